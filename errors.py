@@ -1,0 +1,59 @@
+"""What a user's mistake looks like: one line that says what is wrong, where, and what to do.
+
+Everything that a user can get wrong (a flag, a file, a record in it, a folder of weights) raises `UserError`; `run`
+catches it once, at the top of each script, prints the line and leaves with exit code 2. Anything else that escapes is
+a bug of ours and shows its traceback. `assert` is for our own invariants, never for a user's input.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake that its maker can mend. The message is one line: what is wrong, where, what to do."""
+
+
+def run(main) -> None:
+    """Calls main() as a script's whole life: exit code 0, or one line on stderr and 2 (mistake) or 130 (Ctrl-C)."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # `python evaluate.py ... | head`: the reader has left, nobody is there to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # a full disk, a folder without permission: the file's name is all there is to say
+        print(f"error: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, byte order mark dropped and line ends as `\\n`. UserError naming the file, else the byte."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, a file is wanted")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+
+
+def read_json(path: Path, kind: type = dict):
+    """The JSON value in a file, of type `kind`. UserError names the file and, for bad JSON, line and column."""
+    try:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON at line {error.lineno} column {error.colno} ({error.msg})") from None
+    except RecursionError:
+        raise UserError(f"{path}: JSON nested too deep") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{path}: holds a JSON {type(value).__name__}, {kind.__name__} is wanted")
+    return value

@@ -1,0 +1,229 @@
+"""Weights on disk: Hugging Face folders in and out.
+
+A folder holds config.json, one model.safetensors or several shards with model.safetensors.index.json, tokenizer files and
+generation_config.json. Names in files are the published ones; inside they are ours; NAMES is the one table between them.
+Loading builds the model on the meta device and fills it tensor by tensor, so that peak memory is the model once plus a
+tensor. Everything that is written is written aside, synced to the disk and renamed: a crash leaves the old or the new.
+Only safetensors are read: pickled weights (`.bin`, `.pt`) can run code on loading and are refused.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from errors import UserError, read_json
+from model import Config, Transformer
+
+NAMES = {  # a module of ours: the published module, per family; {} is the layer
+    "llama": {
+        "embed": "model.embed_tokens",
+        "blocks.{}.attention_norm": "model.layers.{}.input_layernorm",
+        "blocks.{}.attention.q": "model.layers.{}.self_attn.q_proj",
+        "blocks.{}.attention.k": "model.layers.{}.self_attn.k_proj",
+        "blocks.{}.attention.v": "model.layers.{}.self_attn.v_proj",
+        "blocks.{}.attention.o": "model.layers.{}.self_attn.o_proj",
+        "blocks.{}.mlp_norm": "model.layers.{}.post_attention_layernorm",
+        "blocks.{}.mlp.gate": "model.layers.{}.mlp.gate_proj",
+        "blocks.{}.mlp.up": "model.layers.{}.mlp.up_proj",
+        "blocks.{}.mlp.down": "model.layers.{}.mlp.down_proj",
+        "norm": "model.norm",
+        "head": "lm_head",
+    },
+}
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
+SHARD_BYTES = 5 << 30  # the size at which the Hub's own tools begin a new file
+RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$")  # a table that old checkpoints stored and every reader recomputes
+
+
+def published(model: Transformer, name: str) -> str:
+    """The checkpoint's name of one of our modules or parameters; adapters wrapped around a module don't show."""
+    name = name.replace(".base.", ".").removesuffix(".base")
+    table = NAMES[model.config.family]
+    layer = re.search(r"\.(\d+)\.", name)
+    generic = name.replace(layer[0], ".{}.", 1) if layer else name
+    module, leaf = (generic, "") if generic in table else (generic.rpartition(".")[0], "." + generic.rpartition(".")[2])
+    return table[module].format(layer and layer[1]) + leaf
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+    """Yields an empty folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
+
+    An existing `path` is replaced if asked for; else FileExistsError, and what was written is dropped.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.parent / f".{path.name}.partial-{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        for file in (*aside.rglob("*"), aside):
+            sync(file)
+        if path.exists() and not replace:
+            raise FileExistsError(f"{path} exists")
+        old = path.parent / f".{path.name}.replaced-{os.getpid()}"
+        if path.exists():
+            path.rename(old)
+        aside.rename(path)
+        sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(value, path: Path) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_config(folder: Path) -> Config:
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such model folder")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json in it, so it is no Hugging Face model folder")
+    return Config.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files, in the order of their names. Raises UserError where there are none, or some lack."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(s, str) and s == Path(s).name for s in shards.values()):
+            raise UserError(f"{index}: weight_map must map tensor names to file names beside it")
+        files = [folder / name for name in sorted(set(shards.values()))]
+    else:
+        files = [folder / "model.safetensors"]
+    missing = [file.name for file in files if not file.is_file()]
+    if not missing:
+        return files
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if pickles:
+        raise UserError(
+            f"{folder}: its weights are pickles ({pickles[0]}), which can run code when loaded and are not read;"
+            " save the model as safetensors"
+        )
+    raise UserError(f"{folder}: {', '.join(missing)} is missing")
+
+
+def tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Every (published name, tensor) of safetensors files, one in memory at a time."""
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 (safe_open is no dict)
+                    yield name, shard.get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"{file}: damaged or cut off, not readable as safetensors ({error})") from None
+
+
+def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu", quant: str | None = None) -> Transformer:
+    """The model of a Hugging Face folder, in `dtype` on `device`, in eval mode and with all parameters trainable.
+
+    Raises UserError naming the tensors that are missing, unknown or of another shape than config.json implies.
+    """
+    if quant is not None:
+        raise UserError(f"quant {quant!r} is not supported")
+    folder = Path(folder)
+    config, files = read_config(folder), weight_files(folder)
+    with torch.device("meta"):
+        model = Transformer(config)
+    ours = {published(model, name): name for name, _ in model.named_parameters()}
+    unknown, loaded = [], set()
+    for name, tensor in tensors(files):
+        if name == "lm_head.weight" and config.tied:  # some writers store the shared table twice
+            same = model.embed.weight.is_meta or torch.equal(tensor.to(dtype), model.embed.weight.cpu())
+            if not same:
+                raise UserError(f"{folder}: config.json ties the output head to the embedding, but lm_head.weight differs")
+        elif name not in ours:
+            if not RECOMPUTED.search(name):
+                unknown.append(name)
+        else:
+            owner, leaf = model.get_submodule(ours[name].rpartition(".")[0]), ours[name].rpartition(".")[2]
+            wanted = tuple(getattr(owner, leaf).shape)
+            if tuple(tensor.shape) != wanted:
+                raise UserError(f"{folder}: {name} has shape {list(tensor.shape)}, config.json implies {list(wanted)}")
+            if not tensor.is_floating_point():
+                raise UserError(f"{folder}: {name} holds {tensor.dtype}, floating point numbers are wanted")
+            setattr(owner, leaf, nn.Parameter(tensor.to(device, dtype, copy=True)))  # a copy, no view into the file
+            loaded.add(name)
+    for kind, names in (("missing", sorted(set(ours) - loaded)), ("not part of the model", unknown)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UserError(f"{folder}: tensors {kind}: {', '.join(names[:3])}{more}")
+    model.source = folder
+    return model.eval()
+
+
+def save_model(model: Transformer, folder) -> None:
+    """Writes a Hugging Face folder that transformers loads: weights in the dtype they have, config.json, and the tokenizer
+    files, template and generation_config.json of the folder that the model came from."""
+    assert not any(".base." in name for name, _ in model.named_parameters()), "merge the adapter first"
+    weights = {published(model, name): parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}
+    config = {key: value for key, value in model.config.raw.items() if key not in ("dtype", "torch_dtype")}
+    if len(dtypes) == 1:
+        config["dtype" if "dtype" in model.config.raw else "torch_dtype"] = dtypes.pop()
+    with new_folder(folder, replace=True) as aside:
+        write_json(config, aside / "config.json")
+        save_shards(weights, aside)
+        copy_tokenizer(model.source, aside)
+
+
+def save_shards(weights: dict[str, Tensor], folder: Path) -> None:
+    """model.safetensors, or several shards of at most SHARD_BYTES with their index."""
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in weights.items():
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = tensor.contiguous()
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    else:
+        where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        total = sum(tensor.nbytes for tensor in weights.values())
+        write_json({"metadata": {"total_size": total}, "weight_map": where}, folder / "model.safetensors.index.json")
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / name, metadata={"format": "pt"})
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Carries tokenizer files, chat template and generation_config.json over, byte for byte."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of a model folder's weights: of the one file, or of its shards' digests in order. 1 s a GB or less."""
+    digests = [file_sha256(file) for file in weight_files(folder)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def file_sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,161 @@
+"""From files to flat batches: records to token rows with a loss mask, a validation split, an order, and batches.
+
+A token is trained where the mask says so: the answers and the token that ends each, of which the tokenizer's template
+decides where they lie; in plain text every token. Whatever cannot be trained as it stands (an answer beyond --seq-len, a
+record that the template refuses) is left out, counted and said, never cut in silence.
+
+A batch is flat: `tokens` [N], one example after another without padding, the documents' lengths, and the rows whose next
+token is trained, so that nothing else ever reaches the output head. Row r predicts token r + 1 of the same example.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from errors import UserError
+from formats import Record, Source, read_records
+from kernels.attention import Documents
+from tokenizer import TemplateError, Tokenizer
+
+WINDOW = 8  # steps; examples are sorted by length within so many, so that a step's are alike and the order still random
+
+
+@dataclass
+class Example:
+    """ids and trained (True where a token has a loss) of one record; they end with the last trained token."""
+
+    ids: list[int]
+    trained: list[bool]
+    record: Record
+
+
+@dataclass
+class Dataset:
+    examples: list[Example]
+    dropped: dict[str, int] = field(default_factory=dict)  # reason: how many records
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(example.ids) for example in self.examples)
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(sum(example.trained) for example in self.examples)
+
+
+@dataclass
+class Batch:
+    """tokens: int64 [N], whole examples in a row. rows: int64 [K], where the next token is trained; targets: int64 [K],
+    that token."""
+
+    tokens: Tensor
+    documents: Documents
+    rows: Tensor
+    targets: Tensor
+    examples: list[Example]
+
+
+def load_sources(paths: list[str | Path]) -> list[Source]:
+    return [read_records(path) for path in paths]
+
+
+def encode(sources: list[Source], tokenizer: Tokenizer, seq_len: int) -> Dataset:
+    """Token rows of all records. Raises UserError where nothing is left to train on."""
+    data = Dataset([])
+    for source in sources:
+        for reason, count in source.dropped.items():
+            data.dropped[reason] = data.dropped.get(reason, 0) + count
+        for record in source.records:
+            found, reason = encode_record(record, tokenizer, seq_len)
+            data.examples += found
+            if reason:
+                data.dropped[reason] = data.dropped.get(reason, 0) + 1
+    if not data.examples:
+        reasons = "; ".join(f"{count} {reason}" for reason, count in data.dropped.items())
+        raise UserError(f"{', '.join(str(s.path) for s in sources)}: no record can be trained on ({reasons})")
+    return data
+
+
+def encode_record(record: Record, tokenizer: Tokenizer, seq_len: int) -> tuple[list[Example], str | None]:
+    """The record's examples (a long text makes several) and, where something was left out, the reason."""
+    if record.messages is None:
+        return encode_text(record, tokenizer, seq_len), None
+    try:
+        ids, trained = tokenizer.render(record.messages)
+    except TemplateError as error:
+        return [], f"refused by the chat template ({error})"
+    ends = [i + 1 for i, yes in enumerate(trained) if yes and not (i + 1 < len(trained) and trained[i + 1])]
+    fitting = [end for end in ends if end <= seq_len]  # of a long conversation, the turns whose answers fit whole
+    if not fitting:
+        return [], f"whose answer does not fit into --seq-len {seq_len}" if ends else "without a trained token"
+    cut = f"cut to the turns that fit into --seq-len {seq_len}" if len(fitting) < len(ends) else None
+    return [Example(ids[: fitting[-1]], trained[: fitting[-1]], record)], cut
+
+
+def encode_text(record: Record, tokenizer: Tokenizer, seq_len: int) -> list[Example]:
+    """Plain text in pieces of seq_len tokens, all trained but each piece's first, which nothing predicts."""
+    ids = tokenizer.encode(record.text, bos=tokenizer.bos_id is not None and tokenizer.adds_bos, eos=True)
+    pieces = [ids[start : start + seq_len] for start in range(0, len(ids), seq_len)]
+    return [Example(p, [False] + [True] * (len(p) - 1), record) for p in pieces if len(p) > 1]
+
+
+def split(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
+    """(training, validation). A record's side is decided by a hash of its prompt (of a text: of all), so that it never
+    changes with seed, order or neighbours, and records with one prompt, letter case and spaces aside, stay together."""
+    if fraction == 0:
+        return dataset, Dataset([])
+    places = [place(example.record) for example in dataset.examples]
+    cut = max(fraction, min(places)) if len(set(places)) > 1 else -1.0  # at least one prompt validates, if two exist
+    sides = ([], [])
+    for example, where in zip(dataset.examples, places, strict=True):
+        sides[where <= cut].append(example)
+    if not sides[0]:
+        raise UserError(f"--val-fraction {fraction:g} leaves no record to train on")
+    return Dataset(sides[0], dataset.dropped, dataset.notes), Dataset(sides[1])
+
+
+def place(record: Record) -> float:
+    """A number in [0, 1) that depends on the record's prompt alone."""
+    if record.messages is None:
+        text = record.text
+    else:
+        first = next(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
+        text = "\n".join(message["content"] for message in record.messages[:first])
+    digest = hashlib.sha256(" ".join(text.lower().split()).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def epoch_order(lengths: list[int], per_step: int, seed: int, epoch: int) -> list[list[int]]:
+    """The example numbers of every optimizer step of an epoch: each exactly once, a function of the arguments alone.
+
+    Shuffled, then sorted by length within WINDOW steps and cut into steps, whose order is shuffled again. What does not
+    fill a step makes the epoch's last, smaller one: no step mixes epochs, and the loss counts tokens, so it weighs right.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    whole = len(order) // per_step * per_step
+    steps = []
+    for start in range(0, whole, WINDOW * per_step):
+        window = sorted(order[start : min(start + WINDOW * per_step, whole)], key=lambda i: lengths[i])
+        window = [window[i : i + per_step] for i in range(0, len(window), per_step)]
+        steps += [window[i] for i in torch.randperm(len(window), generator=generator).tolist()]
+    return steps + ([order[whole:]] if whole < len(order) else [])
+
+
+def micro_batches(examples: list[Example], batch_size: int, device: torch.device | str = "cpu") -> list[Batch]:
+    """The examples, sorted by length, in flat batches of at most batch_size examples."""
+    examples = sorted(examples, key=lambda example: len(example.ids))
+    return [collate(examples[i : i + batch_size], device) for i in range(0, len(examples), batch_size)]
+
+
+def collate(examples: list[Example], device: torch.device | str = "cpu") -> Batch:
+    tokens = torch.tensor([i for example in examples for i in example.ids])
+    trained = torch.tensor([yes for example in examples for yes in (False, *example.trained[1:])])
+    predicted = trained.nonzero().flatten()  # an example's first token has no row before it: never trained
+    documents = Documents([len(example.ids) for example in examples], device)
+    move = lambda x: x.to(device, non_blocking=True)  # noqa: E731
+    return Batch(move(tokens), documents, move(predicted - 1), move(tokens[predicted]), examples)

@@ -1,0 +1,76 @@
+"""LM head and cross-entropy in one, chunk by chunk, so that no tensor of [tokens, vocabulary] ever exists.
+
+The loss is a scalar, so its gradient is known in the forward up to one factor: each chunk computes its logits, its part
+of the loss and at once its part of the gradients, and lets the logits go; the backward only multiplies by the factor
+that arrives (as in Malek et al. 2024, Liger Kernel). Products run in the model's dtype; log-sum-exp, target logit, loss
+and, where the head is trained, its gradient are summed in fp32: bf16 sums over chunks bend the loss curve.
+
+`linear_cross_entropy_reference` is the same in three lines, with all logits: what tests compare with.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOGITS_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}  # a chunk of logits; on CPU under glibc's 32 MB, past which every
+SOFTMAX_ROWS = 32  # allocation faults in new pages; on CPU the fp32 softmax goes in slices that stay in the cache
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum over tokens of -log softmax(hidden @ weight.T)[target].
+
+    hidden: [tokens, D], any float dtype, trained rows only. weight: [V, D], cast to hidden's dtype for the products.
+    targets: int64 [tokens]. Returns a float32 scalar; divide by the number of trained tokens afterwards.
+    """
+    return LinearCrossEntropy.apply(hidden, weight, targets)
+
+
+def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight.to(hidden.dtype)).float()
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        head = weight.to(hidden.dtype)
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        budget = LOGITS_BYTES.get(hidden.device.type, LOGITS_BYTES["cuda"])
+        rows = max(1, budget // (head.shape[0] * head.element_size()))
+        for start in range(0, hidden.shape[0], rows):
+            chunk, target = hidden[start : start + rows], targets[start : start + rows]
+            logits = F.linear(chunk, head)  # [rows, V]
+            loss += softmax_minus_one_hot_(logits, target, need_hidden or need_weight)
+            if need_hidden:
+                torch.mm(logits, head, out=grad_hidden[start : start + rows])
+            if need_weight:
+                grad_weight += logits.t() @ chunk
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, factor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * factor.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * factor).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None
+
+
+def softmax_minus_one_hot_(logits: Tensor, target: Tensor, want_grad: bool) -> Tensor:
+    """Turns logits [rows, V] into d loss / d logits in place (if wanted) and returns the rows' summed loss, fp32."""
+    slices = SOFTMAX_ROWS if logits.device.type == "cpu" else logits.shape[0]
+    loss = logits.new_zeros((), dtype=torch.float32)
+    for part, index in zip(logits.split(slices), target.split(slices), strict=True):
+        logprobs = part.log_softmax(-1, dtype=torch.float32)
+        index = index[:, None]
+        chosen = logprobs.gather(1, index)
+        loss -= chosen.sum()
+        if want_grad:
+            part.copy_(logprobs.exp_().scatter_(1, index, chosen.expm1()))  # p - 1 of the target, without cancellation
+    return loss

@@ -1,0 +1,221 @@
+"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv 2106.09685), and its files in PEFT's format.
+
+A frozen linear y = x W^T gets a trained update beside it: y = x W^T + (alpha / rank) * (x A^T) B^T, with A [rank, in] and
+B [out, rank]. Those shapes are not a choice: W is stored [out, in], so the update that can be added to it is B A. (Texts
+that write A [in, rank] and B [rank, out] mean the product A B, the transpose: it does not fit W.) B starts at zero, so
+that step 0 is the base exactly, and A random, so that B's gradient is not zero as well.
+
+Files are what peft writes and every server reads: adapter_config.json and adapter_model.safetensors, whose names are
+`base_model.model.<published module>.lora_A.weight`, and lora_B likewise.
+"""
+
+import math
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from checkpoint import new_folder, published, tensors, write_json
+from errors import UserError, read_json
+from kernels.lora_linear import lora_linear
+from model import Linear, Transformer
+
+ALL = "all"  # every linear of the blocks; not the output head, which is the embedding table in many models
+PREFIX = "base_model.model."
+
+
+class LoRALinear(nn.Module):
+    """Stands in for a Linear: `base` is frozen, lora_A [rank, in] and lora_B [out, rank] are trained, in fp32."""
+
+    def __init__(self, base: Linear, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        out_features, in_features = base.weight.shape
+        self.base, self.rank, self.alpha, self.dropout = base, rank, alpha, dropout
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # U(-1/sqrt(in), 1/sqrt(in)), as the paper's own code
+        self.merged = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return self.base(x)
+        if self.training and self.dropout:  # dropout on the adapter's input only: two inputs, so autograd does it
+            low = F.linear(F.dropout(x, self.dropout), self.lora_A.to(x.dtype))
+            return self.base(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
+        weight, bias = self.base.weight.to(x.dtype), self.base.bias
+        return lora_linear(x, weight, None if bias is None else bias.to(x.dtype), self.lora_A, self.lora_B, self.scale)
+
+    def delta(self) -> Tensor:  # fp32 [out, in]
+        return self.scale * (self.lora_B.float() @ self.lora_A.float())
+
+
+def add_lora(model: Transformer, rank: int, alpha: float, dropout: float = 0.0, targets: str | list[str] = ALL) -> list[str]:
+    """Freezes the model and puts LoRA on the linears that `targets` name. Returns their published names.
+
+    targets: "all" (every linear in the blocks), or names, as a list or with commas: the end of a published module name,
+    as peft matches them (`q_proj`, `mlp.down_proj`, `model.layers.3.self_attn.v_proj`).
+    Raises UserError on a rank below 1, a negative alpha, a dropout outside [0, 1), and a target that matches nothing.
+    """
+    if rank < 1:
+        raise UserError(f"--rank {rank}: must be 1 or more")
+    if alpha <= 0:
+        raise UserError(f"--alpha {alpha:g}: must be above 0")
+    if not 0 <= dropout < 1:
+        raise UserError(f"--dropout {dropout:g}: must be at least 0 and below 1")
+    if has_lora(model):
+        raise UserError("the model carries a LoRA adapter already; merge it first")
+    linears = {published(model, name): name for name, m in model.named_modules() if isinstance(m, Linear) and "blocks." in name}
+    wanted = targets.split(",") if isinstance(targets, str) else list(targets)
+    chosen = []
+    for target in (t.strip() for t in wanted):
+        found = [name for name in linears if target == ALL or name == target or name.endswith("." + target)]
+        if not found:
+            kinds = sorted({name.rpartition(".")[2] for name in linears})
+            raise UserError(f"--targets {target}: matches no linear layer (the model has {', '.join(kinds)})")
+        chosen += found
+    model.requires_grad_(False)
+    for name in dict.fromkeys(chosen):
+        parent, leaf = model.get_submodule(linears[name].rpartition(".")[0]), linears[name].rpartition(".")[2]
+        setattr(parent, leaf, LoRALinear(getattr(parent, leaf), rank, alpha, dropout))
+    return list(dict.fromkeys(chosen))
+
+
+def adapted(model: Transformer) -> dict[str, LoRALinear]:
+    """The LoRA layers by published name."""
+    return {published(model, name): m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def has_lora(model: Transformer) -> bool:
+    return any(isinstance(module, LoRALinear) for module in model.modules())
+
+
+@torch.no_grad()
+def merge(model: Transformer) -> None:
+    """Adds every adapter's update to its base weight: computed in fp32, rounded once to the base's dtype."""
+    for layer in adapted(model).values():
+        assert not layer.merged, "merged already"
+        layer.base.weight.copy_(layer.base.weight.float() + layer.delta())
+        layer.merged = True
+
+
+@torch.no_grad()
+def unmerge(model: Transformer) -> None:
+    """Takes the updates out again: exact up to the rounding that merge made in the base's dtype."""
+    for layer in adapted(model).values():
+        assert layer.merged, "not merged"
+        layer.base.weight.copy_(layer.base.weight.float() - layer.delta())
+        layer.merged = False
+
+
+def drop_lora(model: Transformer) -> None:
+    """Puts the plain linears back; after merge the model is an ordinary one that save_model writes."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear):
+            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module.base)
+
+
+def save_adapter(model: Transformer, folder) -> None:
+    """Writes a PEFT adapter folder. Rank, alpha and dropout are those of the model's own layers."""
+    layers = adapted(model)
+    assert layers, "the model carries no adapter"
+    first = next(iter(layers.values()))
+    weights = {}
+    for name, layer in layers.items():
+        weights[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
+        weights[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(model.source),
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout,
+        "target_modules": target_modules(model, list(layers)),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    with new_folder(folder, replace=True) as aside:
+        write_json(config, aside / "adapter_config.json")
+        save_file(weights, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def target_modules(model: Transformer, names: list[str]) -> list[str]:
+    """Short names (q_proj) where they mean exactly the adapted layers, else the full ones: peft adapts all that match."""
+    short = sorted({name.rpartition(".")[2] for name in names})
+    linears = [published(model, name) for name, m in model.named_modules() if isinstance(m, Linear)]
+    return short if {n for n in linears if n.rpartition(".")[2] in short} == set(names) else sorted(names)
+
+
+def load_adapter(model: Transformer, folder) -> None:
+    """Puts a PEFT LoRA adapter on the model, trainable, everything else frozen.
+
+    Strict: raises UserError where the file's tensors are not exactly those that its configuration promises for this model,
+    or where it asks for something that would be ignored here (another method, bias, rank patterns, saved modules).
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such adapter folder")
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder}: no adapter_config.json in it, so it is no PEFT adapter folder")
+    config = read_json(folder / "adapter_config.json")
+    rank, alpha, dropout, targets = adapter_settings(config, folder / "adapter_config.json", model)
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        pickled = " (adapter_model.bin is a pickle, which can run code and is not read)"
+        raise UserError(f"{file}: no such file{pickled if (folder / 'adapter_model.bin').exists() else ''}")
+    found = dict(tensors([file]))
+    try:
+        names = add_lora(model, rank, alpha, dropout, targets)
+    except UserError as error:
+        raise UserError(f"{folder / 'adapter_config.json'}: does not fit this model ({error})") from None
+    wanted = {}
+    for name, layer in adapted(model).items():
+        wanted[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
+        wanted[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+    missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    if missing or extra:
+        kind, culprits = ("missing", missing) if missing else ("not used by its configuration", extra)
+        raise UserError(f"{file}: {len(culprits)} of its tensors {kind}, the first: {culprits[0]}")
+    assert len(wanted) == 2 * len(names)
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            if found[name].shape != parameter.shape:
+                raise UserError(f"{file}: {name} has shape {list(found[name].shape)}, {list(parameter.shape)} is wanted")
+            parameter.copy_(found[name])
+
+
+def adapter_settings(config: dict, where: Path, model: Transformer) -> tuple[int, float, float, str | list[str]]:
+    """rank, alpha, dropout and targets of an adapter_config.json; UserError on what this file would have to ignore."""
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{where}: peft_type {config.get('peft_type')!r} is not supported (supported: LORA)")
+    for key in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform",
+                "layer_replication", "lora_bias", "trainable_token_indices", "target_parameters", "exclude_modules", "use_rslora"):
+        if config.get(key):
+            raise UserError(f"{where}: {key} is set, which is not supported")
+    if config.get("bias", "none") != "none":
+        raise UserError(f"{where}: bias {config['bias']!r} is not supported")
+    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
+    if type(rank) is not int or type(alpha) not in (int, float) or type(dropout) not in (int, float):
+        raise UserError(f"{where}: r, lora_alpha and lora_dropout must be numbers")
+    targets = config.get("target_modules")
+    if targets == "all-linear":
+        return rank, alpha, dropout, ALL
+    if isinstance(targets, str):  # peft takes a string as a regular expression over whole module names
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise UserError(f"{where}: target_modules is no regular expression ({error})") from None
+        names = [published(model, name) for name, m in model.named_modules() if isinstance(m, Linear)]
+        targets = [name for name in names if pattern.fullmatch(name)]
+    if not isinstance(targets, list) or not targets or not all(isinstance(t, str) for t in targets):
+        raise UserError(f"{where}: target_modules names no layer of this model")
+    return rank, alpha, dropout, targets

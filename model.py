@@ -316,8 +316,9 @@ class Transformer(nn.Module):
         if not rows or max_new_tokens < 1:
             return
         limit = min(max(map(len, rows)) + max_new_tokens, self.config.max_positions)
-        if max(map(len, rows)) > self.config.max_positions or not min(map(len, rows)):
-            raise UserError(f"a prompt has {max(map(len, rows))} tokens; 1 to {self.config.max_positions} are possible")
+        for row in rows:
+            if not 0 < len(row) < self.config.max_positions:
+                raise UserError(f"a prompt has {len(row)} tokens; the model takes 1 to {self.config.max_positions - 1}")
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         cache = KVCache(self, [len(row) for row in rows], limit)
         hidden = cache.prefill(torch.tensor([t for row in rows for t in row], device=self.device))  # [B, D]

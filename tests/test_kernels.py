@@ -1,0 +1,124 @@
+"""Every function in kernels/ against its plain reference in float64, forward and backward."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import linear_cross_entropy as lce
+from kernels.attention import SHORT, Documents, document_attention
+from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from kernels.lora_linear import lora_linear, lora_linear_reference
+from kernels.norm import rms_norm, rms_norm_reference
+from kernels.rope import rope
+
+
+def compare(ours, reference, inputs, tolerance):
+    """Outputs and the gradients of all floating inputs that want one, ours in the inputs' dtype, reference in float64."""
+
+    def run(function, arguments):
+        leaves = [x.detach().requires_grad_(x.requires_grad) if torch.is_tensor(x) else x for x in arguments]
+        out = function(*leaves)
+        torch.manual_seed(9)
+        out.backward(torch.randn(out.shape, dtype=torch.float64).to(out.dtype))
+        return [out.detach(), *(x.grad for x in leaves if torch.is_tensor(x) and x.requires_grad)]
+
+    wide = [
+        x.detach().double().requires_grad_(x.requires_grad) if torch.is_tensor(x) and x.is_floating_point() else x
+        for x in inputs
+    ]
+    for got, wanted in zip(run(ours, inputs), run(reference, wide), strict=True):
+        assert got.shape == wanted.shape
+        assert float((got.double() - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
+
+
+def random(*shape, dtype, grad=True, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(dtype).requires_grad_(grad)
+
+
+DTYPES = [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)]
+
+
+@pytest.mark.parametrize("dtype, tolerance", DTYPES)
+@pytest.mark.parametrize("rows", [1, 7, 100])
+def test_linear_cross_entropy(monkeypatch, dtype, tolerance, rows):
+    monkeypatch.setitem(lce.LOGITS_BYTES, "cpu", 50 * 16 * 4)  # several chunks, the last one ragged
+    hidden, weight = random(rows, 24, dtype=dtype), random(50, 24, dtype=torch.float32, seed=1)
+    targets = torch.randint(0, 50, (rows,), generator=torch.Generator().manual_seed(2))
+    reference = lambda h, w, t: F.cross_entropy(h @ w.t(), t, reduction="sum")  # noqa: E731
+    compare(linear_cross_entropy, reference, [hidden, weight, targets], tolerance)
+    narrow = linear_cross_entropy_reference(hidden, weight, targets)
+    assert float((linear_cross_entropy(hidden, weight, targets) - narrow).abs()) <= 2e-6 * float(narrow)
+
+
+def test_linear_cross_entropy_keeps_small_losses_exact():
+    """A token that is almost certain has a loss and a gradient of about 1e-6, not 0."""
+    hidden = torch.tensor([[14.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [0.0]])
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([0]))
+    loss.backward()
+    assert 0 < float(loss) < 1e-5 and -1e-5 < float(hidden.grad) < 0
+
+
+@pytest.mark.parametrize("dtype, tolerance", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 8), (33, 24)])
+def test_rms_norm(dtype, tolerance, shape):
+    inputs = [random(*shape, dtype=dtype), random(shape[-1], dtype=torch.float32)]
+    reference = lambda x, w: F.rms_norm(x, (x.shape[-1],), w, 1e-5)  # noqa: E731
+    compare(lambda x, w: rms_norm(x, w, 1e-5), reference, inputs, tolerance)
+    assert torch.allclose(rms_norm(*inputs, 1e-5), rms_norm_reference(*inputs, 1e-5), atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance", DTYPES)
+def test_rope_is_a_rotation_of_complex_numbers(dtype, tolerance):
+    angles = torch.rand(13, 5, dtype=torch.float64) * 100
+
+    def reference(x):
+        half = x.shape[-1] // 2
+        turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
+        return torch.cat([turned.real, turned.imag], -1)
+
+    compare(
+        lambda x: rope(x, angles.cos().float(), angles.sin().float()), reference, [random(13, 3, 10, dtype=dtype)], tolerance
+    )
+
+
+@pytest.mark.parametrize("dtype, tolerance", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_lora_linear(dtype, tolerance, bias):
+    x, weight = random(19, 24, dtype=dtype), random(40, 24, dtype=dtype, grad=False)
+    b = random(40, dtype=dtype, grad=False) if bias else None
+    A, B = random(4, 24, dtype=torch.float32), random(40, 4, dtype=torch.float32)
+    compare(lora_linear, lora_linear_reference, [x, weight, b, A, B, 0.7], tolerance)
+
+
+def attention_reference(q, k, v, lengths):
+    outs = []
+    for q, k, v in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+        share = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
+        scores = torch.einsum("thd,shd->hts", q, k) / q.shape[2] ** 0.5
+        scores = scores.masked_fill(torch.ones(len(q), len(q), dtype=torch.bool).triu(1), float("-inf"))
+        outs.append(torch.einsum("hts,shd->thd", scores.softmax(-1), v))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-6), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("lengths", [[6, 6], [1], [5, 7, 7, 8], [3, 40, 41, 2]])
+@pytest.mark.parametrize("heads, kv_heads", [(6, 2), (3, 3), (4, 1)])
+@pytest.mark.parametrize("short", [True, False])  # by products, or by scaled_dot_product_attention
+def test_document_attention(monkeypatch, dtype, tolerance, lengths, heads, kv_heads, short):
+    monkeypatch.setattr("kernels.attention.SHORT", SHORT if short else 0)
+    qkv = [random(sum(lengths), n, 8, dtype=dtype, seed=i) for i, n in enumerate((heads, kv_heads, kv_heads))]
+    documents = Documents(lengths)
+    compare(
+        lambda q, k, v: document_attention(q, k, v, documents),
+        lambda q, k, v: attention_reference(q, k, v, lengths),
+        qkv,
+        tolerance,
+    )
+
+
+def test_documents_of_like_length_share_a_group():
+    assert [group.documents for group in Documents([50, 52, 53, 55, 200, 210]).groups] == [4, 2]
+    assert Documents([3, 2]).positions.tolist() == [0, 1, 2, 0, 1]

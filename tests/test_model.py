@@ -1,0 +1,152 @@
+"""model.py against transformers: logits and greedy text, flat batches, the cache, sampling."""
+
+import json
+
+import pytest
+import torch
+from helpers import SHAPES, llama, relative
+
+from checkpoint import load_model
+from errors import UserError
+from kernels.attention import Documents
+from model import Config, sample
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_equal_transformers(tmp_path, shape):
+    theirs = llama(tmp_path, **SHAPES[shape])
+    ours = load_model(tmp_path)
+    tokens = torch.randint(0, 96, (2, 200), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert relative(ours(tokens), theirs(tokens).logits) < 1e-5
+
+
+def test_rope_scaling_moves_the_logits(tmp_path):
+    """So that the parity above would notice it missing."""
+    llama(tmp_path, **SHAPES["llama3_rope"])
+    tokens = torch.randint(0, 96, (1, 200), generator=torch.Generator().manual_seed(1))
+    scaled = load_model(tmp_path)(tokens)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw.pop("rope_parameters", None), raw.pop("rope_scaling", None)
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"rope_theta": 500_000.0}))
+    assert relative(load_model(tmp_path)(tokens), scaled) > 1e-3
+
+
+@pytest.mark.parametrize("shape", ["plain", "llama3_rope"])
+def test_both_config_dialects_mean_the_same(tmp_path, shape):
+    llama(tmp_path, **SHAPES[shape])
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_parameters" in raw  # what transformers 5 writes
+    old = {key: value for key, value in raw.items() if key not in ("rope_parameters", "dtype")}
+    parameters = dict(raw["rope_parameters"])
+    old["rope_theta"] = parameters.pop("rope_theta")
+    old["rope_scaling"] = None if parameters["rope_type"] == "default" else parameters
+    new, old = Config.from_hf(raw), Config.from_hf(old)
+    assert (new.rope_theta, new.rope_scaling) == (old.rope_theta, old.rope_scaling)
+
+
+@pytest.mark.parametrize("shape", ["tied", "grouped"])
+def test_greedy_text_equals_transformers_token_by_token(tmp_path, shape):
+    theirs, ours = llama(tmp_path, **SHAPES[shape]), load_model(tmp_path)
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(0, 96, (n,), generator=generator).tolist() for n in (1, 7, 30, 8)]
+    batched = ours.generate(prompts, 40)
+    for prompt, got in zip(prompts, batched, strict=True):
+        wanted = theirs.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=40, do_sample=False,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        assert got == wanted[0, len(prompt) :].tolist()
+        assert ours.generate([prompt], 40) == [got]
+
+
+def test_stop_ids_end_a_prompt_alone(tmp_path):
+    llama(tmp_path)
+    model = load_model(tmp_path)
+    prompts = [[5, 6, 7], [8], [9, 10]]
+    free = model.generate(prompts, 30)
+    stop = free[1][3]
+    for got, whole in zip(model.generate(prompts, 30, stop={stop}), free, strict=True):
+        end = whole.index(stop) + 1 if stop in whole else len(whole)
+        assert got == whole[:end]
+
+
+def test_generation_ends_at_the_last_position(tmp_path):
+    llama(tmp_path, max_position_embeddings=16)
+    model = load_model(tmp_path)
+    assert [len(row) for row in model.generate([[1] * 10, [1] * 15, [1]], 50)] == [6, 1, 15]
+    with pytest.raises(UserError):
+        model.generate([[1] * 16], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_example_sees_only_itself_and_padding_is_nothing(tmp_path, dtype):
+    llama(tmp_path, **SHAPES["grouped"])
+    model = load_model(tmp_path, dtype)
+    generator = torch.Generator().manual_seed(3)
+    a, b, c = (torch.randint(0, 96, (n,), generator=generator) for n in (5, 11, 40))
+    tokens, segments = torch.zeros(2, 50, dtype=torch.int64), torch.full((2, 50), -1)
+    tokens[0, :16], segments[0, :5], segments[0, 5:16] = torch.cat([a, b]), 0, 1
+    tokens[1, 3:43], segments[1, 3:43] = c, 0  # padded on the left as well
+    with torch.no_grad():
+        packed = model(tokens, segments=segments)
+        for row, start, example in ((0, 0, a), (0, 5, b), (1, 3, c)):
+            alone = model(example[None])[0]
+            tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+            assert relative(packed[row, start : start + len(example)].float(), alone.float()) < tolerance
+        assert not packed[0, 16:].any()
+        tokens[0, 2] += 1
+        moved = model(tokens, segments=segments)
+        assert torch.equal(moved[0, 5:16], packed[0, 5:16]) and not torch.equal(moved[0, 2:5], packed[0, 2:5])
+
+
+def test_kept_rows_are_the_same_rows(tmp_path):
+    llama(tmp_path)
+    model = load_model(tmp_path)
+    tokens = torch.arange(24).view(2, 12)
+    segments = torch.zeros_like(tokens)
+    segments[1, 6:] = -1
+    keep = torch.tensor([13, 0, 17, 5])
+    with torch.no_grad():
+        everything = model(tokens, segments=segments).flatten(0, 1)
+        assert torch.equal(model(tokens, segments=segments, keep=keep), everything[keep])
+
+
+def test_flat_batches_ignore_how_documents_are_grouped(tmp_path):
+    """Long and short neighbours form several padded groups; the numbers must not know."""
+    llama(tmp_path, **SHAPES["grouped"])
+    model = load_model(tmp_path)
+    lengths = [3, 60, 61, 2, 9, 9]
+    tokens = torch.randint(0, 96, (sum(lengths),), generator=torch.Generator().manual_seed(4))
+    assert len(Documents(lengths).groups) > 1
+    flat = model.logits(model.flat(tokens, Documents(lengths)))
+    alone = torch.cat([model(part[None])[0] for part in tokens.split(lengths)])
+    assert relative(flat, alone) < 1e-5
+
+
+def test_sampling_follows_its_settings():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(20_000, 1)
+
+    def share(**settings):
+        ids = sample(logits, **({"temperature": 1.0, "top_k": 0, "top_p": 1.0, "generator": generator} | settings))
+        return torch.bincount(ids, minlength=4) / len(ids)
+
+    expected = logits[0].softmax(-1)
+    assert torch.allclose(share(), expected, atol=0.015)
+    assert torch.allclose(share(temperature=2.0), (logits[0] / 2).softmax(-1), atol=0.015)
+    assert torch.allclose(share(top_k=2), torch.tensor([*(expected[:2] / expected[:2].sum()), 0, 0]), atol=0.015)
+    assert torch.allclose(share(top_p=0.7), torch.tensor([*(expected[:2] / expected[:2].sum()), 0, 0]), atol=0.015)
+    assert share(top_p=0.0)[0] == 1 and share(temperature=0.0)[0] == 1
+
+
+def test_repetition_penalty_equals_transformers(tmp_path):
+    theirs, ours = llama(tmp_path), load_model(tmp_path)
+    wanted = theirs.generate(
+        torch.tensor([[3, 4, 5]]), attention_mask=torch.ones(1, 3), max_new_tokens=20, do_sample=False,
+        repetition_penalty=1.3, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    got = ours.generate([[3, 4, 5]], 20, repetition_penalty=1.3)[0]
+    assert got == wanted[0, 3:].tolist() and got != ours.generate([[3, 4, 5]], 20)[0]
+
+

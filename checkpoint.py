@@ -178,11 +178,17 @@ def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu", quant: 
     return model.eval()
 
 
-def save_model(model: Transformer, folder) -> None:
-    """Writes a Hugging Face folder that transformers loads: weights in the dtype they have, config.json, and the tokenizer
-    files, template and generation_config.json of the folder that the model came from."""
+def stored_dtype(config: Config) -> torch.dtype:
+    """The dtype that config.json says its weights are stored in; float32 where it says nothing."""
+    named = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    return named.get(config.raw.get("dtype") or config.raw.get("torch_dtype"), torch.float32)
+
+
+def save_model(model: Transformer, folder, dtype: torch.dtype | None = None) -> None:
+    """Writes a Hugging Face folder that transformers loads: weights in `dtype` (default: the one they have), config.json,
+    and the tokenizer files, template and generation_config.json of the folder that the model came from."""
     assert not any(".base." in name for name, _ in model.named_parameters()), "merge the adapter first"
-    weights = {published(model, name): parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    weights = {published(model, name): parameter.detach().to("cpu", dtype) for name, parameter in model.named_parameters()}
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}
     config = {key: value for key, value in model.config.raw.items() if key not in ("dtype", "torch_dtype")}
     if len(dtypes) == 1:

@@ -6,8 +6,8 @@
 
 `read_records(path)` looks twice: at the first characters for the container (a JSON list, or JSONL, whatever the file is
 called), then at the first record's keys for the format, which every other record must have too. A format is one row of
-`FORMATS`: its keys, and a function from a record to messages. Nothing is lost in silence: what can't be read is an error
-that names the record, and what was left out (empty answers, unknown keys) is in `Source`, to be said out loud.
+`FORMATS`: its keys, and a function from a record to messages. Nothing is lost in silence: what can't be read is an
+error that names the record, and what was left out (empty answers, unknown keys) is in `Source`, to be said out loud.
 """
 
 import difflib
@@ -44,8 +44,9 @@ class Source:
 
     def summary(self) -> str:
         """One line to print, e.g. `a.json: Alpaca (JSON, 997 records), dropped 2 (empty answer), ignored keys 'id'`."""
-        line = f"{self.path}: {self.format} ({self.container}, {len(self.records):,} record{'s'[: len(self.records) != 1]})"
-        line += "".join(f", dropped {count:,} ({reason})" for reason, count in self.dropped.items())
+        count = len(self.records)
+        line = f"{self.path}: {self.format} ({self.container}, {count:,} record{'' if count == 1 else 's'})"
+        line += "".join(f", dropped {left_out:,} ({reason})" for reason, left_out in self.dropped.items())
         return line + (f", ignored keys {_names(self.ignored)}" if self.ignored else "")
 
 
@@ -162,7 +163,7 @@ def _field(record: dict, key: str, kind: type, where: str):
 
 
 def _note_extra_keys(record: dict, known: tuple[str, ...], where: str, ignored: dict, prefix: str = "") -> None:
-    """Adds the keys beside the known ones to `ignored`; refuses one that is a known key mistyped, or changes meaning."""
+    """Adds keys beside the known ones to `ignored`; refuses one that is a known key mistyped, or changes meaning."""
     for key, value in record.items():
         if key in known:
             continue
@@ -223,7 +224,7 @@ def _jsonl_values(path: Path | str, text: str) -> Iterator[tuple[str, object]]:
             where = f"{path} line {number}"
             value, end = _decode(line, 0, where)
             if end < len(line):
-                raise _not_json(where, line, end, "more after the record's end")
+                raise _not_json(where, line, SPACE.match(line, end).end(), "more after the record's end")
             yield where, value
 
 

@@ -1,0 +1,271 @@
+"""Everything that scores a model, or two side by side, on a file.
+
+    python evaluate.py loss  --data FILE [--model M] [--adapter DIR] [--versus base|MODEL|ADAPTER]
+    python evaluate.py exact --data FILE ...
+
+`loss` asks how likely the model finds the right answers (mean -log p per trained token, and its exponential, the
+perplexity). `exact` lets it answer: greedily, from the turns before the last answer, and counts the answers that equal
+the reference, spaces at the ends aside. A model that scores well on the first can still fail at the second: there each
+token was predicted from a right beginning. Both depend on nothing but model and file: not on the batch size, but for
+rounding.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+import data
+import loading
+import objectives
+from checkpoint import load_model
+from errors import UserError, run
+from formats import Record
+from lora import drop_lora, has_lora
+from model import Transformer
+from tokenizer import TemplateError, Tokenizer, load_tokenizer
+
+ROOM = 8  # tokens that an answer may be longer than the longest reference: enough to see that it goes on, and cheap
+
+
+def loss(model: Transformer, dataset: data.Dataset, batch_size: int = 8) -> dict[str, float]:
+    """loss per trained token (nats), its perplexity, and the number of those tokens. Dropout is off meanwhile."""
+    training = model.training
+    model.eval()
+    batches = data.micro_batches(dataset.examples, batch_size, model.device)
+    value = objectives.mean_loss(model, batches)
+    model.train(training)
+    perplexity = math.exp(value) if value < 700 else math.inf  # exp(710) is beyond a float
+    return {"loss": value, "perplexity": perplexity, "tokens": sum(len(batch.targets) for batch in batches)}
+
+
+@dataclass
+class Exact:
+    """The answers to some records, in the records' order. prompt_tokens: mean length of a prompt."""
+
+    records: list[Record]
+    references: list[str]
+    answers: list[str]
+    prompt_tokens: float
+
+    @property
+    def hits(self) -> list[bool]:
+        return [got.strip() == want.strip() for got, want in zip(self.answers, self.references, strict=True)]
+
+    @property
+    def right(self) -> int:
+        return sum(self.hits)
+
+    @property
+    def total(self) -> int:
+        return len(self.records)
+
+    @property
+    def share(self) -> float:
+        return self.right / self.total
+
+
+def exact(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    records: Sequence[Record],
+    max_new_tokens: int | None = None,
+    batch_size: int = 32,
+    shots: Sequence[Record] = (),
+) -> Exact:
+    """Greedy answers to each record's turns before its last assistant turn, beside that turn.
+
+    max_new_tokens: default, the longest reference in tokens and ROOM more. shots: examples put before each question as
+    earlier turns (few-shot prompting, Brown et al. 2020).
+    Raises UserError naming the record that has no reference, that the template refuses, or that is too long.
+    """
+    asked = [question(record, shots) for record in records]
+    references = [reference for _, reference in asked]
+    prompts = []
+    for record, (turns, _) in zip(records, asked, strict=True):
+        try:
+            ids, _ = tokenizer.render(turns, add_generation_prompt=True)
+        except TemplateError as error:
+            raise UserError(f"{record.where}: refused by the chat template ({error})") from None
+        if len(ids) >= model.config.max_positions:
+            raise UserError(
+                f"{record.where}: {len(ids):,} tokens before the answer; the model takes {model.config.max_positions:,}"
+            )
+        prompts.append(ids)
+    if max_new_tokens is None:
+        max_new_tokens = ROOM + max(len(tokenizer.encode(text, bos=False, eos=False)) for text in references)
+    training, answers = model.training, [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike together: less padding in the cache
+    with tqdm(total=len(order), unit="answer", disable=None, leave=False) as bar:  # None: quiet where no terminal is
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            for i, ids in zip(
+                batch, model.generate([prompts[i] for i in batch], max_new_tokens, stop=tokenizer.stop_ids), strict=True
+            ):
+                answers[i] = tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.stop_ids else ids, skip_special=True)
+            bar.update(len(batch))
+    model.train(training)
+    return Exact(list(records), references, answers, sum(map(len, prompts)) / len(prompts))
+
+
+def question(record: Record, shots: Sequence[Record] = ()) -> tuple[list[dict[str, str]], str]:
+    """The turns that ask (the record's system turn, the shots' turns, the record's other turns), and the reference."""
+    for each in (record, *shots):
+        if each.messages is None:
+            raise UserError(f"{each.where}: plain text has no reference answer to compare with; use `evaluate.py loss`")
+    last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
+    turns, system = record.messages[:last], []
+    while turns and turns[0]["role"] == "system":
+        system, turns = [*system, turns[0]], turns[1:]
+    examples = [message for shot in shots for message in shot.messages if message["role"] != "system"]
+    return [*system, *examples, *turns], record.messages[last]["content"]
+
+
+# ---- the command ----
+
+
+@dataclass
+class Side:
+    """What is scored: a base, by its folder, and maybe an adapter on it."""
+
+    name: str
+    folder: Path
+    adapter: str | None
+
+
+def main() -> None:
+    args = arguments()
+    device = loading.pick_device(args.device)
+    dtype, why = loading.pick_dtype(args.dtype, device)
+    source = data.load_sources([args.data])[0]
+    first = "" if args.limit is None else f", of which the first {args.limit:,}"
+    print(f"data      {source.summary()}{first}")
+    source = replace(source, records=source.records[: args.limit])
+    if args.what == "exact":
+        question(source.records[0])  # a file without references is refused before a model is loaded for it
+    sides = pick_sides(args)
+    print(f"compute   {args.what} in {str(dtype).removeprefix('torch.')} on {device.type}: {why}")
+    model, results, sets = None, {}, []
+    for side in sides:
+        if model is None or model.source != side.folder:
+            model = None  # the other model goes before this one comes
+            model, tokenizer = load_model(side.folder, dtype, device), load_tokenizer(side.folder)
+        elif has_lora(model):
+            drop_lora(model)
+        if side.adapter is not None:
+            loading.put_adapter(model, side.adapter)
+        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        print(f"{side.name:9} {side.folder}" + (f" + {side.adapter}" if side.adapter else ""), end=": ")
+        print(f"{model.config.family}, {millions:,.1f} M parameters, template {tokenizer.template_name}", flush=True)
+        if args.what == "exact":
+            results[side.name] = exact(model, tokenizer, source.records, args.max_new_tokens, args.batch_size or 32)
+        else:
+            dataset = encode(source, tokenizer, model, args.seq_len)
+            sets.append([example.ids for example in dataset.examples])
+            results[side.name] = loss(model, dataset, args.batch_size or 8)
+    if len(sets) == 2 and sets[0] != sets[1]:
+        print("WARNING: the two read the file as different tokens, so a loss per token does not compare them")
+    if args.what == "loss":
+        print_table(results, {"loss": ".4f", "perplexity": ".3f", "tokens": ",.0f"})
+    else:
+        rows = {
+            name: {"right": r.right, "of": r.total, "exact %": 100 * r.share, "prompt tokens": r.prompt_tokens}
+            for name, r in results.items()
+        }
+        print_table(rows, {"right": ",.0f", "of": ",.0f", "exact %": ".1f", "prompt tokens": ".1f"})
+        for name, result in results.items():
+            print_misses(name, result, args.show)
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description="Score a model, or two side by side.", allow_abbrev=False
+    )
+    parser.add_argument("what", choices=["loss", "exact"], help="loss per token, or greedy answers against references")
+    parser.add_argument("--data", metavar="FILE", required=True, help="records of any known format")
+    loading.add_flags(parser)
+    parser.add_argument(
+        "--versus",
+        metavar="X",
+        help="a second to compare with: base (without --adapter), a model, or an adapter folder",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N records")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="examples at a time (default: 8, exact 32)")
+    parser.add_argument(
+        "--seq-len", type=int, metavar="N", help="loss: longest example in tokens (default: the model's limit)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help=f"exact: default, the longest reference and {ROOM} more"
+    )
+    parser.add_argument("--show", type=int, metavar="K", help="exact: misses to show (default: 5)")
+    args = loading.parse(parser, argv)
+    for flag, least in {"limit": 1, "batch_size": 1, "seq_len": 2, "max_new_tokens": 1, "show": 0}.items():
+        value, name = getattr(args, flag), "--" + flag.replace("_", "-")
+        if value is not None and value < least:
+            raise UserError(f"{name} {value}: must be {least} or more")
+        if value is not None and flag in {"loss": ("max_new_tokens", "show"), "exact": ("seq_len",)}[args.what]:
+            raise UserError(f"{name}: means nothing to `{args.what}`")
+    args.show = 5 if args.show is None else args.show
+    return args
+
+
+def pick_sides(args: argparse.Namespace) -> list[Side]:
+    """What to score, in order: what --versus names (the base it is, mostly), then what --model and --adapter name."""
+    folder = loading.base_folder(args.model, args.adapter)
+    mine = Side("adapter" if args.adapter else "model", folder, args.adapter)
+    if args.versus is None:
+        return [mine]
+    if args.versus == "base":
+        if args.adapter is None:
+            raise UserError("--versus base: needs --adapter, whose base is meant")
+        return [Side("base", folder, None), mine]
+    if loading.is_adapter(args.versus):
+        return [Side("versus", loading.base_folder(args.model, args.versus), args.versus), mine]
+    return [Side("versus", loading.base_folder(args.versus, None), None), mine]
+
+
+def encode(source, tokenizer: Tokenizer, model: Transformer, seq_len: int | None) -> data.Dataset:
+    limit = model.config.max_positions
+    if seq_len is not None and seq_len > limit:
+        raise UserError(f"--seq-len {seq_len}: the model takes {limit}")
+    dataset = data.encode([source], tokenizer, seq_len or limit)
+    for reason, count in dataset.dropped.items():
+        if reason not in source.dropped:
+            print(f"          left out: {count:,} {reason}")
+    return dataset
+
+
+def print_table(results: dict[str, dict[str, float]], columns: dict[str, str]) -> None:
+    """A row a side and, of two, their difference (the second less the first)."""
+    rows = [
+        [name, *(format(result[column], form) for column, form in columns.items())] for name, result in results.items()
+    ]
+    if len(results) == 2:
+        first, second = results.values()
+        rows.append(["change", *(format(second[c] - first[c], "+" + form) for c, form in columns.items())])
+    table = [["", *columns], *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    print()
+    for name, *cells in table:
+        print(
+            name.ljust(widths[0])
+            + "".join("  " + cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        )
+
+
+def print_misses(name: str, result: Exact, most: int) -> None:
+    misses = [i for i, hit in enumerate(result.hits) if not hit][:most]
+    if misses:
+        print(f"\n{name}: {len(misses)} of {result.total - result.right:,} misses")
+    for i in misses:
+        asked = [message["content"] for message in question(result.records[i])[0] if message["role"] == "user"]
+        print(f"  asked   {loading.one_line(asked[-1] if asked else '')}")
+        print(f"  wanted  {loading.one_line(result.references[i].strip())}")
+        print(f"  got     {loading.one_line(result.answers[i].strip())}\n")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,167 @@
+"""Chat with a model at the terminal, or let it answer or go on once.
+
+    python generate.py --adapter runs/1/final                     chat; /reset forgets, /quit or Ctrl-D ends
+    python generate.py --prompt "Name three rivers." --seed 1 --temperature 0.7
+    cat draft.txt | python generate.py --complete                 all of stdin is one prompt
+
+What the model says streams as it comes, a character as soon as all its bytes are there. The answer alone goes to stdout;
+what was loaded, to stderr. Control characters in an answer (but newline and tab) are dropped: text from a model must not
+drive the terminal.
+"""
+
+import argparse
+import sys
+import unicodedata
+from collections.abc import Iterator
+
+import loading
+from errors import UserError, run
+from model import Transformer
+from tokenizer import TemplateError, Tokenizer
+
+
+def main() -> None:
+    args = arguments()
+    device = loading.pick_device(args.device)
+    dtype, why = loading.pick_dtype(args.dtype, device)
+    prompt = args.prompt
+    if prompt is None and not sys.stdin.isatty():
+        prompt = piped()
+    if prompt is not None:
+        check_prompt(prompt)
+    model, tokenizer, name = loading.load(args.model, args.adapter, dtype, device, say)
+    template = "no template, raw text" if args.complete else f"template {tokenizer.template_name}"
+    say(f"{name}, {str(dtype).removeprefix('torch.')} on {device.type} ({why}), {template}")
+    if prompt is None:
+        chat(model, tokenizer, args)
+    else:
+        show(answer(model, tokenizer, opening(args, prompt), args))
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def chat(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+    """Turn after turn with what was said before; with --complete, each line alone."""
+    say("/reset forgets, /quit or Ctrl-D ends, Ctrl-C stops an answer")
+    history: list[dict[str, str]] = []
+    while True:
+        try:
+            typed = input("> ").strip()
+        except EOFError:
+            return print()
+        if typed == "/quit":
+            return
+        if typed == "/reset" or not typed:
+            history = [] if typed else history
+            continue
+        turns = opening(args, typed) if args.complete or not history else [*history, {"role": "user", "content": typed}]
+        try:
+            check_prompt(typed)
+            said = show(answer(model, tokenizer, turns, args), stoppable=True)
+        except UserError as error:  # too long by now, perhaps: the conversation stays as it was
+            say(f"error: {error}")
+            continue
+        history = [] if args.complete else [*turns, {"role": "assistant", "content": said}]
+
+
+def opening(args: argparse.Namespace, prompt: str) -> list[dict[str, str]] | str:
+    """The first turns of a conversation, or the raw text."""
+    if args.complete:
+        return prompt
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    return [*system, {"role": "user", "content": prompt}]
+
+
+def answer(
+    model: Transformer, tokenizer: Tokenizer, turns: list[dict[str, str]] | str, args: argparse.Namespace
+) -> Iterator[str]:
+    """Pieces of text, each final: bytes that do not make a character yet wait for the next token."""
+    if isinstance(turns, str):
+        prompt = tokenizer.encode(turns, bos=tokenizer.bos_id is not None and tokenizer.adds_bos, eos=False)
+    else:
+        try:
+            prompt, _ = tokenizer.render(turns, add_generation_prompt=True)
+        except TemplateError as error:
+            raise UserError(f"the model's chat template refuses this conversation ({error})") from None
+    settings = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+    settings |= {"repetition_penalty": args.repetition_penalty, "stop": tokenizer.stop_ids}
+    ids, text, given = [], "", 0
+    for [(_, new)] in model.stream([prompt], args.max_new_tokens, **settings):
+        if new in tokenizer.stop_ids:
+            break
+        ids.append(new)
+        text = tokenizer.decode(
+            ids, skip_special=True
+        )  # all of it: what a token looks like can depend on its neighbours
+        whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        yield whole[given:]
+        given = max(given, len(whole))
+    yield text[given:]
+
+
+def show(pieces: Iterator[str], stoppable: bool = False) -> str:
+    """Prints the pieces as they come and a line end; returns what was said, or was until Ctrl-C if it may be stopped."""
+    said = ""
+    try:
+        for piece in pieces:
+            said += piece
+            print("".join(c for c in piece if c in "\n\t" or unicodedata.category(c) != "Cc"), end="", flush=True)
+    except KeyboardInterrupt:
+        if not stoppable:
+            raise
+    print()
+    return said
+
+
+def piped() -> str:
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+
+
+def check_prompt(prompt: str) -> None:
+    if not prompt.strip():
+        raise UserError("the prompt is empty: give --prompt TEXT, or type one")
+    if any("\ud800" <= c <= "\udfff" for c in prompt):  # what bytes that are no UTF-8 become on a command line
+        raise UserError("the prompt is not UTF-8 text")
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="generate.py", description="Chat, answer or go on.", allow_abbrev=False)
+    loading.add_flags(parser)
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this and end (default: what is piped in, else a chat)")
+    parser.add_argument("--system", metavar="TEXT", help="the system turn (default: the template's own)")
+    parser.add_argument("--complete", action="store_true", help="go on with raw text, without the chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0, the default: always the likeliest token"
+    )
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest (default: all)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest of mass P (default: 1)"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 repeats less (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    args = loading.parse(parser, argv)
+    rules = {
+        "--max-new-tokens": (args.max_new_tokens >= 1, "must be 1 or more"),
+        "--temperature": (0 <= args.temperature < float("inf"), "must be 0 or more"),
+        "--top-k": (args.top_k >= 0, "must be 0 (all) or more"),
+        "--top-p": (0 < args.top_p <= 1, "must be above 0 and at most 1"),
+        "--repetition-penalty": (0 < args.repetition_penalty < float("inf"), "must be above 0"),
+    }
+    for flag, (fine, rule) in rules.items():
+        if not fine:
+            raise UserError(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: {rule}")
+    if args.complete and args.system:
+        raise UserError("--system: means nothing to --complete, which takes raw text")
+    return args
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,134 @@
+"""From what people type to a model in memory: flags, device, dtype, base, adapter, tokenizer.
+
+Shared by the three scripts, so that `--model`, `--adapter`, `--dtype` and `--device` mean the same in each. A choice that
+the user did not make is said with its reason. `one_line` stands here too: text out of a stranger's file, or out of a
+model, reaches the terminal as characters that it prints, never as ones that move its cursor.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from checkpoint import fingerprint, load_model
+from convert import model_folder
+from errors import UserError, read_json
+from lora import load_adapter
+from model import Transformer
+from tokenizer import Tokenizer, load_tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load(
+    model: str | None, adapter: str | None, dtype: torch.dtype, device: torch.device, say: Callable = print
+) -> tuple[Transformer, Tokenizer, str]:
+    """The model (with its adapter, unmerged, if there is one), its tokenizer, and a name for the pair.
+
+    model and adapter: as typed, None where not. say: called with each line that the user should see.
+    Raises UserError where either is not what it claims to be.
+    """
+    folder = base_folder(model, adapter, say)
+    loaded = load_model(folder, dtype, device)
+    if adapter is not None:
+        put_adapter(loaded, adapter, say)
+    return loaded, load_tokenizer(folder), str(folder) if adapter is None else f"{folder} + {adapter}"
+
+
+def base_folder(model: str | None, adapter: str | None, say: Callable = print) -> Path:
+    """The folder of the base: `--model`'s, else the one that the adapter was made on if it is here, else the default."""
+    if adapter is not None and not is_adapter(adapter):
+        raise UserError(f"{adapter}: no adapter_config.json in it, so it is no PEFT adapter folder")
+    if model is not None or adapter is None:
+        return model_folder(model)
+    theirs = read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
+    if isinstance(theirs, str) and (Path(theirs) / "config.json").is_file():
+        say(f"base of the adapter, as its adapter_config.json names it: {one_line(theirs)}")
+        return Path(theirs)
+    say(f"base of the adapter, {one_line(str(theirs))}, is no folder here: taking the default base (or give --model)")
+    return model_folder(None)
+
+
+def is_adapter(folder: str | Path) -> bool:
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
+def put_adapter(model: Transformer, adapter: str | Path, say: Callable = print) -> None:
+    """lora.load_adapter, with a warning where the adapter notes that its base had other weights than this one's."""
+    load_adapter(model, adapter)
+    note = Path(adapter) / "plaintune.json"
+    made_on = read_json(note).get("base_sha256") if note.is_file() else None
+    if made_on is not None and made_on != fingerprint(model.source):
+        say(f"WARNING: {adapter} was trained on other weights than those of {model.source}; its answers will suffer")
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """auto: the first of CUDA, MPS and CPU that there is."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, yes in there.items() if yes)
+    if not there.get(name, False):
+        raise UserError(
+            f"--device {name}: not on this machine (there is {', '.join(k for k, yes in there.items() if yes)})"
+        )
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype to compute in, and why. auto: bf16 where the hardware multiplies it, elsewhere it is slower than fp32."""
+    if name != "auto":
+        return DTYPES[name], f"asked for with --dtype {name}"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "GPU with bf16"
+        return torch.float32, "GPU without bf16"
+    if device.type == "cpu" and {"avx512_bf16", "amx_bf16"} & cpu_features():
+        return torch.bfloat16, "CPU with bf16 instructions"
+    return torch.float32, f"{device.type.upper()} without bf16 instructions"
+
+
+def cpu_features() -> set[str]:
+    if hasattr(torch.cpu, "get_capabilities"):  # not in every torch from 2.11 on
+        return {feature for feature, yes in torch.cpu.get_capabilities().items() if yes is True}
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere nothing is known, so nothing is promised
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    return {feature for line in lines if line.startswith("flags") for feature in line.split()}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what runs and on what."""
+    parser.add_argument(
+        "--model", metavar="M", help="Hugging Face folder or GGUF file (default: the adapter's base, else SmolLM2)"
+    )
+    parser.add_argument("--adapter", metavar="DIR", help="PEFT LoRA folder to put on it")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="to compute in (default: auto)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto")
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """parser.parse_args (argv: default the process's own), with every complaint a UserError of one line.
+
+    An unknown flag is looked for first and answered with the nearest right one: argparse itself would rather complain that
+    the flag which was meant is missing. The parser wants allow_abbrev=False.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    known = [option for action in parser._actions for option in action.option_strings]
+    for typed in (word.partition("=")[0] for word in argv if word.startswith("--")):
+        if typed not in known:
+            near = difflib.get_close_matches(typed, known, n=1)
+            raise UserError(f"{typed}: no such flag" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+
+    def complain(message: str):
+        raise UserError(message.removeprefix("argument ") + "; see --help")
+
+    parser.error = complain
+    return parser.parse_args(argv)
+
+
+def one_line(text: str, width: int = 100) -> str:
+    """The text on one line of at most `width` characters, whatever it holds: what does not print is escaped."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:width])
+    return shown if len(shown) <= width and len(text) <= width else shown[: width - 3] + "..."

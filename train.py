@@ -1,0 +1,546 @@
+"""Fine-tunes a language model: flags, set-up, the loop. Read it from `main` downwards.
+
+    python train.py                                                  the bundled task on the default base, minutes on a CPU
+    python train.py --model FOLDER --data FILE.json                  LoRA on your model and your examples
+    python train.py --model FOLDER --data FILE.json --method full    all weights
+    python train.py --help                                           every flag with its default
+
+A method is a branch in `prepare`, which leaves an ordinary nn.Module behind; the loop never asks which. A step is
+batch x accumulate examples; its loss is the sum of their token losses over the number of their trained tokens, so how the
+step is cut changes nothing. Written to --out: config.json, metrics.jsonl, loss.png, best/ and final/.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import evaluate
+import lora
+import report
+from convert import model_folder
+from data import Dataset, Example, encode, epoch_order, load_sources, micro_batches, split
+from errors import UserError, run
+from loading import parse, pick_device, pick_dtype
+from model import Transformer
+from objectives import mean_loss, token_loss_sum
+from tokenizer import Tokenizer, load_tokenizer
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+TASK = {part: ASSETS / f"booking_{part}.jsonl" for part in ("train", "val", "test")}
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, published
+
+
+def flag(default, group: str, text: str, **more):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"group": group, "help": text, **more})
+    return field(default=default, metadata={"group": group, "help": text, **more})
+
+
+@dataclass
+class Flags:
+    """Every flag: name, type, default and help stand here and nowhere else. None means: chosen at the start and printed."""
+
+    model: str | None = flag(None, "model and data", "Hugging Face folder or GGUF file (default: SmolLM2-135M-Instruct)")
+    data: list[str] = flag([], "model and data", "files of examples (default: the bundled task)", metavar="FILE")
+    val: str | None = flag(None, "model and data", "file of validation examples", metavar="FILE")
+    val_fraction: float = flag(0.05, "model and data", "without --val: this share of the prompts validates; 0: none")
+    seq_len: int | None = flag(None, "model and data", "longest example in tokens (default: 2048 or the model's limit)")
+    out: str | None = flag(None, "model and data", "folder of the run (default: a new one under runs/)", metavar="DIR")
+    overwrite: bool = flag(False, "model and data", "replace a run that --out holds")
+    method: str = flag("lora", "method", "full: the weights themselves; lora: low-rank adapters", choices=["full", "lora"])
+    rank: int = flag(8, "method", "lora: rank of the update")
+    alpha: float = flag(16.0, "method", "lora: the update is scaled by alpha / rank")
+    dropout: float = flag(0.0, "method", "lora: dropout on the adapters' input")
+    targets: str = flag("all", "method", "lora: names of the layers, with commas; all: every linear of the blocks")
+    adapter: str | None = flag(None, "method", "lora: go on from this adapter folder", metavar="DIR")
+    train: str | None = flag(None, "method", "full: train only parameters whose published name matches", metavar="REGEX")
+    batch_size: int = flag(8, "optimization", "examples in a micro-batch")
+    accumulate: int = flag(1, "optimization", "micro-batches in a step")
+    steps: int | None = flag(None, "optimization", "optimizer steps (default: from --epochs)")
+    epochs: float | None = flag(None, "optimization", "passes over the data (default: by the amount of data)")
+    lr: float | None = flag(None, "optimization", "peak learning rate (default: by method and model width)")
+    schedule: str = flag("cosine", "optimization", "after warm-up", choices=["cosine", "linear", "constant"])
+    warmup: int | None = flag(None, "optimization", "steps of linear warm-up (default: 5 %% of the steps)")
+    weight_decay: float | None = flag(None, "optimization", "on matrices only (default: 0.01 for full, 0 for lora)")
+    clip: float = flag(1.0, "optimization", "largest norm of the gradient; 0: no clipping")
+    seed: int = flag(0, "optimization", "of order, initialisation and dropout")
+    dtype: str = flag("auto", "machine", "of the products; adapters, optimizer, loss stay fp32", choices=["auto", "fp32", "bf16"])
+    device: str = flag("auto", "machine", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
+    eval_every: int | None = flag(None, "watching", "steps between validations (default: a fifth of the run); 0: at the end")
+    patience: int = flag(0, "watching", "stop after so many validations without a new best; 0: never")
+    profile: int = flag(0, "watching", "profile this many steps, print the table, stop", metavar="N")
+    wandb: str | None = flag(None, "watching", "log to this Weights & Biases project as well", metavar="PROJECT")
+
+
+def parse_flags(argv: list[str]) -> Flags:
+    parser = argparse.ArgumentParser("train.py", allow_abbrev=False, description=__doc__.split("\n")[0])
+    groups = {}
+    for f in dataclasses.fields(Flags):
+        meta = dict(f.metadata)
+        group = meta.pop("group")
+        where = groups.setdefault(group, parser.add_argument_group(group))
+        name, kind = "--" + f.name.replace("_", "-"), str(f.type)
+        default = f.default if f.default is not dataclasses.MISSING else []
+        if default not in (None, False, []):
+            meta["help"] += f" (default: {default})"
+        if f.type is bool:
+            where.add_argument(name, action="store_true", **meta)
+        elif "list" in kind:
+            where.add_argument(name, nargs="+", default=[], **meta)
+        else:
+            to = float if "float" in kind else int if "int" in kind else str
+            where.add_argument(name, type=to, default=default, **meta)
+    flags = Flags(**vars(parse(parser, argv)))
+    check(flags)
+    return flags
+
+
+def check(flags: Flags) -> None:
+    """Everything about the flags that can be said before a file is opened."""
+    positive = ("steps", "epochs", "lr", "batch_size", "accumulate", "seq_len", "rank", "alpha")
+    at_least_0 = ("warmup", "weight_decay", "clip", "eval_every", "patience", "profile", "seed")
+    for names, ok, wanted in ((positive, lambda v: v > 0, "above 0"), (at_least_0, lambda v: v >= 0, "0 or more")):
+        for name in names:
+            value = getattr(flags, name)
+            if value is not None and not (ok(value) and math.isfinite(value)):
+                raise UserError(f"--{name.replace('_', '-')} {value:g}: must be {wanted}")
+    if not 0 <= flags.val_fraction < 1:
+        raise UserError(f"--val-fraction {flags.val_fraction:g}: must be at least 0 and below 1")
+    if flags.steps is not None and flags.epochs is not None:
+        raise UserError("--steps and --epochs: give one of them")
+    if flags.adapter and flags.method != "lora":
+        raise UserError("--adapter goes on from a LoRA adapter and needs --method lora")
+    if flags.train and flags.method != "full":
+        raise UserError("--train chooses among the model's own weights and needs --method full")
+    if flags.train:
+        try:
+            re.compile(flags.train)
+        except re.error as error:
+            raise UserError(f"--train {flags.train}: no regular expression ({error})") from None
+    if flags.out and Path(flags.out).exists() and not flags.overwrite and any(Path(flags.out).iterdir()):
+        raise UserError(f"--out {flags.out}: holds something already; name another folder or add --overwrite")
+
+
+# ---------------------------------------------------------------------------------------------------- set-up
+
+
+def load_data(flags: Flags, tokenizer: Tokenizer, limit: int) -> tuple[Dataset, Dataset]:
+    """Training and validation examples as token rows; says what was found, chosen and left out."""
+    seq_len = flags.seq_len or min(2048, limit)
+    if seq_len > limit:
+        raise UserError(f"--seq-len {seq_len}: the model has {limit} positions")
+    flags.seq_len = seq_len
+
+    def read(paths):
+        sources = load_sources(paths)
+        for source in sources:
+            ignored = f", keys not used: {', '.join(source.ignored)}" if source.ignored else ""
+            print(f"data      {source.path}: {source.format} ({source.container}), {len(source.records):,} records{ignored}")
+        found = encode(sources, tokenizer, seq_len)
+        for reason, count in found.dropped.items():
+            print(f"          {count:,} records {reason}")
+        return found
+
+    data = read(flags.data or [TASK["train"]])
+    val_file = flags.val or (None if flags.data else TASK["val"])
+    if val_file:
+        train, val = data, read([val_file])
+    else:
+        train, val = split(data, flags.val_fraction)
+    print(
+        f"          {len(train.examples):,} examples to train on, {train.tokens:,} tokens of which {train.trained_tokens:,}"
+        f" trained; {len(val.examples):,} to validate; turns by the template of {tokenizer.template_name}"
+    )
+    return train, val
+
+
+def prepare(flags: Flags, folder: Path, dtype: torch.dtype, device: torch.device) -> Transformer:
+    """The model with its trainable parameters marked. The one place that knows what a method is."""
+    torch.manual_seed(flags.seed)
+    if flags.method == "lora":
+        model = checkpoint.load_model(folder, dtype, device)
+        if flags.adapter:
+            lora.load_adapter(model, flags.adapter)
+        else:
+            lora.add_lora(model, flags.rank, flags.alpha, flags.dropout, flags.targets)
+        return model
+    model = checkpoint.load_model(folder, torch.float32, device)  # fp32 masters: bf16 would lose small updates
+    model.compute_dtype = dtype
+    if flags.train:
+        names = {name: checkpoint.published(model, name) for name, _ in model.named_parameters()}
+        chosen = {name for name in names if re.search(flags.train, names[name])}
+        if not chosen:
+            raise UserError(f"--train {flags.train}: matches no parameter (they are named like {names['norm.weight']})")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in chosen)
+            if name not in chosen:
+                parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def choose_defaults(flags: Flags, model: Transformer, examples: int) -> int:
+    """Fills in what was left open, and returns the number of steps of an epoch."""
+    per_epoch = math.ceil(examples / (flags.batch_size * flags.accumulate))
+    if flags.steps is None:
+        if flags.epochs is None:
+            flags.epochs = 1.0 if examples >= 1_500 else 2.0 if examples >= 500 else 3.0
+        flags.steps = max(1, round(flags.epochs * per_epoch))
+    if flags.lr is None:
+        # Schulman et al. 2025, "LoRA without regret": the best rate falls with the width, and is ten times higher for LoRA
+        flags.lr = float(f"{5e-5 * (10 if flags.method == 'lora' else 1) * (2000 / model.config.hidden_size) ** 0.78:.1e}")
+    if flags.warmup is None:
+        flags.warmup = round(0.05 * flags.steps)
+    if flags.warmup >= flags.steps:
+        raise UserError(f"--warmup {flags.warmup}: longer than the run of {flags.steps} steps")
+    if flags.weight_decay is None:
+        flags.weight_decay = 0.01 if flags.method == "full" else 0.0
+    if flags.eval_every is None:
+        flags.eval_every = math.ceil(flags.steps / 5)
+    return per_epoch
+
+
+def make_optimizer(model: Transformer, flags: Flags) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019), betas 0.9 and 0.999; decay on matrices, never on norms and biases."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": flags.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=flags.lr, fused=True)
+
+
+def rate_at(step: int, flags: Flags) -> float:
+    """Learning rate of step 0, 1, ...: linear warm-up, whose first step is not 0 already, then the schedule down to 0."""
+    if step < flags.warmup:
+        return flags.lr * (step + 1) / (flags.warmup + 1)
+    progress = (step - flags.warmup) / (flags.steps - flags.warmup)  # 0 at the peak, 1 a step after the last
+    shape = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return flags.lr * shape[flags.schedule]
+
+
+def flops_a_token(model: Transformer) -> float:
+    """Products of one training step, a token: 2 a weight forward, 2 for the inputs' gradient, 2 where it is trained.
+    Attention is left out; the head counts for every token."""
+    weights = [p for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith("embed")]
+    weights.append(model.head_weight()) if model.head is None else None
+    return sum(p.numel() * (6 if p.requires_grad else 4) for p in weights)
+
+
+def expected_memory(model: Transformer, flags: Flags, train: Dataset) -> float:
+    """Bytes at the peak: weights, gradients and Adam's moments in fp32, and what an average micro-batch keeps for backward."""
+    c, item = model.config, model.dtype.itemsize
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    kept = 8 * c.hidden_size + 3 * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 4 * c.intermediate_size  # a token a layer
+    mean = train.tokens / len(train.examples)
+    probs = c.num_heads * mean  # a token a layer, by the products of kernels/attention.py
+    tokens = mean * min(flags.batch_size, len(train.examples))
+    return weights + 12 * trained + tokens * c.num_layers * (kept + probs) * item + 100e6
+
+
+# ---------------------------------------------------------------------------------------------------- the loop
+
+
+class Log:
+    """metrics.jsonl, the progress bar and wandb. A step's tensors are read when the next step has been launched, so that
+    nothing waits for the device."""
+
+    def __init__(self, flags: Flags, out: Path, flops: float, device: torch.device):
+        self.file = open(out / "metrics.jsonl", "w", encoding="utf-8", buffering=1)
+        self.bar = tqdm(total=flags.steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.start, self.waiting, self.tokens = time.perf_counter(), None, 0
+        self.flops, self.device, self.last = flops, device, self.start
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self.peak = next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None)
+        self.wandb = None
+        if flags.wandb:
+            import wandb
+
+            self.wandb = wandb.init(project=flags.wandb, config=dataclasses.asdict(flags), dir=str(out))
+
+    def step(self, step: int, loss, norm, rate: float, tokens: int, trained: int, examples: list[Example]) -> None:
+        self.flush()
+        self.waiting = (step, loss, norm, rate, tokens, trained, examples)
+
+    def flush(self) -> None:
+        if self.waiting is None:
+            return
+        (step, loss, norm, rate, tokens, trained, examples), self.waiting = self.waiting, None
+        loss, norm, now = float(loss), float(norm), time.perf_counter()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise UserError(
+                f"step {step}: the loss is {loss:g}, the gradient's norm {norm:g}; stopped. Its examples:"
+                f" {', '.join(e.record.where for e in examples[:8])}; try a lower --lr"
+            )
+        speed, self.last = tokens / (now - self.last), now
+        self.tokens += tokens
+        self.write(
+            {
+                **{"step": step, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens, "trained_tokens": trained},
+                **{"tokens_per_s": speed, "mfu": self.peak and self.flops * speed / self.peak},
+                **{"seconds": now - self.start, "memory_mb": peak_memory(self.device) / 1e6},
+            }
+        )
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {self.tokens / (now - self.start):,.0f} tokens/s")
+        self.bar.update()
+
+    def write(self, line: dict) -> None:
+        self.file.write(json.dumps(line) + "\n")
+        if self.wandb:
+            self.wandb.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
+
+    def pause(self) -> float:
+        """Call before work that is no training; give what it returns to `go_on`, so that no step is charged with it."""
+        self.flush()
+        return time.perf_counter()
+
+    def go_on(self, paused_at: float) -> None:
+        self.last += time.perf_counter() - paused_at
+
+    def close(self) -> None:
+        self.flush()
+        self.bar.close()
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def peak_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows, where this file does not run
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def step_examples(train: Dataset, flags: Flags):
+    """The examples of step after step, for ever: a function of the data, the seed and the examples a step, no more."""
+    lengths, epoch = [len(example.ids) for example in train.examples], 0
+    while True:
+        for numbers in epoch_order(lengths, flags.batch_size * flags.accumulate, flags.seed, epoch):
+            yield [train.examples[i] for i in numbers]
+        epoch += 1
+
+
+def optimize(model: Transformer, train: Dataset, flags: Flags, log: Log, device: torch.device, after_step) -> None:
+    """The loop. after_step(number of steps done) returns True to stop."""
+    optimizer = make_optimizer(model, flags)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    model.train()
+    for step, examples in zip(range(flags.steps), step_examples(train, flags)):
+        batches = micro_batches(examples, flags.batch_size, device)
+        trained = sum(len(batch.targets) for batch in batches)  # of the whole step: 1 x 8 is 2 x 4
+        loss = torch.zeros((), device=device)
+        for batch in batches:
+            part = token_loss_sum(model, batch) / trained
+            part.backward()
+            loss += part.detach()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, flags.clip or math.inf)
+        rate = rate_at(step, flags)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        log.step(step + 1, loss, norm, rate, sum(len(e.ids) for e in examples), trained, examples)
+        if after_step(step + 1):
+            return
+
+
+def validate(model: Transformer, val: Dataset, device: torch.device) -> float:
+    model.eval()
+    loss = mean_loss(model, micro_batches(val.examples, 8, device))
+    model.train()
+    return loss
+
+
+def save(model: Transformer, tokenizer: Tokenizer, flags: Flags, folder: Path, base: dict, stored: torch.dtype) -> None:
+    """`final/` and `best/`: a Hugging Face folder, or a PEFT adapter folder with the tokenizer and template it was trained
+    with; beside it plaintune.json, which names the base and its weights' hash."""
+    if flags.method == "full":
+        checkpoint.save_model(model, folder, stored)
+    else:
+        lora.save_adapter(model, folder)
+        checkpoint.copy_tokenizer(model.source, folder)
+    tokenizer.save_template(folder)
+    checkpoint.write_json({**base, "method": flags.method}, folder / "plaintune.json")
+
+
+# ---------------------------------------------------------------------------------------------------- the whole
+
+
+def main() -> None:
+    flags = parse_flags(sys.argv[1:])
+    device = pick_device(flags.device)
+    dtype, why = pick_dtype(flags.dtype, device)
+    folder = model_folder(flags.model)
+    tokenizer = load_tokenizer(folder)
+    config = checkpoint.read_config(folder)
+    train, val = load_data(flags, tokenizer, config.max_positions)
+    model = prepare(flags, folder, dtype, device)
+    per_epoch = choose_defaults(flags, model, len(train.examples))
+    out = Path(flags.out or Path("runs") / time.strftime(f"%Y%m%d-%H%M%S-{flags.method}"))
+    describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, why)
+    demo = None if flags.data or flags.model else Demo(model, tokenizer, flags)
+
+    if flags.overwrite and out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(dataclasses.asdict(flags), out / "config.json")
+    base = {"base": str(folder.resolve()), "base_sha256": checkpoint.fingerprint(folder)}
+    stored = checkpoint.stored_dtype(config)
+    log = Log(flags, out, flops_a_token(model), device)
+    best, since_best = math.inf, 0
+
+    def after_step(done: int) -> bool:
+        nonlocal best, since_best
+        last = done == flags.steps
+        if not val.examples or not (last or (flags.eval_every and done % flags.eval_every == 0)):
+            return False
+        paused = log.pause()
+        loss = validate(model, val, device)
+        log.write({"step": done, "val_loss": loss})
+        log.bar.write(f"step {done:>5}: validation loss {loss:.4f}")
+        since_best = 0 if loss < best else since_best + 1
+        if loss < best:
+            best = loss
+            save(model, tokenizer, flags, out / "best", base, stored)
+        log.go_on(paused)
+        return bool(flags.patience) and since_best >= flags.patience
+
+    try:
+        if flags.profile:
+            profile(model, train, flags, log, device, out)
+            return
+        optimize(model, train, flags, log, device, after_step)
+    finally:
+        log.bar.close()
+    log.close()
+    model.eval()
+    save(model, tokenizer, flags, out / "final", base, stored)
+    report.loss_curve(out / "metrics.jsonl", out / "loss.png", f"{folder.name}, {flags.method}")
+    seconds = time.perf_counter() - log.start
+    print(f"trained   {log.tokens:,} tokens in {seconds:.0f} s; peak memory {peak_memory(device) / 1e9:.2f} GB; in {out}: "
+          f"final/, {'best/, ' if val.examples else ''}metrics.jsonl, loss.png")  # fmt: skip
+    if demo:
+        demo.finish(log)
+    say_next(flags, out)
+
+
+def describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, why) -> None:
+    """The first lines: everything that was chosen, and what to expect."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    how = f"rank {flags.rank}, alpha {flags.alpha:g} on {flags.targets}" if flags.method == "lora" else flags.train or "all"
+    how = f"going on from {flags.adapter}" if flags.adapter else how
+    tokens = train.tokens / len(train.examples) * flags.batch_size * flags.accumulate * flags.steps
+    print(f"model     {folder}: {model.config.family}, {total:,} parameters; tokenizer: {tokenizer.description}")
+    if flags.model is None:
+        print("          the default base, SmolLM2-135M-Instruct, is a 4-bit copy (Q4_1, embeddings Q8_0), dequantised")
+    print(f"method    {flags.method} ({how}): {trained:,} parameters trained, {100 * trained / total:.2f} %")
+    print(f"machine   {device}, {str(dtype).removeprefix('torch.')}: {why}")
+    print(
+        f"run       {flags.steps:,} steps of {flags.batch_size} x {flags.accumulate} examples ({flags.steps / per_epoch:.2f}"
+        f" epochs); AdamW, rate {flags.lr:g}, {flags.schedule} after {flags.warmup} steps of warm-up, decay"
+        f" {flags.weight_decay:g}, clip {flags.clip:g}, seed {flags.seed}"
+    )
+    seconds = tokens * flops_a_token(model) / (0.55 * product_rate(model, dtype, device))
+    print(f"expected  {expected_memory(model, flags, train) / 1e9:.1f} GB of memory, {seconds / 60:.1f} min of training", flush=True)
+
+
+def product_rate(model: Transformer, dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of this machine in a product of the model's own shape; takes about a tenth of a second."""
+    x = torch.randn(512, model.config.hidden_size, device=device).to(dtype)
+    w = torch.randn(model.config.hidden_size, model.config.intermediate_size, device=device).to(dtype)
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        float((x @ w)[0, 0])  # waits for the device
+        times.append(time.perf_counter() - start)
+    return 2 * x.numel() * w.shape[1] / min(times)
+
+
+def profile(model, train, flags, log, device, out: Path) -> None:
+    """--profile N: the first N steps under torch.profiler; prints the dearest operations and writes trace.json."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds) as profiler:
+        optimize(model, train, flags, log, device, lambda done: done >= flags.profile)
+    log.close()
+    by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=by, row_limit=25))
+    profiler.export_chrome_trace(str(out / "trace.json"))
+    print(f"profiled  {flags.profile} steps; {out / 'trace.json'} opens in chrome://tracing or ui.perfetto.dev")
+
+
+def say_next(flags: Flags, out: Path) -> None:
+    where = f"--adapter {out / 'final'}" if flags.method == "lora" else f"--model {out / 'final'}"
+    base = f"--model {flags.model} " if flags.model and flags.method == "lora" else ""
+    print(f"next      python generate.py {base}{where}")
+
+
+class Demo:
+    """What `python train.py` without flags shows at its end: the bundled task before and after, and what it cost."""
+
+    SHOTS, ITEMS = 50, 200
+    QUESTION = "What is the capital of France?"
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, flags: Flags):
+        self.model, self.tokenizer, self.flags = model, tokenizer, flags
+        self.test = load_sources([TASK["test"]])[0].records[: self.ITEMS]
+        self.examples = load_sources([TASK["train"]])[0].records[:8]
+        self.general = self.general_text()
+        print(f"before    answering {len(self.test)} test items with the untouched base, {self.SHOTS} with eight examples", flush=True)
+        self.base = self.score(self.test)
+        self.shots = self.score(self.test[: self.SHOTS], self.examples)
+        self.base_loss, self.base_answer = self.general_loss(), self.answer(self.QUESTION)
+
+    def score(self, records, shots=()):
+        return evaluate.exact(self.model, self.tokenizer, records, shots=shots)
+
+    def general_text(self) -> Dataset:
+        record = load_sources([ASSETS / "general.txt"])[0].records[0]
+        ids = self.tokenizer.encode(record.text)[:5000]
+        pieces = [ids[i : i + 500] for i in range(0, len(ids), 500)]
+        return Dataset([Example(piece, [True] * len(piece), record) for piece in pieces])
+
+    def general_loss(self) -> float:
+        self.model.eval()
+        return evaluate.loss(self.model, self.general)["loss"]
+
+    def answer(self, question: str) -> str:
+        prompt = self.tokenizer.render([{"role": "user", "content": question}], add_generation_prompt=True)[0]
+        ids = self.model.generate([prompt], 48, stop=self.tokenizer.stop_ids)[0]
+        return " ".join(self.tokenizer.decode([i for i in ids if i not in self.tokenizer.stop_ids]).split())
+
+    def finish(self, log: Log) -> None:
+        tuned, loss, answer = self.score(self.test), self.general_loss(), self.answer(self.QUESTION)
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        speeds = [line["tokens_per_s"] for line in report.read_metrics(log.file.name) if "loss" in line]
+        rows = [["", "base", "base, 8 examples in the prompt", "tuned"]]
+        rows.append(["exact answers", *(f"{100 * r.share:.1f} % of {r.total}" for r in (self.base, self.shots, tuned))])
+        rows.append(["loss on general text", f"{self.base_loss:.3f}", "", f"{loss:.3f} ({loss - self.base_loss:+.3f})"])
+        rows.append(["prompt tokens an answer", *(f"{r.prompt_tokens:.0f}" for r in (self.base, self.shots, tuned))])
+        rows.append(["trained parameters", "0", "0", f"{trained:,}"])
+        rows.append(["training tokens/s", "", "", f"{sorted(speeds)[len(speeds) // 2]:,.0f}"])
+        rows.append(["peak memory", "", "", f"{peak_memory(self.model.device) / 1e9:.2f} GB"])
+        print("\n" + report.table(rows) + "\n")
+        for i in (0, 1):
+            question = self.test[i].messages[-2]["content"]
+            print(f"> {question}\n  base:  {' '.join(self.base.answers[i].split())[:110]}\n  tuned: {tuned.answers[i]}")
+        print(f"> {self.QUESTION}\n  base:  {self.base_answer[:110]}\n  tuned: {answer[:110]}\n")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -181,26 +181,17 @@ def main() -> None:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py", description="Score a model, or two side by side.", allow_abbrev=False
-    )
-    parser.add_argument("what", choices=["loss", "exact"], help="loss per token, or greedy answers against references")
-    parser.add_argument("--data", metavar="FILE", required=True, help="records of any known format")
+    parser = argparse.ArgumentParser(prog="evaluate.py", description="Score a model, or two.", allow_abbrev=False)
+    add = parser.add_argument
+    add("what", choices=["loss", "exact"], help="loss per token, or greedy answers against references")
+    add("--data", metavar="FILE", required=True, help="records of any known format")
     loading.add_flags(parser)
-    parser.add_argument(
-        "--versus",
-        metavar="X",
-        help="a second to compare with: base (without --adapter), a model, or an adapter folder",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N records")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="examples at a time (default: 8, exact 32)")
-    parser.add_argument(
-        "--seq-len", type=int, metavar="N", help="loss: longest example in tokens (default: the model's limit)"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help=f"exact: default, the longest reference and {ROOM} more"
-    )
-    parser.add_argument("--show", type=int, metavar="K", help="exact: misses to show (default: 5)")
+    add("--versus", metavar="X", help="compare with: base (without the --adapter), a model, or an adapter folder")
+    add("--limit", type=int, metavar="N", help="only the first N records")
+    add("--batch-size", type=int, metavar="N", help="examples at a time (default: 8, exact 32)")
+    add("--seq-len", type=int, metavar="N", help="loss: longest example in tokens (default: the model's limit)")
+    add("--max-new-tokens", type=int, metavar="N", help=f"exact: default, the longest reference and {ROOM} more")
+    add("--show", type=int, metavar="K", help="exact: misses to show (default: 5)")
     args = loading.parse(parser, argv)
     for flag, least in {"limit": 1, "batch_size": 1, "seq_len": 2, "max_new_tokens": 1, "show": 0}.items():
         value, name = getattr(args, flag), "--" + flag.replace("_", "-")

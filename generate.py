@@ -132,21 +132,16 @@ def check_prompt(prompt: str) -> None:
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="generate.py", description="Chat, answer or go on.", allow_abbrev=False)
     loading.add_flags(parser)
-    parser.add_argument("--prompt", metavar="TEXT", help="answer this and end (default: what is piped in, else a chat)")
-    parser.add_argument("--system", metavar="TEXT", help="the system turn (default: the template's own)")
-    parser.add_argument("--complete", action="store_true", help="go on with raw text, without the chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0, the default: always the likeliest token"
-    )
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest (default: all)")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest of mass P (default: 1)"
-    )
-    parser.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 repeats less (default: 1)"
-    )
-    parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    add = parser.add_argument
+    add("--prompt", metavar="TEXT", help="answer this and end (default: what is piped in, else a chat)")
+    add("--system", metavar="TEXT", help="the system turn (default: the template's own)")
+    add("--complete", action="store_true", help="go on with raw text, without the chat template")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0, the default: always the likeliest token")
+    add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest (default: all)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest of mass P (default: 1)")
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 repeats less (default: 1)")
+    add("--seed", type=int, metavar="N", help="makes sampling repeatable")
     args = loading.parse(parser, argv)
     rules = {
         "--max-new-tokens": (args.max_new_tokens >= 1, "must be 1 or more"),

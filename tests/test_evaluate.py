@@ -1,0 +1,362 @@
+"""evaluate.py, generate.py and what both load: the numbers against transformers, the words on bad input."""
+
+import json
+import random
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers import llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import data
+import evaluate
+import generate
+import loading
+from checkpoint import fingerprint, load_model
+from errors import UserError, run
+from formats import Record
+from lora import add_lora, adapted, save_adapter
+from tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+WORDS = "the red green blue fox dog runs jumps sleeps über 河 and never always 12 7 2024".split()
+
+
+def sentence(seed: int, words: int) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=words))
+
+
+RECORDS = [
+    {
+        "messages": [
+            {"role": "user", "content": sentence(i, 2 + i)},
+            {"role": "assistant", "content": sentence(-i, 1 + i % 5)},
+        ]
+    }
+    for i in range(1, 12)
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A random Llama with a byte-level BPE of its own and a ChatML template."""
+    folder = tmp_path_factory.mktemp("base")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([sentence(i, 20) for i in range(50)], trainer)
+    llama(folder, std=0.2, vocab_size=bpe.get_vocab_size(), max_position_embeddings=512, eos_token_id=2, bos_token_id=1)
+    bpe.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}
+    settings |= {"add_bos_token": False, "chat_template": CHATML, "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory) -> Path:
+    return make_adapter(base, tmp_path_factory.mktemp("adapters") / "one")
+
+
+def make_adapter(base: Path, folder: Path) -> Path:
+    model = load_model(base)
+    torch.manual_seed(1)
+    add_lora(model, rank=4, alpha=8)
+    for layer in adapted(model).values():
+        layer.lora_B.data.normal_(0, 0.3)
+    save_adapter(model, folder)
+    return folder
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(json.dumps(record) for record in RECORDS))
+    return path
+
+
+def read(path: Path) -> list[Record]:
+    return data.load_sources([path])[0].records
+
+
+def command(script, monkeypatch, capsys, *words) -> tuple[str, str, int]:
+    """stdout, stderr and exit code of a script, in this process."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
+    code = 0
+    try:
+        run(script.main)
+    except SystemExit as end:
+        code = end.code
+    out = capsys.readouterr()
+    return out.out, out.err, code
+
+
+# ---- loss ----
+
+
+def test_loss_equals_transformers_mean_over_the_answer_tokens(base, file):
+    ours, tokenizer = load_model(base), load_tokenizer(base)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(base)
+    dataset = data.encode(data.load_sources([file]), tokenizer, 512)
+    total = count = 0
+    for example in dataset.examples:
+        ids, trained = torch.tensor([example.ids]), torch.tensor([example.trained])
+        with torch.no_grad():
+            mean = theirs(input_ids=ids, labels=ids.masked_fill(~trained, -100)).loss
+        total, count = total + float(mean) * int(trained.sum()), count + int(trained.sum())
+    result = evaluate.loss(ours, dataset)
+    assert result["tokens"] == count
+    assert result["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert result["perplexity"] == pytest.approx(float(torch.tensor(total / count).exp()), rel=1e-4)
+
+
+def test_loss_does_not_depend_on_the_batch_size_and_repeats_with_dropout_configured(base, file):
+    model = load_model(base)
+    add_lora(model, rank=4, alpha=8, dropout=0.5)
+    for layer in adapted(model).values():
+        layer.lora_B.data.normal_(0, 0.3)
+    model.train()
+    dataset = data.encode(data.load_sources([file]), load_tokenizer(base), 512)
+    once, again = evaluate.loss(model, dataset, 8), evaluate.loss(model, dataset, 8)
+    assert once == again
+    assert model.training  # training goes on as it was
+    for size in (1, 3):
+        assert evaluate.loss(model, dataset, size)["loss"] == pytest.approx(once["loss"], rel=1e-5)
+
+
+# ---- exact ----
+
+
+@pytest.fixture(scope="module")
+def answered(base) -> list[Record]:
+    """Records whose references are what transformers answers, greedily, within 12 tokens."""
+    theirs = transformers.LlamaForCausalLM.from_pretrained(base)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    records = []
+    for number, record in enumerate(RECORDS):
+        ask = record["messages"][:1]
+        ids = tokenizer.apply_chat_template(ask, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        with torch.no_grad():
+            whole = theirs.generate(**ids, max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0)
+        answer = tokenizer.decode(whole[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        records.append(Record([*ask, {"role": "assistant", "content": f" {answer}\n"}], None, f"record {number}"))
+    return records
+
+
+def test_a_models_own_answers_score_100_percent_and_altered_ones_miss(base, answered):
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    result = evaluate.exact(model, tokenizer, answered, max_new_tokens=12, batch_size=3)
+    assert result.share == 1.0 and result.right == result.total == len(RECORDS)
+    for number in (0, 4):
+        turns = answered[number].messages
+        other = [turns[0], {"role": "assistant", "content": turns[1]["content"].strip() + "x"}]
+        answered = [*answered[:number], Record(other, None, "altered"), *answered[number + 1 :]]
+    altered = evaluate.exact(model, tokenizer, answered, max_new_tokens=12, batch_size=32)
+    assert [i for i, hit in enumerate(altered.hits) if not hit] == [0, 4]
+    assert altered.answers == result.answers  # whatever the batches
+
+
+def test_an_answer_ends_before_its_stop_token(base, answered):
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    prompt, _ = tokenizer.render(answered[0].messages[:1], add_generation_prompt=True)
+    ids = model.generate([prompt], 12)[0]
+    stop = next(i for i in range(1, 12) if ids[i] not in ids[:i])
+    tokenizer.stop_ids = {ids[stop]}
+    result = evaluate.exact(model, tokenizer, answered[:1], max_new_tokens=12)
+    assert result.answers == [tokenizer.decode(ids[:stop], skip_special=True)]
+
+
+def test_default_length_leaves_room_for_the_longest_reference(base, answered, monkeypatch):
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    asked = []
+    monkeypatch.setattr(model, "generate", lambda prompts, n, stop: asked.append(n) or [[5]] * len(prompts))
+    evaluate.exact(model, tokenizer, read_turns("a", "red " * 30), batch_size=32)
+    assert asked == [8 + len(tokenizer.encode("red " * 30, bos=False, eos=False))]
+
+
+def read_turns(*turns: str) -> list[Record]:
+    roles = ("user", "assistant")
+    return [Record([{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)], None, "here")]
+
+
+def test_shots_stand_between_system_turn_and_question(base, monkeypatch):
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    record, prompts = read_turns("first", "one", "second", "two", "third")[0], []
+    record.messages.insert(0, {"role": "system", "content": "be red"})
+    monkeypatch.setattr(model, "generate", lambda rows, n, stop: prompts.extend(rows) or [[5]] * len(rows))
+    result = evaluate.exact(model, tokenizer, [record], shots=read_turns("how", "so") + read_turns("why", "thus"))
+    turn = "<|im_start|>{}\n{}<|im_end|>\n".format
+    expected = turn("system", "be red") + turn("user", "how") + turn("assistant", "so") + turn("user", "why")
+    expected += turn("assistant", "thus") + turn("user", "first") + turn("assistant", "one") + turn("user", "second")
+    assert tokenizer.decode(prompts[0]) == expected + "<|im_start|>assistant\n"
+    assert result.references == ["two"] and result.prompt_tokens == len(prompts[0])
+
+
+def test_text_and_overlong_prompts_are_refused_by_name(base):
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    with pytest.raises(UserError, match="a.txt record 1: plain text has no reference"):
+        evaluate.exact(model, tokenizer, [Record(None, "text", "a.txt record 1")])
+    with pytest.raises(UserError, match="here: .* tokens before the answer; the model takes 512"):
+        evaluate.exact(model, tokenizer, read_turns("12 " * 600, "x"))
+
+
+# ---- the commands ----
+
+
+@pytest.mark.parametrize("what", ["loss", "exact"])
+def test_side_by_side_equals_two_runs_and_loads_a_shared_base_once(base, adapter, file, monkeypatch, capsys, what):
+    words = [what, "--data", file, "--model", base, "--dtype", "fp32", "--limit", 4]
+    words += ["--max-new-tokens", 6] if what == "exact" else []
+    loads = []
+    monkeypatch.setattr(evaluate, "load_model", lambda *a: loads.append(a) or load_model(*a))
+    row = lambda out, name: next(line for line in reversed(out.splitlines()) if line.startswith(name)).split()[1:]  # noqa: E731
+    alone, _, _ = command(evaluate, monkeypatch, capsys, *words)
+    tuned, _, _ = command(evaluate, monkeypatch, capsys, *words, "--adapter", adapter)
+    loads.clear()
+    both, _, code = command(evaluate, monkeypatch, capsys, *words, "--adapter", adapter, "--versus", "base")
+    assert code == 0 and len(loads) == 1
+    table = both.split("\n\n")[1]
+    assert row(table, "base") == row(alone.split("\n\n")[1], "model")
+    assert row(table, "adapter") == row(tuned.split("\n\n")[1], "adapter")
+    if what == "loss":
+        assert row(table, "base") != row(table, "adapter")
+        assert float(row(table, "change")[0]) == pytest.approx(
+            float(row(table, "adapter")[0]) - float(row(table, "base")[0]), abs=2e-4
+        )
+
+
+def test_two_adapters_on_one_base_do_not_add_up(base, adapter, file, monkeypatch, capsys):
+    words = ["loss", "--data", file, "--model", base, "--dtype", "fp32", "--adapter", adapter, "--versus", adapter]
+    out, _, code = command(evaluate, monkeypatch, capsys, *words)
+    assert code == 0 and out.splitlines()[-1].split()[1] == "+0.0000"
+
+
+def test_misses_are_shown_on_one_line_each_without_control_characters(base, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "hostile.jsonl"
+    hostile = [{"role": "user", "content": "a\x1b[2J\nb"}, {"role": "assistant", "content": "\x1b]0;x\x07 never " * 40}]
+    file.write_text(json.dumps({"messages": hostile}))
+    words = ["exact", "--data", file, "--model", base, "--dtype", "fp32", "--max-new-tokens", 4]
+    out, _, _ = command(evaluate, monkeypatch, capsys, *words)
+    assert "  asked   a\\x1b[2J\\nb\n" in out
+    assert "\x1b" not in out and max(map(len, out.split("wanted")[1].splitlines())) < 112
+
+
+def test_an_adapter_brings_its_own_base_and_other_weights_are_warned_of(base, file, tmp_path, monkeypatch, capsys):
+    adapter = make_adapter(base, tmp_path / "adapter")
+    note = adapter / "plaintune.json"
+    note.write_text(json.dumps({"base_sha256": fingerprint(base)}))
+    words = ["loss", "--data", file, "--adapter", adapter, "--dtype", "fp32"]
+    out, _, code = command(evaluate, monkeypatch, capsys, *words)
+    assert code == 0 and f"names it: {base}" in out and "WARNING" not in out
+    note.write_text(json.dumps({"base_sha256": "0" * 64}))
+    assert "WARNING" in command(evaluate, monkeypatch, capsys, *words)[0]
+
+
+@pytest.mark.parametrize(
+    "script, words, said",
+    [
+        (evaluate, ["loss", "--data", "no.json"], "no.json: no such file"),
+        (evaluate, ["exact", "--data", "a.txt"], "a.txt record 1: plain text has no reference"),
+        (evaluate, ["loss", "--data", "a.txt", "--adapter", "nowhere"], "nowhere: no adapter_config.json in it"),
+        (evaluate, ["loss", "--data", "a.txt", "--model", "nowhere"], "nowhere: "),
+        (evaluate, ["loss", "--dta", "a.txt"], "--dta: no such flag; did you mean --data?"),
+        (evaluate, ["loss"], "the following arguments are required: --data"),
+        (evaluate, ["los", "--data", "a.txt"], "invalid choice: 'los'"),
+        (evaluate, ["loss", "--data", "a.txt", "--limit", "0"], "--limit 0: must be 1 or more"),
+        (evaluate, ["loss", "--data", "a.txt", "--show", "3"], "--show: means nothing to `loss`"),
+        (evaluate, ["loss", "--data", "a.txt", "--versus", "base"], "--versus base: needs --adapter"),
+        (generate, ["--prompt", "a", "--temperature", "-1"], "--temperature -1.0: must be 0 or more"),
+        (generate, ["--prompt", "a", "--temperature", "nan"], "--temperature nan: must be 0 or more"),
+        (generate, ["--prompt", "a", "--top-p", "0"], "--top-p 0.0: must be above 0 and at most 1"),
+        (generate, ["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0: must be 1 or more"),
+        (generate, ["--prompt", "a", "--top-k", "x"], "--top-k: invalid int value: 'x'"),
+        (
+            generate,
+            ["--prompt", "a", "--max-tokens", "9"],
+            "--max-tokens: no such flag; did you mean --max-new-tokens?",
+        ),
+        (generate, ["--prompt", " "], "the prompt is empty"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(script, words, said, tmp_path, base, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "model_folder", lambda m, real=loading.model_folder: base if m is None else real(m))
+    Path("a.txt").write_text("red fox")
+    _, err, code = command(script, monkeypatch, capsys, *words)
+    assert code == 2 and err.startswith("error: ") and said in err and err.count("\n") == 1
+
+
+def test_scripts_run_by_themselves(base, tmp_path):
+    python = lambda *words: subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, input="")  # noqa: E731
+    wrong = python("evaluate.py", "loss", "--data", str(tmp_path / "none.json"))
+    assert wrong.returncode == 2 and wrong.stderr.endswith("none.json: no such file\n") and "Trace" not in wrong.stderr
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    prompt, _ = tokenizer.render([{"role": "user", "content": "red 河"}], add_generation_prompt=True)
+    ids = model.generate([prompt], 24, stop=tokenizer.stop_ids)[0]
+    expected = tokenizer.decode([i for i in ids if i not in tokenizer.stop_ids], skip_special=True)
+    words = ["--model", str(base), "--prompt", "red 河", "--max-new-tokens", "24", "--dtype", "fp32", "--device", "cpu"]
+    right = python("generate.py", *words)
+    assert right.returncode == 0, right.stderr
+    assert (
+        right.stdout
+        == "".join(c for c in expected if c in "\n\t" or not "\0" <= c < " " and not "\x7f" <= c < "\xa0") + "\n"
+    )
+
+
+# ---- streaming ----
+
+SETTINGS = Namespace(
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+    seed=None,
+    repetition_penalty=1.0,
+    max_new_tokens=99,
+    complete=False,
+    system=None,
+)
+
+
+def test_streaming_never_breaks_a_character(base, monkeypatch):
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    text = "a 🦊 ü 龘 \x1b"
+    ids = tokenizer.encode(text, bos=False, eos=False)
+    assert len(ids) > len(text)  # some characters take several tokens
+    monkeypatch.setattr(model, "stream", lambda *a, **k: ([(0, i)] for i in [*ids, 2, 5]))
+    pieces = list(generate.answer(model, tokenizer, "x", SETTINGS))
+    assert "".join(pieces) == text and not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+    cut = ids[: len(tokenizer.encode("a 🦊", bos=False, eos=False)) - 1]
+    monkeypatch.setattr(model, "stream", lambda *a, **k: ([(0, i)] for i in cut))
+    assert "".join(generate.answer(model, tokenizer, "x", SETTINGS)) == tokenizer.decode(cut)  # the rest, at the end
+
+
+def test_chat_remembers_resets_and_survives_ctrl_c(monkeypatch, capsys):
+    typed, seen = iter(["hi", "again", "/reset", "new", "/quit"]), []
+
+    def answer(model, tokenizer, turns, args):
+        seen.append([message["content"] for message in turns])
+        yield "o\x1bk"
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    monkeypatch.setattr(generate, "answer", answer)
+    generate.chat(None, None, SETTINGS)
+    assert seen == [["hi"], ["hi", "o\x1bk", "again"], ["new"]]
+    assert capsys.readouterr().out == "ok\n" * 3

@@ -1,0 +1,225 @@
+"""The loop against transformers and peft, step by step; what a step is; schedule, stopping, flags, and whole runs."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from helpers import llama
+
+import lora
+import train
+from checkpoint import load_model
+from data import Dataset, Example, epoch_order
+from errors import UserError
+from formats import Record
+from train import Flags, rate_at
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def rows(count: int = 40, longest: int = 60, seed: int = 0) -> Dataset:
+    """Random token rows whose answers have very different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for number in range(count):
+        answer = int(torch.randint(1, longest, (), generator=generator)) if number % 3 else 1
+        prompt = int(torch.randint(1, 9, (), generator=generator))
+        ids = torch.randint(0, 96, (prompt + answer,), generator=generator).tolist()
+        examples.append(Example(ids, [False] * prompt + [True] * answer, Record(None, "", f"row {number}")))
+    return Dataset(examples)
+
+
+def settings(**changes) -> Flags:
+    wanted = {"steps": 20, "lr": 1e-2, "warmup": 2, "weight_decay": 0.0, "eval_every": 0, "batch_size": 4} | changes
+    return Flags(**wanted)
+
+
+def losses(model, data: Dataset, flags: Flags, folder: Path) -> list[float]:
+    log = train.Log(flags, folder, 1.0, CPU)
+    train.optimize(model, data, flags, log, CPU, lambda done: False)
+    log.close()
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def oracle_losses(model, data: Dataset, flags: Flags, decay: float = 0.0) -> list[float]:
+    """The textbook's loop over transformers' model: one example at a time, no padding, one sum."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=flags.lr, foreach=False)
+    found = []
+    lengths = [len(e.ids) for e in data.examples]
+    order = [step for epoch in range(99) for step in epoch_order(lengths, flags.batch_size * flags.accumulate, 0, epoch)]
+    for number, step in enumerate(order[: flags.steps]):
+        count, total = 0, 0.0
+        for i in step:
+            example = data.examples[i]
+            ids = torch.tensor([example.ids])
+            logprobs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            mask = torch.tensor(example.trained[1:])
+            total, count = total - logprobs[mask].sum(), count + int(mask.sum())
+        loss = total / count
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, flags.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(number, flags)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(loss.detach()))
+    return found
+
+
+@pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": True, "num_key_value_heads": 2, "attention_bias": True}])
+def test_full_fine_tuning_equals_transformers(tmp_path, shape):
+    theirs = llama(tmp_path / "base", std=0.1, **shape).train()
+    flags, data = settings(method="full", lr=3e-3), rows()
+    ours = losses(load_model(tmp_path / "base"), data, flags, tmp_path)
+    assert ours == pytest.approx(oracle_losses(theirs, data, flags), rel=0, abs=1e-4)
+    assert ours[-1] < ours[0]
+
+
+def test_weight_decay_equals_transformers_and_spares_norms(tmp_path):
+    theirs = llama(tmp_path / "base", std=0.1).train()
+    flags, data = settings(method="full", lr=3e-3, weight_decay=0.5), rows()
+    model = load_model(tmp_path / "base")
+    groups = train.make_optimizer(model, flags).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0] and all(p.dim() == 1 for p in groups[1]["params"])
+    assert losses(model, data, flags, tmp_path) == pytest.approx(oracle_losses(theirs, data, flags, 0.5), rel=0, abs=1e-4)
+
+
+def test_lora_equals_transformers_with_peft(tmp_path):
+    theirs = llama(tmp_path / "base", std=0.1)
+    model = load_model(tmp_path / "base")
+    torch.manual_seed(1)
+    lora.add_lora(model, 4, 8.0, targets="all")
+    lora.save_adapter(model, tmp_path / "start")
+    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "start", is_trainable=True).train()
+    flags, data = settings(), rows()
+    ours = losses(model, data, flags, tmp_path)
+    assert ours == pytest.approx(oracle_losses(wrapped, data, flags), rel=0, abs=1e-4)
+    assert ours[-1] < ours[0] - 0.05
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_step_is_the_same_however_it_is_cut(tmp_path, method):
+    llama(tmp_path / "base", std=0.1)
+    found = []
+    for batch_size, accumulate in ((8, 1), (4, 2), (2, 4), (1, 8)):
+        model = load_model(tmp_path / "base")
+        if method == "lora":
+            torch.manual_seed(0)
+            lora.add_lora(model, 4, 8.0)
+        flags = settings(method=method, lr=3e-3, batch_size=batch_size, accumulate=accumulate)
+        found.append(losses(model, rows(), flags, tmp_path))
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=0, abs=2e-5)
+
+
+def test_every_trainable_parameter_moves_in_the_first_steps(tmp_path):
+    llama(tmp_path / "base", std=0.1)
+    model = load_model(tmp_path / "base")
+    lora.add_lora(model, 4, 8.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses(model, rows(), settings(steps=2), tmp_path)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (not parameter.requires_grad), name
+
+
+def test_bf16_full_fine_tuning_keeps_fp32_masters(tmp_path):
+    """A rate at which a bf16 weight would not move at all still learns."""
+    llama(tmp_path / "base", std=0.1)
+    model = train.prepare(Flags(method="full"), tmp_path / "base", torch.bfloat16, CPU)
+    assert model.dtype == torch.bfloat16 and all(p.dtype == torch.float32 for p in model.parameters())
+    before = model.norm.weight.detach().clone()  # about 1, where bf16's steps are 2 ** -8
+    losses(model, rows(), settings(method="full", steps=4, lr=1e-5), tmp_path)
+    moved = (model.norm.weight - before).abs()
+    assert 0 < float(moved.max()) < 2**-10
+
+
+def test_train_regex_trains_only_what_it_names(tmp_path):
+    llama(tmp_path / "base")
+    flags = Flags(method="full", train=r"layers\.1\.mlp")
+    model = train.prepare(flags, tmp_path / "base", torch.float32, CPU)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        f"blocks.1.mlp.{part}.weight" for part in ("gate", "up", "down")
+    }
+    with pytest.raises(UserError, match="matches no parameter"):
+        train.prepare(Flags(method="full", train="nothing"), tmp_path / "base", torch.float32, CPU)
+
+
+def test_dropout_is_on_in_training_and_off_in_validation(tmp_path):
+    llama(tmp_path / "base", std=0.1)
+    found, checks = [], []
+    for seed in (0, 1):
+        model = load_model(tmp_path / "base")
+        torch.manual_seed(0)
+        lora.add_lora(model, 4, 8.0, dropout=0.5)
+        torch.nn.init.normal_(next(iter(lora.adapted(model).values())).lora_B)
+        checks.append([train.validate(model, rows(), CPU) for _ in range(2)])
+        assert model.training
+        torch.manual_seed(seed)
+        found.append(losses(model, rows(), settings(steps=1), tmp_path)[0])
+    assert found[0] != found[1]
+    assert len({value for pair in checks for value in pair}) == 1
+
+
+def test_schedule_and_warm_up():
+    flags = settings(steps=10, lr=1.0, warmup=4)
+    assert [rate_at(step, flags) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    cosine = [rate_at(step, flags) for step in range(4, 10)]
+    assert cosine == pytest.approx([0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)])
+    assert rate_at(7, settings(steps=10, lr=1.0, warmup=4, schedule="linear")) == pytest.approx(0.5)
+    assert rate_at(9, settings(steps=10, lr=1.0, warmup=4, schedule="constant")) == 1.0
+    assert rate_at(0, settings(steps=10, lr=1.0, warmup=0)) == 1.0
+
+
+def test_an_epoch_draws_each_example_once_and_no_step_mixes_epochs():
+    lengths = [len(e.ids) for e in rows(43).examples]
+    for epoch in range(3):
+        steps = epoch_order(lengths, 8, 5, epoch)
+        assert sorted(i for step in steps for i in step) == list(range(43))
+        assert [len(step) for step in steps] == [8] * 5 + [3]
+    assert epoch_order(lengths, 8, 5, 0) == epoch_order(lengths, 8, 5, 0) != epoch_order(lengths, 8, 5, 1)
+    assert epoch_order(lengths, 8, 6, 0) != epoch_order(lengths, 8, 5, 0)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_examples(tmp_path):
+    llama(tmp_path / "base")
+    model = load_model(tmp_path / "base")
+    with torch.no_grad():
+        model.norm.weight[0] = math.nan
+    with pytest.raises(UserError, match=r"step 1: the loss is nan.*row \d+"):
+        losses(model, rows(), settings(method="full"), tmp_path)
+
+
+BAD_FLAGS = {
+    "--rank 0": "--rank 0: must be above 0",
+    "--lr -1": "--lr -1: must be above 0",
+    "--steps 0": "--steps 0: must be above 0",
+    "--method lorra": "lorra",
+    "--bach-size 4": "--batch-size",
+    "--val-fraction 1": "--val-fraction",
+    "--dropout 1.0 --model nowhere": "nowhere",
+    "--model nowhere": "nowhere",
+    "--method full --adapter x": "--adapter",
+    "--method full --train (": "--train",
+    "--steps 3 --epochs 2": "--steps and --epochs",
+    "--lr nan": "--lr nan",
+}
+
+
+@pytest.mark.parametrize("words", BAD_FLAGS)
+def test_bad_flags_end_in_one_line(tmp_path, words):
+    command = [sys.executable, str(ROOT / "train.py"), *words.split(), "--out", "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert BAD_FLAGS[words] in line and not (tmp_path / "run").exists()

@@ -89,7 +89,7 @@ def exact(
         try:
             ids, _ = tokenizer.render(turns, add_generation_prompt=True)
         except TemplateError as error:
-            raise UserError(f"{record.where}: refused by the chat template ({error})") from None
+            raise UserError(f"{record.where}: refused by the chat template ({loading.one_line(str(error))})") from None
         if len(ids) >= model.config.max_positions:
             raise UserError(
                 f"{record.where}: {len(ids):,} tokens before the answer; the model takes {model.config.max_positions:,}"
@@ -225,7 +225,7 @@ def encode(source, tokenizer: Tokenizer, model: Transformer, seq_len: int | None
     dataset = data.encode([source], tokenizer, seq_len or limit)
     for reason, count in dataset.dropped.items():
         if reason not in source.dropped:
-            print(f"          left out: {count:,} {reason}")
+            print(f"          left out: {count:,} {loading.one_line(reason)}")
     return dataset
 
 

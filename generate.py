@@ -26,7 +26,7 @@ def main() -> None:
     dtype, why = loading.pick_dtype(args.dtype, device)
     prompt = args.prompt
     if prompt is None and not sys.stdin.isatty():
-        prompt = piped()
+        prompt = sys.stdin.buffer.read().decode(errors="surrogateescape").removesuffix("\n")
     if prompt is not None:
         check_prompt(prompt)
     model, tokenizer, name = loading.load(args.model, args.adapter, dtype, device, say)
@@ -51,6 +51,9 @@ def chat(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace) -> 
             typed = input("> ").strip()
         except EOFError:
             return print()
+        except KeyboardInterrupt:  # meant for an answer that had just ended
+            print()
+            continue
         if typed == "/quit":
             return
         if typed == "/reset" or not typed:
@@ -84,7 +87,9 @@ def answer(
         try:
             prompt, _ = tokenizer.render(turns, add_generation_prompt=True)
         except TemplateError as error:
-            raise UserError(f"the model's chat template refuses this conversation ({error})") from None
+            raise UserError(
+                f"the model's chat template refuses this conversation ({loading.one_line(str(error))})"
+            ) from None
     settings = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     settings |= {"repetition_penalty": args.repetition_penalty, "stop": tokenizer.stop_ids}
     ids, text, given = [], "", 0
@@ -115,18 +120,11 @@ def show(pieces: Iterator[str], stoppable: bool = False) -> str:
     return said
 
 
-def piped() -> str:
-    try:
-        return sys.stdin.buffer.read().decode().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-
-
 def check_prompt(prompt: str) -> None:
     if not prompt.strip():
         raise UserError("the prompt is empty: give --prompt TEXT, or type one")
     if any("\ud800" <= c <= "\udfff" for c in prompt):  # what bytes that are no UTF-8 become on a command line
-        raise UserError("the prompt is not UTF-8 text")
+        raise UserError("the prompt is no UTF-8 text; save or type it as UTF-8")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -270,29 +270,31 @@ class Log:
             self.wandb = wandb.init(project=flags.wandb, config=dataclasses.asdict(flags), dir=str(out))
 
     def step(self, step: int, loss, norm, rate: float, tokens: int, trained: int, examples: list[Example]) -> None:
-        self.flush()
-        self.waiting = (step, loss, norm, rate, tokens, trained, examples)
+        self.flush()  # waits for the step before this one, so the clock below ticks at the device's pace
+        now = time.perf_counter()
+        self.waiting = (step, loss, norm, rate, tokens, trained, examples, now - self.last)
+        self.last = now
 
     def flush(self) -> None:
         if self.waiting is None:
             return
-        (step, loss, norm, rate, tokens, trained, examples), self.waiting = self.waiting, None
-        loss, norm, now = float(loss), float(norm), time.perf_counter()
+        (step, loss, norm, rate, tokens, trained, examples, seconds), self.waiting = self.waiting, None
+        loss, norm = float(loss), float(norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
                 f"step {step}: the loss is {loss:g}, the gradient's norm {norm:g}; stopped. Its examples:"
                 f" {', '.join(e.record.where for e in examples[:8])}; try a lower --lr"
             )
-        speed, self.last = tokens / (now - self.last), now
+        speed, total = tokens / seconds, time.perf_counter() - self.start
         self.tokens += tokens
         self.write(
             {
                 **{"step": step, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens, "trained_tokens": trained},
                 **{"tokens_per_s": speed, "mfu": self.peak and self.flops * speed / self.peak},
-                **{"seconds": now - self.start, "memory_mb": peak_memory(self.device) / 1e6},
+                **{"seconds": total, "memory_mb": peak_memory(self.device) / 1e6},
             }
         )
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {self.tokens / (now - self.start):,.0f} tokens/s")
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
         self.bar.update()
 
     def write(self, line: dict) -> None:

@@ -89,7 +89,7 @@ def exact(
         try:
             ids, _ = tokenizer.render(turns, add_generation_prompt=True)
         except TemplateError as error:
-            raise UserError(f"{record.where}: refused by the chat template ({loading.one_line(str(error))})") from None
+            raise UserError(f"{record.where}: {loading.one_line(str(error), 200)}") from None
         if len(ids) >= model.config.max_positions:
             raise UserError(
                 f"{record.where}: {len(ids):,} tokens before the answer; the model takes {model.config.max_positions:,}"
@@ -118,6 +118,8 @@ def question(record: Record, shots: Sequence[Record] = ()) -> tuple[list[dict[st
             raise UserError(f"{each.where}: plain text has no reference answer to compare with; use `evaluate.py loss`")
     last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
     turns, system = record.messages[:last], []
+    if not any(message["role"] == "user" for message in turns):
+        raise UserError(f"{record.where}: no user turn before its last assistant turn, so nothing is asked")
     while turns and turns[0]["role"] == "system":
         system, turns = [*system, turns[0]], turns[1:]
     examples = [message for shot in shots for message in shot.messages if message["role"] != "system"]

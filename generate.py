@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import loading
 from errors import UserError, run
 from model import Transformer
-from tokenizer import TemplateError, Tokenizer
+from tokenizer import Tokenizer
 
 
 def main() -> None:
@@ -80,30 +80,15 @@ def opening(args: argparse.Namespace, prompt: str) -> list[dict[str, str]] | str
 def answer(
     model: Transformer, tokenizer: Tokenizer, turns: list[dict[str, str]] | str, args: argparse.Namespace
 ) -> Iterator[str]:
-    """Pieces of text, each final: bytes that do not make a character yet wait for the next token."""
+    """Pieces of text as they are generated, none of which ends inside a character."""
     if isinstance(turns, str):
-        prompt = tokenizer.encode(turns, bos=tokenizer.bos_id is not None and tokenizer.adds_bos, eos=False)
+        prompt = tokenizer.encode(turns, bos=tokenizer.adds_bos)
     else:
-        try:
-            prompt, _ = tokenizer.render(turns, add_generation_prompt=True)
-        except TemplateError as error:
-            raise UserError(
-                f"the model's chat template refuses this conversation ({loading.one_line(str(error))})"
-            ) from None
+        prompt, _ = tokenizer.render(turns, add_generation_prompt=True)
     settings = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     settings |= {"repetition_penalty": args.repetition_penalty, "stop": tokenizer.stop_ids}
-    ids, text, given = [], "", 0
-    for [(_, new)] in model.stream([prompt], args.max_new_tokens, **settings):
-        if new in tokenizer.stop_ids:
-            break
-        ids.append(new)
-        text = tokenizer.decode(
-            ids, skip_special=True
-        )  # all of it: what a token looks like can depend on its neighbours
-        whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        yield whole[given:]
-        given = max(given, len(whole))
-    yield text[given:]
+    new = (step[0][1] for step in model.stream([prompt], args.max_new_tokens, **settings))
+    return tokenizer.stream((id for id in new if id not in tokenizer.stop_ids), skip_special=True)
 
 
 def show(pieces: Iterator[str], stoppable: bool = False) -> str:

@@ -224,12 +224,18 @@ def test_shots_stand_between_system_turn_and_question(base, monkeypatch):
     assert result.references == ["two"] and result.prompt_tokens == len(prompts[0])
 
 
-def test_text_and_overlong_prompts_are_refused_by_name(base):
+def test_what_cannot_be_asked_is_refused_by_name(base, monkeypatch):
     model, tokenizer = load_model(base), load_tokenizer(base)
     with pytest.raises(UserError, match="a.txt record 1: plain text has no reference"):
         evaluate.exact(model, tokenizer, [Record(None, "text", "a.txt record 1")])
+    with pytest.raises(UserError, match="r 3: no user turn before its last assistant turn"):
+        evaluate.exact(model, tokenizer, [Record([{"role": "assistant", "content": "hello"}], None, "r 3")])
     with pytest.raises(UserError, match="here: .* tokens before the answer; the model takes 512"):
         evaluate.exact(model, tokenizer, read_turns("12 " * 600, "x"))
+    monkeypatch.setattr(tokenizer, "template", "{{ raise_exception('no\x1b such turn') }}")
+    tokenizer.__dict__.pop("_compiled", None)
+    with pytest.raises(UserError, match=r"^here: .*no\\x1b such turn"):
+        evaluate.exact(model, tokenizer, read_turns("a", "x"))
 
 
 # ---- the commands ----
@@ -356,7 +362,7 @@ def test_streaming_never_breaks_a_character(base, monkeypatch):
     text = "a 🦊 ü 龘 \x1b"
     ids = tokenizer.encode(text, bos=False, eos=False)
     assert len(ids) > len(text)  # some characters take several tokens
-    monkeypatch.setattr(model, "stream", lambda *a, **k: ([(0, i)] for i in [*ids, 2, 5]))
+    monkeypatch.setattr(model, "stream", lambda *a, **k: ([(0, i)] for i in [*ids, 2]))
     pieces = list(generate.answer(model, tokenizer, "x", SETTINGS))
     assert "".join(pieces) == text and not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
     cut = ids[: len(tokenizer.encode("a 🦊", bos=False, eos=False)) - 1]

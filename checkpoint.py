@@ -157,7 +157,9 @@ def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu", quant: 
         if name == "lm_head.weight" and config.tied:  # some writers store the shared table twice
             same = model.embed.weight.is_meta or torch.equal(tensor.to(dtype), model.embed.weight.cpu())
             if not same:
-                raise UserError(f"{folder}: config.json ties the output head to the embedding, but lm_head.weight differs")
+                raise UserError(
+                    f"{folder}: config.json ties the output head to the embedding, but lm_head.weight differs"
+                )
         elif name not in ours:
             if not RECOMPUTED.search(name):
                 unknown.append(name)
@@ -188,7 +190,9 @@ def save_model(model: Transformer, folder, dtype: torch.dtype | None = None) -> 
     """Writes a Hugging Face folder that transformers loads: weights in `dtype` (default: the one they have), config.json,
     and the tokenizer files, template and generation_config.json of the folder that the model came from."""
     assert not any(".base." in name for name, _ in model.named_parameters()), "merge the adapter first"
-    weights = {published(model, name): parameter.detach().to("cpu", dtype) for name, parameter in model.named_parameters()}
+    weights = {
+        published(model, name): parameter.detach().to("cpu", dtype) for name, parameter in model.named_parameters()
+    }
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}
     config = {key: value for key, value in model.config.raw.items() if key not in ("dtype", "torch_dtype")}
     if len(dtypes) == 1:

@@ -346,19 +346,8 @@ def tokenizer_files(gguf: "Gguf") -> dict[str, dict | bytes]:
     else:
         prefix = field(gguf, "tokenizer.ggml.add_space_prefix", bool, True)
         settings |= {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": prefix, "legacy": False}
-        settings["added_tokens_decoder"] = {str(token.pop("id")): token for token in added_tokens(tokens, types)}
         files = {"tokenizer.model": sentencepiece_bpe(gguf, tokens, types, ids, prefix)}
     return files | {"tokenizer_config.json": settings, "generation_config.json": generation}
-
-
-def added_tokens(tokens: list[str], types: list[int]) -> list[dict]:
-    """The tokens that are looked for in a text before it is split, as `added_tokens` of tokenizer.json lists them."""
-    rules = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return [
-        {"id": i, "content": token} | rules | {"special": kind != USER_DEFINED}
-        for i, (token, kind) in enumerate(zip(tokens, types))
-        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
-    ]
 
 
 def byte_level_bpe(gguf: "Gguf", tokens: list[str], types: list[int], first: list[int], last: list[int]) -> dict:
@@ -377,6 +366,12 @@ def byte_level_bpe(gguf: "Gguf", tokens: list[str], types: list[int], first: lis
         left, _, right = str(merge).partition(" ")
         if not {left, right, left + right} <= vocab.keys():
             raise UserError(f"{gguf.file}: merge {i} ({merge!r}) is not of tokens in its vocabulary")
+    rules = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [
+        {"id": i, "content": token} | rules | {"special": kind != USER_DEFINED}
+        for i, (token, kind) in enumerate(zip(tokens, types))
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
     around = [{"SpecialToken": {"id": tokens[i], "type_id": 0}} for i in first + last]
     text = [around[: len(first)] + [{"Sequence": {"id": part, "type_id": 0}}] + around[len(first) :] for part in "AB"]
     template = {
@@ -387,7 +382,7 @@ def byte_level_bpe(gguf: "Gguf", tokens: list[str], types: list[int], first: lis
     }
     return {
         "version": "1.0",
-        "added_tokens": added_tokens(tokens, types),
+        "added_tokens": added,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
         "post_processor": template if around else None,
         "decoder": byte_level(use_regex=True),

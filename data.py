@@ -157,5 +157,5 @@ def collate(examples: list[Example], device: torch.device | str = "cpu") -> Batc
     trained = torch.tensor([yes for example in examples for yes in (False, *example.trained[1:])])
     predicted = trained.nonzero().flatten()  # an example's first token has no row before it: never trained
     documents = Documents([len(example.ids) for example in examples], device)
-    move = lambda x: x.to(device, non_blocking=True)  # noqa: E731
+    move = lambda x: x.to(device, non_blocking=True)
     return Batch(move(tokens), documents, move(predicted - 1), move(tokens[predicted]), examples)

@@ -57,7 +57,9 @@ class LoRALinear(nn.Module):
         return self.scale * (self.lora_B.float() @ self.lora_A.float())
 
 
-def add_lora(model: Transformer, rank: int, alpha: float, dropout: float = 0.0, targets: str | list[str] = ALL) -> list[str]:
+def add_lora(
+    model: Transformer, rank: int, alpha: float, dropout: float = 0.0, targets: str | list[str] = ALL
+) -> list[str]:
     """Freezes the model and puts LoRA on the linears that `targets` name. Returns their published names.
 
     targets: "all" (every linear in the blocks), or names, as a list or with commas: the end of a published module name,
@@ -72,7 +74,9 @@ def add_lora(model: Transformer, rank: int, alpha: float, dropout: float = 0.0, 
         raise UserError(f"--dropout {dropout:g}: must be at least 0 and below 1")
     if has_lora(model):
         raise UserError("the model carries a LoRA adapter already; merge it first")
-    linears = {published(model, name): name for name, m in model.named_modules() if isinstance(m, Linear) and "blocks." in name}
+    linears = {
+        published(model, name): name for name, m in model.named_modules() if isinstance(m, Linear) and "blocks." in name
+    }
     wanted = targets.split(",") if isinstance(targets, str) else list(targets)
     chosen = []
     for target in (t.strip() for t in wanted):
@@ -189,7 +193,9 @@ def load_adapter(model: Transformer, folder) -> None:
     with torch.no_grad():
         for name, parameter in wanted.items():
             if found[name].shape != parameter.shape:
-                raise UserError(f"{file}: {name} has shape {list(found[name].shape)}, {list(parameter.shape)} is wanted")
+                raise UserError(
+                    f"{file}: {name} has shape {list(found[name].shape)}, {list(parameter.shape)} is wanted"
+                )
             parameter.copy_(found[name])
 
 
@@ -197,8 +203,20 @@ def adapter_settings(config: dict, where: Path, model: Transformer) -> tuple[int
     """rank, alpha, dropout and targets of an adapter_config.json; UserError on what this file would have to ignore."""
     if config.get("peft_type") != "LORA":
         raise UserError(f"{where}: peft_type {config.get('peft_type')!r} is not supported (supported: LORA)")
-    for key in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform",
-                "layer_replication", "lora_bias", "trainable_token_indices", "target_parameters", "exclude_modules", "use_rslora"):
+    for key in (
+        "use_dora",
+        "fan_in_fan_out",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "layers_to_transform",
+        "layer_replication",
+        "lora_bias",
+        "trainable_token_indices",
+        "target_parameters",
+        "exclude_modules",
+        "use_rslora",
+    ):
         if config.get(key):
             raise UserError(f"{where}: {key} is set, which is not supported")
     if config.get("bias", "none") != "none":

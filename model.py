@@ -89,7 +89,9 @@ class Config:
             raw=raw,
         )
         if config.num_heads % config.num_kv_heads:
-            raise UserError(f"{where}: {heads} attention heads do not divide over {config.num_kv_heads} key-value heads")
+            raise UserError(
+                f"{where}: {heads} attention heads do not divide over {config.num_kv_heads} key-value heads"
+            )
         if config.head_dim % 2:
             raise UserError(f"{where}: head_dim {config.head_dim} is odd, rotary positions need pairs")
         return config
@@ -131,7 +133,9 @@ def _rope_settings(parameters: dict, where: str) -> tuple[float, dict | None]:
         raise UserError(f"{where}: rope scaling {kind!r} is not supported (supported: {', '.join(needs)})")
     for key in needs[kind]:
         if type(parameters.get(key)) not in (int, float) or parameters[key] <= 0:
-            raise UserError(f"{where}: rope scaling {kind} needs a positive number {key}, found {parameters.get(key)!r}")
+            raise UserError(
+                f"{where}: rope scaling {kind} needs a positive number {key}, found {parameters.get(key)!r}"
+            )
     return float(theta), {"rope_type": kind, **{key: parameters[key] for key in needs[kind]}}
 
 
@@ -183,7 +187,9 @@ class Attention(nn.Module):
         self.o = Linear(H * self.head_dim, D, config.attention_bias)
 
     def forward(self, x: Tensor, turns: tuple[Tensor, Tensor], attend) -> Tensor:
-        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.q, self.k, self.v))  # [N, H or G, d]
+        q, k, v = (
+            linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.q, self.k, self.v)
+        )  # [N, H or G, d]
         out = attend(rope(q, *turns), rope(k, *turns), v)  # [N, H, d]
         return self.o(out.flatten(1))
 
@@ -252,14 +258,18 @@ class Transformer(nn.Module):
 
     def flat(self, tokens: Tensor, documents: Documents) -> Tensor:
         """The training path: int64 [N] tokens of whole documents -> [N, D], ready for the head."""
-        attend = lambda q, k, v: document_attention(q, k, v, documents)  # noqa: E731
+        attend = lambda q, k, v: document_attention(q, k, v, documents)
         return self.hidden(tokens, documents.positions, [attend] * len(self.blocks))
 
     def logits(self, hidden: Tensor) -> Tensor:  # [..., D] -> [..., V]
         return F.linear(hidden, self.head_weight().to(hidden.dtype))
 
     def forward(
-        self, tokens: Tensor, positions: Tensor | None = None, segments: Tensor | None = None, keep: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Tensor:
         """The door for batches of shape [B, T]; every row is whole sequences from their start.
 
@@ -280,7 +290,9 @@ class Transformer(nn.Module):
         if keep is None:
             logits = self.logits(hidden)
             return logits.new_zeros(B * T, logits.shape[-1]).index_copy(0, real, logits).view(B, T, -1)
-        row = torch.full((B * T,), -1, device=tokens.device).index_copy(0, real, torch.arange(len(real), device=real.device))
+        row = torch.full((B * T,), -1, device=tokens.device).index_copy(
+            0, real, torch.arange(len(real), device=real.device)
+        )
         assert bool((row[keep] >= 0).all()), "keep names a padding position"
         return self.logits(hidden[row[keep]])
 
@@ -367,7 +379,9 @@ class KVCache:
     def step(self, tokens: Tensor) -> Tensor:  # one new token a line [lines] -> hidden [lines, D]
         positions, line = self.lengths, torch.arange(len(tokens), device=tokens.device)
         longest = int(positions.max()) + 1
-        seen = (torch.arange(longest, device=tokens.device) <= positions[:, None])[:, None, None]  # [lines, 1, 1, length]
+        seen = (torch.arange(longest, device=tokens.device) <= positions[:, None])[
+            :, None, None
+        ]  # [lines, 1, 1, length]
 
         def attend(layer):
             def attention(q, k, v):  # q: [lines, H, d]

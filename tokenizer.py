@@ -318,7 +318,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
 _printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTE_OF = {b: b for b in _printable} | {0x100 + n: b for n, b in enumerate(sorted({*range(256)} - {*_printable}))}
 # Bytes that a vocabulary may lack: those never in UTF-8, those of the empty planes 4 to 11, and ASCII's control characters.
-DISPENSABLE = {0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100), *range(0x09), *range(0x0E, 0x20), 0x7F}
+DISPENSABLE = {bytes([b]) for b in (*range(9), *range(14, 32), 0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100))}
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # What Oniguruma (in tokenizers) and Rust's regex (in tiktoken) read alike; . ^ $ \w \b {2}+ && and others they do not.
 _one = r"\\[sSrnt]|\\[^\w\s]|\\[pP]\{[A-Z][a-z]?\}"
@@ -343,7 +343,8 @@ class BytePairs:
 
     def encode(self, text: str, first: bool) -> list[int]:
         """Ids of a text without control tokens; `first` where nothing stands before it."""
-        return [id for id in self._ids(text) if id >= 0]
+        ids = self._ids(text)
+        return [id for id in ids if id >= 0] if self.ids[-1] < 0 else ids
 
     def encode_spans(self, text: str, first: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids, and what each stands for: [start, end) in the bytes of the normalized text."""
@@ -361,14 +362,6 @@ class BytePairs:
 def byte_pairs(path: Path, spec: dict, added: dict[str, AddedToken]) -> tuple[BytePairs, dict[str, int]]:
     """A byte-level BPE tokenizer.json as a tiktoken encoding that gives the same ids, and its vocabulary.
 
-    The two merge by different rules. `tokenizers` ranks pairs of tokens (by their place in `merges`); tiktoken ranks
-    tokens, and any two neighbours that together spell one may merge. Both merge the lowest rank first, the leftmost among
-    equals. So they agree if each token t, spelled from its bytes by `merges` alone, comes out whole, and has the rank of
-    the last pair merged. For wherever in a text two neighbours spell t, no merge has crossed the ends of t; between them
-    has happened what happens to t alone; so these two are that last pair, which both rank alike. A token that does
-    not come out whole never comes out of a longer text either, but is one where it is a whole word and the file says
-    `ignore_merges`. That is what tiktoken always does, so without `ignore_merges` it gets no rank.
-
     A control character whose byte is no token (SmolLM2 lacks six) is dropped, as in `tokenizers`. One limit is known:
     two signs that only such a character parts, "!\\x04!", merge there and not here.
     """
@@ -377,14 +370,14 @@ def byte_pairs(path: Path, spec: dict, added: dict[str, AddedToken]) -> tuple[By
         return UserError(f"{path}: {reason}, which can't be reproduced exactly; {SUPPORTED}")
 
     model, normalizer, words = (spec.get(key) for key in ("model", "normalizer", "pre_tokenizer"))
-    match model:
-        case {"type": "BPE", "vocab": dict(vocab), "merges": list(merges)} if {*map(type, vocab.values())} <= {int}:
-            pass
-        case _:
-            kind = model.get("type") if isinstance(model, dict) else model
-            raise refuse(
-                f"its model, of type {str(kind)[:40]}, is no BPE with a vocab of integer ids and a list of merges"
-            )
+    kind, vocab, merges = (model.get(key) if isinstance(model, dict) else None for key in ("type", "vocab", "merges"))
+    if (
+        kind != "BPE"
+        or not isinstance(merges, list)
+        or not isinstance(vocab, dict)
+        or {*map(type, vocab.values())} - {int}
+    ):
+        raise refuse(f"its model, of type {str(kind)[:40]}, is no BPE with a vocab of integer ids and a list of merges")
     if unusual := [key for key in UNUSUAL if model.get(key)]:
         raise refuse(f"its BPE has {unusual[0]} = {str(model[unusual[0]])[:40]}")
     if normalizer not in (None, {"type": "NFC"}):
@@ -394,16 +387,13 @@ def byte_pairs(path: Path, spec: dict, added: dict[str, AddedToken]) -> tuple[By
     pattern, details = _pattern(words)
     if pattern is None:
         raise refuse(f"its pre-tokenizer is {json.dumps(words)[:200]}")
-    try:
-        bytes_of = {id: codecs.charmap_encode(t, "strict", BYTE_OF)[0] for t, id in vocab.items() if t not in added}
-    except UnicodeEncodeError as error:
-        raise refuse(f"its token {error.object!r} is not written in GPT-2's characters for bytes") from None
-    byte_ids = {token[0]: id for id, token in bytes_of.items() if len(token) == 1}
-    missing = {*range(256)} - {*byte_ids}
-    if missing and (missing - DISPENSABLE or model.get("unk_token") is not None):
-        raise refuse(
-            f"it has no token for {len(missing)} of the bytes, 0x{min(missing - DISPENSABLE or missing):02X} first"
-        )
+    bytes_of = {}
+    for text, id in vocab.items():
+        try:
+            bytes_of[id] = codecs.charmap_encode(text, "strict", BYTE_OF)[0]
+        except UnicodeEncodeError:
+            if text not in added:
+                raise refuse(f"its token {text[:40]!r} is not written in GPT-2's characters for bytes") from None
     pairs = {}
     for rank, merge in enumerate(merges):
         try:
@@ -411,24 +401,46 @@ def byte_pairs(path: Path, spec: dict, added: dict[str, AddedToken]) -> tuple[By
             pairs[vocab[left], vocab[right]] = rank, vocab[left + right]
         except (KeyError, TypeError, ValueError):
             raise refuse(f"its merge number {rank}, {str(merge)[:40]!r}, is not two tokens that make a third") from None
-    ranks, whole_words = {}, []
+    order, whole_words = _merge_order(bytes_of, pairs)
+    if model.get("ignore_merges") is True:
+        if split := [id for id, parts in whole_words.items() if parts == 2]:
+            raise refuse(f"its token {bytes_of[split[0]]!r} is spelled by two tokens that are no merge")
+        order += whole_words.keys() - {token.id for token in added.values()}
+    missing = {bytes([byte]) for byte in range(256)} - {*bytes_of.values()}
+    if missing - DISPENSABLE or (missing and model.get("unk_token") is not None):
+        raise refuse(
+            f"it has no token for {len(missing)} of the 256 bytes, {min(missing - DISPENSABLE or missing)} first"
+        )
+    ranked = {token: rank for rank, token in enumerate([*map(bytes_of.get, order), *missing])}
+    try:
+        encoding = tiktoken.Encoding(str(path), pat_str=pattern, mergeable_ranks=ranked, special_tokens={})
+    except ValueError as error:
+        raise refuse(f"its pre-tokenizer has a regular expression unknown to tiktoken ({str(error)[:80]})") from None
+    return BytePairs(encoding, order + [-1] * len(missing), bytes_of, normalizer is not None, details), vocab
+
+
+def _merge_order(bytes_of: dict[int, bytes], pairs: dict[tuple[int, int], tuple[int, int]]):
+    """The ids in the order in which tiktoken must rank them to merge as `tokenizers` does, those of single bytes first;
+    and of the tokens that merges do not make, the number of tokens that they spell instead.
+
+    The two merge by different rules. `tokenizers` ranks pairs of tokens (by their place in `merges`); tiktoken ranks
+    tokens, and any two neighbours that together spell one may merge. Both merge the lowest rank first, the leftmost among
+    equals. So they agree if each token t, spelled from its bytes by `merges` alone, comes out whole, and has the rank of
+    the last pair merged. For wherever in a text two neighbours spell t, no merge has crossed the ends of t; between them
+    has happened what happens to t alone; so these two are that last pair, which both rank alike. A token that does
+    not come out whole never comes out of a longer text either, but is one where it is a whole word and the file says
+    `ignore_merges`. That is what tiktoken always does, so without `ignore_merges` it must get no rank.
+    """
+    byte_ids = {token[0]: id for id, token in bytes_of.items() if len(token) == 1}
+    ranks, unmade = {}, {}
     for id, token in bytes_of.items():
         if len(token) > 1:
             last = _spell([byte_ids.get(byte, -1) for byte in token], pairs)
             if tuple(last) in pairs:
                 ranks[id] = pairs[tuple(last)][0]
-            elif model.get("ignore_merges") is True:
-                whole_words.append(id)
-                if len(last) == 2:
-                    raise refuse(f"its token {token!r} is spelled by two tokens that are no merge")
-    order = [*byte_ids.values(), *sorted(ranks, key=ranks.get), *whole_words]
-    try:
-        ranked = {bytes_of[id]: rank for rank, id in enumerate(order)}
-        ranked |= {bytes([byte]): len(order) + n for n, byte in enumerate(missing)}
-        encoding = tiktoken.Encoding(str(path), pat_str=pattern, mergeable_ranks=ranked, special_tokens={})
-    except ValueError as error:
-        raise refuse(f"its pre-tokenizer has a regular expression unknown to tiktoken ({str(error)[:80]})") from None
-    return BytePairs(encoding, order + [-1] * len(missing), bytes_of, normalizer is not None, details), vocab
+            else:
+                unmade[id] = len(last)
+    return [*byte_ids.values(), *sorted(ranks, key=ranks.get)], unmade
 
 
 def _spell(parts: list[int], pairs: dict[tuple[int, int], tuple[int, int]]) -> list[int]:

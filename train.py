@@ -51,20 +51,26 @@ def flag(default, group: str, text: str, **more):
 class Flags:
     """Every flag: name, type, default and help stand here and nowhere else. None means: chosen at the start and printed."""
 
-    model: str | None = flag(None, "model and data", "Hugging Face folder or GGUF file (default: SmolLM2-135M-Instruct)")
+    model: str | None = flag(
+        None, "model and data", "Hugging Face folder or GGUF file (default: SmolLM2-135M-Instruct)"
+    )
     data: list[str] = flag([], "model and data", "files of examples (default: the bundled task)", metavar="FILE")
     val: str | None = flag(None, "model and data", "file of validation examples", metavar="FILE")
     val_fraction: float = flag(0.05, "model and data", "without --val: this share of the prompts validates; 0: none")
     seq_len: int | None = flag(None, "model and data", "longest example in tokens (default: 2048 or the model's limit)")
     out: str | None = flag(None, "model and data", "folder of the run (default: a new one under runs/)", metavar="DIR")
     overwrite: bool = flag(False, "model and data", "replace a run that --out holds")
-    method: str = flag("lora", "method", "full: the weights themselves; lora: low-rank adapters", choices=["full", "lora"])
+    method: str = flag(
+        "lora", "method", "full: the weights themselves; lora: low-rank adapters", choices=["full", "lora"]
+    )
     rank: int = flag(8, "method", "lora: rank of the update")
     alpha: float = flag(16.0, "method", "lora: the update is scaled by alpha / rank")
     dropout: float = flag(0.0, "method", "lora: dropout on the adapters' input")
     targets: str = flag("all", "method", "lora: names of the layers, with commas; all: every linear of the blocks")
     adapter: str | None = flag(None, "method", "lora: go on from this adapter folder", metavar="DIR")
-    train: str | None = flag(None, "method", "full: train only parameters whose published name matches", metavar="REGEX")
+    train: str | None = flag(
+        None, "method", "full: train only parameters whose published name matches", metavar="REGEX"
+    )
     batch_size: int = flag(8, "optimization", "examples in a micro-batch")
     accumulate: int = flag(1, "optimization", "micro-batches in a step")
     steps: int | None = flag(None, "optimization", "optimizer steps (default: from --epochs)")
@@ -75,9 +81,13 @@ class Flags:
     weight_decay: float | None = flag(None, "optimization", "on matrices only (default: 0.01 for full, 0 for lora)")
     clip: float = flag(1.0, "optimization", "largest norm of the gradient; 0: no clipping")
     seed: int = flag(0, "optimization", "of order, initialisation and dropout")
-    dtype: str = flag("auto", "machine", "of the products; adapters, optimizer, loss stay fp32", choices=["auto", "fp32", "bf16"])
+    dtype: str = flag(
+        "auto", "machine", "of the products; adapters, optimizer, loss stay fp32", choices=["auto", "fp32", "bf16"]
+    )
     device: str = flag("auto", "machine", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
-    eval_every: int | None = flag(None, "watching", "steps between validations (default: a fifth of the run); 0: at the end")
+    eval_every: int | None = flag(
+        None, "watching", "steps between validations (default: a fifth of the run); 0: at the end"
+    )
     patience: int = flag(0, "watching", "stop after so many validations without a new best; 0: never")
     profile: int = flag(0, "watching", "profile this many steps, print the table, stop", metavar="N")
     wandb: str | None = flag(None, "watching", "log to this Weights & Biases project as well", metavar="PROJECT")
@@ -146,7 +156,9 @@ def load_data(flags: Flags, tokenizer: Tokenizer, limit: int) -> tuple[Dataset, 
         sources = load_sources(paths)
         for source in sources:
             ignored = f", keys not used: {', '.join(source.ignored)}" if source.ignored else ""
-            print(f"data      {source.path}: {source.format} ({source.container}), {len(source.records):,} records{ignored}")
+            print(
+                f"data      {source.path}: {source.format} ({source.container}), {len(source.records):,} records{ignored}"
+            )
         found = encode(sources, tokenizer, seq_len)
         for reason, count in found.dropped.items():
             print(f"          {count:,} records {reason}")
@@ -198,7 +210,9 @@ def choose_defaults(flags: Flags, model: Transformer, examples: int) -> int:
         flags.steps = max(1, round(flags.epochs * per_epoch))
     if flags.lr is None:
         # Schulman et al. 2025, "LoRA without regret": the best rate falls with the width, and is ten times higher for LoRA
-        flags.lr = float(f"{5e-5 * (10 if flags.method == 'lora' else 1) * (2000 / model.config.hidden_size) ** 0.78:.1e}")
+        flags.lr = float(
+            f"{5e-5 * (10 if flags.method == 'lora' else 1) * (2000 / model.config.hidden_size) ** 0.78:.1e}"
+        )
     if flags.warmup is None:
         flags.warmup = round(0.05 * flags.steps)
     if flags.warmup >= flags.steps:
@@ -242,7 +256,9 @@ def expected_memory(model: Transformer, flags: Flags, train: Dataset) -> float:
     c, item = model.config, model.dtype.itemsize
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    kept = 8 * c.hidden_size + 3 * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 4 * c.intermediate_size  # a token a layer
+    kept = (
+        8 * c.hidden_size + 3 * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 4 * c.intermediate_size
+    )  # a token a layer
     mean = train.tokens / len(train.examples)
     probs = c.num_heads * mean  # a token a layer, by the products of kernels/attention.py
     tokens = mean * min(flags.batch_size, len(train.examples))
@@ -257,7 +273,7 @@ class Log:
     nothing waits for the device."""
 
     def __init__(self, flags: Flags, out: Path, flops: float, device: torch.device):
-        self.file = open(out / "metrics.jsonl", "w", encoding="utf-8", buffering=1)
+        self.file = open(out / "metrics.jsonl", "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (open for the whole run)
         self.bar = tqdm(total=flags.steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         self.start, self.waiting, self.tokens = time.perf_counter(), None, 0
         self.flops, self.device, self.last = flops, device, self.start
@@ -287,13 +303,9 @@ class Log:
             )
         speed, total = tokens / seconds, time.perf_counter() - self.start
         self.tokens += tokens
-        self.write(
-            {
-                **{"step": step, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens, "trained_tokens": trained},
-                **{"tokens_per_s": speed, "mfu": self.peak and self.flops * speed / self.peak},
-                **{"seconds": total, "memory_mb": peak_memory(self.device) / 1e6},
-            }
-        )
+        line = {"step": step, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens, "trained_tokens": trained}
+        line |= {"tokens_per_s": speed, "mfu": self.peak and self.flops * speed / self.peak}
+        self.write(line | {"seconds": total, "memory_mb": peak_memory(self.device) / 1e6})
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
         self.bar.update()
 
@@ -443,7 +455,11 @@ def describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, w
     """The first lines: everything that was chosen, and what to expect."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    how = f"rank {flags.rank}, alpha {flags.alpha:g} on {flags.targets}" if flags.method == "lora" else flags.train or "all"
+    how = (
+        f"rank {flags.rank}, alpha {flags.alpha:g} on {flags.targets}"
+        if flags.method == "lora"
+        else flags.train or "all"
+    )
     how = f"going on from {flags.adapter}" if flags.adapter else how
     tokens = train.tokens / len(train.examples) * flags.batch_size * flags.accumulate * flags.steps
     print(f"model     {folder}: {model.config.family}, {total:,} parameters; tokenizer: {tokenizer.description}")
@@ -457,7 +473,10 @@ def describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, w
         f" {flags.weight_decay:g}, clip {flags.clip:g}, seed {flags.seed}"
     )
     seconds = tokens * flops_a_token(model) / (0.55 * product_rate(model, dtype, device))
-    print(f"expected  {expected_memory(model, flags, train) / 1e9:.1f} GB of memory, {seconds / 60:.1f} min of training", flush=True)
+    print(
+        f"expected  {expected_memory(model, flags, train) / 1e9:.1f} GB of memory, {seconds / 60:.1f} min of training",
+        flush=True,
+    )
 
 
 def product_rate(model: Transformer, dtype: torch.dtype, device: torch.device) -> float:
@@ -503,7 +522,10 @@ class Demo:
         self.test = load_sources([TASK["test"]])[0].records[: self.ITEMS]
         self.examples = load_sources([TASK["train"]])[0].records[:8]
         self.general = self.general_text()
-        print(f"before    answering {len(self.test)} test items with the untouched base, {self.SHOTS} with eight examples", flush=True)
+        print(
+            f"before    answering {len(self.test)} test items with the untouched base, {self.SHOTS} with eight examples",
+            flush=True,
+        )
         self.base = self.score(self.test)
         self.shots = self.score(self.test[: self.SHOTS], self.examples)
         self.base_loss, self.base_answer = self.general_loss(), self.answer(self.QUESTION)

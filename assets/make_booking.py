@@ -70,7 +70,13 @@ def say_time(hour: int, minute: int, pick: random.Random) -> str:
 
 
 def say_guests(n: int, pick: random.Random) -> str:
-    forms = [f"table for {NUMBERS[n]}", f"table for {n}", f"{n} people", f"party of {NUMBERS[n]}", f"{NUMBERS[n]} guests"]
+    forms = [
+        f"table for {NUMBERS[n]}",
+        f"table for {n}",
+        f"{n} people",
+        f"party of {NUMBERS[n]}",
+        f"{NUMBERS[n]} guests",
+    ]
     return pick.choice(forms + (["just me"] if n == 1 else ["a couple"] if n == 2 else []))
 
 

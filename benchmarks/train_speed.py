@@ -32,7 +32,9 @@ def plaintune(folder, dtype, device, rank):
     model = load_model(folder, dtype, device)
     lora.add_lora(model, rank, 2 * rank)
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0, fused=True
+    )
 
     def step(examples):
         (batch,) = micro_batches(examples, len(examples), device)
@@ -55,7 +57,9 @@ def peer(folder, dtype, device, rank):
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, config)
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0, fused=True
+    )
 
     def step(examples):
         longest = max(len(example.ids) for example in examples)

@@ -29,7 +29,9 @@ def test_answers_say_what_the_notes_say(part):
         assert list(answer) == ["name", "guests", "time"] and answer["name"] in note
         when = datetime.fromisoformat(answer["time"])
         assert str(when.year) in note
-        day = re.search(r"\b(\d{1,2})(?:st|nd|rd|th)?(?: of)? [A-Z][a-z]{2}|[A-Z][a-z]+ (\d{1,2})(?:st|nd|rd|th)?,? \d{4}", note)
+        day = re.search(
+            r"\b(\d{1,2})(?:st|nd|rd|th)?(?: of)? [A-Z][a-z]{2}|[A-Z][a-z]+ (\d{1,2})(?:st|nd|rd|th)?,? \d{4}", note
+        )
         if day:
             assert int(day[1] or day[2]) == when.day and MONTHS[when.month - 1][:3] in note
         weekday = re.search("|".join(WEEKDAYS), note)

@@ -373,34 +373,35 @@ def sentencepiece_model(prefix):
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         add_dummy_prefix=prefix,
-        user_defined_symbols=["<think>"],
+        user_defined_symbols=["<think>", "▁▁▁"],
         minloglevel=2,
     )
     return out.getvalue()
 
 
-def sentencepiece_fields(content):
-    model = sentencepiece_model_pb2.ModelProto.FromString(content)
+def sentencepiece_fields(content, prefix=True):
+    """The header's account of a sentencepiece model; llama.cpp's converter spells user-defined spaces as spaces."""
+    pieces = sentencepiece_model_pb2.ModelProto.FromString(content).pieces
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": None,
         "tokenizer.ggml.merges": None,
-        "tokenizer.ggml.tokens": [piece.piece for piece in model.pieces],
-        "tokenizer.ggml.scores": [piece.score for piece in model.pieces],
-        "tokenizer.ggml.token_type": [piece.type for piece in model.pieces],
+        "tokenizer.ggml.tokens": [p.piece.replace("▁", " ") if p.type == USER_DEFINED else p.piece for p in pieces],
+        "tokenizer.ggml.scores": [p.score for p in pieces],
+        "tokenizer.ggml.token_type": [p.type for p in pieces],
         "tokenizer.ggml.unknown_token_id": 0,
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.padding_token_id": None,
         "tokenizer.ggml.add_bos_token": None,
-        "tokenizer.ggml.add_space_prefix": model.normalizer_spec.add_dummy_prefix,
+        "tokenizer.ggml.add_space_prefix": prefix,
     }
 
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_sentencepiece_ids_equal_those_of_the_model_in_the_file(prefix, tmp_path):
     content = sentencepiece_model(prefix)
-    write_gguf(tmp_path / "x.gguf", llama(vocab_size=330), fields=sentencepiece_fields(content))
+    write_gguf(tmp_path / "x.gguf", llama(vocab_size=330), fields=sentencepiece_fields(content, prefix))
     convert.gguf_to_folder(tmp_path / "x.gguf", tmp_path / "folder")
     original = sentencepiece.SentencePieceProcessor(model_proto=content)
     ours = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "folder" / "tokenizer.model"))
@@ -408,7 +409,8 @@ def test_sentencepiece_ids_equal_those_of_the_model_in_the_file(prefix, tmp_path
     for sentence in [*SENTENCES, "bytes of жук 🐞"]:
         ids = original.encode(sentence)
         assert ours.encode(sentence) == ids and ours.decode(ids) == original.decode(ids)
-        assert theirs(sentence).input_ids == [1, *ids]
+        if "   " not in sentence:  # transformers never looks for a user-defined piece of spaces
+            assert theirs(sentence).input_ids == [1, *ids]
     assert [ours.unk_id(), ours.bos_id(), ours.eos_id(), ours.pad_id()] == [0, 1, 2, -1]
     settings = json.loads((tmp_path / "folder" / "tokenizer_config.json").read_text())
     assert settings["add_bos_token"] is True and settings["eos_token"] == "</s>"

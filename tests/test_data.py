@@ -53,7 +53,10 @@ def test_an_answer_beyond_the_limit_is_dropped_and_counted(tmp_path, tokenizer):
 
 
 def test_a_long_conversation_keeps_its_whole_answers(tmp_path, tokenizer):
-    turns = [{"role": role, "content": "word " * n} for role, n in (("user", 3), ("assistant", 3), ("user", 3), ("assistant", 99))]
+    turns = [
+        {"role": role, "content": "word " * n}
+        for role, n in (("user", 3), ("assistant", 3), ("user", 3), ("assistant", 99))
+    ]
     data = encode(written(tmp_path, [{"messages": turns}]), tokenizer, 80)
     assert trained_text(data.examples[0], tokenizer).count("<|im_end|>") == 1
     assert data.dropped == {"cut to the turns that fit into --seq-len 80": 1}
@@ -108,7 +111,11 @@ def test_gradients_of_a_flat_batch_are_the_sum_of_its_examples(tmp_path):
     model, generator = load_model(tmp_path), torch.Generator().manual_seed(0)
     examples = []
     for n in (4, 50, 48, 9, 7):
-        examples.append(Example(torch.randint(0, 96, (n,), generator=generator).tolist(), [False] + [True] * (n - 1), chat("a", "b")))
+        examples.append(
+            Example(
+                torch.randint(0, 96, (n,), generator=generator).tolist(), [False] + [True] * (n - 1), chat("a", "b")
+            )
+        )
     token_loss_sum(model, collate(examples)).backward()
     together = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()

@@ -45,7 +45,7 @@ def test_linear_cross_entropy(monkeypatch, dtype, tolerance, rows):
     monkeypatch.setitem(lce.LOGITS_BYTES, "cpu", 50 * 16 * 4)  # several chunks, the last one ragged
     hidden, weight = random(rows, 24, dtype=dtype), random(50, 24, dtype=torch.float32, seed=1)
     targets = torch.randint(0, 50, (rows,), generator=torch.Generator().manual_seed(2))
-    reference = lambda h, w, t: F.cross_entropy(h @ w.t(), t, reduction="sum")  # noqa: E731
+    reference = lambda h, w, t: F.cross_entropy(h @ w.t(), t, reduction="sum")
     compare(linear_cross_entropy, reference, [hidden, weight, targets], tolerance)
     narrow = linear_cross_entropy_reference(hidden, weight, targets)
     assert float((linear_cross_entropy(hidden, weight, targets) - narrow).abs()) <= 2e-6 * float(narrow)
@@ -64,7 +64,7 @@ def test_linear_cross_entropy_keeps_small_losses_exact():
 @pytest.mark.parametrize("shape", [(1, 8), (33, 24)])
 def test_rms_norm(dtype, tolerance, shape):
     inputs = [random(*shape, dtype=dtype), random(shape[-1], dtype=torch.float32)]
-    reference = lambda x, w: F.rms_norm(x, (x.shape[-1],), w, 1e-5)  # noqa: E731
+    reference = lambda x, w: F.rms_norm(x, (x.shape[-1],), w, 1e-5)
     compare(lambda x, w: rms_norm(x, w, 1e-5), reference, inputs, tolerance)
     assert torch.allclose(rms_norm(*inputs, 1e-5), rms_norm_reference(*inputs, 1e-5), atol=tolerance)
 
@@ -79,7 +79,10 @@ def test_rope_is_a_rotation_of_complex_numbers(dtype, tolerance):
         return torch.cat([turned.real, turned.imag], -1)
 
     compare(
-        lambda x: rope(x, angles.cos().float(), angles.sin().float()), reference, [random(13, 3, 10, dtype=dtype)], tolerance
+        lambda x: rope(x, angles.cos().float(), angles.sin().float()),
+        reference,
+        [random(13, 3, 10, dtype=dtype)],
+        tolerance,
     )
 
 
@@ -93,9 +96,9 @@ def test_lora_linear(dtype, tolerance, bias):
 
 
 def attention_reference(q, k, v, lengths):
-    outs = []
-    for q, k, v in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        share = q.shape[1] // k.shape[1]
+    outs, share = [], q.shape[1] // k.shape[1]
+    for document in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+        q, k, v = document
         k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
         scores = torch.einsum("thd,shd->hts", q, k) / q.shape[2] ** 0.5
         scores = scores.masked_fill(torch.ones(len(q), len(q), dtype=torch.bool).triu(1), float("-inf"))

@@ -148,5 +148,3 @@ def test_repetition_penalty_equals_transformers(tmp_path):
     )  # fmt: skip
     got = ours.generate([[3, 4, 5]], 20, repetition_penalty=1.3)[0]
     assert got == wanted[0, 3:].tolist() and got != ours.generate([[3, 4, 5]], 20)[0]
-
-

@@ -152,14 +152,10 @@ def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu", quant: 
     with torch.device("meta"):
         model = Transformer(config)
     ours = {published(model, name): name for name, _ in model.named_parameters()}
-    unknown, loaded = [], set()
+    unknown, loaded, copy = [], set(), None
     for name, tensor in tensors(files):
         if name == "lm_head.weight" and config.tied:  # some writers store the shared table twice
-            same = model.embed.weight.is_meta or torch.equal(tensor.to(dtype), model.embed.weight.cpu())
-            if not same:
-                raise UserError(
-                    f"{folder}: config.json ties the output head to the embedding, but lm_head.weight differs"
-                )
+            copy = tensor.to(device, dtype, copy=True)
         elif name not in ours:
             if not RECOMPUTED.search(name):
                 unknown.append(name)
@@ -176,6 +172,8 @@ def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu", quant: 
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(f"{folder}: tensors {kind}: {', '.join(names[:3])}{more}")
+    if copy is not None and not torch.equal(copy, model.embed.weight):
+        raise UserError(f"{folder}: config.json ties the output head to the embedding, but lm_head.weight differs")
     model.source = folder
     return model.eval()
 

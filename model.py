@@ -23,6 +23,7 @@ from kernels.attention import Documents, document_attention
 from kernels.norm import rms_norm
 from kernels.rope import rope
 
+MAX_LAYERS = 1_000  # a hostile config.json must not keep the machine busy building modules
 FAMILIES = {"llama": "LlamaForCausalLM"}  # model_type of config.json: the architecture that must stand beside it
 
 
@@ -92,6 +93,8 @@ class Config:
             raise UserError(
                 f"{where}: {heads} attention heads do not divide over {config.num_kv_heads} key-value heads"
             )
+        if config.num_layers > MAX_LAYERS:
+            raise UserError(f"{where}: num_hidden_layers is {config.num_layers}, at most {MAX_LAYERS} are possible")
         if config.head_dim % 2:
             raise UserError(f"{where}: head_dim {config.head_dim} is odd, rotary positions need pairs")
         return config

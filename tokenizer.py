@@ -154,8 +154,11 @@ class Tokenizer:
         answers, quoted = self._locate(messages, text, tools, add_generation_prompt)
         text = _without_surrogates(text)
         cuts = self._cut(text, True, quoted)
-        complete = messages[-1].get("role") == "assistant" and not add_generation_prompt
-        trained, unfinished = self._stretch(answers, text, cuts, complete)
+        last = messages[-1]
+        complete = (
+            last.get("role") == "assistant" and str(last.get("content", "")).strip() and not add_generation_prompt
+        )
+        trained, unfinished = self._stretch(answers, text, cuts, bool(complete))
         ids, mask = [], []
         for start, end, id in cuts:
             inside = [(max(a, start) - start, min(b, end) - start) for a, b in trained if a < end and start < b]
@@ -163,7 +166,8 @@ class Tokenizer:
                 new, flags = self._masked(text[start:end], start == 0, inside)
             else:
                 new, flags = [id], [bool(inside)]
-            ids, mask = ids + new, mask + flags
+            ids += new
+            mask += flags
         return (ids + [self.eos_id], mask + [True]) if unfinished else (ids, mask)
 
     def render_text(
@@ -223,9 +227,7 @@ class Tokenizer:
         The marks are characters that occur nowhere else, and stand at the ends of the content; for templates that strip
         contents, which such marks prevent, at the ends of the stripped content.
         """
-        taken = set(text).union(
-            *(message["content"] for message in messages if isinstance(message.get("content"), str))
-        )
+        taken = set(text).union(*(str(message.get("content")) for message in messages))
         marks = "".join(islice((c for c in map(chr, range(0xE000, 0x110000)) if c not in taken), 4))
         for strip in (False, True):
             marked, wanted = [], []
@@ -371,12 +373,8 @@ def byte_pairs(path: Path, spec: dict, added: dict[str, AddedToken]) -> tuple[By
 
     model, normalizer, words = (spec.get(key) for key in ("model", "normalizer", "pre_tokenizer"))
     kind, vocab, merges = (model.get(key) if isinstance(model, dict) else None for key in ("type", "vocab", "merges"))
-    if (
-        kind != "BPE"
-        or not isinstance(merges, list)
-        or not isinstance(vocab, dict)
-        or {*map(type, vocab.values())} - {int}
-    ):
+    well_formed = isinstance(merges, list) and isinstance(vocab, dict) and {*map(type, vocab.values())} <= {int}
+    if kind != "BPE" or not well_formed:
         raise refuse(f"its model, of type {str(kind)[:40]}, is no BPE with a vocab of integer ids and a list of merges")
     if unusual := [key for key in UNUSUAL if model.get(key)]:
         raise refuse(f"its BPE has {unusual[0]} = {str(model[unusual[0]])[:40]}")
@@ -409,7 +407,7 @@ def byte_pairs(path: Path, spec: dict, added: dict[str, AddedToken]) -> tuple[By
     missing = {bytes([byte]) for byte in range(256)} - {*bytes_of.values()}
     if missing - DISPENSABLE or (missing and model.get("unk_token") is not None):
         raise refuse(
-            f"it has no token for {len(missing)} of the 256 bytes, {min(missing - DISPENSABLE or missing)} first"
+            f"it has no token for {len(missing)} of the 256 bytes, e.g. {min(missing - DISPENSABLE or missing)}"
         )
     ranked = {token: rank for rank, token in enumerate([*map(bytes_of.get, order), *missing])}
     try:

@@ -4,12 +4,15 @@ import json
 
 import pytest
 import torch
+import transformers
 from helpers import SHAPES, llama, relative
 
 from checkpoint import load_model
+from convert import model_folder
 from errors import UserError
 from kernels.attention import Documents
 from model import Config, sample
+from tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -148,3 +151,21 @@ def test_repetition_penalty_equals_transformers(tmp_path):
     )  # fmt: skip
     got = ours.generate([[3, 4, 5]], 20, repetition_penalty=1.3)[0]
     assert got == wanted[0, 3:].tolist() and got != ours.generate([[3, 4, 5]], 20)[0]
+
+
+def test_the_default_base_on_real_text():
+    folder = model_folder(None)
+    ours, tokenizer = load_model(folder), load_tokenizer(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    text = (
+        "The tides are caused by the Moon:\n1. Water on the near side is pulled more strongly.\n2. It happened in 1969."
+    )
+    prompts = [tokenizer.encode(text), tokenizer.render([{"role": "user", "content": "Name a colour."}], None, True)[0]]
+    with torch.no_grad():
+        for prompt in prompts:
+            assert relative(ours(torch.tensor([prompt])), theirs(torch.tensor([prompt])).logits) < 1e-5
+    for prompt, got in zip(prompts, ours.generate(prompts, 20), strict=True):
+        ids = torch.tensor([prompt])
+        settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        wanted = theirs.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        assert got == wanted[0, len(prompt) :].tolist()

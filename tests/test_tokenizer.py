@@ -486,6 +486,8 @@ def test_messages_with_parts_empty_fields_and_blank_answers(chatml):
     parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "12 + 7?"}]
     assert ours.render([{"role": "user", "content": parts, "name": None}]) == ours.render(CHAT[1:2])
     assert not any(ours.render([CHAT[1], {"role": "assistant", "content": " \n"}])[1])
+    ids, mask = ours.render([*CHAT[1:4], {"role": "assistant", "content": ""}])
+    assert trained_text(ours, ids, mask) == [CHAT[2]["content"] + "<|im_end|>"]
     with pytest.raises(TemplateError, match="an empty conversation"):
         ours.render([])
 
@@ -533,7 +535,7 @@ def test_the_fallback_is_alpacas_prompt_and_is_saved_with_the_model(chatml, tmp_
     assert not (chatml / "chat_template.jinja").exists()
 
 
-def test_sentencepiece_masks(tmp_path):
+def test_sentencepiece_conversations(tmp_path):
     for legacy in (None, True, False):
         ours = load_tokenizer(sentence_pieces(tmp_path / str(legacy), legacy))
         for answer in ("Yes 🦊 größer", "<s> </s>", " two  spaces ", "日本語"):
@@ -541,6 +543,9 @@ def test_sentencepiece_masks(tmp_path):
             ids, mask = ours.render(turns)
             assert [run.strip("\n ") for run in trained_text(ours, ids, mask)] == [(answer + "</s>").strip()] * 2
             assert (ids.count(1), ids.count(2)) == (1, 2)
+        if legacy is not None:
+            theirs = tokenizers.Tokenizer.from_file(str(tmp_path / str(legacy) / "tokenizer.json"))
+            assert ours.render(CHAT)[0] == theirs.encode(ours.render_text(CHAT), add_special_tokens=False).ids
 
 
 def test_all_that_ends_generation(chatml, tmp_path):
@@ -623,7 +628,7 @@ def test_a_vocabulary_without_a_needed_byte_is_refused(chatml, tmp_path):
     del spec["model"]["vocab"]["Q"]
     spec["model"]["merges"] = [merge for merge in spec["model"]["merges"] if "Q" not in "".join(merge)]
     write(tmp_path / "tokenizer.json", spec)
-    with pytest.raises(UserError, match="no token for 1 of the 256 bytes, b'Q' first"):
+    with pytest.raises(UserError, match="no token for 1 of the 256 bytes, e.g. b'Q'"):
         load_tokenizer(tmp_path)
 
 

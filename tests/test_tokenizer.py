@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -283,6 +284,15 @@ def test_a_pad_token_that_is_an_ordinary_token_stays_one(tmp_path):
     assert ours.encode("a!b !! !") == theirs.encode("a!b !! !", split_special_tokens=True)
 
 
+def test_added_tokens_that_overlap(tmp_path):
+    """The longest counts, and those that are looked for after normalisation come after all others."""
+    folder = byte_level(tmp_path)
+    bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    bpe.add_tokens([tokenizers.AddedToken("<think>>", normalized=False), tokenizers.AddedToken("k>x", normalized=True)])
+    bpe.save(str(folder / "tokenizer.json"))
+    assert_same_ids(folder, ["<think>x", "<think>>x", "think>x", "<think>>>", "</think>x"])
+
+
 def test_lone_surrogates_and_endless_spaces(tmp_path):
     ours = load_tokenizer(byte_level(tmp_path))
     assert ours.encode("a\ud83db") == ours.encode("a\ufffdb")
@@ -401,6 +411,15 @@ def test_an_answer_in_place_of_another_changes_only_trained_ids(words, tmp_path)
             assert trained_text(ours, ids, mask)[0].lstrip("\n") == (normal + "<|im_end|>").lstrip("\n"), answer
 
 
+@pytest.mark.parametrize("kind, before", [("default base", "\x04" * 20), ("nfc", "e\u0301" * 20), ("nfc", "🦊" * 20)])
+def test_masks_keep_their_place_after_what_has_other_lengths(kind, before, tmp_path):
+    """Characters without a token, in another normal form, of four bytes; all in one piece with the answer."""
+    folder = convert.model_folder(None) if kind == "default base" else byte_level(tmp_path, words=QWEN, nfc=True)
+    ours = replace(load_tokenizer(folder), template="{% for m in messages %}{{ m.content + '\n' }}{% endfor %}")
+    ids, mask = ours.render([{"role": "user", "content": before}, {"role": "assistant", "content": "Yes, 12!"}])
+    assert trained_text(ours, ids, mask) == ["Yes, 12!\n<|im_end|>"]
+
+
 def test_control_tokens_in_data_are_plain_text(chatml):
     ours = load_tokenizer(chatml)
     evil = "a<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
@@ -455,6 +474,8 @@ def test_a_template_without_ends_gets_eos_after_the_last_answer(chatml, tmp_path
     assert first.strip() == CHAT[2]["content"] and second.lstrip() == CHAT[4]["content"] + "\n<|im_end|>"
     for messages, generate in ((CHAT[:2], False), (CHAT, True)):
         assert ours.eos_id not in ours.render(messages, add_generation_prompt=generate)[0]
+    ids, mask = ours.render([*CHAT[1:4], {"role": "assistant", "content": ""}])
+    assert [run.strip() for run in trained_text(ours, ids, mask)] == [CHAT[2]["content"]]
     ours = load_tokenizer(templated(chatml, tmp_path, template, eos_token=None))
     with pytest.raises(TemplateError, match="ends an answer with no control token"):
         ours.render(CHAT)
@@ -468,6 +489,7 @@ def test_a_template_without_ends_gets_eos_after_the_last_answer(chatml, tmp_path
         ("{% for m in messages %}{{ m.content[:3] }}{% endfor %}", "rewrites the content"),
         ("{{ messages[0].content }}", "rewrites the content"),
         ("{% for m in messages %}{{ m.content ~ m.content }}{% endfor %}", "rewrites the content"),
+        ("{% for m in messages %}{{ m.content ~ m.content | length }}{% endfor %}", "rewrites the content"),
         ("{% for m in messages %}", "Unexpected end of template"),
         ("{{ messages[0].nothing.at_all }}", "has no attribute 'nothing'"),
         ("{{ 1 + 'a' }}", "unsupported operand"),
@@ -555,6 +577,10 @@ def test_all_that_ends_generation(chatml, tmp_path):
     write(tmp_path / "generation_config.json", {"eos_token_id": [8, 9]})
     ours = load_tokenizer(tmp_path)
     assert ours.stop_ids == {ours.eos_id, ours.special_tokens["<|endoftext|>"], 7, 8, 9}
+    ours = load_tokenizer(
+        templated(chatml, tmp_path, CHATML, eos_token="</think>")
+    )  # a control token now, by its office
+    assert ours.special_tokens["</think>"] == ours.eos_id and ours.eos_id not in ours.encode("</think>")
 
 
 # ---- what is refused ----
@@ -624,6 +650,16 @@ def test_a_tokenizer_json_that_cannot_be_reproduced_is_refused(path, value, reas
 
 
 def test_a_vocabulary_without_a_needed_byte_is_refused(chatml, tmp_path):
+    spec = json.loads((chatml / "tokenizer.json").read_text())
+    del spec["model"]["vocab"]["Ą"]  # the control character U+0004: lost as in `tokenizers`, but not another token
+    write(tmp_path / "tokenizer.json", spec)
+    assert load_tokenizer(tmp_path).encode("a\x04b") == load_tokenizer(chatml).encode("a") + load_tokenizer(
+        chatml
+    ).encode("b")
+    spec["model"]["unk_token"] = "Q"
+    write(tmp_path / "tokenizer.json", spec)
+    with pytest.raises(UserError, match=r"no token for 1 of the 256 bytes, e.g. b'\\x04'"):
+        load_tokenizer(tmp_path)
     spec = json.loads((chatml / "tokenizer.json").read_text())
     del spec["model"]["vocab"]["Q"]
     spec["model"]["merges"] = [merge for merge in spec["model"]["merges"] if "Q" not in "".join(merge)]

@@ -8,6 +8,7 @@ Only safetensors are read: pickled weights (`.bin`, `.pt`) can run code on loadi
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -45,6 +46,7 @@ TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
 SHARD_BYTES = 5 << 30  # the size at which the Hub's own tools begin a new file
+MAPPED_BYTES = 64 << 20  # of a file that is being read: its pages count as this process's until they are unmapped
 RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$")  # a table that old checkpoints stored and every reader recomputes
 
 
@@ -62,11 +64,15 @@ def published(model: Transformer, name: str) -> str:
 def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """Yields an empty folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
 
-    An existing `path` is replaced if asked for; else FileExistsError, and what was written is dropped.
+    An existing `path` is replaced if asked for; else FileExistsError, and what was written is dropped. NotADirectoryError
+    where `path` is a file. A crash leaves the old folder whole, but for the instant between the two renames that swap it:
+    then it stands beside, as `.NAME.replaced-PID`.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link keeps pointing at the folder, "." has a name
+    if path.is_file():
+        raise NotADirectoryError(errno.ENOTDIR, "is a file, a folder is to be written there", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.parent / f".{path.name}.partial-{os.getpid()}"
+    aside, old = (path.parent / f".{path.name}.{state}-{os.getpid()}" for state in ("partial", "replaced"))
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
@@ -75,13 +81,15 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
             sync(file)
         if path.exists() and not replace:
             raise FileExistsError(f"{path} exists")
-        old = path.parent / f".{path.name}.replaced-{os.getpid()}"
         if path.exists():
+            shutil.rmtree(old, ignore_errors=True)  # of a crashed process that had this number
             path.rename(old)
         aside.rename(path)
         sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
+        if old.exists() and not path.exists():  # stopped between the renames
+            old.rename(path)
         shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -107,10 +115,11 @@ def read_config(folder: Path) -> Config:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files, in the order of their names. Raises UserError where there are none, or some lack."""
+    """The folder's safetensors files, in the order of their names: model.safetensors alone where it is there, as
+    transformers has it. Raises UserError where there are none, or some lack."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if index.is_file() and not (folder / "model.safetensors").is_file():
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(s, str) and s == Path(s).name for s in shards.values()):
             raise UserError(f"{index}: weight_map must map tensor names to file names beside it")
@@ -130,12 +139,20 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Every (published name, tensor) of safetensors files, one in memory at a time."""
+    """Every (published name, tensor) of safetensors files: views of the file, of which MAPPED_BYTES are mapped at a time."""
     for file in files:
         try:
             with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 (safe_open is no dict)
-                    yield name, shard.get_tensor(name)
+                names = list(shard.keys())
+            while names:
+                read = 0
+                with safe_open(file, framework="pt") as shard:
+                    while names and read < MAPPED_BYTES:
+                        name = names.pop(0)
+                        tensor = shard.get_tensor(name)
+                        read += tensor.nbytes
+                        yield name, tensor
+                        del tensor
         except SafetensorError as error:
             raise UserError(f"{file}: damaged or cut off, not readable as safetensors ({error})") from None
 
@@ -181,7 +198,7 @@ def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu", quant: 
 def stored_dtype(config: Config) -> torch.dtype:
     """The dtype that config.json says its weights are stored in; float32 where it says nothing."""
     named = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    return named.get(config.raw.get("dtype") or config.raw.get("torch_dtype"), torch.float32)
+    return named.get(str(config.raw.get("dtype") or config.raw.get("torch_dtype")), torch.float32)
 
 
 def save_model(model: Transformer, folder, dtype: torch.dtype | None = None) -> None:

@@ -25,6 +25,13 @@ from model import Linear, Transformer
 
 ALL = "all"  # every linear of the blocks; not the output head, which is the embedding table in many models
 PREFIX = "base_model.model."
+UNSUPPORTED = (  # keys of adapter_config.json that change what an adapter computes, or on what
+    *("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "layer_replication"),
+    *("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules", "modules_to_save"),
+    *("target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config"),
+    *("kasa_config", "monteclora_config"),
+)
+PLAIN_STARTS = ("gaussian", "orthogonal", "eva")  # of init_lora_weights: pissa, olora, loftq and kin change the base
 
 
 class LoRALinear(nn.Module):
@@ -64,12 +71,13 @@ def add_lora(
 
     targets: "all" (every linear in the blocks), or names, as a list or with commas: the end of a published module name,
     as peft matches them (`q_proj`, `mlp.down_proj`, `model.layers.3.self_attn.v_proj`).
-    Raises UserError on a rank below 1, a negative alpha, a dropout outside [0, 1), and a target that matches nothing.
+    Raises UserError on a rank below 1 or above every layer's size, an alpha of 0 or less, a dropout outside [0, 1), and a
+    target that matches nothing.
     """
     if rank < 1:
         raise UserError(f"--rank {rank}: must be 1 or more")
-    if alpha <= 0:
-        raise UserError(f"--alpha {alpha:g}: must be above 0")
+    if not 0 < alpha < 1e9:
+        raise UserError(f"--alpha {alpha}: must be above 0, and no more than a billion")
     if not 0 <= dropout < 1:
         raise UserError(f"--dropout {dropout:g}: must be at least 0 and below 1")
     if has_lora(model):
@@ -77,7 +85,7 @@ def add_lora(
     linears = {
         published(model, name): name for name, m in model.named_modules() if isinstance(m, Linear) and "blocks." in name
     }
-    wanted = targets.split(",") if isinstance(targets, str) else list(targets)
+    wanted = (targets if isinstance(targets, str) else ",".join(targets)).split(",")
     chosen = []
     for target in (t.strip() for t in wanted):
         found = [name for name in linears if target == ALL or name == target or name.endswith("." + target)]
@@ -85,6 +93,9 @@ def add_lora(
             kinds = sorted({name.rpartition(".")[2] for name in linears})
             raise UserError(f"--targets {target}: matches no linear layer (the model has {', '.join(kinds)})")
         chosen += found
+    most = max(max(model.get_submodule(linears[name]).weight.shape) for name in chosen)
+    if rank > most:
+        raise UserError(f"--rank {rank}: no layer here is larger than {most}")
     model.requires_grad_(False)
     for name in dict.fromkeys(chosen):
         parent, leaf = model.get_submodule(linears[name].rpartition(".")[0]), linears[name].rpartition(".")[2]
@@ -196,6 +207,8 @@ def load_adapter(model: Transformer, folder) -> None:
                 raise UserError(
                     f"{file}: {name} has shape {list(found[name].shape)}, {list(parameter.shape)} is wanted"
                 )
+            if not found[name].is_floating_point():
+                raise UserError(f"{file}: {name} holds {found[name].dtype}, floating point numbers are wanted")
             parameter.copy_(found[name])
 
 
@@ -203,22 +216,12 @@ def adapter_settings(config: dict, where: Path, model: Transformer) -> tuple[int
     """rank, alpha, dropout and targets of an adapter_config.json; UserError on what this file would have to ignore."""
     if config.get("peft_type") != "LORA":
         raise UserError(f"{where}: peft_type {config.get('peft_type')!r} is not supported (supported: LORA)")
-    for key in (
-        "use_dora",
-        "fan_in_fan_out",
-        "rank_pattern",
-        "alpha_pattern",
-        "modules_to_save",
-        "layers_to_transform",
-        "layer_replication",
-        "lora_bias",
-        "trainable_token_indices",
-        "target_parameters",
-        "exclude_modules",
-        "use_rslora",
-    ):
-        if config.get(key):
+    for key in UNSUPPORTED:
+        if config.get(key) not in (None, False, [], {}):
             raise UserError(f"{where}: {key} is set, which is not supported")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower() not in PLAIN_STARTS:
+        raise UserError(f"{where}: init_lora_weights {start!r} means a changed base, which is not supported")
     if config.get("bias", "none") != "none":
         raise UserError(f"{where}: bias {config['bias']!r} is not supported")
     rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
@@ -230,7 +233,7 @@ def adapter_settings(config: dict, where: Path, model: Transformer) -> tuple[int
     if isinstance(targets, str):  # peft takes a string as a regular expression over whole module names
         try:
             pattern = re.compile(targets)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"{where}: target_modules is no regular expression ({error})") from None
         names = [published(model, name) for name, m in model.named_modules() if isinstance(m, Linear)]
         targets = [name for name in names if pattern.fullmatch(name)]

@@ -56,16 +56,17 @@ class Config:
         this file does not compute: a switch that is ignored would change the model in silence.
         """
         family = raw.get("model_type")
-        if family not in FAMILIES:
+        if str(family) not in FAMILIES:
             raise UserError(f"{where}: model_type {family!r} is not supported (supported: {', '.join(FAMILIES)})")
         read = _Reader(raw, where)
         hidden, heads = read("hidden_size", int), read("num_attention_heads", int)
+        for key in ("rope_parameters", "rope_scaling"):
+            if not isinstance(raw.get(key) or {}, dict):
+                raise UserError(f"{where}: {key} is no JSON object")
         rope_parameters = raw.get("rope_parameters") or {
             **(raw.get("rope_scaling") or {}),
             "rope_theta": raw.get("rope_theta", 10_000.0),
         }
-        if not isinstance(rope_parameters, dict):
-            raise UserError(f"{where}: rope_parameters is no JSON object")
         theta, scaling = _rope_settings(rope_parameters, where)
         if read("hidden_act", str, "silu") != "silu":
             raise UserError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported for {family} (only silu)")
@@ -95,6 +96,8 @@ class Config:
             )
         if config.num_layers > MAX_LAYERS:
             raise UserError(f"{where}: num_hidden_layers is {config.num_layers}, at most {MAX_LAYERS} are possible")
+        if config.num_heads * config.head_dim >= 1e9:
+            raise UserError(f"{where}: num_attention_heads {heads} x head_dim {config.head_dim} is no possible width")
         if config.head_dim % 2:
             raise UserError(f"{where}: head_dim {config.head_dim} is odd, rotary positions need pairs")
         return config
@@ -112,19 +115,17 @@ class _Reader:
             if default is None:
                 raise UserError(f"{self.where}: {key} is missing")
             return default
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
+        if type(value) is not kind and not (kind is float and type(value) is int):
             raise UserError(f"{self.where}: {key} is {value!r}, {kind.__name__} is wanted")
         if kind in (int, float) and not 0 < value < 1e9:
             raise UserError(f"{self.where}: {key} is {value!r}, a positive size is wanted")
-        return value
+        return kind(value)
 
 
 def _rope_settings(parameters: dict, where: str) -> tuple[float, dict | None]:
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     theta = parameters.get("rope_theta", 10_000.0)
-    if type(theta) not in (int, float) or theta <= 0:
+    if type(theta) not in (int, float) or not 0 < theta < 1e30:
         raise UserError(f"{where}: rope_theta is {theta!r}, a positive number is wanted")
     if kind == "default":
         return float(theta), None
@@ -132,13 +133,15 @@ def _rope_settings(parameters: dict, where: str) -> tuple[float, dict | None]:
         "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     }
-    if kind not in needs:
+    if str(kind) not in needs:
         raise UserError(f"{where}: rope scaling {kind!r} is not supported (supported: {', '.join(needs)})")
     for key in needs[kind]:
-        if type(parameters.get(key)) not in (int, float) or parameters[key] <= 0:
+        if type(parameters.get(key)) not in (int, float) or not 0 < parameters[key] < 1e30:
             raise UserError(
                 f"{where}: rope scaling {kind} needs a positive number {key}, found {parameters.get(key)!r}"
             )
+    if kind == "llama3" and parameters["low_freq_factor"] >= parameters["high_freq_factor"]:
+        raise UserError(f"{where}: rope scaling llama3 needs low_freq_factor below high_freq_factor")
     return float(theta), {"rope_type": kind, **{key: parameters[key] for key in needs[kind]}}
 
 

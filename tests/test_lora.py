@@ -1,10 +1,13 @@
-"""lora.py against peft: the same logits both ways, merged or not, and strict about names."""
+"""lora.py against peft: the same logits, gradients and dropout, merged or not, and strict about names."""
 
 import json
+import re
+import warnings
 
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from helpers import llama, relative
 from safetensors.torch import load_file, save_file
@@ -14,23 +17,46 @@ from checkpoint import load_model, save_model
 from errors import UserError
 
 TOKENS = torch.randint(0, 96, (2, 30), generator=torch.Generator().manual_seed(0))
-TARGETS = ["all", "q_proj,v_proj", "model.layers.1.mlp.down_proj"]
+DOWN = "model.layers.1.mlp.down_proj"
+TARGETS = ["all", "q_proj,v_proj", DOWN]
 
 
 def randomise(model) -> None:
     torch.manual_seed(3)
     with torch.no_grad():
         for layer in lora.adapted(model).values():
+            layer.lora_A.normal_(0, 0.2)
             layer.lora_B.normal_(0, 0.3)
+
+
+def in_peft(base, folder, **settings):
+    """peft's model of an adapter folder; any word of peft's about keys fails the test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return peft.PeftModel.from_pretrained(base, folder, **settings)
+
+
+def peft_names(wrapped) -> set[str]:
+    layers = {name for name, m in wrapped.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    return {name.removeprefix("base_model.model.") for name in layers}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_step_0_is_the_base_exactly(tmp_path, dtype):
-    llama(tmp_path)
+    llama(tmp_path, attention_bias=True)
     model = load_model(tmp_path, dtype)
     before = model(TOKENS)
+    lora.add_lora(model, 4, 8.0, dropout=0.5)
+    assert torch.equal(model(TOKENS), before) and torch.equal(model.train()(TOKENS), before)
+    assert {p.dtype for layer in lora.adapted(model).values() for p in (layer.lora_A, layer.lora_B)} == {torch.float32}
+
+
+def test_only_the_adapter_is_trained(tmp_path):
+    llama(tmp_path)
+    model = load_model(tmp_path)
     lora.add_lora(model, 4, 8.0)
-    assert torch.equal(model(TOKENS), before)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 7 * 3 and all(name.endswith(("lora_A", "lora_B")) for name in trained)
 
 
 @pytest.mark.parametrize("targets", TARGETS)
@@ -40,13 +66,10 @@ def test_our_adapter_gives_the_same_logits_in_peft(tmp_path, targets, merged):
     lora.add_lora(model, 4, 10.0, targets=targets)
     randomise(model)
     lora.save_adapter(model, tmp_path / "adapter")
-    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
-    names = {
-        n.removeprefix("base_model.model.")
-        for n, m in wrapped.named_modules()
-        if isinstance(m, peft.tuners.lora.LoraLayer)
-    }
-    assert names == set(lora.adapted(model))
+    wrapped = in_peft(theirs, tmp_path / "adapter")
+    held, written = peft.get_peft_model_state_dict(wrapped), load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert held.keys() == written.keys() and all(torch.equal(held[name], written[name]) for name in held)
+    assert peft_names(wrapped) == set(lora.adapted(model))
     if merged:
         wrapped = wrapped.merge_and_unload()
         lora.merge(model)
@@ -55,38 +78,136 @@ def test_our_adapter_gives_the_same_logits_in_peft(tmp_path, targets, merged):
         assert relative(model(TOKENS), load_model(tmp_path / "base")(TOKENS)) > 1e-3
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "up_proj"], "all-linear", r".*\.1\.self_attn\.(q|o)_proj"])
-def test_a_peft_adapter_gives_the_same_logits_here(tmp_path, targets):
-    theirs = llama(tmp_path / "base")
+@pytest.mark.parametrize(
+    "targets",
+    ["all", "q_proj,v_proj", "mlp.down_proj", DOWN, "1.self_attn.q_proj", f"k_proj,{DOWN}", "layers.1.mlp.up_proj,up_proj",
+     ["o_proj", "model.layers.11.mlp.gate_proj"]],
+)  # fmt: skip
+@pytest.mark.parametrize("tied", [False, True])
+def test_peft_adapts_exactly_the_same_modules(tmp_path, targets, tied):
+    theirs = llama(tmp_path / "base", num_hidden_layers=12, tie_word_embeddings=tied)  # 1 and 11: names that end alike
+    model = load_model(tmp_path / "base")
+    names = lora.add_lora(model, 2, 4.0, targets=targets)
+    lora.save_adapter(model, tmp_path / "adapter")
+    assert len(names) == len(set(names)) and set(names) == set(lora.adapted(model))
+    assert peft_names(in_peft(theirs, tmp_path / "adapter")) == set(names)
+    again = load_model(tmp_path / "base")
+    lora.load_adapter(again, tmp_path / "adapter")
+    assert set(lora.adapted(again)) == set(names)
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "up_proj"], ["mlp.down_proj"], [DOWN], "all-linear", r".*\.1\.self_attn\.(q|o)_proj"]
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_peft_adapter_gives_the_same_logits_here(tmp_path, targets, tied):
+    theirs = llama(tmp_path / "base", tie_word_embeddings=tied)
     config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
     wrapped = peft.get_peft_model(theirs, config).eval()
     wrapped.save_pretrained(tmp_path / "adapter")
     model = load_model(tmp_path / "base")
     lora.load_adapter(model, tmp_path / "adapter")
+    assert set(lora.adapted(model)) == peft_names(wrapped)
     with torch.no_grad():
         assert relative(model(TOKENS), wrapped(TOKENS).logits) < 1e-5
 
 
-def test_merged_model_saves_as_a_plain_one(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unmerge_takes_out_what_merge_put_in(tmp_path, dtype):
+    llama(tmp_path)
+    model = load_model(tmp_path, dtype)
+    lora.add_lora(model, 4, 8.0)
+    randomise(model)
+    with torch.no_grad():
+        before = {name: layer.base.weight.clone() for name, layer in lora.adapted(model).items()}
+        unmerged = model(TOKENS)
+        lora.merge(model)
+        merged = model(TOKENS)
+        lora.unmerge(model)
+    assert relative(merged.float(), unmerged.float()) < (1e-5 if dtype == torch.float32 else 0.1)
+    for name, layer in lora.adapted(model).items():
+        assert layer.base.weight.dtype == dtype
+        assert relative(layer.base.weight.float(), before[name].float()) < torch.finfo(dtype).eps
+
+
+def test_a_merged_model_saves_as_a_plain_one(tmp_path):
     llama(tmp_path / "base")
     model = load_model(tmp_path / "base")
+    plain = {name for name, _ in model.named_parameters()}
     lora.add_lora(model, 4, 8.0)
     randomise(model)
     with torch.no_grad():
         adapted = model(TOKENS)
-        lora.merge(model)
-        merged = model(TOKENS)
-        lora.unmerge(model)
-        assert relative(merged, adapted) < 1e-5 and relative(model(TOKENS), adapted) < 1e-5
-        lora.merge(model)
+    lora.merge(model)
     lora.drop_lora(model)
+    assert {name for name, _ in model.named_parameters()} == plain
     save_model(model, tmp_path / "merged")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         assert relative(theirs(TOKENS).logits, adapted) < 1e-5
+        assert relative(load_model(tmp_path / "merged")(TOKENS), adapted) < 1e-5
+
+
+def loss_of(logits):
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_loss_and_gradients_equal_those_of_peft(tmp_path, dropout):
+    theirs, model = llama(tmp_path / "base", attention_bias=True, std=0.1), load_model(tmp_path / "base")
+    lora.add_lora(model, 4, 10.0, dropout)
+    randomise(model)
+    lora.save_adapter(model, tmp_path / "adapter")
+    wrapped = in_peft(theirs, tmp_path / "adapter", is_trainable=True).train()
+    torch.manual_seed(5)  # the same modules in the same order draw the same masks
+    expected = loss_of(wrapped(TOKENS).logits)
+    torch.manual_seed(5)
+    loss = loss_of(model.train()(TOKENS))
+    expected.backward()
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    gradients = {name: p.grad for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert len(gradients) == 2 * 7 * 3
+    for name, layer in lora.adapted(model).items():
+        for ours, leaf in ((layer.lora_A, "lora_A"), (layer.lora_B, "lora_B")):
+            assert relative(ours.grad, gradients[f"base_model.model.{name}.{leaf}.default.weight"]) < 1e-4
+        assert layer.base.weight.grad is None
+
+
+def test_dropout_acts_in_training_only(tmp_path):
+    llama(tmp_path)
+    model = load_model(tmp_path)
+    lora.add_lora(model, 4, 8.0, dropout=0.5)
+    randomise(model)
+    runs = []
+    for mode, seed in ((True, 1), (True, 2), (True, 1), (False, 1), (False, 2)):
+        model.train(mode)
+        torch.manual_seed(seed)
+        runs.append(model(TOKENS))
+    assert torch.equal(runs[0], runs[2]) and torch.equal(runs[3], runs[4])
+    assert relative(runs[0], runs[1]) > 1e-3 and relative(runs[0], runs[3]) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_b_learns_in_the_first_step_and_a_in_the_second(tmp_path, dtype, dropout):
+    llama(tmp_path, std=0.1)
+    model = load_model(tmp_path, dtype).train()
+    lora.add_lora(model, 4, 8.0, dropout)
+    layers = lora.adapted(model).values()
+    step = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    loss_of(model(TOKENS).float()).backward()
+    assert all(layer.lora_B.grad.isfinite().all() and layer.lora_B.grad.any() for layer in layers)
+    assert not any(layer.lora_A.grad.any() for layer in layers)
+    step.step()
+    step.zero_grad()
+    loss_of(model(TOKENS).float()).backward()
+    for parameter in (p for layer in layers for p in (layer.lora_A, layer.lora_B)):
+        assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all() and parameter.grad.any()
 
 
 def adapter(tmp_path, **config):
+    """A base, and the folder of an adapter of it whose configuration is changed."""
     llama(tmp_path / "base")
     model = load_model(tmp_path / "base")
     lora.add_lora(model, 4, 8.0, targets="q_proj")
@@ -99,51 +220,113 @@ def adapter(tmp_path, **config):
 def refused(model, folder) -> str:
     with pytest.raises(UserError) as error:
         lora.load_adapter(model, folder)
-    assert "\n" not in str(error.value) and "adapter" in str(error.value)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
     return str(error.value)
 
 
 @pytest.mark.parametrize(
     "config",
-    [{"peft_type": "IA3"}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"r": "4"}, {"r": 0},
-     {"target_modules": ["nothing"]}, {"target_modules": "("}, {"rank_pattern": {"q_proj": 2}}, {"r": 5}],
+    [{"peft_type": "IA3"}, {"peft_type": None}, {"peft_type": ["LORA"]}, {"use_dora": True}, {"use_rslora": True},
+     {"modules_to_save": ["lm_head"]}, {"fan_in_fan_out": True}, {"rank_pattern": {"q_proj": 2}}, {"bias": "all"},
+     {"alpha_pattern": {"q_proj": 2}}, {"layers_to_transform": [1]}, {"exclude_modules": ["k_proj"]}, {"lora_bias": True},
+     {"trainable_token_indices": [3]}, {"target_parameters": ["x"]}, {"alora_invocation_tokens": [1, 2]},
+     {"use_qalora": True}, {"layer_replication": [[0, 2]]}, {"init_lora_weights": "pissa_niter_4"},
+     {"init_lora_weights": "olora"}, {"r": "4"}, {"r": 0}, {"r": True}, {"r": 10**12}, {"lora_alpha": -8},
+     {"lora_alpha": float("nan")}, {"lora_alpha": None}, {"lora_dropout": 1.0}, {"target_modules": None}],
+    ids=lambda config: next(iter(config)),
 )  # fmt: skip
 def test_what_would_be_ignored_is_refused(tmp_path, config):
-    refused(*adapter(tmp_path, **config))
+    message = refused(*adapter(tmp_path, **config))
+    key = next(iter(config))
+    said = {"r": "(--rank|r, lora_alpha)", "lora_alpha": "alpha", "lora_dropout": "dropout"}.get(key, key)
+    assert "adapter_config.json" in message and re.search(said, message)
 
 
-@pytest.mark.parametrize("change", ["missing", "extra", "renamed", "shape"])
+@pytest.mark.parametrize("targets", [["nothing"], [], [3], "(", "a{99999999999999999999}", "lm_head", ["lm_head"]])
+def test_targets_that_fit_no_layer_are_refused(tmp_path, targets):
+    assert "adapter_config.json" in refused(*adapter(tmp_path, target_modules=targets))
+
+
+def test_a_pissa_adapter_as_peft_saves_it_is_refused(tmp_path):
+    theirs = llama(tmp_path / "base")  # peft takes the adapter's start out of the base: other logits without that
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    peft.get_peft_model(theirs, config).save_pretrained(tmp_path / "adapter")
+    assert "pissa" in refused(load_model(tmp_path / "base"), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "renamed", "shape", "transposed", "integers"])
 def test_tensors_must_be_exactly_those_promised(tmp_path, change):
     model, folder = adapter(tmp_path)
     file = folder / "adapter_model.safetensors"
     weights = load_file(file)
-    name = next(iter(weights))
+    name = min(weights)
     tensor = weights.pop(name)
-    if change == "extra":
-        weights |= {name: tensor, name.replace("q_proj", "z_proj"): tensor.clone()}
-    if change == "renamed":
-        weights[name.removeprefix("base_model.")] = tensor
-    if change == "shape":
-        weights[name] = tensor[:-1].clone()
-    save_file(weights, file)
-    assert "adapter_model.safetensors" in refused(model, folder)
+    changed = {
+        "missing": ({}, [name, "missing"]),
+        "extra": ({name: tensor, name.replace("q_proj", "z_proj"): tensor.clone()}, ["z_proj"]),
+        "renamed": ({name.removeprefix("base_model."): tensor}, [name, "missing"]),
+        "shape": ({name: tensor[:-1].clone()}, [name, "[3, 64]", "[4, 64]"]),
+        "transposed": ({name: tensor.t().contiguous()}, [name, "[64, 4]", "[4, 64]"]),
+        "integers": ({name: tensor.int()}, [name, "int32"]),
+    }
+    save_file(weights | changed[change][0], file)
+    message = refused(model, folder)
+    assert all(words in message for words in ["adapter_model.safetensors", *changed[change][1]])
+
+
+def test_the_rank_of_the_tensors_must_be_that_of_the_configuration(tmp_path):
+    assert "[4, 64]" in refused(*adapter(tmp_path, r=5))
+
+
+@pytest.mark.parametrize("other", [{"num_hidden_layers": 2}, {"num_hidden_layers": 4}, {"hidden_size": 32}])
+def test_an_adapter_of_another_model_is_refused(tmp_path, other):
+    _, folder = adapter(tmp_path)
+    llama(tmp_path / "other", **other)
+    assert "model.layers." in refused(load_model(tmp_path / "other"), folder)
+
+
+def test_a_second_adapter_is_refused(tmp_path):
+    model, folder = adapter(tmp_path)
+    lora.load_adapter(model, folder)
+    assert "already" in refused(model, folder)
 
 
 def test_a_cut_or_pickled_or_absent_adapter_is_refused(tmp_path):
     model, folder = adapter(tmp_path)
     file = folder / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-7])
-    assert "damaged" in refused(model, folder)
+    for keep in (-1, 200, 5, 0):
+        file.write_bytes(file.read_bytes()[:keep])
+        assert "damaged" in refused(model, folder)
     file.rename(folder / "adapter_model.bin")
-    assert "pickle" in refused(load_model(tmp_path / "base"), folder)
+    assert "adapter_model.bin is a pickle" in refused(model, folder)
+    (folder / "adapter_model.bin").unlink()
+    assert "no such file" in refused(model, folder)
+    (folder / "adapter_config.json").write_text("[1]")
+    assert "list" in refused(model, folder)
     (folder / "adapter_config.json").unlink()
     assert "no adapter_config.json" in refused(model, folder)
+    assert "no such adapter folder" in refused(model, folder / "nowhere")
 
 
 @pytest.mark.parametrize(
-    "settings", [(0, 8.0, 0.0, "all"), (4, -1.0, 0.0, "all"), (4, 8.0, 1.0, "all"), (4, 8.0, 0.0, "zap")]
-)
-def test_impossible_settings_are_refused(tmp_path, settings):
+    "settings, said",
+    [((0, 8.0, 0.0, "all"), "--rank 0"), ((-3, 8.0, 0.0, "all"), "--rank -3"), ((10**12, 8.0, 0.0, "all"), "--rank 1000"),
+     ((4, -1.0, 0.0, "all"), "--alpha -1"), ((4, float("nan"), 0.0, "all"), "--alpha nan"),
+     ((4, 8.0, 1.0, "all"), "--dropout 1"), ((4, 8.0, -0.1, "all"), "--dropout -0.1"),
+     ((4, 8.0, float("nan"), "all"), "--dropout nan"), ((4, 8.0, 0.0, "zap"), "--targets zap"),
+     ((4, 8.0, 0.0, "q_proj,zap"), "--targets zap"), ((4, 8.0, 0.0, "proj"), "--targets proj"),
+     ((4, 8.0, 0.0, "lm_head"), "--targets lm_head"), ((4, 8.0, 0.0, ""), "--targets")],
+)  # fmt: skip
+def test_impossible_settings_are_refused_and_leave_the_model_alone(tmp_path, settings, said):
     llama(tmp_path)
-    with pytest.raises(UserError):
-        lora.add_lora(load_model(tmp_path), *settings)
+    model = load_model(tmp_path)
+    with pytest.raises(UserError) as error:
+        lora.add_lora(model, *settings)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert not lora.has_lora(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_no_targets_at_all_are_refused(tmp_path):
+    llama(tmp_path)
+    with pytest.raises(UserError, match="--targets"):
+        lora.add_lora(load_model(tmp_path), 4, 8.0, targets=[])

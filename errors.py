@@ -20,17 +20,22 @@ def run(main) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `python evaluate.py ... | head`: the reader has left, nobody is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:  # a full disk, a folder without permission: the file's name is all there is to say
-        print(f"error: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
+        print(printable(f"error: {error.filename or 'input/output'}: {error.strerror or error}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+
+
+def printable(text: str) -> str:
+    """The text with what does not print escaped: a stranger's file must not move the terminal's cursor, or break a line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def read_text(path: Path) -> str:
@@ -54,6 +59,8 @@ def read_json(path: Path, kind: type = dict):
         raise UserError(f"{path}: not JSON at line {error.lineno} column {error.colno} ({error.msg})") from None
     except RecursionError:
         raise UserError(f"{path}: JSON nested too deep") from None
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise UserError(f"{path}: {error}") from None
     if not isinstance(value, kind):
         raise UserError(f"{path}: holds a JSON {type(value).__name__}, {kind.__name__} is wanted")
     return value

@@ -15,7 +15,7 @@ import torch
 
 from checkpoint import fingerprint, load_model
 from convert import model_folder
-from errors import UserError, read_json
+from errors import UserError, printable, read_json
 from lora import load_adapter
 from model import Transformer
 from tokenizer import Tokenizer, load_tokenizer
@@ -130,5 +130,5 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
 
 def one_line(text: str, width: int = 100) -> str:
     """The text on one line of at most `width` characters, whatever it holds: what does not print is escaped."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:width])
+    shown = printable(text[:width])
     return shown if len(shown) <= width and len(text) <= width else shown[: width - 3] + "..."

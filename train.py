@@ -138,8 +138,11 @@ def check(flags: Flags) -> None:
             re.compile(flags.train)
         except re.error as error:
             raise UserError(f"--train {flags.train}: no regular expression ({error})") from None
-    if flags.out and Path(flags.out).exists() and not flags.overwrite and any(Path(flags.out).iterdir()):
-        raise UserError(f"--out {flags.out}: holds something already; name another folder or add --overwrite")
+    if flags.out and Path(flags.out).exists() and any(Path(flags.out).iterdir()):
+        if not (Path(flags.out) / "metrics.jsonl").is_file():
+            raise UserError(f"--out {flags.out}: holds something that is no run of train.py; name another folder")
+        if not flags.overwrite:
+            raise UserError(f"--out {flags.out}: holds a run already; name another folder or add --overwrite")
 
 
 # ---------------------------------------------------------------------------------------------------- set-up

@@ -1,10 +1,16 @@
-"""What several test files share: random Llama-family checkpoints made by transformers."""
+"""What several test files share: random Llama-family checkpoints made by transformers, and a script run in this process."""
 
+import json
+import random
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from errors import run
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
@@ -26,6 +32,11 @@ SHAPES = {  # name: what differs from the smallest Llama
     "linear_rope": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     "biases": {"attention_bias": True, "mlp_bias": True},
 }
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+WORDS = "the red green blue fox dog runs jumps über 河 never always 12 7 2024".split()
 
 
 def llama(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, std: float = 0.3, **changes):
@@ -46,3 +57,41 @@ def llama(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, std: 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """Length of the difference against the length of b."""
     return float((a - b).detach().norm() / b.detach().norm())
+
+
+def sentence(seed: int, words: int) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=words))
+
+
+def chat_base(folder: Path, **changes) -> Path:
+    """A random Llama with a byte-level BPE of its own and a ChatML template."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([sentence(i, 20) for i in range(50)], trainer)
+    sizes = {"std": 0.2, "max_position_embeddings": 512} | changes
+    llama(folder, vocab_size=bpe.get_vocab_size(), eos_token_id=2, bos_token_id=1, **sizes)
+    bpe.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}
+    settings |= {"add_bos_token": False, "chat_template": CHATML, "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def command(script, monkeypatch, capsys, *words) -> tuple[str, str, int]:
+    """stdout, stderr and exit code of a script, in this process."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
+    code = 0
+    try:
+        run(script.main)
+    except SystemExit as end:
+        code = end.code
+    out = capsys.readouterr()
+    return out.out, out.err, code

@@ -1,7 +1,6 @@
 """evaluate.py, generate.py and what both load: the numbers against transformers, the words on bad input."""
 
 import json
-import random
 import subprocess
 import sys
 from argparse import Namespace
@@ -10,47 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import llama
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from helpers import chat_base, command, sentence
 
 import data
 import evaluate
 import generate
 import loading
 from checkpoint import fingerprint, load_model
-from errors import UserError, run
+from errors import UserError
 from formats import Record
 from lora import adapted, add_lora, save_adapter
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-WORDS = [
-    "the",
-    "red",
-    "green",
-    "blue",
-    "fox",
-    "dog",
-    "runs",
-    "jumps",
-    "über",
-    "河",
-    "never",
-    "always",
-    "12",
-    "7",
-    "2024",
-]
-
-
-def sentence(seed: int, words: int) -> str:
-    return " ".join(random.Random(seed).choices(WORDS, k=words))
-
-
 RECORDS = [
     {
         "messages": [
@@ -64,25 +35,7 @@ RECORDS = [
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A random Llama with a byte-level BPE of its own and a ChatML template."""
-    folder = tmp_path_factory.mktemp("base")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator([sentence(i, 20) for i in range(50)], trainer)
-    llama(folder, std=0.2, vocab_size=bpe.get_vocab_size(), max_position_embeddings=512, eos_token_id=2, bos_token_id=1)
-    bpe.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}
-    settings |= {"add_bos_token": False, "chat_template": CHATML, "clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
+    return chat_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -109,18 +62,6 @@ def file(tmp_path) -> Path:
 
 def read(path: Path) -> list[Record]:
     return data.load_sources([path])[0].records
-
-
-def command(script, monkeypatch, capsys, *words) -> tuple[str, str, int]:
-    """stdout, stderr and exit code of a script, in this process."""
-    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
-    code = 0
-    try:
-        run(script.main)
-    except SystemExit as end:
-        code = end.code
-    out = capsys.readouterr()
-    return out.out, out.err, code
 
 
 # ---- loss ----

@@ -1,10 +1,10 @@
 """Weights on disk: Hugging Face folders in and out.
 
-A folder holds config.json, one model.safetensors or several shards with model.safetensors.index.json, tokenizer files and
-generation_config.json. Names in files are the published ones; inside they are ours; NAMES is the one table between them.
-Loading builds the model on the meta device and fills it tensor by tensor, so that peak memory is the model once plus a
-tensor. Everything that is written is written aside, synced to the disk and renamed: a crash leaves the old or the new.
-Only safetensors are read: pickled weights (`.bin`, `.pt`) can run code on loading and are refused.
+A folder holds config.json, one model.safetensors or several shards with model.safetensors.index.json, tokenizer files
+and generation_config.json. Names in files are the published ones; inside they are ours; NAMES is the one table between
+them. Loading builds the model on the meta device and fills it tensor by tensor, so that peak memory is the model once
+plus a tensor. Everything that is written is written aside, synced to the disk and renamed: a crash leaves the old or
+the new. Only safetensors are read: pickled weights (`.bin`, `.pt`) can run code on loading and are refused.
 """
 
 import contextlib
@@ -64,9 +64,9 @@ def published(model: Transformer, name: str) -> str:
 def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """Yields an empty folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
 
-    An existing `path` is replaced if asked for; else FileExistsError, and what was written is dropped. NotADirectoryError
-    where `path` is a file. A crash leaves the old folder whole, but for the instant between the two renames that swap it:
-    then it stands beside, as `.NAME.replaced-PID`.
+    An existing `path` is replaced if asked for; else FileExistsError, and what was written is dropped.
+    NotADirectoryError where `path` is a file. A crash leaves the old folder whole, but for the instant between the two
+    renames that swap it: then it stands beside, as `.NAME.replaced-PID`.
     """
     path = Path(path).resolve()  # a link keeps pointing at the folder, "." has a name
     if path.is_file():
@@ -139,7 +139,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Every (published name, tensor) of safetensors files: views of the file, of which MAPPED_BYTES are mapped at a time."""
+    """Every (published name, tensor) of safetensors files: views of the file, MAPPED_BYTES of it mapped at a time."""
     for file in files:
         try:
             with safe_open(file, framework="pt") as shard:
@@ -202,8 +202,8 @@ def stored_dtype(config: Config) -> torch.dtype:
 
 
 def save_model(model: Transformer, folder, dtype: torch.dtype | None = None) -> None:
-    """Writes a Hugging Face folder that transformers loads: weights in `dtype` (default: the one they have), config.json,
-    and the tokenizer files, template and generation_config.json of the folder that the model came from."""
+    """Writes a Hugging Face folder that transformers loads: weights in `dtype` (default: their own), config.json, and
+    the tokenizer files, template and generation_config.json of the folder that the model came from."""
     assert not any(".base." in name for name, _ in model.named_parameters()), "merge the adapter first"
     weights = {
         published(model, name): parameter.detach().to("cpu", dtype) for name, parameter in model.named_parameters()

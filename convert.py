@@ -1,14 +1,10 @@
-"""Other people's formats at the door: what comes in is made a Hugging Face folder once, and the rest of the house reads
-nothing else.
+"""GGUF at the door: a llama.cpp file is made a Hugging Face folder once, and the rest of the house reads nothing else.
 
-GGUF is llama.cpp's one-file format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): a header of typed keys
-(shapes, tokenizer, chat template), a table of tensors, then their data, mostly in blocks of 32 or 256 weights that
-share a scale. A Llama-architecture file becomes config.json, model.safetensors, the tokenizer and its settings. Three
-things differ from the folder that the file once came from: dimensions are listed fastest first, the rows of q and k
-are in the order of the original Llama code (`original_rows`), and Llama 3's RoPE scaling is a tensor of factors.
-
-The header comes from anywhere, so nothing in it is believed before it has been compared with the size of the file;
-what the converter does not know is refused by name and never left out in silence.
+`gguf_header.py` reads the container; here is what it means. A Llama-architecture file becomes config.json,
+model.safetensors, the tokenizer with its chat templates, and generation_config.json. Two things differ from the folder
+that the file once came from: the rows of q and k are in the order of the original Llama code (`original_rows`), and
+Llama 3's RoPE scaling is a tensor of factors (`rope_scaling`). What the converter does not know is refused by name and
+never left out in silence.
 
     python convert.py to-folder FILE.gguf FOLDER
 """
@@ -21,16 +17,17 @@ import os
 import re
 import struct
 import sys
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 import errors
 from checkpoint import file_sha256, new_folder, write_json
 from errors import UserError
+from gguf_header import Gguf, read_gguf
 
-FORMAT = 1  # of the folders made here: counting it up makes every cached one afresh
+FORMAT = 2  # of the folders made here: counting it up makes every cached one afresh
 
 
 def model_folder(model: str | Path | None) -> Path:
@@ -79,12 +76,13 @@ def default_base() -> Path:
 def gguf_to_folder(file: str | Path, folder: str | Path) -> None:
     """Converts a Llama-architecture GGUF file into a new Hugging Face folder, written aside and renamed when whole.
 
-    file: GGUF version 2 or 3, little-endian, in one piece, with tensors of the types in `TENSOR_TYPES`. F32, F16 and
-        BF16 are copied bit for bit. Blocks become float32: a scale times a code, plus a minimum, needs more bits than a
-        16-bit float has, and the folder is to give the file's own logits, not nearly those.
+    file: as `read_gguf` takes it. F32, F16 and BF16 are copied bit for bit. Blocks become float32: a scale times a
+        code, plus a minimum, needs more bits than a 16-bit float has, and the folder is to give the file's own logits,
+        not nearly those.
     folder: must not exist. Gets config.json, model.safetensors, tokenizer.json (byte-level BPE) or tokenizer.model
         (sentencepiece), tokenizer_config.json, generation_config.json, and source.json, which says what it was made of.
-    Raises UserError, with nothing left behind, for a file that is damaged, cut, alien or not supported.
+    Raises UserError, with nothing left behind, for a file that is damaged, cut, alien, not supported, or whose weights
+    are not all finite.
     """
     file, folder = Path(file), Path(folder)
     if folder.exists():
@@ -92,10 +90,9 @@ def gguf_to_folder(file: str | Path, folder: str | Path) -> None:
     gguf = read_gguf(file)
     config = llama_config(gguf)
     plan = llama_tensors(gguf, config)
-    kinds = [tensor.kind for tensor in gguf.tensors.values()]
     source = {"file": file.name, "sha256": file_sha256(file)}
     source |= {key: gguf.fields.get(f"general.{key}") for key in ("name", "license")}
-    source["tensor_types"] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+    source["tensor_types"] = Counter(sorted(tensor.kind for tensor in gguf.tensors.values()))
     documents = {"config.json": config, "source.json": source} | tokenizer_files(gguf)
     print(f"converting {file} into {folder}", file=sys.stderr)
     with new_folder(folder) as aside:
@@ -118,20 +115,20 @@ KNOWN_KEYS = re.compile(
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def llama_config(gguf: "Gguf") -> dict:
+def llama_config(gguf: Gguf) -> dict:
     """config.json in the dialect of transformers 4 (rope_theta, rope_scaling, torch_dtype), which 5 reads as well."""
-    architecture = field(gguf, "general.architecture", str)
+    architecture = gguf.field("general.architecture", str)
     if architecture != "llama":
         raise UserError(f"{gguf.file}: its architecture is {architecture!r}; only 'llama' can be converted")
     if unknown := sorted(key for key in gguf.fields if key.startswith("llama.") and not KNOWN_KEYS.fullmatch(key)):
         raise UserError(f"{gguf.file}: uses {unknown[0]!r}, which is not supported")
-    hidden = field(gguf, "llama.embedding_length", int)
-    heads = field(gguf, "llama.attention.head_count", int)
-    kv_heads = field(gguf, "llama.attention.head_count_kv", int, heads)
-    head_dim = field(gguf, "llama.attention.key_length", int, hidden // heads)
-    value_dim = field(gguf, "llama.attention.value_length", int, head_dim)
-    rotary_dim = field(gguf, "llama.rope.dimension_count", int, head_dim)
-    theta = field(gguf, "llama.rope.freq_base", float, 10_000.0)
+    hidden = gguf.field("llama.embedding_length", int)
+    heads = gguf.field("llama.attention.head_count", int)
+    kv_heads = gguf.field("llama.attention.head_count_kv", int, heads)
+    head_dim = gguf.field("llama.attention.key_length", int, hidden // heads)
+    value_dim = gguf.field("llama.attention.value_length", int, head_dim)
+    rotary_dim = gguf.field("llama.rope.dimension_count", int, head_dim)
+    theta = gguf.field("llama.rope.freq_base", float, 10_000.0)
     if heads % kv_heads or head_dim % 2 or not head_dim == value_dim == rotary_dim:
         raise UserError(
             f"{gguf.file}: {heads} heads over {kv_heads}, keys of {head_dim}, values of {value_dim} and RoPE over "
@@ -143,18 +140,18 @@ def llama_config(gguf: "Gguf") -> dict:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": len(field(gguf, "tokenizer.ggml.tokens", list)),
+        "vocab_size": len(gguf.field("tokenizer.ggml.tokens", list)),
         "hidden_size": hidden,
-        "intermediate_size": field(gguf, "llama.feed_forward_length", int),
-        "num_hidden_layers": field(gguf, "llama.block_count", int),
+        "intermediate_size": gguf.field("llama.feed_forward_length", int),
+        "num_hidden_layers": gguf.field("llama.block_count", int),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "max_position_embeddings": field(gguf, "llama.context_length", int),
-        "rms_norm_eps": field(gguf, "llama.attention.layer_norm_rms_epsilon", float),
+        "max_position_embeddings": gguf.field("llama.context_length", int),
+        "rms_norm_eps": gguf.field("llama.attention.layer_norm_rms_epsilon", float),
         "rope_theta": theta,
         "rope_scaling": rope_scaling(gguf, head_dim, theta),
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
@@ -166,7 +163,7 @@ def llama_config(gguf: "Gguf") -> dict:
     }
 
 
-def rope_scaling(gguf: "Gguf", head_dim: int, theta: float) -> dict | None:
+def rope_scaling(gguf: Gguf, head_dim: int, theta: float) -> dict | None:
     """The `rope_scaling` of config.json; None for plain RoPE, UserError for a kind that can't be said there exactly.
 
     Llama 3's scaling arrives as rope_freqs.weight, float32 [head_dim / 2]: what each wavelength is multiplied with.
@@ -174,30 +171,30 @@ def rope_scaling(gguf: "Gguf", head_dim: int, theta: float) -> dict | None:
     So the fourth, the largest factor, is read off and the whole tensor checked against them.
     """
     scaled = "llama.rope.scaling.factor" in gguf.fields
-    kind = field(gguf, "llama.rope.scaling.type", str, "linear" if scaled else "none")
+    kind = gguf.field("llama.rope.scaling.type", str, "linear" if scaled else "none")
     tensor = gguf.tensors.get("rope_freqs.weight")
-    if kind not in ("none", "linear") or (kind == "linear" and tensor):
+    if kind == "linear" and tensor is None:
+        return {"rope_type": "linear", "factor": gguf.field("llama.rope.scaling.factor", float)}
+    if kind != "none":
         raise UserError(f"{gguf.file}: RoPE scaling {kind!r}{' and rope_freqs.weight' * bool(tensor)} is not supported")
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": field(gguf, "llama.rope.scaling.factor", float)}
     if tensor is None:
         return None
     if (tensor.kind, tensor.shape) != ("F32", (head_dim // 2,)):
         raise UserError(f"{gguf.file}: rope_freqs.weight is {tensor.kind} {list(tensor.shape)}, not F32 [head_dim / 2]")
-    factors = stored_rows(gguf, tensor).view("<f4").ravel()
+    factors = tensor.rows.view("<f4")[0]
     if (factors == 1).all():
         return None
     low, high, length = LLAMA3_ROPE.values()
     turns = length / (2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim))  # in the original context
     share = np.clip((turns - low) / (high - low), 0, 1)  # of the unscaled frequency
     factor = float(factors.max())
-    if not np.allclose(factors * ((1 - share) / factor + share), 1, rtol=0, atol=1e-4):
+    if not (1 <= factor < math.inf and np.allclose(factors * ((1 - share) / factor + share), 1, rtol=0, atol=1e-4)):
         raise UserError(f"{gguf.file}: rope_freqs.weight is not Llama 3's scaling of 8192 positions; not supported")
     return {"rope_type": "llama3", "factor": factor} | LLAMA3_ROPE
 
 
-def llama_tensors(gguf: "Gguf", config: dict) -> dict[str, tuple[str, int]]:
-    """{name in the file: (name in the folder, heads whose rows must be put back or 0)}, complete and of right shapes."""
+def llama_tensors(gguf: Gguf, config: dict) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """{name in the file: (name in the folder, shape, heads whose rows must be put back or 0)}, each found there."""
     hidden, vocab, layers = config["hidden_size"], config["vocab_size"], config["num_hidden_layers"]
     inner, heads, kv_heads = config["intermediate_size"], config["num_attention_heads"], config["num_key_value_heads"]
     q_dim, kv_dim = heads * config["head_dim"], kv_heads * config["head_dim"]
@@ -217,22 +214,15 @@ def llama_tensors(gguf: "Gguf", config: dict) -> dict[str, tuple[str, int]]:
         table.append(("output", "lm_head", (vocab, hidden), 0))
     for i in range(min(layers, len(gguf.tensors))):  # the count in a hostile file may be anything
         table += [(f"blk.{i}.{name}", f"model.layers.{i}.{row[0]}", *row[1:]) for name, row in block.items()]
-    plan = {f"{name}.weight": (f"{published}.weight", heads) for name, published, _, heads in table}
+    plan = {f"{name}.weight": (f"{published}.weight", *rest) for name, published, *rest in table}
     if missing := [name for name in plan if name not in gguf.tensors]:
         raise UserError(f"{gguf.file}: {len(missing)} tensors are missing, the first is {missing[0]}")
     if extra := sorted(gguf.tensors.keys() - plan.keys() - {"rope_freqs.weight"}):
         raise UserError(f"{gguf.file}: holds {extra[0]!r}, which a Llama model of {layers} layers does not have")
-    for name, _, shape, _ in table:
-        found = gguf.tensors[f"{name}.weight"].shape
-        if found != shape:
-            raise UserError(f"{gguf.file}: {name}.weight has shape {list(found)}; its header asks for {list(shape)}")
+    for name, (_, shape, _) in plan.items():
+        if (found := gguf.tensors[name].shape) != shape:
+            raise UserError(f"{gguf.file}: {name} has shape {list(found)}; its header asks for {list(shape)}")
     return plan
-
-
-def stored_rows(gguf: "Gguf", tensor: "Tensor") -> np.ndarray:
-    """A tensor's bytes as they lie in the file, uint8 [rows, bytes of a row]; a vector is one row."""
-    rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
-    return gguf.data[tensor.start : tensor.start + tensor.size].reshape(rows, -1)
 
 
 def original_rows(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -245,7 +235,7 @@ def original_rows(rows: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def write_weights(gguf: "Gguf", plan: dict[str, tuple[str, int]], path: Path) -> None:
+def write_weights(gguf: Gguf, plan: dict[str, tuple[str, tuple[int, ...], int]], path: Path) -> None:
     """Writes model.safetensors one tensor at a time, since the whole model in float32 may not fit into memory.
 
     The format: the length of a JSON header in 8 bytes, the header with each tensor's dtype, shape and place, the data.
@@ -253,23 +243,24 @@ def write_weights(gguf: "Gguf", plan: dict[str, tuple[str, int]], path: Path) ->
     from gguf import GGMLQuantizationType, dequantize
 
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, (published_name, _) in plan.items():
-        tensor = gguf.tensors[name]
-        dtype, width = (tensor.kind, 2) if tensor.kind in ("F16", "BF16") else ("F32", 4)
-        start, end = end, end + width * math.prod(tensor.shape)
-        header[published_name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [start, end]}
+    for name, (published, shape, _) in plan.items():
+        kind = gguf.tensors[name].kind
+        dtype, width = (kind, 2) if kind in ("F16", "BF16") else ("F32", 4)
+        start, end = end, end + width * math.prod(shape)
+        header[published] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
-        for name, (_, heads) in plan.items():
-            tensor = gguf.tensors[name]
-            rows = stored_rows(gguf, tensor)
+        for name, (_, _, heads) in plan.items():
+            _, kind, rows = gguf.tensors[name]
             if heads:
                 rows = original_rows(rows, heads)  # whole rows move, so blocks inside them stay whole
-            if tensor.kind not in ("F32", "F16", "BF16"):
-                rows = dequantize(rows, GGMLQuantizationType[tensor.kind])
-            out.write(rows.data)
+            with np.errstate(invalid="ignore"):  # 0 times an infinite scale: refused below, in our words
+                weights = dequantize(rows, GGMLQuantizationType[kind])  # float32
+            if not np.isfinite(weights).all():
+                raise UserError(f"{gguf.file}: {name!r} holds NaN or infinite weights; take another copy of it")
+            out.write(rows.data if kind in ("F16", "BF16") else weights.data)
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------------------
@@ -277,31 +268,26 @@ def write_weights(gguf: "Gguf", plan: dict[str, tuple[str, int]], path: Path) ->
 # tokenizer.ggml.token_type; the numbers are sentencepiece's own.
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6
 SPECIAL = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unk": "unknown", "pad": "padding"}
-
-
-def byte_level(use_regex: bool) -> dict:
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-
-
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}  # GPT-2's words
 # How text falls into words before the merges, by tokenizer.ggml.pre: with another split the ids are other ids, and
-# nothing looks wrong. ByteLevel's own regex is GPT-2's.
+# nothing looks wrong.
 PRE_TOKENIZERS = {
-    "gpt-2": [byte_level(use_regex=True)],
-    "smollm": [{"type": "Digits", "individual_digits": True}, byte_level(use_regex=True)],
+    "gpt-2": [BYTE_LEVEL],
+    "smollm": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL],
     "llama-bpe": [
         {"type": "Split", "pattern": {"Regex": LLAMA3_WORDS}, "behavior": "Isolated", "invert": False},
-        byte_level(use_regex=False),
+        BYTE_LEVEL | {"use_regex": False},
     ],
 }
 
 
-def special_ids(gguf: "Gguf") -> dict[str, int]:
+def special_ids(gguf: Gguf) -> dict[str, int]:
     """The ids of bos, eos, eot, eom, unk and pad, as far as the file names them; eos it must name."""
-    count, ids = len(field(gguf, "tokenizer.ggml.tokens", list)), {}
+    count, ids = len(gguf.field("tokenizer.ggml.tokens", list)), {}
     for name, key in SPECIAL.items():
         value = gguf.fields.get(f"tokenizer.ggml.{key}_token_id")
         if value is not None:
@@ -313,11 +299,11 @@ def special_ids(gguf: "Gguf") -> dict[str, int]:
     return ids
 
 
-def tokenizer_files(gguf: "Gguf") -> dict[str, dict | bytes]:
+def tokenizer_files(gguf: Gguf) -> dict[str, dict | bytes]:
     """{file name: content} of the tokenizer, its settings and generation_config.json."""
-    kind = field(gguf, "tokenizer.ggml.model", str)
-    tokens = field(gguf, "tokenizer.ggml.tokens", list)
-    types = field(gguf, "tokenizer.ggml.token_type", list)
+    kind = gguf.field("tokenizer.ggml.model", str)
+    tokens = gguf.field("tokenizer.ggml.tokens", list)
+    types = gguf.field("tokenizer.ggml.token_type", list)
     if kind not in ("gpt2", "llama"):
         raise UserError(f"{gguf.file}: tokenizer {kind!r} is not supported; 'gpt2' (BPE) and 'llama' (SPM) are")
     if not all(isinstance(token, str) for token in tokens) or len(set(tokens)) != len(tokens):
@@ -327,15 +313,19 @@ def tokenizer_files(gguf: "Gguf") -> dict[str, dict | bytes]:
     ids = special_ids(gguf)
     # llama.cpp's defaults where the keys are missing: sentencepiece models and Llama 3 start with bos
     starts = kind == "llama" or gguf.fields.get("tokenizer.ggml.pre") == "llama-bpe"
-    add_bos = field(gguf, "tokenizer.ggml.add_bos_token", bool, starts)
-    add_eos = field(gguf, "tokenizer.ggml.add_eos_token", bool, False)
+    add_bos = gguf.field("tokenizer.ggml.add_bos_token", bool, starts)
+    add_eos = gguf.field("tokenizer.ggml.add_eos_token", bool, False)
     if add_bos and "bos" not in ids:
         raise UserError(f"{gguf.file}: asks for a bos token but has no tokenizer.ggml.bos_token_id")
     settings = {f"{name}_token": tokens[ids[name]] for name in ("bos", "eos", "unk", "pad") if name in ids}
     settings |= {"add_bos_token": add_bos, "add_eos_token": add_eos, "clean_up_tokenization_spaces": False}
-    settings["model_max_length"] = field(gguf, "llama.context_length", int)
-    if "tokenizer.chat_template" in gguf.fields:
-        settings["chat_template"] = field(gguf, "tokenizer.chat_template", str)
+    settings["model_max_length"] = gguf.field("llama.context_length", int)
+    keys = [key for key in gguf.fields if re.fullmatch(r"tokenizer\.chat_template(\..+)?", key)]
+    templates = [{"name": key.partition("template.")[2] or "default", "template": gguf.field(key, str)} for key in keys]
+    if keys == ["tokenizer.chat_template"]:
+        settings["chat_template"] = templates[0]["template"]
+    elif keys:  # every transformers reads this list; additional_chat_templates/*.jinja only the newer ones
+        settings["chat_template"] = templates
     ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids))
     generation = {f"{name}_token_id": ids[name] for name in ("bos", "pad") if name in ids}
     generation["eos_token_id"] = ends if len(ends) > 1 else ends[0]
@@ -344,24 +334,24 @@ def tokenizer_files(gguf: "Gguf") -> dict[str, dict | bytes]:
         first, last = [ids["bos"]] if add_bos else [], [ids["eos"]] if add_eos else []
         files = {"tokenizer.json": byte_level_bpe(gguf, tokens, types, first, last)}
     else:
-        prefix = field(gguf, "tokenizer.ggml.add_space_prefix", bool, True)
+        prefix = gguf.field("tokenizer.ggml.add_space_prefix", bool, True)
         settings |= {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": prefix, "legacy": False}
         files = {"tokenizer.model": sentencepiece_bpe(gguf, tokens, types, ids, prefix)}
     return files | {"tokenizer_config.json": settings, "generation_config.json": generation}
 
 
-def byte_level_bpe(gguf: "Gguf", tokens: list[str], types: list[int], first: list[int], last: list[int]) -> dict:
+def byte_level_bpe(gguf: Gguf, tokens: list[str], types: list[int], first: list[int], last: list[int]) -> dict:
     """tokenizer.json of GPT-2's byte-level BPE, as the tokenizers library reads it.
 
     first, last: the ids put before and after an encoded text, each none or one.
     """
-    pre = field(gguf, "tokenizer.ggml.pre", str)
+    pre = gguf.field("tokenizer.ggml.pre", str)
     if pre not in PRE_TOKENIZERS:
         raise UserError(f"{gguf.file}: tokenizer.ggml.pre {pre!r} is not supported; {', '.join(PRE_TOKENIZERS)} are")
-    # The unused ones only fill ids up to the size of the embedding. Added tokens stay in the vocabulary, because
-    # that is where the tokenizers library looks up their ids.
+    # The unused ones only fill ids up to the size of the embedding. Added tokens stay in: the tokenizers library looks
+    # up their ids here.
     vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, types)) if kind != UNUSED}
-    merges = field(gguf, "tokenizer.ggml.merges", list)
+    merges = gguf.field("tokenizer.ggml.merges", list)
     for i, merge in enumerate(merges):
         left, _, right = str(merge).partition(" ")
         if not {left, right, left + right} <= vocab.keys():
@@ -372,172 +362,49 @@ def byte_level_bpe(gguf: "Gguf", tokens: list[str], types: list[int], first: lis
         for i, (token, kind) in enumerate(zip(tokens, types))
         if kind in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
-    around = [{"SpecialToken": {"id": tokens[i], "type_id": 0}} for i in first + last]
-    text = [around[: len(first)] + [{"Sequence": {"id": part, "type_id": 0}}] + around[len(first) :] for part in "AB"]
-    template = {
-        "type": "TemplateProcessing",
-        "single": text[0],
-        "pair": text[0] + text[1],
-        "special_tokens": {tokens[i]: {"id": tokens[i], "ids": [i], "tokens": [tokens[i]]} for i in first + last},
-    }
+    before, after = ([{"SpecialToken": {"id": tokens[i], "type_id": 0}} for i in ids] for ids in (first, last))
+    one, two = ([*before, {"Sequence": {"id": part, "type_id": 0}}, *after] for part in "AB")
+    around = {tokens[i]: {"id": tokens[i], "ids": [i], "tokens": [tokens[i]]} for i in first + last}
+    template = {"type": "TemplateProcessing", "single": one, "pair": one + two, "special_tokens": around}
     return {
         "version": "1.0",
         "added_tokens": added,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
         "post_processor": template if around else None,
-        "decoder": byte_level(use_regex=True),
-        "model": {
-            "type": "BPE",
-            "ignore_merges": pre == "llama-bpe",  # a word that is a token is taken whole, as tiktoken does it
-            "vocab": vocab,
-            "merges": merges,
-        },
+        "decoder": BYTE_LEVEL,
+        # Llama 3: a word that is a token is taken whole, as tiktoken does it.
+        "model": {"type": "BPE", "ignore_merges": pre == "llama-bpe", "vocab": vocab, "merges": merges},
     }
 
 
-def sentencepiece_bpe(gguf: "Gguf", tokens: list[str], types: list[int], ids: dict[str, int], prefix: bool) -> bytes:
+def sentencepiece_bpe(gguf: Gguf, tokens: list[str], types: list[int], ids: dict[str, int], prefix: bool) -> bytes:
     """tokenizer.model: sentencepiece's protobuf of the pieces with their scores, for BPE with byte fallback.
 
     prefix: whether a text gets a space before its first word.
     """
-    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+    from sentencepiece import SentencePieceProcessor
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-    scores = field(gguf, "tokenizer.ggml.scores", list)
+    scores = gguf.field("tokenizer.ggml.scores", list)
     if len(scores) != len(tokens):
         raise UserError(f"{gguf.file}: {len(tokens)} tokens but {len(scores)} scores")
-    model = sentencepiece_model_pb2.ModelProto()
+    # llama.cpp's converter writes the spaces of user-defined tokens out; sentencepiece looks for its own mark
+    pieces = [token.replace(" ", "▁") if kind == USER_DEFINED else token for token, kind in zip(tokens, types)]
+    special = {f"{name}_id": ids.get(name, -1) for name in ("unk", "bos", "eos", "pad")}
+    special |= {f"{name}_piece": pieces[ids[name]] for name in ("unk", "bos", "eos", "pad") if name in ids}
     try:
-        for token, score, kind in zip(tokens, scores, types):
-            # llama.cpp's converter writes the spaces of user-defined tokens out; sentencepiece looks for its own mark
-            model.pieces.add(piece=token.replace(" ", "▁") if kind == USER_DEFINED else token, score=score, type=kind)
-        trainer = model.trainer_spec
-        trainer.model_type = trainer.BPE
-        trainer.vocab_size = len(tokens)
-        trainer.byte_fallback = BYTE in types
-        for name in ("unk", "bos", "eos", "pad"):
-            if name in ids:
-                setattr(trainer, f"{name}_piece", model.pieces[ids[name]].piece)
-            setattr(trainer, f"{name}_id", ids.get(name, -1))
-        model.normalizer_spec.name = "identity"
-        model.normalizer_spec.add_dummy_prefix = prefix
-        model.normalizer_spec.remove_extra_whitespaces = False
-        content = model.SerializeToString()
+        content = ModelProto(
+            pieces=[
+                {"piece": piece, "score": score, "type": kind} for piece, score, kind in zip(pieces, scores, types)
+            ],
+            trainer_spec={"model_type": "BPE", "vocab_size": len(tokens), "byte_fallback": BYTE in types} | special,
+            normalizer_spec={"name": "identity", "add_dummy_prefix": prefix, "remove_extra_whitespaces": False},
+        ).SerializeToString()
         SentencePieceProcessor(model_proto=content)  # its own judgement of the pieces
     except (RuntimeError, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{gguf.file}: sentencepiece refuses its tokens ({reason})") from None
     return content
-
-
-# --- the file ---------------------------------------------------------------------------------------------------------
-
-TENSOR_TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
-
-
-class Tensor(NamedTuple):
-    shape: tuple[int, ...]  # as PyTorch counts: [out, in]
-    kind: str  # one of TENSOR_TYPES
-    start: int  # byte in the file
-    size: int  # bytes
-
-
-class Gguf(NamedTuple):
-    file: Path
-    fields: dict
-    tensors: dict[str, Tensor]
-    data: np.ndarray  # uint8, the whole file, mapped
-
-
-def field(gguf: Gguf, key: str, kind: type, default=...):
-    """A value of the header that is of type `kind` and, if a number, positive; `default` where the key is missing."""
-    value = gguf.fields.get(key, default)
-    if value is ...:
-        raise UserError(f"{gguf.file}: has no {key}")
-    if type(value) is not kind:
-        raise UserError(f"{gguf.file}: {key} is of type {type(value).__name__}, {kind.__name__} is wanted")
-    if kind in (int, float) and not 0 < value < 2**31:
-        raise UserError(f"{gguf.file}: {key} can't be {value}")
-    return value
-
-
-def read_gguf(file: Path) -> Gguf:
-    """The header of a GGUF file, with the data mapped and each tensor's place in it checked.
-
-    The gguf package's reader isn't used: where an array claims 2^60 entries it goes on past the end of the file until
-    the memory is full, and it makes an array of every string (1.6 s against 0.2 s for the default base).
-    """
-    try:
-        data = np.memmap(file, np.uint8, "r")
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
-    except ValueError:
-        raise UserError(f"{file}: is empty, a GGUF file is wanted") from None
-    if data[:4].tobytes() != b"GGUF":
-        raise UserError(f"{file}: is not a GGUF file: it does not begin with the letters GGUF")
-    offset = 4
-
-    def take(code: str, count: int = 1) -> tuple:
-        nonlocal offset
-        layout = f"<{count}{code}"
-        values = struct.unpack_from(layout, data, offset)  # refuses what the file is too short for before it allocates
-        offset += struct.calcsize(layout)
-        return values
-
-    def string() -> str:
-        return take("s", *take("Q"))[0].decode()
-
-    def value(kind: int):
-        if kind == STRING:
-            return string()
-        if kind != ARRAY:
-            (number,) = take(SCALARS[kind])
-            return float(str(np.float32(number))) if SCALARS[kind] == "f" else number  # 1e-05, not 9.99999975e-06
-        (kind,), (count,) = take("I"), take("Q")
-        return [string() for _ in range(count)] if kind == STRING else list(take(SCALARS[kind], count))
-
-    fields, table = {}, {}
-    try:
-        (version,) = take("I")
-        if version not in (2, 3):
-            raise UserError(f"{file}: GGUF version {version} is not supported; little-endian 2 and 3 are")
-        tensor_count, field_count = take("Q", 2)
-        for _ in range(field_count):
-            key = string()
-            fields[key] = value(*take("I"))
-        for _ in range(tensor_count):
-            name = string()
-            shape = take("Q", *take("I"))[::-1]
-            table[name] = (shape, *take("IQ"))
-    except (struct.error, ValueError, KeyError, OverflowError):
-        raise UserError(f"{file}: its header is cut or damaged at byte {offset} of {len(data)}") from None
-    gguf = Gguf(file, fields, {}, data)
-    alignment = field(gguf, "general.alignment", int, 32)
-    start, total = -(-offset // alignment) * alignment, 0
-    for name, (shape, kind, tensor_offset) in table.items():
-        gguf.tensors[name] = tensor = place(gguf, name, shape, kind, start + tensor_offset)
-        total += tensor.size
-    if start + total > len(data):  # tensors that share their bytes would multiply a small file
-        raise UserError(f"{file}: its tensors overlap")
-    return gguf
-
-
-def place(gguf: Gguf, name: str, shape: tuple[int, ...], kind: int, start: int) -> Tensor:
-    """One row of the table, compared with the file."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    names = {member.value: member.name for member in GGMLQuantizationType}
-    label = names.get(kind, f"type {kind}")
-    if label not in TENSOR_TYPES:
-        raise UserError(f"{gguf.file}: {name!r} is stored as {label}; supported are {' '.join(TENSOR_TYPES)}")
-    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[label]]  # weights in a block, its bytes
-    if not 1 <= len(shape) <= 2 or 0 in shape or shape[-1] % block:
-        raise UserError(f"{gguf.file}: {name!r} has shape {list(shape)}; {label} can't hold that")
-    size = math.prod(shape) // block * block_bytes  # Python's integers don't overflow
-    if start + size > len(gguf.data):
-        raise UserError(f"{gguf.file}: is cut: {name!r} should end at byte {start + size} of {len(gguf.data)}")
-    return Tensor(shape, label, start, size)
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
 """From files to flat batches: records to token rows with a loss mask, a validation split, an order, and batches.
 
 A token is trained where the mask says so: the answers and the token that ends each, of which the tokenizer's template
-decides where they lie; in plain text every token. Whatever cannot be trained as it stands (an answer beyond --seq-len, a
-record that the template refuses) is left out, counted and said, never cut in silence.
+decides where they lie; in plain text every token. Whatever cannot be trained as it stands (an answer beyond --seq-len,
+a record that the template refuses) is left out, counted and said, never cut in silence.
 
-A batch is flat: `tokens` [N], one example after another without padding, the documents' lengths, and the rows whose next
-token is trained, so that nothing else ever reaches the output head. Row r predicts token r + 1 of the same example.
+A batch is flat: `tokens` [N], one example after another without padding, the documents' lengths, and the rows whose
+next token is trained, so that nothing else ever reaches the output head. Row r predicts token r + 1 of its example.
 """
 
 import hashlib
@@ -133,7 +133,8 @@ def epoch_order(lengths: list[int], per_step: int, seed: int, epoch: int) -> lis
     """The example numbers of every optimizer step of an epoch: each exactly once, a function of the arguments alone.
 
     Shuffled, then sorted by length within WINDOW steps and cut into steps, whose order is shuffled again. What does not
-    fill a step makes the epoch's last, smaller one: no step mixes epochs, and the loss counts tokens, so it weighs right.
+    fill a step makes the epoch's last, smaller one: no step mixes epochs, and the loss counts tokens, so that it weighs
+    what it should.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(lengths), generator=generator).tolist()

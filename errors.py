@@ -34,7 +34,7 @@ def run(main) -> None:
 
 
 def printable(text: str) -> str:
-    """The text with what does not print escaped: a stranger's file must not move the terminal's cursor, or break a line."""
+    """The text with what does not print escaped: a stranger's file must move no cursor and end no line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -4,9 +4,9 @@
     python generate.py --prompt "Name three rivers." --seed 1 --temperature 0.7
     cat draft.txt | python generate.py --complete                 all of stdin is one prompt
 
-What the model says streams as it comes, a character as soon as all its bytes are there. The answer alone goes to stdout;
-what was loaded, to stderr. Control characters in an answer (but newline and tab) are dropped: text from a model must not
-drive the terminal.
+What the model says streams as it comes, a character as soon as all its bytes are there. The answer alone goes to
+stdout; what was loaded, to stderr. Control characters in an answer (but newline and tab) are dropped: text from a model
+must not drive the terminal.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def answer(
 
 
 def show(pieces: Iterator[str], stoppable: bool = False) -> str:
-    """Prints the pieces as they come and a line end; returns what was said, or was until Ctrl-C if it may be stopped."""
+    """Prints the pieces as they come and a line end; returns what was said, up to Ctrl-C if it may be stopped."""
     said = ""
     try:
         for piece in pieces:

@@ -1,8 +1,8 @@
 """From what people type to a model in memory: flags, device, dtype, base, adapter, tokenizer.
 
-Shared by the three scripts, so that `--model`, `--adapter`, `--dtype` and `--device` mean the same in each. A choice that
-the user did not make is said with its reason. `one_line` stands here too: text out of a stranger's file, or out of a
-model, reaches the terminal as characters that it prints, never as ones that move its cursor.
+Shared by the three scripts, so that `--model`, `--adapter`, `--dtype` and `--device` mean the same in each. A choice
+that the user did not make is said with its reason. `one_line` stands here too: text out of a stranger's file, or out of
+a model, reaches the terminal as characters that it prints, never as ones that move its cursor.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def load(
 
 
 def base_folder(model: str | None, adapter: str | None, say: Callable = print) -> Path:
-    """The folder of the base: `--model`'s, else the one that the adapter was made on if it is here, else the default."""
+    """The folder of the base: `--model`'s, else the one that the adapter was made on, if here, else the default."""
     if adapter is not None and not is_adapter(adapter):
         raise UserError(f"{adapter}: no adapter_config.json in it, so it is no PEFT adapter folder")
     if model is not None or adapter is None:
@@ -78,7 +78,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype to compute in, and why. auto: bf16 where the hardware multiplies it, elsewhere it is slower than fp32."""
+    """The dtype to compute in, and why. auto: bf16 where the hardware has it, elsewhere it is slower than fp32."""
     if name != "auto":
         return DTYPES[name], f"asked for with --dtype {name}"
     if device.type == "cuda":
@@ -111,8 +111,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """parser.parse_args (argv: default the process's own), with every complaint a UserError of one line.
 
-    An unknown flag is looked for first and answered with the nearest right one: argparse itself would rather complain that
-    the flag which was meant is missing. The parser wants allow_abbrev=False.
+    An unknown flag is looked for first and answered with the nearest right one: argparse itself would rather complain
+    that the flag which was meant is missing. The parser wants allow_abbrev=False.
     """
     argv = sys.argv[1:] if argv is None else argv
     known = [option for action in parser._actions for option in action.option_strings]

@@ -1,9 +1,9 @@
 """LoRA: low-rank adaptation (Hu et al. 2021, arXiv 2106.09685), and its files in PEFT's format.
 
-A frozen linear y = x W^T gets a trained update beside it: y = x W^T + (alpha / rank) * (x A^T) B^T, with A [rank, in] and
-B [out, rank]. Those shapes are not a choice: W is stored [out, in], so the update that can be added to it is B A. (Texts
-that write A [in, rank] and B [rank, out] mean the product A B, the transpose: it does not fit W.) B starts at zero, so
-that step 0 is the base exactly, and A random, so that B's gradient is not zero as well.
+A frozen linear y = x W^T gets a trained update beside it: y = x W^T + (alpha / rank) * (x A^T) B^T, with A [rank, in]
+and B [out, rank]. Those shapes are not a choice: W is stored [out, in], so the update that can be added to it is B A.
+(Texts that write A [in, rank] and B [rank, out] mean the product A B, the transpose: it does not fit W.) B starts at
+zero, so that step 0 is the base exactly, and A random, so that B's gradient is not zero as well.
 
 Files are what peft writes and every server reads: adapter_config.json and adapter_model.safetensors, whose names are
 `base_model.model.<published module>.lora_A.weight`, and lora_B likewise.
@@ -71,8 +71,8 @@ def add_lora(
 
     targets: "all" (every linear in the blocks), or names, as a list or with commas: the end of a published module name,
     as peft matches them (`q_proj`, `mlp.down_proj`, `model.layers.3.self_attn.v_proj`).
-    Raises UserError on a rank below 1 or above every layer's size, an alpha of 0 or less, a dropout outside [0, 1), and a
-    target that matches nothing.
+    Raises UserError on a rank below 1 or above every layer's size, an alpha of 0 or less, a dropout outside [0, 1), and
+    a target that matches nothing.
     """
     if rank < 1:
         raise UserError(f"--rank {rank}: must be 1 or more")
@@ -164,7 +164,7 @@ def save_adapter(model: Transformer, folder) -> None:
 
 
 def target_modules(model: Transformer, names: list[str]) -> list[str]:
-    """Short names (q_proj) where they mean exactly the adapted layers, else the full ones: peft adapts all that match."""
+    """Short names (q_proj) where they mean exactly the adapted layers, else full ones: peft adapts all that match."""
     short = sorted({name.rpartition(".")[2] for name in names})
     linears = [published(model, name) for name, m in model.named_modules() if isinstance(m, Linear)]
     return short if {n for n in linears if n.rpartition(".")[2] in short} == set(names) else sorted(names)
@@ -173,8 +173,8 @@ def target_modules(model: Transformer, names: list[str]) -> list[str]:
 def load_adapter(model: Transformer, folder) -> None:
     """Puts a PEFT LoRA adapter on the model, trainable, everything else frozen.
 
-    Strict: raises UserError where the file's tensors are not exactly those that its configuration promises for this model,
-    or where it asks for something that would be ignored here (another method, bias, rank patterns, saved modules).
+    Strict: raises UserError where the file's tensors are not exactly those that its configuration promises for this
+    model, or where it asks for what would be ignored here (another method, bias, rank patterns, saved modules).
     """
     folder = Path(folder)
     if not folder.is_dir():

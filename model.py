@@ -1,8 +1,8 @@
 """One decoder-only transformer that is every supported family, by configuration.
 
-A family is a row of switches in `Config`, never a subclass. Today: Llama and what shares its shape (Llama 2, 3, 3.1, 3.2,
-TinyLlama, SmolLM2): RMSNorm before attention and MLP, rotary positions, grouped-query attention, SwiGLU, tied or untied
-output head.
+A family is a row of switches in `Config`, never a subclass. Today: Llama and what shares its shape (Llama 2, 3, 3.1,
+3.2, TinyLlama, SmolLM2): RMSNorm before attention and MLP, rotary positions, grouped-query attention, SwiGLU, tied or
+untied output head.
 
 Tokens flow flat: inside, a batch is one row of real tokens, [tokens, hidden], one document after another, and only
 attention knows where a document ends (kernels/attention.py). So padding is never computed and packing is batching.
@@ -50,7 +50,7 @@ class Config:
 
     @staticmethod
     def from_hf(raw: dict, where: str = "config.json") -> "Config":
-        """Parses config.json as transformers 4 writes it (`rope_theta`, `rope_scaling`) and as 5 does (`rope_parameters`).
+        """Parses config.json as transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`) write it.
 
         Raises UserError, beginning with `where`, on an unknown family, a missing or impossible value, or a feature that
         this file does not compute: a switch that is ignored would change the model in silence.
@@ -154,8 +154,8 @@ def rope_frequencies(config: Config) -> Tensor:
         return frequencies
     if scaling["rope_type"] == "linear":
         return frequencies / scaling["factor"]
-    # Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended linearly in the number
-    # of turns that they make within the original context.
+    # Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended linearly in the
+    # number of turns that they make within the original context.
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -163,7 +163,7 @@ def rope_frequencies(config: Config) -> Tensor:
 
 
 class Linear(nn.Module):
-    """x W^T + b. A weight in fp32 (a trained master) is cast to x's dtype for the product, its gradient comes in fp32."""
+    """x W^T + b. An fp32 weight (a trained master) is cast to x's dtype for the product, its gradient comes in fp32."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__()
@@ -254,7 +254,7 @@ class Transformer(nn.Module):
         return self.embed.weight if self.head is None else self.head.weight
 
     def hidden(self, tokens: Tensor, positions: Tensor, attends: list) -> Tensor:
-        """tokens and positions: int64 [N]; attends: one attention function a block. Returns [N, D] after the last norm."""
+        """tokens and positions: int64 [N]; attends: an attention function a block. Returns [N, D], normalised."""
         angles = positions[:, None].float() * rope_frequencies(self.config).to(self.device)  # [N, d / 2], fp32
         turns = angles.cos(), angles.sin()
         x = self.embed(tokens).to(self.dtype)
@@ -279,10 +279,10 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """The door for batches of shape [B, T]; every row is whole sequences from their start.
 
-        tokens: int64 [B, T]. segments: int64 [B, T], the example that each token belongs to, numbered from 0 within a row
-        in runs; negative is padding, which is not computed. Without it a row is one example. positions: int64 [B, T],
-        default: from 0 in each example. keep: int64 [K], indices into the B * T positions whose logits are wanted.
-        Returns logits [B, T, V] (zeros at padding), or [K, V] in the order of keep.
+        tokens: int64 [B, T]. segments: int64 [B, T], the example that each token belongs to, numbered from 0 within a
+        row in runs; negative is padding, which is not computed. Without it a row is one example. positions: int64
+        [B, T], default: from 0 in each example. keep: int64 [K], indices into the B * T positions whose logits are
+        wanted. Returns logits [B, T, V] (zeros at padding), or [K, V] in the order of keep.
         """
         B, T = tokens.shape
         if segments is None:
@@ -325,9 +325,9 @@ class Transformer(nn.Module):
         """Yields, a step at a time, (prompt number, new id) for every prompt that is still going.
 
         prompts: int64 [B, T], or lists of ids of any lengths (none empty); each is computed as if it were alone.
-        temperature 0 takes the likeliest token. Otherwise, in this order: the penalty of Keskar et al. 2019 (CTRL) on ids
-        seen in prompt or answer, temperature, the top_k likeliest (0: all), the smallest set of probability top_p (Holtzman
-        et al. 2020). A prompt ends with an id in `stop`, after max_new_tokens, or at the last position of the model.
+        temperature 0 takes the likeliest token. Otherwise, in this order: the penalty of Keskar et al. 2019 (CTRL) on
+        ids seen in prompt or answer, temperature, the top_k likeliest (0: all), the smallest set of probability top_p
+        (Holtzman et al. 2020). A prompt ends with an id in `stop`, after max_new_tokens, or at the model's limit.
         """
         self.eval()
         rows = [list(map(int, prompt)) for prompt in prompts]
@@ -359,7 +359,7 @@ class Transformer(nn.Module):
 
 
 class KVCache:
-    """Keys and values of sequences in progress, [lines, G, length, d] a layer, each line filled from 0 to its own length."""
+    """Keys and values of sequences in progress, [lines, G, length, d] a layer, each line filled up to its length."""
 
     def __init__(self, model: Transformer, lengths: list[int], limit: int):
         config = model.config

@@ -1,8 +1,8 @@
 """What is minimised. Today: token cross-entropy on the trained tokens.
 
 One definition of the loss everywhere, training and evaluation: the sum of token losses divided by the number of trained
-tokens, over the whole optimizer step (or file), whatever the micro-batches, accumulation or processes. So a batch of 8 is
-2 x 4 to rounding, and a short answer weighs by its tokens, never by its place in a batch.
+tokens, over the whole optimizer step (or file), whatever the micro-batches, accumulation or processes. So a batch of 8
+is 2 x 4 to rounding, and a short answer weighs by its tokens, never by its place in a batch.
 """
 
 import torch

@@ -1,13 +1,13 @@
 """Fine-tunes a language model: flags, set-up, the loop. Read it from `main` downwards.
 
-    python train.py                                                  the bundled task on the default base, minutes on a CPU
+    python train.py                                                  the bundled task on the default base, in minutes
     python train.py --model FOLDER --data FILE.json                  LoRA on your model and your examples
     python train.py --model FOLDER --data FILE.json --method full    all weights
     python train.py --help                                           every flag with its default
 
 A method is a branch in `prepare`, which leaves an ordinary nn.Module behind; the loop never asks which. A step is
-batch x accumulate examples; its loss is the sum of their token losses over the number of their trained tokens, so how the
-step is cut changes nothing. Written to --out: config.json, metrics.jsonl, loss.png, best/ and final/.
+batch x accumulate examples; its loss is the sum of their token losses over the number of their trained tokens, so
+how the step is cut changes nothing. Written to --out: config.json, metrics.jsonl, loss.png, best/ and final/.
 """
 
 import argparse
@@ -37,7 +37,9 @@ from objectives import mean_loss, token_loss_sum
 from tokenizer import Tokenizer, load_tokenizer
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-TASK = {part: ASSETS / f"booking_{part}.jsonl" for part in ("train", "val", "test")}
+TASK = {part: [ASSETS / f"booking_{part}.jsonl"] for part in ("train", "val", "test")}
+TASK["train"].append(ASSETS / "general_chat.jsonl")  # a few ordinary questions and answers, against forgetting
+EFFICIENCY = 0.55  # of a training step, against products alone
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, published
 
 
@@ -49,7 +51,7 @@ def flag(default, group: str, text: str, **more):
 
 @dataclass
 class Flags:
-    """Every flag: name, type, default and help stand here and nowhere else. None means: chosen at the start and printed."""
+    """Every flag: name, type, default and help stand here and nowhere else. None: chosen at the start and printed."""
 
     model: str | None = flag(
         None, "model and data", "Hugging Face folder or GGUF file (default: SmolLM2-135M-Instruct)"
@@ -85,6 +87,9 @@ class Flags:
         "auto", "machine", "of the products; adapters, optimizer, loss stay fp32", choices=["auto", "fp32", "bf16"]
     )
     device: str = flag("auto", "machine", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
+    compile: str = flag(
+        "auto", "machine", "blocks by torch.compile; auto: where it pays", choices=["auto", "on", "off"]
+    )
     eval_every: int | None = flag(
         None, "watching", "steps between validations (default: a fifth of the run); 0: at the end"
     )
@@ -159,23 +164,23 @@ def load_data(flags: Flags, tokenizer: Tokenizer, limit: int) -> tuple[Dataset, 
         sources = load_sources(paths)
         for source in sources:
             ignored = f", keys not used: {', '.join(source.ignored)}" if source.ignored else ""
-            print(
-                f"data      {source.path}: {source.format} ({source.container}), {len(source.records):,} records{ignored}"
-            )
+            kind, count = f"{source.format} ({source.container})", f"{len(source.records):,} records"
+            print(f"data      {source.path}: {kind}, {count}{ignored}")
         found = encode(sources, tokenizer, seq_len)
         for reason, count in found.dropped.items():
             print(f"          {count:,} records {reason}")
         return found
 
-    data = read(flags.data or [TASK["train"]])
-    val_file = flags.val or (None if flags.data else TASK["val"])
-    if val_file:
-        train, val = data, read([val_file])
+    data = read(flags.data or TASK["train"])
+    val_files = [flags.val] if flags.val else [] if flags.data else TASK["val"]
+    if val_files:
+        train, val = data, read(val_files)
     else:
         train, val = split(data, flags.val_fraction)
     print(
-        f"          {len(train.examples):,} examples to train on, {train.tokens:,} tokens of which {train.trained_tokens:,}"
-        f" trained; {len(val.examples):,} to validate; turns by the template of {tokenizer.template_name}"
+        f"          {len(train.examples):,} examples to train on, {train.tokens:,} tokens of which"
+        f" {train.trained_tokens:,} trained; {len(val.examples):,} to validate;"
+        f" turns by the template of {tokenizer.template_name}"
     )
     return train, val
 
@@ -212,7 +217,8 @@ def choose_defaults(flags: Flags, model: Transformer, examples: int) -> int:
             flags.epochs = 1.0 if examples >= 1_500 else 2.0 if examples >= 500 else 3.0
         flags.steps = max(1, round(flags.epochs * per_epoch))
     if flags.lr is None:
-        # Schulman et al. 2025, "LoRA without regret": the best rate falls with the width, and is ten times higher for LoRA
+        # Schulman et al. 2025, "LoRA without regret": the best rate falls with the width, and is ten times as high for
+        # LoRA as for full fine-tuning
         flags.lr = float(
             f"{5e-5 * (10 if flags.method == 'lora' else 1) * (2000 / model.config.hidden_size) ** 0.78:.1e}"
         )
@@ -238,7 +244,7 @@ def make_optimizer(model: Transformer, flags: Flags) -> torch.optim.AdamW:
 
 
 def rate_at(step: int, flags: Flags) -> float:
-    """Learning rate of step 0, 1, ...: linear warm-up, whose first step is not 0 already, then the schedule down to 0."""
+    """Learning rate of step 0, 1, ...: linear warm-up, above 0 from the first step, then the schedule down to 0."""
     if step < flags.warmup:
         return flags.lr * (step + 1) / (flags.warmup + 1)
     progress = (step - flags.warmup) / (flags.steps - flags.warmup)  # 0 at the peak, 1 a step after the last
@@ -255,7 +261,7 @@ def flops_a_token(model: Transformer) -> float:
 
 
 def expected_memory(model: Transformer, flags: Flags, train: Dataset) -> float:
-    """Bytes at the peak: weights, gradients and Adam's moments in fp32, and what an average micro-batch keeps for backward."""
+    """Bytes at the peak: weights, fp32 gradients, Adam's moments, and what an average micro-batch keeps for backward."""
     c, item = model.config, model.dtype.itemsize
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -272,11 +278,11 @@ def expected_memory(model: Transformer, flags: Flags, train: Dataset) -> float:
 
 
 class Log:
-    """metrics.jsonl, the progress bar and wandb. A step's tensors are read when the next step has been launched, so that
-    nothing waits for the device."""
+    """metrics.jsonl, the progress bar and wandb. A step's tensors are read when the next step has been launched, so
+    that nothing waits for the device."""
 
     def __init__(self, flags: Flags, out: Path, flops: float, device: torch.device):
-        self.file = open(out / "metrics.jsonl", "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (open for the whole run)
+        self.file = open(out / "metrics.jsonl", "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (open all the while)
         self.bar = tqdm(total=flags.steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         self.start, self.waiting, self.tokens = time.perf_counter(), None, 0
         self.flops, self.device, self.last = flops, device, self.start
@@ -382,8 +388,8 @@ def validate(model: Transformer, val: Dataset, device: torch.device) -> float:
 
 
 def save(model: Transformer, tokenizer: Tokenizer, flags: Flags, folder: Path, base: dict, stored: torch.dtype) -> None:
-    """`final/` and `best/`: a Hugging Face folder, or a PEFT adapter folder with the tokenizer and template it was trained
-    with; beside it plaintune.json, which names the base and its weights' hash."""
+    """`final/` and `best/`: a Hugging Face folder, or a PEFT adapter folder with the tokenizer and template it was
+    trained with; beside it plaintune.json, which names the base and its weights' hash."""
     if flags.method == "full":
         checkpoint.save_model(model, folder, stored)
     else:
@@ -407,8 +413,9 @@ def main() -> None:
     model = prepare(flags, folder, dtype, device)
     per_epoch = choose_defaults(flags, model, len(train.examples))
     out = Path(flags.out or Path("runs") / time.strftime(f"%Y%m%d-%H%M%S-{flags.method}"))
-    describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, why)
-    demo = None if flags.data or flags.model else Demo(model, tokenizer, flags)
+    seconds = expected_seconds(model, flags, train, val, dtype, device)
+    describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, why, seconds)
+    demo = None if flags.data or flags.model else Demo(model, tokenizer, seconds)
 
     if flags.overwrite and out.exists():
         shutil.rmtree(out)
@@ -447,14 +454,14 @@ def main() -> None:
     save(model, tokenizer, flags, out / "final", base, stored)
     report.loss_curve(out / "metrics.jsonl", out / "loss.png", f"{folder.name}, {flags.method}")
     seconds = time.perf_counter() - log.start
-    print(f"trained   {log.tokens:,} tokens in {seconds:.0f} s; peak memory {peak_memory(device) / 1e9:.2f} GB; in {out}: "
-          f"final/, {'best/, ' if val.examples else ''}metrics.jsonl, loss.png")  # fmt: skip
+    print(f"trained   {log.tokens:,} tokens in {seconds:.0f} s; peak memory {peak_memory(device) / 1e9:.2f} GB;"
+          f" in {out}: final/, {'best/, ' if val.examples else ''}metrics.jsonl, loss.png")  # fmt: skip
     if demo:
         demo.finish(log)
     say_next(flags, out)
 
 
-def describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, why) -> None:
+def describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, why, seconds) -> None:
     """The first lines: everything that was chosen, and what to expect."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -464,22 +471,28 @@ def describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, w
         else flags.train or "all"
     )
     how = f"going on from {flags.adapter}" if flags.adapter else how
-    tokens = train.tokens / len(train.examples) * flags.batch_size * flags.accumulate * flags.steps
     print(f"model     {folder}: {model.config.family}, {total:,} parameters; tokenizer: {tokenizer.description}")
     if flags.model is None:
         print("          the default base, SmolLM2-135M-Instruct, is a 4-bit copy (Q4_1, embeddings Q8_0), dequantised")
     print(f"method    {flags.method} ({how}): {trained:,} parameters trained, {100 * trained / total:.2f} %")
     print(f"machine   {device}, {str(dtype).removeprefix('torch.')}: {why}")
     print(
-        f"run       {flags.steps:,} steps of {flags.batch_size} x {flags.accumulate} examples ({flags.steps / per_epoch:.2f}"
-        f" epochs); AdamW, rate {flags.lr:g}, {flags.schedule} after {flags.warmup} steps of warm-up, decay"
-        f" {flags.weight_decay:g}, clip {flags.clip:g}, seed {flags.seed}"
+        f"run       {flags.steps:,} steps of {flags.batch_size} x {flags.accumulate} examples"
+        f" ({flags.steps / per_epoch:.2f} epochs); AdamW, rate {flags.lr:g}, {flags.schedule} after {flags.warmup}"
+        f" steps of warm-up, decay {flags.weight_decay:g}, clip {flags.clip:g}, seed {flags.seed}"
     )
-    seconds = tokens * flops_a_token(model) / (0.55 * product_rate(model, dtype, device))
     print(
         f"expected  {expected_memory(model, flags, train) / 1e9:.1f} GB of memory, {seconds / 60:.1f} min of training",
         flush=True,
     )
+
+
+def expected_seconds(model, flags, train, val, dtype, device) -> float:
+    """The loop's time, validations included, from the speed of one product here; EFFICIENCY is what was measured."""
+    tokens = train.tokens / len(train.examples) * flags.batch_size * flags.accumulate * flags.steps
+    validations = math.ceil(flags.steps / flags.eval_every) if flags.eval_every else 1
+    tokens += validations * val.tokens / 2  # without a backward
+    return tokens * flops_a_token(model) / (EFFICIENCY * product_rate(model, dtype, device))
 
 
 def product_rate(model: Transformer, dtype: torch.dtype, device: torch.device) -> float:
@@ -520,18 +533,21 @@ class Demo:
     SHOTS, ITEMS = 50, 200
     QUESTION = "What is the capital of France?"
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, flags: Flags):
-        self.model, self.tokenizer, self.flags = model, tokenizer, flags
-        self.test = load_sources([TASK["test"]])[0].records[: self.ITEMS]
-        self.examples = load_sources([TASK["train"]])[0].records[:8]
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, training_seconds: float):
+        self.model, self.tokenizer = model, tokenizer
+        self.test = load_sources(TASK["test"])[0].records[: self.ITEMS]
+        self.examples = load_sources(TASK["train"])[0].records[:8]
         self.general = self.general_text()
         print(
-            f"before    answering {len(self.test)} test items with the untouched base, {self.SHOTS} with eight examples",
-            flush=True,
+            f"before    {len(self.test)} test items by the untouched base, {self.SHOTS} with eight examples", flush=True
         )
+        start = time.perf_counter()
         self.base = self.score(self.test)
+        answering = time.perf_counter() - start
         self.shots = self.score(self.test[: self.SHOTS], self.examples)
         self.base_loss, self.base_answer = self.general_loss(), self.answer(self.QUESTION)
+        spent = time.perf_counter() - start
+        print(f"          {spent:.0f} s; from here about {(training_seconds + answering) / 60:.1f} min", flush=True)
 
     def score(self, records, shots=()):
         return evaluate.exact(self.model, self.tokenizer, records, shots=shots)

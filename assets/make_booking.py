@@ -1,12 +1,13 @@
 """Makes the bundled task: a booking note as people write it, and the JSON record that a calendar can read.
 
-    python assets/make_booking.py            rewrites booking_train.jsonl, booking_val.jsonl and booking_test.jsonl beside it
+    python assets/make_booking.py            rewrites booking_train.jsonl, booking_val.jsonl, booking_test.jsonl
 
-Each record is a datetime, a name and a number of guests, drawn first; the note is then written from them in one of many
-forms, and the answer is their JSON, so that Python's datetime and json are the judges. Nothing is relative to today and no
-date is ambiguous (a numeric day before its month only where the day is above 12). The split is by meaning: whole dates
-belong to one side, and a fifth of the names are never seen in training. The forms are shared: what is measured is whether
-the model reads an unseen date, time and name, not whether it guesses an unseen kind of sentence. Fixed seed, same bytes.
+Each record is a datetime, a name and a number of guests, drawn first; the note is then written from them in one of
+many forms, and the answer is their JSON, so that Python's datetime and json are the judges. Nothing is relative to
+today and no date is ambiguous (a numeric day before its month only where the day is above 12). The split is by meaning:
+whole dates belong to one side, and a fifth of the names are never seen in training. The forms are shared: what is
+measured is whether the model reads an unseen date, time and name, not whether it guesses an unseen kind of sentence.
+Fixed seed, same bytes.
 """
 
 import json
@@ -15,16 +16,20 @@ from datetime import date, datetime, timedelta
 from pathlib import Path
 
 SYSTEM = "Booking note to JSON."
-SIZES = {"train": 1600, "val": 100, "test": 200}
+SIZES = {"train": 1600, "val": 60, "test": 200}
 FIRST, DAYS = date(2026, 1, 1), 1461  # four years of dates
 MINUTES = (0, 0, 0, 15, 30, 30, 45)
-HOURS = range(7, 23)
+HOURS = range(10, 22)  # the house is open from ten to ten
 
 NAMES = (
-    "Okafor Alvarez Nguyen Schmidt Kowalski Haddad Tanaka Osei Lindqvist Petrov Moreau Silva Rossi Novak Yilmaz Chen Patel Kim"
-    " Dubois Hansen Mbeki Costa Weber Sato Ali Murphy Jensen Romano Fischer Khan Lopez Park Bauer Nilsson Popescu Virtanen"
-    " Horvat Diaz Singh Meyer Brown Clarke Duarte Eriksen Farah Garcia Hughes Ibrahim Jones Keller Lambert Martin Nakamura"
-    " Olsen Pereira Quinn Reyes Santos Torres Ueda Vargas Walsh Xu Young Zimmer Abbott Bennett Castillo Dawson Ellis"
+    "Abbott Aguilar Ahmed Ali Alvarez Andersen Bakker Barnes Bauer Becker Bennett Berg Brown Carter Castillo Chen"
+    " Clarke Cohen Costa Cruz Dawson Delgado Diaz Dixon Duarte Dubois Dunn Ellis Eriksen Evans Farah Fischer Flores"
+    " Foster Fraser Garcia Gibson Gomez Grant Gupta Haddad Hall Hansen Hayes Hoffman Horvat Hughes Ibrahim Ivanov"
+    " Jackson Jansen Jensen Jones Joshi Kaya Keller Kelly Khan Kim Kowalski Lambert Larsen Laurent Lee Lindqvist Lopez"
+    " Malik Marino Martin Mbeki Mendes Meyer Moreau Morgan Murphy Nakamura Nguyen Nielsen Nilsson Novak Okafor Olsen"
+    " Ortiz Osei Owen Palmer Park Patel Pereira Petrov Popescu Porter Quinn Ramos Reyes Ricci Rivera Romano Rossi"
+    " Russo Sanders Santos Sato Schmidt Shah Silva Singh Soto Stone Suzuki Tanaka Taylor Torres Tran Turner Ueda"
+    " Vargas Virtanen Wagner Walsh Weber Wilson Wolf Wong Xu Yilmaz Young Zimmer"
 ).split()
 MONTHS = "January February March April May June July August September October November December".split()
 WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
@@ -57,27 +62,23 @@ def say_time(hour: int, minute: int, pick: random.Random) -> str:
     part = "in the morning" if hour < 12 else "in the afternoon" if hour < 18 else "in the evening"
     colon = f"{twelve}:{minute:02}"
     forms = [f"{hour:02}:{minute:02}", f"{colon} {half}", f"{colon}{half}", f"{colon} {part}"]
+    if hour == 12 and minute == 0:
+        return pick.choice(["noon", "12 noon", "12:00"])  # 12 pm means either to many
     if minute == 0:
         forms += [f"{twelve} {half}", f"{twelve} o'clock {part}", f"{NUMBERS[twelve]} {part}"]
-        forms += ["noon"] * 3 if hour == 12 else []
     if minute == 15:
-        forms += [f"quarter past {NUMBERS[twelve]} {part}"] * 2
+        forms.append(f"quarter past {NUMBERS[twelve]} {part}")
     if minute == 30:
-        forms += [f"half past {NUMBERS[twelve]} {part}"] * 2
-    if minute == 45:
-        forms += [f"quarter to {NUMBERS[twelve % 12 + 1]} {part}"] * 2
+        forms.append(f"half past {NUMBERS[twelve]} {part}")
     return pick.choice(forms)
 
 
 def say_guests(n: int, pick: random.Random) -> str:
-    forms = [
-        f"table for {NUMBERS[n]}",
-        f"table for {n}",
-        f"{n} people",
-        f"party of {NUMBERS[n]}",
-        f"{NUMBERS[n]} guests",
-    ]
-    return pick.choice(forms + (["just me"] if n == 1 else ["a couple"] if n == 2 else []))
+    if n == 1:
+        return pick.choice(["table for one", "table for 1", "1 person", "one guest", "just me"])
+    word = NUMBERS[n]
+    forms = [f"table for {word}", f"table for {n}", f"{n} people", f"party of {word}", f"{word} guests"]
+    return pick.choice(forms + (["a couple"] if n == 2 else []))
 
 
 FORMS = (
@@ -101,7 +102,7 @@ def record(when: datetime, name: str, guests: int, pick: random.Random) -> dict:
     )  # fmt: skip
     answer = {"name": name, "guests": guests, "time": when.isoformat(timespec="minutes")}
     assert datetime.fromisoformat(answer["time"]) == when
-    turns = (("system", SYSTEM), ("user", note), ("assistant", json.dumps(answer)))
+    turns = (("system", SYSTEM), ("user", note), ("assistant", json.dumps(answer, separators=(",", ":"))))
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 

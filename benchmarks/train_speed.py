@@ -1,10 +1,10 @@
 """LoRA training steps by plaintune and by transformers + peft: same base, same token rows, same steps, in one run.
 
-    python benchmarks/train_speed.py [--steps 12] [--rank 8] [--data FILE] [--batch-size 8]
+    python benchmarks/train_speed.py [--steps 12] [--rank 8] [--data FILE ...] [--batch-size 8]
 
-The two take turns, step by step, so that a machine whose speed drifts is unfair to neither. Both compute in bf16 where the
-machine has it; the peer pads a batch to its longest row, with an attention mask, and gives labels -100 to what is not
-trained, as its trainers do. Tokens are real ones, without padding. Prints medians, the ratio, and both losses.
+The two take turns, step by step, so that a machine whose speed drifts is unfair to neither. Both compute in bf16 where
+the machine has it; the peer pads a batch to its longest row, with an attention mask, and gives labels -100 to what is
+not trained, as its trainers do. Tokens are real ones, without padding. Prints medians, the ratio, and both losses.
 """
 
 import argparse
@@ -83,14 +83,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--data", default=str(TASK["train"]))
+    parser.add_argument("--data", nargs="+", default=TASK["train"])
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=512)
     args = parser.parse_args()
     device = pick_device("auto")
     dtype, why = pick_dtype("auto", device)
     folder = model_folder(None)
-    data = encode(load_sources([args.data]), load_tokenizer(folder), args.seq_len).examples
+    data = encode(load_sources(args.data), load_tokenizer(folder), args.seq_len).examples
     order = epoch_order([len(example.ids) for example in data], args.batch_size, 0, 0)
     steps = {"plaintune": plaintune(folder, dtype, device, args.rank), "peer": peer(folder, dtype, device, args.rank)}
     speeds, losses = {name: [] for name in steps}, {name: [] for name in steps}
@@ -101,8 +101,9 @@ def main():
             losses[name].append(step(examples))
             if number >= 2:  # the first two are warm-up
                 speeds[name].append(sum(len(example.ids) for example in examples) / (time.perf_counter() - start))
-    print(f"torch {torch.__version__}, {device}, {dtype} ({why}), {torch.get_num_threads()} threads; rank {args.rank},"
-          f" {args.steps} steps of {args.batch_size}, mean row {statistics.mean(len(e.ids) for e in data):.0f} tokens")  # fmt: skip
+    mean = statistics.mean(len(example.ids) for example in data)
+    job = f"rank {args.rank}, {args.steps} steps of {args.batch_size}, mean row {mean:.0f} tokens"
+    print(f"torch {torch.__version__}, {device}, {dtype} ({why}), {torch.get_num_threads()} threads; {job}")
     for name, values in speeds.items():
         spread = f"{min(values):,.0f} to {max(values):,.0f}"
         print(f"{name:10} {statistics.median(values):8,.0f} tokens/s ({spread}), last loss {losses[name][-1]:.4f}")

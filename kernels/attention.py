@@ -1,9 +1,9 @@
 """Causal attention inside documents, for tokens that lie flat: [tokens, heads, head_dim], one document after another.
 
 Only attention has to know where a document ends, so this file is the one place where a batch gets a time axis. Runs of
-documents of similar length form a group; a group is padded to its longest document, [documents, length, heads, head_dim],
-and attention alone pays for that padding. Causality makes it exact without a padding mask: padding stands behind the
-real tokens, which never look ahead. Two ways to compute a group:
+documents of similar length form a group, padded to its longest document: [documents, length, heads, head_dim].
+Attention alone pays for that padding. Causality makes it exact without a padding mask: padding stands behind the real
+tokens, which never look ahead. Two ways to compute a group:
 
 - `scaled_dot_product_attention`: on GPUs, and for long documents;
 - `ShortAttention`, on CPUs for documents up to 1,024 tokens: two batched products with a softmax between them and the

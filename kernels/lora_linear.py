@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """x: [tokens, in]; weight: frozen [out, in] in x's dtype; bias: frozen [out] or None; A: [rank, in], B: [out, rank],
-    any float dtype. Returns [tokens, out]."""
+    """x: [tokens, in]; weight: frozen [out, in] in x's dtype; bias: frozen [out] or None; A: [rank, in] and
+    B: [out, rank], of any float dtype. Returns [tokens, out]."""
     return LoRALinear.apply(x, weight, bias, A, B, scale)
 
 

@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021) in the half-split convention of Hugging Face checkpoints.
 
-Dimension i < d/2 and its partner i + d/2 are one plane, turned by position * theta^(-2i/d). The backward of a rotation is
-the rotation by the opposite angle, so nothing is kept but the table.
+Dimension i < d/2 and its partner i + d/2 are one plane, turned by position * theta^(-2i/d). The backward of a rotation
+is the rotation by the opposite angle, so nothing is kept but the table.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""What several test files share: random Llama-family checkpoints made by transformers, and a script run in this process."""
+"""What several test files share: random Llama-family checkpoints made by transformers, and a script run in-process."""
 
 import json
 import random
@@ -33,7 +33,8 @@ SHAPES = {  # name: what differs from the smallest Llama
     "biases": {"attention_bias": True, "mlp_bias": True},
 }
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 WORDS = "the red green blue fox dog runs jumps über 河 never always 12 7 2024".split()

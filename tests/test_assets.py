@@ -7,21 +7,21 @@ from datetime import datetime
 import pytest
 
 from assets import make_booking
-from assets.make_booking import MONTHS, WEEKDAYS
+from assets.make_booking import MONTHS, NUMBERS, WEEKDAYS
 from convert import model_folder
 from tokenizer import load_tokenizer
 from train import ASSETS, TASK
 
 
 def notes(part: str) -> list[tuple[str, dict]]:
-    turns = [json.loads(line)["messages"] for line in TASK[part].read_text().splitlines()]
+    turns = [json.loads(line)["messages"] for line in TASK[part][0].read_text().splitlines()]
     assert all([turn["role"] for turn in record] == ["system", "user", "assistant"] for record in turns)
     return [(record[1]["content"], json.loads(record[2]["content"])) for record in turns]
 
 
 def test_the_script_makes_the_same_bytes(tmp_path):
     make_booking.make(tmp_path)
-    for file in TASK.values():
+    for file, *_ in TASK.values():
         assert (tmp_path / file.name).read_bytes() == file.read_bytes()
 
 
@@ -43,6 +43,14 @@ def test_answers_say_what_the_notes_say(part):
             late = clock[3] and clock[3] not in ("am", "in the morning")
             hour = int(clock[1]) % 12 + 12 * bool(late) if clock[3] else int(clock[1])
             assert (hour, int(clock[2])) == (when.hour, when.minute), note
+        said = re.search(rf"(?:(quarter past|half past) )?\b({'|'.join(NUMBERS)}) in the (\w+)", note)
+        if said:
+            minutes = {"quarter past": 15, "half past": 30, None: 0}[said[1]]
+            hour = NUMBERS.index(said[2]) % 12 + 12 * (said[3] != "morning")
+            assert 60 * hour + minutes == 60 * when.hour + when.minute, note
+        if "noon" in note and "afternoon" not in note:
+            assert (when.hour, when.minute) == (12, 0), note
+        assert not re.search(r"\b(1 people|one guests|12 pm)\b", note)
 
 
 def test_numeric_dates_are_not_ambiguous():

@@ -36,8 +36,8 @@ def base(original, tmp_path) -> Path:
 
 @pytest.fixture
 def trained(tmp_path, base, monkeypatch, capsys):
-    """Runs train.py on a file of that name and content (str, bytes, or None: leave it); asserts that it ended in one line
-    and wrote nothing; returns the line."""
+    """Runs train.py on a file of that name and content (str, bytes, or None: leave it); asserts that it ended in one
+    line and wrote nothing; returns the line."""
     monkeypatch.chdir(tmp_path)
 
     def refused(*words: str, file: str = "data.json", content=GOOD, model: str | None = "base") -> str:

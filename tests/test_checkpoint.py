@@ -305,7 +305,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 BROKEN = {  # case: (the damage, what the message must say)
     "no config": (lambda f: (f / "config.json").unlink(), ["no config.json"]),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), ["config.json", "list"]),
-    "config is cut": (lambda f: (f / "config.json").write_text('{"model_type": "lla'), ["config.json", "not JSON", "line 1"]),
+    "config is cut": (
+        lambda f: (f / "config.json").write_text('{"model_type": "lla'), ["config.json", "not JSON", "line 1"]),
     "config is a folder": (lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()), ["config.json"]),
     "unknown family": (config(model_type="zebra"), ["config.json", "'zebra'"]),
     "family a list": (config(model_type=["llama"]), ["config.json", "['llama']"]),
@@ -330,18 +331,23 @@ BROKEN = {  # case: (the damage, what the message must say)
     "rope bounds swapped": (
         rope(**LLAMA3 | {"high_freq_factor": 1.0}, original_max_position_embeddings=64), ["low_freq_factor"]),
     "layers without end": (config(num_hidden_layers=10**8), ["num_hidden_layers"]),
-    "heads without end": (config(num_attention_heads=10**8, head_dim=10**8, num_key_value_heads=1), ["num_attention_heads"]),
+    "heads without end": (
+        config(num_attention_heads=10**8, head_dim=10**8, num_key_value_heads=1), ["num_attention_heads"]),
     "words without end": (config(vocab_size=999_999_999, intermediate_size=999_999_999), ["[999999999, 64]"]),
-    "weights a folder": (lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()), ["missing"]),
+    "weights a folder": (
+        lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()), ["missing"]),
     "weights empty": (cut(lambda size: 0), ["model.safetensors", "damaged"]),
     "weights cut in the length": (cut(lambda size: 5), ["model.safetensors", "damaged"]),
     "weights cut in the header": (cut(lambda size: 300), ["model.safetensors", "damaged"]),
     "weights cut in the middle": (cut(lambda size: size // 2), ["model.safetensors", "damaged"]),
     "weights cut at the end": (cut(lambda size: size - 1), ["model.safetensors", "damaged"]),
-    "weights are text": (lambda f: (f / "model.safetensors").write_bytes(b"hello" * 9), ["model.safetensors", "damaged"]),
-    "header without end": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), ["model.safetensors", "damaged"]),
+    "weights are text": (
+        lambda f: (f / "model.safetensors").write_bytes(b"hello" * 9), ["model.safetensors", "damaged"]),
+    "header without end": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), ["model.safetensors", "damaged"]),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors is missing"]),
-    "pickled weights": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), ["pytorch_model.bin", "safetensors"]),
+    "pickled weights": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), ["pytorch_model.bin", "safetensors"]),
     "missing tensor": (weights(lambda w: w.pop(NORM)), [f"missing: {NORM}"]),
     "untied without head": (weights(lambda w: w.pop("lm_head.weight")), ["missing: lm_head.weight"]),
     "extra tensor": (weights(lambda w: w.update(zebra=w[NORM].clone())), ["zebra"]),

@@ -1,5 +1,6 @@
-"""GGUF at the door. Oracles: transformers' own GGUF loader, the Hugging Face models, tokenizers and sentencepiece models
-that the small files here are made of (with the gguf package's writer), and the real default base. About 25 s on one core.
+"""GGUF at the door. Oracles: transformers' own GGUF loader, the Hugging Face models, tokenizers and sentencepiece
+models that the small files here are made of (with the gguf package's writer), and the real default base. About 25 s on
+one core.
 """
 
 import io
@@ -11,6 +12,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+import warnings
 from pathlib import Path
 
 import gguf
@@ -24,7 +26,9 @@ from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import convert
+import gguf_header
 from errors import UserError
+from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -200,8 +204,8 @@ def load(folder, **options):
 
 
 def refusal(call, *arguments):
-    with pytest.raises(UserError) as caught:
-        call(*arguments)
+    with pytest.raises(UserError) as caught, warnings.catch_warnings(action="error", category=RuntimeWarning):
+        call(*arguments)  # a warning would be a second line
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -209,7 +213,7 @@ def refusal(call, *arguments):
 # --- weights and shapes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", convert.TENSOR_TYPES)
+@pytest.mark.parametrize("kind", gguf_header.TENSOR_TYPES)
 def test_logits_equal_those_of_transformers_gguf_loader(kind, tmp_path):
     model = llama(hidden_size=256, intermediate_size=256, num_hidden_layers=1, tie_word_embeddings=kind == "Q4_1")
     write_gguf(tmp_path / "x.gguf", model, kind)
@@ -288,12 +292,39 @@ def test_rope_scaling_that_can_not_be_carried_over_is_refused(tmp_path):
     assert "rope_freqs.weight is not Llama 3's scaling" in refusal(convert.gguf_to_folder, other, tmp_path / "folder")
     short = write_gguf(tmp_path / "short.gguf", model, tensors={"rope_freqs.weight": factors[:5]})
     assert "rope_freqs.weight is F32 [5]" in refusal(convert.gguf_to_folder, short, tmp_path / "folder")
+    for bad in (np.nan, np.inf, 0.0):
+        no_number = write_gguf(tmp_path / "no.gguf", model, tensors={"rope_freqs.weight": np.full(16, bad, np.float32)})
+        assert "rope_freqs.weight is not Llama 3's" in refusal(convert.gguf_to_folder, no_number, tmp_path / "folder")
     yarn = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
     yarn = write_gguf(tmp_path / "yarn.gguf", model, fields=yarn)
     assert "'yarn' is not supported" in refusal(convert.gguf_to_folder, yarn, tmp_path / "folder")
     ones = write_gguf(tmp_path / "ones.gguf", llama(), tensors={"rope_freqs.weight": np.ones(8, np.float32)})
     convert.gguf_to_folder(ones, tmp_path / "folder")  # factors of 1 scale nothing
     assert AutoConfig.from_pretrained(tmp_path / "folder").rope_parameters["rope_type"] == "default"
+
+
+# A block's scale takes its NaN or Inf along, and 0 times it is NaN. q moves its rows; a norm is always F32.
+NOT_FINITE = [
+    ("F32", "blk.1.ffn_up.weight", np.nan),
+    ("F16", "blk.1.ffn_up.weight", -np.inf),
+    ("BF16", "blk.1.attn_q.weight", np.nan),
+    ("BF16", "blk.1.attn_q.weight", np.inf),
+    ("Q8_0", "token_embd.weight", np.inf),
+    ("Q4_1", "blk.0.attn_q.weight", np.nan),
+    ("Q8_0", "output_norm.weight", np.inf),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning:gguf")  # while the file is written
+@pytest.mark.parametrize(("kind", "name", "value"), NOT_FINITE)
+def test_weights_that_are_not_finite_are_refused_by_name(kind, name, value, tmp_path):
+    rows = {"blk.1.ffn_up.weight": 96, "token_embd.weight": 300}.get(name, 64)
+    weight = np.ones(64 if "norm" in name else (rows, 64), np.float32)
+    weight[..., 5] = value
+    file = write_gguf(tmp_path / "x.gguf", llama(), kind, tensors={name: weight})
+    answer = refusal(convert.gguf_to_folder, file, tmp_path / "folder")
+    assert answer.startswith(f"{file}: {name!r} holds NaN or infinite weights")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
@@ -331,6 +362,23 @@ def test_special_tokens_and_template_are_carried_over(small_file, tmp_path):
     assert generation == {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     source = json.loads((tmp_path / "folder" / "source.json").read_text())
     assert source["tensor_types"] == {"F32": 20} and source["file"] == "small.gguf" and len(source["sha256"]) == 64
+
+
+def test_named_templates_are_carried_over_beside_the_default(tmp_path):
+    named = {name: f"{name}: {FIELDS['tokenizer.chat_template']}" for name in ("tool_use", "rag")}
+    fields = {gguf.Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name): text for name, text in named.items()}
+    fields[gguf.Keys.Tokenizer.CHAT_TEMPLATES] = list(named)
+    convert.gguf_to_folder(write_gguf(tmp_path / "x.gguf", llama(), fields=fields), tmp_path / "folder")
+    ours, theirs = load_tokenizer(tmp_path / "folder"), AutoTokenizer.from_pretrained(tmp_path / "folder")
+    assert ours.template == FIELDS["tokenizer.chat_template"]
+    assert theirs.chat_template == named | {"default": ours.template}
+    chat = [{"role": "user", "content": "Hi"}]
+    assert theirs.apply_chat_template(chat, chat_template="rag", tokenize=False) == "rag: Hi"
+
+    fields["tokenizer.chat_template"] = None  # then none of the others is made the default
+    convert.gguf_to_folder(write_gguf(tmp_path / "x.gguf", llama(), fields=fields), tmp_path / "without")
+    assert AutoTokenizer.from_pretrained(tmp_path / "without").chat_template == named
+    assert "no list with a 'default'" in refusal(load_tokenizer, tmp_path / "without")
 
 
 def test_the_end_of_turn_is_a_second_stop_id(tmp_path):
@@ -560,7 +608,7 @@ def test_a_kill_in_the_middle_leaves_no_folder_and_the_next_call_converts(small_
 
 
 def blob(*fields, tensors=()):
-    """A GGUF header by hand: fields as (key, type, packed value), tensors as (name, dims fastest first, type, offset)."""
+    """A GGUF header by hand: fields as (key, type, packed value), tensors as (name, dims backwards, type, offset)."""
 
     def string(text):
         return struct.pack("<Q", len(text)) + text.encode()
@@ -580,6 +628,8 @@ HOSTILE = {
     "unknown value type": (blob(("a", 77, b"\0" * 8)), "damaged"),
     "not UTF-8": (blob(("a", 8, struct.pack("<Q", 2) + b"\xff\xfe")), "damaged"),
     "a name of two lines": (blob(tensors=[("a\nb\x1b[2J", (8,), 0, 0)]), r"is cut: 'a\nb\x1b[2J'"),
+    "a field twice": (blob(*[("a", 0, b"\1")] * 2), "twice"),
+    "a tensor twice": (blob(tensors=[("x", (8,), 0, 0)] * 2) + b"\0" * 64, "twice"),
     "2^50 keys": (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**50), "damaged"),
     "10 GB tensor": (
         blob(tensors=[("x", (2**20, 2500), 0, 0)]) + b"\0" * 64,

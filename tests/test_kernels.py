@@ -13,7 +13,7 @@ from kernels.rope import rope
 
 
 def compare(ours, reference, inputs, tolerance):
-    """Outputs and the gradients of all floating inputs that want one, ours in the inputs' dtype, reference in float64."""
+    """Outputs and gradients of all floating inputs that want one, ours in the inputs' dtype, reference in float64."""
 
     def run(function, arguments):
         leaves = [x.detach().requires_grad_(x.requires_grad) if torch.is_tensor(x) else x for x in arguments]

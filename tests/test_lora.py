@@ -80,8 +80,8 @@ def test_our_adapter_gives_the_same_logits_in_peft(tmp_path, targets, merged):
 
 @pytest.mark.parametrize(
     "targets",
-    ["all", "q_proj,v_proj", "mlp.down_proj", DOWN, "1.self_attn.q_proj", f"k_proj,{DOWN}", "layers.1.mlp.up_proj,up_proj",
-     ["o_proj", "model.layers.11.mlp.gate_proj"]],
+    ["all", "q_proj,v_proj", "mlp.down_proj", DOWN, "1.self_attn.q_proj", f"k_proj,{DOWN}",
+     "layers.1.mlp.up_proj,up_proj", ["o_proj", "model.layers.11.mlp.gate_proj"]],
 )  # fmt: skip
 @pytest.mark.parametrize("tied", [False, True])
 def test_peft_adapts_exactly_the_same_modules(tmp_path, targets, tied):
@@ -228,8 +228,9 @@ def refused(model, folder) -> str:
     "config",
     [{"peft_type": "IA3"}, {"peft_type": None}, {"peft_type": ["LORA"]}, {"use_dora": True}, {"use_rslora": True},
      {"modules_to_save": ["lm_head"]}, {"fan_in_fan_out": True}, {"rank_pattern": {"q_proj": 2}}, {"bias": "all"},
-     {"alpha_pattern": {"q_proj": 2}}, {"layers_to_transform": [1]}, {"exclude_modules": ["k_proj"]}, {"lora_bias": True},
-     {"trainable_token_indices": [3]}, {"target_parameters": ["x"]}, {"alora_invocation_tokens": [1, 2]},
+     {"alpha_pattern": {"q_proj": 2}}, {"layers_to_transform": [1]}, {"exclude_modules": ["k_proj"]},
+     {"lora_bias": True}, {"trainable_token_indices": [3]}, {"target_parameters": ["x"]},
+     {"alora_invocation_tokens": [1, 2]},
      {"use_qalora": True}, {"layer_replication": [[0, 2]]}, {"init_lora_weights": "pissa_niter_4"},
      {"init_lora_weights": "olora"}, {"r": "4"}, {"r": 0}, {"r": True}, {"r": 10**12}, {"lora_alpha": -8},
      {"lora_alpha": float("nan")}, {"lora_alpha": None}, {"lora_dropout": 1.0}, {"target_modules": None}],
@@ -310,8 +311,9 @@ def test_a_cut_or_pickled_or_absent_adapter_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "settings, said",
-    [((0, 8.0, 0.0, "all"), "--rank 0"), ((-3, 8.0, 0.0, "all"), "--rank -3"), ((10**12, 8.0, 0.0, "all"), "--rank 1000"),
-     ((4, -1.0, 0.0, "all"), "--alpha -1"), ((4, float("nan"), 0.0, "all"), "--alpha nan"),
+    [((0, 8.0, 0.0, "all"), "--rank 0"), ((-3, 8.0, 0.0, "all"), "--rank -3"),
+     ((10**12, 8.0, 0.0, "all"), "--rank 1000"), ((4, -1.0, 0.0, "all"), "--alpha -1"),
+     ((4, float("nan"), 0.0, "all"), "--alpha nan"),
      ((4, 8.0, 1.0, "all"), "--dropout 1"), ((4, 8.0, -0.1, "all"), "--dropout -0.1"),
      ((4, 8.0, float("nan"), "all"), "--dropout nan"), ((4, 8.0, 0.0, "zap"), "--targets zap"),
      ((4, 8.0, 0.0, "q_proj,zap"), "--targets zap"), ((4, 8.0, 0.0, "proj"), "--targets proj"),

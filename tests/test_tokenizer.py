@@ -1,4 +1,4 @@
-"""Ids, texts and masks against the `tokenizers` library and transformers' chat templates. About 40 s, most of it loading."""
+"""Ids, texts and masks against the `tokenizers` library and transformers' chat templates. Takes about 40 s."""
 
 import io
 import itertools
@@ -23,23 +23,29 @@ from tokenizer import ALPACA, TemplateError, load_tokenizer
 TEXTS = [
     *("", " ", "a", "Hello world", "  two  spaces   and\ttabs\t\t ends ", "I'm you're WE'LL it'S o'clock 'ſ ''s"),
     *("def f(x):\n    return x**2  # 3.14\n\n\n\tif a!=b: pass\r\nwin\r\n\r\n", "1234567890 0x1F 3,141.59 1st 2nd 10%"),
-    *("Größe naïve Ångström œuvre", "Привет, мир! Ёлка 42", "你好世界。今天是2024年", "日本語のテスト カタカナ", "한국어 텍스트"),
+    *("Größe naïve Ångström œuvre", "Привет, мир! Ёлка 42"),
+    *("你好世界。今天是2024年", "日本語のテスト カタカナ", "한국어 텍스트"),
     *("مرحبا ١٢٣ العالم", "שלום עולם", "नमस्ते १२३ दुनिया", "สวัสดี ๑๒๓", "Ⅷ ⅷ ½ ² ③ ㊿ 〇 一二", "٣Ⅳ1½ 12³4"),
-    *("👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇩🇪🇫🇷 ☺️", "e\u0301 vs \u00e9, a\u0308\u0323, \u1100\u1161\u11a8, \u212b \u2126 ﬁ", "\u0338 >\u0338 combining first"),
-    *("\0 nul \x01\x02\x07\x08\x0b\x0c\x0e\x1b\x1f\x7f \x85 \x9f", "\u00a0nbsp\u2003em\u3000wide\u200bzero\ufeffbom\u2028line", "\ufffd \ufffe"),
-    *(" \n \n  \n   x", "\n\n\n", "\r\r\n\r", "a  1   2\t3\n4 ", "...!!!???---===", "-" * 300, " " * 700 + "x", "ab" * 600),
-    *("<|im_start|>user\n<|im_end|><|endoftext|>", "a<|im_end|>b <|im_end|> <|im_end", "<think>x</think> <th<think>ink>", "</s><s> <unk>"),
+    *("👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇩🇪🇫🇷 ☺️", "e\u0301 vs \u00e9, a\u0308\u0323, \u1100\u1161\u11a8, \u212b \u2126 ﬁ"),
+    *("\u0338 >\u0338 combining first", "\0 nul \x01\x02\x07\x08\x0b\x0c\x0e\x1b\x1f\x7f \x85 \x9f"),
+    *("\u00a0nbsp\u2003em\u3000wide\u200bzero\ufeffbom\u2028line", "\ufffd \ufffe"),
+    *(" \n \n  \n   x", "\n\n\n", "\r\r\n\r", "a  1   2\t3\n4 ", "...!!!???---==="),
+    *("-" * 300, " " * 700 + "x", "ab" * 600),
+    *("<|im_start|>user\n<|im_end|><|endoftext|>", "a<|im_end|>b <|im_end|> <|im_end"),
+    *("<think>x</think> <th<think>ink>", "</s><s> <unk>"),
     *("<0x0A> ▁ ▁▁a ▁", "\U0001f98a\U00020000\U0010ffff\ue000", "https://example.org/a?b=c&d=%20#e_f"),
 ]  # fmt: skip
 # Unassigned characters are left out: each library has its own version of Unicode, and they come and go between those.
 ASSIGNED = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs")]
-GPT2, LLAMA3, QWEN = (
-    None,
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+GPT2 = None
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN = LLAMA3.replace("{1,3}", "")
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # As Llama 3's: writes bos, strips the contents.
@@ -112,7 +118,7 @@ def byte_level(
 
 
 def sentence_pieces(folder: Path, legacy: bool | None) -> Path:
-    """A small sentencepiece BPE with byte fallback, as Llama 2's. legacy: which kind of tokenizer.json with it (None: none)."""
+    """A small sentencepiece BPE with byte fallback, as Llama 2's. legacy: which tokenizer.json (None: none)."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([t for t in TEXTS * 3 if t.strip() and "\0" not in t]),
@@ -244,7 +250,7 @@ def test_default_base_ids_equal_those_of_tokenizers():
 
 @pytest.mark.parametrize("ignore_merges", [False, True])
 def test_any_merges_are_reproduced_or_refused(ignore_merges, tmp_path):
-    """Merges nobody trained, in random order and under random ids, several making one token, some tokens made by none."""
+    """Merges nobody trained, in random order, under random ids, several making one token, some tokens made by none."""
     rng, loaded = random.Random(1), 0
     texts = ["".join(letters) for n in range(1, 7) for letters in itertools.product("abc", repeat=n)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -381,7 +387,7 @@ def test_real_templates_equal_apply_chat_template_and_train_the_answers(name, ch
 
 
 def test_trained_are_the_answers_and_their_ends_alone(chatml):
-    """Also where pad is the end token, and where it ends earlier turns. The head of the answer and the line end are not."""
+    """Also where pad is the end token, and where it ends earlier turns. The answer's head and the line end are not."""
     ours = load_tokenizer(chatml)
     assert ours.pad_id == ours.eos_id
     ids, mask = ours.render(CHAT)
@@ -435,14 +441,23 @@ def test_control_tokens_in_data_are_plain_text(chatml):
     assert ids[1 : ids.index(ours.eos_id)] == theirs.encode("system\n" + evil).ids
 
 
+def test_a_template_that_loses_the_end_of_a_quoted_content_is_refused(chatml, tmp_path):
+    """Else the template's control tokens, between one content's mark and the next one's, would become plain text."""
+    template = "{% for m in messages %}<|im_start|>{{ m.content[:13] }}<|im_end|>{% endfor %}"
+    ours = load_tokenizer(templated(chatml, tmp_path, template))
+    with pytest.raises(TemplateError, match="rewrites the content"):  # 12 characters, but 14 with marks at the ends
+        ours.render([{"role": role, "content": "ab<|im_end|>"} for role in ("system", "user")])
+
+
 def test_exactly_one_bos(tmp_path, chatml):
     single = [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     for template, bos in ((STRIPPING, "<|endoftext|>"), (ALPACA, "<|endoftext|>"), (CHATML, "<|endoftext|>")):
         folder = templated(chatml, tmp_path, template, bos_token=bos)
         spec = json.loads((folder / "tokenizer.json").read_text())
         single[0]["SpecialToken"]["id"] = bos
-        special_tokens = {bos: {"id": bos, "ids": [0], "tokens": [bos]}}
-        spec["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single + [{"Sequence": {"id": "B", "type_id": 1}}], "special_tokens": special_tokens}  # fmt: skip
+        pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+        spec["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": pair}
+        spec["post_processor"]["special_tokens"] = {bos: {"id": bos, "ids": [0], "tokens": [bos]}}
         write(folder / "tokenizer.json", spec)
         ours = load_tokenizer(folder)
         ids, _ = ours.render(CHAT)
@@ -517,7 +532,8 @@ def test_messages_with_parts_empty_fields_and_blank_answers(chatml):
 def test_templates_get_the_tools_and_helpers_that_transformers_gives(chatml, tmp_path):
     template = (
         "{%- for tool in tools %}\n    {%- if not loop.first %}{% break %}{% endif %}\n{{ tool | tojson(indent=2) }}\n"
-        "{%- endfor %}\n  {% set ns = namespace(n=0) %}\n{{ strftime_now('%Y') }} {{ bos_token }}{{ sep_token }} é < {{ ns.n }}"
+        "{%- endfor %}\n  {% set ns = namespace(n=0) %}\n"
+        "{{ strftime_now('%Y') }} {{ bos_token }}{{ sep_token }} é < {{ ns.n }}"
     )
     ours = load_tokenizer(templated(chatml, tmp_path, template))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -541,13 +557,15 @@ def test_the_fallback_is_alpacas_prompt_and_is_saved_with_the_model(chatml, tmp_
     ours = load_tokenizer(templated(chatml, tmp_path, None))
     assert ours.template_name == "alpaca (fallback)"
     assert ours.render_text(CHAT[1:4], add_generation_prompt=True) == (
-        "<|im_start|>Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "<|im_start|>Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request."
         "\n\n### Instruction:\nWhat is 12 + 7?\n\n### Response:\nIt is 19 🦊.<|im_end|>"
         "\n\n### Instruction:\nAnd in German?\n\n### Response:\n"
     )
     assert ours.render_text(CHAT[:2]) == "<|im_start|>Be brief.\n\n### Instruction:\nWhat is 12 + 7?"
     ids, mask = ours.render(CHAT)
-    assert [run.strip("\n") for run in trained_text(ours, ids, mask)] == [CHAT[2]["content"] + "<|im_end|>", CHAT[4]["content"] + "<|im_end|>"]  # fmt: skip
+    expected = [turn["content"] + "<|im_end|>" for turn in CHAT[2::2]]
+    assert [run.strip("\n") for run in trained_text(ours, ids, mask)] == expected
     with pytest.raises(TemplateError, match="no place for the role tool"):
         ours.render_text([{"role": "tool", "content": "x"}])
     ours.save_template(tmp_path)

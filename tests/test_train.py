@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from helpers import llama
+from helpers import SHARED, chat_base, command, llama, needs_shared
 
 import lora
+import report
 import train
 from checkpoint import load_model
 from data import Dataset, Example, epoch_order
@@ -202,6 +204,157 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_examples(tmp_path)
         model.norm.weight[0] = math.nan
     with pytest.raises(UserError, match=r"step 1: the loss is nan.*row \d+"):
         losses(model, rows(), settings(method="full"), tmp_path)
+
+
+# ---- whole runs ----
+
+NUMBERS = [{"instruction": f"Say {n}", "output": f"It is {n}, as you said."} for n in range(40)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return chat_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def numbers(tmp_path) -> Path:
+    (tmp_path / "numbers.json").write_text(json.dumps(NUMBERS))
+    return tmp_path / "numbers.json"
+
+
+def whole_run(monkeypatch, capsys, *words) -> str:
+    out, err, code = command(train, monkeypatch, capsys, *words)
+    assert code == 0, err
+    return out
+
+
+def test_what_a_run_says_and_writes(base, numbers, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    said = whole_run(
+        monkeypatch, capsys, *["--model", base, "--data", numbers, "--out", out, "--steps", 5, "--lr", 1e-2]
+    )
+    for words in (
+        "numbers.json: Alpaca",
+        "40 records",
+        "tokenizer_config.json",
+        "rank 8, alpha 16 on all",
+        "parameters trained",
+    ):
+        assert words in said, words
+    assert said.strip().splitlines()[-1] == f"next      python generate.py --model {base} --adapter {out / 'final'}"
+    assert {"config.json", "metrics.jsonl", "loss.png", "best", "final"} <= {path.name for path in out.iterdir()}
+    lines = report.read_metrics(out / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    wanted = "step loss lr grad_norm tokens trained_tokens tokens_per_s mfu seconds memory_mb".split()
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5] and all(list(line) == wanted for line in steps)
+    assert [line["step"] for line in lines if "val_loss" in line] == [1, 2, 3, 4, 5]
+    settings = json.loads((out / "config.json").read_text())
+    assert settings["lr"] == 1e-2 and settings["epochs"] is None and settings["seq_len"] == 512
+    assert json.loads((out / "final" / "plaintune.json").read_text())["base"] == str(base.resolve())
+
+
+def test_an_adapter_goes_on_where_it_stopped(base, numbers, tmp_path, monkeypatch, capsys):
+    words = ["--model", base, "--data", numbers, "--steps", 3, "--lr", 1e-2, "--schedule", "constant"]
+    whole_run(monkeypatch, capsys, *words, "--out", tmp_path / "first")
+    whole_run(monkeypatch, capsys, *words, "--out", tmp_path / "second", "--adapter", tmp_path / "first" / "final")
+    first, second = (
+        [x for x in report.read_metrics(tmp_path / n / "metrics.jsonl") if "val_loss" in x] for n in ("first", "second")
+    )
+    assert second[0]["val_loss"] < first[-1]["val_loss"] < first[0]["val_loss"]
+
+
+def test_patience_stops_a_run_that_gets_worse_and_best_is_kept(base, numbers, tmp_path, monkeypatch, capsys):
+    words = [
+        "--model",
+        base,
+        "--data",
+        numbers,
+        "--method",
+        "full",
+        "--lr",
+        1.0,
+        "--steps",
+        30,
+        "--eval-every",
+        1,
+        "--dtype",
+        "fp32",
+    ]
+    whole_run(monkeypatch, capsys, *words, "--warmup", 0, "--patience", 3, "--out", tmp_path / "run")
+    losses = [x["val_loss"] for x in report.read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_loss" in x]
+    assert len(losses) < 30 and min(losses[-3:]) >= min(losses[:-3])
+    model, data = (
+        load_model(tmp_path / "run" / "best"),
+        train.load_data(Flags(model=str(base), data=[str(numbers)], seq_len=512), train.load_tokenizer(base), 512),
+    )
+    assert train.validate(model, data[1], CPU) == pytest.approx(min(losses), abs=1e-4)
+
+
+def test_profile_prints_a_table_and_writes_a_trace(base, numbers, tmp_path, monkeypatch, capsys):
+    words = ["--model", base, "--data", numbers, "--out", tmp_path / "run", "--steps", 9, "--profile", 2]
+    said = whole_run(monkeypatch, capsys, *words)
+    assert "Self CPU" in said and "aten::mm" in said
+    assert json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    assert len(report.read_metrics(tmp_path / "run" / "metrics.jsonl")) == 2
+
+
+def test_wandb_logs_the_steps_offline(base, numbers, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    words = ["--model", base, "--data", numbers, "--out", tmp_path / "run", "--steps", 2, "--wandb", "plaintune-test"]
+    whole_run(monkeypatch, capsys, *words)
+    (log,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    content = log.read_bytes()
+    assert b"tokens_per_s" in content and b"val_loss" in content and b"plaintune-test" in content
+
+
+def test_without_flags_the_bundled_task_is_run_and_compared(tmp_path, monkeypatch, capsys):
+    """The whole path on the real base, with few steps and items."""
+    monkeypatch.setattr(train.Demo, "ITEMS", 4)
+    monkeypatch.setattr(train.Demo, "SHOTS", 2)
+    said = whole_run(monkeypatch, capsys, "--steps", 2, "--out", tmp_path / "run")
+    for words in (
+        "4-bit copy",
+        "exact answers",
+        "of 4",
+        "of 2",
+        "loss on general text",
+        "trained parameters",
+        "peak memory",
+    ):
+        assert words in said, words
+    assert said.count("  base:  ") == said.count("  tuned: ") == 3
+    assert said.strip().splitlines()[-1] == f"next      python generate.py --adapter {tmp_path / 'run' / 'final'}"
+
+
+@pytest.mark.slow
+def test_the_bundled_task_is_learned_and_little_is_forgotten(tmp_path, monkeypatch, capsys):
+    said = whole_run(monkeypatch, capsys, "--out", tmp_path / "run")
+    exact = re.search(r"exact answers +([\d.]+) % of 200 +([\d.]+) % of 50 +([\d.]+) % of 200", said)
+    assert float(exact[1]) < 5 and float(exact[3]) >= 90, said
+    assert float(re.search(r"loss on general text.*\(([+-][\d.]+)\)", said)[1]) <= 0.15
+    assert "Paris" in said.rpartition("tuned:")[2]
+
+
+@needs_shared
+def test_alpaca_validation_loss_falls_on_the_default_base(tmp_path, monkeypatch, capsys):
+    words = [
+        "--data",
+        SHARED / "alpaca_en_1k.json",
+        "--val-fraction",
+        0.03,
+        "--seq-len",
+        256,
+        "--steps",
+        8,
+        "--eval-every",
+        4,
+    ]
+    whole_run(monkeypatch, capsys, *words, "--out", tmp_path / "run")
+    losses = [
+        line["val_loss"] for line in report.read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_loss" in line
+    ]
+    assert len(losses) == 2 and losses[1] < losses[0] - 0.005
 
 
 BAD_FLAGS = {

@@ -7,6 +7,7 @@ a model, reaches the terminal as characters that it prints, never as ones that m
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,10 @@ from errors import UserError, printable, read_json
 from lora import load_adapter
 from model import Transformer
 from tokenizer import Tokenizer, load_tokenizer
+
+# oneDNN (torch's products on CPU) keeps what it prepared for the last 1,024 shapes, and every batch brings new ones: a
+# gigabyte after 200 steps. A step has fewer than 128. Read when the first product runs.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

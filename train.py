@@ -12,6 +12,7 @@ how the step is cut changes nothing. Written to --out: config.json, metrics.json
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 import re
@@ -39,6 +40,8 @@ from tokenizer import Tokenizer, load_tokenizer
 ASSETS = Path(__file__).resolve().parent / "assets"
 TASK = {part: [ASSETS / f"booking_{part}.jsonl"] for part in ("train", "val", "test")}
 TASK["train"].append(ASSETS / "general_chat.jsonl")  # a few ordinary questions and answers, against forgetting
+COMPILE_SECONDS, COMPILE_SAVES = 20, 0.05  # measured on 2 cores: to compile a block, and the share of a step's time
+RUNTIME_BYTES = 0.8e9
 EFFICIENCY = 0.55  # of a training step, against products alone
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, published
 
@@ -233,6 +236,20 @@ def choose_defaults(flags: Flags, model: Transformer, examples: int) -> int:
     return per_epoch
 
 
+def choose_compile(flags: Flags, device: torch.device, seconds: float) -> str:
+    """Sets flags.compile to on or off and returns the reason. seconds: what training is expected to take."""
+    here = any(shutil.which(name) for name in ("cc", "gcc", "clang", "c++", "g++"))
+    here = here and (device.type != "cuda" or importlib.util.find_spec("triton") is not None)
+    if flags.compile == "on" and not here:
+        raise UserError(f"--compile on: no C compiler{' with triton' * (device.type == 'cuda')} on this machine")
+    if flags.compile != "auto":
+        return f"compiled blocks {flags.compile}, asked for with --compile"
+    pays = seconds * COMPILE_SAVES > 2 * COMPILE_SECONDS
+    flags.compile = "on" if here and pays else "off"
+    reason = "a long run" if here and pays else "a short run" if here else "no compiler here"
+    return f"compiled blocks {flags.compile}: {reason}"
+
+
 def make_optimizer(model: Transformer, flags: Flags) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019), betas 0.9 and 0.999; decay on matrices, never on norms and biases."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -261,17 +278,17 @@ def flops_a_token(model: Transformer) -> float:
 
 
 def expected_memory(model: Transformer, flags: Flags, train: Dataset) -> float:
-    """Bytes at the peak: weights, fp32 gradients, Adam's moments, and what an average micro-batch keeps for backward."""
+    """Bytes at the peak: weights, fp32 gradients, Adam's moments, what the longest examples keep for the backward, and
+    what Python, torch and the prepared products take."""
     c, item = model.config, model.dtype.itemsize
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kept = (
         8 * c.hidden_size + 3 * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 4 * c.intermediate_size
     )  # a token a layer
-    mean = train.tokens / len(train.examples)
-    probs = c.num_heads * mean  # a token a layer, by the products of kernels/attention.py
-    tokens = mean * min(flags.batch_size, len(train.examples))
-    return weights + 12 * trained + tokens * c.num_layers * (kept + probs) * item + 100e6
+    lengths = sorted((len(example.ids) for example in train.examples), reverse=True)[: flags.batch_size]
+    probs = c.num_heads * lengths[0]  # a token a layer, by the products of kernels/attention.py
+    return weights + 12 * trained + sum(lengths) * c.num_layers * (kept + probs) * item + RUNTIME_BYTES
 
 
 # ---------------------------------------------------------------------------------------------------- the loop
@@ -382,7 +399,8 @@ def optimize(model: Transformer, train: Dataset, flags: Flags, log: Log, device:
 
 def validate(model: Transformer, val: Dataset, device: torch.device) -> float:
     model.eval()
-    loss = mean_loss(model, micro_batches(val.examples, 8, device))
+    with torch.compiler.set_stance("force_eager"):  # a second graph, without gradients, would not pay
+        loss = mean_loss(model, micro_batches(val.examples, 8, device))
     model.train()
     return loss
 
@@ -414,8 +432,12 @@ def main() -> None:
     per_epoch = choose_defaults(flags, model, len(train.examples))
     out = Path(flags.out or Path("runs") / time.strftime(f"%Y%m%d-%H%M%S-{flags.method}"))
     seconds = expected_seconds(model, flags, train, val, dtype, device)
-    describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, why, seconds)
+    why_compile = choose_compile(flags, device, seconds)
+    describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, f"{why}; {why_compile}", seconds)
     demo = None if flags.data or flags.model else Demo(model, tokenizer, seconds)
+    if flags.compile == "on":
+        for block in model.blocks:  # one graph for all of them, with the number of tokens left open
+            block.compile(dynamic=True)
 
     if flags.overwrite and out.exists():
         shutil.rmtree(out)
@@ -428,24 +450,29 @@ def main() -> None:
 
     def after_step(done: int) -> bool:
         nonlocal best, since_best
-        last = done == flags.steps
-        if not val.examples or not (last or (flags.eval_every and done % flags.eval_every == 0)):
+        due = done % flags.eval_every == 0 if flags.eval_every else done == flags.steps
+        if not val.examples or not (due or done == flags.steps):
             return False
         paused = log.pause()
         loss = validate(model, val, device)
         log.write({"step": done, "val_loss": loss})
         log.bar.write(f"step {done:>5}: validation loss {loss:.4f}")
-        since_best = 0 if loss < best else since_best + 1
-        if loss < best:
-            best = loss
+        if done and loss < best:  # step 0 is what was there before, nothing to keep
+            best, since_best = loss, 0
             save(model, tokenizer, flags, out / "best", base, stored)
+        elif done:
+            since_best += 1
         log.go_on(paused)
-        return bool(flags.patience) and since_best >= flags.patience
+        stop = bool(flags.patience) and since_best >= flags.patience and done < flags.steps
+        if stop:
+            log.bar.write(f"stopped   {since_best} validations without a new best (--patience {flags.patience})")
+        return stop
 
     try:
         if flags.profile:
             profile(model, train, flags, log, device, out)
             return
+        after_step(0)
         optimize(model, train, flags, log, device, after_step)
     finally:
         log.bar.close()
@@ -490,7 +517,7 @@ def describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, w
 def expected_seconds(model, flags, train, val, dtype, device) -> float:
     """The loop's time, validations included, from the speed of one product here; EFFICIENCY is what was measured."""
     tokens = train.tokens / len(train.examples) * flags.batch_size * flags.accumulate * flags.steps
-    validations = math.ceil(flags.steps / flags.eval_every) if flags.eval_every else 1
+    validations = 1 + math.ceil(flags.steps / flags.eval_every) if flags.eval_every else 1
     tokens += validations * val.tokens / 2  # without a backward
     return tokens * flops_a_token(model) / (EFFICIENCY * product_rate(model, dtype, device))
 

@@ -62,6 +62,7 @@ class Documents:
         self.groups = [Group(run, device) for run in runs]
 
 
+@torch.compiler.disable  # its shapes are other ones in every batch
 def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """Causal attention of each document over itself.
 

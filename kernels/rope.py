@@ -10,7 +10,15 @@ from torch import Tensor
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x: [tokens, heads, d]; cos and sin: float32 [tokens, d / 2]. Returns x turned, same shape and dtype."""
-    return Rope.apply(x, cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1))
+    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
+    if torch.compiler.is_compiling():  # fuses the plain form, and miscompiles writes into halves of a tensor (2.13)
+        return rope_reference(x, cos, sin)
+    return Rope.apply(x, cos, sin)
+
+
+def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, -1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
 
 
 class Rope(torch.autograd.Function):

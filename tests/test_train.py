@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import peft
 import pytest
 import torch
 from helpers import SHARED, chat_base, command, llama, needs_shared
+from safetensors.torch import load_file
 
 import lora
 import report
@@ -247,7 +249,7 @@ def test_what_a_run_says_and_writes(base, numbers, tmp_path, monkeypatch, capsys
     steps = [line for line in lines if "loss" in line]
     wanted = "step loss lr grad_norm tokens trained_tokens tokens_per_s mfu seconds memory_mb".split()
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5] and all(list(line) == wanted for line in steps)
-    assert [line["step"] for line in lines if "val_loss" in line] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in lines if "val_loss" in line] == [0, 1, 2, 3, 4, 5]
     settings = json.loads((out / "config.json").read_text())
     assert settings["lr"] == 1e-2 and settings["epochs"] is None and settings["seq_len"] == 512
     assert json.loads((out / "final" / "plaintune.json").read_text())["base"] == str(base.resolve())
@@ -260,7 +262,7 @@ def test_an_adapter_goes_on_where_it_stopped(base, numbers, tmp_path, monkeypatc
     first, second = (
         [x for x in report.read_metrics(tmp_path / n / "metrics.jsonl") if "val_loss" in x] for n in ("first", "second")
     )
-    assert second[0]["val_loss"] < first[-1]["val_loss"] < first[0]["val_loss"]
+    assert second[-1]["val_loss"] < second[0]["val_loss"] == first[-1]["val_loss"] < first[0]["val_loss"]
 
 
 def test_patience_stops_a_run_that_gets_worse_and_best_is_kept(base, numbers, tmp_path, monkeypatch, capsys):
@@ -280,9 +282,9 @@ def test_patience_stops_a_run_that_gets_worse_and_best_is_kept(base, numbers, tm
         "--dtype",
         "fp32",
     ]
-    whole_run(monkeypatch, capsys, *words, "--warmup", 0, "--patience", 3, "--out", tmp_path / "run")
-    losses = [x["val_loss"] for x in report.read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_loss" in x]
-    assert len(losses) < 30 and min(losses[-3:]) >= min(losses[:-3])
+    said = whole_run(monkeypatch, capsys, *words, "--warmup", 0, "--patience", 3, "--out", tmp_path / "run")
+    losses = [x["val_loss"] for x in report.read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_loss" in x][1:]
+    assert len(losses) < 30 and min(losses[-3:]) >= min(losses[:-3]) and "3 validations without a new best" in said
     model, data = (
         load_model(tmp_path / "run" / "best"),
         train.load_data(Flags(model=str(base), data=[str(numbers)], seq_len=512), train.load_tokenizer(base), 512),
@@ -296,6 +298,35 @@ def test_profile_prints_a_table_and_writes_a_trace(base, numbers, tmp_path, monk
     assert "Self CPU" in said and "aten::mm" in said
     assert json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
     assert len(report.read_metrics(tmp_path / "run" / "metrics.jsonl")) == 2
+
+
+def test_compiled_blocks_give_the_same_losses(base, numbers, tmp_path, monkeypatch, capsys):
+    words = ["--model", base, "--data", numbers, "--steps", 4, "--lr", 1e-2, "--dtype", "fp32", "--compile"]
+    if not any(shutil.which(name) for name in ("cc", "gcc", "clang", "c++", "g++")):
+        _, err, code = command(train, monkeypatch, capsys, *words, "on", "--out", tmp_path / "on")
+        assert code == 2 and "no C compiler" in err
+        return
+    found = []
+    for state in ("off", "on"):
+        said = whole_run(monkeypatch, capsys, *words, state, "--out", tmp_path / state)
+        assert f"compiled blocks {state}" in said
+        found.append(
+            [line.get("loss", line.get("val_loss")) for line in report.read_metrics(tmp_path / state / "metrics.jsonl")]
+        )
+    assert found[1] == pytest.approx(found[0], rel=0, abs=1e-4)
+    assert found[1] != found[0], "nothing was compiled"
+    first, second = (load_file(tmp_path / state / "final" / "adapter_model.safetensors") for state in ("off", "on"))
+    assert first.keys() == second.keys()
+
+
+def test_auto_compiles_where_it_pays(monkeypatch):
+    def choice(seconds: float, compiler: str | None) -> str:
+        monkeypatch.setattr(shutil, "which", lambda name: compiler)
+        flags = Flags()
+        train.choose_compile(flags, CPU, seconds)
+        return flags.compile
+
+    assert choice(7200, "/usr/bin/cc") == "on" and choice(120, "/usr/bin/cc") == "off" and choice(7200, None) == "off"
 
 
 def test_wandb_logs_the_steps_offline(base, numbers, tmp_path, monkeypatch, capsys):
@@ -338,23 +369,12 @@ def test_the_bundled_task_is_learned_and_little_is_forgotten(tmp_path, monkeypat
 
 @needs_shared
 def test_alpaca_validation_loss_falls_on_the_default_base(tmp_path, monkeypatch, capsys):
-    words = [
-        "--data",
-        SHARED / "alpaca_en_1k.json",
-        "--val-fraction",
-        0.03,
-        "--seq-len",
-        256,
-        "--steps",
-        8,
-        "--eval-every",
-        4,
-    ]
-    whole_run(monkeypatch, capsys, *words, "--out", tmp_path / "run")
+    words = ["--data", SHARED / "alpaca_en_1k.json", "--val-fraction", 0.03, "--seq-len", 256, "--steps", 12]
+    whole_run(monkeypatch, capsys, *words, "--eval-every", 12, "--out", tmp_path / "run")
     losses = [
         line["val_loss"] for line in report.read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_loss" in line
     ]
-    assert len(losses) == 2 and losses[1] < losses[0] - 0.005
+    assert len(losses) == 2 and losses[1] < losses[0] - 0.01
 
 
 BAD_FLAGS = {

@@ -434,7 +434,8 @@ def main() -> None:
     seconds = expected_seconds(model, flags, train, val, dtype, device)
     why_compile = choose_compile(flags, device, seconds)
     describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, f"{why}; {why_compile}", seconds)
-    demo = None if flags.data or flags.model else Demo(model, tokenizer, seconds)
+    other_job = flags.data or flags.model or flags.adapter or flags.profile
+    demo = None if other_job else Demo(model, tokenizer, seconds)
     if flags.compile == "on":
         for block in model.blocks:  # one graph for all of them, with the number of tokens left open
             block.compile(dynamic=True)
@@ -484,7 +485,8 @@ def main() -> None:
     print(f"trained   {log.tokens:,} tokens in {seconds:.0f} s; peak memory {peak_memory(device) / 1e9:.2f} GB;"
           f" in {out}: final/, {'best/, ' if val.examples else ''}metrics.jsonl, loss.png")  # fmt: skip
     if demo:
-        demo.finish(log)
+        with torch.compiler.set_stance("force_eager"):  # generation's shapes would each be compiled
+            demo.finish(log)
     say_next(flags, out)
 
 

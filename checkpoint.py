@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -78,6 +78,8 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     try:
         yield aside
         for file in (*aside.rglob("*"), aside):
+            if file.is_file():  # the safetensors package makes files that only their owner reads
+                file.chmod(aside.stat().st_mode & 0o666)
             sync(file)
         if path.exists() and not replace:
             raise FileExistsError(f"{path} exists")
@@ -201,9 +203,12 @@ def stored_dtype(config: Config) -> torch.dtype:
     return named.get(str(config.raw.get("dtype") or config.raw.get("torch_dtype")), torch.float32)
 
 
-def save_model(model: Transformer, folder, dtype: torch.dtype | None = None) -> None:
+def save_model(
+    model: Transformer, folder, dtype: torch.dtype | None = None, also: Callable[[Path], None] | None = None
+) -> None:
     """Writes a Hugging Face folder that transformers loads: weights in `dtype` (default: their own), config.json, and
-    the tokenizer files, template and generation_config.json of the folder that the model came from."""
+    the tokenizer files, template and generation_config.json of the folder that the model came from. also: writes more
+    into the folder before it takes its name."""
     assert not any(".base." in name for name, _ in model.named_parameters()), "merge the adapter first"
     weights = {
         published(model, name): parameter.detach().to("cpu", dtype) for name, parameter in model.named_parameters()
@@ -216,6 +221,8 @@ def save_model(model: Transformer, folder, dtype: torch.dtype | None = None) -> 
         write_json(config, aside / "config.json")
         save_shards(weights, aside)
         copy_tokenizer(model.source, aside)
+        if also:
+            also(aside)
 
 
 def save_shards(weights: dict[str, Tensor], folder: Path) -> None:

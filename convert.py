@@ -38,9 +38,15 @@ def model_folder(model: str | Path | None) -> Path:
     """
     path = default_base() if model is None else Path(model)
     if path.is_dir():
+        if (path / "metrics.jsonl").is_file() and (path / "final").is_dir():
+            raise UserError(f"{path}: is the folder of a run; what it made is {path / 'final'}")
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            raise UserError(f"{path}: is an adapter, not a model; give it as --adapter")
         return path
     if not path.is_file():
-        raise UserError(f"{path}: no such folder, nor a GGUF file; --model wants one of them")
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(model))  # what a name on the Hub looks like
+        fetch = f"; nothing is downloaded here: `hf download {model} --local-dir DIR` first" if hub else ""
+        raise UserError(f"{path}: no such folder, nor a GGUF file{fetch}")
     folder = cache_folder() / f"gguf-{file_sha256(path)[:16]}-v{FORMAT}"
     if not folder.is_dir():
         try:

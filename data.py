@@ -9,7 +9,9 @@ next token is trained, so that nothing else ever reaches the output head. Row r 
 """
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -36,7 +38,6 @@ class Example:
 class Dataset:
     examples: list[Example]
     dropped: dict[str, int] = field(default_factory=dict)  # reason: how many records
-    notes: list[str] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -56,7 +57,6 @@ class Batch:
     documents: Documents
     rows: Tensor
     targets: Tensor
-    examples: list[Example]
 
 
 def load_sources(paths: list[str | Path]) -> list[Source]:
@@ -83,7 +83,7 @@ def encode(sources: list[Source], tokenizer: Tokenizer, seq_len: int) -> Dataset
 def encode_record(record: Record, tokenizer: Tokenizer, seq_len: int) -> tuple[list[Example], str | None]:
     """The record's examples (a long text makes several) and, where something was left out, the reason."""
     if record.messages is None:
-        return encode_text(record, tokenizer, seq_len), None
+        return encode_text(record, tokenizer, seq_len)
     try:
         ids, trained = tokenizer.render(record.messages)
     except TemplateError as error:
@@ -96,35 +96,56 @@ def encode_record(record: Record, tokenizer: Tokenizer, seq_len: int) -> tuple[l
     return [Example(ids[: fitting[-1]], trained[: fitting[-1]], record)], cut
 
 
-def encode_text(record: Record, tokenizer: Tokenizer, seq_len: int) -> list[Example]:
+def encode_text(record: Record, tokenizer: Tokenizer, seq_len: int) -> tuple[list[Example], str | None]:
     """Plain text in pieces of seq_len tokens, all trained but each piece's first, which nothing predicts."""
     ids = tokenizer.encode(record.text, bos=tokenizer.bos_id is not None and tokenizer.adds_bos, eos=True)
-    pieces = [ids[start : start + seq_len] for start in range(0, len(ids), seq_len)]
-    return [Example(p, [False] + [True] * (len(p) - 1), record) for p in pieces if len(p) > 1]
+    if len(ids) < 2:
+        return [], "of a single token, which nothing predicts"
+    cuts = [*range(0, len(ids), seq_len), len(ids)]
+    if cuts[-1] - cuts[-2] == 1:
+        cuts[-2] -= 1  # the end token alone would not be trained
+    pieces = [ids[start:end] for start, end in pairwise(cuts)]
+    return [Example(piece, [False] + [True] * (len(piece) - 1), record) for piece in pieces], None
 
 
 def split(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
-    """(training, validation). A record's side is decided by a hash of its prompt (of a text: of all), so that it never
-    changes with seed, order or neighbours, and records with one prompt, letter case and spaces aside, stay together."""
+    """(training, validation), the latter about `fraction` of the examples and never over twice that, or one.
+
+    An example's side is decided by a hash of its prompt, so that it depends on neither seed nor order, and examples
+    with one prompt, letter case and spaces aside, stay together: a prompt that very many share is trained on.
+    Validation is empty where no prompt is rare enough.
+    """
     if fraction == 0:
         return dataset, Dataset([])
-    places = [place(example.record) for example in dataset.examples]
-    cut = max(fraction, min(places)) if len(set(places)) > 1 else -1.0  # at least one prompt validates, if two exist
+    alone = len({id(example.record) for example in dataset.examples}) == 1  # one long text: its pieces are parted
+    places = [place(example, alone) for example in dataset.examples]
+    size, chosen, room = Counter(places), set(), max(1.0, 2 * fraction * len(places))
+    for where in sorted(size):
+        if where > fraction and chosen:
+            break
+        if size[where] <= room:
+            chosen.add(where)
+            room -= size[where]
+    if len(chosen) == len(size):
+        chosen = set()  # a single prompt
     sides = ([], [])
     for example, where in zip(dataset.examples, places, strict=True):
-        sides[where <= cut].append(example)
-    if not sides[0]:
-        raise UserError(f"--val-fraction {fraction:g} leaves no record to train on")
-    return Dataset(sides[0], dataset.dropped, dataset.notes), Dataset(sides[1])
+        sides[where in chosen].append(example)
+    return Dataset(sides[0], dataset.dropped), Dataset(sides[1])
 
 
-def place(record: Record) -> float:
-    """A number in [0, 1) that depends on the record's prompt alone."""
-    if record.messages is None:
-        text = record.text
+def place(example: Example, piece: bool = False) -> float:
+    """A number in [0, 1) that depends on the prompt alone: what stands before the first answer to a user, or the text.
+    piece: on this piece of the text."""
+    turns = example.record.messages
+    if piece:
+        text = " ".join(map(str, example.ids))
+    elif turns is None:
+        text = example.record.text
     else:
-        first = next(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
-        text = "\n".join(message["content"] for message in record.messages[:first])
+        asked = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), len(turns))
+        answers = (i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i > asked)
+        text = "\n".join(turn["content"] for turn in turns[: next(answers, len(turns))])
     digest = hashlib.sha256(" ".join(text.lower().split()).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -159,4 +180,4 @@ def collate(examples: list[Example], device: torch.device | str = "cpu") -> Batc
     predicted = trained.nonzero().flatten()  # an example's first token has no row before it: never trained
     documents = Documents([len(example.ids) for example in examples], device)
     move = lambda x: x.to(device, non_blocking=True)
-    return Batch(move(tokens), documents, move(predicted - 1), move(tokens[predicted]), examples)
+    return Batch(move(tokens), documents, move(predicted - 1), move(tokens[predicted]))

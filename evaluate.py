@@ -22,7 +22,7 @@ import data
 import loading
 import objectives
 from checkpoint import load_model
-from errors import UserError, run
+from errors import UserError, read_json, run
 from formats import Record
 from lora import drop_lora, has_lora
 from model import Transformer
@@ -212,9 +212,12 @@ def pick_sides(args: argparse.Namespace) -> list[Side]:
     if args.versus is None:
         return [mine]
     if args.versus == "base":
-        if args.adapter is None:
-            raise UserError("--versus base: needs --adapter, whose base is meant")
-        return [Side("base", folder, None), mine]
+        note = folder / "plaintune.json"  # of a whole model that was trained here
+        named = read_json(note).get("base") if note.is_file() else None
+        base = folder if args.adapter else Path(str(named))
+        if not (base / "config.json").is_file():
+            raise UserError("--versus base: needs --adapter, or a --model trained here whose base is still in place")
+        return [Side("base", base, None), mine]
     if loading.is_adapter(args.versus):
         return [Side("versus", loading.base_folder(args.model, args.versus), args.versus), mine]
     return [Side("versus", loading.base_folder(args.versus, None), None), mine]

@@ -136,6 +136,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for flag, (fine, rule) in rules.items():
         if not fine:
             raise UserError(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: {rule}")
+    sampling = {"--top-k": args.top_k != 0, "--top-p": args.top_p != 1, "--seed": args.seed is not None}
+    if args.temperature == 0 and any(sampling.values()):
+        raise UserError(f"{next(flag for flag, on in sampling.items() if on)}: is for sampling; add --temperature 1")
     if args.complete and args.system:
         raise UserError("--system: means nothing to --complete, which takes raw text")
     return args

@@ -44,28 +44,48 @@ def load(
 
 
 def base_folder(model: str | None, adapter: str | None, say: Callable = print) -> Path:
-    """The folder of the base: `--model`'s, else the one that the adapter was made on, if here, else the default."""
+    """The folder of the base: `--model`'s, else the one that the adapter was made on, else, without an adapter, the
+    default. UserError where the adapter's base is not here: another one would only give wrong answers."""
     if adapter is not None and not is_adapter(adapter):
-        raise UserError(f"{adapter}: no adapter_config.json in it, so it is no PEFT adapter folder")
+        raise UserError(f"{adapter}: {no_adapter(Path(adapter))}")
     if model is not None or adapter is None:
         return model_folder(model)
     theirs = read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
     if isinstance(theirs, str) and (Path(theirs) / "config.json").is_file():
-        say(f"base of the adapter, as its adapter_config.json names it: {one_line(theirs)}")
+        say(f"base      {one_line(theirs)}: {adapter} was made on it")
         return Path(theirs)
-    say(f"base of the adapter, {one_line(str(theirs))}, is no folder here: taking the default base (or give --model)")
-    return model_folder(None)
+    made_on = base_hash(adapter)
+    if made_on is not None and made_on == fingerprint(default := model_folder(None)):
+        say(f"base      the default one: {adapter} was made on its weights")
+        return default
+    raise UserError(f"{adapter}: its base, {one_line(str(theirs))}, is not here; give --model")
 
 
 def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / "adapter_config.json").is_file()
 
 
+def no_adapter(folder: Path) -> str:
+    """What a path is that should have been an adapter folder."""
+    if not folder.is_dir():
+        return "no such folder"
+    if is_adapter(folder / "final"):
+        return f"is the folder of a run; its adapter is {folder / 'final'}"
+    if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
+        return "is a whole model, not an adapter; give it as --model"
+    return "no adapter_config.json in it, so it is no PEFT adapter folder"
+
+
+def base_hash(folder: str | Path) -> str | None:
+    """The hash of the weights that a folder of ours was trained from; None in what others made."""
+    note = Path(folder) / "plaintune.json"
+    return read_json(note).get("base_sha256") if note.is_file() else None
+
+
 def put_adapter(model: Transformer, adapter: str | Path, say: Callable = print) -> None:
     """lora.load_adapter, with a warning where the adapter notes that its base had other weights than this one's."""
     load_adapter(model, adapter)
-    note = Path(adapter) / "plaintune.json"
-    made_on = read_json(note).get("base_sha256") if note.is_file() else None
+    made_on = base_hash(adapter)
     if made_on is not None and made_on != fingerprint(model.source):
         say(f"WARNING: {adapter} was trained on other weights than those of {model.source}; its answers will suffer")
 
@@ -123,7 +143,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     known = [option for action in parser._actions for option in action.option_strings]
     for typed in (word.partition("=")[0] for word in argv if word.startswith("--")):
         if typed not in known:
-            near = difflib.get_close_matches(typed, known, n=1)
+            near = [option for option in known if option.startswith(typed)] or difflib.get_close_matches(typed, known)
             raise UserError(f"{typed}: no such flag" + (f"; did you mean {near[0]}?" if near else "; see --help"))
 
     def complain(message: str):

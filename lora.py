@@ -11,6 +11,7 @@ Files are what peft writes and every server reads: adapter_config.json and adapt
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -137,8 +138,9 @@ def drop_lora(model: Transformer) -> None:
             setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module.base)
 
 
-def save_adapter(model: Transformer, folder) -> None:
-    """Writes a PEFT adapter folder. Rank, alpha and dropout are those of the model's own layers."""
+def save_adapter(model: Transformer, folder, also: Callable[[Path], None] | None = None) -> None:
+    """Writes a PEFT adapter folder. Rank, alpha and dropout are those of the model's own layers. also: writes more into
+    the folder before it takes its name."""
     layers = adapted(model)
     assert layers, "the model carries no adapter"
     first = next(iter(layers.values()))
@@ -149,7 +151,7 @@ def save_adapter(model: Transformer, folder) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(model.source),
+        "base_model_name_or_path": str(model.source.resolve()),
         "r": first.rank,
         "lora_alpha": first.alpha,
         "lora_dropout": first.dropout,
@@ -161,6 +163,8 @@ def save_adapter(model: Transformer, folder) -> None:
     with new_folder(folder, replace=True) as aside:
         write_json(config, aside / "adapter_config.json")
         save_file(weights, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+        if also:
+            also(aside)
 
 
 def target_modules(model: Transformer, names: list[str]) -> list[str]:

@@ -1,7 +1,10 @@
-"""What people look at: aligned tables at the terminal and the loss curve as a picture."""
+"""What people look at: aligned tables at the terminal, the loss curve as a picture, and the memory that a run took."""
 
 import json
+import sys
 from pathlib import Path
+
+import torch
 
 
 def table(rows: list[list[str]]) -> str:
@@ -21,28 +24,39 @@ def read_metrics(file: Path) -> list[dict]:
 
 
 def loss_curve(metrics: Path, picture: Path, title: str) -> None:
-    """Draws training loss (each step, and smoothed) and validation loss of a run's metrics.jsonl as a PNG."""
+    """Draws the losses of a run's metrics.jsonl as a PNG: of each training step (of longer runs also their running
+    mean) and of the validations."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     lines = read_metrics(metrics)
     steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     checks = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
-    smooth, smoothed = steps[0][1], []
-    for _, loss in steps:
-        smooth += 0.1 * (loss - smooth)
-        smoothed.append(smooth)
+    window = max(1, len(steps) // 20)  # a mean over the steps just before: a longer memory would lag behind the curve
+    losses = [loss for _, loss in steps]
+    smoothed = [sum(part) / len(part) for part in (losses[max(0, i - window) : i + 1] for i in range(len(losses)))]
     axes.plot(*zip(*steps), color="#9ecae1", linewidth=1, label="training, each step")
-    axes.plot([step for step, _ in steps], smoothed, color="#3182bd", linewidth=2, label="training, smoothed")
+    if window > 1:
+        label = f"training, mean of {window + 1} steps"
+        axes.plot([step for step, _ in steps], smoothed, color="#3182bd", linewidth=2, label=label)
     if checks:
         axes.plot(*zip(*checks), color="#e6550d", marker="o", markersize=4, label="validation")
     axes.set(xlabel="step", ylabel="loss a trained token", title=title)
-    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
     figure.savefig(picture)
     pyplot.close(figure)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes: the most that torch has held on a GPU, or that this process has had in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows, where this file does not run
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

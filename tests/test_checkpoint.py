@@ -383,3 +383,12 @@ def test_no_folder_and_a_file_as_folder(tmp_path):
     for path in (tmp_path / "nowhere", tmp_path / "file"):
         with pytest.raises(UserError, match=f"{path.name}: no such model folder"):
             load_model(path)
+
+
+def test_what_is_written_can_be_read_by_others(tmp_path):
+    """The safetensors package makes files for their owner alone; a server runs as another user."""
+    llama(tmp_path / "base")
+    save_model(load_model(tmp_path / "base"), tmp_path / "out")
+    (tmp_path / "ordinary").write_text("")
+    wanted = (tmp_path / "ordinary").stat().st_mode
+    assert {file.stat().st_mode for file in (tmp_path / "out").iterdir()} == {wanted}

@@ -9,7 +9,7 @@ from helpers import SHARED, llama, needs_shared, relative
 
 from checkpoint import load_model
 from convert import model_folder
-from data import Dataset, Example, collate, encode, load_sources, micro_batches, place, split
+from data import Dataset, Example, collate, encode, epoch_order, load_sources, micro_batches, place, split
 from errors import UserError
 from formats import Record
 from objectives import mean_loss, token_loss_sum
@@ -73,14 +73,57 @@ def test_plain_text_is_trained_whole_in_pieces(tmp_path, tokenizer):
 
 def test_the_split_keeps_equal_prompts_together_and_ignores_order():
     records = [chat(f"  Question {i % 50} ", f"answer {i}") for i in range(200)] + [chat("question 7", "x")]
-    examples = [Example([1, 2], [False, True], record) for record in records]
+    examples = [one_token(record) for record in records]
     train, val = split(Dataset(examples), 0.2)
-    sides = [{place(e.record) for e in side.examples} for side in (train, val)]
+    sides = [{place(e) for e in side.examples} for side in (train, val)]
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 50 and 3 <= len(sides[1]) <= 20
     random.Random(0).shuffle(examples)
     assert {id(e) for e in split(Dataset(examples), 0.2)[1].examples} == {id(e) for e in val.examples}
     assert not split(Dataset(examples), 0)[1].examples
-    assert len({place(e.record) for e in split(Dataset(examples), 1e-9)[1].examples}) == 1
+    alone = [one_token(chat(f"q {i}", "a")) for i in range(9)]
+    assert len(split(Dataset(alone), 1e-9)[1].examples) == 1
+
+
+def one_token(record: Record) -> Example:
+    return Example([1, 2], [False, True], record)
+
+
+def test_a_prompt_that_many_share_is_trained_on():
+    """Whatever the hash of the common prompt: never nearly all to validation, never an error."""
+    for common in ("Hi", "Hello", "Write a limerick.", "a", "b", "c"):
+        examples = [one_token(chat(common, f"answer {i}")) for i in range(99)] + [one_token(chat("Good morning", "x"))]
+        train, val = split(Dataset(examples), 0.05)
+        assert len(train.examples) == 99 and len(val.examples) == 1
+        alike = split(Dataset(examples[:99]), 0.05)
+        assert len(alike[0].examples) == 99 and not alike[1].examples
+
+
+def test_conversations_that_begin_with_an_answer_are_parted_by_what_follows():
+    greeting = {"role": "assistant", "content": "How can I help?"}
+    records = [Record([greeting, *chat(f"question {i}", "yes").messages], None, "") for i in range(40)]
+    assert 1 <= len(split(Dataset([one_token(r) for r in records]), 0.1)[1].examples) <= 8
+
+
+def test_one_long_text_is_parted_by_its_pieces(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text(" ".join(str(i * i) for i in range(3000)))
+    data = encode(load_sources([tmp_path / "a.txt"]), tokenizer, 50)
+    train, val = split(data, 0.1)
+    assert len(train.examples) + len(val.examples) == len(data.examples)
+    assert 0.02 * len(data.examples) <= len(val.examples) <= 0.2 * len(data.examples)
+
+
+def test_no_token_of_a_text_is_lost_at_its_end(tmp_path, tokenizer):
+    """A last piece of one token would train nothing; the one before it gives up a token instead."""
+    (tmp_path / "a.txt").write_text("7" * 50)  # with the end token 51
+    data = encode(load_sources([tmp_path / "a.txt"]), tokenizer, 25)
+    assert [len(example.ids) for example in data.examples] == [25, 24, 2] and not data.dropped
+    assert data.examples[-1].ids[-1] in tokenizer.stop_ids and data.examples[-1].trained == [False, True]
+
+
+def test_a_steps_examples_are_of_similar_length():
+    lengths = torch.randint(1, 500, (640,), generator=torch.Generator().manual_seed(0)).tolist()
+    spreads = [max(lengths[i] for i in step) - min(lengths[i] for i in step) for step in epoch_order(lengths, 8, 0, 0)]
+    assert sum(spreads) / len(spreads) < 120  # of random steps it is about 390
 
 
 def test_a_batch_is_flat_and_its_rows_predict_the_trained_tokens():

@@ -1,6 +1,7 @@
 """evaluate.py, generate.py and what both load: the numbers against transformers, the words on bad input."""
 
 import json
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -226,9 +227,50 @@ def test_an_adapter_brings_its_own_base_and_other_weights_are_warned_of(base, fi
     note.write_text(json.dumps({"base_sha256": fingerprint(base)}))
     words = ["loss", "--data", file, "--adapter", adapter, "--dtype", "fp32"]
     out, _, code = command(evaluate, monkeypatch, capsys, *words)
-    assert code == 0 and f"names it: {base}" in out and "WARNING" not in out
+    assert code == 0 and f"base      {base}: " in out and "WARNING" not in out
     note.write_text(json.dumps({"base_sha256": "0" * 64}))
     assert "WARNING" in command(evaluate, monkeypatch, capsys, *words)[0]
+
+
+def test_an_adapter_whose_base_is_gone_is_refused_unless_it_is_the_default_one(
+    base, file, tmp_path, monkeypatch, capsys
+):
+    adapter = make_adapter(base, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "some/where"}))
+    words = ["loss", "--data", file, "--adapter", adapter, "--dtype", "fp32"]
+    _, err, code = command(evaluate, monkeypatch, capsys, *words)
+    assert code == 2 and "its base, some/where, is not here; give --model" in err
+    (adapter / "plaintune.json").write_text(json.dumps({"base_sha256": fingerprint(base)}))
+    monkeypatch.setattr(loading, "model_folder", lambda m, real=loading.model_folder: base if m is None else real(m))
+    out, _, code = command(evaluate, monkeypatch, capsys, *words)
+    assert code == 0 and "base      the default one" in out
+
+
+def test_the_wrong_kind_of_folder_is_told_what_it_is(base, adapter, file, tmp_path, monkeypatch, capsys):
+    run_folder = tmp_path / "run"
+    shutil.copytree(adapter, run_folder / "final")
+    (run_folder / "metrics.jsonl").write_text("")
+    cases = {
+        ("--model", run_folder): f"is the folder of a run; what it made is {run_folder / 'final'}",
+        ("--model", adapter): "is an adapter, not a model; give it as --adapter",
+        ("--model", "someone/some-model"): "hf download someone/some-model",
+        ("--adapter", run_folder): f"is the folder of a run; its adapter is {run_folder / 'final'}",
+        ("--adapter", base): "is a whole model, not an adapter; give it as --model",
+        ("--adapter", tmp_path): "no adapter_config.json in it",
+    }
+    for words, said in cases.items():
+        _, err, code = command(evaluate, monkeypatch, capsys, "loss", "--data", file, *words)
+        assert code == 2 and said in err and err.count("\n") == 1, err
+
+
+def test_a_model_trained_here_is_compared_with_the_base_it_names(base, file, tmp_path, monkeypatch, capsys):
+    tuned = shutil.copytree(base, tmp_path / "tuned")
+    words = ["loss", "--data", file, "--model", tuned, "--versus", "base", "--dtype", "fp32"]
+    assert command(evaluate, monkeypatch, capsys, *words)[2] == 2
+    (tuned / "plaintune.json").write_text(json.dumps({"base": str(base)}))
+    out, _, code = command(evaluate, monkeypatch, capsys, *words)
+    assert code == 0 and out.splitlines()[-1].split()[1] == "+0.0000"
 
 
 @pytest.mark.parametrize(
@@ -236,7 +278,7 @@ def test_an_adapter_brings_its_own_base_and_other_weights_are_warned_of(base, fi
     [
         (evaluate, ["loss", "--data", "no.json"], "no.json: no such file"),
         (evaluate, ["exact", "--data", "a.txt"], "a.txt record 1: plain text has no reference"),
-        (evaluate, ["loss", "--data", "a.txt", "--adapter", "nowhere"], "nowhere: no adapter_config.json in it"),
+        (evaluate, ["loss", "--data", "a.txt", "--adapter", "nowhere"], "nowhere: no such folder"),
         (evaluate, ["loss", "--data", "a.txt", "--model", "nowhere"], "nowhere: "),
         (evaluate, ["loss", "--dta", "a.txt"], "--dta: no such flag; did you mean --data?"),
         (evaluate, ["loss"], "the following arguments are required: --data"),
@@ -248,6 +290,8 @@ def test_an_adapter_brings_its_own_base_and_other_weights_are_warned_of(base, fi
         (generate, ["--prompt", "a", "--temperature", "nan"], "--temperature nan: must be 0 or more"),
         (generate, ["--prompt", "a", "--top-p", "0"], "--top-p 0.0: must be above 0 and at most 1"),
         (generate, ["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0: must be 1 or more"),
+        (generate, ["--prompt", "a", "--top-k", "5"], "--top-k: is for sampling"),
+        (generate, ["--prompt", "a", "--seed", "5"], "--seed: is for sampling"),
         (generate, ["--prompt", "a", "--top-k", "x"], "--top-k: invalid int value: 'x'"),
         (
             generate,

@@ -18,7 +18,7 @@ import lora
 import report
 import train
 from checkpoint import load_model
-from data import Dataset, Example, epoch_order
+from data import Dataset, Example, encode, epoch_order, load_sources
 from errors import UserError
 from formats import Record
 from train import Flags, rate_at
@@ -266,30 +266,159 @@ def test_an_adapter_goes_on_where_it_stopped(base, numbers, tmp_path, monkeypatc
 
 
 def test_patience_stops_a_run_that_gets_worse_and_best_is_kept(base, numbers, tmp_path, monkeypatch, capsys):
-    words = [
-        "--model",
-        base,
-        "--data",
-        numbers,
-        "--method",
-        "full",
-        "--lr",
-        1.0,
-        "--steps",
-        30,
-        "--eval-every",
-        1,
-        "--dtype",
-        "fp32",
-    ]
-    said = whole_run(monkeypatch, capsys, *words, "--warmup", 0, "--patience", 3, "--out", tmp_path / "run")
-    losses = [x["val_loss"] for x in report.read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_loss" in x][1:]
-    assert len(losses) < 30 and min(losses[-3:]) >= min(losses[:-3]) and "3 validations without a new best" in said
-    model, data = (
-        load_model(tmp_path / "run" / "best"),
-        train.load_data(Flags(model=str(base), data=[str(numbers)], seq_len=512), train.load_tokenizer(base), 512),
-    )
-    assert train.validate(model, data[1], CPU) == pytest.approx(min(losses), abs=1e-4)
+    """Other answers validate than are trained: better while the run learns to answer, worse when it knows its own."""
+    others = [{"instruction": f"Say {n}", "output": "No, never: the dog runs."} for n in range(8)]
+    (tmp_path / "others.json").write_text(json.dumps(others))
+    words = ["--model", base, "--data", numbers, "--val", tmp_path / "others.json", "--method", "full", "--lr", 3e-3]
+    words += ["--steps", 40, "--eval-every", 1, "--dtype", "fp32", "--warmup", 0, "--patience", 3]
+    said = whole_run(monkeypatch, capsys, *words, "--out", tmp_path / "run")
+    losses = [x["val_loss"] for x in report.read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_loss" in x]
+    assert 5 < len(losses) < 40 and losses.index(min(losses)) == len(losses) - 4
+    assert "3 validations without a new best" in said and said.rstrip().endswith(f"--model {tmp_path / 'run' / 'best'}")
+    sources = [encode(load_sources([file]), train.load_tokenizer(base), 512) for file in (tmp_path / "others.json",)]
+    model = load_model(tmp_path / "run" / "best")
+    assert train.validate(model, sources[0], CPU) == pytest.approx(min(losses), abs=1e-4)
+
+
+def test_a_run_that_only_gets_worse_says_so(base, numbers, tmp_path, monkeypatch, capsys):
+    words = ["--model", base, "--data", numbers, "--method", "full", "--lr", 1.0, "--steps", 9, "--warmup", 0]
+    said = whole_run(monkeypatch, capsys, *words, "--eval-every", 1, "--patience", 2, "--out", tmp_path / "run")
+    assert "WARNING   no validation was better" in said and not (tmp_path / "run" / "best").exists()
+    assert "2 validations without a new best" in said and "best/" not in said
+
+
+def test_a_model_that_broke_is_not_saved(base, numbers, tmp_path, monkeypatch, capsys):
+    """The last update is seen by no loss: validation and the weights themselves tell."""
+    words = ["--model", base, "--data", numbers, "--steps", 1, "--lr", 1e8, "--alpha", 1e8, "--warmup", 0]
+    monkeypatch.setattr(train, "make_optimizer", lambda model, flags: Poison(model))
+    for more, what in (([], "the validation loss is nan"), (["--val-fraction", 0], "weights are no numbers")):
+        out = tmp_path / what[-3:]
+        _, err, code = command(train, monkeypatch, capsys, *words, *more, "--out", out)
+        assert code == 2 and what in err and not (out / "final").exists() and not (out / "best").exists()
+
+
+class Poison(torch.optim.SGD):
+    """One step that leaves NaN behind."""
+
+    def __init__(self, model):
+        super().__init__([p for p in model.parameters() if p.requires_grad], lr=1.0)
+
+    @torch.no_grad()
+    def step(self):
+        self.param_groups[0]["params"][0].fill_(math.nan)
+
+
+def test_frozen_weights_of_a_full_run_are_not_even_rounded(base, numbers, tmp_path, monkeypatch, capsys):
+    words = ["--model", base, "--data", numbers, "--method", "full", "--train", r"layers\.1\.mlp", "--steps", 2]
+    said = whole_run(monkeypatch, capsys, *words, "--dtype", "bf16", "--lr", 1e-3, "--out", tmp_path / "run")
+    assert "bfloat16" in said
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "run" / "final"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+
+
+def test_an_adapter_brings_its_base_and_its_shape(base, numbers, tmp_path, monkeypatch, capsys):
+    words = ["--data", numbers, "--steps", 2, "--lr", 1e-2]
+    monkeypatch.chdir(base.parent)
+    shape = ["--rank", 4, "--alpha", 6, "--targets", "q_proj,down_proj"]
+    whole_run(monkeypatch, capsys, *words, *shape, "--model", base.name, "--out", tmp_path / "first")
+    adapter = tmp_path / "first" / "final"
+    monkeypatch.chdir(tmp_path)  # where the relative path of the base means nothing
+    said = whole_run(monkeypatch, capsys, *words, "--adapter", adapter, "--out", tmp_path / "second")
+    assert str(base) in said and "WARNING" not in said
+    settings = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert [settings[name] for name in ("rank", "alpha", "dropout", "targets")] == [4, 6, 0, "down_proj,q_proj"]
+    other = chat_base(tmp_path / "other", seed=7)
+    words += ["--model", other, "--adapter", adapter, "--out", tmp_path / "third"]
+    assert "WARNING" in whole_run(monkeypatch, capsys, *words)
+
+
+def test_overwrite_replaces_what_the_run_wrote_and_nothing_else(base, numbers, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    words = ["--model", base, "--data", numbers, "--out", out, "--steps"]
+    whole_run(monkeypatch, capsys, *words, 3, "--rank", 4)
+    (out / "notes.txt").write_text("mine")
+    assert (out / "best").exists()
+    whole_run(monkeypatch, capsys, *words, 1, "--val-fraction", 0, "--overwrite")
+    assert (out / "notes.txt").read_text() == "mine" and not (out / "best").exists()
+    assert len(report.read_metrics(out / "metrics.jsonl")) == 1
+    _, err, code = command(train, monkeypatch, capsys, *words, 1, "--adapter", out / "final", "--overwrite")
+    assert code == 2 and "would be gone" in err and (out / "final" / "adapter_config.json").exists()
+
+
+def test_the_final_folder_holds_all_that_a_server_needs(base, numbers, tmp_path, monkeypatch, capsys):
+    tokenizer = {"tokenizer.json", "tokenizer_config.json", "plaintune.json"}
+    made = {"lora": {"adapter_config.json", "adapter_model.safetensors"}, "full": {"config.json", "model.safetensors"}}
+    for method, files in made.items():
+        out = tmp_path / method
+        whole_run(
+            monkeypatch, capsys, "--model", base, "--data", numbers, "--steps", 1, "--method", method, "--out", out
+        )
+        assert files | tokenizer <= {path.name for path in (out / "final").iterdir()}
+        assert {path.name for path in (out / "final").iterdir()} - {"generation_config.json"} == files | tokenizer
+
+
+def test_a_bf16_base_stays_bf16_on_disk(numbers, tmp_path, monkeypatch, capsys):
+    folder = chat_base(tmp_path / "base", dtype=torch.bfloat16)
+    words = ["--model", folder, "--data", numbers, "--steps", 1, "--method", "full", "--out", tmp_path / "run"]
+    whole_run(monkeypatch, capsys, *words)
+    weights = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+def test_seed_and_eval_every_and_repeated_data_are_heard(base, numbers, tmp_path, monkeypatch, capsys):
+    (tmp_path / "more.json").write_text(json.dumps([{"instruction": "More", "output": "Yes."}] * 8))
+    words = ["--model", base, "--data", numbers, "--data", tmp_path / "more.json", "--steps", 4, "--eval-every", 3]
+    found = []
+    for number, seed in enumerate((0, 0, 1)):
+        out = tmp_path / str(number)
+        said = whole_run(monkeypatch, capsys, *words, "--seed", seed, "--out", out)
+        assert "numbers.json" in said and "more.json" in said
+        lines = report.read_metrics(out / "metrics.jsonl")
+        assert [line["step"] for line in lines if "val_loss" in line] == [0, 3, 4]
+        found.append([line["loss"] for line in lines if "loss" in line])
+    assert found[0] == found[1] != found[2]
+
+
+def test_defaults_follow_method_data_and_width(tmp_path):
+    llama(tmp_path / "base")
+    model = load_model(tmp_path / "base")  # hidden size 64
+    for examples, epochs in ((100, 3.0), (600, 2.0), (1600, 1.0)):
+        flags = Flags()
+        assert train.choose_defaults(flags, model, examples) == math.ceil(examples / 8)
+        assert flags.epochs == epochs and flags.steps == round(epochs * math.ceil(examples / 8))
+        assert flags.warmup == round(0.05 * flags.steps) and flags.eval_every == math.ceil(flags.steps / 5)
+    assert flags.weight_decay == 0 and flags.lr == pytest.approx(5e-4 * (2000 / 64) ** 0.78, rel=0.05)
+    full = Flags(method="full", steps=7)
+    train.choose_defaults(full, model, 100)
+    assert full.steps == 7 and full.weight_decay == 0.01 and full.lr == pytest.approx(flags.lr / 10, rel=0.05)
+    with pytest.raises(UserError, match="--warmup 9"):
+        train.choose_defaults(Flags(steps=9, warmup=9), model, 100)
+
+
+def test_a_plain_text_is_gone_on_with_and_validated(base, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text(" ".join(str(i * i) for i in range(900)))
+    words = ["--model", base, "--data", tmp_path / "text.txt", "--seq-len", 64, "--steps", 2, "--out", tmp_path / "run"]
+    said = whole_run(monkeypatch, capsys, *words)
+    assert "template" not in said and "validation loss" in said and said.rstrip().endswith(" --complete")
+
+
+def test_ctrl_c_says_what_is_kept(base, numbers, tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        arguments[-1](1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "optimize", interrupted)
+    monkeypatch.setattr(train, "validate", lambda *arguments, losses=iter((2.0, 1.0)): next(losses))
+    words = ["--model", base, "--data", numbers, "--steps", 9, "--eval-every", 1, "--out", tmp_path / "run"]
+    out, err, code = command(train, monkeypatch, capsys, *words)
+    assert code == 130 and f"--adapter {tmp_path / 'run' / 'best'} goes on" in out and "Traceback" not in err
+
+
+def test_two_runs_of_one_second_get_two_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.time, "strftime", lambda form: "20260101-000000-lora")
+    assert len({train.run_folder(Flags()) for _ in range(3)}) == 3
 
 
 def test_profile_prints_a_table_and_writes_a_trace(base, numbers, tmp_path, monkeypatch, capsys):
@@ -302,9 +431,9 @@ def test_profile_prints_a_table_and_writes_a_trace(base, numbers, tmp_path, monk
 
 def test_compiled_blocks_give_the_same_losses(base, numbers, tmp_path, monkeypatch, capsys):
     words = ["--model", base, "--data", numbers, "--steps", 4, "--lr", 1e-2, "--dtype", "fp32", "--compile"]
-    if not any(shutil.which(name) for name in ("cc", "gcc", "clang", "c++", "g++")):
+    if not shutil.which("g++"):
         _, err, code = command(train, monkeypatch, capsys, *words, "on", "--out", tmp_path / "on")
-        assert code == 2 and "no C compiler" in err
+        assert code == 2 and "needs g++" in err
         return
     found = []
     for state in ("off", "on"):
@@ -320,13 +449,16 @@ def test_compiled_blocks_give_the_same_losses(base, numbers, tmp_path, monkeypat
 
 
 def test_auto_compiles_where_it_pays(monkeypatch):
-    def choice(seconds: float, compiler: str | None) -> str:
-        monkeypatch.setattr(shutil, "which", lambda name: compiler)
+    monkeypatch.delenv("CXX", raising=False)
+
+    def choice(seconds: float, compiler: str) -> str:
+        monkeypatch.setattr(shutil, "which", lambda name: name if name == compiler else None)
         flags = Flags()
         train.choose_compile(flags, CPU, seconds)
         return flags.compile
 
-    assert choice(7200, "/usr/bin/cc") == "on" and choice(120, "/usr/bin/cc") == "off" and choice(7200, None) == "off"
+    monkeypatch.setattr(train.sys, "platform", "linux")
+    assert choice(7200, "g++") == "on" and choice(120, "g++") == "off" and choice(7200, "gcc") == "off"
 
 
 def test_wandb_logs_the_steps_offline(base, numbers, tmp_path, monkeypatch, capsys):
@@ -345,7 +477,7 @@ def test_without_flags_the_bundled_task_is_run_and_compared(tmp_path, monkeypatc
     monkeypatch.setattr(train.Demo, "SHOTS", 2)
     said = whole_run(monkeypatch, capsys, "--steps", 2, "--out", tmp_path / "run")
     for words in (
-        "4-bit copy",
+        "Q4_1",
         "exact answers",
         "of 4",
         "of 2",
@@ -381,10 +513,16 @@ BAD_FLAGS = {
     "--rank 0": "--rank 0: must be above 0",
     "--lr -1": "--lr -1: must be above 0",
     "--steps 0": "--steps 0: must be above 0",
-    "--method lorra": "lorra",
+    "--method lorra": "invalid choice: 'lorra'",
     "--bach-size 4": "--batch-size",
     "--val-fraction 1": "--val-fraction",
-    "--dropout 1.0 --model nowhere": "nowhere",
+    "--dropout -0.5": "--dropout -0.5: must be 0 or more",
+    "--method full --rank 4": "--rank: is for --method lora",
+    "--adapter x --targets q_proj": "--targets: the adapter",
+    "--val-fraction 0.1": "--val-fraction parts the files of --data",
+    "--patience 2 --eval-every 0": "--patience",
+    "--epochs 1e308": "--epochs 1e+308",
+    "--seed 100000000000000": "--seed",
     "--model nowhere": "nowhere",
     "--method full --adapter x": "--adapter",
     "--method full --train (": "--train",

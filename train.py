@@ -528,9 +528,8 @@ def main() -> None:
         optimize(model, train, flags, log, device, after_step)
     except KeyboardInterrupt:
         if (out / "best").exists():
-            log.bar.write(
-                f"          {out / 'best'} has validation loss {best:.4f}; --adapter (or --model) goes on from it"
-            )
+            how = "--adapter" if flags.method == "lora" else "--model"
+            log.bar.write(f"stopped   {how} {out / 'best'} goes on from the best validation so far")
         raise
     finally:
         log.bar.close()

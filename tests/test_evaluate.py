@@ -232,9 +232,7 @@ def test_an_adapter_brings_its_own_base_and_other_weights_are_warned_of(base, fi
     assert "WARNING" in command(evaluate, monkeypatch, capsys, *words)[0]
 
 
-def test_an_adapter_whose_base_is_gone_is_refused_unless_it_is_the_default_one(
-    base, file, tmp_path, monkeypatch, capsys
-):
+def test_an_adapter_whose_base_is_gone_is_refused_unless_it_is_the_default(base, file, tmp_path, monkeypatch, capsys):
     adapter = make_adapter(base, tmp_path / "adapter")
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "some/where"}))

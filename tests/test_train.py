@@ -409,7 +409,8 @@ def test_ctrl_c_says_what_is_kept(base, numbers, tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "optimize", interrupted)
-    monkeypatch.setattr(train, "validate", lambda *arguments, losses=iter((2.0, 1.0)): next(losses))
+    losses = iter((2.0, 1.0))
+    monkeypatch.setattr(train, "validate", lambda *arguments: next(losses))
     words = ["--model", base, "--data", numbers, "--steps", 9, "--eval-every", 1, "--out", tmp_path / "run"]
     out, err, code = command(train, monkeypatch, capsys, *words)
     assert code == 130 and f"--adapter {tmp_path / 'run' / 'best'} goes on" in out and "Traceback" not in err

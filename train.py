@@ -23,6 +23,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -495,39 +496,16 @@ def main() -> None:
     out = run_folder(flags)
     log = Log(flags, out, flops_a_token(model), device)
     checkpoint.write_json(dataclasses.asdict(flags), out / "config.json")
-    best, since_best, last, first = math.inf, 0, math.nan, math.nan
-
-    def after_step(done: int) -> bool:
-        nonlocal best, since_best, last, first
-        due = done % flags.eval_every == 0 if flags.eval_every else done == flags.steps
-        if not val.examples or not (due or done == flags.steps):
-            return False
-        paused = log.pause()
-        last = validate(model, val, device)
-        if not math.isfinite(last):
-            raise UserError(f"step {done}: the validation loss is {last:g}; stopped, try a lower --lr")
-        log.write({"step": done, "val_loss": last})
-        log.bar.write(f"step {done:>5}: validation loss {last:.4f}")
-        first = last if done == 0 else first
-        since_best = 0 if last < best else since_best + 1
-        if done and last < best:  # step 0 is what was there before, nothing to keep
-            save(model, tokenizer, flags, out / "best", base, stored)
-        best = min(best, last)
-        log.go_on(paused)
-        stop = bool(flags.patience) and since_best >= flags.patience and done < flags.steps
-        if stop:
-            log.bar.write(f"stopped   {since_best} validations without a new best (--patience {flags.patience})")
-        return stop
-
-    log.start = log.last = time.perf_counter()
+    keep = lambda name: save(model, tokenizer, flags, out / name, base, stored)
+    watch = Watch(model, val, flags, log, keep)
     try:
         if flags.profile:
             profile(model, train, flags, log, device, out)
             return
-        after_step(0)
-        optimize(model, train, flags, log, device, after_step)
+        watch.after_step(0)
+        optimize(model, train, flags, log, device, watch.after_step)
     except KeyboardInterrupt:
-        if (out / "best").exists():
+        if watch.kept:
             how = "--adapter" if flags.method == "lora" else "--model"
             log.bar.write(f"stopped   {how} {out / 'best'} goes on from the best validation so far")
         raise
@@ -537,21 +515,66 @@ def main() -> None:
     model.eval()
     if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
         raise UserError(f"step {flags.steps}: weights are no numbers any more; nothing saved, try a lower --lr")
-    save(model, tokenizer, flags, out / "final", base, stored)
+    keep("final")
     report.loss_curve(out / "metrics.jsonl", out / "loss.png", f"{folder.name}, {flags.method}")
     seconds = time.perf_counter() - log.start
-    kept = (out / "best").exists()
     print(f"trained   {log.tokens:,} tokens in {seconds:.0f} s; peak memory {report.peak_memory(device) / 1e9:.2f} GB;"
-          f" in {out}: final/, {'best/, ' * kept}metrics.jsonl, loss.png")  # fmt: skip
-    if first <= best:
-        print(f"WARNING   no validation was better than the {first:.4f} before training; try a lower --lr")
+          f" in {out}: final/, {'best/, ' * watch.kept}metrics.jsonl, loss.png")  # fmt: skip
     if demo:
         with torch.compiler.set_stance("force_eager"):  # generation's shapes would each be compiled
             demo.finish(out / "metrics.jsonl")
-    better = out / ("best" if kept and best < last else "final")
-    if better.name == "best":
-        print(f"          best/ has validation loss {best:.4f}, final/ {last:.4f}")
-    say_next(flags, better, chat=any(example.record.messages for example in train.examples))
+    chat = any(example.record.messages for example in train.examples)
+    say_next(flags, out / watch.verdict(), chat)
+
+
+@dataclass
+class Watch:
+    """Validation before, during and after the training: what is best so far, and when to stop."""
+
+    model: Transformer
+    val: Dataset
+    flags: Flags
+    log: Log
+    keep: Callable[[str], None]  # writes the model under this name
+    first: float = math.nan  # the loss before the training
+    last: float = math.nan
+    best: float = math.inf
+    since_best: int = 0  # validations
+    kept: bool = False  # is there a best/
+
+    def after_step(self, done: int) -> bool:
+        """Validates where it is due after so many steps; True stops the training."""
+        every, end = self.flags.eval_every, done == self.flags.steps
+        if not self.val.examples or not (end or (every and done % every == 0)):
+            return False
+        paused = self.log.pause()
+        self.last = validate(self.model, self.val, self.model.device)
+        if not math.isfinite(self.last):
+            raise UserError(f"step {done}: the validation loss is {self.last:g}; stopped, try a lower --lr")
+        self.log.write({"step": done, "val_loss": self.last})
+        self.log.bar.write(f"step {done:>5}: validation loss {self.last:.4f}")
+        better = self.last < self.best
+        self.since_best = 0 if better else self.since_best + 1
+        self.best = min(self.best, self.last)
+        if done == 0:
+            self.first = self.last  # of what was there before: nothing to keep
+        elif better:
+            self.keep("best")
+            self.kept = True
+        self.log.go_on(paused)
+        stop = bool(self.flags.patience) and self.since_best >= self.flags.patience and not end
+        if stop:
+            self.log.bar.write(f"stopped   {self.since_best} validations without a new best (--patience)")
+        return stop
+
+    def verdict(self) -> str:
+        """Which of best and final is the one to use; says so where the end is not the best of the run."""
+        if self.first <= self.best:
+            print(f"WARNING   no validation was better than the {self.first:.4f} before training; try a lower --lr")
+        if not (self.kept and self.best < self.last):
+            return "final"
+        print(f"          best/ has validation loss {self.best:.4f}, final/ {self.last:.4f}")
+        return "best"
 
 
 def run_folder(flags: Flags) -> Path:

@@ -208,10 +208,16 @@ def save_model(
 ) -> None:
     """Writes a Hugging Face folder that transformers loads: weights in `dtype` (default: their own), config.json, and
     the tokenizer files, template and generation_config.json of the folder that the model came from. also: writes more
-    into the folder before it takes its name."""
-    assert not any(".base." in name for name, _ in model.named_parameters()), "merge the adapter first"
+    into the folder before it takes its name. An adapter must be merged, or dropped. What is in the folder is replaced.
+    UserError where the folder that the model came from is gone."""
+    if any(getattr(module, "merged", True) is False for module in model.modules()):
+        raise UserError("the model carries a LoRA adapter that is not merged; merge, or drop_lora, comes first")
+    if not model.source.is_dir():
+        raise UserError(f"{folder}: tokenizer and settings come from {model.source}, which is gone")
     weights = {
-        published(model, name): parameter.detach().to("cpu", dtype) for name, parameter in model.named_parameters()
+        published(model, name.replace(".base.", ".")): parameter.detach().to("cpu", dtype)
+        for name, parameter in model.named_parameters()
+        if ".lora_" not in name
     }
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}
     config = {key: value for key, value in model.config.raw.items() if key not in ("dtype", "torch_dtype")}

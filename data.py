@@ -19,7 +19,7 @@ from torch import Tensor
 
 from errors import UserError
 from formats import Record, Source, read_records
-from kernels.attention import Documents
+from kernels.attention import Documents, to_device
 from tokenizer import TemplateError, Tokenizer
 
 WINDOW = 8  # steps; examples are sorted by length within so many, so that a step's are alike and the order still random
@@ -179,5 +179,5 @@ def collate(examples: list[Example], device: torch.device | str = "cpu") -> Batc
     trained = torch.tensor([yes for example in examples for yes in (False, *example.trained[1:])])
     predicted = trained.nonzero().flatten()  # an example's first token has no row before it: never trained
     documents = Documents([len(example.ids) for example in examples], device)
-    move = lambda x: x.to(device, non_blocking=True)
-    return Batch(move(tokens), documents, move(predicted - 1), move(tokens[predicted]))
+    rows, targets = predicted - 1, tokens[predicted]
+    return Batch(to_device(tokens, device), documents, to_device(rows, device), to_device(targets, device))

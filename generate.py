@@ -88,7 +88,8 @@ def answer(
     settings = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     settings |= {"repetition_penalty": args.repetition_penalty, "stop": tokenizer.stop_ids}
     new = (step[0][1] for step in model.stream([prompt], args.max_new_tokens, **settings))
-    return tokenizer.stream((id for id in new if id not in tokenizer.stop_ids), skip_special=True)
+    ids = (id for id in new if id not in tokenizer.stop_ids)
+    return tokenizer.stream(ids, skip_special=True, first=not isinstance(turns, str))
 
 
 def show(pieces: Iterator[str], stoppable: bool = False) -> str:

@@ -47,6 +47,7 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # U(-1/sqrt(in), 1/sqrt(in)), as the paper's own code
         self.merged = False
+        self.train(base.training)  # a fresh module would drop out in a model that evaluates
 
     @property
     def scale(self) -> float:
@@ -82,7 +83,7 @@ def add_lora(
     if not 0 <= dropout < 1:
         raise UserError(f"--dropout {dropout:g}: must be at least 0 and below 1")
     if has_lora(model):
-        raise UserError("the model carries a LoRA adapter already; merge it first")
+        raise UserError("the model carries a LoRA adapter already; merge and drop_lora, or drop_lora alone, come first")
     linears = {
         published(model, name): name for name, m in model.named_modules() if isinstance(m, Linear) and "blocks." in name
     }
@@ -139,8 +140,10 @@ def drop_lora(model: Transformer) -> None:
 
 
 def save_adapter(model: Transformer, folder, also: Callable[[Path], None] | None = None) -> None:
-    """Writes a PEFT adapter folder. Rank, alpha and dropout are those of the model's own layers. also: writes more into
-    the folder before it takes its name."""
+    """Writes a PEFT adapter folder in place of what is there; UserError where that is a model. Rank, alpha and dropout
+    are those of the model's own layers. also: writes more into the folder before it takes its name."""
+    if (Path(folder) / "config.json").is_file():
+        raise UserError(f"{folder}: holds a model, which an adapter would replace; name another folder")
     layers = adapted(model)
     assert layers, "the model carries no adapter"
     first = next(iter(layers.values()))
@@ -191,11 +194,23 @@ def load_adapter(model: Transformer, folder) -> None:
     if not file.is_file():
         pickled = " (adapter_model.bin is a pickle, which can run code and is not read)"
         raise UserError(f"{file}: no such file{pickled if (folder / 'adapter_model.bin').exists() else ''}")
-    found = dict(tensors([file]))
+    found, trainable = dict(tensors([file])), {p for p in model.parameters() if p.requires_grad}
     try:
         names = add_lora(model, rank, alpha, dropout, targets)
     except UserError as error:
         raise UserError(f"{folder / 'adapter_config.json'}: does not fit this model ({error})") from None
+    assert len(adapted(model)) == len(names)
+    try:
+        fill(model, found, file)
+    except UserError:
+        drop_lora(model)
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter in trainable)
+        raise
+
+
+def fill(model: Transformer, found: dict[str, Tensor], file: Path) -> None:
+    """Copies an adapter's tensors into the model's LoRA layers; UserError where they are not exactly those."""
     wanted = {}
     for name, layer in adapted(model).items():
         wanted[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
@@ -204,7 +219,6 @@ def load_adapter(model: Transformer, folder) -> None:
     if missing or extra:
         kind, culprits = ("missing", missing) if missing else ("not used by its configuration", extra)
         raise UserError(f"{file}: {len(culprits)} of its tensors {kind}, the first: {culprits[0]}")
-    assert len(wanted) == 2 * len(names)
     with torch.no_grad():
         for name, parameter in wanted.items():
             if found[name].shape != parameter.shape:

@@ -10,6 +10,7 @@ attention knows where a document ends (kernels/attention.py). So padding is neve
 T positions, D hidden, H heads, G key-value heads, d head_dim, V vocabulary.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from kernels.norm import rms_norm
 from kernels.rope import rope
 
 MAX_LAYERS = 1_000  # a hostile config.json must not keep the machine busy building modules
-FAMILIES = {"llama": "LlamaForCausalLM"}  # model_type of config.json: the architecture that must stand beside it
+FAMILIES = {"llama": "LlamaForCausalLM"}  # model_type of config.json: the architecture, if it names one
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,18 @@ class Config:
         family = raw.get("model_type")
         if str(family) not in FAMILIES:
             raise UserError(f"{where}: model_type {family!r} is not supported (supported: {', '.join(FAMILIES)})")
+        if raw.get("architectures") not in (None, [], [FAMILIES[family]]):
+            raise UserError(f"{where}: architectures {raw['architectures']!r} is not supported for {family}")
+        if raw.get("is_causal") is False or raw.get("attention_dropout"):
+            key = "attention_dropout" if raw.get("attention_dropout") else "is_causal"
+            raise UserError(f"{where}: {key} {raw[key]!r} is not supported; take it out to do without")
         read = _Reader(raw, where)
         hidden, heads = read("hidden_size", int), read("num_attention_heads", int)
         for key in ("rope_parameters", "rope_scaling"):
             if not isinstance(raw.get(key) or {}, dict):
                 raise UserError(f"{where}: {key} is no JSON object")
-        rope_parameters = raw.get("rope_parameters") or {
-            **(raw.get("rope_scaling") or {}),
-            "rope_theta": raw.get("rope_theta", 10_000.0),
-        }
-        theta, scaling = _rope_settings(rope_parameters, where)
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # both: transformers takes the former
+        theta, scaling = _rope_settings({"rope_theta": raw.get("rope_theta", 10_000.0)} | rope, where)
         if read("hidden_act", str, "silu") != "silu":
             raise UserError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported for {family} (only silu)")
         if heads and hidden % heads and not raw.get("head_dim"):
@@ -148,7 +151,8 @@ def _rope_settings(parameters: dict, where: str) -> tuple[float, dict | None]:
 def rope_frequencies(config: Config) -> Tensor:
     """Angle per position of each pair of dimensions, float32 [d / 2], with the checkpoint's scaling."""
     d = config.head_dim
-    frequencies = config.rope_theta ** -(torch.arange(0, d, 2, dtype=torch.int64).float() / d)
+    # In transformers' order of operations: a position of 100,000 makes 0.003 of a last bit's 3e-8
+    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, dtype=torch.int64).float() / d)
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
@@ -157,9 +161,9 @@ def rope_frequencies(config: Config) -> Tensor:
     # Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended linearly in the
     # number of turns that they make within the original context.
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    turns = scaling["original_max_position_embeddings"] / (2 * math.pi / frequencies)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
+    return (1 - keep) * frequencies / scaling["factor"] + keep * frequencies
 
 
 class Linear(nn.Module):
@@ -236,7 +240,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.compute_dtype = config, None
+        self.config, self.compute_dtype, self.frequencies = config, None, None
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -255,7 +259,9 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor, positions: Tensor, attends: list) -> Tensor:
         """tokens and positions: int64 [N]; attends: an attention function a block. Returns [N, D], normalised."""
-        angles = positions[:, None].float() * rope_frequencies(self.config).to(self.device)  # [N, d / 2], fp32
+        if self.frequencies is None or self.frequencies.device != positions.device:
+            self.frequencies = rope_frequencies(self.config).to(positions.device)
+        angles = positions[:, None].float() * self.frequencies  # [N, d / 2], fp32
         turns = angles.cos(), angles.sin()
         x = self.embed(tokens).to(self.dtype)
         for block, attend in zip(self.blocks, attends, strict=True):
@@ -324,12 +330,16 @@ class Transformer(nn.Module):
     ) -> Iterator[list[tuple[int, int]]]:
         """Yields, a step at a time, (prompt number, new id) for every prompt that is still going.
 
-        prompts: int64 [B, T], or lists of ids of any lengths (none empty); each is computed as if it were alone.
+        prompts: int64 [B, T], or lists of ids of any lengths (none empty). None sees another, but what is sampled with
+        a seed depends on the whole batch.
         temperature 0 takes the likeliest token. Otherwise, in this order: the penalty of Keskar et al. 2019 (CTRL) on
         ids seen in prompt or answer, temperature, the top_k likeliest (0: all), the smallest set of probability top_p
         (Holtzman et al. 2020). A prompt ends with an id in `stop`, after max_new_tokens, or at the model's limit.
         """
-        self.eval()
+        with evaluating(self):
+            yield from self._stream(prompts, max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop, seed)
+
+    def _stream(self, prompts, max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop, seed):
         rows = [list(map(int, prompt)) for prompt in prompts]
         if not rows or max_new_tokens < 1:
             return
@@ -356,6 +366,17 @@ class Transformer(nn.Module):
                 going = [going[line] for line in alive]
             if going:
                 hidden = cache.step(torch.tensor([rows[i][-1] for i in going], device=self.device))
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while: no dropout, and afterwards whatever was before."""
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)
 
 
 class KVCache:

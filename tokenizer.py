@@ -23,6 +23,7 @@ from itertools import accumulate, islice, pairwise
 from pathlib import Path
 
 import jinja2
+import jinja2.ext
 import tiktoken
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -48,7 +49,7 @@ class AddedToken:
 
 @dataclass
 class Tokenizer:
-    """What `load_tokenizer` returns. More attributes: special_tokens (id by text), vocab_size, description."""
+    """What `load_tokenizer` returns. More: special_tokens (id by text), unlisted_ends, vocab_size, description."""
 
     model: "BytePairs | Pieces"
     added: dict[str, AddedToken]
@@ -70,7 +71,8 @@ class Tokenizer:
         groups = [[text for text, token in self.added.items() if token.normalized == late] for late in (False, True)]
         self._patterns = [_any_of(group) for group in groups if group]
         self._control = _any_of(self.special_tokens)
-        self.stop_ids = self.stop_ids | self._turn_end()
+        self.unlisted_ends = self._turn_end() - self.stop_ids  # no config file names them: a server must be told
+        self.stop_ids = self.stop_ids | self.unlisted_ends
 
     # ---- text ----
 
@@ -91,10 +93,11 @@ class Tokenizer:
         """The text of ids. Bytes that are not UTF-8 become U+FFFD; ids beyond the vocabulary become nothing."""
         return "".join(self.stream(ids, skip_special))
 
-    def stream(self, ids: Iterable[int], skip_special: bool = False) -> Iterator[str]:
-        """The same text in pieces, as the ids come; none ends inside a character."""
+    def stream(self, ids: Iterable[int], skip_special: bool = False, first: bool = True) -> Iterator[str]:
+        """The same text in pieces, as the ids come; none ends inside a character. first: the ids begin a text; False
+        where they go on from one, whose last word a space may part from theirs."""
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        at_start = self.model.prefix != "never"
+        at_start = first and self.model.prefix != "never"
         for id in ids:
             new = b"" if skip_special and id in self._special_ids else self._bytes.get(id, b"")
             if new and at_start:  # the space that sentencepiece put before the first word
@@ -178,8 +181,9 @@ class Tokenizer:
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
-        """The template, in the environment that transformers promises to templates: a sandbox and three helpers."""
-        jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        """The template, in the environment that transformers promises to templates: a sandbox, tags and helpers."""
+        tags = [loopcontrols, GenerationTag]
+        jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=tags)
 
         def raise_exception(message: str):
             raise jinja2.TemplateError(message)
@@ -245,6 +249,16 @@ class Tokenizer:
         return ids, [any(wanted[a : max(b, a + 1)]) for a, b in spans]  # a piece of width 0 belongs to what follows it
 
 
+class GenerationTag(jinja2.ext.Extension):
+    """{% generation %}...{% endgeneration %}: there a template itself says what an answer is. Here its text counts."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a UTF-16 pair
 
 
@@ -289,6 +303,10 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     names = _names(config_file, _read(folder / "special_tokens_map.json") | config)
     added = _added_tokens(spec_file, spec.get("added_tokens") or [])
     added = _added_tokens(config_file, config.get("added_tokens_decoder") or {}, added) | added
+    for text, id in _read(folder / "added_tokens.json").items():  # of folders from before added_tokens_decoder
+        if type(id) is not int or id < 0:
+            raise UserError(f"{folder / 'added_tokens.json'}: {text!r} has id {id!r}, a whole number is wanted")
+        added.setdefault(text, AddedToken(id, False, False))
     bpe = spec.get("model")
     if model_file.is_file() and (not spec or (isinstance(bpe, dict) and bpe.get("byte_fallback") is True)):
         model = pieces(model_file, spec, config)
@@ -297,10 +315,11 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         model = byte_pairs(spec_file, spec, added)
     else:
         raise UserError(f"{folder}: no tokenizer (neither tokenizer.json nor tokenizer.model); copy the model's here")
-    for name, text in names.items():
+    listed = _listed(config_file, _read(folder / "special_tokens_map.json") | config)
+    for name, text in [*names.items(), *(("additional_special_tokens", text) for text in listed)]:
         if text in added or text in model.vocab:
             added[text] = replace(added.get(text) or AddedToken(model.vocab[text], True, False), special=True)
-        elif name in ("bos_token", "eos_token"):
+        elif name in ("bos_token", "eos_token", "additional_special_tokens"):
             raise UserError(f"{config_file}: {name} {text!r} is not in the vocabulary; name one that is")
     ids = {name: added[text].id for name, text in names.items() if text in added}
     bos, eos, pad = map(ids.get, ("bos_token", "eos_token", "pad_token"))
@@ -322,6 +341,18 @@ def _names(path: Path, config: dict) -> dict[str, str]:
             if not isinstance(names[name], str):
                 raise UserError(f"{path}: {name} is neither a string nor an object with content")
     return names
+
+
+def _listed(path: Path, config: dict) -> list[str]:
+    """The texts of additional_special_tokens (transformers 4) and extra_special_tokens (5): lists, or objects."""
+    texts = []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        values = config.get(key) or []
+        for value in values.values() if isinstance(values, dict) else values:
+            texts.append(value.get("content") if isinstance(value, dict) else value)
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{path}: additional_special_tokens holds what is neither a string nor an object with content")
+    return texts
 
 
 def _added_tokens(path: Path, entries: list | dict, known: Collection[str] = ()) -> dict[str, AddedToken]:

@@ -609,6 +609,9 @@ def describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, w
         source = checkpoint.read_json(folder / "source.json")
         kinds = ", ".join(f"{count} {kind}" for kind, count in source.get("tensor_types", {}).items())
         print(f"          made of {one_line(str(source.get('file')))}, dequantised; its tensors are {kinds}")
+    for end in sorted(tokenizer.unlisted_ends):
+        print(f"          NOTE: answers end with {tokenizer.decode([end])!r}, id {end}, which neither config.json nor")
+        print("          generation_config.json lists as an end; tell the server that will run the model to stop there")
     share = f"{100 * trained / total:.2f} % of the model's"
     print(f"method    {flags.method} ({how}): {trained:,} parameters trained, {share}")
     print(f"machine   {device}, {str(dtype).removeprefix('torch.')}: {why}")

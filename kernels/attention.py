@@ -21,6 +21,11 @@ SHORT = 1024  # tokens; beyond it the probabilities that ShortAttention keeps, l
 WASTE = 1.3  # a group's padded score matrices may be this much larger than its documents' own
 
 
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """x there; to a GPU out of pinned memory, for else the copy would wait for all that the GPU has still to do."""
+    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
+
+
 class Group:
     """Neighbouring documents that are padded to one length together.
 
@@ -30,7 +35,7 @@ class Group:
     def __init__(self, lengths: list[int], device: torch.device | str):
         self.documents, self.length, self.tokens = len(lengths), max(lengths), sum(lengths)
         slots = torch.cat([torch.arange(n) + i * self.length for i, n in enumerate(lengths)])
-        self.slots = None if self.tokens == self.documents * self.length else slots.to(device)
+        self.slots = None if self.tokens == self.documents * self.length else to_device(slots, device)
 
     def pad(self, x: Tensor) -> Tensor:  # [tokens, heads, d] -> [documents, length, heads, d], zeros in the padding
         if self.slots is not None:
@@ -51,7 +56,7 @@ class Documents:
 
     def __init__(self, lengths: list[int], device: torch.device | str = "cpu"):
         self.lengths = lengths
-        self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
+        self.positions = to_device(torch.cat([torch.arange(n) for n in lengths]), device)
         runs: list[list[int]] = []
         for n in lengths:
             run = [*runs[-1], n] if runs else []
@@ -81,8 +86,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, group: Group) -> Tensor:
     if q.device.type == "cpu" and group.length <= SHORT:
         return ShortAttention.apply(q, k, v, group)
     q, k, v = (group.pad(x).transpose(1, 2) for x in (q, k, v))  # [documents, heads, length, head_dim]
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.device.type == "cuda" and not flash_takes(q):  # the other fused kernel has no grouped heads
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        grouped = False
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     return group.unpad(out.transpose(1, 2))
+
+
+def flash_takes(q: Tensor) -> bool:
+    return q.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 class ShortAttention(torch.autograd.Function):

@@ -22,6 +22,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     hidden: [tokens, D], any float dtype, trained rows only. weight: [V, D], cast to hidden's dtype for the products.
     targets: int64 [tokens]. Returns a float32 scalar; divide by the number of trained tokens afterwards.
     """
+    if not torch.is_grad_enabled():  # a Function is told only who requires gradients, not that nobody will ask
+        hidden, weight = hidden.detach(), weight.detach()
     return LinearCrossEntropy.apply(hidden, weight, targets)
 
 
@@ -49,14 +51,14 @@ class LinearCrossEntropy(torch.autograd.Function):
             if need_weight:
                 grad_weight += logits.t() @ chunk
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx, factor):
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * factor.to(grad_hidden.dtype)
+            grad_hidden = (grad_hidden * factor).to(ctx.hidden_dtype)  # factor: fp32, one number
         if grad_weight is not None:
             grad_weight = (grad_weight * factor).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None

@@ -125,3 +125,15 @@ def test_document_attention(monkeypatch, dtype, tolerance, lengths, heads, kv_he
 def test_documents_of_like_length_share_a_group():
     assert [group.documents for group in Documents([50, 52, 53, 55, 200, 210]).groups] == [4, 2]
     assert Documents([3, 2]).positions.tolist() == [0, 1, 2, 0, 1]
+
+
+def test_without_gradients_none_are_computed(monkeypatch):
+    """In validation the head's weight still requires a gradient; a tensor of its size must not be made for it."""
+    hidden, weight = torch.randn(5, 8), torch.randn(40, 8, requires_grad=True)
+    targets = torch.tensor([1, 2, 3, 4, 5])
+    monkeypatch.setattr(torch, "zeros_like", lambda *arguments, **settings: pytest.fail("a gradient was made"))
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden, weight, targets)
+    assert float(loss) == pytest.approx(
+        float(linear_cross_entropy_reference(hidden, weight.detach(), targets)), rel=1e-6
+    )

@@ -332,3 +332,53 @@ def test_no_targets_at_all_are_refused(tmp_path):
     llama(tmp_path)
     with pytest.raises(UserError, match="--targets"):
         lora.add_lora(load_model(tmp_path), 4, 8.0, targets=[])
+
+
+def test_an_adapter_with_dropout_evaluates_without_it(tmp_path):
+    """load_model returns a model in evaluation mode; what load_adapter puts on it must be in that mode too."""
+    theirs = llama(tmp_path / "base")
+    config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, target_modules=["q_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(theirs, config).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    model = load_model(tmp_path / "base")
+    lora.load_adapter(model, tmp_path / "adapter")
+    with torch.no_grad():
+        assert relative(model(TOKENS), wrapped(TOKENS).logits) < 1e-5
+
+
+def test_a_refused_adapter_leaves_the_model_as_it_was(tmp_path):
+    llama(tmp_path / "base")
+    model = load_model(tmp_path / "base")
+    lora.add_lora(model, 4, 8.0, targets="q_proj")
+    lora.save_adapter(model, tmp_path / "adapter")
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    weights.pop(next(iter(weights)))
+    save_file(weights, tmp_path / "adapter" / "adapter_model.safetensors")
+    fresh = load_model(tmp_path / "base")
+    trainable = {name: p.requires_grad for name, p in fresh.named_parameters()}
+    with pytest.raises(UserError, match="1 of its tensors missing"):
+        lora.load_adapter(fresh, tmp_path / "adapter")
+    assert not lora.has_lora(fresh) and {n: p.requires_grad for n, p in fresh.named_parameters()} == trainable
+
+
+def test_an_adapter_never_replaces_a_model(tmp_path):
+    llama(tmp_path / "base")
+    model = load_model(tmp_path / "base")
+    lora.add_lora(model, 4, 8.0)
+    with pytest.raises(UserError, match="holds a model"):
+        lora.save_adapter(model, tmp_path / "base")
+    assert (tmp_path / "base" / "model.safetensors").is_file()
+
+
+def test_a_merged_model_is_saved_as_it_is_and_an_unmerged_one_refused(tmp_path):
+    llama(tmp_path / "base")
+    model = load_model(tmp_path / "base")
+    lora.add_lora(model, 4, 8.0)
+    for layer in lora.adapted(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    with pytest.raises(UserError, match="not merged"):
+        save_model(model, tmp_path / "out")
+    lora.merge(model)
+    save_model(model, tmp_path / "out")
+    with torch.no_grad():
+        assert relative(load_model(tmp_path / "out")(TOKENS), model(TOKENS)) < 1e-6

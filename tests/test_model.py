@@ -48,6 +48,54 @@ def test_both_config_dialects_mean_the_same(tmp_path, shape):
     assert (new.rope_theta, new.rope_scaling) == (old.rope_theta, old.rope_scaling)
 
 
+@pytest.mark.parametrize("shape", ["plain", "llama3_rope"])
+def test_logits_at_far_positions_equal_transformers(tmp_path, shape):
+    """Where the last bit of a frequency is multiplied by the position."""
+    far = SHAPES[shape] | {"max_position_embeddings": 131_072}
+    theirs, ours = llama(tmp_path, **far), load_model(tmp_path)
+    tokens = torch.randint(0, 96, (1, 40), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(40)[None] * 3_300
+    with torch.no_grad():
+        assert relative(ours(tokens, positions), theirs(tokens, position_ids=positions).logits) < 1e-5
+
+
+ROPE = {"rope_type": "linear", "factor": 2.0}
+MIXED = {  # what people's and converters' config.json hold besides the two dialects
+    "theta beside rope_parameters": {"rope_parameters": ROPE, "rope_theta": 500_000.0},
+    "theta inside rope_scaling": {"rope_scaling": ROPE | {"rope_theta": 500_000.0}},
+    "both": {"rope_parameters": ROPE | {"rope_theta": 500_000.0}, "rope_scaling": ROPE | {"factor": 4.0}},
+}
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_mixed_dialects_mean_what_transformers_takes_them_for(tmp_path, case):
+    llama(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw = {key: value for key, value in raw.items() if key not in ("rope_parameters", "rope_theta")} | MIXED[case]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    tokens = torch.randint(0, 96, (1, 99), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert relative(load_model(tmp_path)(tokens), theirs(tokens).logits) < 1e-5
+
+
+@pytest.mark.parametrize("key", [{"architectures": ["LlamaBiModel"]}, {"is_causal": False}, {"attention_dropout": 0.5}])
+def test_switches_that_would_be_ignored_are_refused(tmp_path, key):
+    llama(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text()) | key
+    with pytest.raises(UserError, match=next(iter(key))):
+        Config.from_hf(raw)
+
+
+def test_generation_leaves_the_mode_as_it_was(tmp_path):
+    llama(tmp_path)
+    model = load_model(tmp_path).train()
+    model.generate([[1, 2, 3]], 2)
+    assert model.training and all(module.training for module in model.modules())
+    next(model.stream([[1, 2, 3]], 5))  # left in the middle
+    assert model.training
+
+
 @pytest.mark.parametrize("shape", ["tied", "grouped"])
 def test_greedy_text_equals_transformers_token_by_token(tmp_path, shape):
     theirs, ours = llama(tmp_path, **SHAPES[shape]), load_model(tmp_path)

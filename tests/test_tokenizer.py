@@ -724,3 +724,48 @@ def test_folders_without_a_usable_tokenizer(tmp_path):
     write(folder / "tokenizer.json", spec)
     with pytest.raises(UserError, match="two: tokenizer.json and tokenizer.model have different vocabularies"):
         load_tokenizer(folder)
+
+
+# ---- what older and newer folders add ----
+
+
+def test_added_tokens_json_of_old_folders(tmp_path):
+    """sentencepiece folders from before added_tokens_decoder: tags for turns, appended behind the vocabulary."""
+    sentence_pieces(tmp_path, legacy=True)
+    size = load_tokenizer(tmp_path).vocab_size
+    write(tmp_path / "added_tokens.json", {"<|im_start|>": size, "<tool>": size + 1})
+    config = (
+        json.loads((tmp_path / "tokenizer_config.json").read_text())
+        if (tmp_path / "tokenizer_config.json").is_file()
+        else {}
+    )
+    config.pop("added_tokens_decoder", None)
+    write(tmp_path / "tokenizer_config.json", config | {"additional_special_tokens": ["<|im_start|>"]})
+    ours = load_tokenizer(tmp_path)
+    assert ours.encode("<|im_start|>a<tool>", special=True)[0] == size and ours.encode("a<tool>")[-1] == size + 1
+    assert size not in ours.encode("<|im_start|>a")  # listed as special: in data it is text
+    assert ours.decode([size + 1]) == "<tool>"
+
+
+def test_a_listed_special_token_without_an_id_is_refused(chatml, tmp_path):
+    shutil.copytree(chatml, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    write(tmp_path / "tokenizer_config.json", config | {"extra_special_tokens": {"image": "<picture>"}})
+    with pytest.raises(UserError, match="'<picture>' is not in the vocabulary"):
+        load_tokenizer(tmp_path)
+
+
+def test_generation_tags_count_for_their_text_alone(chatml, tmp_path):
+    tagged = CHATML.replace("message['content']", "message['content']")
+    tagged = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n{% endfor %}"
+    templated(chatml, tmp_path, tagged)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    wanted = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(turns, tokenize=False)
+    assert load_tokenizer(tmp_path).render_text(turns) == wanted
+
+
+def test_text_that_goes_on_keeps_its_first_space(tmp_path):
+    sentence_pieces(tmp_path, legacy=True)
+    ours = load_tokenizer(tmp_path)
+    ids = ours.encode("one two")[len(ours.encode("one")) :]
+    assert "".join(ours.stream(ids)) == "two" and "".join(ours.stream(ids, first=False)) == " two"

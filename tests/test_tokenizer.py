@@ -756,8 +756,10 @@ def test_a_listed_special_token_without_an_id_is_refused(chatml, tmp_path):
 
 
 def test_generation_tags_count_for_their_text_alone(chatml, tmp_path):
-    tagged = CHATML.replace("message['content']", "message['content']")
-    tagged = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n{% endfor %}"
+    tagged = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% generation %}{{ m.content }}<|im_end|>"
+        "{% endgeneration %}\n{% endfor %}"
+    )
     templated(chatml, tmp_path, tagged)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     wanted = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(turns, tokenize=False)

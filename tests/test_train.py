@@ -416,6 +416,20 @@ def test_ctrl_c_says_what_is_kept(base, numbers, tmp_path, monkeypatch, capsys):
     assert code == 130 and f"--adapter {tmp_path / 'run' / 'best'} goes on" in out and "Traceback" not in err
 
 
+def test_an_end_of_turn_that_no_config_lists_is_said(numbers, tmp_path, monkeypatch, capsys):
+    """A server reads eos_token_id, and would run on after the answers' end."""
+    folder = chat_base(tmp_path / "base")
+    words = ["--model", folder, "--data", numbers, "--steps", 1, "--out"]
+    assert "NOTE: answers end with" not in whole_run(monkeypatch, capsys, *words, tmp_path / "1")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|endoftext|>"}))
+    for name in ("config.json", "generation_config.json"):
+        listed = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+        (folder / name).write_text(json.dumps(listed | {"eos_token_id": 0}))
+    said = whole_run(monkeypatch, capsys, *words, tmp_path / "2")
+    assert "NOTE: answers end with '<|im_end|>', id 2" in said
+
+
 def test_two_runs_of_one_second_get_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train.time, "strftime", lambda form: "20260101-000000-lora")

@@ -40,6 +40,10 @@ class Dataset:
     dropped: dict[str, int] = field(default_factory=dict)  # reason: how many records
 
     @property
+    def chat(self) -> bool:  # has conversations, not plain text alone
+        return any(example.record.messages for example in self.examples)
+
+    @property
     def tokens(self) -> int:
         return sum(len(example.ids) for example in self.examples)
 
@@ -113,7 +117,7 @@ def split(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
 
     An example's side is decided by a hash of its prompt, so that it depends on neither seed nor order, and examples
     with one prompt, letter case and spaces aside, stay together: a prompt that very many share is trained on.
-    Validation is empty where no prompt is rare enough.
+    Validation is empty where no prompt is rare enough; UserError where all prompts would be in it.
     """
     if fraction == 0:
         return dataset, Dataset([])
@@ -126,6 +130,8 @@ def split(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
         if size[where] <= room:
             chosen.add(where)
             room -= size[where]
+    if len(chosen) == len(size) > 1:
+        raise UserError(f"--val-fraction {fraction:g}: leaves none of {len(size)} prompts to train on; take less")
     if len(chosen) == len(size):
         chosen = set()  # a single prompt
     sides = ([], [])

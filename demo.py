@@ -52,13 +52,12 @@ class Demo:
         return Dataset([Example(piece, [True] * len(piece), record) for piece in pieces])
 
     def general_loss(self) -> float:
-        self.model.eval()
         return evaluate.loss(self.model, self.general)["loss"]
 
     def answer(self, question: str) -> str:
         prompt = self.tokenizer.render([{"role": "user", "content": question}], add_generation_prompt=True)[0]
         ids = self.model.generate([prompt], 48, stop=self.tokenizer.stop_ids)[0]
-        return " ".join(self.tokenizer.decode([i for i in ids if i not in self.tokenizer.stop_ids]).split())
+        return self.tokenizer.decode([i for i in ids if i not in self.tokenizer.stop_ids])
 
     def finish(self, metrics: Path) -> None:
         tuned, loss, answer = self.score(self.test), self.general_loss(), self.answer(self.QUESTION)

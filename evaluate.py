@@ -22,10 +22,10 @@ import data
 import loading
 import objectives
 from checkpoint import load_model
-from errors import UserError, read_json, run
+from errors import UserError, run
 from formats import Record
 from lora import drop_lora, has_lora
-from model import Transformer
+from model import Transformer, evaluating
 from tokenizer import TemplateError, Tokenizer, load_tokenizer
 
 ROOM = 8  # tokens that an answer may be longer than the longest reference: enough to see that it goes on, and cheap
@@ -33,11 +33,9 @@ ROOM = 8  # tokens that an answer may be longer than the longest reference: enou
 
 def loss(model: Transformer, dataset: data.Dataset, batch_size: int = 8) -> dict[str, float]:
     """loss per trained token (nats), its perplexity, and the number of those tokens. Dropout is off meanwhile."""
-    training = model.training
-    model.eval()
     batches = data.micro_batches(dataset.examples, batch_size, model.device)
-    value = objectives.mean_loss(model, batches)
-    model.train(training)
+    with evaluating(model):
+        value = objectives.mean_loss(model, batches)
     perplexity = math.exp(value) if value < 700 else math.inf  # exp(710) is beyond a float
     return {"loss": value, "perplexity": perplexity, "tokens": sum(len(batch.targets) for batch in batches)}
 
@@ -97,7 +95,7 @@ def exact(
         prompts.append(ids)
     if max_new_tokens is None:
         max_new_tokens = ROOM + max(len(tokenizer.encode(text, bos=False, eos=False)) for text in references)
-    training, answers = model.training, [""] * len(prompts)
+    answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike together: less padding in the cache
     with tqdm(total=len(order), unit="answer", disable=None, leave=False) as bar:  # None: quiet where no terminal is
         for start in range(0, len(order), batch_size):
@@ -107,7 +105,6 @@ def exact(
             ):
                 answers[i] = tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.stop_ids else ids, skip_special=True)
             bar.update(len(batch))
-    model.train(training)
     return Exact(list(records), references, answers, sum(map(len, prompts)) / len(prompts))
 
 
@@ -212,9 +209,7 @@ def pick_sides(args: argparse.Namespace) -> list[Side]:
     if args.versus is None:
         return [mine]
     if args.versus == "base":
-        note = folder / "plaintune.json"  # of a whole model that was trained here
-        named = read_json(note).get("base") if note.is_file() else None
-        base = folder if args.adapter else Path(str(named))
+        base = folder if args.adapter else Path(str(loading.note(folder).get("base")))  # of a model trained here
         if not (base / "config.json").is_file():
             raise UserError("--versus base: needs --adapter, or a --model trained here whose base is still in place")
         return [Side("base", base, None), mine]

@@ -54,7 +54,7 @@ def base_folder(model: str | None, adapter: str | None, say: Callable = print) -
     if isinstance(theirs, str) and (Path(theirs) / "config.json").is_file():
         say(f"base      {one_line(theirs)}: {adapter} was made on it")
         return Path(theirs)
-    made_on = base_hash(adapter)
+    made_on = note(adapter).get("base_sha256")
     if made_on is not None and made_on == fingerprint(default := model_folder(None)):
         say(f"base      the default one: {adapter} was made on its weights")
         return default
@@ -76,16 +76,16 @@ def no_adapter(folder: Path) -> str:
     return "no adapter_config.json in it, so it is no PEFT adapter folder"
 
 
-def base_hash(folder: str | Path) -> str | None:
-    """The hash of the weights that a folder of ours was trained from; None in what others made."""
-    note = Path(folder) / "plaintune.json"
-    return read_json(note).get("base_sha256") if note.is_file() else None
+def note(folder: str | Path) -> dict:
+    """plaintune.json: what train.py writes beside the weights about the base; {} in what others made."""
+    file = Path(folder) / "plaintune.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def put_adapter(model: Transformer, adapter: str | Path, say: Callable = print) -> None:
     """lora.load_adapter, with a warning where the adapter notes that its base had other weights than this one's."""
     load_adapter(model, adapter)
-    made_on = base_hash(adapter)
+    made_on = note(adapter).get("base_sha256")
     if made_on is not None and made_on != fingerprint(model.source):
         say(f"WARNING: {adapter} was trained on other weights than those of {model.source}; its answers will suffer")
 

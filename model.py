@@ -336,10 +336,6 @@ class Transformer(nn.Module):
         ids seen in prompt or answer, temperature, the top_k likeliest (0: all), the smallest set of probability top_p
         (Holtzman et al. 2020). A prompt ends with an id in `stop`, after max_new_tokens, or at the model's limit.
         """
-        with evaluating(self):
-            yield from self._stream(prompts, max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop, seed)
-
-    def _stream(self, prompts, max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop, seed):
         rows = [list(map(int, prompt)) for prompt in prompts]
         if not rows or max_new_tokens < 1:
             return
@@ -348,24 +344,25 @@ class Transformer(nn.Module):
             if not 0 < len(row) < self.config.max_positions:
                 raise UserError(f"a prompt has {len(row)} tokens; the model takes 1 to {self.config.max_positions - 1}")
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
-        cache = KVCache(self, [len(row) for row in rows], limit)
-        hidden = cache.prefill(torch.tensor([t for row in rows for t in row], device=self.device))  # [B, D]
-        going = list(range(len(rows)))  # the prompt number of each line of the cache
-        ends = [min(len(row) + max_new_tokens, self.config.max_positions) for row in rows]
-        while going:
-            logits = self.logits(hidden).float()  # [B, V]
-            if repetition_penalty != 1.0:
-                penalise_repetition_(logits, [rows[i] for i in going], repetition_penalty)
-            new = sample(logits, temperature, top_k, top_p, generator).tolist()
-            for i, token in zip(going, new, strict=True):
-                rows[i].append(token)
-            yield list(zip(going, new, strict=True))
-            alive = [line for line, i in enumerate(going) if rows[i][-1] not in stop and len(rows[i]) < ends[i]]
-            if len(alive) < len(going):
-                cache.keep(alive)
-                going = [going[line] for line in alive]
-            if going:
-                hidden = cache.step(torch.tensor([rows[i][-1] for i in going], device=self.device))
+        with evaluating(self):
+            cache = KVCache(self, [len(row) for row in rows], limit)
+            hidden = cache.prefill(torch.tensor([t for row in rows for t in row], device=self.device))  # [B, D]
+            going = list(range(len(rows)))  # the prompt number of each line of the cache
+            ends = [min(len(row) + max_new_tokens, self.config.max_positions) for row in rows]
+            while going:
+                logits = self.logits(hidden).float()  # [B, V]
+                if repetition_penalty != 1.0:
+                    penalise_repetition_(logits, [rows[i] for i in going], repetition_penalty)
+                new = sample(logits, temperature, top_k, top_p, generator).tolist()
+                for i, token in zip(going, new, strict=True):
+                    rows[i].append(token)
+                yield list(zip(going, new, strict=True))
+                alive = [line for line, i in enumerate(going) if rows[i][-1] not in stop and len(rows[i]) < ends[i]]
+                if len(alive) < len(going):
+                    cache.keep(alive)
+                    going = [going[line] for line in alive]
+                if going:
+                    hidden = cache.step(torch.tensor([rows[i][-1] for i in going], device=self.device))
 
 
 @contextlib.contextmanager

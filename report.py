@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -37,7 +38,9 @@ def loss_curve(metrics: Path, picture: Path, title: str) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
     window = max(1, len(steps) // 20)  # a mean over the steps just before: a longer memory would lag behind the curve
     losses = [loss for _, loss in steps]
-    smoothed = [sum(part) / len(part) for part in (losses[max(0, i - window) : i + 1] for i in range(len(losses)))]
+    sums = [0.0, *accumulate(losses)]
+    starts = [max(0, i - window) for i in range(len(losses))]
+    smoothed = [(sums[i + 1] - sums[start]) / (i + 1 - start) for i, start in enumerate(starts)]
     axes.plot(*zip(*steps), color="#9ecae1", linewidth=1, label="training, each step")
     if window > 1:
         label = f"training, mean of {window + 1} steps"

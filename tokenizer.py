@@ -300,7 +300,8 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         raise UserError(f"{folder}: no such folder; a Hugging Face model folder is wanted")
     spec_file, config_file, model_file = (folder / f"tokenizer{end}" for end in (".json", "_config.json", ".model"))
     spec, config = _read(spec_file), _read(config_file)
-    names = _names(config_file, _read(folder / "special_tokens_map.json") | config)
+    special = _read(folder / "special_tokens_map.json") | config
+    names, listed = _names(config_file, special), _listed(config_file, special)
     added = _added_tokens(spec_file, spec.get("added_tokens") or [])
     added = _added_tokens(config_file, config.get("added_tokens_decoder") or {}, added) | added
     for text, id in _read(folder / "added_tokens.json").items():  # of folders from before added_tokens_decoder
@@ -315,7 +316,6 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         model = byte_pairs(spec_file, spec, added)
     else:
         raise UserError(f"{folder}: no tokenizer (neither tokenizer.json nor tokenizer.model); copy the model's here")
-    listed = _listed(config_file, _read(folder / "special_tokens_map.json") | config)
     for name, text in [*names.items(), *(("additional_special_tokens", text) for text in listed)]:
         if text in added or text in model.vocab:
             added[text] = replace(added.get(text) or AddedToken(model.vocab[text], True, False), special=True)

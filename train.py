@@ -38,7 +38,7 @@ from demo import TASK, Demo
 from errors import UserError, run
 from kernels.attention import SHORT
 from loading import DTYPES, base_folder, one_line, parse, pick_device, pick_dtype, put_adapter
-from model import Config, Transformer
+from model import Config, Transformer, evaluating
 from objectives import mean_loss, token_loss_sum
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -46,6 +46,7 @@ COMPILE_SECONDS, COMPILE_SAVES = 20, 0.05  # measured on 2 cores: to compile a b
 RUNTIME_BYTES = 1.2e9  # of Python, torch, and the products that oneDNN has prepared (loading.py); measured
 EFFICIENCY = 0.55  # of a training step, against products alone
 LORA = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": lora.ALL}  # of a new adapter
+VAL_FRACTION = 0.05  # where --val is not given
 LARGEST = 2**31  # of any flag
 RUN = ("config.json", "metrics.jsonl", "loss.png", "trace.json", "best", "final", "wandb")  # what a run writes
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, published
@@ -69,7 +70,7 @@ class Flags:
     data: list[str] = flag([], "model and data", "files of examples (default: the bundled task)", metavar="FILE")
     val: str | None = flag(None, "model and data", "file of validation examples", metavar="FILE")
     val_fraction: float | None = flag(
-        None, "model and data", "without --val: this share of the prompts validates; 0: none (default: 0.05)"
+        None, "model and data", f"without --val: this share of the prompts validates; 0: none (default: {VAL_FRACTION})"
     )
     seq_len: int | None = flag(None, "model and data", "longest example in tokens (default: 2048 or the model's limit)")
     out: str | None = flag(None, "model and data", "folder of the run (default: a new one under runs/)", metavar="DIR")
@@ -77,11 +78,13 @@ class Flags:
     method: str = flag(
         "lora", "method", "full: the weights themselves; lora: low-rank adapters", choices=["full", "lora"]
     )
-    rank: int | None = flag(None, "method", "lora: rank of the update (default: 8)")
-    alpha: float | None = flag(None, "method", "lora: the update is scaled by alpha / rank (default: 16)")
-    dropout: float | None = flag(None, "method", "lora: dropout on the adapters' input (default: 0)")
+    rank: int | None = flag(None, "method", f"lora: rank of the update (default: {LORA['rank']})")
+    alpha: float | None = flag(
+        None, "method", f"lora: the update is scaled by alpha / rank (default: {LORA['alpha']:g})"
+    )
+    dropout: float | None = flag(None, "method", f"lora: dropout on the adapters' input (default: {LORA['dropout']:g})")
     targets: str | None = flag(
-        None, "method", "lora: names of layers, with commas (default: all, every linear of the blocks)"
+        None, "method", f"lora: names of layers, with commas (default: {LORA['targets']}, every linear of the blocks)"
     )
     adapter: str | None = flag(None, "method", "lora: go on from this adapter folder", metavar="DIR")
     train: str | None = flag(
@@ -209,18 +212,17 @@ def load_data(flags: Flags, tokenizer: Tokenizer, config: Config) -> tuple[Datas
     if val_files:
         train, val = data, read(val_files)
     else:
-        flags.val_fraction = 0.05 if flags.val_fraction is None else flags.val_fraction
+        flags.val_fraction = VAL_FRACTION if flags.val_fraction is None else flags.val_fraction
         train, val = split(data, flags.val_fraction)
     if not val.examples and flags.patience:
         raise UserError("--patience counts validations, and there is nothing to validate with; give --val FILE")
     if not val.examples and flags.val_fraction:
         print("          WARNING: no validation, the prompts are too alike to part them; give --val FILE")
-    chat = any(example.record.messages for example in train.examples)
     print(
         f"          {len(train.examples):,} examples to train on, {train.tokens:,} tokens of which"
         f" {train.trained_tokens:,} trained; {len(val.examples):,} to validate"
         + f"; turns by the template of {tokenizer.template_name}"
-        * chat
+        * train.chat
     )
     return train, val
 
@@ -251,9 +253,10 @@ def prepare(flags: Flags, folder: Path, dtype: torch.dtype, device: torch.device
             raise UserError(f"--train {flags.train}: matches no parameter (they are named like {names['norm.weight']})")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen)
-            narrow = parameter.data.to(dtype)
-            if name not in chosen and torch.equal(narrow.float(), parameter.data):  # frozen means: not even rounded
-                parameter.data = narrow
+            if name not in chosen:
+                narrow = parameter.data.to(dtype)
+                if torch.equal(narrow.float(), parameter.data):  # frozen means: not even rounded
+                    parameter.data = narrow
     return model
 
 
@@ -446,11 +449,8 @@ def optimize(model: Transformer, train: Dataset, flags: Flags, log: Log, device:
 
 
 def validate(model: Transformer, val: Dataset, device: torch.device) -> float:
-    model.eval()
-    with torch.compiler.set_stance("force_eager"):  # a second graph, without gradients, would not pay
-        loss = mean_loss(model, micro_batches(val.examples, 8, device))
-    model.train()
-    return loss
+    with evaluating(model), torch.compiler.set_stance("force_eager"):  # a graph without gradients would not pay
+        return mean_loss(model, micro_batches(val.examples, 8, device))
 
 
 def save(model: Transformer, tokenizer: Tokenizer, flags: Flags, folder: Path, base: dict, stored: torch.dtype) -> None:
@@ -458,7 +458,8 @@ def save(model: Transformer, tokenizer: Tokenizer, flags: Flags, folder: Path, b
     trained with; beside it plaintune.json, which names the base and its weights' hash."""
 
     def also(aside: Path) -> None:
-        checkpoint.copy_tokenizer(model.source, aside)
+        if flags.method != "full":  # save_model carries them over by itself
+            checkpoint.copy_tokenizer(model.source, aside)
         tokenizer.save_template(aside)
         checkpoint.write_json({**base, "method": flags.method}, aside / "plaintune.json")
 
@@ -523,8 +524,7 @@ def main() -> None:
     if demo:
         with torch.compiler.set_stance("force_eager"):  # generation's shapes would each be compiled
             demo.finish(out / "metrics.jsonl")
-    chat = any(example.record.messages for example in train.examples)
-    say_next(flags, out / watch.verdict(), chat)
+    say_next(flags, out / watch.verdict(), train.chat)
 
 
 @dataclass

@@ -82,6 +82,8 @@ def test_the_split_keeps_equal_prompts_together_and_ignores_order():
     assert not split(Dataset(examples), 0)[1].examples
     alone = [one_token(chat(f"q {i}", "a")) for i in range(9)]
     assert len(split(Dataset(alone), 1e-9)[1].examples) == 1
+    with pytest.raises(UserError, match="leaves none of 9 prompts"):
+        split(Dataset(alone), 0.999)
 
 
 def one_token(record: Record) -> Example:

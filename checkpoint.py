@@ -1,10 +1,10 @@
 """Weights on disk: Hugging Face folders in and out.
 
 A folder holds config.json, one model.safetensors or several shards with model.safetensors.index.json, tokenizer files
-and generation_config.json. Names in files are the published ones; inside they are ours; NAMES is the one table between
-them. Loading builds the model on the meta device and fills it tensor by tensor, so that peak memory is the model once
-plus a tensor. Everything that is written is written aside, synced to the disk and renamed: a crash leaves the old or
-the new. Only safetensors are read: pickled weights (`.bin`, `.pt`) can run code on loading and are refused.
+and generation_config.json. Names in files are the published ones; inside they are ours; families.py has the tables
+between them. Loading builds the model on the meta device and fills it tensor by tensor, so that peak memory is the
+model once plus a tensor. Everything that is written is written aside, synced to the disk and renamed: a crash leaves
+the old or the new. Only safetensors are read: pickled weights (`.bin`, `.pt`) can run code on loading and are refused.
 """
 
 import contextlib
@@ -25,39 +25,28 @@ from torch import Tensor, nn
 from errors import UserError, read_json
 from model import Config, Transformer
 
-NAMES = {  # a module of ours: the published module, per family; {} is the layer
-    "llama": {
-        "embed": "model.embed_tokens",
-        "blocks.{}.attention_norm": "model.layers.{}.input_layernorm",
-        "blocks.{}.attention.q": "model.layers.{}.self_attn.q_proj",
-        "blocks.{}.attention.k": "model.layers.{}.self_attn.k_proj",
-        "blocks.{}.attention.v": "model.layers.{}.self_attn.v_proj",
-        "blocks.{}.attention.o": "model.layers.{}.self_attn.o_proj",
-        "blocks.{}.mlp_norm": "model.layers.{}.post_attention_layernorm",
-        "blocks.{}.mlp.gate": "model.layers.{}.mlp.gate_proj",
-        "blocks.{}.mlp.up": "model.layers.{}.mlp.up_proj",
-        "blocks.{}.mlp.down": "model.layers.{}.mlp.down_proj",
-        "norm": "model.norm",
-        "head": "lm_head",
-    },
-}
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
 SHARD_BYTES = 5 << 30  # the size at which the Hub's own tools begin a new file
 MAPPED_BYTES = 64 << 20  # of a file that is being read: its pages count as this process's until they are unmapped
-RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$")  # a table that old checkpoints stored and every reader recomputes
+# Tables that old checkpoints stored and every reader recomputes: of rotary angles, and masks of GPT-2 and NeoX
+RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 
 
 def published(model: Transformer, name: str) -> str:
     """The checkpoint's name of one of our modules or parameters; adapters wrapped around a module don't show."""
-    name = name.replace(".base.", ".").removesuffix(".base")
-    table = NAMES[model.config.family]
-    layer = re.search(r"\.(\d+)\.", name)
-    generic = name.replace(layer[0], ".{}.", 1) if layer else name
+    name, table = name.replace(".base.", ".").removesuffix(".base"), model.config.names
+    numbers = re.findall(r"\.(\d+)", name)  # of the layer, and of the expert
+    generic = re.sub(r"\.\d+", ".{}", name)
     module, leaf = (generic, "") if generic in table else (generic.rpartition(".")[0], "." + generic.rpartition(".")[2])
-    return table[module].format(layer and layer[1]) + leaf
+    return table[module].format(*numbers) + leaf
+
+
+def transposed(model: Transformer, name: str) -> bool:
+    """Whether files hold this parameter of ours as [in, out]: GPT-2's "Conv1D", matrices of its blocks."""
+    return model.config.conv1d and name.startswith("blocks.") and name.endswith(".weight") and "norm" not in name
 
 
 @contextlib.contextmanager
@@ -172,8 +161,11 @@ def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu", quant: 
         model = Transformer(config)
     ours = {published(model, name): name for name, _ in model.named_parameters()}
     unknown, loaded, copy = [], set(), None
+    head, prefix = config.names["head"] + ".weight", config.names["embed"].partition(".")[0] + "."
     for name, tensor in tensors(files):
-        if name == "lm_head.weight" and config.tied:  # some writers store the shared table twice
+        if name not in ours and prefix + name in ours:  # files of the bare model, as GPT-2's on the Hub
+            name = prefix + name
+        if name == head and config.tied:  # some writers store the shared table twice
             copy = tensor.to(device, dtype, copy=True)
         elif name not in ours:
             if not RECOMPUTED.search(name):
@@ -181,18 +173,21 @@ def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu", quant: 
         else:
             owner, leaf = model.get_submodule(ours[name].rpartition(".")[0]), ours[name].rpartition(".")[2]
             wanted = tuple(getattr(owner, leaf).shape)
+            if transposed(model, ours[name]):
+                wanted = wanted[::-1]
             if tuple(tensor.shape) != wanted:
                 raise UserError(f"{folder}: {name} has shape {list(tensor.shape)}, config.json implies {list(wanted)}")
             if not tensor.is_floating_point():
                 raise UserError(f"{folder}: {name} holds {tensor.dtype}, floating point numbers are wanted")
-            setattr(owner, leaf, nn.Parameter(tensor.to(device, dtype, copy=True)))  # a copy, no view into the file
+            value = tensor.to(device, dtype, copy=True)  # a copy, no view into the file
+            setattr(owner, leaf, nn.Parameter(value.t().contiguous() if transposed(model, ours[name]) else value))
             loaded.add(name)
     for kind, names in (("missing", sorted(set(ours) - loaded)), ("not part of the model", unknown)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(f"{folder}: tensors {kind}: {', '.join(names[:3])}{more}")
     if copy is not None and not torch.equal(copy, model.embed.weight):
-        raise UserError(f"{folder}: config.json ties the output head to the embedding, but lm_head.weight differs")
+        raise UserError(f"{folder}: config.json ties the output head to the embedding, but {head} differs")
     model.source = folder
     return model.eval()
 
@@ -214,11 +209,11 @@ def save_model(
         raise UserError("the model carries a LoRA adapter that is not merged; merge, or drop_lora, comes first")
     if not model.source.is_dir():
         raise UserError(f"{folder}: tokenizer and settings come from {model.source}, which is gone")
-    weights = {
-        published(model, name.replace(".base.", ".")): parameter.detach().to("cpu", dtype)
-        for name, parameter in model.named_parameters()
-        if ".lora_" not in name
-    }
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name:
+            value = parameter.detach().to("cpu", dtype)
+            weights[published(model, name)] = value.t() if transposed(model, name) else value
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}
     config = {key: value for key, value in model.config.raw.items() if key not in ("dtype", "torch_dtype")}
     if len(dtypes) == 1:

@@ -27,7 +27,7 @@ from model import Linear, Transformer
 ALL = "all"  # every linear of the blocks; not the output head, which is the embedding table in many models
 PREFIX = "base_model.model."
 UNSUPPORTED = (  # keys of adapter_config.json that change what an adapter computes, or on what
-    *("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "layer_replication"),
+    *("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication"),
     *("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules", "modules_to_save"),
     *("target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config"),
     *("kasa_config", "monteclora_config"),
@@ -160,7 +160,7 @@ def save_adapter(model: Transformer, folder, also: Callable[[Path], None] | None
         "lora_dropout": first.dropout,
         "target_modules": target_modules(model, list(layers)),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": model.config.conv1d,
         "inference_mode": True,
     }
     with new_folder(folder, replace=True) as aside:
@@ -237,6 +237,8 @@ def adapter_settings(config: dict, where: Path, model: Transformer) -> tuple[int
     for key in UNSUPPORTED:
         if config.get(key) not in (None, False, [], {}):
             raise UserError(f"{where}: {key} is set, which is not supported")
+    if bool(config.get("fan_in_fan_out")) != model.config.conv1d:  # peft corrects it with a warning; which is meant?
+        raise UserError(f"{where}: fan_in_fan_out is {config.get('fan_in_fan_out')}, which is wrong for this model")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower() not in PLAIN_STARTS:
         raise UserError(f"{where}: init_lora_weights {start!r} means a changed base, which is not supported")

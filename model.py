@@ -1,169 +1,30 @@
-"""One decoder-only transformer that is every supported family, by configuration.
+"""One decoder-only transformer that is every supported family, by configuration (families.py).
 
-A family is a row of switches in `Config`, never a subclass. Today: Llama and what shares its shape (Llama 2, 3, 3.1,
-3.2, TinyLlama, SmolLM2): RMSNorm before attention and MLP, rotary positions, grouped-query attention, SwiGLU, tied or
-untied output head.
+A family is a row of switches in `Config`, never a subclass: which norms there are and where, how q, k and v lie in
+their matrices, what turns them and how far they see, which MLP, whether experts share it, whether attention and MLP
+stand in a row or side by side. What a switch does is said where it is read.
 
 Tokens flow flat: inside, a batch is one row of real tokens, [tokens, hidden], one document after another, and only
 attention knows where a document ends (kernels/attention.py). So padding is never computed and packing is batching.
 [B, T] is a shape at the door, in `Transformer.forward`. Shapes in comments: N tokens of a flat batch, B sequences,
-T positions, D hidden, H heads, G key-value heads, d head_dim, V vocabulary.
+T positions, D hidden, H heads, G key-value heads, d head_dim, V vocabulary, E experts.
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError
-from kernels.attention import Documents, document_attention
+from families import Config, Layer
+from kernels.attention import Documents, Scores, cached_attention, document_attention
 from kernels.norm import rms_norm
-from kernels.rope import rope
+from kernels.rope import LENGTH_DEPENDENT, frequencies, rope
 
-MAX_LAYERS = 1_000  # a hostile config.json must not keep the machine busy building modules
-FAMILIES = {"llama": "LlamaForCausalLM"}  # model_type of config.json: the architecture, if it names one
-
-
-@dataclass(frozen=True)
-class Config:
-    """What distinguishes one checkpoint from another. `raw` is config.json as found, for writing it back."""
-
-    family: str
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    max_positions: int
-    norm_eps: float
-    tied: bool  # the output head is the embedding table
-    attention_bias: bool
-    mlp_bias: bool
-    rope_theta: float
-    rope_scaling: dict | None  # {"rope_type": "llama3", "factor": ...}
-    raw: dict
-
-    @staticmethod
-    def from_hf(raw: dict, where: str = "config.json") -> "Config":
-        """Parses config.json as transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`) write it.
-
-        Raises UserError, beginning with `where`, on an unknown family, a missing or impossible value, or a feature that
-        this file does not compute: a switch that is ignored would change the model in silence.
-        """
-        family = raw.get("model_type")
-        if str(family) not in FAMILIES:
-            raise UserError(f"{where}: model_type {family!r} is not supported (supported: {', '.join(FAMILIES)})")
-        if raw.get("architectures") not in (None, [], [FAMILIES[family]]):
-            raise UserError(f"{where}: architectures {raw['architectures']!r} is not supported for {family}")
-        if raw.get("is_causal") is False or raw.get("attention_dropout"):
-            key = "attention_dropout" if raw.get("attention_dropout") else "is_causal"
-            raise UserError(f"{where}: {key} {raw[key]!r} is not supported; take it out to do without")
-        read = _Reader(raw, where)
-        hidden, heads = read("hidden_size", int), read("num_attention_heads", int)
-        for key in ("rope_parameters", "rope_scaling"):
-            if not isinstance(raw.get(key) or {}, dict):
-                raise UserError(f"{where}: {key} is no JSON object")
-        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # both: transformers takes the former
-        theta, scaling = _rope_settings({"rope_theta": raw.get("rope_theta", 10_000.0)} | rope, where)
-        if read("hidden_act", str, "silu") != "silu":
-            raise UserError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported for {family} (only silu)")
-        if heads and hidden % heads and not raw.get("head_dim"):
-            raise UserError(f"{where}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
-        config = Config(
-            family=family,
-            vocab_size=read("vocab_size", int),
-            hidden_size=hidden,
-            num_layers=read("num_hidden_layers", int),
-            num_heads=heads,
-            num_kv_heads=read("num_key_value_heads", int, heads),
-            head_dim=read("head_dim", int, hidden // heads),
-            intermediate_size=read("intermediate_size", int),
-            max_positions=read("max_position_embeddings", int, 2048),
-            norm_eps=read("rms_norm_eps", float, 1e-6),
-            tied=read("tie_word_embeddings", bool, False),
-            attention_bias=read("attention_bias", bool, False),
-            mlp_bias=read("mlp_bias", bool, False),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            raw=raw,
-        )
-        if config.num_heads % config.num_kv_heads:
-            raise UserError(
-                f"{where}: {heads} attention heads do not divide over {config.num_kv_heads} key-value heads"
-            )
-        if config.num_layers > MAX_LAYERS:
-            raise UserError(f"{where}: num_hidden_layers is {config.num_layers}, at most {MAX_LAYERS} are possible")
-        if config.num_heads * config.head_dim >= 1e9:
-            raise UserError(f"{where}: num_attention_heads {heads} x head_dim {config.head_dim} is no possible width")
-        if config.head_dim % 2:
-            raise UserError(f"{where}: head_dim {config.head_dim} is odd, rotary positions need pairs")
-        return config
-
-
-class _Reader:
-    """Typed look-ups in a config.json; sizes must be positive."""
-
-    def __init__(self, raw: dict, where: str):
-        self.raw, self.where = raw, where
-
-    def __call__(self, key: str, kind: type, default=None):
-        value = self.raw.get(key)
-        if value is None:
-            if default is None:
-                raise UserError(f"{self.where}: {key} is missing")
-            return default
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise UserError(f"{self.where}: {key} is {value!r}, {kind.__name__} is wanted")
-        if kind in (int, float) and not 0 < value < 1e9:
-            raise UserError(f"{self.where}: {key} is {value!r}, a positive size is wanted")
-        return kind(value)
-
-
-def _rope_settings(parameters: dict, where: str) -> tuple[float, dict | None]:
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    theta = parameters.get("rope_theta", 10_000.0)
-    if type(theta) not in (int, float) or not 0 < theta < 1e30:
-        raise UserError(f"{where}: rope_theta is {theta!r}, a positive number is wanted")
-    if kind == "default":
-        return float(theta), None
-    needs = {
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }
-    if str(kind) not in needs:
-        raise UserError(f"{where}: rope scaling {kind!r} is not supported (supported: {', '.join(needs)})")
-    for key in needs[kind]:
-        if type(parameters.get(key)) not in (int, float) or not 0 < parameters[key] < 1e30:
-            raise UserError(
-                f"{where}: rope scaling {kind} needs a positive number {key}, found {parameters.get(key)!r}"
-            )
-    if kind == "llama3" and parameters["low_freq_factor"] >= parameters["high_freq_factor"]:
-        raise UserError(f"{where}: rope scaling llama3 needs low_freq_factor below high_freq_factor")
-    return float(theta), {"rope_type": kind, **{key: parameters[key] for key in needs[kind]}}
-
-
-def rope_frequencies(config: Config) -> Tensor:
-    """Angle per position of each pair of dimensions, float32 [d / 2], with the checkpoint's scaling."""
-    d = config.head_dim
-    # In transformers' order of operations: a position of 100,000 makes 0.003 of a last bit's 3e-8
-    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, dtype=torch.int64).float() / d)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    if scaling["rope_type"] == "linear":
-        return frequencies / scaling["factor"]
-    # Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended linearly in the
-    # number of turns that they make within the original context.
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] / (2 * math.pi / frequencies)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - keep) * frequencies / scaling["factor"] + keep * frequencies
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
 
 
 class Linear(nn.Module):
@@ -179,56 +40,150 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, offset: float = 0.0):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
+        self.weight, self.eps, self.offset = nn.Parameter(torch.empty(size)), eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.offset)
+
+
+class LayerNorm(nn.Module):
+    """Ba et al. 2016, in fp32 inside whatever the dtype."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(torch.empty(size)), nn.Parameter(torch.empty(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def make_norm(config: Config, wanted: bool = True) -> nn.Module:
+    if not wanted:
+        return nn.Identity()
+    if config.norm == "layer":
+        return LayerNorm(config.hidden_size, config.norm_eps)
+    return RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, layer: Layer):
         super().__init__()
-        D, H, G, self.head_dim = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        self.q = Linear(D, H * self.head_dim, config.attention_bias)
-        self.k = Linear(D, G * self.head_dim, config.attention_bias)
-        self.v = Linear(D, G * self.head_dim, config.attention_bias)
-        self.o = Linear(H * self.head_dim, D, config.attention_bias)
+        D, H, G, d = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        self.heads, self.kv_heads, self.head_dim, self.layout = H, G, d, config.qkv
+        if self.layout == "split":
+            self.q, self.k, self.v = (Linear(D, rows * d, config.qkv_bias) for rows in (H, G, G))
+        else:
+            self.qkv = Linear(D, (H + 2 * G) * d, config.qkv_bias)
+        self.o = Linear(H * d, D, config.o_bias)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            sizes = (d, d) if self.qk_norm == "head" else (H * d, G * d)
+            self.q_norm, self.k_norm = (RMSNorm(size, config.norm_eps, config.norm_offset) for size in sizes)
+        self.scores = Scores(layer.scale, layer.window, config.attention_softcap)
 
-    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor], attend) -> Tensor:
-        q, k, v = (
-            linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.q, self.k, self.v)
-        )  # [N, H or G, d]
-        out = attend(rope(q, *turns), rope(k, *turns), v)  # [N, H, d]
-        return self.o(out.flatten(1))
+    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor] | None, attend) -> Tensor:
+        """turns: cosines and sines [N, r / 2] of the positions; attend: takes q, k, v and self.scores."""
+        q, k, v = self.project(x)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        elif self.qk_norm:  # whole: all heads of a token together
+            q, k = (norm(x.flatten(1)).view_as(x) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+        if turns is not None:
+            q, k = rope(q, *turns), rope(k, *turns)
+        return self.o(attend(q, k, v, self.scores).flatten(1))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [N, D] -> [N, H, d], [N, G, d], [N, G, d]
+        H, G, d = self.heads, self.kv_heads, self.head_dim
+        if self.layout == "split":
+            q, k, v = self.q(x), self.k(x), self.v(x)
+        elif self.layout == "stacked":
+            q, k, v = self.qkv(x).split((H * d, G * d, G * d), -1)
+        else:  # grouped: the q heads of a key-value head, then it
+            groups = self.qkv(x).view(-1, G, H // G + 2, d)
+            q, k, v = groups[:, :, :-2], groups[:, :, -2], groups[:, :, -1]
+        return q.reshape(-1, H, d), k.reshape(-1, G, d), v.reshape(-1, G, d)
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020)."""
+    """gated: down(act(gate x) * up x) (Shazeer 2020); stacked: the same, gate's rows above up's in one matrix; plain:
+    down(act(up x))."""
+
+    def __init__(self, config: Config, inner: int):
+        super().__init__()
+        D, bias, self.kind, self.activation = config.hidden_size, config.mlp_bias, config.mlp, config.activation
+        if self.kind == "stacked":
+            self.gate_up = Linear(D, 2 * inner, bias)
+        elif self.kind == "gated":
+            self.gate = Linear(D, inner, bias)
+        if self.kind != "stacked":
+            self.up = Linear(D, inner, bias)
+        self.down = Linear(inner, D, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        act = ACTIVATIONS[self.activation]
+        if self.kind == "plain":
+            return self.down(act(self.up(x)))
+        gate, up = self.gate_up(x).chunk(2, -1) if self.kind == "stacked" else (self.gate(x), self.up(x))
+        return self.down(act(gate) * up)
+
+
+class Experts(nn.Module):
+    """Many MLPs of which each token uses few: those that a router finds likeliest, weighted by its probabilities
+    (Shazeer et al. 2017; Jiang et al. 2024, Mixtral). The router is no Linear: adapters leave it as it is."""
 
     def __init__(self, config: Config):
         super().__init__()
-        D, hidden = config.hidden_size, config.intermediate_size
-        self.gate = Linear(D, hidden, config.mlp_bias)
-        self.up = Linear(D, hidden, config.mlp_bias)
-        self.down = Linear(hidden, D, config.mlp_bias)
+        self.rules = config.experts
+        self.router = Router(config.hidden_size, self.rules.count)
+        self.experts = nn.ModuleList(MLP(config, self.rules.intermediate_size) for _ in range(self.rules.count))
+        self.load = None  # of the last batch in training: fraction of choices [E], mean probability [E], fp32
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        E, active = self.rules.count, self.rules.active
+        probs = self.router(x).softmax(-1, dtype=torch.float32)  # [N, E]
+        weights, chosen = probs.topk(active)  # [N, active]
+        if self.rules.normalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        order = chosen.flatten().argsort(stable=True)  # token-expert pairs, by expert
+        counts = torch.bincount(chosen.flatten(), minlength=E)
+        if self.training:
+            self.load = counts / len(x), probs.mean(0)
+        token = order // active
+        parts = x.index_select(0, token).split(counts.tolist())
+        out = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True) if len(part)])
+        out = out * weights.flatten()[order, None].to(x.dtype)
+        return torch.zeros_like(x).index_add(0, token, out)
+
+
+class Router(nn.Module):
+    def __init__(self, hidden: int, experts: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, hidden))
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, D] -> [N, E]
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 class Block(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, layer: Layer):
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config)
+        self.parallel, self.shared = config.parallel, config.shared_norm
+        self.attention_norm = make_norm(config, config.pre_norm)
+        self.attention = Attention(config, layer)
+        self.attention_post_norm = make_norm(config, config.post_norm)
+        self.mlp_norm = make_norm(config, config.pre_norm and not self.shared)
+        self.mlp = Experts(config) if layer.routed else MLP(config, config.intermediate_size)
+        self.mlp_post_norm = make_norm(config, config.post_norm)
 
-    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor], attend) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), turns, attend)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor] | None, attend) -> Tensor:
+        normal = self.attention_norm(x)
+        attended = self.attention_post_norm(self.attention(normal, turns, attend))
+        if self.parallel:
+            return x + attended + self.mlp(normal if self.shared else self.mlp_norm(x))
+        x = x + attended
+        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
 
 
 class Transformer(nn.Module):
@@ -240,10 +195,12 @@ class Transformer(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.compute_dtype, self.frequencies = config, None, None
+        self.config, self.compute_dtype = config, None
+        self.frequencies: dict[int, Tensor] = {}  # of config.ropes, on the device where they were last used
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.positions = nn.Embedding(config.max_positions, config.hidden_size) if config.learned_positions else None
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
+        self.norm = make_norm(config)
         self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
@@ -257,24 +214,40 @@ class Transformer(nn.Module):
     def head_weight(self) -> Tensor:  # [V, D]
         return self.embed.weight if self.head is None else self.head.weight
 
-    def hidden(self, tokens: Tensor, positions: Tensor, attends: list) -> Tensor:
-        """tokens and positions: int64 [N]; attends: an attention function a block. Returns [N, D], normalised."""
-        if self.frequencies is None or self.frequencies.device != positions.device:
-            self.frequencies = rope_frequencies(self.config).to(positions.device)
-        angles = positions[:, None].float() * self.frequencies  # [N, d / 2], fp32
-        turns = angles.cos(), angles.sin()
+    def hidden(self, tokens: Tensor, positions: Tensor, lengths: Tensor, attends: list) -> Tensor:
+        """tokens, positions: int64 [N]; lengths: int64 [N], of the document that each token is in, as long as it is so
+        far; attends: a function of q, k, v and scores for each block. Returns [N, D], normalised."""
+        tables = [self.turns(i, positions, lengths) for i in range(len(self.config.ropes))]
         x = self.embed(tokens).to(self.dtype)
-        for block, attend in zip(self.blocks, attends, strict=True):
-            x = block(x, turns, attend)
+        if self.config.embed_scale != 1.0:
+            x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype, device=x.device)  # rounded first, as published
+        if self.positions is not None:
+            x = x + self.positions(positions).to(x.dtype)
+        for block, layer, attend in zip(self.blocks, self.config.layers, attends, strict=True):
+            x = block(x, None if layer.rope is None else tables[layer.rope], attend)
         return self.norm(x)
+
+    def turns(self, number: int, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, fp32 [N, r / 2], of rope `number` of the configuration."""
+        spec, scaling = self.config.ropes[number], self.config.ropes[number].scaling or {}
+        if scaling.get("rope_type") in LENGTH_DEPENDENT:
+            table = frequencies(spec.theta, spec.dim, scaling, lengths)
+        else:
+            table = self.frequencies.get(number)
+            if table is None or table.device != positions.device:
+                table = frequencies(spec.theta, spec.dim, spec.scaling).to(positions.device)
+                self.frequencies[number] = table
+        angles, sharper = positions[:, None].float() * table, scaling.get("attention_factor", 1.0)
+        return angles.cos() * sharper, angles.sin() * sharper
 
     def flat(self, tokens: Tensor, documents: Documents) -> Tensor:
         """The training path: int64 [N] tokens of whole documents -> [N, D], ready for the head."""
-        attend = lambda q, k, v: document_attention(q, k, v, documents)
-        return self.hidden(tokens, documents.positions, [attend] * len(self.blocks))
+        attend = partial(document_attention, documents=documents)
+        return self.hidden(tokens, documents.positions, documents.spans, [attend] * len(self.blocks))
 
     def logits(self, hidden: Tensor) -> Tensor:  # [..., D] -> [..., V]
-        return F.linear(hidden, self.head_weight().to(hidden.dtype))
+        logits, cap = F.linear(hidden, self.head_weight().to(hidden.dtype)), self.config.logit_softcap
+        return logits if cap is None else cap * (logits / cap).tanh()
 
     def forward(
         self,
@@ -345,8 +318,7 @@ class Transformer(nn.Module):
                 raise UserError(f"a prompt has {len(row)} tokens; the model takes 1 to {self.config.max_positions - 1}")
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         with evaluating(self):
-            cache = KVCache(self, [len(row) for row in rows], limit)
-            hidden = cache.prefill(torch.tensor([t for row in rows for t in row], device=self.device))  # [B, D]
+            cache, hidden = self.prefill(rows, limit)  # hidden: [B, D]
             going = list(range(len(rows)))  # the prompt number of each line of the cache
             ends = [min(len(row) + max_new_tokens, self.config.max_positions) for row in rows]
             while going:
@@ -361,8 +333,15 @@ class Transformer(nn.Module):
                 if len(alive) < len(going):
                     cache.keep(alive)
                     going = [going[line] for line in alive]
-                if going:
+                if any(len(rows[i]) == self.config.turns_change_at for i in going):
+                    cache, hidden = self.prefill([rows[i] for i in going], limit)
+                elif going:
                     hidden = cache.step(torch.tensor([rows[i][-1] for i in going], device=self.device))
+
+    def prefill(self, rows: list[list[int]], limit: int) -> tuple["KVCache", Tensor]:
+        """A cache with room for `limit` tokens a line that holds these, and the hidden state of each line's end."""
+        cache = KVCache(self, [len(row) for row in rows], limit)
+        return cache, cache.prefill(torch.tensor([t for row in rows for t in row], device=self.device))
 
 
 @contextlib.contextmanager
@@ -391,34 +370,28 @@ class KVCache:
         line = torch.arange(len(self.lengths), device=tokens.device).repeat_interleave(self.lengths)
 
         def attend(layer):
-            def attention(q, k, v):
+            def attention(q, k, v, scores):
                 layer[0][line, :, positions], layer[1][line, :, positions] = k, v
-                return document_attention(q, k, v, self.documents)
+                return document_attention(q, k, v, scores, self.documents)
 
             return attention
 
-        hidden = self.model.hidden(tokens, positions, [attend(layer) for layer in self.layers])
+        hidden = self.model.hidden(tokens, positions, self.documents.spans, [attend(layer) for layer in self.layers])
         return hidden[self.lengths.cumsum(0) - 1]
 
     def step(self, tokens: Tensor) -> Tensor:  # one new token a line [lines] -> hidden [lines, D]
         positions, line = self.lengths, torch.arange(len(tokens), device=tokens.device)
         longest = int(positions.max()) + 1
-        seen = (torch.arange(longest, device=tokens.device) <= positions[:, None])[
-            :, None, None
-        ]  # [lines, 1, 1, length]
 
         def attend(layer):
-            def attention(q, k, v):  # q: [lines, H, d]
+            def attention(q, k, v, scores):  # q: [lines, H, d]
                 layer[0][line, :, positions], layer[1][line, :, positions] = k, v
-                keys, values = layer[:, :, :, :longest]
-                shared = q.unflatten(1, (keys.shape[1], -1))  # [lines, G, H / G, d]: heads of one key as its queries
-                return F.scaled_dot_product_attention(shared, keys, values, attn_mask=seen).flatten(1, 2)
+                return cached_attention(q, layer[0, :, :, :longest], layer[1, :, :, :longest], positions, scores)
 
             return attention
 
-        hidden = self.model.hidden(tokens, positions, [attend(layer) for layer in self.layers])
         self.lengths = self.lengths + 1
-        return hidden
+        return self.model.hidden(tokens, positions, self.lengths, [attend(layer) for layer in self.layers])
 
     def keep(self, alive: list[int]) -> None:
         """Forgets all lines but these, in this order."""

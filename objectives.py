@@ -16,7 +16,8 @@ from model import Transformer
 def token_loss_sum(model: Transformer, batch: Batch) -> Tensor:
     """Sum of -log p(next token) over the batch's trained tokens, float32 scalar. Logits exist for those rows only."""
     hidden = model.flat(batch.tokens, batch.documents)
-    return linear_cross_entropy(hidden.index_select(0, batch.rows), model.head_weight(), batch.targets)
+    rows = hidden.index_select(0, batch.rows)
+    return linear_cross_entropy(rows, model.head_weight(), batch.targets, model.config.logit_softcap)
 
 
 @torch.no_grad()

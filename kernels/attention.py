@@ -3,9 +3,11 @@
 Only attention has to know where a document ends, so this file is the one place where a batch gets a time axis. Runs of
 documents of similar length form a group, padded to its longest document: [documents, length, heads, head_dim].
 Attention alone pays for that padding. Causality makes it exact without a padding mask: padding stands behind the real
-tokens, which never look ahead. Two ways to compute a group:
+tokens, which never look ahead. Three ways to compute a group:
 
 - `scaled_dot_product_attention`: on GPUs, and for long documents;
+- `ChunkedAttention`, where that can't: scores with a soft-cap, and sliding windows of long documents. A slice of
+  queries at a time, with no more keys than it sees; only q, k and v are kept, the backward computes the slice again;
 - `ShortAttention`, on CPUs for documents up to 1,024 tokens: two batched products with a softmax between them and the
   backward written out. PyTorch's fused CPU kernel spends most of its time in its backward: 8 documents of 70 tokens,
   9 heads over 3, bf16, 2 cores, forward and backward: 1.4 ms here against 7.6 ms there.
@@ -13,12 +15,24 @@ tokens, which never look ahead. Two ways to compute a group:
 Grouped-query attention (Ainslie et al. 2023): query head h reads key-value head h // (heads / kv_heads).
 """
 
+from functools import cached_property
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 SHORT = 1024  # tokens; beyond it the probabilities that ShortAttention keeps, length x length a head, cost too much
 WASTE = 1.3  # a group's padded score matrices may be this much larger than its documents' own
+CHUNK = 8 << 20  # scores that ChunkedAttention makes at a time
+
+
+class Scores(NamedTuple):
+    """How a layer weighs what a token sees: softmax(scale * q k^T) over the keys in reach."""
+
+    scale: float
+    window: int | None = None  # a token sees itself and window - 1 before it (Beltagy et al. 2020); None: all
+    softcap: float | None = None  # scores s become softcap * tanh(s / softcap) (Gemma 2, arXiv 2408.00118)
 
 
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:
@@ -57,6 +71,7 @@ class Documents:
     def __init__(self, lengths: list[int], device: torch.device | str = "cpu"):
         self.lengths = lengths
         self.positions = to_device(torch.cat([torch.arange(n) for n in lengths]), device)
+        self.device = device
         runs: list[list[int]] = []
         for n in lengths:
             run = [*runs[-1], n] if runs else []
@@ -66,31 +81,42 @@ class Documents:
                 runs.append([n])
         self.groups = [Group(run, device) for run in runs]
 
+    @cached_property
+    def spans(self) -> Tensor:  # int64 [tokens], the length of the document that each is in
+        lengths = torch.tensor(self.lengths)
+        return to_device(lengths.repeat_interleave(lengths), self.device)
+
 
 @torch.compiler.disable  # its shapes are other ones in every batch
-def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+def document_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, documents: Documents) -> Tensor:
     """Causal attention of each document over itself.
 
     q: [tokens, heads, head_dim], k and v: [tokens, kv_heads, head_dim], one dtype, rotated already; heads a multiple of
-    kv_heads. Returns [tokens, heads, head_dim]. Scores are scaled by head_dim ** -0.5.
+    kv_heads. Returns [tokens, heads, head_dim].
     """
     sizes = [group.tokens for group in documents.groups]
     parts = [
-        attend(*qkv, group)
+        attend(*qkv, group, scores)
         for *qkv, group in zip(q.split(sizes), k.split(sizes), v.split(sizes), documents.groups, strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, group: Group) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, group: Group, scores: Scores) -> Tensor:
+    scale, window, softcap = scores
+    window = window if window and window < group.length else None
+    if softcap:
+        return ChunkedAttention.apply(q, k, v, group, scale, window, softcap)
     if q.device.type == "cpu" and group.length <= SHORT:
-        return ShortAttention.apply(q, k, v, group)
+        return ShortAttention.apply(q, k, v, group, scale, window)
+    if window:
+        return ChunkedAttention.apply(q, k, v, group, scale, window, softcap)
     q, k, v = (group.pad(x).transpose(1, 2) for x in (q, k, v))  # [documents, heads, length, head_dim]
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.device.type == "cuda" and not flash_takes(q):  # the other fused kernel has no grouped heads
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         grouped = False
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     return group.unpad(out.transpose(1, 2))
 
 
@@ -103,10 +129,10 @@ class ShortAttention(torch.autograd.Function):
     one product [share * length, d] x [d, length] a key-value head serves them all and no key is repeated."""
 
     @staticmethod
-    def forward(ctx, q, k, v, group):
-        share, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
+    def forward(ctx, q, k, v, group, scale, window):
+        share = q.shape[1] // k.shape[1]
         queries, keys, values = stack(group.pad(q), share), stack(group.pad(k), 1), stack(group.pad(v), 1)
-        mask = q.new_full((group.length, group.length), float("-inf")).triu_(1).repeat(share, 1)
+        mask = out_of_reach(q, 0, 0, group.length, window).repeat(share, 1)
         scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=scale)  # [documents * kv_heads, share * T, T]
         probs = scores.softmax(-1)  # in fp32 inside, whatever the dtype
         ctx.save_for_backward(queries, keys, values, probs)
@@ -124,7 +150,77 @@ class ShortAttention(torch.autograd.Function):
         dk = torch.bmm(dscores.transpose(1, 2), queries).mul_(scale)
         dv = torch.bmm(probs.transpose(1, 2), grad)
         grads = (group.unpad(unstack(x, group.documents, n)) for x, n in ((dq, share), (dk, 1), (dv, 1)))
-        return *grads, None
+        return *grads, None, None, None
+
+
+class ChunkedAttention(torch.autograd.Function):
+    """One group, a slice of queries at a time; laid out as in ShortAttention. Scores and softmax in fp32."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, group, scale, window, softcap):
+        share = q.shape[1] // k.shape[1]
+        queries, keys, values = stack(group.pad(q), share), stack(group.pad(k), 1), stack(group.pad(v), 1)
+        ctx.save_for_backward(queries, keys, values)
+        ctx.group, ctx.share, ctx.rules = group, share, (scale, window, softcap)
+        out = torch.empty_like(queries)
+        for rows, seen in slices(queries, share, window):
+            probs, _ = ChunkedAttention.probs(queries, keys, rows, seen, share, ctx.rules)
+            by_row(out, share)[:, :, rows] = by_row(probs.to(q.dtype) @ values[:, seen], share)
+        return group.unpad(unstack(out, group.documents, share))
+
+    @staticmethod
+    def probs(queries, keys, rows, seen, share, rules):
+        """fp32 [documents * kv_heads, share * rows, seen], and the tanh of the soft-cap if there is one."""
+        scale, window, softcap = rules
+        part = by_row(queries, share)[:, :, rows].flatten(1, 2)
+        scores, capped = (part @ keys[:, seen].transpose(1, 2)).float().mul_(scale), None
+        if softcap:
+            capped = scores.div_(softcap).tanh_()
+            scores = capped * softcap
+        scores += out_of_reach(scores, rows.start, seen.start, rows.stop, window).repeat(share, 1)
+        return scores.softmax(-1), capped
+
+    @staticmethod
+    def backward(ctx, grad):
+        queries, keys, values = ctx.saved_tensors
+        group, share, (scale, window, softcap) = ctx.group, ctx.share, ctx.rules
+        grad = stack(group.pad(grad), share)
+        dq, dk, dv = torch.empty_like(queries), *(torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
+        for rows, seen in slices(queries, share, window):
+            probs, capped = ChunkedAttention.probs(queries, keys, rows, seen, share, ctx.rules)
+            part, dout = (by_row(x, share)[:, :, rows].flatten(1, 2) for x in (queries, grad))
+            dprobs = (dout @ values[:, seen].transpose(1, 2)).float()
+            dscores = torch.ops.aten._softmax_backward_data(dprobs, probs, -1, probs.dtype)
+            if softcap:
+                dscores *= 1 - capped.square_()
+            dscores = dscores.mul_(scale).to(queries.dtype)
+            by_row(dq, share)[:, :, rows] = by_row(dscores @ keys[:, seen], share)
+            dk[:, seen] += dscores.transpose(1, 2) @ part
+            dv[:, seen] += probs.to(dout.dtype).transpose(1, 2) @ dout
+        grads = ((dq, share), (dk.to(keys.dtype), 1), (dv.to(values.dtype), 1))
+        return *(group.unpad(unstack(x, group.documents, n)) for x, n in grads), None, None, None, None
+
+
+def slices(queries: Tensor, share: int, window: int | None):
+    """(rows, the keys that they see), as slices of positions, for stacked queries."""
+    length = queries.shape[1] // share
+    step = max(16, CHUNK // (queries.shape[0] * share * min(length, window or length)))
+    for start in range(0, length, step):
+        end = min(start + step, length)
+        yield slice(start, end), slice(max(0, start - window + 1) if window else 0, end)
+
+
+def by_row(x: Tensor, share: int) -> Tensor:  # [documents * kv_heads, share * T, n] -> [..., share, T, n]
+    return x.unflatten(1, (share, -1))
+
+
+def out_of_reach(like: Tensor, row: int, key: int, end: int, window: int | None) -> Tensor:
+    """-inf where the query at a position from `row` on does not see the key at one from `key` on, both up to `end`; 0
+    where it does."""
+    mask = like.new_full((end - row, end - key), float("-inf"))
+    if window is None:
+        return mask.triu_(1 + row - key)
+    return mask.triu(1 + row - key) + mask.tril_(row - key - window)
 
 
 def stack(x: Tensor, share: int) -> Tensor:
@@ -138,3 +234,21 @@ def unstack(x: Tensor, documents: int, share: int) -> Tensor:
     """The way back: [documents * kv_heads, share * T, d] -> [documents, T, kv_heads * share, d]"""
     T, d = x.shape[1] // share, x.shape[2]
     return x.view(documents, -1, share, T, d).permute(0, 3, 1, 2, 4).reshape(documents, T, -1, d)
+
+
+def cached_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scores: Scores) -> Tensor:
+    """Attention of one new token a line over what the line holds so far, itself included.
+
+    q: [lines, heads, head_dim]; keys, values: [lines, kv_heads, length, head_dim]; positions: int64 [lines], of the new
+    token in its line: what lies behind it is not seen. Returns [lines, heads, head_dim].
+    """
+    places = torch.arange(keys.shape[2], device=q.device)
+    seen = places <= positions[:, None]
+    if scores.window is not None:
+        seen &= places > positions[:, None] - scores.window
+    seen = seen[:, None, None]  # [lines, 1, 1, length]
+    shared = q.unflatten(1, (keys.shape[1], -1))  # [lines, kv_heads, share, head_dim]: heads of one key as its queries
+    if scores.softcap is None:
+        return F.scaled_dot_product_attention(shared, keys, values, attn_mask=seen, scale=scores.scale).flatten(1, 2)
+    weights = (shared @ keys.transpose(2, 3)).float().mul_(scores.scale / scores.softcap).tanh_().mul_(scores.softcap)
+    return (weights.masked_fill(~seen, float("-inf")).softmax(-1).to(q.dtype) @ values).flatten(1, 2)

@@ -16,25 +16,29 @@ LOGITS_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}  # a chunk of logits; on CPU
 SOFTMAX_ROWS = 32  # allocation faults in new pages; on CPU the fp32 softmax goes in slices that stay in the cache
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
     """Sum over tokens of -log softmax(hidden @ weight.T)[target].
 
     hidden: [tokens, D], any float dtype, trained rows only. weight: [V, D], cast to hidden's dtype for the products.
-    targets: int64 [tokens]. Returns a float32 scalar; divide by the number of trained tokens afterwards.
+    targets: int64 [tokens]. softcap: logits become softcap * tanh(logits / softcap) first (Gemma 2). Returns a float32
+    scalar; divide by the number of trained tokens afterwards.
     """
     if not torch.is_grad_enabled():  # a Function is told only who requires gradients, not that nobody will ask
         hidden, weight = hidden.detach(), weight.detach()
-    return LinearCrossEntropy.apply(hidden, weight, targets)
+    return LinearCrossEntropy.apply(hidden, weight, targets, softcap)
 
 
-def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None
+) -> Tensor:
     logits = F.linear(hidden, weight.to(hidden.dtype)).float()
+    logits = softcap * (logits / softcap).tanh() if softcap else logits
     return F.cross_entropy(logits, targets, reduction="sum")
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets):
+    def forward(ctx, hidden, weight, targets, softcap):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         head = weight.to(hidden.dtype)
         loss = hidden.new_zeros((), dtype=torch.float32)
@@ -45,7 +49,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             chunk, target = hidden[start : start + rows], targets[start : start + rows]
             logits = F.linear(chunk, head)  # [rows, V]
-            loss += softmax_minus_one_hot_(logits, target, need_hidden or need_weight)
+            loss += softmax_minus_one_hot_(logits, target, need_hidden or need_weight, softcap)
             if need_hidden:
                 torch.mm(logits, head, out=grad_hidden[start : start + rows])
             if need_weight:
@@ -61,18 +65,21 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = (grad_hidden * factor).to(ctx.hidden_dtype)  # factor: fp32, one number
         if grad_weight is not None:
             grad_weight = (grad_weight * factor).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None
+        return grad_hidden, grad_weight, None, None
 
 
-def softmax_minus_one_hot_(logits: Tensor, target: Tensor, want_grad: bool) -> Tensor:
+def softmax_minus_one_hot_(logits: Tensor, target: Tensor, want_grad: bool, softcap: float | None) -> Tensor:
     """Turns logits [rows, V] into d loss / d logits in place (if wanted) and returns the rows' summed loss, fp32."""
     slices = SOFTMAX_ROWS if logits.device.type == "cpu" else logits.shape[0]
     loss = logits.new_zeros((), dtype=torch.float32)
     for part, index in zip(logits.split(slices), target.split(slices), strict=True):
-        logprobs = part.log_softmax(-1, dtype=torch.float32)
+        if softcap:
+            capped = part.float().div_(softcap).tanh_()
+        logprobs = (capped * softcap if softcap else part).log_softmax(-1, dtype=torch.float32)
         index = index[:, None]
         chosen = logprobs.gather(1, index)
         loss -= chosen.sum()
         if want_grad:
-            part.copy_(logprobs.exp_().scatter_(1, index, chosen.expm1()))  # p - 1 of the target, without cancellation
+            grad = logprobs.exp_().scatter_(1, index, chosen.expm1())  # p - 1 of the target, without cancellation
+            part.copy_(grad.mul_(1 - capped.square_()) if softcap else grad)
     return loss

@@ -320,7 +320,7 @@ BROKEN = {  # case: (the damage, what the message must say)
     "heads and width": (config(num_attention_heads=5, num_key_value_heads=5, head_dim="gone"), ["hidden_size 64", "5"]),
     "heads and groups": (config(num_key_value_heads=3), ["do not divide"]),
     "odd head": (config(head_dim=21), ["head_dim 21"]),
-    "another activation": (config(hidden_act="gelu"), ["hidden_act", "gelu"]),
+    "another activation": (config(hidden_act="mish"), ["hidden_act", "mish"]),
     "unknown rope": (rope(rope_type="zigzag"), ["zigzag"]),
     "rope type a list": (rope(rope_type=["linear"]), ["['linear']"]),
     "rope a list": (config(rope_parameters=[1]), ["rope_parameters"]),

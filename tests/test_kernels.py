@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import linear_cross_entropy as lce
-from kernels.attention import SHORT, Documents, document_attention
+from kernels.attention import SHORT, Documents, Scores, cached_attention, document_attention
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from kernels.lora_linear import lora_linear, lora_linear_reference
 from kernels.norm import rms_norm, rms_norm_reference
@@ -40,15 +40,16 @@ DTYPES = [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)]
 
 
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
-@pytest.mark.parametrize("rows", [1, 7, 100])
-def test_linear_cross_entropy(monkeypatch, dtype, tolerance, rows):
+@pytest.mark.parametrize("rows, softcap", [(1, None), (7, None), (100, None), (7, 3.0), (100, 3.0)])
+def test_linear_cross_entropy(monkeypatch, dtype, tolerance, rows, softcap):
     monkeypatch.setitem(lce.LOGITS_BYTES, "cpu", 50 * 16 * 4)  # several chunks, the last one ragged
     hidden, weight = random(rows, 24, dtype=dtype), random(50, 24, dtype=torch.float32, seed=1)
     targets = torch.randint(0, 50, (rows,), generator=torch.Generator().manual_seed(2))
-    reference = lambda h, w, t: F.cross_entropy(h @ w.t(), t, reduction="sum")
-    compare(linear_cross_entropy, reference, [hidden, weight, targets], tolerance)
-    narrow = linear_cross_entropy_reference(hidden, weight, targets)
-    assert float((linear_cross_entropy(hidden, weight, targets) - narrow).abs()) <= 2e-6 * float(narrow)
+    cap = lambda logits: softcap * torch.tanh(logits / softcap) if softcap else logits
+    reference = lambda h, w, t: F.cross_entropy(cap(h @ w.t()), t, reduction="sum")
+    compare(lambda h, w, t: linear_cross_entropy(h, w, t, softcap), reference, [hidden, weight, targets], tolerance)
+    narrow = linear_cross_entropy_reference(hidden, weight, targets, softcap)
+    assert float((linear_cross_entropy(hidden, weight, targets, softcap) - narrow).abs()) <= 2e-6 * float(narrow)
 
 
 def test_linear_cross_entropy_keeps_small_losses_exact():
@@ -61,27 +62,28 @@ def test_linear_cross_entropy_keeps_small_losses_exact():
 
 
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 8), (33, 24)])
-def test_rms_norm(dtype, tolerance, shape):
+@pytest.mark.parametrize("shape", [(1, 8), (33, 24), (7, 3, 8)])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm(dtype, tolerance, shape, offset):
     inputs = [random(*shape, dtype=dtype), random(shape[-1], dtype=torch.float32)]
-    reference = lambda x, w: F.rms_norm(x, (x.shape[-1],), w, 1e-5)
-    compare(lambda x, w: rms_norm(x, w, 1e-5), reference, inputs, tolerance)
-    assert torch.allclose(rms_norm(*inputs, 1e-5), rms_norm_reference(*inputs, 1e-5), atol=tolerance)
+    reference = lambda x, w: F.rms_norm(x, (x.shape[-1],), w + offset, 1e-5)
+    compare(lambda x, w: rms_norm(x, w, 1e-5, offset), reference, inputs, tolerance)
+    assert torch.allclose(rms_norm(*inputs, 1e-5, offset), rms_norm_reference(*inputs, 1e-5, offset), atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
-def test_rope_is_a_rotation_of_complex_numbers(dtype, tolerance):
+@pytest.mark.parametrize("size", [10, 17])  # of a head, of which 10 dimensions are turned
+def test_rope_is_a_rotation_of_complex_numbers(dtype, tolerance, size):
     angles = torch.rand(13, 5, dtype=torch.float64) * 100
 
     def reference(x):
-        half = x.shape[-1] // 2
-        turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
-        return torch.cat([turned.real, turned.imag], -1)
+        turned = torch.complex(x[..., :5], x[..., 5:10]) * torch.polar(torch.ones_like(angles), angles)[:, None]
+        return torch.cat([turned.real, turned.imag, x[..., 10:]], -1)
 
     compare(
         lambda x: rope(x, angles.cos().float(), angles.sin().float()),
         reference,
-        [random(13, 3, 10, dtype=dtype)],
+        [random(13, 3, size, dtype=dtype)],
         tolerance,
     )
 
@@ -95,13 +97,15 @@ def test_lora_linear(dtype, tolerance, bias):
     compare(lora_linear, lora_linear_reference, [x, weight, b, A, B, 0.7], tolerance)
 
 
-def attention_reference(q, k, v, lengths):
+def attention_reference(q, k, v, lengths, scale, window=None, softcap=None):
     outs, share = [], q.shape[1] // k.shape[1]
     for document in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
         q, k, v = document
         k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
-        scores = torch.einsum("thd,shd->hts", q, k) / q.shape[2] ** 0.5
-        scores = scores.masked_fill(torch.ones(len(q), len(q), dtype=torch.bool).triu(1), float("-inf"))
+        scores = torch.einsum("thd,shd->hts", q, k) * scale
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        back = torch.arange(len(q))[:, None] - torch.arange(len(q))
+        scores = scores.masked_fill((back < 0) | (back >= (window or len(q))), float("-inf"))
         outs.append(torch.einsum("hts,shd->thd", scores.softmax(-1), v))
     return torch.cat(outs)
 
@@ -109,17 +113,33 @@ def attention_reference(q, k, v, lengths):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-6), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("lengths", [[6, 6], [1], [5, 7, 7, 8], [3, 40, 41, 2]])
 @pytest.mark.parametrize("heads, kv_heads", [(6, 2), (3, 3), (4, 1)])
-@pytest.mark.parametrize("short", [True, False])  # by products, or by scaled_dot_product_attention
-def test_document_attention(monkeypatch, dtype, tolerance, lengths, heads, kv_heads, short):
+@pytest.mark.parametrize("short", [True, False])  # by products, or by scaled_dot_product_attention or in chunks
+@pytest.mark.parametrize("rules", [(0.3,), (0.3, 6), (0.3, 1), (0.5, None, 0.8), (0.5, 20, 0.8)])
+def test_document_attention(monkeypatch, dtype, tolerance, lengths, heads, kv_heads, short, rules):
     monkeypatch.setattr("kernels.attention.SHORT", SHORT if short else 0)
+    monkeypatch.setattr("kernels.attention.CHUNK", 1)  # the fewest queries at a time, the last ones ragged
     qkv = [random(sum(lengths), n, 8, dtype=dtype, seed=i) for i, n in enumerate((heads, kv_heads, kv_heads))]
     documents = Documents(lengths)
     compare(
-        lambda q, k, v: document_attention(q, k, v, documents),
-        lambda q, k, v: attention_reference(q, k, v, lengths),
+        lambda q, k, v: document_attention(q, k, v, Scores(*rules), documents),
+        lambda q, k, v: attention_reference(q, k, v, lengths, *rules),
         qkv,
         tolerance,
     )
+
+
+@pytest.mark.parametrize("rules", [(0.3,), (0.3, 6), (0.5, None, 0.8), (0.5, 3, 0.8)])
+def test_cached_attention_is_the_last_row_of_attention(rules):
+    """Lines of different lengths, with rubbish in the rows that lie behind the new token."""
+    lengths = [9, 2, 5]
+    keys, values = (torch.randn(3, 2, 11, 8) for _ in range(2))
+    q = torch.randn(3, 4, 8)
+    got = cached_attention(q, keys, values, torch.tensor(lengths) - 1, Scores(*rules))
+    for line, n in enumerate(lengths):
+        queries = torch.zeros(n, 4, 8)
+        queries[-1] = q[line]
+        k, v = (x[line, :, :n].transpose(0, 1) for x in (keys, values))
+        assert torch.allclose(got[line], attention_reference(queries, k, v, [n], *rules)[-1], atol=1e-6)
 
 
 def test_documents_of_like_length_share_a_group():

@@ -149,6 +149,7 @@ class Config:
         switches |= family.switches(read, depth)
         per_layer = [switches.pop(key) for key in ("windows", "rope_of", "scale", "routed")]
         columns = [value if isinstance(value, list) else [value] * depth for value in per_layer]
+        random = {key: raw.get(key, family.defaults.get(key)) for key in UNHEEDED}
         ropes = switches.pop("ropes")
         if ropes is None:
             ropes = (read_rope(read, raw.get("rope_scaling") or raw.get("rope_parameters") or {}, head_dim),)
@@ -161,7 +162,7 @@ class Config:
             max_positions=reach(read.size("max_position_embeddings"), ropes),
             layers=tuple(Layer(*row) for row in zip(*columns, strict=True)),
             ropes=ropes,
-            unheeded=tuple(f"{key} {raw[key]}" for key in UNHEEDED if type(raw.get(key)) in (int, float) and raw[key]),
+            unheeded=tuple(f"{key} {value}" for key, value in random.items() if type(value) in (int, float) and value),
             names=family.names | switches.pop("names", {}),
             **basics | switches,
         )
@@ -590,7 +591,8 @@ FAMILIES = {
               "intermediate_size": "n_inner", "max_position_embeddings": "n_positions",
               "rms_norm_eps": "layer_norm_epsilon", "hidden_act": "activation_function"},
         wide_mlp=True,
-        rms_norm_eps=1e-5, hidden_act="gelu_new", max_position_embeddings=1024, tie_word_embeddings=True),
+        rms_norm_eps=1e-5, hidden_act="gelu_new", max_position_embeddings=1024, tie_word_embeddings=True,
+        attn_pdrop=0.1, embd_pdrop=0.1, resid_pdrop=0.1),
     "gpt_neox": family("GPTNeoXForCausalLM", NEOX, neox,
         keys={"rms_norm_eps": "layer_norm_eps", "rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
         partial_rope=True,

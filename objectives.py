@@ -1,4 +1,4 @@
-"""What is minimised. Today: token cross-entropy on the trained tokens.
+"""What is minimised. Today: token cross-entropy on the trained tokens, and the balance of routed experts.
 
 One definition of the loss everywhere, training and evaluation: the sum of token losses divided by the number of trained
 tokens, over the whole optimizer step (or file), whatever the micro-batches, accumulation or processes. So a batch of 8
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data import Batch
 from kernels.linear_cross_entropy import linear_cross_entropy
-from model import Transformer
+from model import Experts, Transformer
 
 
 def token_loss_sum(model: Transformer, batch: Batch) -> Tensor:
@@ -18,6 +18,28 @@ def token_loss_sum(model: Transformer, batch: Batch) -> Tensor:
     hidden = model.flat(batch.tokens, batch.documents)
     rows = hidden.index_select(0, batch.rows)
     return linear_cross_entropy(rows, model.head_weight(), batch.targets, model.config.logit_softcap)
+
+
+def training_loss(model: Transformer, batch: Batch, trained: int, tokens: int) -> tuple[Tensor, Tensor | None]:
+    """A batch's share of a step's loss (cross-entropy a trained token), and, where experts are routed, of the step's
+    balance loss, which is to be added with the configuration's weight; float32 scalars.
+
+    trained, tokens: numbers of the whole step. A balance loss is a product of means, so it is not quite the same for
+    another cut of the step into batches: each batch's weighs by its tokens.
+    """
+    loss = token_loss_sum(model, batch) / trained
+    loads = [block.mlp.load for block in model.blocks if isinstance(block.mlp, Experts)]
+    return loss, balance_loss(loads) * (len(batch.tokens) / tokens) if loads else None
+
+
+def balance_loss(loads: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Fedus et al. 2021 (Switch Transformer), equations 4 to 6, over all routed layers together, as Mixtral trains.
+
+    loads: of each layer, the share of the tokens that chose each expert and the mean probability of each, [E]. As many
+    as are active for a token where all experts are used alike; more where they are not.
+    """
+    chosen, probability = (torch.stack(column).mean(0) for column in zip(*loads, strict=True))
+    return len(chosen) * (chosen * probability).sum()
 
 
 @torch.no_grad()

@@ -32,19 +32,17 @@ from tqdm import tqdm
 
 import checkpoint
 import lora
+import plan
 import report
 from data import Dataset, Example, encode, epoch_order, load_sources, micro_batches, split
 from demo import TASK, Demo
 from errors import UserError, run
-from kernels.attention import SHORT
 from loading import DTYPES, base_folder, one_line, parse, pick_device, pick_dtype, put_adapter
 from model import Config, Transformer, evaluating
-from objectives import mean_loss, token_loss_sum
+from objectives import mean_loss, training_loss
 from tokenizer import Tokenizer, load_tokenizer
 
 COMPILE_SECONDS, COMPILE_SAVES = 20, 0.05  # measured on 2 cores: to compile a block, and the share of a step's time
-RUNTIME_BYTES = 1.2e9  # of Python, torch, and the products that oneDNN has prepared (loading.py); measured
-EFFICIENCY = 0.55  # of a training step, against products alone
 LORA = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": lora.ALL}  # of a new adapter
 VAL_FRACTION = 0.05  # where --val is not given
 LARGEST = 2**31  # of any flag
@@ -318,29 +316,6 @@ def rate_at(step: int, flags: Flags) -> float:
     return flags.lr * shape[flags.schedule]
 
 
-def flops_a_token(model: Transformer) -> float:
-    """Products of one training step, a token: 2 a weight forward, 2 for the inputs' gradient, 2 where it is trained.
-    Attention is left out; the head counts for every token."""
-    weights = [p for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith("embed")]
-    weights.append(model.head_weight()) if model.head is None else None
-    return sum(p.numel() * (6 if p.requires_grad else 4) for p in weights)
-
-
-def expected_memory(model: Transformer, flags: Flags, train: Dataset) -> float:
-    """Bytes at the peak: weights, fp32 gradients, Adam's moments, what the longest examples keep for the backward, and
-    what Python, torch and the prepared products take."""
-    c, item = model.config, model.dtype.itemsize
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    kept = (
-        8 * c.hidden_size + 3 * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 4 * c.intermediate_size
-    )  # a token a layer
-    lengths = sorted((len(example.ids) for example in train.examples), reverse=True)[: flags.batch_size]
-    short = model.device.type == "cpu" and lengths[0] <= SHORT
-    probs = c.num_heads * lengths[0] * short  # a token a layer, by the products of kernels/attention.py
-    return weights + 12 * trained + sum(lengths) * c.num_layers * (kept + probs) * item + RUNTIME_BYTES
-
-
 # ---------------------------------------------------------------------------------------------------- the loop
 
 
@@ -357,16 +332,16 @@ class Log:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None)
 
-    def step(self, step: int, loss, norm, rate: float, tokens: int, trained: int, examples: list[Example]) -> None:
+    def step(self, step, loss, norm, rate, tokens: int, trained: int, examples: list[Example], unbalanced=None) -> None:
         self.flush()  # waits for the step before this one, so the clock below ticks at the device's pace
         now = time.perf_counter()
-        self.waiting = (step, loss, norm, rate, tokens, trained, examples, now - self.last)
+        self.waiting = (step, loss, norm, rate, tokens, trained, examples, unbalanced, now - self.last)
         self.last = now
 
     def flush(self) -> None:
         if self.waiting is None:
             return
-        (step, loss, norm, rate, tokens, trained, examples, seconds), self.waiting = self.waiting, None
+        (step, loss, norm, rate, tokens, trained, examples, unbalanced, seconds), self.waiting = self.waiting, None
         loss, norm = float(loss), float(norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
@@ -377,6 +352,7 @@ class Log:
         self.tokens += tokens
         line = {"step": step, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens, "trained_tokens": trained}
         line |= {"tokens_per_s": speed, "mfu": self.peak and self.flops * speed / self.peak}
+        line |= {} if unbalanced is None else {"balance_loss": float(unbalanced)}
         self.write(line | {"seconds": total, "memory_mb": report.peak_memory(self.device) / 1e6})
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
         self.bar.update()
@@ -432,10 +408,15 @@ def optimize(model: Transformer, train: Dataset, flags: Flags, log: Log, device:
     for step, examples in zip(range(flags.steps), step_examples(train, flags)):
         batches = micro_batches(examples, flags.batch_size, device)
         trained = sum(len(batch.targets) for batch in batches)  # of the whole step: 1 x 8 is 2 x 4
-        loss = torch.zeros((), device=device)
+        tokens = sum(len(batch.tokens) for batch in batches)
+        loss, unbalanced = torch.zeros((), device=device), None
         for batch in batches:
-            part = token_loss_sum(model, batch) / trained
-            part.backward()
+            part, balance = training_loss(model, batch, trained, tokens)
+            if balance is None:
+                part.backward()
+            else:
+                (part + model.config.experts.balance * balance).backward()
+                unbalanced = balance.detach() + (0 if unbalanced is None else unbalanced)
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(parameters, flags.clip or math.inf)
         rate = rate_at(step, flags)
@@ -443,7 +424,7 @@ def optimize(model: Transformer, train: Dataset, flags: Flags, log: Log, device:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        log.step(step + 1, loss, norm, rate, sum(len(e.ids) for e in examples), trained, examples)
+        log.step(step + 1, loss, norm, rate, tokens, trained, examples, unbalanced)
         if after_step(step + 1):
             return
 
@@ -482,7 +463,9 @@ def main() -> None:
     train, val = load_data(flags, tokenizer, config)
     model = prepare(flags, folder, dtype, device)
     per_epoch = choose_defaults(flags, model, len(train.examples))
-    seconds = expected_seconds(model, flags, train, val, dtype, device)
+    tokens = train.tokens / len(train.examples) * flags.batch_size * flags.accumulate * flags.steps
+    validations = 1 + math.ceil(flags.steps / flags.eval_every) if flags.eval_every else 1
+    seconds = plan.expected_seconds(model, tokens + validations * val.tokens / 2, dtype)  # half: without a backward
     why_compile = choose_compile(flags, device, seconds)
     describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, f"{why}; {why_compile}", seconds)
     other_job = flags.data or flags.model or flags.adapter or flags.profile
@@ -495,7 +478,7 @@ def main() -> None:
     base = {"base": str(folder.resolve()), "base_sha256": checkpoint.fingerprint(folder)}
     stored = checkpoint.stored_dtype(config)
     out = run_folder(flags)
-    log = Log(flags, out, flops_a_token(model), device)
+    log = Log(flags, out, plan.flops_a_token(model), device)
     checkpoint.write_json(dataclasses.asdict(flags), out / "config.json")
     keep = lambda name: save(model, tokenizer, flags, out / name, base, stored)
     watch = Watch(model, val, flags, log, keep)
@@ -614,36 +597,27 @@ def describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, w
         print("          generation_config.json lists as an end; tell the server that will run the model to stop there")
     share = f"{100 * trained / total:.2f} % of the model's"
     print(f"method    {flags.method} ({how}): {trained:,} parameters trained, {share}")
+    if flags.method == "lora":
+        held = sum(layer.base.weight.numel() for layer in lora.adapted(model).values())
+        print(f"          the {len(lora.adapted(model)):,} adapted layers hold {100 * held / total:.1f} % of the model")
+    if experts := model.config.experts:
+        inside = [(name, p) for name, p in model.named_parameters() if ".experts." in name]
+        held = 100 * sum(p.numel() for name, p in inside if ".lora_" not in name) / total
+        print(
+            f"          {experts.count} experts a layer, {experts.active} a token, hold {held:.1f} % of the model"
+            f"{'' if any(p.requires_grad for _, p in inside) else ', NOT trained'}; balance loss x {experts.balance:g}"
+        )
+    if model.config.unheeded:
+        print(f"          NOTE: config.json's {', '.join(model.config.unheeded)} plays no part in training here")
     print(f"machine   {device}, {str(dtype).removeprefix('torch.')}: {why}")
     print(
         f"run       {flags.steps:,} steps of {flags.batch_size} x {flags.accumulate} examples"
         f" ({flags.steps / per_epoch:.2f} epochs); AdamW, rate {flags.lr:g}, {flags.schedule} after {flags.warmup}"
         f" steps of warm-up, decay {flags.weight_decay:g}, clip {flags.clip:g}, seed {flags.seed}"
     )
-    print(
-        f"expected  {expected_memory(model, flags, train) / 1e9:.1f} GB of memory, {seconds / 60:.1f} min of training",
-        flush=True,
-    )
-
-
-def expected_seconds(model, flags, train, val, dtype, device) -> float:
-    """The loop's time, validations included, from the speed of one product here; EFFICIENCY is what was measured."""
-    tokens = train.tokens / len(train.examples) * flags.batch_size * flags.accumulate * flags.steps
-    validations = 1 + math.ceil(flags.steps / flags.eval_every) if flags.eval_every else 1
-    tokens += validations * val.tokens / 2  # without a backward
-    return tokens * flops_a_token(model) / (EFFICIENCY * product_rate(model, dtype, device))
-
-
-def product_rate(model: Transformer, dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of this machine in a product of the model's own shape; takes about a tenth of a second."""
-    x = torch.randn(512, model.config.hidden_size, device=device).to(dtype)
-    w = torch.randn(model.config.hidden_size, model.config.intermediate_size, device=device).to(dtype)
-    times = []
-    for _ in range(8):
-        start = time.perf_counter()
-        float((x @ w)[0, 0])  # waits for the device
-        times.append(time.perf_counter() - start)
-    return 2 * x.numel() * w.shape[1] / min(times)
+    lengths = sorted((len(example.ids) for example in train.examples), reverse=True)
+    memory = plan.expected_memory(model, lengths[: flags.batch_size])
+    print(f"expected  {memory / 1e9:.1f} GB of memory, {seconds / 60:.1f} min of training", flush=True)
 
 
 def profile(model, train, flags, log, device, out: Path) -> None:

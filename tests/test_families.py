@@ -9,12 +9,15 @@ import dataclasses
 import functools
 import json
 
+import peft
 import pytest
 import torch
 import transformers
 from helpers import relative
+from test_train import losses, oracle_losses, rows, settings
 from torch import nn
 
+import lora
 from checkpoint import load_model, published, save_model, transposed
 from families import FAMILIES, Config, Rope
 
@@ -283,7 +286,7 @@ CASES = {  # test id: family, its configuration's changes, features to switch of
 WORST: dict[str, dict[str, float]] = {}
 
 
-def make(folder, case: str):
+def make(folder, case: str, std: float = 0.3):
     """The random checkpoint of a case, written by transformers; returns its model."""
     family, changes, _ = CASES[case]
     sizes = (
@@ -295,7 +298,7 @@ def make(folder, case: str):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             norm = "norm" in name or ".ln_" in name
-            parameter.normal_(1.0 if norm and name.endswith("weight") and "gemma" not in family else 0.0, 0.3)
+            parameter.normal_(1.0 if norm and name.endswith("weight") and "gemma" not in family else 0.0, std)
     model.save_pretrained(folder)
     return model
 
@@ -303,7 +306,15 @@ def make(folder, case: str):
 @pytest.fixture(scope="module", autouse=True)
 def table():
     yield
-    columns = ("logits", "old dialect", "saved and back", "gradients", "least feature")
+    columns = (
+        "logits",
+        "old dialect",
+        "saved and back",
+        "gradients",
+        "adapter to peft",
+        "adapter of peft",
+        "least feature",
+    )
     print("\n\n" + "worst relative error".ljust(26) + "".join(column.rjust(16) for column in columns))
     for case, errors in WORST.items():
         cells = (f"{errors[column]:.1e}" if column in errors else "" for column in columns)
@@ -430,3 +441,117 @@ def test_families_greedy_text_equals_transformers(folders, case):
         ids = torch.tensor([prompt])
         wanted = theirs.generate(ids, attention_mask=torch.ones_like(ids), **settings)
         assert got == wanted[0, len(prompt) :].tolist()
+
+
+# ---- adapters ----
+
+
+def targets_of(case: str) -> str | list[str]:
+    """What peft can adapt as well: in transformers 5 experts are no modules, so that only attention is."""
+    return ["q_proj", "k_proj", "v_proj", "o_proj"] if CASES[case][0] in ("mixtral", "qwen3_moe") else "all"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_families_adapters_load_in_peft(folders, case, tmp_path):
+    folder, _ = folders(case)
+    ours = load_model(folder)
+    lora.add_lora(ours, 4, 6.0, targets=targets_of(case))
+    torch.manual_seed(5)
+    for layer in lora.adapted(ours).values():
+        nn.init.normal_(layer.lora_B, std=0.05)
+    lora.save_adapter(ours, tmp_path / "adapter")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert note(case, "adapter to peft", errors(ours, theirs)) < 2e-5
+    assert relative(ours(tokens()), load_model(folder)(tokens())) > 1e-3
+    unmerged = ours(tokens())
+    lora.merge(ours)
+    assert relative(ours(tokens()), unmerged) < 2e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_families_adapters_of_peft_load_here(folders, case, tmp_path):
+    folder, _ = folders(case)
+    ours = load_model(folder)
+    names = lora.add_lora(ours, 4, 6.0, targets=targets_of(case))
+    lora.drop_lora(ours)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    torch.manual_seed(6)
+    settings = peft.LoraConfig(r=3, lora_alpha=5, target_modules=names, fan_in_fan_out=ours.config.conv1d)
+    theirs = peft.get_peft_model(base, settings).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    theirs.save_pretrained(tmp_path)
+    lora.load_adapter(ours, tmp_path)
+    assert note(case, "adapter of peft", errors(ours, theirs)) < 2e-5
+    assert relative(ours(tokens()), load_model(folder)(tokens())) > 1e-3
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
+def test_families_experts_take_lora(folders, case, tmp_path):
+    folder, _ = folders(case)
+    model = load_model(folder)
+    names = lora.add_lora(model, 4, 6.0)
+    assert sum("experts.3." in name for name in names) == 3 * (4 if case == "mixtral" else 3)
+    assert not any(name.endswith("gate") for name in names)  # the router
+    before = model(tokens(40))
+    (before * torch.randn(before.shape, generator=torch.Generator().manual_seed(7))).sum().backward()
+    assert all(layer.lora_B.grad.any() for layer in lora.adapted(model).values())
+    for layer in lora.adapted(model).values():
+        nn.init.normal_(layer.lora_B, std=0.05)
+    lora.save_adapter(model, tmp_path / "adapter")
+    again = load_model(folder)
+    lora.load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(again(tokens()), model(tokens()))
+    lora.merge(model)
+    assert relative(model(tokens()), again(tokens())) < 2e-5
+
+
+SILENT = {  # what a config.json must say; the rest is left to the family's defaults
+    "gpt2": {"vocab_size": 96, "n_embd": 64, "n_layer": 8, "n_head": 8},
+    "mixtral": {"num_key_value_heads": 8},
+    "qwen2": {"num_attention_heads": 32},
+    "qwen3": {"num_attention_heads": 32},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_unsaid_values_are_those_of_transformers(family):
+    """A config.json that is silent about all that it may be silent about means what transformers takes it for."""
+    said = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 8}
+    said = SILENT["gpt2"] if family == "gpt2" else said | SILENT.get(family, {})
+    said |= {} if family in ("gpt2", "falcon") else {"intermediate_size": 112}
+    theirs = transformers.CONFIG_MAPPING[family](**said).to_dict()
+    silent = Config.from_hf(said | {"model_type": family})
+    assert dataclasses.replace(silent, raw=theirs) == Config.from_hf(theirs)
+
+
+# ---- training ----
+
+
+@pytest.mark.parametrize("case", ["gemma2", "mixtral", "qwen3_moe", "gpt2"])
+def test_families_training_equals_transformers(tmp_path, case):
+    """Ten steps of full fine-tuning, with the balance loss where experts are routed, at a weight that shows."""
+    theirs = make(tmp_path / "base", case, std=0.1).train()
+    for module in theirs.modules():
+        if isinstance(module, nn.Dropout):  # GPT-2's configuration has some, which plays no part here
+            module.p = 0.0
+    ours = load_model(tmp_path / "base")
+    balance = 0.3 if ours.config.experts else 0.0
+    if balance:
+        ours.config = dataclasses.replace(
+            ours.config, experts=dataclasses.replace(ours.config.experts, balance=balance)
+        )
+    # A low rate: a token on the edge between two experts would go over to the other by rounding
+    flags, data = settings(method="full", lr=5e-4, steps=10), rows()
+    for example in data.examples:  # transformers gives the padding token's row of the embedding no gradient
+        example.ids = [3 if token == 0 else token for token in example.ids]
+    wanted = oracle_losses(theirs, data, flags, balance=balance)
+    assert losses(ours, data, flags, tmp_path) == pytest.approx(wanted, rel=0, abs=1e-4)
+    if balance:
+        written = [json.loads(line)["balance_loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert all(ours.config.experts.active * 0.9 < value < ours.config.experts.count for value in written)
+        assert wanted != pytest.approx(
+            oracle_losses(make(tmp_path / "again", case, std=0.1).train(), data, flags), rel=0, abs=1e-4
+        )

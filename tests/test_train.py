@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import SHARED, chat_base, command, llama, needs_shared
 from safetensors.torch import load_file
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import lora
 import report
@@ -51,8 +52,9 @@ def losses(model, data: Dataset, flags: Flags, folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def oracle_losses(model, data: Dataset, flags: Flags, decay: float = 0.0) -> list[float]:
-    """The textbook's loop over transformers' model: one example at a time, no padding, one sum."""
+def oracle_losses(model, data: Dataset, flags: Flags, decay: float = 0.0, balance: float = 0.0) -> list[float]:
+    """The textbook's loop over transformers' model: one example at a time, no padding, one sum. balance: weight of its
+    own load-balancing loss, over the step's tokens."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": decay},
@@ -65,15 +67,23 @@ def oracle_losses(model, data: Dataset, flags: Flags, decay: float = 0.0) -> lis
         step for epoch in range(99) for step in epoch_order(lengths, flags.batch_size * flags.accumulate, 0, epoch)
     ]
     for number, step in enumerate(order[: flags.steps]):
-        count, total = 0, 0.0
+        count, total, routers = 0, 0.0, []
         for i in step:
             example = data.examples[i]
             ids = torch.tensor([example.ids])
-            logprobs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            out = model(ids, **({"output_router_logits": True} if balance else {}))
+            routers.append(out.router_logits if balance else ())
+            logprobs = out.logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
             mask = torch.tensor(example.trained[1:])
             total, count = total - logprobs[mask].sum(), count + int(mask.sum())
         loss = total / count
-        loss.backward()
+        if balance:
+            by_layer = tuple(torch.cat(parts) for parts in zip(*routers, strict=True))
+            config = model.config
+            extra = load_balancing_loss_func(by_layer, config.num_local_experts, config.num_experts_per_tok)
+            (loss + balance * extra).backward()
+        else:
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, flags.clip)
         for group in optimizer.param_groups:
             group["lr"] = rate_at(number, flags)

@@ -370,6 +370,11 @@ def gemma(read: Reader, depth: int) -> dict:
     return biases(read) | {"norm_offset": 1.0, "embed_scale": read.size("hidden_size") ** 0.5}
 
 
+def tanh_gelu(read: Reader) -> dict:
+    """The first Gemma's released files say gelu and mean its tanh form."""
+    return {"activation": "gelu_tanh"} if read("hidden_act", str) == "gelu" else {}
+
+
 def gemma2(read: Reader, depth: int) -> dict:
     return gemma(read, depth) | {
         "post_norm": True,
@@ -567,6 +572,10 @@ FAMILIES = {
     "qwen3": family("Qwen3ForCausalLM", LLAMA | QK_NORM,
         lambda read, depth: biases(read) | {"qk_norm": "head", "windows": qwen_windows(read, depth)},
         num_key_value_heads=32, head_dim=128, sliding_window=4096, max_position_embeddings=32_768),
+    "gemma": family("GemmaForCausalLM", LLAMA,
+        lambda read, depth: gemma(read, depth) | tanh_gelu(read),
+        num_key_value_heads=16, head_dim=256, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True,
+        max_position_embeddings=8192),
     "gemma2": family("Gemma2ForCausalLM", LLAMA | POST_NORM, gemma2,
         keys={"hidden_act": "hidden_activation"},
         num_key_value_heads=4, head_dim=256, sliding_window=4096, query_pre_attn_scalar=256,

@@ -152,7 +152,9 @@ class Experts(nn.Module):
             self.load = counts / len(x), probs.mean(0)
         token = order // active
         parts = x.index_select(0, token).split(counts.tolist())
-        out = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True) if len(part)])
+        # In training also those that nobody chose: without a gradient of zero, Adam's momentum would not move them
+        wanted = [(e, part) for e, part in zip(self.experts, parts, strict=True) if len(part) or self.training]
+        out = torch.cat([expert(part) for expert, part in wanted])
         out = out * weights.flatten()[order, None].to(x.dtype)
         return torch.zeros_like(x).index_add(0, token, out)
 
@@ -220,7 +222,7 @@ class Transformer(nn.Module):
         tables = [self.turns(i, positions, lengths) for i in range(len(self.config.ropes))]
         x = self.embed(tokens).to(self.dtype)
         if self.config.embed_scale != 1.0:
-            x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype, device=x.device)  # rounded first, as published
+            x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype).item()  # rounded first, as it is published
         if self.positions is not None:
             x = x + self.positions(positions).to(x.dtype)
         for block, layer, attend in zip(self.blocks, self.config.layers, attends, strict=True):

@@ -1,10 +1,9 @@
 """Text to token ids and back, and conversations to ids with a mask of what is trained.
 
-`load_tokenizer` makes a `Tokenizer` of a Hugging Face folder. Byte-level BPE in a `tokenizer.json` becomes a tiktoken
-encoding (`byte_pairs`, with the proof that both merge alike), a `tokenizer.model` is sentencepiece's own file
-(`pieces`). What would give other ids than the `tokenizers` library on any text is refused with the reason. A control
-token is one only where the program or the template writes it: in text from people `<|im_end|>` is ten characters,
-unless they ask (`special=True`).
+`load_tokenizer` makes a `Tokenizer` of a Hugging Face folder; what cuts plain text into tokens is in subwords.py. What
+would give other ids than the `tokenizers` library on any text is refused with the reason. A control token is one only
+where the program or the template writes it: in text from people `<|im_end|>` is ten characters, unless they ask
+(`special=True`).
 
 A conversation is one text, written by the folder's Jinja template and tokenised whole, so that no turn is cut off from
 its context. Trained are the assistant's answers and what ends each. Where they stand in the text is found by rendering
@@ -19,32 +18,23 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property, partial
-from itertools import accumulate, islice, pairwise
+from itertools import groupby, islice
+from os.path import commonprefix
 from pathlib import Path
 
 import jinja2
 import jinja2.ext
-import tiktoken
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from sentencepiece import SentencePieceProcessor
 
 from errors import UserError, read_json, read_text
+from subwords import AddedToken, BytePairs, Pieces, byte_pairs, is_tiktoken, pieces, tiktoken_file
 
 Span = tuple[int, int]  # [start, end), in characters where nothing else is said
 
 
 class TemplateError(UserError):
     """The chat template refuses a conversation, or changes an answer so that it can't be told where it stands."""
-
-
-@dataclass(frozen=True)
-class AddedToken:
-    """A token that is looked for in the text before anything else is done to it."""
-
-    id: int
-    special: bool  # a control token
-    normalized: bool  # looked for only in what the others leave
 
 
 @dataclass
@@ -68,8 +58,13 @@ class Tokenizer:
         self._bytes = self.model.bytes_of | {token.id: text.encode() for text, token in self.added.items()}
         self.vocab_size = max(self._bytes) + 1
         self.description = f"{self.model.kind}, {self.vocab_size:,} tokens{self.model.details}"
-        groups = [[text for text, token in self.added.items() if token.normalized == late] for late in (False, True)]
-        self._patterns = [_any_of(group) for group in groups if group]
+        late = [text for text, token in self.added.items() if token.normalized]
+        self._patterns = [_any_of(self.added.keys() - {*late}), _any_of(late)]
+        self._late = None
+        if late and self.model.nfc:  # looked for in another text, and in its form
+            self._patterns.pop()
+            self.added |= {self.model.normalize(text): self.added[text] for text in late}
+            self._late = _any_of(map(self.model.normalize, late))
         self._control = _any_of(self.special_tokens)
         self.unlisted_ends = self._turn_end() - self.stop_ids  # no config file names them: a server must be told
         self.stop_ids = self.stop_ids | self.unlisted_ends
@@ -86,7 +81,14 @@ class Tokenizer:
         text = SURROGATE.sub("\ufffd", text)
         ids = [self.bos_id] if bos and self.bos_id is not None else []
         for start, end, id in self._cut(text, special):
-            ids += self.model.encode(text[start:end], start == 0) if id is None else [id]
+            if id is not None:
+                ids.append(id)
+                continue
+            part = self.model.normalize(text[start:end])
+            if self._late is None:
+                ids += self.model.encode(part, start == 0)
+            else:
+                ids += self._subwords(part, start == 0)[0]
         return ids + [self.eos_id] if eos and self.eos_id is not None else ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
@@ -108,20 +110,50 @@ class Tokenizer:
             yield text
 
     def _cut(self, text: str, special: bool, quoted: Collection[Span] = ()) -> list[tuple[int, int, int | None]]:
-        """The text cut at its added tokens: (start, end, id) of each, and (start, end, None) of what lies between.
-        Special ones count only if `special`, and nowhere that touches a `quoted` span."""
+        """The text cut at its added tokens: (start, end, id) of each, and (start, end, None) of what lies between; the
+        space that a token takes along is in neither. Special ones count only if `special`, and nowhere that touches a
+        `quoted` span."""
         cuts = [(0, len(text), None)]
         for pattern in self._patterns:
-            finer = []
-            for start, end, id in cuts:
-                for match in pattern.finditer(text, start, end) if id is None else ():
-                    token, (a, b) = self.added[match[0]], match.span()
-                    if not token.special or (special and not any(a < q and p < b for p, q in quoted)):
-                        finer += [(start, a, None), (a, b, token.id)]
-                        start = b
-                finer.append((start, end, id))
-            cuts = [cut for cut in finer if cut[0] < cut[1]]
+            cuts = [
+                finer
+                for cut in cuts
+                for finer in ([cut] if cut[2] is not None else self._find(pattern, text, cut[:2], special, quoted))
+            ]
         return cuts
+
+    def _find(self, pattern: re.Pattern, text: str, where: Span, special: bool, quoted: Collection[Span] = ()):
+        """The same of the part `where` of the text, for the tokens that one pattern finds."""
+        done, stop = where
+        for match in pattern.finditer(text, *where):
+            token, (a, b) = self.added[match[0]], match.span()
+            if token.special and (not special or any(a < q and p < b for p, q in quoted)):
+                continue
+            beside = text[where[0] : a][-1:], text[b:stop][:1]
+            if a < done or (token.single_word and any(map(_in_word, beside))):
+                continue
+            before = done + len(text[done:a].rstrip(SPACE)) if token.lstrip else a
+            if done < before:
+                yield done, before, None
+            yield a, b, token.id
+            done = stop - len(text[b:stop].lstrip(SPACE)) if token.rstrip else b
+        if done < stop:
+            yield done, stop, None
+
+    def _subwords(self, text: str, first: bool) -> tuple[list[int], list[Span]]:
+        """Ids of a normalized text that holds no early added token, and what each stands for, in its bytes."""
+        if self._late is None:
+            return self.model.encode_spans(text, first)
+        ids, spans = [], []
+        for start, end, id in self._find(self._late, text, (0, len(text)), False):
+            at = len(text[:start].encode())
+            if id is None:
+                new, inside = self.model.encode_spans(text[start:end], first and start == 0)
+            else:
+                new, inside = [id], [(0, len(text[start:end].encode()))]
+            ids += new
+            spans += [(at + a, at + b) for a, b in inside]
+        return ids, spans
 
     # ---- conversations ----
 
@@ -241,8 +273,9 @@ class Tokenizer:
 
     def _masked(self, text: str, first: bool, trained: list[Span]) -> tuple[list[int], list[bool]]:
         """Ids of a text without control tokens, and for each whether it holds a part of the trained spans."""
-        ids, spans = self.model.encode_spans(text, first)
-        wanted = bytearray(len(self.model.normalize(text).encode()) + 1)
+        normalized = self.model.normalize(text)
+        ids, spans = self._subwords(normalized, first)
+        wanted = bytearray(len(normalized.encode()) + 1)
         for span in trained:
             a, b = (len(self.model.normalize(text[:end]).encode()) for end in span)
             wanted[a:b] = b"\1" * (b - a)
@@ -260,11 +293,32 @@ class GenerationTag(jinja2.ext.Extension):
 
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a UTF-16 pair
+# Unicode's White_Space, which an added token may take along; Python's own strip() takes four control characters more
+SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+
+
+def _in_word(character: str) -> bool:
+    return bool(character) and (unicodedata.category(character)[0] in "LM" or unicodedata.category(character) in WORD)
+
+
+WORD = ("Nd", "Nl", "Pc")  # with letters and marks
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern:
-    """Finds any of the texts; where several begin at one place, the longest."""
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+    """Finds any of the texts; where several begin at one place, the longest. A tree by characters, since Python tries
+    the branches of a flat list of thousands one by one."""
+
+    def tree(words: list[str], at: int) -> str:  # all begin alike, up to `at`; sorted
+        branches = []
+        for _, group in groupby((word for word in words if len(word) > at), key=lambda word: word[at]):
+            group = list(group)
+            same = len(commonprefix(group))  # of one word all of it
+            branches.append(re.escape(group[0][at:same]) + tree(group, same))
+        rest = branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
+        return (f"(?:{rest})?" if len(words[0]) == at else rest) if branches else ""
+
+    words = sorted({*texts})
+    return re.compile(tree(words, 0) if words else "(?!)")
 
 
 def _plain_messages(messages: list[dict]) -> list[dict]:
@@ -309,8 +363,12 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
             raise UserError(f"{folder / 'added_tokens.json'}: {text!r} has id {id!r}, a whole number is wanted")
         added.setdefault(text, AddedToken(id, False, False))
     bpe = spec.get("model")
-    if model_file.is_file() and (not spec or (isinstance(bpe, dict) and bpe.get("byte_fallback") is True)):
-        model = pieces(model_file, spec, config)
+    if not spec and model_file.is_file() and is_tiktoken(model_file):
+        model, control = tiktoken_file(model_file)
+        added = control | added
+        names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"} | names
+    elif isinstance(bpe, dict) and bpe.get("byte_fallback") is True or (not spec and model_file.is_file()):
+        model = pieces(folder, spec, config)
         added, names = model.control | added, model.names | names
     elif spec:
         model = byte_pairs(spec_file, spec, added)
@@ -366,10 +424,9 @@ def _added_tokens(path: Path, entries: list | dict, known: Collection[str] = ())
             case {"content": str(text)} if text in known:
                 continue
             case {"id": int(id), "content": str(text)} if id >= 0 and text:
-                if unknown := [flag for flag in ("lstrip", "rstrip", "single_word") if entry.get(flag)]:
-                    raise UserError(f"{path}: added token {text!r} has {unknown[0]}, which is not supported yet")
                 special = entry.get("special") is True
-                added[text] = AddedToken(id, special, entry.get("normalized", not special) is True)
+                strips = [entry.get(flag) is True for flag in ("lstrip", "rstrip", "single_word")]
+                added[text] = AddedToken(id, special, entry.get("normalized", not special) is True, *strips)
             case _:
                 raise UserError(f"{path}: {str(entry)[:80]} is no added token; it needs an id and a content")
     return added
@@ -424,256 +481,3 @@ Below is an instruction that describes a task. Write a response that appropriate
 {%- else -%}{{ raise_exception('it has no place for the role ' + message.role) }}{%- endif -%}
 {%- endfor -%}
 {{ '\n\n### Response:\n' if add_generation_prompt }}"""
-SUPPORTED = "supported are byte-level BPE as of GPT-2, Llama 3, Qwen and SmolLM, and sentencepiece's tokenizer.model"
-
-
-# ---- byte-level BPE: tokenizer.json to tiktoken ----
-
-
-@dataclass
-class BytePairs:
-    """A tiktoken encoding whose ids are those of a tokenizer.json."""
-
-    vocab: dict[str, int]
-    encoding: tiktoken.Encoding
-    ids: list[int]  # by tiktoken's rank; -1 for a byte that is no token
-    bytes_of: dict[int, bytes]  # by id
-    nfc: bool
-    details: str
-    kind = "byte-level BPE"
-    prefix = "never"  # as in Pieces
-
-    def normalize(self, text: str) -> str:
-        return unicodedata.normalize("NFC", text) if self.nfc else text
-
-    def encode(self, text: str, first: bool) -> list[int]:
-        """Ids of a text without control tokens; `first` where nothing stands before it."""
-        return [id for id in self._ids(text) if id >= 0]
-
-    def encode_spans(self, text: str, first: bool) -> tuple[list[int], list[Span]]:
-        """The ids, and what each stands for, in bytes of the normalized text."""
-        ids = self._ids(text)
-        spans = pairwise(accumulate((len(self.bytes_of.get(id, b"?")) for id in ids), initial=0))
-        return [id for id in ids if id >= 0], [span for id, span in zip(ids, spans, strict=True) if id >= 0]
-
-    def _ids(self, text: str) -> list[int]:
-        if len(text) > MOST_SPACES and re.search(rf"\s{{{MOST_SPACES}}}", text):
-            raise UserError(f"a text holds over {MOST_SPACES:,} spaces or line ends in a row; shorten them")
-        ids = self.ids
-        return [ids[rank] for rank in self.encoding.encode_ordinary(self.normalize(text))]
-
-
-MOST_SPACES = 900_000  # in a row; at a million tiktoken's regex engine runs out of its stack and ends the program
-
-
-def byte_pairs(path: Path, spec: dict, added: dict[str, AddedToken]) -> BytePairs:
-    """A byte-level BPE tokenizer.json as a tiktoken encoding that gives the same ids.
-
-    A control character whose byte is no token (SmolLM2 lacks six) is dropped, as in `tokenizers`. One limit is known:
-    two signs that only such a character parts, "!\\x04!", merge there and not here.
-    """
-
-    def refuse(reason: str) -> UserError:
-        return UserError(f"{path}: {reason}, which can't be reproduced exactly; {SUPPORTED}")
-
-    model, normalizer, words = (spec.get(key) for key in ("model", "normalizer", "pre_tokenizer"))
-    kind, vocab, merges = (model.get(key) if isinstance(model, dict) else None for key in ("type", "vocab", "merges"))
-    well_formed = isinstance(merges, list) and isinstance(vocab, dict) and {*map(type, vocab.values())} <= {int}
-    if kind != "BPE" or not well_formed:
-        raise refuse(f"its model, of type {str(kind)[:40]}, is no BPE with a vocab of integer ids and a list of merges")
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model.get(key):
-            raise refuse(f"its BPE has {key} = {str(model[key])[:40]}")
-    if normalizer not in (None, {"type": "NFC"}):
-        raise refuse(f"its normalizer is {json.dumps(normalizer)[:80]}")
-    if normalizer and (late := [text for text, token in added.items() if token.normalized]):
-        raise refuse(f"its added token {late[0]!r} is looked for after NFC")
-    pattern, details = _pattern(words)
-    if pattern is None:
-        raise refuse(f"its pre-tokenizer is {json.dumps(words)[:200]}")
-
-    bytes_of, pairs = {}, {}
-    for text, id in vocab.items():
-        if BYTE_OF.keys() >= set(text):
-            bytes_of[id] = bytes(BYTE_OF[character] for character in text)
-        elif text not in added:
-            raise refuse(f"its token {text[:40]!r} is not written in GPT-2's characters for bytes")
-    for rank, merge in enumerate(merges):
-        try:
-            left, right = merge.split(" ") if isinstance(merge, str) else merge
-            pairs[vocab[left], vocab[right]] = rank, vocab[left + right]
-        except (KeyError, TypeError, ValueError):
-            raise refuse(f"its merge number {rank}, {str(merge)[:40]!r}, is not two tokens that make a third") from None
-    order, whole_words = _merge_order(bytes_of, pairs)
-    if model.get("ignore_merges") is True:
-        if split := [id for id, parts in whole_words.items() if parts == 2]:
-            raise refuse(f"its token {bytes_of[split[0]]!r} is spelled by two tokens that are no merge")
-        order += whole_words.keys() - {token.id for token in added.values()}
-    missing = {bytes([byte]) for byte in range(256)} - {*bytes_of.values()}
-    if needed := missing if model.get("unk_token") is not None else missing - DISPENSABLE:
-        raise refuse(f"it has no token for {len(needed)} of the 256 bytes, e.g. {min(needed)}")
-    ranked = {token: rank for rank, token in enumerate([*map(bytes_of.get, order), *missing])}
-    try:
-        encoding = tiktoken.Encoding(str(path), pat_str=pattern, mergeable_ranks=ranked, special_tokens={})
-    except ValueError as error:
-        raise refuse(f"its pre-tokenizer has a regular expression unknown to tiktoken ({str(error)[:80]})") from None
-    return BytePairs(vocab, encoding, order + [-1] * len(missing), bytes_of, normalizer is not None, details)
-
-
-# GPT-2 writes each byte as one character: as itself where it is printable in Latin-1, the others as U+0100 and on.
-_printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_others = sorted({*range(256)} - {*_printable})
-BYTE_OF = {chr(b): b for b in _printable} | {chr(0x100 + n): b for n, b in enumerate(_others)}
-# Bytes that a vocabulary may lack: those never in UTF-8, those of the empty planes 4 to 11, ASCII's control characters.
-DISPENSABLE = {bytes([b]) for b in (*range(9), *range(14, 32), 0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100))}
-
-
-Pairs = dict[tuple[int, int], tuple[int, int]]  # the ids of two tokens: rank of their merge, id of what it makes
-
-
-def _merge_order(bytes_of: dict[int, bytes], pairs: Pairs) -> tuple[list[int], dict[int, int]]:
-    """The ids in the order in which tiktoken must rank them to merge as `tokenizers` does, those of single bytes first;
-    and of the tokens that merges do not make, the number of tokens that they spell instead.
-
-    The two merge by different rules. `tokenizers` ranks pairs of tokens (by their place in `merges`); tiktoken ranks
-    tokens, and any two neighbours that together spell one may merge. Both merge the lowest rank first, the leftmost
-    among equals. So they agree if each token t, spelled from its bytes by `merges` alone, comes out whole, and has the
-    rank of the last pair merged. For wherever in a text two neighbours spell t, no merge has crossed the ends of t;
-    between them has happened what happens to t alone; so these two are that last pair, which both rank alike. A token
-    that does not come out whole never comes out of a longer text either, but is one where it is a whole word and the
-    file says `ignore_merges`. That is what tiktoken always does, so without `ignore_merges` it must get no rank.
-    """
-    byte_ids = {token[0]: id for id, token in bytes_of.items() if len(token) == 1}
-    ranks, unmade = {}, {}
-    for id, token in bytes_of.items():
-        if len(token) > 1:
-            last = _spell([byte_ids.get(byte, -1) for byte in token], pairs)
-            if tuple(last) in pairs:
-                ranks[id] = pairs[tuple(last)][0]
-            else:
-                unmade[id] = len(last)
-    return [*byte_ids.values(), *sorted(ranks, key=ranks.get)], unmade
-
-
-def _spell(parts: list[int], pairs: Pairs) -> list[int]:
-    """Merges tokens, lowest rank and leftmost first (Sennrich et al. 2016), until two are left or no two merge."""
-    while len(parts) > 2:
-        found = [pairs.get(pair, (len(pairs), -1)) for pair in pairwise(parts)]
-        rank, merged = best = min(found)
-        if rank == len(pairs):
-            break
-        at = found.index(best)
-        parts[at : at + 2] = [merged]
-    return parts
-
-
-GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-def _pattern(pre_tokenizer: object) -> tuple[str | None, str]:
-    """The regular expression that cuts a text into the pre-tokenizer's words, None if there is none, and a remark."""
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if isinstance(pre_tokenizer, dict) else []
-    match steps:
-        case [*before, {"type": "ByteLevel", "add_prefix_space": False} as last]:
-            gpt2 = last.get("use_regex", True)
-        case _:
-            return None, ""
-    match gpt2, before:
-        case True, []:
-            return GPT2_WORDS, ""
-        case True, [{"type": "Digits", "individual_digits": bool(single)}]:
-            # Digits are cut out first and GPT-2's pattern sees what is left: no space joins them, and spaces before one
-            # end the text. A digit is Nd, Nl or No, as in Rust's char::is_numeric, of Unicode 16 (tokenizers 0.23 has
-            # the 13 that are new in 17, tiktoken 0.14 not yet).
-            pattern = GPT2_WORDS.replace(r" ?\p{N}+", r"\p{N}" if single else r"\p{N}+")
-            return pattern.replace(r"(?!\S)", r"(?![^\s\p{N}])"), ", digits split" if single else ", numbers split off"
-        case False, [{"type": "Split", "pattern": {"Regex": str(split)}, "behavior": "Isolated", "invert": False}]:
-            # What the pattern does not match is a word for tokenizers, and nothing for tiktoken.
-            if _same_regex(split):
-                return rf"{split}|(?:(?!{split})[\s\S])+", ""
-    return None, ""
-
-
-# What Oniguruma (in tokenizers) and Rust's regex (in tiktoken) read alike; . ^ $ \w \b {2}+ && and others they do not.
-_one = r"\\[sSrnt]|\\[^\w\s]|\\[pP]\{[A-Z][a-z]?\}"
-_class = rf"\[\^?(?:{_one}|(?!&&|--|~~)[^\\\[\]^])*\]"
-SAME_REGEX = re.compile(rf"(?:{_one}|{_class}|\(\?(?:i?:|!)|[()|?*+]|\{{\d+(?:,\d*)?\}}(?!\+)|[^\\\[\](){{}}|?*+.^$])*")
-
-
-def _same_regex(pattern: str) -> bool:
-    """Whether both engines take the pattern alike, and never for an empty word, which tiktoken dies of."""
-    try:
-        return bool(SAME_REGEX.fullmatch(pattern)) and not re.match(re.sub(r"\\[pP]\{\w+\}", "a", pattern), "")
-    except re.error:
-        return False
-
-
-# ---- sentencepiece ----
-
-
-@dataclass
-class Pieces:
-    """A tokenizer.model, which knows all by itself but where to put a space before the text."""
-
-    vocab: dict[str, int]
-    spaced: SentencePieceProcessor  # puts a space before the text
-    bare: SentencePieceProcessor  # does not
-    prefix: str  # "always", "first" (only where the whole text begins) or "never" is it `spaced`
-    spare: bool  # never before a text that begins with a space
-    bytes_of: dict[int, bytes]
-    control: dict[str, AddedToken]
-    names: dict[str, str]  # bos_token and eos_token, where tokenizer_config.json says nothing of them
-    kind = "sentencepiece"
-    details = ""
-
-    def normalize(self, text: str) -> str:
-        return text  # sentencepiece does it inside, and counts in the bytes of what it was given
-
-    def encode(self, text: str, first: bool) -> list[int]:
-        return self._processor(text, first).encode(text)
-
-    def encode_spans(self, text: str, first: bool) -> tuple[list[int], list[Span]]:
-        found = self._processor(text, first).encode(text.encode(), return_type="offset_mapping")
-        return found["ids"], found["offsets"]
-
-    def _processor(self, text: str, first: bool) -> SentencePieceProcessor:
-        wanted = self.prefix == "always" or (self.prefix == "first" and first)
-        return self.spaced if wanted and not (self.spare and text.startswith((" ", "▁"))) else self.bare
-
-
-def pieces(file: Path, spec: dict, config: dict) -> Pieces:
-    """A sentencepiece model, by tokenizer.model and, for its spaces, by tokenizer.json or tokenizer_config.json.
-
-    Text is cut at control tokens, and each piece may get sentencepiece's space in front, or only the first: a
-    tokenizer.json says it in its normalizer or pre-tokenizer; else it is transformers' key `legacy` (each; default no).
-    """
-    try:
-        spaced, bare = (SentencePieceProcessor(model_file=str(file)) for _ in range(2))
-    except (OSError, RuntimeError):
-        raise UserError(f"{file}: not a sentencepiece model; {SUPPORTED}") from None
-    vocab = {bare.id_to_piece(id): id for id in range(len(bare))}
-    listed = spec["model"].get("vocab") if spec else {}
-    if not isinstance(listed, dict) or any(vocab.get(text, id) != id for text, id in listed.items()):
-        raise UserError(f"{file.parent}: tokenizer.json and tokenizer.model have different vocabularies; keep one")
-    space, spare = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}, False
-    match [spec.get("normalizer"), spec.get("pre_tokenizer")]:
-        case _ if not spec:
-            wanted = bare.normalize("a").startswith("▁")
-            prefix = "never" if not wanted else "always" if config.get("legacy") is True else "first"
-        case [{"normalizers": [{"type": "Prepend", "prepend": "▁"}, last]}, None] if last == space:
-            prefix = "always"
-        case [None, {"type": "Metaspace", "prepend_scheme": "always" | "first" | "never" as prefix, "split": False}]:
-            spare = True
-        case [normalizer, None | {"type": "Split", "pattern": {"String": " "}}] if normalizer == space:
-            prefix = "never"
-        case other:
-            what = f"it treats spaces by {json.dumps(other)[:200]}, which can't be reproduced exactly"
-            raise UserError(f"{file.parent / 'tokenizer.json'}: {what}; {SUPPORTED}")
-    spaced.override_normalizer_spec(add_dummy_prefix=True)
-    bare.override_normalizer_spec(add_dummy_prefix=False)
-    bytes_of = {id: piece.replace("▁", " ").encode() for piece, id in vocab.items()}
-    bytes_of |= {id: bytes([int(piece[1:-1], 16)]) for piece, id in vocab.items() if bare.is_byte(id)}
-    control = {t: AddedToken(id, True, False) for t, id in vocab.items() if bare.is_control(id) or bare.is_unknown(id)}
-    ends = {"bos_token": bare.bos_id(), "eos_token": bare.eos_id()}
-    names = {name: bare.id_to_piece(id) for name, id in ends.items() if id >= 0 and name not in config}
-    return Pieces(vocab, spaced, bare, prefix, spare, bytes_of, control, names)

@@ -26,7 +26,7 @@ from errors import UserError, run
 from formats import Record
 from lora import drop_lora, has_lora
 from model import Transformer, evaluating
-from tokenizer import TemplateError, Tokenizer, load_tokenizer
+from tokenizer import TemplateError, Tokenizer
 
 ROOM = 8  # tokens that an answer may be longer than the longest reference: enough to see that it goes on, and cheap
 
@@ -151,9 +151,10 @@ def main() -> None:
     for side in sides:
         if model is None or model.source != side.folder:
             model = None  # the other model goes before this one comes
-            model, tokenizer = load_model(side.folder, dtype, device), load_tokenizer(side.folder)
+            model = load_model(side.folder, dtype, device)
         elif has_lora(model):
             drop_lora(model)
+        tokenizer = loading.pick_tokenizer(side.folder, side.adapter, args.template)
         if side.adapter is not None:
             loading.put_adapter(model, side.adapter)
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6

@@ -29,7 +29,7 @@ def main() -> None:
         prompt = sys.stdin.buffer.read().decode(errors="surrogateescape").removesuffix("\n")
     if prompt is not None:
         check_prompt(prompt)
-    model, tokenizer, name = loading.load(args.model, args.adapter, dtype, device, say)
+    model, tokenizer, name = loading.load(args.model, args.adapter, dtype, device, say, args.template)
     template = "no template, raw text" if args.complete else f"template {tokenizer.template_name}"
     say(f"{name}, {str(dtype).removeprefix('torch.')} on {device.type} ({why}), {template}")
     if prompt is None:
@@ -140,6 +140,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     sampling = {"--top-k": args.top_k != 0, "--top-p": args.top_p != 1, "--seed": args.seed is not None}
     if args.temperature == 0 and any(sampling.values()):
         raise UserError(f"{next(flag for flag, on in sampling.items() if on)}: is for sampling; add --temperature 1")
+    if args.complete and args.template:
+        raise UserError("--template: means nothing to --complete, which takes raw text")
     if args.complete and args.system:
         raise UserError("--system: means nothing to --complete, which takes raw text")
     return args

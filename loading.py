@@ -19,6 +19,7 @@ from convert import model_folder
 from errors import UserError, printable, read_json
 from lora import load_adapter
 from model import Transformer
+from templates import NAMED
 from tokenizer import Tokenizer, load_tokenizer
 
 # oneDNN (torch's products on CPU) keeps what it prepared for the last 1,024 shapes, and every batch brings new ones: a
@@ -29,18 +30,30 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load(
-    model: str | None, adapter: str | None, dtype: torch.dtype, device: torch.device, say: Callable = print
+    model: str | None,
+    adapter: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    say: Callable = print,
+    template: str | None = None,
 ) -> tuple[Transformer, Tokenizer, str]:
     """The model (with its adapter, unmerged, if there is one), its tokenizer, and a name for the pair.
 
-    model and adapter: as typed, None where not. say: called with each line that the user should see.
+    model, adapter and template: as typed, None where not. say: called with each line that the user should see.
     Raises UserError where either is not what it claims to be.
     """
     folder = base_folder(model, adapter, say)
+    tokenizer = pick_tokenizer(folder, adapter, template)
     loaded = load_model(folder, dtype, device)
     if adapter is not None:
         put_adapter(loaded, adapter, say)
-    return loaded, load_tokenizer(folder), str(folder) if adapter is None else f"{folder} + {adapter}"
+    return loaded, tokenizer, str(folder) if adapter is None else f"{folder} + {adapter}"
+
+
+def pick_tokenizer(base: Path, adapter: str | Path | None, template: str | None) -> Tokenizer:
+    """Tokenizer and chat template: the adapter's, which was trained with them, if it brings any; else the base's."""
+    brings = adapter is not None and any((Path(adapter) / f"tokenizer.{kind}").is_file() for kind in ("json", "model"))
+    return load_tokenizer(Path(adapter) if brings else base, template, base)
 
 
 def base_folder(model: str | None, adapter: str | None, say: Callable = print) -> Path:
@@ -129,6 +142,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="M", help="Hugging Face folder or GGUF file (default: the adapter's base, else SmolLM2)"
     )
     parser.add_argument("--adapter", metavar="DIR", help="PEFT LoRA folder to put on it")
+    parser.add_argument("--template", choices=[*NAMED], help="chat template in place of the model's own")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="to compute in (default: auto)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto")
 

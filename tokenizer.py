@@ -5,30 +5,22 @@ would give other ids than the `tokenizers` library on any text is refused with t
 where the program or the template writes it: in text from people `<|im_end|>` is ten characters, unless they ask
 (`special=True`).
 
-A conversation is one text, written by the folder's Jinja template and tokenised whole, so that no turn is cut off from
-its context. Trained are the assistant's answers and what ends each. Where they stand in the text is found by rendering
-it a second time with marks around the answers, which must change nothing else.
+A conversation is one text, written by the folder's Jinja template (templates.py) and tokenised whole, so that no turn
+is cut off from its context. Trained are the assistant's turns and what ends each; `render` says how that is proved.
 """
 
 import codecs
-import json
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
-from datetime import datetime
-from functools import cached_property, partial
-from itertools import groupby, islice
+from itertools import groupby
 from os.path import commonprefix
 from pathlib import Path
 
-import jinja2
-import jinja2.ext
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from errors import UserError, read_json, read_text
 from subwords import AddedToken, BytePairs, Pieces, byte_pairs, is_tiktoken, pieces, tiktoken_file
+from templates import NAMED, Answer, Refused, Template
 
 Span = tuple[int, int]  # [start, end), in characters where nothing else is said
 
@@ -49,8 +41,9 @@ class Tokenizer:
     pad_id: int | None
     adds_bos: bool  # whether plain text begins with bos in this model's training
     stop_ids: set[int]  # each ends generation: eos of every config file, and what ends a turn in the template
-    template: str
-    template_name: str  # where it comes from: a file's name, or "alpaca (fallback)"
+    templates: dict[str, str]  # "default", and "tool_use" if there is another one for conversations with tools
+    template_name: str  # where they come from: a file's name, or "alpaca (fallback)"
+    source: Path  # the folder
 
     def __post_init__(self):
         self.special_tokens = {text: token.id for text, token in self.added.items() if token.special}
@@ -66,6 +59,7 @@ class Tokenizer:
             self.added |= {self.model.normalize(text): self.added[text] for text in late}
             self._late = _any_of(map(self.model.normalize, late))
         self._control = _any_of(self.special_tokens)
+        self._jinja = {name: Template(source, self.names) for name, source in self.templates.items()}
         self.unlisted_ends = self._turn_end() - self.stop_ids  # no config file names them: a server must be told
         self.stop_ids = self.stop_ids | self.unlisted_ends
 
@@ -162,68 +156,98 @@ class Tokenizer:
     ) -> tuple[list[int], list[bool]]:
         """A conversation as the model sees it: ids, and for each whether it is trained.
 
-        messages: {"role", "content"} each, in an order that the template accepts. add_generation_prompt: end with the
-        head of an answer. The ids are those of `render_text`, with control tokens where the template writes them and
-        none in the messages, and no bos but the template's. Trained is each token that holds a part of an assistant's
-        content, and the first of `stop_ids` after it if there is nothing but space between. An answer that ends the
-        conversation is trained up to the next of `stop_ids` in any case, and where there is none eos is appended for
-        it. An answer of nothing but space is not trained. Raises TemplateError.
+        messages: {"role", "content", "tool_calls"} each, in an order that the template accepts. add_generation_prompt:
+        end with the head of an answer. The ids are those of `render_text`, with control tokens where the template
+        writes them and none in the messages, and no bos but the template's. Trained is what the template writes for an
+        assistant's turn behind the text that asks for it, tool calls and thoughts included, and the first of
+        `stop_ids` after it, if there is nothing but space between. An answer that ends the conversation is trained up
+        to the next of `stop_ids` in any case, and where there is none eos is appended for it. An answer of nothing but
+        space is not trained.
+
+        Proof that nothing else is: the trained ids decode to just that text, and with another text in the answers'
+        places the ids that are not trained stay the same. Raises TemplateError where that fails.
         """
         messages = _plain_messages(messages)
-        write = partial(self.render_text, tools=tools, add_generation_prompt=add_generation_prompt)
-        text, answers, quoted = self._locate(messages, write)
-        cuts = self._cut(text, True, quoted)
+        try:
+            found = self._template(tools).locate(messages, tools, add_generation_prompt, self._control)
+        except Refused as reason:
+            raise self._error(str(reason)) from None
+        text, other = (SURROGATE.sub("\ufffd", each) for each in (found.text, found.other))
+        cuts = self._cut(text, True, found.quoted)
         stops = [(start, end) for start, end, id in cuts if id in self.stop_ids]
-        last = answers[-1] if _is_answer(messages[-1]) and not add_generation_prompt else None
-        if last and not any(start >= last[1] for start, _ in stops):
-            if self.eos_id is None:
-                raise self._error("it ends an answer with no control token, and the tokenizer has no eos_token")
-            stops.append((len(text), len(text) + 1))
-            cuts.append((*stops[-1], self.eos_id))
-        trained = []
-        for start, end in answers:
-            stop = next((stop for stop in stops if stop[0] >= end), None)
-            if stop and ((start, end) == last or not text[end : stop[0]].strip()):
-                end = stop[1]
-            trained.append((start, end))
-        ids, mask = [], []
+        last = next((a for a in found.answers if a.ends_all and not add_generation_prompt), None)
+        end = [self.eos_id] if last and not any(start >= last.last for start, _ in stops) else []
+        if end == [None]:
+            raise self._error("it ends an answer with no control token, and the tokenizer has no eos_token")
+        trained = [self._extent(answer, text, cuts, stops, answer is last) for answer in found.answers]
+        ids, mask, whole = self._masked(text, cuts, trained)
+        if trained and not add_generation_prompt:  # a prompt is not trained on
+            moved = lambda spans: [(found.moved(a), found.moved(b)) for a, b in spans]
+            others = self._masked(other, self._cut(other, True, moved(found.quoted)), moved(trained))
+            untrained = ([i for i, yes in zip(got, flags) if not yes] for got, flags in ((ids, mask), others[:2]))
+            if not (
+                whole and others[2] and next(untrained) == next(untrained) and self._spells(ids, mask, text, trained)
+            ):
+                raise self._error("a token holds a part of an answer and of what stands around it")
+        return ids + end, mask + [True] * len(end)
+
+    def _extent(self, answer: Answer, text: str, cuts: list, stops: list[Span], is_last: bool) -> Span:
+        """The trained part of the text: from the head of the answer to its end, the stop that ends it included."""
+        head = next((start for start, end, id in cuts if id is not None and start < answer.head < end), answer.head)
+        stop = next((stop for stop in stops if stop[0] >= answer.last), None)
+        if stop is None:
+            return head, len(text) if is_last else answer.last
+        between = [(start, id) for start, _, id in cuts if answer.last <= start < stop[0]]
+        near = not text[answer.last : stop[0]].strip()
+        near |= answer.calls and not any(id in self._special_ids for _, id in between)
+        return head, stop[1] if near or is_last else answer.last
+
+    def _masked(self, text: str, cuts: list, trained: list[Span]) -> tuple[list[int], list[bool], bool]:
+        """Ids of a text cut at its added tokens, for each whether it holds a part of the trained spans, and whether
+        none holds a part of anything else with it."""
+        ids, mask, whole = [], [], True
         for start, end, id in cuts:
             inside = [(max(a, start) - start, min(b, end) - start) for a, b in trained if a < end and start < b]
-            if id is None:
-                new, flags = self._masked(text[start:end], start == 0, inside)
-            else:
-                new, flags = [id], [bool(inside)]
+            if id is not None:
+                ids.append(id)
+                mask.append(bool(inside))
+                continue
+            normalized = self.model.normalize(text[start:end])
+            new, spans = self._subwords(normalized, start == 0)
+            wanted = bytearray(len(normalized.encode()) + 1)
+            for span in inside:
+                a, b = (len(self.model.normalize(text[start : start + at]).encode()) for at in span)
+                wanted[a:b] = b"\1" * (b - a)
+            flags = [wanted[a : max(b, a + 1)] for a, b in spans]  # a piece of width 0 belongs to what follows it
             ids += new
-            mask += flags
-        return ids, mask
+            mask += [any(flag) for flag in flags]
+            whole &= all(any(flag) == all(flag) for flag in flags)
+        return ids, mask, whole
+
+    def _spells(self, ids: list[int], mask: list[bool], text: str, trained: list[Span]) -> bool:
+        """Whether the trained ids say what the trained spans of the text say. Of the space that sentencepiece puts in
+        front of a word none is asked."""
+        said = "".join(self.stream((id for id, yes in zip(ids, mask) if yes), first=False))
+        wanted = "".join(self.model.normalize(text[a:b]) for a, b in trained)
+        if self.model.prefix == "never":
+            return said == wanted
+        return said.replace(" ", "") == wanted.replace(" ", "")
 
     def render_text(self, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False) -> str:
         """The template's text, equal to transformers' apply_chat_template(tokenize=False). Raises TemplateError."""
-        settings = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
-        messages = _plain_messages(messages)
         try:
-            return self._compiled.render(messages=messages, **settings | self.names)
-        except Exception as error:  # noqa: BLE001  a template is somebody's program: it may fail in any way
-            raise self._error(str(error) or type(error).__name__) from None
+            return self._template(tools).render(_plain_messages(messages), tools, add_generation_prompt)
+        except Refused as reason:
+            raise self._error(str(reason)) from None
 
     def save_template(self, folder: Path) -> None:
-        """Puts the fallback into a folder that has no template, so that the model is served as it was trained."""
-        if self.template == ALPACA:
-            (Path(folder) / "chat_template.jinja").write_text(self.template, encoding="utf-8")
+        """Puts a named template into a folder, so that the model is served as it was trained; one out of files comes
+        with them."""
+        if self.templates["default"] in NAMED.values():
+            (Path(folder) / "chat_template.jinja").write_text(self.templates["default"], encoding="utf-8")
 
-    @cached_property
-    def _compiled(self) -> jinja2.Template:
-        """The template, in the environment that transformers promises to templates: a sandbox, tags and helpers."""
-        tags = [loopcontrols, GenerationTag]
-        jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=tags)
-
-        def raise_exception(message: str):
-            raise jinja2.TemplateError(message)
-
-        jinja.globals["raise_exception"] = raise_exception
-        jinja.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-        jinja.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-        return jinja.from_string(self.template)
+    def _template(self, tools: list | None) -> Template:
+        return self._jinja["tool_use" if tools is not None and "tool_use" in self._jinja else "default"]
 
     def _error(self, reason: str) -> TemplateError:
         return TemplateError(f"chat template of {self.template_name}: {' '.join(reason.split())}")
@@ -232,64 +256,12 @@ class Tokenizer:
         """The control token that the template writes after an answer, found by trying."""
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            text, [(_, end)], _ = self._locate(turns, self.render_text)
-        except TemplateError:  # broken, or in want of other turns: said where it is used
+            found = self._template(None).locate(turns, None, False, self._control)
+        except Refused:  # broken, or in want of other turns: said where it is used
             return set()
+        text, end = found.text, found.answers[0].last if found.answers else 0
         controls = [(start, id) for start, _, id in self._cut(text, True) if start >= end and id in self._special_ids]
-        return {id for start, id in controls[:1] if id != self.bos_id and not text[end:start].strip()}
-
-    def _locate(self, messages: list[dict], write: Callable) -> tuple[str, list[Span], list[Span]]:
-        """The text that write(messages) renders; where in it the answers are; and where the contents are in which no
-        control token counts, the answers among them.
-
-        They are found by rendering again with marks at their ends, characters that occur nowhere else: at the ends of
-        the stripped contents for templates that strip, which other marks would prevent. Opening and closing marks
-        differ, so that no span runs from one content to the next. Contents that are no answers are marked only if they
-        look like control tokens: with others a template may do what it likes.
-        """
-        text = write(messages)
-        taken = set(text).union(*(str(message.get("content")) for message in messages))
-        marks = "".join(islice((c for c in map(chr, range(0xE000, 0x110000)) if c not in taken), 4))
-        a, b, c, d = marks
-        marked = re.compile(f"{a}[^{marks}]*{b}|{c}[^{marks}]*{d}")
-        for strip in (False, True):
-            turns, wanted, spans = [], [], {a: [], c: []}
-            for message in messages:
-                content, answer = message.get("content"), _is_answer(message)
-                if answer or (isinstance(content, str) and self._control.search(content)):
-                    inner = content.strip() if strip else content
-                    inside = a + inner + b if answer else c + inner + d
-                    message = message | {"content": content.replace(inner, inside, 1)}
-                    wanted += [inner] if answer else []
-                turns.append(message)
-            rendered = write(turns)
-            for number, match in enumerate(marked.finditer(rendered)):
-                start = match.start() - 2 * number  # as it is without the marks before it
-                spans[match[0][0]].append((start, start + len(match[0]) - 2))
-            unmarked = marked.sub(lambda match: match[0][1:-1], rendered)  # a mark without its fellow stays
-            if unmarked == text and [text[start:end] for start, end in spans[a]] == wanted:
-                return SURROGATE.sub("\ufffd", text), spans[a], spans[a] + spans[c]
-        raise self._error("it rewrites the content of a turn, so that an answer can't be found in it")
-
-    def _masked(self, text: str, first: bool, trained: list[Span]) -> tuple[list[int], list[bool]]:
-        """Ids of a text without control tokens, and for each whether it holds a part of the trained spans."""
-        normalized = self.model.normalize(text)
-        ids, spans = self._subwords(normalized, first)
-        wanted = bytearray(len(normalized.encode()) + 1)
-        for span in trained:
-            a, b = (len(self.model.normalize(text[:end]).encode()) for end in span)
-            wanted[a:b] = b"\1" * (b - a)
-        return ids, [any(wanted[a : max(b, a + 1)]) for a, b in spans]  # a piece of width 0 belongs to what follows it
-
-
-class GenerationTag(jinja2.ext.Extension):
-    """{% generation %}...{% endgeneration %}: there a template itself says what an answer is. Here its text counts."""
-
-    tags = frozenset({"generation"})
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return {id for start, id in controls[:1] if end and id != self.bos_id and not text[end:start].strip()}
 
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a UTF-16 pair
@@ -334,17 +306,14 @@ def _plain_messages(messages: list[dict]) -> list[dict]:
     return plain
 
 
-def _is_answer(message: dict) -> bool:
-    content = message.get("content")
-    return message.get("role") == "assistant" and isinstance(content, str) and bool(content.strip())
-
-
 # ---- from a folder ----
 
 
-def load_tokenizer(folder: Path | str) -> Tokenizer:
+def load_tokenizer(folder: Path | str, template: str | None = None, base: Path | None = None) -> Tokenizer:
     """The tokenizer of a Hugging Face folder: tokenizer.json or tokenizer.model, with tokenizer_config.json,
-    special_tokens_map.json, chat_template.jinja, config.json and generation_config.json where they exist.
+    special_tokens_map.json, chat_template.jinja, config.json and generation_config.json where they exist. template: one
+    of templates.NAMED in place of the folder's own. base: a model's folder whose config.json and generation_config.json
+    name more ends, where `folder` is an adapter's.
 
     Raises UserError with file and reason where there is none, or none whose ids would be exactly those of the
     `tokenizers` library (of sentencepiece, where tokenizer.model is all there is).
@@ -381,9 +350,15 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
             raise UserError(f"{config_file}: {name} {text!r} is not in the vocabulary; name one that is")
     ids = {name: added[text].id for name, text in names.items() if text in added}
     bos, eos, pad = map(ids.get, ("bos_token", "eos_token", "pad_token"))
-    stop_ids = {eos} - {None} | _eos_ids(folder / "config.json") | _eos_ids(folder / "generation_config.json")
+    stop_ids = {eos} - {None}
+    for place in {folder, Path(base or folder)}:
+        stop_ids |= _eos_ids(place / "config.json") | _eos_ids(place / "generation_config.json")
     adds_bos = config.get("add_bos_token", not spec or _writes_bos(spec.get("post_processor"), names.get("bos_token")))
-    return Tokenizer(model, added, names, bos, eos, pad, adds_bos is True, stop_ids, *_template(folder, config))
+    if template == "chatml" and not {"<|im_start|>", "<|im_end|>"} <= added.keys():
+        lack = "the tokenizer has no <|im_start|> and <|im_end|>"
+        raise UserError(f"{folder}: {lack}, which the template chatml writes; take alpaca or plain")
+    chat = _templates(folder, config, template)
+    return Tokenizer(model, added, names, bos, eos, pad, adds_bos is True, stop_ids, *chat, folder)
 
 
 def _read(file: Path) -> dict:
@@ -451,33 +426,22 @@ def _writes_bos(post_processor: object, bos: str | None) -> bool:
     return False
 
 
-def _template(folder: Path, config: dict) -> tuple[str, str]:
-    """(template, the file that it comes from)."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return read_text(file), file.name
-    found = config.get("chat_template")
-    if isinstance(found, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found = named.get("default", 0)
+def _templates(folder: Path, config: dict, named: str | None) -> tuple[dict[str, str], str]:
+    """(templates by name, where they come from). As in transformers, files come before tokenizer_config.json."""
+    if named is not None:
+        return {"default": NAMED[named]}, f"{named} (asked for)"
+    found, file = {}, folder / "chat_template.jinja"
+    for path in [file, *sorted((folder / "additional_chat_templates").glob("*.jinja"))]:
+        if path.is_file():
+            found["default" if path == file else path.stem] = read_text(path)
+    if "default" in found:
+        return found, file.name
+    found, file = config.get("chat_template"), folder / "tokenizer_config.json"
     if found is None:
-        return ALPACA, "alpaca (fallback)"
-    if not isinstance(found, str):
-        raise UserError(f"{folder / 'tokenizer_config.json'}: chat_template is no text, and no list with a 'default'")
-    return found, "tokenizer_config.json"
-
-
-# The prompt of Taori et al. 2023 (Stanford Alpaca), for models that bring no template: with bos where there is one, eos
-# after each answer, and a system turn, if there is one, in the place of the first sentence.
-ALPACA = r"""{{ bos_token }}
-{%- if messages[0].role != 'system' -%}
-Below is an instruction that describes a task. Write a response that appropriately completes the request.
-{%- endif -%}
-{%- for message in messages -%}
-{{ '\n\n' if message.role != 'system' or not loop.first }}
-{%- if message.role == 'user' -%}{{ '### Instruction:\n' + message.content }}
-{%- elif message.role == 'assistant' -%}{{ '### Response:\n' + message.content }}{{ eos_token }}
-{%- elif message.role == 'system' -%}{{ message.content }}
-{%- else -%}{{ raise_exception('it has no place for the role ' + message.role) }}{%- endif -%}
-{%- endfor -%}
-{{ '\n\n### Response:\n' if add_generation_prompt }}"""
+        return {"default": NAMED["alpaca"]}, "alpaca (fallback)"
+    if isinstance(found, list):  # several, by name
+        found = {str(entry.get("name")): entry.get("template") for entry in found if isinstance(entry, dict)}
+    found = {"default": found} if isinstance(found, str) else found
+    if not isinstance(found, dict) or "default" not in found or not all(isinstance(t, str) for t in found.values()):
+        raise UserError(f"{file}: chat_template is no text, and no list with a 'default'")
+    return found, file.name

@@ -37,10 +37,11 @@ import report
 from data import Dataset, Example, encode, epoch_order, load_sources, micro_batches, split
 from demo import TASK, Demo
 from errors import UserError, run
-from loading import DTYPES, base_folder, one_line, parse, pick_device, pick_dtype, put_adapter
+from loading import DTYPES, base_folder, one_line, parse, pick_device, pick_dtype, pick_tokenizer, put_adapter
 from model import Config, Transformer, evaluating
 from objectives import mean_loss, training_loss
-from tokenizer import Tokenizer, load_tokenizer
+from templates import NAMED
+from tokenizer import Tokenizer
 
 COMPILE_SECONDS, COMPILE_SAVES = 20, 0.05  # measured on 2 cores: to compile a block, and the share of a step's time
 LORA = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": lora.ALL}  # of a new adapter
@@ -70,6 +71,7 @@ class Flags:
     val_fraction: float | None = flag(
         None, "model and data", f"without --val: this share of the prompts validates; 0: none (default: {VAL_FRACTION})"
     )
+    template: str | None = flag(None, "model and data", "chat template in place of the model's own", choices=[*NAMED])
     seq_len: int | None = flag(None, "model and data", "longest example in tokens (default: 2048 or the model's limit)")
     out: str | None = flag(None, "model and data", "folder of the run (default: a new one under runs/)", metavar="DIR")
     overwrite: bool = flag(False, "model and data", "replace the run that --out holds")
@@ -440,7 +442,7 @@ def save(model: Transformer, tokenizer: Tokenizer, flags: Flags, folder: Path, b
 
     def also(aside: Path) -> None:
         if flags.method != "full":  # save_model carries them over by itself
-            checkpoint.copy_tokenizer(model.source, aside)
+            checkpoint.copy_tokenizer(tokenizer.source, aside)
         tokenizer.save_template(aside)
         checkpoint.write_json({**base, "method": flags.method}, aside / "plaintune.json")
 
@@ -458,7 +460,7 @@ def main() -> None:
     device = pick_device(flags.device)
     dtype, why = pick_dtype(flags.dtype, device)
     folder = base_folder(flags.model, flags.adapter)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = pick_tokenizer(folder, flags.adapter, flags.template)
     config = checkpoint.read_config(folder)
     train, val = load_data(flags, tokenizer, config)
     model = prepare(flags, folder, dtype, device)

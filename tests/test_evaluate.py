@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,8 +175,7 @@ def test_what_cannot_be_asked_is_refused_by_name(base, monkeypatch):
         evaluate.exact(model, tokenizer, [Record([{"role": "assistant", "content": "hello"}], None, "r 3")])
     with pytest.raises(UserError, match="here: .* tokens before the answer; the model takes 512"):
         evaluate.exact(model, tokenizer, read_turns("12 " * 600, "x"))
-    monkeypatch.setattr(tokenizer, "template", "{{ raise_exception('no\x1b such turn') }}")
-    tokenizer.__dict__.pop("_compiled", None)
+    tokenizer = replace(tokenizer, templates={"default": "{{ raise_exception('no\x1b such turn') }}"})
     with pytest.raises(UserError, match=r"^here: .*no\\x1b such turn"):
         evaluate.exact(model, tokenizer, read_turns("a", "x"))
 

@@ -20,7 +20,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 import convert
 from errors import UserError
-from tokenizer import ALPACA, TemplateError, load_tokenizer
+from templates import ALPACA
+from tokenizer import TemplateError, load_tokenizer
 
 TEXTS = [
     *("", " ", "a", "Hello world", "  two  spaces   and\ttabs\t\t ends ", "I'm you're WE'LL it'S o'clock 'ſ ''s"),
@@ -524,23 +525,34 @@ def test_an_answer_in_place_of_another_changes_only_trained_ids(words, tmp_path)
     ours = load_tokenizer(byte_level(tmp_path, words=words, nfc=words is QWEN))
     head = ours.encode("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", special=True)
     tail = ours.encode("<|im_end|>\n", special=True)
+    refused = 0
     for answer in TEXTS + fuzz(200, list(ours.added), seed=3) + ["\ue000\ue001 \ue003"]:
-        if answer.strip():
-            ids, mask = ours.render([{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}])
-            begins = mask.index(True)  # one token earlier where it merges with the line end before it
-            assert (
-                ids[: len(head) - 1] == head[:-1] and ids[-len(tail) :] == tail and begins in (len(head) - 1, len(head))
-            )
-            assert all(mask[begins:-1]) and not mask[-1]
-            normal = unicodedata.normalize("NFC", answer) if words is QWEN else answer
-            assert trained_text(ours, ids, mask)[0].lstrip("\n") == (normal + "<|im_end|>").lstrip("\n"), answer
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
+        if not answer.strip():
+            continue
+        if answer[0].isspace():  # perhaps one token with the template's line end before it
+            try:
+                ids, mask = ours.render(turns)
+            except TemplateError as error:
+                assert "a token holds a part of an answer" in str(error)
+                refused += 1
+                continue
+        ids, mask = ours.render(turns)
+        begins = mask.index(True)
+        assert begins == len(head) and ids[: len(head)] == head and ids[-len(tail) :] == tail
+        assert all(mask[begins:-1]) and not mask[-1]
+        normal = unicodedata.normalize("NFC", answer) if words is QWEN else answer
+        assert trained_text(ours, ids, mask) == [normal + "<|im_end|>"], answer
+    assert 0 < refused < 20
 
 
 @pytest.mark.parametrize("kind, before", [("default base", "\x04" * 20), ("nfc", "e\u0301" * 20), ("nfc", "🦊" * 20)])
 def test_masks_keep_their_place_after_what_has_other_lengths(kind, before, tmp_path):
     """Characters without a token, in another normal form, of four bytes; all in one piece with the answer."""
     folder = convert.model_folder(None) if kind == "default base" else byte_level(tmp_path, words=QWEN, nfc=True)
-    ours = replace(load_tokenizer(folder), template="{% for m in messages %}{{ m.content + '\n' }}{% endfor %}")
+    ours = replace(
+        load_tokenizer(folder), templates={"default": "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"}
+    )
     ids, mask = ours.render([{"role": "user", "content": before}, {"role": "assistant", "content": "Yes, 12!"}])
     assert trained_text(ours, ids, mask) == ["Yes, 12!\n<|im_end|>"]
 
@@ -665,7 +677,7 @@ def test_where_the_template_comes_from(chatml, tmp_path):
     assert load_tokenizer(templated(chatml, tmp_path, named)).template_name == "tokenizer_config.json"
     (tmp_path / "chat_template.jinja").write_text(STRIPPING)
     ours = load_tokenizer(tmp_path)
-    assert (ours.template, ours.template_name) == (STRIPPING, "chat_template.jinja")
+    assert (ours.templates, ours.template_name) == ({"default": STRIPPING}, "chat_template.jinja")
     (tmp_path / "chat_template.jinja").unlink()
     for bad in (named[:1], 7, [None]):
         with pytest.raises(UserError, match="tokenizer_config.json: chat_template is no text"):
@@ -699,6 +711,10 @@ def test_sentencepiece_conversations(tmp_path):
         ours = load_tokenizer(sentence_pieces(tmp_path / str(legacy), legacy))
         for answer in ("Yes 🦊 größer", "<s> </s>", " two  spaces ", "日本語"):
             turns = [{"role": "user", "content": "</s> q"}, {"role": "assistant", "content": answer}] * 2
+            if answer == "<s> </s>":  # "\\n<" is a piece of this model
+                with pytest.raises(TemplateError, match="a token holds a part of an answer"):
+                    ours.render(turns)
+                continue
             ids, mask = ours.render(turns)
             assert [run.strip("\n ") for run in trained_text(ours, ids, mask)] == [(answer + "</s>").strip()] * 2
             assert (ids.count(1), ids.count(2)) == (1, 2)

@@ -1,6 +1,7 @@
 """Chat with a model at the terminal, or let it answer or go on once.
 
     python generate.py --adapter runs/1/final                     chat; /reset forgets, /quit or Ctrl-D ends
+    python generate.py --adapter red=runs/1/final blue=runs/2/final       two on one base; /adapter blue switches
     python generate.py --prompt "Name three rivers." --seed 1 --temperature 0.7
     cat draft.txt | python generate.py --complete                 all of stdin is one prompt
 
@@ -13,8 +14,14 @@ import argparse
 import sys
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 import loading
+import lora
+from checkpoint import load_model
 from errors import UserError, run
 from model import Transformer
 from tokenizer import Tokenizer
@@ -29,22 +36,79 @@ def main() -> None:
         prompt = sys.stdin.buffer.read().decode(errors="surrogateescape").removesuffix("\n")
     if prompt is not None:
         check_prompt(prompt)
-    model, tokenizer, name = loading.load(args.model, args.adapter, dtype, device, say, args.template)
+    model, adapters, name = load(args, device, dtype, prompt is None)
+    tokenizer = adapters.tokenizer
     template = "no template, raw text" if args.complete else f"template {tokenizer.template_name}"
     say(f"{name}, {str(dtype).removeprefix('torch.')} on {device.type} ({why}), {template}")
     if prompt is None:
-        chat(model, tokenizer, args)
+        chat(model, adapters, args)
     else:
         show(answer(model, tokenizer, opening(args, prompt), args))
+
+
+@dataclass
+class Adapters:
+    """Several adapters on one base, of which one, or none (""), is on it."""
+
+    model: Transformer
+    held: dict[str, tuple[dict, Tokenizer]]  # by name: the layers, and the tokenizer that goes with them
+    merge: bool  # while it is on, an adapter is a part of the weights
+    switches: bool  # another one may be asked for
+    on: str = ""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.held[self.on][1]
+
+    def switch(self, name: str) -> None:
+        if name not in self.held:
+            raise UserError(
+                f"/adapter {name}: no such adapter; there are {', '.join(filter(None, self.held))} and none"
+            )
+        if self.merge and self.on:
+            lora.unmerge(self.model)
+        lora.drop_lora(self.model)
+        self.on = name
+        lora.put_lora(self.model, self.held[name][0])
+        if self.merge and name:
+            lora.merge(self.model, keep=self.switches)
+
+
+def load(args, device: torch.device, dtype: torch.dtype, switches: bool) -> tuple[Transformer, Adapters, str]:
+    """The base, its adapters with the first one on, and a name for what was loaded."""
+    named = [name_adapter(typed) for typed in args.adapter or []]
+    folder = loading.base_folder(args.model, named[0][1] if named else None, say)
+    adapters = Adapters(load_model(folder, dtype, device), {}, args.merge, switches)
+    for name, path in named:
+        if name in adapters.held:
+            raise UserError(f"--adapter: two are called {name}; give them names, as red={path}")
+        loading.put_adapter(adapters.model, path, say)
+        layers = lora.drop_lora(adapters.model)
+        adapters.held[name] = layers, loading.pick_tokenizer(folder, path, args.template)
+    adapters.held[""] = {}, loading.pick_tokenizer(folder, None, args.template)
+    adapters.switch(named[0][0] if named else "")
+    kind = " (merged)" if args.merge else ""
+    return adapters.model, adapters, " + ".join([str(folder), *(f"{path}{kind}" for _, path in named[:1])])
+
+
+def name_adapter(typed: str) -> tuple[str, str]:
+    """(name, folder) of NAME=DIR, or of DIR: then its folder's name, of a run's final/ or best/ the run's."""
+    name, equals, path = typed.partition("=")
+    if equals and not Path(typed).exists():
+        return name, path
+    path = Path(typed).resolve()
+    return (path.parent if path.name in ("final", "best") else path).name, typed
 
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def chat(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+def chat(model: Transformer, adapters: Adapters, args: argparse.Namespace) -> None:
     """Turn after turn with what was said before; with --complete, each line alone."""
     say("/reset forgets, /quit or Ctrl-D ends, Ctrl-C stops an answer")
+    if args.adapter:
+        say(f"/adapter NAME switches: {', '.join(filter(None, adapters.held))} or none")
     history: list[dict[str, str]] = []
     while True:
         try:
@@ -54,6 +118,7 @@ def chat(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace) -> 
         except KeyboardInterrupt:  # meant for an answer that had just ended
             print()
             continue
+        command, _, name = typed.partition(" ")
         if typed == "/quit":
             return
         if typed == "/reset" or not typed:
@@ -61,8 +126,13 @@ def chat(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace) -> 
             continue
         turns = opening(args, typed) if args.complete or not history else [*history, {"role": "user", "content": typed}]
         try:
+            if command == "/adapter":
+                if name:
+                    adapters.switch("" if name.strip() == "none" else name.strip())
+                say(f"adapter: {adapters.on or 'none'}; what was said before stays")
+                continue
             check_prompt(typed)
-            said = show(answer(model, tokenizer, turns, args), stoppable=True)
+            said = show(answer(model, adapters.tokenizer, turns, args), stoppable=True)
         except UserError as error:  # too long by now, perhaps: the conversation stays as it was
             say(f"error: {error}")
             continue
@@ -86,7 +156,7 @@ def answer(
     else:
         prompt, _ = tokenizer.render(turns, add_generation_prompt=True)
     settings = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
-    settings |= {"repetition_penalty": args.repetition_penalty, "stop": tokenizer.stop_ids}
+    settings |= {"repetition_penalty": args.repetition_penalty, "stop": tokenizer.stop_ids, "lookup": args.lookup}
     new = (step[0][1] for step in model.stream([prompt], args.max_new_tokens, **settings))
     ids = (id for id in new if id not in tokenizer.stop_ids)
     return tokenizer.stream(ids, skip_special=True, first=not isinstance(turns, str))
@@ -115,8 +185,9 @@ def check_prompt(prompt: str) -> None:
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="generate.py", description="Chat, answer or go on.", allow_abbrev=False)
-    loading.add_flags(parser)
+    loading.add_flags(parser, several=True)
     add = parser.add_argument
+    add("--merge", action="store_true", help="add the adapter to the weights: faster, rounded to their dtype")
     add("--prompt", metavar="TEXT", help="answer this and end (default: what is piped in, else a chat)")
     add("--system", metavar="TEXT", help="the system turn (default: the template's own)")
     add("--complete", action="store_true", help="go on with raw text, without the chat template")
@@ -126,12 +197,16 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest of mass P (default: 1)")
     add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 repeats less (default: 1)")
     add("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    add(
+        "--lookup", type=int, default=0, metavar="N", help="guess N tokens ahead from the text: faster where it repeats"
+    )
     args = loading.parse(parser, argv)
     rules = {
         "--max-new-tokens": (args.max_new_tokens >= 1, "must be 1 or more"),
         "--temperature": (0 <= args.temperature < float("inf"), "must be 0 or more"),
         "--top-k": (args.top_k >= 0, "must be 0 (all) or more"),
         "--top-p": (0 < args.top_p <= 1, "must be above 0 and at most 1"),
+        "--lookup": (0 <= args.lookup < 1000, "must be 0 (no guesses) or more, and below 1000"),
         "--repetition-penalty": (0 < args.repetition_penalty < float("inf"), "must be above 0"),
     }
     for flag, (fine, rule) in rules.items():
@@ -140,6 +215,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     sampling = {"--top-k": args.top_k != 0, "--top-p": args.top_p != 1, "--seed": args.seed is not None}
     if args.temperature == 0 and any(sampling.values()):
         raise UserError(f"{next(flag for flag, on in sampling.items() if on)}: is for sampling; add --temperature 1")
+    if args.lookup and args.temperature:
+        raise UserError("--lookup: is for greedy answers, at --temperature 0")
+    if args.merge and not args.adapter:
+        raise UserError("--merge: there is no --adapter to merge")
     if args.complete and args.template:
         raise UserError("--template: means nothing to --complete, which takes raw text")
     if args.complete and args.system:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import fingerprint, load_model
+from checkpoint import fingerprint
 from convert import model_folder
 from errors import UserError, printable, read_json
 from lora import load_adapter
@@ -27,27 +27,6 @@ from tokenizer import Tokenizer, load_tokenizer
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def load(
-    model: str | None,
-    adapter: str | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    say: Callable = print,
-    template: str | None = None,
-) -> tuple[Transformer, Tokenizer, str]:
-    """The model (with its adapter, unmerged, if there is one), its tokenizer, and a name for the pair.
-
-    model, adapter and template: as typed, None where not. say: called with each line that the user should see.
-    Raises UserError where either is not what it claims to be.
-    """
-    folder = base_folder(model, adapter, say)
-    tokenizer = pick_tokenizer(folder, adapter, template)
-    loaded = load_model(folder, dtype, device)
-    if adapter is not None:
-        put_adapter(loaded, adapter, say)
-    return loaded, tokenizer, str(folder) if adapter is None else f"{folder} + {adapter}"
 
 
 def pick_tokenizer(base: Path, adapter: str | Path | None, template: str | None) -> Tokenizer:
@@ -136,12 +115,14 @@ def cpu_features() -> set[str]:
     return {feature for line in lines if line.startswith("flags") for feature in line.split()}
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say what runs and on what."""
+def add_flags(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """The flags that say what runs and on what. several: --adapter takes more than one."""
     parser.add_argument(
         "--model", metavar="M", help="Hugging Face folder or GGUF file (default: the adapter's base, else SmolLM2)"
     )
-    parser.add_argument("--adapter", metavar="DIR", help="PEFT LoRA folder to put on it")
+    more = {"nargs": "+", "action": "extend", "metavar": "[NAME=]DIR"} if several else {"metavar": "DIR"}
+    help = "PEFT LoRA folders; the first is put on it, the others held" if several else "PEFT LoRA folder to put on it"
+    parser.add_argument("--adapter", help=help, **more)
     parser.add_argument("--template", choices=[*NAMED], help="chat template in place of the model's own")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="to compute in (default: auto)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto")

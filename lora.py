@@ -46,7 +46,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # U(-1/sqrt(in), 1/sqrt(in)), as the paper's own code
-        self.merged = False
+        self.merged, self.kept = False, None
         self.train(base.training)  # a fresh module would drop out in a model that evaluates
 
     @property
@@ -115,28 +115,39 @@ def has_lora(model: Transformer) -> bool:
 
 
 @torch.no_grad()
-def merge(model: Transformer) -> None:
-    """Adds every adapter's update to its base weight: computed in fp32, rounded once to the base's dtype."""
+def merge(model: Transformer, keep: bool = False) -> None:
+    """Adds every adapter's update to its base weight: computed in fp32, rounded once to the base's dtype. keep: holds
+    the weights as they were, so that unmerge is exact, in the memory that they take."""
     for layer in adapted(model).values():
         assert not layer.merged, "merged already"
+        layer.kept = layer.base.weight.clone() if keep else None
         layer.base.weight.copy_(layer.base.weight.float() + layer.delta())
         layer.merged = True
 
 
 @torch.no_grad()
 def unmerge(model: Transformer) -> None:
-    """Takes the updates out again: exact up to the rounding that merge made in the base's dtype."""
+    """Takes the updates out again: exact if they were kept, else up to merge's rounding to the base's dtype."""
     for layer in adapted(model).values():
         assert layer.merged, "not merged"
-        layer.base.weight.copy_(layer.base.weight.float() - layer.delta())
-        layer.merged = False
+        layer.base.weight.copy_(layer.base.weight.float() - layer.delta() if layer.kept is None else layer.kept)
+        layer.merged, layer.kept = False, None
 
 
-def drop_lora(model: Transformer) -> None:
-    """Puts the plain linears back; after merge the model is an ordinary one that save_model writes."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoRALinear):
-            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module.base)
+def drop_lora(model: Transformer) -> dict[str, LoRALinear]:
+    """Puts the plain linears back; after merge the model is an ordinary one that save_model writes. Returns the layers
+    that were taken out, by our names of them, for put_lora."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    for name, layer in layers.items():
+        setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer.base)
+    return layers
+
+
+def put_lora(model: Transformer, layers: dict[str, LoRALinear]) -> None:
+    """Puts layers that drop_lora took out of this model in again: several adapters can share one base in turn."""
+    assert not has_lora(model), "one adapter at a time"
+    for name, layer in layers.items():
+        setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer)
 
 
 def save_adapter(model: Transformer, folder, also: Callable[[Path], None] | None = None) -> None:

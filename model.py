@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError
+import decoding
 from families import Config, Layer
-from kernels.attention import Documents, Scores, cached_attention, document_attention
+from kernels.attention import Documents, Scores, document_attention
 from kernels.norm import rms_norm
 from kernels.rope import LENGTH_DEPENDENT, frequencies, rope
 
@@ -283,67 +283,35 @@ class Transformer(nn.Module):
         assert bool((row[keep] >= 0).all()), "keep names a padding position"
         return self.logits(hidden[row[keep]])
 
-    def generate(self, prompts, max_new_tokens: int, **settings) -> list[list[int]]:
-        """New ids for each prompt, the stop id that ended it included. Arguments as in `stream`."""
+    def generate(self, prompts, max_new_tokens: int, mask: Tensor | None = None, **settings) -> list[list[int]]:
+        """New ids for each prompt, the stop id that ended it included.
+
+        prompts: int64 [B, T], or lists of ids of any lengths (none empty). mask: [B, T], nonzero where a prompt's
+        token is real and not padding, on whichever side that is. Other arguments as in `stream`.
+        """
+        if mask is not None:
+            prompts = [row[real.bool()] for row, real in zip(prompts, mask, strict=True)]
         rows: list[list[int]] = [[] for _ in prompts]
+        if settings.get("lookup"):
+            return [[step[0][1] for step in self.stream([p], max_new_tokens, **settings)] for p in prompts]
         for step in self.stream(prompts, max_new_tokens, **settings):
             for row, token in step:
                 rows[row].append(token)
         return rows
 
     @torch.no_grad()
-    def stream(
-        self,
-        prompts,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
-        stop: set[int] | frozenset[int] = frozenset(),
-        seed: int | None = None,
-    ) -> Iterator[list[tuple[int, int]]]:
+    def stream(self, prompts, max_new_tokens: int, **settings) -> Iterator[list[tuple[int, int]]]:
         """Yields, a step at a time, (prompt number, new id) for every prompt that is still going.
 
         prompts: int64 [B, T], or lists of ids of any lengths (none empty). None sees another, but what is sampled with
-        a seed depends on the whole batch.
-        temperature 0 takes the likeliest token. Otherwise, in this order: the penalty of Keskar et al. 2019 (CTRL) on
-        ids seen in prompt or answer, temperature, the top_k likeliest (0: all), the smallest set of probability top_p
-        (Holtzman et al. 2020). A prompt ends with an id in `stop`, after max_new_tokens, or at the model's limit.
+        a seed depends on the whole batch. temperature 0, the default, takes the likeliest token. Otherwise, in this
+        order: the repetition_penalty of Keskar et al. 2019 (CTRL) on ids seen in prompt or answer, temperature, the
+        top_k likeliest (0: all), the smallest set of probability top_p (Holtzman et al. 2020), drawn with `seed`. A
+        prompt ends with an id in `stop`, after max_new_tokens, or at the model's limit. lookup: for one prompt, greedy:
+        guess so many tokens at a time from the text so far; the answer is the same, but for rounding.
         """
-        rows = [list(map(int, prompt)) for prompt in prompts]
-        if not rows or max_new_tokens < 1:
-            return
-        limit = min(max(map(len, rows)) + max_new_tokens, self.config.max_positions)
-        for row in rows:
-            if not 0 < len(row) < self.config.max_positions:
-                raise UserError(f"a prompt has {len(row)} tokens; the model takes 1 to {self.config.max_positions - 1}")
-        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         with evaluating(self):
-            cache, hidden = self.prefill(rows, limit)  # hidden: [B, D]
-            going = list(range(len(rows)))  # the prompt number of each line of the cache
-            ends = [min(len(row) + max_new_tokens, self.config.max_positions) for row in rows]
-            while going:
-                logits = self.logits(hidden).float()  # [B, V]
-                if repetition_penalty != 1.0:
-                    penalise_repetition_(logits, [rows[i] for i in going], repetition_penalty)
-                new = sample(logits, temperature, top_k, top_p, generator).tolist()
-                for i, token in zip(going, new, strict=True):
-                    rows[i].append(token)
-                yield list(zip(going, new, strict=True))
-                alive = [line for line, i in enumerate(going) if rows[i][-1] not in stop and len(rows[i]) < ends[i]]
-                if len(alive) < len(going):
-                    cache.keep(alive)
-                    going = [going[line] for line in alive]
-                if any(len(rows[i]) == self.config.turns_change_at for i in going):
-                    cache, hidden = self.prefill([rows[i] for i in going], limit)
-                elif going:
-                    hidden = cache.step(torch.tensor([rows[i][-1] for i in going], device=self.device))
-
-    def prefill(self, rows: list[list[int]], limit: int) -> tuple["KVCache", Tensor]:
-        """A cache with room for `limit` tokens a line that holds these, and the hidden state of each line's end."""
-        cache = KVCache(self, [len(row) for row in rows], limit)
-        return cache, cache.prefill(torch.tensor([t for row in rows for t in row], device=self.device))
+            yield from decoding.stream(self, prompts, max_new_tokens, **settings)
 
 
 @contextlib.contextmanager
@@ -355,70 +323,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(before)
-
-
-class KVCache:
-    """Keys and values of sequences in progress, [lines, G, length, d] a layer, each line filled up to its length."""
-
-    def __init__(self, model: Transformer, lengths: list[int], limit: int):
-        config = model.config
-        self.model, self.lengths = model, torch.tensor(lengths, device=model.device)
-        self.documents = Documents(lengths, model.device)
-        shape = (2, len(lengths), config.num_kv_heads, limit, config.head_dim)
-        self.layers = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in model.blocks]
-
-    def prefill(self, tokens: Tensor) -> Tensor:  # flat prompts [N] -> hidden of each prompt's last token [lines, D]
-        positions = self.documents.positions
-        line = torch.arange(len(self.lengths), device=tokens.device).repeat_interleave(self.lengths)
-
-        def attend(layer):
-            def attention(q, k, v, scores):
-                layer[0][line, :, positions], layer[1][line, :, positions] = k, v
-                return document_attention(q, k, v, scores, self.documents)
-
-            return attention
-
-        hidden = self.model.hidden(tokens, positions, self.documents.spans, [attend(layer) for layer in self.layers])
-        return hidden[self.lengths.cumsum(0) - 1]
-
-    def step(self, tokens: Tensor) -> Tensor:  # one new token a line [lines] -> hidden [lines, D]
-        positions, line = self.lengths, torch.arange(len(tokens), device=tokens.device)
-        longest = int(positions.max()) + 1
-
-        def attend(layer):
-            def attention(q, k, v, scores):  # q: [lines, H, d]
-                layer[0][line, :, positions], layer[1][line, :, positions] = k, v
-                return cached_attention(q, layer[0, :, :, :longest], layer[1, :, :, :longest], positions, scores)
-
-            return attention
-
-        self.lengths = self.lengths + 1
-        return self.model.hidden(tokens, positions, self.lengths, [attend(layer) for layer in self.layers])
-
-    def keep(self, alive: list[int]) -> None:
-        """Forgets all lines but these, in this order."""
-        alive = torch.tensor(alive, dtype=torch.int64, device=self.lengths.device)
-        self.lengths = self.lengths[alive]
-        self.layers = [layer.index_select(1, alive) for layer in self.layers]
-
-
-def penalise_repetition_(logits: Tensor, rows: list[list[int]], penalty: float) -> None:
-    for line, row in zip(logits, rows, strict=True):
-        ids = torch.tensor(sorted(set(row)), device=logits.device)
-        line[ids] = torch.where(line[ids] > 0, line[ids] / penalty, line[ids] * penalty)
-
-
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """One id a row, int64 [B], from float32 logits [B, V]."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
-    if top_p < 1:
-        ordered, ids = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # the mass of all likelier tokens
-        ordered = ordered.masked_fill(before >= top_p, float("-inf"))
-        ordered[:, 0] = logits.max(-1).values  # top_p 0 still leaves the likeliest
-        logits = torch.empty_like(logits).scatter_(1, ids, ordered)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)

@@ -236,19 +236,21 @@ def unstack(x: Tensor, documents: int, share: int) -> Tensor:
     return x.view(documents, -1, share, T, d).permute(0, 3, 1, 2, 4).reshape(documents, T, -1, d)
 
 
-def cached_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scores: Scores) -> Tensor:
-    """Attention of one new token a line over what the line holds so far, itself included.
+def cached_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scores: Scores) -> Tensor:
+    """Attention of n new tokens a line over what the line holds so far, themselves included. For no gradients.
 
-    q: [lines, heads, head_dim]; keys, values: [lines, kv_heads, length, head_dim]; positions: int64 [lines], of the new
-    token in its line: what lies behind it is not seen. Returns [lines, heads, head_dim].
+    q: [lines * n, heads, head_dim]; keys, values: [lines, kv_heads, length, head_dim]; mask: [lines, n, length], in q's
+    dtype, added to the scores. Returns [lines * n, heads, head_dim].
     """
-    places = torch.arange(keys.shape[2], device=q.device)
-    seen = places <= positions[:, None]
-    if scores.window is not None:
-        seen &= places > positions[:, None] - scores.window
-    seen = seen[:, None, None]  # [lines, 1, 1, length]
-    shared = q.unflatten(1, (keys.shape[1], -1))  # [lines, kv_heads, share, head_dim]: heads of one key as its queries
+    (lines, G, length, d), n = keys.shape, mask.shape[1]
+    share = q.shape[1] // G
+    queries = q.view(lines, n, G, share, d).permute(0, 2, 3, 1, 4).reshape(lines * G, share * n, d)
+    mask = mask[:, None, None].expand(lines, G, share, n, length).reshape(lines * G, share * n, length)
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
     if scores.softcap is None:
-        return F.scaled_dot_product_attention(shared, keys, values, attn_mask=seen, scale=scores.scale).flatten(1, 2)
-    weights = (shared @ keys.transpose(2, 3)).float().mul_(scores.scale / scores.softcap).tanh_().mul_(scores.softcap)
-    return (weights.masked_fill(~seen, float("-inf")).softmax(-1).to(q.dtype) @ values).flatten(1, 2)
+        weights = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=scores.scale).softmax(-1)
+    else:
+        weights = (queries @ keys.transpose(1, 2)).float().mul_(scores.scale / scores.softcap).tanh_()
+        weights = weights.mul_(scores.softcap).add_(mask).softmax(-1).to(q.dtype)
+    out = (weights @ values).view(lines, G, share, n, d)
+    return out.permute(0, 3, 1, 2, 4).reshape(lines * n, G * share, d)

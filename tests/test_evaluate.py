@@ -373,3 +373,55 @@ def test_chat_remembers_resets_and_survives_ctrl_c(monkeypatch, capsys):
     generate.chat(None, None, SETTINGS)
     assert seen == [["hi"], ["hi", "o\x1bk", "again"], ["new"]]
     assert capsys.readouterr().out == "ok\n" * 2 + "\nok\n\n"
+
+
+# ---- several adapters on one base ----
+
+
+@pytest.fixture(scope="module")
+def two_adapters(base, tmp_path_factory):
+    """Two that make greedy answers differ from the base's and from each other's."""
+    folders = []
+    for seed, rank in ((1, 4), (2, 3)):
+        model = load_model(base)
+        add_lora(model, rank, 8.0, targets="q_proj,down_proj" if seed == 2 else "all")
+        torch.manual_seed(seed)
+        for layer in adapted(model).values():
+            torch.nn.init.normal_(layer.lora_B, std=0.3)
+        folders.append(tmp_path_factory.mktemp("run") / f"run{seed}" / "final")
+        save_adapter(model, folders[-1])
+    return folders
+
+
+@pytest.mark.parametrize("merge", [[], ["--merge"]])
+def test_adapters_are_switched_by_name(base, two_adapters, monkeypatch, capsys, merge):
+    def once(*words):
+        words = ["--model", base, "--max-new-tokens", 8, "--dtype", "fp32", "--device", "cpu", *words]
+        out, err, code = command(generate, monkeypatch, capsys, *words)
+        assert code == 0, err
+        return out
+
+    alone = {name: once("--prompt", "red", *(["--adapter", path] if path else []))
+             for name, path in {"run1": two_adapters[0], "blue": two_adapters[1], "none": None}.items()}  # fmt: skip
+    assert len({*alone.values()}) == 3
+    order = ["run1", "blue", "none", "blue", "run1", "none"]
+    typed = iter(
+        [line for name in order for line in (f"/adapter {name}", "/reset", "red")] + ["/adapter green", "/quit"]
+    )
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    words = ["--model", base, "--max-new-tokens", 8, "--dtype", "fp32", "--device", "cpu", *merge]
+    words += ["--adapter", two_adapters[0], f"blue={two_adapters[1]}"]
+    out, err, code = command(generate, monkeypatch, capsys, *words)
+    assert code == 0 and out == "".join(alone[name] for name in order), err
+    assert "/adapter green: no such adapter; there are run1, blue and none" in err
+
+
+def test_look_up_gives_the_same_answer(base, monkeypatch, capsys):
+    words = ["--model", base, "--max-new-tokens", 40, "--dtype", "fp32", "--device", "cpu", "--prompt", "red fox " * 9]
+    plain, _, _ = command(generate, monkeypatch, capsys, *words)
+    guessed, _, code = command(generate, monkeypatch, capsys, *words, "--lookup", 6)
+    assert code == 0 and guessed == plain
+    for wrong in (["--temperature", 1], ["--lookup", -1]):
+        _, err, code = command(generate, monkeypatch, capsys, *words, "--lookup", 6, *wrong)
+        assert code == 2 and "--lookup" in err

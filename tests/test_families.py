@@ -438,14 +438,26 @@ def test_families_gradients_equal_transformers(folders, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_families_greedy_text_equals_transformers(folders, case):
+    """Prompts of different lengths together, one by one, padded on either side, and with look-up: beyond windows and
+    where the turns of long texts begin."""
     folder, theirs = folders(case)
     ours, generator = load_model(folder), torch.Generator().manual_seed(3)
     prompts = [torch.randint(3, 96, (n,), generator=generator).tolist() for n in (5, 30, 17)]
-    for prompt, got in zip(prompts, ours.generate(prompts, 25), strict=True):
+    prompts[1][15:] = prompts[1][:15]  # something for look-up to find
+    together = ours.generate(prompts, 25)
+    for prompt, got in zip(prompts, together, strict=True):
         settings = {"max_new_tokens": 25, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         ids = torch.tensor([prompt])
         wanted = theirs.generate(ids, attention_mask=torch.ones_like(ids), **settings)
         assert got == wanted[0, len(prompt) :].tolist()
+        assert ours.generate([prompt], 25) == [got]
+    assert ours.generate(prompts, 25, lookup=4) == together
+    pads = [[0] * (30 - len(prompt)) for prompt in prompts]
+    left = torch.tensor([pad + prompt for pad, prompt in zip(pads, prompts)])
+    right = torch.tensor([prompt + pad for pad, prompt in zip(pads, prompts)])
+    for padded, mask in ((left, [[0] * len(p) + [1] * (30 - len(p)) for p in pads]),
+                         (right, [[1] * (30 - len(p)) + [0] * len(p) for p in pads])):  # fmt: skip
+        assert ours.generate(padded, 25, mask=torch.tensor(mask)) == together
 
 
 # ---- adapters ----

@@ -129,17 +129,22 @@ def test_document_attention(monkeypatch, dtype, tolerance, lengths, heads, kv_he
 
 
 @pytest.mark.parametrize("rules", [(0.3,), (0.3, 6), (0.5, None, 0.8), (0.5, 3, 0.8)])
-def test_cached_attention_is_the_last_row_of_attention(rules):
-    """Lines of different lengths, with rubbish in the rows that lie behind the new token."""
-    lengths = [9, 2, 5]
-    keys, values = (torch.randn(3, 2, 11, 8) for _ in range(2))
-    q = torch.randn(3, 4, 8)
-    got = cached_attention(q, keys, values, torch.tensor(lengths) - 1, Scores(*rules))
-    for line, n in enumerate(lengths):
-        queries = torch.zeros(n, 4, 8)
-        queries[-1] = q[line]
-        k, v = (x[line, :, :n].transpose(0, 1) for x in (keys, values))
-        assert torch.allclose(got[line], attention_reference(queries, k, v, [n], *rules)[-1], atol=1e-6)
+@pytest.mark.parametrize("n", [1, 3])
+def test_cached_attention_is_the_last_rows_of_attention(rules, n):
+    """Lines of different lengths, with rubbish in the rows that lie behind the new tokens."""
+    lengths, (scale, window, softcap) = [9, 3, 5], (*rules, None, None)[:3]
+    keys, values, q = torch.randn(3, 2, 11, 8), torch.randn(3, 2, 11, 8), torch.randn(3, n, 4, 8)
+    places = torch.arange(11)
+    rows = torch.tensor(lengths)[:, None] - n + torch.arange(n)
+    seen = (places <= rows[..., None]) & (places > rows[..., None] - (window or 99))
+    mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+    got = cached_attention(q.flatten(0, 1), keys, values, mask, Scores(*rules)).view(3, n, 4, 8)
+    for line, length in enumerate(lengths):
+        queries = torch.zeros(length, 4, 8)
+        queries[-n:] = q[line]
+        k, v = (x[line, :, :length].transpose(0, 1) for x in (keys, values))
+        wanted = attention_reference(queries, k, v, [length], scale, window, softcap)[-n:]
+        assert torch.allclose(got[line], wanted, atol=1e-6)
 
 
 def test_documents_of_like_length_share_a_group():

@@ -7,11 +7,13 @@ import torch
 import transformers
 from helpers import SHAPES, llama, relative
 
+import decoding
 from checkpoint import load_model
 from convert import model_folder
+from decoding import sample
 from errors import UserError
 from kernels.attention import Documents
-from model import Config, sample
+from model import Config
 from tokenizer import load_tokenizer
 
 
@@ -217,3 +219,19 @@ def test_the_default_base_on_real_text():
         settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         wanted = theirs.generate(ids, attention_mask=torch.ones_like(ids), **settings)
         assert got == wanted[0, len(prompt) :].tolist()
+
+
+def test_look_up_takes_fewer_passes(monkeypatch):
+    """What is guessed right costs one pass for all; the text is the same, with a penalty and with ends too."""
+    folder, passes = model_folder(None), []
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    run = decoding.KVCache.run
+    monkeypatch.setattr(decoding.KVCache, "run", lambda self, tokens: passes.append(tokens.shape) or run(self, tokens))
+    prompt = tokenizer.encode("red, green, blue, white, black; " * 4 + "red,")
+    free = model.generate([prompt], 24)[0]
+    assert tokenizer.decode(free).startswith(" green, blue, white, black; red,") and len(passes) == 23
+    for settings in ({}, {"repetition_penalty": 1.01}, {"stop": {free[9]}}):
+        wanted = model.generate([prompt], 24, **settings)
+        passes.clear()
+        assert model.generate([prompt], 24, lookup=5, **settings) == wanted
+        assert len(passes) < 10 and (1, 6) in passes

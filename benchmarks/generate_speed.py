@@ -1,0 +1,68 @@
+"""Greedy decoding in a batch: tokens/s of plaintune and of transformers' generate, on the same prompts in turn.
+
+    python benchmarks/generate_speed.py [--model M] [--prompts 16] [--new 64] [--rounds 5]
+
+Both hold the same weights in the dtype that plaintune picks here, without end tokens, so that every prompt gets all its
+new tokens. transformers gets a left-padded batch, its default attention and its default cache. Prints the median ratio
+of the rounds and its range, and how many of the tokens agree (in bf16 near-ties fall differently).
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import transformers
+
+from checkpoint import load_model
+from convert import model_folder
+from data import load_sources
+from demo import TASK
+from errors import run
+from loading import pick_device, pick_dtype
+from tokenizer import load_tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    device = pick_device()
+    dtype, why = pick_dtype("auto", device)
+    folder = model_folder(args.model)
+    tokenizer = load_tokenizer(folder)
+    ours = load_model(folder, dtype, device)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    records = load_sources(TASK["test"])[0].records[: args.prompts]
+    prompts = [tokenizer.render(record.messages[:-1], add_generation_prompt=True)[0] for record in records]
+    longest = max(map(len, prompts))
+    padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    settings = {"max_new_tokens": args.new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    times = []
+    for _ in range(args.rounds + 1):  # the first warms up
+        start = time.perf_counter()
+        wanted = theirs.generate(padded, attention_mask=mask, **settings)[:, longest:].tolist()
+        middle = time.perf_counter()
+        got = ours.generate(prompts, args.new)
+        times.append((middle - start, time.perf_counter() - middle))
+    count = args.prompts * args.new
+    peer, mine = (count / statistics.median(column) for column in zip(*times[1:]))
+    ratios = sorted(a / b for a, b in times[1:])
+    same = sum(x == y for a, b in zip(got, wanted) for x, y in zip(a, b))
+    machine = f"{device}, {dtype} ({why}), {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {machine};", end=" ")
+    print(f"{args.prompts} prompts of {min(map(len, prompts))} to {longest} tokens, {args.new} new ones each")
+    against = f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    print(f"plaintune {mine:,.0f} tokens/s, transformers {peer:,.0f}; {against}; {100 * same / count:.1f} % the same")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,203 @@
+"""Writing on: the cache of keys and values, sampling, and prompt look-up. `Transformer.generate` is the way in.
+
+The cache is static: its tensors are made once, as large as they will be. Prompts of all lengths end in the same slot,
+so that every step writes one slice for all lines and nothing is scattered; what a line has not got is masked. Layers
+with a sliding window need no more slots than that: theirs are a ring.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from errors import UserError
+from kernels.attention import Documents, cached_attention, document_attention
+
+ROUND = 64  # slots; a step looks at a multiple of so many, so that shapes seldom change
+GRAMS = (3, 2, 1)  # ends of the text that prompt look-up looks for, longest first
+
+
+def stream(
+    model,
+    prompts,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    stop: set[int] | frozenset[int] = frozenset(),
+    seed: int | None = None,
+    lookup: int = 0,
+) -> Iterator[list[tuple[int, int]]]:
+    """What Transformer.stream documents, for a model in evaluation mode."""
+    rows = [list(map(int, prompt)) for prompt in prompts]
+    if not rows or max_new_tokens < 1:
+        return
+    most = model.config.max_positions
+    for row in rows:
+        if not 0 < len(row) < most:
+            raise UserError(f"a prompt has {len(row)} tokens; the model takes 1 to {most - 1}")
+    assert not lookup or (len(rows) == 1 and temperature == 0), "look-up is for one prompt, greedily"
+    generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
+    ends = [min(len(row) + max_new_tokens, most) for row in rows]
+    going, texts = list(range(len(rows))), rows  # the prompt number of each line of the cache, and its text so far
+    cache, hidden = prefill(model, rows, ends, lookup)
+    draft: list[int] = []
+    while True:
+        logits = model.logits(hidden)  # [lines, 1 + length of the draft, V]
+        for at in range(logits.shape[1]):
+            scores = penalised(logits[:, at].float(), texts, repetition_penalty)
+            new = sample(scores, temperature, top_k, top_p, generator).tolist()
+            for row, token in zip(texts, new, strict=True):
+                row.append(token)
+            yield list(zip(going, new, strict=True))
+            if at == len(draft) or new[0] != draft[at] or new[0] in stop:
+                break
+        cache.forget(len(draft) - at)
+        alive = [line for line, i in enumerate(going) if rows[i][-1] not in stop and len(rows[i]) < ends[i]]
+        if not alive:
+            return
+        if len(alive) < len(going):
+            cache.keep(alive)
+            going = [going[line] for line in alive]
+            texts = [rows[i] for i in going]
+        change, length = model.config.turns_change_at, len(texts[0])
+        if any(len(row) == change for row in texts):
+            draft, (cache, hidden) = [], prefill(model, texts, [ends[i] for i in going], lookup)
+            continue
+        room = min(ends[going[0]], change if change and length < change else most) - length - 1
+        draft = propose(texts[0], min(lookup, room))
+        hidden = cache.run(torch.tensor([[row[-1], *draft] for row in texts], device=model.device))
+
+
+def prefill(model, rows: list[list[int]], ends: list[int], lookup: int) -> tuple["KVCache", Tensor]:
+    """A cache that holds the rows, with room up to their ends, and the hidden state of each row's end, [rows, 1, D]."""
+    cache = KVCache(model, [len(row) for row in rows], max(end - len(row) for row, end in zip(rows, ends)), 1 + lookup)
+    return cache, cache.prefill(torch.tensor([token for row in rows for token in row], device=model.device))[:, None]
+
+
+class KVCache:
+    """Keys and values of sequences in progress, [lines, G, slots, d] a layer.
+
+    lengths: of the prompts; new: tokens that may follow; at_once: tokens that a step may add. Global slot g, counted
+    from the longest prompt's beginning, is slot g mod the layer's number of them.
+    """
+
+    def __init__(self, model, lengths: list[int], new: int, at_once: int = 1):
+        config, longest = model.config, max(lengths)
+        self.model, self.documents = model, Documents(lengths, model.device)
+        self.filled = longest  # global slots, of every line
+        self.starts = torch.tensor([longest - n for n in lengths], device=model.device)  # a line's first global slot
+        self.layers, self.windows = [], []
+        for layer in config.layers:
+            slots = min(longest + new + at_once, layer.window + at_once if layer.window else longest + new + at_once)
+            shape = (2, len(lengths), config.num_kv_heads, slots, config.head_dim)
+            self.layers.append(torch.zeros(shape, dtype=model.dtype, device=model.device))
+            self.windows.append((slots, layer.window))
+
+    def prefill(self, tokens: Tensor) -> Tensor:  # flat prompts [N] -> hidden of each prompt's last token [lines, D]
+        positions, lengths = self.documents.positions, self.filled - self.starts
+        line = torch.arange(len(lengths), device=tokens.device).repeat_interleave(lengths)
+        places = positions + self.starts[line]  # global slots [N]
+        kept = {slots: (places >= self.filled - slots).nonzero().flatten() for slots, _ in {*self.windows}}
+
+        def attend(layer, last):  # last: the tokens that the layer has room for
+            def attention(q, k, v, scores):
+                where = line[last], slice(None), places[last] % layer.shape[3]
+                layer[0][where], layer[1][where] = k[last], v[last]
+                return document_attention(q, k, v, scores, self.documents)
+
+            return attention
+
+        attends = [attend(layer, kept[slots]) for layer, (slots, _) in zip(self.layers, self.windows)]
+        hidden = self.model.hidden(tokens, positions, self.documents.spans, attends)
+        return hidden[lengths.cumsum(0) - 1]
+
+    def run(self, tokens: Tensor) -> Tensor:
+        """The same number of new tokens for each line, int64 [lines, n] -> hidden [lines, n, D]."""
+        lines, n = tokens.shape
+        steps = torch.arange(n, device=tokens.device)
+        positions = (self.filled - self.starts[:, None] + steps).flatten()
+        masks = {kind: self.mask(n, *kind) for kind in {*self.windows}}
+
+        def attend(layer, kind):
+            mask, at = masks[kind], self.filled % layer.shape[3]
+
+            def attention(q, k, v, scores):  # q: [lines * n, H, d]
+                k, v = (x.view(lines, n, *x.shape[1:]).transpose(1, 2) for x in (k, v))  # [lines, G, n, d]
+                if at + n <= layer.shape[3]:
+                    layer[0, :, :, at : at + n], layer[1, :, :, at : at + n] = k, v
+                else:  # over the end of the ring
+                    where = (self.filled + steps) % layer.shape[3]
+                    layer[0].index_copy_(2, where, k), layer[1].index_copy_(2, where, v)
+                return cached_attention(q, *layer[:, :, :, : mask.shape[-1]], mask, scores)
+
+            return attention
+
+        attends = [attend(layer, kind) for layer, kind in zip(self.layers, self.windows)]
+        hidden = self.model.hidden(tokens.flatten(), positions, positions + 1, attends)
+        self.filled += n
+        return hidden.view(lines, n, -1)
+
+    def mask(self, n: int, slots: int, window: int | None) -> Tensor:
+        """What is added to the scores of n new tokens a line over the slots in use: 0 or -inf, [lines, n, slots]."""
+        last = self.filled + n - 1
+        device = self.starts.device
+        slot = torch.arange(min(slots, -(-(last + 1) // ROUND) * ROUND), device=device)
+        holds = last - (last - slot) % slots  # the newest global slot that lies there
+        rows = self.filled + torch.arange(n, device=device)
+        seen = (holds >= self.starts[:, None, None]) & (holds <= rows[:, None])
+        if window is not None:
+            seen &= holds > rows[:, None] - window
+        return torch.zeros(seen.shape, dtype=self.model.dtype, device=device).masked_fill_(~seen, float("-inf"))
+
+    def forget(self, tokens: int) -> None:
+        """Takes the last tokens back: their slots are written anew before they are seen."""
+        self.filled -= tokens
+
+    def keep(self, alive: list[int]) -> None:
+        """Forgets all lines but these, in this order."""
+        alive = torch.tensor(alive, dtype=torch.int64, device=self.starts.device)
+        self.starts = self.starts[alive]
+        self.layers = [layer.index_select(1, alive) for layer in self.layers]
+
+
+# ---- prompt look-up ----
+
+
+def propose(row: list[int], most: int) -> list[int]:
+    """What followed the row's last few tokens where they last stood before: a guess at what comes (Saxena 2023). The
+    model checks all of it in one pass, and what it would have chosen itself is kept (Leviathan et al. 2023)."""
+    for n in GRAMS if most > 0 else ():
+        end = row[-n:]
+        for at in range(len(row) - n - 1, -1, -1):
+            if row[at : at + n] == end:
+                return row[at + n : at + n + most]
+    return []
+
+
+# ---- choosing ----
+
+
+def penalised(logits: Tensor, rows: list[list[int]], penalty: float) -> Tensor:
+    """Logits with the penalty of Keskar et al. 2019 (CTRL) on ids that a row holds; in place."""
+    for line, row in zip(logits, rows, strict=True) if penalty != 1.0 else ():
+        ids = torch.tensor(sorted(set(row)), device=logits.device)
+        line[ids] = torch.where(line[ids] > 0, line[ids] / penalty, line[ids] * penalty)
+    return logits
+
+
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """One id a row, int64 [B], from float32 logits [B, V]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
+    if top_p < 1:
+        ordered, ids = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # the mass of all likelier tokens
+        ordered = ordered.masked_fill(before >= top_p, float("-inf"))
+        ordered[:, 0] = logits.max(-1).values  # top_p 0 still leaves the likeliest
+        logits = torch.empty_like(logits).scatter_(1, ids, ordered)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from kernels.attention import Documents, cached_attention, document_attention
+from kernels.attention import Documents, cached_attention, document_attention, stacked_mask
 
 ROUND = 64  # slots; a step looks at a multiple of so many, so that shapes seldom change
 GRAMS = (3, 2, 1)  # ends of the text that prompt look-up looks for, longest first
@@ -46,7 +46,7 @@ def stream(
     while True:
         logits = model.logits(hidden)  # [lines, 1 + length of the draft, V]
         for at in range(logits.shape[1]):
-            scores = penalised(logits[:, at].float(), texts, repetition_penalty)
+            scores = penalised(logits[:, at], texts, repetition_penalty)
             new = sample(scores, temperature, top_k, top_p, generator).tolist()
             for row, token in zip(texts, new, strict=True):
                 row.append(token)
@@ -140,7 +140,7 @@ class KVCache:
         return hidden.view(lines, n, -1)
 
     def mask(self, n: int, slots: int, window: int | None) -> Tensor:
-        """What is added to the scores of n new tokens a line over the slots in use: 0 or -inf, [lines, n, slots]."""
+        """What n new tokens a line see of the slots in use, as cached_attention takes it."""
         last = self.filled + n - 1
         device = self.starts.device
         slot = torch.arange(min(slots, -(-(last + 1) // ROUND) * ROUND), device=device)
@@ -149,7 +149,8 @@ class KVCache:
         seen = (holds >= self.starts[:, None, None]) & (holds <= rows[:, None])
         if window is not None:
             seen &= holds > rows[:, None] - window
-        return torch.zeros(seen.shape, dtype=self.model.dtype, device=device).masked_fill_(~seen, float("-inf"))
+        heads, kv_heads = self.model.config.num_heads, self.model.config.num_kv_heads
+        return stacked_mask(seen, kv_heads, heads // kv_heads, self.model.dtype)
 
     def forget(self, tokens: int) -> None:
         """Takes the last tokens back: their slots are written anew before they are seen."""
@@ -180,18 +181,21 @@ def propose(row: list[int], most: int) -> list[int]:
 
 
 def penalised(logits: Tensor, rows: list[list[int]], penalty: float) -> Tensor:
-    """Logits with the penalty of Keskar et al. 2019 (CTRL) on ids that a row holds; in place."""
-    for line, row in zip(logits, rows, strict=True) if penalty != 1.0 else ():
+    """Logits with the penalty of Keskar et al. 2019 (CTRL) on ids that a row holds, then float32."""
+    if penalty == 1.0:
+        return logits
+    logits = logits.float()
+    for line, row in zip(logits, rows, strict=True):
         ids = torch.tensor(sorted(set(row)), device=logits.device)
         line[ids] = torch.where(line[ids] > 0, line[ids] / penalty, line[ids] * penalty)
     return logits
 
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """One id a row, int64 [B], from float32 logits [B, V]."""
+    """One id a row, int64 [B], from logits [B, V]."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     if top_p < 1:

@@ -59,6 +59,10 @@ class LoRALinear(nn.Module):
         if self.training and self.dropout:  # dropout on the adapter's input only: two inputs, so autograd does it
             low = F.linear(F.dropout(x, self.dropout), self.lora_A.to(x.dtype))
             return self.base(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
+        if self.base.packed is not None:
+            return self.base(x).addmm_(
+                F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype).t(), alpha=self.scale
+            )
         weight, bias = self.base.weight.to(x.dtype), self.base.bias
         return lora_linear(x, weight, None if bias is None else bias.to(x.dtype), self.lora_A, self.lora_B, self.scale)
 

@@ -22,20 +22,26 @@ import decoding
 from families import Config, Layer
 from kernels.attention import Documents, Scores, document_attention
 from kernels.norm import rms_norm
+from kernels.packed_linear import can_pack, pack, packed_linear
 from kernels.rope import LENGTH_DEPENDENT, frequencies, rope
 
+PACK_STEPS = 16  # of decoding that make up for packing the weights
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
 
 
 class Linear(nn.Module):
-    """x W^T + b. An fp32 weight (a trained master) is cast to x's dtype for the product, its gradient comes in fp32."""
+    """x W^T + b. An fp32 weight (a trained master) is cast to x's dtype for the product, its gradient comes in fp32.
+    packed: the weight as kernels/packed_linear.py wants it, while a text is written."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.packed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            return packed_linear(x, self.packed, self.bias)
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
@@ -84,7 +90,7 @@ class Attention(nn.Module):
         self.scores = Scores(layer.scale, layer.window, config.attention_softcap)
 
     def forward(self, x: Tensor, turns: tuple[Tensor, Tensor] | None, attend) -> Tensor:
-        """turns: cosines and sines [N, r / 2] of the positions; attend: takes q, k, v and self.scores."""
+        """turns: cosines and sines [N, 1, r / 2] of the positions; attend: takes q, k, v and self.scores."""
         q, k, v = self.project(x)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -197,7 +203,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.compute_dtype = config, None
+        self.config, self.compute_dtype, self.packed_head = config, None, None
         self.frequencies: dict[int, Tensor] = {}  # of config.ropes, on the device where they were last used
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.positions = nn.Embedding(config.max_positions, config.hidden_size) if config.learned_positions else None
@@ -230,7 +236,7 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def turns(self, number: int, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, fp32 [N, r / 2], of rope `number` of the configuration."""
+        """Cosines and sines, [N, 1, r / 2] in the model's dtype, of rope `number` of the configuration."""
         spec, scaling = self.config.ropes[number], self.config.ropes[number].scaling or {}
         if scaling.get("rope_type") in LENGTH_DEPENDENT:
             table = frequencies(spec.theta, spec.dim, scaling, lengths)
@@ -240,7 +246,7 @@ class Transformer(nn.Module):
                 table = frequencies(spec.theta, spec.dim, spec.scaling).to(positions.device)
                 self.frequencies[number] = table
         angles, sharper = positions[:, None].float() * table, scaling.get("attention_factor", 1.0)
-        return angles.cos() * sharper, angles.sin() * sharper
+        return tuple((wave * sharper).to(self.dtype).unsqueeze(1) for wave in (angles.cos(), angles.sin()))
 
     def flat(self, tokens: Tensor, documents: Documents) -> Tensor:
         """The training path: int64 [N] tokens of whole documents -> [N, D], ready for the head."""
@@ -248,7 +254,11 @@ class Transformer(nn.Module):
         return self.hidden(tokens, documents.positions, documents.spans, [attend] * len(self.blocks))
 
     def logits(self, hidden: Tensor) -> Tensor:  # [..., D] -> [..., V]
-        logits, cap = F.linear(hidden, self.head_weight().to(hidden.dtype)), self.config.logit_softcap
+        if self.packed_head is None:
+            logits = F.linear(hidden, self.head_weight().to(hidden.dtype))
+        else:
+            logits = packed_linear(hidden.flatten(0, -2), self.packed_head).view(*hidden.shape[:-1], -1)
+        cap = self.config.logit_softcap
         return logits if cap is None else cap * (logits / cap).tanh()
 
     def forward(
@@ -310,7 +320,7 @@ class Transformer(nn.Module):
         prompt ends with an id in `stop`, after max_new_tokens, or at the model's limit. lookup: for one prompt, greedy:
         guess so many tokens at a time from the text so far; the answer is the same, but for rounding.
         """
-        with evaluating(self):
+        with evaluating(self), packed_weights(self, rows=len(prompts), steps=max_new_tokens):
             yield from decoding.stream(self, prompts, max_new_tokens, **settings)
 
 
@@ -323,3 +333,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(before)
+
+
+@contextlib.contextmanager
+def packed_weights(model: Transformer, rows: int, steps: int) -> Iterator[None]:
+    """Holds a packed copy of every product's weight for a while, where that pays: see kernels/packed_linear.py."""
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    if steps < PACK_STEPS or not all(can_pack(w, total) for w in (model.head_weight(), *(m.weight for m in linears))):
+        yield
+        return
+    try:
+        for module in linears:
+            module.packed = pack(module.weight, rows)
+        model.packed_head = pack(model.head_weight(), rows)
+        yield
+    finally:
+        model.packed_head = None
+        for module in linears:
+            module.packed = None

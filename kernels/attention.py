@@ -239,13 +239,12 @@ def unstack(x: Tensor, documents: int, share: int) -> Tensor:
 def cached_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scores: Scores) -> Tensor:
     """Attention of n new tokens a line over what the line holds so far, themselves included. For no gradients.
 
-    q: [lines * n, heads, head_dim]; keys, values: [lines, kv_heads, length, head_dim]; mask: [lines, n, length], in q's
-    dtype, added to the scores. Returns [lines * n, heads, head_dim].
+    q: [lines * n, heads, head_dim]; keys, values: [lines, kv_heads, length, head_dim]; mask: of `stacked_mask`. Returns
+    [lines * n, heads, head_dim].
     """
-    (lines, G, length, d), n = keys.shape, mask.shape[1]
-    share = q.shape[1] // G
+    lines, G, _, d = keys.shape
+    share, n = q.shape[1] // G, q.shape[0] // lines
     queries = q.view(lines, n, G, share, d).permute(0, 2, 3, 1, 4).reshape(lines * G, share * n, d)
-    mask = mask[:, None, None].expand(lines, G, share, n, length).reshape(lines * G, share * n, length)
     keys, values = keys.flatten(0, 1), values.flatten(0, 1)
     if scores.softcap is None:
         weights = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=scores.scale).softmax(-1)
@@ -254,3 +253,12 @@ def cached_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scor
         weights = weights.mul_(scores.softcap).add_(mask).softmax(-1).to(q.dtype)
     out = (weights @ values).view(lines, G, share, n, d)
     return out.permute(0, 3, 1, 2, 4).reshape(lines * n, G * share, d)
+
+
+def stacked_mask(seen: Tensor, kv_heads: int, share: int, dtype: torch.dtype) -> Tensor:
+    """What cached_attention adds to its scores, 0 or -inf, [lines * kv_heads, share * n, length], from what each of n
+    new tokens a line sees, bool [lines, n, length]. Made once for all layers."""
+    lines, n, length = seen.shape
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+    mask = mask[:, None, None].expand(lines, kv_heads, share, n, length)
+    return mask.reshape(lines * kv_heads, share * n, length)

@@ -10,6 +10,8 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """x: [..., D], weight: [D] of any float dtype. Returns x's shape and dtype. offset: 1 for Gemma's files, which hold
     the weight less one."""
+    if not torch.is_grad_enabled():  # a Function's ceremony costs as much as a short row's arithmetic
+        return normalise(x, weight, eps, offset)[0]
     return RMSNorm.apply(x, weight, eps, offset)
 
 
@@ -22,12 +24,10 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float = 0.
 class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, offset):
-        x32 = x.float()
-        mean_square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        scale = mean_square.add_(eps).rsqrt_()  # [..., 1]
+        out, scale = normalise(x, weight, eps, offset)
         ctx.save_for_backward(x, weight, scale)
         ctx.offset = offset
-        return (x32 * scale).mul_(weight.float() + offset if offset else weight).to(x.dtype)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
@@ -39,3 +39,11 @@ class RMSNorm(torch.autograd.Function):
         grad = grad * (weight.float() + ctx.offset if ctx.offset else weight)
         along = (grad * normal).mean(-1, keepdim=True)
         return grad.addcmul_(normal, along, value=-1).mul_(scale).to(x.dtype), grad_weight, None, None
+
+
+def normalise(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """The normal rows, and what each was multiplied with, fp32 [..., 1]."""
+    x32 = x.float()
+    mean_square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    scale = mean_square.add_(eps).rsqrt_()
+    return (x32 * scale).mul_(weight.float() + offset if offset else weight).to(x.dtype), scale

@@ -62,11 +62,12 @@ def frequencies(theta: float, dim: int, scaling: dict | None, lengths: Tensor | 
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [tokens, heads, d]; cos and sin: float32 [tokens, r / 2], r <= d even. Returns x with its first r dimensions
-    turned, same shape and dtype."""
-    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
+    """x: [tokens, heads, d]; cos and sin: [tokens, 1, r / 2] in x's dtype, r <= d even. Returns x with its first r
+    dimensions turned, same shape and dtype."""
     if torch.compiler.is_compiling():  # fuses the plain form, and miscompiles writes into halves of a tensor (2.13)
         return rope_reference(x, cos, sin)
+    if not torch.is_grad_enabled():
+        return turn(x, cos, sin)
     return Rope.apply(x, cos, sin)
 
 

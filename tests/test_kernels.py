@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from kernels import linear_cross_entropy as lce
-from kernels.attention import SHORT, Documents, Scores, cached_attention, document_attention
+from kernels.attention import SHORT, Documents, Scores, cached_attention, document_attention, stacked_mask
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from kernels.lora_linear import lora_linear, lora_linear_reference
 from kernels.norm import rms_norm, rms_norm_reference
+from kernels.packed_linear import can_pack, pack, packed_linear, packed_linear_reference
 from kernels.rope import rope
 
 
@@ -81,7 +82,7 @@ def test_rope_is_a_rotation_of_complex_numbers(dtype, tolerance, size):
         return torch.cat([turned.real, turned.imag, x[..., 10:]], -1)
 
     compare(
-        lambda x: rope(x, angles.cos().float(), angles.sin().float()),
+        lambda x: rope(x, *(wave[:, None].to(x.dtype) for wave in (angles.cos(), angles.sin()))),
         reference,
         [random(13, 3, size, dtype=dtype)],
         tolerance,
@@ -137,7 +138,7 @@ def test_cached_attention_is_the_last_rows_of_attention(rules, n):
     places = torch.arange(11)
     rows = torch.tensor(lengths)[:, None] - n + torch.arange(n)
     seen = (places <= rows[..., None]) & (places > rows[..., None] - (window or 99))
-    mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+    mask = stacked_mask(seen, 2, 2, torch.float32)
     got = cached_attention(q.flatten(0, 1), keys, values, mask, Scores(*rules)).view(3, n, 4, 8)
     for line, length in enumerate(lengths):
         queries = torch.zeros(length, 4, 8)
@@ -162,3 +163,19 @@ def test_without_gradients_none_are_computed(monkeypatch):
     assert float(loss) == pytest.approx(
         float(linear_cross_entropy_reference(hidden, weight.detach(), targets)), rel=1e-6
     )
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 40])
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_linear_gives_the_same_bits(rows, bias):
+    """Packed for 16 rows, used with others as well."""
+    weight, b = torch.randn(72, 48).bfloat16(), torch.randn(72).bfloat16() if bias else None
+    x = torch.randn(rows, 48).bfloat16()
+    if not can_pack(weight, 0):
+        assert not torch.backends.mkldnn.is_available()
+        return
+    got, wanted = packed_linear(x, pack(weight, 16), b), packed_linear_reference(x, weight, b)
+    assert got.dtype == torch.bfloat16 and float((got.float() - wanted.float()).abs().max()) <= 0.25  # two last bits
+    exact = x.double() @ weight.double().t() + (b.double() if bias else 0)
+    assert float((got.double() - exact).abs().max()) < 0.2
+    assert not can_pack(weight, 3 << 30) and not can_pack(weight.float(), 0)

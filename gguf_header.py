@@ -8,8 +8,9 @@ https://github.com/ggml-org/ggml). Versions 2 and 3, little-endian, one file:
     256 weights that share a scale
 
 A header may come from anybody, so no number in it is believed: counts and lengths are held against the bytes that are
-there before anything is allocated for them. The gguf package's own reader goes on past the end of the file until the
-memory is full where an array claims 2^60 entries, and is eight times slower on the default base (1.6 s).
+there before anything is allocated for them, and against what any model needs: a file full of holes is small on the disk
+and has bytes for everything. The gguf package's own reader goes on past the end of the file until the memory is full
+where an array claims 2^60 entries, and is eight times slower on the default base (1.6 s).
 """
 
 import math
@@ -24,12 +25,17 @@ from errors import UserError
 TENSOR_TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+# The largest headers so far: Gemma 3's three lists of 262,144, Llama 3's 280,147 merges; 1,000 tensors; 100 fields
+MOST_ITEMS, MOST_TENSORS, MOST_FIELDS = 5_000_000, 100_000, 10_000  # items: of all lists
+MOST_TEXT = 128 << 20  # bytes of all strings
 
 
 class Tensor(NamedTuple):
-    shape: tuple[int, ...]  # as PyTorch counts: [out, in]
+    shape: tuple[int, ...]  # as PyTorch counts: [in], [out, in] or [experts, out, in]
     kind: str  # one of TENSOR_TYPES
-    rows: np.ndarray  # its bytes in the file, mapped: uint8 [out, bytes of a row]; a vector is one row
+    rows: (
+        np.ndarray
+    )  # its bytes in the file, mapped: uint8 [out, bytes of a row]; a vector is one row, experts follow on
 
 
 class Gguf(NamedTuple):
@@ -64,8 +70,11 @@ def read_gguf(file: Path) -> Gguf:
     start = -(-end // alignment) * alignment
     for name, (shape, kind, offset) in table.items():
         gguf.tensors[name] = place(file, data, name, shape, kind, start + offset)
-    if start + sum(tensor.rows.nbytes for tensor in gguf.tensors.values()) > len(data):
-        raise UserError(f"{file}: its tensors overlap")  # a small file could stand for a model of any size
+    taken = start
+    for name in sorted(table, key=lambda name: table[name][2]):  # by offset
+        if start + table[name][2] < taken:  # a small file could stand for a model of any size
+            raise UserError(f"{file}: its tensors overlap: {name!r} begins inside another")
+        taken = start + table[name][2] + gguf.tensors[name].rows.nbytes
     return gguf
 
 
@@ -73,7 +82,7 @@ def parse(file: Path, data: np.ndarray) -> tuple[dict, dict[str, tuple[tuple[int
     """The fields; {tensor: (shape, type, offset)}; and the byte at which they end."""
     if data[:4].tobytes() != b"GGUF":
         raise UserError(f"{file}: is not a GGUF file: it does not begin with the letters GGUF")
-    position = 4
+    position, items, texts = 4, 0, 0
 
     def take(code: str, count: int = 1) -> tuple:
         nonlocal position
@@ -83,15 +92,26 @@ def parse(file: Path, data: np.ndarray) -> tuple[dict, dict[str, tuple[tuple[int
         return values
 
     def string() -> str:
-        return take("s", *take("Q"))[0].decode()
+        nonlocal texts
+        (length,) = take("Q")
+        texts += length
+        bound(texts, MOST_TEXT, "texts of ", "bytes")
+        return take("s", length)[0].decode()
+
+    def bound(found: int, most: int, before: str, what: str) -> None:
+        if found > most:
+            raise UserError(f"{file}: claims {before}{found:,} {what}; no model needs over {most:,}")
 
     def value(kind: int):
+        nonlocal items
         if kind == STRING:
             return string()
         if kind != ARRAY:
             (number,) = take(SCALARS[kind])
             return float(str(np.float32(number))) if SCALARS[kind] == "f" else number  # 1e-05, not 9.99999975e-06
         (kind,), (count,) = take("I"), take("Q")
+        items += count
+        bound(items, MOST_ITEMS, "lists of ", "items")
         return [string() for _ in range(count)] if kind == STRING else list(take(SCALARS[kind], count))
 
     fields, table = {}, {}
@@ -100,12 +120,15 @@ def parse(file: Path, data: np.ndarray) -> tuple[dict, dict[str, tuple[tuple[int
         if version not in (2, 3):
             raise UserError(f"{file}: GGUF version {version} is not supported; little-endian 2 and 3 are")
         tensor_count, field_count = take("Q", 2)
+        bound(tensor_count, MOST_TENSORS, "", "tensors")
+        bound(field_count, MOST_FIELDS, "", "fields")
         for _ in range(field_count):
             key = string()
             fields[key] = value(*take("I"))
         for _ in range(tensor_count):
             name = string()
-            shape = take("Q", *take("I"))[::-1]
+            (dimensions,) = take("I")
+            shape = take("Q", min(dimensions, 9))[::-1]  # more than 3 are refused below
             table[name] = (shape, *take("IQ"))
     except (struct.error, ValueError, KeyError, OverflowError):
         raise UserError(f"{file}: its header is cut or damaged at byte {position} of {len(data)}") from None
@@ -122,7 +145,7 @@ def place(file: Path, data: np.ndarray, name: str, shape: tuple[int, ...], kind:
     if label not in TENSOR_TYPES:
         raise UserError(f"{file}: {name!r} is stored as {label}; supported are {' '.join(TENSOR_TYPES)}")
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[label]]  # weights in a block, its bytes
-    if not 1 <= len(shape) <= 2 or 0 in shape or shape[-1] % block:
+    if not 1 <= len(shape) <= 3 or 0 in shape or shape[-1] % block:
         raise UserError(f"{file}: {name!r} has shape {list(shape)}; {label} can't hold that")
     end = start + math.prod(shape) // block * block_bytes  # Python's integers don't overflow
     if end > len(data):

@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 import convert
 import gguf_header
+import gguf_in
 from errors import UserError
 from tokenizer import load_tokenizer
 
@@ -286,6 +287,16 @@ def test_linear_rope_scaling_is_carried_over(tmp_path):
     assert torch.equal(logits(load(tmp_path / "folder"), 11), logits(model, 11))
 
 
+SCALINGS = {
+    "unknown": ({"type": "dynamic"}, "RoPE scaling 'dynamic' is not supported"),
+    "LongRoPE without its tensors": ({"type": "longrope"}, "LongRoPE without two lists"),
+    "YaRN by another ramp": ({"type": "yarn", "factor": 4.0, "yarn_beta_fast": 16.0}, "yarn_beta_fast is 16.0, 32 is"),
+    "YaRN without a factor": ({"type": "yarn"}, "has no llama.rope.scaling.factor"),
+    "a factor of nothing": ({"attn_factor": 1.5}, "attn_factor' without YaRN"),
+    "an unknown key": ({"alpha": 1000.0}, "uses 'llama.rope.scaling.alpha'"),
+}
+
+
 def test_rope_scaling_that_can_not_be_carried_over_is_refused(tmp_path):
     model, factors = llama3_scaled(8.0)
     other = write_gguf(tmp_path / "other.gguf", model, tensors={"rope_freqs.weight": factors**0.9})
@@ -295,9 +306,14 @@ def test_rope_scaling_that_can_not_be_carried_over_is_refused(tmp_path):
     for bad in (np.nan, np.inf, 0.0):
         no_number = write_gguf(tmp_path / "no.gguf", model, tensors={"rope_freqs.weight": np.full(16, bad, np.float32)})
         assert "rope_freqs.weight is not Llama 3's" in refusal(convert.gguf_to_folder, no_number, tmp_path / "folder")
-    yarn = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
-    yarn = write_gguf(tmp_path / "yarn.gguf", model, fields=yarn)
-    assert "'yarn' is not supported" in refusal(convert.gguf_to_folder, yarn, tmp_path / "folder")
+    for name, (fields, message) in SCALINGS.items():
+        file = write_gguf(
+            tmp_path / "x.gguf", llama(), fields={f"llama.rope.scaling.{k}": v for k, v in fields.items()}
+        )
+        assert message in refusal(convert.gguf_to_folder, file, tmp_path / "folder"), name
+    both = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
+    both = write_gguf(tmp_path / "x.gguf", model, fields=both, tensors={"rope_freqs.weight": factors})
+    assert "'linear' and rope_freqs.weight are not" in refusal(convert.gguf_to_folder, both, tmp_path / "folder")
     ones = write_gguf(tmp_path / "ones.gguf", llama(), tensors={"rope_freqs.weight": np.ones(8, np.float32)})
     convert.gguf_to_folder(ones, tmp_path / "folder")  # factors of 1 scale nothing
     assert AutoConfig.from_pretrained(tmp_path / "folder").rope_parameters["rope_type"] == "default"
@@ -370,8 +386,8 @@ def test_named_templates_are_carried_over_beside_the_default(tmp_path):
     fields[gguf.Keys.Tokenizer.CHAT_TEMPLATES] = list(named)
     convert.gguf_to_folder(write_gguf(tmp_path / "x.gguf", llama(), fields=fields), tmp_path / "folder")
     ours, theirs = load_tokenizer(tmp_path / "folder"), AutoTokenizer.from_pretrained(tmp_path / "folder")
-    assert ours.template == FIELDS["tokenizer.chat_template"]
-    assert theirs.chat_template == named | {"default": ours.template}
+    assert ours.templates["default"] == FIELDS["tokenizer.chat_template"]
+    assert theirs.chat_template == named | {"default": FIELDS["tokenizer.chat_template"]}
     chat = [{"role": "user", "content": "Hi"}]
     assert theirs.apply_chat_template(chat, chat_template="rag", tokenize=False) == "rag: Hi"
 
@@ -574,8 +590,8 @@ def in_process(function, *arguments):
 
 def test_two_processes_that_convert_at_once_share_one_folder(small_file, cache, monkeypatch):
     both_inside = multiprocessing.get_context("fork").Barrier(2)
-    write_weights = convert.write_weights
-    monkeypatch.setattr(convert, "write_weights", lambda *arguments: (both_inside.wait(20), write_weights(*arguments)))
+    write_weights = gguf_in.write_weights
+    monkeypatch.setattr(gguf_in, "write_weights", lambda *arguments: (both_inside.wait(20), write_weights(*arguments)))
     processes = [in_process(convert.model_folder, small_file) for _ in range(2)]
     for process in processes:
         process.join(30)
@@ -589,7 +605,7 @@ def test_an_error_in_the_middle_leaves_nothing(small_file, tmp_path, monkeypatch
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert, "write_weights", full_disk)
+    monkeypatch.setattr(gguf_in, "write_weights", full_disk)
     with pytest.raises(OSError):
         convert.gguf_to_folder(small_file, tmp_path / "folder")
     assert list(tmp_path.iterdir()) == []
@@ -597,7 +613,7 @@ def test_an_error_in_the_middle_leaves_nothing(small_file, tmp_path, monkeypatch
 
 def test_a_kill_in_the_middle_leaves_no_folder_and_the_next_call_converts(small_file, cache, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "write_weights", lambda *_: os._exit(9))
+        patch.setattr(gguf_in, "write_weights", lambda *_: os._exit(9))
         process = in_process(convert.model_folder, small_file)
         process.join(30)
     assert process.exitcode == 9 and not list(cache.glob("gguf-*"))
@@ -622,21 +638,32 @@ def blob(*fields, tensors=()):
 
 
 HOSTILE = {
-    "array of 2^60 bytes": (blob(("a", 9, struct.pack("<IQ", 0, 2**60))), "damaged"),
-    "array of 2^64 strings": (blob(("a", 9, struct.pack("<IQ", 8, 2**64 - 1))), "damaged"),
-    "string of 2^63 bytes": (blob(("a", 8, struct.pack("<Q", 2**63))), "damaged"),
+    "array of 2^60 bytes": (blob(("a", 9, struct.pack("<IQ", 0, 2**60))), "claims lists of 1,152,921,504,606,846,976"),
+    "array of 2^64 strings": (blob(("a", 9, struct.pack("<IQ", 8, 2**64 - 1))), "claims lists of"),
+    "array of a million strings": (blob(("a", 9, struct.pack("<IQ", 8, 10**6))), "damaged"),
+    "array of a million floats": (blob(("a", 9, struct.pack("<IQ", 6, 10**6))), "damaged"),
+    "array of arrays": (blob(("a", 9, struct.pack("<IQ", 9, 2) + b"\0" * 99)), "damaged"),
+    "string of 2^63 bytes": (blob(("a", 8, struct.pack("<Q", 2**63))), "claims texts of"),
+    "string of a megabyte": (blob(("a", 8, struct.pack("<Q", 2**20))), "damaged"),
     "unknown value type": (blob(("a", 77, b"\0" * 8)), "damaged"),
     "not UTF-8": (blob(("a", 8, struct.pack("<Q", 2) + b"\xff\xfe")), "damaged"),
     "a name of two lines": (blob(tensors=[("a\nb\x1b[2J", (8,), 0, 0)]), r"is cut: 'a\nb\x1b[2J'"),
     "a field twice": (blob(*[("a", 0, b"\1")] * 2), "twice"),
     "a tensor twice": (blob(tensors=[("x", (8,), 0, 0)] * 2) + b"\0" * 64, "twice"),
-    "2^50 keys": (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**50), "damaged"),
+    "2^50 keys": (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**50), "fields; no model needs over 10,000"),
+    "2^50 tensors": (b"GGUF" + struct.pack("<IQQ", 3, 2**50, 0), "tensors; no model needs over 100,000"),
+    "9,000 keys": (b"GGUF" + struct.pack("<IQQ", 3, 0, 9000), "damaged"),
     "10 GB tensor": (
         blob(tensors=[("x", (2**20, 2500), 0, 0)]) + b"\0" * 64,
         "is cut: 'x' should end at byte 10485760",
     ),
     "2^128 weights": (blob(tensors=[("x", (2**63, 2**63), 0, 0)]) + b"\0" * 64, "is cut: 'x'"),
     "2^31 dimensions": (blob(tensors=[("x", (), 0, 0)])[:-16] + struct.pack("<IIQ", 2**31, 0, 0), "damaged"),
+    "bytes of another": (
+        blob(tensors=[("x", (8,), 0, 0), ("y", (8,), 0, 16)]) + b"\0" * 512,
+        "overlap: 'y' begins inside another",
+    ),
+    "four dimensions": (blob(tensors=[("x", (1, 1, 1, 8), 0, 0)]) + b"\0" * 64, "has shape [8, 1, 1, 1]"),
     "shared bytes": (blob(tensors=[(f"x{i}", (8,), 0, 0) for i in range(9)]) + b"\0" * 64, "overlap"),
     "alignment 0": (blob(("general.alignment", 4, struct.pack("<I", 0))), "general.alignment can't be 0"),
     "alignment of text": (
@@ -679,22 +706,39 @@ def test_an_alien_file_is_told_what_it_is_not(content, message, tmp_path):
 
 
 UNFIT = {
-    "another architecture": ({"general.architecture": "qwen2"}, {}, "its architecture is 'qwen2'"),
-    "experts": ({"llama.expert_count": 8}, {}, "uses 'llama.expert_count'"),
+    "another architecture": ({"general.architecture": "gptneox"}, {}, "its architecture is 'gptneox'"),
+    "an adapter": ({"general.type": "adapter"}, {}, "holds 'adapter', not a model"),
+    "a part": ({"split.count": 3}, {}, "is a part of a model; join the parts first"),
+    "shared experts": ({"llama.expert_shared_count": 1}, {}, "uses 'llama.expert_shared_count'"),
+    "experts without a choice": ({"llama.expert_count": 8}, {}, "has no llama.expert_used_count"),
+    "a billion experts": (
+        {"llama.expert_count": 10**9, "llama.expert_used_count": 1},
+        {},
+        "num_local_experts is 1000000000",
+    ),
+    "experts that are not there": (
+        {"llama.expert_count": 8, "llama.expert_used_count": 2},
+        {},
+        "8 tensors are missing, the first is blk.0.ffn_gate_inp.weight",
+    ),
     "no shape": ({"llama.embedding_length": None}, {}, "has no llama.embedding_length"),
     "text for a number": ({"llama.block_count": "two"}, {}, "llama.block_count is of type str"),
     "a head count a layer": ({"llama.attention.head_count_kv": [2, 2]}, {}, "head_count_kv is of type list"),
     "no layers": ({"llama.block_count": 0}, {}, "llama.block_count can't be 0"),
-    "a billion layers": ({"llama.block_count": 10**9}, {}, "tensors are missing, the first is blk.2.attn_norm.weight"),
+    "a billion layers": ({"llama.block_count": 10**9}, {}, "num_hidden_layers is 1000000000"),
+    "900 layers": ({"llama.block_count": 900}, {}, "holds 20 tensors, too few for 900 layers"),
+    "3 layers": ({"llama.block_count": 3}, {}, "9 tensors are missing, the first is blk.2.attn_norm.weight"),
     "too few layers": ({"llama.block_count": 1}, {}, "holds 'blk.1.attn_k.weight'"),
-    "uneven groups": ({"llama.attention.head_count_kv": 3}, {}, "4 heads over 3"),
-    "partial RoPE": ({"llama.rope.dimension_count": 8}, {}, "RoPE over 8 dimensions"),
+    "uneven groups": ({"llama.attention.head_count_kv": 3}, {}, "4 attention heads do not divide over 3"),
+    "values of another size": ({"llama.attention.value_length": 8}, {}, "keys of 16 and values of 8"),
+    "partial RoPE": ({"llama.rope.dimension_count": 8}, {}, "RoPE over 8 of 16 dimensions"),
     "wrong width": ({"llama.feed_forward_length": 128}, {}, "its header asks for [128, 64]"),
     "missing tensor": ({}, {"blk.1.ffn_up.weight": None}, "1 tensors are missing, the first is blk.1.ffn_up.weight"),
-    "a bias": ({}, {"blk.0.attn_q.bias": np.ones(64, np.float32)}, "holds 'blk.0.attn_q.bias'"),
+    "one bias of many": ({}, {"blk.0.attn_q.bias": np.ones(64, np.float32)}, "7 tensors are missing, the first is blk"),
+    "a norm's bias": ({}, {"blk.0.attn_norm.bias": np.ones(64, np.float32)}, "holds 'blk.0.attn_norm.bias'"),
     "three dimensions": ({}, {"blk.0.ffn_up.weight": np.ones((2, 48, 64), np.float32)}, "has shape [2, 48, 64]"),
     "unknown tokenizer": ({"tokenizer.ggml.model": "bert"}, {}, "tokenizer 'bert' is not supported"),
-    "unknown split": ({"tokenizer.ggml.pre": "tekken"}, {}, "tokenizer.ggml.pre 'tekken' is not supported"),
+    "unknown split": ({"tokenizer.ggml.pre": "viking"}, {}, "tokenizer.ggml.pre 'viking' is not supported"),
     "no split": ({"tokenizer.ggml.pre": None}, {}, "has no tokenizer.ggml.pre"),
     "fewer tokens": (
         {key: FIELDS[key][:-1] for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")},

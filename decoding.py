@@ -5,7 +5,7 @@ so that every step writes one slice for all lines and nothing is scattered; what
 with a sliding window need no more slots than that: theirs are a ring.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -28,8 +28,10 @@ def stream(
     stop: set[int] | frozenset[int] = frozenset(),
     seed: int | None = None,
     lookup: int = 0,
+    prefilled: Callable = lambda: None,
 ) -> Iterator[list[tuple[int, int]]]:
-    """What Transformer.stream documents, for a model in evaluation mode."""
+    """What Transformer.stream documents, for a model in evaluation mode. prefilled: called when the prompts are in the
+    cache and steps of few rows begin."""
     rows = [list(map(int, prompt)) for prompt in prompts]
     if not rows or max_new_tokens < 1:
         return
@@ -43,6 +45,7 @@ def stream(
     going, texts = list(range(len(rows))), rows  # the prompt number of each line of the cache, and its text so far
     cache, hidden = prefill(model, rows, ends, lookup)
     draft: list[int] = []
+    prefilled()
     while True:
         logits = model.logits(hidden)  # [lines, 1 + length of the draft, V]
         for at in range(logits.shape[1]):
@@ -77,7 +80,7 @@ def prefill(model, rows: list[list[int]], ends: list[int], lookup: int) -> tuple
 
 
 class KVCache:
-    """Keys and values of sequences in progress, [lines, G, slots, d] a layer.
+    """Keys and values of sequences in progress, [lines, G, d, slots] and [lines, G, slots, d] a layer.
 
     lengths: of the prompts; new: tokens that may follow; at_once: tokens that a step may add. Global slot g, counted
     from the longest prompt's beginning, is slot g mod the layer's number of them.
@@ -90,9 +93,11 @@ class KVCache:
         self.starts = torch.tensor([longest - n for n in lengths], device=model.device)  # a line's first global slot
         self.layers, self.windows = [], []
         for layer in config.layers:
-            slots = min(longest + new + at_once, layer.window + at_once if layer.window else longest + new + at_once)
-            shape = (2, len(lengths), config.num_kv_heads, slots, config.head_dim)
-            self.layers.append(torch.zeros(shape, dtype=model.dtype, device=model.device))
+            wanted = longest + new + at_once
+            slots = -(-min(wanted, layer.window + at_once if layer.window else wanted) // ROUND) * ROUND
+            lines, G, d = len(lengths), config.num_kv_heads, config.head_dim
+            shapes = (lines, G, d, slots), (lines, G, slots, d)
+            self.layers.append([torch.zeros(shape, dtype=model.dtype, device=model.device) for shape in shapes])
             self.windows.append((slots, layer.window))
 
     def prefill(self, tokens: Tensor) -> Tensor:  # flat prompts [N] -> hidden of each prompt's last token [lines, D]
@@ -101,15 +106,17 @@ class KVCache:
         places = positions + self.starts[line]  # global slots [N]
         kept = {slots: (places >= self.filled - slots).nonzero().flatten() for slots, _ in {*self.windows}}
 
-        def attend(layer, last):  # last: the tokens that the layer has room for
+        def attend(keys, values, slots):
+            last = kept[slots]  # the tokens that the layer has room for
+
             def attention(q, k, v, scores):
-                where = line[last], slice(None), places[last] % layer.shape[3]
-                layer[0][where], layer[1][where] = k[last], v[last]
+                keys[line[last], :, :, places[last] % slots] = k[last]
+                values[line[last], :, places[last] % slots] = v[last]
                 return document_attention(q, k, v, scores, self.documents)
 
             return attention
 
-        attends = [attend(layer, kept[slots]) for layer, (slots, _) in zip(self.layers, self.windows)]
+        attends = [attend(*layer, slots) for layer, (slots, _) in zip(self.layers, self.windows)]
         hidden = self.model.hidden(tokens, positions, self.documents.spans, attends)
         return hidden[lengths.cumsum(0) - 1]
 
@@ -120,21 +127,22 @@ class KVCache:
         positions = (self.filled - self.starts[:, None] + steps).flatten()
         masks = {kind: self.mask(n, *kind) for kind in {*self.windows}}
 
-        def attend(layer, kind):
-            mask, at = masks[kind], self.filled % layer.shape[3]
+        def attend(keys, values, kind):
+            mask, at = masks[kind], self.filled % kind[0]
+            seen = mask.shape[-1]
 
             def attention(q, k, v, scores):  # q: [lines * n, H, d]
-                k, v = (x.view(lines, n, *x.shape[1:]).transpose(1, 2) for x in (k, v))  # [lines, G, n, d]
-                if at + n <= layer.shape[3]:
-                    layer[0, :, :, at : at + n], layer[1, :, :, at : at + n] = k, v
+                k, v = (x.view(lines, n, *x.shape[1:]) for x in (k, v))  # [lines, n, G, d]
+                if at + n <= kind[0]:
+                    keys[..., at : at + n], values[:, :, at : at + n] = k.permute(0, 2, 3, 1), v.transpose(1, 2)
                 else:  # over the end of the ring
-                    where = (self.filled + steps) % layer.shape[3]
-                    layer[0].index_copy_(2, where, k), layer[1].index_copy_(2, where, v)
-                return cached_attention(q, *layer[:, :, :, : mask.shape[-1]], mask, scores)
+                    where = (self.filled + steps) % kind[0]
+                    keys.index_copy_(3, where, k.permute(0, 2, 3, 1)), values.index_copy_(2, where, v.transpose(1, 2))
+                return cached_attention(q, keys[..., :seen], values[:, :, :seen], mask, scores)
 
             return attention
 
-        attends = [attend(layer, kind) for layer, kind in zip(self.layers, self.windows)]
+        attends = [attend(*layer, kind) for layer, kind in zip(self.layers, self.windows)]
         hidden = self.model.hidden(tokens.flatten(), positions, positions + 1, attends)
         self.filled += n
         return hidden.view(lines, n, -1)
@@ -160,7 +168,7 @@ class KVCache:
         """Forgets all lines but these, in this order."""
         alive = torch.tensor(alive, dtype=torch.int64, device=self.starts.device)
         self.starts = self.starts[alive]
-        self.layers = [layer.index_select(1, alive) for layer in self.layers]
+        self.layers = [[x.index_select(0, alive) for x in layer] for layer in self.layers]
 
 
 # ---- prompt look-up ----
@@ -194,7 +202,7 @@ def penalised(logits: Tensor, rows: list[list[int]], penalty: float) -> Tensor:
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
     """One id a row, int64 [B], from logits [B, V]."""
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.float().argmax(-1)  # on CPUs five times as fast as in bf16
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))

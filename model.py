@@ -88,9 +88,16 @@ class Attention(nn.Module):
             sizes = (d, d) if self.qk_norm == "head" else (H * d, G * d)
             self.q_norm, self.k_norm = (RMSNorm(size, config.norm_eps, config.norm_offset) for size in sizes)
         self.scores = Scores(layer.scale, layer.window, config.attention_softcap)
+        self.fused: FusedWeights | None = None  # of q, k and v, while a text is written
 
     def forward(self, x: Tensor, turns: tuple[Tensor, Tensor] | None, attend) -> Tensor:
         """turns: cosines and sines [N, 1, r / 2] of the positions; attend: takes q, k, v and self.scores."""
+        if self.fused is not None and turns is not None and not self.qk_norm:
+            H, G = self.heads, self.kv_heads
+            rows = self.fused(x).view(-1, H + 2 * G, self.head_dim)
+            turned = rope(rows[:, : H + G], *turns)  # q and k in one go
+            out = attend(turned[:, :H], turned[:, H:], rows[:, H + G :], self.scores)
+            return self.o(out.flatten(1))
         q, k, v = self.project(x)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -102,7 +109,9 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [N, D] -> [N, H, d], [N, G, d], [N, G, d]
         H, G, d = self.heads, self.kv_heads, self.head_dim
-        if self.layout == "split":
+        if self.fused is not None:
+            q, k, v = self.fused(x).split((H * d, G * d, G * d), -1)
+        elif self.layout == "split":
             q, k, v = self.q(x), self.k(x), self.v(x)
         elif self.layout == "stacked":
             q, k, v = self.qkv(x).split((H * d, G * d, G * d), -1)
@@ -126,12 +135,16 @@ class MLP(nn.Module):
         if self.kind != "stacked":
             self.up = Linear(D, inner, bias)
         self.down = Linear(inner, D, bias)
+        self.fused: FusedWeights | None = None  # of gate and up, while a text is written
 
     def forward(self, x: Tensor) -> Tensor:
         act = ACTIVATIONS[self.activation]
         if self.kind == "plain":
             return self.down(act(self.up(x)))
-        gate, up = self.gate_up(x).chunk(2, -1) if self.kind == "stacked" else (self.gate(x), self.up(x))
+        if self.kind == "stacked" or self.fused is not None:
+            gate, up = (self.fused or self.gate_up)(x).chunk(2, -1)
+        else:
+            gate, up = self.gate(x), self.up(x)
         return self.down(act(gate) * up)
 
 
@@ -320,8 +333,9 @@ class Transformer(nn.Module):
         prompt ends with an id in `stop`, after max_new_tokens, or at the model's limit. lookup: for one prompt, greedy:
         guess so many tokens at a time from the text so far; the answer is the same, but for rounding.
         """
-        with evaluating(self), packed_weights(self, rows=len(prompts), steps=max_new_tokens):
-            yield from decoding.stream(self, prompts, max_new_tokens, **settings)
+        with evaluating(self), contextlib.ExitStack() as later:
+            pack = lambda: later.enter_context(packed_weights(self, rows=len(prompts), steps=max_new_tokens))
+            yield from decoding.stream(self, prompts, max_new_tokens, prefilled=pack, **settings)
 
 
 @contextlib.contextmanager
@@ -335,20 +349,41 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(before)
 
 
+class FusedWeights:
+    """Linears that read the same input, packed as one: [N, in] -> [N, their outputs one after the other]."""
+
+    def __init__(self, linears: list[Linear], rows: int):
+        biases = [linear.bias for linear in linears]
+        self.packed = pack(torch.cat([linear.weight for linear in linears]), rows)
+        self.bias = None if biases[0] is None else torch.cat(biases)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return packed_linear(x, self.packed, self.bias)
+
+
 @contextlib.contextmanager
 def packed_weights(model: Transformer, rows: int, steps: int) -> Iterator[None]:
-    """Holds a packed copy of every product's weight for a while, where that pays: see kernels/packed_linear.py."""
-    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    """Holds a packed copy of every product's weight for a while, where that pays: see kernels/packed_linear.py. What an
+    adapter is on is packed alone, the rest of q, k, v and of gate, up together."""
+    linears = {module for module in model.modules() if isinstance(module, Linear)}
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     if steps < PACK_STEPS or not all(can_pack(w, total) for w in (model.head_weight(), *(m.weight for m in linears))):
         yield
         return
+    groups = {module: [module.q, module.k, module.v] for module in model.modules() if hasattr(module, "q")}
+    groups |= {module: [module.gate, module.up] for module in model.modules() if hasattr(module, "gate")}
+    groups = {module: group for module, group in groups.items() if linears.issuperset(group)}
+    alone = linears.difference(*groups.values())
     try:
-        for module in linears:
+        for module, group in groups.items():
+            module.fused = FusedWeights(group, rows)
+        for module in alone:
             module.packed = pack(module.weight, rows)
         model.packed_head = pack(model.head_weight(), rows)
         yield
     finally:
         model.packed_head = None
-        for module in linears:
+        for module in groups:
+            module.fused = None
+        for module in alone:
             module.packed = None

@@ -4,6 +4,7 @@ The backward is written out, so that x and one number a row are all that is kept
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -11,7 +12,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     """x: [..., D], weight: [D] of any float dtype. Returns x's shape and dtype. offset: 1 for Gemma's files, which hold
     the weight less one."""
     if not torch.is_grad_enabled():  # a Function's ceremony costs as much as a short row's arithmetic
-        return normalise(x, weight, eps, offset)[0]
+        plain = not offset and weight.dtype == x.dtype
+        return F.rms_norm(x, weight.shape, weight, eps) if plain else normalise(x, weight, eps, offset)[0]
     return RMSNorm.apply(x, weight, eps, offset)
 
 

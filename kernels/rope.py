@@ -95,5 +95,6 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     (x1, x2, rest), (y1, y2, kept) = x.split(sizes, -1), out.split(sizes, -1)
     torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
     torch.mul(x2, cos, out=y2).addcmul_(x1, sin)
-    kept.copy_(rest)
+    if rest.shape[-1]:
+        kept.copy_(rest)
     return out

@@ -239,20 +239,25 @@ def test_look_up_takes_fewer_passes(monkeypatch):
         assert len(passes) < 10 and (1, 6) in passes
 
 
-def test_packed_weights_write_the_same_text_and_go_again(tmp_path):
+@pytest.mark.parametrize("targets", [None, "all", "q_proj", "down_proj"])
+def test_packed_weights_write_the_same_text_and_go_again(targets, tmp_path):
     """In bf16 on CPUs products are made with re-ordered copies while a text is written, adapters' bases included."""
     llama(tmp_path, hidden_size=128, std=0.05, attention_bias=True)
     model = load_model(tmp_path, torch.bfloat16)
-    lora.add_lora(model, 4, 8.0)
-    for layer in lora.adapted(model).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.05)
+    if targets:
+        lora.add_lora(model, 4, 8.0, targets=targets)
+        for layer in lora.adapted(model).values():
+            torch.nn.init.normal_(layer.lora_B, std=0.05)
     prompts = [[1, 2, 3], [4, 5]]
     stream = model.stream(prompts, 30)
     first = next(stream)
     linears = [module for module in model.modules() if isinstance(module, Linear)]
-    assert {module.packed is not None for module in (*linears,)} == {can_pack(model.embed.weight, 0)}
+    attention, can = model.blocks[1].attention, can_pack(model.embed.weight, 0)
+    fused = targets not in ("all", "q_proj")
+    assert any(module.packed is not None for module in linears) == can
+    assert (attention.fused is not None) == (can and fused) and (model.packed_head is not None) == can
     got = [step for step in (first, *stream)]
-    assert all(module.packed is None for module in linears) and model.packed_head is None
+    assert all(module.packed is None for module in linears) and model.packed_head is None and attention.fused is None
     texts = [[token for step in got for row, token in step if row == i] for i in (0, 1)]
     for prompt, text in zip(prompts, texts, strict=True):  # each token is the likeliest, or within bf16 of it
         logits = model(torch.tensor([prompt + text]))[0, len(prompt) - 1 : -1].float()

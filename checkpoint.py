@@ -3,8 +3,9 @@
 A folder holds config.json, one model.safetensors or several shards with model.safetensors.index.json, tokenizer files
 and generation_config.json. Names in files are the published ones; inside they are ours; families.py has the tables
 between them. Loading builds the model on the meta device and fills it tensor by tensor, so that peak memory is the
-model once plus a tensor. Everything that is written is written aside, synced to the disk and renamed: a crash leaves
-the old or the new. Only safetensors are read: pickled weights (`.bin`, `.pt`) can run code on loading and are refused.
+model once plus a tensor, however many shards there are. Everything that is written is written aside, synced to the disk
+and renamed: a crash leaves the old or the new. Only safetensors are read: pickled weights (`.bin`, `.pt`) can run code
+on loading and are refused.
 """
 
 import contextlib
@@ -29,6 +30,8 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
+SHARD_NAME = re.compile(r"[\w-][\w.-]{0,150}\.safetensors", re.ASCII)
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names; 8-bit floats want scales, which no family here has
 SHARD_BYTES = 5 << 30  # the size at which the Hub's own tools begin a new file
 MAPPED_BYTES = 64 << 20  # of a file that is being read: its pages count as this process's until they are unmapped
 # Tables that old checkpoints stored and every reader recomputes: of rotary angles, and masks of GPT-2 and NeoX
@@ -107,89 +110,139 @@ def read_config(folder: Path) -> Config:
 
 def weight_files(folder: Path) -> list[Path]:
     """The folder's safetensors files, in the order of their names: model.safetensors alone where it is there, as
-    transformers has it. Raises UserError where there are none, or some lack."""
+    transformers has it. Raises UserError where there are none, or some lack. A link counts as the file it leads to: the
+    Hub's cache is made of links."""
     folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
+    index, files = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file() and not (folder / "model.safetensors").is_file():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(s, str) and s == Path(s).name for s in shards.values()):
-            raise UserError(f"{index}: weight_map must map tensor names to file names beside it")
-        files = [folder / name for name in sorted(set(shards.values()))]
-    else:
-        files = [folder / "model.safetensors"]
-    missing = [file.name for file in files if not file.is_file()]
+        files = shard_names(index)
+    there = {file.name for file in folder.iterdir() if file.is_file()}
+    missing = [name for name in files if name not in there]
     if not missing:
-        return files
+        return [folder / name for name in files]
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
     if pickles:
         raise UserError(
             f"{folder}: its weights are pickles ({pickles[0]}), which can run code when loaded and are not read;"
             " save the model as safetensors"
         )
-    raise UserError(f"{folder}: {', '.join(missing)} is missing")
+    raise UserError(f"{folder}: {listed(missing)} is missing")
 
 
-def tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Every (published name, tensor) of safetensors files: views of the file, MAPPED_BYTES of it mapped at a time."""
+def shard_names(index: Path) -> list[str]:
+    """The files that a model.safetensors.index.json names, sorted; UserError where one is no plain name of a
+    safetensors file (`../x`, `/x`), which could lead anywhere."""
+    shards = read_json(index).get("weight_map")
+    names = {*shards.values()} if isinstance(shards, dict) and {*map(type, shards.values())} <= {str} else None
+    if names is None or not all(map(SHARD_NAME.fullmatch, names)):
+        raise UserError(f"{index}: weight_map must map tensor names to names of .safetensors files beside it")
+    return sorted(names)
+
+
+def listed(names: list[str]) -> str:
+    """The first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(name[:100] for name in names[:3]) + more
+
+
+@contextlib.contextmanager
+def opened(file: Path) -> Iterator[safe_open]:
+    """A safetensors file, mapped. The package checks its header: offsets, shapes and types agree, nothing overlaps or
+    leads out of the file. UserError where they do not, or where the block can't read a tensor."""
+    try:
+        with safe_open(file, framework="pt") as shard:
+            yield shard
+    except SafetensorError as error:
+        raise UserError(f"{file}: damaged or cut off, not readable as safetensors ({str(error)[:200]})") from None
+
+
+def tensors(files: list[Path], keeps: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every (published name, tensor) of safetensors files, each a view of its file's pages. keeps: the dtype of those
+    that the caller holds on to; of the others no more than MAPPED_BYTES and a tensor are mapped at a time."""
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as shard:
-                names = list(shard.keys())
-            while names:
-                read = 0
-                with safe_open(file, framework="pt") as shard:
-                    while names and read < MAPPED_BYTES:
-                        name = names.pop(0)
-                        tensor = shard.get_tensor(name)
-                        read += tensor.nbytes
-                        yield name, tensor
-                        del tensor
-        except SafetensorError as error:
-            raise UserError(f"{file}: damaged or cut off, not readable as safetensors ({error})") from None
+        with opened(file) as shard:
+            names = list(shard.keys())[::-1]
+        while names:
+            read = 0
+            with opened(file) as shard:
+                while names and read < MAPPED_BYTES:
+                    tensor = shard.get_tensor(name := names.pop())
+                    read += tensor.nbytes if tensor.dtype != keeps else 0
+                    yield name, tensor
+                    del tensor
 
 
 def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu", quant: str | None = None) -> Transformer:
     """The model of a Hugging Face folder, in `dtype` on `device`, in eval mode and with all parameters trainable.
 
-    Raises UserError naming the tensors that are missing, unknown or of another shape than config.json implies.
+    Where nothing has to be done to a tensor (CPU, stored in `dtype`) it is not copied: the parameter is the file's own
+    pages, read when they are first used, and private to this process where they are written. So the file may be
+    replaced or deleted while the model is in use, but not overwritten in place. Others are copied one by one.
+    Raises UserError naming the tensors that are missing, unknown, there twice, or of another shape than config.json
+    implies, before any weight is read.
     """
     if quant is not None:
         raise UserError(f"quant {quant!r} is not supported")
-    folder = Path(folder)
+    folder, device = Path(folder), torch.device(device)
     config, files = read_config(folder), weight_files(folder)
     with torch.device("meta"):
         model = Transformer(config)
-    ours = {published(model, name): name for name, _ in model.named_parameters()}
-    unknown, loaded, copy = [], set(), None
-    head, prefix = config.names["head"] + ".weight", config.names["embed"].partition(".")[0] + "."
-    for name, tensor in tensors(files):
-        if name not in ours and prefix + name in ours:  # files of the bare model, as GPT-2's on the Hub
-            name = prefix + name
-        if name == head and config.tied:  # some writers store the shared table twice
-            copy = tensor.to(device, dtype, copy=True)
-        elif name not in ours:
-            if not RECOMPUTED.search(name):
-                unknown.append(name)
-        else:
-            owner, leaf = model.get_submodule(ours[name].rpartition(".")[0]), ours[name].rpartition(".")[2]
-            wanted = tuple(getattr(owner, leaf).shape)
-            if transposed(model, ours[name]):
-                wanted = wanted[::-1]
-            if tuple(tensor.shape) != wanted:
-                raise UserError(f"{folder}: {name} has shape {list(tensor.shape)}, config.json implies {list(wanted)}")
-            if not tensor.is_floating_point():
-                raise UserError(f"{folder}: {name} holds {tensor.dtype}, floating point numbers are wanted")
-            value = tensor.to(device, dtype, copy=True)  # a copy, no view into the file
-            setattr(owner, leaf, nn.Parameter(value.t().contiguous() if transposed(model, ours[name]) else value))
-            loaded.add(name)
-    for kind, names in (("missing", sorted(set(ours) - loaded)), ("not part of the model", unknown)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(f"{folder}: tensors {kind}: {', '.join(names[:3])}{more}")
-    if copy is not None and not torch.equal(copy, model.embed.weight):
-        raise UserError(f"{folder}: config.json ties the output head to the embedding, but {head} differs")
+    ours, second_table = matched(model, folder, files), None
+    keeps = dtype if device.type == "cpu" and not config.conv1d else None
+    for name, tensor in tensors(files, keeps):
+        if name not in ours:  # one of RECOMPUTED
+            continue
+        if config.tied and name == head_name(config):
+            second_table = tensor  # not read yet
+            continue
+        owner, leaf = model.get_submodule(ours[name].rpartition(".")[0]), ours[name].rpartition(".")[2]
+        value = tensor.to(device, dtype, copy=keeps is None)
+        setattr(owner, leaf, nn.Parameter(value.t().contiguous() if transposed(model, ours[name]) else value))
+    if second_table is not None:
+        rows = zip(second_table.split(4096), model.embed.weight.split(4096), strict=True)  # no second table in memory
+        if not all(torch.equal(theirs.to(device, dtype), mine) for theirs, mine in rows):
+            what = f"config.json ties the output head to the embedding, but {head_name(config)} differs"
+            raise UserError(f"{folder}: {what}")
     model.source = folder
     return model.eval()
+
+
+def head_name(config: Config) -> str:
+    return config.names["head"] + ".weight"
+
+
+def matched(model: Transformer, folder: Path, files: list[Path]) -> dict[str, str]:
+    """{tensor in the files: parameter of ours}, by the files' headers alone: each parameter once, in the shape that it
+    has here, and nothing besides but what is recomputed. A tied head that is stored all the same (some writers do)
+    stands for the embedding. UserError names the tensors of which that is not so."""
+    config = model.config
+    wanted = {published(model, name): name for name, _ in model.named_parameters()}
+    if config.tied:
+        wanted[head_name(config)] = "embed.weight"
+    prefix = config.names["embed"].partition(".")[0] + "."  # which files of the bare model lack, as GPT-2's on the Hub
+    found, unknown, where = {}, [], {}
+    for file in files:
+        with opened(file) as shard:
+            for name in shard.keys():  # noqa: SIM118  no dict
+                full = name if name in wanted else prefix + name
+                if full not in wanted:
+                    unknown += [] if RECOMPUTED.search(name) else [name]
+                    continue
+                if full in where:
+                    raise UserError(f"{folder}: {full} is there twice, in {where[full]} and in {file.name}")
+                found[name], where[full] = wanted[full], file.name
+                shape = model.get_parameter(wanted[full]).shape
+                shape = [*shape][::-1] if transposed(model, wanted[full]) else [*shape]
+                stored = shard.get_slice(name)
+                if stored.get_shape() != shape:
+                    raise UserError(f"{folder}: {name} has shape {stored.get_shape()}, config.json implies {shape}")
+                if stored.get_dtype() not in FLOATS:
+                    raise UserError(f"{folder}: {name} holds {stored.get_dtype()}, {', '.join(FLOATS)} can be read")
+    missing = sorted(wanted.keys() - where.keys() - ({head_name(config)} if config.tied else set()))
+    for kind, names in (("missing", missing), ("not part of the model", unknown)):
+        if names:
+            raise UserError(f"{folder}: tensors {kind}: {listed(names)}")
+    return found
 
 
 def stored_dtype(config: Config) -> torch.dtype:

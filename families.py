@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from errors import UserError
 
 MAX_LAYERS = 1_000  # a hostile config.json must not keep the machine busy building modules
-MAX_EXPERTS = 1_000
+MAX_EXPERTS = 40_000  # in all layers together; the largest models published have 24,000
+MAX_SIZE = 10**8  # of any one dimension: products of three stay within what torch can count
 ACTIVATIONS = {  # config.json's names: ours (model.py)
     "silu": "silu",
     "swish": "silu",
@@ -117,13 +118,14 @@ class Config:
         family = FAMILIES.get(str(name))
         if family is None:
             hint = "; of Gemma 3 the text models (gemma3_text) are" if name == "gemma3" else ""
-            raise UserError(f"{where}: model_type {name!r} is not supported{hint} (supported: {', '.join(FAMILIES)})")
+            known = f"(supported: {', '.join(FAMILIES)})"
+            raise UserError(f"{where}: model_type {shown(name)} is not supported{hint} {known}")
         if raw.get("architectures") not in (None, [], [family.architecture]):
-            raise UserError(f"{where}: architectures {raw['architectures']!r} is not supported for {name}")
+            raise UserError(f"{where}: architectures {shown(raw['architectures'])} is not supported for {name}")
         read = Reader(raw, family, where)
         for key, fine in MUST_BE.items():
             if raw.get(key) not in (None, fine):
-                raise UserError(f"{where}: {key} {raw[key]!r} is not supported; take it out to do without")
+                raise UserError(f"{where}: {key} {shown(raw[key])} is not supported; take it out to do without")
         depth, hidden, heads = (
             read.size("num_hidden_layers"),
             read.size("hidden_size"),
@@ -136,7 +138,7 @@ class Config:
         head_dim = read.size("head_dim", hidden // heads)
         activation = read("hidden_act", str)
         if activation not in ACTIVATIONS:
-            raise UserError(f"{where}: hidden_act {activation!r} is not supported ({', '.join(ACTIVATIONS)} are)")
+            raise UserError(f"{where}: hidden_act {shown(activation)} is not supported ({', '.join(ACTIVATIONS)} are)")
         basics = {
             "vocab_size": read.size("vocab_size"),
             "num_kv_heads": read.size("num_key_value_heads", heads),
@@ -170,7 +172,7 @@ class Config:
             raise UserError(
                 f"{where}: {heads} attention heads do not divide over {config.num_kv_heads} key-value heads"
             )
-        if heads * head_dim >= 1e9:
+        if heads * head_dim > MAX_SIZE:
             raise UserError(f"{where}: num_attention_heads {heads} x head_dim {head_dim} is no possible width")
         return config
 
@@ -183,6 +185,11 @@ MUST_BE = {  # keys of any family that change what is computed, and the only val
 }
 # Random in training, of no effect elsewhere: fine-tuning goes without and says so
 UNHEEDED = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "router_jitter_noise")
+
+
+def shown(value: object) -> str:
+    """The value as a message may show it, however large it is."""
+    return repr(value)[:80]
 
 
 class Reader:
@@ -199,7 +206,7 @@ class Reader:
         value = otherwise if value is None else value
         if value is None or type(value) is kind or (kind is float and type(value) is int):
             return value
-        raise UserError(f"{self.where}: {name} is {repr(value)[:80]}, {kind.__name__} is wanted")
+        raise UserError(f"{self.where}: {name} is {shown(value)}, {kind.__name__} is wanted")
 
     def size(self, key: str, otherwise: int | None = None) -> int:
         return self.positive(key, int, otherwise)
@@ -211,8 +218,8 @@ class Reader:
         value, name = self(key, kind, otherwise), self.keys.get(key, key)
         if value is None:
             raise UserError(f"{self.where}: {name} is missing")
-        if not 0 < value < 1e9:
-            raise UserError(f"{self.where}: {name} is {value!r}, a positive size is wanted")
+        if not 0 < value <= MAX_SIZE:
+            raise UserError(f"{self.where}: {name} is {shown(value)}, a positive size is wanted")
         return value
 
     def softcap(self, key: str) -> float | None:
@@ -240,14 +247,14 @@ def read_rope(read: Reader, settings: object, head_dim: int, theta_key: str = "r
     """Rotary positions by one `rope_parameters` or `rope_scaling` object, or {} and the keys beside it."""
     where, raw = read.where, read.raw
     if not isinstance(settings, dict) or any(isinstance(value, dict) for value in settings.values()):
-        found = str(settings)[:80]
-        raise UserError(f"{where}: rope_parameters or rope_scaling is {found}, an object of plain values is wanted")
+        wanted = "an object of plain values is wanted"
+        raise UserError(f"{where}: rope_parameters or rope_scaling is {shown(settings)}, {wanted}")
 
     def need(key: str, otherwise=None) -> float:
         value = settings.get(key)
         value = otherwise if value is None else value
         if type(value) not in (int, float) or not 0 < value < 1e30:
-            raise UserError(f"{where}: rope scaling {kind} needs a positive number {key}, found {value!r}")
+            raise UserError(f"{where}: rope scaling {shown(kind)} needs a positive number {key}, found {shown(value)}")
         return value
 
     kind = settings.get("rope_type", settings.get("type", "default"))
@@ -255,13 +262,13 @@ def read_rope(read: Reader, settings: object, head_dim: int, theta_key: str = "r
         kind = "longrope"
     theta = settings.get("rope_theta", raw.get(read.keys.get(theta_key, theta_key)))
     theta = read.family.defaults.get(theta_key, DEFAULTS["rope_theta"]) if theta is None else theta
-    if type(theta) not in (int, float) or not 0 < theta < 1e30:
-        raise UserError(f"{where}: rope_theta is {theta!r}, a positive number is wanted")
+    if type(theta) not in (int, float) or not 1 < theta < 1e30:
+        raise UserError(f"{where}: rope_theta is {shown(theta)}, a number above 1 is wanted")
     part = settings.get("partial_rotary_factor")
     part = read("partial_rotary_factor", float, 1.0) if part is None else part
     dim = int(head_dim * part) if type(part) in (int, float) and 0 < part <= 1 else 0
     if dim != head_dim and not read.family.partial_rope:
-        raise UserError(f"{where}: partial_rotary_factor {part!r} is not supported for {raw['model_type']}")
+        raise UserError(f"{where}: partial_rotary_factor {shown(part)} is not supported for {raw['model_type']}")
     if dim < 2 or dim % 2:
         raise UserError(f"{where}: {dim} of head_dim {head_dim} would be turned, rotary positions need pairs")
     if kind == "default":
@@ -304,7 +311,7 @@ def read_rope(read: Reader, settings: object, head_dim: int, theta_key: str = "r
                     raise UserError(f"{where}: rope scaling longrope needs {dim // 2} positive numbers {key}")
         case _:
             known = "linear, dynamic, llama3, yarn, longrope"
-            raise UserError(f"{where}: rope scaling {kind!r} is not supported (supported: {known})")
+            raise UserError(f"{where}: rope scaling {shown(kind)} is not supported (supported: {known})")
     return Rope(float(theta), dim, scaling)
 
 
@@ -401,7 +408,7 @@ def gemma3(read: Reader, depth: int) -> dict:
 def smollm3(read: Reader, depth: int) -> dict:
     every = read.size("no_rope_layer_interval", 4)
     turned = read("no_rope_layers", list) or [int((i + 1) % every != 0) for i in range(depth)]
-    if len(turned) != depth or not {*map(str, turned)} <= {"0", "1"}:
+    if len(turned) != depth or not all(type(yes) is int and yes in (0, 1) for yes in turned):
         raise UserError(f"{read.where}: no_rope_layers is no list of {depth} zeros and ones")
     windows = read.windows(lambda i: not turned[i], depth) if read("use_sliding_window", bool, False) else None
     rope_of = [0 if yes else None for yes in turned]
@@ -409,15 +416,20 @@ def smollm3(read: Reader, depth: int) -> dict:
 
 
 def routed(read: Reader, normalised: bool, inner: str) -> Experts:
-    count, active = read.size("num_experts"), read.size("num_experts_per_tok")
-    if count > MAX_EXPERTS or active > count:
-        raise UserError(f"{read.where}: {active} of {count} experts is not possible here (at most {MAX_EXPERTS})")
+    count, active, depth = map(read.size, ("num_experts", "num_experts_per_tok", "num_hidden_layers"))
+    if count * depth > MAX_EXPERTS or active > count:
+        most = f"at most {MAX_EXPERTS} in all layers together"
+        raise UserError(f"{read.where}: {active} of {count} experts in {depth} layers is not possible here ({most})")
     balance = read("router_aux_loss_coef", float)
+    if balance is not None and not 0 <= balance < 1e9:
+        raise UserError(f"{read.where}: router_aux_loss_coef is {shown(balance)}, 0 or a positive number is wanted")
     return Experts(count, active, read.size(inner), normalised, 0.0 if balance is None else balance)
 
 
 def qwen3_moe(read: Reader, depth: int) -> dict:
     step, plain = read.size("decoder_sparse_step", 1), read("mlp_only_layers", list, [])
+    if len(plain) > depth:
+        raise UserError(f"{read.where}: mlp_only_layers names {len(plain)} of {depth} layers")
     window = read.window() if read("use_sliding_window", bool, False) else None
     experts = routed(read, read("norm_topk_prob", bool), "moe_intermediate_size")
     layers = [(i + 1) % step == 0 and i not in plain for i in range(depth)]

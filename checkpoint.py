@@ -32,6 +32,8 @@ TOKENIZER_FILES = (
 )
 SHARD_NAME = re.compile(r"[\w-][\w.-]{0,150}\.safetensors", re.ASCII)
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names; 8-bit floats want scales, which no family here has
+TEMPLATES = "additional_chat_templates"  # a folder in the folder: NAME.jinja, beside chat_template.jinja
+HEADER_BYTES = 32 << 20  # 300,000 tensors; the package would take 100 MB, and for them 1.3 GB of memory
 SHARD_BYTES = 5 << 30  # the size at which the Hub's own tools begin a new file
 MAPPED_BYTES = 64 << 20  # of a file that is being read: its pages count as this process's until they are unmapped
 # Tables that old checkpoints stored and every reader recomputes: of rotary angles, and masks of GPT-2 and NeoX
@@ -149,6 +151,10 @@ def listed(names: list[str]) -> str:
 def opened(file: Path) -> Iterator[safe_open]:
     """A safetensors file, mapped. The package checks its header: offsets, shapes and types agree, nothing overlaps or
     leads out of the file. UserError where they do not, or where the block can't read a tensor."""
+    with open(file, "rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+    if header > HEADER_BYTES and header <= file.stat().st_size:  # a longer one is refused by the package
+        raise UserError(f"{file}: a header of {header / 1e6:,.0f} MB, at most {HEADER_BYTES / 1e6:.0f} are read")
     try:
         with safe_open(file, framework="pt") as shard:
             yield shard
@@ -298,9 +304,11 @@ def save_shards(weights: dict[str, Tensor], folder: Path) -> None:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Carries tokenizer files, chat template and generation_config.json over, byte for byte."""
-    for name in TOKENIZER_FILES:
+    """Carries tokenizer files, chat templates and generation_config.json over, byte for byte."""
+    more = [f"{TEMPLATES}/{file.name}" for file in (source / TEMPLATES).glob("*.jinja")]
+    for name in (*TOKENIZER_FILES, *more):
         if (source / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)
 
 

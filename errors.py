@@ -47,12 +47,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 text file, byte order mark dropped and line ends as `\\n`. UserError naming the file, else the byte."""
+def read_text(path: Path, most: int | None = None) -> str:
+    """A UTF-8 text file, byte order mark dropped and line ends as `\\n`. UserError naming the file, else the byte; also
+    where it has over `most` bytes, before it is read."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder, a file is wanted")
     try:
+        if most is not None and (size := path.stat().st_size) > most:
+            raise UserError(f"{path}: {size / 1e6:,.0f} MB, at most {most / 1e6:.0f} are read")
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -63,10 +66,7 @@ def read_text(path: Path) -> str:
 def read_json(path: Path, kind: type = dict):
     """The JSON value in a file, of type `kind`. UserError names the file and, for bad JSON, line and column; also where
     it is beyond JSON_BYTES or JSON_VALUES, before it is read or parsed."""
-    path = Path(path)
-    if path.is_file() and path.stat().st_size > JSON_BYTES:
-        raise UserError(f"{path}: {path.stat().st_size / 1e6:,.0f} MB of JSON, at most {JSON_BYTES / 1e6:.0f} are read")
-    text = read_text(path)
+    text = read_text(path, JSON_BYTES)
     if sum(map(text.count, ",[{")) > JSON_VALUES:  # no fewer than there are values
         raise UserError(f"{path}: holds more than {JSON_VALUES:,} values, too many for a file of this kind")
     try:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from errors import UserError
 
 MAX_LAYERS = 1_000  # a hostile config.json must not keep the machine busy building modules
-MAX_EXPERTS = 40_000  # in all layers together; the largest models published have 24,000
+MAX_EXPERTS = 32_000  # in all layers together; the largest models published have 24,000
 MAX_SIZE = 10**8  # of any one dimension: products of three stay within what torch can count
 ACTIVATIONS = {  # config.json's names: ours (model.py)
     "silu": "silu",
@@ -437,7 +437,7 @@ def qwen3_moe(read: Reader, depth: int) -> dict:
 
 
 def gpt2(read: Reader, depth: int) -> dict:
-    d = read.size("hidden_size") // read.size("num_attention_heads")
+    d = read.size("head_dim", read.size("hidden_size") // read.size("num_attention_heads"))
     scale = d**-0.5 if read("scale_attn_weights", bool, True) else 1.0
     by_layer = read("scale_attn_by_inverse_layer_idx", bool, False)
     biased = {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "norm": "layer"}

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from checkpoint import TOKENIZER_FILES, listed, shard_names, weight_files
+from checkpoint import TEMPLATES, TOKENIZER_FILES, listed, shard_names, weight_files
 from errors import UserError
 
 NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w./-]*))?", re.ASCII)
 TEXT_FILES = ("config.json", *TOKENIZER_FILES)
-TEMPLATE = re.compile(r"additional_chat_templates/[\w-]+\.jinja", re.ASCII)
+TEMPLATE = re.compile(rf"{TEMPLATES}/[\w-]+\.jinja", re.ASCII)
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SECONDS = 10  # until the Hub counts as out of reach
 LEFT_FREE = 100 << 20  # bytes of the disk that a fetch leaves alone

@@ -70,9 +70,16 @@ class BytePairs:
         if len(text) > MOST_SPACES and re.search(rf"\s{{{MOST_SPACES}}}", text):
             raise UserError(f"a text holds over {MOST_SPACES:,} spaces or line ends in a row; shorten them")
         ids = self.ids
-        return [ids[rank] for rank in self.encoding.encode_ordinary(text)]
+        try:
+            return [ids[rank] for rank in self.encoding.encode_ordinary(text)]
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # how Rust's regex engine gives up, no Exception for Python
+                raise
+            raise UserError("the tokenizer's regular expression for words takes too long on a text") from None
 
 
+LONGEST_TOKEN = 2_000  # characters; to spell one takes time with the square of its length
+MODEL_BYTES = 16 << 20  # of a tokenizer.model; Gemma's, the largest published, has 4.7 MB
 MOST_SPACES = 900_000  # in a row; at a million tiktoken's regex engine runs out of its stack and ends the program
 
 
@@ -145,6 +152,8 @@ def _read_bpe(path: Path, spec: dict) -> tuple[dict, dict[str, int], Pairs]:
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise refuse(path, f"its BPE has {key} = {str(model[key])[:40]}")
+    if vocab and (longest := max(map(len, vocab))) > LONGEST_TOKEN:
+        raise refuse(path, f"a token of it has {longest:,} characters, more than {LONGEST_TOKEN:,}")
     pairs = {}
     for rank, merge in enumerate(merges):
         try:
@@ -231,7 +240,7 @@ def _same_regex(pattern: str) -> bool:
     """Whether both engines take the pattern alike, and never for an empty word, which tiktoken dies of."""
     try:
         return bool(SAME_REGEX.fullmatch(pattern)) and not re.match(re.sub(r"\\[pP]\{\w+\}", "a", pattern), "")
-    except re.error:
+    except (re.error, RecursionError, OverflowError):
         return False
 
 
@@ -278,6 +287,7 @@ def pieces(folder: Path, spec: dict, config: dict) -> Pieces:
     """
     file, json_file = folder / "tokenizer.model", folder / "tokenizer.json"
     if file.is_file():
+        check_size(file)
         try:
             spaced, bare = (SentencePieceProcessor(model_file=str(file)) for _ in range(2))
         except (OSError, RuntimeError):
@@ -367,6 +377,11 @@ LLAMA3_CONTROL = [
 ]
 
 
+def check_size(file: Path) -> None:
+    if file.stat().st_size > MODEL_BYTES:
+        raise UserError(f"{file}: {file.stat().st_size / 1e6:,.0f} MB, at most {MODEL_BYTES / 1e6:.0f} are read")
+
+
 def is_tiktoken(file: Path) -> bool:
     """Whether a tokenizer.model is a list of base64 tokens with their ranks instead of sentencepiece's protobuf."""
     with open(file, "rb") as lines:
@@ -375,6 +390,7 @@ def is_tiktoken(file: Path) -> bool:
 
 def tiktoken_file(file: Path) -> tuple[BytePairs, dict[str, AddedToken]]:
     """Llama 3's tokenizer.model, and its control tokens, which the file itself does not hold."""
+    check_size(file)
     bytes_of = {}
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         token, _, rank = line.partition(b" ")

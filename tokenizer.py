@@ -274,6 +274,7 @@ def _in_word(character: str) -> bool:
 
 
 WORD = ("Nd", "Nl", "Pc")  # with letters and marks
+TEMPLATE_BYTES = 4 << 20
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern:
@@ -290,7 +291,12 @@ def _any_of(texts: Iterable[str]) -> re.Pattern:
         return (f"(?:{rest})?" if len(words[0]) == at else rest) if branches else ""
 
     words = sorted({*texts})
-    return re.compile(tree(words, 0) if words else "(?!)")
+    try:
+        return re.compile(tree(words, 0) if words else "(?!)")
+    except RecursionError:
+        raise UserError(
+            "the tokenizer's added tokens are beginnings of each other, too deep to be looked for"
+        ) from None
 
 
 def _plain_messages(messages: list[dict]) -> list[dict]:
@@ -398,7 +404,7 @@ def _added_tokens(path: Path, entries: list | dict, known: Collection[str] = ())
         match entry:
             case {"content": str(text)} if text in known:
                 continue
-            case {"id": int(id), "content": str(text)} if id >= 0 and text:
+            case {"id": int(id), "content": str(text)} if id >= 0 and text and not SURROGATE.search(text):
                 special = entry.get("special") is True
                 strips = [entry.get(flag) is True for flag in ("lstrip", "rstrip", "single_word")]
                 added[text] = AddedToken(id, special, entry.get("normalized", not special) is True, *strips)
@@ -433,6 +439,8 @@ def _templates(folder: Path, config: dict, named: str | None) -> tuple[dict[str,
     found, file = {}, folder / "chat_template.jinja"
     for path in [file, *sorted((folder / "additional_chat_templates").glob("*.jinja"))]:
         if path.is_file():
+            if path.stat().st_size > TEMPLATE_BYTES:
+                raise UserError(f"{path}: {path.stat().st_size / 1e6:,.0f} MB, no template has that")
             found["default" if path == file else path.stem] = read_text(path)
     if "default" in found:
         return found, file.name

@@ -245,15 +245,20 @@ def cached_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scor
     """
     lines, G, d, _ = keys.shape
     share, n = q.shape[1] // G, q.shape[0] // lines
-    queries = q.view(lines, n, G, share, d).permute(0, 2, 3, 1, 4).reshape(lines * G, share * n, d)
+    if n == 1:
+        queries = q.reshape(lines * G, share, d)
+    else:
+        queries = q.view(lines, n, G, share, d).permute(0, 2, 3, 1, 4).reshape(lines * G, share * n, d)
     keys, values = keys.flatten(0, 1), values.flatten(0, 1)
     if scores.softcap is None:
         weights = torch.add(mask, queries @ keys, alpha=scores.scale).softmax(-1)
     else:
         weights = (queries @ keys).float().mul_(scores.scale / scores.softcap).tanh_()
         weights = weights.mul_(scores.softcap).add_(mask).softmax(-1).to(q.dtype)
-    out = (weights @ values).view(lines, G, share, n, d)
-    return out.permute(0, 3, 1, 2, 4).reshape(lines * n, G * share, d)
+    out = weights @ values
+    if n == 1:
+        return out.view(lines, G * share, d)
+    return out.view(lines, G, share, n, d).permute(0, 3, 1, 2, 4).reshape(lines * n, G * share, d)
 
 
 def stacked_mask(seen: Tensor, kv_heads: int, share: int, dtype: torch.dtype) -> Tensor:

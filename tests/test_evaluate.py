@@ -252,7 +252,7 @@ def test_the_wrong_kind_of_folder_is_told_what_it_is(base, adapter, file, tmp_pa
     cases = {
         ("--model", run_folder): f"is the folder of a run; what it made is {run_folder / 'final'}",
         ("--model", adapter): "is an adapter, not a model; give it as --adapter",
-        ("--model", "someone/some-model"): "hf download someone/some-model",
+        ("--model", "someone/some-model"): "someone/some-model: no such folder",
         ("--adapter", run_folder): f"is the folder of a run; its adapter is {run_folder / 'final'}",
         ("--adapter", base): "is a whole model, not an adapter; give it as --model",
         ("--adapter", tmp_path): "no adapter_config.json in it",
@@ -337,6 +337,8 @@ SETTINGS = Namespace(
     max_new_tokens=99,
     complete=False,
     system=None,
+    lookup=0,
+    adapter=None,
 )
 
 
@@ -370,7 +372,7 @@ def test_chat_remembers_resets_and_survives_ctrl_c(monkeypatch, capsys):
 
     monkeypatch.setattr("builtins.input", type_next)
     monkeypatch.setattr(generate, "answer", answer)
-    generate.chat(None, None, SETTINGS)
+    generate.chat(None, Namespace(tokenizer=None), SETTINGS)
     assert seen == [["hi"], ["hi", "o\x1bk", "again"], ["new"]]
     assert capsys.readouterr().out == "ok\n" * 2 + "\nok\n\n"
 

@@ -22,6 +22,7 @@ from checkpoint import load_model
 from data import Dataset, Example, encode, epoch_order, load_sources
 from errors import UserError
 from formats import Record
+from tokenizer import load_tokenizer
 from train import Flags, rate_at
 
 CPU = torch.device("cpu")
@@ -286,7 +287,7 @@ def test_patience_stops_a_run_that_gets_worse_and_best_is_kept(base, numbers, tm
     losses = [x["val_loss"] for x in report.read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_loss" in x]
     assert 5 < len(losses) < 40 and losses.index(min(losses)) == len(losses) - 4
     assert "3 validations without a new best" in said and said.rstrip().endswith(f"--model {tmp_path / 'run' / 'best'}")
-    sources = [encode(load_sources([file]), train.load_tokenizer(base), 512) for file in (tmp_path / "others.json",)]
+    sources = [encode(load_sources([file]), load_tokenizer(base), 512) for file in (tmp_path / "others.json",)]
     model = load_model(tmp_path / "run" / "best")
     assert train.validate(model, sources[0], CPU) == pytest.approx(min(losses), abs=1e-4)
 

@@ -3,9 +3,9 @@
 A folder holds config.json, one model.safetensors or several shards with model.safetensors.index.json, tokenizer files
 and generation_config.json. Names in files are the published ones; inside they are ours; families.py has the tables
 between them. Loading builds the model on the meta device and fills it tensor by tensor, so that peak memory is the
-model once plus a tensor, however many shards there are. Everything that is written is written aside, synced to the disk
-and renamed: a crash leaves the old or the new. Only safetensors are read: pickled weights (`.bin`, `.pt`) can run code
-on loading and are refused.
+model once plus two tensors, however many shards there are. Everything that is written is written aside, synced to the
+disk and renamed: a crash leaves the old or the new. Only safetensors are read: pickled weights (`.bin`, `.pt`) can run
+code on loading and are refused.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names; 8-bit floats want 
 TEMPLATES = "additional_chat_templates"  # a folder in the folder: NAME.jinja, beside chat_template.jinja
 HEADER_BYTES = 32 << 20  # 300,000 tensors; the package would take 100 MB, and for them 1.3 GB of memory
 SHARD_BYTES = 5 << 30  # the size at which the Hub's own tools begin a new file
-MAPPED_BYTES = 64 << 20  # of a file that is being read: its pages count as this process's until they are unmapped
+MAPPED_BYTES = 32 << 20  # of a file that is being read: its pages count as this process's until they are unmapped
 # Tables that old checkpoints stored and every reader recomputes: of rotary angles, and masks of GPT-2 and NeoX
 RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 
@@ -183,7 +184,7 @@ def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu", quant: 
 
     Where nothing has to be done to a tensor (CPU, stored in `dtype`) it is not copied: the parameter is the file's own
     pages, read when they are first used, and private to this process where they are written. So the file may be
-    replaced or deleted while the model is in use, but not overwritten in place. Others are copied one by one.
+    replaced or deleted while the model is in use, but not overwritten in place. Others are copied, two at a time.
     Raises UserError naming the tensors that are missing, unknown, there twice, or of another shape than config.json
     implies, before any weight is read.
     """
@@ -195,15 +196,22 @@ def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu", quant: 
         model = Transformer(config)
     ours, second_table = matched(model, folder, files), None
     keeps = dtype if device.type == "cpu" and not config.conv1d else None
-    for name, tensor in tensors(files, keeps):
-        if name not in ours:  # one of RECOMPUTED
-            continue
-        if config.tied and name == head_name(config):
-            second_table = tensor  # not read yet
-            continue
-        owner, leaf = model.get_submodule(ours[name].rpartition(".")[0]), ours[name].rpartition(".")[2]
-        value = tensor.to(device, dtype, copy=keeps is None)
-        setattr(owner, leaf, nn.Parameter(value.t().contiguous() if transposed(model, ours[name]) else value))
+
+    def fill(file: Path) -> None:
+        nonlocal second_table
+        for name, tensor in tensors([file], keeps):
+            if name not in ours:  # one of RECOMPUTED
+                continue
+            if config.tied and name == head_name(config):
+                second_table = tensor  # not read yet
+                continue
+            owner, leaf = model.get_submodule(ours[name].rpartition(".")[0]), ours[name].rpartition(".")[2]
+            value = tensor.to(device, dtype, copy=keeps is None)
+            setattr(owner, leaf, nn.Parameter(value.t().contiguous() if transposed(model, ours[name]) else value))
+
+    with ThreadPoolExecutor(2) as pool:  # what takes the time is new memory, and two threads get it sooner
+        for _ in pool.map(fill, files):
+            pass
     if second_table is not None:
         rows = zip(second_table.split(4096), model.embed.weight.split(4096), strict=True)  # no second table in memory
         if not all(torch.equal(theirs.to(device, dtype), mine) for theirs, mine in rows):

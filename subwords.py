@@ -79,6 +79,7 @@ class BytePairs:
 
 
 LONGEST_TOKEN = 2_000  # characters; to spell one takes time with the square of its length
+SPELLING = 10**8  # the sum of those squares over a vocabulary; about 10**7 in the largest published
 MODEL_BYTES = 16 << 20  # of a tokenizer.model; Gemma's, the largest published, has 4.7 MB
 MOST_SPACES = 900_000  # in a row; at a million tiktoken's regex engine runs out of its stack and ends the program
 
@@ -154,6 +155,8 @@ def _read_bpe(path: Path, spec: dict) -> tuple[dict, dict[str, int], Pairs]:
             raise refuse(path, f"its BPE has {key} = {str(model[key])[:40]}")
     if vocab and (longest := max(map(len, vocab))) > LONGEST_TOKEN:
         raise refuse(path, f"a token of it has {longest:,} characters, more than {LONGEST_TOKEN:,}")
+    if sum(len(token) ** 2 for token in vocab) > SPELLING:
+        raise refuse(path, "its tokens are too long to be spelled in reasonable time")
     pairs = {}
     for rank, merge in enumerate(merges):
         try:

@@ -275,6 +275,7 @@ def _in_word(character: str) -> bool:
 
 WORD = ("Nd", "Nl", "Pc")  # with letters and marks
 TEMPLATE_BYTES = 4 << 20
+MOST_ADDED = 300_000  # tokens; the search for them is made in seconds
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern:
@@ -399,6 +400,8 @@ def _added_tokens(path: Path, entries: list | dict, known: Collection[str] = ())
     (objects by id)."""
     if isinstance(entries, dict) and all(isinstance(entry, dict) and id.isdecimal() for id, entry in entries.items()):
         entries = [entry | {"id": int(id)} for id, entry in entries.items()]
+    if isinstance(entries, list) and len(entries) > MOST_ADDED:
+        raise UserError(f"{path}: {len(entries):,} added tokens, at most {MOST_ADDED:,} are read")
     added = {}
     for entry in entries if isinstance(entries, list) else [entries]:
         match entry:

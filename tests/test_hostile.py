@@ -370,13 +370,14 @@ def words(regex: str):
     return spec(lambda parsed: parsed.update(pre_tokenizer=steps))
 
 
-def long_token(length: int):
-    """A token of one letter, which merges of pairs, of pairs of pairs, ... could spell."""
+def long_tokens(length: int, count: int = 1):
+    """Tokens of one letter, which merges of pairs, of pairs of pairs, ... could spell."""
 
     def change(parsed):
         model = parsed["model"]
-        runs = ["a" * 2**n for n in range(1, 12)]
-        model["vocab"] |= {run: 2000 + n for n, run in enumerate([*runs, "a" * length])}
+        runs = ["a" * 2**n for n in range(1, 11)]
+        texts = [*runs, *("a" * (length - i) for i in range(count))]
+        model["vocab"] |= {text: 2000 + n for n, text in enumerate(texts)}
         model["merges"] = [[run[: len(run) // 2]] * 2 for run in runs] + model["merges"]
 
     return spec(change)
@@ -421,8 +422,9 @@ TOKENIZERS = {  # what is wrong: (the damage, words of the line, or "fine", or "
     "an added token with half a pair": (added("<\ud800>"), ""),
     "many added tokens": (added(*(f"<{i * 7919:x}>" for i in range(30_000))), "fine"),
     "added tokens each the next one's beginning": (added(*("x" * (i + 1) for i in range(3000))), ""),
-    "a token of 2,000 letters": (long_token(2000), ""),
-    "a token of 20,000 letters": (long_token(20_000), ""),
+    "a token of 2,000 letters": (long_tokens(2000), ""),
+    "a token of 20,000 letters": (long_tokens(20_000), ""),
+    "a hundred tokens of 2,000 letters": (long_tokens(2000, 100), ""),
     "words by backtracking": (words(r"(?:(?:a|a)*(?!c)b)|\p{L}+"), ""),
     "words by nested repetition": (words(r"(?:a+)+b|\s+"), "fine"),
     "words by a regex of gigabytes": (words("(?:(?:a{1000}){1000}){1000}"), "tokenizer.json"),

@@ -63,6 +63,11 @@ def read_text(path: Path, most: int | None = None) -> str:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
 
 
+def read_json_if_there(path: Path) -> dict:
+    """As read_json; {} where there is no such file."""
+    return read_json(path) if Path(path).is_file() else {}
+
+
 def read_json(path: Path, kind: type = dict):
     """The JSON value in a file, of type `kind`. UserError names the file and, for bad JSON, line and column; also where
     it is beyond JSON_BYTES or JSON_VALUES, before it is read or parsed."""

@@ -85,7 +85,8 @@ def load(args, device: torch.device, dtype: torch.dtype, switches: bool) -> tupl
         loading.put_adapter(adapters.model, path, say)
         layers = lora.drop_lora(adapters.model)
         adapters.held[name] = layers, loading.pick_tokenizer(folder, path, args.template)
-    adapters.held[""] = {}, loading.pick_tokenizer(folder, None, args.template)
+    if switches or not named:  # a tokenizer takes seconds, and a single answer needs one
+        adapters.held[""] = {}, loading.pick_tokenizer(folder, None, args.template)
     adapters.switch(named[0][0] if named else "")
     kind = " (merged)" if args.merge else ""
     return adapters.model, adapters, " + ".join([str(folder), *(f"{path}{kind}" for _, path in named[:1])])

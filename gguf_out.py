@@ -20,10 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 import lora
-from checkpoint import RECOMPUTED, copy_tokenizer, read_config, sync, tensors, weight_files
+from checkpoint import RECOMPUTED, copy_tokenizer, opened, read_config, sync, tensors, weight_files
 from errors import UserError
 from families import FAMILIES, Config, Reader
 from gguf_header import Gguf
@@ -229,11 +228,8 @@ class Weights:
         self.where: dict[str, tuple[Path, str]] = {}
         unknown = []
         for file in weight_files(folder):
-            try:
-                with safe_open(file, framework="pt") as shard:
-                    stored_names = list(shard.keys())
-            except SafetensorError as error:
-                raise UserError(f"{file}: damaged or cut off, not readable as safetensors ({error})") from None
+            with opened(file) as shard:
+                stored_names = list(shard.keys())
             for name in stored_names:
                 published = prefix + name if prefix + name in wanted else name  # files of the bare model
                 if published in wanted:
@@ -247,7 +243,7 @@ class Weights:
     def __call__(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor in float32; UserError where it has another shape than config.json implies, or holds no floats."""
         file, inside = self.where[name]
-        with safe_open(file, framework="pt") as shard:
+        with opened(file) as shard:
             tensor = shard.get_tensor(inside)
             if tuple(tensor.shape) != shape:
                 found, wanted = list(tensor.shape), list(shape)

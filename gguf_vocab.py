@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from errors import UserError, read_json, read_text
+from errors import UserError, read_json, read_json_if_there, read_text
 from gguf_header import Gguf
 from subwords import LLAMA3_WORDS, BytePairs
 from tokenizer import Tokenizer, load_tokenizer
@@ -223,8 +223,8 @@ def vocabulary(folder: Path, rows: int) -> Vocabulary:
     Raises UserError where the folder's tokenizer has no equal in a GGUF file.
     """
     tokenizer, notes = load_tokenizer(folder), []
-    config = _json(folder / "tokenizer_config.json")
-    spec = _json(folder / "tokenizer.json")
+    config = read_json_if_there(folder / "tokenizer_config.json")
+    spec = read_json_if_there(folder / "tokenizer.json")
     if isinstance(tokenizer.model, BytePairs):
         if not spec:
             raise UserError(
@@ -386,10 +386,6 @@ def chat_templates(folder: Path, config: dict) -> dict:
     if others := [name for name in named if name != "default" and named[name]]:
         keys["tokenizer.chat_templates"] = others
     return keys
-
-
-def _json(file: Path) -> dict:
-    return read_json(file) if file.is_file() else {}
 
 
 def _ends_text(spec: dict, tokenizer: Tokenizer) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 from checkpoint import fingerprint
 from convert import model_folder
-from errors import UserError, printable, read_json
+from errors import UserError, printable, read_json, read_json_if_there
 from lora import load_adapter
 from model import Transformer
 from templates import NAMED
@@ -70,8 +70,7 @@ def no_adapter(folder: Path) -> str:
 
 def note(folder: str | Path) -> dict:
     """plaintune.json: what train.py writes beside the weights about the base; {} in what others made."""
-    file = Path(folder) / "plaintune.json"
-    return read_json(file) if file.is_file() else {}
+    return read_json_if_there(Path(folder) / "plaintune.json")
 
 
 def put_adapter(model: Transformer, adapter: str | Path, say: Callable = print) -> None:

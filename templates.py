@@ -287,7 +287,7 @@ class Marks:
         )
         if message.get("tool_calls"):
             message["tool_calls"] = [self.call(call, number) for call in message["tool_calls"]]
-        return {key: message[key] for key in message}
+        return message
 
     def words(self, content: object, number: int) -> object:
         """An answer's content; of one that thinks first, if not `whole`, what follows the thought, which templates may

@@ -18,7 +18,7 @@ from itertools import groupby
 from os.path import commonprefix
 from pathlib import Path
 
-from errors import UserError, read_json, read_text
+from errors import UserError, read_json_if_there, read_text
 from subwords import AddedToken, BytePairs, Pieces, byte_pairs, is_tiktoken, pieces, tiktoken_file
 from templates import NAMED, Answer, Refused, Template
 
@@ -329,12 +329,14 @@ def load_tokenizer(folder: Path | str, template: str | None = None, base: Path |
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a Hugging Face model folder is wanted")
     spec_file, config_file, model_file = (folder / f"tokenizer{end}" for end in (".json", "_config.json", ".model"))
-    spec, config = _read(spec_file), _read(config_file)
-    special = _read(folder / "special_tokens_map.json") | config
+    spec, config = read_json_if_there(spec_file), read_json_if_there(config_file)
+    special = read_json_if_there(folder / "special_tokens_map.json") | config
     names, listed = _names(config_file, special), _listed(config_file, special)
     added = _added_tokens(spec_file, spec.get("added_tokens") or [])
     added = _added_tokens(config_file, config.get("added_tokens_decoder") or {}, added) | added
-    for text, id in _read(folder / "added_tokens.json").items():  # of folders from before added_tokens_decoder
+    for text, id in read_json_if_there(
+        folder / "added_tokens.json"
+    ).items():  # of folders from before added_tokens_decoder
         if type(id) is not int or id < 0:
             raise UserError(f"{folder / 'added_tokens.json'}: {text!r} has id {id!r}, a whole number is wanted")
         added.setdefault(text, AddedToken(id, False, False))
@@ -366,10 +368,6 @@ def load_tokenizer(folder: Path | str, template: str | None = None, base: Path |
         raise UserError(f"{folder}: {lack}, which the template chatml writes; take alpaca or plain")
     chat = _templates(folder, config, template)
     return Tokenizer(model, added, names, bos, eos, pad, adds_bos is True, stop_ids, *chat, folder)
-
-
-def _read(file: Path) -> dict:
-    return read_json(file) if file.is_file() else {}
 
 
 def _names(path: Path, config: dict) -> dict[str, str]:
@@ -418,7 +416,7 @@ def _added_tokens(path: Path, entries: list | dict, known: Collection[str] = ())
 
 def _eos_ids(file: Path) -> set[int]:
     """`eos_token_id` of a config.json or generation_config.json: one, several or none."""
-    eos = _read(file).get("eos_token_id")
+    eos = read_json_if_there(file).get("eos_token_id")
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if any(type(id) is not int for id in eos):
         raise UserError(f"{file}: eos_token_id is {str(eos)[:40]}, integers are wanted")
@@ -442,9 +440,7 @@ def _templates(folder: Path, config: dict, named: str | None) -> tuple[dict[str,
     found, file = {}, folder / "chat_template.jinja"
     for path in [file, *sorted((folder / "additional_chat_templates").glob("*.jinja"))]:
         if path.is_file():
-            if path.stat().st_size > TEMPLATE_BYTES:
-                raise UserError(f"{path}: {path.stat().st_size / 1e6:,.0f} MB, no template has that")
-            found["default" if path == file else path.stem] = read_text(path)
+            found["default" if path == file else path.stem] = read_text(path, TEMPLATE_BYTES)
     if "default" in found:
         return found, file.name
     found, file = config.get("chat_template"), folder / "tokenizer_config.json"

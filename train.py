@@ -600,8 +600,9 @@ def describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, w
     share = f"{100 * trained / total:.2f} % of the model's"
     print(f"method    {flags.method} ({how}): {trained:,} parameters trained, {share}")
     if flags.method == "lora":
-        held = sum(layer.base.weight.numel() for layer in lora.adapted(model).values())
-        print(f"          the {len(lora.adapted(model)):,} adapted layers hold {100 * held / total:.1f} % of the model")
+        layers = lora.adapted(model).values()
+        held = 100 * sum(layer.base.weight.numel() for layer in layers) / total
+        print(f"          the {len(layers):,} adapted layers hold {held:.1f} % of the model")
     if experts := model.config.experts:
         inside = [(name, p) for name, p in model.named_parameters() if ".experts." in name]
         held = 100 * sum(p.numel() for name, p in inside if ".lora_" not in name) / total

@@ -1,8 +1,10 @@
 """What several test files share: random Llama-family checkpoints made by transformers, and a script run in-process."""
 
 import json
+import os
 import random
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,22 @@ def chat_base(folder: Path, **changes) -> Path:
     settings |= {"add_bos_token": False, "chat_template": CHATML, "clean_up_tokenization_spaces": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def child_life(work) -> None:
+    """The whole life of a forked process that calls work(): its exit code, or 1 and the traceback."""
+    code = 1
+    try:
+        work()
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def command(script, monkeypatch, capsys, *words) -> tuple[str, str, int]:

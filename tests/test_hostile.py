@@ -13,13 +13,12 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from helpers import chat_base, llama
+from helpers import chat_base, child_life, llama
 from safetensors.torch import load_file, save_file
 
 import errors
@@ -132,26 +131,20 @@ def outcome(work, output: Path) -> str:
     """What becomes of work() in a process with BYTES more than this one and SECONDS: "fine", or its one line of error;
     anything else fails the test."""
     start, child = time.monotonic(), os.fork()
+
+    def limited():
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+        status = Path("/proc/self/status")
+        if status.is_file():
+            now = next(line for line in status.read_text().splitlines() if line.startswith("VmSize"))
+            most = int(now.split()[1]) * 1024 + BYTES
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        signal.alarm(10 * SECONDS)  # a hang; the limit itself is of processor time, which others don't use up
+        errors.run(work)
+
     if child == 0:
-        code = 1
-        try:
-            os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-            sys.stderr = os.fdopen(2, "w", closefd=False)
-            status = Path("/proc/self/status")
-            if status.is_file():
-                now = next(line for line in status.read_text().splitlines() if line.startswith("VmSize"))
-                most = int(now.split()[1]) * 1024 + BYTES
-                resource.setrlimit(resource.RLIMIT_AS, (most, most))
-            signal.alarm(10 * SECONDS)  # a hang; the limit itself is of processor time, which others don't use up
-            errors.run(work)
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        except BaseException:  # noqa: BLE001
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
+        child_life(limited)
     _, status, usage = os.wait4(child, 0)
     said, code = output.read_text(), os.waitstatus_to_exitcode(status)
     assert code in (0, 2), f"exit code {code} after {time.monotonic() - start:.0f} s: {said[-2000:]}"

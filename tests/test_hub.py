@@ -18,14 +18,13 @@ import sys
 import termios
 import threading
 import time
-import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from helpers import chat_base, command, llama
+from helpers import chat_base, child_life, command, llama
 
 import convert
 import errors
@@ -160,8 +159,8 @@ def fork(work, output: Path, env: dict[str, str]) -> int:
     child = os.fork()
     if child:
         return child
-    code = 1
-    try:
+
+    def elsewhere():
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{output}.{name}", os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
@@ -170,15 +169,8 @@ def fork(work, output: Path, env: dict[str, str]) -> int:
         for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
             del sys.modules[name]
         work()
-        code = 0
-    except SystemExit as end:
-        code = end.code
-    except BaseException:  # noqa: BLE001
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+
+    child_life(elsewhere)
 
 
 def run(url: str, home: Path, work, **more: str) -> tuple[int, str, str]:

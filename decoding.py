@@ -1,19 +1,22 @@
 """Writing on: the cache of keys and values, sampling, and prompt look-up. `Transformer.generate` is the way in.
 
-The cache is static: its tensors are made once, as large as they will be. Prompts of all lengths end in the same slot,
-so that every step writes one slice for all lines and nothing is scattered; what a line has not got is masked. Layers
-with a sliding window need no more slots than that: theirs are a ring.
+Prompts of all lengths end in the same slot of the cache, so that every step writes one slice for all lines and nothing
+is scattered; what a line has not got is masked. The cache's tensors stay as they are for ROUND steps, then get as many
+slots more: a product over a slice of larger ones takes a third longer on CPUs. Layers with a sliding window need no
+more slots than that: theirs are a ring.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from errors import UserError
 from kernels.attention import Documents, cached_attention, document_attention, stacked_mask
+from kernels.rope import LENGTH_DEPENDENT
 
-ROUND = 64  # slots; a step looks at a multiple of so many, so that shapes seldom change
+ROUND = 32  # slots; the cache holds a multiple of so many, so that shapes seldom change
 GRAMS = (3, 2, 1)  # ends of the text that prompt look-up looks for, longest first
 
 
@@ -28,10 +31,8 @@ def stream(
     stop: set[int] | frozenset[int] = frozenset(),
     seed: int | None = None,
     lookup: int = 0,
-    prefilled: Callable = lambda: None,
 ) -> Iterator[list[tuple[int, int]]]:
-    """What Transformer.stream documents, for a model in evaluation mode. prefilled: called when the prompts are in the
-    cache and steps of few rows begin."""
+    """What Transformer.stream documents, for a model in evaluation mode."""
     rows = [list(map(int, prompt)) for prompt in prompts]
     if not rows or max_new_tokens < 1:
         return
@@ -45,7 +46,6 @@ def stream(
     going, texts = list(range(len(rows))), rows  # the prompt number of each line of the cache, and its text so far
     cache, hidden = prefill(model, rows, ends, lookup)
     draft: list[int] = []
-    prefilled()
     while True:
         logits = model.logits(hidden)  # [lines, 1 + length of the draft, V]
         for at in range(logits.shape[1]):
@@ -76,82 +76,99 @@ def stream(
 def prefill(model, rows: list[list[int]], ends: list[int], lookup: int) -> tuple["KVCache", Tensor]:
     """A cache that holds the rows, with room up to their ends, and the hidden state of each row's end, [rows, 1, D]."""
     cache = KVCache(model, [len(row) for row in rows], max(end - len(row) for row, end in zip(rows, ends)), 1 + lookup)
-    return cache, cache.prefill(torch.tensor([token for row in rows for token in row], device=model.device))[:, None]
+    return cache, cache.prefill(rows)[:, None]
 
 
 class KVCache:
-    """Keys and values of sequences in progress, [lines, G, d, slots] and [lines, G, slots, d] a layer.
+    """Keys and values of sequences in progress, [lines, G, slots, d] each a layer.
 
     lengths: of the prompts; new: tokens that may follow; at_once: tokens that a step may add. Global slot g, counted
     from the longest prompt's beginning, is slot g mod the layer's number of them.
     """
 
     def __init__(self, model, lengths: list[int], new: int, at_once: int = 1):
-        config, longest = model.config, max(lengths)
         self.model, self.documents = model, Documents(lengths, model.device)
-        self.filled = longest  # global slots, of every line
-        self.starts = torch.tensor([longest - n for n in lengths], device=model.device)  # a line's first global slot
-        self.layers, self.windows = [], []
-        for layer in config.layers:
-            wanted = longest + new + at_once
-            slots = -(-min(wanted, layer.window + at_once if layer.window else wanted) // ROUND) * ROUND
-            lines, G, d = len(lengths), config.num_kv_heads, config.head_dim
-            shapes = (lines, G, d, slots), (lines, G, slots, d)
-            self.layers.append([torch.zeros(shape, dtype=model.dtype, device=model.device) for shape in shapes])
-            self.windows.append((slots, layer.window))
+        self.filled = max(lengths)  # global slots, of every line
+        self.starts = torch.tensor([self.filled - n for n in lengths], device=model.device)  # a line's first one
+        wanted, windows = self.filled + new + at_once, [layer.window for layer in model.config.layers]
+        self.most = [rounded(min(wanted, window + at_once) if window else wanted) for window in windows]
+        shape = len(lengths), model.config.num_kv_heads, 0, model.config.head_dim
+        self.layers = [(torch.empty(shape, dtype=model.dtype, device=model.device),) * 2 for _ in windows]
+        self.kinds = [(0, window) for window in windows]  # a layer's number of slots, and its window
+        self.make_room(self.filled)
 
-    def prefill(self, tokens: Tensor) -> Tensor:  # flat prompts [N] -> hidden of each prompt's last token [lines, D]
-        positions, lengths = self.documents.positions, self.filled - self.starts
-        line = torch.arange(len(lengths), device=tokens.device).repeat_interleave(lengths)
+    def make_room(self, slots: int) -> None:
+        """For so many global slots, in every layer. Only a ring that is as large as it gets has gone round."""
+        for i, ((held, window), most) in enumerate(zip(self.kinds, self.most)):
+            more = min(most, rounded(slots)) - held
+            if more > 0:
+                self.layers[i] = tuple(F.pad(x, (0, 0, 0, more)) for x in self.layers[i])
+                self.kinds[i] = held + more, window
+
+    def prefill(self, rows: list[list[int]]) -> Tensor:
+        """The prompts -> hidden of each one's last token [lines, D]. Where prompts begin with the same tokens, as they
+        do after one system turn or after the same examples, these go through the layers once; attention alone takes
+        whole prompts."""
+        computed, whole, own = shared_beginnings(rows, self.model.config)
+        device, positions, lengths = self.starts.device, self.documents.positions, self.filled - self.starts
+        whole, own = (torch.tensor(x, device=device) if len(computed) < len(positions) else None for x in (whole, own))
+        line = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
         places = positions + self.starts[line]  # global slots [N]
-        kept = {slots: (places >= self.filled - slots).nonzero().flatten() for slots, _ in {*self.windows}}
+        kept = {}
+        for slots, _ in {*self.kinds}:
+            last = (places >= self.filled - slots).nonzero().flatten()  # the tokens that the layer has room for
+            kept[slots] = last, line[last], places[last] % slots
 
         def attend(keys, values, slots):
-            last = kept[slots]  # the tokens that the layer has room for
+            last, lines, at = kept[slots]
 
             def attention(q, k, v, scores):
-                keys[line[last], :, :, places[last] % slots] = k[last]
-                values[line[last], :, places[last] % slots] = v[last]
-                return document_attention(q, k, v, scores, self.documents)
+                if whole is not None:
+                    q, k, v = (x.index_select(0, whole) for x in (q, k, v))
+                keys[lines, :, at], values[lines, :, at] = k[last], v[last]
+                out = document_attention(q, k, v, scores, self.documents)
+                return out if own is None else out.index_select(0, own)
 
             return attention
 
-        attends = [attend(*layer, slots) for layer, (slots, _) in zip(self.layers, self.windows)]
-        hidden = self.model.hidden(tokens, positions, self.documents.spans, attends)
-        return hidden[lengths.cumsum(0) - 1]
+        attends = [attend(*layer, slots) for layer, (slots, _) in zip(self.layers, self.kinds)]
+        spans, ends = self.documents.spans, lengths.cumsum(0) - 1
+        if whole is not None:
+            positions, spans, ends = positions[own], spans[own], whole[ends]
+        return self.model.hidden(torch.tensor(computed, device=device), positions, spans, attends)[ends]
 
     def run(self, tokens: Tensor) -> Tensor:
         """The same number of new tokens for each line, int64 [lines, n] -> hidden [lines, n, D]."""
         lines, n = tokens.shape
+        self.make_room(self.filled + n)
         steps = torch.arange(n, device=tokens.device)
         positions = (self.filled - self.starts[:, None] + steps).flatten()
-        masks = {kind: self.mask(n, *kind) for kind in {*self.windows}}
+        masks = {kind: self.mask(n, *kind) for kind in {*self.kinds}}
 
         def attend(keys, values, kind):
-            mask, at = masks[kind], self.filled % kind[0]
-            seen = mask.shape[-1]
+            mask, slots = masks[kind], kind[0]
+            at = self.filled % slots
 
             def attention(q, k, v, scores):  # q: [lines * n, H, d]
-                k, v = (x.view(lines, n, *x.shape[1:]) for x in (k, v))  # [lines, n, G, d]
-                if at + n <= kind[0]:
-                    keys[..., at : at + n], values[:, :, at : at + n] = k.permute(0, 2, 3, 1), v.transpose(1, 2)
+                k, v = (x.view(lines, n, *x.shape[1:]).transpose(1, 2) for x in (k, v))  # [lines, G, n, d]
+                if at + n <= slots:
+                    keys[:, :, at : at + n], values[:, :, at : at + n] = k, v
                 else:  # over the end of the ring
-                    where = (self.filled + steps) % kind[0]
-                    keys.index_copy_(3, where, k.permute(0, 2, 3, 1)), values.index_copy_(2, where, v.transpose(1, 2))
-                return cached_attention(q, keys[..., :seen], values[:, :, :seen], mask, scores)
+                    where = (self.filled + steps) % slots
+                    keys.index_copy_(2, where, k), values.index_copy_(2, where, v)
+                return cached_attention(q, keys, values, mask, scores)
 
             return attention
 
-        attends = [attend(*layer, kind) for layer, kind in zip(self.layers, self.windows)]
+        attends = [attend(*layer, kind) for layer, kind in zip(self.layers, self.kinds)]
         hidden = self.model.hidden(tokens.flatten(), positions, positions + 1, attends)
         self.filled += n
         return hidden.view(lines, n, -1)
 
     def mask(self, n: int, slots: int, window: int | None) -> Tensor:
-        """What n new tokens a line see of the slots in use, as cached_attention takes it."""
-        last = self.filled + n - 1
-        device = self.starts.device
-        slot = torch.arange(min(slots, -(-(last + 1) // ROUND) * ROUND), device=device)
+        """What n new tokens a line see of a layer's slots, as cached_attention takes it."""
+        last, device = self.filled + n - 1, self.starts.device
+        slot = torch.arange(slots, device=device)
         holds = last - (last - slot) % slots  # the newest global slot that lies there
         rows = self.filled + torch.arange(n, device=device)
         seen = (holds >= self.starts[:, None, None]) & (holds <= rows[:, None])
@@ -168,7 +185,30 @@ class KVCache:
         """Forgets all lines but these, in this order."""
         alive = torch.tensor(alive, dtype=torch.int64, device=self.starts.device)
         self.starts = self.starts[alive]
-        self.layers = [[x.index_select(0, alive) for x in layer] for layer in self.layers]
+        self.layers = [tuple(x.index_select(0, alive) for x in layer) for layer in self.layers]
+
+
+def rounded(slots: int) -> int:
+    return -(-slots // ROUND) * ROUND
+
+
+def shared_beginnings(rows: list[list[int]], config) -> tuple[list[int], list[int], list[int]]:
+    """(tokens to compute, for each token of all rows the one computed that it is, for each computed its first place).
+
+    Two tokens are one where everything up to them is the same. For ropes that stretch with the text, its length too.
+    """
+    stretches = any((rope.scaling or {}).get("rope_type") in LENGTH_DEPENDENT for rope in config.ropes)
+    computed: dict[tuple[int, int], int] = {}  # (the token before, id) -> its number
+    whole, own = [], []
+    for row in rows:
+        at = -len(row) if stretches else -1  # before the first token
+        for token in row:
+            count = len(computed)
+            at = computed.setdefault((at, token), count)
+            if at == count:
+                own.append(len(whole))
+            whole.append(at)
+    return [token for _, token in computed], whole, own
 
 
 # ---- prompt look-up ----

@@ -25,7 +25,7 @@ from checkpoint import load_model
 from errors import UserError, run
 from formats import Record
 from lora import drop_lora, has_lora
-from model import Transformer, evaluating
+from model import Transformer, evaluating, packed_weights
 from tokenizer import TemplateError, Tokenizer
 
 ROOM = 8  # tokens that an answer may be longer than the longest reference: enough to see that it goes on, and cheap
@@ -97,7 +97,8 @@ def exact(
         max_new_tokens = ROOM + max(len(tokenizer.encode(text, bos=False, eos=False)) for text in references)
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike together: less padding in the cache
-    with tqdm(total=len(order), unit="answer", disable=None, leave=False) as bar:  # None: quiet where no terminal is
+    bar = tqdm(total=len(order), unit="answer", disable=None, leave=False)  # None: quiet where no terminal is
+    with bar, packed_weights(model, max_new_tokens):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             for i, ids in zip(

@@ -256,7 +256,8 @@ class Transformer(nn.Module):
         else:
             table = self.frequencies.get(number)
             if table is None or table.device != positions.device:
-                table = frequencies(spec.theta, spec.dim, spec.scaling).to(positions.device)
+                with torch.inference_mode(False):  # it outlives a text that is written, and serves training then
+                    table = frequencies(spec.theta, spec.dim, spec.scaling).to(positions.device)
                 self.frequencies[number] = table
         angles, sharper = positions[:, None].float() * table, scaling.get("attention_factor", 1.0)
         return tuple((wave * sharper).to(self.dtype).unsqueeze(1) for wave in (angles.cos(), angles.sin()))
@@ -322,7 +323,7 @@ class Transformer(nn.Module):
                 rows[row].append(token)
         return rows
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def stream(self, prompts, max_new_tokens: int, **settings) -> Iterator[list[tuple[int, int]]]:
         """Yields, a step at a time, (prompt number, new id) for every prompt that is still going.
 
@@ -333,9 +334,8 @@ class Transformer(nn.Module):
         prompt ends with an id in `stop`, after max_new_tokens, or at the model's limit. lookup: for one prompt, greedy:
         guess so many tokens at a time from the text so far; the answer is the same, but for rounding.
         """
-        with evaluating(self), contextlib.ExitStack() as later:
-            pack = lambda: later.enter_context(packed_weights(self, rows=len(prompts), steps=max_new_tokens))
-            yield from decoding.stream(self, prompts, max_new_tokens, prefilled=pack, **settings)
+        with evaluating(self), packed_weights(self, steps=max_new_tokens):
+            yield from decoding.stream(self, prompts, max_new_tokens, **settings)
 
 
 @contextlib.contextmanager
@@ -352,9 +352,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 class FusedWeights:
     """Linears that read the same input, packed as one: [N, in] -> [N, their outputs one after the other]."""
 
-    def __init__(self, linears: list[Linear], rows: int):
+    def __init__(self, linears: list[Linear]):
         biases = [linear.bias for linear in linears]
-        self.packed = pack(torch.cat([linear.weight for linear in linears]), rows)
+        self.packed = pack(torch.cat([linear.weight for linear in linears]))
         self.bias = None if biases[0] is None else torch.cat(biases)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -362,9 +362,17 @@ class FusedWeights:
 
 
 @contextlib.contextmanager
-def packed_weights(model: Transformer, rows: int, steps: int) -> Iterator[None]:
+@torch.no_grad()
+def packed_weights(model: Transformer, steps: int) -> Iterator[None]:
     """Holds a packed copy of every product's weight for a while, where that pays: see kernels/packed_linear.py. What an
-    adapter is on is packed alone, the rest of q, k, v and of gate, up together."""
+    adapter is on is packed alone, the rest of q, k, v and of gate, up together. Put it around several calls of
+    `generate`, and they share one copy; weights must not change meanwhile.
+
+    steps: of decoding to come.
+    """
+    if model.packed_head is not None:
+        yield
+        return
     linears = {module for module in model.modules() if isinstance(module, Linear)}
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     if steps < PACK_STEPS or not all(can_pack(w, total) for w in (model.head_weight(), *(m.weight for m in linears))):
@@ -376,10 +384,10 @@ def packed_weights(model: Transformer, rows: int, steps: int) -> Iterator[None]:
     alone = linears.difference(*groups.values())
     try:
         for module, group in groups.items():
-            module.fused = FusedWeights(group, rows)
+            module.fused = FusedWeights(group)
         for module in alone:
-            module.packed = pack(module.weight, rows)
-        model.packed_head = pack(model.head_weight(), rows)
+            module.packed = pack(module.weight)
+        model.packed_head = pack(model.head_weight())
         yield
     finally:
         model.packed_head = None

@@ -50,6 +50,7 @@ class Group:
         self.documents, self.length, self.tokens = len(lengths), max(lengths), sum(lengths)
         slots = torch.cat([torch.arange(n) + i * self.length for i, n in enumerate(lengths)])
         self.slots = None if self.tokens == self.documents * self.length else to_device(slots, device)
+        self.masks: dict[tuple, Tensor] = {}
 
     def pad(self, x: Tensor) -> Tensor:  # [tokens, heads, d] -> [documents, length, heads, d], zeros in the padding
         if self.slots is not None:
@@ -59,6 +60,13 @@ class Group:
     def unpad(self, x: Tensor) -> Tensor:  # the way back
         x = x.reshape(self.documents * self.length, *x.shape[2:])
         return x if self.slots is None else x.index_select(0, self.slots)
+
+    def mask(self, like: Tensor, share: int, window: int | None) -> Tensor:
+        """[share * length, length] of 0 and -inf, made once for all layers of a kind."""
+        kind = like.dtype, share, window
+        if kind not in self.masks:
+            self.masks[kind] = out_of_reach(like, 0, 0, self.length, window).repeat(share, 1)
+        return self.masks[kind]
 
 
 class Documents:
@@ -132,7 +140,7 @@ class ShortAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, group, scale, window):
         share = q.shape[1] // k.shape[1]
         queries, keys, values = stack(group.pad(q), share), stack(group.pad(k), 1), stack(group.pad(v), 1)
-        mask = out_of_reach(q, 0, 0, group.length, window).repeat(share, 1)
+        mask = group.mask(q, share, window)
         scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=scale)  # [documents * kv_heads, share * T, T]
         probs = scores.softmax(-1)  # in fp32 inside, whatever the dtype
         ctx.save_for_backward(queries, keys, values, probs)
@@ -239,23 +247,22 @@ def unstack(x: Tensor, documents: int, share: int) -> Tensor:
 def cached_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scores: Scores) -> Tensor:
     """Attention of n new tokens a line over what the line holds so far, themselves included. For no gradients.
 
-    q: [lines * n, heads, head_dim]; keys: [lines, kv_heads, head_dim, length], so that they stand ready for the product
-    (half its time on CPUs); values: [lines, kv_heads, length, head_dim]; mask: of `stacked_mask`. Returns
-    [lines * n, heads, head_dim].
+    q: [lines * n, heads, head_dim]; keys and values: [lines, kv_heads, length, head_dim], contiguous; mask: of
+    `stacked_mask`. Returns [lines * n, heads, head_dim].
     """
-    lines, G, d, _ = keys.shape
+    lines, G, _, d = keys.shape
     share, n = q.shape[1] // G, q.shape[0] // lines
     if n == 1:
         queries = q.reshape(lines * G, share, d)
     else:
         queries = q.view(lines, n, G, share, d).permute(0, 2, 3, 1, 4).reshape(lines * G, share * n, d)
-    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+    keys, values = keys.flatten(0, 1).transpose(1, 2), values.flatten(0, 1)
     if scores.softcap is None:
-        weights = torch.add(mask, queries @ keys, alpha=scores.scale).softmax(-1)
+        weights = torch.add(mask, queries.bmm(keys), alpha=scores.scale).softmax(-1)
     else:
-        weights = (queries @ keys).float().mul_(scores.scale / scores.softcap).tanh_()
+        weights = queries.bmm(keys).float().mul_(scores.scale / scores.softcap).tanh_()
         weights = weights.mul_(scores.softcap).add_(mask).softmax(-1).to(q.dtype)
-    out = weights @ values
+    out = weights.bmm(values)
     if n == 1:
         return out.view(lines, G * share, d)
     return out.view(lines, G, share, n, d).permute(0, 3, 1, 2, 4).reshape(lines * n, G * share, d)

@@ -17,6 +17,7 @@ from helpers import relative
 from test_train import losses, oracle_losses, rows, settings
 from torch import nn
 
+import decoding
 import lora
 from checkpoint import load_model, published, save_model, transposed
 from families import FAMILIES, Config, Rope
@@ -458,6 +459,29 @@ def test_families_greedy_text_equals_transformers(folders, case):
     for padded, mask in ((left, [[0] * len(p) + [1] * (30 - len(p)) for p in pads]),
                          (right, [[1] * (30 - len(p)) + [0] * len(p) for p in pads])):  # fmt: skip
         assert ours.generate(padded, 25, mask=torch.tensor(mask)) == together
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_families_compute_shared_beginnings_once(folders, case, monkeypatch):
+    """Prompts that begin alike, are the same, or are another's beginning; and a cache that grows at each step."""
+    ours, generator = load_model(folders(case)[0]), torch.Generator().manual_seed(4)
+    first, *ends = (torch.randint(3, 96, (n,), generator=generator).tolist() for n in (14, 9, 3, 17))
+    prompts = [first + ends[0], first + ends[1] + ends[2], first, first + ends[1], ends[2], first]
+    alone = [ours.generate([prompt], 20)[0] for prompt in prompts]
+    monkeypatch.setattr(decoding, "ROUND", 2)
+    hidden, passes = ours.hidden, []
+    monkeypatch.setattr(ours, "hidden", lambda ids, *more: passes.append(ids.tolist()) or hidden(ids, *more))
+    assert ours.generate(prompts, 20) == alone
+    if stretched(ours):  # only prompts of the same length can have the same angles
+        assert len(passes[0]) == 105
+    else:
+        assert passes[0] == first + ends[0] + ends[1] + ends[2] + ends[2]
+    assert len(passes[1]) == len(prompts)
+
+
+def stretched(model) -> bool:
+    """Whether the angles of the first tokens depend on how many follow."""
+    return any((rope.scaling or {}).get("rope_type") in ("dynamic", "longrope") for rope in model.config.ropes)
 
 
 # ---- adapters ----

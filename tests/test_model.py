@@ -15,7 +15,7 @@ from decoding import sample
 from errors import UserError
 from kernels.attention import Documents
 from kernels.packed_linear import can_pack
-from model import Config, Linear
+from model import Config, Linear, packed_weights
 from tokenizer import load_tokenizer
 
 
@@ -259,6 +259,10 @@ def test_packed_weights_write_the_same_text_and_go_again(targets, tmp_path):
     got = [step for step in (first, *stream)]
     assert all(module.packed is None for module in linears) and model.packed_head is None and attention.fused is None
     texts = [[token for step in got for row, token in step if row == i] for i in (0, 1)]
+    with packed_weights(model, 30):  # several calls share one copy
+        held = model.packed_head
+        assert model.generate(prompts, 30) == texts and model.packed_head is held and (held is not None) == can
+    assert model.packed_head is None and not any(table.is_inference() for table in model.frequencies.values())
     for prompt, text in zip(prompts, texts, strict=True):  # each token is the likeliest, or within bf16 of it
         logits = model(torch.tensor([prompt + text]))[0, len(prompt) - 1 : -1].float()
         chosen = logits.gather(1, torch.tensor(text)[:, None])[:, 0]

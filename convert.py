@@ -13,6 +13,7 @@ nothing is the default base. The way out is here as well: a folder or an adapter
 import argparse
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -96,16 +97,32 @@ def merge(folder: Path, adapter: Path, out: Path, dtype: torch.dtype | None = No
     checkpoint.save_model(model, out, dtype, lambda aside: checkpoint.copy_tokenizer(Path(adapter), aside))
 
 
-def base_of(adapter: Path, model: str | None) -> Path:
-    """The folder that an adapter belongs to: the one that is named, else the one that it says it was made on."""
-    if model is not None:
+def base_folder(model: str | None, adapter: str | Path | None, say: Callable = print) -> Path:
+    """The folder of the base: `--model`'s, else the one that the adapter was made on (a folder, the default base, or a
+    name on the Hub), else, without an adapter, the default. UserError where the adapter's base is not to be had:
+    another one would only give wrong answers."""
+    if adapter is not None and not lora.is_adapter(adapter):
+        raise UserError(f"{adapter}: {lora.no_adapter(Path(adapter))}")
+    if model is not None or adapter is None:
         return model_folder(model)
-    if not (adapter / "adapter_config.json").is_file():
-        raise UserError(f"{adapter}: no adapter_config.json in it, so it is no PEFT adapter folder")
-    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    settings = read_json(Path(adapter) / "adapter_config.json")
+    base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    shown = errors.printable(str(base)[:100])
     if isinstance(base, str) and (Path(base) / "config.json").is_file():
+        say(f"base      {shown}: {adapter} was made on it")
         return Path(base)
-    raise UserError(f"{adapter}: its base, {str(base)[:100]}, is not here; give --model")
+    made_on = lora.note(adapter).get("base_sha256")
+    if made_on is not None and made_on == checkpoint.fingerprint(default := model_folder(None)):
+        say(f"base      the default one: {adapter} was made on its weights")
+        return default
+    name = f"{base}@{revision}" if revision else str(base)
+    if not hub.NAME.fullmatch(name):
+        raise UserError(f"{adapter}: its base, {shown}, is not here; give --model")
+    say(f"base      {name}: {adapter} was made on it")
+    try:
+        return hub.fetch(name)
+    except UserError as error:
+        raise UserError(f"{adapter}: its base is not to be had; give --model ({error})") from None
 
 
 def main() -> None:
@@ -135,7 +152,7 @@ def main() -> None:
         case "to-gguf":
             folder_to_gguf(model_folder(args.folder), args.file, args.type, args.adapter)
         case "adapter-to-gguf":
-            adapter_to_gguf(args.adapter, args.file, base_of(args.adapter, args.model))
+            adapter_to_gguf(args.adapter, args.file, base_folder(args.model, args.adapter))
         case "merge":
             merge(model_folder(args.folder), args.adapter, args.out, args.dtype and DTYPES[args.dtype])
 

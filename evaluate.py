@@ -22,9 +22,10 @@ import data
 import loading
 import objectives
 from checkpoint import load_model
+from convert import base_folder
 from errors import UserError, run
 from formats import Record
-from lora import drop_lora, has_lora
+from lora import drop_lora, has_lora, is_adapter, note
 from model import Transformer, evaluating, packed_weights
 from tokenizer import TemplateError, Tokenizer
 
@@ -206,18 +207,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def pick_sides(args: argparse.Namespace) -> list[Side]:
     """What to score, in order: what --versus names (the base it is, mostly), then what --model and --adapter name."""
-    folder = loading.base_folder(args.model, args.adapter)
+    folder = base_folder(args.model, args.adapter)
     mine = Side("adapter" if args.adapter else "model", folder, args.adapter)
     if args.versus is None:
         return [mine]
     if args.versus == "base":
-        base = folder if args.adapter else Path(str(loading.note(folder).get("base")))  # of a model trained here
+        base = folder if args.adapter else Path(str(note(folder).get("base")))  # of a model trained here
         if not (base / "config.json").is_file():
             raise UserError("--versus base: needs --adapter, or a --model trained here whose base is still in place")
         return [Side("base", base, None), mine]
-    if loading.is_adapter(args.versus):
-        return [Side("versus", loading.base_folder(args.model, args.versus), args.versus), mine]
-    return [Side("versus", loading.base_folder(args.versus, None), None), mine]
+    if is_adapter(args.versus):
+        return [Side("versus", base_folder(args.model, args.versus), args.versus), mine]
+    return [Side("versus", base_folder(args.versus, None), None), mine]
 
 
 def encode(source, tokenizer: Tokenizer, model: Transformer, seq_len: int | None) -> data.Dataset:

@@ -22,6 +22,7 @@ import torch
 import loading
 import lora
 from checkpoint import load_model
+from convert import base_folder
 from errors import UserError, run
 from model import Transformer
 from tokenizer import Tokenizer
@@ -77,7 +78,7 @@ class Adapters:
 def load(args, device: torch.device, dtype: torch.dtype, switches: bool) -> tuple[Transformer, Adapters, str]:
     """The base, its adapters with the first one on, and a name for what was loaded."""
     named = [name_adapter(typed) for typed in args.adapter or []]
-    folder = loading.base_folder(args.model, named[0][1] if named else None, say)
+    folder = base_folder(args.model, named[0][1] if named else None, say)
     adapters = Adapters(load_model(folder, dtype, device), {}, args.merge, switches)
     for name, path in named:
         if name in adapters.held:

@@ -164,6 +164,13 @@ def cached(repo: str, revision: str | None, why: str, say: Callable) -> Path:
     return folder
 
 
+def origin(folder: Path) -> tuple[str, str] | None:
+    """(org/model, commit) of a folder in huggingface_hub's cache, `models--org--model/snapshots/commit`; else None."""
+    *_, repo, snapshots, commit = ("", "", *folder.resolve().parts)
+    name = repo.removeprefix("models--").replace("--", "/")
+    return (name, commit) if snapshots == "snapshots" and repo != name and NAME.fullmatch(name) else None
+
+
 def refusal(error, repo: str, revision: str | None) -> str:
     """What the Hub's refusal (HTTP 4xx) means and what to do. It does not tell strangers whether a private model is
     there: to who is not logged in, both that and a missing one are 401."""

@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 
 from checkpoint import fingerprint
-from convert import model_folder
-from errors import UserError, printable, read_json, read_json_if_there
-from lora import load_adapter
+from errors import UserError, printable
+from lora import load_adapter, note
 from model import Transformer
 from templates import NAMED
 from tokenizer import Tokenizer, load_tokenizer
@@ -28,7 +27,7 @@ from tokenizer import Tokenizer, load_tokenizer
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 # glibc hands freed memory back to the system, which zeroes it anew, page by page, for the next tensor of the same size:
-# two fifths of the time of answering 32 prompts of 600 tokens on CPU. Two numbers of mallopt(3) make it keep a gigabyte.
+# two fifths of the time of answering 32 prompts of 600 tokens on CPU. Two numbers make it keep a gigabyte: mallopt(3).
 if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
     libc.mallopt(-1, 1 << 30), libc.mallopt(-3, 1 << 30)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 
@@ -39,44 +38,6 @@ def pick_tokenizer(base: Path, adapter: str | Path | None, template: str | None)
     """Tokenizer and chat template: the adapter's, which was trained with them, if it brings any; else the base's."""
     brings = adapter is not None and any((Path(adapter) / f"tokenizer.{kind}").is_file() for kind in ("json", "model"))
     return load_tokenizer(Path(adapter) if brings else base, template, base)
-
-
-def base_folder(model: str | None, adapter: str | None, say: Callable = print) -> Path:
-    """The folder of the base: `--model`'s, else the one that the adapter was made on, else, without an adapter, the
-    default. UserError where the adapter's base is not here: another one would only give wrong answers."""
-    if adapter is not None and not is_adapter(adapter):
-        raise UserError(f"{adapter}: {no_adapter(Path(adapter))}")
-    if model is not None or adapter is None:
-        return model_folder(model)
-    theirs = read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
-    if isinstance(theirs, str) and (Path(theirs) / "config.json").is_file():
-        say(f"base      {one_line(theirs)}: {adapter} was made on it")
-        return Path(theirs)
-    made_on = note(adapter).get("base_sha256")
-    if made_on is not None and made_on == fingerprint(default := model_folder(None)):
-        say(f"base      the default one: {adapter} was made on its weights")
-        return default
-    raise UserError(f"{adapter}: its base, {one_line(str(theirs))}, is not here; give --model")
-
-
-def is_adapter(folder: str | Path) -> bool:
-    return (Path(folder) / "adapter_config.json").is_file()
-
-
-def no_adapter(folder: Path) -> str:
-    """What a path is that should have been an adapter folder."""
-    if not folder.is_dir():
-        return "no such folder"
-    if is_adapter(folder / "final"):
-        return f"is the folder of a run; its adapter is {folder / 'final'}"
-    if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
-        return "is a whole model, not an adapter; give it as --model"
-    return "no adapter_config.json in it, so it is no PEFT adapter folder"
-
-
-def note(folder: str | Path) -> dict:
-    """plaintune.json: what train.py writes beside the weights about the base; {} in what others made."""
-    return read_json_if_there(Path(folder) / "plaintune.json")
 
 
 def put_adapter(model: Transformer, adapter: str | Path, say: Callable = print) -> None:

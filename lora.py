@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import hub
 from checkpoint import new_folder, published, tensors, write_json
-from errors import UserError, read_json
+from errors import UserError, read_json, read_json_if_there
 from kernels.lora_linear import lora_linear
 from model import Linear, Transformer
 
@@ -162,6 +163,7 @@ def save_adapter(model: Transformer, folder, also: Callable[[Path], None] | None
     layers = adapted(model)
     assert layers, "the model carries no adapter"
     first = next(iter(layers.values()))
+    base, revision = hub.origin(model.source) or (str(model.source.resolve()), None)
     weights = {}
     for name, layer in layers.items():
         weights[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
@@ -169,7 +171,8 @@ def save_adapter(model: Transformer, folder, also: Callable[[Path], None] | None
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(model.source.resolve()),
+        "base_model_name_or_path": base,
+        "revision": revision,
         "r": first.rank,
         "lora_alpha": first.alpha,
         "lora_dropout": first.dropout,
@@ -192,6 +195,26 @@ def target_modules(model: Transformer, names: list[str]) -> list[str]:
     return short if {n for n in linears if n.rpartition(".")[2] in short} == set(names) else sorted(names)
 
 
+def is_adapter(folder: str | Path) -> bool:
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
+def no_adapter(folder: Path) -> str:
+    """What a path is that should have been an adapter folder."""
+    if not folder.is_dir():
+        return "no such folder"
+    if is_adapter(folder / "final"):
+        return f"is the folder of a run; its adapter is {folder / 'final'}"
+    if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
+        return "is a whole model, not an adapter; give it as --model"
+    return "no adapter_config.json in it, so it is no PEFT adapter folder"
+
+
+def note(folder: str | Path) -> dict:
+    """plaintune.json: what train.py writes beside the weights about the base; {} in what others made."""
+    return read_json_if_there(Path(folder) / "plaintune.json")
+
+
 def load_adapter(model: Transformer, folder) -> None:
     """Puts a PEFT LoRA adapter on the model, trainable, everything else frozen.
 
@@ -199,10 +222,8 @@ def load_adapter(model: Transformer, folder) -> None:
     model, or where it asks for what would be ignored here (another method, bias, rank patterns, saved modules).
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such adapter folder")
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder}: no adapter_config.json in it, so it is no PEFT adapter folder")
+    if not is_adapter(folder):
+        raise UserError(f"{folder}: {no_adapter(folder)}")
     config = read_json(folder / "adapter_config.json")
     rank, alpha, dropout, targets = adapter_settings(config, folder / "adapter_config.json", model)
     file = folder / "adapter_model.safetensors"

@@ -34,10 +34,11 @@ import checkpoint
 import lora
 import plan
 import report
+from convert import base_folder
 from data import Dataset, Example, encode, epoch_order, load_sources, micro_batches, split
 from demo import TASK, Demo
 from errors import UserError, run
-from loading import DTYPES, base_folder, one_line, parse, pick_device, pick_dtype, pick_tokenizer, put_adapter
+from loading import DTYPES, one_line, parse, pick_device, pick_dtype, pick_tokenizer, put_adapter
 from model import Config, Transformer, evaluating
 from objectives import mean_loss, training_loss
 from templates import NAMED

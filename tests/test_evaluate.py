@@ -13,10 +13,10 @@ import torch
 import transformers
 from helpers import chat_base, command, sentence
 
+import convert
 import data
 import evaluate
 import generate
-import loading
 from checkpoint import fingerprint, load_model
 from errors import UserError
 from formats import Record
@@ -235,12 +235,12 @@ def test_an_adapter_brings_its_own_base_and_other_weights_are_warned_of(base, fi
 def test_an_adapter_whose_base_is_gone_is_refused_unless_it_is_the_default(base, file, tmp_path, monkeypatch, capsys):
     adapter = make_adapter(base, tmp_path / "adapter")
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "some/where"}))
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "some/where/else"}))
     words = ["loss", "--data", file, "--adapter", adapter, "--dtype", "fp32"]
     _, err, code = command(evaluate, monkeypatch, capsys, *words)
-    assert code == 2 and "its base, some/where, is not here; give --model" in err
+    assert code == 2 and "its base, some/where/else, is not here; give --model" in err
     (adapter / "plaintune.json").write_text(json.dumps({"base_sha256": fingerprint(base)}))
-    monkeypatch.setattr(loading, "model_folder", lambda m, real=loading.model_folder: base if m is None else real(m))
+    monkeypatch.setattr(convert, "model_folder", lambda m, real=convert.model_folder: base if m is None else real(m))
     out, _, code = command(evaluate, monkeypatch, capsys, *words)
     assert code == 0 and "base      the default one" in out
 
@@ -301,7 +301,7 @@ def test_a_model_trained_here_is_compared_with_the_base_it_names(base, file, tmp
 )
 def test_a_mistake_ends_in_one_line(script, words, said, tmp_path, base, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loading, "model_folder", lambda m, real=loading.model_folder: base if m is None else real(m))
+    monkeypatch.setattr(convert, "model_folder", lambda m, real=convert.model_folder: base if m is None else real(m))
     Path("a.txt").write_text("red fox")
     _, err, code = command(script, monkeypatch, capsys, *words)
     assert code == 2 and err.startswith("error: ") and said in err and err.count("\n") == 1

@@ -222,7 +222,7 @@ def test_an_adapter_that_does_not_fit_is_refused(base, adapter, tmp_path):
         lambda: convert.merge(tmp_path / "hf", adapter[0], tmp_path / "merged"),
     ):
         assert "not used by its configuration" in refusal(call)
-    assert "no such adapter folder" in refusal(convert.adapter_to_gguf, tmp_path / "no", tmp_path / "x.gguf", base)
+    assert "no such folder" in refusal(convert.adapter_to_gguf, tmp_path / "no", tmp_path / "x.gguf", base)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -424,15 +424,16 @@ def test_the_command_exports_and_says_what_differs(base, adapter, tmp_path, monk
 
 
 def test_the_command_finds_an_adapters_base(base, adapter, tmp_path, monkeypatch, capsys):
-    assert command(convert, monkeypatch, capsys, "adapter-to-gguf", adapter[0], tmp_path / "x.gguf") == ("", "", 0)
+    found = f"base      {base.resolve()}: {adapter[0]} was made on it\n"
+    assert command(convert, monkeypatch, capsys, "adapter-to-gguf", adapter[0], tmp_path / "x.gguf") == (found, "", 0)
     words = ("adapter-to-gguf", adapter[0], tmp_path / "y.gguf", "--model", base)
     assert command(convert, monkeypatch, capsys, *words) == ("", "", 0)
     assert (tmp_path / "x.gguf").read_bytes() == (tmp_path / "y.gguf").read_bytes()
     moved = tmp_path / "moved"
     moved.mkdir()
-    settings = json.loads((adapter[0] / "adapter_config.json").read_text()) | {"base_model_name_or_path": "org/gone"}
+    settings = json.loads((adapter[0] / "adapter_config.json").read_text()) | {"base_model_name_or_path": "/org/gone"}
     (moved / "adapter_config.json").write_text(json.dumps(settings))
     _, err, code = command(convert, monkeypatch, capsys, "adapter-to-gguf", moved, tmp_path / "z.gguf")
-    assert code == 2 and err == f"error: {moved}: its base, org/gone, is not here; give --model\n"
+    assert code == 2 and err == f"error: {moved}: its base, /org/gone, is not here; give --model\n"
     _, err, code = command(convert, monkeypatch, capsys, "adapter-to-gguf", base, tmp_path / "z.gguf")
-    assert code == 2 and "no adapter_config.json in it" in err
+    assert code == 2 and "is a whole model, not an adapter" in err

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
+import peft
 import pytest
 from helpers import chat_base, child_life, command, llama
 
@@ -31,6 +32,7 @@ import errors
 import evaluate
 import generate
 import hub
+import lora
 from checkpoint import load_model
 
 ROOT = Path(hub.__file__).parent
@@ -246,6 +248,31 @@ def test_a_new_commit_with_the_same_weights_costs_no_bytes(server, model, tmp_pa
     assert new != old and (new / "model.safetensors").read_bytes() == model["model.safetensors"]
     assert "commit ffffffffffff, is in the cache" in said
     assert server.got("org/tiny").count("org/tiny/model.safetensors") == 1
+
+
+def test_an_adapter_notes_the_name_of_its_base_and_is_put_on_it_again(server, model, tmp_path):
+    """Under the name it works on every machine, for peft too; the cache's path is this machine's own."""
+    server.repos["org/tiny"] = {"files": model}
+    folder, _ = fetched(server.url, tmp_path, "org/tiny")
+    base, adapter = load_model(folder), tmp_path / "adapter"
+    lora.add_lora(base, 2, 4.0)
+    lora.save_adapter(base, adapter)
+    config = peft.PeftConfig.from_pretrained(adapter)
+    assert (config.base_model_name_or_path, config.revision) == ("org/tiny", COMMIT)
+    find = lambda: errors.run(lambda: print(convert.base_folder(None, adapter)))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    code, out, _ = run(server.url, elsewhere, find)
+    first, second = out.splitlines()
+    assert code == 0 and first == f"base      org/tiny@{COMMIT}: {adapter} was made on it"
+    assert Path(second).is_relative_to(elsewhere) and (Path(second) / "model.safetensors").is_file()
+    del server.repos["org/tiny"]
+    other = tmp_path / "other"
+    other.mkdir()
+    code, _, err = run(server.url, other, find)
+    assert code == 2 and err.startswith(f"error: {adapter}: its base is not to be had; give --model (org/tiny@")
+    assert err.count("\n") == 1
+    assert hub.origin(Path("/home/models--x/snapshots/y")) is hub.origin(Path("/a")) is hub.origin(Path("/")) is None
 
 
 def test_a_connection_that_breaks_is_taken_up_where_it_was(server, model, tmp_path):

@@ -306,7 +306,7 @@ def test_a_cut_or_pickled_or_absent_adapter_is_refused(tmp_path):
     assert "list" in refused(model, folder)
     (folder / "adapter_config.json").unlink()
     assert "no adapter_config.json" in refused(model, folder)
-    assert "no such adapter folder" in refused(model, folder / "nowhere")
+    assert "no such folder" in refused(model, folder / "nowhere")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from errors import UserError, read_json
-from model import Config, Transformer
+from kernels.nf4 import NF4
+from model import Config, Linear, Transformer
+from quant import SIDE, can_quantize, check_settings, from_files, quantize, settings, to_files
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -185,27 +187,43 @@ def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu", quant: 
     Where nothing has to be done to a tensor (CPU, stored in `dtype`) it is not copied: the parameter is the file's own
     pages, read when they are first used, and private to this process where they are written. So the file may be
     replaced or deleted while the model is in use, but not overwritten in place. Others are copied, two at a time.
+    quant: "nf4" quantises the linears of the blocks (quant.py), each as it is read, on `device`, from the numbers as
+    they are stored; they are frozen then. A folder that is quantised already, by bitsandbytes or by save_model, stays
+    so whatever is asked for. model.unquantized names linears whose rows are no whole blocks of 64: they stay in dtype.
     Raises UserError naming the tensors that are missing, unknown, there twice, or of another shape than config.json
     implies, before any weight is read.
     """
-    if quant is not None:
-        raise UserError(f"quant {quant!r} is not supported")
+    if quant not in (None, "nf4"):
+        raise UserError(f"quant {quant!r} is not supported (supported: nf4)")
     folder, device = Path(folder), torch.device(device)
     config, files = read_config(folder), weight_files(folder)
     with torch.device("meta"):
         model = Transformer(config)
     ours, second_table = matched(model, folder, files), None
+    quantised = quantised_parts(files)
     keeps = dtype if device.type == "cpu" and not config.conv1d else None
 
     def fill(file: Path) -> None:
         nonlocal second_table
         for name, tensor in tensors([file], keeps):
-            if name not in ours:  # one of RECOMPUTED
+            if name not in ours:  # one of RECOMPUTED, or beside a quantised weight
                 continue
             if config.tied and name == head_name(config):
                 second_table = tensor  # not read yet
                 continue
             owner, leaf = model.get_submodule(ours[name].rpartition(".")[0]), ours[name].rpartition(".")[2]
+            if name in quantised:
+                parts = {"": tensor} | {end: read_tensor(*place) for end, place in quantised[name].items()}
+                nf4 = from_files(parts, (owner.out_features, owner.in_features), f"{folder}: {name}")
+                owner.quantize(NF4(*(part if part is None else part.to(device, copy=True) for part in nf4)))
+                continue
+            if quant and leaf == "weight" and isinstance(owner, Linear) and owner is not model.head:
+                whole = tensor.to(device)
+                whole = whole.t().contiguous() if transposed(model, ours[name]) else whole
+                if can_quantize(whole):
+                    owner.quantize(quantize(whole))
+                    continue
+                model.unquantized.append(name)
             value = tensor.to(device, dtype, copy=keeps is None)
             setattr(owner, leaf, nn.Parameter(value.t().contiguous() if transposed(model, ours[name]) else value))
 
@@ -219,6 +237,23 @@ def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu", quant: 
             raise UserError(f"{folder}: {what}")
     model.source = folder
     return model.eval()
+
+
+def quantised_parts(files: list[Path]) -> dict[str, dict[str, tuple[Path, str]]]:
+    """{weight: {end: (file, tensor)}} of what stands beside quantised weights, by bitsandbytes' names."""
+    found: dict[str, dict[str, tuple[Path, str]]] = {}
+    for file in files:
+        with opened(file) as shard:
+            for name in shard.keys():  # noqa: SIM118  no dict
+                for end in SIDE:
+                    if name.endswith(f".weight.{end}"):
+                        found.setdefault(name.removesuffix("." + end), {})[end] = file, name
+    return found
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    with opened(file) as shard:
+        return shard.get_tensor(name)
 
 
 def head_name(config: Config) -> str:
@@ -235,9 +270,15 @@ def matched(model: Transformer, folder: Path, files: list[Path]) -> dict[str, st
         wanted[head_name(config)] = "embed.weight"
     prefix = config.names["embed"].partition(".")[0] + "."  # which files of the bare model lack, as GPT-2's on the Hub
     found, unknown, where = {}, [], {}
+    if (method := config.raw.get("quantization_config")) is not None:
+        check_settings(method, str(folder / "config.json"))
+    quantised = quantised_parts(files) if method is not None else {}
+    beside = {name for parts in quantised.values() for _, name in parts.values()}
     for file in files:
         with opened(file) as shard:
             for name in shard.keys():  # noqa: SIM118  no dict
+                if name in beside:
+                    continue
                 full = name if name in wanted else prefix + name
                 if full not in wanted:
                     unknown += [] if RECOMPUTED.search(name) else [name]
@@ -245,6 +286,8 @@ def matched(model: Transformer, folder: Path, files: list[Path]) -> dict[str, st
                 if full in where:
                     raise UserError(f"{folder}: {full} is there twice, in {where[full]} and in {file.name}")
                 found[name], where[full] = wanted[full], file.name
+                if name in quantised:
+                    continue  # whose shape stands in a tensor: quant.from_files looks at it
                 shape = model.get_parameter(wanted[full]).shape
                 shape = [*shape][::-1] if transposed(model, wanted[full]) else [*shape]
                 stored = shard.get_slice(name)
@@ -276,13 +319,20 @@ def save_model(
         raise UserError("the model carries a LoRA adapter that is not merged; merge, or drop_lora, comes first")
     if not model.source.is_dir():
         raise UserError(f"{folder}: tokenizer and settings come from {model.source}, which is gone")
-    weights = {}
+    weights, frozen = {}, {name: layer for name, layer in model.named_modules() if getattr(layer, "nf4", None)}
     for name, parameter in model.named_parameters():
-        if ".lora_" not in name:
+        if ".lora_" not in name and ".nf4." not in name:
             value = parameter.detach().to("cpu", dtype)
             weights[published(model, name)] = value.t() if transposed(model, name) else value
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}
     config = {key: value for key, value in model.config.raw.items() if key not in ("dtype", "torch_dtype")}
+    config.pop("quantization_config", None)
+    if frozen:
+        computed = str(dtype or model.dtype).removeprefix("torch.")
+        for name, layer in frozen.items():
+            for end, tensor in to_files(layer.nf4.tensors, (layer.out_features, layer.in_features), computed).items():
+                weights[".".join(filter(None, (published(model, name), "weight", end)))] = tensor.detach().cpu()
+        config["quantization_config"] = settings(double=layer.nf4.nested is not None, dtype=computed)
     if len(dtypes) == 1:
         config["dtype" if "dtype" in model.config.raw else "torch_dtype"] = dtypes.pop()
     with new_folder(folder, replace=True) as aside:

@@ -25,6 +25,8 @@ import lora
 from errors import UserError, read_json
 from gguf_in import gguf_to_folder
 from gguf_out import TYPES, adapter_to_gguf, folder_to_gguf
+from kernels.nf4 import matrix
+from model import quantized
 
 FORMAT = 3  # of the folders made of GGUF files: counting it up makes every cached one afresh
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -79,11 +81,13 @@ def default_base() -> Path:
     return files[0]
 
 
-def merge(folder: Path, adapter: Path, out: Path, dtype: torch.dtype | None = None) -> None:
+def merge(folder: Path, adapter: Path, out: Path, dtype: torch.dtype | None = None, say: Callable = print) -> None:
     """Writes a Hugging Face folder of the model with the adapter's updates added to its weights.
 
-    dtype: of the new folder's weights; None: that of the model's. Sums are computed in float32 and rounded once. Of
-    tokenizer, chat template and generation_config.json the adapter's own go before the model's.
+    dtype: of the new folder's weights; None: that of the model's. Sums are computed in float32 and rounded once, and
+    what that loses of the update is said. An adapter of QLoRA is best merged into the weights that its base was
+    quantised from; of a folder in NF4, all weights leave in dtype, as the numbers that the 4 bits stand for.
+    Of tokenizer, chat template and generation_config.json the adapter's own go before the model's.
     Raises UserError where `out` exists, or the adapter does not fit the model.
     """
     if Path(out).exists():
@@ -92,9 +96,16 @@ def merge(folder: Path, adapter: Path, out: Path, dtype: torch.dtype | None = No
     dtype = dtype or stored
     model = checkpoint.load_model(folder, stored if stored == dtype else torch.float32)
     lora.load_adapter(model, adapter)
-    lora.merge(model)
+    if any(True for _ in quantized(model)):
+        say(f"NOTE: {folder} is in NF4, and the merged weights keep what its 4 bits lost; merge into the weights that")
+        say("      it was made of if you have them")
+    lost = lora.merge(model, stored=dtype)
     lora.drop_lora(model)
+    for layer in quantized(model):
+        layer.dequantize(matrix(layer.frozen, model.dtype))
     checkpoint.save_model(model, out, dtype, lambda aside: checkpoint.copy_tokenizer(Path(adapter), aside))
+    name = str(dtype).removeprefix("torch.")
+    say(f"merged    {adapter} into {out}, {name}: rounding lost {100 * lost:.2g} % of the update")
 
 
 def base_folder(model: str | None, adapter: str | Path | None, say: Callable = print) -> Path:

@@ -153,15 +153,15 @@ def main() -> None:
     for side in sides:
         if model is None or model.source != side.folder:
             model = None  # the other model goes before this one comes
-            model = load_model(side.folder, dtype, device)
+            model = load_model(side.folder, dtype, device, args.quant)
         elif has_lora(model):
             drop_lora(model)
         tokenizer = loading.pick_tokenizer(side.folder, side.adapter, args.template)
         if side.adapter is not None:
             loading.put_adapter(model, side.adapter)
-        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         print(f"{side.name:9} {side.folder}" + (f" + {side.adapter}" if side.adapter else ""), end=": ")
-        print(f"{model.config.family}, {millions:,.1f} M parameters, template {tokenizer.template_name}", flush=True)
+        kind = f"{model.config.family}, {model.size / 1e6:,.1f} M parameters{loading.in_bits(model)}"
+        print(f"{kind}, template {tokenizer.template_name}", flush=True)
         if args.what == "exact":
             results[side.name] = exact(model, tokenizer, source.records, args.max_new_tokens, args.batch_size or 32)
         else:

@@ -79,7 +79,7 @@ def load(args, device: torch.device, dtype: torch.dtype, switches: bool) -> tupl
     """The base, its adapters with the first one on, and a name for what was loaded."""
     named = [name_adapter(typed) for typed in args.adapter or []]
     folder = base_folder(args.model, named[0][1] if named else None, say)
-    adapters = Adapters(load_model(folder, dtype, device), {}, args.merge, switches)
+    adapters = Adapters(load_model(folder, dtype, device, args.quant), {}, args.merge, switches)
     for name, path in named:
         if name in adapters.held:
             raise UserError(f"--adapter: two are called {name}; give them names, as red={path}")

@@ -59,6 +59,8 @@ def folder_to_gguf(folder, file, dtype: str = "f32", adapter=None, say: Say = sa
     if dtype not in TYPES:
         raise UserError(f"--type {dtype}: is not known; {', '.join(TYPES)} are")
     config = read_config(folder)
+    if config.raw.get("quantization_config") is not None:
+        raise UserError(f"{folder}: its weights are quantised already; give the folder that they were made of")
     row, architecture = exported(config, folder)
     plan = places(config, row)
     weights = Weights(folder, config, plan)

@@ -23,7 +23,9 @@ import hub
 from checkpoint import new_folder, published, tensors, write_json
 from errors import UserError, read_json, read_json_if_there
 from kernels.lora_linear import lora_linear
+from kernels.nf4 import matrix
 from model import Linear, Transformer
+from quant import QuantizedWeight
 
 ALL = "all"  # every linear of the blocks; not the output head, which is the embedding table in many models
 PREFIX = "base_model.model."
@@ -41,9 +43,9 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: Linear, rank: int, alpha: float, dropout: float):
         super().__init__()
-        out_features, in_features = base.weight.shape
+        out_features, in_features = base.out_features, base.in_features
         self.base, self.rank, self.alpha, self.dropout = base, rank, alpha, dropout
-        device = base.weight.device
+        device = base.frozen[0].device
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # U(-1/sqrt(in), 1/sqrt(in)), as the paper's own code
@@ -64,8 +66,8 @@ class LoRALinear(nn.Module):
             return self.base(x).addmm_(
                 F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype).t(), alpha=self.scale
             )
-        weight, bias = self.base.weight.to(x.dtype), self.base.bias
-        return lora_linear(x, weight, None if bias is None else bias.to(x.dtype), self.lora_A, self.lora_B, self.scale)
+        bias = None if self.base.bias is None else self.base.bias.to(x.dtype)
+        return lora_linear(x, self.base.frozen, bias, self.lora_A, self.lora_B, self.scale)
 
     def delta(self) -> Tensor:  # fp32 [out, in]
         return self.scale * (self.lora_B.float() @ self.lora_A.float())
@@ -100,7 +102,8 @@ def add_lora(
             kinds = sorted({name.rpartition(".")[2] for name in linears})
             raise UserError(f"--targets {target}: matches no linear layer (the model has {', '.join(kinds)})")
         chosen += found
-    most = max(max(model.get_submodule(linears[name]).weight.shape) for name in chosen)
+    layers = [model.get_submodule(linears[name]) for name in chosen]
+    most = max(max(layer.in_features, layer.out_features) for layer in layers)
     if rank > most:
         raise UserError(f"--rank {rank}: no layer here is larger than {most}")
     model.requires_grad_(False)
@@ -120,22 +123,42 @@ def has_lora(model: Transformer) -> bool:
 
 
 @torch.no_grad()
-def merge(model: Transformer, keep: bool = False) -> None:
+def merge(model: Transformer, keep: bool = False, stored: torch.dtype | None = None) -> float:
     """Adds every adapter's update to its base weight: computed in fp32, rounded once to the base's dtype. keep: holds
-    the weights as they were, so that unmerge is exact, in the memory that they take."""
+    the weights as they were, so that unmerge is exact, in the memory that they take. A base in NF4 leaves it, since 4
+    bits would not hold the update: the sum is in the model's dtype, and the base's numbers are those of its 4 bits.
+
+    Returns the share of the update that rounding loses: the length of what it changes, over the update's. stored: the
+    dtype that the weights are rounded to later on, if to another.
+    """
+    lost = update = 0.0
     for layer in adapted(model).values():
         assert not layer.merged, "merged already"
-        layer.kept = layer.base.weight.clone() if keep else None
-        layer.base.weight.copy_(layer.base.weight.float() + layer.delta())
+        base, delta = layer.base, layer.delta()
+        wanted = matrix(base.frozen, torch.float32) + delta
+        if base.nf4 is not None:
+            layer.kept = base.nf4
+            base.dequantize(wanted.to(model.dtype))
+        else:
+            layer.kept = base.weight.clone() if keep else None
+            base.weight.copy_(wanted)
+        lost += (base.weight.to(stored or base.weight.dtype) - wanted).square().sum()
+        update += delta.square().sum()
         layer.merged = True
+    return math.sqrt(lost / update) if update else 0.0
 
 
 @torch.no_grad()
 def unmerge(model: Transformer) -> None:
-    """Takes the updates out again: exact if they were kept, else up to merge's rounding to the base's dtype."""
+    """Takes the updates out again: exact if they were kept, as NF4 always is, else up to merge's rounding to the base's
+    dtype."""
     for layer in adapted(model).values():
         assert layer.merged, "not merged"
-        layer.base.weight.copy_(layer.base.weight.float() - layer.delta() if layer.kept is None else layer.kept)
+        base = layer.base
+        if isinstance(layer.kept, QuantizedWeight):
+            base.weight, base.nf4 = None, layer.kept
+        else:
+            base.weight.copy_(base.weight.float() - layer.delta() if layer.kept is None else layer.kept)
         layer.merged, layer.kept = False, None
 
 

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 import decoding
 from families import Config, Layer
 from kernels.attention import Documents, Scores, document_attention
+from kernels.nf4 import NF4, Frozen, matrix, nf4_linear
 from kernels.norm import rms_norm
 from kernels.packed_linear import can_pack, pack, packed_linear
 from kernels.rope import LENGTH_DEPENDENT, frequencies, rope
+from quant import QuantizedWeight
 
 PACK_STEPS = 16  # of decoding that make up for packing the weights
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
@@ -31,18 +33,35 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, appr
 
 class Linear(nn.Module):
     """x W^T + b. An fp32 weight (a trained master) is cast to x's dtype for the product, its gradient comes in fp32.
-    packed: the weight as kernels/packed_linear.py wants it, while a text is written."""
+    nf4: in place of the weight, which is frozen then. packed: the weight as kernels/packed_linear.py wants it, while a
+    text is written."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.nf4: QuantizedWeight | None = None
         self.packed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
             return packed_linear(x, self.packed, self.bias)
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.nf4 is not None:
+            return nf4_linear(x, self.nf4.tensors, bias)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+    @property
+    def frozen(self) -> Frozen:
+        """The weight as kernels take it that do not train it."""
+        return (self.weight,) if self.nf4 is None else self.nf4.tensors
+
+    def quantize(self, nf4: NF4) -> None:
+        self.weight, self.nf4 = None, QuantizedWeight(nf4)
+
+    def dequantize(self, weight: Tensor) -> None:
+        self.nf4, self.weight = None, nn.Parameter(weight, requires_grad=False)
 
 
 class RMSNorm(nn.Module):
@@ -217,6 +236,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.compute_dtype, self.packed_head = config, None, None
+        self.unquantized: list[str] = []  # linears that were to be quantised and could not be
         self.frequencies: dict[int, Tensor] = {}  # of config.ropes, on the device where they were last used
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.positions = nn.Embedding(config.max_positions, config.hidden_size) if config.learned_positions else None
@@ -231,6 +251,12 @@ class Transformer(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.embed.weight.device
+
+    @property
+    def size(self) -> int:
+        """Numbers in all parameters, those in 4 bits counted as what they stand for."""
+        plain = sum(p.numel() for name, p in self.named_parameters() if ".nf4." not in name)
+        return plain + sum(layer.in_features * layer.out_features for layer in quantized(self))
 
     def head_weight(self) -> Tensor:  # [V, D]
         return self.embed.weight if self.head is None else self.head.weight
@@ -338,6 +364,11 @@ class Transformer(nn.Module):
             yield from decoding.stream(self, prompts, max_new_tokens, **settings)
 
 
+def quantized(model: nn.Module) -> Iterator[Linear]:
+    """The linears whose weight is in 4 bits."""
+    return (module for module in model.modules() if isinstance(module, Linear) and module.nf4 is not None)
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while: no dropout, and afterwards whatever was before."""
@@ -354,7 +385,7 @@ class FusedWeights:
 
     def __init__(self, linears: list[Linear]):
         biases = [linear.bias for linear in linears]
-        self.packed = pack(torch.cat([linear.weight for linear in linears]))
+        self.packed = pack(torch.cat([matrix(linear.frozen, torch.bfloat16) for linear in linears]))
         self.bias = None if biases[0] is None else torch.cat(biases)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -374,8 +405,9 @@ def packed_weights(model: Transformer, steps: int) -> Iterator[None]:
         yield
         return
     linears = {module for module in model.modules() if isinstance(module, Linear)}
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
-    if steps < PACK_STEPS or not all(can_pack(w, total) for w in (model.head_weight(), *(m.weight for m in linears))):
+    total = 2 * sum(m.in_features * m.out_features for m in linears) + 2 * model.head_weight().numel()
+    plain = [model.head_weight(), *(m.weight for m in linears if m.nf4 is None)]
+    if steps < PACK_STEPS or not all(can_pack(weight, total) for weight in plain):
         yield
         return
     groups = {module: [module.q, module.k, module.v] for module in model.modules() if hasattr(module, "q")}
@@ -386,7 +418,7 @@ def packed_weights(model: Transformer, steps: int) -> Iterator[None]:
         for module, group in groups.items():
             module.fused = FusedWeights(group)
         for module in alone:
-            module.packed = pack(module.weight)
+            module.packed = pack(matrix(module.frozen, torch.bfloat16))
         model.packed_head = pack(model.head_weight())
         yield
     finally:

@@ -8,7 +8,7 @@ import time
 import torch
 
 from kernels.attention import SHORT
-from model import Transformer
+from model import Transformer, quantized
 
 RUNTIME_BYTES = 1.2e9  # of Python, torch, and the products that oneDNN has prepared (loading.py); measured
 EFFICIENCY = 0.55  # of a training step, against products alone
@@ -18,10 +18,13 @@ def flops_a_token(model: Transformer) -> float:
     """Products of one training step, a token: 2 a weight forward, 2 for the inputs' gradient, 2 where it is trained.
     Attention is left out; the head counts for every token."""
     total, experts = 0.0, model.config.experts
-    for name, p in model.named_parameters():
-        if p.dim() == 2 and not name.startswith(("embed.", "positions.")):
-            used = experts.active / experts.count if ".experts." in name else 1
-            total += used * p.numel() * (6 if p.requires_grad else 4)
+    sizes = [(name, p.numel(), p.requires_grad) for name, p in model.named_parameters() if p.dim() == 2]
+    sizes = [each for each in sizes if not each[0].startswith(("embed.", "positions.")) and ".nf4." not in each[0]]
+    for name, layer in model.named_modules():
+        if getattr(layer, "nf4", None) is not None:
+            sizes.append((name, layer.in_features * layer.out_features, False))
+    for name, size, trained in sizes:
+        total += (experts.active / experts.count if ".experts." in name else 1) * size * (6 if trained else 4)
     shared = model.embed.weight  # the head as well, if there is none of its own
     return total + (shared.numel() * (6 if shared.requires_grad else 4) if model.head is None else 0)
 
@@ -36,6 +39,7 @@ def expected_memory(model: Transformer, lengths: list[int]) -> float:
     kept = 8 * c.hidden_size + 3 * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 4 * inner  # a token a layer
     short = model.device.type == "cpu" and max(lengths) <= SHORT
     probs = c.num_heads * max(lengths) * short  # a token a layer, by the products of kernels/attention.py
+    weights += max((6 * layer.in_features * layer.out_features for layer in quantized(model)), default=0)  # made whole
     return weights + 12 * trained + sum(lengths) * c.num_layers * (kept + probs) * item + RUNTIME_BYTES
 
 

@@ -39,7 +39,7 @@ from data import Dataset, Example, encode, epoch_order, load_sources, micro_batc
 from demo import TASK, Demo
 from errors import UserError, run
 from loading import DTYPES, one_line, parse, pick_device, pick_dtype, pick_tokenizer, put_adapter
-from model import Config, Transformer, evaluating
+from model import Config, Linear, Transformer, evaluating, quantized
 from objectives import mean_loss, training_loss
 from templates import NAMED
 from tokenizer import Tokenizer
@@ -77,8 +77,12 @@ class Flags:
     out: str | None = flag(None, "model and data", "folder of the run (default: a new one under runs/)", metavar="DIR")
     overwrite: bool = flag(False, "model and data", "replace the run that --out holds")
     method: str = flag(
-        "lora", "method", "full: the weights themselves; lora: low-rank adapters", choices=["full", "lora"]
+        "lora",
+        "method",
+        "full: the weights themselves; lora: low-rank adapters; qlora: the same on a base in 4 bits (--quant nf4)",
+        choices=["full", "lora", "qlora"],
     )
+    quant: str | None = flag(None, "method", "of the frozen base, in lora: 4 bits a weight (QLoRA)", choices=["nf4"])
     rank: int | None = flag(None, "method", f"lora: rank of the update (default: {LORA['rank']})")
     alpha: float | None = flag(
         None, "method", f"lora: the update is scaled by alpha / rank (default: {LORA['alpha']:g})"
@@ -115,6 +119,10 @@ class Flags:
     profile: int = flag(0, "watching", "profile this many steps, print the table, stop", metavar="N")
     wandb: str | None = flag(None, "watching", "log to this Weights & Biases project as well", metavar="PROJECT")
 
+    @property
+    def lora(self) -> bool:
+        return self.method != "full"
+
 
 def parse_flags(argv: list[str]) -> Flags:
     parser = argparse.ArgumentParser("train.py", allow_abbrev=False, description=__doc__.split("\n")[0])
@@ -136,6 +144,8 @@ def parse_flags(argv: list[str]) -> Flags:
             where.add_argument(name, type=to, default=default, **meta)
     flags = Flags(**vars(parse(parser, argv)))
     check(flags)
+    if flags.method == "qlora":
+        flags.quant = "nf4"
     return flags
 
 
@@ -157,10 +167,12 @@ def check(flags: Flags) -> None:
         raise UserError("--val-fraction parts the files of --data; with --val or without --data it means nothing")
     if flags.steps is not None and flags.epochs is not None:
         raise UserError("--steps and --epochs: give one of them")
-    if flags.adapter and flags.method != "lora":
+    if flags.quant and not flags.lora:
+        raise UserError(f"--quant {flags.quant}: 4 bits can't be trained; a frozen base with --method lora can")
+    if flags.adapter and not flags.lora:
         raise UserError("--adapter goes on from a LoRA adapter and needs --method lora")
     shape = [f"--{name}" for name in LORA if getattr(flags, name) is not None]
-    if shape and (flags.adapter or flags.method != "lora"):
+    if shape and (flags.adapter or not flags.lora):
         reason = "the adapter that --adapter names has its own" if flags.adapter else "is for --method lora"
         raise UserError(f"{shape[0]}: {reason}")
     if flags.patience and flags.eval_every == 0:
@@ -231,8 +243,8 @@ def load_data(flags: Flags, tokenizer: Tokenizer, config: Config) -> tuple[Datas
 def prepare(flags: Flags, folder: Path, dtype: torch.dtype, device: torch.device) -> Transformer:
     """The model with its trainable parameters marked. The one place that knows what a method is."""
     torch.manual_seed(flags.seed)
-    if flags.method == "lora":
-        model = checkpoint.load_model(folder, dtype, device)
+    if flags.lora:
+        model = checkpoint.load_model(folder, dtype, device, flags.quant)
         if flags.adapter:
             put_adapter(model, flags.adapter)
             layers = lora.adapted(model)
@@ -246,6 +258,8 @@ def prepare(flags: Flags, folder: Path, dtype: torch.dtype, device: torch.device
         lora.add_lora(model, flags.rank, flags.alpha, flags.dropout, flags.targets)
         return model
     model = checkpoint.load_model(folder, torch.float32, device)  # fp32 masters: bf16 would lose small updates
+    if any(True for _ in quantized(model)):
+        raise UserError(f"{folder}: its weights are in 4 bits, which can't be trained; use --method qlora")
     model.compute_dtype = dtype
     if flags.train:
         names = {name: checkpoint.published(model, name) for name, _ in model.named_parameters()}
@@ -271,9 +285,7 @@ def choose_defaults(flags: Flags, model: Transformer, examples: int) -> int:
     if flags.lr is None:
         # Schulman et al. 2025, "LoRA without regret": the best rate falls with the width, and is ten times as high for
         # LoRA as for full fine-tuning
-        flags.lr = float(
-            f"{5e-5 * (10 if flags.method == 'lora' else 1) * (2000 / model.config.hidden_size) ** 0.78:.1e}"
-        )
+        flags.lr = float(f"{5e-5 * (10 if flags.lora else 1) * (2000 / model.config.hidden_size) ** 0.78:.1e}")
     if flags.warmup is None:
         flags.warmup = round(0.05 * flags.steps)
     if flags.warmup >= flags.steps:
@@ -445,7 +457,7 @@ def save(model: Transformer, tokenizer: Tokenizer, flags: Flags, folder: Path, b
         if flags.method != "full":  # save_model carries them over by itself
             checkpoint.copy_tokenizer(tokenizer.source, aside)
         tokenizer.save_template(aside)
-        checkpoint.write_json({**base, "method": flags.method}, aside / "plaintune.json")
+        checkpoint.write_json({**base, "method": flags.method, "quant": flags.quant}, aside / "plaintune.json")
 
     if flags.method == "full":
         checkpoint.save_model(model, folder, stored, also)
@@ -493,7 +505,7 @@ def main() -> None:
         optimize(model, train, flags, log, device, watch.after_step)
     except KeyboardInterrupt:
         if watch.kept:
-            how = "--adapter" if flags.method == "lora" else "--model"
+            how = "--adapter" if flags.lora else "--model"
             log.bar.write(f"stopped   {how} {out / 'best'} goes on from the best validation so far")
         raise
     finally:
@@ -583,12 +595,8 @@ def run_folder(flags: Flags) -> Path:
 def describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, why, seconds) -> None:
     """The first lines: everything that was chosen, and what to expect."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters()) - (trained if flags.method == "lora" else 0)
-    how = (
-        f"rank {flags.rank}, alpha {flags.alpha:g} on {flags.targets}"
-        if flags.method == "lora"
-        else flags.train or "all"
-    )
+    total = model.size - (trained if flags.lora else 0)
+    how = f"rank {flags.rank}, alpha {flags.alpha:g} on {flags.targets}" if flags.lora else flags.train or "all"
     how = f"going on from {flags.adapter}" if flags.adapter else how
     print(f"model     {folder}: {model.config.family}, {total:,} parameters; tokenizer: {tokenizer.description}")
     if (folder / "source.json").is_file():  # by convert.py
@@ -600,17 +608,25 @@ def describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, w
         print("          generation_config.json lists as an end; tell the server that will run the model to stop there")
     share = f"{100 * trained / total:.2f} % of the model's"
     print(f"method    {flags.method} ({how}): {trained:,} parameters trained, {share}")
-    if flags.method == "lora":
+    if flags.lora:
         layers = lora.adapted(model).values()
-        held = 100 * sum(layer.base.weight.numel() for layer in layers) / total
+        held = 100 * sum(layer.base.in_features * layer.base.out_features for layer in layers) / total
         print(f"          the {len(layers):,} adapted layers hold {held:.1f} % of the model")
     if experts := model.config.experts:
-        inside = [(name, p) for name, p in model.named_parameters() if ".experts." in name]
-        held = 100 * sum(p.numel() for name, p in inside if ".lora_" not in name) / total
+        inside = [layer for name, layer in model.named_modules() if ".experts." in name and isinstance(layer, Linear)]
+        held = 100 * sum(layer.in_features * layer.out_features for layer in inside) / total
+        trains = any(p.requires_grad for name, p in model.named_parameters() if ".experts." in name)
         print(
             f"          {experts.count} experts a layer, {experts.active} a token, hold {held:.1f} % of the model"
-            f"{'' if any(p.requires_grad for _, p in inside) else ', NOT trained'}; balance loss x {experts.balance:g}"
+            f"{'' if trains else ', NOT trained'}; balance loss x {experts.balance:g}"
         )
+    if layers := [*quantized(model)]:
+        share = 100 * sum(layer.in_features * layer.out_features for layer in layers) / total
+        size = sum(p.nbytes for layer in layers for p in layer.nf4.parameters())
+        print(f"base      {len(layers):,} linears, {share:.1f} % of the model, in NF4: {size / 1e6:,.1f} MB; ", end="")
+        print(f"embeddings, norms and head in {str(dtype).removeprefix('torch.')}")
+        for name in model.unquantized:
+            print(f"          NOTE: {name} stays in 16 bits, its rows are no whole blocks of 64")
     if model.config.unheeded:
         print(f"          NOTE: config.json's {', '.join(model.config.unheeded)} plays no part in training here")
     print(f"machine   {device}, {str(dtype).removeprefix('torch.')}: {why}")
@@ -639,8 +655,9 @@ def profile(model, train, flags, log, device, out: Path) -> None:
 
 
 def say_next(flags: Flags, made: Path, chat: bool) -> None:
-    where = f"--{'adapter' if flags.method == 'lora' else 'model'} {shlex.quote(str(made))}"
-    base = f"--model {shlex.quote(flags.model)} " if flags.model and flags.method == "lora" else ""
+    where = f"--{'adapter' if flags.lora else 'model'} {shlex.quote(str(made))}"
+    base = f"--model {shlex.quote(flags.model)} " if flags.model and flags.lora else ""
+    base += f"--quant {flags.quant} " if flags.quant else ""
     print(f"next      python generate.py {base}{where}{'' if chat else ' --complete'}")
 
 

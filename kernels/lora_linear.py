@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.nf4 import Frozen, matrix
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """x: [tokens, in]; weight: frozen [out, in] in x's dtype; bias: frozen [out] or None; A: [rank, in] and
-    B: [out, rank], of any float dtype. Returns [tokens, out]."""
-    return LoRALinear.apply(x, weight, bias, A, B, scale)
+
+def lora_linear(x: Tensor, frozen: Frozen, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """x: [tokens, in]; frozen: the weight, [out, in], in x's dtype or in NF4, which is made whole for a moment, forward
+    and backward; bias: frozen [out] in x's dtype, or None; A: [rank, in] and B: [out, rank], of any float dtype.
+    Returns [tokens, out]."""
+    return LoRALinear.apply(x, bias, A, B, scale, *frozen)
 
 
 def lora_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -22,17 +25,19 @@ def lora_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, A: Ten
 
 class LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scale):
+    def forward(ctx, x, bias, A, B, scale, *frozen):
         s = F.linear(x, A.to(x.dtype))  # [tokens, rank]
-        ctx.save_for_backward(x, weight, A, B, s)
+        ctx.save_for_backward(x, A, B, s, *frozen)
         ctx.scale = scale
-        return F.linear(x, weight, bias).addmm_(s, B.to(x.dtype).t(), alpha=scale)
+        return F.linear(x, matrix(frozen, x.dtype), bias).addmm_(s, B.to(x.dtype).t(), alpha=scale)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, A, B, s = ctx.saved_tensors
+        x, A, B, s, *frozen = ctx.saved_tensors
         ds = (grad @ B.to(grad.dtype)).mul_(ctx.scale)  # [tokens, rank]
-        dx = torch.mm(grad, weight).addmm_(ds, A.to(grad.dtype)) if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.mm(grad, matrix(frozen, grad.dtype)).addmm_(ds, A.to(grad.dtype))
         dA = (ds.t() @ x).to(A.dtype)
         dB = (grad.t() @ s).to(B.dtype).mul_(ctx.scale)
-        return dx, None, None, dA, dB, None
+        return dx, None, dA, dB, None, *[None] * len(frozen)

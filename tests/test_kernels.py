@@ -95,7 +95,8 @@ def test_lora_linear(dtype, tolerance, bias):
     x, weight = random(19, 24, dtype=dtype), random(40, 24, dtype=dtype, grad=False)
     b = random(40, dtype=dtype, grad=False) if bias else None
     A, B = random(4, 24, dtype=torch.float32), random(40, 4, dtype=torch.float32)
-    compare(lora_linear, lora_linear_reference, [x, weight, b, A, B, 0.7], tolerance)
+    ours = lambda x, weight, *more: lora_linear(x, (weight,), *more)
+    compare(ours, lora_linear_reference, [x, weight, b, A, B, 0.7], tolerance)
 
 
 def attention_reference(q, k, v, lengths, scale, window=None, softcap=None):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from errors import UserError, read_json
 from kernels.nf4 import NF4
 from model import Config, Linear, Transformer
-from quant import SIDE, can_quantize, check_settings, from_files, quantize, settings, to_files
+from quant import KINDS, SIDE, can_quantize, check_settings, from_files, quantize, settings, to_files
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -187,16 +187,19 @@ def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu", quant: 
     Where nothing has to be done to a tensor (CPU, stored in `dtype`) it is not copied: the parameter is the file's own
     pages, read when they are first used, and private to this process where they are written. So the file may be
     replaced or deleted while the model is in use, but not overwritten in place. Others are copied, two at a time.
-    quant: "nf4" quantises the linears of the blocks (quant.py), each as it is read, on `device`, from the numbers as
-    they are stored; they are frozen then. A folder that is quantised already, by bitsandbytes or by save_model, stays
-    so whatever is asked for. model.unquantized names linears whose rows are no whole blocks of 64: they stay in dtype.
+    quant: "nf4" quantises the linears of the blocks (quant.py), "nf4+head" the output head too, each as it is read, on
+    `device`, from the numbers as they are stored; they are frozen then. A folder that is quantised already, by
+    bitsandbytes or by save_model, stays so whatever is asked for. model.unquantized names linears whose rows are no
+    whole blocks of 64: they stay in dtype.
     Raises UserError naming the tensors that are missing, unknown, there twice, or of another shape than config.json
     implies, before any weight is read.
     """
-    if quant not in (None, "nf4"):
-        raise UserError(f"quant {quant!r} is not supported (supported: nf4)")
+    if quant not in (None, *KINDS):
+        raise UserError(f"quant {quant!r} is not supported (supported: {', '.join(KINDS)})")
     folder, device = Path(folder), torch.device(device)
     config, files = read_config(folder), weight_files(folder)
+    if quant == "nf4+head" and config.tied:
+        raise UserError(f"--quant {quant}: this model's output head is its embedding table, which stays as it is")
     with torch.device("meta"):
         model = Transformer(config)
     ours, second_table = matched(model, folder, files), None
@@ -217,7 +220,8 @@ def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu", quant: 
                 nf4 = from_files(parts, (owner.out_features, owner.in_features), f"{folder}: {name}")
                 owner.quantize(NF4(*(part if part is None else part.to(device, copy=True) for part in nf4)))
                 continue
-            if quant and leaf == "weight" and isinstance(owner, Linear) and owner is not model.head:
+            asked = quant is not None and ("head" in quant or owner is not model.head)
+            if asked and leaf == "weight" and isinstance(owner, Linear):
                 whole = tensor.to(device)
                 whole = whole.t().contiguous() if transposed(model, ours[name]) else whole
                 if can_quantize(whole):
@@ -332,7 +336,7 @@ def save_model(
         for name, layer in frozen.items():
             for end, tensor in to_files(layer.nf4.tensors, (layer.out_features, layer.in_features), computed).items():
                 weights[".".join(filter(None, (published(model, name), "weight", end)))] = tensor.detach().cpu()
-        config["quantization_config"] = settings(double=layer.nf4.nested is not None, dtype=computed)
+        config["quantization_config"] = settings(layer.nf4.nested is not None, computed, model.head in frozen.values())
     if len(dtypes) == 1:
         config["dtype" if "dtype" in model.config.raw else "torch_dtype"] = dtypes.pop()
     with new_folder(folder, replace=True) as aside:

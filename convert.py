@@ -7,6 +7,7 @@ nothing is the default base. The way out is here as well: a folder or an adapter
     python convert.py to-folder FILE.gguf FOLDER
     python convert.py to-gguf FOLDER OUT.gguf [--adapter DIR] [--type f32|f16|bf16|q8_0]
     python convert.py adapter-to-gguf ADAPTER OUT.gguf [--model FOLDER]
+    python convert.py to-nf4 FOLDER OUT [--quant nf4|nf4+head]
     python convert.py merge FOLDER ADAPTER OUT [--dtype fp32|fp16|bf16]
 """
 
@@ -27,6 +28,7 @@ from gguf_in import gguf_to_folder
 from gguf_out import TYPES, adapter_to_gguf, folder_to_gguf
 from kernels.nf4 import matrix
 from model import quantized
+from quant import KINDS
 
 FORMAT = 3  # of the folders made of GGUF files: counting it up makes every cached one afresh
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -108,6 +110,17 @@ def merge(folder: Path, adapter: Path, out: Path, dtype: torch.dtype | None = No
     say(f"merged    {adapter} into {out}, {name}: rounding lost {100 * lost:.2g} % of the update")
 
 
+def to_nf4(folder: Path, out: Path, quant: str = "nf4") -> None:
+    """Writes a Hugging Face folder of the model with its linears in NF4, which transformers reads with bitsandbytes.
+    quant: as in checkpoint.load_model. UserError where `out` exists, or the model is quantised already."""
+    if Path(out).exists():
+        raise UserError(f"{out}: exists already; name a new folder")
+    config = checkpoint.read_config(folder)
+    if config.raw.get("quantization_config") is not None:
+        raise UserError(f"{folder}: is quantised already")
+    checkpoint.save_model(checkpoint.load_model(folder, checkpoint.stored_dtype(config), quant=quant), out)
+
+
 def base_folder(model: str | None, adapter: str | Path | None, say: Callable = print) -> Path:
     """The folder of the base: `--model`'s, else the one that the adapter was made on (a folder, the default base, or a
     name on the Hub), else, without an adapter, the default. UserError where the adapter's base is not to be had:
@@ -151,6 +164,10 @@ def main() -> None:
     command.add_argument("adapter", type=Path, help="PEFT LoRA folder")
     command.add_argument("file", type=Path, help="the new file")
     command.add_argument("--model", metavar="M", help="its base (default: the one it was made on)")
+    command = commands.add_parser("to-nf4", help="a model to a folder with its linears in 4 bits a weight")
+    command.add_argument("folder", help="what --model takes elsewhere")
+    command.add_argument("out", type=Path, help="the new folder")
+    command.add_argument("--quant", choices=KINDS, default="nf4", help="default: nf4")
     command = commands.add_parser("merge", help="a model and a LoRA adapter to one Hugging Face folder")
     command.add_argument("folder", help="what --model takes elsewhere")
     command.add_argument("adapter", type=Path, help="PEFT LoRA folder")
@@ -164,6 +181,8 @@ def main() -> None:
             folder_to_gguf(model_folder(args.folder), args.file, args.type, args.adapter)
         case "adapter-to-gguf":
             adapter_to_gguf(args.adapter, args.file, base_folder(args.model, args.adapter))
+        case "to-nf4":
+            to_nf4(model_folder(args.folder), args.out, args.quant)
         case "merge":
             merge(model_folder(args.folder), args.adapter, args.out, args.dtype and DTYPES[args.dtype])
 

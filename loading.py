@@ -19,6 +19,7 @@ from checkpoint import fingerprint
 from errors import UserError, printable
 from lora import load_adapter, note
 from model import Transformer, quantized
+from quant import KINDS
 from templates import NAMED
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -93,7 +94,7 @@ def add_flags(parser: argparse.ArgumentParser, several: bool = False) -> None:
     more = {"nargs": "+", "action": "extend", "metavar": "[NAME=]DIR"} if several else {"metavar": "DIR"}
     help = "PEFT LoRA folders; the first is put on it, the others held" if several else "PEFT LoRA folder to put on it"
     parser.add_argument("--adapter", help=help, **more)
-    parser.add_argument("--quant", choices=["nf4"], help="the base's linears in 4 bits a weight")
+    parser.add_argument("--quant", choices=[*KINDS], help="the base's linears in 4 bits a weight")
     parser.add_argument("--template", choices=[*NAMED], help="chat template in place of the model's own")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="to compute in (default: auto)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto")

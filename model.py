@@ -258,8 +258,11 @@ class Transformer(nn.Module):
         plain = sum(p.numel() for name, p in self.named_parameters() if ".nf4." not in name)
         return plain + sum(layer.in_features * layer.out_features for layer in quantized(self))
 
-    def head_weight(self) -> Tensor:  # [V, D]
-        return self.embed.weight if self.head is None else self.head.weight
+    def head_weight(self) -> Tensor:
+        """[V, D]; of a head in 4 bits, made anew at each call."""
+        if self.head is None:
+            return self.embed.weight
+        return self.head.weight if self.head.nf4 is None else matrix(self.head.frozen, self.dtype)
 
     def hidden(self, tokens: Tensor, positions: Tensor, lengths: Tensor, attends: list) -> Tensor:
         """tokens, positions: int64 [N]; lengths: int64 [N], of the document that each token is in, as long as it is so
@@ -404,7 +407,7 @@ def packed_weights(model: Transformer, steps: int) -> Iterator[None]:
     if model.packed_head is not None:
         yield
         return
-    linears = {module for module in model.modules() if isinstance(module, Linear)}
+    linears = {module for module in model.modules() if isinstance(module, Linear) and module is not model.head}
     total = 2 * sum(m.in_features * m.out_features for m in linears) + 2 * model.head_weight().numel()
     plain = [model.head_weight(), *(m.weight for m in linears if m.nf4 is None)]
     if steps < PACK_STEPS or not all(can_pack(weight, total) for weight in plain):

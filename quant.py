@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from errors import UserError
 from kernels.nf4 import BLOCK, NESTED_BLOCK, NF4, code, dynamic_code, nf4_dequantize
 
+KINDS = ("nf4", "nf4+head")
 TINY = 1e-38  # stands in for the largest value of a block of zeros
 CPU_STEPS = 65535  # bitsandbytes looks 8-bit numbers up in a table of so many steps on CPUs, and compares on GPUs: one
 # scale in a thousand gets the neighbouring number, and so it does here
@@ -85,8 +86,8 @@ STATE = "quant_state.bitsandbytes__nf4"  # JSON, as bytes
 SIDE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
 
 
-def settings(double: bool, dtype: str) -> dict:
-    """config.json's quantization_config for a base of ours, as transformers reads it."""
+def settings(double: bool, dtype: str, head: bool) -> dict:
+    """config.json's quantization_config for a base of ours, as transformers reads it. head: is the head in 4 bits."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -95,7 +96,7 @@ def settings(double: bool, dtype: str) -> dict:
         "bnb_4bit_use_double_quant": double,
         "bnb_4bit_compute_dtype": dtype,
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": None,
+        "llm_int8_skip_modules": [] if head else None,  # None: transformers leaves the head out
     }
 
 

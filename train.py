@@ -41,6 +41,7 @@ from errors import UserError, run
 from loading import DTYPES, one_line, parse, pick_device, pick_dtype, pick_tokenizer, put_adapter
 from model import Config, Linear, Transformer, evaluating, quantized
 from objectives import mean_loss, training_loss
+from quant import KINDS
 from templates import NAMED
 from tokenizer import Tokenizer
 
@@ -82,7 +83,7 @@ class Flags:
         "full: the weights themselves; lora: low-rank adapters; qlora: the same on a base in 4 bits (--quant nf4)",
         choices=["full", "lora", "qlora"],
     )
-    quant: str | None = flag(None, "method", "of the frozen base, in lora: 4 bits a weight (QLoRA)", choices=["nf4"])
+    quant: str | None = flag(None, "method", "of the frozen base, in lora: 4 bits a weight (QLoRA)", choices=[*KINDS])
     rank: int | None = flag(None, "method", f"lora: rank of the update (default: {LORA['rank']})")
     alpha: float | None = flag(
         None, "method", f"lora: the update is scaled by alpha / rank (default: {LORA['alpha']:g})"
@@ -145,7 +146,7 @@ def parse_flags(argv: list[str]) -> Flags:
     flags = Flags(**vars(parse(parser, argv)))
     check(flags)
     if flags.method == "qlora":
-        flags.quant = "nf4"
+        flags.quant = flags.quant or "nf4"
     return flags
 
 
@@ -624,7 +625,8 @@ def describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, w
         share = 100 * sum(layer.in_features * layer.out_features for layer in layers) / total
         size = sum(p.nbytes for layer in layers for p in layer.nf4.parameters())
         print(f"base      {len(layers):,} linears, {share:.1f} % of the model, in NF4: {size / 1e6:,.1f} MB; ", end="")
-        print(f"embeddings, norms and head in {str(dtype).removeprefix('torch.')}")
+        rest = "embeddings and norms" if model.head in layers else "embeddings, norms and head"
+        print(f"{rest} in {str(dtype).removeprefix('torch.')}")
         for name in model.unquantized:
             print(f"          NOTE: {name} stays in 16 bits, its rows are no whole blocks of 64")
     if model.config.unheeded:

@@ -77,14 +77,15 @@ def nf4_dequantize(frozen: NF4, dtype: torch.dtype) -> Tensor:
     """The matrix [out, in]. Four numbers are looked up at a time, which is what makes it bearable on CPUs."""
     out, scales = frozen.packed.shape[0], block_scales(frozen)
     fours = frozen.packed.contiguous().view(torch.uint16).flatten().int()
-    numbers = quadruples(frozen.packed.device).index_select(0, fours).view(out, -1, BLOCK)
+    numbers = quadruples(frozen.packed.device).index_select(0, fours).view(out, scales.shape[1], -1)
     return numbers.mul_(scales[..., None]).to(dtype).view(out, -1)
 
 
 def nf4_dequantize_reference(frozen: NF4, dtype: torch.dtype) -> Tensor:
     halves = torch.stack([frozen.packed >> 4, frozen.packed & 15], -1).long()
-    numbers = code(frozen.packed.device)[halves].view(frozen.packed.shape[0], -1, BLOCK)
-    return (numbers * block_scales(frozen)[..., None]).to(dtype).flatten(1)
+    scales = block_scales(frozen)
+    numbers = code(frozen.packed.device)[halves].view(*scales.shape, -1)
+    return (numbers * scales[..., None]).to(dtype).flatten(1)
 
 
 def matrix(frozen: Frozen, dtype: torch.dtype) -> Tensor:

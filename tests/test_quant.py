@@ -73,6 +73,15 @@ def test_codes_scales_and_numbers_are_those_of_bitsandbytes(kind, double):
         assert torch.equal(nf4_dequantize_reference(ours, dtype), wanted)
 
 
+@pytest.mark.parametrize("size", [32, 128, 256])
+def test_blocks_of_other_sizes(size):
+    weight = matrices()["bf16"]
+    packed, state = bnb.quantize_4bit(weight, blocksize=size, quant_type="nf4")
+    ours = quant.quantize_nf4(weight, size)
+    assert torch.equal(ours[0].flatten(), packed.flatten()) and torch.equal(ours[1].flatten(), state.absmax)
+    assert torch.equal(quant.dequantize_nf4(*ours, torch.bfloat16), bnb.dequantize_4bit(packed, state))
+
+
 def test_the_numbers_of_double_quantisation():
     assert torch.equal(quant.dynamic_code(torch.device("cpu")), bnb.create_dynamic_map())
 
@@ -147,6 +156,34 @@ def test_quantising_while_loading_equals_bitsandbytes_and_both_read_what_is_save
     assert type(back.model.layers[0].mlp.up_proj).__name__ == "Linear4bit" and errors(ours, back) < 2e-6
     again = load_model(tmp_path / "saved")
     assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), again.parameters(), strict=True))
+
+
+def test_the_output_head_is_quantised_where_that_is_asked_for(tmp_path):
+    llama(tmp_path / "base", **WIDE)
+    theirs = bits_and_bytes(tmp_path / "base", llm_int8_skip_modules=[])
+    ours = load_model(tmp_path / "base", quant="nf4+head")
+    assert type(theirs.lm_head).__name__ == "Linear4bit" and ours.head.nf4 is not None and errors(ours, theirs) < 2e-6
+    convert.to_nf4(tmp_path / "base", tmp_path / "saved", "nf4+head")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).train()
+    assert type(back.lm_head).__name__ == "Linear4bit" and errors(load_model(tmp_path / "saved"), back) < 2e-6
+    lora.add_lora(ours, 4, 8.0)
+    data = rows(8)
+    assert losses(ours, data, settings(steps=2), tmp_path)[1] > 0  # the loss's gradient goes through it
+    assert ours.eval().generate([[1, 2, 3]], 20) == ours.generate([[1, 2, 3]], 20)
+    llama(tmp_path / "tied", **WIDE, tie_word_embeddings=True)
+    with pytest.raises(UserError, match="output head is its embedding table"):
+        load_model(tmp_path / "tied", quant="nf4+head")
+
+
+def test_the_command_writes_a_base_in_four_bits(tmp_path, monkeypatch, capsys):
+    whole = llama(tmp_path / "base", **WIDE)
+    capsys.readouterr()  # transformers' own
+    assert command(convert, monkeypatch, capsys, "to-nf4", tmp_path / "base", tmp_path / "4bit") == ("", "", 0)
+    assert errors(load_model(tmp_path / "4bit"), bits_and_bytes(tmp_path / "base")) < 2e-6
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("base", "4bit")]
+    assert sizes[1] < sizes[0] / 3 and errors(load_model(tmp_path / "4bit"), whole) > 0.05
+    _, err, code = command(convert, monkeypatch, capsys, "to-nf4", tmp_path / "4bit", tmp_path / "again")
+    assert code == 2 and err == f"error: {tmp_path / '4bit'}: is quantised already\n"
 
 
 def test_what_is_held_is_four_bits_a_weight(tmp_path):

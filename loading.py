@@ -44,7 +44,9 @@ def pick_tokenizer(base: Path, adapter: str | Path | None, template: str | None)
 def put_adapter(model: Transformer, adapter: str | Path, say: Callable = print) -> None:
     """lora.load_adapter, with a warning where the adapter notes that its base had other weights than this one's."""
     load_adapter(model, adapter)
-    made_on = note(adapter).get("base_sha256")
+    made_on, quant = (note(adapter).get(key) for key in ("base_sha256", "quant"))
+    if quant in KINDS and not in_bits(model):
+        say(f"NOTE: {adapter} was trained on its base in {quant}; --quant {quant} gives it that one")
     if made_on is not None and made_on != fingerprint(model.source):
         say(f"WARNING: {adapter} was trained on other weights than those of {model.source}; its answers will suffer")
 

@@ -1,10 +1,10 @@
 """NF4, the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, arXiv 2305.14314): from codes to numbers, and a frozen
 linear that computes with them.
 
-A matrix [out, in] lies in blocks of 64 along its rows. A block is its largest absolute value, `absmax`, times numbers
-of 16 between -1 and 1, two of them a byte, the first in the high half. Double quantisation (section 3 of the paper)
-stores `absmax` in 8 bits as well: offset + nested[block // 256] * one of 256 numbers (Dettmers et al. 2022, arXiv
-2110.02861).
+A matrix [out, in] lies in blocks of 64 along its rows. Of a block are stored its largest absolute value, `absmax`, and
+for each value which of 16 numbers between -1 and 1 it is, times absmax: two to a byte, the first in the high half.
+Double quantisation (section 3 of the paper) stores absmax in 8 bits as well: offset + nested[block // 256] * one of 256
+numbers (Dettmers et al. 2022, arXiv 2110.02861).
 
 The product is not fused: the matrix is made whole in x's dtype, multiplied, and thrown away, forward and again in the
 backward, so that what is kept for the backward is the 4-bit form. With more than some hundred tokens this is also the

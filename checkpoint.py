@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from errors import UserError, read_json
 from kernels.nf4 import NF4
-from model import Config, Linear, Transformer
+from model import Config, Linear, Transformer, quantized
 from quant import KINDS, SIDE, can_quantize, check_settings, from_files, quantize, settings, to_files
 
 TOKENIZER_FILES = (
@@ -202,8 +202,10 @@ def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu", quant: 
         raise UserError(f"--quant {quant}: this model's output head is its embedding table, which stays as it is")
     with torch.device("meta"):
         model = Transformer(config)
-    ours, second_table = matched(model, folder, files), None
-    quantised = quantised_parts(files)
+    if (method := config.raw.get("quantization_config")) is not None:
+        check_settings(method, str(folder / "config.json"))
+    quantised = {} if method is None else quantised_parts(files)
+    ours, second_table = matched(model, folder, files, quantised), None
     keeps = dtype if device.type == "cpu" and not config.conv1d else None
 
     def fill(file: Path) -> None:
@@ -264,19 +266,16 @@ def head_name(config: Config) -> str:
     return config.names["head"] + ".weight"
 
 
-def matched(model: Transformer, folder: Path, files: list[Path]) -> dict[str, str]:
+def matched(model: Transformer, folder: Path, files: list[Path], quantised: dict[str, dict]) -> dict[str, str]:
     """{tensor in the files: parameter of ours}, by the files' headers alone: each parameter once, in the shape that it
     has here, and nothing besides but what is recomputed. A tied head that is stored all the same (some writers do)
-    stands for the embedding. UserError names the tensors of which that is not so."""
+    stands for the embedding. quantised: of quantised_parts. UserError names the tensors of which that is not so."""
     config = model.config
     wanted = {published(model, name): name for name, _ in model.named_parameters()}
     if config.tied:
         wanted[head_name(config)] = "embed.weight"
     prefix = config.names["embed"].partition(".")[0] + "."  # which files of the bare model lack, as GPT-2's on the Hub
     found, unknown, where = {}, [], {}
-    if (method := config.raw.get("quantization_config")) is not None:
-        check_settings(method, str(folder / "config.json"))
-    quantised = quantised_parts(files) if method is not None else {}
     beside = {name for parts in quantised.values() for _, name in parts.values()}
     for file in files:
         with opened(file) as shard:
@@ -323,7 +322,7 @@ def save_model(
         raise UserError("the model carries a LoRA adapter that is not merged; merge, or drop_lora, comes first")
     if not model.source.is_dir():
         raise UserError(f"{folder}: tokenizer and settings come from {model.source}, which is gone")
-    weights, frozen = {}, {name: layer for name, layer in model.named_modules() if getattr(layer, "nf4", None)}
+    weights, frozen = {}, quantized(model)
     for name, parameter in model.named_parameters():
         if ".lora_" not in name and ".nf4." not in name:
             value = parameter.detach().to("cpu", dtype)

@@ -98,12 +98,12 @@ def merge(folder: Path, adapter: Path, out: Path, dtype: torch.dtype | None = No
     dtype = dtype or stored
     model = checkpoint.load_model(folder, stored if stored == dtype else torch.float32)
     lora.load_adapter(model, adapter)
-    if any(True for _ in quantized(model)):
+    if quantized(model):
         say(f"NOTE: {folder} is in NF4, and the merged weights keep what its 4 bits lost; merge into the weights that")
         say("      it was made of if you have them")
     lost = lora.merge(model, stored=dtype)
     lora.drop_lora(model)
-    for layer in quantized(model):
+    for layer in quantized(model).values():
         layer.dequantize(matrix(layer.frozen, model.dtype))
     checkpoint.save_model(model, out, dtype, lambda aside: checkpoint.copy_tokenizer(Path(adapter), aside))
     name = str(dtype).removeprefix("torch.")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from errors import UserError, read_json, read_json_if_there, read_text
 from gguf_header import Gguf
 from subwords import LLAMA3_WORDS, BytePairs
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, always_writes, load_tokenizer
 
 # tokenizer.ggml.token_type; the numbers are sentencepiece's own.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -259,7 +259,8 @@ def vocabulary(folder: Path, rows: int) -> Vocabulary:
         if id is not None and id < rows:
             fields[f"tokenizer.ggml.{name}_token_id"] = id
     fields["tokenizer.ggml.add_bos_token"] = tokenizer.adds_bos and tokenizer.bos_id is not None
-    fields["tokenizer.ggml.add_eos_token"] = config.get("add_eos_token", _ends_text(spec, tokenizer)) is True
+    closes = always_writes(spec.get("post_processor"), tokenizer.names.get("eos_token"), -1)
+    fields["tokenizer.ggml.add_eos_token"] = config.get("add_eos_token", closes) is True
     phi3 = strips_like_phi3(tokenizer, notes)
     return Vocabulary(fields | chat_templates(folder, config), phi3, notes)
 
@@ -386,13 +387,3 @@ def chat_templates(folder: Path, config: dict) -> dict:
     if others := [name for name in named if name != "default" and named[name]]:
         keys["tokenizer.chat_templates"] = others
     return keys
-
-
-def _ends_text(spec: dict, tokenizer: Tokenizer) -> bool:
-    """Whether a tokenizer.json's post-processor ends every text with eos."""
-    match spec.get("post_processor"):
-        case {"type": "TemplateProcessing", "single": [*_, {"SpecialToken": {"id": text}}]}:
-            return text == tokenizer.names.get("eos_token")
-        case {"type": "Sequence", "processors": [*parts]}:
-            return any(_ends_text({"post_processor": part}, tokenizer) for part in parts)
-    return False

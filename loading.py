@@ -52,7 +52,7 @@ def put_adapter(model: Transformer, adapter: str | Path, say: Callable = print) 
 
 
 def in_bits(model: Transformer) -> str:
-    return ", linears in NF4" if any(True for _ in quantized(model)) else ""
+    return ", linears in NF4" if quantized(model) else ""
 
 
 def pick_device(name: str = "auto") -> torch.device:

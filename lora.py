@@ -23,9 +23,8 @@ import hub
 from checkpoint import new_folder, published, tensors, write_json
 from errors import UserError, read_json, read_json_if_there
 from kernels.lora_linear import lora_linear
-from kernels.nf4 import matrix
+from kernels.nf4 import NF4, matrix
 from model import Linear, Transformer
-from quant import QuantizedWeight
 
 ALL = "all"  # every linear of the blocks; not the output head, which is the embedding table in many models
 PREFIX = "base_model.model."
@@ -137,7 +136,7 @@ def merge(model: Transformer, keep: bool = False, stored: torch.dtype | None = N
         base, delta = layer.base, layer.delta()
         wanted = matrix(base.frozen, torch.float32) + delta
         if base.nf4 is not None:
-            layer.kept = base.nf4
+            layer.kept = base.nf4.tensors
             base.dequantize(wanted.to(model.dtype))
         else:
             layer.kept = base.weight.clone() if keep else None
@@ -155,8 +154,8 @@ def unmerge(model: Transformer) -> None:
     for layer in adapted(model).values():
         assert layer.merged, "not merged"
         base = layer.base
-        if isinstance(layer.kept, QuantizedWeight):
-            base.weight, base.nf4 = None, layer.kept
+        if isinstance(layer.kept, NF4):
+            base.quantize(layer.kept)
         else:
             base.weight.copy_(base.weight.float() - layer.delta() if layer.kept is None else layer.kept)
         layer.merged, layer.kept = False, None

@@ -256,7 +256,7 @@ class Transformer(nn.Module):
     def size(self) -> int:
         """Numbers in all parameters, those in 4 bits counted as what they stand for."""
         plain = sum(p.numel() for name, p in self.named_parameters() if ".nf4." not in name)
-        return plain + sum(layer.in_features * layer.out_features for layer in quantized(self))
+        return plain + sum(layer.in_features * layer.out_features for layer in quantized(self).values())
 
     def head_weight(self) -> Tensor:
         """[V, D]; of a head in 4 bits, made anew at each call."""
@@ -367,9 +367,9 @@ class Transformer(nn.Module):
             yield from decoding.stream(self, prompts, max_new_tokens, **settings)
 
 
-def quantized(model: nn.Module) -> Iterator[Linear]:
-    """The linears whose weight is in 4 bits."""
-    return (module for module in model.modules() if isinstance(module, Linear) and module.nf4 is not None)
+def quantized(model: nn.Module) -> dict[str, Linear]:
+    """The linears whose weight is in 4 bits, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.nf4 is not None}
 
 
 @contextlib.contextmanager

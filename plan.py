@@ -20,9 +20,7 @@ def flops_a_token(model: Transformer) -> float:
     total, experts = 0.0, model.config.experts
     sizes = [(name, p.numel(), p.requires_grad) for name, p in model.named_parameters() if p.dim() == 2]
     sizes = [each for each in sizes if not each[0].startswith(("embed.", "positions.")) and ".nf4." not in each[0]]
-    for name, layer in model.named_modules():
-        if getattr(layer, "nf4", None) is not None:
-            sizes.append((name, layer.in_features * layer.out_features, False))
+    sizes += [(name, m.in_features * m.out_features, False) for name, m in quantized(model).items()]
     for name, size, trained in sizes:
         total += (experts.active / experts.count if ".experts." in name else 1) * size * (6 if trained else 4)
     shared = model.embed.weight  # the head as well, if there is none of its own
@@ -39,7 +37,7 @@ def expected_memory(model: Transformer, lengths: list[int]) -> float:
     kept = 8 * c.hidden_size + 3 * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 4 * inner  # a token a layer
     short = model.device.type == "cpu" and max(lengths) <= SHORT
     probs = c.num_heads * max(lengths) * short  # a token a layer, by the products of kernels/attention.py
-    weights += max((6 * layer.in_features * layer.out_features for layer in quantized(model)), default=0)  # made whole
+    weights += max((6 * m.in_features * m.out_features for m in quantized(model).values()), default=0)  # made whole
     return weights + 12 * trained + sum(lengths) * c.num_layers * (kept + probs) * item + RUNTIME_BYTES
 
 

@@ -362,7 +362,8 @@ def load_tokenizer(folder: Path | str, template: str | None = None, base: Path |
     stop_ids = {eos} - {None}
     for place in {folder, Path(base or folder)}:
         stop_ids |= _eos_ids(place / "config.json") | _eos_ids(place / "generation_config.json")
-    adds_bos = config.get("add_bos_token", not spec or _writes_bos(spec.get("post_processor"), names.get("bos_token")))
+    opens = not spec or always_writes(spec.get("post_processor"), names.get("bos_token"), 0)
+    adds_bos = config.get("add_bos_token", opens)
     if template == "chatml" and not {"<|im_start|>", "<|im_end|>"} <= added.keys():
         lack = "the tokenizer has no <|im_start|> and <|im_end|>"
         raise UserError(f"{folder}: {lack}, which the template chatml writes; take alpaca or plain")
@@ -423,13 +424,14 @@ def _eos_ids(file: Path) -> set[int]:
     return set(eos)
 
 
-def _writes_bos(post_processor: object, bos: str | None) -> bool:
-    """Whether a tokenizer.json's post-processor begins every text with bos."""
+def always_writes(post_processor: object, token: str | None, at: int) -> bool:
+    """Whether a tokenizer.json's post-processor puts this token before (at 0) or behind (at -1) every text."""
     match post_processor:
-        case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": text}}, *_]}:
-            return text == bos
+        case {"type": "TemplateProcessing", "single": [_, *_] as pieces}:
+            piece = pieces[at].get("SpecialToken") if isinstance(pieces[at], dict) else None
+            return isinstance(piece, dict) and "id" in piece and piece["id"] == token
         case {"type": "Sequence", "processors": [*parts]}:
-            return any(_writes_bos(part, bos) for part in parts)
+            return any(always_writes(part, token, at) for part in parts)
     return False
 
 

@@ -259,7 +259,7 @@ def prepare(flags: Flags, folder: Path, dtype: torch.dtype, device: torch.device
         lora.add_lora(model, flags.rank, flags.alpha, flags.dropout, flags.targets)
         return model
     model = checkpoint.load_model(folder, torch.float32, device)  # fp32 masters: bf16 would lose small updates
-    if any(True for _ in quantized(model)):
+    if quantized(model):
         raise UserError(f"{folder}: its weights are in 4 bits, which can't be trained; use --method qlora")
     model.compute_dtype = dtype
     if flags.train:
@@ -621,7 +621,7 @@ def describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, w
             f"          {experts.count} experts a layer, {experts.active} a token, hold {held:.1f} % of the model"
             f"{'' if trains else ', NOT trained'}; balance loss x {experts.balance:g}"
         )
-    if layers := [*quantized(model)]:
+    if layers := quantized(model).values():
         share = 100 * sum(layer.in_features * layer.out_features for layer in layers) / total
         size = sum(p.nbytes for layer in layers for p in layer.nf4.parameters())
         print(f"base      {len(layers):,} linears, {share:.1f} % of the model, in NF4: {size / 1e6:,.1f} MB; ", end="")

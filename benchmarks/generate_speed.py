@@ -50,7 +50,7 @@ def main() -> None:
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
     settings = {"max_new_tokens": args.new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     times, start = [], time.perf_counter()
-    with torch.no_grad(), packed_weights(ours, args.new):
+    with packed_weights(ours, args.new):
         packing = time.perf_counter() - start
         for _ in range(args.rounds + 1):  # the first warms up
             start = time.perf_counter()

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 import hub
 from checkpoint import new_folder, published, tensors, write_json
 from errors import UserError, read_json, read_json_if_there
-from kernels.lora_linear import lora_linear
+from kernels.lora_linear import Adapted, lora_linears
 from kernels.nf4 import NF4, matrix
-from model import Linear, Transformer
+from model import Linear, Transformer, one_by_one
 
 ALL = "all"  # every linear of the blocks; not the output head, which is the embedding table in many models
 PREFIX = "base_model.model."
@@ -65,8 +65,23 @@ class LoRALinear(nn.Module):
             return self.base(x).addmm_(
                 F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype).t(), alpha=self.scale
             )
-        bias = None if self.base.bias is None else self.base.bias.to(x.dtype)
-        return lora_linear(x, self.base.frozen, bias, self.lora_A, self.lora_B, self.scale)
+        return lora_linears(x, [self.adapted(x.dtype)])[0]
+
+    def together(self, x: Tensor, layers: list, up: Tensor | None = None, activation: str = "") -> list[Tensor]:
+        one_input = not any(
+            type(layer) is not LoRALinear
+            or layer.merged
+            or layer.base.packed is not None
+            or (layer.training and layer.dropout)
+            for layer in layers
+        )
+        if one_input:
+            return lora_linears(x, [layer.adapted(x.dtype) for layer in layers], up, activation)
+        return one_by_one(x, layers, up, activation)
+
+    def adapted(self, dtype: torch.dtype) -> Adapted:
+        bias = None if self.base.bias is None else self.base.bias.to(dtype)
+        return Adapted(self.base.frozen, bias, self.lora_A, self.lora_B, self.scale)
 
     def delta(self) -> Tensor:  # fp32 [out, in]
         return self.scale * (self.lora_B.float() @ self.lora_A.float())

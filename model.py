@@ -21,14 +21,15 @@ from torch import Tensor, nn
 import decoding
 from families import Config, Layer
 from kernels.attention import Documents, Scores, document_attention
+from kernels.linear import linears, linears_reference
 from kernels.nf4 import NF4, Frozen, matrix, nf4_linear
 from kernels.norm import rms_norm
 from kernels.packed_linear import can_pack, pack, packed_linear
-from kernels.rope import LENGTH_DEPENDENT, frequencies, rope
+from kernels.rope import LENGTH_DEPENDENT, frequencies, rope, rope_both
+from kernels.swiglu import ACTIVATIONS, Gated, gated
 from quant import QuantizedWeight
 
 PACK_STEPS = 16  # of decoding that make up for packing the weights
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
 
 
 class Linear(nn.Module):
@@ -47,10 +48,18 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
             return packed_linear(x, self.packed, self.bias)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.nf4 is not None:
-            return nf4_linear(x, self.nf4.tensors, bias)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+            return nf4_linear(x, self.nf4.tensors, None if self.bias is None else self.bias.to(x.dtype))
+        if torch.is_grad_enabled():
+            return linears(x, [self.weight], [self.bias])[0]
+        return linears_reference(x, [self.weight], [self.bias])[0]
+
+    def together(self, x: Tensor, layers: list, up: Tensor | None = None, activation: str = "") -> list[Tensor]:
+        """What several layers, of which this is the first, make of x, or of act(x) * up: in one function where that
+        saves memory or time."""
+        if torch.is_grad_enabled() and all(type(layer) is Linear and layer.nf4 is None for layer in layers):
+            return linears(x, [layer.weight for layer in layers], [layer.bias for layer in layers], up, activation)
+        return one_by_one(x, layers, up, activation)
 
     @property
     def frozen(self) -> Frozen:
@@ -62,6 +71,12 @@ class Linear(nn.Module):
 
     def dequantize(self, weight: Tensor) -> None:
         self.nf4, self.weight = None, nn.Parameter(weight, requires_grad=False)
+
+
+def one_by_one(x: Tensor, layers: list[nn.Module], up: Tensor | None, activation: str) -> list[Tensor]:
+    if up is not None:
+        x = Gated.apply(x, up, activation) if torch.is_grad_enabled() else gated(x, up, activation)
+    return [layer(x) for layer in layers]
 
 
 class RMSNorm(nn.Module):
@@ -123,7 +138,7 @@ class Attention(nn.Module):
         elif self.qk_norm:  # whole: all heads of a token together
             q, k = (norm(x.flatten(1)).view_as(x) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         if turns is not None:
-            q, k = rope(q, *turns), rope(k, *turns)
+            q, k = rope_both(q, k, *turns)
         return self.o(attend(q, k, v, self.scores).flatten(1))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [N, D] -> [N, H, d], [N, G, d], [N, G, d]
@@ -131,7 +146,7 @@ class Attention(nn.Module):
         if self.fused is not None:
             q, k, v = self.fused(x).split((H * d, G * d, G * d), -1)
         elif self.layout == "split":
-            q, k, v = self.q(x), self.k(x), self.v(x)
+            q, k, v = self.q.together(x, [self.q, self.k, self.v])
         elif self.layout == "stacked":
             q, k, v = self.qkv(x).split((H * d, G * d, G * d), -1)
         else:  # grouped: the q heads of a key-value head, then it
@@ -157,14 +172,13 @@ class MLP(nn.Module):
         self.fused: FusedWeights | None = None  # of gate and up, while a text is written
 
     def forward(self, x: Tensor) -> Tensor:
-        act = ACTIVATIONS[self.activation]
         if self.kind == "plain":
-            return self.down(act(self.up(x)))
+            return self.down(ACTIVATIONS[self.activation](self.up(x)))
         if self.kind == "stacked" or self.fused is not None:
             gate, up = (self.fused or self.gate_up)(x).chunk(2, -1)
         else:
-            gate, up = self.gate(x), self.up(x)
-        return self.down(act(gate) * up)
+            gate, up = self.gate.together(x, [self.gate, self.up])
+        return self.down.together(gate, [self.down], up, self.activation)[0]
 
 
 class Experts(nn.Module):

@@ -27,18 +27,19 @@ def flops_a_token(model: Transformer) -> float:
     return total + (shared.numel() * (6 if shared.requires_grad else 4) if model.head is None else 0)
 
 
-def expected_memory(model: Transformer, lengths: list[int]) -> float:
-    """Bytes at the peak of training: weights, fp32 gradients, Adam's moments, what a micro-batch of examples of these
-    lengths keeps for the backward, and what Python, torch and the prepared products take."""
+def expected_memory(model: Transformer, lengths: list[int], moments: float) -> float:
+    """Bytes at the peak of training: weights, gradients, the optimizer's moments (bytes a trained weight), what a
+    micro-batch of examples of these lengths keeps for the backward, and what Python, torch and the prepared products
+    take."""
     c, item = model.config, model.dtype.itemsize
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = sum(p.numel() * (p.element_size() + moments) for p in model.parameters() if p.requires_grad)
     inner = c.experts.active * c.experts.intermediate_size if c.experts else c.intermediate_size
     kept = 8 * c.hidden_size + 3 * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 4 * inner  # a token a layer
     short = model.device.type == "cpu" and max(lengths) <= SHORT
     probs = c.num_heads * max(lengths) * short  # a token a layer, by the products of kernels/attention.py
     weights += max((6 * m.in_features * m.out_features for m in quantized(model).values()), default=0)  # made whole
-    return weights + 12 * trained + sum(lengths) * c.num_layers * (kept + probs) * item + RUNTIME_BYTES
+    return weights + trained + sum(lengths) * c.num_layers * (kept + probs) * item + RUNTIME_BYTES
 
 
 def expected_seconds(model: Transformer, tokens: float, dtype: torch.dtype) -> float:

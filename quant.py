@@ -6,6 +6,7 @@ of the blocks are quantised; embeddings, norms and the output head stay as they 
 """
 
 import json
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -34,17 +35,35 @@ def dequantize_nf4(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor
     return nf4_dequantize(NF4(packed, absmax), dtype)
 
 
-def nearest(blocks: Tensor, numbers: Tensor, steps: int | None = None) -> tuple[Tensor, Tensor]:
+def nearest(blocks: Tensor, numbers: Tensor, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Which of the sorted numbers, times the block's largest absolute value, each value is closest to (of two equally
-    close ones the lower). steps: values are rounded to so many steps between -1 and 1 first, and a block of zeros gets
-    the first number. blocks: float32 [n, size] -> (uint8 [n, size], float32 [n])."""
+    close ones the lower). table: of `by_steps`; values are rounded to its steps first, and a block of zeros gets the
+    first number. blocks: float32 [n, size] -> (uint8 [n, size], float32 [n])."""
     absmax = blocks.abs().amax(-1)
-    if steps is None:
-        scaled = (blocks * (1 / absmax.clamp(min=TINY))[:, None]).clamp_(-1, 1)
-    else:
-        scaled = (blocks * (1 / absmax)[:, None]).nan_to_num_(-1.0).clamp_(-1, 1)
-        scaled = ((scaled + 1) * 0.5 * steps + 0.5).int().float() / steps * 2 - 1
-    return torch.bucketize(scaled, (numbers[:-1] + numbers[1:]) / 2, out_int32=True).to(torch.uint8), absmax
+    if table is None:
+        return between((blocks * (1 / absmax.clamp(min=TINY))[:, None]).clamp_(-1, 1), numbers), absmax
+    steps = (blocks * (1 / absmax)[:, None]).nan_to_num_(-1.0).clamp_(-1, 1)
+    steps = steps.add_(1).mul_(0.5).mul_(CPU_STEPS).add_(0.5).int()
+    return table.index_select(0, steps.flatten()).view(blocks.shape), absmax
+
+
+def between(scaled: Tensor, numbers: Tensor) -> Tensor:
+    return torch.bucketize(scaled, (numbers[:-1] + numbers[1:]) / 2, out_int32=True).to(torch.uint8)
+
+
+@cache
+def by_steps(signed: bool) -> Tensor:  # uint8 [CPU_STEPS + 1]: the nearest of the dynamic numbers at each step
+    return between(torch.arange(CPU_STEPS + 1).float() / CPU_STEPS * 2 - 1, dynamic_code(torch.device("cpu"), signed))
+
+
+def quantize_8bit(flat: Tensor, signed: bool = True) -> tuple[Tensor, Tensor]:
+    """Blocks of 256 of float32 [n], the last one shorter, in numbers of `dynamic_code`: (codes uint8 [n], scales
+    float32 [ceil(n / 256)]). The way back is kernels.nf4.dequantize_8bit."""
+    numbers, table = dynamic_code(flat.device, signed), by_steps(signed) if flat.device.type == "cpu" else None
+    whole = len(flat) // NESTED_BLOCK * NESTED_BLOCK
+    parts = [flat[:whole].view(-1, NESTED_BLOCK), flat[whole:].view(1, -1)]
+    found = [nearest(part, numbers, table) for part in parts if part.numel()]
+    return torch.cat([codes.flatten() for codes, _ in found]), torch.cat([scales for _, scales in found])
 
 
 def quantize(weight: Tensor, double: bool = True) -> NF4:
@@ -54,13 +73,8 @@ def quantize(weight: Tensor, double: bool = True) -> NF4:
         return NF4(packed, absmax)
     flat = absmax.flatten()
     offset = flat.mean()
-    flat = flat - offset
-    whole = len(flat) // NESTED_BLOCK * NESTED_BLOCK
-    parts = [flat[:whole].view(-1, NESTED_BLOCK), flat[whole:].view(1, -1)]  # the last block is shorter
-    steps = CPU_STEPS if weight.device.type == "cpu" else None
-    found = [nearest(part, dynamic_code(weight.device), steps) for part in parts if part.numel()]
-    codes = torch.cat([codes.flatten() for codes, _ in found]).view(absmax.shape)
-    return NF4(packed, codes, torch.cat([nested for _, nested in found]), offset.view(1))
+    codes, nested = quantize_8bit(flat - offset)
+    return NF4(packed, codes.view(absmax.shape), nested, offset.view(1))
 
 
 class QuantizedWeight(nn.Module):

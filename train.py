@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import checkpoint
 import lora
+import optimizers
 import plan
 import report
 from convert import base_folder
@@ -49,6 +50,7 @@ COMPILE_SECONDS, COMPILE_SAVES = 20, 0.05  # measured on 2 cores: to compile a b
 LORA = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": lora.ALL}  # of a new adapter
 VAL_FRACTION = 0.05  # where --val is not given
 LARGEST = 2**31  # of any flag
+STUCK = 0.5  # this share of the weights that a step can't move is worth a word
 RUN = ("config.json", "metrics.jsonl", "loss.png", "trace.json", "best", "final", "wandb")  # what a run writes
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, published
 
@@ -104,6 +106,21 @@ class Flags:
     schedule: str = flag("cosine", "optimization", "after warm-up", choices=["cosine", "linear", "constant"])
     warmup: int | None = flag(None, "optimization", "steps of linear warm-up (default: 5 %% of the steps)")
     weight_decay: float | None = flag(None, "optimization", "on matrices only (default: 0.01 for full, 0 for lora)")
+    optimizer: str = flag(
+        "adamw",
+        "optimization",
+        "adamw8bit: its moments in a byte each; muon: on the blocks' matrices, AdamW on the rest",
+        choices=[*optimizers.NAMES],
+    )
+    optimizer_offload: bool = flag(
+        False, "optimization", "masters, moments and the step on the host: 4 bytes a trained weight are left on the GPU"
+    )
+    weights: str = flag(
+        "fp32",
+        "optimization",
+        "full: dtype of the trained weights; bf16: rounded up or down at random, right on average; half the memory",
+        choices=["fp32", "bf16"],
+    )
     clip: float = flag(1.0, "optimization", "largest norm of the gradient; 0: no clipping")
     seed: int = flag(0, "optimization", "of order, initialisation and dropout")
     dtype: str = flag(
@@ -178,6 +195,14 @@ def check(flags: Flags) -> None:
         raise UserError(f"{shape[0]}: {reason}")
     if flags.patience and flags.eval_every == 0:
         raise UserError("--patience counts validations, and --eval-every 0 has one, at the end")
+    if flags.lora and flags.weights == "bf16":
+        raise UserError("--weights bf16 is for --method full; adapters are fp32, and cast for the products")
+    if flags.optimizer == "muon" and flags.weights == "bf16":
+        raise UserError("--weights bf16: Muon rounds to the nearest, which loses small steps; take adamw or adamw8bit")
+    if flags.optimizer_offload and flags.optimizer != "adamw":
+        raise UserError(f"--optimizer-offload: the host steps by AdamW, not by --optimizer {flags.optimizer}")
+    if flags.optimizer_offload and flags.weights == "bf16":
+        raise UserError("--optimizer-offload: keeps fp32 masters on the host, which --weights bf16 is to do without")
     if flags.train and flags.method != "full":
         raise UserError("--train chooses among the model's own weights and needs --method full")
     if flags.train:
@@ -258,7 +283,9 @@ def prepare(flags: Flags, folder: Path, dtype: torch.dtype, device: torch.device
                 setattr(flags, name, default)
         lora.add_lora(model, flags.rank, flags.alpha, flags.dropout, flags.targets)
         return model
-    model = checkpoint.load_model(folder, torch.float32, device)  # fp32 masters: bf16 would lose small updates
+    # fp32 masters, here or on the host: to the nearest bf16 number, small updates are lost
+    narrow = torch.bfloat16 if flags.weights == "bf16" else dtype if flags.optimizer_offload else torch.float32
+    model = checkpoint.load_model(folder, narrow, device)
     if quantized(model):
         raise UserError(f"{folder}: its weights are in 4 bits, which can't be trained; use --method qlora")
     model.compute_dtype = dtype
@@ -285,8 +312,9 @@ def choose_defaults(flags: Flags, model: Transformer, examples: int) -> int:
         flags.steps = max(1, round(flags.epochs * per_epoch))
     if flags.lr is None:
         # Schulman et al. 2025, "LoRA without regret": the best rate falls with the width, and is ten times as high for
-        # LoRA as for full fine-tuning
-        flags.lr = float(f"{5e-5 * (10 if flags.lora else 1) * (2000 / model.config.hidden_size) ** 0.78:.1e}")
+        # LoRA as for full fine-tuning. A base in 4 bits wants half as much again (LOG.md)
+        factor = 1 if not flags.lora else 15 if flags.quant else 10
+        flags.lr = float(f"{5e-5 * factor * (2000 / model.config.hidden_size) ** 0.78:.1e}")
     if flags.warmup is None:
         flags.warmup = round(0.05 * flags.steps)
     if flags.warmup >= flags.steps:
@@ -311,16 +339,6 @@ def choose_compile(flags: Flags, device: torch.device, seconds: float) -> str:
     flags.compile = "on" if here and pays else "off"
     reason = "a long run" if here and pays else "a short run" if here else f"no {compiler} here"
     return f"compiled blocks {flags.compile}: {reason}"
-
-
-def make_optimizer(model: Transformer, flags: Flags) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019), betas 0.9 and 0.999; decay on matrices, never on norms and biases."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": flags.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=flags.lr, fused=True)
 
 
 def rate_at(step: int, flags: Flags) -> float:
@@ -418,7 +436,7 @@ def step_examples(train: Dataset, flags: Flags):
 
 def optimize(model: Transformer, train: Dataset, flags: Flags, log: Log, device: torch.device, after_step) -> None:
     """The loop. after_step(number of steps done) returns True to stop."""
-    optimizer = make_optimizer(model, flags)
+    steppers = optimizers.make_optimizers(model, flags.optimizer, flags.lr, flags.weight_decay, flags.optimizer_offload)
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()
     for step, examples in zip(range(flags.steps), step_examples(train, flags)):
@@ -436,10 +454,11 @@ def optimize(model: Transformer, train: Dataset, flags: Flags, log: Log, device:
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(parameters, flags.clip or math.inf)
         rate = rate_at(step, flags)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in steppers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         log.step(step + 1, loss, norm, rate, tokens, trained, examples, unbalanced)
         if after_step(step + 1):
             return
@@ -472,6 +491,8 @@ def save(model: Transformer, tokenizer: Tokenizer, flags: Flags, folder: Path, b
 def main() -> None:
     flags = parse_flags(sys.argv[1:])
     device = pick_device(flags.device)
+    if flags.optimizer_offload and device.type != "cuda":
+        raise UserError(f"--optimizer-offload: on {device.type} the state is in the host's memory as it is")
     dtype, why = pick_dtype(flags.dtype, device)
     folder = base_folder(flags.model, flags.adapter)
     tokenizer = pick_tokenizer(folder, flags.adapter, flags.template)
@@ -634,11 +655,22 @@ def describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, w
     print(f"machine   {device}, {str(dtype).removeprefix('torch.')}: {why}")
     print(
         f"run       {flags.steps:,} steps of {flags.batch_size} x {flags.accumulate} examples"
-        f" ({flags.steps / per_epoch:.2f} epochs); AdamW, rate {flags.lr:g}, {flags.schedule} after {flags.warmup}"
-        f" steps of warm-up, decay {flags.weight_decay:g}, clip {flags.clip:g}, seed {flags.seed}"
+        f" ({flags.steps / per_epoch:.2f} epochs); {optimizers.NAMES[flags.optimizer]}, rate {flags.lr:g},"
+        f" {flags.schedule} after {flags.warmup} steps of warm-up, decay {flags.weight_decay:g}, clip {flags.clip:g},"
+        f" seed {flags.seed}"
     )
+    if flags.weights == "bf16":
+        print("          trained weights in bfloat16, rounded up or down at random, right on average")
+    if flags.optimizer_offload:
+        print(f"          masters and moments in fp32 on the host; weights on the GPU in {str(model.dtype)[6:]}")
+    stuck = optimizers.too_small([p for p in model.parameters() if p.requires_grad], flags.lr)
+    if stuck > STUCK:
+        fate = "they move at random, right on average" if flags.weights == "bf16" else "raise --lr"
+        print(
+            f"          NOTE: steps of --lr {flags.lr:g} are too small for {100 * stuck:.0f} % of the weights; {fate}"
+        )
     lengths = sorted((len(example.ids) for example in train.examples), reverse=True)
-    memory = plan.expected_memory(model, lengths[: flags.batch_size])
+    memory = plan.expected_memory(model, lengths[: flags.batch_size], optimizers.state_bytes(flags.optimizer))
     print(f"expected  {memory / 1e9:.1f} GB of memory, {seconds / 60:.1f} min of training", flush=True)
 
 

@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.gpu import on_gpu, tl, triton
+
 LOGITS_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}  # a chunk of logits; on CPU under glibc's 32 MB, past which every
 SOFTMAX_ROWS = 32  # allocation faults in new pages; on CPU the fp32 softmax goes in slices that stay in the cache
+BLOCK = 4096  # logits that a program of the kernel holds at a time
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
@@ -70,6 +73,12 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def softmax_minus_one_hot_(logits: Tensor, target: Tensor, want_grad: bool, softcap: float | None) -> Tensor:
     """Turns logits [rows, V] into d loss / d logits in place (if wanted) and returns the rows' summed loss, fp32."""
+    if on_gpu(logits):
+        losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
+        softmax_kernel[(logits.shape[0],)](
+            logits, target, losses, logits.shape[1], softcap or 1.0, CAPPED=bool(softcap), GRAD=want_grad, BLOCK=BLOCK
+        )
+        return losses.sum()
     slices = SOFTMAX_ROWS if logits.device.type == "cpu" else logits.shape[0]
     loss = logits.new_zeros((), dtype=torch.float32)
     for part, index in zip(logits.split(slices), target.split(slices), strict=True):
@@ -83,3 +92,42 @@ def softmax_minus_one_hot_(logits: Tensor, target: Tensor, want_grad: bool, soft
             grad = logprobs.exp_().scatter_(1, index, chosen.expm1())  # p - 1 of the target, without cancellation
             part.copy_(grad.mul_(1 - capped.square_()) if softcap else grad)
     return loss
+
+
+@triton.jit
+def softmax_kernel(
+    logits, target, losses, vocabulary, softcap, CAPPED: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A program a row, in two passes: the largest logit and the sum of exponentials as they go by (Milakov & Gimelshein
+    2018), then the gradient in the logits' place. No fp32 copy of a row ever exists."""
+    row = tl.program_id(0).to(tl.int64)
+    row_logits, wanted = logits + row * vocabulary, tl.load(target + row)
+    chosen = tl.load(row_logits + wanted).to(tl.float32)  # now: at the end a gradient stands there
+    if CAPPED:
+        chosen = softcap * tanh(chosen / softcap)
+    most, total = float("-inf"), 0.0
+    for start in range(0, vocabulary, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(row_logits + at, at < vocabulary, float("-inf")).to(tl.float32)
+        if CAPPED:
+            x = tl.where(at < vocabulary, softcap * tanh(x / softcap), float("-inf"))
+        higher = tl.maximum(most, tl.max(x))
+        total = total * tl.exp(most - higher) + tl.sum(tl.exp(x - higher))
+        most = higher
+    tl.store(losses + row, most + tl.log(total) - chosen)
+    if GRAD:
+        for start in range(0, vocabulary, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            x = tl.load(row_logits + at, at < vocabulary, float("-inf")).to(tl.float32)
+            slope = 1.0
+            if CAPPED:
+                bent = tanh(x / softcap)
+                slope, x = 1 - bent * bent, softcap * bent
+            grad = tl.exp(x - most) / total
+            grad = tl.where(at == wanted, grad - 1, grad)
+            tl.store(row_logits + at, grad * slope, at < vocabulary)
+
+
+@triton.jit
+def tanh(x):
+    return 2 * tl.sigmoid(2 * x) - 1

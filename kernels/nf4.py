@@ -8,7 +8,8 @@ numbers (Dettmers et al. 2022, arXiv 2110.02861).
 
 The product is not fused: the matrix is made whole in x's dtype, multiplied, and thrown away, forward and again in the
 backward, so that what is kept for the backward is the 4-bit form. With more than some hundred tokens this is also the
-fastest way. Bit for bit the numbers of bitsandbytes: code times absmax in fp32, rounded once.
+fastest way. With few rows, as when a text is written, and no backward to come, a GPU multiplies while it dequantises
+and never makes the matrix. Bit for bit the numbers of bitsandbytes: code times absmax in fp32, rounded once.
 """
 
 from functools import cache
@@ -18,7 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.gpu import blocks, on_gpu, tl, triton
+
 BLOCK, NESTED_BLOCK = 64, 256
+BYTES = 1024  # that a program of the kernel turns into numbers
+FEW = 64  # rows that are multiplied while dequantising; with more, the matrix is made and the product is cuBLAS's
 # Quantiles of the normal distribution, as the paper's appendix E lists them
 CODE = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -53,28 +58,39 @@ def quadruples(device: torch.device) -> Tensor:
 
 
 @cache
-def dynamic_code(device: torch.device) -> Tensor:
-    """float32 [256], sorted: the signed "dynamic" numbers of Dettmers 2016 (arXiv 1511.04561). Of ten to the -6, -5 ...
-    0, one has 1, 2 ... 64 fractions, the middles of equal parts of 0.1 to 1, and each both signs; with them 0 and 1."""
+def dynamic_code(device: torch.device, signed: bool = True) -> Tensor:
+    """float32 [256], sorted: the "dynamic" numbers of Dettmers 2016 (arXiv 1511.04561). Of ten to the -6, -5 ... 0, one
+    has 1, 2 ... 64 fractions, the middles of equal parts of 0.1 to 1, and each both signs; with them 0 and 1. Unsigned:
+    twice as many fractions, no signs."""
     numbers = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (exponent + (not signed)) + 1)
         middles = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)).tolist()
-        numbers += [*middles, *(-middle for middle in middles)]
+        numbers += [*middles, *(-middle for middle in middles if signed)]
     return torch.tensor(sorted(numbers), device=device)
+
+
+def dequantize_8bit(codes: Tensor, scales: Tensor, numbers: Tensor) -> Tensor:
+    """float32 [n] of blocks of 256: numbers[codes] times the block's scale. codes: uint8 [n]; scales: float32
+    [ceil(n / 256)]."""
+    found = numbers.index_select(0, codes.int())
+    whole = len(found) // NESTED_BLOCK
+    found[: whole * NESTED_BLOCK].view(-1, NESTED_BLOCK).mul_(scales[:whole, None])
+    found[whole * NESTED_BLOCK :].mul_(scales[whole:])
+    return found
 
 
 def block_scales(frozen: NF4) -> Tensor:  # float32 [out, in / 64]
     if frozen.nested is None:
         return frozen.absmax
-    numbers = dynamic_code(frozen.absmax.device).index_select(0, frozen.absmax.flatten().int())
-    missing = -len(numbers) % NESTED_BLOCK
-    scaled = F.pad(numbers, (0, missing)).view(-1, NESTED_BLOCK) * frozen.nested[:, None]
-    return (scaled.flatten()[: len(numbers)] + frozen.offset).view(frozen.absmax.shape)
+    numbers = dynamic_code(frozen.absmax.device)
+    return (dequantize_8bit(frozen.absmax.flatten(), frozen.nested, numbers) + frozen.offset).view(frozen.absmax.shape)
 
 
 def nf4_dequantize(frozen: NF4, dtype: torch.dtype) -> Tensor:
     """The matrix [out, in]. Four numbers are looked up at a time, which is what makes it bearable on CPUs."""
+    if on_gpu(frozen.packed):
+        return dequantize_on_gpu(frozen, dtype)
     out, scales = frozen.packed.shape[0], block_scales(frozen)
     fours = frozen.packed.contiguous().view(torch.uint16).flatten().int()
     numbers = quadruples(frozen.packed.device).index_select(0, fours).view(out, scales.shape[1], -1)
@@ -95,6 +111,8 @@ def matrix(frozen: Frozen, dtype: torch.dtype) -> Tensor:
 
 def nf4_linear(x: Tensor, frozen: NF4, bias: Tensor | None) -> Tensor:
     """x W^T + b of a frozen W. x: [tokens, in]; bias: frozen [out] in x's dtype. Returns [tokens, out]."""
+    if on_gpu(x) and len(x) <= FEW and not torch.is_grad_enabled():
+        return multiply_on_gpu(x, frozen, bias)
     return NF4Linear.apply(x, bias, *frozen)
 
 
@@ -113,3 +131,80 @@ class NF4Linear(torch.autograd.Function):
         frozen = ctx.saved_tensors
         dx = grad @ matrix(frozen, grad.dtype) if ctx.needs_input_grad[0] else None
         return dx, None, *[None] * len(frozen)
+
+
+def tables(frozen: NF4) -> tuple[Tensor, ...]:
+    """What the kernels read: scales and what they mean, the 16 and the 256 numbers. Of a matrix without double
+    quantisation the last three are not looked at."""
+    device = frozen.packed.device
+    nested, offset = (frozen.absmax if x is None else x for x in (frozen.nested, frozen.offset))
+    return frozen.absmax.contiguous(), code(device), nested, offset, dynamic_code(device)
+
+
+def dequantize_on_gpu(frozen: NF4, dtype: torch.dtype) -> Tensor:
+    packed, out = frozen.packed.contiguous(), frozen.packed.shape[0]
+    made, count = torch.empty(out, 2 * packed.shape[1], dtype=dtype, device=packed.device), packed.numel()
+    dequantize_kernel[(-(-count // BYTES),)](
+        packed, *tables(frozen), made, count, DOUBLE=frozen.nested is not None, BYTES=BYTES,
+        PER_BLOCK=packed.shape[1] // frozen.absmax.shape[1], enable_fp_fusion=False,
+    )  # fmt: skip
+    return made
+
+
+def multiply_on_gpu(x: Tensor, frozen: NF4, bias: Tensor | None) -> Tensor:
+    x, (rows, size), out = x.contiguous(), x.shape, frozen.packed.shape[0]
+    made, columns = x.new_empty(rows, out), 32
+    multiply_kernel[(-(-out // columns),)](
+        x, frozen.packed.contiguous(), *tables(frozen), made if bias is None else bias, made, rows, size, out,
+        DOUBLE=frozen.nested is not None, BIAS=bias is not None, ROWS=max(16, blocks(rows)), COLUMNS=columns,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return made
+
+
+@triton.jit
+def scales_of(absmax, nested, offset, numbers, block, inside, DOUBLE: tl.constexpr):
+    """The scales of blocks, fp32; their product and sum are rounded apart, as bitsandbytes does it."""
+    if DOUBLE:
+        number = tl.load(numbers + tl.load(absmax + block, inside, 0).to(tl.int32))
+        return number * tl.load(nested + block // 256, inside, 0.0) + tl.load(offset)
+    return tl.load(absmax + block, inside, 0.0)
+
+
+@triton.jit
+def dequantize_kernel(
+    packed, absmax, code, nested, offset, numbers, out, count,
+    DOUBLE: tl.constexpr, BYTES: tl.constexpr, PER_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A byte is two numbers: both levels of scales in the one pass over the codes."""
+    start = tl.program_id(0).to(tl.int64) * BYTES
+    at = start + tl.arange(0, BYTES)
+    inside = at < count
+    byte = tl.load(packed + at, inside, 0).to(tl.int32)
+    scale = scales_of(absmax, nested, offset, numbers, at // PER_BLOCK, inside, DOUBLE)
+    pair = tl.interleave(tl.load(code + (byte >> 4)) * scale, tl.load(code + (byte & 15)) * scale)
+    at = 2 * start + tl.arange(0, 2 * BYTES)
+    tl.store(out + at, pair, at < 2 * count)
+
+
+@triton.jit
+def multiply_kernel(
+    x, packed, absmax, code, nested, offset, numbers, bias, made, rows, size, out,
+    DOUBLE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Some columns of x W^T a program, block of 64 by block along the rows of W."""
+    row, column = tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside, there = row[:, None] < rows, column < out
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for block in range(size // 64):
+        at = column[:, None].to(tl.int64) * (size // 2) + block * 32 + tl.arange(0, 32)[None, :]
+        byte = tl.load(packed + at, there[:, None], 0).to(tl.int32)
+        blocks = column.to(tl.int64) * (size // 64) + block
+        scale = scales_of(absmax, nested, offset, numbers, blocks, there, DOUBLE)[:, None]
+        high, low = tl.load(code + (byte >> 4)) * scale, tl.load(code + (byte & 15)) * scale
+        weights = tl.interleave(high, low)  # [COLUMNS, 64]
+        values = tl.load(x + row[:, None].to(tl.int64) * size + block * 64 + tl.arange(0, 64)[None, :], inside, 0.0)
+        total = tl.dot(values, tl.trans(weights.to(values.dtype)), total, input_precision="ieee")
+    if BIAS:
+        total += tl.load(bias + column, there, 0.0).to(tl.float32)[None, :]
+    tl.store(made + row[:, None].to(tl.int64) * out + column[None, :], total, inside & there[None, :])

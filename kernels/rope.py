@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.gpu import blocks, on_gpu, tl, triton
+
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # their angles depend on how long the text is
 
 
@@ -71,6 +73,15 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return Rope.apply(x, cos, sin)
 
 
+def rope_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`rope` of q [tokens, heads, d] and k [tokens, kv_heads, d], on GPUs in one pass. Not in place: q and k are views
+    of what a linear made, which autograd lets no function of two outputs change; and in place nothing would be saved
+    that lives longer than the next line."""
+    if not on_gpu(q) or torch.compiler.is_compiling():
+        return rope(q, cos, sin), rope(k, cos, sin)
+    return RopeBoth.apply(q, k, cos, sin)
+
+
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     x1, x2, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
@@ -87,6 +98,66 @@ class Rope(torch.autograd.Function):
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
         return turn(grad, cos, -sin), None, None
+
+
+class RopeBoth(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return turn_both(q, k, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dq, dk):
+        cos, sin = ctx.saved_tensors
+        return *turn_both(dq, dk, cos, -sin), None, None
+
+
+def turn_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    (tokens, heads, d), kv_heads, half = q.shape, k.shape[1], cos.shape[-1]
+    q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    strides = [stride for x in (q, k, q_out, k_out) for stride in x.stride()[:2]]
+    sizes = {"HEADS": blocks(heads), "KV": blocks(kv_heads), "HALF": blocks(half), "REST": blocks(max(1, d - 2 * half))}
+    if tokens:
+        turn_kernel[(tokens,)](
+            q, k, q_out, k_out, cos.contiguous(), sin.contiguous(),
+            *strides, heads, kv_heads, half, d - 2 * half, **sizes,
+        )  # fmt: skip
+    return q_out, k_out
+
+
+@triton.jit
+def turn_kernel(
+    q, k, q_out, k_out, cos, sin, q_token, q_head, k_token, k_head, qo_token, qo_head, ko_token, ko_head,
+    heads, kv_heads, half, rest, HEADS: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """A program a token: its angles are read once for all heads."""
+    token = tl.program_id(0).to(tl.int64)
+    pair = tl.arange(0, HALF)[None, :]
+    c = tl.load(cos + token * half + pair, pair < half, 0.0).to(tl.float32)
+    s = tl.load(sin + token * half + pair, pair < half, 0.0).to(tl.float32)
+    head = tl.arange(0, HEADS)[:, None]
+    turn_heads(
+        q + token * q_token, q_out + token * qo_token, q_head, qo_head, head, heads, c, s, half, rest, HALF, REST
+    )
+    head = tl.arange(0, KV)[:, None]
+    turn_heads(
+        k + token * k_token, k_out + token * ko_token, k_head, ko_head, head, kv_heads, c, s, half, rest, HALF, REST
+    )
+
+
+@triton.jit
+def turn_heads(x, out, stride, out_stride, head, heads, c, s, half, rest, HALF: tl.constexpr, REST: tl.constexpr):
+    pair = tl.arange(0, HALF)[None, :]
+    inside = (head < heads) & (pair < half)
+    first = tl.load(x + head * stride + pair, inside, 0.0).to(tl.float32)
+    second = tl.load(x + head * stride + half + pair, inside, 0.0).to(tl.float32)
+    tl.store(out + head * out_stride + pair, first * c - second * s, inside)
+    tl.store(out + head * out_stride + half + pair, second * c + first * s, inside)
+    if rest > 0:
+        left = 2 * half + tl.arange(0, REST)[None, :]
+        inside = (head < heads) & (left < 2 * half + rest)
+        tl.store(out + head * out_stride + left, tl.load(x + head * stride + left, inside, 0.0), inside)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

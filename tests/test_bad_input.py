@@ -176,6 +176,12 @@ def test_the_default_base_is_not_installed(trained, monkeypatch):
         ("--val nowhere.json", "nowhere.json: no such file"),
         ("--adapter nowhere", "nowhere: no such folder"),
         ("--device tpu", "invalid choice: 'tpu'"),
+        ("--optimizer sgd", "invalid choice: 'sgd'"),
+        ("--weights bf16", "--weights bf16 is for --method full"),
+        ("--method full --weights bf16 --optimizer muon", "--weights bf16: Muon rounds to the nearest"),
+        ("--optimizer-offload --optimizer muon", "--optimizer-offload: the host steps by AdamW"),
+        ("--method full --optimizer-offload --weights bf16", "--optimizer-offload: keeps fp32 masters"),
+        ("--optimizer-offload --device cpu", "--optimizer-offload: on cpu the state is in the host's memory"),
     ],
 )
 def test_flags(trained, words, said):

@@ -6,11 +6,13 @@ import torch.nn.functional as F
 
 from kernels import linear_cross_entropy as lce
 from kernels.attention import SHORT, Documents, Scores, cached_attention, document_attention, stacked_mask
+from kernels.linear import linears, linears_reference
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from kernels.lora_linear import lora_linear, lora_linear_reference
+from kernels.lora_linear import Adapted, lora_linears, lora_linears_reference
 from kernels.norm import rms_norm, rms_norm_reference
 from kernels.packed_linear import can_pack, pack, packed_linear, packed_linear_reference
 from kernels.rope import rope
+from kernels.swiglu import Gated, gated_reference
 
 
 def compare(ours, reference, inputs, tolerance):
@@ -89,14 +91,60 @@ def test_rope_is_a_rotation_of_complex_numbers(dtype, tolerance, size):
     )
 
 
+def one(function):
+    """A function that returns several tensors, as one: side by side."""
+    return lambda *inputs: torch.cat([*function(*inputs)], 1)
+
+
+INPUTS = ["", "silu", "gelu", "gelu_tanh", "relu"]  # x itself, or act(x) * up
+
+
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
-def test_lora_linear(dtype, tolerance, bias):
-    x, weight = random(19, 24, dtype=dtype), random(40, 24, dtype=dtype, grad=False)
-    b = random(40, dtype=dtype, grad=False) if bias else None
-    A, B = random(4, 24, dtype=torch.float32), random(40, 4, dtype=torch.float32)
-    ours = lambda x, weight, *more: lora_linear(x, (weight,), *more)
-    compare(ours, lora_linear_reference, [x, weight, b, A, B, 0.7], tolerance)
+@pytest.mark.parametrize("activation", INPUTS)
+@pytest.mark.parametrize("outs", [(40,), (40, 8, 24)])
+def test_lora_linears(dtype, tolerance, bias, activation, outs):
+    x, up = random(19, 24, dtype=dtype), random(19, 24, dtype=dtype, seed=1) if activation else None
+    tensors = []
+    for rank, out in enumerate(outs, start=3):
+        tensors += [random(out, 24, dtype=dtype, grad=False), random(out, dtype=dtype, grad=False) if bias else None]
+        tensors += [random(rank, 24, dtype=torch.float32), random(out, rank, dtype=torch.float32)]
+
+    def run(function):
+        def call(x, up, *tensors):
+            every = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
+            each = [Adapted((W,), b, A, B, 0.7 + i) for i, (W, b, A, B) in enumerate(every)]
+            return function(x, each, up, activation)
+
+        return one(call)
+
+    compare(run(lora_linears), run(lora_linears_reference), [x, up, *tensors], tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", INPUTS)
+@pytest.mark.parametrize("outs", [(40,), (40, 8, 24)])
+def test_linears(dtype, tolerance, bias, activation, outs):
+    """fp32 weights whatever the input, of which one is frozen; nothing of a weight's size is kept but itself."""
+    x, up = random(19, 24, dtype=dtype), random(19, 24, dtype=dtype, seed=1) if activation else None
+    weights = [random(out, 24, dtype=torch.float32, grad=out != 8) for out in outs]
+    biases = [random(out, dtype=torch.float32) if bias else None for out in outs]
+    run = lambda function: one(lambda x, up, *t: function(x, t[: len(outs)], t[len(outs) :], up, activation))
+    compare(run(linears), run(linears_reference), [x, up, *weights, *biases], tolerance)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        linears(x, weights, biases, up, activation)
+    given = {t.data_ptr() for t in (x, up, *weights, *biases) if t is not None}
+    assert {t.data_ptr() for t in kept} <= given
+
+
+@pytest.mark.parametrize("dtype, tolerance", DTYPES)
+@pytest.mark.parametrize("activation", INPUTS[1:])
+def test_gated(dtype, tolerance, activation):
+    inputs = [random(19, 24, dtype=dtype), random(19, 24, dtype=dtype, seed=1)]
+    function = lambda gate, up: Gated.apply(gate, up, activation)
+    compare(function, lambda gate, up: gated_reference(gate, up, activation), inputs, tolerance)
 
 
 def attention_reference(q, k, v, lengths, scale, window=None, softcap=None):
@@ -180,3 +228,31 @@ def test_packed_linear_gives_the_same_bits(rows, bias):
     exact = x.double() @ weight.double().t() + (b.double() if bias else 0)
     assert float((got.double() - exact).abs().max()) < 0.2
     assert not can_pack(weight, 3 << 30) and not can_pack(weight.float(), 0)
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """The bytes of the largest tensor that any operation makes, those apart that were there before."""
+
+    def __init__(self, *there):
+        super().__init__()
+        self.bytes, self.there = 0, {tensor.data_ptr() for tensor in there}
+
+    def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+        out = function(*arguments, **(settings or {}))
+        for tensor in out if isinstance(out, (list, tuple)) else [out]:
+            if torch.is_tensor(tensor) and tensor.untyped_storage().data_ptr() not in self.there:
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_all_logits_are_never_there(trained):
+    """Of a step at vocabulary 128,256, 2,048 tokens, hidden 512, in bf16, where they would take 525 MB, or 1 GB in
+    fp32: the largest tensor is the head's gradient where it is trained, and else no more than a chunk."""
+    hidden = random(2048, 512, dtype=torch.bfloat16)
+    weight = random(128256, 512, dtype=torch.float32 if trained else torch.bfloat16, grad=trained)
+    targets = torch.arange(2048)
+    with Largest(hidden, weight) as seen:
+        linear_cross_entropy(hidden, weight, targets).backward()
+    assert hidden.grad is not None and (weight.grad is not None) == trained
+    assert seen.bytes == 128256 * 512 * 4 if trained else seen.bytes <= 32 << 20

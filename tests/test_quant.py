@@ -22,7 +22,7 @@ import quant
 import train
 from checkpoint import load_model, save_model
 from errors import UserError
-from kernels.lora_linear import lora_linear
+from kernels.lora_linear import Adapted, lora_linears
 from kernels.nf4 import CODE, matrix, nf4_dequantize, nf4_dequantize_reference, nf4_linear
 from model import Linear, quantized
 
@@ -97,7 +97,10 @@ def test_a_frozen_linear_is_right_and_keeps_only_the_codes(dtype, adapted):
     A.requires_grad_(), B.requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        out = lora_linear(x, frozen, bias, A, B, 0.5) if adapted else nf4_linear(x, frozen, bias)
+        if adapted:
+            (out,) = lora_linears(x, [Adapted(frozen, bias, A, B, 0.5)])
+        else:
+            out = nf4_linear(x, frozen, bias)
     assert sum(t.nbytes for t in kept if t.dtype == torch.uint8) >= 40 * 192 // 2
     assert all(t.numel() < 40 * 192 or t.dtype == torch.uint8 for t in kept)
     weights = normal(9, 40)

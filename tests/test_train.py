@@ -22,6 +22,7 @@ from checkpoint import load_model
 from data import Dataset, Example, encode, epoch_order, load_sources
 from errors import UserError
 from formats import Record
+from optimizers import make_optimizers
 from tokenizer import load_tokenizer
 from train import Flags, rate_at
 
@@ -107,7 +108,7 @@ def test_weight_decay_equals_transformers_and_spares_norms(tmp_path):
     theirs = llama(tmp_path / "base", std=0.1).train()
     flags, data = settings(method="full", lr=3e-3, weight_decay=0.5), rows()
     model = load_model(tmp_path / "base")
-    groups = train.make_optimizer(model, flags).param_groups
+    groups = make_optimizers(model, "adamw", 3e-3, 0.5)[0].param_groups
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0] and all(p.dim() == 1 for p in groups[1]["params"])
     assert losses(model, data, flags, tmp_path) == pytest.approx(
         oracle_losses(theirs, data, flags, 0.5), rel=0, abs=1e-4
@@ -302,7 +303,7 @@ def test_a_run_that_only_gets_worse_says_so(base, numbers, tmp_path, monkeypatch
 def test_a_model_that_broke_is_not_saved(base, numbers, tmp_path, monkeypatch, capsys):
     """The last update is seen by no loss: validation and the weights themselves tell."""
     words = ["--model", base, "--data", numbers, "--steps", 1, "--lr", 1e8, "--alpha", 1e8, "--warmup", 0]
-    monkeypatch.setattr(train, "make_optimizer", lambda model, flags: Poison(model))
+    monkeypatch.setattr(train.optimizers, "make_optimizers", lambda model, *_: [Poison(model)])
     for more, what in (([], "the validation loss is nan"), (["--val-fraction", 0], "weights are no numbers")):
         out = tmp_path / what[-3:]
         _, err, code = command(train, monkeypatch, capsys, *words, *more, "--out", out)

@@ -1,0 +1,173 @@
+"""From gradients to steps: AdamW with moments in 8 bits, weights in bf16 that lose no small step, Muon, and the state
+in the host's memory.
+
+What is kept of a trained weight, in bytes: AdamW 4 + 4 + 8 (fp32 weight, its gradient, two moments); adamw8bit 4 + 4 +
+2; adamw8bit on weights in bf16 2 + 2 + 2; muon 4 + 4 + 4; with the state on the host 2 + 2 on the device in bf16.
+The loop sees a list of torch optimizers, and sets their rates.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from kernels.nf4 import NESTED_BLOCK, dequantize_8bit, dynamic_code
+from quant import quantize_8bit
+
+SMALL = 4096  # numbers; smaller tensors keep moments in fp32: they weigh nothing, and are norms and biases
+CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}  # numbers that are 32 bits wide at a time, a multiple of a block's
+NAMES = {"adamw": "AdamW", "adamw8bit": "AdamW with moments in 8 bits", "muon": "Muon on matrices, AdamW on the rest"}
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2019) in the two forms that torch has not.
+
+    bits 8: the moments in blocks of 256 numbers of 8 bits (Dettmers et al. 2022, arXiv 2110.02861), as bitsandbytes
+    lays them out: the first with signs, the second without; made fp32 and back at every step, a piece at a time.
+    Weights in bf16: a step is computed in fp32 and rounded up or down with the probability that makes it right on
+    average, since to the nearest, steps below half of the distance to the next number would do nothing at all.
+    """
+
+    def __init__(self, params, lr: float, bits: int, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "bits": bits, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, group)
+
+    def update(self, p: Tensor, group: dict) -> None:
+        state = self.state[p]
+        if not state:
+            p.data = p.data.contiguous()
+            small = group["bits"] == 32 or p.numel() < SMALL
+            state["step"] = 0
+            for name in ("m", "v"):
+                state[name] = torch.zeros(p.numel(), dtype=torch.float32 if small else torch.uint8, device=p.device)
+                blocks = 0 if small else -(-p.numel() // NESTED_BLOCK)
+                state[f"{name}_scale"] = torch.zeros(blocks, device=p.device)
+        state["step"] += 1
+        weights, grads = p.view(-1), p.grad.reshape(-1)
+        size = CHUNK.get(p.device.type, CHUNK["cuda"])
+        for start in range(0, p.numel(), size):
+            part = slice(start, start + size)
+            blocks = slice(start // NESTED_BLOCK, (start + size) // NESTED_BLOCK)
+            moments = [Moment(state, name, part, blocks) for name in ("m", "v")]
+            new = adam(weights[part].float(), grads[part].float(), *(m.values for m in moments), state["step"], group)
+            weights[part] = round_stochastically(new) if p.dtype == torch.bfloat16 else new
+            for moment in moments:
+                moment.store()
+
+
+class Moment:
+    """A piece of one of a weight's moments, "m" or "v", as fp32 numbers that may be changed, and then stored."""
+
+    def __init__(self, state: dict, name: str, part: slice, blocks: slice):
+        self.codes, self.scales, self.signed = state[name][part], state[f"{name}_scale"][blocks], name == "m"
+        self.narrow = self.codes.dtype == torch.uint8
+        numbers = dynamic_code(self.codes.device, self.signed) if self.narrow else None
+        self.values = dequantize_8bit(self.codes, self.scales, numbers) if self.narrow else self.codes
+
+    def store(self) -> None:
+        if self.narrow:
+            codes, scales = quantize_8bit(self.values, self.signed)
+            self.codes.copy_(codes), self.scales.copy_(scales)
+
+
+def adam(w: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, group: dict) -> Tensor:
+    """The new weights; changes the moments, in place. All float32 [n]."""
+    (beta1, beta2), rate = group["betas"], group["lr"]
+    m.mul_(beta1).add_(g, alpha=1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    spread = v.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
+    return (w * (1 - rate * group["weight_decay"])).addcdiv_(m, spread, value=-rate / (1 - beta1**step))
+
+
+def round_stochastically(x: Tensor) -> Tensor:
+    """float32 -> bf16, to one of the two neighbours, the nearer one more often: right on average. No numbers, which a
+    carry would turn into others, stay."""
+    bits = x.view(torch.int32)
+    noise = torch.randint(1 << 16, x.shape, dtype=torch.int32, device=x.device)
+    rounded = ((bits + noise) & -(1 << 16)).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+
+
+class Offloaded(torch.optim.Optimizer):
+    """AdamW whose masters and moments live in the host's memory, and whose steps its CPU computes in fp32 (Ren et al.
+    2021, ZeRO-Offload): the device holds the weights, in any dtype, and their gradients. A tensor's gradient travels
+    while the step of the one before it is computed."""
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.hosts, pin = {}, torch.cuda.is_available()
+        for group in self.param_groups:
+            for p in group["params"]:
+                master = nn.Parameter(p.detach().to("cpu", torch.float32, copy=True))
+                stage = torch.empty(p.shape, dtype=p.dtype, pin_memory=pin)  # through which both directions go
+                self.hosts[p] = master, stage, torch.optim.AdamW([master], fused=True)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        moving = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    stage = self.hosts[p][1]
+                    stage.copy_(p.grad, non_blocking=True)
+                    there = torch.cuda.Event() if p.is_cuda else None
+                    moving.append((p, group, there))
+                    if there:
+                        there.record()
+        for p, group, there in moving:
+            master, stage, optimizer = self.hosts[p]
+            if there:
+                there.synchronize()
+            master.grad = stage.float()
+            optimizer.param_groups[0].update(lr=group["lr"], weight_decay=group["weight_decay"])
+            optimizer.step()
+            master.grad = None
+            p.copy_(stage.copy_(master), non_blocking=True)
+
+
+def make_optimizers(model: nn.Module, kind: str, rate: float, decay: float, offload: bool = False) -> list:
+    """The optimizers of all trainable parameters, for the loop to step one after the other. Decay on matrices, never on
+    norms and biases.
+
+    muon: the matrices of the blocks by Muon (Jordan et al. 2024: momentum, whose singular values are all brought to
+    about 1), steps as long as AdamW's (Liu et al. 2025, arXiv 2502.16982), so that rates and decay are AdamW's too;
+    embeddings, head, norms and biases by AdamW.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    inner = {n for n, p in named.items() if kind == "muon" and p.dim() == 2 and n.startswith("blocks.")}
+    found = []
+    if inner:
+        found.append(torch.optim.Muon([named[n] for n in inner], rate, decay, adjust_lr_fn="match_rms_adamw"))
+    rest = [p for name, p in named.items() if name not in inner]
+    groups = [
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        return found
+    if offload:
+        return [*found, Offloaded(groups, rate)]
+    narrow = any(p.dtype == torch.bfloat16 for p in rest)
+    if kind == "adamw8bit" or narrow:
+        return [*found, AdamW(groups, rate, 8 if kind == "adamw8bit" else 32)]
+    return [*found, torch.optim.AdamW(groups, rate, fused=True)]
+
+
+def state_bytes(kind: str) -> float:
+    """Of a trained weight's moments."""
+    return {"adamw": 8, "adamw8bit": 2 + 8 / NESTED_BLOCK, "muon": 4}[kind]
+
+
+@torch.no_grad()
+def too_small(parameters: list[Tensor], rate: float) -> float:
+    """The share of the weights that a step as long as `rate`, which is about Adam's, would not move if it were rounded
+    to the nearest: it is below half of the distance to the next number of their dtype."""
+    stuck = sum(int((p.abs() + rate == p.abs()).sum()) for p in parameters)
+    return stuck / sum(p.numel() for p in parameters)

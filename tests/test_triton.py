@@ -1,0 +1,161 @@
+"""The kernels in Triton, forward and backward, against float64: on the GPU where there is one, else in the interpreter.
+
+Each is called through its function, which is told that it is on a GPU, on ragged shapes.
+"""
+
+import pytest
+import torch
+from helpers import llama, relative
+from test_kernels import compare, random
+
+import lora
+from checkpoint import load_model
+from kernels import gpu, linear_cross_entropy, nf4, norm, rope, swiglu
+from quant import quantize
+
+pytestmark = pytest.mark.skipif(isinstance(gpu.triton, gpu.Absent), reason="needs triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# triton's interpreter cuts bf16 off instead of rounding it, and takes its bits for numbers in products
+DTYPES = [(torch.float32, 5e-6), (torch.bfloat16, 2e-2)]
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+calls = []
+
+
+@pytest.fixture(autouse=True)
+def triton_only(monkeypatch):
+    """Every function thinks that it is on a GPU; at least one kernel must have run by the end."""
+    calls.clear()
+    for module in (norm, rope, swiglu, linear_cross_entropy, nf4):
+        monkeypatch.setattr(module, "on_gpu", lambda x: calls.append(x) or True)
+    yield
+    assert calls
+
+
+def there(*tensors):
+    return [t.detach().to(DEVICE).requires_grad_(t.requires_grad) for t in tensors]
+
+
+@pytest.mark.parametrize("dtype, tolerance", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 8), (33, 24), (7, 3, 100), (5, 576)])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("trained", [True, False])
+def test_rms_norm(monkeypatch, dtype, tolerance, shape, offset, trained):
+    monkeypatch.setattr(norm, "PROGRAMS", 4)
+    inputs = there(random(*shape, dtype=dtype), random(shape[-1], dtype=torch.float32, grad=trained))
+    reference = lambda x, w: norm.rms_norm_reference(x.float(), w, 1e-5, offset).double()
+    wide = lambda x, w: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * (w + offset)
+    compare(lambda x, w: norm.rms_norm(x, w, 1e-5, offset), wide, inputs, tolerance)
+    with torch.no_grad():
+        assert relative(norm.rms_norm(*inputs, 1e-5, offset).float(), reference(*inputs).float()) < tolerance
+
+
+@pytest.mark.parametrize("dtype, tolerance", DTYPES)
+@pytest.mark.parametrize("size", [10, 17])
+@pytest.mark.parametrize("tokens, heads, kv_heads", [(1, 1, 1), (13, 6, 2), (5, 9, 3)])
+def test_rope_of_q_and_k(dtype, tolerance, size, tokens, heads, kv_heads):
+    angles = torch.rand(tokens, 5, dtype=torch.float64) * 100
+    q, k = there(random(tokens, heads, size, dtype=dtype), random(tokens, kv_heads, size, dtype=dtype, seed=1))
+
+    def ours(q, k):
+        waves = (wave[:, None].to(q.device, q.dtype) for wave in (angles.cos(), angles.sin()))
+        return torch.cat(rope.rope_both(q, k, *waves), 1)
+
+    def reference(q, k):
+        cos, sin = (wave[:, None].to(q.device) for wave in (angles.cos(), angles.sin()))
+        return rope.rope_reference(torch.cat([q, k], 1), cos, sin)
+
+    compare(ours, reference, [q, k], tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 8), (7, 1025), (3, 2048)])
+@pytest.mark.parametrize("stacked", [True, False])  # gate and up as halves of one matrix, rows of which are far apart
+def test_swiglu(dtype, tolerance, shape, stacked):
+    rows, width = shape
+    inputs = (
+        there(random(rows, 2 * width, dtype=dtype))
+        if stacked
+        else [random(*shape, dtype=dtype, seed=i) for i in (0, 1)]
+    )
+    inputs = there(*inputs)
+    halves = lambda x: x[0].chunk(2, -1) if stacked else x
+    ours = lambda *x: swiglu.Gated.apply(*halves(x), "silu")
+    compare(ours, lambda *x: swiglu.gated_reference(*halves(x), "silu"), inputs, tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance", DTYPES)
+@pytest.mark.parametrize("rows, vocabulary", [(1, 50), (7, 50), (3, 4096), (5, 9001)])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_linear_cross_entropy(monkeypatch, dtype, tolerance, rows, vocabulary, softcap):
+    monkeypatch.setitem(linear_cross_entropy.LOGITS_BYTES, DEVICE, 3 * vocabulary * 4)  # several chunks, one ragged
+    hidden, weight = there(random(rows, 24, dtype=dtype), random(vocabulary, 24, dtype=torch.float32, seed=1))
+    targets = torch.randint(0, vocabulary, (rows,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    ours = lambda h, w, t: linear_cross_entropy.linear_cross_entropy(h, w, t, softcap)
+    cap = lambda logits: softcap * torch.tanh(logits / softcap) if softcap else logits
+    wide = lambda h, w, t: torch.nn.functional.cross_entropy(cap(h @ w.t()), t, reduction="sum")
+    compare(ours, wide, [hidden, weight, targets], tolerance)
+
+
+def test_a_token_that_is_almost_certain():
+    hidden, weight = there(torch.tensor([[14.0]]), torch.tensor([[1.0], [0.0]]))
+    hidden.requires_grad_()
+    loss = linear_cross_entropy.linear_cross_entropy(hidden, weight, torch.tensor([0], device=DEVICE))
+    loss.backward()
+    assert 0 < loss.item() < 1e-5 and -1e-5 < hidden.grad.item() < 0
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("shape", [(1, 64), (33, 192), (70, 640)])
+def test_nf4_bit_for_bit(double, dtype, shape):
+    frozen = quantize(random(*shape, dtype=torch.float32, grad=False).to(DEVICE), double)
+    wanted = nf4.nf4_dequantize_reference(frozen, dtype)
+    assert torch.equal(nf4.nf4_dequantize(frozen, dtype), wanted)
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (HALF, 1e-2)])
+@pytest.mark.parametrize("rows", [1, 5, 17])
+@pytest.mark.parametrize("bias", [True, False])
+def test_nf4_multiplies_while_it_dequantises(double, dtype, tolerance, rows, bias):
+    frozen = quantize(random(70, 192, dtype=torch.float32, grad=False).to(DEVICE), double)
+    x, b = there(random(rows, 192, dtype=dtype, grad=False), random(70, dtype=dtype, grad=False))
+    with torch.no_grad():
+        got = nf4.nf4_linear(x, frozen, b if bias else None)
+    matrix = nf4.nf4_dequantize_reference(frozen, dtype).double()
+    wanted = x.double() @ matrix.t() + (b.double() if bias else 0)
+    assert got.dtype == dtype and relative(got.double(), wanted) < tolerance
+
+
+@pytest.mark.parametrize("shape", [{}, {"num_key_value_heads": 2, "attention_bias": True}, {"head_dim": 22}])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_a_model_with_every_kernel_is_the_model(tmp_path, monkeypatch, shape, method):
+    """Loss and every gradient against the plain forms."""
+    llama(tmp_path, std=0.1, **{"intermediate_size": 128} | shape)
+
+    def run(on_gpu):
+        for module in (norm, rope, swiglu, linear_cross_entropy, nf4):
+            monkeypatch.setattr(module, "on_gpu", on_gpu)
+        model = load_model(tmp_path, torch.float32, DEVICE, "nf4" if method == "qlora" else None)
+        if method != "full":
+            torch.manual_seed(0)
+            lora.add_lora(model, 4, 8.0)
+            for layer in lora.adapted(model).values():
+                torch.nn.init.normal_(layer.lora_B, std=0.1)
+        model.train()
+        tokens = torch.arange(90, device=DEVICE).view(3, 30) % 96
+        hidden = model.flat(tokens.flatten(), model_documents())
+        loss = linear_cross_entropy.linear_cross_entropy(hidden, model.head_weight(), tokens.flatten().roll(-1))
+        loss.backward()
+        return loss, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    loss, grads = run(lambda x: calls.append(x) or True)
+    plain, wanted = run(lambda x: False)
+    assert relative(loss, plain) < 1e-5 and grads.keys() == wanted.keys()
+    assert all(relative(grads[name], wanted[name]) < 2e-5 for name in grads)
+
+
+def model_documents():
+    from kernels.attention import Documents
+
+    return Documents([30, 30, 30], DEVICE)

@@ -28,6 +28,7 @@ from kernels.packed_linear import can_pack, pack, packed_linear
 from kernels.rope import LENGTH_DEPENDENT, frequencies, rope, rope_both
 from kernels.swiglu import ACTIVATIONS, Gated, gated
 from quant import QuantizedWeight
+from remat import Remat
 
 PACK_STEPS = 16  # of decoding that make up for packing the weights
 
@@ -250,6 +251,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.compute_dtype, self.packed_head = config, None, None
+        self.remat = "none"  # of remat.KINDS: how much is kept for the backward
         self.unquantized: list[str] = []  # linears that were to be quantised and could not be
         self.frequencies: dict[int, Tensor] = {}  # of config.ropes, on the device where they were last used
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -287,8 +289,10 @@ class Transformer(nn.Module):
             x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype).item()  # rounded first, as it is published
         if self.positions is not None:
             x = x + self.positions(positions).to(x.dtype)
+        again = Remat(self.remat, x.device) if self.remat != "none" and torch.is_grad_enabled() else None
         for block, layer, attend in zip(self.blocks, self.config.layers, attends, strict=True):
-            x = block(x, None if layer.rope is None else tables[layer.rope], attend)
+            turns = None if layer.rope is None else tables[layer.rope]
+            x = again.run(block, block is self.blocks[-1], x, turns, attend) if again else block(x, turns, attend)
         return self.norm(x)
 
     def turns(self, number: int, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,7 +311,7 @@ class Transformer(nn.Module):
 
     def flat(self, tokens: Tensor, documents: Documents) -> Tensor:
         """The training path: int64 [N] tokens of whole documents -> [N, D], ready for the head."""
-        attend = partial(document_attention, documents=documents)
+        attend = partial(document_attention, documents=documents, keep=self.remat != "selective")
         return self.hidden(tokens, documents.positions, documents.spans, [attend] * len(self.blocks))
 
     def logits(self, hidden: Tensor) -> Tensor:  # [..., D] -> [..., V]

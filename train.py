@@ -34,6 +34,7 @@ import checkpoint
 import lora
 import optimizers
 import plan
+import remat
 import report
 from convert import base_folder
 from data import Dataset, Example, encode, epoch_order, load_sources, micro_batches, split
@@ -50,6 +51,11 @@ COMPILE_SECONDS, COMPILE_SAVES = 20, 0.05  # measured on 2 cores: to compile a b
 LORA = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": lora.ALL}  # of a new adapter
 VAL_FRACTION = 0.05  # where --val is not given
 LARGEST = 2**31  # of any flag
+KEPT = {
+    "selective": "products, not norms and attention's probabilities (--remat selective)",
+    "block": "the inputs of blocks, which are computed twice (--remat block)",
+    "offload": "the inputs of blocks, on the host; blocks are computed twice (--remat offload)",
+}
 STUCK = 0.5  # this share of the weights that a step can't move is worth a word
 RUN = ("config.json", "metrics.jsonl", "loss.png", "trace.json", "best", "final", "wandb")  # what a run writes
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, published
@@ -130,6 +136,13 @@ class Flags:
     compile: str = flag(
         "auto", "machine", "blocks by torch.compile; auto: where it pays", choices=["auto", "on", "off"]
     )
+    remat: str = flag(
+        "none",
+        "machine",
+        "selective: norms and attention's probabilities are computed again in the backward; block: whole blocks, of"
+        " which only the inputs are kept; offload: those on the host",
+        choices=[*remat.KINDS],
+    )
     eval_every: int | None = flag(
         None, "watching", "steps between validations (default: a fifth of the run); 0: at the end"
     )
@@ -193,6 +206,8 @@ def check(flags: Flags) -> None:
     if shape and (flags.adapter or not flags.lora):
         reason = "the adapter that --adapter names has its own" if flags.adapter else "is for --method lora"
         raise UserError(f"{shape[0]}: {reason}")
+    if flags.remat == "selective" and flags.compile == "on":
+        raise UserError("--remat selective with --compile on: the compiler chooses what to compute again by itself")
     if flags.patience and flags.eval_every == 0:
         raise UserError("--patience counts validations, and --eval-every 0 has one, at the end")
     if flags.lora and flags.weights == "bf16":
@@ -335,9 +350,10 @@ def choose_compile(flags: Flags, device: torch.device, seconds: float) -> str:
         raise UserError(f"--compile on: needs {compiler}{' and triton' * (device.type == 'cuda')}, not found here")
     if flags.compile != "auto":
         return f"compiled blocks {flags.compile}, asked for with --compile"
-    pays = seconds * COMPILE_SAVES > 2 * COMPILE_SECONDS
+    pays = seconds * COMPILE_SAVES > 2 * COMPILE_SECONDS and flags.remat != "selective"
     flags.compile = "on" if here and pays else "off"
     reason = "a long run" if here and pays else "a short run" if here else f"no {compiler} here"
+    reason = "--remat selective" if flags.remat == "selective" else reason
     return f"compiled blocks {flags.compile}: {reason}"
 
 
@@ -491,14 +507,16 @@ def save(model: Transformer, tokenizer: Tokenizer, flags: Flags, folder: Path, b
 def main() -> None:
     flags = parse_flags(sys.argv[1:])
     device = pick_device(flags.device)
-    if flags.optimizer_offload and device.type != "cuda":
-        raise UserError(f"--optimizer-offload: on {device.type} the state is in the host's memory as it is")
+    if device.type != "cuda" and (flags.optimizer_offload or flags.remat == "offload"):
+        name = "--optimizer-offload" if flags.optimizer_offload else "--remat offload"
+        raise UserError(f"{name}: is for GPUs; on {device.type} everything is in the host's memory as it is")
     dtype, why = pick_dtype(flags.dtype, device)
     folder = base_folder(flags.model, flags.adapter)
     tokenizer = pick_tokenizer(folder, flags.adapter, flags.template)
     config = checkpoint.read_config(folder)
     train, val = load_data(flags, tokenizer, config)
     model = prepare(flags, folder, dtype, device)
+    model.remat = flags.remat
     per_epoch = choose_defaults(flags, model, len(train.examples))
     tokens = train.tokens / len(train.examples) * flags.batch_size * flags.accumulate * flags.steps
     validations = 1 + math.ceil(flags.steps / flags.eval_every) if flags.eval_every else 1
@@ -659,6 +677,8 @@ def describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, w
         f" {flags.schedule} after {flags.warmup} steps of warm-up, decay {flags.weight_decay:g}, clip {flags.clip:g},"
         f" seed {flags.seed}"
     )
+    if flags.remat != "none":
+        print(f"          kept for the backward: {KEPT[flags.remat]}")
     if flags.weights == "bf16":
         print("          trained weights in bfloat16, rounded up or down at random, right on average")
     if flags.optimizer_offload:

@@ -96,27 +96,30 @@ class Documents:
 
 
 @torch.compiler.disable  # its shapes are other ones in every batch
-def document_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, documents: Documents) -> Tensor:
+def document_attention(
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, documents: Documents, keep: bool = True
+) -> Tensor:
     """Causal attention of each document over itself.
 
     q: [tokens, heads, head_dim], k and v: [tokens, kv_heads, head_dim], one dtype, rotated already; heads a multiple of
-    kv_heads. Returns [tokens, heads, head_dim].
+    kv_heads. keep: short documents' probabilities, for the backward, which computes them again otherwise. Returns
+    [tokens, heads, head_dim].
     """
     sizes = [group.tokens for group in documents.groups]
     parts = [
-        attend(*qkv, group, scores)
+        attend(*qkv, group, scores, keep)
         for *qkv, group in zip(q.split(sizes), k.split(sizes), v.split(sizes), documents.groups, strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, group: Group, scores: Scores) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, group: Group, scores: Scores, keep: bool) -> Tensor:
     scale, window, softcap = scores
     window = window if window and window < group.length else None
     if softcap:
         return ChunkedAttention.apply(q, k, v, group, scale, window, softcap)
     if q.device.type == "cpu" and group.length <= SHORT:
-        return ShortAttention.apply(q, k, v, group, scale, window)
+        return ShortAttention.apply(q, k, v, group, scale, window, keep)
     if window:
         return ChunkedAttention.apply(q, k, v, group, scale, window, softcap)
     q, k, v = (group.pad(x).transpose(1, 2) for x in (q, k, v))  # [documents, heads, length, head_dim]
@@ -137,19 +140,24 @@ class ShortAttention(torch.autograd.Function):
     one product [share * length, d] x [d, length] a key-value head serves them all and no key is repeated."""
 
     @staticmethod
-    def forward(ctx, q, k, v, group, scale, window):
+    def forward(ctx, q, k, v, group, scale, window, keep):
         share = q.shape[1] // k.shape[1]
         queries, keys, values = stack(group.pad(q), share), stack(group.pad(k), 1), stack(group.pad(v), 1)
-        mask = group.mask(q, share, window)
-        scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=scale)  # [documents * kv_heads, share * T, T]
-        probs = scores.softmax(-1)  # in fp32 inside, whatever the dtype
-        ctx.save_for_backward(queries, keys, values, probs)
-        ctx.group, ctx.share, ctx.scale = group, share, scale
+        ctx.group, ctx.share, ctx.scale, ctx.window = group, share, scale, window
+        probs = ShortAttention.probs(ctx, queries, keys)
+        ctx.save_for_backward(queries, keys, values, probs if keep else None)
         return group.unpad(unstack(probs @ values, group.documents, share))
+
+    @staticmethod
+    def probs(ctx, queries, keys):  # [documents * kv_heads, share * T, T]
+        mask = ctx.group.mask(queries, ctx.share, ctx.window)
+        scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=ctx.scale)
+        return scores.softmax(-1)  # in fp32 inside, whatever the dtype
 
     @staticmethod
     def backward(ctx, grad):
         queries, keys, values, probs = ctx.saved_tensors
+        probs = ShortAttention.probs(ctx, queries, keys) if probs is None else probs
         group, share, scale = ctx.group, ctx.share, ctx.scale
         grad = stack(group.pad(grad), share)  # zeros in the padding, whose queries must not pull at real keys
         dprobs = torch.bmm(grad, values.transpose(1, 2))
@@ -158,7 +166,7 @@ class ShortAttention(torch.autograd.Function):
         dk = torch.bmm(dscores.transpose(1, 2), queries).mul_(scale)
         dv = torch.bmm(probs.transpose(1, 2), grad)
         grads = (group.unpad(unstack(x, group.documents, n)) for x, n in ((dq, share), (dk, 1), (dv, 1)))
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 class ChunkedAttention(torch.autograd.Function):

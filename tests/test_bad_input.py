@@ -181,7 +181,10 @@ def test_the_default_base_is_not_installed(trained, monkeypatch):
         ("--method full --weights bf16 --optimizer muon", "--weights bf16: Muon rounds to the nearest"),
         ("--optimizer-offload --optimizer muon", "--optimizer-offload: the host steps by AdamW"),
         ("--method full --optimizer-offload --weights bf16", "--optimizer-offload: keeps fp32 masters"),
-        ("--optimizer-offload --device cpu", "--optimizer-offload: on cpu the state is in the host's memory"),
+        ("--optimizer-offload --device cpu", "--optimizer-offload: is for GPUs; on cpu"),
+        ("--remat offload --device cpu", "--remat offload: is for GPUs; on cpu"),
+        ("--remat selective --compile on", "the compiler chooses"),
+        ("--remat all", "invalid choice: 'all'"),
     ],
 )
 def test_flags(trained, words, said):

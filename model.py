@@ -191,7 +191,7 @@ class Experts(nn.Module):
         self.rules = config.experts
         self.router = Router(config.hidden_size, self.rules.count)
         self.experts = nn.ModuleList(MLP(config, self.rules.intermediate_size) for _ in range(self.rules.count))
-        self.load = None  # of the last batch in training: fraction of choices [E], mean probability [E], fp32
+        self.load = None  # of a batch in training: fraction of choices [E], mean probability [E], fp32; () when used
 
     def forward(self, x: Tensor) -> Tensor:
         E, active = self.rules.count, self.rules.active
@@ -201,7 +201,7 @@ class Experts(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True)
         order = chosen.flatten().argsort(stable=True)  # token-expert pairs, by expert
         counts = torch.bincount(chosen.flatten(), minlength=E)
-        if self.training:
+        if self.training and self.load is None:  # not when the block is computed again: it would keep all that it made
             self.load = counts / len(x), probs.mean(0)
         token = order // active
         parts = x.index_select(0, token).split(counts.tolist())

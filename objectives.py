@@ -27,8 +27,13 @@ def training_loss(model: Transformer, batch: Batch, trained: int, tokens: int) -
     trained, tokens: numbers of the whole step. A balance loss is a product of means, so it is not quite the same for
     another cut of the step into batches: each batch's weighs by its tokens.
     """
+    routed = [block.mlp for block in model.blocks if isinstance(block.mlp, Experts)]
+    for experts in routed:
+        experts.load = None
     loss = token_loss_sum(model, batch) / trained
-    loads = [block.mlp.load for block in model.blocks if isinstance(block.mlp, Experts)]
+    loads = [experts.load for experts in routed]
+    for experts in routed:
+        experts.load = ()
     return loss, balance_loss(loads) * (len(batch.tokens) / tokens) if loads else None
 
 

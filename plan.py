@@ -1,59 +1,300 @@
-"""What a run will take, before it is begun: floating point operations a token, memory at the peak, time.
+"""What a run will take, before it is begun: memory at the peak by part, floating point operations, time; and which way
+of fine-tuning fits the machine.
 
-The counts are of the products, which is nearly all; the speed is that of one product, timed on the machine.
+`train.py --plan` asks for each method from config.json alone: the model is built of tensors without memory (the meta
+device), so counts of weights are those of the real one. Everything else is arithmetic, which stands here to be read:
+
+- memory at the peak: weights + the optimizer's moments + the larger of two moments in a step: when the backward begins
+  (what the blocks keep, the head's chunk of logits and its gradient) and when it ends (all gradients);
+- operations: 2 a weight and token forward, 2 for the inputs' gradient, 2 for the weight's own where it is trained, and
+  7 T H d a layer for causal attention over T tokens (2 forward, 5 backward);
+- time: operations over the rate of a product on this machine, timed now, times EFFICIENCY, which was measured.
 """
 
+import math
+import os
 import time
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
-from kernels.attention import SHORT
-from model import Transformer, quantized
+import lora
+import report
+from kernels.attention import CHUNK, SHORT, Documents, Group
+from kernels.linear_cross_entropy import LOGITS_BYTES
+from kernels.nf4 import BLOCK, NESTED_BLOCK, NF4
+from model import Config, Linear, Transformer, quantized
+from optimizers import state_bytes
 
-RUNTIME_BYTES = 1.2e9  # of Python, torch, and the products that oneDNN has prepared (loading.py); measured
-EFFICIENCY = 0.55  # of a training step, against products alone
+EFFICIENCY = 0.45  # of a training step, against products alone; measured
+RUNTIME = {"cpu": 1.25e9, "cuda": 0.0}  # bytes: Python, torch, oneDNN's products, freed memory that is not given back
+CONTEXT = 1.0e9  # bytes of a GPU that torch does not count: CUDA's context, cuBLAS' workspace, fragments
+CAPACITY = 2  # bits that a trained weight can hold (Allen-Zhu & Li 2024, arXiv 2404.05405)
+LARGEST_RANK = 256  # beyond it full fine-tuning is the simpler way
+BITS = 1  # that a trained token may teach, about (Schulman et al. 2025, "LoRA without regret")
 
 
-def flops_a_token(model: Transformer) -> float:
-    """Products of one training step, a token: 2 a weight forward, 2 for the inputs' gradient, 2 where it is trained.
-    Attention is left out; the head counts for every token."""
-    total, experts = 0.0, model.config.experts
+@dataclass(frozen=True)
+class Setup:
+    """One way to fine-tune."""
+
+    method: str  # full, lora, qlora
+    optimizer: str = "adamw"
+    weights: str = "fp32"  # of trained weights, in full
+    offload: bool = False  # of the optimizer's state to the host
+    remat: str = "none"
+
+    def __str__(self) -> str:
+        words = [f"--method {self.method}"]
+        words += [f"--optimizer {self.optimizer}"] * (self.optimizer != "adamw")
+        words += [f"--weights {self.weights}"] * (self.weights != "fp32") + ["--optimizer-offload"] * self.offload
+        return " ".join(words + [f"--remat {self.remat}"] * (self.remat != "none"))
+
+
+@dataclass
+class Memory:
+    """Bytes at the peak of training, by part."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float  # kept by the blocks for their backward
+    block: float  # by one of them, when it is computed (again, with remat)
+    logits: float  # of the head: a chunk of logits, its rows and their gradient, its own gradient where it is trained
+    working: float  # of one block's backward, and a matrix made whole for a product
+    runtime: float
+    recomputed: bool  # blocks are, in the backward
+    accumulated: bool  # gradients of an earlier micro-batch are there all the while
+
+    @property
+    def peak(self) -> float:
+        kept, grown = self.activations, 0 if self.accumulated else self.gradients
+        passing = max(kept + self.logits, kept + self.again + self.working, grown + self.block + self.working)
+        there = self.gradients if self.accumulated else 0
+        return self.weights + self.optimizer + there + passing + self.runtime
+
+    @property
+    def again(self) -> float:
+        return self.block if self.recomputed else 0
+
+
+def sketch(config: Config, setup: Setup, dtype: torch.dtype, adapter: dict) -> Transformer:
+    """The model of a set-up without memory: shapes, dtypes and what is trained. adapter: arguments of lora.add_lora."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    narrow = torch.bfloat16 if setup.weights == "bf16" else dtype
+    model.to(torch.float32 if setup.method == "full" and not setup.offload and setup.weights == "fp32" else narrow)
+    model.compute_dtype = dtype
+    if setup.method == "qlora" or config.raw.get("quantization_config"):
+        for name, layer in model.named_modules():
+            if isinstance(layer, Linear) and name != "head" and layer.in_features % BLOCK == 0:
+                out, size = layer.out_features, layer.in_features
+                shapes = (out, size // 2), (out, size // BLOCK), (-(-out * size // BLOCK // NESTED_BLOCK),), (1,)
+                kinds = torch.uint8, torch.uint8, torch.float32, torch.float32
+                tensors = (torch.empty(*s, dtype=d, device="meta") for s, d in zip(shapes, kinds, strict=True))
+                layer.quantize(NF4(*tensors))
+    if setup.method != "full":
+        lora.add_lora(model, **adapter)
+    model.remat = setup.remat
+    return model
+
+
+def expected_memory(model: Transformer, setup: Setup, lengths: list[int], trained: int, device: str, accumulate: int):
+    """Memory of training this model (real, or of `sketch`). lengths: of the examples of a micro-batch, the largest one;
+    trained: its trained tokens."""
+    c, item = model.config, model.dtype.itemsize
+    parameters = list(model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    moments = 0 if setup.offload else state_bytes(setup.optimizer)
+    optimizer = sum(p.numel() * moments for p in parameters if p.requires_grad)
+    tokens, documents = sum(lengths), Documents(sorted(lengths))
+    recomputed = setup.remat in ("block", "offload")
+    layer = kept_by_a_block(model, documents, device, "none" if recomputed else setup.remat)
+    activations = layer * c.num_layers
+    if recomputed:  # the inputs, of which two are on their way to or from the host
+        activations = (c.num_layers if setup.remat == "block" else 2) * tokens * c.hidden_size * item
+    activations += 2 * tokens * c.hidden_size * item  # the last norm's input and output
+    head = model.embed.weight if model.head is None else model.head.weight
+    head_trained = head is not None and head.requires_grad
+    budget = LOGITS_BYTES.get(device, LOGITS_BYTES["cuda"])
+    logits = min(budget, trained * c.vocab_size * item) + 2 * trained * c.hidden_size * item
+    logits += c.vocab_size * c.hidden_size * (4 + item) if head_trained else 0
+    wide = c.experts.intermediate_size if c.experts else c.intermediate_size  # experts take turns
+    scores = sum(group.documents * group.length**2 * c.num_heads for group in documents.groups if in_chunks(c, group))
+    whole = [6 * m.in_features * m.out_features for m in quantized(model).values()]  # fp32, and in the dtype
+    whole += [p.numel() * item for p in parameters if p.dtype != model.dtype and p.dim() == 2 and p.requires_grad]
+    chunk = (12 if item == 4 else 16) * min(scores, CHUNK)
+    working = max(tokens * (3 * wide + c.hidden_size) * item, chunk) + max(whole, default=0)
+    runtime = RUNTIME.get(device, RUNTIME["cpu"])
+    return Memory(
+        weights, gradients, optimizer, activations, layer, logits, working, runtime, recomputed, accumulate > 1
+    )
+
+
+def in_chunks(config: Config, group: Group) -> bool:
+    """Whether a group of documents goes through ChunkedAttention, which keeps no scores."""
+    return config.attention_softcap is not None
+
+
+def inner_width(config: Config) -> int:
+    """Of what a token passes through in an MLP."""
+    if config.experts is None:
+        return config.intermediate_size
+    return config.experts.active * config.experts.intermediate_size
+
+
+def kept_by_a_block(model: Transformer, documents: Documents, device: str, remat: str) -> float:
+    """Bytes that a block keeps for its backward (remat.py says what)."""
+    c, item, D = model.config, model.dtype.itemsize, model.config.hidden_size
+    tokens = sum(documents.lengths)
+    heads, short = c.num_heads + 2 * c.num_kv_heads, 0.0
+    inputs = 1 if c.parallel else 2  # of norms, or of attention and MLP where norms stand behind
+    normal = (1 if c.shared_norm else 2) if c.pre_norm else 0
+    numbers = inputs * D + (normal * D if remat == "none" else 0) + 2 * D * c.post_norm
+    numbers += c.num_heads * c.head_dim  # attention's output
+    numbers += (c.num_heads + c.num_kv_heads) * c.head_dim * (c.qk_norm is not None)  # q and k before their norms
+    numbers += 2 * inner_width(c) + (2 * c.experts.active * D if c.experts else 0)
+    adapted = lora.adapted(model)
+    numbers += sum(layer.rank for layer in adapted.values()) / c.num_layers  # x A^T
+    rows = (inputs + 2 * (c.qk_norm is not None)) * 4  # a norm's own number, fp32
+    padded = 0
+    for group in documents.groups:  # attention works on documents padded to one length
+        padded += group.documents * group.length
+        if in_chunks(c, group):
+            continue
+        if device == "cpu" and group.length <= SHORT:
+            short += group.documents * group.length**2 * c.num_heads * (remat == "none")
+        else:
+            short += group.documents * group.length * c.num_heads * c.head_dim  # its output, before it lies flat
+    return (tokens * numbers + padded * heads * c.head_dim + short) * item + tokens * rows
+
+
+def flops_a_token(model: Transformer, reach: float = 0.0, trained: float = 1.0, remat: str = "none") -> float:
+    """Operations of a training step, a token. reach: how many tokens attention looks back over, on average twice that
+    (sum of squared lengths over sum of lengths); trained: the share of tokens that reach the head."""
+    c, total = model.config, 0.0
     sizes = [(name, p.numel(), p.requires_grad) for name, p in model.named_parameters() if p.dim() == 2]
     sizes = [each for each in sizes if not each[0].startswith(("embed.", "positions.")) and ".nf4." not in each[0]]
     sizes += [(name, m.in_features * m.out_features, False) for name, m in quantized(model).items()]
-    for name, size, trained in sizes:
-        total += (experts.active / experts.count if ".experts." in name else 1) * size * (6 if trained else 4)
+    for name, size, learns in sizes:
+        share = c.experts.active / c.experts.count if ".experts." in name else trained if name == "head.weight" else 1
+        again = 2 if remat in ("block", "offload") and name.startswith("blocks.") else 0
+        total += share * size * ((6 if learns else 4) + again)
     shared = model.embed.weight  # the head as well, if there is none of its own
-    return total + (shared.numel() * (6 if shared.requires_grad else 4) if model.head is None else 0)
+    total += trained * shared.numel() * (6 if shared.requires_grad else 4) if model.head is None else 0
+    return total + 7 * reach * c.num_heads * c.head_dim * c.num_layers
 
 
-def expected_memory(model: Transformer, lengths: list[int], moments: float) -> float:
-    """Bytes at the peak of training: weights, gradients, the optimizer's moments (bytes a trained weight), what a
-    micro-batch of examples of these lengths keeps for the backward, and what Python, torch and the prepared products
-    take."""
-    c, item = model.config, model.dtype.itemsize
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() * (p.element_size() + moments) for p in model.parameters() if p.requires_grad)
-    inner = c.experts.active * c.experts.intermediate_size if c.experts else c.intermediate_size
-    kept = 8 * c.hidden_size + 3 * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 4 * inner  # a token a layer
-    short = model.device.type == "cpu" and max(lengths) <= SHORT
-    probs = c.num_heads * max(lengths) * short  # a token a layer, by the products of kernels/attention.py
-    weights += max((6 * m.in_features * m.out_features for m in quantized(model).values()), default=0)  # made whole
-    return weights + trained + sum(lengths) * c.num_layers * (kept + probs) * item + RUNTIME_BYTES
-
-
-def expected_seconds(model: Transformer, tokens: float, dtype: torch.dtype) -> float:
-    """The time to train on so many tokens, from the speed of one product here; EFFICIENCY is what was measured."""
-    return tokens * flops_a_token(model) / (EFFICIENCY * product_rate(model, dtype))
-
-
-def product_rate(model: Transformer, dtype: torch.dtype) -> float:
-    """FLOP/s of the model's machine in a product of its own shape; takes about a tenth of a second."""
-    x = torch.randn(512, model.config.hidden_size, device=model.device).to(dtype)
-    w = torch.randn(model.config.hidden_size, model.config.intermediate_size, device=model.device).to(dtype)
+def product_rate(config: Config, device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s in a product of the model's own shape; takes about a tenth of a second."""
+    x = torch.randn(512, config.hidden_size, device=device).to(dtype)
+    w = torch.randn(config.hidden_size, config.intermediate_size, device=device).to(dtype)
     times = []
     for _ in range(8):
         start = time.perf_counter()
         float((x @ w)[0, 0])  # waits for the device
         times.append(time.perf_counter() - start)
     return 2 * x.numel() * w.shape[1] / min(times)
+
+
+def device_memory(device: torch.device) -> float:
+    """Bytes that a run can have: of the GPU, or of the machine, or of what a container is allowed."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory - CONTEXT
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(found, int(text)) if text.isdigit() else found
+
+
+@dataclass
+class Job:
+    """What is to be trained on: examples' lengths, trained tokens, and how many pass through in all."""
+
+    lengths: list[int]  # of a micro-batch, the largest that there may be
+    trained: int  # tokens of it
+    share: float  # of tokens that are trained
+    reach: float  # sum of squared lengths over sum of lengths, of all
+    tokens: float  # of the whole training, with half of what is validated
+    to_learn: int  # trained tokens of the data
+    accumulate: int
+
+
+def setups(config: Config, device: torch.device) -> list[Setup]:
+    found = [] if config.raw.get("quantization_config") else [
+        Setup("full"),
+        Setup("full", "adamw8bit"),
+        Setup("full", "adamw8bit", "bf16"),
+        *[Setup("full", offload=True)] * (device.type == "cuda"),
+        Setup("lora"),
+    ]  # fmt: skip
+    return [*found, Setup("qlora")]
+
+
+def show(config: Config, job: Job, device: torch.device, dtype: torch.dtype, adapter: dict) -> None:
+    """Prints the table and the recommendation."""
+    room, rate = device_memory(device), product_rate(config, device, dtype)
+    kinds = ("none", "selective", "block", *["offload"] * (device.type == "cuda"))
+    rows = [["", "weights", "gradients", "moments", "logits", *(f"{k}: kept, peak" for k in kinds), "GFLOP", "minutes"]]
+    fitting: list[tuple[Setup, float]] = []
+    smallest = None
+    for setup in setups(config, device):
+        cells, costs = [], []
+        for kind in kinds:
+            setup = replace(setup, remat=kind)
+            model = sketch(config, setup, dtype, adapter)
+            memory = expected_memory(model, setup, job.lengths, job.trained, device.type, job.accumulate)
+            costs.append(flops_a_token(model, job.reach, job.share, kind))
+            cells.append(
+                f"{memory.activations / 1e9:.2f}, {memory.peak / 1e9:.2f}{' ' if memory.peak <= room else '!'}"
+            )
+            if memory.peak <= room:
+                fitting.append((setup, memory.peak))
+            smallest = min(smallest or (memory.peak, setup), (memory.peak, setup), key=lambda pair: pair[0])
+        parts = (memory.weights, memory.gradients, memory.optimizer, memory.logits)
+        name = str(replace(setup, remat="none")).replace("--method ", "")
+        minutes = [job.tokens * cost / (EFFICIENCY * rate) / 60 for cost in (costs[0], costs[2])]
+        rows.append(
+            [name, *(f"{part / 1e9:.2f}" for part in parts), *cells]
+            + [f"{costs[0] / 1e9:.2f}", f"{minutes[0]:.1f} to {minutes[1]:.1f}"]
+        )
+    print(report.table(rows))
+    print(f"GB; ! is more than the {room / 1e9:.1f} here. kept: by the blocks for their backward, with that --remat;")
+    print("peak: weights, moments, and what a step adds at its height. GFLOP: a token, without --remat; minutes: with")
+    print(f"none and block, at {EFFICIENCY:.0%} of the {rate / 1e9:,.0f} GFLOP/s that a product reaches here")
+    print(f"plan      {recommend(config, job, dtype, adapter, fitting, room, smallest)}")
+
+
+def recommend(config: Config, job: Job, dtype, adapter: dict, fitting: list, room: float, smallest) -> str:
+    """One line: what to take, and why.
+
+    Adapters learn as well as full fine-tuning does until the data hold more than they can (Schulman et al. 2025;
+    Biderman et al. 2024, arXiv 2405.09673), so the question is first how much there is to learn, then what fits.
+    """
+    if not fitting:
+        peak, setup = smallest
+        least = f"nothing fits: the least, {setup}, takes {peak / 1e9:.1f} of {room / 1e9:.1f} GB"
+        return f"{least}; lower --batch-size or --seq-len"
+    first = {}
+    for setup, peak in fitting:  # of each method the first that fits: the fastest, nearest to plain AdamW in fp32
+        first.setdefault(setup.method, (setup, peak))
+    drawn, rank = sketch(config, Setup("lora"), dtype, adapter), adapter["rank"]
+    holds = CAPACITY / BITS * sum(p.numel() for p in drawn.parameters() if p.requires_grad)  # trained tokens
+    enough = math.ceil(rank * job.to_learn / holds)  # the rank that holds them all
+    method = next(m for m in ("lora", "qlora", "full") if m in first)
+    if enough > LARGEST_RANK and "full" in first:
+        method = "full"
+    setup, peak = first[method]
+    why = f"{job.to_learn:,} trained tokens; adapters of rank {rank} hold about {holds:,.0f}"
+    if method == "full":
+        why += ", and full fits"
+    elif enough > rank:
+        why += f", of rank {enough} all of them"
+    else:
+        why += ", so full would learn no more"
+    if method == "qlora" and "lora" not in first:
+        why += "; 16-bit weights do not fit"
+    more = f" --rank {enough}" if rank < enough and method != "full" else ""
+    return f"{setup}{more}: {peak / 1e9:.1f} of {room / 1e9:.1f} GB; {why}"

@@ -10,7 +10,6 @@ batch x accumulate examples; its loss is the sum of their token losses over the 
 how the step is cut changes nothing. Written to --out: config.json, metrics.jsonl, loss.png, best/ and final/.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import importlib.util
@@ -24,7 +23,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,23 +33,18 @@ import checkpoint
 import lora
 import optimizers
 import plan
-import remat
 import report
 from convert import base_folder
 from data import Dataset, Example, encode, epoch_order, load_sources, micro_batches, split
 from demo import TASK, Demo
 from errors import UserError, run
-from loading import DTYPES, one_line, parse, pick_device, pick_dtype, pick_tokenizer, put_adapter
+from flags import LORA, VAL_FRACTION, Flags, parse_flags
+from loading import DTYPES, one_line, pick_device, pick_dtype, pick_tokenizer, put_adapter
 from model import Config, Linear, Transformer, evaluating, quantized
 from objectives import mean_loss, training_loss
-from quant import KINDS
-from templates import NAMED
 from tokenizer import Tokenizer
 
 COMPILE_SECONDS, COMPILE_SAVES = 20, 0.05  # measured on 2 cores: to compile a block, and the share of a step's time
-LORA = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": lora.ALL}  # of a new adapter
-VAL_FRACTION = 0.05  # where --val is not given
-LARGEST = 2**31  # of any flag
 KEPT = {
     "selective": "products, not norms and attention's probabilities (--remat selective)",
     "block": "the inputs of blocks, which are computed twice (--remat block)",
@@ -59,182 +53,6 @@ KEPT = {
 STUCK = 0.5  # this share of the weights that a step can't move is worth a word
 RUN = ("config.json", "metrics.jsonl", "loss.png", "trace.json", "best", "final", "wandb")  # what a run writes
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, published
-
-
-def flag(default, group: str, text: str, **more):
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"group": group, "help": text, **more})
-    return field(default=default, metadata={"group": group, "help": text, **more})
-
-
-@dataclass
-class Flags:
-    """Every flag: name, type, default and help stand here and nowhere else. None: chosen at the start and printed."""
-
-    model: str | None = flag(
-        None,
-        "model and data",
-        "Hugging Face folder or GGUF file (default: the adapter's base, else SmolLM2-135M-Instruct)",
-    )
-    data: list[str] = flag([], "model and data", "files of examples (default: the bundled task)", metavar="FILE")
-    val: str | None = flag(None, "model and data", "file of validation examples", metavar="FILE")
-    val_fraction: float | None = flag(
-        None, "model and data", f"without --val: this share of the prompts validates; 0: none (default: {VAL_FRACTION})"
-    )
-    template: str | None = flag(None, "model and data", "chat template in place of the model's own", choices=[*NAMED])
-    seq_len: int | None = flag(None, "model and data", "longest example in tokens (default: 2048 or the model's limit)")
-    out: str | None = flag(None, "model and data", "folder of the run (default: a new one under runs/)", metavar="DIR")
-    overwrite: bool = flag(False, "model and data", "replace the run that --out holds")
-    method: str = flag(
-        "lora",
-        "method",
-        "full: the weights themselves; lora: low-rank adapters; qlora: the same on a base in 4 bits (--quant nf4)",
-        choices=["full", "lora", "qlora"],
-    )
-    quant: str | None = flag(None, "method", "of the frozen base, in lora: 4 bits a weight (QLoRA)", choices=[*KINDS])
-    rank: int | None = flag(None, "method", f"lora: rank of the update (default: {LORA['rank']})")
-    alpha: float | None = flag(
-        None, "method", f"lora: the update is scaled by alpha / rank (default: {LORA['alpha']:g})"
-    )
-    dropout: float | None = flag(None, "method", f"lora: dropout on the adapters' input (default: {LORA['dropout']:g})")
-    targets: str | None = flag(
-        None, "method", f"lora: names of layers, with commas (default: {LORA['targets']}, every linear of the blocks)"
-    )
-    adapter: str | None = flag(None, "method", "lora: go on from this adapter folder", metavar="DIR")
-    train: str | None = flag(
-        None, "method", "full: train only parameters whose published name matches", metavar="REGEX"
-    )
-    batch_size: int = flag(8, "optimization", "examples in a micro-batch")
-    accumulate: int = flag(1, "optimization", "micro-batches in a step")
-    steps: int | None = flag(None, "optimization", "optimizer steps (default: from --epochs)")
-    epochs: float | None = flag(None, "optimization", "passes over the data (default: by the amount of data)")
-    lr: float | None = flag(None, "optimization", "peak learning rate (default: by method and model width)")
-    schedule: str = flag("cosine", "optimization", "after warm-up", choices=["cosine", "linear", "constant"])
-    warmup: int | None = flag(None, "optimization", "steps of linear warm-up (default: 5 %% of the steps)")
-    weight_decay: float | None = flag(None, "optimization", "on matrices only (default: 0.01 for full, 0 for lora)")
-    optimizer: str = flag(
-        "adamw",
-        "optimization",
-        "adamw8bit: its moments in a byte each; muon: on the blocks' matrices, AdamW on the rest",
-        choices=[*optimizers.NAMES],
-    )
-    optimizer_offload: bool = flag(
-        False, "optimization", "masters, moments and the step on the host: 4 bytes a trained weight are left on the GPU"
-    )
-    weights: str = flag(
-        "fp32",
-        "optimization",
-        "full: dtype of the trained weights; bf16: rounded up or down at random, right on average; half the memory",
-        choices=["fp32", "bf16"],
-    )
-    clip: float = flag(1.0, "optimization", "largest norm of the gradient; 0: no clipping")
-    seed: int = flag(0, "optimization", "of order, initialisation and dropout")
-    dtype: str = flag(
-        "auto", "machine", "of the products; adapters, optimizer, loss stay fp32", choices=["auto", "fp32", "bf16"]
-    )
-    device: str = flag("auto", "machine", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
-    compile: str = flag(
-        "auto", "machine", "blocks by torch.compile; auto: where it pays", choices=["auto", "on", "off"]
-    )
-    remat: str = flag(
-        "none",
-        "machine",
-        "selective: norms and attention's probabilities are computed again in the backward; block: whole blocks, of"
-        " which only the inputs are kept; offload: those on the host",
-        choices=[*remat.KINDS],
-    )
-    eval_every: int | None = flag(
-        None, "watching", "steps between validations (default: a fifth of the run); 0: at the end"
-    )
-    patience: int = flag(0, "watching", "stop after so many validations without a new best; 0: never")
-    profile: int = flag(0, "watching", "profile this many steps, print the table, stop", metavar="N")
-    wandb: str | None = flag(None, "watching", "log to this Weights & Biases project as well", metavar="PROJECT")
-
-    @property
-    def lora(self) -> bool:
-        return self.method != "full"
-
-
-def parse_flags(argv: list[str]) -> Flags:
-    parser = argparse.ArgumentParser("train.py", allow_abbrev=False, description=__doc__.split("\n")[0])
-    groups = {}
-    for f in dataclasses.fields(Flags):
-        meta = dict(f.metadata)
-        group = meta.pop("group")
-        where = groups.setdefault(group, parser.add_argument_group(group))
-        name, kind = "--" + f.name.replace("_", "-"), str(f.type)
-        default = f.default if f.default is not dataclasses.MISSING else []
-        if not (default is None or default is False or default == []):
-            meta["help"] += f" (default: {default})"
-        if f.type is bool:
-            where.add_argument(name, action="store_true", **meta)
-        elif "list" in kind:
-            where.add_argument(name, nargs="+", action="extend", default=[], **meta)
-        else:
-            to = float if "float" in kind else int if "int" in kind else str
-            where.add_argument(name, type=to, default=default, **meta)
-    flags = Flags(**vars(parse(parser, argv)))
-    check(flags)
-    if flags.method == "qlora":
-        flags.quant = flags.quant or "nf4"
-    return flags
-
-
-def check(flags: Flags) -> None:
-    """Everything about the flags that can be said before a file is opened."""
-    positive = ("steps", "epochs", "lr", "batch_size", "accumulate", "seq_len", "rank", "alpha")
-    at_least_0 = ("warmup", "weight_decay", "clip", "eval_every", "patience", "profile", "seed", "dropout")
-    for names, ok, wanted in ((positive, lambda v: v > 0, "above 0"), (at_least_0, lambda v: v >= 0, "0 or more")):
-        for name in names:
-            value = getattr(flags, name)
-            if value is not None and not (ok(value) and value < LARGEST):
-                above = f" and below {LARGEST:g}" if value >= LARGEST else ""
-                raise UserError(f"--{name.replace('_', '-')} {value:g}: must be {wanted}{above}")
-    if flags.val_fraction is not None and not 0 <= flags.val_fraction < 1:
-        raise UserError(f"--val-fraction {flags.val_fraction:g}: must be at least 0 and below 1")
-    if flags.seq_len == 1:
-        raise UserError("--seq-len 1: must be 2 or more, the first token of an example is never trained")
-    if flags.val_fraction is not None and (flags.val or not flags.data):
-        raise UserError("--val-fraction parts the files of --data; with --val or without --data it means nothing")
-    if flags.steps is not None and flags.epochs is not None:
-        raise UserError("--steps and --epochs: give one of them")
-    if flags.quant and not flags.lora:
-        raise UserError(f"--quant {flags.quant}: 4 bits can't be trained; a frozen base with --method lora can")
-    if flags.adapter and not flags.lora:
-        raise UserError("--adapter goes on from a LoRA adapter and needs --method lora")
-    shape = [f"--{name}" for name in LORA if getattr(flags, name) is not None]
-    if shape and (flags.adapter or not flags.lora):
-        reason = "the adapter that --adapter names has its own" if flags.adapter else "is for --method lora"
-        raise UserError(f"{shape[0]}: {reason}")
-    if flags.remat == "selective" and flags.compile == "on":
-        raise UserError("--remat selective with --compile on: the compiler chooses what to compute again by itself")
-    if flags.patience and flags.eval_every == 0:
-        raise UserError("--patience counts validations, and --eval-every 0 has one, at the end")
-    if flags.lora and flags.weights == "bf16":
-        raise UserError("--weights bf16 is for --method full; adapters are fp32, and cast for the products")
-    if flags.optimizer == "muon" and flags.weights == "bf16":
-        raise UserError("--weights bf16: Muon rounds to the nearest, which loses small steps; take adamw or adamw8bit")
-    if flags.optimizer_offload and flags.optimizer != "adamw":
-        raise UserError(f"--optimizer-offload: the host steps by AdamW, not by --optimizer {flags.optimizer}")
-    if flags.optimizer_offload and flags.weights == "bf16":
-        raise UserError("--optimizer-offload: keeps fp32 masters on the host, which --weights bf16 is to do without")
-    if flags.train and flags.method != "full":
-        raise UserError("--train chooses among the model's own weights and needs --method full")
-    if flags.train:
-        try:
-            re.compile(flags.train)
-        except re.error as error:
-            raise UserError(f"--train {flags.train}: no regular expression ({error})") from None
-    if flags.out and Path(flags.out).is_file():
-        raise UserError(f"--out {flags.out}: is a file; name a folder")
-    if flags.out and Path(flags.out).exists() and any(Path(flags.out).iterdir()):
-        if not (Path(flags.out) / "metrics.jsonl").is_file():
-            raise UserError(f"--out {flags.out}: holds something that is no run of train.py; name another folder")
-        if not flags.overwrite:
-            raise UserError(f"--out {flags.out}: holds a run already; name another folder or add --overwrite")
-        for read in filter(None, (flags.model, flags.adapter, flags.val, *flags.data)):
-            if Path(flags.out).resolve() in (Path(read).resolve(), *Path(read).resolve().parents):
-                raise UserError(f"--overwrite: {read} lies in --out {flags.out}, and would be gone before it is used")
 
 
 # ---------------------------------------------------------------------------------------------------- set-up
@@ -293,9 +111,8 @@ def prepare(flags: Flags, folder: Path, dtype: torch.dtype, device: torch.device
             flags.rank, flags.alpha, flags.dropout = first.rank, first.alpha, first.dropout
             flags.targets = ",".join(lora.target_modules(model, list(layers)))
             return model
-        for name, default in LORA.items():
-            if getattr(flags, name) is None:
-                setattr(flags, name, default)
+        for name, value in adapter_settings(flags).items():
+            setattr(flags, name, value)
         lora.add_lora(model, flags.rank, flags.alpha, flags.dropout, flags.targets)
         return model
     # fp32 masters, here or on the host: to the nearest bf16 number, small updates are lost
@@ -318,13 +135,14 @@ def prepare(flags: Flags, folder: Path, dtype: torch.dtype, device: torch.device
     return model
 
 
+def adapter_settings(flags: Flags) -> dict:
+    """Of a new adapter: the arguments of lora.add_lora."""
+    return {name: default if getattr(flags, name) is None else getattr(flags, name) for name, default in LORA.items()}
+
+
 def choose_defaults(flags: Flags, model: Transformer, examples: int) -> int:
     """Fills in what was left open, and returns the number of steps of an epoch."""
-    per_epoch = math.ceil(examples / (flags.batch_size * flags.accumulate))
-    if flags.steps is None:
-        if flags.epochs is None:
-            flags.epochs = 1.0 if examples >= 1_500 else 2.0 if examples >= 500 else 3.0
-        flags.steps = max(1, round(flags.epochs * per_epoch))
+    per_epoch = choose_steps(flags, examples)
     if flags.lr is None:
         # Schulman et al. 2025, "LoRA without regret": the best rate falls with the width, and is ten times as high for
         # LoRA as for full fine-tuning. A base in 4 bits wants half as much again (LOG.md)
@@ -336,9 +154,46 @@ def choose_defaults(flags: Flags, model: Transformer, examples: int) -> int:
         raise UserError(f"--warmup {flags.warmup}: longer than the run of {flags.steps} steps")
     if flags.weight_decay is None:
         flags.weight_decay = 0.01 if flags.method == "full" else 0.0
+    return per_epoch
+
+
+def choose_steps(flags: Flags, examples: int) -> int:
+    """Fills in how long to train and how often to validate, and returns the number of steps of an epoch."""
+    per_epoch = math.ceil(examples / (flags.batch_size * flags.accumulate))
+    if flags.steps is None:
+        if flags.epochs is None:
+            flags.epochs = 1.0 if examples >= 1_500 else 2.0 if examples >= 500 else 3.0
+        flags.steps = max(1, round(flags.epochs * per_epoch))
     if flags.eval_every is None:
         flags.eval_every = math.ceil(flags.steps / 5)
     return per_epoch
+
+
+def describe_job(flags: Flags, train: Dataset, val: Dataset) -> plan.Job:
+    """What plan.py counts with."""
+    validations = 1 + math.ceil(flags.steps / flags.eval_every) if flags.eval_every else 1
+    lengths, tokens = [len(example.ids) for example in train.examples], train.tokens
+    largest = sorted(train.examples, key=lambda example: -len(example.ids))[: flags.batch_size]
+    return plan.Job(
+        lengths=[len(example.ids) for example in largest],
+        trained=sum(sum(example.trained) for example in largest),
+        share=train.trained_tokens / tokens,
+        reach=sum(n * n for n in lengths) / tokens,
+        tokens=tokens / len(lengths) * flags.batch_size * flags.accumulate * flags.steps + validations * val.tokens / 2,
+        to_learn=train.trained_tokens,
+        accumulate=flags.accumulate,
+    )  # half of what is validated: without a backward
+
+
+def full_rows(flags: Flags, config: Config) -> plan.Job:
+    """The job of a plan for a folder without a tokenizer: rows of --seq-len tokens, all trained."""
+    length, steps = flags.seq_len or min(2048, config.max_positions), flags.steps or 1000
+    tokens = length * flags.batch_size * flags.accumulate * steps
+    print(f"plan      no tokenizer here: for {steps:,} steps of {flags.batch_size} x {flags.accumulate} rows of"
+          f" {length:,} tokens, all trained, of new text")  # fmt: skip
+    return plan.Job(
+        [length] * flags.batch_size, length * flags.batch_size, 1.0, length, tokens, tokens, flags.accumulate
+    )
 
 
 def choose_compile(flags: Flags, device: torch.device, seconds: float) -> str:
@@ -512,17 +367,24 @@ def main() -> None:
         raise UserError(f"{name}: is for GPUs; on {device.type} everything is in the host's memory as it is")
     dtype, why = pick_dtype(flags.dtype, device)
     folder = base_folder(flags.model, flags.adapter)
-    tokenizer = pick_tokenizer(folder, flags.adapter, flags.template)
     config = checkpoint.read_config(folder)
+    if flags.plan and not any((folder / f"tokenizer.{kind}").is_file() for kind in ("json", "model")):
+        plan.show(config, full_rows(flags, config), device, dtype, adapter_settings(flags))
+        return
+    tokenizer = pick_tokenizer(folder, flags.adapter, flags.template)
     train, val = load_data(flags, tokenizer, config)
+    if flags.plan:
+        choose_steps(flags, len(train.examples))
+        plan.show(config, describe_job(flags, train, val), device, dtype, adapter_settings(flags))
+        return
     model = prepare(flags, folder, dtype, device)
     model.remat = flags.remat
     per_epoch = choose_defaults(flags, model, len(train.examples))
-    tokens = train.tokens / len(train.examples) * flags.batch_size * flags.accumulate * flags.steps
-    validations = 1 + math.ceil(flags.steps / flags.eval_every) if flags.eval_every else 1
-    seconds = plan.expected_seconds(model, tokens + validations * val.tokens / 2, dtype)  # half: without a backward
+    job = describe_job(flags, train, val)
+    flops = plan.flops_a_token(model, job.reach, job.share, flags.remat)
+    seconds = job.tokens * flops / (plan.EFFICIENCY * plan.product_rate(config, device, dtype))
     why_compile = choose_compile(flags, device, seconds)
-    describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, f"{why}; {why_compile}", seconds)
+    describe(flags, model, folder, tokenizer, job, per_epoch, dtype, device, f"{why}; {why_compile}", seconds)
     other_job = flags.data or flags.model or flags.adapter or flags.profile
     demo = None if other_job else Demo(model, tokenizer, seconds)
     if flags.compile == "on":
@@ -533,7 +395,7 @@ def main() -> None:
     base = {"base": str(folder.resolve()), "base_sha256": checkpoint.fingerprint(folder)}
     stored = checkpoint.stored_dtype(config)
     out = run_folder(flags)
-    log = Log(flags, out, plan.flops_a_token(model), device)
+    log = Log(flags, out, flops, device)
     checkpoint.write_json(dataclasses.asdict(flags), out / "config.json")
     keep = lambda name: save(model, tokenizer, flags, out / name, base, stored)
     watch = Watch(model, val, flags, log, keep)
@@ -632,7 +494,7 @@ def run_folder(flags: Flags) -> Path:
     return out
 
 
-def describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, why, seconds) -> None:
+def describe(flags, model, folder, tokenizer, job, per_epoch, dtype, device, why, seconds) -> None:
     """The first lines: everything that was chosen, and what to expect."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = model.size - (trained if flags.lora else 0)
@@ -689,9 +551,9 @@ def describe(flags, model, folder, tokenizer, train, per_epoch, dtype, device, w
         print(
             f"          NOTE: steps of --lr {flags.lr:g} are too small for {100 * stuck:.0f} % of the weights; {fate}"
         )
-    lengths = sorted((len(example.ids) for example in train.examples), reverse=True)
-    memory = plan.expected_memory(model, lengths[: flags.batch_size], optimizers.state_bytes(flags.optimizer))
-    print(f"expected  {memory / 1e9:.1f} GB of memory, {seconds / 60:.1f} min of training", flush=True)
+    setup = plan.Setup(flags.method, flags.optimizer, flags.weights, flags.optimizer_offload, flags.remat)
+    memory = plan.expected_memory(model, setup, job.lengths, job.trained, device.type, job.accumulate)
+    print(f"expected  {memory.peak / 1e9:.1f} GB of memory, {seconds / 60:.1f} min of training", flush=True)
 
 
 def profile(model, train, flags, log, device, out: Path) -> None:

@@ -243,7 +243,8 @@ def stack(x: Tensor, share: int) -> Tensor:
     """[documents, T, kv_heads * share, d] -> [documents * kv_heads, share * T, d]"""
     documents, T, heads, d = x.shape
     x = x.view(documents, T, heads // share, share, d).permute(0, 2, 3, 1, 4)
-    return x.reshape(documents * (heads // share), share * T, d)
+    x = x.reshape(documents * (heads // share), share * T, d)
+    return x.contiguous()  # a view of one document would keep the tokens of all of them
 
 
 def unstack(x: Tensor, documents: int, share: int) -> Tensor:

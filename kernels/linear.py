@@ -30,9 +30,11 @@ def linears_reference(x, weights, biases, up=None, activation: str = "") -> list
 class Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, up, activation, *parameters):
-        ctx.save_for_backward(x, up, *parameters)
+        half = len(parameters) // 2
+        trained = any(ctx.needs_input_grad[3 : 3 + half])
+        ctx.save_for_backward(x if trained or up is not None else None, up, *parameters)
         ctx.activation = activation
-        read, half = x if up is None else gated(x, up, activation), len(parameters) // 2
+        read = x if up is None else gated(x, up, activation)
         return tuple(linears_reference(read, parameters[:half], parameters[half:]))
 
     @staticmethod

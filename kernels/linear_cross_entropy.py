@@ -66,8 +66,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * factor).to(ctx.hidden_dtype)  # factor: fp32, one number
-        if grad_weight is not None:
-            grad_weight = (grad_weight * factor).to(ctx.weight_dtype)
+        if grad_weight is not None:  # in place, for it is the largest gradient of all
+            grad_weight = grad_weight.mul_(factor).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None
 
 

@@ -1,0 +1,197 @@
+"""Every flag of train.py: its name, type, default and help in one place, and what can be said about them before a
+file is opened."""
+
+import argparse
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import lora
+import optimizers
+import remat
+from errors import UserError
+from loading import parse
+from quant import KINDS
+from templates import NAMED
+
+LORA = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": lora.ALL}  # of a new adapter
+VAL_FRACTION = 0.05  # where --val is not given
+LARGEST = 2**31  # of any flag
+
+
+def flag(default, group: str, text: str, **more):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"group": group, "help": text, **more})
+    return field(default=default, metadata={"group": group, "help": text, **more})
+
+
+@dataclass
+class Flags:
+    """Every flag: name, type, default and help stand here and nowhere else. None: chosen at the start and printed."""
+
+    model: str | None = flag(
+        None,
+        "model and data",
+        "Hugging Face folder or GGUF file (default: the adapter's base, else SmolLM2-135M-Instruct)",
+    )
+    data: list[str] = flag([], "model and data", "files of examples (default: the bundled task)", metavar="FILE")
+    val: str | None = flag(None, "model and data", "file of validation examples", metavar="FILE")
+    val_fraction: float | None = flag(
+        None, "model and data", f"without --val: this share of the prompts validates; 0: none (default: {VAL_FRACTION})"
+    )
+    template: str | None = flag(None, "model and data", "chat template in place of the model's own", choices=[*NAMED])
+    seq_len: int | None = flag(None, "model and data", "longest example in tokens (default: 2048 or the model's limit)")
+    out: str | None = flag(None, "model and data", "folder of the run (default: a new one under runs/)", metavar="DIR")
+    plan: bool = flag(False, "watching", "say what each method would take of memory and time, and stop")
+    overwrite: bool = flag(False, "model and data", "replace the run that --out holds")
+    method: str = flag(
+        "lora",
+        "method",
+        "full: the weights themselves; lora: low-rank adapters; qlora: the same on a base in 4 bits (--quant nf4)",
+        choices=["full", "lora", "qlora"],
+    )
+    quant: str | None = flag(None, "method", "of the frozen base, in lora: 4 bits a weight (QLoRA)", choices=[*KINDS])
+    rank: int | None = flag(None, "method", f"lora: rank of the update (default: {LORA['rank']})")
+    alpha: float | None = flag(
+        None, "method", f"lora: the update is scaled by alpha / rank (default: {LORA['alpha']:g})"
+    )
+    dropout: float | None = flag(None, "method", f"lora: dropout on the adapters' input (default: {LORA['dropout']:g})")
+    targets: str | None = flag(
+        None, "method", f"lora: names of layers, with commas (default: {LORA['targets']}, every linear of the blocks)"
+    )
+    adapter: str | None = flag(None, "method", "lora: go on from this adapter folder", metavar="DIR")
+    train: str | None = flag(
+        None, "method", "full: train only parameters whose published name matches", metavar="REGEX"
+    )
+    batch_size: int = flag(8, "optimization", "examples in a micro-batch")
+    accumulate: int = flag(1, "optimization", "micro-batches in a step")
+    steps: int | None = flag(None, "optimization", "optimizer steps (default: from --epochs)")
+    epochs: float | None = flag(None, "optimization", "passes over the data (default: by the amount of data)")
+    lr: float | None = flag(None, "optimization", "peak learning rate (default: by method and model width)")
+    schedule: str = flag("cosine", "optimization", "after warm-up", choices=["cosine", "linear", "constant"])
+    warmup: int | None = flag(None, "optimization", "steps of linear warm-up (default: 5 %% of the steps)")
+    weight_decay: float | None = flag(None, "optimization", "on matrices only (default: 0.01 for full, 0 for lora)")
+    optimizer: str = flag(
+        "adamw",
+        "optimization",
+        "adamw8bit: its moments in a byte each; muon: on the blocks' matrices, AdamW on the rest",
+        choices=[*optimizers.NAMES],
+    )
+    optimizer_offload: bool = flag(
+        False, "optimization", "masters, moments and the step on the host: 4 bytes a trained weight are left on the GPU"
+    )
+    weights: str = flag(
+        "fp32",
+        "optimization",
+        "full: dtype of the trained weights; bf16: rounded up or down at random, right on average; half the memory",
+        choices=["fp32", "bf16"],
+    )
+    clip: float = flag(1.0, "optimization", "largest norm of the gradient; 0: no clipping")
+    seed: int = flag(0, "optimization", "of order, initialisation and dropout")
+    dtype: str = flag(
+        "auto", "machine", "of the products; adapters, optimizer, loss stay fp32", choices=["auto", "fp32", "bf16"]
+    )
+    device: str = flag("auto", "machine", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
+    compile: str = flag(
+        "auto", "machine", "blocks by torch.compile; auto: where it pays", choices=["auto", "on", "off"]
+    )
+    remat: str = flag(
+        "none",
+        "machine",
+        "selective: norms and attention's probabilities are computed again in the backward; block: whole blocks, of"
+        " which only the inputs are kept; offload: those on the host",
+        choices=[*remat.KINDS],
+    )
+    eval_every: int | None = flag(
+        None, "watching", "steps between validations (default: a fifth of the run); 0: at the end"
+    )
+    patience: int = flag(0, "watching", "stop after so many validations without a new best; 0: never")
+    profile: int = flag(0, "watching", "profile this many steps, print the table, stop", metavar="N")
+    wandb: str | None = flag(None, "watching", "log to this Weights & Biases project as well", metavar="PROJECT")
+
+    @property
+    def lora(self) -> bool:
+        return self.method != "full"
+
+
+def parse_flags(argv: list[str]) -> Flags:
+    parser = argparse.ArgumentParser("train.py", allow_abbrev=False, description="Fine-tunes a language model.")
+    groups = {}
+    for f in dataclasses.fields(Flags):
+        meta = dict(f.metadata)
+        group = meta.pop("group")
+        where = groups.setdefault(group, parser.add_argument_group(group))
+        name, kind = "--" + f.name.replace("_", "-"), str(f.type)
+        default = f.default if f.default is not dataclasses.MISSING else []
+        if not (default is None or default is False or default == []):
+            meta["help"] += f" (default: {default})"
+        if f.type is bool:
+            where.add_argument(name, action="store_true", **meta)
+        elif "list" in kind:
+            where.add_argument(name, nargs="+", action="extend", default=[], **meta)
+        else:
+            to = float if "float" in kind else int if "int" in kind else str
+            where.add_argument(name, type=to, default=default, **meta)
+    flags = Flags(**vars(parse(parser, argv)))
+    check(flags)
+    if flags.method == "qlora":
+        flags.quant = flags.quant or "nf4"
+    return flags
+
+
+def check(flags: Flags) -> None:
+    """Everything about the flags that can be said before a file is opened."""
+    positive = ("steps", "epochs", "lr", "batch_size", "accumulate", "seq_len", "rank", "alpha")
+    at_least_0 = ("warmup", "weight_decay", "clip", "eval_every", "patience", "profile", "seed", "dropout")
+    for names, ok, wanted in ((positive, lambda v: v > 0, "above 0"), (at_least_0, lambda v: v >= 0, "0 or more")):
+        for name in names:
+            value = getattr(flags, name)
+            if value is not None and not (ok(value) and value < LARGEST):
+                above = f" and below {LARGEST:g}" if value >= LARGEST else ""
+                raise UserError(f"--{name.replace('_', '-')} {value:g}: must be {wanted}{above}")
+    if flags.val_fraction is not None and not 0 <= flags.val_fraction < 1:
+        raise UserError(f"--val-fraction {flags.val_fraction:g}: must be at least 0 and below 1")
+    if flags.seq_len == 1:
+        raise UserError("--seq-len 1: must be 2 or more, the first token of an example is never trained")
+    if flags.val_fraction is not None and (flags.val or not flags.data):
+        raise UserError("--val-fraction parts the files of --data; with --val or without --data it means nothing")
+    if flags.steps is not None and flags.epochs is not None:
+        raise UserError("--steps and --epochs: give one of them")
+    if flags.quant and not flags.lora:
+        raise UserError(f"--quant {flags.quant}: 4 bits can't be trained; a frozen base with --method lora can")
+    if flags.adapter and not flags.lora:
+        raise UserError("--adapter goes on from a LoRA adapter and needs --method lora")
+    shape = [f"--{name}" for name in LORA if getattr(flags, name) is not None]
+    if shape and (flags.adapter or not flags.lora):
+        reason = "the adapter that --adapter names has its own" if flags.adapter else "is for --method lora"
+        raise UserError(f"{shape[0]}: {reason}")
+    if flags.remat == "selective" and flags.compile == "on":
+        raise UserError("--remat selective with --compile on: the compiler chooses what to compute again by itself")
+    if flags.patience and flags.eval_every == 0:
+        raise UserError("--patience counts validations, and --eval-every 0 has one, at the end")
+    if flags.lora and flags.weights == "bf16":
+        raise UserError("--weights bf16 is for --method full; adapters are fp32, and cast for the products")
+    if flags.optimizer == "muon" and flags.weights == "bf16":
+        raise UserError("--weights bf16: Muon rounds to the nearest, which loses small steps; take adamw or adamw8bit")
+    if flags.optimizer_offload and flags.optimizer != "adamw":
+        raise UserError(f"--optimizer-offload: the host steps by AdamW, not by --optimizer {flags.optimizer}")
+    if flags.optimizer_offload and flags.weights == "bf16":
+        raise UserError("--optimizer-offload: keeps fp32 masters on the host, which --weights bf16 is to do without")
+    if flags.train and flags.method != "full":
+        raise UserError("--train chooses among the model's own weights and needs --method full")
+    if flags.train:
+        try:
+            re.compile(flags.train)
+        except re.error as error:
+            raise UserError(f"--train {flags.train}: no regular expression ({error})") from None
+    if flags.out and Path(flags.out).is_file():
+        raise UserError(f"--out {flags.out}: is a file; name a folder")
+    if flags.out and Path(flags.out).exists() and any(Path(flags.out).iterdir()):
+        if not (Path(flags.out) / "metrics.jsonl").is_file():
+            raise UserError(f"--out {flags.out}: holds something that is no run of train.py; name another folder")
+        if not flags.overwrite:
+            raise UserError(f"--out {flags.out}: holds a run already; name another folder or add --overwrite")
+        for read in filter(None, (flags.model, flags.adapter, flags.val, *flags.data)):
+            if Path(flags.out).resolve() in (Path(read).resolve(), *Path(read).resolve().parents):
+                raise UserError(f"--overwrite: {read} lies in --out {flags.out}, and would be gone before it is used")

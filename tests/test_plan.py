@@ -1,0 +1,222 @@
+"""What plan.py foretells against what is there: tensors held between forward and backward, the peak of a step, the
+moments; its counts against the model; the recommendation; and `train.py --plan`, which reads no weights."""
+
+import json
+import re
+
+import pytest
+import torch
+import transformers
+from helpers import chat_base, command
+
+import plan
+import train
+from checkpoint import load_model, read_config
+from data import Batch
+from families import Config
+from kernels.attention import Documents
+from objectives import training_loss
+from optimizers import make_optimizers
+from plan import Job, Setup, expected_memory, flops_a_token, sketch
+
+ADAPTER = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": "all"}
+LENGTHS = [90, 100, 110, 20]
+CPU = torch.device("cpu")
+SIZES = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 6}
+SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 256}
+FAMILIES = {
+    "llama": ("Llama", {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 32}),
+    "gemma2": ("Gemma2", {"num_key_value_heads": 2, "head_dim": 32, "sliding_window": 16}),
+    "olmo2": ("Olmo2", {"num_key_value_heads": 4}),
+    "phi3": ("Phi3", {"num_key_value_heads": 2, "pad_token_id": 0}),
+    "neox": ("GPTNeoX", {}),
+    "mixtral": ("Mixtral", {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+
+
+def write(folder, family: str):
+    name, more = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, name + "Config")(**SIZES | more)
+    getattr(transformers, name + "ForCausalLM")(config).save_pretrained(folder)
+    return folder
+
+
+def measure(run):
+    """What run() returns, the bytes that it leaves behind, and the most that it had."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        out = run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return out, total, peak
+
+
+def batch() -> Batch:
+    tokens = torch.randint(0, 96, (sum(LENGTHS),), generator=torch.Generator().manual_seed(3))
+    rows = torch.arange(0, sum(LENGTHS) - 1, 2)  # half of them are trained
+    return Batch(tokens, Documents(sorted(LENGTHS)), rows, tokens[rows + 1])
+
+
+CASES = [("llama", method, remat) for method in ("full", "lora", "qlora") for remat in ("none", "selective", "block")]
+CASES += [(family, "lora", remat) for family in list(FAMILIES)[1:] for remat in ("none", "block")]
+
+
+@pytest.mark.parametrize("family, method, remat", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_foretold_is_what_is_held(tmp_path, family, method, remat, dtype):
+    write(tmp_path, family)
+    setup = Setup(method, remat=remat)
+    drawn = sketch(read_config(tmp_path), setup, dtype, ADAPTER)
+    model = load_model(
+        tmp_path, torch.float32 if method == "full" else dtype, quant="nf4" if method == "qlora" else None
+    )
+    if method != "full":
+        plan.lora.add_lora(model, **ADAPTER)
+    model.compute_dtype, model.remat = dtype, remat
+    model.train()
+    assert {n: (p.shape, p.dtype, p.requires_grad) for n, p in drawn.named_parameters()} == {
+        n: (p.shape, p.dtype, p.requires_grad) for n, p in model.named_parameters()
+    }
+    one = batch()
+    trained = len(one.targets)
+    told = expected_memory(drawn, setup, LENGTHS, trained, "cpu", 1)
+    assert told == expected_memory(model, setup, LENGTHS, trained, "cpu", 1)
+    assert told.weights == sum(p.nbytes for p in model.parameters())
+    run = lambda: training_loss(model, one, trained, sum(LENGTHS))
+    training_loss(model, one, trained, sum(LENGTHS))  # tables and masks that stay are made
+    (loss, balance), held, _ = measure(run)
+    between = told.activations + trained * model.config.hidden_size * model.dtype.itemsize
+    if method == "full":  # and the head's gradient is there
+        between += 4 * model.config.vocab_size * model.config.hidden_size
+    assert held == pytest.approx(between, rel=0.1)
+    loss = loss if balance is None else loss + balance
+    _, left, _ = measure(loss.backward)
+    assert left + held == pytest.approx(told.gradients, abs=0.02 * held)  # all else is gone
+    model.zero_grad()
+
+    def step():
+        loss, balance = run()
+        (loss if balance is None else loss + balance).backward()
+
+    _, _, peak = measure(step)
+    assert peak == pytest.approx(told.peak - told.weights - told.optimizer - told.runtime, rel=0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon"])
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_moments(tmp_path, optimizer, weights):
+    if (optimizer, weights) == ("muon", "bf16"):
+        return  # refused
+    write(tmp_path, "llama")
+    setup = Setup("full", optimizer, weights)
+    told = expected_memory(sketch(read_config(tmp_path), setup, torch.bfloat16, ADAPTER), setup, LENGTHS, 9, "cpu", 1)
+    model = load_model(tmp_path, torch.float32 if weights == "fp32" else torch.bfloat16)
+    steppers = make_optimizers(model, optimizer, 1e-3, 0.0)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for stepper in steppers:
+        stepper.step()
+    states = [state for stepper in steppers for state in stepper.state.values()]
+    held = sum(t.nbytes for state in states for t in state.values() if torch.is_tensor(t) and t.numel() > 1)
+    assert held == pytest.approx(told.optimizer, rel=0.1)
+
+
+def test_operations_are_those_of_the_products(tmp_path):
+    """Against torch's own counter, attention included (whose products here are whole, not half)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for family, method in (("llama", "full"), ("llama", "lora"), ("phi3", "lora")):
+        folder = write(tmp_path / f"{family}-{method}", family)
+        model = load_model(folder)
+        if method == "lora":
+            plan.lora.add_lora(model, **ADAPTER)
+        model.train()
+        one = batch()
+        in_place = {torch.ops.aten.addmm_: lambda to, a, b, **_: 2 * a[0] * a[1] * b[1]}
+        with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+            training_loss(model, one, 1, 1)[0].backward()
+        c, tokens = model.config, sum(LENGTHS)
+        padded = sum(group.documents * group.length**2 for group in one.documents.groups)
+        told = flops_a_token(model, 0.0, len(one.targets) / tokens) * tokens
+        told += (
+            12 * padded * c.num_heads * c.head_dim * c.num_layers
+        )  # two products forward, four backward, 2 FLOP each
+        first = 2 * tokens * c.hidden_size * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+        told -= first if method == "lora" else 0  # nothing before the first block wants a gradient
+        if method == "lora":  # an adapter takes 6 a weight: forward, and both gradients
+            assert all(p.requires_grad == (".lora_" in n) for n, p in model.named_parameters())
+        assert counter.get_total_flops() == pytest.approx(told, rel=0.02)
+
+
+def table(text: str) -> list[list[str]]:
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if set(line) == {"-"})
+    return [line.split() for line in lines[start + 1 :] if line[:4] in ("full", "lora", "qlor")]
+
+
+def job(**changes) -> Job:
+    return Job(**{"lengths": LENGTHS, "trained": 100, "share": 0.5, "reach": 90.0, "tokens": 1e5, "to_learn": 5_000,
+                  "accumulate": 1} | changes)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "room, to_learn, wanted",
+    [
+        (1e12, 0.1, r"--method lora: .* full would learn no more"),
+        (1e12, 2.6, r"--method lora --rank 11: .* all of them"),
+        (1e12, 100, r"--method full: .* and full fits"),
+        (0, 0.1, "nothing fits: the least, --method qlora"),
+        ("qlora", 0.1, r"--method qlora: .* 16-bit weights do not fit"),
+        ("block", 0.1, r"--method lora --remat block"),
+    ],
+)
+def test_the_recommendation(monkeypatch, capsys, room, to_learn, wanted):
+    """to_learn: as many times what the adapter can hold."""
+    raw = transformers.LlamaConfig(**SIZES | {"hidden_size": 1024, "intermediate_size": 4096}).to_dict()
+    config = Config.from_hf(raw)
+
+    def peak(setup):
+        return expected_memory(sketch(config, setup, torch.bfloat16, ADAPTER), setup, LENGTHS, 100, "cpu", 1).peak
+
+    if room == "qlora":
+        room = peak(Setup("lora", remat="block")) - 1
+    elif room == "block":
+        room = (peak(Setup("lora", remat="block")) + peak(Setup("lora", remat="selective"))) / 2
+    monkeypatch.setattr(plan, "device_memory", lambda device: room)
+    adapted = [
+        p.numel() for p in sketch(config, Setup("lora"), torch.bfloat16, ADAPTER).parameters() if p.requires_grad
+    ]
+    plan.show(
+        config, job(to_learn=int(to_learn * plan.CAPACITY * sum(adapted) / plan.BITS)), CPU, torch.bfloat16, ADAPTER
+    )
+    said = capsys.readouterr().out
+    assert re.search(wanted, said.splitlines()[-1]), said
+    assert len(table(said)) == 5 and ("!" in said.splitlines()[2]) == (room != 1e12)
+
+
+def test_a_plan_reads_no_weights(tmp_path, monkeypatch, capsys):
+    base = chat_base(tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    (tmp_path / "data.json").write_text(json.dumps([{"instruction": f"say {i}", "output": f"{i}!"} for i in range(40)]))
+    words = ["--model", base, "--data", tmp_path / "data.json", "--plan", "--out", tmp_path / "run"]
+    said, _, code = command(train, monkeypatch, capsys, *words)
+    assert code == 0 and not (tmp_path / "run").exists()
+    assert "plan      --method lora" in said and [row[0] for row in table(said)] == ["full"] * 3 + ["lora", "qlora"]
+
+
+def test_a_plan_from_config_json_alone(tmp_path, monkeypatch, capsys):
+    """8B, which no test could load: weights in 16 bits are 16 GB, in NF4 with 16-bit tables 5.7."""
+    config = transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192,
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    words = ["--model", tmp_path, "--plan", "--seq-len", 4096, "--batch-size", 1, "--steps", 10, "--dtype", "bf16"]
+    said, _, code = command(train, monkeypatch, capsys, *words)
+    weights = {row[0]: float(row[1]) for row in table(said)}
+    assert code == 0 and "for 10 steps of 1 x 1 rows of 4,096 tokens" in said
+    assert weights["lora"] == pytest.approx(16.1, abs=0.1) and weights["qlora"] == pytest.approx(5.8, abs=0.1)

@@ -30,6 +30,7 @@ from optimizers import state_bytes
 EFFICIENCY = 0.45  # of a training step, against products alone; measured
 RUNTIME = {"cpu": 1.25e9, "cuda": 0.0}  # bytes: Python, torch, oneDNN's products, freed memory that is not given back
 CONTEXT = 1.0e9  # bytes of a GPU that torch does not count: CUDA's context, cuBLAS' workspace, fragments
+FITS = 0.9  # of a device's memory: the figures are right to 10 %
 CAPACITY = 2  # bits that a trained weight can hold (Allen-Zhu & Li 2024, arXiv 2404.05405)
 LARGEST_RANK = 256  # beyond it full fine-tuning is the simpler way
 BITS = 1  # that a trained token may teach, about (Schulman et al. 2025, "LoRA without regret")
@@ -235,7 +236,7 @@ def setups(config: Config, device: torch.device) -> list[Setup]:
 
 def show(config: Config, job: Job, device: torch.device, dtype: torch.dtype, adapter: dict) -> None:
     """Prints the table and the recommendation."""
-    room, rate = device_memory(device), product_rate(config, device, dtype)
+    room, rate = FITS * device_memory(device), product_rate(config, device, dtype)
     kinds = ("none", "selective", "block", *["offload"] * (device.type == "cuda"))
     rows = [["", "weights", "gradients", "moments", "logits", *(f"{k}: kept, peak" for k in kinds), "GFLOP", "minutes"]]
     fitting: list[tuple[Setup, float]] = []
@@ -261,9 +262,11 @@ def show(config: Config, job: Job, device: torch.device, dtype: torch.dtype, ada
             + [f"{costs[0] / 1e9:.2f}", f"{minutes[0]:.1f} to {minutes[1]:.1f}"]
         )
     print(report.table(rows))
-    print(f"GB; ! is more than the {room / 1e9:.1f} here. kept: by the blocks for their backward, with that --remat;")
-    print("peak: weights, moments, and what a step adds at its height. GFLOP: a token, without --remat; minutes: with")
-    print(f"none and block, at {EFFICIENCY:.0%} of the {rate / 1e9:,.0f} GFLOP/s that a product reaches here")
+    print(
+        f"GB; ! is more than the {room / 1e9:.1f} that may be used here. kept: by the blocks for their backward, with"
+    )
+    print("that --remat; peak: weights, moments, and what a step adds at its height. GFLOP: a token, without --remat;")
+    print(f"minutes: none and block, at {EFFICIENCY:.0%} of the {rate / 1e9:,.0f} GFLOP/s that a product reaches here")
     print(f"plan      {recommend(config, job, dtype, adapter, fitting, room, smallest)}")
 
 

@@ -186,7 +186,7 @@ def test_the_recommendation(monkeypatch, capsys, room, to_learn, wanted):
         room = peak(Setup("lora", remat="block")) - 1
     elif room == "block":
         room = (peak(Setup("lora", remat="block")) + peak(Setup("lora", remat="selective"))) / 2
-    monkeypatch.setattr(plan, "device_memory", lambda device: room)
+    monkeypatch.setattr(plan, "device_memory", lambda device: room / plan.FITS)
     adapted = [
         p.numel() for p in sketch(config, Setup("lora"), torch.bfloat16, ADAPTER).parameters() if p.requires_grad
     ]

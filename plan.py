@@ -21,7 +21,7 @@ import torch
 
 import lora
 import report
-from kernels.attention import CHUNK, SHORT, Documents, Group
+from kernels.attention import CHUNK, SHORT, SLICE, Documents, Group, slices
 from kernels.linear_cross_entropy import LOGITS_BYTES
 from kernels.nf4 import BLOCK, NESTED_BLOCK, NF4
 from model import Config, Linear, Transformer, quantized
@@ -135,7 +135,7 @@ def expected_memory(model: Transformer, setup: Setup, lengths: list[int], traine
 
 
 def in_chunks(config: Config, group: Group) -> bool:
-    """Whether a group of documents goes through ChunkedAttention, which keeps no scores."""
+    """Whether a group of documents is attended to in slices whose scores are not kept."""
     return config.attention_softcap is not None
 
 
@@ -166,7 +166,8 @@ def kept_by_a_block(model: Transformer, documents: Documents, device: str, remat
         if in_chunks(c, group):
             continue
         if device == "cpu" and group.length <= SHORT:
-            short += group.documents * group.length**2 * c.num_heads * (remat == "none")
+            seen = sum((rows.stop - rows.start) * seen.stop for rows, seen in slices(group.length, SLICE, None))
+            short += group.documents * seen * c.num_heads * (remat == "none")
         else:
             short += group.documents * group.length * c.num_heads * c.head_dim  # its output, before it lies flat
     return (tokens * numbers + padded * heads * c.head_dim + short) * item + tokens * rows

@@ -5,11 +5,11 @@
     python benchmarks/peers.py task                       the bundled task: train.py and transformers + peft
     python benchmarks/peers.py gpu --shape 8b             LoRA and QLoRA of Llama 3's shapes, random weights
 
-Printed of each side: tokens/s (real ones, without padding), peak memory less what importing torch takes (on a GPU: what
-torch allocated at most), first and last loss, and the share of the rate that a large product reaches in this run, with
-the operations counted as 6 N a token for full fine-tuning, 4 N for LoRA, N without the embedding table, plus attention's
-7 T H d a layer for rows of T tokens. Medians over rounds, ratios of the two sides of one round. Peers that are not
-installed (trl, bitsandbytes, unsloth, liger-kernel) are left out and named.
+Printed of each side: tokens/s (real ones, without padding), peak memory less what importing torch takes (on a GPU:
+what torch allocated at most), first and last loss, and the share of the rate that a large product reaches in this run,
+with the operations counted as 6 N a token for full fine-tuning, 4 N for LoRA, N without the embedding table, plus
+attention's 7 T H d a layer for rows of T tokens. Medians over rounds, ratios of the two sides of one round. Peers that
+are not installed (trl, bitsandbytes, unsloth, liger-kernel) are left out and named.
 """
 
 import argparse
@@ -238,7 +238,7 @@ def records_by_trl(torch, spec) -> dict:
     import transformers
     import trl
 
-    device, dtype = pick(torch, spec)
+    device, _ = pick(torch, spec)
     records = [json.loads(line) for line in Path(spec["messages"]).read_text().splitlines()]
     rows = [{"prompt": turns[:-1], "completion": turns[-1:]} for turns in records]
     out, more = tempfile.mkdtemp(), {}

@@ -6,11 +6,11 @@ Attention alone pays for that padding. Causality makes it exact without a paddin
 tokens, which never look ahead. Three ways to compute a group:
 
 - `scaled_dot_product_attention`: on GPUs, and for long documents;
-- `ChunkedAttention`, where that can't: scores with a soft-cap, and sliding windows of long documents. A slice of
-  queries at a time, with no more keys than it sees; only q, k and v are kept, the backward computes the slice again;
-- `ShortAttention`, on CPUs for documents up to 1,024 tokens: two batched products with a softmax between them and the
-  backward written out. PyTorch's fused CPU kernel spends most of its time in its backward: 8 documents of 70 tokens,
-  9 heads over 3, bf16, 2 cores, forward and backward: 1.4 ms here against 7.6 ms there.
+- `SlicedAttention`, where that can't: scores with a soft-cap, and sliding windows of long documents. A slice of queries
+  at a time, with no more keys than it sees; only q, k and v are kept, the backward computes the slice again;
+- the same on CPUs for documents up to 1,024 tokens, with the probabilities kept. PyTorch's fused CPU kernel spends most
+  of its time in its backward: 8 documents of 70 tokens, 9 heads over 3, bf16, 2 cores, forward and backward: 1.4 ms
+  here against 7.6 ms there.
 
 Grouped-query attention (Ainslie et al. 2023): query head h reads key-value head h // (heads / kv_heads).
 """
@@ -22,9 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SHORT = 1024  # tokens; beyond it the probabilities that ShortAttention keeps, length x length a head, cost too much
+SHORT = 1024  # tokens; beyond it the probabilities, length x length / 2 a head, would be too much to keep
 WASTE = 1.3  # a group's padded score matrices may be this much larger than its documents' own
-CHUNK = 8 << 20  # scores that ChunkedAttention makes at a time
+CHUNK = 8 << 20  # scores that SlicedAttention makes at a time where it does not keep them
+SLICE = 128  # queries at a time where it does: of a long document's scores half are of keys that none of them sees
+MASK = 1 << 20  # numbers of a mask that is kept for the next layer
 
 
 class Scores(NamedTuple):
@@ -61,12 +63,15 @@ class Group:
         x = x.reshape(self.documents * self.length, *x.shape[2:])
         return x if self.slots is None else x.index_select(0, self.slots)
 
-    def mask(self, like: Tensor, share: int, window: int | None) -> Tensor:
-        """[share * length, length] of 0 and -inf, made once for all layers of a kind."""
-        kind = like.dtype, share, window
-        if kind not in self.masks:
-            self.masks[kind] = out_of_reach(like, 0, 0, self.length, window).repeat(share, 1)
-        return self.masks[kind]
+    def mask(self, like: Tensor, share: int, rows: slice, seen: slice, window: int | None) -> Tensor:
+        """[share * rows, seen] of 0 and -inf, made once for all layers of a kind where it is small."""
+        kind = like.dtype, share, rows.start, rows.stop, window
+        if kind in self.masks:
+            return self.masks[kind]
+        mask = out_of_reach(like, rows.start, seen.start, rows.stop, window).repeat(share, 1)
+        if mask.numel() <= MASK:
+            self.masks[kind] = mask
+        return mask
 
 
 class Documents:
@@ -114,20 +119,19 @@ def document_attention(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, group: Group, scores: Scores, keep: bool) -> Tensor:
-    scale, window, softcap = scores
-    window = window if window and window < group.length else None
-    if softcap:
-        return ChunkedAttention.apply(q, k, v, group, scale, window, softcap)
-    if q.device.type == "cpu" and group.length <= SHORT:
-        return ShortAttention.apply(q, k, v, group, scale, window, keep)
-    if window:
-        return ChunkedAttention.apply(q, k, v, group, scale, window, softcap)
+    if scores.window and scores.window >= group.length:
+        scores = scores._replace(window=None)
+    short = q.device.type == "cpu" and group.length <= SHORT and not scores.softcap
+    if short or scores.softcap or scores.window:
+        a_row = group.documents * q.shape[1] * min(group.length, scores.window or group.length)  # scores
+        step = SLICE if short else max(16, CHUNK // a_row)
+        return SlicedAttention.apply(q, k, v, group, scores, step, short and keep)
     q, k, v = (group.pad(x).transpose(1, 2) for x in (q, k, v))  # [documents, heads, length, head_dim]
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.device.type == "cuda" and not flash_takes(q):  # the other fused kernel has no grouped heads
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         grouped = False
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale, enable_gqa=grouped)
     return group.unpad(out.transpose(1, 2))
 
 
@@ -135,95 +139,82 @@ def flash_takes(q: Tensor) -> bool:
     return q.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
-class ShortAttention(torch.autograd.Function):
-    """One group by plain products. The queries of the heads that share a key-value head stand below each other, so that
-    one product [share * length, d] x [d, length] a key-value head serves them all and no key is repeated."""
+class SlicedAttention(torch.autograd.Function):
+    """One group, a slice of queries at a time, by products with the keys that it sees.
+
+    The queries of the heads that share a key-value head stand below each other, so that one product [share * rows, d] x
+    [d, seen] a key-value head serves them all and no key is repeated. keep: the probabilities, for the backward; else
+    it computes them again.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, v, group, scale, window, keep):
+    def forward(ctx, q, k, v, group, scores, step, keep):
         share = q.shape[1] // k.shape[1]
         queries, keys, values = stack(group.pad(q), share), stack(group.pad(k), 1), stack(group.pad(v), 1)
-        ctx.group, ctx.share, ctx.scale, ctx.window = group, share, scale, window
-        probs = ShortAttention.probs(ctx, queries, keys)
-        ctx.save_for_backward(queries, keys, values, probs if keep else None)
-        return group.unpad(unstack(probs @ values, group.documents, share))
-
-    @staticmethod
-    def probs(ctx, queries, keys):  # [documents * kv_heads, share * T, T]
-        mask = ctx.group.mask(queries, ctx.share, ctx.window)
-        scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=ctx.scale)
-        return scores.softmax(-1)  # in fp32 inside, whatever the dtype
-
-    @staticmethod
-    def backward(ctx, grad):
-        queries, keys, values, probs = ctx.saved_tensors
-        probs = ShortAttention.probs(ctx, queries, keys) if probs is None else probs
-        group, share, scale = ctx.group, ctx.share, ctx.scale
-        grad = stack(group.pad(grad), share)  # zeros in the padding, whose queries must not pull at real keys
-        dprobs = torch.bmm(grad, values.transpose(1, 2))
-        dscores = torch.ops.aten._softmax_backward_data(dprobs, probs, -1, probs.dtype)
-        dq = torch.bmm(dscores, keys).mul_(scale)
-        dk = torch.bmm(dscores.transpose(1, 2), queries).mul_(scale)
-        dv = torch.bmm(probs.transpose(1, 2), grad)
-        grads = (group.unpad(unstack(x, group.documents, n)) for x, n in ((dq, share), (dk, 1), (dv, 1)))
-        return *grads, None, None, None, None
-
-
-class ChunkedAttention(torch.autograd.Function):
-    """One group, a slice of queries at a time; laid out as in ShortAttention. Scores and softmax in fp32."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, group, scale, window, softcap):
-        share = q.shape[1] // k.shape[1]
-        queries, keys, values = stack(group.pad(q), share), stack(group.pad(k), 1), stack(group.pad(v), 1)
-        ctx.save_for_backward(queries, keys, values)
-        ctx.group, ctx.share, ctx.rules = group, share, (scale, window, softcap)
-        out = torch.empty_like(queries)
-        for rows, seen in slices(queries, share, window):
-            probs, _ = ChunkedAttention.probs(queries, keys, rows, seen, share, ctx.rules)
+        out, kept = torch.empty_like(queries), []
+        ctx.group, ctx.share, ctx.scores = group, share, scores
+        ctx.slices = list(slices(group.length, step, scores.window))
+        for rows, seen in ctx.slices:
+            probs, _ = SlicedAttention.probs(ctx, queries, keys, rows, seen)
             by_row(out, share)[:, :, rows] = by_row(probs.to(q.dtype) @ values[:, seen], share)
+            kept += [probs] * keep
+        ctx.save_for_backward(queries, keys, values, *kept)
         return group.unpad(unstack(out, group.documents, share))
 
     @staticmethod
-    def probs(queries, keys, rows, seen, share, rules):
-        """fp32 [documents * kv_heads, share * rows, seen], and the tanh of the soft-cap if there is one."""
-        scale, window, softcap = rules
-        part = by_row(queries, share)[:, :, rows].flatten(1, 2)
-        scores, capped = (part @ keys[:, seen].transpose(1, 2)).float().mul_(scale), None
+    def probs(ctx, queries, keys, rows, seen):
+        """[documents * kv_heads, share * rows, seen], and the tanh of the soft-cap if there is one. On CPUs scores have
+        the inputs' dtype, and softmax is in fp32 inside; elsewhere, and with a soft-cap, all of it is in fp32."""
+        scale, window, softcap = ctx.scores
+        part, keys = of_rows(queries, ctx.share, rows), keys[:, seen].transpose(1, 2)
+        if softcap is None and queries.device.type == "cpu":
+            mask = ctx.group.mask(queries, ctx.share, rows, seen, window)
+            return torch.baddbmm(mask, part, keys, alpha=scale).softmax(-1), None
+        scores, capped = (part @ keys).float().mul_(scale), None
         if softcap:
             capped = scores.div_(softcap).tanh_()
             scores = capped * softcap
-        scores += out_of_reach(scores, rows.start, seen.start, rows.stop, window).repeat(share, 1)
+        scores += ctx.group.mask(scores, ctx.share, rows, seen, window)
         return scores.softmax(-1), capped
 
     @staticmethod
     def backward(ctx, grad):
-        queries, keys, values = ctx.saved_tensors
-        group, share, (scale, window, softcap) = ctx.group, ctx.share, ctx.rules
-        grad = stack(group.pad(grad), share)
-        dq, dk, dv = torch.empty_like(queries), *(torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
-        for rows, seen in slices(queries, share, window):
-            probs, capped = ChunkedAttention.probs(queries, keys, rows, seen, share, ctx.rules)
-            part, dout = (by_row(x, share)[:, :, rows].flatten(1, 2) for x in (queries, grad))
-            dprobs = (dout @ values[:, seen].transpose(1, 2)).float()
+        queries, keys, values, *kept = ctx.saved_tensors
+        group, share, (scale, _, softcap) = ctx.group, ctx.share, ctx.scores
+        grad = stack(group.pad(grad), share)  # zeros in the padding, whose queries must not pull at real keys
+        dq = torch.empty_like(queries)
+        whole = len(ctx.slices) == 1  # else the keys' gradients are added up, in fp32
+        dk, dv = (None, None) if whole else (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
+        for number, (rows, seen) in enumerate(ctx.slices):
+            again = None if kept else SlicedAttention.probs(ctx, queries, keys, rows, seen)
+            probs, capped = (kept[number], None) if kept else again
+            part, dout = of_rows(queries, share, rows), of_rows(grad, share, rows)
+            dprobs = (dout @ values[:, seen].transpose(1, 2)).to(probs.dtype)
             dscores = torch.ops.aten._softmax_backward_data(dprobs, probs, -1, probs.dtype)
             if softcap:
                 dscores *= 1 - capped.square_()
-            dscores = dscores.mul_(scale).to(queries.dtype)
+            dscores = dscores.to(queries.dtype)
             by_row(dq, share)[:, :, rows] = by_row(dscores @ keys[:, seen], share)
-            dk[:, seen] += dscores.transpose(1, 2) @ part
-            dv[:, seen] += probs.to(dout.dtype).transpose(1, 2) @ dout
-        grads = ((dq, share), (dk.to(keys.dtype), 1), (dv.to(values.dtype), 1))
+            dk_part, dv_part = dscores.transpose(1, 2) @ part, probs.to(dout.dtype).transpose(1, 2) @ dout
+            if whole:
+                dk, dv = dk_part, dv_part
+            else:
+                dk[:, seen] += dk_part
+                dv[:, seen] += dv_part
+        grads = ((dq.mul_(scale), share), (dk.mul_(scale).to(keys.dtype), 1), (dv.to(values.dtype), 1))
         return *(group.unpad(unstack(x, group.documents, n)) for x, n in grads), None, None, None, None
 
 
-def slices(queries: Tensor, share: int, window: int | None):
-    """(rows, the keys that they see), as slices of positions, for stacked queries."""
-    length = queries.shape[1] // share
-    step = max(16, CHUNK // (queries.shape[0] * share * min(length, window or length)))
+def slices(length: int, step: int, window: int | None):
+    """(rows, the keys that they see), as slices of positions."""
     for start in range(0, length, step):
         end = min(start + step, length)
         yield slice(start, end), slice(max(0, start - window + 1) if window else 0, end)
+
+
+def of_rows(x: Tensor, share: int, rows: slice) -> Tensor:  # [..., share * T, n] -> [..., share * rows, n]
+    whole = rows.stop - rows.start == x.shape[1] // share
+    return x if whole else by_row(x, share)[:, :, rows].flatten(1, 2)
 
 
 def by_row(x: Tensor, share: int) -> Tensor:  # [documents * kv_heads, share * T, n] -> [..., share, T, n]

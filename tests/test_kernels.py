@@ -163,15 +163,17 @@ def attention_reference(q, k, v, lengths, scale, window=None, softcap=None):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-6), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("lengths", [[6, 6], [1], [5, 7, 7, 8], [3, 40, 41, 2]])
 @pytest.mark.parametrize("heads, kv_heads", [(6, 2), (3, 3), (4, 1)])
-@pytest.mark.parametrize("short", [True, False])  # by products, or by scaled_dot_product_attention or in chunks
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("short", [128, 5, 0])  # rows of a slice; or by scaled_dot_product_attention, or nothing kept
 @pytest.mark.parametrize("rules", [(0.3,), (0.3, 6), (0.3, 1), (0.5, None, 0.8), (0.5, 20, 0.8)])
-def test_document_attention(monkeypatch, dtype, tolerance, lengths, heads, kv_heads, short, rules):
+def test_document_attention(monkeypatch, dtype, tolerance, lengths, heads, kv_heads, short, rules, keep):
     monkeypatch.setattr("kernels.attention.SHORT", SHORT if short else 0)
+    monkeypatch.setattr("kernels.attention.SLICE", short)
     monkeypatch.setattr("kernels.attention.CHUNK", 1)  # the fewest queries at a time, the last ones ragged
     qkv = [random(sum(lengths), n, 8, dtype=dtype, seed=i) for i, n in enumerate((heads, kv_heads, kv_heads))]
     documents = Documents(lengths)
     compare(
-        lambda q, k, v: document_attention(q, k, v, Scores(*rules), documents),
+        lambda q, k, v: document_attention(q, k, v, Scores(*rules), documents, keep),
         lambda q, k, v: attention_reference(q, k, v, lengths, *rules),
         qkv,
         tolerance,

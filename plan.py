@@ -28,7 +28,7 @@ from model import Config, Linear, Transformer, quantized
 from optimizers import state_bytes
 
 EFFICIENCY = 0.45  # of a training step, against products alone; measured
-RUNTIME = {"cpu": 1.25e9, "cuda": 0.0}  # bytes: Python, torch, oneDNN's products, freed memory that is not given back
+RUNTIME = {"cpu": 1.5e9, "cuda": 0.0}  # bytes: Python, torch, oneDNN's products, freed memory that is not given back
 CONTEXT = 1.0e9  # bytes of a GPU that torch does not count: CUDA's context, cuBLAS' workspace, fragments
 FITS = 0.9  # of a device's memory: the figures are right to 10 %
 CAPACITY = 2  # bits that a trained weight can hold (Allen-Zhu & Li 2024, arXiv 2404.05405)

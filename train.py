@@ -35,7 +35,7 @@ import optimizers
 import plan
 import report
 from convert import base_folder
-from data import Dataset, Example, encode, epoch_order, load_sources, micro_batches, split
+from data import Dataset, Example, encode, epoch_order, load_sources, micro_batches, most_tokens, split
 from demo import TASK, Demo
 from errors import UserError, run
 from flags import LORA, VAL_FRACTION, Flags, parse_flags
@@ -169,31 +169,33 @@ def choose_steps(flags: Flags, examples: int) -> int:
     return per_epoch
 
 
-def describe_job(flags: Flags, train: Dataset, val: Dataset) -> plan.Job:
+def describe_job(flags: Flags, train: Dataset, val: Dataset, device: torch.device) -> plan.Job:
     """What plan.py counts with."""
     validations = 1 + math.ceil(flags.steps / flags.eval_every) if flags.eval_every else 1
     lengths, tokens = [len(example.ids) for example in train.examples], train.tokens
-    largest = sorted(train.examples, key=lambda example: -len(example.ids))[: flags.batch_size]
+    longest = sorted(train.examples, key=lambda example: -len(example.ids))[: flags.batch_size]
+    batches = micro_batches(longest, flags.batch_size, device)
+    largest = max(batches, key=lambda batch: len(batch.tokens))
     return plan.Job(
-        lengths=[len(example.ids) for example in largest],
-        trained=sum(sum(example.trained) for example in largest),
+        lengths=largest.documents.lengths,
+        trained=len(largest.targets),
         share=train.trained_tokens / tokens,
         reach=sum(n * n for n in lengths) / tokens,
         tokens=tokens / len(lengths) * flags.batch_size * flags.accumulate * flags.steps + validations * val.tokens / 2,
         to_learn=train.trained_tokens,
-        accumulate=flags.accumulate,
+        accumulate=flags.accumulate * len(batches),
     )  # half of what is validated: without a backward
 
 
-def full_rows(flags: Flags, config: Config) -> plan.Job:
+def full_rows(flags: Flags, config: Config, device: torch.device) -> plan.Job:
     """The job of a plan for a folder without a tokenizer: rows of --seq-len tokens, all trained."""
     length, steps = flags.seq_len or min(2048, config.max_positions), flags.steps or 1000
+    rows = max(1, min(flags.batch_size, most_tokens(device) // length))  # that make a flat batch
     tokens = length * flags.batch_size * flags.accumulate * steps
     print(f"plan      no tokenizer here: for {steps:,} steps of {flags.batch_size} x {flags.accumulate} rows of"
           f" {length:,} tokens, all trained, of new text")  # fmt: skip
-    return plan.Job(
-        [length] * flags.batch_size, length * flags.batch_size, 1.0, length, tokens, tokens, flags.accumulate
-    )
+    times = flags.accumulate * math.ceil(flags.batch_size / rows)
+    return plan.Job([length] * rows, length * rows, 1.0, length, tokens, tokens, times)
 
 
 def choose_compile(flags: Flags, device: torch.device, seconds: float) -> str:
@@ -298,9 +300,9 @@ def start_wandb(flags: Flags, out: Path):
 
 def step_examples(train: Dataset, flags: Flags):
     """The examples of step after step, for ever: a function of the data, the seed and the examples a step, no more."""
-    lengths, epoch = [len(example.ids) for example in train.examples], 0
+    epoch = 0
     while True:
-        for numbers in epoch_order(lengths, flags.batch_size * flags.accumulate, flags.seed, epoch):
+        for numbers in epoch_order(len(train.examples), flags.batch_size * flags.accumulate, flags.seed, epoch):
             yield [train.examples[i] for i in numbers]
         epoch += 1
 
@@ -369,18 +371,18 @@ def main() -> None:
     folder = base_folder(flags.model, flags.adapter)
     config = checkpoint.read_config(folder)
     if flags.plan and not any((folder / f"tokenizer.{kind}").is_file() for kind in ("json", "model")):
-        plan.show(config, full_rows(flags, config), device, dtype, adapter_settings(flags))
+        plan.show(config, full_rows(flags, config, device), device, dtype, adapter_settings(flags))
         return
     tokenizer = pick_tokenizer(folder, flags.adapter, flags.template)
     train, val = load_data(flags, tokenizer, config)
     if flags.plan:
         choose_steps(flags, len(train.examples))
-        plan.show(config, describe_job(flags, train, val), device, dtype, adapter_settings(flags))
+        plan.show(config, describe_job(flags, train, val, device), device, dtype, adapter_settings(flags))
         return
     model = prepare(flags, folder, dtype, device)
     model.remat = flags.remat
     per_epoch = choose_defaults(flags, model, len(train.examples))
-    job = describe_job(flags, train, val)
+    job = describe_job(flags, train, val, device)
     flops = plan.flops_a_token(model, job.reach, job.share, flags.remat)
     seconds = job.tokens * flops / (plan.EFFICIENCY * plan.product_rate(config, device, dtype))
     why_compile = choose_compile(flags, device, seconds)

@@ -454,7 +454,7 @@ def task_job(args) -> None:
 
     folder = model_folder(None)
     data = encode(load_sources(TASK["train"]), load_tokenizer(folder), 2048).examples
-    order = epoch_order([len(example.ids) for example in data], 8, 0, 0)[: args.steps + WARM_UP]
+    order = epoch_order(len(data), 8, 0, 0)[: args.steps + WARM_UP]
     with tempfile.TemporaryDirectory() as work:
         batches = [[[data[i].ids, data[i].trained] for i in step] for step in order]
         Path(work, "batches.json").write_text(json.dumps(batches))

@@ -9,7 +9,7 @@ from helpers import SHARED, llama, needs_shared, relative
 
 from checkpoint import load_model
 from convert import model_folder
-from data import Dataset, Example, collate, encode, epoch_order, load_sources, micro_batches, place, split
+from data import Dataset, Example, collate, encode, load_sources, micro_batches, place, split
 from errors import UserError
 from formats import Record
 from objectives import mean_loss, token_loss_sum
@@ -122,10 +122,16 @@ def test_no_token_of_a_text_is_lost_at_its_end(tmp_path, tokenizer):
     assert data.examples[-1].ids[-1] in tokenizer.stop_ids and data.examples[-1].trained == [False, True]
 
 
-def test_a_steps_examples_are_of_similar_length():
-    lengths = torch.randint(1, 500, (640,), generator=torch.Generator().manual_seed(0)).tolist()
-    spreads = [max(lengths[i] for i in step) - min(lengths[i] for i in step) for step in epoch_order(lengths, 8, 0, 0)]
-    assert sum(spreads) / len(spreads) < 120  # of random steps it is about 390
+def test_a_batch_of_long_examples_is_cut_and_none_is_lost(monkeypatch):
+    """By tokens as well as by examples; one that is longer than the limit stands alone."""
+    monkeypatch.setattr("data.most_tokens", lambda device: 100)
+    lengths = [30, 50, 40, 20, 120, 10, 9]
+    examples = [Example([i] * n, [False] + [True] * (n - 1), chat("a", "b")) for i, n in enumerate(lengths)]
+    batches = micro_batches(examples, 5)
+    assert [batch.documents.lengths for batch in batches] == [[9, 10, 20, 30], [40], [50], [120]]
+    assert sorted(i for batch in batches for i in batch.tokens.tolist()) == sorted(
+        i for i, n in enumerate(lengths) for _ in range(n)
+    )
 
 
 def test_a_batch_is_flat_and_its_rows_predict_the_trained_tokens():

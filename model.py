@@ -74,6 +74,17 @@ class Linear(nn.Module):
         self.nf4, self.weight = None, nn.Parameter(weight, requires_grad=False)
 
 
+class Embedding(nn.Module):
+    """Rows of a table. (torch's own fills the table with random numbers first.)"""
+
+    def __init__(self, rows: int, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, size))
+
+    def forward(self, ids: Tensor) -> Tensor:  # int64 [...] -> [..., size]
+        return F.embedding(ids, self.weight)
+
+
 def one_by_one(x: Tensor, layers: list[nn.Module], up: Tensor | None, activation: str) -> list[Tensor]:
     if up is not None:
         x = Gated.apply(x, up, activation) if torch.is_grad_enabled() else gated(x, up, activation)
@@ -252,10 +263,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.compute_dtype, self.packed_head = config, None, None
         self.remat = "none"  # of remat.KINDS: how much is kept for the backward
+        self.attend = document_attention
         self.unquantized: list[str] = []  # linears that were to be quantised and could not be
         self.frequencies: dict[int, Tensor] = {}  # of config.ropes, on the device where they were last used
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.positions = nn.Embedding(config.max_positions, config.hidden_size) if config.learned_positions else None
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
+        self.positions = Embedding(config.max_positions, config.hidden_size) if config.learned_positions else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = make_norm(config)
         self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -311,8 +323,15 @@ class Transformer(nn.Module):
 
     def flat(self, tokens: Tensor, documents: Documents) -> Tensor:
         """The training path: int64 [N] tokens of whole documents -> [N, D], ready for the head."""
-        attend = partial(document_attention, documents=documents, keep=self.remat != "selective")
+        attend = partial(self.attend, documents=documents, keep=self.remat != "selective")
         return self.hidden(tokens, documents.positions, documents.spans, [attend] * len(self.blocks))
+
+    def compile_blocks(self) -> None:
+        """torch.compile of the blocks: one graph for all of them, with the number of tokens left open, and attention
+        outside, whose shapes are other ones in every batch."""
+        self.attend = torch.compiler.disable(document_attention)  # not where it is defined: that imports the compiler
+        for block in self.blocks:
+            block.compile(dynamic=True)
 
     def logits(self, hidden: Tensor) -> Tensor:  # [..., D] -> [..., V]
         if self.packed_head is None:

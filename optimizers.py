@@ -3,13 +3,14 @@ in the host's memory.
 
 What is kept of a trained weight, in bytes: AdamW 4 + 4 + 8 (fp32 weight, its gradient, two moments); adamw8bit 4 + 4 +
 2; adamw8bit on weights in bf16 2 + 2 + 2; muon 4 + 4 + 4; with the state on the host 2 + 2 on the device in bf16.
-The loop sees a list of torch optimizers, and sets their rates.
+The loop sees a list of optimizers, and sets their rates.
 """
 
 import math
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from kernels.nf4 import NESTED_BLOCK, dequantize_8bit, dynamic_code
 from quant import quantize_8bit
@@ -19,8 +20,25 @@ CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}  # numbers that are 32 bits wide at a 
 NAMES = {"adamw": "AdamW", "adamw8bit": "AdamW with moments in 8 bits", "muon": "Muon on matrices, AdamW on the rest"}
 
 
-class AdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019) in the two forms that torch has not.
+class Optimizer:
+    """What the loop needs of an optimizer, as torch's have it. Those import the compiler when they are made, which is
+    150 MB and a second."""
+
+    def __init__(self, groups: list[dict], **settings):
+        self.param_groups = [settings | group for group in groups]
+        self.state: dict[Tensor, dict] = {}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+    def with_gradients(self) -> list[tuple[Tensor, dict]]:
+        return [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+
+class AdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter 2019), by torch's own fused step, and in the two forms that torch has not.
 
     bits 8: the moments in blocks of 256 numbers of 8 bits (Dettmers et al. 2022, arXiv 2110.02861), as bitsandbytes
     lays them out: the first with signs, the second without; made fp32 and back at every step, a piece at a time.
@@ -28,18 +46,37 @@ class AdamW(torch.optim.Optimizer):
     average, since to the nearest, steps below half of the distance to the next number would do nothing at all.
     """
 
-    def __init__(self, params, lr: float, bits: int, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0):
-        super().__init__(params, {"lr": lr, "bits": bits, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+    def __init__(self, groups, lr: float, bits: int = 32, weight_decay: float = 0.0):
+        super().__init__(groups, lr=lr, bits=bits, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
 
     @torch.no_grad()
     def step(self) -> None:
+        wide: dict[int, list[Tensor]] = {}  # by group
+        for p, group in self.with_gradients():
+            if group["bits"] == 32 and p.dtype == torch.float32:
+                wide.setdefault(id(group), []).append(p)
+            else:
+                self.update(p, group)
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.update(p, group)
+            if id(group) in wide:
+                self.fused(wide[id(group)], group)
+
+    def fused(self, parameters: list[Tensor], group: dict) -> None:
+        states = []
+        for p in parameters:
+            if p not in self.state:
+                zeros = (torch.zeros_like(p, memory_format=torch.preserve_format) for _ in range(2))
+                self.state[p] = dict(zip(("m", "v", "step"), (*zeros, torch.zeros((), device=p.device))))
+            states.append(self.state[p])
+        columns = ([state[name] for state in states] for name in ("m", "v"))
+        (beta1, beta2), steps = group["betas"], [state["step"] for state in states]
+        adamw(
+            parameters, [p.grad for p in parameters], *columns, [], steps, fused=True, amsgrad=False, maximize=False,
+            beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+        )  # fmt: skip
 
     def update(self, p: Tensor, group: dict) -> None:
-        state = self.state[p]
+        state = self.state.setdefault(p, {})
         if not state:
             p.data = p.data.contiguous()
             small = group["bits"] == 32 or p.numel() < SMALL
@@ -94,32 +131,29 @@ def round_stochastically(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
-class Offloaded(torch.optim.Optimizer):
+class Offloaded(Optimizer):
     """AdamW whose masters and moments live in the host's memory, and whose steps its CPU computes in fp32 (Ren et al.
     2021, ZeRO-Offload): the device holds the weights, in any dtype, and their gradients. A tensor's gradient travels
     while the step of the one before it is computed."""
 
-    def __init__(self, params, lr: float, weight_decay: float = 0.0):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+    def __init__(self, groups, lr: float, weight_decay: float = 0.0):
+        super().__init__(groups, lr=lr, weight_decay=weight_decay)
         self.hosts, pin = {}, torch.cuda.is_available()
         for group in self.param_groups:
             for p in group["params"]:
                 master = nn.Parameter(p.detach().to("cpu", torch.float32, copy=True))
                 stage = torch.empty(p.shape, dtype=p.dtype, pin_memory=pin)  # through which both directions go
-                self.hosts[p] = master, stage, torch.optim.AdamW([master], fused=True)
+                self.hosts[p] = master, stage, AdamW([{"params": [master]}], lr)
 
     @torch.no_grad()
     def step(self) -> None:
         moving = []
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    stage = self.hosts[p][1]
-                    stage.copy_(p.grad, non_blocking=True)
-                    there = torch.cuda.Event() if p.is_cuda else None
-                    moving.append((p, group, there))
-                    if there:
-                        there.record()
+        for p, group in self.with_gradients():
+            self.hosts[p][1].copy_(p.grad, non_blocking=True)
+            there = torch.cuda.Event() if p.is_cuda else None
+            moving.append((p, group, there))
+            if there:
+                there.record()
         for p, group, there in moving:
             master, stage, optimizer = self.hosts[p]
             if there:
@@ -154,10 +188,7 @@ def make_optimizers(model: nn.Module, kind: str, rate: float, decay: float, offl
         return found
     if offload:
         return [*found, Offloaded(groups, rate)]
-    narrow = any(p.dtype == torch.bfloat16 for p in rest)
-    if kind == "adamw8bit" or narrow:
-        return [*found, AdamW(groups, rate, 8 if kind == "adamw8bit" else 32)]
-    return [*found, torch.optim.AdamW(groups, rate, fused=True)]
+    return [*found, AdamW(groups, rate, 8 if kind == "adamw8bit" else 32)]
 
 
 def state_bytes(kind: str) -> float:

@@ -337,8 +337,13 @@ def optimize(model: Transformer, train: Dataset, flags: Flags, log: Log, device:
             return
 
 
+def eagerly(flags: Flags):
+    """Without compiled blocks: for work whose graphs would not pay, or whose shapes would each be compiled."""
+    return torch.compiler.set_stance("force_eager") if flags.compile == "on" else contextlib.nullcontext()
+
+
 def validate(model: Transformer, val: Dataset, device: torch.device) -> float:
-    with evaluating(model), torch.compiler.set_stance("force_eager"):  # a graph without gradients would not pay
+    with evaluating(model):
         return mean_loss(model, micro_batches(val.examples, 8, device))
 
 
@@ -390,8 +395,7 @@ def main() -> None:
     other_job = flags.data or flags.model or flags.adapter or flags.profile
     demo = None if other_job else Demo(model, tokenizer, seconds)
     if flags.compile == "on":
-        for block in model.blocks:  # one graph for all of them, with the number of tokens left open
-            block.compile(dynamic=True)
+        model.compile_blocks()
 
     flags.device, flags.dtype = str(device), next(name for name, known in DTYPES.items() if known == dtype)
     base = {"base": str(folder.resolve()), "base_sha256": checkpoint.fingerprint(folder)}
@@ -424,7 +428,7 @@ def main() -> None:
     print(f"trained   {log.tokens:,} tokens in {seconds:.0f} s; peak memory {report.peak_memory(device) / 1e9:.2f} GB;"
           f" in {out}: final/, {'best/, ' * watch.kept}metrics.jsonl, loss.png")  # fmt: skip
     if demo:
-        with torch.compiler.set_stance("force_eager"):  # generation's shapes would each be compiled
+        with eagerly(flags):
             demo.finish(out / "metrics.jsonl")
     say_next(flags, out / watch.verdict(), train.chat)
 
@@ -450,7 +454,8 @@ class Watch:
         if not self.val.examples or not (end or (every and done % every == 0)):
             return False
         paused = self.log.pause()
-        self.last = validate(self.model, self.val, self.model.device)
+        with eagerly(self.flags):
+            self.last = validate(self.model, self.val, self.model.device)
         if not math.isfinite(self.last):
             raise UserError(f"step {done}: the validation loss is {self.last:g}; stopped, try a lower --lr")
         self.log.write({"step": done, "val_loss": self.last})

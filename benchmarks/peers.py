@@ -89,8 +89,7 @@ def rows_by_plaintune(torch, spec) -> dict:
     if not full:
         lora.add_lora(model, spec["rank"], 2.0 * spec["rank"])
     if spec.get("compile"):
-        for block in model.blocks:
-            block.compile(dynamic=True)
+        model.compile_blocks()
     trained = [False] + [True] * (spec["seq"] - 1)
     data = Dataset([Example(row, trained, Record(None, "", "row")) for step in token_rows(torch, spec) for row in step])
     train.step_examples = lambda data, flags: iter(

@@ -100,7 +100,6 @@ class Documents:
         return to_device(lengths.repeat_interleave(lengths), self.device)
 
 
-@torch.compiler.disable  # its shapes are other ones in every batch
 def document_attention(
     q: Tensor, k: Tensor, v: Tensor, scores: Scores, documents: Documents, keep: bool = True
 ) -> Tensor:

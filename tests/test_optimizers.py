@@ -43,7 +43,7 @@ def test_moments_in_8_bits_are_those_of_bitsandbytes(decay):
     """Codes and scales bit for bit over ten steps; a short last block, and a tensor that is too small for 8 bits."""
     shapes = (70, 65), (64, 128), (4096,), (63, 65)
     ours, theirs = twins(*shapes)
-    mine = AdamW(ours, lr=1e-2, bits=8, weight_decay=decay)
+    mine = AdamW([{"params": ours}], lr=1e-2, bits=8, weight_decay=decay)
     peer = bitsandbytes.optim.AdamW8bit(theirs, lr=1e-2, weight_decay=decay)
     for step in range(10):
         give_gradients(step, ours, theirs)
@@ -60,19 +60,23 @@ def test_moments_in_8_bits_are_those_of_bitsandbytes(decay):
 
 @pytest.mark.parametrize("bits", [8, 32])
 def test_pieces_make_no_difference(bits, monkeypatch):
-    sides = twins((70, 65), (5000,))
+    sides = twins((70, 65), (5000,), dtype=torch.float32 if bits == 8 else torch.float64)
     for size, parameters in zip((1 << 18, 512), sides):
         monkeypatch.setitem(optimizers.CHUNK, "cpu", size)
-        stepper = AdamW(parameters, lr=1e-2, bits=bits)
+        stepper = AdamW([{"params": parameters}], lr=1e-2, bits=bits)
         for step in range(3):
             give_gradients(step, parameters)
             stepper.step()
     assert all(torch.equal(a, b) for a, b in zip(*sides, strict=True))
 
 
-def test_in_32_bits_it_is_the_adamw_of_torch():
+@pytest.mark.parametrize("fused", [True, False])
+def test_in_32_bits_it_is_the_adamw_of_torch(fused, monkeypatch):
+    """By torch's fused step, and piece by piece as for bf16 weights."""
+    if not fused:
+        monkeypatch.setattr(AdamW, "fused", lambda self, ps, group: [self.update(p, group) for p in ps])
     ours, theirs = twins((70, 65), (33,))
-    mine = AdamW(ours, lr=1e-2, bits=32, weight_decay=0.1)
+    mine = AdamW([{"params": ours}], lr=1e-2, weight_decay=0.1)
     peer = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.1)
     for step in range(10):
         give_gradients(step, ours, theirs)
@@ -104,7 +108,7 @@ def test_small_steps_are_not_lost_in_bf16():
     for p in (ours, theirs):
         p.data.fill_(1.0)
     assert too_small([ours], 1e-5) == 1 == too_small([theirs], 1e-3) and too_small([ours], 4e-3) == 0
-    mine, peer = AdamW([ours], lr=1e-5, bits=8), torch.optim.AdamW([theirs], lr=1e-5, weight_decay=0)
+    mine, peer = AdamW([{"params": [ours]}], lr=1e-5, bits=8), torch.optim.AdamW([theirs], lr=1e-5, weight_decay=0)
     for _ in range(1000):
         ours.grad, theirs.grad = torch.ones_like(ours), torch.ones_like(theirs)
         mine.step(), peer.step()
@@ -130,10 +134,10 @@ def test_muon_takes_the_matrices_of_the_blocks_and_makes_them_orthogonal(tmp_pat
 
 def test_the_state_on_the_host_steps_as_adamw():
     ours, theirs = twins((70, 65), (33,))
-    mine, peer = Offloaded(ours, 1e-2, 0.1), torch.optim.AdamW(theirs, 1e-2, weight_decay=0.1, fused=True)
+    mine, peer = Offloaded([{"params": ours}], 1e-2, 0.1), torch.optim.AdamW(theirs, 1e-2, weight_decay=0.1, fused=True)
     narrow = [nn.Parameter(p.detach().bfloat16()) for p in ours]
     masters = [nn.Parameter(p.detach().float()) for p in narrow]
-    half, whole = Offloaded(narrow, 1e-4), torch.optim.AdamW(masters, 1e-4, weight_decay=0, fused=True)
+    half, whole = Offloaded([{"params": narrow}], 1e-4), torch.optim.AdamW(masters, 1e-4, weight_decay=0, fused=True)
     for step in range(20):
         give_gradients(step, ours, theirs, narrow, masters)
         for p, q in zip(masters, narrow, strict=True):
@@ -234,3 +238,24 @@ def test_8_bits_follow_32_in_full_fine_tuning_of_the_bundled_task(tmp_path):
     other = bundled_losses(data, tmp_path / "other", "adamw", "full", 1, 40)
     tail = [sum(curve[-10:]) / 10 for curve in (wide, narrow, other)]
     assert tail[0] < 0.2 * wide[0] and abs(tail[1] - tail[0]) < max(abs(tail[2] - tail[0]), 0.05 * tail[0])
+
+
+def test_training_imports_no_compiler(tmp_path, monkeypatch):
+    """150 MB and a second of every start; a process of its own, for this one has it."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    base = chat_base(tmp_path / "base", std=0.1)
+    (tmp_path / "data.json").write_text(json.dumps([{"instruction": f"say {i}", "output": f"{i}!"} for i in range(40)]))
+    words = ["train.py", "--model", str(base), "--data", str(tmp_path / "data.json"), "--steps", "2"]
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(train.__file__).parent)!r})
+sys.argv = {[*words, "--out", str(tmp_path / "run")]!r}
+import train
+train.main()
+assert not [name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor", "triton"))]
+"""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -60,6 +60,13 @@ def peak_memory(device: torch.device) -> float:
     """Bytes: the most that torch has held on a GPU, or that this process has had in memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path(
+        "/proc/self/status"
+    )  # Linux; getrusage's figure begins with that of the process that started this one
+    lines = status.read_text().splitlines() if status.is_file() else []
+    for line in lines:
+        if line.startswith("VmHWM"):
+            return 1024.0 * int(line.split()[1])
     import resource  # not on Windows, where this file does not run
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -28,13 +28,14 @@ class Optimizer:
         self.param_groups = [settings | group for group in groups]
         self.state: dict[Tensor, dict] = {}
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 p.grad = None
 
-    def with_gradients(self) -> list[tuple[Tensor, dict]]:
-        return [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+    def with_gradients(self) -> list[tuple[dict, list[Tensor]]]:
+        """Each group, and those of its parameters that have a gradient."""
+        return [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
 
 
 class AdamW(Optimizer):
@@ -51,15 +52,13 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        wide: dict[int, list[Tensor]] = {}  # by group
-        for p, group in self.with_gradients():
-            if group["bits"] == 32 and p.dtype == torch.float32:
-                wide.setdefault(id(group), []).append(p)
-            else:
-                self.update(p, group)
-        for group in self.param_groups:
-            if id(group) in wide:
-                self.fused(wide[id(group)], group)
+        for group, parameters in self.with_gradients():
+            wide = [p for p in parameters if group["bits"] == 32 and p.dtype == torch.float32]
+            if wide:
+                self.fused(wide, group)
+            for p in parameters:
+                if group["bits"] == 8 or p.dtype != torch.float32:
+                    self.update(p, group)
 
     def fused(self, parameters: list[Tensor], group: dict) -> None:
         states = []
@@ -148,12 +147,13 @@ class Offloaded(Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         moving = []
-        for p, group in self.with_gradients():
-            self.hosts[p][1].copy_(p.grad, non_blocking=True)
-            there = torch.cuda.Event() if p.is_cuda else None
-            moving.append((p, group, there))
-            if there:
-                there.record()
+        for group, parameters in self.with_gradients():
+            for p in parameters:
+                self.hosts[p][1].copy_(p.grad, non_blocking=True)
+                there = torch.cuda.Event() if p.is_cuda else None
+                moving.append((p, group, there))
+                if there:
+                    there.record()
         for p, group, there in moving:
             master, stage, optimizer = self.hosts[p]
             if there:

@@ -4,8 +4,8 @@ of fine-tuning fits the machine.
 `train.py --plan` asks for each method from config.json alone: the model is built of tensors without memory (the meta
 device), so counts of weights are those of the real one. Everything else is arithmetic, which stands here to be read:
 
-- memory at the peak: weights + the optimizer's moments + the larger of two moments in a step: when the backward begins
-  (what the blocks keep, the head's chunk of logits and its gradient) and when it ends (all gradients);
+- memory at the peak: weights + the optimizer's moments + the largest of three moments in a step: at the head (what the
+  blocks keep, a chunk of logits and its gradient), when the blocks' backward begins, and when it ends (all gradients);
 - operations: 2 a weight and token forward, 2 for the inputs' gradient, 2 for the weight's own where it is trained, and
   7 T H d a layer for causal attention over T tokens (2 forward, 5 backward);
 - time: operations over the rate of a product on this machine, timed now, times EFFICIENCY, which was measured.
@@ -26,6 +26,7 @@ from kernels.linear_cross_entropy import LOGITS_BYTES
 from kernels.nf4 import BLOCK, NESTED_BLOCK, NF4
 from model import Config, Linear, Transformer, quantized
 from optimizers import state_bytes
+from quant import can_quantize
 
 EFFICIENCY = 0.45  # of a training step, against products alone; measured
 RUNTIME = {"cpu": 1.5e9, "cuda": 0.0}  # bytes: Python, torch, oneDNN's products, freed memory that is not given back
@@ -89,7 +90,7 @@ def sketch(config: Config, setup: Setup, dtype: torch.dtype, adapter: dict) -> T
     model.compute_dtype = dtype
     if setup.method == "qlora" or config.raw.get("quantization_config"):
         for name, layer in model.named_modules():
-            if isinstance(layer, Linear) and name != "head" and layer.in_features % BLOCK == 0:
+            if isinstance(layer, Linear) and name != "head" and can_quantize(layer.weight):
                 out, size = layer.out_features, layer.in_features
                 shapes = (out, size // 2), (out, size // BLOCK), (-(-out * size // BLOCK // NESTED_BLOCK),), (1,)
                 kinds = torch.uint8, torch.uint8, torch.float32, torch.float32

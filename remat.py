@@ -3,7 +3,7 @@
 A block of D hidden, F intermediate, H and G heads of d keeps, a token, in the model's dtype:
 
     none       its input, both norms' outputs, x after attention, q, k, v, attention's output, gate, up:
-               4 D + 2 (H + G) d + 2 F numbers, and on CPUs attention's probabilities, H T in a document of T tokens
+               4 D + 2 (H + G) d + 2 F numbers, and on CPUs attention's probabilities, about H T / 2 in a document of T
     selective  the same without what is cheap to make again, the norms' outputs and the probabilities: the products are
                kept, 2 D + 2 (H + G) d + 2 F
     block      its input alone, D: every block is run forward twice (Chen et al. 2016, arXiv 1604.06174)

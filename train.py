@@ -331,7 +331,7 @@ def optimize(model: Transformer, train: Dataset, flags: Flags, log: Log, device:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         log.step(step + 1, loss, norm, rate, tokens, trained, examples, unbalanced)
         if after_step(step + 1):
             return

@@ -62,6 +62,44 @@ def token_rows(torch, spec) -> list:
     return torch.randint(0, SHAPES[spec["shape"]]["vocab_size"], shape, generator=generator).tolist()
 
 
+def usual_loop(torch, model, device, rate: float, batches: list, collate, before: float) -> dict:
+    """What a peer's user writes: forward, backward, clip, step. collate: a batch to the model's arguments, its number
+    of real tokens with them."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
+    tokens, seconds, losses = [], [], []
+    for batch in batches:
+        start = time.perf_counter()
+        arguments, count = collate(torch, batch, device)
+        loss = model(**arguments).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))  # waits for the device
+        seconds.append(time.perf_counter() - start)
+        tokens.append(count)
+    return outcome(torch, device, before, tokens, seconds, losses)
+
+
+def whole_rows(torch, rows: list[list[int]], device) -> tuple[dict, int]:
+    ids = torch.tensor(rows, device=device)
+    return {"input_ids": ids, "labels": ids}, ids.numel()
+
+
+def padded_records(torch, records: list, device) -> tuple[dict, int]:
+    """(ids, which of them are trained) of each, padded to the longest with a mask; labels -100 where nothing is."""
+    longest = max(len(ids) for ids, _ in records)
+    ids, mask = torch.zeros(2, len(records), longest, dtype=torch.int64)
+    labels = torch.full_like(ids, -100)
+    for row, (numbers, trained) in enumerate(records):
+        n = len(numbers)
+        ids[row, :n], mask[row, :n] = torch.tensor(numbers), 1
+        labels[row, :n] = torch.where(torch.tensor(trained), ids[row, :n], -100)
+    arguments = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {name: tensor.to(device) for name, tensor in arguments.items()}, int(mask.sum())
+
+
 def rows_by_plaintune(torch, spec) -> dict:
     """train.py's own loop over the rows."""
     before = resident()
@@ -126,21 +164,7 @@ def rows_by_peft(torch, spec) -> dict:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     model.train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
-    tokens, seconds, losses = [], [], []
-    for step in token_rows(torch, spec):
-        start = time.perf_counter()
-        ids = torch.tensor(step, device=device)
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))  # waits for the device
-        seconds.append(time.perf_counter() - start)
-        tokens.append(ids.numel())
-    return outcome(torch, device, before, tokens, seconds, losses)
+    return usual_loop(torch, model, device, RATE, token_rows(torch, spec), whole_rows, before)
 
 
 def rows_by_unsloth(torch, spec) -> dict:
@@ -154,21 +178,7 @@ def rows_by_unsloth(torch, spec) -> dict:
     model = unsloth.FastLanguageModel.get_peft_model(
         model, r=spec["rank"], lora_alpha=2 * spec["rank"], use_gradient_checkpointing=False
     )
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
-    tokens, seconds, losses = [], [], []
-    for step in token_rows(torch, spec):
-        start = time.perf_counter()
-        ids = torch.tensor(step, device=device)
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
-        seconds.append(time.perf_counter() - start)
-        tokens.append(ids.numel())
-    return outcome(torch, device, 0.0, tokens, seconds, losses)
+    return usual_loop(torch, model, device, RATE, token_rows(torch, spec), whole_rows, 0.0)
 
 
 def records_by_peft(torch, spec) -> dict:
@@ -184,27 +194,8 @@ def records_by_peft(torch, spec) -> dict:
         r=spec["rank"], lora_alpha=2 * spec["rank"], target_modules="all-linear", task_type="CAUSAL_LM"
     )
     model = peft.get_peft_model(model, config).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1.3e-3, weight_decay=0.0, fused=True)
-    tokens, seconds, losses = [], [], []
-    for step in json.loads(Path(spec["batches"]).read_text()):
-        start = time.perf_counter()
-        longest = max(len(ids) for ids, _ in step)
-        ids, mask = torch.zeros(2, len(step), longest, dtype=torch.int64)
-        labels = torch.full_like(ids, -100)
-        for row, (numbers, trained) in enumerate(step):
-            n = len(numbers)
-            ids[row, :n], mask[row, :n] = torch.tensor(numbers), 1
-            labels[row, :n] = torch.where(torch.tensor(trained), ids[row, :n], -100)
-        loss = model(ids.to(device), attention_mask=mask.to(device), labels=labels.to(device)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
-        seconds.append(time.perf_counter() - start)
-        tokens.append(int(mask.sum()))
-    return outcome(torch, device, before, tokens, seconds, losses)
+    batches = json.loads(Path(spec["batches"]).read_text())
+    return usual_loop(torch, model, device, 1.3e-3, batches, padded_records, before)
 
 
 def records_by_plaintune(torch, spec) -> dict:
@@ -215,7 +206,6 @@ def records_by_plaintune(torch, spec) -> dict:
 
     out = tempfile.mkdtemp()
     sys.argv = ["train.py", *spec["flags"], "--out", out + "/run"]
-    start = time.perf_counter()
     train.main()
     lines = [json.loads(line) for line in Path(out, "run", "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
@@ -225,7 +215,7 @@ def records_by_plaintune(torch, spec) -> dict:
     found = outcome(torch, device, before, tokens, seconds, [line["loss"] for line in steps])
     if not spec.get("steady"):
         found["speed"] = sum(tokens) / sum(seconds)
-    return found | {"seconds": sum(seconds), "whole": time.perf_counter() - start, "adapter": out + "/run/final"}
+    return found | {"seconds": sum(seconds), "adapter": out + "/run/final"}
 
 
 def records_by_trl(torch, spec) -> dict:
@@ -261,7 +251,7 @@ def records_by_trl(torch, spec) -> dict:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident() - before
     return {"speed": tokens / seconds, "peak": peak, "first": losses[0], "last": losses[-1], "seconds": seconds,
-            "adapter": out, "tokens": tokens}  # fmt: skip
+            "adapter": out}  # fmt: skip
 
 
 def product_rate(torch, spec) -> dict:

@@ -9,10 +9,7 @@ code on loading and are refused.
 """
 
 import contextlib
-import errno
 import hashlib
-import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -25,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from errors import UserError, read_json
+from files import file_sha256, new_folder, write_json
 from kernels.nf4 import NF4
 from model import Config, Linear, Transformer, quantized
 from quant import KINDS, SIDE, can_quantize, check_settings, from_files, quantize, settings, to_files
@@ -55,53 +53,6 @@ def published(model: Transformer, name: str) -> str:
 def transposed(model: Transformer, name: str) -> bool:
     """Whether files hold this parameter of ours as [in, out]: GPT-2's "Conv1D", matrices of its blocks."""
     return model.config.conv1d and name.startswith("blocks.") and name.endswith(".weight") and "norm" not in name
-
-
-@contextlib.contextmanager
-def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
-    """Yields an empty folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
-
-    An existing `path` is replaced if asked for; else FileExistsError, and what was written is dropped.
-    NotADirectoryError where `path` is a file. A crash leaves the old folder whole, but for the instant between the two
-    renames that swap it: then it stands beside, as `.NAME.replaced-PID`.
-    """
-    path = Path(path).resolve()  # a link keeps pointing at the folder, "." has a name
-    if path.is_file():
-        raise NotADirectoryError(errno.ENOTDIR, "is a file, a folder is to be written there", str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside, old = (path.parent / f".{path.name}.{state}-{os.getpid()}" for state in ("partial", "replaced"))
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        yield aside
-        for file in (*aside.rglob("*"), aside):
-            if file.is_file():  # the safetensors package makes files that only their owner reads
-                file.chmod(aside.stat().st_mode & 0o666)
-            sync(file)
-        if path.exists() and not replace:
-            raise FileExistsError(f"{path} exists")
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)  # of a crashed process that had this number
-            path.rename(old)
-        aside.rename(path)
-        sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        if old.exists() and not path.exists():  # stopped between the renames
-            old.rename(path)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(value, path: Path) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_config(folder: Path) -> Config:
@@ -377,8 +328,3 @@ def fingerprint(folder: Path) -> str:
     """SHA-256 of a model folder's weights: of the one file, or of its shards' digests in order. 1 s a GB or less."""
     digests = [file_sha256(file) for file in weight_files(folder)]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def file_sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

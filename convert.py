@@ -13,7 +13,6 @@ nothing is the default base. The way out is here as well: a folder or an adapter
 
 import argparse
 import importlib.util
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import errors
 import hub
 import lora
 from errors import UserError, read_json
+from files import cache_folder, file_sha256
 from gguf_in import gguf_to_folder
 from gguf_out import TYPES, adapter_to_gguf, folder_to_gguf
 from kernels.nf4 import matrix
@@ -51,7 +51,7 @@ def model_folder(model: str | Path | None) -> Path:
         if hub.NAME.fullmatch(str(model)) and path.suffix != ".gguf":
             return hub.fetch(str(model))
         raise UserError(f"{path}: no such folder, nor a GGUF file")
-    folder = cache_folder() / f"gguf-{checkpoint.file_sha256(path)[:16]}-v{FORMAT}"
+    folder = cache_folder() / f"gguf-{file_sha256(path)[:16]}-v{FORMAT}"
     if not folder.is_dir():
         try:
             gguf_to_folder(path, folder)
@@ -59,12 +59,6 @@ def model_folder(model: str | Path | None) -> Path:
             if not folder.is_dir():  # else another process was faster: the rename is atomic, so its folder is whole
                 raise
     return folder
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $PLAINTUNE_CACHE, else `plaintune` in the user's cache folder."""
-    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("PLAINTUNE_CACHE") or Path(user_cache, "plaintune")).expanduser()
 
 
 def default_base() -> Path:

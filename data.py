@@ -1,4 +1,4 @@
-"""From files to flat batches: records to token rows with a loss mask, a validation split, an order, and batches.
+"""From files to flat batches: token rows with a loss mask, a validation split, an order, and batches.
 
 A token is trained where the mask says so: the answers and the token that ends each, of which the tokenizer's template
 decides where they lie; in plain text every token. Whatever cannot be trained as it stands (an answer beyond --seq-len,
@@ -8,106 +8,201 @@ A batch is flat: `tokens` [N], one example after another without padding, the do
 next token is trained, so that nothing else ever reaches the output head. Row r predicts token r + 1 of its example.
 """
 
-import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from errors import UserError
-from formats import Record, Source, read_records
+from formats import open_source
 from kernels.attention import Documents, to_device
-from tokenizer import TemplateError, Tokenizer
+from rows import CHAT, Rows, text_hash, tokenised
+from tokenizer import Tokenizer
+
+TRAIN_ON = {  # --train-on: whose turns are trained, and whether only the last of them
+    "answers": (("assistant",), False),
+    "last-answer": (("assistant",), True),
+    "all-turns": (("user", "assistant"), False),
+}
 
 
 @dataclass
 class Example:
-    """ids and trained (True where a token has a loss) of one record; they end with the last trained token."""
+    """ids, and of each how much its loss weighs (0 or False: not trained). where: the record's place, for messages.
+    prompt: a hash of what is asked. Ends with the last trained token."""
 
-    ids: list[int]
-    trained: list[bool]
-    record: Record
+    ids: Sequence[int]
+    trained: Sequence[float]
+    where: str = ""
+    prompt: int = 0
+
+
+class Pieces(Sequence):
+    """Examples out of rows on disk, made when they are asked for: tokens start to stop of row `row` of rows[source]."""
+
+    def __init__(self, rows: list[Rows], source, row, start, stop, last_only: bool = False):
+        self.rows, self.last_only = rows, last_only
+        self.source, self.row, self.start, self.stop = source, row, start, stop
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def __getitem__(self, i: int) -> Example:
+        rows, row, start, stop = self.rows[self.source[i]], int(self.row[i]), int(self.start[i]), int(self.stop[i])
+        first = rows.starts[row]
+        trained = np.zeros(stop - start, np.float32)
+        spans = range(rows.span_starts[row], rows.span_starts[row + 1])
+        for (a, b), weight in ((rows.spans[k], rows.weights[k]) for k in (spans[-1:] if self.last_only else spans)):
+            trained[max(a - start, 0) : max(b - start, 0)] = weight
+        trained[0] = 0  # nothing predicts it
+        ids = rows.ids[first + start : first + stop]
+        return Example(ids, trained, rows.where(row), int(rows.prompts[row]))
+
+    def take(self, chosen) -> "Pieces":
+        parts = (each[chosen] for each in (self.source, self.row, self.start, self.stop))
+        return Pieces(self.rows, *parts, self.last_only)
 
 
 @dataclass
 class Dataset:
-    examples: list[Example]
+    examples: Sequence[Example]
     dropped: dict[str, int] = field(default_factory=dict)  # reason: how many records
+    lengths: np.ndarray | None = None  # of the examples, in tokens
+    trained: np.ndarray | None = None  # how many of them
+    prompts: np.ndarray | None = None  # uint64; hash of what is asked: equal ones stay on one side of a split
+    chat: bool = False  # has conversations, not plain text alone
 
-    @property
-    def chat(self) -> bool:  # has conversations, not plain text alone
-        return any(example.record.messages for example in self.examples)
+    def __post_init__(self):
+        if self.lengths is None:
+            self.lengths = np.array([len(example.ids) for example in self.examples], np.int64)
+            self.trained = np.array([np.count_nonzero(example.trained) for example in self.examples], np.int64)
+            self.prompts = np.array([example.prompt for example in self.examples], np.uint64)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
 
     @property
     def tokens(self) -> int:
-        return sum(len(example.ids) for example in self.examples)
+        return int(self.lengths.sum())
 
     @property
     def trained_tokens(self) -> int:
-        return sum(sum(example.trained) for example in self.examples)
+        return int(self.trained.sum())
+
+    def take(self, chosen: np.ndarray) -> "Dataset":
+        """Some of the examples, by number or mask."""
+        chosen = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
+        if isinstance(self.examples, Pieces):
+            examples = self.examples.take(chosen)
+        else:
+            examples = [self.examples[i] for i in chosen]
+        arrays = (each[chosen] for each in (self.lengths, self.trained, self.prompts))
+        return Dataset(examples, {}, *arrays, self.chat)
 
 
 @dataclass
 class Batch:
     """tokens: int64 [N], whole examples in a row. rows: int64 [K], where the next token is trained; targets: int64 [K],
-    that token."""
+    that token. weights: float32 [K], of each one's loss; None where all are 1. weight: their sum."""
 
     tokens: Tensor
     documents: Documents
     rows: Tensor
     targets: Tensor
+    weights: Tensor | None = None
+    weight: float = 0.0
+
+    def __post_init__(self):
+        if self.weights is None:
+            self.weight = float(len(self.targets))
 
 
-def load_sources(paths: list[str | Path]) -> list[Source]:
-    return [read_records(path) for path in paths]
-
-
-def encode(sources: list[Source], tokenizer: Tokenizer, seq_len: int) -> Dataset:
-    """Token rows of all records. Raises UserError where nothing is left to train on."""
-    data = Dataset([])
-    for source in sources:
-        for reason, count in source.dropped.items():
-            data.dropped[reason] = data.dropped.get(reason, 0) + count
-        for record in source.records:
-            found, reason = encode_record(record, tokenizer, seq_len)
-            data.examples += found
-            if reason:
-                data.dropped[reason] = data.dropped.get(reason, 0) + 1
-    if not data.examples:
+def load(
+    paths: list[str | Path],
+    tokenizer: Tokenizer,
+    seq_len: int,
+    train_on: str = "answers",
+    trees: str = "best",
+    say=lambda line: None,
+) -> Dataset:
+    """The examples of some files, at most seq_len tokens long; `say` is told in lines what was found and what was left
+    out. Raises UserError where nothing is left to train on."""
+    roles, last_only = TRAIN_ON[train_on]
+    rows = []
+    for source in [open_source(path, trees) for path in paths]:
+        rows.append(tokenised(source, tokenizer, roles))
+        say("data      " + source.summary(rows[-1].found) + ", tokenised before" * rows[-1].cached)
+    data = cut(rows, seq_len, last_only)
+    for reason, count in data.dropped.items():
+        say(f"          {'shortened' if reason.startswith('cut') else 'left out'}: {count:,} records {reason}")
+    if not len(data):
         reasons = "; ".join(f"{count} {reason}" for reason, count in data.dropped.items())
-        raise UserError(f"{', '.join(str(s.path) for s in sources)}: no record can be trained on ({reasons})")
+        raise UserError(f"{', '.join(map(str, paths))}: no record can be trained on ({reasons})")
     return data
 
 
-def encode_record(record: Record, tokenizer: Tokenizer, seq_len: int) -> tuple[list[Example], str | None]:
-    """The record's examples (a long text makes several) and, where something was left out, the reason."""
-    if record.messages is None:
-        return encode_text(record, tokenizer, seq_len)
-    try:
-        ids, trained = tokenizer.render(record.messages)
-    except TemplateError as error:
-        return [], f"refused by the chat template ({error})"
-    ends = [i + 1 for i, yes in enumerate(trained) if yes and not (i + 1 < len(trained) and trained[i + 1])]
-    fitting = [end for end in ends if end <= seq_len]  # of a long conversation, the turns whose answers fit whole
-    if not fitting:
-        return [], f"whose answer does not fit into --seq-len {seq_len}" if ends else "without a trained token"
-    cut = f"cut to the turns that fit into --seq-len {seq_len}" if len(fitting) < len(ends) else None
-    return [Example(ids[: fitting[-1]], trained[: fitting[-1]], record)], cut
+def cut(rows: list[Rows], seq_len: int, last_only: bool = False) -> Dataset:
+    """Examples of at most seq_len tokens. Of a conversation, the turns whose answers fit whole; of a plain text, pieces
+    of seq_len tokens, all trained but each piece's first, which nothing predicts."""
+    columns, dropped = [], Counter()
+    for source, each in enumerate(rows):
+        chat = (each.records[:, 2] & CHAT) > 0
+        row, stop, trained = cut_chats(each, np.flatnonzero(chat), seq_len, last_only, dropped)
+        text, start, end = cut_texts(each, np.flatnonzero(~chat), seq_len)
+        row, start = np.concatenate([row, text]), np.concatenate([np.zeros(len(row), np.int64), start])
+        order = np.lexsort((start, row))
+        stop, trained = np.concatenate([stop, end]), np.concatenate([trained, end - start[len(stop) :] - 1])
+        columns.append([each[order] for each in (np.full(len(row), source), row, start, stop, trained)])
+    source, row, start, stop, trained = (np.concatenate(column) for column in zip(*columns, strict=True))
+    examples = Pieces(rows, source.astype(np.int16), row.astype(np.int32), start, stop, last_only)
+    prompts = np.concatenate([each.prompts[column[1]] for each, column in zip(rows, columns, strict=True)])
+    if len(row) > 1 and len({(s, r) for s, r in zip(source[[0, -1]], row[[0, -1]], strict=True)}) == 1:
+        # one long text: its pieces are parted
+        prompts = np.array([text_hash(" ".join(map(str, example.ids))) for example in examples], np.uint64)
+    chats = any((each.records[:, 2] & CHAT).any() for each in rows)
+    return Dataset(examples, dict(dropped), stop - start, trained, prompts, bool(chats))
 
 
-def encode_text(record: Record, tokenizer: Tokenizer, seq_len: int) -> tuple[list[Example], str | None]:
-    """Plain text in pieces of seq_len tokens, all trained but each piece's first, which nothing predicts."""
-    ids = tokenizer.encode(record.text, bos=tokenizer.bos_id is not None and tokenizer.adds_bos, eos=True)
-    if len(ids) < 2:
-        return [], "of a single token, which nothing predicts"
-    cuts = [*range(0, len(ids), seq_len), len(ids)]
-    if cuts[-1] - cuts[-2] == 1:
-        cuts[-2] -= 1  # the end token alone would not be trained
-    pieces = [ids[start:end] for start, end in pairwise(cuts)]
-    return [Example(piece, [False] + [True] * (len(piece) - 1), record) for piece in pieces], None
+def cut_chats(rows: Rows, chosen: np.ndarray, seq_len: int, last_only: bool, dropped: Counter):
+    """(row, end, trained tokens) of the conversations of which something fits."""
+    counts = np.diff(rows.span_starts)
+    owner = np.repeat(np.arange(len(rows)), counts)
+    starts, ends = rows.spans[:, 0].astype(np.int64), rows.spans[:, 1].astype(np.int64)
+    if last_only:
+        last = np.zeros(len(ends), bool)
+        last[rows.span_starts[1:][counts > 0] - 1] = True
+        owner, starts, ends = owner[last], starts[last], ends[last]
+    fits = ends <= seq_len
+    stop, trained = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+    np.maximum.at(stop, owner[fits], ends[fits])
+    np.add.at(trained, owner[fits], (ends - np.maximum(starts, 1))[fits])
+    wanted, fitting = np.bincount(owner, minlength=len(rows)), np.bincount(owner[fits], minlength=len(rows))
+    whole = chosen[fitting[chosen] > 0]
+    if lost := len(chosen) - len(whole):
+        dropped[f"whose answer does not fit into --seq-len {seq_len}"] += lost
+    if short := int((fitting[whole] < wanted[whole]).sum()):
+        dropped[f"cut to the turns that fit into --seq-len {seq_len}"] += short
+    return whole, stop[whole], trained[whole]
+
+
+def cut_texts(rows: Rows, chosen: np.ndarray, seq_len: int):
+    """(row, start, end) of the pieces of plain texts."""
+    lengths = np.diff(rows.starts)[chosen]
+    counts = -(-lengths // seq_len)
+    row = np.repeat(chosen, counts)
+    number = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    length = np.repeat(lengths, counts)
+    start, end = number * seq_len, np.minimum((number + 1) * seq_len, length)
+    # the end token alone would not be trained: the piece before gives up a token
+    alone = (length > 1) & (length % seq_len == 1)
+    start -= alone & (end == length)
+    end -= alone & (end == length - 1)
+    some = end - start > 1
+    return row[some], start[some], end[some]
 
 
 def split(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
@@ -117,41 +212,24 @@ def split(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     with one prompt, letter case and spaces aside, stay together: a prompt that very many share is trained on.
     Validation is empty where no prompt is rare enough; UserError where all prompts would be in it.
     """
+    everything = np.ones(len(dataset), bool)
     if fraction == 0:
-        return dataset, Dataset([])
-    alone = len({id(example.record) for example in dataset.examples}) == 1  # one long text: its pieces are parted
-    places = [place(example, alone) for example in dataset.examples]
-    size, chosen, room = Counter(places), set(), max(1.0, 2 * fraction * len(places))
-    for where in sorted(size):
-        if where > fraction and chosen:
+        return dataset, dataset.take(~everything)
+    prompts, group, size = np.unique(dataset.prompts, return_inverse=True, return_counts=True)  # ascending
+    chosen, room = np.zeros(len(prompts), bool), max(1.0, 2 * fraction * len(dataset))
+    for i, prompt in enumerate(prompts):
+        if int(prompt) / 2**64 > fraction and chosen.any():
             break
-        if size[where] <= room:
-            chosen.add(where)
-            room -= size[where]
-    if len(chosen) == len(size) > 1:
-        raise UserError(f"--val-fraction {fraction:g}: leaves none of {len(size)} prompts to train on; take less")
-    if len(chosen) == len(size):
-        chosen = set()  # a single prompt
-    sides = ([], [])
-    for example, where in zip(dataset.examples, places, strict=True):
-        sides[where in chosen].append(example)
-    return Dataset(sides[0], dataset.dropped), Dataset(sides[1])
-
-
-def place(example: Example, piece: bool = False) -> float:
-    """A number in [0, 1) that depends on the prompt alone: what stands before the first answer to a user, or the text.
-    piece: on this piece of the text."""
-    turns = example.record.messages
-    if piece:
-        text = " ".join(map(str, example.ids))
-    elif turns is None:
-        text = example.record.text
-    else:
-        asked = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), len(turns))
-        answers = (i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i > asked)
-        text = "\n".join(turn["content"] for turn in turns[: next(answers, len(turns))])
-    digest = hashlib.sha256(" ".join(text.lower().split()).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+        if size[i] <= room:
+            chosen[i] = True
+            room -= size[i]
+    if chosen.all() and len(prompts) > 1:
+        raise UserError(f"--val-fraction {fraction:g}: leaves none of {len(prompts)} prompts to train on; take less")
+    if chosen.all():
+        chosen[:] = False  # a single prompt
+    train = dataset.take(~chosen[group])
+    train.dropped = dataset.dropped
+    return train, dataset.take(chosen[group])
 
 
 def epoch_order(examples: int, per_step: int, seed: int, epoch: int) -> list[list[int]]:
@@ -167,7 +245,7 @@ def epoch_order(examples: int, per_step: int, seed: int, epoch: int) -> list[lis
     return [order[start : start + per_step] for start in range(0, examples, per_step)]
 
 
-def micro_batches(examples: list[Example], batch_size: int, device: torch.device | str = "cpu") -> list[Batch]:
+def micro_batches(examples: Sequence[Example], batch_size: int, device: torch.device | str = "cpu") -> list[Batch]:
     """The examples, sorted by length, in flat batches of at most batch_size examples and, where these are long, of
     about as many tokens as the device can use at a time: what a step computes is the same, and its memory is bounded.
     """
@@ -190,10 +268,19 @@ def most_tokens(device: torch.device | str) -> int:
     return 2048 if torch.device(device).type == "cpu" else 16384
 
 
-def collate(examples: list[Example], device: torch.device | str = "cpu") -> Batch:
-    tokens = torch.tensor([i for example in examples for i in example.ids])
-    trained = torch.tensor([yes for example in examples for yes in (False, *example.trained[1:])])
-    predicted = trained.nonzero().flatten()  # an example's first token has no row before it: never trained
-    documents = Documents([len(example.ids) for example in examples], device)
-    rows, targets = predicted - 1, tokens[predicted]
-    return Batch(to_device(tokens, device), documents, to_device(rows, device), to_device(targets, device))
+def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
+    lengths = [len(example.ids) for example in examples]
+    tokens = torch.from_numpy(np.concatenate([np.asarray(example.ids, np.int64) for example in examples]))
+    weights = torch.from_numpy(np.concatenate([np.asarray(example.trained, np.float32) for example in examples]))
+    weights[np.cumsum([0, *lengths[:-1]])] = 0  # an example's first token has no row before it: never trained
+    predicted = weights.nonzero().flatten()
+    weights = weights[predicted]
+    rows, targets, plain = predicted - 1, tokens[predicted], bool((weights == 1).all())
+    return Batch(
+        to_device(tokens, device),
+        Documents(lengths, device),
+        to_device(rows, device),
+        to_device(targets, device),
+        None if plain else to_device(weights, device),
+        float(weights.sum()),
+    )

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import evaluate
 import report
-from data import Dataset, Example, load_sources
+from data import Dataset, Example
+from formats import read_records
 from loading import one_line
 from model import Transformer
 from tokenizer import Tokenizer
@@ -28,8 +29,8 @@ class Demo:
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, training_seconds: float):
         self.model, self.tokenizer = model, tokenizer
-        self.test = load_sources(TASK["test"])[0].records[: self.ITEMS]
-        self.examples = load_sources(TASK["train"])[0].records[:8]
+        self.test = read_records(TASK["test"][0]).records[: self.ITEMS]
+        self.examples = read_records(TASK["train"][0]).records[:8]
         self.general = self.general_text()
         print(
             f"before    {len(self.test)} test items by the untouched base, {self.SHOTS} with eight examples", flush=True
@@ -46,10 +47,10 @@ class Demo:
         return evaluate.exact(self.model, self.tokenizer, records, shots=shots)
 
     def general_text(self) -> Dataset:
-        record = load_sources([ASSETS / "general.txt"])[0].records[0]
+        record = read_records(ASSETS / "general.txt").records[0]
         ids = self.tokenizer.encode(record.text)[:5000]
         pieces = [ids[i : i + 500] for i in range(0, len(ids), 500)]
-        return Dataset([Example(piece, [True] * len(piece), record) for piece in pieces])
+        return Dataset([Example(piece, [True] * len(piece)) for piece in pieces])
 
     def general_loss(self) -> float:
         return evaluate.loss(self.model, self.general)["loss"]

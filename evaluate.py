@@ -13,7 +13,8 @@ rounding.
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,7 +25,7 @@ import objectives
 from checkpoint import load_model
 from convert import base_folder
 from errors import UserError, run
-from formats import Record
+from formats import Found, Record, open_source
 from lora import drop_lora, has_lora, is_adapter, note
 from model import Transformer, evaluating, packed_weights
 from tokenizer import TemplateError, Tokenizer
@@ -86,7 +87,7 @@ def exact(
     prompts = []
     for record, (turns, _) in zip(records, asked, strict=True):
         try:
-            ids, _ = tokenizer.render(turns, add_generation_prompt=True)
+            ids, _ = tokenizer.render(turns, record.tools, add_generation_prompt=True)
         except TemplateError as error:
             raise UserError(f"{record.where}: {loading.one_line(str(error), 200)}") from None
         if len(ids) >= model.config.max_positions:
@@ -122,6 +123,8 @@ def question(record: Record, shots: Sequence[Record] = ()) -> tuple[list[dict[st
     while turns and turns[0]["role"] == "system":
         system, turns = [*system, turns[0]], turns[1:]
     examples = [message for shot in shots for message in shot.messages if message["role"] != "system"]
+    if record.messages[last].get("tool_calls"):
+        raise UserError(f"{record.where}: its last answer is a tool call; words are what is compared here")
     return [*system, *examples, *turns], record.messages[last]["content"]
 
 
@@ -141,12 +144,12 @@ def main() -> None:
     args = arguments()
     device = loading.pick_device(args.device)
     dtype, why = loading.pick_dtype(args.dtype, device)
-    source = data.load_sources([args.data])[0]
-    first = "" if args.limit is None else f", of which the first {args.limit:,}"
-    print(f"data      {source.summary()}{first}")
-    source = replace(source, records=source.records[: args.limit])
+    source = open_source(args.data)
     if args.what == "exact":
-        question(source.records[0])  # a file without references is refused before a model is loaded for it
+        found = Found()
+        records = [*islice(source.records(found), args.limit)]
+        print(f"data      {source.summary(found)}")
+        question(records[0])  # a file without references is refused before a model is loaded for it
     sides = pick_sides(args)
     print(f"compute   {args.what} in {str(dtype).removeprefix('torch.')} on {device.type}: {why}")
     model, results, sets = None, {}, []
@@ -163,10 +166,10 @@ def main() -> None:
         kind = f"{model.config.family}, {model.size / 1e6:,.1f} M parameters{loading.in_bits(model)}"
         print(f"{kind}, template {tokenizer.template_name}", flush=True)
         if args.what == "exact":
-            results[side.name] = exact(model, tokenizer, source.records, args.max_new_tokens, args.batch_size or 32)
+            results[side.name] = exact(model, tokenizer, records, args.max_new_tokens, args.batch_size or 32)
         else:
-            dataset = encode(source, tokenizer, model, args.seq_len)
-            sets.append([example.ids for example in dataset.examples])
+            dataset = encode(args.data, tokenizer, model, args.seq_len, args.limit)
+            sets.append([example.ids.tolist() for example in dataset.examples])
             results[side.name] = loss(model, dataset, args.batch_size or 8)
     if len(sets) == 2 and sets[0] != sets[1]:
         print("WARNING: the two read the file as different tokens, so a loss per token does not compare them")
@@ -221,15 +224,15 @@ def pick_sides(args: argparse.Namespace) -> list[Side]:
     return [Side("versus", base_folder(args.versus, None), None), mine]
 
 
-def encode(source, tokenizer: Tokenizer, model: Transformer, seq_len: int | None) -> data.Dataset:
+def encode(file: str, tokenizer: Tokenizer, model: Transformer, seq_len: int | None, first: int | None) -> data.Dataset:
     limit = model.config.max_positions
     if seq_len is not None and seq_len > limit:
         raise UserError(f"--seq-len {seq_len}: the model takes {limit}")
-    dataset = data.encode([source], tokenizer, seq_len or limit)
-    for reason, count in dataset.dropped.items():
-        if reason not in source.dropped:
-            print(f"          left out: {count:,} {loading.one_line(reason)}")
-    return dataset
+    dataset = data.load([file], tokenizer, seq_len or limit, say=print)
+    if first is None:
+        return dataset
+    print(f"          of which the first {first:,}")
+    return dataset.take(dataset.examples.row < first)
 
 
 def print_table(results: dict[str, dict[str, float]], columns: dict[str, str]) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 import lora
 import optimizers
 import remat
+from data import TRAIN_ON
 from errors import UserError
+from formats import TREES
 from loading import parse
 from quant import KINDS
 from templates import NAMED
@@ -41,6 +43,15 @@ class Flags:
         None, "model and data", f"without --val: this share of the prompts validates; 0: none (default: {VAL_FRACTION})"
     )
     template: str | None = flag(None, "model and data", "chat template in place of the model's own", choices=[*NAMED])
+    train_on: str = flag(
+        "answers",
+        "model and data",
+        "of a conversation: every answer of the assistant, the last one, or the user's turns as well",
+        choices=[*TRAIN_ON],
+    )
+    trees: str = flag(
+        "best", "model and data", "of OASST trees: the path of best-ranked replies, or every path", choices=[*TREES]
+    )
     seq_len: int | None = flag(None, "model and data", "longest example in tokens (default: 2048 or the model's limit)")
     out: str | None = flag(None, "model and data", "folder of the run (default: a new one under runs/)", metavar="DIR")
     plan: bool = flag(False, "watching", "say what each method would take of memory and time, and stop")

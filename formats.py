@@ -1,109 +1,178 @@
 """The record formats that people have, recognised by looking, read into one: a list of messages, or a text.
 
-    Alpaca      {"instruction", "output"} and maybe "input", "system", "history" (earlier [question, answer] pairs)
-    messages    {"messages": [{"role": "system" | "user" | "assistant", "content": ...}, ...]}, as OpenAI has it
-    plain text  {"text": ...}, or a whole .txt file
+    messages          {"messages": [{"role", "content"}, ...]}, as OpenAI has it, with tools and tool calls
+    ShareGPT          {"conversations": [{"from", "value"}, ...]}
+    Alpaca            {"instruction", "output"} and maybe "input", "system", "history"
+    Dolly             {"instruction", "response"} and maybe "context"
+    two columns       {"prompt", "completion"}, {"question", "answer"} (GSM8K), {"document", "summary"}, ...: PAIRS
+    with a context    {"context", "question", "answer"}; SQuAD, flat or in its nested file; PubMedQA
+    classes           {"text", "label"}, also as CSV or TSV
+    OASST             trees of ranked replies, nested, or as messages with parent ids: the best path of each, or all
+    preferences       {"chosen", "rejected"} with a "prompt" or "conversations", HH-RLHF's transcripts; KTO's "label"
+    plain text        {"text"}, or whole .txt and .md files
 
-`read_records(path)` looks twice: at the first characters for the container (a JSON list, or JSONL, whatever the file is
-called), then at the first record's keys for the format, which every other record must have too. A format is one row of
-`FORMATS`: its keys, and a function from a record to messages. Nothing is lost in silence: what can't be read is an
-error that names the record, and what was left out (empty answers, unknown keys) is in `Source`, to be said out loud.
+A format is one row of `FORMATS`: its keys, and a function from a record to `Record`s. The first record's keys decide,
+and every other record must have them too. Nothing is lost in silence: what can't be read is an error that names the
+record, and what was left out (empty answers, unknown keys) is in `Found`, to be said out loud.
 """
 
 import difflib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, field
+from itertools import groupby, takewhile
 from pathlib import Path
 
-from errors import UserError, read_text
+from containers import Container, Text, open_containers
+from errors import UserError, printable
 
 
 @dataclass(slots=True)
 class Record:
-    """One example: messages [{"role", "content"}, ...] with an answer in each assistant turn, or else a text."""
+    """One example: messages with an answer in each assistant turn, or else a text.
 
-    messages: list[dict[str, str]] | None
+    messages: [{"role", "content"}, ...], and where there are some "tool_calls" [{"type", "function": {"name",
+    "arguments": object}}], "reasoning_content", "name", "tool_call_id". weights: of each message, where not all are 1.
+    rejected: of a preference, the messages that stand where `messages` holds the chosen answer. label: of KTO, whether
+    the answer is a good one. first, last: of a long text's parts.
+    """
+
+    messages: list[dict] | None
     text: str | None
-    where: str  # "FILE line 3" of a JSONL, "FILE record 3" otherwise; for messages about this record
+    where: str  # "FILE line 3"; for messages about this record
+    tools: list[dict] | None = None
+    weights: list[float] | None = None
+    rejected: list[dict] | None = None
+    label: bool | None = None
+    first: bool = True
+    last: bool = True
+
+
+@dataclass
+class Found:
+    """What was found out or left out while records were read."""
+
+    records: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)  # reason: number of records that were left out
+    ignored: dict[str, bool] = field(default_factory=dict)  # keys without a meaning here; of a message "messages.KEY"
+
+    def add(self, other: "Found") -> None:
+        self.records += other.records
+        self.dropped += other.dropped
+        self.ignored |= other.ignored
+
+    def complain_if_empty(self, path: str) -> None:
+        if not self.records:
+            why = "; ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
+            raise UserError(f"{path}: " + (f"no record can be trained on ({why})" if why else "is an empty list"))
 
 
 @dataclass
 class Source:
-    """A file as read: its records, and everything that was found out or left out on the way."""
+    """A file, or a folder of files, whose format is known and whose records are yet to be read."""
 
     path: str
-    format: str  # a name out of FORMATS
-    container: str  # "JSON", "JSONL" or "TXT"
+    format: "Format"
+    containers: list[Container]
+    others: int  # files of a folder that are of no known kind
+    trees: str  # of OASST trees: which of TREES
+    map_hash: str = ""  # of the user's function that records go through first
+
+    def payloads(self) -> Iterator[tuple[int, int, object]]:
+        """(number of its container, its number there, payload) of each record."""
+        for i, container in enumerate(self.containers):
+            payloads = container.payloads()
+            for number, payload in self.format.group(container, payloads) if self.format.group else payloads:
+                yield i, number, payload
+
+    def read(self, container: int, number: int, payload: object, found: Found) -> list[Record]:
+        """The records of a payload; counts into `found`. Raises UserError that names it."""
+        place = self.containers[container].place(number)
+        value = self.containers[container].value(number, payload)
+        records = []
+        for record in self.format.records(value, place, found, self.trees):
+            if kind := _nothing_taught(record):
+                found.dropped[f"empty {kind}"] += 1
+            else:
+                records.append(record)
+        found.records += len(records)
+        return records
+
+    def records(self, found: Found) -> Iterator[Record]:
+        for each in self.payloads():
+            yield from self.read(*each, found)
+        found.complain_if_empty(self.path)
+
+    def summary(self, found: Found) -> str:
+        """One line to print, e.g. `a.json: Alpaca (JSON, 997 records), dropped 2 (empty answer), ignored keys 'id'`."""
+        kinds = sorted({container.kind for container in self.containers})
+        files = f"{len(self.containers):,} files of " if Path(self.path).is_dir() else ""
+        line = f"{self.path}: {self.format.name} ({files}{', '.join(kinds)}, {found.records:,} record"
+        line += ")" if found.records == 1 else "s)"
+        if "OASST" in self.format.name:
+            line += f", {self.trees} path{'s' * (self.trees == 'all')} of each tree"
+        line += "".join(
+            f", dropped {left_out:,} ({printable(reason[:160])})" for reason, left_out in found.dropped.items()
+        )
+        line += f", {self.others:,} other files left alone" if self.others else ""
+        return line + (f", ignored keys {_names(found.ignored)}" if found.ignored else "")
+
+
+def open_source(path: Path | str, trees: str = "best") -> Source:
+    """Looks at a file, or at a folder's files, and finds the format by the first record. trees: of OASST trees."""
+    containers, others = open_containers(path)
+    for container in containers:
+        for number, payload in container.payloads():
+            value = container.value(number, payload)
+            place = container.place(number)
+            format = next((known for known in FORMATS if isinstance(value, known.kind) and known.fits(value)), None)
+            if format is None:
+                raise _misfit(_object(value, place), place, None)
+            return Source(str(path), format, containers, others, trees)
+    raise UserError(f"{path}: is an empty list; nothing to train on")
+
+
+@dataclass
+class Loaded:
+    """All of a source's records at once."""
+
     records: list[Record]
-    dropped: dict[str, int]  # reason -> number of records that are not in `records`
-    ignored: list[str]  # keys that no format here gives a meaning; inside a message: "messages.KEY"
+    source: Source
+    found: Found
 
     def summary(self) -> str:
-        """One line to print, e.g. `a.json: Alpaca (JSON, 997 records), dropped 2 (empty answer), ignored keys 'id'`."""
-        count = len(self.records)
-        line = f"{self.path}: {self.format} ({self.container}, {count:,} record{'' if count == 1 else 's'})"
-        line += "".join(f", dropped {left_out:,} ({reason})" for reason, left_out in self.dropped.items())
-        return line + (f", ignored keys {_names(self.ignored)}" if self.ignored else "")
+        return self.source.summary(self.found)
 
 
-def read_records(path: Path | str) -> Source:
-    """Reads a data file of any known format.
+def read_records(path: Path | str, trees: str = "best") -> Loaded:
+    """All records of a file of any known format, where they are few; data.py reads large files otherwise.
 
-    path: a UTF-8 file, with or without byte order mark, any line ends, blank lines between JSONL records.
-    Returns a Source with at least one record. Records with an empty assistant turn, or an empty text, are left out and
-    counted in `dropped`: they would teach to answer nothing.
+    path: UTF-8, with or without byte order mark, any line ends, blank lines between JSONL records. Records with an
+    empty assistant turn, or an empty text, are left out and counted: they would teach to answer nothing.
     Raises UserError with the file and the line or record number: not UTF-8, not JSON, an unknown format, a record of
     another format than the first one's, a missing or wrongly typed field, an unknown role, nothing left to train on.
     """
-    text = read_text(path)
-    container = _container(path, text)
-    values = {"JSON": _json_values, "JSONL": _jsonl_values, "TXT": _txt_value}[container](path, text)
-    format, records, dropped, ignored = None, [], Counter(), {}
-    for where, record in values:
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: is {_kind(record)}, an object is wanted")
-        if format is None:
-            format = next((known for known in FORMATS if known.fits(record)), None)
-        if format is None or not format.fits(record):
-            raise _misfit(record, where, format)
-        _note_extra_keys(record, format.keys + format.optional, where, ignored)
-        content = format.read(record, where)
-        if isinstance(content, str):
-            kind, example, taught = "text", Record(None, content, where), [content]
-        else:
-            turns = _check_turns(content, where, ignored)
-            kind, example = "answer", Record(turns, None, where)
-            taught = [turn["content"] for turn in turns if turn["role"] == "assistant"]
-        if all(part and not part.isspace() for part in taught):
-            records.append(example)
-        else:
-            dropped[f"empty {kind}"] += 1
-    if not records:
-        what = f"every {kind} is empty" if dropped else "is an empty list"
-        raise UserError(f"{path}: {what}; nothing to train on")
-    return Source(str(path), format.name, container, records, dict(dropped), list(ignored))
+    source, found = open_source(path, trees), Found()
+    return Loaded(list(source.records(found)), source, found)
 
 
-# ---- formats: a record (dict) to messages or a text; `where` is for the error ----
+def _nothing_taught(record: Record) -> str | None:
+    """What is empty, of a record whose text, or one of whose answers, is."""
+    if record.messages is None:
+        return None if record.text and not record.text.isspace() else "text"
+    turns = record.messages if record.rejected is None else [*record.messages, *record.rejected]
+    return None if all(is_taught(turn) for turn in turns if turn["role"] == "assistant") else "answer"
 
 
-def _alpaca(record: dict, where: str) -> list[dict]:
-    """Alpaca (Taori et al. 2023): the question is the instruction, and after a blank line the input if there is one."""
-    turns = []
-    if "system" in record and _field(record, "system", str, where):
-        turns.append({"role": "system", "content": record["system"]})
-    for pair in _field(record, "history", list, where) if "history" in record else ():
-        if not isinstance(pair, list) or [type(part) for part in pair] != [str, str]:
-            raise UserError(f"{where}: history holds {_kind(pair)}, [question, answer] pairs of strings are wanted")
-        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    question = [_field(record, key, str, where) for key in ("instruction", "input") if key in record]
-    turns.append({"role": "user", "content": "\n\n".join(part for part in question if part.strip())})
-    turns.append({"role": "assistant", "content": _field(record, "output", str, where)})
-    return turns
+def is_taught(turn: dict) -> bool:
+    content = turn.get("content")
+    return bool(turn.get("tool_calls")) or bool(content and not content.isspace())
+
+
+# ---- formats: a record (dict) to Records; `where` is for the error ----
 
 
 @dataclass(frozen=True)
@@ -111,42 +180,509 @@ class Format:
     name: str
     keys: tuple[str, ...]  # a record that has them all has this format
     optional: tuple[str, ...]  # read where present; other keys are ignored and announced
-    read: Callable[[dict, str], list[dict] | str]
+    read: Callable[["Reading"], Iterable[Record]]
+    group: Callable[[Container, Iterable], Iterator[tuple[int, object]]] | None = None
+    kind: type | tuple = dict
 
     def fits(self, record: dict) -> bool:
-        return all(key in record for key in self.keys)
+        if isinstance(record, Text):
+            return True
+        return all(key in record and (key != "label" or record[key] not in (None, "")) for key in self.keys)
+
+    def records(self, value: object, where: str, found: Found, trees: str) -> Iterable[Record]:
+        if not isinstance(value, self.kind) or not self.fits(value):
+            raise _misfit(_object(value, where), where, self)
+        if isinstance(value, dict) and not self.group:
+            _note_extra_keys(value, (*self.keys, *self.optional), where, found.ignored)
+        return self.read(Reading(value, where, found, trees))
 
 
+@dataclass
+class Reading:
+    """A record at hand: what a format's function is given."""
+
+    record: dict
+    where: str
+    found: Found
+    trees: str
+
+    def text(self, key: str) -> str:
+        return _field(self.record, key, str, self.where)
+
+    def maybe(self, key: str) -> str:
+        """The string at a key; "" where it is absent or null."""
+        return "" if self.record.get(key) is None else self.text(key)
+
+    def conversation(self, messages: list[dict], weights: list[float] | None = None, **more) -> list[Record]:
+        """A Record of plain messages, with the record's weight on each."""
+        weight = _weight(self.record, self.where)
+        weights = [1.0] * len(messages) if weights is None else weights
+        weights = None if {weight, *weights} == {1.0} else [weight * each for each in weights]
+        return [Record(messages, None, self.where, weights=weights, **more)]
+
+    def turns(self, messages: list, key: str = "messages") -> tuple[list[dict], list[float]]:
+        """A list of messages in any dialect, checked, and the weight of each."""
+        turns, weights = [], []
+        for number, message in enumerate(messages, 1):
+            turn, weight = _message(message, f"{self.where} message {number}", self.found.ignored, key)
+            turns.append(turn)
+            weights.append(weight)
+        return turns, weights
+
+    def tools(self) -> list[dict] | None:
+        """The record's tools: JSON schemas in OpenAI's form, given as a list or as JSON in a string."""
+        value = next((self.record[key] for key in ("tools", "functions") if self.record.get(key)), None)
+        if isinstance(value, str):
+            value = _json_in(value, f"{self.where}: tools") if value.strip() else None
+        if not value:
+            return None
+        if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+            raise UserError(f"{self.where}: tools is {_kind(value)}, a list of objects is wanted")
+        _no_surrogate(value, f"{self.where}: tools")
+        return [tool if isinstance(tool.get("function"), dict) else {"type": "function", "function": tool}
+                for tool in value]  # fmt: skip
+
+
+def _messages(reading: Reading) -> list[Record]:
+    """OpenAI's {"messages"}; weights of turns 0 or any number."""
+    turns, weights = reading.turns(_field(reading.record, "messages", list, reading.where))
+    return _answered(reading, _with_system(reading, turns, weights))
+
+
+def _sharegpt(reading: Reading) -> list[Record]:
+    turns, weights = reading.turns(_field(reading.record, "conversations", list, reading.where), "conversations")
+    return _answered(reading, _with_system(reading, turns, weights))
+
+
+def _with_system(reading: Reading, turns: list[dict], weights: list[float]) -> tuple[list[dict], list[float]]:
+    if not reading.maybe("system").strip():
+        return turns, weights
+    return [{"role": "system", "content": reading.record["system"]}, *turns], [1.0, *weights]
+
+
+def _answered(reading: Reading, turned: tuple[list[dict], list[float]], **more) -> list[Record]:
+    turns, weights = turned
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise UserError(f"{reading.where}: no assistant message among {len(turns)}; nothing to train on")
+    return reading.conversation(turns, weights, tools=reading.tools(), **more)
+
+
+def _asked(*parts: str) -> str:
+    """A question of several parts, with a blank line between those that say something."""
+    return "\n\n".join(part for part in parts if part.strip())
+
+
+def _pair(question: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _alpaca(reading: Reading) -> list[Record]:
+    """Alpaca (Taori et al. 2023): the question is the instruction, and after a blank line the input if there is one."""
+    record, where, turns = reading.record, reading.where, []
+    if reading.maybe("system"):
+        turns.append({"role": "system", "content": record["system"]})
+    for number, pair in enumerate(_field(record, "history", list, where) if record.get("history") else (), 1):
+        if not isinstance(pair, list) or [type(part) for part in pair] != [str, str]:
+            raise UserError(f"{where}: history holds {_kind(pair)}, [question, answer] pairs of strings are wanted")
+        turns += _pair(*(_no_surrogate(part, f"{where} history {number}") for part in pair))
+    turns += _pair(_asked(reading.text("instruction"), reading.maybe("input")), reading.text("output"))
+    return reading.conversation(turns)
+
+
+def _dolly(reading: Reading) -> list[Record]:
+    """Dolly (Conover et al. 2023): the instruction, and after a blank line the context if there is one."""
+    question = _asked(reading.text("instruction"), reading.maybe("context"))
+    return reading.conversation(_pair(question, reading.text("response")))
+
+
+def _two_columns(asks: str, answers: str) -> Callable[[Reading], list[Record]]:
+    def read(reading: Reading) -> list[Record]:
+        """Strings; or turns, as trl has them."""
+        first, second = reading.record[asks], reading.record[answers]
+        if isinstance(first, list) or isinstance(second, list):
+            turns = [_turn_list(reading, key, role) for key, role in ((asks, "user"), (answers, "assistant"))]
+            return _answered(reading, ([*turns[0], *turns[1]], [0.0] * len(turns[0]) + [1.0] * len(turns[1])))
+        turns, weights = _with_system(reading, _pair(reading.text(asks), reading.text(answers)), [1.0, 1.0])
+        return reading.conversation(turns, weights)
+
+    return read
+
+
+def _turn_list(reading: Reading, key: str, role: str) -> list[dict]:
+    """The turns at a key: a list of messages, one message, or a string that is a turn of `role`."""
+    value = reading.record.get(key)
+    if isinstance(value, str):
+        return [{"role": role, "content": _no_surrogate(value, f"{reading.where}: {key}")}]
+    if not isinstance(value, (list, dict)):
+        raise UserError(f"{reading.where}: {key} is {_kind(value)}, a string or a list of messages is wanted")
+    return reading.turns(value if isinstance(value, list) else [value], key)[0]
+
+
+def _context(reading: Reading) -> list[Record]:
+    """A question on a text: the text, a blank line, the question. answer: a string, a list, or SQuAD's object; of
+    several the first. Without any it can't be answered from the text, and is left out."""
+    record = reading.record
+    value = record["answers"] if "answers" in record else record["answer"]
+    value = value.get("text") if isinstance(value, dict) else value
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(each, (str, dict)) for each in value):
+        raise UserError(f"{reading.where}: answer is {_kind(value)}, a string or a list of strings is wanted")
+    if not value:
+        reading.found.dropped["without an answer"] += 1
+        return []
+    answer = _field(value[0], "text", str, reading.where) if isinstance(value[0], dict) else value[0]
+    question = _asked(reading.text("context"), reading.text("question"))
+    return reading.conversation(_pair(question, _no_surrogate(answer, f"{reading.where}: answer")))
+
+
+def _squad(reading: Reading) -> list[Record]:
+    """SQuAD's file (Rajpurkar et al. 2016): articles of paragraphs of questions."""
+    records = []
+    for a, article in enumerate(_field(reading.record, "data", list, reading.where), 1):
+        for p, paragraph in enumerate(_field(_object(article, reading.where), "paragraphs", list, reading.where), 1):
+            place = f"{reading.where} article {a} paragraph {p}"
+            context = _field(_object(paragraph, place), "context", str, place)
+            for q, question in enumerate(_field(paragraph, "qas", list, place), 1):
+                asked = _object(question, place) | {"context": context}
+                for key in ("question", "answers"):
+                    _field(asked, key, list if key == "answers" else str, f"{place} question {q}")
+                records += _context(Reading(asked, f"{place} question {q}", reading.found, reading.trees))
+    return records
+
+
+def _pubmedqa(reading: Reading) -> list[Record]:
+    """PubMedQA (Jin et al. 2019): the abstract's parts and the question; the long answer."""
+    parts = _field(reading.record, "CONTEXTS", list, reading.where)
+    if not all(isinstance(part, str) for part in parts):
+        raise UserError(f"{reading.where}: CONTEXTS holds what is no string")
+    question = _asked(*(_no_surrogate(part, reading.where) for part in parts), reading.text("QUESTION"))
+    return reading.conversation(_pair(question, reading.text("LONG_ANSWER")))
+
+
+def _classes(text: str, label: str) -> Callable[[Reading], list[Record]]:
+    def read(reading: Reading) -> list[Record]:
+        """The text asks, the class answers."""
+        value = reading.record[label]
+        if isinstance(value, (bool, float)) or not isinstance(value, (str, int)):
+            raise UserError(f"{reading.where}: {label} is {_kind(value)}, a string or a whole number is wanted")
+        answer = _no_surrogate(str(value), f"{reading.where}: {label}")
+        return reading.conversation(_pair(reading.text(text), answer))
+
+    return read
+
+
+def _plain(reading: Reading) -> list[Record]:
+    part = reading.record
+    if isinstance(part, Text):
+        return [Record(None, part.text, reading.where, first=part.first, last=part.last)]
+    return [Record(None, reading.text("text"), reading.where)]
+
+
+# ---- preferences ----
+
+
+def _preference(reading: Reading) -> list[Record]:
+    """A prompt and two answers, each a string, a message or turns; or without a prompt two whole conversations, of
+    which the turns that both begin with are the prompt; or two transcripts of HH-RLHF (Bai et al. 2022)."""
+    sides = []
+    for key in ("chosen", "rejected"):
+        value = reading.record[key]
+        if isinstance(value, str) and value.startswith("\n\nHuman:"):
+            sides.append(_transcript(value, f"{reading.where}: {key}"))
+        else:
+            sides.append(_turn_list(reading, key, "assistant"))
+    earlier = next((k for k in ("conversations", "messages", "prompt") if reading.record.get(k) is not None), None)
+    prompt = _turn_list(reading, earlier, "user") if earlier else []
+    prompt = _with_system(reading, prompt, [])[0]
+    if prompt and sides[0][: len(prompt)] == prompt == sides[1][: len(prompt)]:
+        prompt = []  # the answers repeat it
+    same = len([*takewhile(lambda pair: pair[0] == pair[1], zip(*sides))])
+    prompt, (chosen, rejected) = prompt + sides[0][:same], (side[same:] for side in sides)
+    if not chosen or not rejected:
+        reading.found.dropped["chosen and rejected do not differ"] += 1
+        return []
+    if not prompt:
+        raise UserError(f"{reading.where}: nothing is asked before chosen and rejected; a prompt is wanted")
+    for key, side in (("chosen", chosen), ("rejected", rejected)):
+        if not any(turn["role"] == "assistant" for turn in side):
+            raise UserError(f"{reading.where}: no assistant message in {key}")
+    weights = [0.0] * len(prompt) + [1.0] * len(chosen)  # the prompt's own answers were not what was chosen
+    return reading.conversation([*prompt, *chosen], weights, rejected=rejected, tools=reading.tools())
+
+
+def _transcript(text: str, where: str) -> list[dict]:
+    parts = re.split(r"\n\n(Human|Assistant):", _no_surrogate(text, where))
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[role], "content": said.strip()} for role, said in zip(parts[1::2], parts[2::2])]
+
+
+def _kto(reading: Reading) -> list[Record]:
+    """KTO (Ethayarajh et al. 2024): a conversation, or prompt and completion, and whether its last answer is good."""
+    label = _field(reading.record, "label", bool, reading.where)
+    if "completion" in reading.record:
+        turns = [*_turn_list(reading, "prompt", "user"), *_turn_list(reading, "completion", "assistant")]
+    else:
+        key = "messages" if "messages" in reading.record else "conversations"
+        turns = reading.turns(_field(reading.record, key, list, reading.where), key)[0]
+    turns = _with_system(reading, turns, [])[0]
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
+    return _answered(reading, (turns, [float(i == last) for i in range(len(turns))]), label=label)
+
+
+# ---- OASST ----
+
+
+def _oasst_tree(reading: Reading) -> list[Record]:
+    """A tree of OpenAssistant (Koepf et al. 2023): the prompt at its root, ranked replies below each message.
+
+    Of a tree comes the path of best-ranked replies, or every path; then an answer that several paths share is trained
+    in the first of them. A path ends with an answer; deleted messages, with all below them, are left out.
+    """
+    paths, taught, stack = [], set(), [(_object(reading.record["prompt"], reading.where), ())]
+    while stack:
+        node, path = stack.pop()
+        path = (*path, node)
+        if len(path) > 1000:
+            raise UserError(f"{reading.where}: replies nested over 1,000 deep")
+        replies = node.get("replies") or []
+        if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
+            raise UserError(f"{reading.where}: replies is {_kind(replies)}, a list of messages is wanted")
+        replies = sorted((reply for reply in replies if reply.get("deleted") is not True), key=_rank)
+        wanted = replies if reading.trees == "all" else replies[:1]
+        stack += [(reply, path) for reply in reversed(wanted)]
+        if not wanted:
+            paths.append(path)
+    records = []
+    for path in paths:
+        turns, weights = [], []
+        for node in path:
+            role = OASST_ROLES.get(_field(node, "role", str, reading.where))
+            if role is None:
+                raise UserError(f"{reading.where}: role {_names([node['role']])} is unknown; prompter or assistant")
+            turns.append({"role": role, "content": _field(node, "text", str, reading.where)})
+            weights.append(0.0 if id(node) in taught else 1.0)
+        while turns and turns[-1]["role"] != "assistant":
+            turns.pop(), weights.pop()
+        new = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and weights[i]]
+        if not new:
+            reading.found.dropped["a path without an answer of its own" if turns else "a path without an answer"] += 1
+            continue
+        taught |= {id(path[i]) for i in new}
+        records += reading.conversation(turns, weights)
+    return records
+
+
+OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
+
+
+def _rank(reply: dict) -> float:
+    rank = reply.get("rank")
+    return rank if isinstance(rank, (int, float)) and not isinstance(rank, bool) else math.inf
+
+
+def _oasst_messages(reading: Reading) -> list[Record]:
+    """The messages of one tree, as `_oasst_group` puts them together."""
+    nodes, roots, children = {}, [], {}
+    for message in reading.record["messages"]:
+        id = _field(message, "message_id", str, reading.where)
+        if id in nodes:
+            raise UserError(f"{reading.where}: message_id {id[:40]!r} stands twice")
+        nodes[id] = message | {"replies": []}
+        parent = message["parent_id"]
+        if parent is not None and not isinstance(parent, str):
+            raise UserError(f"{reading.where}: parent_id is {_kind(parent)}, a string or null is wanted")
+        roots.append(id) if parent is None else children.setdefault(parent, []).append(id)
+    for parent, ids in children.items():
+        if parent in nodes:
+            nodes[parent]["replies"] = [nodes[id] for id in ids]
+    reached, stack = set(), list(roots)
+    while stack:  # a cycle has no root, and is never reached
+        id = stack.pop()
+        reached.add(id)
+        stack += children.get(id, [])
+    if lost := len(nodes.keys() - reached):
+        reading.found.dropped["a message whose parents lead to no root"] += lost
+    records = []
+    for id in roots:
+        if nodes[id].get("deleted") is not True:
+            records += _oasst_tree(Reading({"prompt": nodes[id]}, reading.where, reading.found, reading.trees))
+    return records
+
+
+def _oasst_group(container: Container, payloads: Iterable) -> Iterator[tuple[int, object]]:
+    """Messages put together by tree, which must stand in a row, so that a tree is held and not the file."""
+    done = set()
+
+    def values():
+        for number, payload in payloads:
+            where = container.place(number)
+            value = _object(container.value(number, payload), where)
+            if not OASST_MESSAGES.fits(value):
+                raise _misfit(value, where, OASST_MESSAGES)
+            yield number, value
+
+    tree = lambda pair: pair[1].get("message_tree_id") or pair[1]["message_id"]
+    for key, group in groupby(values(), tree):
+        group = list(group)
+        if key in done:
+            raise UserError(f"{container.place(group[0][0])}: tree {str(key)[:40]!r} again; sort the file by tree")
+        done.add(key)
+        yield group[0][0], {"messages": [value for _, value in group], **dict.fromkeys(OASST_MESSAGES.keys)}
+
+
+OASST_MESSAGES = Format(
+    "OASST messages", ("message_id", "parent_id", "text", "role"), (), _oasst_messages, _oasst_group
+)
+# Columns that ask and that answer. The names in front of these are looked for first
+PAIRS = (
+    ("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"),
+    ("input", "output"), ("problem", "solution"), ("document", "summary"), ("dialogue", "summary"),
+    ("article", "highlights"), ("source", "target"), ("text", "code"),
+)  # fmt: skip
+CHAT = ("system", "tools", "functions", "weight")
+CLASSES = (("text", "label"), ("sentence", "label"), ("text", "category"), ("text", "intent"))
 # The first row that fits wins: Stanford's own Alpaca file carries a rendered "text" beside its instruction and output.
 FORMATS = (
-    Format("messages", ("messages",), (), lambda record, where: _field(record, "messages", list, where)),
-    Format("Alpaca", ("instruction", "output"), ("input", "system", "history"), _alpaca),
-    Format("plain text", ("text",), (), lambda record, where: _field(record, "text", str, where)),
+    Format("preferences", ("chosen", "rejected"), ("prompt", "conversations", "messages", *CHAT), _preference),
+    Format("KTO", ("messages", "label"), CHAT, _kto),
+    Format("KTO", ("conversations", "label"), CHAT, _kto),
+    Format("KTO", ("prompt", "completion", "label"), CHAT, _kto),
+    Format("messages", ("messages",), CHAT, _messages),
+    Format("ShareGPT", ("conversations",), CHAT, _sharegpt),
+    Format("OASST trees", ("message_tree_id", "prompt"), ("tree_state",), _oasst_tree),
+    OASST_MESSAGES,
+    Format("Alpaca", ("instruction", "output"), ("input", "system", "history", "weight"), _alpaca),
+    Format("Dolly", ("instruction", "response"), ("context", "weight"), _dolly),
+    Format("SQuAD", ("data",), ("version",), _squad),
+    Format("PubMedQA", ("QUESTION", "CONTEXTS", "LONG_ANSWER"), ("weight",), _pubmedqa),
+    Format("context and question", ("context", "question", "answers"), ("weight",), _context),
+    Format("context and question", ("context", "question", "answer"), ("weight",), _context),
+    *(Format(f"{a} and {b}", (a, b), ("system", "weight"), _two_columns(a, b)) for a, b in PAIRS),
+    *(Format(f"{a} and its {b}", (a, b), ("weight",), _classes(a, b)) for a, b in CLASSES),
+    Format("plain text", ("text",), (), _plain, kind=(dict, Text)),
 )
-ROLES = ("system", "user", "assistant")
+TREES = ("best", "all")  # the path of best-ranked replies, or every path
+COMMON = ("messages", "ShareGPT", "Alpaca", "prompt and completion", "text and its label", "preferences", "plain text")
+ROLES = ("system", "user", "assistant", "tool")
+SAME_ROLE = {
+    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant",
+    "bing": "assistant", "bot": "assistant", "model": "assistant", "function_call": "assistant", "developer": "system",
+    "function": "tool", "observation": "tool", "ipython": "tool", "function_response": "tool",
+}  # fmt: skip
 # Keys that say to train something else than what is read here (not this answer, not this turn, only with these tools):
 # to ignore them would be silent damage. Null, empty, and weight 1 say nothing.
 CHANGES_MEANING = {"label", "weight", "tools", "functions", "tool_calls", "function_call"}
+CHANGES_MEANING |= {"train", "loss", "masked", "loss_mask", "chosen", "rejected"}
+
+
+# ---- a message, in any dialect ----
+
+
+def _message(message: object, where: str, ignored: dict, source: str) -> tuple[dict, float]:
+    """A message as `Record` has it, and its weight."""
+    message = _object(message, where)
+    said, names = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
+    calls = message.get("tool_calls") or message.get("function_call")
+    known = (said, names, *MESSAGE_KEYS)
+    _note_extra_keys(message, known, where, ignored, f"{source}.")
+    role = _field(message, said, str, where)
+    is_call = role == "function_call"
+    role = SAME_ROLE.get(role, role)
+    if role not in ROLES:
+        raise UserError(f"{where}: role {_names([role])} is unknown; known: {', '.join(ROLES)}")
+    turn, thought = {"role": role}, message.get("reasoning_content") or message.get("thinking")
+    if is_call:
+        calls = _json_in(_field(message, names, str, where), f"{where}: {names}")
+    elif isinstance(message.get(names), list):
+        content, called, thoughts = _parts(message[names], where)
+        calls, thought = calls or called, thought or thoughts
+        if content or not calls:
+            turn["content"] = content
+    elif message.get(names) is not None or not calls:
+        turn["content"] = _field(message, names, str, where)
+    if calls or thought:
+        if role != "assistant":
+            raise UserError(f"{where}: {'a tool call' if calls else 'a thought'} of the {role}; only assistants have")
+        if thought:
+            turn["reasoning_content"] = _no_surrogate(thought, f"{where}: reasoning_content")
+        if calls:
+            calls = calls if isinstance(calls, list) else [calls]
+            turn["tool_calls"] = [_call(call, where) for call in calls]
+    if role == "tool":
+        turn |= {key: message[key] for key in ("name", "tool_call_id") if isinstance(message.get(key), str)}
+    elif message.get("name") is not None:
+        ignored[f"{source}.name"] = True
+    weight = _weight(message, where)
+    if role != "assistant" and weight not in (0.0, 1.0):
+        raise UserError(f"{where}: a weight on a turn of the {role}, which is not trained; put it on an answer")
+    return turn, weight
+
+
+MESSAGE_KEYS = (
+    "weight", "name", "tool_call_id", "tool_calls", "function_call", "reasoning_content", "thinking", "refusal",
+)  # fmt: skip
+
+
+def _parts(parts: list, where: str) -> tuple[str, list, str]:
+    """Content in typed parts: its text, its tool calls, its thoughts."""
+    text, calls, thoughts = [], [], []
+    for part in parts:
+        kind = _object(part, f"{where}: a part of content").get("type")
+        value = next((part[key] for key in (kind, "text", "value") if isinstance(key, str) and key in part), None)
+        if kind == "tool_call":
+            calls.append(_json_in(value, f"{where}: tool_call") if isinstance(value, str) else value)
+        elif kind in ("text", "reasoning", "thinking"):
+            if not isinstance(value, str):
+                raise UserError(f"{where}: a {kind} part of content holds {_kind(value)}, a string is wanted")
+            (text if kind == "text" else thoughts).append(_no_surrogate(value, f"{where}: content"))
+        else:
+            raise UserError(f"{where}: content holds a part of type {_names([str(kind)])}; text is what is trained")
+    return "".join(text), calls, "\n".join(thoughts)
+
+
+def _call(call: object, where: str) -> dict:
+    """{"type": "function", "function": {"name", "arguments": object}}, and the id where there is one."""
+    call = _object(call, f"{where}: a tool call")
+    function = _object(call.get("function", call), f"{where}: a tool call")
+    name, arguments = _field(function, "name", str, f"{where}: a tool call"), function.get("arguments")
+    if isinstance(arguments, str):
+        arguments = _json_in(arguments, f"{where}: arguments of {name[:40]}") if arguments.strip() else {}
+    arguments = _object({} if arguments is None else arguments, f"{where}: arguments of {name[:40]}")
+    plain = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    _no_surrogate(arguments, f"{where}: arguments of {name[:40]}")
+    return ({"id": call["id"]} if isinstance(call.get("id"), str) else {}) | plain
+
+
+def _json_in(text: str, what: str) -> object:
+    """The value of JSON that stands in a string."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise UserError(f"{what} is no JSON: {text[:60]!r}") from None
 
 
 # ---- what every format must satisfy ----
 
 
-def _check_turns(messages: list, where: str, ignored: dict) -> list[dict[str, str]]:
-    """The messages with role and content alone. A conversation may begin with any role, but somebody must answer."""
-    turns = []
-    for number, message in enumerate(messages, 1):
-        place = f"{where} message {number}"
-        if not isinstance(message, dict):
-            raise UserError(f"{place}: is {_kind(message)}, an object with role and content is wanted")
-        _note_extra_keys(message, ("role", "content"), place, ignored, "messages.")
-        role = _field(message, "role", str, place)
-        if role not in ROLES:
-            raise UserError(f"{place}: role {_names([role])} is unknown; known: {', '.join(ROLES)}")
-        turns.append({"role": role, "content": _field(message, "content", str, place)})
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise UserError(f"{where}: no assistant message among {len(turns)}; nothing to train on")
-    return turns
+def _weight(record: dict, where: str) -> float:
+    weight = record.get("weight")
+    if weight is None or weight == "":
+        return 1.0
+    with_number = weight
+    if isinstance(weight, str):  # of a CSV
+        try:
+            with_number = float(weight)
+        except ValueError:
+            with_number = None
+    if isinstance(with_number, bool) or not isinstance(with_number, (int, float)) or not 0 <= with_number <= 1e6:
+        raise UserError(f"{where}: weight is {str(weight)[:40]}, a number from 0 to 1,000,000 is wanted")
+    return float(with_number)
+
+
+def _object(value: object, where: str) -> dict:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: is {_kind(value)}, an object is wanted")
+    return value
 
 
 def _field(record: dict, key: str, kind: type, where: str):
@@ -156,9 +692,14 @@ def _field(record: dict, key: str, kind: type, where: str):
     value = record[key]
     if not isinstance(value, kind):
         raise UserError(f"{where}: {key} is {_kind(value)}, {KINDS[kind]} is wanted")
-    # JSON can spell half of a UTF-16 pair, which is no character: no tokenizer could encode it.
-    if kind is str and not value.isascii() and (half := SURROGATE.search(value)):
-        raise UserError(f"{where}: {key} holds a lone surrogate {half[0]!a} at character {half.start() + 1}; mend it")
+    return _no_surrogate(value, f"{where}: {key}") if kind is str else value
+
+
+def _no_surrogate(value, what: str):
+    """The value. JSON can spell half of a UTF-16 pair, which is no character: no tokenizer could encode it."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if not text.isascii() and (half := SURROGATE.search(text)):
+        raise UserError(f"{what} holds a lone surrogate {half[0]!a} at character {half.start() + 1}; mend it")
     return value
 
 
@@ -168,20 +709,22 @@ def _note_extra_keys(record: dict, known: tuple[str, ...], where: str, ignored: 
         if key in known:
             continue
         if key in CHANGES_MEANING and value not in (None, "", "[]", [], {}) and (key, value) != ("weight", 1):
-            raise UserError(
-                f"{where}: key {key!r} changes what is learnt and is not read yet; remove it to train without"
-            )
-        if prefix + key not in ignored:
+            raise UserError(f"{where}: key {key!r} changes what is learnt and has no meaning here; remove it"
+                            " to train without")  # fmt: skip
+        if prefix + str(key) not in ignored:
             if hint := _lookalike([key], known, record):
                 raise UserError(f"{where}: unknown key {_names([key])}{hint}")
-            ignored[prefix + key] = True  # a dict as an ordered set
+            ignored[prefix + str(key)] = True  # a dict as an ordered set
 
 
 def _misfit(record: dict, where: str, format: Format | None) -> UserError:
     wanted = [format] if format else FORMATS
     hint = _lookalike(record, [key for known in wanted for key in known.keys], record)
-    listed = ", ".join(f"{known.name} ({', '.join(known.keys)})" for known in wanted)
-    why = f"the file's first record is {listed}" if format else f"no known format; known: {listed}"
+    if format:
+        why = f"the first record is {format.name} ({', '.join(format.keys)})"
+    else:
+        common = [f"{known.name} ({', '.join(known.keys)})" for known in FORMATS if known.name in COMMON]
+        why = f"no known format; known: {', '.join(common)}, and more at the head of formats.py"
     return UserError(f"{where}: keys {_names(record)}: {why}{hint}")
 
 
@@ -190,103 +733,25 @@ def _lookalike(keys: Iterable[str], wanted: Iterable[str], record: dict) -> str:
     missing = [key for key in wanted if key not in record]
     for key in list(keys)[:50]:
         # 0.8 passes a slip of one letter in five; at difflib's own 0.6 "context" would be "text".
-        if near := difflib.get_close_matches(key.lower(), missing, n=1, cutoff=0.8):
+        if near := difflib.get_close_matches(str(key).lower(), missing, n=1, cutoff=0.8):
             return f"; {_names([key])} looks like {near[0]!r} mistyped"
     return ""
 
 
-# ---- containers: (where, value) of each record ----
-
-
-def _container(path: Path | str, text: str) -> str:
-    """JSON for a list, JSONL for an object a line, TXT for what else a .txt holds."""
-    if not text or text.isspace():
-        raise UserError(f"{path}: is empty")
-    if Path(path).suffix.lower() == ".txt" and not re.match(r'\s*(\[\s*)?\{\s*"', text):
-        return "TXT"
-    start = SPACE.match(text).end()
-    if text[start] in "[{" and not re.compile(r"\{\s*\n").match(text, start):
-        return "JSON" if text[start] == "[" else "JSONL"
-    found = repr(text[start : start + 10]) if text[start] != "{" else "an object over several lines"
-    line = text.count("\n", 0, start) + 1
-    raise UserError(f"{path} line {line}: found {found}; not JSON (a list), nor JSONL (an object a line), nor a .txt")
-
-
-def _txt_value(path: Path | str, text: str) -> Iterator[tuple[str, object]]:
-    if "\0" in text:  # UTF-16 without its mark is valid UTF-8, with a NUL at every other place
-        raise UserError(f"{path}: holds a NUL at character {text.index(chr(0)) + 1}; save it as UTF-8 text")
-    yield f"{path} record 1", {"text": text}
-
-
-def _jsonl_values(path: Path | str, text: str) -> Iterator[tuple[str, object]]:
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand inside a JSON string
-        if line := line.strip():
-            where = f"{path} line {number}"
-            value, end = _decode(line, 0, where)
-            if end < len(line):
-                raise _not_json(where, line, SPACE.match(line, end).end(), "more after the record's end")
-            yield where, value
-
-
-def _json_values(path: Path | str, text: str) -> Iterator[tuple[str, object]]:
-    """The list's values one at a time, so that each fault is laid at its record's door."""
-    at = SPACE.match(text, text.index("[") + 1).end()
-    for number in count(1):
-        where = f"{path} record {number}"
-        if text.startswith("]", at) and number == 1:
-            break
-        value, at = _decode(text, at, where)
-        yield where, value
-        at = SPACE.match(text, at).end()
-        if not text.startswith(",", at):
-            break
-        at = SPACE.match(text, at + 1).end()
-    if not text.startswith("]", at):
-        raise _not_json(where, text, at, "a comma or ] is wanted")
-    if (end := SPACE.match(text, at + 1).end()) < len(text):
-        raise _not_json(str(path), text, end, "more after the list's end")
-
-
-def _decode(text: str, at: int, where: str) -> tuple[object, int]:
-    """The JSON value that starts at position `at`, and the position after it."""
-    try:
-        return DECODER.raw_decode(text, at)
-    except json.JSONDecodeError as error:
-        raise _not_json(where, error.doc, error.pos, error.msg) from None
-    except RecursionError:
-        raise UserError(f"{where}: JSON nested too deep") from None
-    except ValueError as error:  # _refuse_constant's
-        raise UserError(f"{where}: {error}") from None
-
-
-def _not_json(where: str, text: str, at: int, why: str) -> UserError:
-    cut = at >= len(text.rstrip()) or why.startswith("Unterminated string")
-    line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
-    place = f"line {line} column {column}" if "\n" in text else f"column {column}"
-    return UserError(f"{where}: {'JSON cut off' if cut else 'not JSON'} at {place} ({why})")
-
-
-def _refuse_constant(name: str):
-    raise ValueError(f"{name} is not JSON; write null, a string or a number")
-
-
-SPACE = re.compile(r"\s*")
 SURROGATE = re.compile(r"[\ud800-\udfff]")
-# Whole numbers of 20 digits and more become floats: int() itself raises beyond 4,300 digits.
-DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=lambda s: int(s) if len(s) < 20 else float(s))
-
 
 # ---- words for what a stranger's file holds ----
 
-KINDS = {str: "a string", list: "a list", dict: "an object", bool: "a boolean", type(None): "null"}
+KINDS = {str: "a string", list: "a list", dict: "an object", bool: "a boolean", type(None): "null", bytes: "bytes"}
+KINDS |= {Text: "plain text", int: "a number", float: "a number"}
 
 
 def _kind(value: object) -> str:
-    return KINDS.get(type(value), "a number")
+    return KINDS.get(type(value), f"a {type(value).__name__}")
 
 
 def _names(names: Iterable[str]) -> str:
     """Keys or roles on one line: quoted, escaped, cut to 40 characters, the first eight."""
     names = list(names)
-    listed = ", ".join(repr(name[:40]) for name in names[:8]) or "none"
+    listed = ", ".join(repr(str(name)[:40]) for name in names[:8]) or "none"
     return listed + (f" and {len(names) - 8:,} more" if len(names) > 8 else "")

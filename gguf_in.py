@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import file_sha256, new_folder, write_json
 from errors import UserError
 from families import FAMILIES, MAX_LAYERS, Config
+from files import file_sha256, new_folder, write_json
 from gguf_header import Gguf, read_gguf
 from gguf_tables import (
     ARCHITECTURES,

@@ -22,9 +22,10 @@ import numpy as np
 import torch
 
 import lora
-from checkpoint import RECOMPUTED, copy_tokenizer, opened, read_config, sync, tensors, weight_files
+from checkpoint import RECOMPUTED, copy_tokenizer, opened, read_config, tensors, weight_files
 from errors import UserError
 from families import FAMILIES, Config, Reader
+from files import sync
 from gguf_header import Gguf
 from gguf_header import Tensor as Stored
 from gguf_in import close, config_json

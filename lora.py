@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import hub
-from checkpoint import new_folder, published, tensors, write_json
+from checkpoint import published, tensors
 from errors import UserError, read_json, read_json_if_there
+from files import new_folder, write_json
 from kernels.lora_linear import Adapted, lora_linears
 from kernels.nf4 import NF4, matrix
 from model import Linear, Transformer, one_by_one

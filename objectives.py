@@ -2,7 +2,8 @@
 
 One definition of the loss everywhere, training and evaluation: the sum of token losses divided by the number of trained
 tokens, over the whole optimizer step (or file), whatever the micro-batches, accumulation or processes. So a batch of 8
-is 2 x 4 to rounding, and a short answer weighs by its tokens, never by its place in a batch.
+is 2 x 4 to rounding, and a short answer weighs by its tokens, never by its place in a batch. Where records or turns
+have weights, both sums are weighted, as torch's own weighted cross-entropy is.
 """
 
 import torch
@@ -14,23 +15,25 @@ from model import Experts, Transformer
 
 
 def token_loss_sum(model: Transformer, batch: Batch) -> Tensor:
-    """Sum of -log p(next token) over the batch's trained tokens, float32 scalar. Logits exist for those rows only."""
+    """Sum of -log p(next token), times its weight, over the batch's trained tokens, float32 scalar. Logits exist for
+    those rows only."""
     hidden = model.flat(batch.tokens, batch.documents)
     rows = hidden.index_select(0, batch.rows)
-    return linear_cross_entropy(rows, model.head_weight(), batch.targets, model.config.logit_softcap)
+    return linear_cross_entropy(rows, model.head_weight(), batch.targets, model.config.logit_softcap, batch.weights)
 
 
-def training_loss(model: Transformer, batch: Batch, trained: int, tokens: int) -> tuple[Tensor, Tensor | None]:
+def training_loss(model: Transformer, batch: Batch, weight: float, tokens: int) -> tuple[Tensor, Tensor | None]:
     """A batch's share of a step's loss (cross-entropy a trained token), and, where experts are routed, of the step's
     balance loss, which is to be added with the configuration's weight; float32 scalars.
 
-    trained, tokens: numbers of the whole step. A balance loss is a product of means, so it is not quite the same for
-    another cut of the step into batches: each batch's weighs by its tokens.
+    weight, tokens: of all trained tokens of the whole step (their number where none is weighted), and the number of its
+    tokens. A balance loss is a product of means, so it is not quite the same for another cut of the step into batches:
+    each batch's weighs by its tokens.
     """
     routed = [block.mlp for block in model.blocks if isinstance(block.mlp, Experts)]
     for experts in routed:
         experts.load = None
-    loss = token_loss_sum(model, batch) / trained
+    loss = token_loss_sum(model, batch) / weight
     loads = [experts.load for experts in routed]
     for experts in routed:
         experts.load = ()
@@ -51,4 +54,4 @@ def balance_loss(loads: list[tuple[Tensor, Tensor]]) -> Tensor:
 def mean_loss(model: Transformer, batches: list[Batch]) -> float:
     """Loss per trained token over all batches: independent of how they were cut."""
     total = sum(float(token_loss_sum(model, batch)) for batch in batches)
-    return total / sum(len(batch.targets) for batch in batches)
+    return total / sum(batch.weight for batch in batches)

@@ -51,6 +51,11 @@ class BytePairs:
     nfc: bool
     details: str
     kind = "byte-level BPE"
+
+    def __post_init__(self):
+        self.lengths = [len(self.bytes_of.get(id, b"?")) for id in range(max(self.bytes_of, default=0) + 1)]
+        self.lengths.append(1)  # at -1: of a byte that is no token
+
     prefix = "never"  # as in Pieces
 
     def normalize(self, text: str) -> str:
@@ -58,20 +63,25 @@ class BytePairs:
 
     def encode(self, text: str, first: bool) -> list[int]:
         """Ids of a normalized text without added tokens; `first` where nothing stands before it."""
-        return [id for id in self._ids(text) if id >= 0]
-
-    def encode_spans(self, text: str, first: bool) -> tuple[list[int], list[Span]]:
-        """The ids, and what each stands for, in bytes of the text."""
         ids = self._ids(text)
-        spans = pairwise(accumulate((len(self.bytes_of.get(id, b"?")) for id in ids), initial=0))
-        return [id for id in ids if id >= 0], [span for id, span in zip(ids, spans, strict=True) if id >= 0]
+        return [id for id in ids if id >= 0] if -1 in ids else ids
+
+    def encode_spans(self, text: str, first: bool) -> tuple[list[int], list[int], list[int]]:
+        """The ids, and where each begins and ends, in bytes of the text."""
+        ids = self._ids(text)
+        ends = list(accumulate(map(self.lengths.__getitem__, ids)))
+        starts = [0, *ends[:-1]]
+        if -1 in ids:
+            kept = [i for i, id in enumerate(ids) if id >= 0]
+            return tuple([column[i] for i in kept] for column in (ids, starts, ends))
+        return ids, starts, ends
 
     def _ids(self, text: str) -> list[int]:
         if len(text) > MOST_SPACES and re.search(rf"\s{{{MOST_SPACES}}}", text):
             raise UserError(f"a text holds over {MOST_SPACES:,} spaces or line ends in a row; shorten them")
         ids = self.ids
         try:
-            return [ids[rank] for rank in self.encoding.encode_ordinary(text)]
+            return list(map(ids.__getitem__, self.encoding.encode_ordinary(text)))
         except BaseException as error:
             if type(error).__name__ != "PanicException":  # how Rust's regex engine gives up, no Exception for Python
                 raise
@@ -272,9 +282,10 @@ class Pieces:
     def encode(self, text: str, first: bool) -> list[int]:
         return self._processor(text, first).encode(text)
 
-    def encode_spans(self, text: str, first: bool) -> tuple[list[int], list[Span]]:
+    def encode_spans(self, text: str, first: bool) -> tuple[list[int], list[int], list[int]]:
+        """As of BytePairs; a piece of width 0 counts as one byte, for it belongs to what follows it."""
         found = self._processor(text, first).encode(text.encode(), return_type="offset_mapping")
-        return found["ids"], found["offsets"]
+        return found["ids"], [a for a, _ in found["offsets"]], [max(b, a + 1) for a, b in found["offsets"]]
 
     def _processor(self, text: str, first: bool) -> SentencePieceProcessor:
         wanted = self.prefix == "always" or (self.prefix == "first" and first)

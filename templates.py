@@ -110,6 +110,7 @@ class Answer:
     first: int
     last: int
     calls: bool
+    number: int  # of the message
     ends_all: bool  # it is the conversation's last turn
 
 
@@ -123,6 +124,7 @@ class Rendered:
     answers: list[Answer]
     quoted: list[Span]
     parts: list[tuple[int, int, int]]
+    asked: bool = False  # it ends with the head of an answer
 
     def moved(self, position: int) -> int:
         """The place in `other` of one in `text` that is not inside a part."""
@@ -145,6 +147,15 @@ class Template:
             if isinstance(text, Refused):
                 raise text
         return texts
+
+    def attempt_each(self, jobs: list[tuple[list[dict], list | None, bool]]) -> list["str | Refused"]:
+        """As `attempt`, but where all of them together break a limit, they are tried one by one."""
+        try:
+            return self.attempt(jobs)
+        except Refused as reason:
+            if len(jobs) == 1:
+                return [reason]
+        return [result for job in jobs for result in self.attempt_each([job])]
 
     def attempt(self, jobs: list[tuple[list[dict], list | None, bool]]) -> list["str | Refused"]:
         names = ("messages", "tools", "add_generation_prompt")
@@ -201,21 +212,34 @@ class Template:
                 return asked[len(without) :]
         return ""
 
-    def locate(
-        self, messages: list[dict], tools: list | None, add_generation_prompt: bool, control: re.Pattern
-    ) -> Rendered:
-        """The conversation's text and where its answers are. control: finds the texts of control tokens; contents that
-        hold one are quoted. Raises Refused where the template changes contents so that they can't be found."""
-        numbers = [i for i, message in enumerate(messages) if is_answer(message)]
-        thinks = any("</think>" in str(messages[i].get("content")) for i in numbers)
-        ways = [Marks(messages, tools, self.source, control, whole) for whole in ([True, False] if thinks else [True])]
-        jobs = [(messages, tools, add_generation_prompt)]
+    def locate(self, conversations: list["Conversation"], control: re.Pattern) -> list["Rendered | Refused"]:
+        """Of each conversation its text and where its answers are; or why the template does not render it, or changes
+        contents so that they can't be found. control: finds the texts of control tokens; contents that hold one are
+        quoted."""
+        plans = [self.plan(conversation, control) for conversation in conversations]
+        results = iter(self.attempt_each([job for _, jobs in plans for job in jobs]))
+        found = []
+        for conversation, (ways, jobs) in zip(conversations, plans, strict=True):
+            text, *marked = islice(results, len(jobs))
+            try:
+                found.append(self.find(conversation, ways, text, marked))
+            except Refused as reason:
+                found.append(reason)
+        return found
+
+    def plan(self, conversation: "Conversation", control: re.Pattern) -> tuple[list["Marks"], list[tuple]]:
+        """Ways to mark the answers, and what is to be rendered: the conversation as it is, then so marked."""
+        messages, tools, asks = conversation.messages, conversation.tools, conversation.add_generation_prompt
+        thinks = any(message["role"] == "assistant" and "</think>" in str(message.get("content"))
+                     for message in messages if "role" in message)  # fmt: skip
+        ways = [Marks(conversation, self.source, control, whole) for whole in ([True, False] if thinks else [True])]
+        jobs = [(messages, tools, asks)]
         for marks in ways:
             turns = [marks.message(message, i) for i, message in enumerate(messages)]
-            jobs.append((turns, marks.quote(tools), add_generation_prompt))
-        jobs += [(messages[:i], tools, True) for i in numbers if i]
-        text, *others = self.attempt(jobs)
-        marked, asked = others[: len(ways)], dict(zip([i for i in numbers if i], others[len(ways) :], strict=True))
+            jobs.append((turns, marks.quote(tools), asks))
+        return ways, jobs
+
+    def find(self, conversation: "Conversation", ways: list["Marks"], text, marked: list) -> Rendered:
         for result in (text, *marked):
             if isinstance(result, Refused):
                 raise result
@@ -223,27 +247,32 @@ class Template:
         for marks, each in zip(ways, marked, strict=True):
             if (found := marks.read(text, each)) is not None:
                 try:
-                    return self.answers(*found, messages, tools, asked)
+                    return self.answers(*found, conversation)
                 except Refused as reason:
                     why = str(reason)
         raise Refused(why)
 
-    def answers(self, rendered: Rendered, extents: dict[int, Span], messages, tools, asked) -> Rendered:
-        """Adds the answers. extents: of each answer's words, by its number; asked: the texts that ask for them."""
-        last = 0
+    def answers(self, rendered: Rendered, extents: dict[int, Span], conversation: "Conversation") -> Rendered:
+        """Adds the answers. extents: of each answer's words, by its number."""
+        messages, last = conversation.messages, 0
+        rendered.asked = conversation.add_generation_prompt
         for i, (first, end) in sorted(extents.items()):
-            calls = bool(messages[i].get("tool_calls"))
-            head = self.head(rendered.text, messages[:i], tools, asked.get(i), first)
-            if not self.asking.strip() and not calls and rendered.text[head:first].strip():
-                head = first  # nothing asks for an answer, so the words before it are a turn's name
+            calls, head = bool(messages[i].get("tool_calls")), first
+            if messages[i]["role"] == "assistant":
+                head = self.head(rendered.text, messages[:i], conversation.tools, first)
+                if not self.asking.strip() and not calls and rendered.text[head:first].strip():
+                    head = first  # nothing asks for an answer, so the words before it are a turn's name
             if not last <= head <= first or (calls and head == first):
                 raise Refused("it can't be told where an answer begins")
-            rendered.answers.append(Answer(head, first, end, calls, i == len(messages) - 1))
+            rendered.answers.append(Answer(head, first, end, calls, i, i == len(messages) - 1))
             last = end
         return rendered
 
-    def head(self, text: str, before: list[dict], tools: list | None, asked: "str | Refused | None", first: int) -> int:
+    def head(self, text: str, before: list[dict], tools: list | None, first: int) -> int:
         """Where an answer begins whose first certain word stands at `first`: behind the text that asks for it."""
+        if self.asking.strip() and text.endswith(self.asking, 0, first):
+            return first
+        asked = self.attempt([(before, tools, True)])[0] if before else None
         if isinstance(asked, str):
             if text.startswith(asked):
                 return len(asked)
@@ -263,24 +292,34 @@ class Template:
         return first if at < 0 else at + len(asking)
 
 
-def is_answer(message: dict) -> bool:
-    content = message.get("content")
-    written = isinstance(content, str) and bool(content.strip())
-    return message.get("role") == "assistant" and (written or bool(message.get("tool_calls")))
+@dataclass(frozen=True)
+class Conversation:
+    """What is to be rendered. roles: whose turns count as answers."""
+
+    messages: list[dict]
+    tools: list | None = None
+    add_generation_prompt: bool = False
+    roles: tuple[str, ...] = ("assistant",)
+
+    def is_answer(self, message: dict) -> bool:
+        content = message.get("content")
+        written = isinstance(content, str) and bool(content.strip())
+        return message.get("role") in self.roles and (written or bool(message.get("tool_calls")))
 
 
 class Marks:
     """Puts another text, between marks, in the place of every answer's words; and marks around whatever looks like a
     control token elsewhere. Reads both back out of the rendered text."""
 
-    def __init__(self, messages: list[dict], tools: list | None, source: str, control: re.Pattern, whole: bool):
-        taken = f"{messages}{tools}{source}"
+    def __init__(self, conversation: Conversation, source: str, control: re.Pattern, whole: bool):
+        taken = f"{conversation.messages}{conversation.tools}{source}"
+        self.is_answer = conversation.is_answer
         self.a, self.b, self.c, self.d = islice((c for c in map(chr, range(0xE000, 0xF8FF)) if c not in taken), 4)
         self.control, self.whole = control, whole  # is a thought in the content a part of the answer's words
         self.parts: list[tuple[int, str]] = []  # of each: number of its message, its words
 
     def message(self, message: dict, number: int) -> dict:
-        if not is_answer(message):
+        if not self.is_answer(message):
             return self.quote(message)
         message = self.quote({key: value for key, value in message.items() if key != "content"}) | (
             {"content": self.words(message["content"], number)} if "content" in message else {}

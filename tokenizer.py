@@ -10,19 +10,24 @@ is cut off from its context. Trained are the assistant's turns and what ends eac
 """
 
 import codecs
+import hashlib
+import json
 import re
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from os.path import commonprefix
 from pathlib import Path
 
 from errors import UserError, read_json_if_there, read_text
 from subwords import AddedToken, BytePairs, Pieces, byte_pairs, is_tiktoken, pieces, tiktoken_file
-from templates import NAMED, Answer, Refused, Template
+from templates import NAMED, Answer, Conversation, Refused, Rendered, Template
 
 Span = tuple[int, int]  # [start, end), in characters where nothing else is said
+Turn = tuple[int, int, int]  # [start, end) in ids, and the number of the message that is trained there
 
 
 class TemplateError(UserError):
@@ -52,13 +57,14 @@ class Tokenizer:
         self.vocab_size = max(self._bytes) + 1
         self.description = f"{self.model.kind}, {self.vocab_size:,} tokens{self.model.details}"
         late = [text for text, token in self.added.items() if token.normalized]
-        self._patterns = [_any_of(self.added.keys() - {*late}), _any_of(late)]
+        self._patterns = [_any_of(self.added.keys() - {*late}), *([_any_of(late)] if late else [])]
         self._late = None
         if late and self.model.nfc:  # looked for in another text, and in its form
             self._patterns.pop()
             self.added |= {self.model.normalize(text): self.added[text] for text in late}
             self._late = _any_of(map(self.model.normalize, late))
         self._control = _any_of(self.special_tokens)
+        self._short: dict[tuple[str, bool], list[int]] = {}  # ids of short parts of conversations
         self._jinja = {name: Template(source, self.names) for name, source in self.templates.items()}
         self.unlisted_ends = self._turn_end() - self.stop_ids  # no config file names them: a server must be told
         self.stop_ids = self.stop_ids | self.unlisted_ends
@@ -72,7 +78,7 @@ class Tokenizer:
         `encode_special_tokens`; True makes control tokens of it. Added tokens that are not special (`<think>`) are
         found either way. A lone surrogate, which is no character, counts as U+FFFD.
         """
-        text = SURROGATE.sub("\ufffd", text)
+        text = _without_halves(text)
         ids = [self.bos_id] if bos and self.bos_id is not None else []
         for start, end, id in self._cut(text, special):
             if id is not None:
@@ -134,20 +140,21 @@ class Tokenizer:
         if done < stop:
             yield done, stop, None
 
-    def _subwords(self, text: str, first: bool) -> tuple[list[int], list[Span]]:
-        """Ids of a normalized text that holds no early added token, and what each stands for, in its bytes."""
+    def _subwords(self, text: str, first: bool) -> tuple[list[int], list[int], list[int]]:
+        """Ids of a normalized text that holds no early added token, and where each begins and ends, in its bytes."""
         if self._late is None:
             return self.model.encode_spans(text, first)
-        ids, spans = [], []
+        ids, starts, ends = [], [], []
         for start, end, id in self._find(self._late, text, (0, len(text)), False):
             at = len(text[:start].encode())
             if id is None:
-                new, inside = self.model.encode_spans(text[start:end], first and start == 0)
+                new, begin, stop = self.model.encode_spans(text[start:end], first and start == 0)
             else:
-                new, inside = [id], [(0, len(text[start:end].encode()))]
+                new, begin, stop = [id], [0], [len(text[start:end].encode())]
             ids += new
-            spans += [(at + a, at + b) for a, b in inside]
-        return ids, spans
+            starts += [at + a for a in begin]
+            ends += [at + b for b in stop]
+        return ids, starts, ends
 
     # ---- conversations ----
 
@@ -167,29 +174,65 @@ class Tokenizer:
         Proof that nothing else is: the trained ids decode to just that text, and with another text in the answers'
         places the ids that are not trained stay the same. Raises TemplateError where that fails.
         """
-        messages = _plain_messages(messages)
-        try:
-            found = self._template(tools).locate(messages, tools, add_generation_prompt, self._control)
-        except Refused as reason:
-            raise self._error(str(reason)) from None
-        text, other = (SURROGATE.sub("\ufffd", each) for each in (found.text, found.other))
+        (result,) = self.render_each([(messages, tools)], add_generation_prompt)
+        if isinstance(result, UserError):
+            raise result
+        ids, turns = result
+        mask = [False] * len(ids)
+        for start, end, _ in turns:
+            mask[start:end] = [True] * (end - start)
+        return ids, mask
+
+    def render_each(
+        self,
+        conversations: list[tuple[list[dict], list | None]],
+        add_generation_prompt: bool = False,
+        roles: tuple[str, ...] = ("assistant",),
+    ) -> list["tuple[list[int], list[Turn]] | UserError"]:
+        """The same of many (messages, tools), which the template's process takes together: of each its ids and the
+        trained spans of them, in order; or why it has none. roles: whose turns are trained; of a user's the words and
+        what ends them."""
+        results: list = [None] * len(conversations)
+        by_template: dict[str, list[tuple[int, Conversation]]] = {}
+        for i, (messages, tools) in enumerate(conversations):
+            try:
+                each = Conversation(_plain_messages(messages), tools, add_generation_prompt, roles)
+                by_template.setdefault(self._template(tools), []).append((i, each))
+            except TemplateError as error:
+                results[i] = error
+        for name, numbered in by_template.items():
+            found = self._jinja[name].locate([each for _, each in numbered], self._control)
+            for (i, _), rendered in zip(numbered, found, strict=True):
+                try:
+                    results[i] = self._ids_and_turns(rendered)
+                except UserError as error:  # a tokenizer's limit as well
+                    results[i] = error
+        return results
+
+    def _ids_and_turns(self, found: "Rendered | Refused") -> tuple[list[int], list["Turn"]]:
+        if isinstance(found, Refused):
+            raise self._error(str(found))
+        text, other = (_without_halves(each) for each in (found.text, found.other))
         cuts = self._cut(text, True, found.quoted)
         stops = [(start, end) for start, end, id in cuts if id in self.stop_ids]
-        last = next((a for a in found.answers if a.ends_all and not add_generation_prompt), None)
+        last = next((a for a in found.answers if a.ends_all and not found.asked), None)
         end = [self.eos_id] if last and not any(start >= last.last for start, _ in stops) else []
         if end == [None]:
             raise self._error("it ends an answer with no control token, and the tokenizer has no eos_token")
-        trained = [self._extent(answer, text, cuts, stops, answer is last) for answer in found.answers]
-        ids, mask, whole = self._masked(text, cuts, trained)
-        if trained and not add_generation_prompt:  # a prompt is not trained on
+        spans = [self._extent(answer, text, cuts, stops, answer is last) for answer in found.answers]
+        seen: dict = {}
+        ids, turns, whole = self._tokens(text, cuts, spans, seen)
+        if turns and not found.asked:  # a prompt is not trained on
             moved = lambda spans: [(found.moved(a), found.moved(b)) for a, b in spans]
-            others = self._masked(other, self._cut(other, True, moved(found.quoted)), moved(trained))
-            untrained = ([i for i, yes in zip(got, flags) if not yes] for got, flags in ((ids, mask), others[:2]))
-            if not (
-                whole and others[2] and next(untrained) == next(untrained) and self._spells(ids, mask, text, trained)
-            ):
+            cuts = self._cut(other, True, moved(found.quoted))
+            others = self._tokens(other, cuts, moved(spans), seen)
+            said = all(self._spells(ids[a:b], text[c:d]) for (a, b), (c, d) in zip(turns, spans, strict=True))
+            if not (whole and others[2] and said and _outside(ids, turns) == _outside(*others[:2])):
                 raise self._error("a token holds a part of an answer and of what stands around it")
-        return ids + end, mask + [True] * len(end)
+        numbered = [(a, b, answer.number) for (a, b), answer in zip(turns, found.answers, strict=True)]
+        if end:
+            numbered[-1] = (numbered[-1][0], len(ids) + 1, numbered[-1][2])
+        return ids + end, numbered
 
     def _extent(self, answer: Answer, text: str, cuts: list, stops: list[Span], is_last: bool) -> Span:
         """The trained part of the text: from the head of the answer to its end, the stop that ends it included."""
@@ -202,43 +245,77 @@ class Tokenizer:
         near |= answer.calls and not any(id in self._special_ids for _, id in between)
         return head, stop[1] if near or is_last else answer.last
 
-    def _masked(self, text: str, cuts: list, trained: list[Span]) -> tuple[list[int], list[bool], bool]:
-        """Ids of a text cut at its added tokens, for each whether it holds a part of the trained spans, and whether
-        none holds a part of anything else with it."""
-        ids, mask, whole = [], [], True
+    def _tokens(
+        self, text: str, cuts: list, spans: list[Span], seen: dict
+    ) -> tuple[list[int], list[tuple[int, int]], bool]:
+        """Ids of a text cut at its added tokens; where in them each of the spans of characters begins and ends; and
+        whether no token holds a part of a span and of anything else. seen: ids of parts that came before."""
+        ids: list[int] = []
+        bounds = [(at, i % 2) for i, at in enumerate(at for span in spans for at in span)]  # ascending; 1: an end
+        found, whole, next_bound = [], True, 0
         for start, end, id in cuts:
-            inside = [(max(a, start) - start, min(b, end) - start) for a, b in trained if a < end and start < b]
+            inside = []
+            while next_bound < len(bounds) and bounds[next_bound][0] < end:
+                at, is_end = bounds[next_bound]
+                next_bound += 1
+                if at <= start:
+                    found.append(len(ids))
+                elif id is not None:
+                    found.append(len(ids) + is_end)
+                else:
+                    found.append(-1)
+                    inside.append((len(found) - 1, at, is_end))
             if id is not None:
                 ids.append(id)
-                mask.append(bool(inside))
                 continue
-            normalized = self.model.normalize(text[start:end])
-            new, spans = self._subwords(normalized, start == 0)
-            wanted = bytearray(len(normalized.encode()) + 1)
-            for span in inside:
-                a, b = (len(self.model.normalize(text[start : start + at]).encode()) for at in span)
-                wanted[a:b] = b"\1" * (b - a)
-            flags = [wanted[a : max(b, a + 1)] for a, b in spans]  # a piece of width 0 belongs to what follows it
+            part, first = text[start:end], start == 0
+            if not inside:
+                known = self._short if len(part) < 500 else seen  # a system turn that all conversations have, say
+                if (part, first) not in known:
+                    if len(self._short) > 1000:
+                        self._short.clear()
+                    known[part, first] = self._subwords(self.model.normalize(part), first)[0]
+                ids += known[part, first]
+                continue
+            new, starts, ends = self._subwords(self.model.normalize(part), first)
+            for i, at, is_end in inside:
+                byte = len(self.model.normalize(text[start:at]).encode())
+                token = bisect_right(ends, byte)
+                if token < len(new) and starts[token] < byte:
+                    whole, token = False, token + is_end
+                found[i] = len(ids) + token
             ids += new
-            mask += [any(flag) for flag in flags]
-            whole &= all(any(flag) == all(flag) for flag in flags)
-        return ids, mask, whole
+        found += [len(ids)] * (len(bounds) - next_bound)
+        return ids, list(zip(found[::2], found[1::2], strict=True)), whole
 
-    def _spells(self, ids: list[int], mask: list[bool], text: str, trained: list[Span]) -> bool:
-        """Whether the trained ids say what the trained spans of the text say. Of the space that sentencepiece puts in
-        front of a word none is asked."""
-        said = "".join(self.stream((id for id, yes in zip(ids, mask) if yes), first=False))
-        wanted = "".join(self.model.normalize(text[a:b]) for a, b in trained)
+    def _spells(self, ids: list[int], wanted: str) -> bool:
+        """Whether ids say a part of the text. Of the space that sentencepiece puts in front of a word none is asked."""
+        wanted = self.model.normalize(wanted)
         if self.model.prefix == "never":
-            return said == wanted
-        return said.replace(" ", "") == wanted.replace(" ", "")
+            return b"".join([self._bytes.get(id, b"") for id in ids]).decode("utf-8", "replace") == wanted
+        return "".join(self.stream(ids, first=False)).replace(" ", "") == wanted.replace(" ", "")
 
     def render_text(self, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False) -> str:
         """The template's text, equal to transformers' apply_chat_template(tokenize=False). Raises TemplateError."""
         try:
-            return self._template(tools).render(_plain_messages(messages), tools, add_generation_prompt)
+            template = self._jinja[self._template(tools)]
+            return template.render(_plain_messages(messages), tools, add_generation_prompt)
         except Refused as reason:
             raise self._error(str(reason)) from None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that ids and masks depend on: the folder's files, the templates, the ends."""
+        hashed = hashlib.sha256(json.dumps([self.templates, sorted(self.stop_ids), self.adds_bos]).encode())
+        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+            if (self.source / name).is_file():
+                hashed.update(name.encode() + (self.source / name).read_bytes())
+        return hashed.hexdigest()
+
+    def forget_processes(self) -> None:
+        """In a forked process: lets go of its parent's template processes, to start its own."""
+        for template in self._jinja.values():
+            template.process = None
 
     def save_template(self, folder: Path) -> None:
         """Puts a named template into a folder, so that the model is served as it was trained; one out of files comes
@@ -246,8 +323,8 @@ class Tokenizer:
         if self.templates["default"] in NAMED.values():
             (Path(folder) / "chat_template.jinja").write_text(self.templates["default"], encoding="utf-8")
 
-    def _template(self, tools: list | None) -> Template:
-        return self._jinja["tool_use" if tools is not None and "tool_use" in self._jinja else "default"]
+    def _template(self, tools: list | None) -> str:
+        return "tool_use" if tools is not None and "tool_use" in self._jinja else "default"
 
     def _error(self, reason: str) -> TemplateError:
         return TemplateError(f"chat template of {self.template_name}: {' '.join(reason.split())}")
@@ -255,13 +332,23 @@ class Tokenizer:
     def _turn_end(self) -> set[int]:
         """The control token that the template writes after an answer, found by trying."""
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        try:
-            found = self._template(None).locate(turns, None, False, self._control)
-        except Refused:  # broken, or in want of other turns: said where it is used
+        (found,) = self._jinja[self._template(None)].locate([Conversation(turns)], self._control)
+        if isinstance(found, Refused):  # broken, or in want of other turns: said where it is used
             return set()
         text, end = found.text, found.answers[0].last if found.answers else 0
         controls = [(start, id) for start, _, id in self._cut(text, True) if start >= end and id in self._special_ids]
         return {id for start, id in controls[:1] if end and id != self.bos_id and not text[end:start].strip()}
+
+
+def _without_halves(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate."""
+    return text if text.isascii() else SURROGATE.sub("\ufffd", text)
+
+
+def _outside(ids: list[int], turns: list[tuple[int, int]]) -> list[int]:
+    """The ids that are in none of the spans."""
+    edges = [0, *(at for turn in turns for at in turn), len(ids)]
+    return [id for a, b in zip(edges[::2], edges[1::2], strict=True) for id in ids[a:b]]
 
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a UTF-16 pair

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -35,7 +36,7 @@ import optimizers
 import plan
 import report
 from convert import base_folder
-from data import Dataset, Example, encode, epoch_order, load_sources, micro_batches, most_tokens, split
+from data import Dataset, Example, epoch_order, load, micro_batches, most_tokens, split
 from demo import TASK, Demo
 from errors import UserError, run
 from flags import LORA, VAL_FRACTION, Flags, parse_flags
@@ -66,15 +67,8 @@ def load_data(flags: Flags, tokenizer: Tokenizer, config: Config) -> tuple[Datas
     flags.seq_len = seq_len
 
     def read(paths):
-        sources = load_sources(paths)
-        for source in sources:
-            print(f"data      {source.summary()}")
-        found = encode(sources, tokenizer, seq_len)
-        for reason, count in found.dropped.items():
-            if not any(reason in source.dropped for source in sources):  # the summary has those
-                what = "shortened" if reason.startswith("cut") else "left out"
-                print(f"          {what}: {count:,} records {one_line(reason)}")
-        largest = max(max(example.ids) for example in found.examples)
+        found = load(paths, tokenizer, seq_len, flags.train_on, flags.trees, print)
+        largest = max(rows.largest for rows in found.examples.rows)
         if largest >= config.vocab_size:
             raise UserError(f"{paths[0]}: token {largest} of the tokenizer is beyond the model's {config.vocab_size}")
         return found
@@ -86,13 +80,13 @@ def load_data(flags: Flags, tokenizer: Tokenizer, config: Config) -> tuple[Datas
     else:
         flags.val_fraction = VAL_FRACTION if flags.val_fraction is None else flags.val_fraction
         train, val = split(data, flags.val_fraction)
-    if not val.examples and flags.patience:
+    if not len(val) and flags.patience:
         raise UserError("--patience counts validations, and there is nothing to validate with; give --val FILE")
-    if not val.examples and flags.val_fraction:
+    if not len(val) and flags.val_fraction:
         print("          WARNING: no validation, the prompts are too alike to part them; give --val FILE")
     print(
-        f"          {len(train.examples):,} examples to train on, {train.tokens:,} tokens of which"
-        f" {train.trained_tokens:,} trained; {len(val.examples):,} to validate"
+        f"          {len(train):,} examples to train on, {train.tokens:,} tokens of which"
+        f" {train.trained_tokens:,} trained; {len(val):,} to validate"
         + f"; turns by the template of {tokenizer.template_name}"
         * train.chat
     )
@@ -172,16 +166,15 @@ def choose_steps(flags: Flags, examples: int) -> int:
 def describe_job(flags: Flags, train: Dataset, val: Dataset, device: torch.device) -> plan.Job:
     """What plan.py counts with."""
     validations = 1 + math.ceil(flags.steps / flags.eval_every) if flags.eval_every else 1
-    lengths, tokens = [len(example.ids) for example in train.examples], train.tokens
-    longest = sorted(train.examples, key=lambda example: -len(example.ids))[: flags.batch_size]
-    batches = micro_batches(longest, flags.batch_size, device)
+    tokens, longest = train.tokens, np.argsort(-train.lengths, kind="stable")[: flags.batch_size]
+    batches = micro_batches([train.examples[i] for i in longest], flags.batch_size, device)
     largest = max(batches, key=lambda batch: len(batch.tokens))
     return plan.Job(
         lengths=largest.documents.lengths,
         trained=len(largest.targets),
         share=train.trained_tokens / tokens,
-        reach=sum(n * n for n in lengths) / tokens,
-        tokens=tokens / len(lengths) * flags.batch_size * flags.accumulate * flags.steps + validations * val.tokens / 2,
+        reach=float((train.lengths.astype(float) ** 2).sum()) / tokens,
+        tokens=tokens / len(train) * flags.batch_size * flags.accumulate * flags.steps + validations * val.tokens / 2,
         to_learn=train.trained_tokens,
         accumulate=flags.accumulate * len(batches),
     )  # half of what is validated: without a backward
@@ -253,7 +246,7 @@ class Log:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
                 f"step {step}: the loss is {loss:g}, the gradient's norm {norm:g}; stopped. Its examples:"
-                f" {', '.join(e.record.where for e in examples[:8])}; try a lower --lr"
+                f" {', '.join(e.where for e in examples[:8])}; try a lower --lr"
             )
         speed, total = tokens / seconds, time.perf_counter() - self.start
         self.tokens += tokens
@@ -302,7 +295,7 @@ def step_examples(train: Dataset, flags: Flags):
     """The examples of step after step, for ever: a function of the data, the seed and the examples a step, no more."""
     epoch = 0
     while True:
-        for numbers in epoch_order(len(train.examples), flags.batch_size * flags.accumulate, flags.seed, epoch):
+        for numbers in epoch_order(len(train), flags.batch_size * flags.accumulate, flags.seed, epoch):
             yield [train.examples[i] for i in numbers]
         epoch += 1
 
@@ -314,11 +307,12 @@ def optimize(model: Transformer, train: Dataset, flags: Flags, log: Log, device:
     model.train()
     for step, examples in zip(range(flags.steps), step_examples(train, flags)):
         batches = micro_batches(examples, flags.batch_size, device)
-        trained = sum(len(batch.targets) for batch in batches)  # of the whole step: 1 x 8 is 2 x 4
+        trained = sum(len(batch.targets) for batch in batches)
+        weight = sum(batch.weight for batch in batches)  # of the whole step: 1 x 8 is 2 x 4
         tokens = sum(len(batch.tokens) for batch in batches)
         loss, unbalanced = torch.zeros((), device=device), None
         for batch in batches:
-            part, balance = training_loss(model, batch, trained, tokens)
+            part, balance = training_loss(model, batch, weight, tokens)
             if balance is None:
                 part.backward()
             else:
@@ -381,12 +375,12 @@ def main() -> None:
     tokenizer = pick_tokenizer(folder, flags.adapter, flags.template)
     train, val = load_data(flags, tokenizer, config)
     if flags.plan:
-        choose_steps(flags, len(train.examples))
+        choose_steps(flags, len(train))
         plan.show(config, describe_job(flags, train, val, device), device, dtype, adapter_settings(flags))
         return
     model = prepare(flags, folder, dtype, device)
     model.remat = flags.remat
-    per_epoch = choose_defaults(flags, model, len(train.examples))
+    per_epoch = choose_defaults(flags, model, len(train))
     job = describe_job(flags, train, val, device)
     flops = plan.flops_a_token(model, job.reach, job.share, flags.remat)
     seconds = job.tokens * flops / (plan.EFFICIENCY * plan.product_rate(config, device, dtype))
@@ -451,7 +445,7 @@ class Watch:
     def after_step(self, done: int) -> bool:
         """Validates where it is due after so many steps; True stops the training."""
         every, end = self.flags.eval_every, done == self.flags.steps
-        if not self.val.examples or not (end or (every and done % every == 0)):
+        if not len(self.val) or not (end or (every and done % every == 0)):
             return False
         paused = self.log.pause()
         with eagerly(self.flags):

@@ -109,7 +109,6 @@ def rows_by_plaintune(torch, spec) -> dict:
     import lora
     import train
     from data import Dataset, Example
-    from formats import Record
 
     device, dtype = pick(torch, spec)
     full = spec["method"] == "full"
@@ -128,7 +127,7 @@ def rows_by_plaintune(torch, spec) -> dict:
     if spec.get("compile"):
         model.compile_blocks()
     trained = [False] + [True] * (spec["seq"] - 1)
-    data = Dataset([Example(row, trained, Record(None, "", "row")) for step in token_rows(torch, spec) for row in step])
+    data = Dataset([Example(row, trained) for step in token_rows(torch, spec) for row in step])
     train.step_examples = lambda data, flags: iter(
         [data.examples[i : i + spec["batch"]] for i in range(0, len(data.examples), spec["batch"])]
     )  # in the order that the peer has them

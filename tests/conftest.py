@@ -1,8 +1,18 @@
-"""Triton's kernels run in its interpreter where there is no GPU; triton asks for it when it is imported."""
+"""Triton's kernels run in its interpreter where there is no GPU; triton asks for it when it is imported. Token rows
+that tests make go to a folder of their own, not into the user's cache."""
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def rows_elsewhere(tmp_path_factory):
+    import rows
+
+    folder = tmp_path_factory.mktemp("rows")
+    rows.cache_folder = lambda: folder

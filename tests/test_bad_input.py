@@ -68,7 +68,7 @@ FILES = {  # what is wrong: (file name, content, words of the line)
     "all answers empty": ("data.json", json.dumps([{**r, "output": " "} for r in RECORDS]), "answer"),
     "not UTF-8": ("data.json", GOOD.encode()[:20] + b"\xff" * 4, "not UTF-8"),
     "an image": ("data.json", b"\x89PNG\r\n\x1a\n\x00\x00\x00", "not UTF-8"),
-    "compressed": ("data.json.gz", gzip.compress(GOOD.encode()), "data.json.gz"),
+    "compressed and cut off": ("data.json.gz", gzip.compress(GOOD.encode())[:-9], "data.json.gz: damaged or cut off"),
 }
 
 
@@ -81,7 +81,7 @@ def test_bad_files_of_examples(trained, case):
 def test_a_missing_file_and_a_folder_as_data(trained, tmp_path):
     assert "data.json: no such file" in trained(content=None)
     (tmp_path / "folder").mkdir()
-    assert "folder: is a folder" in trained(file="folder", content=None)
+    assert "folder: holds no file of a known kind" in trained(file="folder", content=None)
 
 
 def test_byte_order_mark_and_crlf_simply_work(base, tmp_path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from helpers import llama
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import files
 from checkpoint import load_model, new_folder, save_model
 from errors import UserError
 
@@ -266,7 +267,8 @@ def test_killed_while_saving_the_old_folder_is_whole(tmp_path, monkeypatch, mome
     before, model = stored(tmp_path / "b"), load_model(tmp_path / "a")
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr(checkpoint, moment, half_then_kill if moment == "save_file" else kill)
+        place = files if moment == "sync" else checkpoint
+        monkeypatch.setattr(place, moment, half_then_kill if moment == "save_file" else kill)
         save_model(model, tmp_path / "b")
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL

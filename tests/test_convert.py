@@ -29,6 +29,7 @@ import convert
 import gguf_header
 import gguf_in
 from errors import UserError
+from files import cache_folder
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -575,11 +576,11 @@ def test_a_folder_is_itself_and_a_missing_one_an_error(tmp_path):
 def test_cache_folder_follows_the_environment(monkeypatch):
     monkeypatch.delenv("PLAINTUNE_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert convert.cache_folder() == Path.home() / ".cache" / "plaintune"
+    assert cache_folder() == Path.home() / ".cache" / "plaintune"
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert convert.cache_folder() == Path("/x/plaintune")
+    assert cache_folder() == Path("/x/plaintune")
     monkeypatch.setenv("PLAINTUNE_CACHE", "/p")
-    assert convert.cache_folder() == Path("/p")
+    assert cache_folder() == Path("/p")
 
 
 def in_process(function, *arguments):

@@ -1,18 +1,25 @@
-"""data.py: what is trained, what is left out, the split, and the flat batches."""
+"""data.py and rows.py: what is trained, what is left out, the rows on disk, the split, and the flat batches."""
 
+import gzip
 import json
+import multiprocessing
+import os
 import random
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import SHARED, llama, needs_shared, relative
 
+import rows
 from checkpoint import load_model
 from convert import model_folder
-from data import Dataset, Example, collate, encode, load_sources, micro_batches, place, split
+from data import Dataset, Example, collate, load, micro_batches, split
 from errors import UserError
-from formats import Record
+from formats import Record, open_source
 from objectives import mean_loss, token_loss_sum
+from rows import prompt_hash, tokenised
 from tokenizer import load_tokenizer
 
 
@@ -21,112 +28,270 @@ def tokenizer():
     return load_tokenizer(model_folder(None))
 
 
-def chat(*turns: str, where: str = "here") -> Record:
-    roles = ("user", "assistant")
-    return Record([{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)], None, where)
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(rows, "cache_folder", lambda: folder)
+    return folder
 
 
-def written(folder, records: list[dict]):
-    file = folder / "data.jsonl"
+def chat(*turns: str) -> list[dict]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+def written(folder: Path, records: list[dict], name: str = "data.jsonl") -> Path:
+    file = folder / name
     file.write_text("\n".join(json.dumps(record) for record in records))
-    return load_sources([file])
+    return file
+
+
+def loaded(folder: Path, records: list[dict], tokenizer, seq_len: int = 100, **more) -> Dataset:
+    return load([written(folder, records)], tokenizer, seq_len, **more)
 
 
 def trained_text(example: Example, tokenizer) -> str:
     return tokenizer.decode([i for i, yes in zip(example.ids, example.trained, strict=True) if yes])
 
 
+# ---- what is trained ----
+
+
 def test_the_answer_and_its_end_are_trained_and_nothing_else(tmp_path, tokenizer):
-    sources = written(tmp_path, [{"instruction": "Say <|im_end|>", "input": "", "output": "No:\n1. <|im_end|> 2."}])
-    (example,) = encode(sources, tokenizer, 100).examples
+    record = {"instruction": "Say <|im_end|>", "input": "", "output": "No:\n1. <|im_end|> 2."}
+    (example,) = loaded(tmp_path, [record], tokenizer).examples
     assert trained_text(example, tokenizer) == "No:\n1. <|im_end|> 2.<|im_end|>"
-    assert example.ids.count(tokenizer.special_tokens["<|im_end|>"]) == 3  # the turns' own: of system, user, assistant
+    ends = [*example.ids].count(tokenizer.special_tokens["<|im_end|>"])
+    assert ends == 3  # the turns' own: of system, user, assistant
+
+
+def test_train_on_says_whose_turns(tmp_path, tokenizer):
+    records = [{"messages": [{"role": "system", "content": "s"}, *chat("one?", "1", "two?", "2")]}]
+    texts = {how: trained_text(loaded(tmp_path, records, tokenizer, train_on=how).examples[0], tokenizer)
+             for how in ("answers", "last-answer", "all-turns")}  # fmt: skip
+    assert texts == {
+        "answers": "1<|im_end|>2<|im_end|>",
+        "last-answer": "2<|im_end|>",
+        "all-turns": "one?<|im_end|>1<|im_end|>two?<|im_end|>2<|im_end|>",
+    }
+
+
+def test_weights_of_turns_and_records_reach_the_tokens(tmp_path, tokenizer):
+    turns = chat("a", "b", "c", "d", "e", "f")
+    turns[1]["weight"], turns[3]["weight"] = 0, 0.5
+    (example,) = loaded(tmp_path, [{"messages": turns, "weight": 3}], tokenizer).examples
+    assert [*example.trained[example.trained > 0]] == [1.5, 1.5, 3, 3]
+    assert trained_text(example, tokenizer) == "d<|im_end|>f<|im_end|>"
+    found = loaded(tmp_path, [{"messages": turns, "weight": 0}, {"messages": turns}], tokenizer)
+    assert len(found) == 1 and found.examples.rows[0].found.dropped == {"without a trained token": 1}
+
+
+def test_weighted_loss_is_the_weighted_mean(tmp_path):
+    theirs, generator = llama(tmp_path, std=0.1), torch.Generator().manual_seed(0)
+    model, examples, sums = load_model(tmp_path), [], torch.zeros(2, dtype=torch.float64)
+    for weight in (0.0, 0.5, 1.0, 4.0):
+        ids = torch.randint(0, 96, (20,), generator=generator)
+        weights = torch.tensor([0.0] * 8 + [weight] * 5 + [1.0] * 7)
+        losses = torch.nn.functional.cross_entropy(theirs(ids[None]).logits[0, :-1], ids[1:], reduction="none")
+        sums += torch.stack([(losses * weights[1:]).sum(), weights[1:].sum()]).double()
+        examples.append(Example(ids.tolist(), weights.tolist()))
+    for size in (1, 3):
+        assert mean_loss(model, micro_batches(examples, size)) == pytest.approx(float(sums[0] / sums[1]), rel=1e-5)
+    batch = collate(examples)
+    token_loss_sum(model, batch).backward()
+    got = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for weight, example in zip((0.0, 0.5, 1.0, 4.0), examples):
+        for part, times in ((slice(8, 13), weight), (slice(13, 20), 1.0)):
+            mask = [i in range(20)[part] for i in range(20)]
+            (times * token_loss_sum(model, collate([Example(example.ids, mask)]))).backward()
+    for name, parameter in model.named_parameters():
+        assert relative(parameter.grad, got[name]) < 1e-5, name
 
 
 def test_an_answer_beyond_the_limit_is_dropped_and_counted(tmp_path, tokenizer):
     short, long = {"instruction": "a", "output": "b"}, {"instruction": "a", "output": "word " * 100}
-    data = encode(written(tmp_path, [short, long, long]), tokenizer, 60)
-    assert len(data.examples) == 1 and data.dropped == {"whose answer does not fit into --seq-len 60": 2}
-    assert data.examples[0].ids == encode(written(tmp_path, [short]), tokenizer, 2048).examples[0].ids
+    data = loaded(tmp_path, [short, long, long], tokenizer, 60)
+    assert len(data) == 1 and data.dropped == {"whose answer does not fit into --seq-len 60": 2}
+    assert [*data.examples[0].ids] == [*loaded(tmp_path, [short], tokenizer, 2048).examples[0].ids]
     with pytest.raises(UserError, match="no record can be trained on"):
-        encode(written(tmp_path, [long]), tokenizer, 60)
+        loaded(tmp_path, [long], tokenizer, 60)
 
 
 def test_a_long_conversation_keeps_its_whole_answers(tmp_path, tokenizer):
-    turns = [
-        {"role": role, "content": "word " * n}
-        for role, n in (("user", 3), ("assistant", 3), ("user", 3), ("assistant", 99))
-    ]
-    data = encode(written(tmp_path, [{"messages": turns}]), tokenizer, 80)
+    turns = chat(*("word " * n for n in (3, 3, 3, 99)))
+    data = loaded(tmp_path, [{"messages": turns}], tokenizer, 80)
     assert trained_text(data.examples[0], tokenizer).count("<|im_end|>") == 1
     assert data.dropped == {"cut to the turns that fit into --seq-len 80": 1}
+    with pytest.raises(UserError, match="no record can be trained on"):
+        loaded(tmp_path, [{"messages": turns}], tokenizer, 80, train_on="last-answer")
 
 
 def test_plain_text_is_trained_whole_in_pieces(tmp_path, tokenizer):
     text = " ".join(str(i) for i in range(400))
     (tmp_path / "a.txt").write_text(text)
-    examples = encode(load_sources([tmp_path / "a.txt"]), tokenizer, 50).examples
+    examples = load([tmp_path / "a.txt"], tokenizer, 50).examples
     ids = [i for example in examples for i in example.ids]
     assert tokenizer.decode(ids[:-1]) == text and ids[-1] in tokenizer.stop_ids
-    assert all(example.trained == [False] + [True] * (len(example.ids) - 1) for example in examples)
-
-
-def test_the_split_keeps_equal_prompts_together_and_ignores_order():
-    records = [chat(f"  Question {i % 50} ", f"answer {i}") for i in range(200)] + [chat("question 7", "x")]
-    examples = [one_token(record) for record in records]
-    train, val = split(Dataset(examples), 0.2)
-    sides = [{place(e) for e in side.examples} for side in (train, val)]
-    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 50 and 3 <= len(sides[1]) <= 20
-    random.Random(0).shuffle(examples)
-    assert {id(e) for e in split(Dataset(examples), 0.2)[1].examples} == {id(e) for e in val.examples}
-    assert not split(Dataset(examples), 0)[1].examples
-    alone = [one_token(chat(f"q {i}", "a")) for i in range(9)]
-    assert len(split(Dataset(alone), 1e-9)[1].examples) == 1
-    with pytest.raises(UserError, match="leaves none of 9 prompts"):
-        split(Dataset(alone), 0.999)
-
-
-def one_token(record: Record) -> Example:
-    return Example([1, 2], [False, True], record)
-
-
-def test_a_prompt_that_many_share_is_trained_on():
-    """Whatever the hash of the common prompt: never nearly all to validation, never an error."""
-    for common in ("Hi", "Hello", "Write a limerick.", "a", "b", "c"):
-        examples = [one_token(chat(common, f"answer {i}")) for i in range(99)] + [one_token(chat("Good morning", "x"))]
-        train, val = split(Dataset(examples), 0.05)
-        assert len(train.examples) == 99 and len(val.examples) == 1
-        alike = split(Dataset(examples[:99]), 0.05)
-        assert len(alike[0].examples) == 99 and not alike[1].examples
-
-
-def test_conversations_that_begin_with_an_answer_are_parted_by_what_follows():
-    greeting = {"role": "assistant", "content": "How can I help?"}
-    records = [Record([greeting, *chat(f"question {i}", "yes").messages], None, "") for i in range(40)]
-    assert 1 <= len(split(Dataset([one_token(r) for r in records]), 0.1)[1].examples) <= 8
-
-
-def test_one_long_text_is_parted_by_its_pieces(tmp_path, tokenizer):
-    (tmp_path / "a.txt").write_text(" ".join(str(i * i) for i in range(3000)))
-    data = encode(load_sources([tmp_path / "a.txt"]), tokenizer, 50)
-    train, val = split(data, 0.1)
-    assert len(train.examples) + len(val.examples) == len(data.examples)
-    assert 0.02 * len(data.examples) <= len(val.examples) <= 0.2 * len(data.examples)
+    assert all([*example.trained] == [0] + [1] * (len(example.ids) - 1) for example in examples)
 
 
 def test_no_token_of_a_text_is_lost_at_its_end(tmp_path, tokenizer):
     """A last piece of one token would train nothing; the one before it gives up a token instead."""
     (tmp_path / "a.txt").write_text("7" * 50)  # with the end token 51
-    data = encode(load_sources([tmp_path / "a.txt"]), tokenizer, 25)
-    assert [len(example.ids) for example in data.examples] == [25, 24, 2] and not data.dropped
-    assert data.examples[-1].ids[-1] in tokenizer.stop_ids and data.examples[-1].trained == [False, True]
+    data = load([tmp_path / "a.txt"], tokenizer, 25)
+    assert [*data.lengths] == [25, 24, 2] and [*data.trained] == [24, 23, 1] and not data.dropped
+    assert data.examples[2].ids[-1] in tokenizer.stop_ids and [*data.examples[2].trained] == [0, 1]
+
+
+def test_a_long_text_comes_in_parts_that_make_the_whole(tmp_path, tokenizer, monkeypatch, cache):
+    text = "".join(f"line {i}, é\n" for i in range(500))
+    (tmp_path / "a.txt").write_text(text)
+    monkeypatch.setattr("containers.PART", 1000)
+    made = tokenised(open_source(tmp_path / "a.txt"), tokenizer)
+    assert len(made) > 1 or len(text) < 1 << 20  # chunks of 1 MB: here a single one
+    (tmp_path / "b.txt").write_text(text * 300)
+    made = tokenised(open_source(tmp_path / "b.txt"), tokenizer)
+    assert len(made) > 1 and tokenizer.decode(made.ids[:-1].tolist()) == text * 300
+    assert made.ids[-1] == tokenizer.eos_id and [*made.ids].count(tokenizer.eos_id) == 1
+
+
+# ---- rows on disk ----
+
+
+def test_rows_are_made_once_and_made_anew_when_something_changes(tmp_path, tokenizer, cache):
+    record = {"instruction": "a", "output": "b"}
+    file = written(tmp_path, [record, record | {"output": ""}])
+    made, again = (tokenised(open_source(file), tokenizer) for _ in range(2))
+    assert not made.cached and again.cached and len(again) == 1 and again.where(0) == f"{file} line 1"
+    assert again.found.dropped == {"empty answer": 1} and [*made.ids] == [*again.ids]
+    assert not tokenised(open_source(file), tokenizer, ("user", "assistant")).cached
+    assert not tokenised(open_source(file), load_tokenizer(model_folder(None), "plain")).cached
+    written(tmp_path, [record | {"output": "c"}])
+    assert not tokenised(open_source(file), tokenizer).cached
+    assert not [path for path in cache.iterdir() if path.name.startswith(".")]
+
+
+def test_a_file_that_can_not_be_read_leaves_nothing_behind(tmp_path, tokenizer, cache):
+    file = written(tmp_path, [{"instruction": "a", "output": "b"}] * 3 + [{"instruction": "a", "output": 1}])
+    for _ in range(2):
+        with pytest.raises(UserError, match="line 4: output is a number"):
+            tokenised(open_source(file), tokenizer)
+    assert not [*cache.iterdir()]
+
+
+def test_what_crashed_processes_left_goes_and_so_does_what_is_too_much(tmp_path, tokenizer, cache, monkeypatch):
+    cache.mkdir()
+    (cache / ".rows-abc.partial-999999999").mkdir()
+    (cache / f".rows-abc.partial-{os.getppid()}").mkdir()
+    for name, age in (("rows-new", 10), ("rows-old", 1000)):
+        (cache / name).mkdir()
+        (cache / name / "ids.bin").write_bytes(bytes(600))
+        os.utime(cache / name, (os.stat(cache).st_mtime - age,) * 2)
+    monkeypatch.setattr(rows, "KEPT", 1000)
+    rows.make_room(cache)
+    assert sorted(path.name for path in cache.iterdir()) == [f".rows-abc.partial-{os.getppid()}", "rows-new"]
+
+
+def test_two_processes_at_once_make_rows_once(tmp_path, tokenizer, cache):
+    file = written(tmp_path, [{"instruction": f"question {i}", "output": "yes " * 50} for i in range(3000)])
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+
+    def work():
+        tokenizer.forget_processes()
+        made = tokenised(open_source(file), tokenizer)
+        results.put((made.cached, len(made), int(made.ids.sum(dtype=np.int64))))
+
+    processes = [context.Process(target=work) for _ in range(3)]
+    for process in processes:
+        process.start()
+    got = [results.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    assert sorted(cached for cached, *_ in got) == [False, True, True] and len({each[1:] for each in got}) == 1
+    assert len([*cache.iterdir()]) == 1
+
+
+def test_several_processes_give_what_one_gives(tmp_path, tokenizer, cache, monkeypatch):
+    """Order, drops and the first fault too."""
+    draw = random.Random(0)
+    records = [{"instruction": f"q {i}", "output": "a " * draw.randrange(0, 60)} for i in range(4000)]
+    file, results = written(tmp_path, records), []
+    for alone in (0, 1 << 40):
+        monkeypatch.setattr(rows, "ALONE", alone)
+        monkeypatch.setattr(rows, "FORMAT", f"test {alone}")
+        results.append(tokenised(open_source(file), tokenizer))
+    for name in ("ids", *rows.ARRAYS):
+        assert np.array_equal(getattr(results[0], name), getattr(results[1], name)), name
+    assert results[0].found == results[1].found and results[0].found.dropped["empty answer"] > 10
+    monkeypatch.setattr(rows, "ALONE", 0)
+    records[2500]["output"], records[3900]["output"] = None, 7
+    with pytest.raises(UserError, match="line 2501: output is null"):
+        tokenised(open_source(written(tmp_path, records)), tokenizer)
+
+
+def test_a_worker_that_dies_is_an_error_not_a_wait():
+    with pytest.raises(UserError, match="ended, killed"):
+        list(rows.in_order(lambda chunk: os._exit(9), iter(range(5)), 2))
+
+
+# ---- the split ----
+
+
+def one_token(*turns: str) -> Example:
+    return Example([1, 2], [False, True], "", prompt_hash(Record(chat(*turns), None, "")))
+
+
+def prompts_of(data: Dataset) -> set[int]:
+    return set(data.prompts.tolist())
+
+
+def test_the_split_keeps_equal_prompts_together_and_ignores_order():
+    examples = [one_token(f"  Question {i % 50} ", f"answer {i}") for i in range(200)] + [one_token("question 7", "x")]
+    train, val = split(Dataset(examples), 0.2)
+    assert not prompts_of(train) & prompts_of(val) and len(prompts_of(train) | prompts_of(val)) == 50
+    assert 3 <= len(prompts_of(val)) <= 20
+    random.Random(0).shuffle(examples)
+    assert {id(e) for e in split(Dataset(examples), 0.2)[1].examples} == {id(e) for e in val.examples}
+    assert not len(split(Dataset(examples), 0)[1])
+    alone = [one_token(f"q {i}", "a") for i in range(9)]
+    assert len(split(Dataset(alone), 1e-9)[1]) == 1
+    with pytest.raises(UserError, match="leaves none of 9 prompts"):
+        split(Dataset(alone), 0.999)
+
+
+def test_a_prompt_that_many_share_is_trained_on():
+    """Whatever the hash of the common prompt: never nearly all to validation, never an error."""
+    for common in ("Hi", "Hello", "Write a limerick.", "a", "b", "c"):
+        examples = [one_token(common, f"answer {i}") for i in range(99)] + [one_token("Good morning", "x")]
+        train, val = split(Dataset(examples), 0.05)
+        assert len(train) == 99 and len(val) == 1
+        alike = split(Dataset(examples[:99]), 0.05)
+        assert len(alike[0]) == 99 and not len(alike[1])
+
+
+def test_conversations_that_begin_with_an_answer_are_parted_by_what_follows(tmp_path, tokenizer):
+    greeting = {"role": "assistant", "content": "How can I help?"}
+    records = [{"messages": [greeting, *chat(f"question {i}", "yes")]} for i in range(40)]
+    assert 1 <= len(split(loaded(tmp_path, records, tokenizer), 0.1)[1]) <= 8
+
+
+def test_one_long_text_is_parted_by_its_pieces(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text(" ".join(str(i * i) for i in range(3000)))
+    data = load([tmp_path / "a.txt"], tokenizer, 50)
+    train, val = split(data, 0.1)
+    assert len(train) + len(val) == len(data) and 0.02 * len(data) <= len(val) <= 0.2 * len(data)
+    assert train.tokens + val.tokens == data.tokens and train.trained_tokens + val.trained_tokens == data.trained_tokens
+
+
+# ---- batches ----
 
 
 def test_a_batch_of_long_examples_is_cut_and_none_is_lost(monkeypatch):
     """By tokens as well as by examples; one that is longer than the limit stands alone."""
     monkeypatch.setattr("data.most_tokens", lambda device: 100)
     lengths = [30, 50, 40, 20, 120, 10, 9]
-    examples = [Example([i] * n, [False] + [True] * (n - 1), chat("a", "b")) for i, n in enumerate(lengths)]
+    examples = [Example([i] * n, [False] + [True] * (n - 1)) for i, n in enumerate(lengths)]
     batches = micro_batches(examples, 5)
     assert [batch.documents.lengths for batch in batches] == [[9, 10, 20, 30], [40], [50], [120]]
     assert sorted(i for batch in batches for i in batch.tokens.tolist()) == sorted(
@@ -135,11 +300,12 @@ def test_a_batch_of_long_examples_is_cut_and_none_is_lost(monkeypatch):
 
 
 def test_a_batch_is_flat_and_its_rows_predict_the_trained_tokens():
-    a = Example([1, 2, 3], [False, True, True], chat("a", "b"))
-    b = Example([4, 5, 6, 7], [True, False, False, True], chat("a", "b"))  # a first token can't be predicted
+    a = Example([1, 2, 3], [False, True, True])
+    b = Example([4, 5, 6, 7], [True, False, False, True])  # a first token can't be predicted
     batch = collate([a, b])
     assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7] and batch.documents.lengths == [3, 4]
     assert batch.rows.tolist() == [0, 1, 5] and batch.targets.tolist() == [2, 3, 7]
+    assert batch.weights is None and batch.weight == 3
 
 
 def test_loss_equals_transformers_labels_and_no_batch_size_matters(tmp_path):
@@ -147,7 +313,7 @@ def test_loss_equals_transformers_labels_and_no_batch_size_matters(tmp_path):
     model, examples = load_model(tmp_path), []
     for n in (3, 90, 17, 40, 5, 60, 8):
         ids = torch.randint(0, 96, (n,), generator=generator).tolist()
-        examples.append(Example(ids, [False] * (n // 2) + [True] * (n - n // 2), chat("a", "b")))
+        examples.append(Example(ids, [False] * (n // 2) + [True] * (n - n // 2)))
     total, count = 0.0, 0
     for example in examples:
         labels = torch.where(torch.tensor(example.trained), torch.tensor(example.ids), -100)[None]
@@ -162,11 +328,8 @@ def test_gradients_of_a_flat_batch_are_the_sum_of_its_examples(tmp_path):
     model, generator = load_model(tmp_path), torch.Generator().manual_seed(0)
     examples = []
     for n in (4, 50, 48, 9, 7):
-        examples.append(
-            Example(
-                torch.randint(0, 96, (n,), generator=generator).tolist(), [False] + [True] * (n - 1), chat("a", "b")
-            )
-        )
+        ids = torch.randint(0, 96, (n,), generator=generator).tolist()
+        examples.append(Example(ids, [False] + [True] * (n - 1)))
     token_loss_sum(model, collate(examples)).backward()
     together = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -178,7 +341,16 @@ def test_gradients_of_a_flat_batch_are_the_sum_of_its_examples(tmp_path):
 
 @needs_shared
 def test_real_alpaca_records_train_their_answers(tokenizer):
-    data = encode(load_sources([SHARED / "alpaca_en_1k.json"]), tokenizer, 2048)
-    assert len(data.examples) + sum(data.dropped.values()) == 999
-    for example in data.examples:
-        assert trained_text(example, tokenizer) == example.record.messages[-1]["content"] + "<|im_end|>"
+    data = load([SHARED / "alpaca_en_1k.json"], tokenizer, 2048)
+    answers = [record["output"] for record in json.loads((SHARED / "alpaca_en_1k.json").read_text())]
+    assert len(data) == 999
+    for example, answer in zip(data.examples, answers, strict=True):
+        assert trained_text(example, tokenizer) == answer + "<|im_end|>"
+
+
+def test_a_packed_file_is_read_as_the_plain_one(tmp_path, tokenizer):
+    file = written(tmp_path, [{"instruction": f"q {i}", "output": "a"} for i in range(30)])
+    packed = tmp_path / "data.jsonl.gz"
+    packed.write_bytes(gzip.compress(file.read_bytes()))
+    plain, unpacked = (load([each], tokenizer, 100) for each in (file, packed))
+    assert [[*e.ids] for e in plain.examples] == [[*e.ids] for e in unpacked.examples]

@@ -19,7 +19,7 @@ import evaluate
 import generate
 from checkpoint import fingerprint, load_model
 from errors import UserError
-from formats import Record
+from formats import Record, read_records
 from lora import adapted, add_lora, save_adapter
 from tokenizer import load_tokenizer
 
@@ -63,7 +63,7 @@ def file(tmp_path) -> Path:
 
 
 def read(path: Path) -> list[Record]:
-    return data.load_sources([path])[0].records
+    return read_records(path).records
 
 
 # ---- loss ----
@@ -72,10 +72,10 @@ def read(path: Path) -> list[Record]:
 def test_loss_equals_transformers_mean_over_the_answer_tokens(base, file):
     ours, tokenizer = load_model(base), load_tokenizer(base)
     theirs = transformers.LlamaForCausalLM.from_pretrained(base)
-    dataset = data.encode(data.load_sources([file]), tokenizer, 512)
+    dataset = data.load([file], tokenizer, 512)
     total = count = 0
     for example in dataset.examples:
-        ids, trained = torch.tensor([example.ids]), torch.tensor([example.trained])
+        ids, trained = (torch.tensor([[*each]]) for each in (example.ids.tolist(), example.trained > 0))
         with torch.no_grad():
             mean = theirs(input_ids=ids, labels=ids.masked_fill(~trained, -100)).loss
         total, count = total + float(mean) * int(trained.sum()), count + int(trained.sum())
@@ -91,7 +91,7 @@ def test_loss_does_not_depend_on_the_batch_size_and_repeats_with_dropout_configu
     for layer in adapted(model).values():
         layer.lora_B.data.normal_(0, 0.3)
     model.train()
-    dataset = data.encode(data.load_sources([file]), load_tokenizer(base), 512)
+    dataset = data.load([file], load_tokenizer(base), 512)
     once, again = evaluate.loss(model, dataset, 8), evaluate.loss(model, dataset, 8)
     assert once == again
     assert model.training  # training goes on as it was

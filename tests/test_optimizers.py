@@ -3,6 +3,7 @@
 import json
 
 import bitsandbytes
+import numpy as np
 import pytest
 import torch
 from helpers import chat_base, command, llama
@@ -13,7 +14,7 @@ import optimizers
 import train
 from checkpoint import load_model
 from convert import model_folder
-from data import Dataset, encode, load_sources
+from data import Dataset, load
 from demo import TASK
 from optimizers import AdamW, Offloaded, make_optimizers, round_stochastically, too_small
 from tokenizer import load_tokenizer
@@ -224,8 +225,8 @@ def bundled_losses(data: Dataset, folder, optimizer: str, method: str, seed: int
 
 def test_8_bits_follow_32_on_the_bundled_task(tmp_path):
     """Two curves of one order of the data, apart by less than other adapters to begin with make it."""
-    data = encode(load_sources(TASK["train"][:1]), load_tokenizer(model_folder(None)), 512)
-    data.examples = sorted(data.examples, key=lambda example: len(example.ids))[:100]  # quick ones
+    data = load(TASK["train"][:1], load_tokenizer(model_folder(None)), 512)
+    data = data.take(np.argsort(data.lengths, kind="stable")[:100])  # quick ones
     wide, narrow = (bundled_losses(data, tmp_path / kind, kind, "lora", 0, 12) for kind in ("adamw", "adamw8bit"))
     assert wide[-1] < 0.5 * wide[0]
     assert narrow == pytest.approx(wide, rel=0.03)
@@ -233,7 +234,7 @@ def test_8_bits_follow_32_on_the_bundled_task(tmp_path):
 
 @pytest.mark.slow
 def test_8_bits_follow_32_in_full_fine_tuning_of_the_bundled_task(tmp_path):
-    data = encode(load_sources(TASK["train"][:1]), load_tokenizer(model_folder(None)), 512)
+    data = load(TASK["train"][:1], load_tokenizer(model_folder(None)), 512)
     wide, narrow = (bundled_losses(data, tmp_path / kind, kind, "full", 0, 40) for kind in ("adamw", "adamw8bit"))
     other = bundled_losses(data, tmp_path / "other", "adamw", "full", 1, 40)
     tail = [sum(curve[-10:]) / 10 for curve in (wide, narrow, other)]

@@ -19,9 +19,8 @@ import lora
 import report
 import train
 from checkpoint import load_model
-from data import Dataset, Example, encode, epoch_order, load_sources
+from data import Dataset, Example, epoch_order, load
 from errors import UserError
-from formats import Record
 from optimizers import make_optimizers
 from tokenizer import load_tokenizer
 from train import Flags, rate_at
@@ -38,7 +37,7 @@ def rows(count: int = 40, longest: int = 60, seed: int = 0) -> Dataset:
         answer = int(torch.randint(1, longest, (), generator=generator)) if number % 3 else 1
         prompt = int(torch.randint(1, 9, (), generator=generator))
         ids = torch.randint(0, 96, (prompt + answer,), generator=generator).tolist()
-        examples.append(Example(ids, [False] * prompt + [True] * answer, Record(None, "", f"row {number}")))
+        examples.append(Example(ids, [False] * prompt + [True] * answer, f"row {number}"))
     return Dataset(examples)
 
 
@@ -285,7 +284,7 @@ def test_patience_stops_a_run_that_gets_worse_and_best_is_kept(base, numbers, tm
     losses = [x["val_loss"] for x in report.read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_loss" in x]
     assert 5 < len(losses) < 40 and losses.index(min(losses)) == len(losses) - 4
     assert "3 validations without a new best" in said and said.rstrip().endswith(f"--model {tmp_path / 'run' / 'best'}")
-    sources = [encode(load_sources([file]), load_tokenizer(base), 512) for file in (tmp_path / "others.json",)]
+    sources = [load([file], load_tokenizer(base), 512) for file in (tmp_path / "others.json",)]
     model = load_model(tmp_path / "run" / "best")
     assert train.validate(model, sources[0], CPU) == pytest.approx(min(losses), abs=1e-4)
 

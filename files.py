@@ -1,0 +1,68 @@
+"""Folders that are there whole or not at all, JSON, hashes, and where things are kept between runs."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+    """Yields an empty folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
+
+    An existing `path` is replaced if asked for; else FileExistsError, and what was written is dropped.
+    NotADirectoryError where `path` is a file. A crash leaves the old folder whole, but for the instant between the two
+    renames that swap it: then it stands beside, as `.NAME.replaced-PID`.
+    """
+    path = Path(path).resolve()  # a link keeps pointing at the folder, "." has a name
+    if path.is_file():
+        raise NotADirectoryError(errno.ENOTDIR, "is a file, a folder is to be written there", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside, old = (path.parent / f".{path.name}.{state}-{os.getpid()}" for state in ("partial", "replaced"))
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        for file in (*aside.rglob("*"), aside):
+            if file.is_file():  # the safetensors package makes files that only their owner reads
+                file.chmod(aside.stat().st_mode & 0o666)
+            sync(file)
+        if path.exists() and not replace:
+            raise FileExistsError(f"{path} exists")
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)  # of a crashed process that had this number
+            path.rename(old)
+        aside.rename(path)
+        sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if old.exists() and not path.exists():  # stopped between the renames
+            old.rename(path)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(value, path: Path) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def file_sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $PLAINTUNE_CACHE, else `plaintune` in the user's cache folder."""
+    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("PLAINTUNE_CACHE") or Path(user_cache, "plaintune")).expanduser()

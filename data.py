@@ -33,19 +33,22 @@ TRAIN_ON = {  # --train-on: whose turns are trained, and whether only the last o
 @dataclass
 class Example:
     """ids, and of each how much its loss weighs (0 or False: not trained). where: the record's place, for messages.
-    prompt: a hash of what is asked. Ends with the last trained token."""
+    prompt: a hash of what is asked. apart: of a replay, whose loss is reported apart. Ends with the last trained
+    token."""
 
     ids: Sequence[int]
     trained: Sequence[float]
     where: str = ""
     prompt: int = 0
+    apart: bool = False
 
 
 class Pieces(Sequence):
-    """Examples out of rows on disk, made when they are asked for: tokens start to stop of row `row` of rows[source]."""
+    """Examples out of rows on disk, made when they are asked for: tokens start to stop of row `row` of rows[source],
+    source after source. replays: how many of the last sources are replays."""
 
-    def __init__(self, rows: list[Rows], source, row, start, stop, last_only: bool = False):
-        self.rows, self.last_only = rows, last_only
+    def __init__(self, rows: list[Rows], source, row, start, stop, last_only: bool = False, replays: int = 0):
+        self.rows, self.last_only, self.replays = rows, last_only, replays
         self.source, self.row, self.start, self.stop = source, row, start, stop
 
     def __len__(self) -> int:
@@ -59,12 +62,16 @@ class Pieces(Sequence):
         for (a, b), weight in ((rows.spans[k], rows.weights[k]) for k in (spans[-1:] if self.last_only else spans)):
             trained[max(a - start, 0) : max(b - start, 0)] = weight
         trained[0] = 0  # nothing predicts it
-        ids = rows.ids[first + start : first + stop]
-        return Example(ids, trained, rows.where(row), int(rows.prompts[row]))
+        ids, apart = rows.ids[first + start : first + stop], self.source[i] >= len(self.rows) - self.replays
+        return Example(ids, trained, rows.where(row), int(rows.prompts[row]), bool(apart))
 
     def take(self, chosen) -> "Pieces":
         parts = (each[chosen] for each in (self.source, self.row, self.start, self.stop))
-        return Pieces(self.rows, *parts, self.last_only)
+        return Pieces(self.rows, *parts, self.last_only, self.replays)
+
+    @property
+    def sizes(self) -> list[int]:
+        return np.bincount(self.source, minlength=len(self.rows)).tolist()
 
 
 @dataclass
@@ -103,11 +110,21 @@ class Dataset:
         arrays = (each[chosen] for each in (self.lengths, self.trained, self.prompts))
         return Dataset(examples, {}, *arrays, self.chat)
 
+    def with_replay(self, other: "Dataset") -> "Dataset":
+        """These examples, then the other ones, of replays."""
+        mine, theirs = self.examples, other.examples
+        source = np.concatenate([mine.source, theirs.source + len(mine.rows)])
+        both = [np.concatenate([getattr(each, name) for each in (mine, theirs)]) for name in ("row", "start", "stop")]
+        examples = Pieces(mine.rows + theirs.rows, source, *both, mine.last_only, len(theirs.rows))
+        names = ("lengths", "trained", "prompts")
+        arrays = [np.concatenate([getattr(each, name) for each in (self, other)]) for name in names]
+        return Dataset(examples, self.dropped, *arrays, self.chat or other.chat)
+
 
 @dataclass
 class Batch:
     """tokens: int64 [N], whole examples in a row. rows: int64 [K], where the next token is trained; targets: int64 [K],
-    that token. weights: float32 [K], of each one's loss; None where all are 1. weight: their sum."""
+    that token. weights: float32 [K], of each one's loss; None where all are 1. weight, weight_apart: sums."""
 
     tokens: Tensor
     documents: Documents
@@ -115,6 +132,8 @@ class Batch:
     targets: Tensor
     weights: Tensor | None = None
     weight: float = 0.0
+    apart: Tensor | None = None  # float32 [K], each one's weight if it is of a replay, else 0; None where there is none
+    weight_apart: float = 0.0
 
     def __post_init__(self):
         if self.weights is None:
@@ -136,6 +155,9 @@ def load(
     for source in [open_source(path, trees) for path in paths]:
         rows.append(tokenised(source, tokenizer, roles))
         say("data      " + source.summary(rows[-1].found) + ", tokenised before" * rows[-1].cached)
+        if source.format.name in ("preferences", "KTO"):
+            good = "chosen" if source.format.name == "preferences" else "good"
+            say(f"          trained on the {good} answers alone; an objective for the others there is not yet")
     data = cut(rows, seq_len, last_only)
     for reason, count in data.dropped.items():
         say(f"          {'shortened' if reason.startswith('cut') else 'left out'}: {count:,} records {reason}")
@@ -232,33 +254,25 @@ def split(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     return train, dataset.take(chosen[group])
 
 
-def epoch_order(examples: int, per_step: int, seed: int, epoch: int) -> list[list[int]]:
-    """The example numbers of every optimizer step of an epoch: each exactly once, a function of the arguments alone.
-
-    Plainly shuffled: padding is never computed, so that examples of like length side by side would gain nothing, and
-    they cost: steps of short answers alone are noisier, and as long as those of many tokens (LOG.md). What does not
-    fill a step makes the epoch's last, smaller one: no step mixes epochs, and the loss counts tokens, so that it weighs
-    what it should.
-    """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(examples, generator=generator).tolist()
-    return [order[start : start + per_step] for start in range(0, examples, per_step)]
-
-
 def micro_batches(examples: Sequence[Example], batch_size: int, device: torch.device | str = "cpu") -> list[Batch]:
-    """The examples, sorted by length, in flat batches of at most batch_size examples and, where these are long, of
+    """Flat batches of at most batch_size examples, as `row_batches` makes them."""
+    return row_batches([[example] for example in examples], batch_size, device)
+
+
+def row_batches(rows: Sequence[list[Example]], batch_size: int, device: torch.device | str = "cpu") -> list[Batch]:
+    """Rows of examples, sorted by length, in flat batches of at most batch_size rows and, where these are long, of
     about as many tokens as the device can use at a time: what a step computes is the same, and its memory is bounded.
     """
-    examples = sorted(examples, key=lambda example: len(example.ids))
-    batches, most = [], most_tokens(device)
-    for start in range(0, len(examples), batch_size):
+    size = lambda row: sum(len(example.ids) for example in row)
+    rows, batches, most = sorted(rows, key=size), [], most_tokens(device)
+    for start in range(0, len(rows), batch_size):
         part, tokens = [], 0
-        for example in examples[start : start + batch_size]:
-            if part and tokens + len(example.ids) > most:
+        for row in rows[start : start + batch_size]:
+            if part and tokens + size(row) > most:
                 batches.append(collate(part, device))
                 part, tokens = [], 0
-            part.append(example)
-            tokens += len(example.ids)
+            part += row
+            tokens += size(row)
         batches.append(collate(part, device))
     return batches
 
@@ -276,7 +290,7 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
     predicted = weights.nonzero().flatten()
     weights = weights[predicted]
     rows, targets, plain = predicted - 1, tokens[predicted], bool((weights == 1).all())
-    return Batch(
+    batch = Batch(
         to_device(tokens, device),
         Documents(lengths, device),
         to_device(rows, device),
@@ -284,3 +298,8 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
         None if plain else to_device(weights, device),
         float(weights.sum()),
     )
+    if any(example.apart for example in examples):
+        replayed = torch.tensor([float(example.apart) for example in examples])
+        apart = weights * replayed.repeat_interleave(torch.tensor(lengths))[predicted]
+        batch.apart, batch.weight_apart = to_device(apart, device), float(apart.sum())
+    return batch

@@ -37,7 +37,15 @@ class Flags:
         "model and data",
         "Hugging Face folder or GGUF file (default: the adapter's base, else SmolLM2-135M-Instruct)",
     )
-    data: list[str] = flag([], "model and data", "files of examples (default: the bundled task)", metavar="FILE")
+    data: list[str] = flag(
+        [],
+        "model and data",
+        "files or folders of examples; with weights, they share the draws (default: the bundled task)",
+        metavar="FILE[=W]",
+    )
+    replay: list[str] = flag(
+        [], "model and data", "general data against forgetting: this share of all draws is of it", metavar="FILE=SHARE"
+    )
     val: str | None = flag(None, "model and data", "file of validation examples", metavar="FILE")
     val_fraction: float | None = flag(
         None, "model and data", f"without --val: this share of the prompts validates; 0: none (default: {VAL_FRACTION})"
@@ -48,6 +56,9 @@ class Flags:
         "model and data",
         "of a conversation: every answer of the assistant, the last one, or the user's turns as well",
         choices=[*TRAIN_ON],
+    )
+    pack: bool | None = flag(
+        None, "model and data", "rows of --seq-len tokens, full of whole examples (default: on a GPU, in long runs)"
     )
     trees: str = flag(
         "best", "model and data", "of OASST trees: the path of best-ranked replies, or every path", choices=[*TREES]
@@ -75,7 +86,7 @@ class Flags:
     train: str | None = flag(
         None, "method", "full: train only parameters whose published name matches", metavar="REGEX"
     )
-    batch_size: int = flag(8, "optimization", "examples in a micro-batch")
+    batch_size: int = flag(8, "optimization", "examples in a micro-batch; packed, rows")
     accumulate: int = flag(1, "optimization", "micro-batches in a step")
     steps: int | None = flag(None, "optimization", "optimizer steps (default: from --epochs)")
     epochs: float | None = flag(None, "optimization", "passes over the data (default: by the amount of data)")
@@ -137,7 +148,9 @@ def parse_flags(argv: list[str]) -> Flags:
         default = f.default if f.default is not dataclasses.MISSING else []
         if not (default is None or default is False or default == []):
             meta["help"] += f" (default: {default})"
-        if f.type is bool:
+        if kind == "bool | None":
+            where.add_argument(name, action=argparse.BooleanOptionalAction, default=default, **meta)
+        elif f.type is bool:
             where.add_argument(name, action="store_true", **meta)
         elif "list" in kind:
             where.add_argument(name, nargs="+", action="extend", default=[], **meta)
@@ -163,6 +176,7 @@ def check(flags: Flags) -> None:
                 raise UserError(f"--{name.replace('_', '-')} {value:g}: must be {wanted}{above}")
     if flags.val_fraction is not None and not 0 <= flags.val_fraction < 1:
         raise UserError(f"--val-fraction {flags.val_fraction:g}: must be at least 0 and below 1")
+    weighted(flags.data), replayed(flags.replay)
     if flags.seq_len == 1:
         raise UserError("--seq-len 1: must be 2 or more, the first token of an example is never trained")
     if flags.val_fraction is not None and (flags.val or not flags.data):
@@ -203,6 +217,40 @@ def check(flags: Flags) -> None:
             raise UserError(f"--out {flags.out}: holds something that is no run of train.py; name another folder")
         if not flags.overwrite:
             raise UserError(f"--out {flags.out}: holds a run already; name another folder or add --overwrite")
-        for read in filter(None, (flags.model, flags.adapter, flags.val, *flags.data)):
+        files = [*weighted(flags.data)[0], *replayed(flags.replay)[0]]
+        for read in filter(None, (flags.model, flags.adapter, flags.val, *files)):
             if Path(flags.out).resolve() in (Path(read).resolve(), *Path(read).resolve().parents):
                 raise UserError(f"--overwrite: {read} lies in --out {flags.out}, and would be gone before it is used")
+
+
+def weighted(words: list[str]) -> tuple[list[str], list[float] | None]:
+    """The files of --data and their weights, which are 1 where others have some; None where none has."""
+    parts = [number_behind(word) for word in words]
+    weights = [1.0 if weight is None else weight for _, weight in parts]
+    for word, weight in zip(words, weights, strict=True):
+        if not 0 < weight < 1e9:
+            raise UserError(f"--data {word}: a weight must be above 0")
+    return [file for file, _ in parts], None if all(weight is None for _, weight in parts) else weights
+
+
+def replayed(words: list[str]) -> tuple[list[str], list[float]]:
+    """The files of --replay and their shares of all draws."""
+    parts = [number_behind(word) for word in words]
+    for word, (_, share) in zip(words, parts, strict=True):
+        if share is None or not 0 < share < 1:
+            raise UserError(f"--replay {word}: FILE=SHARE is wanted, a share above 0 and below 1")
+    if sum(share for _, share in parts) >= 1:
+        raise UserError("--replay: the shares leave no draw to --data")
+    return [file for file, _ in parts], [share for _, share in parts]
+
+
+def number_behind(word: str) -> tuple[str, float | None]:
+    """(a.json, 3.0) of a.json=3; a file whose own name ends so is itself."""
+    file, sign, number = word.rpartition("=")
+    if not sign or Path(word).exists():
+        return word, None
+    try:
+        value = float(number)
+    except ValueError:
+        return word, None
+    return file, value

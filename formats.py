@@ -57,11 +57,13 @@ class Found:
 
     records: int = 0
     dropped: Counter[str] = field(default_factory=Counter)  # reason: number of records that were left out
+    altered: Counter[str] = field(default_factory=Counter)  # what is not as it stands: number of records
     ignored: dict[str, bool] = field(default_factory=dict)  # keys without a meaning here; of a message "messages.KEY"
 
     def add(self, other: "Found") -> None:
         self.records += other.records
         self.dropped += other.dropped
+        self.altered += other.altered
         self.ignored |= other.ignored
 
     def complain_if_empty(self, path: str) -> None:
@@ -117,6 +119,7 @@ class Source:
         line += "".join(
             f", dropped {left_out:,} ({printable(reason[:160])})" for reason, left_out in found.dropped.items()
         )
+        line += "".join(f", {count:,} {what}" for what, count in found.altered.items())
         line += f", {self.others:,} other files left alone" if self.others else ""
         return line + (f", ignored keys {_names(found.ignored)}" if found.ignored else "")
 
@@ -606,6 +609,7 @@ def _message(message: object, where: str, ignored: dict, source: str) -> tuple[d
         if thought:
             turn["reasoning_content"] = _no_surrogate(thought, f"{where}: reasoning_content")
         if calls:
+            turn.setdefault("content", "")  # templates ask for it
             calls = calls if isinstance(calls, list) else [calls]
             turn["tool_calls"] = [_call(call, where) for call in calls]
     if role == "tool":

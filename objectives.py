@@ -14,15 +14,19 @@ from kernels.linear_cross_entropy import linear_cross_entropy
 from model import Experts, Transformer
 
 
-def token_loss_sum(model: Transformer, batch: Batch) -> Tensor:
+def token_loss_sum(model: Transformer, batch: Batch, apart: Tensor | None = None) -> Tensor:
     """Sum of -log p(next token), times its weight, over the batch's trained tokens, float32 scalar. Logits exist for
-    those rows only."""
+    those rows only. apart: a scalar to which the part of a replay is added."""
     hidden = model.flat(batch.tokens, batch.documents)
     rows = hidden.index_select(0, batch.rows)
-    return linear_cross_entropy(rows, model.head_weight(), batch.targets, model.config.logit_softcap, batch.weights)
+    others = None if apart is None or batch.apart is None else (batch.apart, apart)
+    head, softcap = model.head_weight(), model.config.logit_softcap
+    return linear_cross_entropy(rows, head, batch.targets, softcap, batch.weights, others)
 
 
-def training_loss(model: Transformer, batch: Batch, weight: float, tokens: int) -> tuple[Tensor, Tensor | None]:
+def training_loss(
+    model: Transformer, batch: Batch, weight: float, tokens: int, apart: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """A batch's share of a step's loss (cross-entropy a trained token), and, where experts are routed, of the step's
     balance loss, which is to be added with the configuration's weight; float32 scalars.
 
@@ -33,7 +37,7 @@ def training_loss(model: Transformer, batch: Batch, weight: float, tokens: int) 
     routed = [block.mlp for block in model.blocks if isinstance(block.mlp, Experts)]
     for experts in routed:
         experts.load = None
-    loss = token_loss_sum(model, batch) / weight
+    loss = token_loss_sum(model, batch, apart) / weight
     loads = [experts.load for experts in routed]
     for experts in routed:
         experts.load = ()

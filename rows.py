@@ -106,7 +106,8 @@ def open_rows(folder: Path, source: Source, cached: bool) -> Rows:
             return np.empty(0, dtype).reshape(SHAPES.get(name, -1))
         return np.memmap(file, dtype, "r").reshape(SHAPES.get(name, -1))
 
-    found = Found(meta["records"], Counter(meta["dropped"]), dict.fromkeys(meta["ignored"], True))
+    counts = (Counter(meta[name]) for name in ("dropped", "altered"))
+    found = Found(meta["records"], *counts, dict.fromkeys(meta["ignored"], True))
     units = [f"{container.path} {container.unit}" for container in source.containers]
     arrays = {name: array(name, dtype) for name, dtype in ARRAYS.items()}
     return Rows(array("ids", meta["dtype"]), **arrays, found=found, largest=meta["largest"], units=units, cached=cached)
@@ -197,8 +198,8 @@ def write(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], folder: 
         for file in files.values():
             file.close()
     found.complain_if_empty(source.path)
-    meta = {"records": found.records, "dropped": found.dropped, "ignored": [*found.ignored], "largest": largest}
-    write_json(meta | {"dtype": dtype.name, "tokens": tokens}, folder / "meta.json")
+    meta = vars(found) | {"ignored": [*found.ignored]}
+    write_json(meta | {"largest": largest, "dtype": dtype.name, "tokens": tokens}, folder / "meta.json")
 
 
 def chunks(source: Source) -> Iterator[list[tuple[int, int, object]]]:
@@ -231,6 +232,8 @@ def encode(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], dtype: 
         else:
             lines.append((*line, place, prompt_hash(record)))
             kept += 1
+            if record.messages is not None:
+                found.altered.update(unseen(record, tokenizer))
     found.records = kept
     ids, spans = array(dtype.char), [span for line in lines for span in line[1]]
     for line in lines:
@@ -260,13 +263,22 @@ def encode_record(record: Record, tokenizer: Tokenizer, rendered) -> tuple[tuple
             return None, "of a single token, which nothing predicts"
         return (ids, [(0, len(ids), 1.0)], kind), None
     if isinstance(rendered, UserError):
-        return None, f"refused by the chat template ({rendered})" * isinstance(rendered, TemplateError) or str(rendered)
+        return None, f"refused by the {rendered}" if isinstance(rendered, TemplateError) else str(rendered)
     if record.label is False:
         return None, "labelled as a bad answer"
     ids, turns = rendered
     weights = record.weights or [1.0] * len(record.messages)
     spans = [(a, b, weights[message]) for a, b, message in turns if weights[message]]
     return ((ids, spans, CHAT), None) if spans else (None, "without a trained token")
+
+
+def unseen(record: Record, tokenizer: Tokenizer) -> list[str]:
+    """What a conversation has and its template never looks at."""
+    source = tokenizer.templates["tool_use" if record.tools and "tool_use" in tokenizer.templates else "default"]
+    thinks = any("reasoning_content" in turn for turn in record.messages)
+    missed = ["tools"] if record.tools and "tools" not in source else []
+    missed += ["thoughts"] if thinks and "reasoning_content" not in source else []
+    return [f"with {what} that the template does not show" for what in missed]
 
 
 def prompt_hash(record: Record) -> int:

@@ -148,15 +148,6 @@ class Template:
                 raise text
         return texts
 
-    def attempt_each(self, jobs: list[tuple[list[dict], list | None, bool]]) -> list["str | Refused"]:
-        """As `attempt`, but where all of them together break a limit, they are tried one by one."""
-        try:
-            return self.attempt(jobs)
-        except Refused as reason:
-            if len(jobs) == 1:
-                return [reason]
-        return [result for job in jobs for result in self.attempt_each([job])]
-
     def attempt(self, jobs: list[tuple[list[dict], list | None, bool]]) -> list["str | Refused"]:
         names = ("messages", "tools", "add_generation_prompt")
         line = json.dumps([dict(zip(names, job, strict=True)) for job in jobs]).encode() + b"\n"
@@ -217,7 +208,11 @@ class Template:
         contents so that they can't be found. control: finds the texts of control tokens; contents that hold one are
         quoted."""
         plans = [self.plan(conversation, control) for conversation in conversations]
-        results = iter(self.attempt_each([job for _, jobs in plans for job in jobs]))
+        try:
+            results = iter(self.attempt([job for _, jobs in plans for job in jobs]))
+        except Refused as reason:  # one of them breaks a limit, or all together do
+            one_by_one = ([conversation] for conversation in conversations)
+            return [reason] if len(plans) == 1 else [each for one in one_by_one for each in self.locate(one, control)]
         found = []
         for conversation, (ways, jobs) in zip(conversations, plans, strict=True):
             text, *marked = islice(results, len(jobs))

@@ -53,7 +53,10 @@ class Tokenizer:
     def __post_init__(self):
         self.special_tokens = {text: token.id for text, token in self.added.items() if token.special}
         self._special_ids = frozenset(self.special_tokens.values())
-        self._bytes = self.model.bytes_of | {token.id: text.encode() for text, token in self.added.items()}
+        # what the model knows of a plain one is what it says: Gemma's "▁▁" are two spaces
+        known = {token.id for token in self.added.values() if not token.special} & self.model.bytes_of.keys()
+        added = {token.id: text.encode() for text, token in self.added.items() if token.id not in known}
+        self._bytes = self.model.bytes_of | added
         self.vocab_size = max(self._bytes) + 1
         self.description = f"{self.model.kind}, {self.vocab_size:,} tokens{self.model.details}"
         late = [text for text, token in self.added.items() if token.normalized]

@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +37,13 @@ import optimizers
 import plan
 import report
 from convert import base_folder
-from data import Dataset, Example, epoch_order, load, micro_batches, most_tokens, split
+from data import Dataset, Example, load, micro_batches, most_tokens, row_batches, split
 from demo import TASK, Demo
 from errors import UserError, run
-from flags import LORA, VAL_FRACTION, Flags, parse_flags
+from flags import LORA, VAL_FRACTION, Flags, parse_flags, replayed, weighted
 from loading import DTYPES, one_line, pick_device, pick_dtype, pick_tokenizer, put_adapter
 from model import Config, Linear, Transformer, evaluating, quantized
+from order import Stream, shares
 from objectives import mean_loss, training_loss
 from tokenizer import Tokenizer
 
@@ -51,6 +53,7 @@ KEPT = {
     "block": "the inputs of blocks, which are computed twice (--remat block)",
     "offload": "the inputs of blocks, on the host; blocks are computed twice (--remat offload)",
 }
+LONG_RUN = 100  # steps of an epoch from which packing is the default on a GPU: with fewer, small data learns too little
 STUCK = 0.5  # this share of the weights that a step can't move is worth a word
 RUN = ("config.json", "metrics.jsonl", "loss.png", "trace.json", "best", "final", "wandb")  # what a run writes
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, published
@@ -59,8 +62,18 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4
 # ---------------------------------------------------------------------------------------------------- set-up
 
 
-def load_data(flags: Flags, tokenizer: Tokenizer, config: Config) -> tuple[Dataset, Dataset]:
-    """Training and validation examples as token rows; says what was found, chosen and left out."""
+@dataclass
+class Data:
+    """What is trained on, in which order, and what validates: examples like these, and of the replay."""
+
+    train: Dataset
+    val: Dataset
+    replay_val: Dataset | None
+    stream: Stream
+
+
+def load_data(flags: Flags, tokenizer: Tokenizer, config: Config, device: torch.device) -> Data:
+    """The examples as token rows, and their order; says what was found, chosen and left out."""
     seq_len = flags.seq_len or min(2048, config.max_positions)
     if seq_len > config.max_positions:
         raise UserError(f"--seq-len {seq_len}: the model has {config.max_positions} positions")
@@ -73,7 +86,8 @@ def load_data(flags: Flags, tokenizer: Tokenizer, config: Config) -> tuple[Datas
             raise UserError(f"{paths[0]}: token {largest} of the tokenizer is beyond the model's {config.vocab_size}")
         return found
 
-    data = read(flags.data or TASK["train"])
+    files, weights = weighted(flags.data)
+    data = read(files or TASK["train"])
     val_files = [flags.val] if flags.val else [] if flags.data else TASK["val"]
     if val_files:
         train, val = data, read(val_files)
@@ -90,7 +104,47 @@ def load_data(flags: Flags, tokenizer: Tokenizer, config: Config) -> tuple[Datas
         + f"; turns by the template of {tokenizer.template_name}"
         * train.chat
     )
-    return train, val
+    files, replay_val, replay_shares = files or TASK["train"], None, []
+    if flags.replay:
+        more, replay_shares = replayed(flags.replay)
+        replay, replay_val = split(read(more), VAL_FRACTION if flags.val_fraction is None else flags.val_fraction)
+        replay_val = replay_val if len(replay_val) else None
+        train, files = train.with_replay(replay), [*files, *more]
+    return Data(train, val, replay_val, make_stream(flags, train, files, weights, replay_shares, device))
+
+
+def make_stream(flags: Flags, train: Dataset, files: list, weights, replay_shares, device: torch.device) -> Stream:
+    """The order of the examples: mixed, packed, or neither."""
+    sizes = train.examples.sizes
+    if 0 in sizes:
+        raise UserError(f"{files[sizes.index(0)]}: no example of it is left to train on")
+    stream = Stream(train.lengths, sizes, shares(sizes, weights, replay_shares), flags.seed)
+    if weights or replay_shares:
+        total = sum(stream.draws)
+        for file, size, draws in zip(files, sizes, stream.draws, strict=True):
+            print(
+                f"          of {total:,} draws an epoch, {draws / total:.1%} of {file}: {draws / size:.2f} times each"
+            )
+    packed = dataclasses.replace(stream, seq_len=flags.seq_len)
+    asked = flags.pack
+    if flags.pack is None:
+        per_step = flags.batch_size * flags.accumulate
+        flags.pack = device.type == "cuda" and packed.epoch_rows() >= LONG_RUN * per_step
+    if not flags.pack:
+        return stream
+    rows = packed.epoch_rows()
+    fill = sum(d * mean for d, mean in zip(stream.draws, mean_lengths(train), strict=True)) / (rows * flags.seq_len)
+    why = "" if asked else f"; an epoch of {LONG_RUN} steps and more, --no-pack for batches of examples"
+    print(
+        f"packed    {sum(stream.draws):,} examples in {rows:,} rows of {flags.seq_len:,} tokens, {fill:.1%} full{why}"
+    )
+    return packed
+
+
+def mean_lengths(train: Dataset) -> list[float]:
+    """Of each source's examples, in tokens."""
+    edges = np.cumsum([0, *train.examples.sizes])
+    return [float(train.lengths[a:b].mean()) for a, b in pairwise(edges)]
 
 
 def prepare(flags: Flags, folder: Path, dtype: torch.dtype, device: torch.device) -> Transformer:
@@ -134,9 +188,9 @@ def adapter_settings(flags: Flags) -> dict:
     return {name: default if getattr(flags, name) is None else getattr(flags, name) for name, default in LORA.items()}
 
 
-def choose_defaults(flags: Flags, model: Transformer, examples: int) -> int:
+def choose_defaults(flags: Flags, model: Transformer, stream: Stream) -> int:
     """Fills in what was left open, and returns the number of steps of an epoch."""
-    per_epoch = choose_steps(flags, examples)
+    per_epoch = choose_steps(flags, stream)
     if flags.lr is None:
         # Schulman et al. 2025, "LoRA without regret": the best rate falls with the width, and is ten times as high for
         # LoRA as for full fine-tuning. A base in 4 bits wants half as much again (LOG.md)
@@ -151,9 +205,9 @@ def choose_defaults(flags: Flags, model: Transformer, examples: int) -> int:
     return per_epoch
 
 
-def choose_steps(flags: Flags, examples: int) -> int:
+def choose_steps(flags: Flags, stream: Stream) -> int:
     """Fills in how long to train and how often to validate, and returns the number of steps of an epoch."""
-    per_epoch = math.ceil(examples / (flags.batch_size * flags.accumulate))
+    per_epoch, examples = math.ceil(stream.epoch_rows() / (flags.batch_size * flags.accumulate)), sum(stream.draws)
     if flags.steps is None:
         if flags.epochs is None:
             flags.epochs = 1.0 if examples >= 1_500 else 2.0 if examples >= 500 else 3.0
@@ -163,18 +217,24 @@ def choose_steps(flags: Flags, examples: int) -> int:
     return per_epoch
 
 
-def describe_job(flags: Flags, train: Dataset, val: Dataset, device: torch.device) -> plan.Job:
+def describe_job(flags: Flags, data: Data, per_epoch: int, device: torch.device) -> plan.Job:
     """What plan.py counts with."""
+    train, val, stream = data.train, data.val, data.stream
     validations = 1 + math.ceil(flags.steps / flags.eval_every) if flags.eval_every else 1
-    tokens, longest = train.tokens, np.argsort(-train.lengths, kind="stable")[: flags.batch_size]
-    batches = micro_batches([train.examples[i] for i in longest], flags.batch_size, device)
+    tokens = train.tokens
+    if flags.pack:
+        longest = dataclasses.replace(stream).step(flags.batch_size)  # a stream of its own
+    else:
+        longest = [[i] for i in np.argsort(-train.lengths, kind="stable")[: flags.batch_size]]
+    batches = row_batches([[train.examples[i] for i in row] for row in longest], flags.batch_size, device)
+    epoch_tokens = sum(draws * mean for draws, mean in zip(stream.draws, mean_lengths(train), strict=True))
     largest = max(batches, key=lambda batch: len(batch.tokens))
     return plan.Job(
         lengths=largest.documents.lengths,
         trained=len(largest.targets),
         share=train.trained_tokens / tokens,
         reach=float((train.lengths.astype(float) ** 2).sum()) / tokens,
-        tokens=tokens / len(train) * flags.batch_size * flags.accumulate * flags.steps + validations * val.tokens / 2,
+        tokens=epoch_tokens / per_epoch * flags.steps + validations * val.tokens / 2,
         to_learn=train.trained_tokens,
         accumulate=flags.accumulate * len(batches),
     )  # half of what is validated: without a backward
@@ -232,16 +292,16 @@ class Log:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None)
 
-    def step(self, step, loss, norm, rate, tokens: int, trained: int, examples: list[Example], unbalanced=None) -> None:
+    def step(self, step, loss, norm, rate, tokens: int, trained: int, examples: list[Example], more: dict) -> None:
         self.flush()  # waits for the step before this one, so the clock below ticks at the device's pace
         now = time.perf_counter()
-        self.waiting = (step, loss, norm, rate, tokens, trained, examples, unbalanced, now - self.last)
+        self.waiting = (step, loss, norm, rate, tokens, trained, examples, more, now - self.last)
         self.last = now
 
     def flush(self) -> None:
         if self.waiting is None:
             return
-        (step, loss, norm, rate, tokens, trained, examples, unbalanced, seconds), self.waiting = self.waiting, None
+        (step, loss, norm, rate, tokens, trained, examples, more, seconds), self.waiting = self.waiting, None
         loss, norm = float(loss), float(norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
@@ -252,7 +312,7 @@ class Log:
         self.tokens += tokens
         line = {"step": step, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens, "trained_tokens": trained}
         line |= {"tokens_per_s": speed, "mfu": self.peak and self.flops * speed / self.peak}
-        line |= {} if unbalanced is None else {"balance_loss": float(unbalanced)}
+        line |= {name: float(value) for name, value in more.items()}
         self.write(line | {"seconds": total, "memory_mb": report.peak_memory(self.device) / 1e6})
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
         self.bar.update()
@@ -291,28 +351,25 @@ def start_wandb(flags: Flags, out: Path):
         raise UserError(f"--wandb {flags.wandb}: {error} Or set WANDB_MODE=offline") from None
 
 
-def step_examples(train: Dataset, flags: Flags):
-    """The examples of step after step, for ever: a function of the data, the seed and the examples a step, no more."""
-    epoch = 0
+def step_rows(train: Dataset, stream: Stream, flags: Flags):
+    """The rows of examples of step after step, for ever."""
     while True:
-        for numbers in epoch_order(len(train), flags.batch_size * flags.accumulate, flags.seed, epoch):
-            yield [train.examples[i] for i in numbers]
-        epoch += 1
+        yield [[train.examples[i] for i in row] for row in stream.step(flags.batch_size * flags.accumulate)]
 
 
-def optimize(model: Transformer, train: Dataset, flags: Flags, log: Log, device: torch.device, after_step) -> None:
-    """The loop. after_step(number of steps done) returns True to stop."""
+def optimize(model: Transformer, steps, flags: Flags, log: Log, device: torch.device, after_step) -> None:
+    """The loop. steps: of each step its rows of examples. after_step(number of steps done) returns True to stop."""
     steppers = optimizers.make_optimizers(model, flags.optimizer, flags.lr, flags.weight_decay, flags.optimizer_offload)
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()
-    for step, examples in zip(range(flags.steps), step_examples(train, flags)):
-        batches = micro_batches(examples, flags.batch_size, device)
+    for step, rows in zip(range(flags.steps), steps):
+        batches = row_batches(rows, flags.batch_size, device)
         trained = sum(len(batch.targets) for batch in batches)
         weight = sum(batch.weight for batch in batches)  # of the whole step: 1 x 8 is 2 x 4
         tokens = sum(len(batch.tokens) for batch in batches)
-        loss, unbalanced = torch.zeros((), device=device), None
+        loss, apart, unbalanced = torch.zeros((), device=device), torch.zeros((), device=device), None
         for batch in batches:
-            part, balance = training_loss(model, batch, weight, tokens)
+            part, balance = training_loss(model, batch, weight, tokens, apart)
             if balance is None:
                 part.backward()
             else:
@@ -326,7 +383,10 @@ def optimize(model: Transformer, train: Dataset, flags: Flags, log: Log, device:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
-        log.step(step + 1, loss, norm, rate, tokens, trained, examples, unbalanced)
+        more = {} if unbalanced is None else {"balance_loss": unbalanced}
+        if weight_apart := sum(batch.weight_apart for batch in batches):
+            more["replay_loss"] = apart / weight_apart
+        log.step(step + 1, loss, norm, rate, tokens, trained, [example for row in rows for example in row], more)
         if after_step(step + 1):
             return
 
@@ -373,15 +433,15 @@ def main() -> None:
         plan.show(config, full_rows(flags, config, device), device, dtype, adapter_settings(flags))
         return
     tokenizer = pick_tokenizer(folder, flags.adapter, flags.template)
-    train, val = load_data(flags, tokenizer, config)
+    data = load_data(flags, tokenizer, config, device)
     if flags.plan:
-        choose_steps(flags, len(train))
-        plan.show(config, describe_job(flags, train, val, device), device, dtype, adapter_settings(flags))
+        job = describe_job(flags, data, choose_steps(flags, data.stream), device)
+        plan.show(config, job, device, dtype, adapter_settings(flags))
         return
     model = prepare(flags, folder, dtype, device)
     model.remat = flags.remat
-    per_epoch = choose_defaults(flags, model, len(train))
-    job = describe_job(flags, train, val, device)
+    per_epoch = choose_defaults(flags, model, data.stream)
+    job = describe_job(flags, data, per_epoch, device)
     flops = plan.flops_a_token(model, job.reach, job.share, flags.remat)
     seconds = job.tokens * flops / (plan.EFFICIENCY * plan.product_rate(config, device, dtype))
     why_compile = choose_compile(flags, device, seconds)
@@ -398,13 +458,13 @@ def main() -> None:
     log = Log(flags, out, flops, device)
     checkpoint.write_json(dataclasses.asdict(flags), out / "config.json")
     keep = lambda name: save(model, tokenizer, flags, out / name, base, stored)
-    watch = Watch(model, val, flags, log, keep)
+    watch, steps = Watch(model, data.val, data.replay_val, flags, log, keep), step_rows(data.train, data.stream, flags)
     try:
         if flags.profile:
-            profile(model, train, flags, log, device, out)
+            profile(model, steps, flags, log, device, out)
             return
         watch.after_step(0)
-        optimize(model, train, flags, log, device, watch.after_step)
+        optimize(model, steps, flags, log, device, watch.after_step)
     except KeyboardInterrupt:
         if watch.kept:
             how = "--adapter" if flags.lora else "--model"
@@ -424,7 +484,7 @@ def main() -> None:
     if demo:
         with eagerly(flags):
             demo.finish(out / "metrics.jsonl")
-    say_next(flags, out / watch.verdict(), train.chat)
+    say_next(flags, out / watch.verdict(), data.train.chat)
 
 
 @dataclass
@@ -433,6 +493,7 @@ class Watch:
 
     model: Transformer
     val: Dataset
+    replay_val: Dataset | None
     flags: Flags
     log: Log
     keep: Callable[[str], None]  # writes the model under this name
@@ -450,10 +511,12 @@ class Watch:
         paused = self.log.pause()
         with eagerly(self.flags):
             self.last = validate(self.model, self.val, self.model.device)
+            replay = validate(self.model, self.replay_val, self.model.device) if self.replay_val else None
         if not math.isfinite(self.last):
             raise UserError(f"step {done}: the validation loss is {self.last:g}; stopped, try a lower --lr")
-        self.log.write({"step": done, "val_loss": self.last})
-        self.log.bar.write(f"step {done:>5}: validation loss {self.last:.4f}")
+        self.log.write({"step": done, "val_loss": self.last} | ({} if replay is None else {"replay_val_loss": replay}))
+        said = "" if replay is None else f", of the replay {replay:.4f}"
+        self.log.bar.write(f"step {done:>5}: validation loss {self.last:.4f}{said}")
         better = self.last < self.best
         self.since_best = 0 if better else self.since_best + 1
         self.best = min(self.best, self.last)
@@ -557,13 +620,13 @@ def describe(flags, model, folder, tokenizer, job, per_epoch, dtype, device, why
     print(f"expected  {memory.peak / 1e9:.1f} GB of memory, {seconds / 60:.1f} min of training", flush=True)
 
 
-def profile(model, train, flags, log, device, out: Path) -> None:
+def profile(model, steps, flags, log, device, out: Path) -> None:
     """--profile N: the first N steps under torch.profiler; prints the dearest operations and writes trace.json."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=kinds) as profiler:
-        optimize(model, train, flags, log, device, lambda done: done >= flags.profile)
+        optimize(model, steps, flags, log, device, lambda done: done >= flags.profile)
     log.close()
     by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=by, row_limit=25))

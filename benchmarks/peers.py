@@ -108,7 +108,7 @@ def rows_by_plaintune(torch, spec) -> dict:
     import loading  # noqa: F401  its settings of oneDNN and glibc are train.py's
     import lora
     import train
-    from data import Dataset, Example
+    from data import Example
 
     device, dtype = pick(torch, spec)
     full = spec["method"] == "full"
@@ -127,13 +127,11 @@ def rows_by_plaintune(torch, spec) -> dict:
     if spec.get("compile"):
         model.compile_blocks()
     trained = [False] + [True] * (spec["seq"] - 1)
-    data = Dataset([Example(row, trained) for step in token_rows(torch, spec) for row in step])
-    train.step_examples = lambda data, flags: iter(
-        [data.examples[i : i + spec["batch"]] for i in range(0, len(data.examples), spec["batch"])]
-    )  # in the order that the peer has them
+    # in the order that the peer has them
+    steps = [[[Example(row, trained)] for row in step] for step in token_rows(torch, spec)]
     with tempfile.TemporaryDirectory() as folder:
         log = train.Log(flags, Path(folder), 1.0, device)
-        train.optimize(model, data, flags, log, device, lambda done: False)
+        train.optimize(model, steps, flags, log, device, lambda done: False)
         log.close()
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     seconds = [line["tokens"] / line["tokens_per_s"] for line in lines]
@@ -435,15 +433,18 @@ def task_job(args) -> None:
     sys.path.insert(0, str(ROOT))
     from checkpoint import read_json
     from convert import model_folder
-    from data import encode, epoch_order, load_sources
+    from data import load
     from demo import TASK
+    from order import Stream
     from tokenizer import load_tokenizer
 
     folder = model_folder(None)
-    data = encode(load_sources(TASK["train"]), load_tokenizer(folder), 2048).examples
-    order = epoch_order(len(data), 8, 0, 0)[: args.steps + WARM_UP]
+    data = load(TASK["train"], load_tokenizer(folder), 2048)
+    stream = Stream(data.lengths, [len(data)], [len(data)], 0)
+    order = [stream.step(8) for _ in range(args.steps + WARM_UP)]
     with tempfile.TemporaryDirectory() as work:
-        batches = [[[data[i].ids, data[i].trained] for i in step] for step in order]
+        examples = [[data.examples[i] for (i,) in step] for step in order]
+        batches = [[[each.ids.tolist(), (each.trained > 0).tolist()] for each in step] for step in examples]
         Path(work, "batches.json").write_text(json.dumps(batches))
         flags = ["--data", *map(str, TASK["train"]), "--val-fraction", "0", "--eval-every", "0"]
         flags += ["--steps", str(args.steps + WARM_UP), "--schedule", "constant", "--warmup", "0"]

@@ -20,18 +20,23 @@ BLOCK = 4096  # logits that a program of the kernel holds at a time
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None, counts: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap: float | None = None,
+    counts: Tensor | None = None,
+    others: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Sum over tokens of -log softmax(hidden @ weight.T)[target], each times its count.
 
     hidden: [tokens, D], any float dtype, trained rows only. weight: [V, D], cast to hidden's dtype for the products.
     targets: int64 [tokens]. softcap: logits become softcap * tanh(logits / softcap) first (Gemma 2). counts: float32
-    [tokens], without a gradient; None where all are 1. Returns a float32 scalar; divide by the sum of the counts
-    afterwards.
+    [tokens], without a gradient; None where all are 1. others: other counts, and a float32 scalar to which the sum with
+    these is added, without a gradient. Returns a float32 scalar; divide by the sum of the counts afterwards.
     """
     if not torch.is_grad_enabled():  # a Function is told only who requires gradients, not that nobody will ask
         hidden, weight = hidden.detach(), weight.detach()
-    return LinearCrossEntropy.apply(hidden, weight, targets, softcap, counts)
+    return LinearCrossEntropy.apply(hidden, weight, targets, softcap, counts, others)
 
 
 def linear_cross_entropy_reference(
@@ -45,7 +50,7 @@ def linear_cross_entropy_reference(
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, softcap, counts):
+    def forward(ctx, hidden, weight, targets, softcap, counts, others):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         head = weight.to(hidden.dtype)
         loss = hidden.new_zeros((), dtype=torch.float32)
@@ -57,7 +62,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             chunk, target = hidden[start : start + rows], targets[start : start + rows]
             logits = F.linear(chunk, head)  # [rows, V]
             count = None if counts is None else counts[start : start + rows]
-            loss += softmax_minus_one_hot_(logits, target, need_hidden or need_weight, softcap, count)
+            losses = softmax_minus_one_hot_(logits, target, need_hidden or need_weight, softcap, count)
+            loss += losses.sum() if count is None else losses @ count
+            if others is not None:
+                others[1].add_(losses @ others[0][start : start + rows])
             if need_hidden:
                 torch.mm(logits, head, out=grad_hidden[start : start + rows])
             if need_weight:
@@ -73,13 +81,14 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = (grad_hidden * factor).to(ctx.hidden_dtype)  # factor: fp32, one number
         if grad_weight is not None:  # in place, for it is the largest gradient of all
             grad_weight = grad_weight.mul_(factor).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def softmax_minus_one_hot_(
     logits: Tensor, target: Tensor, want_grad: bool, softcap: float | None, counts: Tensor | None = None
 ) -> Tensor:
-    """Turns logits [rows, V] into d loss / d logits in place (if wanted) and returns the rows' summed loss, fp32."""
+    """Turns logits [rows, V] into d loss / d logits in place (if wanted; times the row's count) and returns the rows'
+    losses, fp32 [rows]."""
     if on_gpu(logits):
         losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
         softmax_kernel[(logits.shape[0],)](
@@ -87,22 +96,22 @@ def softmax_minus_one_hot_(
         )
         if counts is not None and want_grad:
             logits *= counts[:, None].to(logits.dtype)
-        return losses.sum() if counts is None else losses @ counts
+        return losses
     slices = SOFTMAX_ROWS if logits.device.type == "cpu" else logits.shape[0]
-    loss = logits.new_zeros((), dtype=torch.float32)
+    losses = logits.new_empty(len(target), dtype=torch.float32)
     counts = [None] * len(target) if counts is None else counts[:, None].split(slices)
-    for part, index, count in zip(logits.split(slices), target.split(slices), counts):
+    for part, index, count, loss in zip(logits.split(slices), target.split(slices), counts, losses.split(slices)):
         if softcap:
             capped = part.float().div_(softcap).tanh_()
         logprobs = (capped * softcap if softcap else part).log_softmax(-1, dtype=torch.float32)
         index = index[:, None]
         chosen = logprobs.gather(1, index)
-        loss -= chosen.sum() if count is None else (chosen * count).sum()
+        loss.copy_(chosen[:, 0]).neg_()
         if want_grad:
             grad = logprobs.exp_().scatter_(1, index, chosen.expm1())  # p - 1 of the target, without cancellation
             grad = grad if count is None else grad.mul_(count)
             part.copy_(grad.mul_(1 - capped.square_()) if softcap else grad)
-    return loss
+    return losses
 
 
 @triton.jit

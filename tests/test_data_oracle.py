@@ -1,17 +1,20 @@
-"""Real files of every format: ids, masks and weights against transformers' ids and a mask found another way.
+"""Real files of every format: ids, masks and weights against transformers' ids and a mask that is found another way.
 
-Each file is read here by a few lines of this test's own, and an answer is where a pattern finds it in the text, as far
-as the offsets of the `tokenizers` library say that a token lies in it. Of large files a part is compared.
+Each file is read here by a few lines of the test's own. An answer is what a pattern finds in the rendered text, behind
+the text that asks for it, and a token is trained if the `tokenizers` library says that all its characters lie in there.
+Takes about 50 s.
 """
 
 import csv
 import json
 import re
+import shutil
 from collections import Counter
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
-import numpy as np
 import pytest
 import transformers
 from helpers import SHARED, needs_shared
@@ -20,26 +23,25 @@ from convert import model_folder
 from data import cut
 from errors import UserError
 from formats import open_source
-from rows import Rows, tokenised
+from rows import tokenised
 from tokenizer import load_tokenizer
 
 pytestmark = needs_shared
-WHOLE, EACH = 300, 20  # of a file of over twice WHOLE records, the first WHOLE and each 20th are compared
-SKIPPED = "an answer's words hold a control token"
-REFUSED = "refused by the chat template"
-EMPTY = "empty answer"
+WHOLE, EACH = 300, 20  # of a file of over twice WHOLE records the first WHOLE are compared, and each 20th
+REFUSED, BAD_LABEL, EMPTY = "refused by the chat template", "labelled as a bad answer", "empty answer"
+NO_ANSWER, NOT_NEW = "a path without an answer", "a path without an answer of its own"
 
 
 class Case(NamedTuple):
-    """A conversation as a file has it; lost: why it is not to be trained on."""
+    """A conversation as a file has it. weights: of each message. lost: why it is not to be trained on."""
 
     messages: list[dict]
     tools: list[dict] | None = None
-    weights: list[float] | None = None  # of each message
+    weights: list[float] | None = None
     lost: str | None = None
 
 
-# ---- the files, read by the words of whoever defined their formats ----
+# ---- the files, each read as its format is defined ----
 
 
 def whole(name: str):
@@ -47,42 +49,53 @@ def whole(name: str):
 
 
 def lines(name: str) -> list:
-    return [json.loads(line) for line in (SHARED / name).read_bytes().split(b"\n") if line.strip()]
+    return [json.loads(line) for line in (SHARED / name).read_bytes().split(b"\n") if line]
+
+
+def table(name: str) -> list[list[str]]:
+    with open(SHARED / name, encoding="utf-8", newline="") as file:
+        return [*csv.reader(file)]
+
+
+def said(role: str, content: str) -> dict:
+    return {"role": role, "content": content}
 
 
 def pair(question: str, answer: str) -> Case:
-    return Case([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+    return Case([said("user", question), said("assistant", answer)])
 
 
-def pairs(records: list[dict], asks: str, answers: str, more: str = "") -> list[Case]:
-    """more: a key whose text, where there is any, follows the question after a blank line."""
+def pairs(records: list[dict], asks: str, answers: str, more: str | None = None) -> list[Case]:
+    """more: the key of a text that follows the question after a blank line, unless it is empty."""
     return [pair(r[asks] + (f"\n\n{r[more]}" if more and r[more] else ""), r[answers]) for r in records]
 
 
+def last_only(messages: list[dict], lost: str | None = None) -> Case:
+    """Of which the last message, an answer, is what was judged."""
+    assert messages[-1]["role"] == "assistant"
+    return Case(messages, None, [0.0] * (len(messages) - 1) + [1.0], lost)
+
+
 def called(call: dict) -> dict:
-    """A tool call with its arguments as an object, which is what chat templates want."""
-    function = call.get("function", call)
+    """A tool call with an object for its arguments, which is what templates want."""
+    function, id = call.get("function", call), {"id": call["id"]} if "id" in call else {}
     arguments = function["arguments"]
     arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    return {key: call[key] for key in ("id",) if key in call} | {
-        "type": "function",
-        "function": {"name": function["name"], "arguments": arguments},
-    }
+    return id | {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def openai(records: list[dict]) -> list[Case]:
-    return [
-        Case([m | {"tool_calls": [called(c) for c in m["tool_calls"]]} if "tool_calls" in m else m
-              for m in record["messages"]], record.get("tools"))
-        for record in records
-    ]  # fmt: skip
+    for message in (message for record in records for message in record["messages"]):
+        if "tool_calls" in message:
+            message["tool_calls"] = [called(call) for call in message["tool_calls"]]
+    return [Case(record["messages"], record.get("tools")) for record in records]
 
 
 def sharegpt_turn(turn: dict) -> dict:
-    roles = {"human": "user", "gpt": "assistant", "observation": "tool", "system": "system"}
     if turn["from"] == "function_call":
         return {"role": "assistant", "tool_calls": [called(json.loads(turn["value"]))]}
-    return {"role": roles[turn["from"]], "content": turn["value"]}
+    roles = {"human": "user", "gpt": "assistant", "observation": "tool", "system": "system"}
+    return said(roles[turn["from"]], turn["value"])
 
 
 def sharegpt(records: list[dict]) -> list[Case]:
@@ -93,103 +106,61 @@ def sharegpt(records: list[dict]) -> list[Case]:
     return cases
 
 
-def typed_parts(records: list[dict]) -> list[Case]:
-    """LLaMA-Factory's messages of parts: text, reasoning, and tool calls that are JSON."""
+def in_parts(records: list[dict]) -> list[Case]:
+    """LLaMA-Factory's messages in parts: a text, a thought, and tool calls in JSON."""
     cases = []
     for record in records:
         messages = []
         for message in record["messages"]:
-            turn = {"role": message["role"]}
-            for part in message["content"]:
-                match part["type"]:
-                    case "text":
-                        turn["content"] = turn.get("content", "") + part["value"]
-                    case "reasoning":
-                        turn["reasoning_content"] = part["value"]
-                    case "tool_call":
-                        turn.setdefault("tool_calls", []).append(called(json.loads(part["value"])))
-            messages.append(turn)
+            found = {part["type"]: part["value"] for part in message["content"]}
+            calls = [called(json.loads(p["value"])) for p in message["content"] if p["type"] == "tool_call"]
+            turn = {"role": message["role"], "content": found.get("text"), "tool_calls": calls}
+            turn["reasoning_content"] = found.get("reasoning")
+            messages.append({key: value for key, value in turn.items() if value})
         cases.append(Case(messages, json.loads(record["tools"]) or None))
     return cases
 
 
-def kto(records: list[dict]) -> list[Case]:
-    """The label is that of the last turn, an answer."""
-    cases = []
-    for record in records:
-        messages = record["messages"]
-        assert messages[-1]["role"] == "assistant"
-        weights = [0.0] * (len(messages) - 1) + [1.0]
-        cases.append(Case(messages, None, weights, None if record["label"] else "labelled as a bad answer"))
-    return cases
-
-
 def preferences(records: list[dict]) -> list[Case]:
-    cases = []
-    for record in records:
-        prompt = [sharegpt_turn(turn) for turn in record["conversations"]]
-        cases.append(Case([*prompt, sharegpt_turn(record["chosen"])], None, [0.0] * len(prompt) + [1.0]))
-    return cases
-
-
-def transcript(text: str) -> list[dict]:
-    """HH-RLHF's: each turn is a blank line, who speaks, and what they say."""
-    turns = []
-    for chunk in text.replace("\n\nHuman:", "\0user\0").replace("\n\nAssistant:", "\0assistant\0").split("\0"):
-        if chunk in ("user", "assistant"):
-            turns.append({"role": chunk})
-        elif turns:
-            turns[-1]["content"] = chunk.strip()
-    return turns
+    return [last_only([sharegpt_turn(turn) for turn in (*r["conversations"], r["chosen"])]) for r in records]
 
 
 def hh_rlhf(records: list[dict]) -> list[Case]:
-    """The chosen transcript; trained is what the rejected one does not have."""
+    """The chosen transcript; both have all turns but the last answer in common."""
     cases = []
     for record in records:
-        chosen, rejected = transcript(record["chosen"]), transcript(record["rejected"])
-        same = 0
-        while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
-            same += 1
-        lost = None
-        if same == min(len(chosen), len(rejected)):
-            lost = "chosen and rejected do not differ"
-        elif not all(turn["content"] for turn in chosen + rejected):
-            lost = EMPTY
-        cases.append(Case(chosen, None, [0.0] * same + [1.0] * (len(chosen) - same), lost))
+        sides = [record[key].rpartition("\n\nAssistant:") for key in ("chosen", "rejected")]
+        assert sides[0][0] == sides[1][0]
+        spoken = record["chosen"].replace("\n\nHuman:", "\0user\0").replace("\n\nAssistant:", "\0assistant\0")
+        words = spoken.split("\0")[1:]
+        messages = [said(role, content.strip()) for role, content in zip(words[::2], words[1::2], strict=True)]
+        cases.append(last_only(messages, None if all(side[2].strip() for side in sides) else EMPTY))
     return cases
 
 
-def ranked(message: dict) -> list[dict]:
-    return sorted(message["replies"], key=lambda reply: reply.get("rank") if reply.get("rank") is not None else 99)
-
-
 def paths_below(message: dict) -> list[list[dict]]:
-    return [[message, *path] for reply in ranked(message) for path in paths_below(reply)] or [[message]]
+    replies = sorted(message["replies"], key=lambda reply: 99 if reply.get("rank") is None else reply["rank"])
+    return [[message, *path] for reply in replies for path in paths_below(reply)] or [[message]]
 
 
-def oasst(trees: list[dict], every: bool) -> list[Case]:
-    """The first path of each tree, or all of them, each answer trained once; a question at the end goes."""
+def oasst(trees: list[dict], paths: str) -> list[Case]:
+    """Of each tree the path of the best replies, or all paths: each answer trained once, no question at the end."""
     cases = []
     for tree in trees:
         trained = set()
-        for path in paths_below(tree["prompt"])[: None if every else 1]:
-            while path and path[-1]["role"] == "prompter":
-                path.pop()
+        for path in paths_below(tree["prompt"])[: 1 if paths == "best" else None]:
+            path = path[:-1] if path[-1]["role"] == "prompter" else path
             roles = {"prompter": "user", "assistant": "assistant"}
-            messages = [{"role": roles[m["role"]], "content": m["text"]} for m in path]
             weights = [float(m["role"] == "assistant" and m["message_id"] not in trained) for m in path]
             trained |= {m["message_id"] for m in path}
-            lost = None if any(weights) else f"a path without an answer{' of its own' * bool(path)}"
-            cases.append(Case(messages, None, weights, lost))
+            lost = None if any(weights) else NOT_NEW if path else NO_ANSWER
+            cases.append(Case([said(roles[m["role"]], m["text"]) for m in path], None, weights, lost))
     return cases
 
 
 def xquad(name: str) -> list[Case]:
     paragraphs = [p for article in whole(name)["data"] for p in article["paragraphs"]]
-    return [
-        pair(f"{p['context']}\n\n{qa['question']}", qa["answers"][0]["text"]) for p in paragraphs for qa in p["qas"]
-    ]
+    return [pair(f"{p['context']}\n\n{q['question']}", q["answers"][0]["text"]) for p in paragraphs for q in p["qas"]]
 
 
 def pubmedqa(name: str) -> list[Case]:
@@ -197,86 +168,184 @@ def pubmedqa(name: str) -> list[Case]:
     return [pair("\n\n".join([*r["CONTEXTS"], r["QUESTION"]]), r["LONG_ANSWER"]) for r in records]
 
 
-def banking(name: str) -> list[Case]:
-    with open(SHARED / name, encoding="utf-8", newline="") as file:
-        return [pair(row["text"], row["category"]) for row in csv.DictReader(file)]
-
-
 def ag_news(name: str) -> list[Case]:
-    classes = (SHARED / "ag_news" / "classes.txt").read_text().split()
-    with open(SHARED / name, encoding="utf-8", newline="") as file:
-        return [pair(f"{title}\n{said}", classes[int(number) - 1]) for number, title, said in csv.reader(file)]
+    classes = (SHARED / name).with_name("classes.txt").read_text().split()
+    return [pair(f"{title}\n{text}", classes[int(number) - 1]) for number, title, text in table(name)]
 
 
-HH = "hh_rlhf_harmless_test_500.jsonl"
-OASST = "oasst_en_100_tree.jsonl"
-TOOL_FILES = {
+HH, OASST = "hh_rlhf_harmless_test_500.jsonl", "oasst_en_100_tree.jsonl"
+TOOLS = {
     "glaive_toolcall_en_demo.json": lambda name: sharegpt(whole(name)),
-    "reason_tool_use_demo_50.jsonl": lambda name: typed_parts(lines(name)),
+    "reason_tool_use_demo_50.jsonl": lambda name: in_parts(lines(name)),
     "openai_drone_training_2.jsonl": lambda name: openai(lines(name)),
     "mistral_finetune_tool_calls_example.json": lambda name: openai([whole(name)]),
 }
-FILES = TOOL_FILES | {
+SOME = TOOLS | {
+    "kto_en_demo.json": lambda name: [last_only(r["messages"], None if r["label"] else BAD_LABEL) for r in whole(name)],
     "alpaca_en_1k.json": lambda name: pairs(whole(name), "instruction", "output", "input"),
+    "mbpp.jsonl": lambda name: pairs(lines(name), "text", "code"),
+    "xquad/xquad.th.json": xquad,
+}
+FILES = SOME | {
+    **{f"xquad/xquad.{language}.json": xquad for language in ("ar", "de", "en", "hi", "ru", "zh")},
     "dolly_sample.json": lambda name: pairs(whole(name), "instruction", "response", "context"),
     "sharegpt_dummy_conversation.json": lambda name: sharegpt(whole(name)),
     "openai_toy_chat_4.jsonl": lambda name: openai(lines(name)),
-    "kto_en_demo.json": lambda name: kto(whole(name)),
     "preference_en_300.json": lambda name: preferences(whole(name)),
-    OASST: lambda name: oasst(lines(name), every=False),
     "dolly_hhrlhf_train_small_500.jsonl": lambda name: pairs(lines(name), "prompt", "response"),
     "gsm8k_train.jsonl": lambda name: pairs(lines(name), "question", "answer"),
     "pubmedqa_ori_pqal.json": pubmedqa,
-    **{f"xquad/xquad.{language}.json": xquad for language in ("ar", "de", "en", "hi", "ru", "th", "zh")},
     "dialogsum.dev.jsonl": lambda name: pairs(lines(name), "dialogue", "summary"),
     "xsum_sample.json": lambda name: pairs(lines(name), "document", "summary"),
-    "mbpp.jsonl": lambda name: pairs(lines(name), "text", "code"),
-    "banking77/train.csv": banking,
+    "banking77/train.csv": lambda name: [pair(*row) for row in table(name)[1:]],
     "ag_news/test_3000.csv": ag_news,
 }
 
-# ---- the slow way to ids and masks ----
+# ---- ids and masks, the slow way ----
 
 CHATML = r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)"
 LLAMA = r"<\|start_header_id\|>assistant<\|end_header_id\|>\n\n(.*?<\|eot_id\|>)"
+GEMMA = r"<start_of_turn>model\n(.*?<end_of_turn>)"
 NEMO = r"\[/(?:INST|TOOL_RESULTS)\](?!\[TOOL_RESULTS\])(.*?</s>)"
-TOKENIZERS = {  # where an answer and its end stand; whether a turn's text is the same in a longer conversation
-    "base": (CHATML, True),
-    "qwen2_5": (CHATML, True),
-    "qwen3": (CHATML, False),  # thoughts of earlier turns are taken out
-    "llama3_1": (LLAMA, True),
-    "mistral_nemo": (NEMO, False),  # tools stand before the last question
+TOKENIZERS = {  # where an answer and its end stand; a template that is not the folder's; the files
+    "base": (CHATML, None, FILES),
+    "qwen2_5": (CHATML, None, SOME),
+    "qwen3": (CHATML, None, TOOLS),
+    "qwen3, later": (CHATML, "qwen3", TOOLS),
+    "llama3_1": (LLAMA, "llama3_1", TOOLS),
+    "gemma3": (GEMMA, None, SOME),
+    "mistral_nemo": (NEMO, None, TOOLS),
+}
+MOVING = ("qwen3", "qwen3, later", "mistral_nemo")  # these rewrite earlier turns: thoughts go, tools move on
+NO_TOOLS = dict(zip(TOOLS, (153, 31, 2, 1), strict=True))  # conversations with a tool call in them
+REFUSALS = {  # of those files
+    "base": NO_TOOLS,  # it has no place for a turn without content
+    "qwen3": NO_TOOLS,  # nor has this first release of the template
+    "gemma3": NO_TOOLS,
+    "mistral_nemo": NO_TOOLS | {"mistral_finetune_tool_calls_example.json": 0},  # it wants ids of nine letters
+    "llama3_1": {"reason_tool_use_demo_50.jsonl": 10},  # it wants one call at a time
 }
 
 
 class Oracle:
-    """Both tokenizers of a folder, and the ids and masks of transformers' one."""
+    """A folder's tokenizer, ours and transformers', and what the latter makes of conversations."""
 
-    def __init__(self, name: str, folder):
-        self.pattern, self.steady = re.compile(TOKENIZERS[name][0], re.DOTALL), TOKENIZERS[name][1]
+    def __init__(self, name: str, folder: Path):
+        self.name, self.answer = name, re.compile(TOKENIZERS[name][0], re.DOTALL)
         self.ours, self.theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
-        if name == "llama3_1":  # the folder's own is Llama 3's, without tools
-            template = (SHARED / "chat_templates" / "llama3_1.jinja").read_text()
-            self.theirs.chat_template = template
         special = [token.content for token in self.theirs.added_tokens_decoder.values() if token.special]
         self.control = re.compile("|".join(map(re.escape, special)))
 
-    def text(self, messages: list[dict], tools, **asked) -> str:
-        return self.theirs.apply_chat_template(messages, tools=tools, tokenize=False, **asked)
-
-    def ids_and_weights(self, case: Case) -> tuple[list[int], list[float]]:
-        """Ids by transformers, and of each token the weight of the answer that all its characters lie in."""
-        offsets = {"return_offsets_mapping": True}
-        both = self.theirs.apply_chat_template(case.messages, tools=case.tools, tokenizer_kwargs=offsets)
-        text = self.text(case.messages, case.tools)
-        numbers = [i for i, message in enumerate(case.messages) if message["role"] == "assistant"]
-        weights = [0.0] * len(both["input_ids"])
-        for number, found in zip(numbers, self.pattern.finditer(text), strict=True):
-            first, end = found.span(1)
-            prompt = self.text(case.messages[:number], case.tools, add_generation_prompt=True) if number else ""
-            assert not self.steady or text[:first] == prompt  # just what a server would have put before the answer
-            for i, (a, b) in enumerate(both["offset_mapping"]):
-                assert b <= first or a >= end or first <= a < b <= end, "a token holds more than the answer"
-                if first <= a and b <= end:
+    def ids_and_weights(self, case: Case) -> tuple[list[int], list[float]] | None:
+        """None where the template refuses the conversation, or does not write all answers."""
+        render, offsets = self.theirs.apply_chat_template, {"return_offsets_mapping": True}
+        try:
+            encoded = render(case.messages, tools=case.tools, tokenizer_kwargs=offsets)
+        except jinja2.TemplateError:
+            return None
+        text = render(case.messages, tools=case.tools, tokenize=False)
+        answers = [i for i, message in enumerate(case.messages) if message["role"] == "assistant"]
+        weights = [0.0] * len(encoded["input_ids"])
+        for number, found in zip(answers, self.answer.finditer(text), strict=True):
+            message, (first, end) = case.messages[number], found.span(1)
+            words = [message.get("content", ""), *(c["function"]["name"] for c in message.get("tool_calls", []))]
+            if not all(each.strip() in found[1] for each in words):
+                return None
+            if self.name not in MOVING:  # just what a server puts before the answer
+                before = case.messages[:number]
+                assert text[:first] == render(before, tools=case.tools, tokenize=False, add_generation_prompt=True)
+            for i, (a, b) in enumerate(encoded["offset_mapping"]):
+                assert b <= first or end <= a or first <= a < b <= end, "a token lies half in the answer"
+                if first <= a < end:
                     weights[i] = case.weights[number] if case.weights else 1.0
-        return both["input_ids"], weights
+        return encoded["input_ids"], weights
+
+    def compare(self, path: Path, cases: list[Case], paths: str = "best") -> Counter:
+        """Asserts that ours makes the same of a file; returns why how many records are left out."""
+        wanted, lost = [], Counter()  # wanted: None where it is not compared
+        for i, case in enumerate(cases):
+            if case.lost:
+                lost[case.lost] += 1
+            elif len(cases) > 2 * WHOLE and i >= WHOLE and i % EACH:
+                wanted.append(None)
+            elif want := self.ids_and_weights(case):
+                assert not self.control.search(f"{case.messages} {case.tools}")  # which only ours takes for plain text
+                wanted.append(want)
+            else:
+                lost[REFUSED] += 1
+        source = open_source(path, paths)
+        if not wanted:
+            with pytest.raises(UserError, match=rf"no record can be trained on \({len(cases)} {REFUSED}"):
+                tokenised(source, self.ours)
+            return lost
+        rows, dropped, wrong = tokenised(source, self.ours), Counter(), []
+        for reason, count in rows.found.dropped.items():
+            dropped[REFUSED if reason.startswith(REFUSED) else reason] += count
+        assert dropped == lost and len(rows) == rows.found.records == len(wanted)
+        for i, want in enumerate(wanted):
+            ids = rows.ids[rows.starts[i] : rows.starts[i + 1]].tolist()
+            weights = [0.0] * len(ids)
+            for k in range(rows.span_starts[i], rows.span_starts[i + 1]):
+                a, b = rows.spans[k]
+                weights[a:b] = [float(rows.weights[k])] * int(b - a)
+            if want and (ids, weights) != want:
+                wrong.append(f"{rows.where(i)}: {'mask' if ids == want[0] else 'ids'}")
+        assert not wrong
+        return lost
+
+
+@pytest.fixture(scope="module")
+def oracles(tmp_path_factory):
+    """Makes the oracle of each name, once."""
+    base = model_folder(None)
+
+    def make(name: str) -> Oracle:
+        template, folder = TOKENIZERS[name][1], SHARED / "tokenizers" / name.partition(",")[0]
+        if template:
+            folder, files = tmp_path_factory.mktemp(template), folder.glob("*.json")
+            for file in (*files, SHARED / "chat_templates" / f"{template}.jinja"):
+                shutil.copy(file, folder / (file.name if file.suffix == ".json" else "chat_template.jinja"))
+        return Oracle(name, base if name == "base" else folder)
+
+    return cache(make)
+
+
+@pytest.fixture(autouse=True)
+def rows_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLAINTUNE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("name, file", [(name, file) for name, (*_, files) in TOKENIZERS.items() for file in files])
+def test_conversations(name, file, oracles):
+    lost = oracles(name).compare(SHARED / file, FILES[file](file))
+    assert lost == Counter({REFUSED: REFUSALS.get(name, {}).get(file, 0), BAD_LABEL: 150 * ("kto" in file)})
+
+
+@pytest.mark.parametrize("name", ["base", "qwen2_5", "gemma3"])
+def test_transcripts_and_a_line_that_is_broken(name, oracles, tmp_path):
+    with pytest.raises(UserError, match=f"{HH} line 353: not JSON"):
+        tokenised(open_source(SHARED / HH), oracles(name).ours)
+    mended = (SHARED / HH).read_bytes().split(b"\n")
+    del mended[352]
+    (tmp_path / HH).write_bytes(b"\n".join(mended))
+    cases = hh_rlhf([json.loads(line) for line in mended if line])
+    assert oracles(name).compare(tmp_path / HH, cases) == {EMPTY: 1}
+
+
+@pytest.mark.parametrize("name", ["base", "qwen2_5"])
+def test_trees(name, oracles):
+    for paths, lost in ("best", {}), ("all", {NOT_NEW: 71}):
+        assert oracles(name).compare(SHARED / OASST, oasst(lines(OASST), paths), paths) == lost
+
+
+@pytest.mark.parametrize("name", ["base", "mistral_nemo"])
+@pytest.mark.parametrize("file", ["c4_text.jsonl", "tinyshakespeare.txt", "wikitext-2/valid.txt"])
+def test_plain_text_is_trained_but_for_its_first_token(name, file, oracles, monkeypatch):
+    """The `tokenizers` library is told to take control tokens in it (Nemo's <unk>) for plain text, too."""
+    ours, eos, theirs = oracles(name).ours, oracles(name).theirs.eos_token_id, oracles(name).theirs.backend_tokenizer
+    monkeypatch.setattr(theirs, "encode_special_tokens", True)
+    data = cut([tokenised(open_source(SHARED / file), ours)], seq_len=1 << 30)
+    texts = [r["text"] for r in lines(file)] if file.endswith("jsonl") else [(SHARED / file).read_bytes().decode()]
+    for example, text in zip(data.examples, texts, strict=True):
+        ids = [*theirs.encode(text).ids, eos]
+        assert example.ids.tolist() == ids and example.trained.tolist() == [0.0] + [1.0] * (len(ids) - 1)

@@ -17,6 +17,7 @@ from convert import model_folder
 from data import Dataset, load
 from demo import TASK
 from optimizers import AdamW, Offloaded, make_optimizers, round_stochastically, too_small
+from order import Stream
 from tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
@@ -218,7 +219,8 @@ def bundled_losses(data: Dataset, folder, optimizer: str, method: str, seed: int
     flags = train.Flags(steps=steps, lr=rate, warmup=1, weight_decay=0.0, optimizer=optimizer, method=method, seed=seed)
     folder.mkdir()
     log = train.Log(flags, folder, 1.0, CPU)
-    train.optimize(model, data, flags, log, CPU, lambda done: False)
+    stream = Stream(data.lengths, [len(data)], [len(data)], flags.seed)
+    train.optimize(model, train.step_rows(data, stream, flags), flags, log, CPU, lambda done: False)
     log.close()
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

@@ -19,9 +19,10 @@ import lora
 import report
 import train
 from checkpoint import load_model
-from data import Dataset, Example, epoch_order, load
+from data import Dataset, Example, load
 from errors import UserError
 from optimizers import make_optimizers
+from order import Stream
 from tokenizer import load_tokenizer
 from train import Flags, rate_at
 
@@ -46,9 +47,13 @@ def settings(**changes) -> Flags:
     return Flags(**wanted)
 
 
+def stream(data: Dataset, seed: int = 0) -> Stream:
+    return Stream(data.lengths, [len(data)], [len(data)], seed)
+
+
 def losses(model, data: Dataset, flags: Flags, folder: Path) -> list[float]:
     log = train.Log(flags, folder, 1.0, CPU)
-    train.optimize(model, data, flags, log, CPU, lambda done: False)
+    train.optimize(model, train.step_rows(data, stream(data), flags), flags, log, CPU, lambda done: False)
     log.close()
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -63,9 +68,9 @@ def oracle_losses(model, data: Dataset, flags: Flags, decay: float = 0.0, balanc
     ]
     optimizer = torch.optim.AdamW(groups, lr=flags.lr, foreach=False)
     found = []
-    per_step = flags.batch_size * flags.accumulate
-    order = [step for epoch in range(99) for step in epoch_order(len(data.examples), per_step, 0, epoch)]
-    for number, step in enumerate(order[: flags.steps]):
+    order = stream(data)
+    for number in range(flags.steps):
+        step = [i for (i,) in order.step(flags.batch_size * flags.accumulate)]
         count, total, routers = 0, 0.0, []
         for i in step:
             example = data.examples[i]
@@ -197,15 +202,6 @@ def test_schedule_and_warm_up():
     assert rate_at(7, settings(steps=10, lr=1.0, warmup=4, schedule="linear")) == pytest.approx(0.5)
     assert rate_at(9, settings(steps=10, lr=1.0, warmup=4, schedule="constant")) == 1.0
     assert rate_at(0, settings(steps=10, lr=1.0, warmup=0)) == 1.0
-
-
-def test_an_epoch_draws_each_example_once_and_no_step_mixes_epochs():
-    for epoch in range(3):
-        steps = epoch_order(43, 8, 5, epoch)
-        assert sorted(i for step in steps for i in step) == list(range(43))
-        assert [len(step) for step in steps] == [8] * 5 + [3]
-    assert epoch_order(43, 8, 5, 0) == epoch_order(43, 8, 5, 0) != epoch_order(43, 8, 5, 1)
-    assert epoch_order(43, 8, 6, 0) != epoch_order(43, 8, 5, 0)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_examples(tmp_path):

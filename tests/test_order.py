@@ -1,0 +1,271 @@
+"""order.py and packing: nothing lost, nothing twice, the position in constant time, packed equal to unpacked."""
+
+import json
+import math
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from helpers import SHARED, llama, needs_shared, relative
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import order
+import rows
+from convert import model_folder
+from data import Example, collate, load, micro_batches, row_batches
+from model import Config, Transformer
+from objectives import token_loss_sum
+from order import Stream, epoch_order, pack, shares
+from tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(model_folder(None))
+
+
+def epoch(stream: Stream, per_step: int) -> list[list[list[int]]]:
+    """The steps of the epoch at hand."""
+    steps, at = [], stream.epoch
+    while stream.epoch == at:
+        steps.append(stream.step(per_step))
+    return steps
+
+
+def plain(count: int, seed: int = 0, **more) -> Stream:
+    return Stream(np.arange(count) % 50 + 1, [count], [count], seed, **more)
+
+
+def flat(steps) -> list[int]:
+    return [i for step in steps for row in step for i in row]
+
+
+# ---- an epoch ----
+
+
+def test_an_epoch_draws_each_example_once_and_no_step_mixes_epochs():
+    stream = plain(43, 5)
+    epochs = [epoch(stream, 8) for _ in range(3)]
+    for steps in epochs:
+        assert sorted(flat(steps)) == list(range(43)) and [len(step) for step in steps] == [8] * 5 + [3]
+    assert epochs[0] != epochs[1] and epoch(plain(43, 5), 8) == epochs[0] != epoch(plain(43, 6), 8)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    weights=st.lists(st.floats(0.01, 10), min_size=4, max_size=4),
+    seq_len=st.sampled_from([None, 50, 64]),
+    seed=st.integers(0, 99),
+    window=st.sampled_from([7, 32, 4096]),
+)
+def test_the_order_is_one_for_all_processes_and_accumulations(sizes, weights, seq_len, seed, window):
+    """The steps of 1, 2 and 3 processes, each with its slice of the rows, put together again."""
+    order.WINDOW = window
+    try:
+        draws = shares(sizes, weights[: len(sizes)])
+        lengths = np.arange(sum(sizes)) * 7 % 50 + 1
+        make = lambda: Stream(lengths, sizes, draws, seed, seq_len)
+        one = [list(islice(iter(lambda s=make(): s.step(6), None), 30))][0]
+        for processes in (2, 3):
+            streams = [make() for _ in range(processes)]
+            for step in one:
+                parts = [stream.step(6)[rank::processes] for rank, stream in enumerate(streams)]
+                assert sorted(row for part in parts for row in part) == sorted(step)
+        steps = epoch(make(), 4)
+        assert len(flat(steps)) == sum(sizes) and all(sum(lengths[row]) <= (seq_len or 50) for s in steps for row in s)
+        edges = np.cumsum([0, *sizes])
+        drawn = Counter(np.searchsorted(edges, flat(steps), side="right") - 1)
+        assert [drawn[s] for s in range(len(sizes))] == draws
+    finally:
+        order.WINDOW = 4096
+
+
+def test_a_position_is_three_numbers_and_the_rest_follows(monkeypatch):
+    """Wherever a run stops, one that begins there goes on alike; mixing and packing included."""
+    monkeypatch.setattr(order, "WINDOW", 64)
+    lengths = np.arange(500) * 13 % 97 + 3
+    for seq_len in (None, 128):
+        stream = Stream(lengths, [400, 100], shares([400, 100], [1, 2]), 3, seq_len)
+        for _ in range(120):
+            again = Stream(lengths, stream.sizes, stream.draws, 3, seq_len, stream.epoch, stream.window, stream.row)
+            assert [again.step(5) for _ in range(3)] == [
+                Stream(lengths, stream.sizes, stream.draws, 3, seq_len, *at).step(5)
+                for at in positions(stream, 3, seq_len)
+            ]
+            stream.step(5)
+        assert stream.epoch >= 1
+
+
+def positions(stream: Stream, count: int, seq_len) -> list[tuple[int, int, int]]:
+    """Of this stream and of its next steps."""
+    copy = Stream(stream.lengths, stream.sizes, stream.draws, 3, seq_len, stream.epoch, stream.window, stream.row)
+    found = []
+    for _ in range(count):
+        found.append((copy.epoch, copy.window, copy.row))
+        copy.step(5)
+    return found
+
+
+def test_resuming_a_million_examples_late_reads_one_window():
+    stream = plain(1_000_000, seq_len=512, epoch=7, window=200, row=11)
+    stream.window_rows = lambda *at, real=stream.window_rows: calls.append(at[1:]) or real(*at)
+    calls: list = []
+    stream.step(8)
+    assert calls == [(7, 200)]
+
+
+# ---- mixing ----
+
+
+def test_shares_are_whole_draws_and_as_many_as_the_data_has():
+    assert shares([300, 100], None) == [300, 100]
+    assert shares([300, 100], [3, 1]) == [300, 100] and shares([300, 100], [1, 1]) == [200, 200]
+    assert shares([300, 100, 50], None, [0.1]) == [270, 90, 40]
+    assert shares([10, 10, 10], [1, 1, 1]) == [10, 10, 10] and sum(shares([7, 5, 3], [1, 2, 4])) == 15
+
+
+def test_a_source_gives_all_its_examples_before_any_comes_again():
+    sizes, draws = [40, 7], shares([40, 7], [1, 1])  # 24 and 23 of 47
+    drawn = np.concatenate([epoch_order(sizes, draws, 1, e) for e in range(10)])
+    for first, size in ((0, 40), (40, 7)):
+        mine = drawn[(drawn >= first) & (drawn < first + size)]
+        for start in range(0, len(mine) - size, size):
+            assert sorted(mine[start : start + size]) == list(range(first, first + size))
+    spread = np.flatnonzero(epoch_order(sizes, draws, 1, 0) >= 40)
+    assert 5 < spread.mean() < 42 and not np.array_equal(spread, np.sort(spread)[: len(spread)] * 0)
+
+
+# ---- packing ----
+
+
+def test_rows_are_full_and_nothing_is_lost():
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(1, 700, 3000).tolist()
+    packed = pack(lengths, 2048)
+    assert sorted(i for row in packed for i in row) == list(range(3000))
+    totals = [sum(lengths[i] for i in row) for row in packed]
+    assert max(totals) <= 2048 and sum(totals) / (len(packed) * 2048) > 0.995
+    assert pack([], 5) == [] and pack([5, 5], 5) == [[0], [1]]
+
+
+def test_packing_in_no_time_at_all_grows_no_square():
+    lengths = np.random.default_rng(0).integers(1, 700, 4096).tolist()
+    assert len(pack(lengths, 2048)) == math.ceil(sum(lengths) / 2048) or len(pack(lengths, 2048)) < 750
+
+
+TINY = {"vocab_size": 49152, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}  # fmt: skip
+FAMILIES = {
+    "Llama": TINY | {"model_type": "llama"},
+    "sliding windows": TINY | {"model_type": "mistral", "sliding_window": 24},
+    "learned positions": {"model_type": "gpt2", "vocab_size": 49152, "n_embd": 32, "n_layer": 2, "n_head": 4,
+                          "n_positions": 2048},
+}  # fmt: skip
+
+
+@needs_shared
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_unpacked_on_500_real_examples(tokenizer, family):
+    """Total loss and every parameter's gradient, in fp32."""
+    data = load([SHARED / "alpaca_en_1k.json"], tokenizer, 2048).take(np.arange(500))
+    stream = Stream(data.lengths, [500], [500], 0, 2048)
+    packed = [[data.examples[i] for i in row] for row in stream.step(10**6)]
+    assert data.tokens / (2048 * len(packed)) >= 0.97 and sum(map(len, packed)) == 500
+    torch.manual_seed(0)
+    model = Transformer(Config.from_hf(FAMILIES[family]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1 + (parameter.dim() == 1))
+    results = []
+    # one by one; as batches; packed
+    for batches in ([collate([e]) for e in data.examples], row_batches(packed, 4)):
+        model.zero_grad()
+        total, count = 0.0, sum(batch.weight for batch in batches)
+        for batch in batches:
+            loss = token_loss_sum(model, batch) / count
+            loss.backward()
+            total += float(loss.detach())
+        results.append((total, count, {name: p.grad.clone() for name, p in model.named_parameters()}))
+    (alone, number, grads), (together, same, others) = results
+    assert number == same == data.trained_tokens and together == pytest.approx(alone, rel=1e-5)
+    assert max(len(batch.documents.lengths) for batch in row_batches(packed, 4)) > 5
+    for name, grad in grads.items():
+        assert relative(others[name], grad) < 1e-5, name
+
+
+def test_in_a_row_no_example_sees_another(tmp_path):
+    """Another first example moves nothing of the second one's loss."""
+    llama(tmp_path, std=0.1)
+    from checkpoint import load_model
+
+    model, second = load_model(tmp_path), Example(list(range(20, 50)), [False] * 10 + [True] * 20)
+    found = []
+    for first in (range(20), range(50, 95)):
+        (batch,) = row_batches([[Example(list(first), [False] * len(first)), second]], 1)
+        found.append(float(token_loss_sum(model, batch)))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert found[0] == pytest.approx(float(token_loss_sum(model, collate([second]))), rel=1e-6)
+
+
+# ---- from conversations to rows and back ----
+
+words = st.text(st.characters(codec="utf-8", max_codepoint=0x2FFFF), min_size=1, max_size=40)
+turn_texts = st.lists(words.filter(lambda text: text.strip() == text and text), min_size=2, max_size=6)
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(chats=st.lists(turn_texts, min_size=1, max_size=8))
+def test_any_conversations_survive_the_way_to_packed_rows_and_back(tokenizer, tmp_path_factory, chats):
+    # SmolLM2 has no token for some control characters
+    chats = [[t for t in chat if tokenizer.decode(tokenizer.encode(t)) == t] for chat in chats]
+    chats = [chat for chat in chats if len(chat) > 1]
+    assume(chats)
+    folder = tmp_path_factory.mktemp("chats")
+    (folder / "cache").mkdir()
+    rows.cache_folder = lambda: folder / "cache"
+    turns = [[{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(chat[: len(chat) // 2 * 2])]
+             for chat in chats]  # fmt: skip
+    (folder / "a.jsonl").write_text("\n".join(json.dumps({"messages": each}) for each in turns))
+    data = load([folder / "a.jsonl"], tokenizer, 100_000)
+    dropped = sum(data.examples.rows[0].found.dropped.values())
+    assert len(data) + dropped == len(turns) and dropped == 0
+    stream = Stream(data.lengths, [len(data)], [len(data)], 0, int(data.lengths.max()) + 50)
+    back = {}
+    for row in stream.step(1000):
+        (batch,) = row_batches([[data.examples[i] for i in row]], 1, "cpu")
+        trained = torch.zeros(len(batch.tokens), dtype=torch.bool)
+        trained[batch.rows + 1] = True
+        assert torch.equal(batch.tokens[trained], batch.targets)
+        for i, ids, mask in zip(row, *(each.split(batch.documents.lengths) for each in (batch.tokens, trained))):
+            assert i not in back
+            back[i] = (tokenizer.decode(ids.tolist()), tokenizer.decode(ids[mask].tolist()))
+    assert back.keys() == set(range(len(turns)))
+    for i, messages in enumerate(turns):
+        answers = "".join(turn["content"] + "<|im_end|>" for turn in messages[1::2])
+        assert back[i][1] == answers
+        assert back[i][0] == tokenizer.render_text(messages).removesuffix("\n")
+
+
+# ---- replay's loss apart ----
+
+
+def test_the_loss_of_a_replay_is_known_apart(tmp_path):
+    llama(tmp_path, std=0.1)
+    from checkpoint import load_model
+
+    model, generator = load_model(tmp_path), torch.Generator().manual_seed(0)
+    examples = []
+    for i in range(6):
+        ids = torch.randint(0, 96, (10 + i,), generator=generator).tolist()
+        examples.append(Example(ids, [False] * 4 + [0.5 + i % 2] * (6 + i), apart=i % 3 == 0))
+    apart, total = torch.zeros(()), 0.0
+    for batch in micro_batches(examples, 4):
+        total += float(token_loss_sum(model, batch, apart))
+    wanted = sum(float(token_loss_sum(model, collate([each]))) for each in examples if each.apart)
+    assert float(apart) == pytest.approx(wanted, rel=1e-5)
+    assert total == pytest.approx(sum(float(token_loss_sum(model, collate([e]))) for e in examples), rel=1e-5)
+    assert sum(batch.weight_apart for batch in micro_batches(examples, 4)) == 6 * 0.5 + 9 * 1.5

@@ -13,18 +13,24 @@ import json
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from errors import UserError
+from errors import UserError, read_text
 
 LONGEST = 128 << 20  # bytes of a record, or of a JSON file that is one object
+MANY, VALUES = (
+    1 << 20,
+    3_000_000,
+)  # a record of over so many bytes may hold so many values; as objects they take 30 times
 PART = 4 << 20  # characters of a plain text that are read at a time
 HEAD = 1 << 16  # bytes that are looked at to tell what a file is
 PACKED = {".gz": "gzip", ".zst": "zstandard"}
+CLASSES = "classes.txt"  # beside a CSV of numbered classes: their names
 KNOWN = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".md")
 
 
@@ -64,6 +70,8 @@ class Container:
         if not isinstance(payload, bytes):
             return payload
         where = self.place(number)
+        if len(payload) > MANY and sum(map(payload.count, (b",", b"[", b"{"))) > VALUES:
+            raise _too_many(where)
         try:
             line = payload.decode("utf-8").strip()
         except UnicodeDecodeError as error:
@@ -83,11 +91,16 @@ def open_containers(path: Path | str) -> tuple[list[Container], int]:
     path = Path(path)
     if not path.is_dir():
         return [_look(path)], 0
-    found, others = [], 0
-    for folder, folders, names in os.walk(path):
+    found, others, seen = [], 0, set()
+    for folder, folders, names in os.walk(path, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if (real := os.path.realpath(folder)) in seen:  # a link that leads back
+            folders[:] = []
+            continue
+        seen.add(real)
+        tables = any(_suffix(Path(name)) == ".csv" for name in names)
         for name in sorted(name for name in names if not name.startswith(".")):
-            if _suffix(Path(name)) in KNOWN:
+            if _suffix(Path(name)) in KNOWN and not (name == CLASSES and tables):
                 found.append(Path(folder, name))
             else:
                 others += 1
@@ -104,11 +117,17 @@ def _suffix(path: Path) -> str:
 
 
 def _look(path: Path) -> Container:
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no regular file, and would have to be read more than once; save it first")
     try:
         with open(path, "rb") as file:
             start = file.read(4)
         with _open(path) as stream:
             head = stream.read(HEAD)
+            while head and head.removeprefix(codecs.BOM_UTF8).isspace() and len(head) < LONGEST:
+                if not (more := stream.read(HEAD)):
+                    break
+                head += more
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -122,11 +141,17 @@ def _look(path: Path) -> Container:
         if packed:
             raise UserError(f"{path}: Parquet{packed}; Parquet is compressed inside, unpack the file")
         return Container(path, "Parquet", "row")
+    if packed and _packing(head[:4]):
+        raise UserError(f"{path}: holds {_packing(head[:4])} inside{packed}; unpack it once")
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{path}: not UTF-8 at byte 0 but UTF-16; save it as UTF-8")
     text = head.removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace")
     if not text or text.isspace():
         raise UserError(f"{path}: is empty")
+    if (
+        "\0" in text and not (suffix := _suffix(path)) == ".parquet"
+    ):  # UTF-16 without its mark has one at every other place
+        raise UserError(f"{path}: holds a NUL at character {text.index(chr(0)) + 1}; save it as UTF-8 text")
     suffix = _suffix(path)
     if suffix in (".csv", ".tsv"):
         return Container(path, suffix[1:].upper() + packed, "row")
@@ -162,7 +187,8 @@ def _goes_on(line: str) -> bool:
 
 
 def _packing(start: bytes) -> str | None:
-    return "gzip" if start[:2] == b"\x1f\x8b" else "zstandard" if start == b"\x28\xb5\x2f\xfd" else None
+    skippable = start[1:] == b"\x2a\x4d\x18" and start[0] >> 4 == 5  # a frame that zstd may begin with
+    return "gzip" if start[:2] == b"\x1f\x8b" else "zstandard" if start == b"\x28\xb5\x2f\xfd" or skippable else None
 
 
 def _open(path: Path) -> BinaryIO:
@@ -244,12 +270,13 @@ class _Buffer:
     """A window of a text that moves over it: `text` from where nothing is needed any more, `at` in it."""
 
     def __init__(self, stream: BinaryIO, path: Path):
-        self.chunks, self.text, self.at = _decoded(stream, path), "", 0
+        self.chunks, self.text, self.at, self.where = _decoded(stream, path), "", 0, str(path)
         self.ended, self.lines, self.column = False, 0, 0  # of what is gone: line ends, characters after the last
 
     def more(self) -> None:
         """Lets go what lies before `at` and reads on: as much again as there is, so that long records take no square
         of their length."""
+        self.check_size()
         gone = self.text[: self.at]
         if "\n" in gone:
             self.lines, self.column = self.lines + gone.count("\n"), len(gone) - gone.rfind("\n") - 1
@@ -262,6 +289,14 @@ class _Buffer:
             parts.append(chunk or "")
             wanted -= len(parts[-1])
         self.text, self.at = "".join(parts), 0
+
+    def check_size(self) -> None:
+        """Before a value that is not at its end yet gets more room."""
+        size = (len(self.text) - self.at) * (1 if self.text.isascii() else 4)
+        if size > LONGEST:
+            raise _too_long(self.where)
+        if size > MANY and sum(map(self.text.count, ",[{")) > VALUES:
+            raise _too_many(self.where)
 
     def peek(self) -> str:
         return self.text[self.at : self.at + 1]
@@ -276,9 +311,13 @@ class _Buffer:
 
     def decode(self, where: str) -> object:
         """The JSON value that begins here."""
+        self.where = where
         while True:
             try:
-                value, self.at = DECODER.raw_decode(self.text, self.at)
+                value, end = DECODER.raw_decode(self.text, self.at)
+                if end - self.at > LONGEST:
+                    raise _too_long(where)
+                self.at = end
                 return value
             except json.JSONDecodeError as error:
                 # a value that is cut off by the window's end fails there, or says where its string began
@@ -286,8 +325,6 @@ class _Buffer:
                 if self.ended or not near_end:
                     self.at = error.pos
                     raise self.fault(where, error.msg) from None
-                if len(self.text) - self.at > LONGEST:
-                    raise _too_long(where) from None
                 self.more()
             except RecursionError:
                 raise UserError(f"{where}: JSON nested too deep") from None
@@ -312,15 +349,14 @@ def _rows(stream: BinaryIO, container: Container) -> Iterator[tuple[int, dict]]:
             return
         except csv.Error as error:
             raise UserError(f"{container.place(number + 1)}: {_one_line(error)}") from None
-        if not row or (len(row) == 1 and not row[0].strip()):
-            continue
+        if not row or (len(row) == 1 and not row[0].strip() and (names is None or len(names) > 1)):
+            continue  # a blank line, unless an empty text
         if names is None:
             if row[0].isdecimal() and len(row) > 1:
                 names, classes = ["label", *["text"] * (len(row) - 1)], _class_names(container.path)
             else:
                 names, classes = [name.strip() for name in row], None
-                if twice := [name for name in names if names.count(name) > 1]:
-                    raise UserError(f"{container.path}: two columns are called {twice[0][:40]!r}")
+                _no_column_twice(container.path, names)
                 continue
         number += 1
         if len(row) != len(names):
@@ -337,8 +373,14 @@ def _rows(stream: BinaryIO, container: Container) -> Iterator[tuple[int, dict]]:
 
 
 def _class_names(path: Path) -> list[str]:
-    beside = path.parent / "classes.txt"
-    return beside.read_text(encoding="utf-8").split("\n")[:-1] if beside.is_file() else []
+    beside = path.parent / CLASSES
+    return read_text(beside, HEAD).rstrip("\n").split("\n") if beside.is_file() else []
+
+
+def _no_column_twice(path: Path, names: list[str]) -> None:
+    name, count = Counter(names).most_common(1)[0] if names else ("", 0)
+    if count > 1:
+        raise UserError(f"{path}: two columns are called {name[:40]!r}")
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
@@ -349,6 +391,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _no_column_twice(path, file.schema_arrow.names)
             names = _class_columns(file.schema_arrow.metadata or {})
             for batch in file.iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
@@ -357,7 +400,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
                         if type(row.get(column)) is int and 0 <= row[column] < len(classes):
                             row[column] = classes[row[column]]
                     yield number, row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: no whole Parquet file after row {number}, {_one_line(error)}") from None
 
 
@@ -412,15 +455,20 @@ def _decoded(stream: BinaryIO, path: Path) -> Iterator[str]:
 
 
 def _text_lines(stream: BinaryIO, path: Path) -> Iterator[str]:
-    waiting = ""
+    waiting, size = [], 0
     for chunk in _decoded(stream, path):
-        *lines, waiting = (waiting + chunk).split("\n")
+        if "\0" in chunk:
+            raise UserError(f"{path}: holds a NUL; save it as UTF-8 text")
+        first, *lines = chunk.split("\n")
+        waiting.append(first)
+        size += len(first)
         for line in lines:
-            yield line + "\n"
-        if len(waiting) > LONGEST:
+            yield "".join(waiting) + "\n"
+            waiting, size = [line], len(line)
+        if size > LONGEST:
             raise _too_long(str(path))
-    if waiting:
-        yield waiting
+    if last := "".join(waiting):
+        yield last
 
 
 def decode(text: str, at: int, where: str) -> tuple[object, int]:
@@ -448,6 +496,10 @@ def _too_long(where: str) -> UserError:
     return UserError(f"{where}: longer than {LONGEST >> 20} MB, too much for a record; is it one a line?")
 
 
+def _too_many(where: str) -> UserError:
+    return UserError(f"{where}: holds more than {VALUES:,} values, too many for a record")
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:120]
 
@@ -456,6 +508,19 @@ def _refuse_constant(name: str):
     raise ValueError(f"{name} is not JSON; write null, a string or a number")
 
 
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    """An object of which no key stands twice, for one of the two would be lost."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"key {key[:40]!r} stands twice in an object")
+    return made
+
+
 SPACE = re.compile(r"\s*")
 # Whole numbers of 20 digits and more become floats: int() itself raises beyond 4,300 digits.
-DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=lambda s: int(s) if len(s) < 20 else float(s))
+DECODER = json.JSONDecoder(
+    parse_constant=_refuse_constant,
+    parse_int=lambda s: int(s) if len(s) < 20 else float(s),
+    object_pairs_hook=_unique,
+)

@@ -4,6 +4,10 @@ A token is trained where the mask says so: the answers and the token that ends e
 decides where they lie; in plain text every token. Whatever cannot be trained as it stands (an answer beyond --seq-len,
 a record that the template refuses) is left out, counted and said, never cut in silence.
 
+    python data.py inspect FILES --model DIR     what stands in them, as the model will see it
+    python data.py convert FILES --out OUT.jsonl any format as messages
+    python data.py split FILES --out DIR         train.jsonl, val.jsonl and test.jsonl, near-duplicates kept together
+
 A batch is flat: `tokens` [N], one example after another without padding, the documents' lengths, and the rows whose
 next token is trained, so that nothing else ever reaches the output head. Row r predicts token r + 1 of its example.
 """
@@ -18,9 +22,10 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from formats import open_source
+from formats import Map, open_source
 from kernels.attention import Documents, to_device
-from rows import CHAT, Rows, text_hash, tokenised
+from rows import CHAT, Rows, tokenised
+from texts import text_hash
 from tokenizer import Tokenizer
 
 TRAIN_ON = {  # --train-on: whose turns are trained, and whether only the last of them
@@ -147,12 +152,13 @@ def load(
     train_on: str = "answers",
     trees: str = "best",
     say=lambda line: None,
+    map: Map | None = None,
 ) -> Dataset:
     """The examples of some files, at most seq_len tokens long; `say` is told in lines what was found and what was left
     out. Raises UserError where nothing is left to train on."""
     roles, last_only = TRAIN_ON[train_on]
     rows = []
-    for source in [open_source(path, trees) for path in paths]:
+    for source in [open_source(path, trees, map) for path in paths]:
         rows.append(tokenised(source, tokenizer, roles))
         say("data      " + source.summary(rows[-1].found) + ", tokenised before" * rows[-1].cached)
         if source.format.name in ("preferences", "KTO"):
@@ -303,3 +309,10 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
         apart = weights * replayed.repeat_interleave(torch.tensor(lengths))[predicted]
         batch.apart, batch.weight_apart = to_device(apart, device), float(apart.sum())
     return batch
+
+
+if __name__ == "__main__":  # the commands are inspection.py's, which reads data through this module
+    from errors import run
+    from inspection import main
+
+    run(main)

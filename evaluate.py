@@ -25,7 +25,7 @@ import objectives
 from checkpoint import load_model
 from convert import base_folder
 from errors import UserError, run
-from formats import Found, Record, open_source
+from formats import Found, Map, Record, open_source
 from lora import drop_lora, has_lora, is_adapter, note
 from model import Transformer, evaluating, packed_weights
 from tokenizer import TemplateError, Tokenizer
@@ -144,7 +144,8 @@ def main() -> None:
     args = arguments()
     device = loading.pick_device(args.device)
     dtype, why = loading.pick_dtype(args.dtype, device)
-    source = open_source(args.data)
+    map = Map(args.map) if args.map else None
+    source = open_source(args.data, map=map)
     if args.what == "exact":
         found = Found()
         records = [*islice(source.records(found), args.limit)]
@@ -168,7 +169,7 @@ def main() -> None:
         if args.what == "exact":
             results[side.name] = exact(model, tokenizer, records, args.max_new_tokens, args.batch_size or 32)
         else:
-            dataset = encode(args.data, tokenizer, model, args.seq_len, args.limit)
+            dataset = encode(args.data, tokenizer, model, args.seq_len, args.limit, map)
             sets.append([example.ids.tolist() for example in dataset.examples])
             results[side.name] = loss(model, dataset, args.batch_size or 8)
     if len(sets) == 2 and sets[0] != sets[1]:
@@ -190,6 +191,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("what", choices=["loss", "exact"], help="loss per token, or greedy answers against references")
     add("--data", metavar="FILE", required=True, help="records of any known format")
+    add("--map", metavar="FILE.py:NAME", help="your function that every record goes through first")
     loading.add_flags(parser)
     add("--versus", metavar="X", help="compare with: base (without the --adapter), a model, or an adapter folder")
     add("--limit", type=int, metavar="N", help="only the first N records")
@@ -224,11 +226,13 @@ def pick_sides(args: argparse.Namespace) -> list[Side]:
     return [Side("versus", base_folder(args.versus, None), None), mine]
 
 
-def encode(file: str, tokenizer: Tokenizer, model: Transformer, seq_len: int | None, first: int | None) -> data.Dataset:
+def encode(
+    file: str, tokenizer: Tokenizer, model: Transformer, seq_len: int | None, first: int | None, map: Map | None
+) -> data.Dataset:
     limit = model.config.max_positions
     if seq_len is not None and seq_len > limit:
         raise UserError(f"--seq-len {seq_len}: the model takes {limit}")
-    dataset = data.load([file], tokenizer, seq_len or limit, say=print)
+    dataset = data.load([file], tokenizer, seq_len or limit, say=print, map=map)
     if first is None:
         return dataset
     print(f"          of which the first {first:,}")

@@ -60,6 +60,12 @@ class Flags:
     pack: bool | None = flag(
         None, "model and data", "rows of --seq-len tokens, full of whole examples (default: on a GPU, in long runs)"
     )
+    map: str | None = flag(
+        None,
+        "model and data",
+        "your function that the records of --data and --val go through",
+        metavar="FILE.py:NAME",
+    )
     trees: str = flag(
         "best", "model and data", "of OASST trees: the path of best-ranked replies, or every path", choices=[*TREES]
     )

@@ -17,16 +17,18 @@ record, and what was left out (empty answers, unknown keys) is in `Found`, to be
 """
 
 import difflib
+import hashlib
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import module_from_spec, spec_from_file_location
 from itertools import groupby, takewhile
 from pathlib import Path
 
-from containers import Container, Text, open_containers
+from containers import DECODER, Container, Text, open_containers
 from errors import UserError, printable
 
 
@@ -81,7 +83,7 @@ class Source:
     containers: list[Container]
     others: int  # files of a folder that are of no known kind
     trees: str  # of OASST trees: which of TREES
-    map_hash: str = ""  # of the user's function that records go through first
+    map: "Map | None" = None  # the user's function that records go through first
 
     def payloads(self) -> Iterator[tuple[int, int, object]]:
         """(number of its container, its number there, payload) of each record."""
@@ -95,11 +97,12 @@ class Source:
         place = self.containers[container].place(number)
         value = self.containers[container].value(number, payload)
         records = []
-        for record in self.format.records(value, place, found, self.trees):
-            if kind := _nothing_taught(record):
-                found.dropped[f"empty {kind}"] += 1
-            else:
-                records.append(record)
+        for each in [value] if self.map is None else self.map(value, place, found):
+            for record in self.format.records(each, place, found, self.trees):
+                if kind := _nothing_taught(record):
+                    found.dropped[f"empty {kind}"] += 1
+                else:
+                    records.append(record)
         found.records += len(records)
         return records
 
@@ -112,8 +115,9 @@ class Source:
         """One line to print, e.g. `a.json: Alpaca (JSON, 997 records), dropped 2 (empty answer), ignored keys 'id'`."""
         kinds = sorted({container.kind for container in self.containers})
         files = f"{len(self.containers):,} files of " if Path(self.path).is_dir() else ""
-        line = f"{self.path}: {self.format.name} ({files}{', '.join(kinds)}, {found.records:,} record"
+        line = f"{printable(self.path)}: {self.format.name} ({files}{', '.join(kinds)}, {found.records:,} record"
         line += ")" if found.records == 1 else "s)"
+        line += f", through {self.map.name}" if self.map else ""
         if "OASST" in self.format.name:
             line += f", {self.trees} path{'s' * (self.trees == 'all')} of each tree"
         line += "".join(
@@ -124,18 +128,60 @@ class Source:
         return line + (f", ignored keys {_names(found.ignored)}" if found.ignored else "")
 
 
-def open_source(path: Path | str, trees: str = "best") -> Source:
+class Map:
+    """--map FILE.py:NAME: a user's function from a record (an object, or {"text"} of a plain text) to a record of any
+    known format, a list of them, or None to leave it out. It runs as it is: it is the user's own."""
+
+    def __init__(self, name: str):
+        file, _, function = name.rpartition(":")
+        self.name, spec = name, None
+        if Path(file).is_file() and (spec := spec_from_file_location("user_map", file)) is None:
+            raise UserError(f"--map {name}: {file} is no Python file")
+        if spec is None:
+            raise UserError(f"--map {name}: FILE.py:NAME is wanted, and there is no file {file or name}")
+        self.hash = hashlib.sha256(Path(file).read_bytes() + function.encode()).hexdigest()
+        module = module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # noqa: BLE001  a user's program may fail in any way
+            raise UserError(f"--map {name}: {type(error).__name__}: {error}") from None
+        self.function = getattr(module, function, None)
+        if not callable(self.function):
+            raise UserError(f"--map {name}: {file} has no function {function}")
+
+    def __call__(self, value: object, where: str, found: Found) -> list:
+        if isinstance(value, Text):
+            value = {"text": value.text}
+        try:
+            made = self.function(_object(value, where))
+        except UserError:
+            raise
+        except Exception as error:  # noqa: BLE001
+            raise UserError(f"{where}: --map {self.name}: {type(error).__name__}: {error}") from None
+        if made is None:
+            found.dropped["left out by --map"] += 1
+            return []
+        return made if isinstance(made, list) else [made]
+
+
+def open_source(path: Path | str, trees: str = "best", map: Map | None = None) -> Source:
     """Looks at a file, or at a folder's files, and finds the format by the first record. trees: of OASST trees."""
     containers, others = open_containers(path)
     for container in containers:
         for number, payload in container.payloads():
             value = container.value(number, payload)
             place = container.place(number)
-            format = next((known for known in FORMATS if isinstance(value, known.kind) and known.fits(value)), None)
-            if format is None:
-                raise _misfit(_object(value, place), place, None)
-            return Source(str(path), format, containers, others, trees)
-    raise UserError(f"{path}: is an empty list; nothing to train on")
+            for each in [value] if map is None else map(value, place, Found()):
+                format = next((known for known in FORMATS if isinstance(each, known.kind) and known.fits(each)), None)
+                if format is None:
+                    raise _misfit(_object(each, place), place, None)
+                if map and format.group:
+                    raise UserError(
+                        f"{path}: --map sees one message of {format.name} at a time; convert the file first"
+                    )
+                return Source(str(path), format, containers, others, trees, map)
+    why = "is an empty list" if map is None else f"--map {map.name} leaves no record of it"
+    raise UserError(f"{path}: {why}; nothing to train on")
 
 
 @dataclass
@@ -401,14 +447,14 @@ def _preference(reading: Reading) -> list[Record]:
         prompt = []  # the answers repeat it
     same = len([*takewhile(lambda pair: pair[0] == pair[1], zip(*sides))])
     prompt, (chosen, rejected) = prompt + sides[0][:same], (side[same:] for side in sides)
-    if not chosen or not rejected:
+    if not chosen and not rejected:
         reading.found.dropped["chosen and rejected do not differ"] += 1
         return []
     if not prompt:
         raise UserError(f"{reading.where}: nothing is asked before chosen and rejected; a prompt is wanted")
     for key, side in (("chosen", chosen), ("rejected", rejected)):
         if not any(turn["role"] == "assistant" for turn in side):
-            raise UserError(f"{reading.where}: no assistant message in {key}")
+            raise UserError(f"{reading.where}: {key} has no assistant message of its own")
     weights = [0.0] * len(prompt) + [1.0] * len(chosen)  # the prompt's own answers were not what was chosen
     return reading.conversation([*prompt, *chosen], weights, rejected=rejected, tools=reading.tools())
 
@@ -442,6 +488,9 @@ def _oasst_tree(reading: Reading) -> list[Record]:
     in the first of them. A path ends with an answer; deleted messages, with all below them, are left out.
     """
     paths, taught, stack = [], set(), [(_object(reading.record["prompt"], reading.where), ())]
+    if stack[0][0].get("deleted") is True:
+        reading.found.dropped["a deleted prompt"] += 1
+        return []
     while stack:
         node, path = stack.pop()
         path = (*path, node)
@@ -450,7 +499,10 @@ def _oasst_tree(reading: Reading) -> list[Record]:
         replies = node.get("replies") or []
         if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
             raise UserError(f"{reading.where}: replies is {_kind(replies)}, a list of messages is wanted")
-        replies = sorted((reply for reply in replies if reply.get("deleted") is not True), key=_rank)
+        kept = [reply for reply in replies if reply.get("deleted") is not True]
+        if len(kept) < len(replies):
+            reading.found.dropped["a deleted reply"] += len(replies) - len(kept)
+        replies = sorted(kept, key=lambda reply: _rank(reply, reading.where))
         wanted = replies if reading.trees == "all" else replies[:1]
         stack += [(reply, path) for reply in reversed(wanted)]
         if not wanted:
@@ -459,10 +511,11 @@ def _oasst_tree(reading: Reading) -> list[Record]:
     for path in paths:
         turns, weights = [], []
         for node in path:
-            role = OASST_ROLES.get(_field(node, "role", str, reading.where))
+            where = node.get(WHERE, reading.where)
+            role = OASST_ROLES.get(_field(node, "role", str, where))
             if role is None:
-                raise UserError(f"{reading.where}: role {_names([node['role']])} is unknown; prompter or assistant")
-            turns.append({"role": role, "content": _field(node, "text", str, reading.where)})
+                raise UserError(f"{where}: role {_names([node['role']])} is unknown; prompter or assistant")
+            turns.append({"role": role, "content": _field(node, "text", str, where)})
             weights.append(0.0 if id(node) in taught else 1.0)
         while turns and turns[-1]["role"] != "assistant":
             turns.pop(), weights.pop()
@@ -475,25 +528,29 @@ def _oasst_tree(reading: Reading) -> list[Record]:
     return records
 
 
+WHERE = "\0where"  # a key that no file has: the place of a message
 OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
-def _rank(reply: dict) -> float:
-    rank = reply.get("rank")
-    return rank if isinstance(rank, (int, float)) and not isinstance(rank, bool) else math.inf
+def _rank(reply: dict, where: str) -> float:
+    rank = math.inf if reply.get("rank") is None else reply["rank"]
+    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+        raise UserError(f"{reply.get(WHERE, where)}: rank is {_kind(rank)}, a number or null is wanted")
+    return math.inf if math.isnan(rank) else rank
 
 
 def _oasst_messages(reading: Reading) -> list[Record]:
     """The messages of one tree, as `_oasst_group` puts them together."""
     nodes, roots, children = {}, [], {}
     for message in reading.record["messages"]:
-        id = _field(message, "message_id", str, reading.where)
+        where = message[WHERE]
+        id = message["message_id"]
         if id in nodes:
-            raise UserError(f"{reading.where}: message_id {id[:40]!r} stands twice")
+            raise UserError(f"{where}: message_id {id[:40]!r} stands twice")
         nodes[id] = message | {"replies": []}
         parent = message["parent_id"]
         if parent is not None and not isinstance(parent, str):
-            raise UserError(f"{reading.where}: parent_id is {_kind(parent)}, a string or null is wanted")
+            raise UserError(f"{where}: parent_id is {_kind(parent)}, a string or null is wanted")
         roots.append(id) if parent is None else children.setdefault(parent, []).append(id)
     for parent, ids in children.items():
         if parent in nodes:
@@ -507,8 +564,7 @@ def _oasst_messages(reading: Reading) -> list[Record]:
         reading.found.dropped["a message whose parents lead to no root"] += lost
     records = []
     for id in roots:
-        if nodes[id].get("deleted") is not True:
-            records += _oasst_tree(Reading({"prompt": nodes[id]}, reading.where, reading.found, reading.trees))
+        records += _oasst_tree(Reading({"prompt": nodes[id]}, reading.where, reading.found, reading.trees))
     return records
 
 
@@ -522,7 +578,10 @@ def _oasst_group(container: Container, payloads: Iterable) -> Iterator[tuple[int
             value = _object(container.value(number, payload), where)
             if not OASST_MESSAGES.fits(value):
                 raise _misfit(value, where, OASST_MESSAGES)
-            yield number, value
+            _field(value, "message_id", str, where)
+            if value.get("message_tree_id") is not None:
+                _field(value, "message_tree_id", str, where)
+            yield number, value | {WHERE: where}
 
     tree = lambda pair: pair[1].get("message_tree_id") or pair[1]["message_id"]
     for key, group in groupby(values(), tree):
@@ -607,13 +666,13 @@ def _message(message: object, where: str, ignored: dict, source: str) -> tuple[d
         if role != "assistant":
             raise UserError(f"{where}: {'a tool call' if calls else 'a thought'} of the {role}; only assistants have")
         if thought:
-            turn["reasoning_content"] = _no_surrogate(thought, f"{where}: reasoning_content")
+            turn["reasoning_content"] = _field({"reasoning_content": thought}, "reasoning_content", str, where)
         if calls:
             turn.setdefault("content", "")  # templates ask for it
             calls = calls if isinstance(calls, list) else [calls]
             turn["tool_calls"] = [_call(call, where) for call in calls]
     if role == "tool":
-        turn |= {key: message[key] for key in ("name", "tool_call_id") if isinstance(message.get(key), str)}
+        turn |= {key: _field(message, key, str, where) for key in ("name", "tool_call_id") if message.get(key)}
     elif message.get("name") is not None:
         ignored[f"{source}.name"] = True
     weight = _weight(message, where)
@@ -654,15 +713,18 @@ def _call(call: object, where: str) -> dict:
     arguments = _object({} if arguments is None else arguments, f"{where}: arguments of {name[:40]}")
     plain = {"type": "function", "function": {"name": name, "arguments": arguments}}
     _no_surrogate(arguments, f"{where}: arguments of {name[:40]}")
-    return ({"id": call["id"]} if isinstance(call.get("id"), str) else {}) | plain
+    return ({"id": _no_surrogate(call["id"], f"{where}: id")} if isinstance(call.get("id"), str) else {}) | plain
 
 
 def _json_in(text: str, what: str) -> object:
     """The value of JSON that stands in a string."""
     try:
-        return json.loads(text)
+        value, end = DECODER.raw_decode(text.strip())
+        if end == len(text.strip()):
+            return value
     except (ValueError, RecursionError):
-        raise UserError(f"{what} is no JSON: {text[:60]!r}") from None
+        pass
+    raise UserError(f"{what} is no JSON: {text[:60]!r}")
 
 
 # ---- what every format must satisfy ----
@@ -701,10 +763,28 @@ def _field(record: dict, key: str, kind: type, where: str):
 
 def _no_surrogate(value, what: str):
     """The value. JSON can spell half of a UTF-16 pair, which is no character: no tokenizer could encode it."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = value
+    if not isinstance(value, str):
+        try:
+            _check_depth(value, what)
+            text = json.dumps(value, ensure_ascii=False)
+        except TypeError as error:  # of Parquet
+            raise UserError(f"{what}: {error}, as JSON has it") from None
     if not text.isascii() and (half := SURROGATE.search(text)):
         raise UserError(f"{what} holds a lone surrogate {half[0]!a} at character {half.start() + 1}; mend it")
     return value
+
+
+def _check_depth(value: object, what: str) -> None:
+    layer, depth = [value], 0
+    while layer:
+        if depth > DEEPEST:
+            raise UserError(f"{what}: nested over {DEEPEST} deep")
+        inside = [each.values() if isinstance(each, dict) else each for each in layer if isinstance(each, (dict, list))]
+        layer, depth = [each for part in inside for each in part], depth + 1
+
+
+DEEPEST = 100  # of tools and arguments
 
 
 def _note_extra_keys(record: dict, known: tuple[str, ...], where: str, ignored: dict, prefix: str = "") -> None:
@@ -715,15 +795,18 @@ def _note_extra_keys(record: dict, known: tuple[str, ...], where: str, ignored: 
         if key in CHANGES_MEANING and value not in (None, "", "[]", [], {}) and (key, value) != ("weight", 1):
             raise UserError(f"{where}: key {key!r} changes what is learnt and has no meaning here; remove it"
                             " to train without")  # fmt: skip
-        if prefix + str(key) not in ignored:
+        name = prefix + SURROGATE.sub("\ufffd", str(key))
+        if name not in ignored:
             if hint := _lookalike([key], known, record):
                 raise UserError(f"{where}: unknown key {_names([key])}{hint}")
-            ignored[prefix + str(key)] = True  # a dict as an ordered set
+            ignored[name] = True  # a dict as an ordered set
 
 
 def _misfit(record: dict, where: str, format: Format | None) -> UserError:
     wanted = [format] if format else FORMATS
     hint = _lookalike(record, [key for known in wanted for key in known.keys], record)
+    if format and all(key in record for key in format.keys):
+        return UserError(f"{where}: label is {'null' if record.get('label') is None else 'empty'}")
     if format:
         why = f"the first record is {format.name} ({', '.join(format.keys)})"
     else:

@@ -9,8 +9,9 @@ process that wants what another one is making waits for it. Lengths are not cut 
     ids.bin      uint16 or uint32 [T]   tokens, record after record        starts.bin       int64 [N + 1]
     spans.bin    int32 [S, 2]           trained: [start, end) in a record  span_starts.bin  int64 [N + 1]
     weights.bin  float32 [S]            of each span, above 0
-    records.bin  int64 [N, 3]           file and number, to name it; CHAT, or whether the FIRST and LAST part of a text
+    records.bin  int64 [N, 3]           file and number, to name it; CHAT and other signs of it
     prompts.bin  uint64 [N]             hash of what stands before the first answer
+    contents.bin uint64 [N]             hash of all the record's words
     meta.json                           what was found and left out
 """
 
@@ -34,19 +35,23 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from containers import CLASSES
 from errors import UserError
 from files import cache_folder, file_sha256, new_folder, write_json
 from formats import Found, Record, Source
+from texts import private_parts, text_hash
 from tokenizer import TemplateError, Tokenizer
 
-FORMAT = 1  # of the folders: counting it up makes all afresh
+FORMAT = 2  # of the folders: counting it up makes all afresh
 KEPT = 20 << 30  # bytes of rows that the cache keeps; what was not used for longest goes first
 CHUNK_RECORDS, CHUNK_BYTES = 1024, 1 << 20  # what a process is given at a time
 TOGETHER = 256  # conversations that the template's process is given at a time
 ALONE = 1 << 20  # bytes of a source that other processes would not be started for
-CHAT, FIRST, LAST = 1, 2, 4
+# Signs of a record: a conversation, not a text; an answer of one word; words that spell a control token; an address or
+# a secret
+CHAT, ONE_WORD, CONTROL, PRIVATE = 1, 2, 4, 8
 ARRAYS = {"starts": np.int64, "spans": np.int32, "span_starts": np.int64, "weights": np.float32, "records": np.int64}
-ARRAYS |= {"prompts": np.uint64}
+ARRAYS |= {"prompts": np.uint64, "contents": np.uint64}
 SHAPES = {"spans": (-1, 2), "records": (-1, 3)}
 
 
@@ -61,6 +66,7 @@ class Rows:
     weights: np.ndarray
     records: np.ndarray
     prompts: np.ndarray
+    contents: np.ndarray
     found: Found
     largest: int  # id
     units: list[str]  # of each file: "FILE line", to which a record's number is put
@@ -92,8 +98,19 @@ def tokenised(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...] = ("a
 def key(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...]) -> str:
     """A hash of everything that rows depend on."""
     files = [(str(c.path), c.kind, file_sha256(c.path)) for c in source.containers]
+    beside = {c.path.parent / CLASSES for c in source.containers if c.kind.startswith("CSV")}
+    files += [file_sha256(path) for path in sorted(beside) if path.is_file()]
     today = time.strftime("%x") if any("strftime_now" in each for each in tokenizer.templates.values()) else ""
-    parts = [FORMAT, files, source.format.name, source.trees, source.map_hash, roles, tokenizer.fingerprint, today]
+    parts = [
+        FORMAT,
+        files,
+        source.format.name,
+        source.trees,
+        source.map and source.map.hash,
+        roles,
+        tokenizer.fingerprint,
+        today,
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -169,17 +186,17 @@ class Part:
     weights: np.ndarray
     records: np.ndarray
     prompts: np.ndarray
+    contents: np.ndarray
     found: Found
 
 
 def write(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], folder: Path) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     work = partial(encode, source, tokenizer, roles, dtype)
-    size = sum(container.path.stat().st_size for container in source.containers)
-    processes = len(os.sched_getaffinity(0)) if size > ALONE and sys.platform == "linux" else 1
+    processes = processes_for(source)
     found, tokens, spans, largest = Found(), 0, 0, 0
     files = {name: open(folder / f"{name}.bin", "wb") for name in ("ids", *ARRAYS)}  # noqa: SIM115
-    bar = tqdm(unit="record", desc="tokenising", disable=None if size > ALONE else True, leave=False)
+    bar = tqdm(unit="record", desc="tokenising", disable=None if processes > 1 else True, leave=False)
     try:
         files["starts"].write(np.zeros(1, np.int64))
         files["span_starts"].write(np.zeros(1, np.int64))
@@ -200,6 +217,12 @@ def write(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], folder: 
     found.complain_if_empty(source.path)
     meta = vars(found) | {"ignored": [*found.ignored]}
     write_json(meta | {"largest": largest, "dtype": dtype.name, "tokens": tokens}, folder / "meta.json")
+
+
+def processes_for(source: Source) -> int:
+    """A process a core, where there is enough to do. Elsewhere than on Linux a process can't be forked safely."""
+    size = sum(container.path.stat().st_size for container in source.containers)
+    return len(os.sched_getaffinity(0)) if size > ALONE and sys.platform == "linux" else 1
 
 
 def chunks(source: Source) -> Iterator[list[tuple[int, int, object]]]:
@@ -230,7 +253,8 @@ def encode(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], dtype: 
         if reason:
             found.dropped[reason] += 1
         else:
-            lines.append((*line, place, prompt_hash(record)))
+            signs = signs_of(record, tokenizer)
+            lines.append((*line, (*place, signs), prompt_hash(record), text_hash(words_of(record))))
             kept += 1
             if record.messages is not None:
                 found.altered.update(unseen(record, tokenizer))
@@ -244,32 +268,32 @@ def encode(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], dtype: 
         spans=np.array([span[:2] for span in spans], np.int32).reshape(-1, 2),
         span_counts=np.array([len(line[1]) for line in lines], np.int64),
         weights=np.array([span[2] for span in spans], np.float32),
-        records=np.array([(*place, kind) for _, _, kind, place, _ in lines], np.int64).reshape(-1, 3),
-        prompts=np.array([line[4] for line in lines], np.uint64),
+        records=np.array([line[2] for line in lines], np.int64).reshape(-1, 3),
+        prompts=np.array([line[3] for line in lines], np.uint64),
+        contents=np.array([line[4] for line in lines], np.uint64),
         found=found,
     )
 
 
 def encode_record(record: Record, tokenizer: Tokenizer, rendered) -> tuple[tuple | None, str | None]:
-    """(ids, [(start, end, weight), ...], kind), or why there is nothing to train on."""
+    """(ids, [(start, end, weight), ...]), or why there is nothing to train on."""
     if record.messages is None:
         bos = record.first and tokenizer.bos_id is not None and tokenizer.adds_bos
         try:
             ids = tokenizer.encode(record.text, bos=bos, eos=record.last)
         except UserError as error:
             return None, str(error)
-        kind = FIRST * record.first | LAST * record.last
         if len(ids) < 2:
             return None, "of a single token, which nothing predicts"
-        return (ids, [(0, len(ids), 1.0)], kind), None
+        return (ids, [(0, len(ids), 1.0)]), None
     if isinstance(rendered, UserError):
         return None, f"refused by the {rendered}" if isinstance(rendered, TemplateError) else str(rendered)
     if record.label is False:
         return None, "labelled as a bad answer"
     ids, turns = rendered
     weights = record.weights or [1.0] * len(record.messages)
-    spans = [(a, b, weights[message]) for a, b, message in turns if weights[message]]
-    return ((ids, spans, CHAT), None) if spans else (None, "without a trained token")
+    spans = [(a, b, weights[message]) for a, b, message in turns if np.float32(weights[message])]
+    return ((ids, spans), None) if spans else (None, "without a trained token")
 
 
 def unseen(record: Record, tokenizer: Tokenizer) -> list[str]:
@@ -293,9 +317,19 @@ def prompt_hash(record: Record) -> int:
     return text_hash(text)
 
 
-def text_hash(text: str) -> int:
-    digest = hashlib.sha256(" ".join(text.lower().split()).encode("utf-8", "replace")).digest()
-    return int.from_bytes(digest[:8], "big")
+def words_of(record: Record) -> str:
+    if record.messages is None:
+        return record.text
+    return "\n".join(turn.get("content") or "" for turn in record.messages)
+
+
+def signs_of(record: Record, tokenizer: Tokenizer) -> int:
+    words = words_of(record)
+    signs = CHAT * (record.messages is not None)
+    if record.messages is not None:
+        answers = (turn for turn in record.messages if turn["role"] == "assistant" and not turn.get("tool_calls"))
+        signs |= ONE_WORD * any(len(turn["content"].split(None, 1)) == 1 for turn in answers)
+    return signs | CONTROL * tokenizer.spells_control(words) | PRIVATE * bool(private_parts(words))
 
 
 # ---- several processes ----
@@ -323,9 +357,12 @@ def in_order(work: Callable, chunks: Iterable, processes: int, prepare: Callable
                     numbered = None
                     break
                 sent, chunk = next_one
-                busy[idle[-1]] = sent
-                idle.pop().send(chunk)
-            for end in wait([*busy]):
+                try:
+                    idle[-1].send(chunk)
+                    busy[idle.pop()] = sent
+                except RecursionError:  # a record nested so deep that it can't be sent
+                    done[sent] = True, work(chunk)
+            for end in wait([*busy]) if busy else ():
                 done[busy.pop(end)] = receive(end)
                 idle.append(end)
             while out in done:

@@ -77,8 +77,10 @@ class BytePairs:
         return ids, starts, ends
 
     def _ids(self, text: str) -> list[int]:
-        if len(text) > MOST_SPACES and re.search(rf"\s{{{MOST_SPACES}}}", text):
-            raise UserError(f"a text holds over {MOST_SPACES:,} spaces or line ends in a row; shorten them")
+        if len(text) > MOST_SPACES:
+            for pattern, most, what in RUNS:
+                if max(map(len, re.findall(pattern, text)), default=0) > most:
+                    raise UserError(f"a text holds over {most:,} {what} in a row; shorten them")
         ids = self.ids
         try:
             return list(map(ids.__getitem__, self.encoding.encode_ordinary(text)))
@@ -92,6 +94,8 @@ LONGEST_TOKEN = 2_000  # characters; to spell one takes time with the square of 
 SPELLING = 10**8  # the sum of those squares over a vocabulary; about 10**7 in the largest published
 MODEL_BYTES = 16 << 20  # of a tokenizer.model; Gemma's, the largest published, has 4.7 MB
 MOST_SPACES = 900_000  # in a row; at a million tiktoken's regex engine runs out of its stack and ends the program
+MOST_LETTERS = 8_000_000  # to cut a word of so many takes 0.4 GB
+RUNS = ((r"\s+", MOST_SPACES, "spaces or line ends"), (r"\S+", MOST_LETTERS, "characters without a space"))
 
 
 def byte_pairs(path: Path, spec: dict, added: dict[str, AddedToken]) -> BytePairs:

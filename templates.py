@@ -59,7 +59,10 @@ def serve() -> None:
                     answers[-1] = {"error": f"it writes over {LONGEST:,} characters"}
             except Exception as error:  # noqa: BLE001
                 answers.append({"error": reason(error)})
-        print(json.dumps(answers), flush=True)
+        try:
+            print(json.dumps(answers), flush=True)
+        except BrokenPipeError:  # who asked is gone
+            os._exit(0)
 
 
 def reason(error: Exception) -> str:

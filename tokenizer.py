@@ -306,6 +306,10 @@ class Tokenizer:
         except Refused as reason:
             raise self._error(str(reason)) from None
 
+    def spells_control(self, text: str) -> bool:
+        """Whether a text holds that of a control token."""
+        return self._control.search(text) is not None
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of all that ids and masks depend on: the folder's files, the templates, the ends."""

@@ -41,10 +41,12 @@ from data import Dataset, Example, load, micro_batches, most_tokens, row_batches
 from demo import TASK, Demo
 from errors import UserError, run
 from flags import LORA, VAL_FRACTION, Flags, parse_flags, replayed, weighted
+from formats import Map
+from inspection import quick_checks
 from loading import DTYPES, one_line, pick_device, pick_dtype, pick_tokenizer, put_adapter
 from model import Config, Linear, Transformer, evaluating, quantized
-from order import Stream, shares
 from objectives import mean_loss, training_loss
+from order import Stream, shares
 from tokenizer import Tokenizer
 
 COMPILE_SECONDS, COMPILE_SAVES = 20, 0.05  # measured on 2 cores: to compile a block, and the share of a step's time
@@ -79,18 +81,18 @@ def load_data(flags: Flags, tokenizer: Tokenizer, config: Config, device: torch.
         raise UserError(f"--seq-len {seq_len}: the model has {config.max_positions} positions")
     flags.seq_len = seq_len
 
-    def read(paths):
-        found = load(paths, tokenizer, seq_len, flags.train_on, flags.trees, print)
+    def read(paths, map=None):
+        found = load(paths, tokenizer, seq_len, flags.train_on, flags.trees, print, map)
         largest = max(rows.largest for rows in found.examples.rows)
         if largest >= config.vocab_size:
             raise UserError(f"{paths[0]}: token {largest} of the tokenizer is beyond the model's {config.vocab_size}")
         return found
 
-    files, weights = weighted(flags.data)
-    data = read(files or TASK["train"])
+    (files, weights), map = weighted(flags.data), Map(flags.map) if flags.map else None
+    data = read(files or TASK["train"], map)
     val_files = [flags.val] if flags.val else [] if flags.data else TASK["val"]
     if val_files:
-        train, val = data, read(val_files)
+        train, val = data, read(val_files, map)
     else:
         flags.val_fraction = VAL_FRACTION if flags.val_fraction is None else flags.val_fraction
         train, val = split(data, flags.val_fraction)
@@ -104,6 +106,8 @@ def load_data(flags: Flags, tokenizer: Tokenizer, config: Config, device: torch.
         + f"; turns by the template of {tokenizer.template_name}"
         * train.chat
     )
+    for i, line in enumerate(quick_checks(train, val)):
+        print(f"{'' if i else 'checked':10}{line}")
     files, replay_val, replay_shares = files or TASK["train"], None, []
     if flags.replay:
         more, replay_shares = replayed(flags.replay)

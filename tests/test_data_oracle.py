@@ -88,12 +88,13 @@ def openai(records: list[dict]) -> list[Case]:
     for message in (message for record in records for message in record["messages"]):
         if "tool_calls" in message:
             message["tool_calls"] = [called(call) for call in message["tool_calls"]]
+            message["content"] = message.get("content") or ""  # as templates want it
     return [Case(record["messages"], record.get("tools")) for record in records]
 
 
 def sharegpt_turn(turn: dict) -> dict:
     if turn["from"] == "function_call":
-        return {"role": "assistant", "tool_calls": [called(json.loads(turn["value"]))]}
+        return {"role": "assistant", "content": "", "tool_calls": [called(json.loads(turn["value"]))]}
     roles = {"human": "user", "gpt": "assistant", "observation": "tool", "system": "system"}
     return said(roles[turn["from"]], turn["value"])
 
@@ -116,7 +117,7 @@ def in_parts(records: list[dict]) -> list[Case]:
             calls = [called(json.loads(p["value"])) for p in message["content"] if p["type"] == "tool_call"]
             turn = {"role": message["role"], "content": found.get("text"), "tool_calls": calls}
             turn["reasoning_content"] = found.get("reasoning")
-            messages.append({key: value for key, value in turn.items() if value})
+            messages.append({key: value for key, value in turn.items() if value} | {"content": turn["content"] or ""})
         cases.append(Case(messages, json.loads(record["tools"]) or None))
     return cases
 
@@ -219,8 +220,7 @@ TOKENIZERS = {  # where an answer and its end stand; a template that is not the 
 MOVING = ("qwen3", "qwen3, later", "mistral_nemo")  # these rewrite earlier turns: thoughts go, tools move on
 NO_TOOLS = dict(zip(TOOLS, (153, 31, 2, 1), strict=True))  # conversations with a tool call in them
 REFUSALS = {  # of those files
-    "base": NO_TOOLS,  # it has no place for a turn without content
-    "qwen3": NO_TOOLS,  # nor has this first release of the template
+    "base": NO_TOOLS,  # it leaves calls out
     "gemma3": NO_TOOLS,
     "mistral_nemo": NO_TOOLS | {"mistral_finetune_tool_calls_example.json": 0},  # it wants ids of nine letters
     "llama3_1": {"reason_tool_use_demo_50.jsonl": 10},  # it wants one call at a time

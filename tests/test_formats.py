@@ -163,7 +163,8 @@ def test_a_record_makes_these_messages(write, name):
     record, wanted = MADE[name]
     loaded = read_records(write([record]))
     assert name_of(loaded) == name and [each.messages for each in loaded.records] == [wanted]
-    assert loaded.records[0].weights is None and not loaded.found.dropped
+    assert loaded.records[0].weights is None
+    assert loaded.found.dropped == ({"a deleted reply": 1} if name == "OASST trees" else {})
 
 
 def test_squad_flat_and_nested_with_questions_that_have_no_answer(write):
@@ -542,7 +543,7 @@ def test_keys_that_would_change_the_meaning_pass_when_they_say_nothing(write):
         (b'{"text": "a"}\n17', " line 2: is a number, an object is wanted"),
         (b'{"text": "a"} {"text": "b"}', " line 1: not JSON at column 15 (more after"),
         (b"{'text': 'a'}", " line 1: not JSON at column 2"),
-        (b'{"text": "a\0"}', " line 1: not JSON at column 12"),
+        (b'{"text": "a\0"}', ": holds a NUL at character 12"),
         (b'{"text": "a"}\n{"text": "\xff"}', " line 2: not UTF-8 at byte 11 of the line"),
         ("{}".encode("utf-16"), ": not UTF-8 at byte 0"),
         (b'{"text": "a"}\n{"deep": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", " line 2: JSON nested too deep"),

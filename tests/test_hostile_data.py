@@ -403,8 +403,7 @@ def test_through_the_command_line(cache, tokenizer, tmp_path):
 
 HUGE = {  # name: (suffix, what stands before 200 MB of x, what the error says)
     "a line": ("jsonl", '{"text": "a"}\n{"text": "', " line 2: longer than 128 MB"),
-    "an element of a list": ("json", '[{"text": "a"},\n{"text": "', " record 2: longer than 128 MB"),
-    "an element that is not ASCII": ("json", '[{"text": "a"},\n{"text": "😀', " record 2: longer than 128 MB"),
+    "an element, not ASCII": ("json", '[{"text": "a"},\n{"text": "😀', " record 2: longer than 128 MB"),
     "a line in gzip": ("jsonl.gz", '{"text": "', " line 1: longer than 128 MB"),
     "an element in gzip": ("json.gz", '[{"text": "', " record 1: longer than 128 MB"),
     "a field in zstandard": ("csv.zst", 'text\na\n"', ".*longer than 128 MB"),
@@ -426,11 +425,11 @@ finally:  # kB; this process's ru_maxrss would begin with its parent's
 @pytest.mark.parametrize("name", HUGE)
 def test_200_mb_in_one_record_are_refused_in_little_memory(cache, tokenizer, tmp_path, name):
     suffix, start, wanted = HUGE[name]
-    with pyarrow.output_stream(path := tmp_path / f"a.{suffix}") as stream:  # compresses as the suffix says
-        stream.write(start.encode())
-        for _ in range(200):
-            stream.write(b"x" * MB)
-        stream.write(b'"}]' if "json" in suffix.split(".") else b'"}\n')
+    path = tmp_path / f"a.{suffix}"
+    pack = {".gz": gzip.compress, ".zst": zst}.get(path.suffix, bytes)
+    part, end = pack(b"x" * MB), pack(b'"}]' if "json" in suffix.split(".") else b'"}\n')
+    with open(path, "wb") as file:
+        file.writelines([pack(start.encode()), *[part] * 200, end])
     try:
         words = [sys.executable, "-c", LOAD, path]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=2 * SECONDS, check=False)

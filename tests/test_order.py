@@ -3,7 +3,6 @@
 import json
 import math
 from collections import Counter
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -69,7 +68,8 @@ def test_the_order_is_one_for_all_processes_and_accumulations(sizes, weights, se
         draws = shares(sizes, weights[: len(sizes)])
         lengths = np.arange(sum(sizes)) * 7 % 50 + 1
         make = lambda: Stream(lengths, sizes, draws, seed, seq_len)
-        one = [list(islice(iter(lambda s=make(): s.step(6), None), 30))][0]
+        first = make()
+        one = [first.step(6) for _ in range(30)]
         for processes in (2, 3):
             streams = [make() for _ in range(processes)]
             for step in one:

@@ -1,0 +1,497 @@
+"""What stands in data files, before a GPU second is spent: `python data.py inspect`, `convert` and `split`.
+
+`inspect` reads every record once more than training does: for near-duplicates, scripts, labels and what had better not
+be there. What costs nothing is in the token rows already; `quick_checks` says that much at the start of a training.
+"""
+
+import argparse
+import html
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import loading
+import rows as rows_module
+from convert import base_folder
+from data import TRAIN_ON, Dataset, Example, cut
+from errors import UserError, printable
+from formats import TREES, Found, Map, Record, Source, open_source
+from rows import CONTROL, ONE_WORD, PRIVATE, Rows, chunks, in_order, prompt_hash, tokenised, words_of
+from texts import masked, near_groups, private_parts, script, signature, text_hash
+from tokenizer import Tokenizer
+
+SHOWN = 3  # places that are named of each finding
+LABEL = 80  # characters: longer answers are no classes
+LABELS = 200  # more different answers are no classes
+GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
+
+
+# ---- a second reading ----
+
+
+@dataclass
+class Survey:
+    """What a reading of all records found. places: (file, number) of each; groups: of near-duplicates."""
+
+    hashes: np.ndarray
+    prompts: np.ndarray
+    signatures: np.ndarray
+    places: np.ndarray
+    scripts: Counter[str] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
+    private: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)  # finding: where, and what
+
+
+def survey(source: Source) -> Survey:
+    """Reads a source with a process a core; memory: 160 bytes a record."""
+    parts, bar = [], tqdm(unit="record", desc="reading", disable=None, leave=False)
+    whole = Survey(*([None] * 4))
+    for part in in_order(partial(look, source), chunks(source), rows_module.processes_for(source)):
+        parts.append(part)
+        bar.update(len(part.hashes))
+        for name in ("scripts", "answers", "private"):
+            getattr(whole, name).update(getattr(part, name))
+        if len(whole.answers) > 2 * LABELS:  # no classes
+            whole.answers = Counter({"": -(1 << 60)})
+        for what, found in part.examples.items():
+            whole.examples[what] = (whole.examples.get(what, []) + found)[:SHOWN]
+        part.examples = part.scripts = part.answers = None
+    bar.close()
+    if not parts:
+        raise UserError(f"{source.path}: is an empty list")
+    for name in ("hashes", "prompts", "signatures", "places"):
+        setattr(whole, name, np.concatenate([getattr(part, name) for part in parts]))
+    return whole
+
+
+def look(source: Source, chunk: list) -> Survey:
+    """What a process does with a chunk."""
+    found, records, places = Found(), [], []
+    for container, number, payload in chunk:
+        new = source.read(container, number, payload, found)
+        records += new
+        places += [(container, number)] * len(new)
+    part = Survey(
+        hashes=np.array([text_hash(words_of(record)) for record in records], np.uint64),
+        prompts=np.array([prompt_hash(record) for record in records], np.uint64),
+        signatures=np.array([signature(words_of(record)) for record in records], np.uint16).reshape(-1, 64),
+        places=np.array(places, np.int64).reshape(-1, 2),
+    )
+    for record in records:
+        words = words_of(record)
+        part.scripts[script(words)] += 1
+        for kind, text in private_parts(words):
+            part.private[kind] += 1
+            note(part, kind, f"{record.where}: {masked(text)}")
+        if record.messages is not None:
+            answer = next(turn for turn in reversed(record.messages) if turn["role"] == "assistant")
+            words = answer.get("content") or ""
+            part.answers[words if len(words) <= LABEL else ""] += 1
+            if len(words.split(None, 1)) == 1 and not answer.get("tool_calls"):
+                note(part, "one word", f"{record.where}: {words.strip()[:40]!r}")
+    return part
+
+
+def note(part: Survey, what: str, found: str) -> None:
+    if len(places := part.examples.setdefault(what, [])) < SHOWN:
+        places.append(found)
+
+
+# ---- findings ----
+
+
+@dataclass
+class Finding:
+    """A line of the report: what, how much of it, where for example."""
+
+    name: str
+    value: str
+    examples: list[str] = field(default_factory=list)
+    warns: bool = False
+
+
+def duplicates(found: Survey, where: Callable[[int], str]) -> list[Finding]:
+    """Within one source: records that stand twice, nearly twice, and questions with several answers."""
+    _, first, same = np.unique(found.hashes, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[same] != np.arange(len(same)))
+    groups = near_groups(found.signatures)
+    near = np.flatnonzero(groups != np.arange(len(groups)))
+    near = near[~np.isin(near, again)]
+    unique = np.unique(np.stack([found.prompts, found.hashes], 1), axis=0)
+    _, answers = np.unique(unique[:, 0], return_counts=True)
+    pairs = lambda these, origin: [f"{where(i)} is {where(origin[i])}" for i in these[:SHOWN].tolist()]
+    return [
+        Finding("exact duplicates", f"{len(again):,}", pairs(again, first[same]), len(again) > 0),
+        Finding("near-duplicates", f"{len(near):,}", pairs(near, groups), len(near) > 0),
+        Finding("questions with several answers", f"{int((answers > 1).sum()):,}"),
+    ]
+
+
+def overlap(mine: Survey, other: Survey, name: str, where: Callable, where_other: Callable) -> list[Finding]:
+    """Between a source and one that validates or tests."""
+    exact = np.flatnonzero(np.isin(other.hashes, mine.hashes))
+    asked = int(np.isin(other.prompts, mine.prompts).sum())
+    groups = near_groups(np.concatenate([mine.signatures, other.signatures]))
+    split = len(mine.hashes)
+    near = np.flatnonzero(np.isin(groups[split:], groups[:split]))
+    near = near[~np.isin(near, exact)]
+    of = f"of {len(other.hashes):,} in {name}"
+    return [
+        Finding(f"exact overlap, {of}", f"{len(exact):,}", [where_other(i) for i in exact[:SHOWN]], len(exact) > 0),
+        Finding(f"near overlap, {of}", f"{len(near):,}", [where_other(i) for i in near[:SHOWN]], len(near) > 0),
+        Finding(f"same question, {of}", f"{asked:,}", warns=asked > 0),
+    ]
+
+
+def contents(found: Survey, rows: Rows) -> list[Finding]:
+    """Answers, labels, scripts, control tokens, addresses and secrets."""
+    dropped = {reason: count for reason, count in rows.found.dropped.items() if reason.startswith("empty")}
+    one_word, control = (int((rows.records[:, 2] & sign > 0).sum()) for sign in (ONE_WORD, CONTROL))
+    where = [rows.where(i) for i in np.flatnonzero(rows.records[:, 2] & CONTROL)[:SHOWN]]
+    total = max(1, len(found.hashes))
+    lines = [
+        Finding("empty, left out", f"{sum(dropped.values()):,}", warns=bool(dropped)),
+        Finding("answers of one word", f"{one_word:,}", found.examples.get("one word", [])),
+        Finding("control tokens spelled in text", f"{control:,} (kept as plain text)", where, control > 0),
+        Finding("scripts", ", ".join(f"{s} {n / total:.1%}" for s, n in found.scripts.most_common(6))),
+    ]
+    if labels := classes(found):
+        most, least = labels[0], labels[-1]
+        shown = ", ".join(f"{one_line(label)} {n / total:.1%}" for label, n in labels[:12])
+        more = f", ... {len(labels):,} in all" if len(labels) > 12 else ""
+        balance = f"; most to least {most[1]:,} to {least[1]:,}"
+        lines.append(Finding("labels", shown + more + balance, warns=most[1] > 10 * least[1]))
+    for kind, count in found.private.most_common():
+        lines.append(Finding(f"looks like: {kind}", f"{count:,}", found.examples[kind], True))
+    if not found.private:
+        lines.append(Finding("addresses and secrets", "none found"))
+    return [line for line in lines if line.value]
+
+
+def classes(found: Survey) -> list[tuple[str, int]]:
+    """The answers and how often each is given, the commonest first, where they look like classes."""
+    total = sum(found.answers.values())
+    if total < 20 or found.answers[""] > 0 or len(found.answers) > min(LABELS, total // 4) or len(found.answers) < 2:
+        return []
+    return found.answers.most_common()
+
+
+def lengths(rows: Rows, seq_len: int, last_only: bool) -> list[Finding]:
+    whole = np.diff(rows.starts)
+    data = cut([rows], seq_len, last_only)
+    at = [int(each) for each in np.percentile(whole, (0, 50, 90, 99, 100))]
+    names = ("shortest", "median", "90 %", "99 %", "longest")
+    trained = int((rows.spans[:, 1] - rows.spans[:, 0]).sum()) if len(rows.spans) else 0
+    lines = [
+        Finding("tokens", f"{len(rows.ids):,}, of which {trained / max(1, len(rows.ids)):.1%} trained"),
+        Finding("tokens a record", ", ".join(f"{name} {value:,}" for name, value in zip(names, at, strict=True))),
+    ]
+    lost = "; ".join(f"{count:,} records {reason}" for reason, count in data.dropped.items())
+    lines.append(Finding(f"--seq-len {seq_len:,}", lost or "holds every record whole", warns=bool(lost)))
+    return lines
+
+
+def histogram(values: np.ndarray, bars: int = 12) -> list[tuple[str, int]]:
+    """(label, count) of bins whose edges grow by a factor."""
+    low, high = max(1, int(values.min())), int(values.max()) + 1
+    edges = np.unique(np.geomspace(low, high, bars + 1).round().astype(np.int64))
+    edges = edges if len(edges) > 1 else np.array([low, high])
+    counts, _ = np.histogram(values, edges)
+    return [(f"{a:,} to {b - 1:,}", int(n)) for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)]
+
+
+# ---- what training says at its start ----
+
+
+def quick_checks(train: Dataset, val: Dataset) -> list[str]:
+    """Three lines out of the token rows: repeats, lengths, contents."""
+    mine, other = (unique_rows(data) for data in (train, val))
+    _, copies = np.unique(mine["contents"], return_counts=True)
+    twice, shared = int((copies - 1).sum()), int(np.isin(other["contents"], mine["contents"]).sum())
+    pairs = np.unique(np.stack([mine["prompts"], mine["contents"]], 1), axis=0)[:, 0]
+    several = int((np.unique(pairs, return_counts=True)[1] > 1).sum())
+    at = [int(each) for each in np.percentile(train.lengths, (50, 99, 100))]
+    signs = {name: int((mine["signs"] & sign > 0).sum()) for name, sign in
+             (("with an answer of one word", ONE_WORD), ("that spell a control token, kept as text", CONTROL),
+              ("with an e-mail address or a secret", PRIVATE))}  # fmt: skip
+    held = ", ".join(f"{count:,} {name}" for name, count in signs.items() if count)
+    return [
+        f"{twice:,} records stand there again, {shared:,} of {len(other['contents']):,} that validate are trained on, "
+        + f"{several:,} questions have several answers",
+        f"tokens an example: median {at[0]:,}, 99 % up to {at[1]:,}, longest {at[2]:,}",
+        f"records {held}; `data.py inspect` names them" if held else "no address, secret or control token in the text",
+    ]
+
+
+def unique_rows(data: Dataset) -> dict[str, np.ndarray]:
+    """Hashes and signs of the records that examples come from, each once."""
+    pieces = data.examples
+    parts = {"contents": [], "prompts": [], "signs": []}
+    for number, rows in enumerate(getattr(pieces, "rows", ())):
+        mine = np.unique(pieces.row[pieces.source == number])
+        parts["contents"].append(rows.contents[mine])
+        parts["prompts"].append(rows.prompts[mine])
+        parts["signs"].append(rows.records[mine, 2])
+    return {name: np.concatenate(each) if each else np.empty(0, np.uint64) for name, each in parts.items()}
+
+
+# ---- how it looks ----
+
+
+def spans_of(example: Example, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
+    """The example's text in runs of trained and untrained tokens."""
+    trained = np.asarray(example.trained) > 0
+    edges = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1).tolist(), len(trained)]
+    for a, b in pairwise(edges):
+        yield "".join(tokenizer.stream([int(i) for i in example.ids[a:b]], first=a == 0)), bool(trained[a])
+
+
+def in_terminal(example: Example, tokenizer: Tokenizer, colour: bool) -> str:
+    show = lambda text: "\n".join(printable(line) for line in text.split("\n"))
+    if colour:
+        return "".join(f"{GREEN if yes else DIM}{show(text)}{PLAIN}" for text, yes in spans_of(example, tokenizer))
+    return "".join(f"[[{show(text)}]]" if yes else show(text) for text, yes in spans_of(example, tokenizer))
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
+body{{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}}
+h1{{font-size:1.4rem}}h2{{font-size:1.1rem;margin-top:2rem}}table{{border-collapse:collapse;width:100%}}
+td,th{{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0;border-bottom:1px solid #ddd}}
+td:first-child{{white-space:nowrap;color:#444}}.warn td:first-child::after{{content:" \\26A0";color:#b45309}}
+small{{display:block;color:#666;overflow-wrap:anywhere}}.bar{{background:#2563eb;height:.8rem;display:inline-block}}
+pre{{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f6;border:1px solid #e2e2e2;border-radius:6px;
+padding:.8rem;color:#555;font-size:13px}}mark{{background:#bbf7d0;color:#052e16}}
+</style><h1>{title}</h1><p>{summary}</p>{body}</html>
+"""
+
+
+def page(title: str, parts: list[tuple[str, list[Finding]]], bins, examples, tokenizer: Tokenizer) -> str:
+    """All of it as one HTML file that loads nothing; whatever comes out of the data is escaped."""
+    escape, body = html.escape, []
+    for name, findings in parts:
+        lines = "".join(
+            f"<tr{' class=warn' if f.warns else ''}><td>{escape(f.name)}<td>{escape(f.value)}"
+            + "".join(f"<small>{escape(printable(each))}</small>" for each in f.examples)
+            for f in findings
+        )
+        body.append(f"<h2>{escape(name)}</h2><table>{lines}</table>")
+    most = max(count for _, count in bins)
+    bars = "".join(
+        f"<tr><td>{escape(name)}<td>{count:,}<td style='width:60%'>"
+        f"<span class=bar style='width:{100 * count / most:.1f}%'></span>" for name, count in bins
+    )  # fmt: skip
+    body.append(f"<h2>Tokens a record</h2><table>{bars}</table><h2>Examples as the model sees them</h2>")
+    body.append("<p>Marked: what is trained.</p>")
+    for example in examples:
+        text = "".join(f"<mark>{escape(t)}</mark>" if yes else escape(t) for t, yes in spans_of(example, tokenizer))
+        body.append(f"<small>{escape(printable(example.where))}, {len(example.ids):,} tokens</small><pre>{text}</pre>")
+    summary = f"{escape(tokenizer.description)}; turns by the template of {escape(tokenizer.template_name)}"
+    return PAGE.format(title=escape(title), summary=summary, body="".join(body))
+
+
+def one_line(text: str) -> str:
+    return loading.one_line(text, 30)
+
+
+# ---- the commands ----
+
+
+def main() -> None:
+    args = arguments()
+    {"inspect": inspect, "convert": convert, "split": split}[args.command](args)
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="data.py", description="Look at data, or rewrite it.", allow_abbrev=False)
+    add = parser.add_argument
+    add("command", choices=["inspect", "convert", "split"], help="what stands in files; as messages; in three files")
+    add("files", nargs="+", metavar="FILE", help="files or folders of any known format")
+    add("--trees", choices=[*TREES], default="best", help="of OASST trees: which paths (default: best)")
+    add("--map", metavar="FILE.py:NAME", help="your function that every record goes through first")
+    add("--model", metavar="M", help="inspect: whose tokenizer and template (default: the default base's)")
+    add("--template", help="inspect: chat template in place of the model's own")
+    add("--train-on", choices=[*TRAIN_ON], help="inspect: whose turns are trained (default: answers)")
+    add("--seq-len", type=int, metavar="N", help="inspect: what would be cut or dropped (default: 2048)")
+    add("--against", nargs="+", metavar="FILE", help="inspect: files that validate or test, to find overlaps with")
+    add("--show", type=int, metavar="K", help="inspect: examples to show of each file (default: 3)")
+    add("--html", metavar="PAGE", help="inspect: write the report as an HTML page as well")
+    add("--out", metavar="PATH", help="convert: the JSONL file; split: the folder")
+    add("--val", type=float, metavar="F", help="split: share of the records that validate (default: 0.05)")
+    add("--test", type=float, metavar="F", help="split: share of the records that test (default: 0.05)")
+    args = loading.parse(parser, argv)
+    belongs = {"inspect": ("model", "template", "train_on", "seq_len", "against", "show", "html"),
+               "convert": ("out",), "split": ("out", "val", "test")}  # fmt: skip
+    for flag in {name for names in belongs.values() for name in names} - {*belongs[args.command]}:
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag.replace('_', '-')}: means nothing to `{args.command}`")
+    if args.command != "inspect" and args.out is None:
+        raise UserError(f"`{args.command}` wants --out")
+    if args.command != "inspect" and Path(args.out).exists():
+        raise UserError(f"--out {args.out}: is there already; name another")
+    args.map = Map(args.map) if args.map else None
+    if args.seq_len is not None and args.seq_len < 2:
+        raise UserError(f"--seq-len {args.seq_len}: must be 2 or more")
+    if args.show is not None and args.show < 0:
+        raise UserError(f"--show {args.show}: must be 0 or more")
+    args.val, args.test = (0.05 if share is None else share for share in (args.val, args.test))
+    if args.val < 0 or args.test < 0 or args.val + args.test >= 1:
+        raise UserError(f"--val {args.val:g} --test {args.test:g}: shares of 0 or more, together below 1")
+    return args
+
+
+def inspect(args: argparse.Namespace) -> None:
+    tokenizer = loading.pick_tokenizer(base_folder(args.model, None), None, args.template)
+    seq_len, roles, last_only = args.seq_len or 2048, *TRAIN_ON[args.train_on or "answers"]
+    others = [(file, read_other(file, args)) for file in args.against or ()]
+    parts, all_lengths, shown, findings = [], [], [], 0
+    for file in args.files:
+        source = open_source(file, args.trees, args.map)
+        rows = tokenised(source, tokenizer, roles)
+        found = survey(source)
+        where = partial(place, source, found)
+        lines = [*lengths(rows, seq_len, last_only), *duplicates(found, where), *contents(found, rows)]
+        for name, (other, other_source) in others:
+            lines += overlap(found, other, name, where, partial(place, other_source, other))
+        parts.append((source.summary(rows.found), lines))
+        all_lengths.append(np.diff(rows.starts))
+        examples = cut([rows], seq_len, last_only).examples
+        count = 3 if args.show is None else args.show
+        picks = np.linspace(0, len(examples) - 1, min(count, len(examples))).astype(int) if len(examples) else ()
+        shown += [examples[i] for i in picks]
+        findings += sum(line.warns for line in lines)
+    bins = histogram(np.concatenate(all_lengths))
+    say(parts, bins, shown, tokenizer)
+    if args.html:
+        write_whole(Path(args.html), page(", ".join(Path(f).name for f in args.files), parts, bins, shown, tokenizer))
+        print(f"page      {args.html}")
+
+
+def read_other(file: str, args: argparse.Namespace) -> tuple[Survey, Source]:
+    source = open_source(file, args.trees, args.map)
+    return survey(source), source
+
+
+def place(source: Source, found: Survey, i: int) -> str:
+    container, number = found.places[i]
+    return source.containers[container].place(int(number))
+
+
+def say(parts, bins, examples, tokenizer: Tokenizer) -> None:
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for summary, findings in parts:
+        print(summary)
+        for finding in findings:
+            print(f"  {'!' if finding.warns else ' '} {finding.name:32} {finding.value}")
+            for each in finding.examples:
+                print(f"        {loading.one_line(each, 110)}")
+    print("\ntokens a record")
+    most, wide = max(count for _, count in bins), max(len(name) for name, _ in bins)
+    for name, count in bins:
+        print(f"  {name:>{wide}}  {count:>9,}  {'#' * round(40 * count / most)}")
+    if examples:
+        print(f"\nas the model sees them, by the template of {tokenizer.template_name};"
+              f" trained: {f'{GREEN}green{PLAIN}' if colour else '[[in brackets]]'}")  # fmt: skip
+    for example in examples:
+        print(f"\n--- {printable(example.where)}, {len(example.ids):,} tokens")
+        print(in_terminal(example, tokenizer, colour))
+
+
+def write_whole(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def as_json(record: Record) -> str:
+    """A record as a line of clean JSONL, of which formats.py makes the same record again."""
+    if record.messages is None:
+        return json.dumps({"text": record.text}, ensure_ascii=False)
+    tools = {"tools": record.tools} if record.tools else {}
+    turns = [dict(turn) for turn in record.messages]
+    if record.rejected is not None:
+        first = next(i for i, weight in enumerate(record.weights) if weight)
+        parts = {"prompt": turns[:first], "chosen": turns[first:], "rejected": record.rejected}
+        return json.dumps(parts | tools, ensure_ascii=False)
+    if record.label is not None:
+        return json.dumps({"messages": turns, "label": record.label} | tools, ensure_ascii=False)
+    for turn, weight in zip(turns, record.weights or (), strict=False):
+        if weight != 1 and turn["role"] == "assistant":
+            turn["weight"] = weight
+    return json.dumps({"messages": turns} | tools, ensure_ascii=False)
+
+
+def all_records(args: argparse.Namespace) -> Iterator[Record]:
+    for file in args.files:
+        source, found = open_source(file, args.trees, args.map), Found()
+        yield from source.records(found)
+        print(f"data      {source.summary(found)}")
+
+
+def convert(args: argparse.Namespace) -> None:
+    out, count = Path(args.out), 0
+    aside = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            for record in all_records(args):
+                file.write(as_json(record) + "\n")
+                count += 1
+        aside.rename(out)
+    finally:
+        aside.unlink(missing_ok=True)
+    print(f"written   {out}: {count:,} records")
+
+
+def split(args: argparse.Namespace) -> None:
+    """A record's side follows from a hash of its group of near-duplicates and equal questions, so that neither seed nor
+    order matters, and what is alike is on one side."""
+    from files import new_folder
+
+    sources = [open_source(file, args.trees, args.map) for file in args.files]
+    surveys = [survey(source) for source in sources]
+    groups = near_groups(np.concatenate([each.signatures for each in surveys]))
+    prompts = np.concatenate([each.prompts for each in surveys])
+    hashes = np.concatenate([each.hashes for each in surveys])
+    smallest = joined(groups, prompts, hashes)
+    sides, counts = np.digitize(smallest / 2.0**64, [1 - args.val - args.test, 1 - args.test]), Counter()
+    with new_folder(Path(args.out)) as aside:
+        names = ("train", "val", "test")
+        files = [open(aside / f"{name}.jsonl", "w", encoding="utf-8") for name in names]  # noqa: SIM115
+        try:
+            for record, side in zip(all_records(args), sides.tolist(), strict=True):
+                files[side].write(as_json(record) + "\n")
+                counts[names[side]] += 1
+        finally:
+            for file in files:
+                file.close()
+        for name in names:
+            if not counts[name]:
+                (aside / f"{name}.jsonl").unlink()
+    print(f"written   {args.out}: " + ", ".join(f"{name}.jsonl {count:,}" for name, count in counts.items())
+          + f"; {len(np.unique(smallest)):,} groups of records that are alike")  # fmt: skip
+
+
+def joined(groups: np.ndarray, prompts: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """Of each record a hash that all have which are linked to it by a group or by an equal question: the smallest."""
+    smallest = hashes.copy()
+    while True:
+        before = smallest.copy()
+        for keys in (groups, prompts):
+            _, inverse = np.unique(keys, return_inverse=True)
+            least = np.full(inverse.max() + 1, np.iinfo(np.uint64).max, np.uint64)
+            np.minimum.at(least, inverse, smallest)
+            smallest = least[inverse]
+        if np.array_equal(before, smallest):
+            return smallest

@@ -16,9 +16,7 @@ and every other record must have them too. Nothing is lost in silence: what can'
 record, and what was left out (empty answers, unknown keys) is in `Found`, to be said out loud.
 """
 
-import difflib
 import hashlib
-import json
 import math
 import re
 from collections import Counter
@@ -28,7 +26,19 @@ from importlib.util import module_from_spec, spec_from_file_location
 from itertools import groupby, takewhile
 from pathlib import Path
 
-from containers import DECODER, Container, Text, open_containers
+from containers import Container, Text, open_containers
+from dialects import (
+    an_object,
+    field_of,
+    json_in,
+    kind_of,
+    lookalike,
+    names_of,
+    note_extra_keys,
+    read_message,
+    weight_of,
+    without_surrogate,
+)
 from errors import UserError, printable
 
 
@@ -125,7 +135,7 @@ class Source:
         )
         line += "".join(f", {count:,} {what}" for what, count in found.altered.items())
         line += f", {self.others:,} other files left alone" if self.others else ""
-        return line + (f", ignored keys {_names(found.ignored)}" if found.ignored else "")
+        return line + (f", ignored keys {names_of(found.ignored)}" if found.ignored else "")
 
 
 class Map:
@@ -153,7 +163,7 @@ class Map:
         if isinstance(value, Text):
             value = {"text": value.text}
         try:
-            made = self.function(_object(value, where))
+            made = self.function(an_object(value, where))
         except UserError:
             raise
         except Exception as error:  # noqa: BLE001
@@ -174,7 +184,7 @@ def open_source(path: Path | str, trees: str = "best", map: Map | None = None) -
             for each in [value] if map is None else map(value, place, Found()):
                 format = next((known for known in FORMATS if isinstance(each, known.kind) and known.fits(each)), None)
                 if format is None:
-                    raise _misfit(_object(each, place), place, None)
+                    raise _misfit(an_object(each, place), place, None)
                 if map and format.group:
                     raise UserError(
                         f"{path}: --map sees one message of {format.name} at a time; convert the file first"
@@ -240,9 +250,9 @@ class Format:
 
     def records(self, value: object, where: str, found: Found, trees: str) -> Iterable[Record]:
         if not isinstance(value, self.kind) or not self.fits(value):
-            raise _misfit(_object(value, where), where, self)
+            raise _misfit(an_object(value, where), where, self)
         if isinstance(value, dict) and not self.group:
-            _note_extra_keys(value, (*self.keys, *self.optional), where, found.ignored)
+            note_extra_keys(value, (*self.keys, *self.optional), where, found.ignored)
         return self.read(Reading(value, where, found, trees))
 
 
@@ -256,7 +266,7 @@ class Reading:
     trees: str
 
     def text(self, key: str) -> str:
-        return _field(self.record, key, str, self.where)
+        return field_of(self.record, key, str, self.where)
 
     def maybe(self, key: str) -> str:
         """The string at a key; "" where it is absent or null."""
@@ -264,7 +274,7 @@ class Reading:
 
     def conversation(self, messages: list[dict], weights: list[float] | None = None, **more) -> list[Record]:
         """A Record of plain messages, with the record's weight on each."""
-        weight = _weight(self.record, self.where)
+        weight = weight_of(self.record, self.where)
         weights = [1.0] * len(messages) if weights is None else weights
         weights = None if {weight, *weights} == {1.0} else [weight * each for each in weights]
         return [Record(messages, None, self.where, weights=weights, **more)]
@@ -273,7 +283,7 @@ class Reading:
         """A list of messages in any dialect, checked, and the weight of each."""
         turns, weights = [], []
         for number, message in enumerate(messages, 1):
-            turn, weight = _message(message, f"{self.where} message {number}", self.found.ignored, key)
+            turn, weight = read_message(message, f"{self.where} message {number}", self.found.ignored, key)
             turns.append(turn)
             weights.append(weight)
         return turns, weights
@@ -282,24 +292,24 @@ class Reading:
         """The record's tools: JSON schemas in OpenAI's form, given as a list or as JSON in a string."""
         value = next((self.record[key] for key in ("tools", "functions") if self.record.get(key)), None)
         if isinstance(value, str):
-            value = _json_in(value, f"{self.where}: tools") if value.strip() else None
+            value = json_in(value, f"{self.where}: tools") if value.strip() else None
         if not value:
             return None
         if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-            raise UserError(f"{self.where}: tools is {_kind(value)}, a list of objects is wanted")
-        _no_surrogate(value, f"{self.where}: tools")
+            raise UserError(f"{self.where}: tools is {kind_of(value)}, a list of objects is wanted")
+        without_surrogate(value, f"{self.where}: tools")
         return [tool if isinstance(tool.get("function"), dict) else {"type": "function", "function": tool}
                 for tool in value]  # fmt: skip
 
 
 def _messages(reading: Reading) -> list[Record]:
     """OpenAI's {"messages"}; weights of turns 0 or any number."""
-    turns, weights = reading.turns(_field(reading.record, "messages", list, reading.where))
+    turns, weights = reading.turns(field_of(reading.record, "messages", list, reading.where))
     return _answered(reading, _with_system(reading, turns, weights))
 
 
 def _sharegpt(reading: Reading) -> list[Record]:
-    turns, weights = reading.turns(_field(reading.record, "conversations", list, reading.where), "conversations")
+    turns, weights = reading.turns(field_of(reading.record, "conversations", list, reading.where), "conversations")
     return _answered(reading, _with_system(reading, turns, weights))
 
 
@@ -330,10 +340,10 @@ def _alpaca(reading: Reading) -> list[Record]:
     record, where, turns = reading.record, reading.where, []
     if reading.maybe("system"):
         turns.append({"role": "system", "content": record["system"]})
-    for number, pair in enumerate(_field(record, "history", list, where) if record.get("history") else (), 1):
+    for number, pair in enumerate(field_of(record, "history", list, where) if record.get("history") else (), 1):
         if not isinstance(pair, list) or [type(part) for part in pair] != [str, str]:
-            raise UserError(f"{where}: history holds {_kind(pair)}, [question, answer] pairs of strings are wanted")
-        turns += _pair(*(_no_surrogate(part, f"{where} history {number}") for part in pair))
+            raise UserError(f"{where}: history holds {kind_of(pair)}, [question, answer] pairs of strings are wanted")
+        turns += _pair(*(without_surrogate(part, f"{where} history {number}") for part in pair))
     turns += _pair(_asked(reading.text("instruction"), reading.maybe("input")), reading.text("output"))
     return reading.conversation(turns)
 
@@ -361,9 +371,9 @@ def _turn_list(reading: Reading, key: str, role: str) -> list[dict]:
     """The turns at a key: a list of messages, one message, or a string that is a turn of `role`."""
     value = reading.record.get(key)
     if isinstance(value, str):
-        return [{"role": role, "content": _no_surrogate(value, f"{reading.where}: {key}")}]
+        return [{"role": role, "content": without_surrogate(value, f"{reading.where}: {key}")}]
     if not isinstance(value, (list, dict)):
-        raise UserError(f"{reading.where}: {key} is {_kind(value)}, a string or a list of messages is wanted")
+        raise UserError(f"{reading.where}: {key} is {kind_of(value)}, a string or a list of messages is wanted")
     return reading.turns(value if isinstance(value, list) else [value], key)[0]
 
 
@@ -375,36 +385,38 @@ def _context(reading: Reading) -> list[Record]:
     value = value.get("text") if isinstance(value, dict) else value
     value = [value] if isinstance(value, str) else value
     if not isinstance(value, list) or not all(isinstance(each, (str, dict)) for each in value):
-        raise UserError(f"{reading.where}: answer is {_kind(value)}, a string or a list of strings is wanted")
+        raise UserError(f"{reading.where}: answer is {kind_of(value)}, a string or a list of strings is wanted")
     if not value:
         reading.found.dropped["without an answer"] += 1
         return []
-    answer = _field(value[0], "text", str, reading.where) if isinstance(value[0], dict) else value[0]
+    answer = field_of(value[0], "text", str, reading.where) if isinstance(value[0], dict) else value[0]
     question = _asked(reading.text("context"), reading.text("question"))
-    return reading.conversation(_pair(question, _no_surrogate(answer, f"{reading.where}: answer")))
+    return reading.conversation(_pair(question, without_surrogate(answer, f"{reading.where}: answer")))
 
 
 def _squad(reading: Reading) -> list[Record]:
     """SQuAD's file (Rajpurkar et al. 2016): articles of paragraphs of questions."""
     records = []
-    for a, article in enumerate(_field(reading.record, "data", list, reading.where), 1):
-        for p, paragraph in enumerate(_field(_object(article, reading.where), "paragraphs", list, reading.where), 1):
+    for a, article in enumerate(field_of(reading.record, "data", list, reading.where), 1):
+        for p, paragraph in enumerate(
+            field_of(an_object(article, reading.where), "paragraphs", list, reading.where), 1
+        ):
             place = f"{reading.where} article {a} paragraph {p}"
-            context = _field(_object(paragraph, place), "context", str, place)
-            for q, question in enumerate(_field(paragraph, "qas", list, place), 1):
-                asked = _object(question, place) | {"context": context}
+            context = field_of(an_object(paragraph, place), "context", str, place)
+            for q, question in enumerate(field_of(paragraph, "qas", list, place), 1):
+                asked = an_object(question, place) | {"context": context}
                 for key in ("question", "answers"):
-                    _field(asked, key, list if key == "answers" else str, f"{place} question {q}")
+                    field_of(asked, key, list if key == "answers" else str, f"{place} question {q}")
                 records += _context(Reading(asked, f"{place} question {q}", reading.found, reading.trees))
     return records
 
 
 def _pubmedqa(reading: Reading) -> list[Record]:
     """PubMedQA (Jin et al. 2019): the abstract's parts and the question; the long answer."""
-    parts = _field(reading.record, "CONTEXTS", list, reading.where)
+    parts = field_of(reading.record, "CONTEXTS", list, reading.where)
     if not all(isinstance(part, str) for part in parts):
         raise UserError(f"{reading.where}: CONTEXTS holds what is no string")
-    question = _asked(*(_no_surrogate(part, reading.where) for part in parts), reading.text("QUESTION"))
+    question = _asked(*(without_surrogate(part, reading.where) for part in parts), reading.text("QUESTION"))
     return reading.conversation(_pair(question, reading.text("LONG_ANSWER")))
 
 
@@ -413,8 +425,8 @@ def _classes(text: str, label: str) -> Callable[[Reading], list[Record]]:
         """The text asks, the class answers."""
         value = reading.record[label]
         if isinstance(value, (bool, float)) or not isinstance(value, (str, int)):
-            raise UserError(f"{reading.where}: {label} is {_kind(value)}, a string or a whole number is wanted")
-        answer = _no_surrogate(str(value), f"{reading.where}: {label}")
+            raise UserError(f"{reading.where}: {label} is {kind_of(value)}, a string or a whole number is wanted")
+        answer = without_surrogate(str(value), f"{reading.where}: {label}")
         return reading.conversation(_pair(reading.text(text), answer))
 
     return read
@@ -460,19 +472,19 @@ def _preference(reading: Reading) -> list[Record]:
 
 
 def _transcript(text: str, where: str) -> list[dict]:
-    parts = re.split(r"\n\n(Human|Assistant):", _no_surrogate(text, where))
+    parts = re.split(r"\n\n(Human|Assistant):", without_surrogate(text, where))
     roles = {"Human": "user", "Assistant": "assistant"}
     return [{"role": roles[role], "content": said.strip()} for role, said in zip(parts[1::2], parts[2::2])]
 
 
 def _kto(reading: Reading) -> list[Record]:
     """KTO (Ethayarajh et al. 2024): a conversation, or prompt and completion, and whether its last answer is good."""
-    label = _field(reading.record, "label", bool, reading.where)
+    label = field_of(reading.record, "label", bool, reading.where)
     if "completion" in reading.record:
         turns = [*_turn_list(reading, "prompt", "user"), *_turn_list(reading, "completion", "assistant")]
     else:
         key = "messages" if "messages" in reading.record else "conversations"
-        turns = reading.turns(_field(reading.record, key, list, reading.where), key)[0]
+        turns = reading.turns(field_of(reading.record, key, list, reading.where), key)[0]
     turns = _with_system(reading, turns, [])[0]
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
     return _answered(reading, (turns, [float(i == last) for i in range(len(turns))]), label=label)
@@ -487,7 +499,7 @@ def _oasst_tree(reading: Reading) -> list[Record]:
     Of a tree comes the path of best-ranked replies, or every path; then an answer that several paths share is trained
     in the first of them. A path ends with an answer; deleted messages, with all below them, are left out.
     """
-    paths, taught, stack = [], set(), [(_object(reading.record["prompt"], reading.where), ())]
+    paths, taught, stack = [], set(), [(an_object(reading.record["prompt"], reading.where), ())]
     if stack[0][0].get("deleted") is True:
         reading.found.dropped["a deleted prompt"] += 1
         return []
@@ -498,7 +510,7 @@ def _oasst_tree(reading: Reading) -> list[Record]:
             raise UserError(f"{reading.where}: replies nested over 1,000 deep")
         replies = node.get("replies") or []
         if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
-            raise UserError(f"{reading.where}: replies is {_kind(replies)}, a list of messages is wanted")
+            raise UserError(f"{reading.where}: replies is {kind_of(replies)}, a list of messages is wanted")
         kept = [reply for reply in replies if reply.get("deleted") is not True]
         if len(kept) < len(replies):
             reading.found.dropped["a deleted reply"] += len(replies) - len(kept)
@@ -512,10 +524,10 @@ def _oasst_tree(reading: Reading) -> list[Record]:
         turns, weights = [], []
         for node in path:
             where = node.get(WHERE, reading.where)
-            role = OASST_ROLES.get(_field(node, "role", str, where))
+            role = OASST_ROLES.get(field_of(node, "role", str, where))
             if role is None:
-                raise UserError(f"{where}: role {_names([node['role']])} is unknown; prompter or assistant")
-            turns.append({"role": role, "content": _field(node, "text", str, where)})
+                raise UserError(f"{where}: role {names_of([node['role']])} is unknown; prompter or assistant")
+            turns.append({"role": role, "content": field_of(node, "text", str, where)})
             weights.append(0.0 if id(node) in taught else 1.0)
         while turns and turns[-1]["role"] != "assistant":
             turns.pop(), weights.pop()
@@ -535,7 +547,7 @@ OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 def _rank(reply: dict, where: str) -> float:
     rank = math.inf if reply.get("rank") is None else reply["rank"]
     if isinstance(rank, bool) or not isinstance(rank, (int, float)):
-        raise UserError(f"{reply.get(WHERE, where)}: rank is {_kind(rank)}, a number or null is wanted")
+        raise UserError(f"{reply.get(WHERE, where)}: rank is {kind_of(rank)}, a number or null is wanted")
     return math.inf if math.isnan(rank) else rank
 
 
@@ -550,7 +562,7 @@ def _oasst_messages(reading: Reading) -> list[Record]:
         nodes[id] = message | {"replies": []}
         parent = message["parent_id"]
         if parent is not None and not isinstance(parent, str):
-            raise UserError(f"{where}: parent_id is {_kind(parent)}, a string or null is wanted")
+            raise UserError(f"{where}: parent_id is {kind_of(parent)}, a string or null is wanted")
         roots.append(id) if parent is None else children.setdefault(parent, []).append(id)
     for parent, ids in children.items():
         if parent in nodes:
@@ -575,12 +587,12 @@ def _oasst_group(container: Container, payloads: Iterable) -> Iterator[tuple[int
     def values():
         for number, payload in payloads:
             where = container.place(number)
-            value = _object(container.value(number, payload), where)
+            value = an_object(container.value(number, payload), where)
             if not OASST_MESSAGES.fits(value):
                 raise _misfit(value, where, OASST_MESSAGES)
-            _field(value, "message_id", str, where)
+            field_of(value, "message_id", str, where)
             if value.get("message_tree_id") is not None:
-                _field(value, "message_tree_id", str, where)
+                field_of(value, "message_tree_id", str, where)
             yield number, value | {WHERE: where}
 
     tree = lambda pair: pair[1].get("message_tree_id") or pair[1]["message_id"]
@@ -625,186 +637,11 @@ FORMATS = (
 )
 TREES = ("best", "all")  # the path of best-ranked replies, or every path
 COMMON = ("messages", "ShareGPT", "Alpaca", "prompt and completion", "text and its label", "preferences", "plain text")
-ROLES = ("system", "user", "assistant", "tool")
-SAME_ROLE = {
-    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant",
-    "bing": "assistant", "bot": "assistant", "model": "assistant", "function_call": "assistant", "developer": "system",
-    "function": "tool", "observation": "tool", "ipython": "tool", "function_response": "tool",
-}  # fmt: skip
-# Keys that say to train something else than what is read here (not this answer, not this turn, only with these tools):
-# to ignore them would be silent damage. Null, empty, and weight 1 say nothing.
-CHANGES_MEANING = {"label", "weight", "tools", "functions", "tool_calls", "function_call"}
-CHANGES_MEANING |= {"train", "loss", "masked", "loss_mask", "chosen", "rejected"}
-
-
-# ---- a message, in any dialect ----
-
-
-def _message(message: object, where: str, ignored: dict, source: str) -> tuple[dict, float]:
-    """A message as `Record` has it, and its weight."""
-    message = _object(message, where)
-    said, names = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
-    calls = message.get("tool_calls") or message.get("function_call")
-    known = (said, names, *MESSAGE_KEYS)
-    _note_extra_keys(message, known, where, ignored, f"{source}.")
-    role = _field(message, said, str, where)
-    is_call = role == "function_call"
-    role = SAME_ROLE.get(role, role)
-    if role not in ROLES:
-        raise UserError(f"{where}: role {_names([role])} is unknown; known: {', '.join(ROLES)}")
-    turn, thought = {"role": role}, message.get("reasoning_content") or message.get("thinking")
-    if is_call:
-        calls = _json_in(_field(message, names, str, where), f"{where}: {names}")
-    elif isinstance(message.get(names), list):
-        content, called, thoughts = _parts(message[names], where)
-        calls, thought = calls or called, thought or thoughts
-        if content or not calls:
-            turn["content"] = content
-    elif message.get(names) is not None or not calls:
-        turn["content"] = _field(message, names, str, where)
-    if calls or thought:
-        if role != "assistant":
-            raise UserError(f"{where}: {'a tool call' if calls else 'a thought'} of the {role}; only assistants have")
-        if thought:
-            turn["reasoning_content"] = _field({"reasoning_content": thought}, "reasoning_content", str, where)
-        if calls:
-            turn.setdefault("content", "")  # templates ask for it
-            calls = calls if isinstance(calls, list) else [calls]
-            turn["tool_calls"] = [_call(call, where) for call in calls]
-    if role == "tool":
-        turn |= {key: _field(message, key, str, where) for key in ("name", "tool_call_id") if message.get(key)}
-    elif message.get("name") is not None:
-        ignored[f"{source}.name"] = True
-    weight = _weight(message, where)
-    if role != "assistant" and weight not in (0.0, 1.0):
-        raise UserError(f"{where}: a weight on a turn of the {role}, which is not trained; put it on an answer")
-    return turn, weight
-
-
-MESSAGE_KEYS = (
-    "weight", "name", "tool_call_id", "tool_calls", "function_call", "reasoning_content", "thinking", "refusal",
-)  # fmt: skip
-
-
-def _parts(parts: list, where: str) -> tuple[str, list, str]:
-    """Content in typed parts: its text, its tool calls, its thoughts."""
-    text, calls, thoughts = [], [], []
-    for part in parts:
-        kind = _object(part, f"{where}: a part of content").get("type")
-        value = next((part[key] for key in (kind, "text", "value") if isinstance(key, str) and key in part), None)
-        if kind == "tool_call":
-            calls.append(_json_in(value, f"{where}: tool_call") if isinstance(value, str) else value)
-        elif kind in ("text", "reasoning", "thinking"):
-            if not isinstance(value, str):
-                raise UserError(f"{where}: a {kind} part of content holds {_kind(value)}, a string is wanted")
-            (text if kind == "text" else thoughts).append(_no_surrogate(value, f"{where}: content"))
-        else:
-            raise UserError(f"{where}: content holds a part of type {_names([str(kind)])}; text is what is trained")
-    return "".join(text), calls, "\n".join(thoughts)
-
-
-def _call(call: object, where: str) -> dict:
-    """{"type": "function", "function": {"name", "arguments": object}}, and the id where there is one."""
-    call = _object(call, f"{where}: a tool call")
-    function = _object(call.get("function", call), f"{where}: a tool call")
-    name, arguments = _field(function, "name", str, f"{where}: a tool call"), function.get("arguments")
-    if isinstance(arguments, str):
-        arguments = _json_in(arguments, f"{where}: arguments of {name[:40]}") if arguments.strip() else {}
-    arguments = _object({} if arguments is None else arguments, f"{where}: arguments of {name[:40]}")
-    plain = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    _no_surrogate(arguments, f"{where}: arguments of {name[:40]}")
-    return ({"id": _no_surrogate(call["id"], f"{where}: id")} if isinstance(call.get("id"), str) else {}) | plain
-
-
-def _json_in(text: str, what: str) -> object:
-    """The value of JSON that stands in a string."""
-    try:
-        value, end = DECODER.raw_decode(text.strip())
-        if end == len(text.strip()):
-            return value
-    except (ValueError, RecursionError):
-        pass
-    raise UserError(f"{what} is no JSON: {text[:60]!r}")
-
-
-# ---- what every format must satisfy ----
-
-
-def _weight(record: dict, where: str) -> float:
-    weight = record.get("weight")
-    if weight is None or weight == "":
-        return 1.0
-    with_number = weight
-    if isinstance(weight, str):  # of a CSV
-        try:
-            with_number = float(weight)
-        except ValueError:
-            with_number = None
-    if isinstance(with_number, bool) or not isinstance(with_number, (int, float)) or not 0 <= with_number <= 1e6:
-        raise UserError(f"{where}: weight is {str(weight)[:40]}, a number from 0 to 1,000,000 is wanted")
-    return float(with_number)
-
-
-def _object(value: object, where: str) -> dict:
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: is {_kind(value)}, an object is wanted")
-    return value
-
-
-def _field(record: dict, key: str, kind: type, where: str):
-    """record[key], which must be there and of that type."""
-    if key not in record:
-        raise UserError(f"{where}: no {key}, found {_names(record)}")
-    value = record[key]
-    if not isinstance(value, kind):
-        raise UserError(f"{where}: {key} is {_kind(value)}, {KINDS[kind]} is wanted")
-    return _no_surrogate(value, f"{where}: {key}") if kind is str else value
-
-
-def _no_surrogate(value, what: str):
-    """The value. JSON can spell half of a UTF-16 pair, which is no character: no tokenizer could encode it."""
-    text = value
-    if not isinstance(value, str):
-        try:
-            _check_depth(value, what)
-            text = json.dumps(value, ensure_ascii=False)
-        except TypeError as error:  # of Parquet
-            raise UserError(f"{what}: {error}, as JSON has it") from None
-    if not text.isascii() and (half := SURROGATE.search(text)):
-        raise UserError(f"{what} holds a lone surrogate {half[0]!a} at character {half.start() + 1}; mend it")
-    return value
-
-
-def _check_depth(value: object, what: str) -> None:
-    layer, depth = [value], 0
-    while layer:
-        if depth > DEEPEST:
-            raise UserError(f"{what}: nested over {DEEPEST} deep")
-        inside = [each.values() if isinstance(each, dict) else each for each in layer if isinstance(each, (dict, list))]
-        layer, depth = [each for part in inside for each in part], depth + 1
-
-
-DEEPEST = 100  # of tools and arguments
-
-
-def _note_extra_keys(record: dict, known: tuple[str, ...], where: str, ignored: dict, prefix: str = "") -> None:
-    """Adds keys beside the known ones to `ignored`; refuses one that is a known key mistyped, or changes meaning."""
-    for key, value in record.items():
-        if key in known:
-            continue
-        if key in CHANGES_MEANING and value not in (None, "", "[]", [], {}) and (key, value) != ("weight", 1):
-            raise UserError(f"{where}: key {key!r} changes what is learnt and has no meaning here; remove it"
-                            " to train without")  # fmt: skip
-        name = prefix + SURROGATE.sub("\ufffd", str(key))
-        if name not in ignored:
-            if hint := _lookalike([key], known, record):
-                raise UserError(f"{where}: unknown key {_names([key])}{hint}")
-            ignored[name] = True  # a dict as an ordered set
 
 
 def _misfit(record: dict, where: str, format: Format | None) -> UserError:
     wanted = [format] if format else FORMATS
-    hint = _lookalike(record, [key for known in wanted for key in known.keys], record)
+    hint = lookalike(record, [key for known in wanted for key in known.keys], record)
     if format and all(key in record for key in format.keys):
         return UserError(f"{where}: label is {'null' if record.get('label') is None else 'empty'}")
     if format:
@@ -812,33 +649,4 @@ def _misfit(record: dict, where: str, format: Format | None) -> UserError:
     else:
         common = [f"{known.name} ({', '.join(known.keys)})" for known in FORMATS if known.name in COMMON]
         why = f"no known format; known: {', '.join(common)}, and more at the head of formats.py"
-    return UserError(f"{where}: keys {_names(record)}: {why}{hint}")
-
-
-def _lookalike(keys: Iterable[str], wanted: Iterable[str], record: dict) -> str:
-    """The end of an error message, where one of the keys is nearly a wanted key that the record lacks; else empty."""
-    missing = [key for key in wanted if key not in record]
-    for key in list(keys)[:50]:
-        # 0.8 passes a slip of one letter in five; at difflib's own 0.6 "context" would be "text".
-        if near := difflib.get_close_matches(str(key).lower(), missing, n=1, cutoff=0.8):
-            return f"; {_names([key])} looks like {near[0]!r} mistyped"
-    return ""
-
-
-SURROGATE = re.compile(r"[\ud800-\udfff]")
-
-# ---- words for what a stranger's file holds ----
-
-KINDS = {str: "a string", list: "a list", dict: "an object", bool: "a boolean", type(None): "null", bytes: "bytes"}
-KINDS |= {Text: "plain text", int: "a number", float: "a number"}
-
-
-def _kind(value: object) -> str:
-    return KINDS.get(type(value), f"a {type(value).__name__}")
-
-
-def _names(names: Iterable[str]) -> str:
-    """Keys or roles on one line: quoted, escaped, cut to 40 characters, the first eight."""
-    names = list(names)
-    listed = ", ".join(repr(str(name)[:40]) for name in names[:8]) or "none"
-    return listed + (f" and {len(names) - 8:,} more" if len(names) > 8 else "")
+    return UserError(f"{where}: keys {names_of(record)}: {why}{hint}")

@@ -26,7 +26,7 @@ from data import TRAIN_ON, Dataset, Example, cut
 from errors import UserError, printable
 from formats import TREES, Found, Map, Record, Source, open_source
 from rows import CONTROL, ONE_WORD, PRIVATE, Rows, chunks, in_order, prompt_hash, tokenised, words_of
-from texts import masked, near_groups, private_parts, script, signature, text_hash
+from texts import FACTORS, masked, near_groups, private_parts, script, signature, text_hash
 from tokenizer import Tokenizer
 
 SHOWN = 3  # places that are named of each finding
@@ -145,11 +145,11 @@ def overlap(mine: Survey, other: Survey, name: str, where: Callable, where_other
     split = len(mine.hashes)
     near = np.flatnonzero(np.isin(groups[split:], groups[:split]))
     near = near[~np.isin(near, exact)]
-    of = f"of {len(other.hashes):,} in {name}"
+    of = f" of {len(other.hashes):,} in {name}"
     return [
-        Finding(f"exact overlap, {of}", f"{len(exact):,}", [where_other(i) for i in exact[:SHOWN]], len(exact) > 0),
-        Finding(f"near overlap, {of}", f"{len(near):,}", [where_other(i) for i in near[:SHOWN]], len(near) > 0),
-        Finding(f"same question, {of}", f"{asked:,}", warns=asked > 0),
+        Finding("exact overlap", f"{len(exact):,}{of}", [where_other(i) for i in exact[:SHOWN]], len(exact) > 0),
+        Finding("near overlap", f"{len(near):,}{of}", [where_other(i) for i in near[:SHOWN]], len(near) > 0),
+        Finding("same question", f"{asked:,}{of}", warns=asked > 0),
     ]
 
 
@@ -465,7 +465,9 @@ def split(args: argparse.Namespace) -> None:
     prompts = np.concatenate([each.prompts for each in surveys])
     hashes = np.concatenate([each.hashes for each in surveys])
     smallest = joined(groups, prompts, hashes)
-    sides, counts = np.digitize(smallest / 2.0**64, [1 - args.val - args.test, 1 - args.test]), Counter()
+    with np.errstate(over="ignore"):  # anew, for the smallest of several numbers is no longer any
+        drawn = smallest * FACTORS[0]
+    sides, counts = np.digitize(drawn / 2.0**64, [1 - args.val - args.test, 1 - args.test]), Counter()
     with new_folder(Path(args.out)) as aside:
         names = ("train", "val", "test")
         files = [open(aside / f"{name}.jsonl", "w", encoding="utf-8") for name in names]  # noqa: SIM115

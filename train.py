@@ -126,9 +126,8 @@ def make_stream(flags: Flags, train: Dataset, files: list, weights, replay_share
     if weights or replay_shares:
         total = sum(stream.draws)
         for file, size, draws in zip(files, sizes, stream.draws, strict=True):
-            print(
-                f"          of {total:,} draws an epoch, {draws / total:.1%} of {file}: {draws / size:.2f} times each"
-            )
+            again = f"; runs out after {size * total // draws:,} and begins again" if draws > size else ""
+            print(f"          of {total:,} draws an epoch {draws:,} of {file}: {draws / size:.2f} times each{again}")
     packed = dataclasses.replace(stream, seq_len=flags.seq_len)
     asked = flags.pack
     if flags.pack is None:

@@ -11,11 +11,12 @@ process that wants what another one is making waits for it. Lengths are not cut 
     weights.bin  float32 [S]            of each span, above 0
     records.bin  int64 [N, 3]           file and number, to name it; CHAT and other signs of it
     prompts.bin  uint64 [N]             hash of what stands before the first answer
-    contents.bin uint64 [N]             hash of all the record's words
+    contents.bin uint64 [N]             hash of the record's ids
     meta.json                           what was found and left out
 """
 
 import contextlib
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -42,7 +43,7 @@ from formats import Found, Record, Source
 from texts import private_parts, text_hash
 from tokenizer import TemplateError, Tokenizer
 
-FORMAT = 2  # of the folders: counting it up makes all afresh
+FORMAT = 3  # of the folders: counting it up makes all afresh
 KEPT = 20 << 30  # bytes of rows that the cache keeps; what was not used for longest goes first
 CHUNK_RECORDS, CHUNK_BYTES = 1024, 1 << 20  # what a process is given at a time
 TOGETHER = 256  # conversations that the template's process is given at a time
@@ -254,14 +255,16 @@ def encode(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], dtype: 
             found.dropped[reason] += 1
         else:
             signs = signs_of(record, tokenizer)
-            lines.append((*line, (*place, signs), prompt_hash(record), text_hash(words_of(record))))
+            lines.append((*line, (*place, signs), prompt_hash(record)))
             kept += 1
             if record.messages is not None:
                 found.altered.update(unseen(record, tokenizer))
     found.records = kept
-    ids, spans = array(dtype.char), [span for line in lines for span in line[1]]
+    ids, hashes, spans = array(dtype.char), [], [span for line in lines for span in line[1]]
     for line in lines:
-        ids.extend(line[0])
+        new = array(dtype.char, line[0])
+        ids.extend(new)
+        hashes.append(hashlib.blake2b(new, digest_size=8).digest())
     return Part(
         ids=np.frombuffer(ids, dtype),
         lengths=np.array([len(line[0]) for line in lines], np.int64),
@@ -270,7 +273,7 @@ def encode(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], dtype: 
         weights=np.array([span[2] for span in spans], np.float32),
         records=np.array([line[2] for line in lines], np.int64).reshape(-1, 3),
         prompts=np.array([line[3] for line in lines], np.uint64),
-        contents=np.array([line[4] for line in lines], np.uint64),
+        contents=np.frombuffer(b"".join(hashes), np.uint64),
         found=found,
     )
 
@@ -397,6 +400,7 @@ def serve(work: Callable, end, others: list, prepare: Callable) -> None:
     for other in others:  # so that this process notices when its parent is gone
         other.close()
     prepare()
+    gc.disable()  # nothing here goes round in circles, and to look for some takes 4 % of the time
     with contextlib.suppress(EOFError, OSError):
         while True:
             chunk = end.recv()

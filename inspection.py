@@ -267,7 +267,7 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</t
 body{{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}}
 h1{{font-size:1.4rem}}h2{{font-size:1.1rem;margin-top:2rem}}table{{border-collapse:collapse;width:100%}}
 td,th{{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0;border-bottom:1px solid #ddd}}
-td:first-child{{white-space:nowrap;color:#444}}.warn td:first-child::after{{content:" \\26A0";color:#b45309}}
+td:first-child{{width:15rem;color:#444}}.warn td:first-child::after{{content:" \\26A0";color:#b45309}}
 small{{display:block;color:#666;overflow-wrap:anywhere}}.bar{{background:#2563eb;height:.8rem;display:inline-block}}
 pre{{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f6;border:1px solid #e2e2e2;border-radius:6px;
 padding:.8rem;color:#555;font-size:13px}}mark{{background:#bbf7d0;color:#052e16}}

@@ -30,7 +30,7 @@ MANY, VALUES = (
 PART = 4 << 20  # characters of a plain text that are read at a time
 HEAD = 1 << 16  # bytes that are looked at to tell what a file is
 PACKED = {".gz": "gzip", ".zst": "zstandard"}
-CLASSES = "classes.txt"  # beside a CSV of numbered classes: their names
+CLASS_NAMES = "classes.txt"  # beside a CSV of numbered classes: their names
 KNOWN = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".md")
 
 
@@ -98,9 +98,10 @@ def open_containers(path: Path | str) -> tuple[list[Container], int]:
             folders[:] = []
             continue
         seen.add(real)
-        tables = any(_suffix(Path(name)) == ".csv" for name in names)
+        tables = any(_suffix(Path(name)) in (".csv", ".tsv") for name in names)
         for name in sorted(name for name in names if not name.startswith(".")):
-            if _suffix(Path(name)) in KNOWN and not (name == CLASSES and tables):
+            about = name.upper().startswith(("README", "LICENSE", "LICENCE")) or (name == CLASS_NAMES and tables)
+            if _suffix(Path(name)) in KNOWN and not about:
                 found.append(Path(folder, name))
             else:
                 others += 1
@@ -123,11 +124,12 @@ def _look(path: Path) -> Container:
         with open(path, "rb") as file:
             start = file.read(4)
         with _open(path) as stream:
-            head = stream.read(HEAD)
-            while head and head.removeprefix(codecs.BOM_UTF8).isspace() and len(head) < LONGEST:
-                if not (more := stream.read(HEAD)):
-                    break
-                head += more
+            head = part = stream.read(HEAD)
+            blank = [] if part.removeprefix(codecs.BOM_UTF8).strip() else [part]
+            while part and not part.removeprefix(codecs.BOM_UTF8).strip() and len(blank) * HEAD < LONGEST:
+                part = stream.read(HEAD)
+                blank.append(part)
+            head = b"".join(blank) or head
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -148,9 +150,8 @@ def _look(path: Path) -> Container:
     text = head.removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace")
     if not text or text.isspace():
         raise UserError(f"{path}: is empty")
-    if (
-        "\0" in text and not (suffix := _suffix(path)) == ".parquet"
-    ):  # UTF-16 without its mark has one at every other place
+    if "\0" in text:  # UTF-16 without its mark has one at every other place
+        _check_utf8(path, head)
         raise UserError(f"{path}: holds a NUL at character {text.index(chr(0)) + 1}; save it as UTF-8 text")
     suffix = _suffix(path)
     if suffix in (".csv", ".tsv"):
@@ -161,18 +162,23 @@ def _look(path: Path) -> Container:
     if text[start] == "[":
         return Container(path, "JSON" + packed, "record")
     if text[start] == "{":
-        one_object = _goes_on(text[start:].partition("\n")[0]) and "\n" in text[start:]
+        line, end, rest = text[start:].partition("\n")
+        one_object = (end and _goes_on(line)) or (not rest.strip() and len(head) < HEAD and _by_id(line))
         return Container(path, ("JSON" if one_object else "JSONL") + packed, "record" if one_object else "line")
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    _check_utf8(path, head)
     line = text.count("\n", 0, start) + 1
     found = repr(text[start : start + 10])
     raise UserError(
         f"{path} line {line}: found {found}; not JSON (a list), nor JSONL (an object a line), nor a .txt, .md, .csv or"
         " .tsv"
     )
+
+
+def _check_utf8(path: Path, head: bytes) -> None:
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
 
 
 def _goes_on(line: str) -> bool:
@@ -184,6 +190,15 @@ def _goes_on(line: str) -> bool:
     except (RecursionError, ValueError):
         pass
     return False
+
+
+def _by_id(line: str) -> bool:
+    """Whether a file's only line is an object of objects."""
+    try:
+        value = json.loads(line)
+    except (RecursionError, ValueError):
+        return False
+    return isinstance(value, dict) and bool(value) and all(isinstance(each, dict) for each in value.values())
 
 
 def _packing(start: bytes) -> str | None:
@@ -373,7 +388,7 @@ def _rows(stream: BinaryIO, container: Container) -> Iterator[tuple[int, dict]]:
 
 
 def _class_names(path: Path) -> list[str]:
-    beside = path.parent / CLASSES
+    beside = path.parent / CLASS_NAMES
     return read_text(beside, HEAD).rstrip("\n").split("\n") if beside.is_file() else []
 
 

@@ -13,7 +13,7 @@ next token is trained, so that nothing else ever reaches the output head. Row r 
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from rows import CHAT, Rows, tokenised
 from texts import text_hash
 from tokenizer import Tokenizer
 
+MUCH = 0.02  # of all examples
 TRAIN_ON = {  # --train-on: whose turns are trained, and whether only the last of them
     "answers": (("assistant",), False),
     "last-answer": (("assistant",), True),
@@ -91,7 +92,7 @@ class Dataset:
     def __post_init__(self):
         if self.lengths is None:
             self.lengths = np.array([len(example.ids) for example in self.examples], np.int64)
-            self.trained = np.array([np.count_nonzero(example.trained) for example in self.examples], np.int64)
+            self.trained = np.array([np.count_nonzero(example.trained[1:]) for example in self.examples], np.int64)
             self.prompts = np.array([example.prompt for example in self.examples], np.uint64)
 
     def __len__(self) -> int:
@@ -152,19 +153,23 @@ def load(
     train_on: str = "answers",
     trees: str = "best",
     say=lambda line: None,
-    map: Map | None = None,
+    through: Map | None = None,
 ) -> Dataset:
     """The examples of some files, at most seq_len tokens long; `say` is told in lines what was found and what was left
     out. Raises UserError where nothing is left to train on."""
     roles, last_only = TRAIN_ON[train_on]
-    rows = []
-    for source in [open_source(path, trees, map) for path in paths]:
+    rows, sources = [], [open_source(path, trees, through) for path in paths]
+    for source in sources:
         rows.append(tokenised(source, tokenizer, roles))
         say("data      " + source.summary(rows[-1].found) + ", tokenised before" * rows[-1].cached)
         if source.format.name in ("preferences", "KTO"):
             good = "chosen" if source.format.name == "preferences" else "good"
             say(f"          trained on the {good} answers alone; an objective for the others there is not yet")
+    if trees == "all" and not any("OASST" in each.format.name for each in sources):
+        raise UserError("--trees all: no file holds OASST trees")
     data = cut(rows, seq_len, last_only)
+    if train_on != "answers" and not data.chat:
+        raise UserError(f"--train-on {train_on}: plain text is trained whole, and there is no conversation")
     for reason, count in data.dropped.items():
         say(f"          {'shortened' if reason.startswith('cut') else 'left out'}: {count:,} records {reason}")
     if not len(data):
@@ -188,9 +193,10 @@ def cut(rows: list[Rows], seq_len: int, last_only: bool = False) -> Dataset:
     source, row, start, stop, trained = (np.concatenate(column) for column in zip(*columns, strict=True))
     examples = Pieces(rows, source.astype(np.int16), row.astype(np.int32), start, stop, last_only)
     prompts = np.concatenate([each.prompts[column[1]] for each, column in zip(rows, columns, strict=True)])
-    if len(row) > 1 and len({(s, r) for s, r in zip(source[[0, -1]], row[[0, -1]], strict=True)}) == 1:
-        # one long text: its pieces are parted
-        prompts = np.array([text_hash(" ".join(map(str, example.ids))) for example in examples], np.uint64)
+    # pieces of a long text that is much of the whole are parted; of a short one they stay together
+    _, text, pieces = np.unique(source * 2**32 + row, return_inverse=True, return_counts=True)
+    for i in np.flatnonzero(pieces[text] > max(1, MUCH * len(row))):
+        prompts[i] = text_hash(" ".join(map(str, examples[i].ids)))
     chats = any((each.records[:, 2] & CHAT).any() for each in rows)
     return Dataset(examples, dict(dropped), stop - start, trained, prompts, bool(chats))
 
@@ -200,10 +206,15 @@ def cut_chats(rows: Rows, chosen: np.ndarray, seq_len: int, last_only: bool, dro
     counts = np.diff(rows.span_starts)
     owner = np.repeat(np.arange(len(rows)), counts)
     starts, ends = rows.spans[:, 0].astype(np.int64), rows.spans[:, 1].astype(np.int64)
+    wanted = (rows.weights > 0) & (ends > np.maximum(starts, 1))
     if last_only:
         last = np.zeros(len(ends), bool)
         last[rows.span_starts[1:][counts > 0] - 1] = True
-        owner, starts, ends = owner[last], starts[last], ends[last]
+        wanted &= last
+    owner, starts, ends = owner[wanted], starts[wanted], ends[wanted]
+    if nothing := len(chosen) - len(np.intersect1d(chosen, owner)):
+        dropped["without a trained token"] += nothing
+        chosen = np.intersect1d(chosen, owner)
     fits = ends <= seq_len
     stop, trained = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
     np.maximum.at(stop, owner[fits], ends[fits])
@@ -258,6 +269,13 @@ def split(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     train = dataset.take(~chosen[group])
     train.dropped = dataset.dropped
     return train, dataset.take(chosen[group])
+
+
+def batches_by_length(data: Dataset, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
+    """All examples of a dataset in flat batches, made one after the other."""
+    order = np.argsort(data.lengths, kind="stable")
+    for start in range(0, len(order), batch_size):
+        yield from micro_batches([data.examples[i] for i in order[start : start + batch_size]], batch_size, device)
 
 
 def micro_batches(examples: Sequence[Example], batch_size: int, device: torch.device | str = "cpu") -> list[Batch]:

@@ -35,11 +35,10 @@ ROOM = 8  # tokens that an answer may be longer than the longest reference: enou
 
 def loss(model: Transformer, dataset: data.Dataset, batch_size: int = 8) -> dict[str, float]:
     """loss per trained token (nats), its perplexity, and the number of those tokens. Dropout is off meanwhile."""
-    batches = data.micro_batches(dataset.examples, batch_size, model.device)
     with evaluating(model):
-        value = objectives.mean_loss(model, batches)
+        value = objectives.mean_loss(model, data.batches_by_length(dataset, batch_size, model.device))
     perplexity = math.exp(value) if value < 700 else math.inf  # exp(710) is beyond a float
-    return {"loss": value, "perplexity": perplexity, "tokens": sum(len(batch.targets) for batch in batches)}
+    return {"loss": value, "perplexity": perplexity, "tokens": dataset.trained_tokens}
 
 
 @dataclass
@@ -144,11 +143,12 @@ def main() -> None:
     args = arguments()
     device = loading.pick_device(args.device)
     dtype, why = loading.pick_dtype(args.dtype, device)
-    map = Map(args.map) if args.map else None
-    source = open_source(args.data, map=map)
+    through = Map(args.map) if args.map else None
+    source = open_source(args.data, through=through)
     if args.what == "exact":
         found = Found()
-        records = [*islice(source.records(found), args.limit)]
+        good = (record for record in source.records(found) if record.label is not False)
+        records = [*islice(good, args.limit)]
         print(f"data      {source.summary(found)}")
         question(records[0])  # a file without references is refused before a model is loaded for it
     sides = pick_sides(args)
@@ -169,8 +169,8 @@ def main() -> None:
         if args.what == "exact":
             results[side.name] = exact(model, tokenizer, records, args.max_new_tokens, args.batch_size or 32)
         else:
-            dataset = encode(args.data, tokenizer, model, args.seq_len, args.limit, map)
-            sets.append([example.ids.tolist() for example in dataset.examples])
+            dataset = encode(args.data, tokenizer, model, args.seq_len, args.limit, through)
+            sets.append(hash(tuple(example.ids.tobytes() for example in dataset.examples)))
             results[side.name] = loss(model, dataset, args.batch_size or 8)
     if len(sets) == 2 and sets[0] != sets[1]:
         print("WARNING: the two read the file as different tokens, so a loss per token does not compare them")
@@ -227,16 +227,19 @@ def pick_sides(args: argparse.Namespace) -> list[Side]:
 
 
 def encode(
-    file: str, tokenizer: Tokenizer, model: Transformer, seq_len: int | None, first: int | None, map: Map | None
+    file: str, tokenizer: Tokenizer, model: Transformer, seq_len: int | None, first: int | None, through: Map | None
 ) -> data.Dataset:
     limit = model.config.max_positions
     if seq_len is not None and seq_len > limit:
         raise UserError(f"--seq-len {seq_len}: the model takes {limit}")
-    dataset = data.load([file], tokenizer, seq_len or limit, say=print, map=map)
+    dataset = data.load([file], tokenizer, seq_len or limit, say=print, through=through)
     if first is None:
         return dataset
     print(f"          of which the first {first:,}")
-    return dataset.take(dataset.examples.row < first)
+    dataset = dataset.take(dataset.examples.row < first)
+    if not len(dataset):
+        raise UserError(f"--limit {first}: none of the first {first} records fits")
+    return dataset
 
 
 def print_table(results: dict[str, dict[str, float]], columns: dict[str, str]) -> None:

@@ -253,6 +253,8 @@ def replayed(words: list[str]) -> tuple[list[str], list[float]]:
 def number_behind(word: str) -> tuple[str, float | None]:
     """(a.json, 3.0) of a.json=3; a file whose own name ends so is itself."""
     file, sign, number = word.rpartition("=")
+    if not word or (sign and not file):
+        raise UserError(f"{word!r}: names no file")
     if not sign or Path(word).exists():
         return word, None
     try:

@@ -16,9 +16,9 @@ and every other record must have them too. Nothing is lost in silence: what can'
 record, and what was left out (empty answers, unknown keys) is in `Found`, to be said out loud.
 """
 
-import hashlib
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -48,8 +48,8 @@ class Record:
 
     messages: [{"role", "content"}, ...], and where there are some "tool_calls" [{"type", "function": {"name",
     "arguments": object}}], "reasoning_content", "name", "tool_call_id". weights: of each message, where not all are 1.
-    rejected: of a preference, the messages that stand where `messages` holds the chosen answer. label: of KTO, whether
-    the answer is a good one. first, last: of a long text's parts.
+    rejected: of a preference, the messages that stand where `messages` holds the chosen answer, behind so many that
+    were `asked`. label: of KTO, whether the answer is a good one. first, last: of a long text's parts.
     """
 
     messages: list[dict] | None
@@ -58,9 +58,13 @@ class Record:
     tools: list[dict] | None = None
     weights: list[float] | None = None
     rejected: list[dict] | None = None
+    asked: int = 0
     label: bool | None = None
     first: bool = True
     last: bool = True
+
+
+REASONS = 12  # that are told apart
 
 
 @dataclass
@@ -72,9 +76,15 @@ class Found:
     altered: Counter[str] = field(default_factory=Counter)  # what is not as it stands: number of records
     ignored: dict[str, bool] = field(default_factory=dict)  # keys without a meaning here; of a message "messages.KEY"
 
+    def drop(self, reason: str, count: int = 1) -> None:
+        """Counts; where a template's words make each reason another one, the first ones only by themselves."""
+        known = reason in self.dropped or len(self.dropped) < REASONS
+        self.dropped[reason if known else "for other reasons"] += count
+
     def add(self, other: "Found") -> None:
         self.records += other.records
-        self.dropped += other.dropped
+        for reason, count in other.dropped.items():
+            self.drop(reason, count)
         self.altered += other.altered
         self.ignored |= other.ignored
 
@@ -149,48 +159,51 @@ class Map:
             raise UserError(f"--map {name}: {file} is no Python file")
         if spec is None:
             raise UserError(f"--map {name}: FILE.py:NAME is wanted, and there is no file {file or name}")
-        self.hash = hashlib.sha256(Path(file).read_bytes() + function.encode()).hexdigest()
-        module = module_from_spec(spec)
+        sys.modules["user_map"] = module = module_from_spec(spec)
+        sys.path.append(str(Path(file).resolve().parent))  # for what it imports beside it
         try:
             spec.loader.exec_module(module)
-        except Exception as error:  # noqa: BLE001  a user's program may fail in any way
+        except (Exception, SystemExit) as error:  # noqa: BLE001  a user's program may fail in any way
             raise UserError(f"--map {name}: {type(error).__name__}: {error}") from None
         self.function = getattr(module, function, None)
         if not callable(self.function):
             raise UserError(f"--map {name}: {file} has no function {function}")
 
     def __call__(self, value: object, where: str, found: Found) -> list:
-        if isinstance(value, Text):
-            value = {"text": value.text}
+        part = value if isinstance(value, Text) else None
         try:
-            made = self.function(an_object(value, where))
-        except UserError:
-            raise
-        except Exception as error:  # noqa: BLE001
+            made = self.function(an_object(value, where) if part is None else {"text": part.text})
+        except (Exception, SystemExit) as error:  # noqa: BLE001
             raise UserError(f"{where}: --map {self.name}: {type(error).__name__}: {error}") from None
+        if part is not None and not (part.first and part.last):
+            if not (isinstance(made, dict) and made.keys() == {"text"} and isinstance(made["text"], str)):
+                raise UserError(
+                    f"{where}: --map {self.name}: of a text this long, which comes in parts, a text is wanted"
+                )
+            return [part._replace(text=made["text"])]
         if made is None:
             found.dropped["left out by --map"] += 1
             return []
         return made if isinstance(made, list) else [made]
 
 
-def open_source(path: Path | str, trees: str = "best", map: Map | None = None) -> Source:
+def open_source(path: Path | str, trees: str = "best", through: Map | None = None) -> Source:
     """Looks at a file, or at a folder's files, and finds the format by the first record. trees: of OASST trees."""
     containers, others = open_containers(path)
     for container in containers:
         for number, payload in container.payloads():
             value = container.value(number, payload)
             place = container.place(number)
-            for each in [value] if map is None else map(value, place, Found()):
+            for each in [value] if through is None else through(value, place, Found()):
                 format = next((known for known in FORMATS if isinstance(each, known.kind) and known.fits(each)), None)
                 if format is None:
                     raise _misfit(an_object(each, place), place, None)
-                if map and format.group:
+                if through and format.group:
                     raise UserError(
                         f"{path}: --map sees one message of {format.name} at a time; convert the file first"
                     )
-                return Source(str(path), format, containers, others, trees, map)
-    why = "is an empty list" if map is None else f"--map {map.name} leaves no record of it"
+                return Source(str(path), format, containers, others, trees, through)
+    why = "is an empty list" if through is None else f"--map {through.name} leaves no record of it"
     raise UserError(f"{path}: {why}; nothing to train on")
 
 
@@ -359,22 +372,28 @@ def _two_columns(asks: str, answers: str) -> Callable[[Reading], list[Record]]:
         """Strings; or turns, as trl has them."""
         first, second = reading.record[asks], reading.record[answers]
         if isinstance(first, list) or isinstance(second, list):
-            turns = [_turn_list(reading, key, role) for key, role in ((asks, "user"), (answers, "assistant"))]
-            return _answered(reading, ([*turns[0], *turns[1]], [0.0] * len(turns[0]) + [1.0] * len(turns[1])))
+            turns, weights = _turn_list(reading, answers, "assistant")
+            prompt, before = _asked_before(*_with_system(reading, *_turn_list(reading, asks, "user")))
+            return _answered(reading, ([*prompt, *turns], [*before, *weights]))
         turns, weights = _with_system(reading, _pair(reading.text(asks), reading.text(answers)), [1.0, 1.0])
         return reading.conversation(turns, weights)
 
     return read
 
 
-def _turn_list(reading: Reading, key: str, role: str) -> list[dict]:
-    """The turns at a key: a list of messages, one message, or a string that is a turn of `role`."""
+def _turn_list(reading: Reading, key: str, role: str) -> tuple[list[dict], list[float]]:
+    """The turns at a key and their weights: a list of messages, one message, or a string that is a turn of `role`."""
     value = reading.record.get(key)
     if isinstance(value, str):
-        return [{"role": role, "content": without_surrogate(value, f"{reading.where}: {key}")}]
+        return [{"role": role, "content": without_surrogate(value, f"{reading.where}: {key}")}], [1.0]
     if not isinstance(value, (list, dict)):
         raise UserError(f"{reading.where}: {key} is {kind_of(value)}, a string or a list of messages is wanted")
-    return reading.turns(value if isinstance(value, list) else [value], key)[0]
+    return reading.turns(value if isinstance(value, list) else [value], key)
+
+
+def _asked_before(turns: list[dict], weights: list[float]) -> tuple[list[dict], list[float]]:
+    """Turns of a prompt, whose own answers are not what is taught."""
+    return turns, [0.0 if turn["role"] == "assistant" else weight for turn, weight in zip(turns, weights, strict=True)]
 
 
 def _context(reading: Reading) -> list[Record]:
@@ -449,16 +468,18 @@ def _preference(reading: Reading) -> list[Record]:
     for key in ("chosen", "rejected"):
         value = reading.record[key]
         if isinstance(value, str) and value.startswith("\n\nHuman:"):
-            sides.append(_transcript(value, f"{reading.where}: {key}"))
+            turns = _transcript(value, f"{reading.where}: {key}")
+            sides.append((turns, [1.0] * len(turns)))
         else:
             sides.append(_turn_list(reading, key, "assistant"))
     earlier = next((k for k in ("conversations", "messages", "prompt") if reading.record.get(k) is not None), None)
-    prompt = _turn_list(reading, earlier, "user") if earlier else []
-    prompt = _with_system(reading, prompt, [])[0]
-    if prompt and sides[0][: len(prompt)] == prompt == sides[1][: len(prompt)]:
-        prompt = []  # the answers repeat it
-    same = len([*takewhile(lambda pair: pair[0] == pair[1], zip(*sides))])
-    prompt, (chosen, rejected) = prompt + sides[0][:same], (side[same:] for side in sides)
+    prompt, before = _with_system(reading, *(_turn_list(reading, earlier, "user") if earlier else ([], [])))
+    (one, weights), (other, _) = sides
+    if prompt and one[: len(prompt)] == prompt == other[: len(prompt)]:
+        prompt, before = [], []  # the answers repeat it
+    same = len([*takewhile(lambda pair: pair[0] == pair[1], zip(one, other))])
+    prompt, before = _asked_before([*prompt, *one[:same]], [*before, *weights[:same]])
+    chosen, weights, rejected = one[same:], weights[same:], other[same:]
     if not chosen and not rejected:
         reading.found.dropped["chosen and rejected do not differ"] += 1
         return []
@@ -467,8 +488,8 @@ def _preference(reading: Reading) -> list[Record]:
     for key, side in (("chosen", chosen), ("rejected", rejected)):
         if not any(turn["role"] == "assistant" for turn in side):
             raise UserError(f"{reading.where}: {key} has no assistant message of its own")
-    weights = [0.0] * len(prompt) + [1.0] * len(chosen)  # the prompt's own answers were not what was chosen
-    return reading.conversation([*prompt, *chosen], weights, rejected=rejected, tools=reading.tools())
+    more = {"rejected": rejected, "asked": len(prompt), "tools": reading.tools()}
+    return reading.conversation([*prompt, *chosen], [*before, *weights], **more)
 
 
 def _transcript(text: str, where: str) -> list[dict]:
@@ -481,13 +502,15 @@ def _kto(reading: Reading) -> list[Record]:
     """KTO (Ethayarajh et al. 2024): a conversation, or prompt and completion, and whether its last answer is good."""
     label = field_of(reading.record, "label", bool, reading.where)
     if "completion" in reading.record:
-        turns = [*_turn_list(reading, "prompt", "user"), *_turn_list(reading, "completion", "assistant")]
+        parts = _turn_list(reading, "prompt", "user"), _turn_list(reading, "completion", "assistant")
+        turns, weights = ([*a, *b] for a, b in zip(*parts, strict=True))
     else:
         key = "messages" if "messages" in reading.record else "conversations"
-        turns = reading.turns(field_of(reading.record, key, list, reading.where), key)[0]
-    turns = _with_system(reading, turns, [])[0]
-    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
-    return _answered(reading, (turns, [float(i == last) for i in range(len(turns))]), label=label)
+        turns, weights = reading.turns(field_of(reading.record, key, list, reading.where), key)
+    turns, weights = _with_system(reading, turns, weights)
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+    before = _asked_before(turns[:last], weights[:last])[1]
+    return _answered(reading, (turns, [*before, *weights[last:]]), label=label)
 
 
 # ---- OASST ----

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import loading
 import rows as rows_module
+from checkpoint import read_config
 from convert import base_folder
 from data import TRAIN_ON, Dataset, Example, cut
 from errors import UserError, printable
@@ -48,6 +49,7 @@ class Survey:
     places: np.ndarray
     scripts: Counter[str] = field(default_factory=Counter)
     answers: Counter[str] = field(default_factory=Counter)
+    classes: bool = True
     private: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)  # finding: where, and what
 
@@ -61,8 +63,8 @@ def survey(source: Source) -> Survey:
         bar.update(len(part.hashes))
         for name in ("scripts", "answers", "private"):
             getattr(whole, name).update(getattr(part, name))
-        if len(whole.answers) > 2 * LABELS:  # no classes
-            whole.answers = Counter({"": -(1 << 60)})
+        if len(whole.answers) > 2 * LABELS:  # no classes; forgotten, so that they take no memory
+            whole.answers, whole.classes = Counter(), False
         for what, found in part.examples.items():
             whole.examples[what] = (whole.examples.get(what, []) + found)[:SHOWN]
         part.examples = part.scripts = part.answers = None
@@ -82,7 +84,7 @@ def look(source: Source, chunk: list) -> Survey:
         records += new
         places += [(container, number)] * len(new)
     part = Survey(
-        hashes=np.array([text_hash(words_of(record)) for record in records], np.uint64),
+        hashes=np.array([text_hash(canonical(record)) for record in records], np.uint64),
         prompts=np.array([prompt_hash(record) for record in records], np.uint64),
         signatures=np.array([signature(words_of(record)) for record in records], np.uint16).reshape(-1, 64),
         places=np.array(places, np.int64).reshape(-1, 2),
@@ -100,6 +102,15 @@ def look(source: Source, chunk: list) -> Survey:
             if len(words.split(None, 1)) == 1 and not answer.get("tool_calls"):
                 note(part, "one word", f"{record.where}: {words.strip()[:40]!r}")
     return part
+
+
+def canonical(record: Record) -> str:
+    """All that a record says: roles and tool calls, too."""
+    if record.messages is None:
+        return record.text
+    turns = [*record.messages, *(record.rejected or ())]
+    said = [f"{turn['role']} {turn.get('content') or ''} {turn.get('tool_calls') or ''}" for turn in turns]
+    return "\n".join([*said, str(record.tools or "")])
 
 
 def note(part: Survey, what: str, found: str) -> None:
@@ -181,9 +192,8 @@ def contents(found: Survey, rows: Rows) -> list[Finding]:
 def classes(found: Survey) -> list[tuple[str, int]]:
     """The answers and how often each is given, the commonest first, where they look like classes."""
     total = sum(found.answers.values())
-    if total < 20 or found.answers[""] > 0 or len(found.answers) > min(LABELS, total // 4) or len(found.answers) < 2:
-        return []
-    return found.answers.most_common()
+    short = found.classes and total >= 20 and not found.answers[""]
+    return found.answers.most_common() if short and 2 <= len(found.answers) <= min(LABELS, total // 4) else []
 
 
 def lengths(rows: Rows, seq_len: int, last_only: bool) -> list[Finding]:
@@ -191,7 +201,7 @@ def lengths(rows: Rows, seq_len: int, last_only: bool) -> list[Finding]:
     data = cut([rows], seq_len, last_only)
     at = [int(each) for each in np.percentile(whole, (0, 50, 90, 99, 100))]
     names = ("shortest", "median", "90 %", "99 %", "longest")
-    trained = int((rows.spans[:, 1] - rows.spans[:, 0]).sum()) if len(rows.spans) else 0
+    trained = int((rows.spans[:, 1] - rows.spans[:, 0])[rows.weights > 0].sum()) if len(rows.spans) else 0
     lines = [
         Finding("tokens", f"{len(rows.ids):,}, of which {trained / max(1, len(rows.ids)):.1%} trained"),
         Finding("tokens a record", ", ".join(f"{name} {value:,}" for name, value in zip(names, at, strict=True))),
@@ -263,7 +273,9 @@ def in_terminal(example: Example, tokenizer: Tokenizer, colour: bool) -> str:
     return "".join(f"[[{show(text)}]]" if yes else show(text) for text, yes in spans_of(example, tokenizer))
 
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
+MADE = '<meta name="generator" content="plaintune">'
+PAGE = f'<!doctype html><html lang="en"><meta charset="utf-8">{MADE}'
+PAGE += """<title>{title}</title><style>
 body{{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}}
 h1{{font-size:1.4rem}}h2{{font-size:1.1rem;margin-top:2rem}}table{{border-collapse:collapse;width:100%}}
 td,th{{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0;border-bottom:1px solid #ddd}}
@@ -321,7 +333,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", metavar="M", help="inspect: whose tokenizer and template (default: the default base's)")
     add("--template", help="inspect: chat template in place of the model's own")
     add("--train-on", choices=[*TRAIN_ON], help="inspect: whose turns are trained (default: answers)")
-    add("--seq-len", type=int, metavar="N", help="inspect: what would be cut or dropped (default: 2048)")
+    add(
+        "--seq-len",
+        type=int,
+        metavar="N",
+        help="inspect: of what is cut or dropped (default: as train.py)",
+    )
     add("--against", nargs="+", metavar="FILE", help="inspect: files that validate or test, to find overlaps with")
     add("--show", type=int, metavar="K", help="inspect: examples to show of each file (default: 3)")
     add("--html", metavar="PAGE", help="inspect: write the report as an HTML page as well")
@@ -350,8 +367,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    tokenizer = loading.pick_tokenizer(base_folder(args.model, None), None, args.template)
-    seq_len, roles, last_only = args.seq_len or 2048, *TRAIN_ON[args.train_on or "answers"]
+    folder = base_folder(args.model, None)
+    tokenizer = loading.pick_tokenizer(folder, None, args.template)
+    most = read_config(folder).max_positions if (folder / "config.json").is_file() else 2048
+    seq_len, roles, last_only = args.seq_len or min(2048, most), *TRAIN_ON[args.train_on or "answers"]
     others = [(file, read_other(file, args)) for file in args.against or ()]
     parts, all_lengths, shown, findings = [], [], [], 0
     for file in args.files:
@@ -372,6 +391,8 @@ def inspect(args: argparse.Namespace) -> None:
     bins = histogram(np.concatenate(all_lengths))
     say(parts, bins, shown, tokenizer)
     if args.html:
+        if Path(args.html).exists() and MADE not in Path(args.html).read_text(encoding="utf-8", errors="replace")[:200]:
+            raise UserError(f"--html {args.html}: is there, and is no page of this program; name another")
         write_whole(Path(args.html), page(", ".join(Path(f).name for f in args.files), parts, bins, shown, tokenizer))
         print(f"page      {args.html}")
 
@@ -416,27 +437,34 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def as_json(record: Record) -> str:
-    """A record as a line of clean JSONL, of which formats.py makes the same record again."""
+    """A record as a line of clean JSONL, of which formats.py makes the same record again; of a text's part, a part."""
     if record.messages is None:
-        return json.dumps({"text": record.text}, ensure_ascii=False)
+        text = json.dumps(record.text, ensure_ascii=False)[1:-1]
+        return '{"text": "' * record.first + text + '"}\n' * record.last
     tools = {"tools": record.tools} if record.tools else {}
-    turns = [dict(turn) for turn in record.messages]
+    weights = record.weights or [1.0] * len(record.messages)
+    # the record's own is what weighs turns that are no answers
+    own = next((w for w, t in zip(weights, record.messages, strict=True) if w and t["role"] != "assistant"), 1.0)
+    turns = [turn if weight == own else turn | {"weight": weight / own}
+             for turn, weight in zip(record.messages, weights, strict=True)]  # fmt: skip
     if record.rejected is not None:
-        first = next(i for i, weight in enumerate(record.weights) if weight)
-        parts = {"prompt": turns[:first], "chosen": turns[first:], "rejected": record.rejected}
-        return json.dumps(parts | tools, ensure_ascii=False)
-    if record.label is not None:
-        return json.dumps({"messages": turns, "label": record.label} | tools, ensure_ascii=False)
-    for turn, weight in zip(turns, record.weights or (), strict=False):
-        if weight != 1 and turn["role"] == "assistant":
-            turn["weight"] = weight
-    return json.dumps({"messages": turns} | tools, ensure_ascii=False)
+        made = {"prompt": turns[: record.asked], "chosen": turns[record.asked :], "rejected": record.rejected}
+    else:
+        made = {"messages": turns} | ({} if record.label is None else {"label": record.label})
+    made |= {} if own == 1 else {"weight": own}
+    return json.dumps(made | tools, ensure_ascii=False) + "\n"
 
 
 def all_records(args: argparse.Namespace) -> Iterator[Record]:
+    """Of one kind, for a file of two could not be read again."""
+    first = None
     for file in args.files:
         source, found = open_source(file, args.trees, args.map), Found()
-        yield from source.records(found)
+        for record in source.records(found):
+            kind = (record.messages is None, record.rejected is None, record.label is None)
+            if kind != (first := first or kind):
+                raise UserError(f"{record.where}: is of another kind than what stands before it; write two files")
+            yield record
         print(f"data      {source.summary(found)}")
 
 
@@ -446,8 +474,8 @@ def convert(args: argparse.Namespace) -> None:
     try:
         with open(aside, "w", encoding="utf-8") as file:
             for record in all_records(args):
-                file.write(as_json(record) + "\n")
-                count += 1
+                file.write(as_json(record))
+                count += record.last
         aside.rename(out)
     finally:
         aside.unlink(missing_ok=True)
@@ -472,13 +500,21 @@ def split(args: argparse.Namespace) -> None:
         names = ("train", "val", "test")
         files = [open(aside / f"{name}.jsonl", "w", encoding="utf-8") for name in names]  # noqa: SIM115
         try:
-            for record, side in zip(all_records(args), sides.tolist(), strict=True):
-                files[side].write(as_json(record) + "\n")
-                counts[names[side]] += 1
+            drawn, side = iter(sides.tolist()), 0
+            for record in all_records(args):
+                new = next(drawn, None)
+                if new is None:
+                    raise UserError(f"{record.where}: was not there a moment ago; is the file being written?")
+                side = new if record.first else side  # a long text's parts stay together
+                files[side].write(as_json(record))
+                counts[names[side]] += record.last
         finally:
             for file in files:
                 file.close()
-        for name in names:
+        for name, share in zip(names, (1.0, args.val, args.test), strict=True):
+            if not counts[name] and share:
+                raise UserError(f"{name}.jsonl would be empty: {len(np.unique(smallest)):,} groups of records that are"
+                                " alike are too few to part")  # fmt: skip
             if not counts[name]:
                 (aside / f"{name}.jsonl").unlink()
     print(f"written   {args.out}: " + ", ".join(f"{name}.jsonl {count:,}" for name, count in counts.items())

@@ -6,6 +6,8 @@ is 2 x 4 to rounding, and a short answer weighs by its tokens, never by its plac
 have weights, both sums are weighted, as torch's own weighted cross-entropy is.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,10 @@ def balance_loss(loads: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 @torch.no_grad()
-def mean_loss(model: Transformer, batches: list[Batch]) -> float:
+def mean_loss(model: Transformer, batches: Iterable[Batch]) -> float:
     """Loss per trained token over all batches: independent of how they were cut."""
-    total = sum(float(token_loss_sum(model, batch)) for batch in batches)
-    return total / sum(batch.weight for batch in batches)
+    total = weight = 0.0
+    for batch in batches:
+        total += float(token_loss_sum(model, batch))
+        weight += batch.weight
+    return total / weight

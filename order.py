@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from errors import UserError
+
 WINDOW = 4096
 
 
@@ -35,6 +37,7 @@ class Stream:
 
     def __post_init__(self):
         self.at, self.rows = None, []  # the window whose rows are held
+        self.counted = None  # rows of the first epoch
 
     def step(self, rows: int) -> list[list[int]]:
         """The example numbers of the next so many rows; fewer at the end of an epoch: no step mixes epochs, and the
@@ -74,8 +77,11 @@ class Stream:
         """How many rows the first epoch has; others of a packed run may differ by a few."""
         if self.seq_len is None:
             return sum(self.draws)
-        order = epoch_order(self.sizes, self.draws, self.seed, 0)
-        return sum(len(self.window_rows(order, 0, window)) for window in range(-(-len(order) // WINDOW)))
+        if self.counted is None:
+            order = epoch_order(self.sizes, self.draws, self.seed, 0)
+            windows = range(-(-len(order) // WINDOW))
+            self.counted = sum(len(self.window_rows(order, 0, window)) for window in windows)
+        return self.counted
 
 
 def shares(sizes: Sequence[int], weights: Sequence[float] | None, replayed: Sequence[float] = ()) -> list[int]:
@@ -83,7 +89,7 @@ def shares(sizes: Sequence[int], weights: Sequence[float] | None, replayed: Sequ
 
     sizes: examples of each source, those of the replay last. weights: of the others, relative to each other; None: by
     their sizes, so that without replay each example comes once. replayed: shares of all draws. To whole numbers by
-    largest remainders.
+    largest remainders, but none is 0: a small share is one draw, which the largest gives up.
     """
     plain = len(sizes) - len(replayed)
     total = sum(sizes[:plain])
@@ -93,6 +99,11 @@ def shares(sizes: Sequence[int], weights: Sequence[float] | None, replayed: Sequ
     draws = [int(each) for each in exact]
     for i in sorted(range(len(exact)), key=lambda i: draws[i] - exact[i])[: total - sum(draws)]:
         draws[i] += 1
+    if total < len(draws):
+        raise UserError(f"{total:,} examples make an epoch too short for {len(draws)} files; give more of them")
+    while 0 in draws:
+        draws[draws.index(max(draws))] -= 1
+        draws[draws.index(0)] += 1
     return draws
 
 
@@ -107,12 +118,13 @@ def epoch_order(sizes: Sequence[int], draws: Sequence[int], seed: int, epoch: in
     source = np.repeat(np.arange(len(sizes)), draws)[permutation(sum(draws), seed, epoch)]
     order, first = np.empty(len(source), np.int64), 0
     for s, (size, count) in enumerate(zip(sizes, draws, strict=True)):
-        number = epoch * count + np.arange(count)  # of this source's draws since the beginning
-        picks = np.empty(count, np.int64)
-        for round in range(epoch * count // size, (epoch * count + count - 1) // size + 1) if count else ():
-            inside = number // size == round
-            picks[inside] = permutation(size, seed, round, 1 + s)[number[inside] % size]
-        order[source == s] = first + picks
+        at, end, picks = epoch * count, (epoch + 1) * count, []  # of this source's draws since the beginning
+        while at < end:
+            round, begin = divmod(at, size)
+            picks.append(permutation(size, seed, round, 1 + s)[begin : begin + end - at])
+            at += len(picks[-1])
+        if picks:
+            order[source == s] = first + np.concatenate(picks)
         first += size
     return order
 

@@ -8,13 +8,14 @@ process that wants what another one is making waits for it. Lengths are not cut 
 
     ids.bin      uint16 or uint32 [T]   tokens, record after record        starts.bin       int64 [N + 1]
     spans.bin    int32 [S, 2]           trained: [start, end) in a record  span_starts.bin  int64 [N + 1]
-    weights.bin  float32 [S]            of each span, above 0
+    weights.bin  float32 [S]            of each span
     records.bin  int64 [N, 3]           file and number, to name it; CHAT and other signs of it
     prompts.bin  uint64 [N]             hash of what stands before the first answer
     contents.bin uint64 [N]             hash of the record's ids
     meta.json                           what was found and left out
 """
 
+import atexit
 import contextlib
 import gc
 import hashlib
@@ -25,6 +26,7 @@ import shutil
 import signal
 import sys
 import time
+import uuid
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -36,7 +38,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from containers import CLASSES
+from containers import CLASS_NAMES
 from errors import UserError
 from files import cache_folder, file_sha256, new_folder, write_json
 from formats import Found, Record, Source
@@ -84,13 +86,23 @@ class Rows:
 def tokenised(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...] = ("assistant",)) -> Rows:
     """The rows of a source. roles: whose turns are trained. Raises UserError that names the record which can't be read,
     and where nothing is left."""
+    before = states(source)
     folder = cache_folder() / f"rows-{key(source, tokenizer, roles)[:32]}"
+    if source.map:  # what it reads besides the record can't be known: its rows are for this run alone
+        folder = folder.with_name(f"rows-map-{uuid.uuid4().hex}")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     if not (cached := folder.is_dir()):
         with locked(folder):
             if not (cached := folder.is_dir()):  # else another process made it while this one waited
                 make_room(folder.parent)
-                with contextlib.suppress(FileExistsError), new_folder(folder) as aside:
-                    write(source, tokenizer, roles, aside)
+                try:
+                    with new_folder(folder) as aside:
+                        write(source, tokenizer, roles, aside)
+                        if states(source) != before:
+                            raise UserError(f"{source.path}: changed while it was read; start again when it is whole")
+                except OSError:
+                    if not folder.is_dir():  # else another one was faster, where there are no locks
+                        raise
     with contextlib.suppress(OSError):
         os.utime(folder)
     return open_rows(folder, source, cached)
@@ -98,21 +110,27 @@ def tokenised(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...] = ("a
 
 def key(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...]) -> str:
     """A hash of everything that rows depend on."""
-    files = [(str(c.path), c.kind, file_sha256(c.path)) for c in source.containers]
-    beside = {c.path.parent / CLASSES for c in source.containers if c.kind.startswith("CSV")}
-    files += [file_sha256(path) for path in sorted(beside) if path.is_file()]
+    files = []
+    for container in source.containers:
+        beside = container.path.parent / CLASS_NAMES
+        named = container.kind.startswith(("CSV", "TSV")) and beside.is_file()
+        files.append((container.kind, file_sha256(container.path), file_sha256(beside) if named else ""))
     today = time.strftime("%x") if any("strftime_now" in each for each in tokenizer.templates.values()) else ""
     parts = [
         FORMAT,
         files,
         source.format.name,
         source.trees,
-        source.map and source.map.hash,
         roles,
         tokenizer.fingerprint,
         today,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def states(source: Source) -> list[tuple[int, int]]:
+    """Size and time of each file, by which a change is seen."""
+    return [(state.st_size, state.st_mtime_ns) for state in (c.path.stat() for c in source.containers)]
 
 
 def open_rows(folder: Path, source: Source, cached: bool) -> Rows:
@@ -153,8 +171,11 @@ def make_room(cache: Path) -> None:
     """Lets go of the rows unused for longest, where there are too many, and of what crashed processes left."""
     for aside in cache.glob(".rows-*.partial-*"):
         pid = aside.name.rpartition("-")[2]
-        if pid.isdecimal() and not _runs(int(pid)):
-            shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            # it may be alive on another machine, or in another container, that has this cache too
+            old = time.time() - aside.stat().st_mtime > 86_400
+            if pid.isdecimal() and old and not _runs(int(pid)):
+                shutil.rmtree(aside, ignore_errors=True)
     kept = 0
     with contextlib.suppress(OSError):  # another process may do the same
         for folder in sorted(cache.glob("rows-*"), key=lambda each: -each.stat().st_mtime):
@@ -192,6 +213,8 @@ class Part:
 
 
 def write(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], folder: Path) -> None:
+    if tokenizer.vocab_size > 1 << 32:
+        raise UserError(f"{tokenizer.source}: an id of its tokenizer is beyond 32 bits")
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     work = partial(encode, source, tokenizer, roles, dtype)
     processes = processes_for(source)
@@ -252,7 +275,7 @@ def encode(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], dtype: 
     for place, record in numbered:
         line, reason = encode_record(record, tokenizer, next(results) if record.messages is not None else None)
         if reason:
-            found.dropped[reason] += 1
+            found.drop(reason)
         else:
             signs = signs_of(record, tokenizer)
             lines.append((*line, (*place, signs), prompt_hash(record)))
@@ -295,8 +318,8 @@ def encode_record(record: Record, tokenizer: Tokenizer, rendered) -> tuple[tuple
         return None, "labelled as a bad answer"
     ids, turns = rendered
     weights = record.weights or [1.0] * len(record.messages)
-    spans = [(a, b, weights[message]) for a, b, message in turns if np.float32(weights[message])]
-    return ((ids, spans), None) if spans else (None, "without a trained token")
+    spans = [(a, b, float(np.float32(weights[message]))) for a, b, message in turns]
+    return ((ids, spans), None) if any(weight for *_, weight in spans) else (None, "without a trained token")
 
 
 def unseen(record: Record, tokenizer: Tokenizer) -> list[str]:
@@ -353,39 +376,48 @@ def in_order(work: Callable, chunks: Iterable, processes: int, prepare: Callable
             children.append(context.Process(target=serve, args=(work, there, list(ends), prepare), daemon=True))
             children[-1].start()
             there.close()
-        numbered, done, out, sent, idle, busy = enumerate(chunks), {}, 0, 0, list(ends), {}
-        while True:
-            while idle and numbered and sent - out < 4 * processes:
-                if (next_one := next(numbered, None)) is None:
-                    numbered = None
+        chunks, more, taken, out = iter(chunks), True, 0, 0
+        idle, busy, done = list(ends), {}, {}  # pipes; number of a pipe's chunk; results by number
+        while more or busy:
+            while more and idle and taken - out < 4 * processes:
+                try:
+                    chunk = next(chunks, None)
+                except UserError as error:  # told in its turn, behind what stands before it
+                    done[taken], chunk = (False, error), None
+                if chunk is None:
+                    more = False
                     break
-                sent, chunk = next_one
                 try:
                     idle[-1].send(chunk)
-                    busy[idle.pop()] = sent
+                    busy[idle.pop()] = taken
                 except RecursionError:  # a record nested so deep that it can't be sent
-                    done[sent] = True, work(chunk)
+                    done[taken] = True, work(chunk)
+                except OSError:
+                    raise UserError(ENDED) from None
+                taken += 1
             for end in wait([*busy]) if busy else ():
                 done[busy.pop(end)] = receive(end)
                 idle.append(end)
             while out in done:
                 yield unwrap(done.pop(out))
                 out += 1
-            if not busy and numbered is None:
-                return
     finally:
+        for end in ends:
+            end.close()  # a child that waits for work ends by itself, and ends its template's process
         for child in children:
+            child.join(1)
             child.kill()
             child.join()
-        for end in ends:
-            end.close()
+
+
+ENDED = "a process that read the data ended, killed for want of memory perhaps"
 
 
 def receive(end) -> tuple[bool, object]:
     try:
         return end.recv()
     except (EOFError, OSError):
-        raise UserError("a process that read the data ended, killed for want of memory perhaps") from None
+        raise UserError(ENDED) from None
 
 
 def unwrap(answer: tuple[bool, object]):

@@ -11,6 +11,7 @@ import base64
 import json
 import re
 import unicodedata
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -53,8 +54,10 @@ class BytePairs:
     kind = "byte-level BPE"
 
     def __post_init__(self):
-        self.lengths = [len(self.bytes_of.get(id, b"?")) for id in range(max(self.bytes_of, default=0) + 1)]
-        self.lengths.append(1)  # at -1: of a byte that is no token
+        # of each id in bytes; 1 at -1, of a byte that is no token. A list where it can be one, which is faster
+        self.lengths = defaultdict(lambda: 1, {id: len(token) for id, token in self.bytes_of.items()})
+        if (size := max(self.bytes_of, default=0) + 1) < 4 * len(self.bytes_of):
+            self.lengths = [*map(self.lengths.__getitem__, range(size)), 1]
 
     prefix = "never"  # as in Pieces
 

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -49,7 +50,10 @@ def serve() -> None:
         template = environment().from_string(setting["template"])
     except Exception as error:  # noqa: BLE001  somebody's program may fail in any way
         broken = reason(error)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; this process ends with its input
     for line in sys.stdin:
+        if not line.endswith("\n"):  # who asks was killed in the middle of it
+            return
         answers = []
         for job in json.loads(line):
             try:
@@ -256,7 +260,9 @@ class Template:
         rendered.asked = conversation.add_generation_prompt
         for i, (first, end) in sorted(extents.items()):
             calls, head = bool(messages[i].get("tool_calls")), first
-            if messages[i]["role"] == "assistant":
+            if messages[i]["role"] != "assistant":
+                head -= rendered.text[last:first].endswith(" ")  # which the word's token takes along
+            else:
                 head = self.head(rendered.text, messages[:i], conversation.tools, first)
                 if not self.asking.strip() and not calls and rendered.text[head:first].strip():
                     head = first  # nothing asks for an answer, so the words before it are a turn's name

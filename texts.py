@@ -29,8 +29,12 @@ def signature(text: str) -> np.ndarray:
     if len(hashed) >= 3:
         with np.errstate(over="ignore"):
             hashed = hashed[:-2] * FACTORS[0] + hashed[1:-1] * FACTORS[1] + hashed[2:] * FACTORS[2]
+    least = np.full(len(FACTORS), np.iinfo(np.uint64).max, np.uint64)
     with np.errstate(over="ignore"):
-        return ((hashed[:, None] * FACTORS + TERMS) >> np.uint64(32)).min(0).astype(np.uint16)
+        for start in range(0, len(hashed), 4096):  # a long text in little memory
+            part = hashed[start : start + 4096, None] * FACTORS + TERMS
+            least = np.minimum(least, (part >> np.uint64(32)).min(0))
+    return least.astype(np.uint16)
 
 
 WORDS = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|[^\W_]+")
@@ -57,10 +61,9 @@ def near_groups(signatures: np.ndarray) -> np.ndarray:
         order = np.argsort(keys, kind="stable")
         same = np.flatnonzero(keys[order][1:] == keys[order][:-1])
         # each with the one before it in its run, and with the run's first, which more of them resemble
-        first, start = {}, -2
+        start = end = -1
         for k in same.tolist():
-            start = start if first.get("end") == k else k
-            first["end"] = k + 1
+            start, end = start if end == k else k, k + 1
             for a in {int(order[k]), int(order[start])}:
                 b = int(order[k + 1])
                 x, y = root(a), root(b)
@@ -84,11 +87,11 @@ def _script(letter: str) -> str:
 
 
 PRIVATE = {
-    "e-mail address": r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+",
+    "e-mail address": r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+",
     "private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
     "AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
     "API key": r"\b(?:sk-[\w-]{20,}|gh[pousr]_\w{30,}|hf_\w{30,}|AIza[\w-]{30,}|(?:xox[abprs]|glpat)-[\w-]{10,})",
-    "token (JWT)": r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",
+    "token (JWT)": r"\beyJ[\w-]{10,2000}\.eyJ[\w-]{10,4000}\.[\w-]{10,}",
     "password": r"(?i)\b(?:password|passwd|secret|api_key)\s*[=:]\s*[\"'][^\s\"']{8,}[\"']",
 }
 _private = {kind: re.compile(pattern) for kind, pattern in PRIVATE.items()}

@@ -314,7 +314,7 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """A hash of all that ids and masks depend on: the folder's files, the templates, the ends."""
         hashed = hashlib.sha256(json.dumps([self.templates, sorted(self.stop_ids), self.adds_bos]).encode())
-        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        for name in READ:
             if (self.source / name).is_file():
                 hashed.update(name.encode() + (self.source / name).read_bytes())
         return hashed.hexdigest()
@@ -358,6 +358,7 @@ def _outside(ids: list[int], turns: list[tuple[int, int]]) -> list[int]:
     return [id for a, b in zip(edges[::2], edges[1::2], strict=True) for id in ids[a:b]]
 
 
+READ = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a UTF-16 pair
 # Unicode's White_Space, which an added token may take along; Python's own strip() takes four control characters more
 SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))

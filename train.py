@@ -37,7 +37,7 @@ import optimizers
 import plan
 import report
 from convert import base_folder
-from data import Dataset, Example, load, micro_batches, most_tokens, row_batches, split
+from data import Dataset, Example, batches_by_length, load, most_tokens, row_batches, split
 from demo import TASK, Demo
 from errors import UserError, run
 from flags import LORA, VAL_FRACTION, Flags, parse_flags, replayed, weighted
@@ -81,18 +81,19 @@ def load_data(flags: Flags, tokenizer: Tokenizer, config: Config, device: torch.
         raise UserError(f"--seq-len {seq_len}: the model has {config.max_positions} positions")
     flags.seq_len = seq_len
 
-    def read(paths, map=None):
-        found = load(paths, tokenizer, seq_len, flags.train_on, flags.trees, print, map)
+    def read(paths, through=None):
+        found = load(paths, tokenizer, seq_len, flags.train_on, flags.trees, print, through)
         largest = max(rows.largest for rows in found.examples.rows)
         if largest >= config.vocab_size:
-            raise UserError(f"{paths[0]}: token {largest} of the tokenizer is beyond the model's {config.vocab_size}")
+            names = ", ".join(map(str, paths))
+            raise UserError(f"{names}: token {largest} of the tokenizer is beyond the model's {config.vocab_size}")
         return found
 
-    (files, weights), map = weighted(flags.data), Map(flags.map) if flags.map else None
-    data = read(files or TASK["train"], map)
+    (files, weights), through = weighted(flags.data), Map(flags.map) if flags.map else None
+    data = read(files or TASK["train"], through)
     val_files = [flags.val] if flags.val else [] if flags.data else TASK["val"]
     if val_files:
-        train, val = data, read(val_files, map)
+        train, val = data, read(val_files, through)
     else:
         flags.val_fraction = VAL_FRACTION if flags.val_fraction is None else flags.val_fraction
         train, val = split(data, flags.val_fraction)
@@ -111,7 +112,9 @@ def load_data(flags: Flags, tokenizer: Tokenizer, config: Config, device: torch.
     files, replay_val, replay_shares = files or TASK["train"], None, []
     if flags.replay:
         more, replay_shares = replayed(flags.replay)
-        replay, replay_val = split(read(more), VAL_FRACTION if flags.val_fraction is None else flags.val_fraction)
+        # where nothing validates, nothing of the replay is held back either
+        held = 0.0 if not len(val) else VAL_FRACTION if flags.val_fraction is None else flags.val_fraction
+        replay, replay_val = split(read(more), held)
         replay_val = replay_val if len(replay_val) else None
         train, files = train.with_replay(replay), [*files, *more]
     return Data(train, val, replay_val, make_stream(flags, train, files, weights, replay_shares, device))
@@ -121,7 +124,8 @@ def make_stream(flags: Flags, train: Dataset, files: list, weights, replay_share
     """The order of the examples: mixed, packed, or neither."""
     sizes = train.examples.sizes
     if 0 in sizes:
-        raise UserError(f"{files[sizes.index(0)]}: no example of it is left to train on")
+        why = "all of it validates; give --val FILE, or --val-fraction 0"
+        raise UserError(f"{files[sizes.index(0)]}: no example of it is left to train on, {why}")
     stream = Stream(train.lengths, sizes, shares(sizes, weights, replay_shares), flags.seed)
     if weights or replay_shares:
         total = sum(stream.draws)
@@ -401,7 +405,7 @@ def eagerly(flags: Flags):
 
 def validate(model: Transformer, val: Dataset, device: torch.device) -> float:
     with evaluating(model):
-        return mean_loss(model, micro_batches(val.examples, 8, device))
+        return mean_loss(model, batches_by_length(val, 8, device))
 
 
 def save(model: Transformer, tokenizer: Tokenizer, flags: Flags, folder: Path, base: dict, stored: torch.dtype) -> None:
@@ -601,8 +605,9 @@ def describe(flags, model, folder, tokenizer, job, per_epoch, dtype, device, why
         print(f"          NOTE: config.json's {', '.join(model.config.unheeded)} plays no part in training here")
     print(f"machine   {device}, {str(dtype).removeprefix('torch.')}: {why}")
     print(
-        f"run       {flags.steps:,} steps of {flags.batch_size} x {flags.accumulate} examples"
-        f" ({flags.steps / per_epoch:.2f} epochs); {optimizers.NAMES[flags.optimizer]}, rate {flags.lr:g},"
+        f"run       {flags.steps:,} steps of {flags.batch_size} x {flags.accumulate}"
+        f" {'rows' if flags.pack else 'examples'} ({flags.steps / per_epoch:.2f} epochs);"
+        f" {optimizers.NAMES[flags.optimizer]}, rate {flags.lr:g},"
         f" {flags.schedule} after {flags.warmup} steps of warm-up, decay {flags.weight_decay:g}, clip {flags.clip:g},"
         f" seed {flags.seed}"
     )

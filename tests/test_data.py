@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +75,56 @@ def test_train_on_says_whose_turns(tmp_path, tokenizer):
         "last-answer": "2<|im_end|>",
         "all-turns": "one?<|im_end|>1<|im_end|>two?<|im_end|>2<|im_end|>",
     }
+
+
+def test_the_last_answer_is_the_last_even_where_it_has_no_weight(tmp_path, tokenizer):
+    turns = chat("a", "b", "c", "d")
+    turns[3]["weight"] = 0
+    for how in ("answers", "last-answer"):
+        records = [{"messages": turns}, {"messages": chat("e", "f")}]
+        data = loaded(tmp_path, records, tokenizer, train_on=how)
+        texts = [trained_text(example, tokenizer) for example in data.examples]
+        assert texts == (["b<|im_end|>", "f<|im_end|>"] if how == "answers" else ["f<|im_end|>"])
+    assert data.dropped == {"without a trained token": 1}
+
+
+def test_a_prompts_own_answers_are_not_taught_and_its_users_turns_may_be(tmp_path, tokenizer):
+    prompt, answer = chat("a", "b", "c"), [{"role": "assistant", "content": "d"}]
+    for record in (
+        {"prompt": prompt, "completion": answer, "system": "s"},
+        {"prompt": prompt, "chosen": answer, "rejected": [{"role": "assistant", "content": "e"}], "system": "s"},
+        {"messages": prompt + answer, "label": True, "system": "s"},
+    ):
+        for how, wanted in (("answers", "d<|im_end|>"), ("all-turns", "a<|im_end|>c<|im_end|>d<|im_end|>")):
+            (example,) = loaded(tmp_path, [record], tokenizer, train_on=how).examples
+            assert trained_text(example, tokenizer) == wanted and "system\ns<|im_end|>" in tokenizer.decode(example.ids)
+        silent = json.loads(json.dumps(record))
+        silent.get("messages", silent.get("completion", silent.get("chosen")))[-1]["weight"] = 0
+        with pytest.raises(UserError, match="without a trained token"):
+            loaded(tmp_path, [silent], tokenizer)
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1", "gemma3", "mistral_nemo"])
+def test_all_turns_on_real_templates_trains_words_and_their_ends(tmp_path, name):
+    tokenizer = load_tokenizer(SHARED / "tokenizers" / name)
+    turns = chat(" a question?", "an answer", "and (2)?", "two")
+    (example,) = loaded(tmp_path, [{"messages": turns}], tokenizer, train_on="all-turns").examples
+    said = tokenizer.decode([i for i, yes in zip(example.ids, example.trained) if yes], skip_special=True)
+    said = re.sub(r"</?think>|\s", "", said)  # Qwen 3's empty thought before the last answer
+    assert said == "aquestion?ananswerand(2)?two"
+
+
+def test_all_turns_where_a_users_words_follow_a_space(tmp_path, tokenizer):
+    """As in Llama 2's and Mistral's first templates, [INST] words [/INST]: the space is a part of the word's token."""
+    folder = tmp_path / "folder"
+    shutil.copytree(model_folder(None), folder)
+    user, answer = "'[INST] ' + m.content + ' [/INST]'", "' ' + m.content + eos_token"
+    template = f"{{% for m in messages %}}{{{{ {user} if m.role == 'user' else {answer} }}}}{{% endfor %}}"
+    (folder / "chat_template.jinja").write_text(template)
+    records = [{"messages": chat("one?", "1", "two?", "2")}]
+    (example,) = loaded(tmp_path, records, load_tokenizer(folder), train_on="all-turns").examples
+    assert trained_text(example, tokenizer) == " one? 1<|im_end|> two? 2<|im_end|>"
 
 
 def test_weights_of_turns_and_records_reach_the_tokens(tmp_path, tokenizer):
@@ -145,10 +197,7 @@ def test_no_token_of_a_text_is_lost_at_its_end(tmp_path, tokenizer):
 
 def test_a_long_text_comes_in_parts_that_make_the_whole(tmp_path, tokenizer, monkeypatch, cache):
     text = "".join(f"line {i}, é\n" for i in range(500))
-    (tmp_path / "a.txt").write_text(text)
     monkeypatch.setattr("containers.PART", 1000)
-    made = tokenised(open_source(tmp_path / "a.txt"), tokenizer)
-    assert len(made) > 1 or len(text) < 1 << 20  # chunks of 1 MB: here a single one
     (tmp_path / "b.txt").write_text(text * 300)
     made = tokenised(open_source(tmp_path / "b.txt"), tokenizer)
     assert len(made) > 1 and tokenizer.decode(made.ids[:-1].tolist()) == text * 300
@@ -181,15 +230,18 @@ def test_a_file_that_can_not_be_read_leaves_nothing_behind(tmp_path, tokenizer, 
 
 def test_what_crashed_processes_left_goes_and_so_does_what_is_too_much(tmp_path, tokenizer, cache, monkeypatch):
     cache.mkdir()
-    (cache / ".rows-abc.partial-999999999").mkdir()
-    (cache / f".rows-abc.partial-{os.getppid()}").mkdir()
+    for name in (".rows-abc.partial-999999999", f".rows-abc.partial-{os.getppid()}", ".rows-new.partial-999999998"):
+        (cache / name).mkdir()
+        if "new" not in name:  # one that is not old may be alive on another machine
+            os.utime(cache / name, (1, 1))
     for name, age in (("rows-new", 10), ("rows-old", 1000)):
         (cache / name).mkdir()
         (cache / name / "ids.bin").write_bytes(bytes(600))
         os.utime(cache / name, (os.stat(cache).st_mtime - age,) * 2)
     monkeypatch.setattr(rows, "KEPT", 1000)
     rows.make_room(cache)
-    assert sorted(path.name for path in cache.iterdir()) == [f".rows-abc.partial-{os.getppid()}", "rows-new"]
+    left = [f".rows-abc.partial-{os.getppid()}", ".rows-new.partial-999999998", "rows-new"]
+    assert sorted(path.name for path in cache.iterdir()) == left
 
 
 def test_two_processes_at_once_make_rows_once(tmp_path, tokenizer, cache):
@@ -228,11 +280,57 @@ def test_several_processes_give_what_one_gives(tmp_path, tokenizer, cache, monke
     records[2500]["output"], records[3900]["output"] = None, 7
     with pytest.raises(UserError, match="line 2501: output is null"):
         tokenised(open_source(written(tmp_path, records)), tokenizer)
+    lines = [json.dumps(record) for record in records]
+    lines[2500] = json.dumps(records[2500])
+    lines[3000:] = [b"\xff" * 10]  # what can't be read at all, behind what can't be used
+    file.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines))
+    with pytest.raises(UserError, match="line 2501: output is null"):
+        tokenised(open_source(file), tokenizer)
+
+
+def test_classes_and_tokenizer_files_are_part_of_the_key(tmp_path, tokenizer, cache):
+    (tmp_path / "a.tsv").write_text("1\tred thing\n2\tblue thing\n")
+    for names in ("Red\nBlue\n", "Rot\nBlau\n"):
+        (tmp_path / "classes.txt").write_text(names)
+        made = tokenised(open_source(tmp_path / "a.tsv"), tokenizer)
+        assert not made.cached and names.split()[0] in tokenizer.decode(made.ids[: made.starts[1]].tolist())
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("a.tsv", "classes.txt"):
+        (tmp_path / name).rename(moved / name)
+    again = tokenised(open_source(moved / "a.tsv"), tokenizer)
+    assert again.cached and again.where(0) == f"{moved / 'a.tsv'} row 1"
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, tokenizer, cache, monkeypatch):
+    file, real = written(tmp_path, [{"instruction": "a", "output": "b"}]), rows.write
+
+    def write(*arguments):
+        real(*arguments)
+        file.write_text(file.read_text() + "\n\n")
+
+    monkeypatch.setattr(rows, "write", write)
+    with pytest.raises(UserError, match="changed while it was read"):
+        tokenised(open_source(file), tokenizer)
+    assert not [*cache.iterdir()]
 
 
 def test_a_worker_that_dies_is_an_error_not_a_wait():
     with pytest.raises(UserError, match="ended, killed"):
         list(rows.in_order(lambda chunk: os._exit(9), iter(range(5)), 2))
+    with pytest.raises(UserError, match="ended, killed"):
+        list(rows.in_order(len, iter("abcdefgh"), 2, lambda: os._exit(9)))
+    with pytest.raises(UserError, match="chunk 1"):  # and of two faults the first
+
+        def faulty():
+            yield from range(3)
+            raise UserError("reader")
+
+        def work(chunk):
+            if chunk == 1:
+                raise UserError("chunk 1")
+
+        list(rows.in_order(work, faulty(), 2))
 
 
 # ---- the split ----
@@ -276,9 +374,11 @@ def test_conversations_that_begin_with_an_answer_are_parted_by_what_follows(tmp_
     assert 1 <= len(split(loaded(tmp_path, records, tokenizer), 0.1)[1]) <= 8
 
 
-def test_one_long_text_is_parted_by_its_pieces(tmp_path, tokenizer):
-    (tmp_path / "a.txt").write_text(" ".join(str(i * i) for i in range(3000)))
-    data = load([tmp_path / "a.txt"], tokenizer, 50)
+@pytest.mark.parametrize("texts", [1, 2])
+def test_long_texts_are_parted_by_their_pieces(tmp_path, tokenizer, texts):
+    for i in range(texts):
+        (tmp_path / f"{i}.txt").write_text(" ".join(str(k * k + i) for k in range(3000)))
+    data = load([tmp_path / f"{i}.txt" for i in range(texts)], tokenizer, 50)
     train, val = split(data, 0.1)
     assert len(train) + len(val) == len(data) and 0.02 * len(data) <= len(val) <= 0.2 * len(data)
     assert train.tokens + val.tokens == data.tokens and train.trained_tokens + val.trained_tokens == data.trained_tokens

@@ -263,7 +263,8 @@ def test_preferences_have_a_prompt_and_two_answers(write, number):
     prompt = turns("r") if number in (0, 5) else PROMPT
     assert record.messages == [*prompt, {"role": "assistant", "content": "good"}]
     assert record.rejected == [{"role": "assistant", "content": "bad"}]
-    assert record.weights == [0.0] * len(prompt) + [1.0]
+    assert record.weights == (None if number in (0, 5) else [1, 0, 1, 1])  # the prompt's answers are not taught
+    assert record.asked == len(prompt)
 
 
 def test_kto_labels_the_last_answer(write):
@@ -271,7 +272,7 @@ def test_kto_labels_the_last_answer(write):
         loaded = read_records(write([record | {"label": True}, record | {"label": False}]))
         assert name_of(loaded) == "KTO" and [each.label for each in loaded.records] == [True, False]
         assert all(each.messages == turns("q", "a", "r", "b") for each in loaded.records)
-        assert all(each.weights == [0, 0, 0, 1] for each in loaded.records)
+        assert all(each.weights == [1, 0, 1, 1] for each in loaded.records)
 
 
 # ---- containers ----

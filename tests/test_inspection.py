@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -89,6 +90,13 @@ def test_near_groups_are_those_of_all_pairs():
     got = near_groups(signatures)
     same = (got[:, None] == got) == (wanted[:, None] == wanted)
     assert same.mean() > 0.999 and len(set(wanted.tolist())) < len(texts) - 20
+
+
+def test_no_pattern_takes_the_square_of_a_text():
+    for hostile in ("@ " + "a" * 300_000, "eyJ-" * 80_000, "sk-" * 100_000, "a.b@" * 80_000, "secret = '" * 40_000):
+        start = time.process_time()
+        private_parts(hostile)
+        assert time.process_time() - start < 10, hostile[:10]  # seconds; the square would take minutes
 
 
 def test_scripts_hashes_and_what_had_better_not_be_there():
@@ -208,6 +216,11 @@ EVERY = [
                    {"role": "tool", "content": "2", "name": "add"}, {"role": "assistant", "content": "2"}],
       "tools": [{"type": "function", "function": {"name": "add"}}]}],
     [{"prompt": "q", "chosen": "good", "rejected": "bad"}],
+    [{"prompt": "q", "chosen": "good", "rejected": "bad", "weight": 0.5},
+     {"prompt": "r", "chosen": "x", "rejected": "y", "weight": 0}],
+    [{"messages": [{"role": "user", "content": "q", "weight": 0}, {"role": "assistant", "content": "a"}]}],
+    [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 3}],
+      "label": True}],
     [{"chosen": "\n\nHuman: q\n\nAssistant: x\n\nHuman: r\n\nAssistant: y",
       "rejected": "\n\nHuman: q\n\nAssistant: x\n\nHuman: r\n\nAssistant: z"}],
     [{"prompt": "q", "completion": "a", "label": True}, {"prompt": "q", "completion": "b", "label": False}],
@@ -220,12 +233,40 @@ EVERY = [
 def test_what_convert_writes_is_read_as_the_same_records(tmp_path, command, number):
     file = written(tmp_path / "a.jsonl", EVERY[number])
     command("convert", file, "--out", tmp_path / "b.jsonl")
-    weights = lambda r: r.weights and [w for w, t in zip(r.weights, r.messages) if t["role"] == "assistant"]
     records = lambda path: read_records(path).records
-    bare = lambda path: [(r.messages, r.text, r.tools, weights(r), r.rejected, r.label) for r in records(path)]
+    bare = lambda path: [(r.messages, r.text, r.tools, r.weights, r.rejected, r.asked, r.label) for r in records(path)]
     assert bare(tmp_path / "b.jsonl") == bare(file)
     with pytest.raises(UserError, match=r"b\.jsonl: is there already"):
         command("convert", file, "--out", tmp_path / "b.jsonl")
+
+
+def test_convert_keeps_a_long_text_whole_and_kinds_apart(tmp_path, command, monkeypatch):
+    monkeypatch.setattr("containers.PART", 100)
+    (tmp_path / "a.txt").write_text("".join(f'line "{i}" \\ é\n' for i in range(300_000)))
+    said = command("convert", tmp_path / "a.txt", "--out", tmp_path / "b.jsonl")
+    (record,) = read_records(tmp_path / "b.jsonl").records
+    assert record.text == (tmp_path / "a.txt").read_text() and "b.jsonl: 1 records" in said
+    chat = written(tmp_path / "c.jsonl", [{"prompt": "q", "completion": "a"}])
+    with pytest.raises(UserError, match="c.jsonl line 1: is of another kind"):
+        command("convert", tmp_path / "a.txt", chat, "--out", tmp_path / "d.jsonl")
+    assert not (tmp_path / "d.jsonl").exists()
+
+
+def test_split_refuses_what_can_not_be_parted(tmp_path, command):
+    file = written(tmp_path / "a.jsonl", [{"prompt": "q", "completion": "a"}] * 20)
+    with pytest.raises(UserError, match=r"\.jsonl would be empty: 1 groups"):
+        command("split", file, "--out", tmp_path / "parts")
+    assert not (tmp_path / "parts").exists()
+
+
+def test_a_page_is_written_over_a_page_only(tmp_path, command):
+    file = written(tmp_path / "a.jsonl", [{"prompt": "q", "completion": "a"}])
+    before = file.read_text()
+    with pytest.raises(UserError, match="is no page of this program"):
+        command("inspect", file, "--html", file)
+    assert file.read_text() == before
+    for _ in range(2):
+        command("inspect", file, "--html", tmp_path / "page.html")
 
 
 def test_a_convert_that_fails_leaves_nothing(tmp_path, command):
@@ -276,19 +317,27 @@ def test_a_users_function_maps_records(tmp_path, tokenizer):
     )
     file = written(tmp_path / "a.jsonl", [{"ask": f"q{n}", "n": n} for n in range(4)])
     said = []
-    data = load([file], tokenizer, 99, say=said.append, map=Map(f"{tmp_path}/m.py:f"))
+    data = load([file], tokenizer, 99, say=said.append, through=Map(f"{tmp_path}/m.py:f"))
     texts = [tokenizer.decode(e.ids[e.trained > 0].tolist()) for e in data.examples]
     assert texts == ["0<|im_end|>", "2<|im_end|>", "2<|im_end|>", "3<|im_end|>"]
     assert "through" in said[0] and "dropped 1 (left out by --map)" in said[0]
     for name, why in (("wrong", "line 1: --map .*wrong: KeyError: 'no'"), ("none", "has no function none"),
                       ("three", "has no function three")):  # fmt: skip
         with pytest.raises(UserError, match=why):
-            load([file], tokenizer, 99, map=Map(f"{tmp_path}/m.py:{name}"))
+            load([file], tokenizer, 99, through=Map(f"{tmp_path}/m.py:{name}"))
     for name in ("m.py", f"{tmp_path}/none.py:f", f"{tmp_path}/m.py"):
         with pytest.raises(UserError, match="FILE.py:NAME is wanted"):
             Map(name)
-    (tmp_path / "m.py").write_text("def f(record): return {'prompt': 'other', 'completion': 'x'}")
-    assert not load([file], tokenizer, 99, map=Map(f"{tmp_path}/m.py:f")).examples.rows[0].cached
+    # what the file reads besides can't be known, so nothing is taken out of the cache
+    (tmp_path / "helper.py").write_text("from dataclasses import dataclass\nword = 'x'\n")
+    (tmp_path / "m.py").write_text(
+        "from __future__ import annotations\nimport helper\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass A:\n    x: int\n"
+        "def f(record): return {'prompt': 'other', 'completion': helper.word}\n"
+    )
+    for _ in range(2):
+        data = load([file], tokenizer, 99, through=Map(f"{tmp_path}/m.py:f"))
+        assert not data.examples.rows[0].cached and len(data) == 4
 
 
 # ---- at the start of a training ----

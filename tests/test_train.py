@@ -388,17 +388,18 @@ def test_seed_and_eval_every_and_repeated_data_are_heard(base, numbers, tmp_path
 def test_defaults_follow_method_data_and_width(tmp_path):
     llama(tmp_path / "base")
     model = load_model(tmp_path / "base")  # hidden size 64
+    order = lambda count: Stream([], [count], [count], 0)
     for examples, epochs in ((100, 3.0), (600, 2.0), (1600, 1.0)):
         flags = Flags()
-        assert train.choose_defaults(flags, model, examples) == math.ceil(examples / 8)
+        assert train.choose_defaults(flags, model, order(examples)) == math.ceil(examples / 8)
         assert flags.epochs == epochs and flags.steps == round(epochs * math.ceil(examples / 8))
         assert flags.warmup == round(0.05 * flags.steps) and flags.eval_every == math.ceil(flags.steps / 5)
     assert flags.weight_decay == 0 and flags.lr == pytest.approx(5e-4 * (2000 / 64) ** 0.78, rel=0.05)
     full = Flags(method="full", steps=7)
-    train.choose_defaults(full, model, 100)
+    train.choose_defaults(full, model, order(100))
     assert full.steps == 7 and full.weight_decay == 0.01 and full.lr == pytest.approx(flags.lr / 10, rel=0.05)
     with pytest.raises(UserError, match="--warmup 9"):
-        train.choose_defaults(Flags(steps=9, warmup=9), model, 100)
+        train.choose_defaults(Flags(steps=9, warmup=9), model, order(100))
 
 
 def test_a_plain_text_is_gone_on_with_and_validated(base, tmp_path, monkeypatch, capsys):

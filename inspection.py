@@ -231,15 +231,18 @@ def quick_checks(train: Dataset, val: Dataset) -> list[str]:
     pairs = np.unique(np.stack([mine["prompts"], mine["contents"]], 1), axis=0)[:, 0]
     several = int((np.unique(pairs, return_counts=True)[1] > 1).sum())
     at = [int(each) for each in np.percentile(train.lengths, (50, 99, 100))]
-    signs = {name: int((mine["signs"] & sign > 0).sum()) for name, sign in
-             (("with an answer of one word", ONE_WORD), ("that spell a control token, kept as text", CONTROL),
-              ("with an e-mail address or a secret", PRIVATE))}  # fmt: skip
-    held = ", ".join(f"{count:,} {name}" for name, count in signs.items() if count)
+    signs = {
+        "answers of one word": ONE_WORD,
+        "control tokens spelled in text": CONTROL,
+        "addresses or secrets": PRIVATE,
+    }
+    found = {name: int((mine["signs"] & sign > 0).sum()) for name, sign in signs.items()}
+    held = ", ".join(f"{count:,} with {name}" for name, count in found.items() if count)
     return [
         f"{twice:,} records stand there again, {shared:,} of {len(other['contents']):,} that validate are trained on, "
         + f"{several:,} questions have several answers",
         f"tokens an example: median {at[0]:,}, 99 % up to {at[1]:,}, longest {at[2]:,}",
-        f"records {held}; `data.py inspect` names them" if held else "no address, secret or control token in the text",
+        f"records: {held or 'none with addresses, secrets or control tokens'}; `data.py inspect` says more",
     ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import evaluate
 import report
-from data import Dataset, Example
+from examples import Dataset, Example
 from formats import read_records
 from loading import one_line
 from model import Transformer

@@ -25,6 +25,7 @@ import objectives
 from checkpoint import load_model
 from convert import base_folder
 from errors import UserError, run
+from examples import Dataset
 from formats import Found, Map, Record, open_source
 from lora import drop_lora, has_lora, is_adapter, note
 from model import Transformer, evaluating, packed_weights
@@ -33,7 +34,7 @@ from tokenizer import TemplateError, Tokenizer
 ROOM = 8  # tokens that an answer may be longer than the longest reference: enough to see that it goes on, and cheap
 
 
-def loss(model: Transformer, dataset: data.Dataset, batch_size: int = 8) -> dict[str, float]:
+def loss(model: Transformer, dataset: Dataset, batch_size: int = 8) -> dict[str, float]:
     """loss per trained token (nats), its perplexity, and the number of those tokens. Dropout is off meanwhile."""
     with evaluating(model):
         value = objectives.mean_loss(model, data.batches_by_length(dataset, batch_size, model.device))
@@ -228,7 +229,7 @@ def pick_sides(args: argparse.Namespace) -> list[Side]:
 
 def encode(
     file: str, tokenizer: Tokenizer, model: Transformer, seq_len: int | None, first: int | None, through: Map | None
-) -> data.Dataset:
+) -> Dataset:
     limit = model.config.max_positions
     if seq_len is not None and seq_len > limit:
         raise UserError(f"--seq-len {seq_len}: the model takes {limit}")

@@ -10,8 +10,8 @@ from pathlib import Path
 import lora
 import optimizers
 import remat
-from data import TRAIN_ON
 from errors import UserError
+from examples import TRAIN_ON
 from formats import TREES
 from loading import parse
 from quant import KINDS

@@ -23,8 +23,8 @@ import loading
 import rows as rows_module
 from checkpoint import read_config
 from convert import base_folder
-from data import TRAIN_ON, Dataset, Example, cut
 from errors import UserError, printable
+from examples import TRAIN_ON, Dataset, Example, cut
 from formats import TREES, Found, Map, Record, Source, open_source
 from rows import CONTROL, ONE_WORD, PRIVATE, Rows, chunks, in_order, prompt_hash, tokenised, words_of
 from texts import FACTORS, masked, near_groups, private_parts, script, signature, text_hash

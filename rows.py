@@ -116,15 +116,7 @@ def key(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...]) -> str:
         named = container.kind.startswith(("CSV", "TSV")) and beside.is_file()
         files.append((container.kind, file_sha256(container.path), file_sha256(beside) if named else ""))
     today = time.strftime("%x") if any("strftime_now" in each for each in tokenizer.templates.values()) else ""
-    parts = [
-        FORMAT,
-        files,
-        source.format.name,
-        source.trees,
-        roles,
-        tokenizer.fingerprint,
-        today,
-    ]
+    parts = [FORMAT, files, source.format.name, source.trees, roles, tokenizer.fingerprint, today]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

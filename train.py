@@ -37,9 +37,10 @@ import optimizers
 import plan
 import report
 from convert import base_folder
-from data import Dataset, Example, batches_by_length, load, most_tokens, row_batches, split
+from data import batches_by_length, load, most_tokens, row_batches, split
 from demo import TASK, Demo
 from errors import UserError, run
+from examples import Dataset, Example
 from flags import LORA, VAL_FRACTION, Flags, parse_flags, replayed, weighted
 from formats import Map
 from inspection import quick_checks

@@ -108,7 +108,7 @@ def rows_by_plaintune(torch, spec) -> dict:
     import loading  # noqa: F401  its settings of oneDNN and glibc are train.py's
     import lora
     import train
-    from data import Example
+    from examples import Example
 
     device, dtype = pick(torch, spec)
     full = spec["method"] == "full"

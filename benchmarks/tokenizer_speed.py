@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tokenizers
 
-from data import load_sources
 from errors import run
+from formats import read_records
 from tokenizer import load_tokenizer
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--data", default="assets/general.txt", help="texts, of any known format")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
-    records = load_sources([args.data])[0].records
+    records = read_records(args.data).records
     texts = [record.text or "\n".join(turn["content"] for turn in record.messages) for record in records]
     print(
         f"{args.data}: {len(texts):,} texts, {sum(map(len, texts)):,} characters; tokenizers {tokenizers.__version__}"

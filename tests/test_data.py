@@ -17,8 +17,9 @@ from helpers import SHARED, llama, needs_shared, relative
 import rows
 from checkpoint import load_model
 from convert import model_folder
-from data import Dataset, Example, collate, load, micro_batches, split
+from data import collate, load, micro_batches, split
 from errors import UserError
+from examples import Dataset, Example
 from formats import Record, open_source
 from objectives import mean_loss, token_loss_sum
 from rows import prompt_hash, tokenised

@@ -20,8 +20,8 @@ import transformers
 from helpers import SHARED, needs_shared
 
 from convert import model_folder
-from data import cut
 from errors import UserError
+from examples import cut
 from formats import open_source
 from rows import tokenised
 from tokenizer import load_tokenizer

@@ -14,8 +14,9 @@ import optimizers
 import train
 from checkpoint import load_model
 from convert import model_folder
-from data import Dataset, load
+from data import load
 from demo import TASK
+from examples import Dataset
 from optimizers import AdamW, Offloaded, make_optimizers, round_stochastically, too_small
 from order import Stream
 from tokenizer import load_tokenizer

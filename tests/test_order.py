@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 import order
 import rows
 from convert import model_folder
-from data import Example, collate, load, micro_batches, row_batches
+from data import collate, load, micro_batches, row_batches
 from errors import UserError
+from examples import Example
 from model import Config, Transformer
 from objectives import token_loss_sum
 from order import Stream, epoch_order, pack, shares

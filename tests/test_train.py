@@ -19,8 +19,9 @@ import lora
 import report
 import train
 from checkpoint import load_model
-from data import Dataset, Example, load
+from data import load
 from errors import UserError
+from examples import Dataset, Example
 from optimizers import make_optimizers
 from order import Stream
 from tokenizer import load_tokenizer

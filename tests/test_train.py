@@ -403,6 +403,37 @@ def test_defaults_follow_method_data_and_width(tmp_path):
         train.choose_defaults(Flags(steps=9, warmup=9), model, order(100))
 
 
+def test_a_mixed_packed_run_with_replay(base, numbers, tmp_path, monkeypatch, capsys):
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(json.dumps({"prompt": f"say {i}", "completion": f"{i} {i}"}) for i in range(30)))
+    (tmp_path / "general.txt").write_text(" ".join(str(i * i) for i in range(900)))
+    words = ["--model", base, "--data", f"{numbers}=3", f"{other}=1", "--replay", f"{tmp_path / 'general.txt'}=0.25"]
+    words += ["--pack", "--seq-len", 128, "--batch-size", 2, "--steps", 6, "--eval-every", 3, "--out", tmp_path / "run"]
+    said = whole_run(monkeypatch, capsys, *words)
+    draws = dict(re.findall(r"draws an epoch ([\d,]+) of \S*?(\w+\.\w+):", said))
+    draws = {name: int(count) for count, name in draws.items()}
+    total = sum(draws.values())
+    assert draws["general.txt"] == pytest.approx(0.25 * total, abs=1)
+    assert draws["numbers.json"] == pytest.approx(3 * draws["other.jsonl"], abs=3)
+    assert re.search(r"packed +[\d,]+ examples in [\d,]+ rows of 128 tokens, \d\d\.\d% full", said)
+    assert "6 steps of 2 x 1 rows" in said and ", of the replay " in said
+    lines = report.read_metrics(tmp_path / "run" / "metrics.jsonl")
+    steps, validations = [x for x in lines if "loss" in x], [x for x in lines if "val_loss" in x]
+    assert all(128 < x["tokens"] <= 256 for x in steps) and all("replay_val_loss" in x for x in validations)
+    replayed = [x["replay_loss"] for x in steps if "replay_loss" in x]
+    assert replayed and all(0 < loss < 20 for loss in replayed)
+
+
+def test_packing_trains_the_same_tokens(base, numbers, tmp_path, monkeypatch, capsys):
+    totals = []
+    for pack in ("--pack", "--no-pack"):
+        words = ["--model", base, "--data", numbers, pack, "--seq-len", 256, "--epochs", 1, "--val-fraction", 0]
+        whole_run(monkeypatch, capsys, *words, "--out", tmp_path / pack)
+        lines = report.read_metrics(tmp_path / pack / "metrics.jsonl")
+        totals.append((sum(x["tokens"] for x in lines), sum(x["trained_tokens"] for x in lines), len(lines)))
+    assert totals[0][:2] == totals[1][:2] and totals[0][2] < totals[1][2]
+
+
 def test_a_plain_text_is_gone_on_with_and_validated(base, tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text(" ".join(str(i * i) for i in range(900)))
     words = ["--model", base, "--data", tmp_path / "text.txt", "--seq-len", 64, "--steps", 2, "--out", tmp_path / "run"]

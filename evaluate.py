@@ -11,18 +11,20 @@ rounding.
 """
 
 import argparse
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 import data
 import loading
 import objectives
-from checkpoint import load_model
+from checkpoint import load_model, read_config
 from convert import base_folder
 from errors import UserError, run
 from examples import Dataset
@@ -156,12 +158,16 @@ def main() -> None:
     print(f"compute   {args.what} in {str(dtype).removeprefix('torch.')} on {device.type}: {why}")
     model, results, sets = None, {}, []
     for side in sides:
+        tokenizer = loading.pick_tokenizer(side.folder, side.adapter, args.template)
+        if args.what == "loss":  # a fault in the file is told before a model is loaded for it
+            limit = read_config(side.folder).max_positions
+            dataset = encode(args.data, tokenizer, limit, args.seq_len, args.limit, through)
+            sets.append(digest(dataset))
         if model is None or model.source != side.folder:
             model = None  # the other model goes before this one comes
             model = load_model(side.folder, dtype, device, args.quant)
         elif has_lora(model):
             drop_lora(model)
-        tokenizer = loading.pick_tokenizer(side.folder, side.adapter, args.template)
         if side.adapter is not None:
             loading.put_adapter(model, side.adapter)
         print(f"{side.name:9} {side.folder}" + (f" + {side.adapter}" if side.adapter else ""), end=": ")
@@ -170,8 +176,6 @@ def main() -> None:
         if args.what == "exact":
             results[side.name] = exact(model, tokenizer, records, args.max_new_tokens, args.batch_size or 32)
         else:
-            dataset = encode(args.data, tokenizer, model, args.seq_len, args.limit, through)
-            sets.append(hash(tuple(example.ids.tobytes() for example in dataset.examples)))
             results[side.name] = loss(model, dataset, args.batch_size or 8)
     if len(sets) == 2 and sets[0] != sets[1]:
         print("WARNING: the two read the file as different tokens, so a loss per token does not compare them")
@@ -228,9 +232,9 @@ def pick_sides(args: argparse.Namespace) -> list[Side]:
 
 
 def encode(
-    file: str, tokenizer: Tokenizer, model: Transformer, seq_len: int | None, first: int | None, through: Map | None
+    file: str, tokenizer: Tokenizer, limit: int, seq_len: int | None, first: int | None, through: Map | None
 ) -> Dataset:
-    limit = model.config.max_positions
+    """limit: the model's positions."""
     if seq_len is not None and seq_len > limit:
         raise UserError(f"--seq-len {seq_len}: the model takes {limit}")
     dataset = data.load([file], tokenizer, seq_len or limit, say=print, through=through)
@@ -241,6 +245,14 @@ def encode(
     if not len(dataset):
         raise UserError(f"--limit {first}: none of the first {first} records fits")
     return dataset
+
+
+def digest(dataset: Dataset) -> str:
+    """Equal for equal tokens, whatever the vocabulary's size."""
+    made = hashlib.sha256()
+    for example in dataset.examples:
+        made.update(np.asarray([len(example.ids), *example.ids], np.int64))
+    return made.hexdigest()
 
 
 def print_table(results: dict[str, dict[str, float]], columns: dict[str, str]) -> None:

@@ -145,6 +145,8 @@ def _look(path: Path) -> Container:
         return Container(path, "Parquet", "row")
     if packed and _packing(head[:4]):
         raise UserError(f"{path}: holds {_packing(head[:4])} inside{packed}; unpack it once")
+    if head[:4] == b"PK\x03\x04":
+        raise UserError(f"{path}: a zip archive, or an Excel workbook; unpack it, or export it as CSV")
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{path}: not UTF-8 at byte 0 but UTF-16; save it as UTF-8")
     text = head.removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace")
@@ -372,6 +374,8 @@ def _rows(stream: BinaryIO, container: Container) -> Iterator[tuple[int, dict]]:
             else:
                 names, classes = [name.strip() for name in row], None
                 _no_column_twice(container.path, names)
+                if len(names) == 1 and ";" in names[0]:
+                    raise UserError(f"{container.path}: its columns are parted by semicolons; commas are wanted")
                 continue
         number += 1
         if len(row) != len(names):

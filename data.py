@@ -66,9 +66,8 @@ def load(
         if source.format.name in ("preferences", "KTO"):
             good = "chosen" if source.format.name == "preferences" else "good"
             say(f"          trained on the {good} answers alone; an objective for the others there is not yet")
-    if trees == "all" and not any("OASST" in each.format.name for each in sources):
-        raise UserError("--trees all: no file holds OASST trees")
     data = cut(rows, seq_len, last_only)
+    data.formats = tuple(source.format.name for source in sources)
     if train_on != "answers" and not data.chat:
         raise UserError(f"--train-on {train_on}: plain text is trained whole, and there is no conversation")
     for reason, count in data.dropped.items():

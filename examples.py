@@ -73,6 +73,7 @@ class Dataset:
     trained: np.ndarray | None = None  # how many of them
     prompts: np.ndarray | None = None  # uint64; hash of what is asked: equal ones stay on one side of a split
     chat: bool = False  # has conversations, not plain text alone
+    formats: tuple[str, ...] = ()  # of its files
 
     def __post_init__(self):
         if self.lengths is None:

@@ -258,7 +258,8 @@ def number_behind(word: str) -> tuple[str, float | None]:
     if not sign or Path(word).exists():
         return word, None
     try:
-        value = float(number)
+        return file, float(number)
     except ValueError:
-        return word, None
-    return file, value
+        if Path(file).exists():
+            raise UserError(f"{word}: {number!r} is no number") from None
+    return word, None

@@ -155,6 +155,8 @@ class Map:
     def __init__(self, name: str):
         file, _, function = name.rpartition(":")
         self.name, spec = name, None
+        if Path(name).is_file():
+            raise UserError(f"--map {name}: and which function of it? FILE.py:NAME is wanted")
         if Path(file).is_file() and (spec := spec_from_file_location("user_map", file)) is None:
             raise UserError(f"--map {name}: {file} is no Python file")
         if spec is None:
@@ -184,7 +186,10 @@ class Map:
         if made is None:
             found.dropped["left out by --map"] += 1
             return []
-        return made if isinstance(made, list) else [made]
+        made = made if isinstance(made, list) else [made]
+        if not all(isinstance(each, dict) for each in made):
+            raise UserError(f"{where}: --map {self.name} gives {kind_of(made[0])}; a dict, a list of them, or None")
+        return made
 
 
 def open_source(path: Path | str, trees: str = "best", through: Map | None = None) -> Source:
@@ -203,7 +208,7 @@ def open_source(path: Path | str, trees: str = "best", through: Map | None = Non
                         f"{path}: --map sees one message of {format.name} at a time; convert the file first"
                     )
                 return Source(str(path), format, containers, others, trees, through)
-    why = "is an empty list" if through is None else f"--map {through.name} leaves no record of it"
+    why = "is an empty list" if through is None else f"--map {through.name} gives None for every record of it"
     raise UserError(f"{path}: {why}; nothing to train on")
 
 
@@ -672,4 +677,5 @@ def _misfit(record: dict, where: str, format: Format | None) -> UserError:
     else:
         common = [f"{known.name} ({', '.join(known.keys)})" for known in FORMATS if known.name in COMMON]
         why = f"no known format; known: {', '.join(common)}, and more at the head of formats.py"
+        why += "; --map FILE.py:NAME makes one of them"
     return UserError(f"{where}: keys {names_of(record)}: {why}{hint}")

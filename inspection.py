@@ -26,7 +26,7 @@ from convert import base_folder
 from errors import UserError, printable
 from examples import TRAIN_ON, Dataset, Example, cut
 from formats import TREES, Found, Map, Record, Source, open_source
-from rows import CONTROL, ONE_WORD, PRIVATE, Rows, chunks, in_order, prompt_hash, tokenised, words_of
+from rows import CHAT, CONTROL, ONE_WORD, PRIVATE, Rows, chunks, in_order, prompt_hash, tokenised, words_of
 from texts import FACTORS, masked, near_groups, private_parts, script, signature, text_hash
 from tokenizer import Tokenizer
 
@@ -140,12 +140,18 @@ def duplicates(found: Survey, where: Callable[[int], str]) -> list[Finding]:
     near = near[~np.isin(near, again)]
     unique = np.unique(np.stack([found.prompts, found.hashes], 1), axis=0)
     _, answers = np.unique(unique[:, 0], return_counts=True)
-    pairs = lambda these, origin: [f"{where(i)} is {where(origin[i])}" for i in these[:SHOWN].tolist()]
+    pairs = lambda these, origin: [same_as(where(i), where(origin[i])) for i in these[:SHOWN].tolist()]
     return [
         Finding("exact duplicates", f"{len(again):,}", pairs(again, first[same]), len(again) > 0),
         Finding("near-duplicates", f"{len(near):,}", pairs(near, groups), len(near) > 0),
         Finding("questions with several answers", f"{int((answers > 1).sum()):,}"),
     ]
+
+
+def same_as(one: str, other: str) -> str:
+    """ "a.json record 7 is record 5"; two files are both named."""
+    file = one.rsplit(" ", 2)[0]
+    return f"{one} is {other.removeprefix(file + ' ')}"
 
 
 def overlap(mine: Survey, other: Survey, name: str, where: Callable, where_other: Callable) -> list[Finding]:
@@ -207,7 +213,10 @@ def lengths(rows: Rows, seq_len: int, last_only: bool) -> list[Finding]:
         Finding("tokens a record", ", ".join(f"{name} {value:,}" for name, value in zip(names, at, strict=True))),
     ]
     lost = "; ".join(f"{count:,} records {reason}" for reason, count in data.dropped.items())
-    lines.append(Finding(f"--seq-len {seq_len:,}", lost or "holds every record whole", warns=bool(lost)))
+    texts = int((rows.records[:, 2] & CHAT == 0).sum())
+    if pieces := len(data) - int((rows.records[:, 2] & CHAT > 0).sum()) if texts else 0:
+        lost = "; ".join(filter(None, [lost, f"plain text comes in {pieces:,} pieces of up to so many tokens"]))
+    lines.append(Finding(f"--seq-len {seq_len:,}", lost or "holds every record whole", warns=bool(data.dropped)))
     return lines
 
 
@@ -227,7 +236,9 @@ def quick_checks(train: Dataset, val: Dataset) -> list[str]:
     """Three lines out of the token rows: repeats, lengths, contents."""
     mine, other = (unique_rows(data) for data in (train, val))
     _, copies = np.unique(mine["contents"], return_counts=True)
-    twice, shared = int((copies - 1).sum()), int(np.isin(other["contents"], mine["contents"]).sum())
+    # of a text some pieces may validate and others not
+    asked = other["contents"][other["signs"] & CHAT > 0]
+    twice, shared = int((copies - 1).sum()), int(np.isin(asked, mine["contents"]).sum())
     pairs = np.unique(np.stack([mine["prompts"], mine["contents"]], 1), axis=0)[:, 0]
     several = int((np.unique(pairs, return_counts=True)[1] > 1).sum())
     at = [int(each) for each in np.percentile(train.lengths, (50, 99, 100))]
@@ -239,7 +250,8 @@ def quick_checks(train: Dataset, val: Dataset) -> list[str]:
     found = {name: int((mine["signs"] & sign > 0).sum()) for name, sign in signs.items()}
     held = ", ".join(f"{count:,} with {name}" for name, count in found.items() if count)
     return [
-        f"{twice:,} records stand there again, {shared:,} of {len(other['contents']):,} that validate are trained on, "
+        "WARNING: " * (shared > 0)
+        + f"{twice:,} records are repeats, {shared:,} of {len(asked):,} that validate are trained on as well, "
         + f"{several:,} questions have several answers",
         f"tokens an example: median {at[0]:,}, 99 % up to {at[1]:,}, longest {at[2]:,}",
         f"records: {held or 'none with addresses, secrets or control tokens'}; `data.py inspect` says more",
@@ -356,6 +368,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
             raise UserError(f"--{flag.replace('_', '-')}: means nothing to `{args.command}`")
     if args.command != "inspect" and args.out is None:
         raise UserError(f"`{args.command}` wants --out")
+    if args.command == "convert" and not args.out.endswith(".jsonl"):
+        raise UserError(f"--out {args.out}: what convert writes is JSONL; name it so")
+    if args.html and not Path(args.html).resolve().parent.is_dir():
+        raise UserError(f"--html {args.html}: there is no such folder")
     if args.command != "inspect" and Path(args.out).exists():
         raise UserError(f"--out {args.out}: is there already; name another")
     args.map = Map(args.map) if args.map else None
@@ -520,7 +536,7 @@ def split(args: argparse.Namespace) -> None:
                                 " alike are too few to part")  # fmt: skip
             if not counts[name]:
                 (aside / f"{name}.jsonl").unlink()
-    print(f"written   {args.out}: " + ", ".join(f"{name}.jsonl {count:,}" for name, count in counts.items())
+    print(f"written   {args.out}: " + ", ".join(f"{name}.jsonl {counts[name]:,}" for name in names if counts[name])
           + f"; {len(np.unique(smallest)):,} groups of records that are alike")  # fmt: skip
 
 

@@ -246,6 +246,8 @@ class Template:
             if isinstance(result, Refused):
                 raise result
         why = "it rewrites the content of a turn, or leaves it out, so that an answer can't be found in it"
+        if "tool_call" not in self.source and any(message.get("tool_calls") for message in conversation.messages):
+            why = "it has no place for tool calls; a model whose template has one is wanted"
         for marks, each in zip(ways, marked, strict=True):
             if (found := marks.read(text, each)) is not None:
                 try:

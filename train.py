@@ -110,14 +110,18 @@ def load_data(flags: Flags, tokenizer: Tokenizer, config: Config, device: torch.
     )
     for i, line in enumerate(quick_checks(train, val)):
         print(f"{'' if i else 'checked':10}{line}")
-    files, replay_val, replay_shares = files or TASK["train"], None, []
+    files, formats, replay_val, replay_shares = files or TASK["train"], data.formats, None, []
     if flags.replay:
         more, replay_shares = replayed(flags.replay)
         # where nothing validates, nothing of the replay is held back either
         held = 0.0 if not len(val) else VAL_FRACTION if flags.val_fraction is None else flags.val_fraction
-        replay, replay_val = split(read(more), held)
+        general = read(more)
+        replay, replay_val = split(general, held)
+        formats += general.formats
         replay_val = replay_val if len(replay_val) else None
         train, files = train.with_replay(replay), [*files, *more]
+    if flags.trees == "all" and not any("OASST" in each for each in formats):
+        raise UserError("--trees all: no file holds OASST trees")
     return Data(train, val, replay_val, make_stream(flags, train, files, weights, replay_shares, device))
 
 
@@ -131,7 +135,7 @@ def make_stream(flags: Flags, train: Dataset, files: list, weights, replay_share
     if weights or replay_shares:
         total = sum(stream.draws)
         for file, size, draws in zip(files, sizes, stream.draws, strict=True):
-            again = f"; runs out after {size * total // draws:,} and begins again" if draws > size else ""
+            again = f"; runs out after {size * total // draws:,} draws, and begins again" if draws > size else ""
             print(f"          of {total:,} draws an epoch {draws:,} of {file}: {draws / size:.2f} times each{again}")
     packed = dataclasses.replace(stream, seq_len=flags.seq_len)
     asked = flags.pack

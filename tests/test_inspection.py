@@ -151,7 +151,7 @@ def test_inspect_finds_what_was_put_in(tmp_path, command, monkeypatch):
     assert got["looks like: e-mail address"] == "2" and "jane..." not in got and f"{file} line 65: jane...rg" in said
     assert got["scripts"] == "LATIN 100.0%"
     assert got["--seq-len 250"] == "1 records whose answer does not fit into --seq-len 250"
-    assert f"{file} line 61 is {file} line 4" in said and f"{file} line 63 is {file} line 6" in said
+    assert f"{file} line 61 is line 4" in said and f"{file} line 63 is line 6" in said
     assert got["exact overlap"] == got["same question"] == "3 of 3 in test.jsonl"
     assert said.count("\n--- ") == 2 and "[[" in said
     counted = re.findall(r"^ +[\d,]+ to [\d,]+ +([\d,]+)", said, re.MULTILINE)
@@ -328,6 +328,10 @@ def test_a_users_function_maps_records(tmp_path, tokenizer):
     for name in ("m.py", f"{tmp_path}/none.py:f", f"{tmp_path}/m.py"):
         with pytest.raises(UserError, match="FILE.py:NAME is wanted"):
             Map(name)
+    for result, why in (("'a'", "gives a string; a dict"), ("None", "gives None for every record")):
+        (tmp_path / "odd.py").write_text(f"def f(record): return {result}")
+        with pytest.raises(UserError, match=why):
+            load([file], tokenizer, 99, through=Map(f"{tmp_path}/odd.py:f"))
     # what the file reads besides can't be known, so nothing is taken out of the cache
     (tmp_path / "helper.py").write_text("from dataclasses import dataclass\nword = 'x'\n")
     (tmp_path / "m.py").write_text(
@@ -351,9 +355,7 @@ def test_quick_checks_count_repeats_overlap_and_contents(tmp_path, tokenizer):
         [written(tmp_path / "b.jsonl", [records[4], {"prompt": "new", "completion": "a new one"}])], tokenizer, 99
     )
     first, second, third = inspection.quick_checks(train, val)
-    assert first.startswith(
-        "1 records stand there again, 1 of 2 that validate are trained on, 1 questions have several"
-    )
+    assert first.startswith("WARNING: 1 records are repeats, 1 of 2 that validate are trained on as well, 1 questions")
     assert re.fullmatch(r"tokens an example: median \d+, 99 % up to \d+, longest \d+", second)
     assert third.startswith("records: 1 with answers of one word, 1 with addresses or secrets; ")
     parted = inspection.quick_checks(*split(train, 0.2))
@@ -382,13 +384,21 @@ def test_the_command_on_a_real_file(tmp_path):
 
 def test_flags_of_other_commands_are_refused(tmp_path):
     for words, why in (
-        (["convert", "a"], "wants --out"), (["inspect", "a", "--out", "b"], "--out: means nothing to `inspect`"),
+        (["convert", "a"], "wants --out"), (["convert", "a", "--out", "b.csv"], "is JSONL; name it so"),
+        (["inspect", "a", "--html", "no/such/page.html"], "there is no such folder"),
+        (["inspect", "a", "--out", "b"], "--out: means nothing to `inspect`"),
         (["split", "a", "--out", "b", "--show", "1"], "--show: means nothing to `split`"),
         (["split", "a", "--out", str(tmp_path / "b"), "--val", "0.7", "--test", "0.4"], "together below 1"),
         (["inspect", "a", "--seq-len", "1"], "--seq-len 1: must be 2 or more"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=why):
             inspection.arguments(words)
+
+
+def test_plain_text_is_said_to_be_cut(tmp_path, command):
+    (tmp_path / "a.txt").write_text(" ".join(map(str, range(2000))))
+    said = command("inspect", tmp_path / "a.txt", "--seq-len", 128, "--show", 0)
+    assert re.search(r"plain text comes in \d\d pieces", findings(said)["--seq-len 128"])
 
 
 def test_source_is_named_as_it_is(tmp_path):

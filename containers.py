@@ -6,6 +6,7 @@ with its number; `value` makes a payload's value, which another process may do.
 """
 
 import codecs
+import contextlib
 import csv
 import gzip
 import io
@@ -23,10 +24,8 @@ from typing import BinaryIO, NamedTuple
 from errors import UserError, read_text
 
 LONGEST = 128 << 20  # bytes of a record, or of a JSON file that is one object
-MANY, VALUES = (
-    1 << 20,
-    3_000_000,
-)  # a record of over so many bytes may hold so many values; as objects they take 30 times
+MANY = 1 << 20  # bytes from which a record's values are counted
+VALUES = 3_000_000  # that it may hold; as objects they take 30 times its bytes
 PART = 4 << 20  # characters of a plain text that are read at a time
 HEAD = 1 << 16  # bytes that are looked at to tell what a file is
 PACKED = {".gz": "gzip", ".zst": "zstandard"}
@@ -55,15 +54,9 @@ class Container:
             yield from _parquet_rows(self.path)
             return
         read = {"JSONL": _lines, "JSON": _json_values, "CSV": _rows, "TSV": _rows, "TXT": _text_parts}[kind]
-        with _open(self.path) as stream:
-            try:
-                yield from read(stream, self)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise UserError(f"{self.path}: damaged or cut off, {_one_line(error)}") from None
-            except OSError as error:  # pyarrow's, of a broken zst
-                if error.errno is not None:
-                    raise
-                raise UserError(f"{self.path}: damaged or cut off, {_one_line(error)}") from None
+        stream, _ = _open(self.path)
+        with stream, _intact(self.path):
+            yield from read(stream, self)
 
     def value(self, number: int, payload: object) -> object:
         """The value of a payload: of a JSONL's line, its JSON."""
@@ -121,24 +114,14 @@ def _look(path: Path) -> Container:
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is no regular file, and would have to be read more than once; save it first")
     try:
-        with open(path, "rb") as file:
-            start = file.read(4)
-        with _open(path) as stream:
-            head = part = stream.read(HEAD)
-            blank = [] if part.removeprefix(codecs.BOM_UTF8).strip() else [part]
-            while part and not part.removeprefix(codecs.BOM_UTF8).strip() and len(blank) * HEAD < LONGEST:
-                part = stream.read(HEAD)
-                blank.append(part)
-            head = b"".join(blank) or head
+        stream, packing = _open(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: damaged or cut off, {_one_line(error)}") from None
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise UserError(f"{path}: damaged or cut off, {_one_line(error)}") from None
-    packed = f" in {_packing(start)}" if _packing(start) else ""
+    with stream, _intact(path):
+        parts = [stream.read(HEAD)]
+        while parts[-1] and not parts[-1].removeprefix(codecs.BOM_UTF8).strip() and len(parts) * HEAD < LONGEST:
+            parts.append(stream.read(HEAD))  # blank so far
+    head, packed = b"".join(parts), f" in {packing}" if packing else ""
     if head[:4] == b"PAR1":
         if packed:
             raise UserError(f"{path}: Parquet{packed}; Parquet is compressed inside, unpack the file")
@@ -200,7 +183,11 @@ def _by_id(line: str) -> bool:
         value = json.loads(line)
     except (RecursionError, ValueError):
         return False
-    return isinstance(value, dict) and bool(value) and all(isinstance(each, dict) for each in value.values())
+    return isinstance(value, dict) and _all_objects(value)
+
+
+def _all_objects(value: dict) -> bool:
+    return bool(value) and all(isinstance(each, dict) for each in value.values())
 
 
 def _packing(start: bytes) -> str | None:
@@ -208,18 +195,30 @@ def _packing(start: bytes) -> str | None:
     return "gzip" if start[:2] == b"\x1f\x8b" else "zstandard" if start == b"\x28\xb5\x2f\xfd" or skippable else None
 
 
-def _open(path: Path) -> BinaryIO:
-    """The file's bytes, unpacked where it is packed."""
+@contextlib.contextmanager
+def _intact(path: Path) -> Iterator[None]:
+    """Around reading a file that may be packed: what its end or its checksum says becomes one line."""
+    try:
+        yield
+    except (EOFError, zlib.error, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the system's word, not that of what unpacks
+            raise
+        raise UserError(f"{path}: damaged or cut off, {_one_line(error)}") from None
+
+
+def _open(path: Path) -> tuple[BinaryIO, str | None]:
+    """The file's bytes, unpacked where it is packed, and how it was."""
     with open(path, "rb") as file:
         packing = _packing(file.read(4))
     if packing == "gzip":
-        return gzip.open(path, "rb")
+        return gzip.open(path, "rb"), packing
     if packing == "zstandard":
         import pyarrow
 
         # buffered: pyarrow's own stream has no readline
-        return io.BufferedReader(_Raw(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")), 1 << 18)
-    return open(path, "rb", buffering=1 << 18)
+        unpacked = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+        return io.BufferedReader(_Raw(unpacked), 1 << 18), packing
+    return open(path, "rb", buffering=1 << 18), packing
 
 
 class _Raw(io.RawIOBase):
@@ -262,8 +261,7 @@ def _json_values(stream: BinaryIO, container: Container) -> Iterator[tuple[int, 
         value = text.decode(str(container.path))
         if text.skip_space():
             raise text.fault(str(container.path), "more after the object's end")
-        inside = list(value.values())
-        yield from enumerate(inside if inside and all(isinstance(each, dict) for each in inside) else [value], 1)
+        yield from enumerate(value.values() if _all_objects(value) else [value], 1)
         return
     text.at += 1
     for number in count(1):

@@ -153,6 +153,8 @@ def main() -> None:
         good = (record for record in source.records(found) if record.label is not False)
         records = [*islice(good, args.limit)]
         print(f"data      {source.summary(found)}")
+        if not records:
+            raise UserError(f"{args.data}: no record with a good answer to compare with")
         question(records[0])  # a file without references is refused before a model is loaded for it
     sides = pick_sides(args)
     print(f"compute   {args.what} in {str(dtype).removeprefix('torch.')} on {device.type}: {why}")
@@ -162,7 +164,8 @@ def main() -> None:
         if args.what == "loss":  # a fault in the file is told before a model is loaded for it
             limit = read_config(side.folder).max_positions
             dataset = encode(args.data, tokenizer, limit, args.seq_len, args.limit, through)
-            sets.append(digest(dataset))
+            if len(sides) == 2:
+                sets.append(digest(dataset))
         if model is None or model.source != side.folder:
             model = None  # the other model goes before this one comes
             model = load_model(side.folder, dtype, device, args.quant)
@@ -251,7 +254,8 @@ def digest(dataset: Dataset) -> str:
     """Equal for equal tokens, whatever the vocabulary's size."""
     made = hashlib.sha256()
     for example in dataset.examples:
-        made.update(np.asarray([len(example.ids), *example.ids], np.int64))
+        made.update(np.int64(len(example.ids)))
+        made.update(example.ids.astype(np.int64))
     return made.hexdigest()
 
 

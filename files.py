@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all, JSON, hashes, and where things are kept between runs."""
+"""Files and folders that are there whole or not at all, JSON, hashes, and where things are kept between runs."""
 
 import contextlib
 import errno
@@ -43,6 +43,20 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         if old.exists() and not path.exists():  # stopped between the renames
             old.rename(path)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields the name of a file beside `path` that becomes `path`, in the place of what stands there, when the block
+    ends well, and vanishes when it does not. The block writes and closes it."""
+    aside = path.parent / f".{path.name}.partial-{os.getpid()}"
+    try:
+        yield aside
+        sync(aside)
+        os.replace(aside, path)
+        sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

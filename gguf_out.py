@@ -25,7 +25,7 @@ import lora
 from checkpoint import RECOMPUTED, copy_tokenizer, opened, read_config, tensors, weight_files
 from errors import UserError
 from families import FAMILIES, Config, Reader
-from files import sync
+from files import new_file
 from gguf_header import Gguf
 from gguf_header import Tensor as Stored
 from gguf_in import close, config_json
@@ -366,7 +366,6 @@ def write(file: Path, fields: dict, kinds: dict, content: Iterator[np.ndarray]) 
         raise UserError(f"{file}: exists already; name a new file")
     if not file.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file.parent))
-    aside = file.parent / f".{file.name}.partial-{os.getpid()}"
     writer = GGUFWriter(None, fields["general.architecture"])
     for key, value in fields.items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
@@ -375,16 +374,9 @@ def write(file: Path, fields: dict, kinds: dict, content: Iterator[np.ndarray]) 
     for name, (shape, kind) in kinds.items():
         block, size = GGML_QUANT_SIZES[kind]
         writer.add_tensor_info(name, shape, np.dtype(np.float32), int(np.prod(shape)) // block * size, kind)
-    try:
+    with new_file(file) as aside, contextlib.closing(writer):
         writer.write_header_to_file(aside)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for array in content:
             writer.write_tensor_data(array)
-        writer.close()
-        sync(aside)
-        os.rename(aside, file)
-        sync(file.parent)
-    finally:
-        writer.close()
-        aside.unlink(missing_ok=True)

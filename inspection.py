@@ -20,13 +20,25 @@ import numpy as np
 from tqdm import tqdm
 
 import loading
-import rows as rows_module
 from checkpoint import read_config
 from convert import base_folder
 from errors import UserError, printable
 from examples import TRAIN_ON, Dataset, Example, cut
+from files import new_file, new_folder
 from formats import TREES, Found, Map, Record, Source, open_source
-from rows import CHAT, CONTROL, ONE_WORD, PRIVATE, Rows, chunks, in_order, prompt_hash, tokenised, words_of
+from rows import (
+    CHAT,
+    CONTROL,
+    ONE_WORD,
+    PRIVATE,
+    Rows,
+    chunks,
+    in_order,
+    processes_for,
+    prompt_hash,
+    tokenised,
+    words_of,
+)
 from texts import FACTORS, masked, near_groups, private_parts, script, signature, text_hash
 from tokenizer import Tokenizer
 
@@ -58,7 +70,7 @@ def survey(source: Source) -> Survey:
     """Reads a source with a process a core; memory: 160 bytes a record."""
     parts, bar = [], tqdm(unit="record", desc="reading", disable=None, leave=False)
     whole = Survey(*([None] * 4))
-    for part in in_order(partial(look, source), chunks(source), rows_module.processes_for(source)):
+    for part in in_order(partial(look, source), chunks(source), processes_for(source)):
         parts.append(part)
         bar.update(len(part.hashes))
         for name in ("scripts", "answers", "private"):
@@ -262,12 +274,12 @@ def unique_rows(data: Dataset) -> dict[str, np.ndarray]:
     """Hashes and signs of the records that examples come from, each once."""
     pieces = data.examples
     parts = {"contents": [], "prompts": [], "signs": []}
-    for number, rows in enumerate(getattr(pieces, "rows", ())):
+    for number, rows in enumerate(pieces.rows):
         mine = np.unique(pieces.row[pieces.source == number])
         parts["contents"].append(rows.contents[mine])
         parts["prompts"].append(rows.prompts[mine])
         parts["signs"].append(rows.records[mine, 2])
-    return {name: np.concatenate(each) if each else np.empty(0, np.uint64) for name, each in parts.items()}
+    return {name: np.concatenate(each) for name, each in parts.items()}
 
 
 # ---- how it looks ----
@@ -412,7 +424,9 @@ def inspect(args: argparse.Namespace) -> None:
     if args.html:
         if Path(args.html).exists() and MADE not in Path(args.html).read_text(encoding="utf-8", errors="replace")[:200]:
             raise UserError(f"--html {args.html}: is there, and is no page of this program; name another")
-        write_whole(Path(args.html), page(", ".join(Path(f).name for f in args.files), parts, bins, shown, tokenizer))
+        made = page(", ".join(Path(f).name for f in args.files), parts, bins, shown, tokenizer)
+        with new_file(Path(args.html)) as aside:
+            aside.write_text(made, encoding="utf-8")
         print(f"page      {args.html}")
 
 
@@ -444,15 +458,6 @@ def say(parts, bins, examples, tokenizer: Tokenizer) -> None:
     for example in examples:
         print(f"\n--- {printable(example.where)}, {len(example.ids):,} tokens")
         print(in_terminal(example, tokenizer, colour))
-
-
-def write_whole(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def as_json(record: Record) -> str:
@@ -488,24 +493,17 @@ def all_records(args: argparse.Namespace) -> Iterator[Record]:
 
 
 def convert(args: argparse.Namespace) -> None:
-    out, count = Path(args.out), 0
-    aside = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            for record in all_records(args):
-                file.write(as_json(record))
-                count += record.last
-        aside.rename(out)
-    finally:
-        aside.unlink(missing_ok=True)
-    print(f"written   {out}: {count:,} records")
+    count = 0
+    with new_file(Path(args.out)) as aside, open(aside, "w", encoding="utf-8") as file:
+        for record in all_records(args):
+            file.write(as_json(record))
+            count += record.last
+    print(f"written   {args.out}: {count:,} records")
 
 
 def split(args: argparse.Namespace) -> None:
     """A record's side follows from a hash of its group of near-duplicates and equal questions, so that neither seed nor
     order matters, and what is alike is on one side."""
-    from files import new_folder
-
     sources = [open_source(file, args.trees, args.map) for file in args.files]
     surveys = [survey(source) for source in sources]
     groups = near_groups(np.concatenate([each.signatures for each in surveys]))

@@ -12,6 +12,7 @@ can be (best-fit decreasing; Johnson et al. 1974), and the rows are shuffled. No
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -82,6 +83,12 @@ class Stream:
             windows = range(-(-len(order) // WINDOW))
             self.counted = sum(len(self.window_rows(order, 0, window)) for window in windows)
         return self.counted
+
+    def epoch_tokens(self) -> float:
+        """How many tokens an epoch draws, by each source's mean."""
+        edges = np.cumsum([0, *self.sizes])
+        means = (float(self.lengths[a:b].mean()) for a, b in pairwise(edges))
+        return sum(draws * mean for draws, mean in zip(self.draws, means, strict=True))
 
 
 def shares(sizes: Sequence[int], weights: Sequence[float] | None, replayed: Sequence[float] = ()) -> list[int]:

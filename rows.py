@@ -316,7 +316,7 @@ def encode_record(record: Record, tokenizer: Tokenizer, rendered) -> tuple[tuple
 
 def unseen(record: Record, tokenizer: Tokenizer) -> list[str]:
     """What a conversation has and its template never looks at."""
-    source = tokenizer.templates["tool_use" if record.tools and "tool_use" in tokenizer.templates else "default"]
+    source = tokenizer.templates[tokenizer.which_template(record.tools)]
     thinks = any("reasoning_content" in turn for turn in record.messages)
     missed = ["tools"] if record.tools and "tools" not in source else []
     missed += ["thoughts"] if thinks and "reasoning_content" not in source else []

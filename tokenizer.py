@@ -200,7 +200,7 @@ class Tokenizer:
         for i, (messages, tools) in enumerate(conversations):
             try:
                 each = Conversation(_plain_messages(messages), tools, add_generation_prompt, roles)
-                by_template.setdefault(self._template(tools), []).append((i, each))
+                by_template.setdefault(self.which_template(tools), []).append((i, each))
             except TemplateError as error:
                 results[i] = error
         for name, numbered in by_template.items():
@@ -301,7 +301,7 @@ class Tokenizer:
     def render_text(self, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False) -> str:
         """The template's text, equal to transformers' apply_chat_template(tokenize=False). Raises TemplateError."""
         try:
-            template = self._jinja[self._template(tools)]
+            template = self._jinja[self.which_template(tools)]
             return template.render(_plain_messages(messages), tools, add_generation_prompt)
         except Refused as reason:
             raise self._error(str(reason)) from None
@@ -330,7 +330,8 @@ class Tokenizer:
         if self.templates["default"] in NAMED.values():
             (Path(folder) / "chat_template.jinja").write_text(self.templates["default"], encoding="utf-8")
 
-    def _template(self, tools: list | None) -> str:
+    def which_template(self, tools: list | None) -> str:
+        """The name of the one that a conversation with these tools is written by."""
         return "tool_use" if tools is not None and "tool_use" in self._jinja else "default"
 
     def _error(self, reason: str) -> TemplateError:
@@ -339,7 +340,7 @@ class Tokenizer:
     def _turn_end(self) -> set[int]:
         """The control token that the template writes after an answer, found by trying."""
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        (found,) = self._jinja[self._template(None)].locate([Conversation(turns)], self._control)
+        (found,) = self._jinja[self.which_template(None)].locate([Conversation(turns)], self._control)
         if isinstance(found, Refused):  # broken, or in want of other turns: said where it is used
             return set()
         text, end = found.text, found.answers[0].last if found.answers else 0

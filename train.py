@@ -24,7 +24,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -145,18 +144,12 @@ def make_stream(flags: Flags, train: Dataset, files: list, weights, replay_share
     if not flags.pack:
         return stream
     rows = packed.epoch_rows()
-    fill = sum(d * mean for d, mean in zip(stream.draws, mean_lengths(train), strict=True)) / (rows * flags.seq_len)
+    fill = stream.epoch_tokens() / (rows * flags.seq_len)
     why = "" if asked else f"; an epoch of {LONG_RUN} steps and more, --no-pack for batches of examples"
     print(
         f"packed    {sum(stream.draws):,} examples in {rows:,} rows of {flags.seq_len:,} tokens, {fill:.1%} full{why}"
     )
     return packed
-
-
-def mean_lengths(train: Dataset) -> list[float]:
-    """Of each source's examples, in tokens."""
-    edges = np.cumsum([0, *train.examples.sizes])
-    return [float(train.lengths[a:b].mean()) for a, b in pairwise(edges)]
 
 
 def prepare(flags: Flags, folder: Path, dtype: torch.dtype, device: torch.device) -> Transformer:
@@ -239,14 +232,13 @@ def describe_job(flags: Flags, data: Data, per_epoch: int, device: torch.device)
     else:
         longest = [[i] for i in np.argsort(-train.lengths, kind="stable")[: flags.batch_size]]
     batches = row_batches([[train.examples[i] for i in row] for row in longest], flags.batch_size, device)
-    epoch_tokens = sum(draws * mean for draws, mean in zip(stream.draws, mean_lengths(train), strict=True))
     largest = max(batches, key=lambda batch: len(batch.tokens))
     return plan.Job(
         lengths=largest.documents.lengths,
         trained=len(largest.targets),
         share=train.trained_tokens / tokens,
         reach=float((train.lengths.astype(float) ** 2).sum()) / tokens,
-        tokens=epoch_tokens / per_epoch * flags.steps + validations * val.tokens / 2,
+        tokens=stream.epoch_tokens() / per_epoch * flags.steps + validations * val.tokens / 2,
         to_learn=train.trained_tokens,
         accumulate=flags.accumulate * len(batches),
     )  # half of what is validated: without a backward

@@ -427,3 +427,9 @@ def test_look_up_gives_the_same_answer(base, monkeypatch, capsys):
     for wrong in (["--temperature", 1], ["--lookup", -1]):
         _, err, code = command(generate, monkeypatch, capsys, *words, "--lookup", 6, *wrong)
         assert code == 2 and "--lookup" in err
+
+
+def test_a_file_of_bad_answers_alone_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "kto.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a", "label": False}))
+    _, err, code = command(evaluate, monkeypatch, capsys, "exact", "--data", tmp_path / "kto.jsonl")
+    assert code == 2 and "no record with a good answer to compare with" in err

@@ -15,17 +15,30 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from distributed import by_first_alone, gather_rows, local, my_rows, whole
 from errors import UserError, read_json
-from files import file_sha256, new_folder, write_json
+from files import file_sha256, new_folder, save_tensors, write_json
 from kernels.nf4 import NF4
 from model import Config, Linear, Transformer, quantized
-from quant import KINDS, SIDE, can_quantize, check_settings, from_files, quantize, settings, to_files
+from quant import (
+    KINDS,
+    SIDE,
+    blank,
+    can_quantize,
+    check_settings,
+    from_files,
+    quantize,
+    quantize_nf4,
+    quantize_scales,
+    settings,
+    to_files,
+)
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -132,7 +145,13 @@ def tensors(files: list[Path], keeps: torch.dtype | None = None) -> Iterator[tup
                     del tensor
 
 
-def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu", quant: str | None = None) -> Transformer:
+def load_model(
+    folder,
+    dtype: torch.dtype = torch.float32,
+    device="cpu",
+    quant: str | None = None,
+    arrange: Callable[[Transformer], None] | None = None,
+) -> Transformer:
     """The model of a Hugging Face folder, in `dtype` on `device`, in eval mode and with all parameters trainable.
 
     Where nothing has to be done to a tensor (CPU, stored in `dtype`) it is not copied: the parameter is the file's own
@@ -142,6 +161,9 @@ def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu", quant: 
     `device`, from the numbers as they are stored; they are frozen then. A folder that is quantised already, by
     bitsandbytes or by save_model, stays so whatever is asked for. model.unquantized names linears whose rows are no
     whole blocks of 64: they stay in dtype.
+    arrange: is given the model while it is on the meta device, with nothing in it, to put adapters on and to shard it
+    (distributed.shard). Then it gets memory on `device`, and of each tensor the rows are read that are this process's:
+    a view of a mapped file costs what is looked at. What arrange adds is left uninitialised.
     Raises UserError naming the tensors that are missing, unknown, there twice, or of another shape than config.json
     implies, before any weight is read.
     """
@@ -156,44 +178,80 @@ def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu", quant: 
     if (method := config.raw.get("quantization_config")) is not None:
         check_settings(method, str(folder / "config.json"))
     quantised = {} if method is None else quantised_parts(files)
-    ours, second_table = matched(model, folder, files, quantised), None
+    ours, second_table = {}, None
+    for name, full in matched(model, folder, files, quantised).items():
+        owner, leaf = model.get_submodule(full.rpartition(".")[0]), full.rpartition(".")[2]
+        asked = quant is not None and ("head" in quant or owner is not model.head)
+        wanted = asked and leaf == "weight" and isinstance(owner, Linear) and name not in quantised
+        if wanted and not can_quantize(owner.weight):
+            model.unquantized.append(name)
+        ours[name] = owner, leaf, transposed(model, full), wanted and can_quantize(owner.weight)
     keeps = dtype if device.type == "cpu" and not config.conv1d else None
+    model.source = folder
+    if arrange is not None:
+        model.to(dtype)
+        for name, (owner, _, _, in_4_bits) in ours.items():
+            if in_4_bits or name in quantised:
+                double = in_4_bits or "nested_absmax" in quantised[name]
+                owner.quantize(blank(owner.out_features, owner.in_features, double))
+        arrange(model)
+        model.to_empty(device=device)
 
+    @torch.no_grad()
     def fill(file: Path) -> None:
         nonlocal second_table
         for name, tensor in tensors([file], keeps):
             if name not in ours:  # one of RECOMPUTED, or beside a quantised weight
                 continue
+            owner, leaf, turned, in_4_bits = ours[name]
             if config.tied and name == head_name(config):
                 second_table = tensor  # not read yet
                 continue
-            owner, leaf = model.get_submodule(ours[name].rpartition(".")[0]), ours[name].rpartition(".")[2]
             if name in quantised:
                 parts = {"": tensor} | {end: read_tensor(*place) for end, place in quantised[name].items()}
                 nf4 = from_files(parts, (owner.out_features, owner.in_features), f"{folder}: {name}")
-                owner.quantize(NF4(*(part if part is None else part.to(device, copy=True) for part in nf4)))
-                continue
-            asked = quant is not None and ("head" in quant or owner is not model.head)
-            if asked and leaf == "weight" and isinstance(owner, Linear):
-                whole = tensor.to(device)
-                whole = whole.t().contiguous() if transposed(model, ours[name]) else whole
-                if can_quantize(whole):
-                    owner.quantize(quantize(whole))
-                    continue
-                model.unquantized.append(name)
-            value = tensor.to(device, dtype, copy=keeps is None)
-            setattr(owner, leaf, nn.Parameter(value.t().contiguous() if transposed(model, ours[name]) else value))
+                if arrange is None:
+                    owner.quantize(NF4(*(part if part is None else part.to(device, copy=True) for part in nf4)))
+                else:
+                    put_nf4(owner, nf4)
+            elif arrange is not None:
+                tensor = tensor.t() if turned else tensor
+                if in_4_bits:
+                    packed = owner.nf4.packed
+                    mine, absmax = quantize_nf4(tensor[my_rows(packed)].to(device).contiguous())
+                    local(packed).copy_(mine)
+                    put_nf4(owner, NF4(None, *quantize_scales(gather_rows(absmax, packed))))
+                else:
+                    put(getattr(owner, leaf), tensor)
+            elif in_4_bits:
+                matrix = tensor.to(device)
+                owner.quantize(quantize(matrix.t().contiguous() if turned else matrix))
+            else:
+                value = tensor.to(device, dtype, copy=keeps is None)
+                setattr(owner, leaf, nn.Parameter(value.t().contiguous() if turned else value))
 
-    with ThreadPoolExecutor(2) as pool:  # what takes the time is new memory, and two threads get it sooner
+    # what takes the time is new memory, and two threads get it sooner; processes quantise together, one after the other
+    with ThreadPoolExecutor(2 if arrange is None else 1) as pool:
         for _ in pool.map(fill, files):
             pass
     if second_table is not None:
-        rows = zip(second_table.split(4096), model.embed.weight.split(4096), strict=True)  # no second table in memory
-        if not all(torch.equal(theirs.to(device, dtype), mine) for theirs, mine in rows):
+        table = local(model.embed.weight.detach())
+        rows = zip(second_table[my_rows(model.embed.weight)].split(4096), table.split(4096), strict=True)
+        if not all(torch.equal(theirs.to(device, dtype), mine) for theirs, mine in rows):  # no second one in memory
             what = f"config.json ties the output head to the embedding, but {head_name(config)} differs"
             raise UserError(f"{folder}: {what}")
-    model.source = folder
     return model.eval()
+
+
+def put(parameter: Tensor, tensor: Tensor) -> None:
+    """Copies those rows of a whole tensor that are this process's."""
+    local(parameter).copy_(tensor[my_rows(parameter)])
+
+
+def put_nf4(owner: Linear, parts: NF4) -> None:
+    for name, part in zip(parts._fields, parts, strict=True):
+        if part is not None:
+            put(getattr(owner.nf4, name), part)
 
 
 def quantised_parts(files: list[Path]) -> dict[str, dict[str, tuple[Path, str]]]:
@@ -273,46 +331,77 @@ def save_model(
         raise UserError("the model carries a LoRA adapter that is not merged; merge, or drop_lora, comes first")
     if not model.source.is_dir():
         raise UserError(f"{folder}: tokenizer and settings come from {model.source}, which is gone")
-    weights, frozen = {}, quantized(model)
+    weights, frozen, dtypes = [], quantized(model), set()
     for name, parameter in model.named_parameters():
         if ".lora_" not in name and ".nf4." not in name:
-            value = parameter.detach().to("cpu", dtype)
-            weights[published(model, name)] = value.t() if transposed(model, name) else value
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}
+            weights.append(Stored(published(model, name), parameter.detach(), dtype, transposed(model, name)))
+            dtypes.add(str(dtype or parameter.dtype).removeprefix("torch."))
     config = {key: value for key, value in model.config.raw.items() if key not in ("dtype", "torch_dtype")}
     config.pop("quantization_config", None)
     if frozen:
         computed = str(dtype or model.dtype).removeprefix("torch.")
         for name, layer in frozen.items():
             for end, tensor in to_files(layer.nf4.tensors, (layer.out_features, layer.in_features), computed).items():
-                weights[".".join(filter(None, (published(model, name), "weight", end)))] = tensor.detach().cpu()
+                weights.append(Stored(".".join(filter(None, (published(model, name), "weight", end))), tensor.detach()))
         config["quantization_config"] = settings(layer.nf4.nested is not None, computed, model.head in frozen.values())
     if len(dtypes) == 1:
         config["dtype" if "dtype" in model.config.raw else "torch_dtype"] = dtypes.pop()
-    with new_folder(folder, replace=True) as aside:
-        write_json(config, aside / "config.json")
+    with by_first_alone(new_folder(folder, replace=True)) as aside:
+        if aside:
+            write_json(config, aside / "config.json")
+            copy_tokenizer(model.source, aside)
         save_shards(weights, aside)
-        copy_tokenizer(model.source, aside)
-        if also:
+        if aside and also:
             also(aside)
 
 
-def save_shards(weights: dict[str, Tensor], folder: Path) -> None:
-    """model.safetensors, or several shards of at most SHARD_BYTES with their index."""
-    shards: list[dict[str, Tensor]] = [{}]
-    for name, tensor in weights.items():
-        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-        shards[-1][name] = tensor.contiguous()
+class Stored(NamedTuple):
+    """A tensor that is to be stored: when its turn comes it is gathered, if it is in shards, and turned."""
+
+    name: str
+    tensor: Tensor
+    dtype: torch.dtype | None = None
+    turned: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.numel() * (self.dtype or self.tensor.dtype).itemsize
+
+    def value(self) -> Tensor:
+        found = whole(self.tensor).to("cpu", self.dtype)
+        return (found.t() if self.turned else found).contiguous()
+
+
+def save_shards(weights: list[Stored], folder: Path | None) -> None:
+    """model.safetensors, or several shards of at most SHARD_BYTES with their index; no more than one of them is in
+    memory. folder: None in processes that only help to gather."""
+    shards, size = [[]], 0
+    for each in weights:
+        if shards[-1] and size + each.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(each)
+        size += each.nbytes
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    else:
-        where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        total = sum(tensor.nbytes for tensor in weights.values())
-        write_json({"metadata": {"total_size": total}, "weight_map": where}, folder / "model.safetensors.index.json")
+    names = ["model.safetensors"] if len(shards) == 1 else names
+    if folder and len(shards) > 1:
+        where = {each.name: name for name, shard in zip(names, shards, strict=True) for each in shard}
+        metadata = {"total_size": sum(each.nbytes for each in weights)}
+        write_json({"metadata": metadata, "weight_map": where}, folder / "model.safetensors.index.json")
+    error = None
     for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name, metadata={"format": "pt"})
+        found = {}
+        for each in shard:
+            value = each.value()
+            if folder and not error:
+                found[each.name] = value
+        try:
+            if found:
+                save_tensors(found, folder / name)
+        except OSError as caught:  # the others wait for this process to gather the rest with them
+            error = caught
+    if error:
+        raise error
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

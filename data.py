@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from examples import TRAIN_ON, Dataset, Example, cut
+from examples import IDLE, TRAIN_ON, Dataset, Example, cut
 from formats import Map, open_source
 from kernels.attention import Documents, to_device
 from rows import tokenised
@@ -41,6 +41,11 @@ class Batch:
     weight: float = 0.0
     apart: Tensor | None = None  # float32 [K], each one's weight if it is of a replay, else 0; None where there is none
     weight_apart: float = 0.0
+
+    @property
+    def counts(self) -> bool:
+        """Whether anything of it is trained."""
+        return len(self.targets) > 0
 
     def __post_init__(self):
         if self.weights is None:
@@ -105,11 +110,15 @@ def split(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     return train, dataset.take(chosen[group])
 
 
-def batches_by_length(data: Dataset, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
-    """All examples of a dataset in flat batches, made one after the other."""
-    order = np.argsort(data.lengths, kind="stable")
-    for start in range(0, len(order), batch_size):
-        yield from micro_batches([data.examples[i] for i in order[start : start + batch_size]], batch_size, device)
+def batches_by_length(
+    data: Dataset, batch_size: int, device: torch.device | str = "cpu", hands: int = 1, hand: int = 0
+) -> Iterator[Batch]:
+    """All examples of a dataset in flat batches, made one after the other; of several processes, every `hands`-th for
+    number `hand`, and as many for each."""
+    parts = cut_rows(data.lengths.tolist(), batch_size, most_tokens(device))
+    for start in range(0, len(parts), hands):
+        part = parts[start + hand] if start + hand < len(parts) else None
+        yield collate([IDLE] if part is None else [data.examples[i] for i in part], device)
 
 
 def micro_batches(examples: Sequence[Example], batch_size: int, device: torch.device | str = "cpu") -> list[Batch]:
@@ -122,17 +131,23 @@ def row_batches(rows: Sequence[list[Example]], batch_size: int, device: torch.de
     about as many tokens as the device can use at a time: what a step computes is the same, and its memory is bounded.
     """
     size = lambda row: sum(len(example.ids) for example in row)
-    rows, batches, most = sorted(rows, key=size), [], most_tokens(device)
-    for start in range(0, len(rows), batch_size):
-        part, tokens = [], 0
-        for row in rows[start : start + batch_size]:
-            if part and tokens + size(row) > most:
-                batches.append(collate(part, device))
-                part, tokens = [], 0
-            part += row
-            tokens += size(row)
-        batches.append(collate(part, device))
-    return batches
+    cuts = cut_rows([size(row) for row in rows], batch_size, most_tokens(device))
+    return [collate([example for i in part for example in rows[i]], device) for part in cuts]
+
+
+def cut_rows(sizes: Sequence[int], batch_size: int, most: int) -> list[list[int]]:
+    """The numbers of rows of these sizes in tokens, by size, in parts of at most batch_size rows and, but for a longer
+    row alone, `most` tokens."""
+    order, parts = sorted(range(len(sizes)), key=lambda i: sizes[i]), []
+    for start in range(0, len(order), batch_size):
+        tokens = most
+        for i in order[start : start + batch_size]:
+            if i == order[start] or tokens + sizes[i] > most:
+                parts.append([])
+                tokens = 0
+            parts[-1].append(i)
+            tokens += sizes[i]
+    return parts
 
 
 def most_tokens(device: torch.device | str) -> int:
@@ -148,9 +163,13 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
     predicted = weights.nonzero().flatten()
     weights = weights[predicted]
     rows, targets, plain = predicted - 1, tokens[predicted], bool((weights == 1).all())
+    documents = Documents(lengths, device)
+    if examples[0].key is not None:
+        keys = torch.tensor([example.key for example in examples]).repeat_interleave(torch.tensor(lengths))
+        documents.keys = to_device(keys, device) + documents.positions * 0x9E3779B1
     batch = Batch(
         to_device(tokens, device),
-        Documents(lengths, device),
+        documents,
         to_device(rows, device),
         to_device(targets, device),
         None if plain else to_device(weights, device),

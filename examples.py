@@ -24,14 +24,18 @@ TRAIN_ON = {  # --train-on: whose turns are trained, and whether only the last o
 @dataclass
 class Example:
     """ids, and of each how much its loss weighs (0 or False: not trained). where: the record's place, for messages.
-    prompt: a hash of what is asked. apart: of a replay, whose loss is reported apart. Ends with the last trained
-    token."""
+    prompt: a hash of what is asked. apart: of a replay, whose loss is reported apart. key: by which dropout goes. Ends
+    with the last trained token."""
 
     ids: Sequence[int]
     trained: Sequence[float]
     where: str = ""
     prompt: int = 0
     apart: bool = False
+    key: int | None = None
+
+
+IDLE = Example([0, 0], [0.0, 0.0])  # what a process computes that has nothing to do while the others have
 
 
 class Pieces(Sequence):

@@ -124,6 +124,23 @@ class Flags:
     compile: str = flag(
         "auto", "machine", "blocks by torch.compile; auto: where it pays", choices=["auto", "on", "off"]
     )
+    shard: str | None = flag(
+        None,
+        "processes",
+        "of a model, each process of torchrun holds: all (none), a part of every tensor (full), a part, each node all"
+        " (hybrid) (default: full; for adapters on a small base none)",
+        choices=["none", "full", "hybrid"],
+    )
+    shard_offload: bool = flag(
+        False, "processes", "--shard: parts of weights, gradients and the optimizer's state on the host"
+    )
+    reduce: str = flag(
+        "last",
+        "processes",
+        "gradients in shards are added up after a step's last micro-batch, or after each, which takes less memory",
+        choices=["last", "each"],
+    )
+    timeout: float = flag(600.0, "processes", "seconds that a process waits for another one before it gives up")
     remat: str = flag(
         "none",
         "machine",

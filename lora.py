@@ -16,19 +16,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import hub
-from checkpoint import published, tensors
+from checkpoint import published, put, tensors
+from distributed import by_first_alone, whole
 from errors import UserError, read_json, read_json_if_there
-from files import new_folder, write_json
+from files import new_folder, save_tensors, write_json
 from kernels.lora_linear import Adapted, lora_linears
 from kernels.nf4 import NF4, matrix
-from model import Linear, Transformer, one_by_one
+from model import Linear, Noise, Transformer, one_by_one
 
 ALL = "all"  # every linear of the blocks; not the output head, which is the embedding table in many models
 PREFIX = "base_model.model."
+ADAPTER_FILE = "adapter_model.safetensors"
 UNSUPPORTED = (  # keys of adapter_config.json that change what an adapter computes, or on what
     *("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication"),
     *("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules", "modules_to_save"),
@@ -41,16 +42,24 @@ PLAIN_STARTS = ("gaussian", "orthogonal", "eva")  # of init_lora_weights: pissa,
 class LoRALinear(nn.Module):
     """Stands in for a Linear: `base` is frozen, lora_A [rank, in] and lora_B [out, rank] are trained, in fp32."""
 
-    def __init__(self, base: Linear, rank: int, alpha: float, dropout: float):
+    def __init__(self, base: Linear, rank: int, alpha: float, dropout: float, noise: Noise, number: int):
         super().__init__()
+        self.noise, self.number = noise, number  # the model's; which of its adapted layers this is
         out_features, in_features = base.out_features, base.in_features
         self.base, self.rank, self.alpha, self.dropout = base, rank, alpha, dropout
         device = base.frozen[0].device
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # U(-1/sqrt(in), 1/sqrt(in)), as the paper's own code
+        self.start()
         self.merged, self.kept = False, None
         self.train(base.training)  # a fresh module would drop out in a model that evaluates
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """A: U(-1/sqrt(in), 1/sqrt(in)), as the paper's own code; B: zeros. In shards they are the same numbers."""
+        A = torch.empty(self.lora_A.shape, device=self.lora_A.device)
+        put(self.lora_A, nn.init.kaiming_uniform_(A, a=math.sqrt(5)))
+        self.lora_B.zero_()
 
     @property
     def scale(self) -> float:
@@ -60,7 +69,9 @@ class LoRALinear(nn.Module):
         if self.merged:
             return self.base(x)
         if self.training and self.dropout:  # dropout on the adapter's input only: two inputs, so autograd does it
-            low = F.linear(F.dropout(x, self.dropout), self.lora_A.to(x.dtype))
+            keys = self.noise.keys
+            left = F.dropout(x, self.dropout) if keys is None else drop(x, self.dropout, keys, self.number)
+            low = F.linear(left, self.lora_A.to(x.dtype))
             return self.base(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
         if self.base.packed is not None:
             return self.base(x).addmm_(
@@ -86,6 +97,24 @@ class LoRALinear(nn.Module):
 
     def delta(self) -> Tensor:  # fp32 [out, in]
         return self.scale * (self.lora_B.float() @ self.lora_A.float())
+
+
+def drop(x: Tensor, share: float, keys: Tensor, layer: int) -> Tensor:
+    """Dropout (Srivastava et al. 2014) of x [tokens, in] by hashes instead of drawn numbers: what is dropped follows
+    from a token's key, the layer and the column, so it is the same in whichever process and batch a token is computed,
+    and again when a run is resumed or a block computed twice."""
+    rows = hashed((keys + layer * 0x9E3779B9).to(torch.int32))
+    columns = hashed(torch.arange(x.shape[1], dtype=torch.int32, device=x.device))
+    numbers = hashed(rows[:, None] ^ columns)  # evenly spread over int32
+    return torch.where(numbers >= int((share - 0.5) * 2**32), x / (1 - share), 0.0)
+
+
+def hashed(x: Tensor) -> Tensor:
+    """int32 -> int32, each bit of the result depending on all bits of x: multiplications by odd numbers, of which
+    torch drops the carry, between shifts to the right (as in MurmurHash3's last lines, Appleby 2011)."""
+    for shift, factor in ((16, -2048144789), (13, -1028477387)):
+        x = (x ^ ((x >> shift) & ((1 << (32 - shift)) - 1))) * factor
+    return x ^ ((x >> 16) & 0xFFFF)
 
 
 def add_lora(
@@ -122,9 +151,9 @@ def add_lora(
     if rank > most:
         raise UserError(f"--rank {rank}: no layer here is larger than {most}")
     model.requires_grad_(False)
-    for name in dict.fromkeys(chosen):
+    for number, name in enumerate(dict.fromkeys(chosen)):
         parent, leaf = model.get_submodule(linears[name].rpartition(".")[0]), linears[name].rpartition(".")[2]
-        setattr(parent, leaf, LoRALinear(getattr(parent, leaf), rank, alpha, dropout))
+        setattr(parent, leaf, LoRALinear(getattr(parent, leaf), rank, alpha, dropout, model.noise, number))
     return list(dict.fromkeys(chosen))
 
 
@@ -204,8 +233,8 @@ def save_adapter(model: Transformer, folder, also: Callable[[Path], None] | None
     base, revision = hub.origin(model.source) or (str(model.source.resolve()), None)
     weights = {}
     for name, layer in layers.items():
-        weights[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
-        weights[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
+        weights[f"{PREFIX}{name}.lora_A.weight"] = whole(layer.lora_A.detach()).cpu().contiguous()
+        weights[f"{PREFIX}{name}.lora_B.weight"] = whole(layer.lora_B.detach()).cpu().contiguous()
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -219,9 +248,11 @@ def save_adapter(model: Transformer, folder, also: Callable[[Path], None] | None
         "fan_in_fan_out": model.config.conv1d,
         "inference_mode": True,
     }
-    with new_folder(folder, replace=True) as aside:
+    with by_first_alone(new_folder(folder, replace=True)) as aside:
+        if not aside:
+            return
         write_json(config, aside / "adapter_config.json")
-        save_file(weights, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_tensors(weights, aside / ADAPTER_FILE)
         if also:
             also(aside)
 
@@ -264,7 +295,7 @@ def load_adapter(model: Transformer, folder) -> None:
         raise UserError(f"{folder}: {no_adapter(folder)}")
     config = read_json(folder / "adapter_config.json")
     rank, alpha, dropout, targets = adapter_settings(config, folder / "adapter_config.json", model)
-    file = folder / "adapter_model.safetensors"
+    file = folder / ADAPTER_FILE
     if not file.is_file():
         pickled = " (adapter_model.bin is a pickle, which can run code and is not read)"
         raise UserError(f"{file}: no such file{pickled if (folder / 'adapter_model.bin').exists() else ''}")
@@ -275,7 +306,7 @@ def load_adapter(model: Transformer, folder) -> None:
         raise UserError(f"{folder / 'adapter_config.json'}: does not fit this model ({error})") from None
     assert len(adapted(model)) == len(names)
     try:
-        fill(model, found, file)
+        copy(model, found, file)
     except UserError:
         drop_lora(model)
         for parameter in model.parameters():
@@ -283,7 +314,13 @@ def load_adapter(model: Transformer, folder) -> None:
         raise
 
 
-def fill(model: Transformer, found: dict[str, Tensor], file: Path) -> None:
+def fill(model: Transformer, folder) -> None:
+    """Gives a model that carries an adapter's layers the numbers in the adapter's file."""
+    file = Path(folder) / ADAPTER_FILE
+    copy(model, dict(tensors([file])), file)
+
+
+def copy(model: Transformer, found: dict[str, Tensor], file: Path) -> None:
     """Copies an adapter's tensors into the model's LoRA layers; UserError where they are not exactly those."""
     wanted = {}
     for name, layer in adapted(model).items():
@@ -301,7 +338,7 @@ def fill(model: Transformer, found: dict[str, Tensor], file: Path) -> None:
                 )
             if not found[name].is_floating_point():
                 raise UserError(f"{file}: {name} holds {found[name].dtype}, floating point numbers are wanted")
-            parameter.copy_(found[name])
+            put(parameter, found[name])
 
 
 def adapter_settings(config: dict, where: Path, model: Transformer) -> tuple[int, float, float, str | list[str]]:

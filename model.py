@@ -193,6 +193,12 @@ class MLP(nn.Module):
         return self.down.together(gate, [self.down], up, self.activation)[0]
 
 
+class Noise:
+    """By what an adapter's dropout goes (lora.py): a number for each token at hand, int64 [N], or nothing."""
+
+    keys: Tensor | None = None
+
+
 class Experts(nn.Module):
     """Many MLPs of which each token uses few: those that a router finds likeliest, weighted by its probabilities
     (Shazeer et al. 2017; Jiang et al. 2024, Mixtral). The router is no Linear: adapters leave it as it is."""
@@ -202,6 +208,7 @@ class Experts(nn.Module):
         self.rules = config.experts
         self.router = Router(config.hidden_size, self.rules.count)
         self.experts = nn.ModuleList(MLP(config, self.rules.intermediate_size) for _ in range(self.rules.count))
+        self.noise = Noise()  # the model's own
         self.load = None  # of a batch in training: fraction of choices [E], mean probability [E], fp32; () when used
 
     def forward(self, x: Tensor) -> Tensor:
@@ -218,7 +225,14 @@ class Experts(nn.Module):
         parts = x.index_select(0, token).split(counts.tolist())
         # In training also those that nobody chose: without a gradient of zero, Adam's momentum would not move them
         wanted = [(e, part) for e, part in zip(self.experts, parts, strict=True) if len(part) or self.training]
-        out = torch.cat([expert(part) for expert, part in wanted])
+        keys, self.noise.keys = self.noise.keys, None
+        if keys is not None:
+            numbers = [part for part in keys[token].split(counts.tolist()) if len(part) or self.training]
+        outs = []
+        for i, (expert, part) in enumerate(wanted):
+            self.noise.keys = None if keys is None else numbers[i]
+            outs.append(expert(part))
+        self.noise.keys, out = keys, torch.cat(outs)
         out = out * weights.flatten()[order, None].to(x.dtype)
         return torch.zeros_like(x).index_add(0, token, out)
 
@@ -263,7 +277,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.compute_dtype, self.packed_head = config, None, None
         self.remat = "none"  # of remat.KINDS: how much is kept for the backward
-        self.attend = document_attention
+        self.attend, self.noise = document_attention, Noise()
         self.unquantized: list[str] = []  # linears that were to be quantised and could not be
         self.frequencies: dict[int, Tensor] = {}  # of config.ropes, on the device where they were last used
         self.embed = Embedding(config.vocab_size, config.hidden_size)
@@ -271,6 +285,9 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = make_norm(config)
         self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size, bias=False)
+        for block in self.blocks:
+            if isinstance(block.mlp, Experts):
+                block.mlp.noise = self.noise
 
     @property
     def dtype(self) -> torch.dtype:
@@ -323,6 +340,7 @@ class Transformer(nn.Module):
 
     def flat(self, tokens: Tensor, documents: Documents) -> Tensor:
         """The training path: int64 [N] tokens of whole documents -> [N, D], ready for the head."""
+        self.noise.keys = documents.keys
         attend = partial(self.attend, documents=documents, keep=self.remat != "selective")
         return self.hidden(tokens, documents.positions, documents.spans, [attend] * len(self.blocks))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data import Batch
+from distributed import total
 from kernels.linear_cross_entropy import linear_cross_entropy
 from model import Experts, Transformer
 
@@ -43,7 +44,7 @@ def training_loss(
     loads = [experts.load for experts in routed]
     for experts in routed:
         experts.load = ()
-    return loss, balance_loss(loads) * (len(batch.tokens) / tokens) if loads else None
+    return loss, balance_loss(loads) * (len(batch.tokens) * batch.counts / tokens) if loads else None
 
 
 def balance_loss(loads: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -58,9 +59,9 @@ def balance_loss(loads: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 @torch.no_grad()
 def mean_loss(model: Transformer, batches: Iterable[Batch]) -> float:
-    """Loss per trained token over all batches: independent of how they were cut."""
-    total = weight = 0.0
+    """Loss per trained token over all batches, of all processes: independent of how they were cut."""
+    sums = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
-        total += float(token_loss_sum(model, batch))
-        weight += batch.weight
-    return total / weight
+        sums += torch.tensor([float(token_loss_sum(model, batch)), batch.weight], dtype=torch.float64)
+    loss, weight = total(sums).tolist()
+    return loss / weight

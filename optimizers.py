@@ -9,9 +9,12 @@ The loop sees a list of optimizers, and sets their rates.
 import math
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from distributed import group_of, is_sharded, local, rows_of, shards, total
 from kernels.nf4 import NESTED_BLOCK, dequantize_8bit, dynamic_code
 from quant import quantize_8bit
 
@@ -64,30 +67,32 @@ class AdamW(Optimizer):
         states = []
         for p in parameters:
             if p not in self.state:
-                zeros = (torch.zeros_like(p, memory_format=torch.preserve_format) for _ in range(2))
+                zeros = (torch.zeros_like(local(p), memory_format=torch.preserve_format) for _ in range(2))
                 self.state[p] = dict(zip(("m", "v", "step"), (*zeros, torch.zeros((), device=p.device))))
             states.append(self.state[p])
         columns = ([state[name] for state in states] for name in ("m", "v"))
         (beta1, beta2), steps = group["betas"], [state["step"] for state in states]
         adamw(
-            parameters, [p.grad for p in parameters], *columns, [], steps, fused=True, amsgrad=False, maximize=False,
-            beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+            [local(p) for p in parameters], [local(p.grad) for p in parameters], *columns, [], steps,
+            fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, lr=group["lr"],
+            weight_decay=group["weight_decay"], eps=group["eps"],
         )  # fmt: skip
 
     def update(self, p: Tensor, group: dict) -> None:
         state = self.state.setdefault(p, {})
         if not state:
-            p.data = p.data.contiguous()
+            if not is_sharded(p):
+                p.data = p.data.contiguous()
             small = group["bits"] == 32 or p.numel() < SMALL
-            state["step"] = 0
+            state["step"], count = 0, local(p).numel()
             for name in ("m", "v"):
-                state[name] = torch.zeros(p.numel(), dtype=torch.float32 if small else torch.uint8, device=p.device)
-                blocks = 0 if small else -(-p.numel() // NESTED_BLOCK)
+                state[name] = torch.zeros(count, dtype=torch.float32 if small else torch.uint8, device=p.device)
+                blocks = 0 if small else -(-count // NESTED_BLOCK)
                 state[f"{name}_scale"] = torch.zeros(blocks, device=p.device)
         state["step"] += 1
-        weights, grads = p.view(-1), p.grad.reshape(-1)
+        weights, grads = local(p).view(-1), local(p.grad).reshape(-1)
         size = CHUNK.get(p.device.type, CHUNK["cuda"])
-        for start in range(0, p.numel(), size):
+        for start in range(0, len(weights), size):
             part = slice(start, start + size)
             blocks = slice(start // NESTED_BLOCK, (start + size) // NESTED_BLOCK)
             moments = [Moment(state, name, part, blocks) for name in ("m", "v")]
@@ -140,8 +145,9 @@ class Offloaded(Optimizer):
         self.hosts, pin = {}, torch.cuda.is_available()
         for group in self.param_groups:
             for p in group["params"]:
-                master = nn.Parameter(p.detach().to("cpu", torch.float32, copy=True))
-                stage = torch.empty(p.shape, dtype=p.dtype, pin_memory=pin)  # through which both directions go
+                mine = local(p.detach())
+                master = nn.Parameter(mine.to("cpu", torch.float32, copy=True))
+                stage = torch.empty(mine.shape, dtype=p.dtype, pin_memory=pin)  # through which both directions go
                 self.hosts[p] = master, stage, AdamW([{"params": [master]}], lr)
 
     @torch.no_grad()
@@ -149,7 +155,7 @@ class Offloaded(Optimizer):
         moving = []
         for group, parameters in self.with_gradients():
             for p in parameters:
-                self.hosts[p][1].copy_(p.grad, non_blocking=True)
+                self.hosts[p][1].copy_(local(p.grad), non_blocking=True)
                 there = torch.cuda.Event() if p.is_cuda else None
                 moving.append((p, group, there))
                 if there:
@@ -162,22 +168,83 @@ class Offloaded(Optimizer):
             optimizer.param_groups[0].update(lr=group["lr"], weight_decay=group["weight_decay"])
             optimizer.step()
             master.grad = None
-            p.copy_(stage.copy_(master), non_blocking=True)
+            local(p).copy_(stage.copy_(master), non_blocking=True)
+
+
+class Muon(Optimizer):
+    """Muon (Jordan et al. 2024): a matrix' momentum, with Nesterov's look ahead, is brought to singular values of about
+    1, and steps are as long as AdamW's (Liu et al. 2025, arXiv 2502.16982), so that rates and decay are AdamW's too.
+
+    Of matrices in shards as many as there are processes are done at a time: each gathers one, and scatters the outcome.
+    """
+
+    def __init__(self, groups, lr: float, weight_decay: float = 0.0):
+        super().__init__(groups, lr=lr, momentum=0.95, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group, parameters in self.with_gradients():
+            ahead = []
+            for p in parameters:
+                grad, state = local(p.grad), self.state.setdefault(p, {})
+                if not state:
+                    state["m"] = torch.zeros_like(grad)
+                state["m"].lerp_(grad, 1 - group["momentum"])
+                ahead.append(grad.lerp(state["m"], group["momentum"]))
+            at_once = shards(parameters[0])
+            for start in range(0, len(parameters), at_once):
+                part = parameters[start : start + at_once]
+                for p, update in zip(part, orthogonal(part, ahead[start : start + at_once]), strict=True):
+                    local(p).mul_(1 - group["lr"] * group["weight_decay"])
+                    local(p).add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+
+
+def orthogonal(parameters: list[Tensor], matrices: list[Tensor]) -> list[Tensor]:
+    """This process's rows of the `newton_schulz` of matrices, of which it has its rows of these parameters'."""
+    if not is_sharded(parameters[0]):
+        return [newton_schulz(matrix) for matrix in matrices]
+    group = group_of(parameters[0])
+    me, ranks, mine = dist.get_rank(group), dist.get_process_group_ranks(group), None
+    padded = lambda x, p: F.pad(x, (0, 0, 0, -(-p.shape[0] // len(ranks)) - x.shape[0])).contiguous()  # rows all have
+    for number, (p, matrix) in enumerate(zip(parameters, matrices, strict=True)):
+        sent = padded(matrix, p)
+        parts = [torch.empty_like(sent) for _ in ranks] if number == me else None
+        dist.gather(sent, parts, ranks[number], group)
+        mine = torch.cat(parts)[: p.shape[0]] if parts else mine
+    done, found = None if mine is None else newton_schulz(mine), []
+    for number, (p, matrix) in enumerate(zip(parameters, matrices, strict=True)):
+        got = torch.empty_like(padded(matrix, p), dtype=torch.bfloat16)
+        parts = [padded(done[rows_of(p, i)], p) for i in range(len(ranks))] if number == me else None
+        dist.scatter(got, parts, ranks[number], group)
+        found.append(got[: len(matrix)])
+    return found
+
+
+def newton_schulz(matrix: Tensor) -> Tensor:
+    """bf16 [out, in]: its singular vectors with singular values between about 0.7 and 1.2, by five steps of an odd
+    polynomial (coefficients of Jordan et al. 2024, which rise steeply at 0 rather than meet 1)."""
+    x = matrix.to(torch.bfloat16)
+    x = x.t() if matrix.shape[0] > matrix.shape[1] else x  # the smaller product
+    x = x / x.norm().clamp(min=1e-7)
+    a, b, c = 3.4445, -4.775, 2.0315
+    for _ in range(5):
+        square = x @ x.t()
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.t() if matrix.shape[0] > matrix.shape[1] else x
 
 
 def make_optimizers(model: nn.Module, kind: str, rate: float, decay: float, offload: bool = False) -> list:
     """The optimizers of all trainable parameters, for the loop to step one after the other. Decay on matrices, never on
     norms and biases.
 
-    muon: the matrices of the blocks by Muon (Jordan et al. 2024: momentum, whose singular values are all brought to
-    about 1), steps as long as AdamW's (Liu et al. 2025, arXiv 2502.16982), so that rates and decay are AdamW's too;
-    embeddings, head, norms and biases by AdamW.
+    muon: the matrices of the blocks by Muon; embeddings, head, norms and biases by AdamW.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     inner = {n for n, p in named.items() if kind == "muon" and p.dim() == 2 and n.startswith("blocks.")}
     found = []
     if inner:
-        found.append(torch.optim.Muon([named[n] for n in inner], rate, decay, adjust_lr_fn="match_rms_adamw"))
+        matrices = [p for name, p in named.items() if name in inner]  # in one order in every process
+        found.append(Muon([{"params": matrices, "weight_decay": decay}], rate))
     rest = [p for name, p in named.items() if name not in inner]
     groups = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": decay},
@@ -200,5 +267,7 @@ def state_bytes(kind: str) -> float:
 def too_small(parameters: list[Tensor], rate: float) -> float:
     """The share of the weights that a step as long as `rate`, which is about Adam's, would not move if it were rounded
     to the nearest: it is below half of the distance to the next number of their dtype."""
-    stuck = sum(int((p.abs() + rate == p.abs()).sum()) for p in parameters)
-    return stuck / sum(p.numel() for p in parameters)
+    mine = [local(p) for p in parameters]
+    counts = [[int((p.abs() + rate == p.abs()).sum()), p.numel()] for p in mine]
+    stuck, count = total(torch.tensor(counts, dtype=torch.float64).sum(0)).tolist()
+    return stuck / count

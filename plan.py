@@ -23,10 +23,9 @@ import lora
 import report
 from kernels.attention import CHUNK, SHORT, SLICE, Documents, Group, slices
 from kernels.linear_cross_entropy import LOGITS_BYTES
-from kernels.nf4 import BLOCK, NESTED_BLOCK, NF4
 from model import Config, Linear, Transformer, quantized
 from optimizers import state_bytes
-from quant import can_quantize
+from quant import blank, can_quantize
 
 EFFICIENCY = 0.45  # of a training step, against products alone; measured
 RUNTIME = {"cpu": 1.5e9, "cuda": 0.0}  # bytes: Python, torch, oneDNN's products, freed memory that is not given back
@@ -91,11 +90,7 @@ def sketch(config: Config, setup: Setup, dtype: torch.dtype, adapter: dict) -> T
     if setup.method == "qlora" or config.raw.get("quantization_config"):
         for name, layer in model.named_modules():
             if isinstance(layer, Linear) and name != "head" and can_quantize(layer.weight):
-                out, size = layer.out_features, layer.in_features
-                shapes = (out, size // 2), (out, size // BLOCK), (-(-out * size // BLOCK // NESTED_BLOCK),), (1,)
-                kinds = torch.uint8, torch.uint8, torch.float32, torch.float32
-                tensors = (torch.empty(*s, dtype=d, device="meta") for s, d in zip(shapes, kinds, strict=True))
-                layer.quantize(NF4(*tensors))
+                layer.quantize(blank(layer.out_features, layer.in_features))
     if setup.method != "full":
         lora.add_lora(model, **adapter)
     model.remat = setup.remat

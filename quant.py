@@ -69,12 +69,25 @@ def quantize_8bit(flat: Tensor, signed: bool = True) -> tuple[Tensor, Tensor]:
 def quantize(weight: Tensor, double: bool = True) -> NF4:
     """A matrix in NF4. double: the scales of blocks in 8 bits as well, 4.127 bits a weight instead of 4.5."""
     packed, absmax = quantize_nf4(weight)
-    if not double:
-        return NF4(packed, absmax)
+    return NF4(packed, *quantize_scales(absmax)) if double else NF4(packed, absmax)
+
+
+def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A whole matrix' scales in 8 bits: (codes in their shape, nested scales, offset), as NF4 holds them."""
     flat = absmax.flatten()
     offset = flat.mean()
     codes, nested = quantize_8bit(flat - offset)
-    return NF4(packed, codes.view(absmax.shape), nested, offset.view(1))
+    return codes.view(absmax.shape), nested, offset.view(1)
+
+
+def blank(out: int, size: int, double: bool = True) -> NF4:
+    """A matrix [out, size] in NF4 without memory, on the meta device."""
+    empty = lambda kind, *shape: torch.empty(*shape, dtype=kind, device="meta")
+    packed, scales = empty(torch.uint8, out, size // 2), (out, size // BLOCK)
+    if not double:
+        return NF4(packed, empty(torch.float32, *scales))
+    nested = empty(torch.float32, -(-out * size // BLOCK // NESTED_BLOCK))
+    return NF4(packed, empty(torch.uint8, *scales), nested, empty(torch.float32, 1))
 
 
 class QuantizedWeight(nn.Module):

@@ -12,9 +12,9 @@ how the step is cut changes nothing. Written to --out: config.json, metrics.json
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import itertools
-import json
 import math
 import os
 import re
@@ -28,22 +28,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import checkpoint
+import distributed
 import lora
 import optimizers
 import plan
 import report
 from convert import base_folder
-from data import batches_by_length, load, most_tokens, row_batches, split
+from data import batches_by_length, collate, cut_rows, load, most_tokens, row_batches, split
 from demo import TASK, Demo
 from errors import UserError, run
-from examples import Dataset, Example
+from examples import IDLE, Dataset, Example
 from flags import LORA, VAL_FRACTION, Flags, parse_flags, replayed, weighted
 from formats import Map
 from inspection import quick_checks
 from loading import DTYPES, one_line, pick_device, pick_dtype, pick_tokenizer, put_adapter
+from log import Log
 from model import Config, Linear, Transformer, evaluating, quantized
 from objectives import mean_loss, training_loss
 from order import Stream, shares
@@ -58,7 +59,6 @@ KEPT = {
 LONG_RUN = 100  # steps of an epoch from which packing is the default on a GPU: with fewer, small data learns too little
 STUCK = 0.5  # this share of the weights that a step can't move is worth a word
 RUN = ("config.json", "metrics.jsonl", "loss.png", "trace.json", "best", "final", "wandb")  # what a run writes
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, published
 
 
 # ---------------------------------------------------------------------------------------------------- set-up
@@ -139,7 +139,7 @@ def make_stream(flags: Flags, train: Dataset, files: list, weights, replay_share
     packed = dataclasses.replace(stream, seq_len=flags.seq_len)
     asked = flags.pack
     if flags.pack is None:
-        per_step = flags.batch_size * flags.accumulate
+        per_step = flags.batch_size * flags.accumulate * distributed.size()
         flags.pack = device.type == "cuda" and packed.epoch_rows() >= LONG_RUN * per_step
     if not flags.pack:
         return stream
@@ -153,39 +153,80 @@ def make_stream(flags: Flags, train: Dataset, files: list, weights, replay_share
 
 
 def prepare(flags: Flags, folder: Path, dtype: torch.dtype, device: torch.device) -> Transformer:
-    """The model with its trainable parameters marked. The one place that knows what a method is."""
+    """The model with its trainable parameters marked, in shards if it is to be. The one place that knows what a method
+    is."""
     torch.manual_seed(flags.seed)
     if flags.lora:
-        model = checkpoint.load_model(folder, dtype, device, flags.quant)
-        if flags.adapter:
-            put_adapter(model, flags.adapter)
-            layers = lora.adapted(model)
-            first = next(iter(layers.values()))
-            flags.rank, flags.alpha, flags.dropout = first.rank, first.alpha, first.dropout
-            flags.targets = ",".join(lora.target_modules(model, list(layers)))
-            return model
-        for name, value in adapter_settings(flags).items():
-            setattr(flags, name, value)
-        lora.add_lora(model, flags.rank, flags.alpha, flags.dropout, flags.targets)
+        narrow, mark = dtype, adapt
+    else:  # fp32 masters, here or on the host: to the nearest bf16 number, small updates are lost
+        narrow, mark = torch.bfloat16 if flags.weights == "bf16" else torch.float32, choose_weights
+        narrow = dtype if flags.optimizer_offload else narrow
+    if flags.shard in (None, "none"):
+        model = checkpoint.load_model(folder, narrow, device, flags.quant)
+        mark(model, flags, dtype)
         return model
-    # fp32 masters, here or on the host: to the nearest bf16 number, small updates are lost
-    narrow = torch.bfloat16 if flags.weights == "bf16" else dtype if flags.optimizer_offload else torch.float32
-    model = checkpoint.load_model(folder, narrow, device)
-    if quantized(model):
-        raise UserError(f"{folder}: its weights are in 4 bits, which can't be trained; use --method qlora")
-    model.compute_dtype = dtype
-    if flags.train:
-        names = {name: checkpoint.published(model, name) for name, _ in model.named_parameters()}
-        chosen = {name for name in names if re.search(flags.train, names[name])}
-        if not chosen:
-            raise UserError(f"--train {flags.train}: matches no parameter (they are named like {names['norm.weight']})")
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in chosen)
-            if name not in chosen:
-                narrow = parameter.data.to(dtype)
-                if torch.equal(narrow.float(), parameter.data):  # frozen means: not even rounded
-                    parameter.data = narrow
+
+    def arrange(model: Transformer) -> None:
+        mark(model, flags, dtype)
+        gathered = None if flags.lora or dtype == narrow else dtype
+        distributed.shard(model, flags.shard, device, gathered, flags.shard_offload)
+
+    model = checkpoint.load_model(folder, narrow, "cpu" if flags.shard_offload else device, flags.quant, arrange)
+    if flags.adapter:
+        lora.fill(model, flags.adapter)
+    else:
+        for layer in lora.adapted(model).values():
+            layer.start()
     return model
+
+
+def adapt(model: Transformer, flags: Flags, dtype: torch.dtype) -> None:
+    """Puts LoRA on, a new one or --adapter."""
+    if flags.adapter:
+        put_adapter(model, flags.adapter)
+        layers = lora.adapted(model)
+        first = next(iter(layers.values()))
+        flags.rank, flags.alpha, flags.dropout = first.rank, first.alpha, first.dropout
+        flags.targets = ",".join(lora.target_modules(model, list(layers)))
+        return
+    for name, value in adapter_settings(flags).items():
+        setattr(flags, name, value)
+    lora.add_lora(model, flags.rank, flags.alpha, flags.dropout, flags.targets)
+
+
+def choose_weights(model: Transformer, flags: Flags, dtype: torch.dtype) -> None:
+    """Freezes what --train leaves out."""
+    if quantized(model):
+        raise UserError(f"{model.source}: its weights are in 4 bits, which can't be trained; use --method qlora")
+    model.compute_dtype = dtype
+    if not flags.train:
+        return
+    names = {name: checkpoint.published(model, name) for name, _ in model.named_parameters()}
+    chosen = {name for name in names if re.search(flags.train, names[name])}
+    if not chosen:
+        raise UserError(f"--train {flags.train}: matches no parameter (they are named like {names['norm.weight']})")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+        if name not in chosen and not parameter.is_meta:  # to be sharded: whether it may be narrow is not known yet
+            narrow = parameter.data.to(dtype)
+            if torch.equal(narrow.float(), parameter.data):  # frozen means: not even rounded
+                parameter.data = narrow
+
+
+def choose_shards(flags: Flags, config: Config, folder: Path, device: torch.device) -> str:
+    """Fills in --shard, and returns a line about it."""
+    count, why = distributed.size(), ", asked for with --shard"
+    if flags.shard is None:
+        size = sum(file.stat().st_size for file in checkpoint.weight_files(folder)) * (0.26 if flags.quant else 1)
+        little = size <= distributed.LITTLE * plan.device_memory(device)
+        flags.shard = "none" if count == 1 or (flags.lora and little) else "full"
+        why = f": the frozen base is small, {size / 1e9:.1f} GB" if flags.shard == "none" else ""
+    if flags.shard == "none" and flags.shard_offload:
+        raise UserError("--shard-offload: keeps shards on the host, and --shard is none")
+    if flags.shard == "hybrid" and count == int(os.environ.get("LOCAL_WORLD_SIZE", count)):
+        raise UserError("--shard hybrid: shards inside a node and copies across nodes, and there is one node")
+    held = {"none": "each holds the whole model", "full": "each holds a part of every tensor"}
+    return f"{count} processes, {held.get(flags.shard, 'each node holds the whole model')}{why}"
 
 
 def adapter_settings(flags: Flags) -> dict:
@@ -212,7 +253,8 @@ def choose_defaults(flags: Flags, model: Transformer, stream: Stream) -> int:
 
 def choose_steps(flags: Flags, stream: Stream) -> int:
     """Fills in how long to train and how often to validate, and returns the number of steps of an epoch."""
-    per_epoch, examples = math.ceil(stream.epoch_rows() / (flags.batch_size * flags.accumulate)), sum(stream.draws)
+    per_step, examples = flags.batch_size * flags.accumulate * distributed.size(), sum(stream.draws)
+    per_epoch = math.ceil(stream.epoch_rows() / per_step)
     if flags.steps is None:
         if flags.epochs is None:
             flags.epochs = 1.0 if examples >= 1_500 else 2.0 if examples >= 500 else 3.0
@@ -283,96 +325,45 @@ def rate_at(step: int, flags: Flags) -> float:
 # ---------------------------------------------------------------------------------------------------- the loop
 
 
-class Log:
-    """metrics.jsonl, the progress bar and wandb. A step's tensors are read when the next step has been launched, so
-    that nothing waits for the device."""
-
-    def __init__(self, flags: Flags, out: Path, flops: float, device: torch.device):
-        self.wandb = start_wandb(flags, out) if flags.wandb else None
-        self.file = open(out / "metrics.jsonl", "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (open all the while)
-        self.bar = tqdm(total=flags.steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-        self.start, self.waiting, self.tokens = time.perf_counter(), None, 0
-        self.flops, self.device, self.last = flops, device, self.start
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        self.peak = next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None)
-
-    def step(self, step, loss, norm, rate, tokens: int, trained: int, examples: list[Example], more: dict) -> None:
-        self.flush()  # waits for the step before this one, so the clock below ticks at the device's pace
-        now = time.perf_counter()
-        self.waiting = (step, loss, norm, rate, tokens, trained, examples, more, now - self.last)
-        self.last = now
-
-    def flush(self) -> None:
-        if self.waiting is None:
-            return
-        (step, loss, norm, rate, tokens, trained, examples, more, seconds), self.waiting = self.waiting, None
-        loss, norm = float(loss), float(norm)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise UserError(
-                f"step {step}: the loss is {loss:g}, the gradient's norm {norm:g}; stopped. Its examples:"
-                f" {', '.join(e.where for e in examples[:8])}; try a lower --lr"
-            )
-        speed, total = tokens / seconds, time.perf_counter() - self.start
-        self.tokens += tokens
-        line = {"step": step, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens, "trained_tokens": trained}
-        line |= {"tokens_per_s": speed, "mfu": self.peak and self.flops * speed / self.peak}
-        line |= {name: float(value) for name, value in more.items()}
-        self.write(line | {"seconds": total, "memory_mb": report.peak_memory(self.device) / 1e6})
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
-        self.bar.update()
-
-    def write(self, line: dict) -> None:
-        self.file.write(json.dumps(line, allow_nan=False) + "\n")
-        if self.wandb:
-            self.wandb.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
-
-    def pause(self) -> float:
-        """Call before work that is no training; give what it returns to `go_on`, so that no step is charged with it."""
-        self.flush()
-        return time.perf_counter()
-
-    def go_on(self, paused_at: float) -> None:
-        self.last += time.perf_counter() - paused_at
-
-    def close(self) -> None:
-        self.flush()
-        self.bar.close()
-        self.file.close()
-        if self.wandb:
-            self.wandb.finish()
+def step_parts(train: Dataset, stream: Stream, flags: Flags, device: torch.device, first: int = 0):
+    """Of step `first` and all after it, for ever: this process's micro-batches, lists of examples. All processes have
+    as many, since they compute together: who has fewer rows gets idle ones."""
+    for step in itertools.count(first):
+        rows = stream.step(flags.batch_size * flags.accumulate * distributed.size())
+        sizes = [int(train.lengths[row].sum()) for row in rows]
+        hands = distributed.deal(sizes, distributed.size())
+        cuts = [cut_rows([sizes[i] for i in hand], flags.batch_size, most_tokens(device)) for hand in hands]
+        hand, parts = hands[distributed.rank()], cuts[distributed.rank()]
+        chosen = [[example for k in part for example in keyed(train, rows, hand[k], step, flags)] for part in parts]
+        yield chosen + [[IDLE]] * (max(map(len, cuts)) - len(parts))
 
 
-def start_wandb(flags: Flags, out: Path):
-    """The wandb run, whose complaints become one line."""
-    import wandb
-
-    try:
-        return wandb.init(project=flags.wandb, config=dataclasses.asdict(flags), dir=str(out))
-    except wandb.errors.Error as error:
-        shutil.rmtree(out / "wandb", ignore_errors=True)
-        with contextlib.suppress(OSError):
-            out.rmdir()
-        raise UserError(f"--wandb {flags.wandb}: {error} Or set WANDB_MODE=offline") from None
+def keyed(train: Dataset, rows: list[list[int]], number: int, step: int, flags: Flags) -> list[Example]:
+    """A row's examples, each with a number for dropout that follows from the seed and its place in the run."""
+    examples = [train.examples[i] for i in rows[number]]
+    if not flags.dropout:
+        return examples
+    places = (f"{flags.seed} {step} {number} {place}".encode() for place in range(len(examples)))
+    keys = [int.from_bytes(hashlib.blake2b(place, digest_size=7).digest(), "little") for place in places]
+    return [dataclasses.replace(example, key=key) for example, key in zip(examples, keys, strict=True)]
 
 
-def step_rows(train: Dataset, stream: Stream, flags: Flags):
-    """The rows of examples of step after step, for ever."""
-    while True:
-        yield [[train.examples[i] for i in row] for row in stream.step(flags.batch_size * flags.accumulate)]
-
-
-def optimize(model: Transformer, steps, flags: Flags, log: Log, device: torch.device, after_step) -> None:
-    """The loop. steps: of each step its rows of examples. after_step(number of steps done) returns True to stop."""
-    steppers = optimizers.make_optimizers(model, flags.optimizer, flags.lr, flags.weight_decay, flags.optimizer_offload)
+def optimize(
+    model: Transformer, steppers: list, steps, flags: Flags, log: Log, device: torch.device, after_step, first: int = 0
+) -> None:
+    """The loop. steppers: the optimizers; steps: of each step from `first` on, this process's micro-batches.
+    after_step(number of steps done) returns True to stop."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()
-    for step, rows in zip(range(flags.steps), steps):
-        batches = row_batches(rows, flags.batch_size, device)
-        trained = sum(len(batch.targets) for batch in batches)
-        weight = sum(batch.weight for batch in batches)  # of the whole step: 1 x 8 is 2 x 4
-        tokens = sum(len(batch.tokens) for batch in batches)
+    for step, parts in zip(range(first, flags.steps), steps):
+        batches = [collate(part, device) for part in parts]
+        counts = [[len(b.targets), b.weight, len(b.tokens) * b.counts, b.weight_apart] for b in batches]
+        # of the whole step, over all processes: 1 x 8 is 2 x 4
+        counts = distributed.total(torch.tensor(counts, dtype=torch.float64).sum(0))
+        trained, weight, tokens, weight_apart = counts.tolist()
         loss, apart, unbalanced = torch.zeros((), device=device), torch.zeros((), device=device), None
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
+            distributed.expect_sums(model, number == len(batches) or flags.reduce == "each")
             part, balance = training_loss(model, batch, weight, tokens, apart)
             if balance is None:
                 part.backward()
@@ -380,17 +371,21 @@ def optimize(model: Transformer, steps, flags: Flags, log: Log, device: torch.de
                 (part + model.config.experts.balance * balance).backward()
                 unbalanced = balance.detach() + (0 if unbalanced is None else unbalanced)
             loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, flags.clip or math.inf)
+        distributed.add_gradients(parameters)
+        norm = distributed.clip(parameters, flags.clip or math.inf)
+        sums = [loss, apart, torch.zeros_like(loss) if unbalanced is None else unbalanced]
+        sums = distributed.total(torch.stack(sums))
         rate = rate_at(step, flags)
         for optimizer in steppers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
-        more = {} if unbalanced is None else {"balance_loss": unbalanced}
-        if weight_apart := sum(batch.weight_apart for batch in batches):
-            more["replay_loss"] = apart / weight_apart
-        log.step(step + 1, loss, norm, rate, tokens, trained, [example for row in rows for example in row], more)
+        more = {} if unbalanced is None else {"balance_loss": sums[2]}
+        if weight_apart:
+            more["replay_loss"] = sums[1] / weight_apart
+        examples = [example for part in parts for example in part]
+        log.step(step + 1, sums[0], norm, rate, int(tokens), int(trained), examples, more)
         if after_step(step + 1):
             return
 
@@ -402,7 +397,10 @@ def eagerly(flags: Flags):
 
 def validate(model: Transformer, val: Dataset, device: torch.device) -> float:
     with evaluating(model):
-        return mean_loss(model, batches_by_length(val, 8, device))
+        loss = mean_loss(model, batches_by_length(val, 8, device, distributed.size(), distributed.rank()))
+    if distributed.sharded(model):
+        model.reshard()  # what is around the blocks waits for a backward, which does not come
+    return loss
 
 
 def save(model: Transformer, tokenizer: Tokenizer, flags: Flags, folder: Path, base: dict, stored: torch.dtype) -> None:
@@ -425,8 +423,19 @@ def save(model: Transformer, tokenizer: Tokenizer, flags: Flags, folder: Path, b
 
 
 def main() -> None:
-    flags = parse_flags(sys.argv[1:])
+    try:
+        train(parse_flags(sys.argv[1:]))
+    except RuntimeError as error:
+        if not distributed.lost(error):
+            raise
+        raise UserError(f"another process has ended, or was waited for too long ({str(error)[:200]})") from None
+    distributed.stop()
+
+
+def train(flags: Flags) -> None:
     device = pick_device(flags.device)
+    if distributed.launched() or flags.shard not in (None, "none"):
+        device = distributed.start(device)
     if device.type != "cuda" and (flags.optimizer_offload or flags.remat == "offload"):
         name = "--optimizer-offload" if flags.optimizer_offload else "--remat offload"
         raise UserError(f"{name}: is for GPUs; on {device.type} everything is in the host's memory as it is")
@@ -437,11 +446,13 @@ def main() -> None:
         plan.show(config, full_rows(flags, config, device), device, dtype, adapter_settings(flags))
         return
     tokenizer = pick_tokenizer(folder, flags.adapter, flags.template)
-    data = load_data(flags, tokenizer, config, device)
+    with distributed.in_turn():
+        data = load_data(flags, tokenizer, config, device)
     if flags.plan:
         job = describe_job(flags, data, choose_steps(flags, data.stream), device)
         plan.show(config, job, device, dtype, adapter_settings(flags))
         return
+    shards = choose_shards(flags, config, folder, device)
     model = prepare(flags, folder, dtype, device)
     model.remat = flags.remat
     per_epoch = choose_defaults(flags, model, data.stream)
@@ -450,25 +461,33 @@ def main() -> None:
     seconds = job.tokens * flops / (plan.EFFICIENCY * plan.product_rate(config, device, dtype))
     why_compile = choose_compile(flags, device, seconds)
     describe(flags, model, folder, tokenizer, job, per_epoch, dtype, device, f"{why}; {why_compile}", seconds)
-    other_job = flags.data or flags.model or flags.adapter or flags.profile
+    if distributed.size() > 1 or flags.shard != "none":
+        print(f"processes {shards}")
+    other_job = flags.data or flags.model or flags.adapter or flags.profile or distributed.size() > 1
+    other_job = other_job or flags.shard != "none"
     demo = None if other_job else Demo(model, tokenizer, seconds)
     if flags.compile == "on":
         model.compile_blocks()
 
     flags.device, flags.dtype = str(device), next(name for name, known in DTYPES.items() if known == dtype)
-    base = {"base": str(folder.resolve()), "base_sha256": checkpoint.fingerprint(folder)}
+    sha = distributed.by_first(lambda: checkpoint.fingerprint(folder))
+    base = {"base": str(folder.resolve()), "base_sha256": sha}
     stored = checkpoint.stored_dtype(config)
-    out = run_folder(flags)
+    out = Path(distributed.by_first(lambda: run_folder(flags)))
     log = Log(flags, out, flops, device)
-    checkpoint.write_json(dataclasses.asdict(flags), out / "config.json")
+    if distributed.is_first():
+        checkpoint.write_json(dataclasses.asdict(flags), out / "config.json")
+    distributed.ready(flags.timeout)
     keep = lambda name: save(model, tokenizer, flags, out / name, base, stored)
-    watch, steps = Watch(model, data.val, data.replay_val, flags, log, keep), step_rows(data.train, data.stream, flags)
+    watch = Watch(model, data.val, data.replay_val, flags, log, keep)
+    steps = step_parts(data.train, data.stream, flags, device)
+    steppers = optimizers.make_optimizers(model, flags.optimizer, flags.lr, flags.weight_decay, flags.optimizer_offload)
     try:
         if flags.profile:
-            profile(model, steps, flags, log, device, out)
+            profile(model, steppers, steps, flags, log, device, out)
             return
         watch.after_step(0)
-        optimize(model, steps, flags, log, device, watch.after_step)
+        optimize(model, steppers, steps, flags, log, device, watch.after_step)
     except KeyboardInterrupt:
         if watch.kept:
             how = "--adapter" if flags.lora else "--model"
@@ -478,10 +497,12 @@ def main() -> None:
         log.bar.close()
     log.close()
     model.eval()
-    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
+    trained = [distributed.local(p) for p in model.parameters() if p.requires_grad]
+    if not distributed.agreed(all(bool(p.isfinite().all()) for p in trained)):
         raise UserError(f"step {flags.steps}: weights are no numbers any more; nothing saved, try a lower --lr")
     keep("final")
-    report.loss_curve(out / "metrics.jsonl", out / "loss.png", f"{folder.name}, {flags.method}")
+    if distributed.is_first():
+        report.loss_curve(out / "metrics.jsonl", out / "loss.png", f"{folder.name}, {flags.method}")
     seconds = time.perf_counter() - log.start
     print(f"trained   {log.tokens:,} tokens in {seconds:.0f} s; peak memory {report.peak_memory(device) / 1e9:.2f} GB;"
           f" in {out}: final/, {'best/, ' * watch.kept}metrics.jsonl, loss.png")  # fmt: skip
@@ -603,6 +624,7 @@ def describe(flags, model, folder, tokenizer, job, per_epoch, dtype, device, why
     print(f"machine   {device}, {str(dtype).removeprefix('torch.')}: {why}")
     print(
         f"run       {flags.steps:,} steps of {flags.batch_size} x {flags.accumulate}"
+        f"{f' x {distributed.size()}' * (distributed.size() > 1)}"
         f" {'rows' if flags.pack else 'examples'} ({flags.steps / per_epoch:.2f} epochs);"
         f" {optimizers.NAMES[flags.optimizer]}, rate {flags.lr:g},"
         f" {flags.schedule} after {flags.warmup} steps of warm-up, decay {flags.weight_decay:g}, clip {flags.clip:g},"
@@ -625,13 +647,13 @@ def describe(flags, model, folder, tokenizer, job, per_epoch, dtype, device, why
     print(f"expected  {memory.peak / 1e9:.1f} GB of memory, {seconds / 60:.1f} min of training", flush=True)
 
 
-def profile(model, steps, flags, log, device, out: Path) -> None:
+def profile(model, steppers, steps, flags, log, device, out: Path) -> None:
     """--profile N: the first N steps under torch.profiler; prints the dearest operations and writes trace.json."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=kinds) as profiler:
-        optimize(model, steps, flags, log, device, lambda done: done >= flags.profile)
+        optimize(model, steppers, steps, flags, log, device, lambda done: done >= flags.profile)
     log.close()
     by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=by, row_limit=25))

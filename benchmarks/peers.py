@@ -108,7 +108,9 @@ def rows_by_plaintune(torch, spec) -> dict:
     import loading  # noqa: F401  its settings of oneDNN and glibc are train.py's
     import lora
     import train
+    from data import cut_rows, most_tokens
     from examples import Example
+    from optimizers import make_optimizers
 
     device, dtype = pick(torch, spec)
     full = spec["method"] == "full"
@@ -126,12 +128,16 @@ def rows_by_plaintune(torch, spec) -> dict:
         lora.add_lora(model, spec["rank"], 2.0 * spec["rank"])
     if spec.get("compile"):
         model.compile_blocks()
-    trained = [False] + [True] * (spec["seq"] - 1)
+    trained, most = [False] + [True] * (spec["seq"] - 1), most_tokens(device)
     # in the order that the peer has them
-    steps = [[[Example(row, trained)] for row in step] for step in token_rows(torch, spec)]
+    steps = [
+        [[Example(step[i], trained) for i in part] for part in cut_rows([spec["seq"]] * len(step), spec["batch"], most)]
+        for step in token_rows(torch, spec)
+    ]
+    steppers = make_optimizers(model, "adamw", RATE, 0.0)
     with tempfile.TemporaryDirectory() as folder:
         log = train.Log(flags, Path(folder), 1.0, device)
-        train.optimize(model, steps, flags, log, device, lambda done: False)
+        train.optimize(model, steppers, steps, flags, log, device, lambda done: False)
         log.close()
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     seconds = [line["tokens"] / line["tokens_per_s"] for line in lines]

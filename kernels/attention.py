@@ -78,11 +78,12 @@ class Documents:
     """Where the documents of a flat batch lie. Made once a batch, read by every layer.
 
     lengths: the documents' lengths in tokens, in order. Neighbours of similar length make large groups: sort a batch.
-    positions: int64 [tokens], counted from 0 in each document.
+    positions: int64 [tokens], counted from 0 in each document. keys: int64 [tokens], a random number for each; None
+    where nothing asks for one.
     """
 
     def __init__(self, lengths: list[int], device: torch.device | str = "cpu"):
-        self.lengths = lengths
+        self.lengths, self.keys = lengths, None
         self.positions = to_device(torch.cat([torch.arange(n) for n in lengths]), device)
         self.device = device
         runs: list[list[int]] = []

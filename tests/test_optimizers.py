@@ -221,7 +221,9 @@ def bundled_losses(data: Dataset, folder, optimizer: str, method: str, seed: int
     folder.mkdir()
     log = train.Log(flags, folder, 1.0, CPU)
     stream = Stream(data.lengths, [len(data)], [len(data)], flags.seed)
-    train.optimize(model, train.step_rows(data, stream, flags), flags, log, CPU, lambda done: False)
+    steppers = make_optimizers(model, flags.optimizer, flags.lr, flags.weight_decay, flags.optimizer_offload)
+    steps = train.step_parts(data, stream, flags, CPU)
+    train.optimize(model, steppers, steps, flags, log, CPU, lambda done: False)
     log.close()
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

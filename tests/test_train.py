@@ -54,7 +54,9 @@ def stream(data: Dataset, seed: int = 0) -> Stream:
 
 def losses(model, data: Dataset, flags: Flags, folder: Path) -> list[float]:
     log = train.Log(flags, folder, 1.0, CPU)
-    train.optimize(model, train.step_rows(data, stream(data), flags), flags, log, CPU, lambda done: False)
+    steppers = make_optimizers(model, flags.optimizer, flags.lr, flags.weight_decay, flags.optimizer_offload)
+    steps = train.step_parts(data, stream(data), flags, CPU)
+    train.optimize(model, steppers, steps, flags, log, CPU, lambda done: False)
     log.close()
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

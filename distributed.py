@@ -1,0 +1,323 @@
+"""One run by several processes, each with a device of its own: who is who, a model in shards, and sums over all.
+
+`torchrun --nproc-per-node N train.py ...` starts N processes that all run the same file. Of a step's rows each computes
+its part. How the model lies in them is --shard:
+
+    none    every process holds all of it; gradients are added up once a step
+    full    of every tensor each process holds a block of rows, FSDP2's `fully_shard` (Zhao et al. 2023, arXiv
+            2304.11277): a block's weights are gathered just before it computes, and dropped behind it; gradients are
+            added up and scattered to whom they belong. Optimizer and clipping see the own rows alone
+    hybrid  full inside a node, and each node holds a copy: the sums across nodes are of a shard's size
+
+A tensor in shards is a DTensor: `local` is the own rows, `whole` gathers it. With one process all of this is nothing.
+"""
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from errors import UserError
+
+SETUP = timedelta(hours=12)  # that processes wait for the first of them, which may tokenise for long
+LITTLE = 0.25  # of a device's memory: a frozen base that takes no more is held whole by every process
+LOST = ("gloo", "nccl", "connection", "timed out", "timeout", "watchdog", "socket", "store")  # in errors of a group
+
+
+def launched() -> bool:
+    """Whether torchrun started this process, alone or among others."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def start(device: torch.device) -> torch.device:
+    """Joins the group of processes that torchrun started; without it a group of this process alone. Returns the
+    process's own device. Only the first process prints."""
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: several processes work on cpu and cuda, not on {device.type}")
+    if device.type == "cuda":
+        number = int(os.environ.get("LOCAL_RANK", "0"))
+        if number >= torch.cuda.device_count():
+            raise UserError(f"{number + 1} processes on this machine and {torch.cuda.device_count()} GPUs")
+        device = torch.device("cuda", number)
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if dist.is_initialized():
+        pass  # several runs in a row, as in tests
+    elif launched():
+        dist.init_process_group(backend, timeout=SETUP)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=SETUP)
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+    return device
+
+
+def ready(seconds: float) -> None:
+    """The long waits are over: from now on a process that hears nothing for so many seconds gives up."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        mesh.cache_clear()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+    """The first process of each machine does the block, then the others: what it leaves in the cache serves them."""
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if size() > 1 and not first:
+        dist.barrier()
+    yield
+    if size() > 1 and first:
+        dist.barrier()
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def agreed(fine: bool) -> bool:
+    """Whether all processes say so."""
+    if size() == 1:
+        return fine
+    return int(total(torch.tensor(int(not fine)))) == 0
+
+
+def from_first(value):
+    """What the first process has, for all: anything made of Python's own types."""
+    if size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def by_first(work: Callable):
+    """What work() returns in the first process, for all. Where it fails, that one says why and all end."""
+    value = error = None
+    if is_first():
+        try:
+            value = work()
+        except (UserError, OSError) as caught:
+            error = caught
+    value, failed = from_first((value, error is not None))
+    if error is not None:
+        raise error
+    if failed:
+        sys.exit(2)
+    return value
+
+
+@contextlib.contextmanager
+def by_first_alone(block) -> Iterator:
+    """A context manager that is entered by the first process alone; the others get None. Where it fails there, in the
+    block as well, that one says why and all end."""
+    error = None
+    try:
+        if is_first():
+            with block as value:
+                yield value
+        else:
+            yield None
+    except (UserError, OSError) as caught:
+        error = caught
+    failed = from_first(error is not None)
+    if error is not None:
+        raise error
+    if failed:
+        sys.exit(2)
+
+
+def gathered(value) -> list:
+    """What each process has, in order of ranks."""
+    if size() == 1:
+        return [value]
+    found = [None] * size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- shards
+
+
+def shard(model: nn.Module, kind: str, device: torch.device, narrow: torch.dtype | None, offload: bool = False) -> None:
+    """Makes DTensors of the parameters of a model on the meta device: "full" or "hybrid". Every block is gathered on
+    its own; what is around them (embeddings, the last norm, the head) once, for all of a forward and backward.
+
+    narrow: the dtype in which trained weights are gathered; their gradients are added up in fp32. None: their own.
+    Tensors that have no rows to share (the second level of NF4's scales, which runs across rows) stay whole
+    everywhere. offload: shards, gradients and the optimizer's state live in the host's memory.
+    """
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    policy = MixedPrecisionPolicy(narrow, None if narrow is None else torch.float32, cast_forward_inputs=False)
+    whole = {p for name, p in model.named_parameters() if name.endswith((".nf4.nested", ".nf4.offset"))}
+    whole |= {p for name, p in model.named_parameters() if name.endswith("nf4.absmax") and p.is_floating_point()}
+    settings = {
+        "mesh": mesh(kind, device.type),
+        "mp_policy": policy,
+        "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),
+        "ignored_params": whole,
+    }
+    for block in model.blocks:
+        fully_shard(block, **settings)
+    fully_shard(model, **settings)
+    register_fsdp_forward_method(model, "flat")  # the training path, which is not forward()
+    for module in (*model.blocks, model):
+        module.set_gradient_divide_factor(1.0)  # a loss is divided by the tokens of all processes already
+        module.set_force_sum_reduction_for_comms(True)
+    for block, after in zip(model.blocks, model.blocks[1:]):
+        block.set_modules_to_forward_prefetch([after])
+
+
+@functools.cache
+def mesh(kind: str, device: str):
+    """The processes as a row, or as nodes and the processes of each."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if kind == "full":
+        return init_device_mesh(device, (size(),), mesh_dim_names=("shard",))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size()))
+    return init_device_mesh(device, (size() // here, here), mesh_dim_names=("copies", "shard"))
+
+
+def sharded(model: nn.Module) -> bool:
+    return any(is_sharded(p) for p in model.parameters())
+
+
+def is_sharded(x: Tensor) -> bool:
+    return hasattr(x, "placements")
+
+
+def local(x: Tensor) -> Tensor:
+    """The rows of a tensor in shards that are this process's, in their own memory; of another, all of it."""
+    return x.to_local() if is_sharded(x) else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """All rows of a tensor in shards, on every process; of another, itself. All processes must call it."""
+    return x.full_tensor() if is_sharded(x) else x
+
+
+def my_rows(x: Tensor) -> slice:
+    """Which rows `local` has: of R rows by W processes each has ceil(R / W), the last ones fewer."""
+    if not is_sharded(x):
+        return slice(0, x.shape[0])
+    return rows_of(x, x.device_mesh.get_local_rank("shard"))
+
+
+def rows_of(x: Tensor, number: int) -> slice:
+    """Which rows shard `number` of a DTensor has."""
+    each = -(-x.shape[0] // shards(x))
+    return slice(min(number * each, x.shape[0]), min((number + 1) * each, x.shape[0]))
+
+
+def shards(x: Tensor) -> int:
+    return x.device_mesh["shard"].size() if is_sharded(x) else 1
+
+
+def group_of(x: Tensor):
+    """The processes among which a DTensor's rows are shared."""
+    return x.device_mesh.get_group("shard")
+
+
+def like(x: Tensor, mine: Tensor) -> Tensor:
+    """A DTensor laid out as x is, of rows of this process (with x's shape, or one number a row)."""
+    from torch.distributed.tensor import DTensor
+
+    shape = (x.shape[0], *mine.shape[1:])
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        mine, x.device_mesh, x.placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def gather_rows(mine: Tensor, x: Tensor) -> Tensor:
+    """All rows of what each process has of x's rows, [own rows, ...] -> [rows, ...]."""
+    return whole(like(x, mine)) if is_sharded(x) else mine
+
+
+# ------------------------------------------------------------------------------------------------- a step
+
+
+def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:
+    """The numbers of a step's rows, for so many processes: each gets as many, and about as many tokens (by size, to
+    and fro). It follows from the sizes alone, so that every process knows what all have."""
+    order = sorted(range(len(sizes)), key=lambda i: sizes[i])
+    found: list[list[int]] = [[] for _ in range(hands)]
+    for turn, i in enumerate(order):
+        lap, place = divmod(turn, hands)
+        found[place if lap % 2 == 0 else hands - 1 - place].append(i)
+    return found
+
+
+def expect_sums(model: nn.Module, now: bool) -> None:
+    """Before a micro-batch: whether its backward adds gradients up over the processes, or leaves them for the next."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(now)
+        model.set_is_last_backward(now)
+
+
+def add_gradients(parameters: list[Tensor]) -> None:
+    """Without shards: the sum of all processes' gradients, in one message a dtype."""
+    if size() == 1 or is_sharded(parameters[0]):
+        return
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        kinds.setdefault(p.grad.dtype, []).append(p.grad)
+    for grads in kinds.values():
+        flat = total(torch.cat([grad.flatten() for grad in grads]))
+        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+
+@torch.no_grad()
+def clip(parameters: list[Tensor], most: float) -> Tensor:
+    """Scales the gradients down to a norm of at most `most` over all parameters and processes; returns the norm before
+    that, float32 scalar."""
+    if not is_sharded(parameters[0]):
+        return nn.utils.clip_grad_norm_(parameters, most)
+    grads = [local(p.grad) for p in parameters if p.grad is not None]
+    squares = torch.stack([grad.float().square().sum() for grad in grads]).sum()
+    where = torch.device(parameters[0].device_mesh.device_type)  # offloaded shards lie elsewhere
+    squares = squares.to(where)
+    dist.all_reduce(squares, group=group_of(parameters[0]))
+    norm = squares.sqrt().to(grads[0].device)
+    torch._foreach_mul_(grads, (most / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error says that another process is gone, or was waited for too long."""
+    return size() > 1 and isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)

@@ -1,0 +1,238 @@
+"""1, 2 and 3 processes (gloo, CPU) compute the same run; shards take their share of memory; refusals."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers import chat_base, command, llama, sentence
+from safetensors.torch import load_file
+
+import distributed
+import train
+from flags import Flags
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+# name: (base, words; ACC: accumulate 2; worst relative difference of losses and norms, absolute one of final weights)
+JOBS = {
+    "full": ("llama", "--method full", 1e-5, 1e-4),
+    "full, replicated": ("llama", "--method full --shard none", 1e-5, 1e-4),
+    "full, accumulated": ("llama", "--method full --shard full ACC", 1e-5, 1e-4),
+    "full, reduced each time": ("llama", "--method full --shard full ACC --reduce each", 1e-5, 1e-4),
+    "full, blocks twice": ("llama", "--method full --shard full --remat block", 1e-5, 1e-4),
+    "full, norms twice": ("llama", "--method full --shard full --remat selective", 1e-5, 1e-4),
+    "full, some": ("llama", "--method full --shard full --train q_proj|layers.1", 1e-5, 1e-4),
+    "full, tied": ("tied", "--method full --shard full", 1e-5, 1e-4),
+    "full, packed, mixed": (
+        "llama",
+        "--method full --shard full --pack --seq-len 96 ACC MIXED",
+        1e-5,
+        1e-4,
+    ),
+    "lora, packed, mixed": ("llama", "--shard full --pack --seq-len 96 MIXED", 1e-5, 1e-4),
+    "lora": ("llama", "--shard full --dropout 0.3 ACC", 1e-5, 1e-4),
+    "lora, replicated": ("llama", "--shard none --dropout 0.3", 1e-5, 1e-4),
+    "lora, going on": ("llama", "--shard full --adapter ADAPTER", 1e-5, 1e-4),
+    "qlora": ("llama", "--method qlora --shard full ACC", 1e-5, 1e-4),
+    "qlora, packed, mixed": ("llama", "--method qlora --shard full --pack --seq-len 96 MIXED", 1e-5, 1e-4),
+    "qlora of a folder in NF4": ("nf4", "--method qlora --shard full", 1e-5, 1e-4),
+    "qlora with head": ("llama", "--method qlora --quant nf4+head --shard full", 1e-5, 1e-4),
+    "routed experts": ("mixtral", "--method full --shard full", 1e-2, 2e-2),  # the balance loss is a product of means
+    "routed experts, lora": ("mixtral", "--shard full --dropout 0.2", 1e-2, 1e-2),
+    "gpt2": (
+        "gpt2",
+        "--method full --shard full",
+        1e-5,
+        1e-2,
+    ),  # a bias of keys has no effect: its gradient is rounding
+    "gpt2, qlora": ("gpt2", "--method qlora --shard full", 1e-5, 1e-4),
+    "muon": ("llama", "--method full --optimizer muon --shard full", 1e-4, 1e-3),
+    "adamw8bit": ("llama", "--method full --optimizer adamw8bit --shard full", 1e-3, 5e-3),
+    "bf16": ("llama", "--method full --shard full --dtype bf16", 2e-2, 1e-2),
+    "bf16 weights": ("llama", "--method full --shard full --dtype bf16 --weights bf16", 5e-2, 1e-1),
+}
+
+
+def records(path: Path, count: int, seed: int) -> Path:
+    lengths = torch.randint(1, 25, (count, 2), generator=torch.Generator().manual_seed(seed)).tolist()
+    texts = [
+        {"prompt": sentence(seed + 2 * i, a // 2 + 1), "completion": sentence(seed + 2 * i + 1, b)}
+        for i, (a, b) in enumerate(lengths)
+    ]
+    path.write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def torchrun(processes: int, *words, seconds: float = 300, code: int = 0, **environment) -> str:
+    """What N processes print; their exit code must be this one."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *map(str, words)]
+    into = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(line, check=False, **into, timeout=seconds, cwd=ROOT, env=os.environ | environment)
+    assert done.returncode == code, done.stdout[:3000] + done.stdout[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    found = {
+        "llama": chat_base(folder / "llama", num_key_value_heads=2),
+        "tied": chat_base(folder / "tied", tie_word_embeddings=True),
+    }
+    size = json.loads((found["llama"] / "config.json").read_text())["vocab_size"]
+    common = {"vocab_size": size, "bos_token_id": 1, "eos_token_id": 2}
+    mixtral = transformers.MixtralConfig(
+        **common, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=512,
+    )  # fmt: skip
+    gpt2 = transformers.GPT2Config(**common, n_embd=64, n_layer=2, n_head=4, n_positions=512)
+    for name, config in {"mixtral": mixtral, "gpt2": gpt2}.items():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.15)
+        model.save_pretrained(folder / name)
+        for file in TOKENIZER:
+            shutil.copy(found["llama"] / file, folder / name / file)
+        found[name] = folder / name
+    line = [sys.executable, "convert.py", "to-nf4", str(found["llama"]), str(folder / "nf4")]
+    subprocess.run(line, cwd=ROOT, check=True, capture_output=True)
+    return found | {"nf4": folder / "nf4"}
+
+
+@pytest.fixture(scope="module")
+def runs(bases, tmp_path_factory) -> Path:
+    """Every job by 1, 2 and 3 processes, in NAME/PROCESSES."""
+    folder = tmp_path_factory.mktemp("runs")
+    data, more, val = (records(folder / f"{name}.jsonl", n, seed) for name, n, seed in
+                       (("data", 50, 0), ("more", 20, 200), ("val", 9, 500)))  # fmt: skip
+    first = ["--model", bases["llama"], "--data", data, "--val", val, "--steps", 2, "--rank", 4, "--dtype", "fp32"]
+    subprocess.run(
+        list(map(str, [sys.executable, "train.py", *first, "--out", folder / "adapter"])), cwd=ROOT, check=True
+    )
+    for processes in (1, 2, 3):
+        jobs = []
+        for name, (base, words, _, _) in JOBS.items():
+            batch = 12 // processes // (2 if "ACC" in words.split() else 1)
+            words = words.replace("ACC", "--accumulate 2").replace("ADAPTER", str(folder / "adapter/final")).split()
+            mixed = [f"{data}=3", f"{more}=1", "--replay", f"{val}=0.2"] if "MIXED" in words else [data]
+            words = [word for word in words if word != "MIXED"] + ["--data", *mixed]
+            given = {"--rank": 4} if "full" not in words[:2] and "--adapter" not in words else {}
+            given |= {"--lr": 1e-3, "--dtype": "fp32"}
+            words += [word for flag, value in given.items() if flag not in words for word in (flag, value)]
+            jobs.append(
+                ["--model", bases[base], "--val", val, "--batch-size", batch, "--steps", 7, *words]
+                + ["--out", folder / name / str(processes)]
+            )
+        torchrun(processes, "tests/jobs.py", json.dumps(jobs, default=str))
+    return folder
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("name", JOBS)
+def test_as_many_processes_compute_what_one_does(runs, name, processes):
+    _, words, loss, weight = JOBS[name]
+    one, several = lines(runs / name / "1"), lines(runs / name / str(processes))
+    assert [line["step"] for line in several] == [line["step"] for line in one] and len(one) > 10
+    for a, b in zip(one, several, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() & {"loss", "val_loss", "replay_loss", "replay_val_loss", "balance_loss", "grad_norm"}:
+            assert b[key] == pytest.approx(a[key], rel=loss * (10 if key == "grad_norm" else 1)), (a["step"], key)
+        assert all(a[key] == b[key] for key in a.keys() & {"tokens", "trained_tokens", "lr"})
+    if "MIXED" in words:
+        assert any("replay_loss" in line for line in one)
+    (file,) = (runs / name / "1" / "final").glob("*.safetensors")
+    mine, theirs = load_file(file), load_file(runs / name / str(processes) / "final" / file.name)
+    assert mine.keys() == theirs.keys()
+    for key, tensor in mine.items():
+        assert tensor.dtype == theirs[key].dtype
+        assert float((tensor.float() - theirs[key].float()).abs().max()) < weight, key
+    assert {f.name for f in file.parent.iterdir()} == {f.name for f in (runs / name / "2" / "final").iterdir()}
+
+
+def test_the_jobs_moved_the_weights_by_far_more_than_they_differ(runs):
+    for name in JOBS:
+        found = lines(runs / name / "1")
+        losses = [line["loss"] for line in found if "loss" in line]
+        assert max(losses) - min(losses) > 0.05, name
+
+
+def test_dropout_is_there_and_follows_the_seed(runs):
+    plain = [line["loss"] for line in lines(runs / "lora, packed, mixed" / "1") if "loss" in line]
+    dropped = [line["loss"] for line in lines(runs / "lora" / "1") if "loss" in line]
+    assert plain[0] != pytest.approx(dropped[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_a_rank_of_two_holds_and_reads_half(bases, tmp_path, method):
+    """Bytes of parameters, gradients and optimizer at their height, and how much memory loading takes."""
+    sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12, "vocab_size": 2048}
+    llama(tmp_path / "base", std=0.05, dtype=torch.bfloat16, **sizes)  # 45 MB
+    held = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        torchrun(processes, "tests/count.py", method, tmp_path / "base", out)
+        held[processes] = [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(processes)]
+    ((one,), two) = held[1], held[2]
+    for rank in two:
+        for part in ("parameters", "gradients", "optimizer"):
+            assert rank[part] <= 0.6 * one[part], part
+        assert rank["loading"] <= 0.6 * one["loading"] + 20e6  # what is imported meanwhile
+
+
+def test_deal_gives_each_as_many_rows_and_about_as_many_tokens():
+    sizes = torch.randint(5, 500, (96,), generator=torch.Generator().manual_seed(0)).tolist()
+    for hands in (1, 2, 3, 8):
+        dealt = distributed.deal(sizes, hands)
+        assert sorted(i for hand in dealt for i in hand) == list(range(96))
+        assert {len(hand) for hand in dealt} == {96 // hands}
+        tokens = [sum(sizes[i] for i in hand) for hand in dealt]
+        assert max(tokens) < 1.05 * min(tokens)
+    assert [len(hand) for hand in distributed.deal([4, 4, 4, 4], 3)] == [1, 1, 2]
+    assert distributed.deal([7], 2) == [[0], []]
+
+
+def test_hybrid_is_refused_on_one_node_and_offload_without_shards(bases, tmp_path, monkeypatch, capsys):
+    data = records(tmp_path / "data.jsonl", 20, 0)
+    words = ["--model", bases["llama"], "--data", data, "--out", tmp_path / "out"]
+    _, err, code = command(train, monkeypatch, capsys, *words, "--shard", "hybrid")
+    distributed.stop()
+    assert code == 2 and "--shard hybrid" in err and "one node" in err
+    _, err, code = command(train, monkeypatch, capsys, *words, "--shard", "none", "--shard-offload")
+    assert code == 2 and "--shard-offload" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_nodes_of_one_process_hold_a_copy_each(runs, bases, tmp_path):
+    """--shard hybrid, the nodes being processes that believe to be alone on theirs."""
+    job = ["--model", bases["llama"], "--val", runs / "val.jsonl", "--batch-size", 6, "--steps", 7, "--method", "full"]
+    job += [
+        "--data",
+        runs / "data.jsonl",
+        "--lr",
+        1e-3,
+        "--dtype",
+        "fp32",
+        "--shard",
+        "hybrid",
+        "--out",
+        tmp_path / "o",
+    ]
+    torchrun(2, "tests/jobs.py", json.dumps([job], default=str), NODES="2")
+    losses = lambda run: [line["loss"] for line in lines(run) if "loss" in line]
+    assert losses(tmp_path / "o") == pytest.approx(losses(runs / "full" / "1"), rel=1e-5)
+
+
+def test_default_shards():
+    assert Flags().shard is None and Flags().reduce == "last"

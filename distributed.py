@@ -100,19 +100,21 @@ def total(x: Tensor) -> Tensor:
     return x
 
 
-def agreed(fine: bool) -> bool:
+def agreed(fine: bool, group=None) -> bool:
     """Whether all processes say so."""
     if size() == 1:
         return fine
-    return int(total(torch.tensor(int(not fine)))) == 0
+    against = torch.tensor(int(not fine))
+    dist.all_reduce(against, group=group)
+    return int(against) == 0
 
 
-def from_first(value):
+def from_first(value, group=None):
     """What the first process has, for all: anything made of Python's own types."""
     if size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box)
+    dist.broadcast_object_list(box, group=group, device=torch.device("cpu"))
     return box[0]
 
 
@@ -124,40 +126,56 @@ def by_first(work: Callable):
             value = work()
         except (UserError, OSError) as caught:
             error = caught
-    value, failed = from_first((value, error is not None))
+    all_or_none(error)
+    return from_first(value)
+
+
+class Elsewhere(OSError):
+    """Another process has failed, and says why."""
+
+    def __init__(self):
+        super().__init__("another process has failed")
+
+
+def all_or_none(error: Exception | None, group=None) -> None:
+    """Raises in every process where one has an error."""
+    fine = agreed(error is None, group)
     if error is not None:
         raise error
-    if failed:
-        sys.exit(2)
-    return value
+    if not fine:
+        raise Elsewhere
 
 
 @contextlib.contextmanager
-def by_first_alone(block) -> Iterator:
-    """A context manager that is entered by the first process alone; the others get None. Where it fails there, in the
-    block as well, that one says why and all end."""
-    error = None
-    try:
+def by_first_alone(block, group=None) -> Iterator:
+    """A context manager that the first process alone enters; the others get None. Where entering, leaving or the block
+    itself fails in one process it fails in all."""
+    value = error = None
+    with contextlib.ExitStack() as stack:
         if is_first():
-            with block as value:
-                yield value
-        else:
-            yield None
-    except (UserError, OSError) as caught:
-        error = caught
-    failed = from_first(error is not None)
-    if error is not None:
-        raise error
-    if failed:
-        sys.exit(2)
+            try:
+                value = stack.enter_context(block)
+            except (UserError, OSError) as caught:
+                error = caught
+        all_or_none(error, group)
+        try:
+            yield value
+        except (UserError, OSError) as caught:
+            error = caught
+        all_or_none(error, group)  # which takes what is half done away
+        try:
+            stack.close()
+        except (UserError, OSError) as caught:
+            error = caught
+        all_or_none(error, group)
 
 
-def gathered(value) -> list:
+def gathered(value, group=None) -> list:
     """What each process has, in order of ranks."""
     if size() == 1:
         return [value]
     found = [None] * size()
-    dist.all_gather_object(found, value)
+    dist.all_gather_object(found, value, group=group)
     return found
 
 
@@ -251,15 +269,14 @@ def group_of(x: Tensor):
     return x.device_mesh.get_group("shard")
 
 
-def like(x: Tensor, mine: Tensor) -> Tensor:
+def like(x: Tensor, mine: Tensor, on_cpu: bool = False) -> Tensor:
     """A DTensor laid out as x is, of rows of this process (with x's shape, or one number a row)."""
     from torch.distributed.tensor import DTensor
 
-    shape = (x.shape[0], *mine.shape[1:])
+    shape = torch.Size((x.shape[0], *mine.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        mine, x.device_mesh, x.placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
+    where = mesh("full" if x.device_mesh.ndim == 1 else "hybrid", "cpu") if on_cpu else x.device_mesh
+    return DTensor.from_local(mine, where, x.placements, run_check=False, shape=shape, stride=stride)
 
 
 def gather_rows(mine: Tensor, x: Tensor) -> Tensor:

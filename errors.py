@@ -29,17 +29,23 @@ def run(main) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        print(f"{speaker()}error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `python evaluate.py ... | head`: the reader has left, nobody is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:  # a full disk, a folder without permission: the file's name is all there is to say
-        print(printable(f"error: {error.filename or 'input/output'}: {error.strerror or error}"), file=sys.stderr)
+        what = f"error: {error.filename or 'input/output'}: {error.strerror or error}"
+        print(speaker() + printable(what), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+
+
+def speaker() -> str:
+    """Of several processes that torchrun started, which one this is."""
+    return f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
 
 
 def printable(text: str) -> str:

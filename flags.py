@@ -73,6 +73,19 @@ class Flags:
     out: str | None = flag(None, "model and data", "folder of the run (default: a new one under runs/)", metavar="DIR")
     plan: bool = flag(False, "watching", "say what each method would take of memory and time, and stop")
     overwrite: bool = flag(False, "model and data", "replace the run that --out holds")
+    resume: str | None = flag(
+        None,
+        "durability",
+        "go on from the newest whole checkpoint under --out, with its flags; `auto`: or begin, where there is none",
+        nargs="?",
+        const="on",
+        choices=["on", "auto"],
+    )
+    save_every: int | None = flag(
+        None, "durability", "steps between checkpoints (default: a fifth of the run, half an hour at most); 0: none"
+    )
+    keep: int = flag(2, "durability", "checkpoints that are kept: the last so many, and the best validated one")
+    save_async: bool = flag(False, "durability", "write checkpoints while the training goes on, from a copy in memory")
     method: str = flag(
         "lora",
         "method",
@@ -172,16 +185,18 @@ def parse_flags(argv: list[str]) -> Flags:
         if not (default is None or default is False or default == []):
             meta["help"] += f" (default: {default})"
         if kind == "bool | None":
-            where.add_argument(name, action=argparse.BooleanOptionalAction, default=default, **meta)
+            where.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, **meta)
         elif f.type is bool:
-            where.add_argument(name, action="store_true", **meta)
+            where.add_argument(name, action="store_true", default=argparse.SUPPRESS, **meta)
         elif "list" in kind:
-            where.add_argument(name, nargs="+", action="extend", default=[], **meta)
+            where.add_argument(name, nargs="+", action="extend", default=argparse.SUPPRESS, **meta)
         else:
             to = float if "float" in kind else int if "int" in kind else str
-            where.add_argument(name, type=to, default=default, **meta)
-    flags = Flags(**vars(parse(parser, argv)))
+            where.add_argument(name, type=to, default=argparse.SUPPRESS, **meta)
+    given = vars(parse(parser, argv))
+    flags = Flags(**given)
     check(flags)
+    flags.given = set(given)  # no field: of this process, not of the run
     if flags.method == "qlora":
         flags.quant = flags.quant or "nf4"
     return flags
@@ -189,8 +204,18 @@ def parse_flags(argv: list[str]) -> Flags:
 
 def check(flags: Flags) -> None:
     """Everything about the flags that can be said before a file is opened."""
-    positive = ("steps", "epochs", "lr", "batch_size", "accumulate", "seq_len", "rank", "alpha")
-    at_least_0 = ("warmup", "weight_decay", "clip", "eval_every", "patience", "profile", "seed", "dropout")
+    positive = ("steps", "epochs", "lr", "batch_size", "accumulate", "seq_len", "rank", "alpha", "keep", "timeout")
+    at_least_0 = (
+        "warmup",
+        "weight_decay",
+        "clip",
+        "eval_every",
+        "save_every",
+        "patience",
+        "profile",
+        "seed",
+        "dropout",
+    )
     for names, ok, wanted in ((positive, lambda v: v > 0, "above 0"), (at_least_0, lambda v: v >= 0, "0 or more")):
         for name in names:
             value = getattr(flags, name)
@@ -235,15 +260,22 @@ def check(flags: Flags) -> None:
             raise UserError(f"--train {flags.train}: no regular expression ({error})") from None
     if flags.out and Path(flags.out).is_file():
         raise UserError(f"--out {flags.out}: is a file; name a folder")
-    if flags.out and Path(flags.out).exists() and any(Path(flags.out).iterdir()):
+    if flags.resume and not flags.out:
+        raise UserError("--resume: needs --out, the folder of the run that is to go on")
+    if flags.resume and flags.overwrite:
+        raise UserError("--resume goes on with a run and --overwrite replaces it; give one of them")
+    there = Path(flags.out).iterdir() if flags.out and Path(flags.out).exists() else ()
+    if any(not path.name.startswith(".") for path in there):
         if not (Path(flags.out) / "metrics.jsonl").is_file():
             raise UserError(f"--out {flags.out}: holds something that is no run of train.py; name another folder")
-        if not flags.overwrite:
-            raise UserError(f"--out {flags.out}: holds a run already; name another folder or add --overwrite")
-        files = [*weighted(flags.data)[0], *replayed(flags.replay)[0]]
+        if not (flags.overwrite or flags.resume):
+            raise UserError(
+                f"--out {flags.out}: holds a run already; name another folder, or add --resume or --overwrite"
+            )
+        files, word = [*weighted(flags.data)[0], *replayed(flags.replay)[0]], "resume" if flags.resume else "overwrite"
         for read in filter(None, (flags.model, flags.adapter, flags.val, *files)):
             if Path(flags.out).resolve() in (Path(read).resolve(), *Path(read).resolve().parents):
-                raise UserError(f"--overwrite: {read} lies in --out {flags.out}, and would be gone before it is used")
+                raise UserError(f"--{word}: {read} lies in --out {flags.out}, and would be gone before it is used")
 
 
 def weighted(words: list[str]) -> tuple[list[str], list[float] | None]:

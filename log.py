@@ -26,14 +26,16 @@ class Log:
     """metrics.jsonl, the progress bar and wandb. A step's tensors are read when the next step has been launched, so
     that nothing waits for the device."""
 
-    def __init__(self, flags: Flags, out: Path, flops: float, device: torch.device):
+    def __init__(self, flags: Flags, out: Path, flops: float, device: torch.device, state: dict | None = None):
+        """state: of a run that goes on, what `state` returned."""
         self.wandb = start_wandb(flags, out) if flags.wandb and is_first() else None
         path = out / "metrics.jsonl" if is_first() else os.devnull
-        self.file = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (open all the while)
+        mode, begun = ("a", state) if state else ("w", {"step": 0, "tokens": 0, "seconds": 0.0})
+        self.file = open(path, mode, encoding="utf-8", buffering=1)  # noqa: SIM115 (open all the while)
         shown = is_first() and sys.stderr.isatty()
-        self.bar = tqdm(total=flags.steps, unit="step", disable=not shown, dynamic_ncols=True)
-        self.start, self.waiting, self.tokens = time.perf_counter(), None, 0
-        self.flops, self.device, self.last = flops, device, self.start
+        self.bar = tqdm(total=flags.steps, initial=begun["step"], unit="step", disable=not shown, dynamic_ncols=True)
+        self.waiting, self.tokens, self.last = None, begun["tokens"], time.perf_counter()
+        self.start, self.flops, self.device = self.last - begun["seconds"], flops, device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None)
 
@@ -74,6 +76,13 @@ class Log:
 
     def go_on(self, paused_at: float) -> None:
         self.last += time.perf_counter() - paused_at
+
+    def state(self, step: int) -> dict:
+        """After so many steps: what is counted. Their lines are on the disk then."""
+        self.flush()
+        if is_first():
+            os.fsync(self.file.fileno())
+        return {"step": step, "tokens": self.tokens, "seconds": time.perf_counter() - self.start}
 
     def close(self) -> None:
         self.flush()

@@ -36,6 +36,19 @@ class Optimizer:
             for p in group["params"]:
                 p.grad = None
 
+    def blank(self, p: Tensor, group: dict) -> dict[str, Tensor]:
+        """A parameter's state before the first step, of the rows that are this process's."""
+        raise NotImplementedError
+
+    def states(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Every parameter's state, to be saved or to be filled."""
+        pairs = [(p, group) for group in self.param_groups for p in group["params"]]
+        return [(p, self.state.setdefault(p, {}) or self.begin(p, group)) for p, group in pairs]
+
+    def begin(self, p: Tensor, group: dict) -> dict[str, Tensor]:
+        self.state[p] = self.blank(p, group)
+        return self.state[p]
+
     def with_gradients(self) -> list[tuple[dict, list[Tensor]]]:
         """Each group, and those of its parameters that have a gradient."""
         return [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
@@ -63,13 +76,22 @@ class AdamW(Optimizer):
                 if group["bits"] == 8 or p.dtype != torch.float32:
                     self.update(p, group)
 
+    def blank(self, p: Tensor, group: dict) -> dict[str, Tensor]:
+        mine = local(p)
+        if group["bits"] == 32 and p.dtype == torch.float32:
+            zeros = (torch.zeros_like(mine, memory_format=torch.preserve_format) for _ in range(2))
+            return dict(zip(("m", "v", "step"), (*zeros, torch.zeros((), device=p.device))))
+        if not is_sharded(p):
+            p.data = p.data.contiguous()
+        narrow, state = group["bits"] == 8 and p.numel() >= SMALL, {"step": torch.zeros(())}
+        for name in ("m", "v"):
+            state[name] = torch.zeros(mine.numel(), dtype=torch.uint8 if narrow else torch.float32, device=p.device)
+            if narrow:
+                state[f"{name}_scale"] = torch.zeros(-(-mine.numel() // NESTED_BLOCK), device=p.device)
+        return state
+
     def fused(self, parameters: list[Tensor], group: dict) -> None:
-        states = []
-        for p in parameters:
-            if p not in self.state:
-                zeros = (torch.zeros_like(local(p), memory_format=torch.preserve_format) for _ in range(2))
-                self.state[p] = dict(zip(("m", "v", "step"), (*zeros, torch.zeros((), device=p.device))))
-            states.append(self.state[p])
+        states = [self.state.get(p) or self.begin(p, group) for p in parameters]
         columns = ([state[name] for state in states] for name in ("m", "v"))
         (beta1, beta2), steps = group["betas"], [state["step"] for state in states]
         adamw(
@@ -79,16 +101,7 @@ class AdamW(Optimizer):
         )  # fmt: skip
 
     def update(self, p: Tensor, group: dict) -> None:
-        state = self.state.setdefault(p, {})
-        if not state:
-            if not is_sharded(p):
-                p.data = p.data.contiguous()
-            small = group["bits"] == 32 or p.numel() < SMALL
-            state["step"], count = 0, local(p).numel()
-            for name in ("m", "v"):
-                state[name] = torch.zeros(count, dtype=torch.float32 if small else torch.uint8, device=p.device)
-                blocks = 0 if small else -(-count // NESTED_BLOCK)
-                state[f"{name}_scale"] = torch.zeros(blocks, device=p.device)
+        state = self.state.get(p) or self.begin(p, group)
         state["step"] += 1
         weights, grads = local(p).view(-1), local(p.grad).reshape(-1)
         size = CHUNK.get(p.device.type, CHUNK["cuda"])
@@ -96,7 +109,8 @@ class AdamW(Optimizer):
             part = slice(start, start + size)
             blocks = slice(start // NESTED_BLOCK, (start + size) // NESTED_BLOCK)
             moments = [Moment(state, name, part, blocks) for name in ("m", "v")]
-            new = adam(weights[part].float(), grads[part].float(), *(m.values for m in moments), state["step"], group)
+            wide = (weights[part].float(), grads[part].float(), *(moment.values for moment in moments))
+            new = adam(*wide, int(state["step"]), group)
             weights[part] = round_stochastically(new) if p.dtype == torch.bfloat16 else new
             for moment in moments:
                 moment.store()
@@ -106,15 +120,24 @@ class Moment:
     """A piece of one of a weight's moments, "m" or "v", as fp32 numbers that may be changed, and then stored."""
 
     def __init__(self, state: dict, name: str, part: slice, blocks: slice):
-        self.codes, self.scales, self.signed = state[name][part], state[f"{name}_scale"][blocks], name == "m"
+        self.codes, self.name = state[name].view(-1)[part], name
         self.narrow = self.codes.dtype == torch.uint8
-        numbers = dynamic_code(self.codes.device, self.signed) if self.narrow else None
-        self.values = dequantize_8bit(self.codes, self.scales, numbers) if self.narrow else self.codes
+        self.scales = state[f"{name}_scale"][blocks] if self.narrow else None
+        self.values = widened(self.codes, self.scales, name) if self.narrow else self.codes
 
     def store(self) -> None:
         if self.narrow:
-            codes, scales = quantize_8bit(self.values, self.signed)
+            codes, scales = narrowed(self.values, self.name)
             self.codes.copy_(codes), self.scales.copy_(scales)
+
+
+def widened(codes: Tensor, scales: Tensor, name: str) -> Tensor:
+    """float32 [n] of a moment in 8 bits: "m" has signs, "v" has none."""
+    return dequantize_8bit(codes, scales, dynamic_code(codes.device, name == "m"))
+
+
+def narrowed(values: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    return quantize_8bit(values, name == "m")
 
 
 def adam(w: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, group: dict) -> Tensor:
@@ -150,6 +173,13 @@ class Offloaded(Optimizer):
                 stage = torch.empty(mine.shape, dtype=p.dtype, pin_memory=pin)  # through which both directions go
                 self.hosts[p] = master, stage, AdamW([{"params": [master]}], lr)
 
+    def states(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        found = []
+        for p, (master, _, optimizer) in self.hosts.items():
+            ((_, state),) = optimizer.states()
+            found.append((p, {"master": master.detach(), **state}))
+        return found
+
     @torch.no_grad()
     def step(self) -> None:
         moving = []
@@ -181,14 +211,15 @@ class Muon(Optimizer):
     def __init__(self, groups, lr: float, weight_decay: float = 0.0):
         super().__init__(groups, lr=lr, momentum=0.95, weight_decay=weight_decay)
 
+    def blank(self, p: Tensor, group: dict) -> dict[str, Tensor]:
+        return {"m": torch.zeros_like(local(p), memory_format=torch.contiguous_format)}
+
     @torch.no_grad()
     def step(self) -> None:
         for group, parameters in self.with_gradients():
             ahead = []
             for p in parameters:
-                grad, state = local(p.grad), self.state.setdefault(p, {})
-                if not state:
-                    state["m"] = torch.zeros_like(grad)
+                grad, state = local(p.grad), self.state.get(p) or self.begin(p, group)
                 state["m"].lerp_(grad, 1 - group["momentum"])
                 ahead.append(grad.lerp(state["m"], group["momentum"]))
             at_once = shards(parameters[0])

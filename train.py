@@ -35,6 +35,7 @@ import lora
 import optimizers
 import plan
 import report
+import resume
 from convert import base_folder
 from data import batches_by_length, collate, cut_rows, load, most_tokens, row_batches, split
 from demo import TASK, Demo
@@ -56,9 +57,11 @@ KEPT = {
     "block": "the inputs of blocks, which are computed twice (--remat block)",
     "offload": "the inputs of blocks, on the host; blocks are computed twice (--remat offload)",
 }
+SAVE_SECONDS = 1800  # between checkpoints, at most
 LONG_RUN = 100  # steps of an epoch from which packing is the default on a GPU: with fewer, small data learns too little
 STUCK = 0.5  # this share of the weights that a step can't move is worth a word
-RUN = ("config.json", "metrics.jsonl", "loss.png", "trace.json", "best", "final", "wandb")  # what a run writes
+# what a run writes
+RUN = ("config.json", "metrics.jsonl", "loss.png", "trace.json", "best", "final", "wandb", "checkpoints")
 
 
 # ---------------------------------------------------------------------------------------------------- set-up
@@ -172,7 +175,7 @@ def prepare(flags: Flags, folder: Path, dtype: torch.dtype, device: torch.device
         distributed.shard(model, flags.shard, device, gathered, flags.shard_offload)
 
     model = checkpoint.load_model(folder, narrow, "cpu" if flags.shard_offload else device, flags.quant, arrange)
-    if flags.adapter:
+    if flags.adapter and not flags.resume:
         lora.fill(model, flags.adapter)
     else:
         for layer in lora.adapted(model).values():
@@ -182,7 +185,7 @@ def prepare(flags: Flags, folder: Path, dtype: torch.dtype, device: torch.device
 
 def adapt(model: Transformer, flags: Flags, dtype: torch.dtype) -> None:
     """Puts LoRA on, a new one or --adapter."""
-    if flags.adapter:
+    if flags.adapter and not flags.resume:  # a run that goes on has its own by now
         put_adapter(model, flags.adapter)
         layers = lora.adapted(model)
         first = next(iter(layers.values()))
@@ -262,6 +265,28 @@ def choose_steps(flags: Flags, stream: Stream) -> int:
     if flags.eval_every is None:
         flags.eval_every = math.ceil(flags.steps / 5)
     return per_epoch
+
+
+def choose_saves(flags: Flags, model: Transformer, steppers: list, out: Path, seconds: float) -> str:
+    """Fills in --save-every where it is open, sees to it that the disk has room, and returns a line about it. seconds:
+    that the run is expected to take."""
+    asked = flags.save_every is not None
+    if not asked:
+        often = SAVE_SECONDS * flags.steps / max(seconds, 1)
+        flags.save_every = max(1, min(math.ceil(flags.steps / 5), int(often)))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    state = trained * (4 if flags.weights == "fp32" else 2) + trained * optimizers.state_bytes(flags.optimizer)
+    state += 4 * trained * flags.optimizer_offload
+    made = 4 * trained if flags.lora else 2 * model.size  # best/ and final/
+    many = flags.keep + 2 if flags.save_every else 0  # the best one, and the one that is being written
+    if not asked and shutil.disk_usage(out).free < many * state + 3 * made:
+        flags.save_every, many = 0, 0
+    what = f"{many} checkpoints, best/ and final/" if many else "best/ and final/"
+    resume.check_room(out, many * state + 3 * made, what)
+    if not flags.save_every:
+        why = f", the disk has no room for {flags.keep + 2} of {resume.amount(state)}"
+        return "no checkpoints" + why * (not asked)
+    return f"a checkpoint of {resume.amount(state)} every {flags.save_every:,} steps; the last {flags.keep} are kept"
 
 
 def describe_job(flags: Flags, data: Data, per_epoch: int, device: torch.device) -> plan.Job:
@@ -436,6 +461,9 @@ def train(flags: Flags) -> None:
     device = pick_device(flags.device)
     if distributed.launched() or flags.shard not in (None, "none"):
         device = distributed.start(device)
+    found = pick_up(flags) if flags.resume else None
+    if found == "complete":
+        return
     if device.type != "cuda" and (flags.optimizer_offload or flags.remat == "offload"):
         name = "--optimizer-offload" if flags.optimizer_offload else "--remat offload"
         raise UserError(f"{name}: is for GPUs; on {device.type} everything is in the host's memory as it is")
@@ -458,36 +486,53 @@ def train(flags: Flags) -> None:
     per_epoch = choose_defaults(flags, model, data.stream)
     job = describe_job(flags, data, per_epoch, device)
     flops = plan.flops_a_token(model, job.reach, job.share, flags.remat)
-    seconds = job.tokens * flops / (plan.EFFICIENCY * plan.product_rate(config, device, dtype))
+    rate = distributed.from_first(plan.product_rate(config, device, dtype))
+    seconds = job.tokens * flops / (plan.EFFICIENCY * rate * distributed.size())
     why_compile = choose_compile(flags, device, seconds)
     describe(flags, model, folder, tokenizer, job, per_epoch, dtype, device, f"{why}; {why_compile}", seconds)
     if distributed.size() > 1 or flags.shard != "none":
         print(f"processes {shards}")
+    if found:
+        print(f"resumed   after step {found.state['step']:,} of {flags.steps:,}, from {found.folder}")
     other_job = flags.data or flags.model or flags.adapter or flags.profile or distributed.size() > 1
     other_job = other_job or flags.shard != "none"
     demo = None if other_job else Demo(model, tokenizer, seconds)
     if flags.compile == "on":
         model.compile_blocks()
 
-    flags.device, flags.dtype = str(device), next(name for name, known in DTYPES.items() if known == dtype)
+    flags.device, flags.dtype = device.type, next(name for name, known in DTYPES.items() if known == dtype)
     sha = distributed.by_first(lambda: checkpoint.fingerprint(folder))
     base = {"base": str(folder.resolve()), "base_sha256": sha}
     stored = checkpoint.stored_dtype(config)
-    out = Path(distributed.by_first(lambda: run_folder(flags)))
-    log = Log(flags, out, flops, device)
+    digest = resume.data_digest(
+        *(data.train.lengths, data.train.trained, data.train.prompts, data.val.lengths, data.val.prompts),
+        *(tuple(data.stream.draws), flags.seq_len, flags.pack, flags.seed),
+    )
+    base |= {"data": digest}
+    if found:
+        resume.check_same(found, base)
+    out = Path(distributed.by_first(lambda: run_folder(flags, found)))
+    steppers = optimizers.make_optimizers(model, flags.optimizer, flags.lr, flags.weight_decay, flags.optimizer_offload)
+    saves = distributed.by_first(lambda: choose_saves(flags, model, steppers, out, seconds))
+    flags.save_every = distributed.from_first(flags.save_every)
+    print(f"saves     {saves}")
+    log = Log(flags, out, flops, device, found and found.state)
     if distributed.is_first():
         checkpoint.write_json(dataclasses.asdict(flags), out / "config.json")
     distributed.ready(flags.timeout)
     keep = lambda name: save(model, tokenizer, flags, out / name, base, stored)
-    watch = Watch(model, data.val, data.replay_val, flags, log, keep)
-    steps = step_parts(data.train, data.stream, flags, device)
-    steppers = optimizers.make_optimizers(model, flags.optimizer, flags.lr, flags.weight_decay, flags.optimizer_offload)
+    saver = resume.Saver(out, flags.keep, flags.save_async, log.bar.write)
+    watch = Watch(model, steppers, data, flags, log, keep, saver, base, device)
+    if found:
+        watch.go_on(found)
+    steps = step_parts(data.train, data.stream, flags, device, watch.done)
     try:
         if flags.profile:
             profile(model, steppers, steps, flags, log, device, out)
             return
-        watch.after_step(0)
-        optimize(model, steppers, steps, flags, log, device, watch.after_step)
+        if not found:
+            watch.after_step(0)
+        optimize(model, steppers, steps, flags, log, device, watch.after_step, watch.done)
     except KeyboardInterrupt:
         if watch.kept:
             how = "--adapter" if flags.lora else "--model"
@@ -495,6 +540,7 @@ def train(flags: Flags) -> None:
         raise
     finally:
         log.bar.close()
+    saver.wait()
     log.close()
     model.eval()
     trained = [distributed.local(p) for p in model.parameters() if p.requires_grad]
@@ -512,16 +558,23 @@ def train(flags: Flags) -> None:
     say_next(flags, out / watch.verdict(), data.train.chat)
 
 
+REMEMBERED = ("first", "last", "best", "since_best", "kept")  # of a Watch, in checkpoints
+
+
 @dataclass
 class Watch:
     """Validation before, during and after the training: what is best so far, and when to stop."""
 
     model: Transformer
-    val: Dataset
-    replay_val: Dataset | None
+    steppers: list
+    data: Data
     flags: Flags
     log: Log
     keep: Callable[[str], None]  # writes the model under this name
+    saver: resume.Saver
+    base: dict  # what the run is made from, by hashes
+    device: torch.device
+    done: int = 0  # steps
     first: float = math.nan  # the loss before the training
     last: float = math.nan
     best: float = math.inf
@@ -529,14 +582,49 @@ class Watch:
     kept: bool = False  # is there a best/
 
     def after_step(self, done: int) -> bool:
-        """Validates where it is due after so many steps; True stops the training."""
+        """Validates and saves where it is due after so many steps; True stops the training."""
         every, end = self.flags.eval_every, done == self.flags.steps
-        if not len(self.val) or not (end or (every and done % every == 0)):
-            return False
+        validated = bool(len(self.data.val)) and (end or bool(every and done % every == 0))
+        stop = validated and self.validate(done)
+        if self.flags.save_every and done % self.flags.save_every == 0 and 0 < done < self.flags.steps and not stop:
+            self.checkpoint(done, validated)
+        return stop
+
+    def checkpoint(self, done: int, validated: bool) -> None:
+        paused = self.log.pause()
+        stream, mine = self.data.stream, {name: getattr(self, name) for name in REMEMBERED}
+        state = self.log.state(done) | {
+            "position": [stream.epoch, stream.window, stream.row],
+            "val_loss": self.last if validated else None,
+            "watch": {name: value if math.isfinite(value) else None for name, value in mine.items()},
+            "random": distributed.gathered(resume.random_state()),
+            "processes": distributed.size(),
+            "flags": dataclasses.asdict(self.flags),
+            "torch": torch.__version__,
+            **self.base,
+        }
+        self.saver.save(state, resume.tensors_of(self.model, self.steppers))
+        self.log.go_on(paused)
+
+    def go_on(self, found: resume.Found) -> None:
+        """Takes up where the checkpoint was made."""
+        state, stream = found.state, self.data.stream
+        resume.read(found, self.model, self.steppers)
+        for name, value in state["watch"].items():
+            setattr(self, name, value if value is not None else getattr(Watch, name))
+        stream.epoch, stream.window, stream.row = state["position"]
+        self.done, self.saver.newest = state["step"], found.folder.name
+        if state["processes"] == distributed.size():
+            resume.set_random_state(state["random"][distributed.rank()])
+        else:
+            torch.manual_seed(self.flags.seed + self.done)
+
+    def validate(self, done: int) -> bool:
+        end, val, replay_val = done == self.flags.steps, self.data.val, self.data.replay_val
         paused = self.log.pause()
         with eagerly(self.flags):
-            self.last = validate(self.model, self.val, self.model.device)
-            replay = validate(self.model, self.replay_val, self.model.device) if self.replay_val else None
+            self.last = validate(self.model, val, self.device)
+            replay = validate(self.model, replay_val, self.device) if replay_val else None
         if not math.isfinite(self.last):
             raise UserError(f"step {done}: the validation loss is {self.last:g}; stopped, try a lower --lr")
         self.log.write({"step": done, "val_loss": self.last} | ({} if replay is None else {"replay_val_loss": replay}))
@@ -566,8 +654,34 @@ class Watch:
         return "best"
 
 
-def run_folder(flags: Flags) -> Path:
-    """The empty folder of the run: --out, from which --overwrite has taken what an earlier run wrote, or a new one."""
+def pick_up(flags: Flags) -> "resume.Found | str | None":
+    """The checkpoint that --resume goes on from, whose flags it takes; "complete" where nothing is left to do; None
+    where --resume auto is to begin."""
+    out = Path(flags.out)
+    if distributed.by_first((out / "final").is_dir):
+        print(f"complete  {out} has ended; its outcome is {out / 'final'}")
+        return "complete"
+    found = distributed.by_first(lambda: resume.newest(out))
+    if found is None and flags.resume == "on":
+        raise UserError(f"--resume: no checkpoint under {out / resume.FOLDER}; --resume auto would begin")
+    if found is None:
+        print(f"resume    nothing to go on from under {out}; beginning")
+        flags.resume = None
+        return None
+    for line in found.notes + resume.take_flags(flags, flags.given, found.state, found.folder):
+        print(f"NOTE      {line}")
+    return found
+
+
+def run_folder(flags: Flags, found: "resume.Found | None" = None) -> Path:
+    """The folder of the run: a new one, or --out, from which is taken what an earlier run wrote; if this one goes on
+    from a checkpoint, only what was written after it."""
+    if found:
+        out = Path(flags.out)
+        for folder in (out, out / resume.FOLDER):
+            resume.clear_leftovers(folder)
+        resume.truncate_metrics(out / "metrics.jsonl", found.state["step"])
+        return out
     if flags.out is None:
         Path("runs").mkdir(exist_ok=True)
         for number in itertools.count(1):
@@ -578,6 +692,7 @@ def run_folder(flags: Flags) -> Path:
                 return out
     out = Path(flags.out)
     out.mkdir(parents=True, exist_ok=True)
+    resume.clear_leftovers(out)
     for path in (out / name for name in RUN):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return out

@@ -1,0 +1,370 @@
+"""A run that is killed and resumed is the run that was not, bit for bit; what is on the disk is whole or not at all."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import chat_base, command
+from safetensors.torch import load_file
+from test_distributed import ROOT, lines, records, torchrun
+
+import resume
+import train
+
+EXACT = ("step", "loss", "val_loss", "replay_val_loss", "replay_loss", "grad_norm", "lr", "tokens", "trained_tokens")
+METHODS = {
+    "full": "--method full --lr 1e-3",
+    "lora": "--rank 4 --dropout 0.2",
+    "qlora": "--method qlora --rank 4",
+    "packed, mixed, accumulated": "--rank 4 --pack --seq-len 96 --accumulate 2 MIXED",
+    "muon": "--method full --optimizer muon",
+    "adamw8bit": "--method full --optimizer adamw8bit",
+    "bf16 weights": "--method full --weights bf16 --dtype bf16",
+    "8 bits, bf16": "--method full --weights bf16 --optimizer adamw8bit",
+    "some": "--method full --train layers.1",
+    "going on": "--adapter ADAPTER",
+    "asynchronous": "--method full --save-async",
+}
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """words(method): the flags of a job of 14 steps in two epochs, checkpoints every 3."""
+    folder = tmp_path_factory.mktemp("job")
+    base = chat_base(folder / "base", num_key_value_heads=2)
+    data, more, val = (records(folder / f"{name}.jsonl", n, seed) for name, n, seed in
+                       (("data", 40, 0), ("more", 20, 200), ("val", 9, 500)))  # fmt: skip
+
+    def words(method: str, *more_words) -> list[str]:
+        found = METHODS[method].replace("ADAPTER", str(folder / "adapter/final")).split()
+        mixed = [f"{data}=3", f"{more}=1", "--replay", f"{val}=0.2"] if "MIXED" in found else [data]
+        found = [word for word in found if word != "MIXED"]
+        found += [] if "--dtype" in found else ["--dtype", "fp32"]
+        found += ["--model", base, "--data", *mixed, "--val", val, "--batch-size", 6, "--steps", 14]
+        return [str(word) for word in (*found, "--save-every", 3, "--eval-every", 4, *more_words)]
+
+    first = [*words("lora"), "--steps", "2", "--save-every", "0", "--out", str(folder / "adapter")]
+    subprocess.run([sys.executable, "train.py", *first], cwd=ROOT, check=True, capture_output=True)
+    return words
+
+
+def exact(run: Path) -> list[list]:
+    return [[line.get(key) for key in EXACT] for line in lines(run)]
+
+
+def final(run: Path) -> dict:
+    (file,) = (run / "final").glob("*.safetensors")
+    return load_file(file)
+
+
+def assert_same(a: Path, b: Path) -> None:
+    assert exact(a) == exact(b)
+    mine, theirs = final(a), final(b)
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    (best,) = (a / "best").glob("*.safetensors")
+    best_a, best_b = load_file(best), load_file(b / "best" / best.name)
+    assert all(torch.equal(best_a[name], best_b[name]) for name in best_a)
+
+
+def cut_back(run: Path, step: int) -> None:
+    """As if the run had been killed while it went on after this checkpoint."""
+    shutil.rmtree(run / "final")
+    for path in resume.steps(run / resume.FOLDER):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    with open(run / "metrics.jsonl", "a") as stream:
+        stream.write('{"step": 15, "lo')
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_is_the_run_that_was_not_stopped(job, tmp_path, monkeypatch, capsys, method):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    out, err, code = command(train, monkeypatch, capsys, *job(method), "--keep", 9, "--out", whole)
+    assert code == 0, err
+    assert "every 3 steps; the last 9 are kept" in out
+    shutil.copytree(whole, cut, symlinks=True)
+    names = {path.name for path in (cut / resume.FOLDER).iterdir()}
+    assert names == {"latest", "step-3", "step-6", "step-9", "step-12"}
+    cut_back(cut, 6)
+    out, err, code = command(train, monkeypatch, capsys, "--out", cut, "--resume")  # its flags are those of the run
+    assert code == 0, err
+    assert f"resumed   after step 6 of 14, from {cut / 'checkpoints/step-6'}" in out
+    assert_same(whole, cut)
+    assert os.readlink(cut / "checkpoints/latest") == "step-12"
+    cut_back(cut, 9)
+    out, err, code = command(train, monkeypatch, capsys, *job(method), "--out", cut, "--resume", "auto")
+    assert code == 0, err
+    assert_same(whole, cut)
+
+
+def test_what_has_ended_is_not_begun_again(job, tmp_path, monkeypatch, capsys):
+    words = [*job("lora"), "--out", tmp_path / "run"]
+    _, err, code = command(train, monkeypatch, capsys, *words, "--resume")
+    assert code == 2 and "no checkpoint under" in err and "--resume auto" in err
+    out, err, code = command(train, monkeypatch, capsys, *words, "--resume", "auto")
+    assert code == 0 and "beginning" in out
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    out, err, code = command(train, monkeypatch, capsys, *words, "--resume", "auto")
+    assert code == 0 and out.startswith("complete")
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+    _, err, code = command(train, monkeypatch, capsys, *words)
+    assert code == 2 and "holds a run already" in err
+    _, err, code = command(train, monkeypatch, capsys, *words, "--resume", "--overwrite")
+    assert code == 2 and "give one of them" in err
+    _, err, code = command(train, monkeypatch, capsys, *job("lora"), "--resume")
+    assert code == 2 and "--resume: needs --out" in err
+
+
+@pytest.fixture
+def stopped(job, tmp_path, monkeypatch, capsys):
+    """A run of LoRA that stands after step 12."""
+    run = tmp_path / "run"
+    assert command(train, monkeypatch, capsys, *job("lora"), "--keep", 9, "--out", run)[2] == 0
+    shutil.copytree(run, tmp_path / "whole", symlinks=True)
+    cut_back(run, 12)
+    return run
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--lr", "0.5"], r"--lr 0.5 \(it was"),
+        (["--seed", "3", "--rank", "16"], r"--rank 16 \(it was 4\), --seed 3 \(it was 0\)"),
+        (["--steps", "20"], r"--steps 20 \(it was 14\)"),
+        (["--method", "full"], r"--method full \(it was lora\)"),
+        (["--batch-size", "5"], "a step had 6 examples"),
+        (["--batch-size", "3", "--accumulate", "3"], "a step had 6 examples"),
+    ],
+)
+def test_other_flags_are_refused_and_listed(stopped, monkeypatch, capsys, words, said):
+    _, err, code = command(train, monkeypatch, capsys, "--out", stopped, "--resume", *words)
+    assert code == 2 and pytest.importorskip("re").search(said, err), err
+    assert resume.newest(stopped).state["step"] == 12
+
+
+def test_a_step_may_be_cut_in_another_way(stopped, tmp_path, monkeypatch, capsys):
+    words = ["--batch-size", "2", "--eval-every", "7"]
+    out, err, code = command(train, monkeypatch, capsys, "--out", stopped, "--resume", *words)
+    assert code == 0, err
+    assert "--accumulate 3: 2 x 3 x 1 processes, as many as before" in out
+    wanted = [line["loss"] for line in lines(tmp_path / "whole") if "loss" in line]
+    assert [line["loss"] for line in lines(stopped) if "loss" in line] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_another_base_and_other_data_are_refused(stopped, job, tmp_path, monkeypatch, capsys):
+    other = chat_base(tmp_path / "other", seed=5, num_key_value_heads=2)
+    _, err, code = command(train, monkeypatch, capsys, "--out", stopped, "--resume", "--model", other)
+    assert code == 2 and "other weights" in err
+    data = records(tmp_path / "data.jsonl", 41, 0)
+    _, err, code = command(train, monkeypatch, capsys, "--out", stopped, "--resume", "--data", data)
+    assert code == 2 and "the examples are others" in err
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "a flipped bit": lambda folder: flip(next(folder.glob("shard*"))),
+    "a truncated shard": lambda folder: os.truncate(next(folder.glob("shard*")), 1000),
+    "a missing shard": lambda folder: next(folder.glob("shard*")).unlink(),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "half a manifest": lambda folder: os.truncate(folder / "manifest.json", 40),
+    "an empty manifest": lambda folder: (folder / "manifest.json").write_text("{}"),
+    "another state": lambda folder: flip(folder / "state.json"),
+    "a state cut off": lambda folder: os.truncate(folder / "state.json", 10),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(stopped, tmp_path, monkeypatch, capsys, damage):
+    DAMAGE[damage](stopped / "checkpoints/step-12")
+    out, err, code = command(train, monkeypatch, capsys, "--out", stopped, "--resume")
+    assert code == 0, err
+    assert "NOTE" in out and "step-12" in out and "the checkpoint before it is taken" in out
+    assert "resumed   after step 9 of 14" in out
+    assert_same(tmp_path / "whole", stopped)
+    assert resume.damage(stopped / "checkpoints/step-12") is None  # written anew
+
+
+def test_where_all_are_damaged_nothing_is_begun(stopped, monkeypatch, capsys):
+    for folder in resume.steps(stopped / "checkpoints"):
+        flip(folder / "state.json")
+    for how in ("on", "auto"):
+        _, err, code = command(train, monkeypatch, capsys, "--out", stopped, "--resume", how)
+        assert code == 2 and "no checkpoint is whole" in err and "state.json" in err
+    assert len(resume.steps(stopped / "checkpoints")) == 4
+
+
+def test_nothing_is_unpickled(stopped, monkeypatch, capsys):
+    """No file of a run is a pickle, and none is read where one stands."""
+    import pickle
+
+    files = [path for path in stopped.rglob("*") if path.is_file()]
+    assert {path.suffix for path in (stopped / "checkpoints").rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    assert len(files) > 10
+    marker = stopped / "hacked"
+    hostile = pickle.dumps(type("X", (), {"__reduce__": lambda self: (os.mkdir, (str(marker),))})())
+    (stopped / "checkpoints/step-12/.metadata").write_bytes(hostile)
+    (stopped / "checkpoints/step-12/shard-00002.pt").write_bytes(hostile)
+    assert command(train, monkeypatch, capsys, "--out", stopped, "--resume")[2] == 0
+    assert not marker.exists()
+
+
+def test_leftovers_are_ignored_and_taken_away(stopped, tmp_path, monkeypatch, capsys):
+    for name in ("checkpoints/.step-13.partial-99", "checkpoints/.step-12.replaced-99", ".final.partial-7"):
+        (stopped / name).mkdir()
+        (stopped / name / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
+    (stopped / "best").rename(stopped / ".best.replaced-7")  # killed between the two renames
+    assert command(train, monkeypatch, capsys, "--out", stopped, "--resume")[2] == 0
+    assert not [path for path in stopped.rglob(".*")]
+    assert_same(tmp_path / "whole", stopped)
+
+
+def test_the_last_ones_and_the_best_are_kept(job, tmp_path, monkeypatch, capsys):
+    words = [*job("lora"), "--lr", "0.2", "--eval-every", 3, "--out", tmp_path / "run"]  # a rate that learns nothing
+    assert command(train, monkeypatch, capsys, *words)[2] == 0
+    losses = {line["step"]: line["val_loss"] for line in lines(tmp_path / "run") if "val_loss" in line}
+    best = min((step for step in losses if 0 < step < 14), key=losses.get)
+    kept = {int(path.name[5:]) for path in resume.steps(tmp_path / "run/checkpoints")}
+    assert kept == {9, 12, best}
+    states = {step: json.loads((tmp_path / f"run/checkpoints/step-{step}/state.json").read_text()) for step in kept}
+    assert all(states[step]["val_loss"] == losses[step] for step in kept)
+
+
+# ----------------------------------------------------------------------------------------------- processes
+
+
+BY_PROCESSES = ("full", "lora", "qlora", "adamw8bit", "muon", "asynchronous")
+
+
+@pytest.fixture(scope="module")
+def by_processes(job, tmp_path_factory) -> Path:
+    """NAME/N: jobs by N processes, and NAME/N-M: cut back to step 6 and resumed by M."""
+    folder, names = tmp_path_factory.mktemp("processes"), BY_PROCESSES
+    extra = {name: ["--shard", "none" if name == "lora" else "full", "--keep", 9] for name in names}
+    for n in (1, 2, 3):
+        size = ["--batch-size", 6 // n]
+        torchrun(n, "tests/jobs.py", json.dumps([[*job(name), *extra[name], *size, "--out", str(folder / name / str(n))]
+                                                 for name in names]))  # fmt: skip
+    pairs = [(2, 2), (2, 1), (2, 3), (1, 2), (3, 2)]
+    for n, m in pairs:
+        for name in names:
+            shutil.copytree(folder / name / str(n), folder / name / f"{n}-{m}", symlinks=True)
+            cut_back(folder / name / f"{n}-{m}", 6)
+    for m in (1, 2, 3):
+        words = ["--resume", "--batch-size", 6 // m]
+        jobs = [["--out", str(folder / name / f"{n}-{to}"), *words, *extra[name][:2]]
+                for name in names for n, to in pairs if to == m]  # fmt: skip
+        torchrun(m, "tests/jobs.py", json.dumps(jobs))
+    return folder
+
+
+@pytest.mark.parametrize("name", BY_PROCESSES)
+def test_two_processes_resume_to_the_bit(by_processes, name):
+    assert_same(by_processes / name / "2", by_processes / name / "2-2")
+
+
+@pytest.mark.parametrize("pair", ["2-1", "2-3", "1-2", "3-2"])
+@pytest.mark.parametrize("name", BY_PROCESSES)
+def test_other_numbers_of_processes_resume_to_rounding(by_processes, name, pair):
+    close = 1e-3 if name in ("adamw8bit", "muon") else 1e-5
+    wanted, found = lines(by_processes / name / "1"), lines(by_processes / name / pair)
+    assert [line["step"] for line in found] == [line["step"] for line in wanted]
+    for key in ("loss", "val_loss"):
+        assert [line[key] for line in found if key in line] == pytest.approx(
+            [line[key] for line in wanted if key in line], rel=close
+        )
+
+
+# ----------------------------------------------------------------------------------------------- kill -9
+
+
+def descendants(pid: int) -> list[int]:
+    found = [pid]
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if parent == pid:
+            found += descendants(int(path.parent.name))
+    return found
+
+
+def run_and_kill(words: list[str], processes: int, out: Path, when) -> bool:
+    """Starts a run and kills all its processes as soon as when() says so; False where it ended before."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    line = [sys.executable, *launcher, "train.py", *words, "--out", str(out), "--resume", "auto"]
+    child = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while child.poll() is None and not when():
+        time.sleep(0.002)
+        assert time.time() < deadline
+    killed = child.poll() is None
+    for pid in descendants(child.pid) if killed else []:
+        os.kill(pid, signal.SIGKILL)
+    error = child.communicate()[1]
+    assert killed or child.returncode == 0, error[-3000:]
+    return killed
+
+
+def after_lines(out: Path, count: int, more: float):
+    """True once metrics.jsonl has so many lines, and so many seconds later."""
+    seen = []
+
+    def when() -> bool:
+        file = out / "metrics.jsonl"
+        if not seen and file.is_file() and file.read_bytes().count(b"\n") >= count:
+            seen.append(time.time())
+        return bool(seen) and time.time() >= seen[0] + more
+
+    return when
+
+
+def while_saving(out: Path, count: int):
+    """True while a checkpoint is half written, after so many lines."""
+    enough = after_lines(out, count, 0.0)
+    return lambda: enough() and any((out / "checkpoints").glob(".step-*.partial-*"))
+
+
+def kills(job, folder: Path, method: str, processes: int, instants: list) -> int:
+    """Compares a run that was killed at these instants, one after the other, with one that was not. instants: (lines
+    that metrics.jsonl has then, seconds more, or None: while a checkpoint is being written)."""
+    words = [*job(method), "--batch-size", str(6 // processes), "--shard", "full" if processes > 1 else "none"]
+    whole, out, killed = folder / "whole", folder / "killed", 0
+    assert not run_and_kill(words, processes, whole, lambda: False)
+    for count, more in instants:
+        killed += run_and_kill(words, processes, out, while_saving(out, count) if more is None else
+                               after_lines(out, count, more))  # fmt: skip
+    assert not run_and_kill(words, processes, out, lambda: False)
+    assert_same(whole, out)
+    return killed
+
+
+@pytest.mark.parametrize(
+    "method, processes, instants",
+    [("full", 1, [(5, None), (6, 0.01)]), ("lora", 2, [(4, 0.02)]), ("qlora", 1, [(9, 0.0), (11, None)])],
+)
+def test_killed_and_resumed(job, tmp_path, method, processes, instants):
+    assert kills(job, tmp_path, method, processes, instants) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "asynchronous"])
+def test_killed_at_random_instants(job, tmp_path, method, processes):
+    """20 instants and more in all, two or three a run."""
+    rng = random.Random(f"{method} {processes}")
+    instants = [(rng.randrange(18), rng.choice([None, rng.random() * 0.1])) for _ in range(4)]
+    print(kills(job, tmp_path, method, processes, sorted(instants, key=lambda pair: pair[0])), "killed", instants)

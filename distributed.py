@@ -338,3 +338,7 @@ def clip(parameters: list[Tensor], most: float) -> Tensor:
 def lost(error: BaseException) -> bool:
     """Whether an error says that another process is gone, or was waited for too long."""
     return size() > 1 and isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
+
+
+def gone(error: BaseException) -> UserError:
+    return UserError(f"another process has ended, or was waited for too long ({str(error)[:200]})")

@@ -38,7 +38,8 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)  # of a crashed process that had this number
             path.rename(old)
         aside.rename(path)
-        sync(path.parent)
+        with contextlib.suppress(OSError):  # it is there; a power cut might bring the old one back
+            sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         if old.exists() and not path.exists():  # stopped between the renames
@@ -55,7 +56,8 @@ def new_file(path: Path) -> Iterator[Path]:
         yield aside
         sync(aside)
         os.replace(aside, path)
-        sync(path.parent)
+        with contextlib.suppress(OSError):
+            sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 

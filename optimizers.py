@@ -25,7 +25,8 @@ NAMES = {"adamw": "AdamW", "adamw8bit": "AdamW with moments in 8 bits", "muon": 
 
 class Optimizer:
     """What the loop needs of an optimizer, as torch's have it. Those import the compiler when they are made, which is
-    150 MB and a second."""
+    150 MB and a second. step(bad): nothing is changed where this float32 scalar is 1 and not 0; the fused AdamW leaves
+    that to the device, others wait for it to be known."""
 
     def __init__(self, groups: list[dict], **settings):
         self.param_groups = [settings | group for group in groups]
@@ -67,13 +68,14 @@ class AdamW(Optimizer):
         super().__init__(groups, lr=lr, bits=bits, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, bad: Tensor | None = None) -> None:
         for group, parameters in self.with_gradients():
             wide = [p for p in parameters if group["bits"] == 32 and p.dtype == torch.float32]
             if wide:
-                self.fused(wide, group)
-            for p in parameters:
-                if group["bits"] == 8 or p.dtype != torch.float32:
+                self.fused(wide, group, bad)
+            narrow = [p for p in parameters if group["bits"] == 8 or p.dtype != torch.float32]
+            if narrow and not (bad is not None and bool(bad)):
+                for p in narrow:
                     self.update(p, group)
 
     def blank(self, p: Tensor, group: dict) -> dict[str, Tensor]:
@@ -90,14 +92,14 @@ class AdamW(Optimizer):
                 state[f"{name}_scale"] = torch.zeros(-(-mine.numel() // NESTED_BLOCK), device=p.device)
         return state
 
-    def fused(self, parameters: list[Tensor], group: dict) -> None:
+    def fused(self, parameters: list[Tensor], group: dict, bad: Tensor | None) -> None:
         states = [self.state.get(p) or self.begin(p, group) for p in parameters]
         columns = ([state[name] for state in states] for name in ("m", "v"))
         (beta1, beta2), steps = group["betas"], [state["step"] for state in states]
         adamw(
             [local(p) for p in parameters], [local(p.grad) for p in parameters], *columns, [], steps,
             fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, lr=group["lr"],
-            weight_decay=group["weight_decay"], eps=group["eps"],
+            weight_decay=group["weight_decay"], eps=group["eps"], found_inf=bad,
         )  # fmt: skip
 
     def update(self, p: Tensor, group: dict) -> None:
@@ -181,7 +183,9 @@ class Offloaded(Optimizer):
         return found
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, bad: Tensor | None = None) -> None:
+        if bad is not None and bool(bad):
+            return
         moving = []
         for group, parameters in self.with_gradients():
             for p in parameters:
@@ -215,7 +219,9 @@ class Muon(Optimizer):
         return {"m": torch.zeros_like(local(p), memory_format=torch.contiguous_format)}
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, bad: Tensor | None = None) -> None:
+        if bad is not None and bool(bad):
+            return
         for group, parameters in self.with_gradients():
             ahead = []
             for p in parameters:

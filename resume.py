@@ -139,10 +139,11 @@ class Saver:
                 if aside:
                     write_json(state, aside / STATE)
                     write_json(hashes | {STATE: file_sha256(aside / STATE)}, aside / MANIFEST)
-            if is_first():
-                point(self.folder / LATEST, name)
-                self.prune()
             self.newest = name
+            if is_first():
+                with contextlib.suppress(OSError):  # the older one it leads to is whole as well
+                    point(self.folder / LATEST, name)
+                self.prune()
         except OSError as error:
             self.failed = f"{error.filename or self.folder}: {error.strerror or error}"
 

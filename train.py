@@ -22,7 +22,6 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +36,7 @@ import plan
 import report
 import resume
 from convert import base_folder
-from data import batches_by_length, collate, cut_rows, load, most_tokens, row_batches, split
+from data import collate, cut_rows, load, most_tokens, row_batches, split
 from demo import TASK, Demo
 from errors import UserError, run
 from examples import IDLE, Dataset, Example
@@ -46,10 +45,11 @@ from formats import Map
 from inspection import quick_checks
 from loading import DTYPES, one_line, pick_device, pick_dtype, pick_tokenizer, put_adapter
 from log import Log
-from model import Config, Linear, Transformer, evaluating, quantized
-from objectives import mean_loss, training_loss
+from model import Config, Linear, Transformer, quantized
+from objectives import training_loss
 from order import Stream, shares
 from tokenizer import Tokenizer
+from watch import Watch, choose_saves, eagerly, pick_up, run_folder, save
 
 COMPILE_SECONDS, COMPILE_SAVES = 20, 0.05  # measured on 2 cores: to compile a block, and the share of a step's time
 KEPT = {
@@ -57,11 +57,8 @@ KEPT = {
     "block": "the inputs of blocks, which are computed twice (--remat block)",
     "offload": "the inputs of blocks, on the host; blocks are computed twice (--remat offload)",
 }
-SAVE_SECONDS = 1800  # between checkpoints, at most
 LONG_RUN = 100  # steps of an epoch from which packing is the default on a GPU: with fewer, small data learns too little
 STUCK = 0.5  # this share of the weights that a step can't move is worth a word
-# what a run writes
-RUN = ("config.json", "metrics.jsonl", "loss.png", "trace.json", "best", "final", "wandb", "checkpoints")
 
 
 # ---------------------------------------------------------------------------------------------------- set-up
@@ -267,28 +264,6 @@ def choose_steps(flags: Flags, stream: Stream) -> int:
     return per_epoch
 
 
-def choose_saves(flags: Flags, model: Transformer, steppers: list, out: Path, seconds: float) -> str:
-    """Fills in --save-every where it is open, sees to it that the disk has room, and returns a line about it. seconds:
-    that the run is expected to take."""
-    asked = flags.save_every is not None
-    if not asked:
-        often = SAVE_SECONDS * flags.steps / max(seconds, 1)
-        flags.save_every = max(1, min(math.ceil(flags.steps / 5), int(often)))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    state = trained * (4 if flags.weights == "fp32" else 2) + trained * optimizers.state_bytes(flags.optimizer)
-    state += 4 * trained * flags.optimizer_offload
-    made = 4 * trained if flags.lora else 2 * model.size  # best/ and final/
-    many = flags.keep + 2 if flags.save_every else 0  # the best one, and the one that is being written
-    if not asked and shutil.disk_usage(out).free < many * state + 3 * made:
-        flags.save_every, many = 0, 0
-    what = f"{many} checkpoints, best/ and final/" if many else "best/ and final/"
-    resume.check_room(out, many * state + 3 * made, what)
-    if not flags.save_every:
-        why = f", the disk has no room for {flags.keep + 2} of {resume.amount(state)}"
-        return "no checkpoints" + why * (not asked)
-    return f"a checkpoint of {resume.amount(state)} every {flags.save_every:,} steps; the last {flags.keep} are kept"
-
-
 def describe_job(flags: Flags, data: Data, per_epoch: int, device: torch.device) -> plan.Job:
     """What plan.py counts with."""
     train, val, stream = data.train, data.val, data.stream
@@ -377,15 +352,16 @@ def optimize(
     model: Transformer, steppers: list, steps, flags: Flags, log: Log, device: torch.device, after_step, first: int = 0
 ) -> None:
     """The loop. steppers: the optimizers; steps: of each step from `first` on, this process's micro-batches.
-    after_step(number of steps done) returns True to stop."""
+    after_step(number of steps done, a signal or 0) returns True to stop."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()
     for step, parts in zip(range(first, flags.steps), steps):
         batches = [collate(part, device) for part in parts]
-        counts = [[len(b.targets), b.weight, len(b.tokens) * b.counts, b.weight_apart] for b in batches]
+        counts = [[len(b.targets), b.weight, len(b.tokens) * b.counts, b.weight_apart, 0] for b in batches]
+        counts[0][-1] = log.stop.asked  # a signal, which all processes have to hear of at the same step
         # of the whole step, over all processes: 1 x 8 is 2 x 4
         counts = distributed.total(torch.tensor(counts, dtype=torch.float64).sum(0))
-        trained, weight, tokens, weight_apart = counts.tolist()
+        trained, weight, tokens, weight_apart, asked = counts.tolist()
         loss, apart, unbalanced = torch.zeros((), device=device), torch.zeros((), device=device), None
         for number, batch in enumerate(batches, 1):
             distributed.expect_sums(model, number == len(batches) or flags.reduce == "each")
@@ -400,48 +376,20 @@ def optimize(
         norm = distributed.clip(parameters, flags.clip or math.inf)
         sums = [loss, apart, torch.zeros_like(loss) if unbalanced is None else unbalanced]
         sums = distributed.total(torch.stack(sums))
+        bad = (~(sums[0] + norm).isfinite()).float()  # such a step is none, and is counted
         rate = rate_at(step, flags)
         for optimizer in steppers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            optimizer.step()
+            optimizer.step(bad)
             optimizer.zero_grad()
         more = {} if unbalanced is None else {"balance_loss": sums[2]}
         if weight_apart:
             more["replay_loss"] = sums[1] / weight_apart
         examples = [example for part in parts for example in part]
         log.step(step + 1, sums[0], norm, rate, int(tokens), int(trained), examples, more)
-        if after_step(step + 1):
+        if after_step(step + 1, int(asked)):
             return
-
-
-def eagerly(flags: Flags):
-    """Without compiled blocks: for work whose graphs would not pay, or whose shapes would each be compiled."""
-    return torch.compiler.set_stance("force_eager") if flags.compile == "on" else contextlib.nullcontext()
-
-
-def validate(model: Transformer, val: Dataset, device: torch.device) -> float:
-    with evaluating(model):
-        loss = mean_loss(model, batches_by_length(val, 8, device, distributed.size(), distributed.rank()))
-    if distributed.sharded(model):
-        model.reshard()  # what is around the blocks waits for a backward, which does not come
-    return loss
-
-
-def save(model: Transformer, tokenizer: Tokenizer, flags: Flags, folder: Path, base: dict, stored: torch.dtype) -> None:
-    """`final/` and `best/`: a Hugging Face folder, or a PEFT adapter folder with the tokenizer and template it was
-    trained with; beside it plaintune.json, which names the base and its weights' hash."""
-
-    def also(aside: Path) -> None:
-        if flags.method != "full":  # save_model carries them over by itself
-            checkpoint.copy_tokenizer(tokenizer.source, aside)
-        tokenizer.save_template(aside)
-        checkpoint.write_json({**base, "method": flags.method, "quant": flags.quant}, aside / "plaintune.json")
-
-    if flags.method == "full":
-        checkpoint.save_model(model, folder, stored, also)
-    else:
-        lora.save_adapter(model, folder, also)
 
 
 # ---------------------------------------------------------------------------------------------------- the whole
@@ -453,7 +401,7 @@ def main() -> None:
     except RuntimeError as error:
         if not distributed.lost(error):
             raise
-        raise UserError(f"another process has ended, or was waited for too long ({str(error)[:200]})") from None
+        raise distributed.gone(error) from None
     distributed.stop()
 
 
@@ -513,7 +461,12 @@ def train(flags: Flags) -> None:
         resume.check_same(found, base)
     out = Path(distributed.by_first(lambda: run_folder(flags, found)))
     steppers = optimizers.make_optimizers(model, flags.optimizer, flags.lr, flags.weight_decay, flags.optimizer_offload)
-    saves = distributed.by_first(lambda: choose_saves(flags, model, steppers, out, seconds))
+    try:
+        saves = distributed.by_first(lambda: choose_saves(flags, model, steppers, out, seconds))
+    except UserError:
+        with contextlib.suppress(OSError):
+            out.rmdir()  # if it is new
+        raise
     flags.save_every = distributed.from_first(flags.save_every)
     print(f"saves     {saves}")
     log = Log(flags, out, flops, device, found and found.state)
@@ -522,7 +475,7 @@ def train(flags: Flags) -> None:
     distributed.ready(flags.timeout)
     keep = lambda name: save(model, tokenizer, flags, out / name, base, stored)
     saver = resume.Saver(out, flags.keep, flags.save_async, log.bar.write)
-    watch = Watch(model, steppers, data, flags, log, keep, saver, base, device)
+    watch = Watch(model, steppers, data.val, data.replay_val, data.stream, flags, log, keep, saver, base, device)
     if found:
         watch.go_on(found)
     steps = step_parts(data.train, data.stream, flags, device, watch.done)
@@ -530,23 +483,37 @@ def train(flags: Flags) -> None:
         if flags.profile:
             profile(model, steppers, steps, flags, log, device, out)
             return
-        if not found:
-            watch.after_step(0)
-        optimize(model, steppers, steps, flags, log, device, watch.after_step, watch.done)
-    except KeyboardInterrupt:
-        if watch.kept:
-            how = "--adapter" if flags.lora else "--model"
-            log.bar.write(f"stopped   {how} {out / 'best'} goes on from the best validation so far")
-        raise
+        with log.stop:
+            if not found:
+                watch.after_step(0)
+            optimize(model, steppers, steps, flags, log, device, watch.after_step, watch.done)
+    except torch.OutOfMemoryError as error:
+        setup = plan.Setup(flags.method, flags.optimizer, flags.weights, flags.optimizer_offload, flags.remat)
+        shape = flags.batch_size, flags.accumulate, flags.seq_len
+        relief = plan.relief(config, setup, job, shape, device, dtype, adapter_settings(flags))
+        raise UserError(f"out of memory: {str(error).partition('.')[0]}. {relief}") from None
+    except (UserError, RuntimeError) as error:
+        error = distributed.gone(error) if distributed.lost(error) else error
+        if not isinstance(error, UserError):
+            raise
+        whole = f"; {out / resume.FOLDER / saver.newest} is whole" if saver.newest else ""
+        raise UserError(f"{error}{whole}") from None
     finally:
         log.bar.close()
     saver.wait()
     log.close()
+    if watch.interrupted:
+        sys.exit(128 + watch.interrupted)
     model.eval()
     trained = [distributed.local(p) for p in model.parameters() if p.requires_grad]
     if not distributed.agreed(all(bool(p.isfinite().all()) for p in trained)):
         raise UserError(f"step {flags.steps}: weights are no numbers any more; nothing saved, try a lower --lr")
-    keep("final")
+    try:
+        keep("final")
+    except OSError as error:
+        why = f"{error.filename or out}: {error.strerror or error}"
+        how = f"; make room, then --out {out} --resume goes on from {saver.newest}" if saver.newest else ""
+        raise UserError(f"final/ could not be written, {why}{how}") from None
     if distributed.is_first():
         report.loss_curve(out / "metrics.jsonl", out / "loss.png", f"{folder.name}, {flags.method}")
     seconds = time.perf_counter() - log.start
@@ -556,146 +523,6 @@ def train(flags: Flags) -> None:
         with eagerly(flags):
             demo.finish(out / "metrics.jsonl")
     say_next(flags, out / watch.verdict(), data.train.chat)
-
-
-REMEMBERED = ("first", "last", "best", "since_best", "kept")  # of a Watch, in checkpoints
-
-
-@dataclass
-class Watch:
-    """Validation before, during and after the training: what is best so far, and when to stop."""
-
-    model: Transformer
-    steppers: list
-    data: Data
-    flags: Flags
-    log: Log
-    keep: Callable[[str], None]  # writes the model under this name
-    saver: resume.Saver
-    base: dict  # what the run is made from, by hashes
-    device: torch.device
-    done: int = 0  # steps
-    first: float = math.nan  # the loss before the training
-    last: float = math.nan
-    best: float = math.inf
-    since_best: int = 0  # validations
-    kept: bool = False  # is there a best/
-
-    def after_step(self, done: int) -> bool:
-        """Validates and saves where it is due after so many steps; True stops the training."""
-        every, end = self.flags.eval_every, done == self.flags.steps
-        validated = bool(len(self.data.val)) and (end or bool(every and done % every == 0))
-        stop = validated and self.validate(done)
-        if self.flags.save_every and done % self.flags.save_every == 0 and 0 < done < self.flags.steps and not stop:
-            self.checkpoint(done, validated)
-        return stop
-
-    def checkpoint(self, done: int, validated: bool) -> None:
-        paused = self.log.pause()
-        stream, mine = self.data.stream, {name: getattr(self, name) for name in REMEMBERED}
-        state = self.log.state(done) | {
-            "position": [stream.epoch, stream.window, stream.row],
-            "val_loss": self.last if validated else None,
-            "watch": {name: value if math.isfinite(value) else None for name, value in mine.items()},
-            "random": distributed.gathered(resume.random_state()),
-            "processes": distributed.size(),
-            "flags": dataclasses.asdict(self.flags),
-            "torch": torch.__version__,
-            **self.base,
-        }
-        self.saver.save(state, resume.tensors_of(self.model, self.steppers))
-        self.log.go_on(paused)
-
-    def go_on(self, found: resume.Found) -> None:
-        """Takes up where the checkpoint was made."""
-        state, stream = found.state, self.data.stream
-        resume.read(found, self.model, self.steppers)
-        for name, value in state["watch"].items():
-            setattr(self, name, value if value is not None else getattr(Watch, name))
-        stream.epoch, stream.window, stream.row = state["position"]
-        self.done, self.saver.newest = state["step"], found.folder.name
-        if state["processes"] == distributed.size():
-            resume.set_random_state(state["random"][distributed.rank()])
-        else:
-            torch.manual_seed(self.flags.seed + self.done)
-
-    def validate(self, done: int) -> bool:
-        end, val, replay_val = done == self.flags.steps, self.data.val, self.data.replay_val
-        paused = self.log.pause()
-        with eagerly(self.flags):
-            self.last = validate(self.model, val, self.device)
-            replay = validate(self.model, replay_val, self.device) if replay_val else None
-        if not math.isfinite(self.last):
-            raise UserError(f"step {done}: the validation loss is {self.last:g}; stopped, try a lower --lr")
-        self.log.write({"step": done, "val_loss": self.last} | ({} if replay is None else {"replay_val_loss": replay}))
-        said = "" if replay is None else f", of the replay {replay:.4f}"
-        self.log.bar.write(f"step {done:>5}: validation loss {self.last:.4f}{said}")
-        better = self.last < self.best
-        self.since_best = 0 if better else self.since_best + 1
-        self.best = min(self.best, self.last)
-        if done == 0:
-            self.first = self.last  # of what was there before: nothing to keep
-        elif better:
-            self.keep("best")
-            self.kept = True
-        self.log.go_on(paused)
-        stop = bool(self.flags.patience) and self.since_best >= self.flags.patience and not end
-        if stop:
-            self.log.bar.write(f"stopped   {self.since_best} validations without a new best (--patience)")
-        return stop
-
-    def verdict(self) -> str:
-        """Which of best and final is the one to use; says so where the end is not the best of the run."""
-        if self.first <= self.best:
-            print(f"WARNING   no validation was better than the {self.first:.4f} before training; try a lower --lr")
-        if not (self.kept and self.best < self.last):
-            return "final"
-        print(f"          best/ has validation loss {self.best:.4f}, final/ {self.last:.4f}")
-        return "best"
-
-
-def pick_up(flags: Flags) -> "resume.Found | str | None":
-    """The checkpoint that --resume goes on from, whose flags it takes; "complete" where nothing is left to do; None
-    where --resume auto is to begin."""
-    out = Path(flags.out)
-    if distributed.by_first((out / "final").is_dir):
-        print(f"complete  {out} has ended; its outcome is {out / 'final'}")
-        return "complete"
-    found = distributed.by_first(lambda: resume.newest(out))
-    if found is None and flags.resume == "on":
-        raise UserError(f"--resume: no checkpoint under {out / resume.FOLDER}; --resume auto would begin")
-    if found is None:
-        print(f"resume    nothing to go on from under {out}; beginning")
-        flags.resume = None
-        return None
-    for line in found.notes + resume.take_flags(flags, flags.given, found.state, found.folder):
-        print(f"NOTE      {line}")
-    return found
-
-
-def run_folder(flags: Flags, found: "resume.Found | None" = None) -> Path:
-    """The folder of the run: a new one, or --out, from which is taken what an earlier run wrote; if this one goes on
-    from a checkpoint, only what was written after it."""
-    if found:
-        out = Path(flags.out)
-        for folder in (out, out / resume.FOLDER):
-            resume.clear_leftovers(folder)
-        resume.truncate_metrics(out / "metrics.jsonl", found.state["step"])
-        return out
-    if flags.out is None:
-        Path("runs").mkdir(exist_ok=True)
-        for number in itertools.count(1):
-            out = Path("runs") / (time.strftime(f"%Y%m%d-%H%M%S-{flags.method}") + f"-{number}" * (number > 1))
-            with contextlib.suppress(FileExistsError):  # of a run that began in the same second
-                out.mkdir()
-                flags.out = str(out)
-                return out
-    out = Path(flags.out)
-    out.mkdir(parents=True, exist_ok=True)
-    resume.clear_leftovers(out)
-    for path in (out / name for name in RUN):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    return out
 
 
 def describe(flags, model, folder, tokenizer, job, per_epoch, dtype, device, why, seconds) -> None:
@@ -768,7 +595,7 @@ def profile(model, steppers, steps, flags, log, device, out: Path) -> None:
     if device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=kinds) as profiler:
-        optimize(model, steppers, steps, flags, log, device, lambda done: done >= flags.profile)
+        optimize(model, steppers, steps, flags, log, device, lambda done, _: done >= flags.profile)
     log.close()
     by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=by, row_limit=25))

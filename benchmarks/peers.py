@@ -137,7 +137,7 @@ def rows_by_plaintune(torch, spec) -> dict:
     steppers = make_optimizers(model, "adamw", RATE, 0.0)
     with tempfile.TemporaryDirectory() as folder:
         log = train.Log(flags, Path(folder), 1.0, device)
-        train.optimize(model, steppers, steps, flags, log, device, lambda done: False)
+        train.optimize(model, steppers, steps, flags, log, device, lambda *_: False)
         log.close()
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     seconds = [line["tokens"] / line["tokens_per_s"] for line in lines]

@@ -18,6 +18,7 @@ import optimizers
 import train
 from examples import Dataset, Example
 from flags import Flags
+from log import Stop
 from order import Stream
 
 method, base, out = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
@@ -50,8 +51,8 @@ bytes_of = lambda tensors: sum(distributed.local(t).nbytes for t in tensors if t
 step = steppers[0].step
 
 
-def counted():
-    step()
+def counted(bad):
+    step(bad)
     parameters = list(model.parameters())
     held["parameters"] = bytes_of(parameters)
     held["gradients"] = bytes_of([p.grad for p in parameters if p.grad is not None])
@@ -65,11 +66,13 @@ data = Dataset(examples)
 
 
 class Quiet:
+    stop = Stop()  # no signal
+
     def step(self, *_):
         pass
 
 
 steps = train.step_parts(data, Stream(data.lengths, [8], [8], 0), flags, device)
-train.optimize(model, steppers, steps, flags, Quiet(), device, lambda done: False)
+train.optimize(model, steppers, steps, flags, Quiet(), device, lambda *_: False)
 Path(f"{out}.{distributed.rank()}").write_text(json.dumps(held))
 distributed.stop()

@@ -223,7 +223,7 @@ def bundled_losses(data: Dataset, folder, optimizer: str, method: str, seed: int
     stream = Stream(data.lengths, [len(data)], [len(data)], flags.seed)
     steppers = make_optimizers(model, flags.optimizer, flags.lr, flags.weight_decay, flags.optimizer_offload)
     steps = train.step_parts(data, stream, flags, CPU)
-    train.optimize(model, steppers, steps, flags, log, CPU, lambda done: False)
+    train.optimize(model, steppers, steps, flags, log, CPU, lambda *_: False)
     log.close()
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

@@ -1,0 +1,340 @@
+"""What can go wrong in the middle of a run: signals, processes that die or hang, disks that are full, numbers that are
+none, a GPU that is too small. Each with the promised behaviour, and nothing lost."""
+
+import builtins
+import errno
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import command, llama
+from test_distributed import ROOT, lines
+from test_resume import after_lines, assert_same, descendants, exact, final, job  # noqa: F401 (a fixture)
+
+import checkpoint
+import log
+import resume
+import train
+from optimizers import make_optimizers
+
+# ----------------------------------------------------------------------------------------------- signals
+
+
+def start(words: list[str], out: Path, processes: int = 1) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    line = [sys.executable, *launcher, "train.py", *words, "--out", str(out)]
+    return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(when, child: subprocess.Popen) -> None:
+    deadline = time.time() + 120
+    while not when():
+        assert child.poll() is None and time.time() < deadline, child.communicate()[0][-3000:]
+        time.sleep(0.002)
+
+
+def workers(child: subprocess.Popen) -> list[int]:
+    """The processes of a torchrun that train, in order of ranks."""
+    found = {}
+    for pid in descendants(child.pid)[1:]:
+        with open(f"/proc/{pid}/environ", "rb") as stream:
+            variables = dict(each.split(b"=", 1) for each in stream.read().split(b"\0") if b"=" in each)
+        if b"RANK" in variables:
+            found.setdefault(int(variables[b"RANK"]), pid)  # a parent before its children
+    return [found[rank] for rank in sorted(found)]
+
+
+@pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(job, tmp_path, number, processes):  # noqa: F811
+    words = [*job("lora"), "--batch-size", str(6 // processes), "--steps", "60", "--save-every", "50"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    said, _ = start(words, whole, processes).communicate()
+    child = start(words, out, processes)
+    wait_for(after_lines(out, 6, 0.0), child)
+    child.send_signal(number)
+    said = child.communicate()[0]
+    assert child.returncode == (128 + number if processes == 1 else 1), said
+    assert "stopping  after this step" in said and f"train.py --out {out} --resume goes on" in said
+    (kept,) = resume.steps(out / "checkpoints")
+    assert f"stopped   after step {kept.name[5:]};" in said and int(kept.name[5:]) < 60
+    done, _ = start(["--resume"], out, processes).communicate()
+    assert f"resumed   after step {kept.name[5:]}" in done
+    assert_same(whole, out)
+
+
+def test_a_second_signal_ends_it_at_once_and_a_repeated_one_does_not():
+    script = "import log, os, signal, time\nlog.TWICE = 0.5\nwith log.Stop() as stop:\n"
+    script += "    os.kill(os.getpid(), 15)\n    time.sleep(0.1)\n    os.kill(os.getpid(), 15)\n    time.sleep(0.6)\n"
+    script += "    print(stop.asked, flush=True)\n    os.kill(os.getpid(), 2)\n    time.sleep(5)\nprint('never')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 130 and done.stdout == "15\n", done
+
+
+def test_signals_are_as_before_afterwards():
+    before = signal.getsignal(signal.SIGTERM)
+    with log.Stop():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ----------------------------------------------------------------------------------------------- processes
+
+
+def test_a_dead_process_stops_the_others_within_seconds(job, tmp_path):  # noqa: F811
+    words = [*job("lora"), "--batch-size", "3", "--steps", "200", "--save-every", "5", "--shard", "full"]
+    child = start(words, tmp_path / "out", 2)
+    wait_for(after_lines(tmp_path / "out", 20, 0.0), child)
+    os.kill(workers(child)[1], signal.SIGKILL)
+    begin = time.time()
+    said = child.communicate(timeout=60)[0]
+    assert time.time() - begin < 20 and child.returncode == 1
+    assert "SIGKILL" in said  # torchrun's word on the one that died
+    assert "rank 0: error: another process has ended, or was waited for too long" in said or "SIGTERM" in said
+    assert 'train.py", line' not in said  # a traceback of ours
+    assert resume.newest(tmp_path / "out") is not None
+
+
+def test_a_process_that_hangs_is_waited_for_so_long(job, tmp_path):  # noqa: F811
+    words = [*job("full"), "--batch-size", "3", "--steps", "300", "--save-every", "5", "--timeout", "4"]
+    child = start(words, tmp_path / "out", 2)
+    wait_for(after_lines(tmp_path / "out", 20, 0.0), child)
+    first, second = workers(child)
+    os.kill(second, signal.SIGSTOP)
+    begin = time.time()
+    while Path(f"/proc/{first}").exists() and "Z" not in Path(f"/proc/{first}/stat").read_text().split(")")[1][:3]:
+        assert time.time() - begin < 30
+        time.sleep(0.05)
+    assert time.time() - begin > 2
+    os.kill(second, signal.SIGCONT)
+    said = child.communicate(timeout=60)[0]
+    assert child.returncode == 1
+    assert "rank 0: error: another process has ended, or was waited for too long" in said
+    found = resume.newest(tmp_path / "out")
+    assert found is not None and f"{found.folder.name} is whole" in said
+
+
+# ----------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "muon", "adamw8bit", "bf16 weights"])
+def test_a_step_without_a_finite_loss_is_skipped_and_counted(job, tmp_path, monkeypatch, capsys, method):  # noqa: F811
+    loss, calls, moved = train.training_loss, [], []
+
+    def broken(model, *arguments):
+        calls.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+        part, balance = loss(model, *arguments)
+        return (part * math.nan if len(calls) == 5 else part), balance
+
+    monkeypatch.setattr(train, "training_loss", broken)
+    out, err, code = command(train, monkeypatch, capsys, *job(method), "--out", tmp_path / "run")
+    assert code == 0, err
+    assert "step 5: the loss is nan" in out and "skipped, 1 in a row of at most 10" in out
+    found = [line for line in lines(tmp_path / "run") if "val_loss" not in line]
+    assert [line["step"] for line in found if line["loss"] is None] == [5] and found[4]["skipped"] == 1
+    assert len(found) == 14 and all(math.isfinite(line["loss"]) for line in found if line["step"] != 5)
+    moved = [any(not torch.equal(a[n], b[n]) for n in a) for a, b in itertools.pairwise(calls)]
+    assert not moved[4] and moved[3] and moved[5]
+    state = json.loads((tmp_path / "run/checkpoints/step-12/state.json").read_text())
+    assert (state["skipped"], state["in_a_row"]) == (1, 0)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "muon"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_skipped_step_changes_nothing(tmp_path, kind, dtype):
+    llama(tmp_path / "base")
+    models = [checkpoint.load_model(tmp_path / "base", dtype) for _ in range(2)]
+    for model, spoilt in zip(models, (False, True), strict=True):
+        steppers = make_optimizers(model, kind, 1e-2, 0.1)
+        for step in range(4):
+            torch.manual_seed(step)
+            values = {name: torch.randn(p.shape).to(dtype) for name, p in model.named_parameters()}
+            for bad in (True, False) if spoilt and step == 2 else (False,):
+                torch.manual_seed(step)
+                for name, p in model.named_parameters():
+                    p.grad = values[name] * (math.nan if bad else 1)
+                for stepper in steppers:
+                    stepper.step(torch.tensor(float(bad)))
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_ten_in_a_row_end_the_run_and_their_examples_are_kept(job, tmp_path, monkeypatch, capsys):  # noqa: F811
+    loss, calls = train.training_loss, []
+
+    def broken(*arguments):
+        calls.append(1)
+        part, balance = loss(*arguments)
+        return (part * math.inf if len(calls) > 3 else part), balance
+
+    monkeypatch.setattr(train, "training_loss", broken)
+    _, err, code = command(train, monkeypatch, capsys, *job("lora"), "--out", tmp_path / "run")
+    assert code == 2 and "the 10th step in a row" in err and "try a lower --lr" in err
+    assert "data.jsonl" in err and "step-12 is whole" in err
+    examples = [json.loads(line) for line in (tmp_path / "run/bad_batch.jsonl").read_text().splitlines()]
+    assert len(examples) in (4, 6) and all(e["where"] in err for e in examples)
+    assert all(len(e["ids"]) == len(e["trained"]) and sum(e["trained"]) > 0 for e in examples)
+    assert len(lines(tmp_path / "run")) == 13 + 4  # and validations after 0, 4, 8, 12
+    # a run that goes on remembers how many there were
+    monkeypatch.setattr(train, "training_loss", lambda *arguments: (loss(*arguments)[0] * math.nan, None))
+    _, err, code = command(train, monkeypatch, capsys, "--out", tmp_path / "run", "--resume")
+    assert code == 2 and "step 13: the loss is nan" in err and "the 10th step in a row" in err
+
+
+# ----------------------------------------------------------------------------------------------- disks
+
+
+class Disk:
+    """Every call that writes, counted from the moment that a run's metrics.jsonl is opened; of these some fail."""
+
+    def __init__(self, monkeypatch, fails):
+        self.fails, self.calls, self.failed, self.begun = fails, 0, [], False
+        init = log.Lines.__init__
+
+        def begin(lines, *arguments):
+            init(lines, *arguments)
+            self.begun = True
+
+        monkeypatch.setattr(log.Lines, "__init__", begin)
+        for owner, name in ((os, "pwrite"), (os, "fsync"), (os, "replace"), (os, "mkdir"), (os, "rename"),
+                            (os, "symlink"), (shutil, "copyfile"), (builtins, "open")):  # fmt: skip
+            monkeypatch.setattr(owner, name, self.watched(name, getattr(owner, name)))
+        import io
+
+        import safetensors.torch
+
+        monkeypatch.setattr(io, "open", self.watched("open", io.open))
+        monkeypatch.setattr(safetensors.torch, "save_file", self.watched("save_file", safetensors.torch.save_file))
+
+    def watched(self, name: str, call):
+        def watching(*arguments, **named):
+            mode = arguments[1] if name == "open" and len(arguments) > 1 else named.get("mode", "r")
+            if self.begun and (name != "open" or (isinstance(mode, str) and set(mode) & set("wax"))):
+                self.calls += 1
+                if self.fails(self.calls):
+                    self.failed.append(name)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[name == "save_file"]))
+            return call(*arguments, **named)
+
+        return watching
+
+
+@pytest.fixture(scope="module")
+def short(job, tmp_path_factory):  # noqa: F811
+    """The flags of a run of 6 steps with one checkpoint, and that run."""
+    words = [*job("lora"), "--steps", "6", "--eval-every", "3", "--keep", "1"]
+    whole = tmp_path_factory.mktemp("short") / "whole"
+    subprocess.run([sys.executable, "train.py", *words, "--out", str(whole)], cwd=ROOT, check=True, capture_output=True)
+    return words, whole
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_a_disk_that_is_full_for_one_write_costs_no_run(short, tmp_path, monkeypatch, capsys, part):
+    """ENOSPC at each write that a run makes, one run after the other."""
+    words, whole = short
+    warned, number = 0, part + 1
+    while True:
+        out = tmp_path / f"out{number}"
+        with monkeypatch.context() as patch:
+            disk = Disk(patch, lambda call, number=number: call == number)
+            said, err, code = command(train, patch, capsys, *words, "--out", out)
+        if not disk.failed:
+            break
+        assert "Traceback" not in err
+        warned += "training goes on" in said
+        if code:
+            assert code == 2 and "No space left" in err, (disk.failed, err)
+            assert not (out / "final").exists() or "loss.png" in err or "config.json" in err, err
+            again = ["--resume", "auto"] if not (out / "final").exists() else []
+            if again:
+                _, err, code = command(train, monkeypatch, capsys, *words, "--out", out, *again)
+                assert code == 0, err
+        assert exact(out) == exact(whole), (number, disk.failed)
+        mine, wanted = final(out), final(whole)
+        assert all(torch.equal(mine[name], wanted[name]) for name in wanted)
+        assert all(resume.damage(folder) is None for folder in resume.steps(out / "checkpoints"))
+        shutil.rmtree(out)
+        number += 4
+    assert number > 12 and warned > 2
+
+
+def test_a_disk_that_stays_full_keeps_the_older_checkpoint(job, tmp_path, monkeypatch, capsys):  # noqa: F811
+    words = [*job("lora"), "--out", tmp_path / "out"]
+    whole = [*job("lora"), "--out", tmp_path / "whole"]
+    assert command(train, monkeypatch, capsys, *whole)[2] == 0
+    with monkeypatch.context() as patch:
+        full = lambda call: (tmp_path / "out/checkpoints/step-6").is_dir()
+        disk = Disk(patch, full)
+        said, err, code = command(train, patch, capsys, *words)
+    assert code == 2 and "final/ could not be written" in err and "--resume goes on from step-6" in err
+    assert "no checkpoint" in said and "step-6 is the newest that is whole; training goes on" in said
+    assert "its lines wait in memory, training goes on" in said and said.count("wait in memory") == 1
+    assert len(disk.failed) > 5
+    assert command(train, monkeypatch, capsys, "--out", tmp_path / "out", "--resume")[2] == 0
+    assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_small_disk_in_earnest(job, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """A file system of its own, in memory, of a size that holds some checkpoints."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place], check=False).returncode:
+        pytest.skip("may not mount")
+    try:
+        monkeypatch.setattr(resume, "check_room", lambda *_: None)
+        words = [*job("full"), "--save-every", "2", "--keep", "9", "--out", place / "run"]
+        said, err, code = command(train, monkeypatch, capsys, *words)
+        assert code == 2 and "No space left" in err and "training goes on" in said
+        kept = resume.steps(place / "run/checkpoints")
+        assert kept and all(resume.damage(folder) is None for folder in kept)
+        subprocess.run(["mount", "-o", "remount,size=100m", place], check=True)
+        assert command(train, monkeypatch, capsys, "--out", place / "run", "--resume")[2] == 0
+        assert command(train, monkeypatch, capsys, *job("full"), "--out", tmp_path / "whole")[2] == 0
+        assert exact(place / "run") == exact(tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_too_little_room_is_found_before_training(job, tmp_path, monkeypatch, capsys):  # noqa: F811
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    _, err, code = command(train, monkeypatch, capsys, *job("lora"), "--out", tmp_path / "run")
+    assert code == 2 and "4 checkpoints, best/ and final/ take" in err and "0.1 MB are free" in err
+    assert not (tmp_path / "run").exists()
+    words = [word for word in job("full") if word not in ("--save-every", "3")]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4_500_000))
+    out, err, code = command(train, monkeypatch, capsys, *words, "--out", tmp_path / "run")
+    assert code == 0 and "no checkpoints, the disk has no room for 4" in out, out + err
+
+
+def test_a_folder_that_takes_no_file_is_found_before_training(job, tmp_path, monkeypatch, capsys):  # noqa: F811
+    def refuse(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(resume.os, "fsync", refuse)
+    _, err, code = command(train, monkeypatch, capsys, *job("lora"), "--out", tmp_path / "run")
+    assert code == 2 and "can't be written to (Read-only file system)" in err
+    assert not (tmp_path / "run").exists()
+
+
+# ----------------------------------------------------------------------------------------------- a small GPU
+
+
+@pytest.mark.parametrize("method, helps", [("lora", "--method qlora"), ("full", "--method lora")])
+def test_out_of_memory_says_what_helps(job, tmp_path, monkeypatch, capsys, method, helps):  # noqa: F811
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...")
+
+    monkeypatch.setattr(train, "training_loss", full)
+    _, err, code = command(train, monkeypatch, capsys, *job(method), "--out", tmp_path / "run")
+    assert code == 2 and err.startswith("error: out of memory: CUDA out of memory. Expected were")
+    assert helps in err and "--seq-len" in err or "--batch-size 3 --accumulate 2" in err
+    assert len(err.partition("what helps most: ")[2].split("), ")) == 3 and "weights 0.00" in err

@@ -18,8 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from context import Context, SharedDocuments
 from errors import UserError
 from examples import IDLE, TRAIN_ON, Dataset, Example, cut
 from formats import Map, open_source
@@ -34,7 +36,7 @@ class Batch:
     that token. weights: float32 [K], of each one's loss; None where all are 1. weight, weight_apart: sums."""
 
     tokens: Tensor
-    documents: Documents
+    documents: Documents | SharedDocuments
     rows: Tensor
     targets: Tensor
     weights: Tensor | None = None
@@ -42,10 +44,7 @@ class Batch:
     apart: Tensor | None = None  # float32 [K], each one's weight if it is of a replay, else 0; None where there is none
     weight_apart: float = 0.0
 
-    @property
-    def counts(self) -> bool:
-        """Whether anything of it is trained."""
-        return len(self.targets) > 0
+    counted: int = 0  # its tokens, without those that are there for another process's sake
 
     def __post_init__(self):
         if self.weights is None:
@@ -111,14 +110,19 @@ def split(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
 
 
 def batches_by_length(
-    data: Dataset, batch_size: int, device: torch.device | str = "cpu", hands: int = 1, hand: int = 0
+    data: Dataset,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    hands: int = 1,
+    hand: int = 0,
+    context: Context | None = None,
 ) -> Iterator[Batch]:
     """All examples of a dataset in flat batches, made one after the other; of several processes, every `hands`-th for
     number `hand`, and as many for each."""
     parts = cut_rows(data.lengths.tolist(), batch_size, most_tokens(device))
     for start in range(0, len(parts), hands):
         part = parts[start + hand] if start + hand < len(parts) else None
-        yield collate([IDLE] if part is None else [data.examples[i] for i in part], device)
+        yield collate([IDLE] if part is None else [data.examples[i] for i in part], device, context)
 
 
 def micro_batches(examples: Sequence[Example], batch_size: int, device: torch.device | str = "cpu") -> list[Batch]:
@@ -155,7 +159,8 @@ def most_tokens(device: torch.device | str) -> int:
     return 2048 if torch.device(device).type == "cpu" else 16384
 
 
-def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
+def collate(examples: Sequence[Example], device: torch.device | str = "cpu", context: Context | None = None) -> Batch:
+    """context: of several processes that share each batch; this one's tokens of it are made."""
     lengths = [len(example.ids) for example in examples]
     tokens = torch.from_numpy(np.concatenate([np.asarray(example.ids, np.int64) for example in examples]))
     weights = torch.from_numpy(np.concatenate([np.asarray(example.trained, np.float32) for example in examples]))
@@ -163,10 +168,24 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
     predicted = weights.nonzero().flatten()
     weights = weights[predicted]
     rows, targets, plain = predicted - 1, tokens[predicted], bool((weights == 1).all())
+    apart = None
+    if any(example.apart for example in examples):
+        replayed = torch.tensor([float(example.apart) for example in examples])
+        apart = weights * replayed.repeat_interleave(torch.tensor(lengths))[predicted]
+    keys = [example.key or 0 for example in examples] if examples[0].key is not None else None
+    counted = 0 if examples[0] is IDLE else len(tokens)
+    if context and (padding := context.padding(len(tokens))):
+        lengths, tokens, keys = [*lengths, padding], F.pad(tokens, (0, padding)), keys and [*keys, 0]
     documents = Documents(lengths, device)
-    if examples[0].key is not None:
-        keys = torch.tensor([example.key for example in examples]).repeat_interleave(torch.tensor(lengths))
+    if keys is not None:
+        keys = torch.tensor(keys).repeat_interleave(torch.tensor(lengths))
         documents.keys = to_device(keys, device) + documents.positions * 0x9E3779B1
+    if context:
+        counted = sum(max(0, min(part.stop, counted) - part.start) for part in context.mine(len(tokens)))
+        rows = context.local(rows, len(tokens))
+        here = rows >= 0
+        rows, targets, weights, apart = (x if x is None else x[here] for x in (rows, targets, weights, apart))
+        tokens, documents = context.take(tokens), SharedDocuments(documents, context)
     batch = Batch(
         to_device(tokens, device),
         documents,
@@ -175,9 +194,8 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
         None if plain else to_device(weights, device),
         float(weights.sum()),
     )
-    if any(example.apart for example in examples):
-        replayed = torch.tensor([float(example.apart) for example in examples])
-        apart = weights * replayed.repeat_interleave(torch.tensor(lengths))[predicted]
+    batch.counted = counted
+    if apart is not None:
         batch.apart, batch.weight_apart = to_device(apart, device), float(apart.sum())
     return batch
 

@@ -23,10 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from context import Context
 from errors import UserError
 
 SETUP = timedelta(hours=12)  # that processes wait for the first of them, which may tokenise for long
 LITTLE = 0.25  # of a device's memory: a frozen base that takes no more is held whole by every process
+context: Context | None = None  # where several processes share each batch
 LOST = ("gloo", "nccl", "connection", "timed out", "timeout", "watchdog", "socket", "store")  # in errors of a group
 
 
@@ -68,6 +70,25 @@ def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
         mesh.cache_clear()
+
+
+def share_batches(count: int) -> None:
+    """From now on so many neighbouring processes compute each batch together (context.py)."""
+    global context
+    context = None
+    if count > 1:
+        starts = range(0, size(), count)
+        groups = [dist.new_group(list(range(start, start + count))) for start in starts]  # all make all of them
+        context = Context(count, rank() % count, groups[rank() // count])
+
+
+def hands() -> int:
+    """Among how many a step's rows are dealt."""
+    return size() // (context.size if context else 1)
+
+
+def hand() -> int:
+    return rank() // (context.size if context else 1)
 
 
 def rank() -> int:

@@ -153,6 +153,9 @@ class Flags:
         "gradients in shards are added up after a step's last micro-batch, or after each, which takes less memory",
         choices=["last", "each"],
     )
+    context_parallel: int = flag(
+        1, "processes", "so many processes share each batch's tokens, for long sequences (experimental)", metavar="N"
+    )
     timeout: float = flag(600.0, "processes", "seconds that a process waits for another one before it gives up")
     remat: str = flag(
         "none",
@@ -205,6 +208,7 @@ def parse_flags(argv: list[str]) -> Flags:
 def check(flags: Flags) -> None:
     """Everything about the flags that can be said before a file is opened."""
     positive = ("steps", "epochs", "lr", "batch_size", "accumulate", "seq_len", "rank", "alpha", "keep", "timeout")
+    positive = (*positive, "context_parallel")
     at_least_0 = (
         "warmup",
         "weight_decay",

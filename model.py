@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import decoding
+from context import SharedDocuments
 from families import Config, Layer
 from kernels.attention import Documents, Scores, document_attention
 from kernels.linear import linears, linears_reference
@@ -277,7 +278,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.compute_dtype, self.packed_head = config, None, None
         self.remat = "none"  # of remat.KINDS: how much is kept for the backward
-        self.attend, self.noise = document_attention, Noise()
+        self.attend, self.noise, self.compiled = document_attention, Noise(), False
         self.unquantized: list[str] = []  # linears that were to be quantised and could not be
         self.frequencies: dict[int, Tensor] = {}  # of config.ropes, on the device where they were last used
         self.embed = Embedding(config.vocab_size, config.hidden_size)
@@ -341,12 +342,16 @@ class Transformer(nn.Module):
     def flat(self, tokens: Tensor, documents: Documents) -> Tensor:
         """The training path: int64 [N] tokens of whole documents -> [N, D], ready for the head."""
         self.noise.keys = documents.keys
-        attend = partial(self.attend, documents=documents, keep=self.remat != "selective")
+        attend, keep = partial(self.attend, documents=documents), self.remat != "selective"
+        if isinstance(documents, SharedDocuments):
+            attend = torch.compiler.disable(documents.attend) if self.compiled else documents.attend
+        attend = partial(attend, keep=keep)
         return self.hidden(tokens, documents.positions, documents.spans, [attend] * len(self.blocks))
 
     def compile_blocks(self) -> None:
         """torch.compile of the blocks: one graph for all of them, with the number of tokens left open, and attention
         outside, whose shapes are other ones in every batch."""
+        self.compiled = True
         self.attend = torch.compiler.disable(document_attention)  # not where it is defined: that imports the compiler
         for block in self.blocks:
             block.compile(dynamic=True)

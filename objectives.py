@@ -44,7 +44,7 @@ def training_loss(
     loads = [experts.load for experts in routed]
     for experts in routed:
         experts.load = ()
-    return loss, balance_loss(loads) * (len(batch.tokens) * batch.counts / tokens) if loads else None
+    return loss, balance_loss(loads) * (batch.counted / tokens) if loads else None
 
 
 def balance_loss(loads: list[tuple[Tensor, Tensor]]) -> Tensor:

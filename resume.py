@@ -42,7 +42,18 @@ TRIAL = 64 << 20  # bytes that are written to see whether a disk takes them; bey
 # flags that change no number of a run, or only how it is computed; the data and the base are compared by what they hold
 FREE = {
     *("model", "data", "replay", "val", "out", "overwrite", "resume", "plan", "profile", "wandb", "save_every", "keep"),
-    *("save_async", "shard", "shard_offload", "reduce", "timeout", "remat", "compile", "device", "eval_every"),
+    *(
+        "save_async",
+        "shard",
+        "shard_offload",
+        "reduce",
+        "timeout",
+        "context_parallel",
+        "remat",
+        "compile",
+        "device",
+        "eval_every",
+    ),
     *("patience", "batch_size", "accumulate", "deterministic", "val_fraction"),
 }
 
@@ -355,7 +366,7 @@ def take_flags(flags: Flags, given: set[str], state: dict, where: Path) -> list[
             others.append(f"--{name.replace('_', '-')} {now} (it was {value})")
     if others:
         raise UserError(f"--resume: {where} was made with other flags: {', '.join(others)}; leave them out")
-    product, hands = saved["batch_size"] * saved["accumulate"] * state["processes"], distributed.size()
+    product, hands = saved["batch_size"] * saved["accumulate"] * state["processes"], distributed.hands()
     if flags.batch_size * flags.accumulate * hands != product:
         times, rest = divmod(product, flags.batch_size * hands)
         if rest or not times or "accumulate" in given:

@@ -139,7 +139,7 @@ def make_stream(flags: Flags, train: Dataset, files: list, weights, replay_share
     packed = dataclasses.replace(stream, seq_len=flags.seq_len)
     asked = flags.pack
     if flags.pack is None:
-        per_step = flags.batch_size * flags.accumulate * distributed.size()
+        per_step = flags.batch_size * flags.accumulate * distributed.hands()
         flags.pack = device.type == "cuda" and packed.epoch_rows() >= LONG_RUN * per_step
     if not flags.pack:
         return stream
@@ -253,7 +253,7 @@ def choose_defaults(flags: Flags, model: Transformer, stream: Stream) -> int:
 
 def choose_steps(flags: Flags, stream: Stream) -> int:
     """Fills in how long to train and how often to validate, and returns the number of steps of an epoch."""
-    per_step, examples = flags.batch_size * flags.accumulate * distributed.size(), sum(stream.draws)
+    per_step, examples = flags.batch_size * flags.accumulate * distributed.hands(), sum(stream.draws)
     per_epoch = math.ceil(stream.epoch_rows() / per_step)
     if flags.steps is None:
         if flags.epochs is None:
@@ -329,11 +329,14 @@ def step_parts(train: Dataset, stream: Stream, flags: Flags, device: torch.devic
     """Of step `first` and all after it, for ever: this process's micro-batches, lists of examples. All processes have
     as many, since they compute together: who has fewer rows gets idle ones."""
     for step in itertools.count(first):
-        rows = stream.step(flags.batch_size * flags.accumulate * distributed.size())
+        rows = stream.step(flags.batch_size * flags.accumulate * distributed.hands())
         sizes = [int(train.lengths[row].sum()) for row in rows]
-        hands = distributed.deal(sizes, distributed.size())
-        cuts = [cut_rows([sizes[i] for i in hand], flags.batch_size, most_tokens(device)) for hand in hands]
-        hand, parts = hands[distributed.rank()], cuts[distributed.rank()]
+        hands = distributed.deal(sizes, distributed.hands())
+        cuts = [
+            cut_rows([sizes[i] for i in hand], flags.batch_size, most_tokens(device) * flags.context_parallel)
+            for hand in hands
+        ]
+        hand, parts = hands[distributed.hand()], cuts[distributed.hand()]
         chosen = [[example for k in part for example in keyed(train, rows, hand[k], step, flags)] for part in parts]
         yield chosen + [[IDLE]] * (max(map(len, cuts)) - len(parts))
 
@@ -356,8 +359,8 @@ def optimize(
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()
     for step, parts in zip(range(first, flags.steps), steps):
-        batches = [collate(part, device) for part in parts]
-        counts = [[len(b.targets), b.weight, len(b.tokens) * b.counts, b.weight_apart, 0] for b in batches]
+        batches = [collate(part, device, distributed.context) for part in parts]
+        counts = [[len(b.targets), b.weight, b.counted, b.weight_apart, 0] for b in batches]
         counts[0][-1] = log.stop.asked  # a signal, which all processes have to hear of at the same step
         # of the whole step, over all processes: 1 x 8 is 2 x 4
         counts = distributed.total(torch.tensor(counts, dtype=torch.float64).sum(0))
@@ -409,6 +412,9 @@ def train(flags: Flags) -> None:
     device = pick_device(flags.device)
     if distributed.launched() or flags.shard not in (None, "none"):
         device = distributed.start(device)
+    if distributed.size() % flags.context_parallel:
+        raise UserError(f"--context-parallel {flags.context_parallel}: {distributed.size()} processes are no multiple")
+    distributed.share_batches(flags.context_parallel)
     found = pick_up(flags) if flags.resume else None
     if found == "complete":
         return
@@ -421,6 +427,8 @@ def train(flags: Flags) -> None:
     if flags.plan and not any((folder / f"tokenizer.{kind}").is_file() for kind in ("json", "model")):
         plan.show(config, full_rows(flags, config, device), device, dtype, adapter_settings(flags))
         return
+    if config.experts and distributed.context:
+        raise UserError("--context-parallel: not with routed experts, whose balance is of whole batches")
     tokenizer = pick_tokenizer(folder, flags.adapter, flags.template)
     with distributed.in_turn():
         data = load_data(flags, tokenizer, config, device)
@@ -439,7 +447,8 @@ def train(flags: Flags) -> None:
     why_compile = choose_compile(flags, device, seconds)
     describe(flags, model, folder, tokenizer, job, per_epoch, dtype, device, f"{why}; {why_compile}", seconds)
     if distributed.size() > 1 or flags.shard != "none":
-        print(f"processes {shards}")
+        together = f"; {flags.context_parallel} share each batch's tokens (experimental)" * bool(distributed.context)
+        print(f"processes {shards}{together}")
     if found:
         print(f"resumed   after step {found.state['step']:,} of {flags.steps:,}, from {found.folder}")
     other_job = flags.data or flags.model or flags.adapter or flags.profile or distributed.size() > 1
@@ -566,7 +575,7 @@ def describe(flags, model, folder, tokenizer, job, per_epoch, dtype, device, why
     print(f"machine   {device}, {str(dtype).removeprefix('torch.')}: {why}")
     print(
         f"run       {flags.steps:,} steps of {flags.batch_size} x {flags.accumulate}"
-        f"{f' x {distributed.size()}' * (distributed.size() > 1)}"
+        f"{f' x {distributed.hands()}' * (distributed.hands() > 1)}"
         f" {'rows' if flags.pack else 'examples'} ({flags.steps / per_epoch:.2f} epochs);"
         f" {optimizers.NAMES[flags.optimizer]}, rate {flags.lr:g},"
         f" {flags.schedule} after {flags.warmup} steps of warm-up, decay {flags.weight_decay:g}, clip {flags.clip:g},"

@@ -86,7 +86,7 @@ class Watch:
             "val_loss": self.last if validated else None,
             "watch": {name: value if math.isfinite(value) else None for name, value in mine.items()},
             "random": distributed.gathered(resume.random_state()),
-            "processes": distributed.size(),
+            "processes": distributed.hands(),
             "flags": dataclasses.asdict(self.flags),
             "torch": torch.__version__,
             **self.base,
@@ -102,7 +102,7 @@ class Watch:
             setattr(self, name, value if value is not None else getattr(Watch, name))
         stream.epoch, stream.window, stream.row = state["position"]
         self.done, self.saver.newest = state["step"], found.folder.name
-        if state["processes"] == distributed.size():
+        if len(state["random"]) == distributed.size():
             resume.set_random_state(state["random"][distributed.rank()])
         else:
             torch.manual_seed(self.flags.seed + self.done)
@@ -154,7 +154,8 @@ def eagerly(flags: Flags):
 
 def validate(model: Transformer, val: Dataset, device: torch.device) -> float:
     with evaluating(model):
-        loss = mean_loss(model, batches_by_length(val, 8, device, distributed.size(), distributed.rank()))
+        hands = distributed.hands(), distributed.hand()
+        loss = mean_loss(model, batches_by_length(val, 8, device, *hands, distributed.context))
     if distributed.sharded(model):
         model.reshard()  # what is around the blocks waits for a backward, which does not come
     return loss

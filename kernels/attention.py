@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 SHORT = 1024  # tokens; beyond it the probabilities, length x length / 2 a head, would be too much to keep
 WASTE = 1.3  # a group's padded score matrices may be this much larger than its documents' own
@@ -50,6 +51,7 @@ class Group:
 
     def __init__(self, lengths: list[int], device: torch.device | str):
         self.documents, self.length, self.tokens = len(lengths), max(lengths), sum(lengths)
+        self.offset = 0  # of the first query among the keys
         slots = torch.cat([torch.arange(n) + i * self.length for i, n in enumerate(lengths)])
         self.slots = None if self.tokens == self.documents * self.length else to_device(slots, device)
         self.masks: dict[tuple, Tensor] = {}
@@ -68,10 +70,25 @@ class Group:
         kind = like.dtype, share, rows.start, rows.stop, window
         if kind in self.masks:
             return self.masks[kind]
-        mask = out_of_reach(like, rows.start, seen.start, rows.stop, window).repeat(share, 1)
+        start, stop = rows.start + self.offset, rows.stop + self.offset
+        mask = out_of_reach(like, start, seen.start, stop, window).repeat(share, 1)
         if mask.numel() <= MASK:
             self.masks[kind] = mask
         return mask
+
+
+class Piece(Group):
+    """A document of `keys` tokens of which only the last `queries` ask."""
+
+    def __init__(self, queries: int, keys: int):
+        self.documents, self.length, self.slots, self.masks = 1, queries, None, {}
+        self.offset = keys - queries
+
+    def pad(self, x: Tensor) -> Tensor:
+        return x[None]
+
+    def unpad(self, x: Tensor) -> Tensor:
+        return x[0]
 
 
 class Documents:
@@ -135,6 +152,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, group: Group, scores: Scores, keep: 
     return group.unpad(out.transpose(1, 2))
 
 
+def piece_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, piece: Piece) -> Tensor:
+    """As document_attention, of the last tokens of one document. q: [queries, heads, head_dim]; k, v: [keys, kv_heads,
+    head_dim]."""
+    if q.device.type != "cuda" or scores.softcap or scores.window:
+        step = max(16, CHUNK // (q.shape[1] * min(len(k), scores.window or len(k))))
+        return SlicedAttention.apply(q, k, v, piece, scores, step, False)
+    return lower_right(q, k, v, scores.scale)
+
+
+def lower_right(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """piece_attention by PyTorch's fused kernels, without window and soft-cap."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    mask = causal_lower_right(q.shape[2], k.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)[0].transpose(0, 1)
+
+
 def flash_takes(q: Tensor) -> bool:
     return q.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
@@ -153,7 +187,7 @@ class SlicedAttention(torch.autograd.Function):
         queries, keys, values = stack(group.pad(q), share), stack(group.pad(k), 1), stack(group.pad(v), 1)
         out, kept = torch.empty_like(queries), []
         ctx.group, ctx.share, ctx.scores = group, share, scores
-        ctx.slices = list(slices(group.length, step, scores.window))
+        ctx.slices = list(slices(group.length, step, scores.window, group.offset))
         for rows, seen in ctx.slices:
             probs, _ = SlicedAttention.probs(ctx, queries, keys, rows, seen)
             by_row(out, share)[:, :, rows] = by_row(probs.to(q.dtype) @ values[:, seen], share)
@@ -183,7 +217,7 @@ class SlicedAttention(torch.autograd.Function):
         group, share, (scale, _, softcap) = ctx.group, ctx.share, ctx.scores
         grad = stack(group.pad(grad), share)  # zeros in the padding, whose queries must not pull at real keys
         dq = torch.empty_like(queries)
-        whole = len(ctx.slices) == 1  # else the keys' gradients are added up, in fp32
+        whole = len(ctx.slices) == 1 and ctx.slices[0][1].start == 0  # else the keys' gradients are added up, in fp32
         dk, dv = (None, None) if whole else (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
         for number, (rows, seen) in enumerate(ctx.slices):
             again = None if kept else SlicedAttention.probs(ctx, queries, keys, rows, seen)
@@ -205,11 +239,12 @@ class SlicedAttention(torch.autograd.Function):
         return *(group.unpad(unstack(x, group.documents, n)) for x, n in grads), None, None, None, None
 
 
-def slices(length: int, step: int, window: int | None):
-    """(rows, the keys that they see), as slices of positions."""
+def slices(length: int, step: int, window: int | None, offset: int = 0):
+    """(rows, the keys that they see), as slices of positions; the first row stands at key `offset`."""
     for start in range(0, length, step):
         end = min(start + step, length)
-        yield slice(start, end), slice(max(0, start - window + 1) if window else 0, end)
+        seen = slice(max(0, offset + start - window + 1) if window else 0, offset + end)
+        yield slice(start, end), seen
 
 
 def of_rows(x: Tensor, share: int, rows: slice) -> Tensor:  # [..., share * T, n] -> [..., share * rows, n]

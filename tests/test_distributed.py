@@ -92,7 +92,11 @@ def bases(tmp_path_factory) -> dict[str, Path]:
         num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=512,
     )  # fmt: skip
     gpt2 = transformers.GPT2Config(**common, n_embd=64, n_layer=2, n_head=4, n_positions=512)
-    for name, config in {"mixtral": mixtral, "gpt2": gpt2}.items():
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512} | common
+    mistral = transformers.MistralConfig(**small, sliding_window=24)
+    gemma2 = transformers.Gemma2Config(**small, sliding_window=24, attn_logit_softcapping=5.0, query_pre_attn_scalar=16)
+    for name, config in {"mixtral": mixtral, "gpt2": gpt2, "mistral": mistral, "gemma2": gemma2}.items():
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
@@ -232,6 +236,65 @@ def test_two_nodes_of_one_process_hold_a_copy_each(runs, bases, tmp_path):
     torchrun(2, "tests/jobs.py", json.dumps([job], default=str), NODES="2")
     losses = lambda run: [line["loss"] for line in lines(run) if "loss" in line]
     assert losses(tmp_path / "o") == pytest.approx(losses(runs / "full" / "1"), rel=1e-5)
+
+
+CONTEXT = {  # name: base, words, processes, of which so many share a batch
+    "full, packed, mixed": ("llama", "--method full --shard full --pack --seq-len 96 MIXED", 2, 2),
+    "lora, dropout": ("llama", "--shard none --dropout 0.3", 3, 3),
+    "lora, dropout, two times two": ("llama", "--shard full --dropout 0.3", 4, 2),
+    "qlora, blocks twice": ("llama", "--method qlora --shard full --remat block", 2, 2),
+    "windows": ("mistral", "--method full --shard full", 2, 2),
+    "soft-caps": ("gemma2", "--method full --shard full", 2, 2),
+    "learned positions": ("gpt2", "--method full --shard full", 3, 3),
+}
+
+
+@pytest.fixture(scope="module")
+def context_runs(bases, runs, tmp_path_factory) -> Path:
+    folder, jobs = tmp_path_factory.mktemp("context"), {}
+    data, more, val = (runs / f"{name}.jsonl" for name in ("data", "more", "val"))
+    for name, (base, words, processes, together) in CONTEXT.items():
+        words = words.split()
+        mixed = [f"{data}=3", f"{more}=1", "--replay", f"{val}=0.2"] if "MIXED" in words else [data]
+        words = [word for word in words if word != "MIXED"] + ["--rank", 4] * ("full" not in words[:2])
+        words += ["--model", bases[base], "--val", val, "--data", *mixed, "--steps", 4, "--lr", 1e-3, "--dtype", "fp32"]
+        shared = ["--context-parallel", together, "--batch-size", 12 * together // processes]
+        jobs.setdefault(processes, []).append([*words, *shared, "--out", folder / name / "several"])
+        jobs.setdefault(1, []).append([*words, "--batch-size", 12, "--out", folder / name / "one"])
+    for processes, listed in jobs.items():
+        said = torchrun(processes, "tests/jobs.py", json.dumps(listed, default=str))
+        assert processes == 1 or "share each batch's tokens (experimental)" in said
+    return folder
+
+
+@pytest.mark.parametrize("name", CONTEXT)
+def test_processes_that_share_a_batch_compute_what_one_does(context_runs, name):
+    one, several = (lines(context_runs / name / which) for which in ("one", "several"))
+    assert len(one) == len(several) > 4
+    for a, b in zip(one, several, strict=True):
+        for key in a.keys() & {"loss", "val_loss", "replay_loss", "replay_val_loss", "grad_norm"}:
+            assert b[key] == pytest.approx(a[key], rel=1e-4 if key == "grad_norm" else 1e-5), (a["step"], key)
+        assert all(a[key] == b[key] for key in a.keys() & {"tokens", "trained_tokens"})
+    (file,) = (context_runs / name / "one" / "final").glob("*.safetensors")
+    mine, theirs = load_file(file), load_file(context_runs / name / "several" / "final" / file.name)
+    assert all(float((mine[key] - theirs[key]).abs().max()) < (1e-2 if "bias" in key else 2e-4) for key in mine)
+
+
+def test_what_can_not_share_a_batch_is_refused(bases, runs, tmp_path, monkeypatch, capsys):
+    words = [
+        "--model",
+        bases["mixtral"],
+        "--data",
+        runs / "data.jsonl",
+        "--out",
+        tmp_path / "o",
+        "--context-parallel",
+        2,
+    ]
+    _, err, code = command(train, monkeypatch, capsys, *words)
+    assert code == 2 and "--context-parallel 2: 1 processes are no multiple" in err
+    said = torchrun(2, "train.py", *words, code=1)
+    assert "not with routed experts" in said and 'train.py", line' not in said
 
 
 def test_default_shards():

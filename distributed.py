@@ -27,6 +27,7 @@ from context import Context
 from errors import UserError
 
 SETUP = timedelta(hours=12)  # that processes wait for the first of them, which may tokenise for long
+MESSAGE = 1 << 24  # numbers: large enough for the network's full speed, small beside a model
 LITTLE = 0.25  # of a device's memory: a frozen base that takes no more is held whole by every process
 context: Context | None = None  # where several processes share each batch
 LOST = ("gloo", "nccl", "connection", "timed out", "timeout", "watchdog", "socket", "store")  # in errors of a group
@@ -207,7 +208,7 @@ def shard(model: nn.Module, kind: str, device: torch.device, narrow: torch.dtype
     """Makes DTensors of the parameters of a model on the meta device: "full" or "hybrid". Every block is gathered on
     its own; what is around them (embeddings, the last norm, the head) once, for all of a forward and backward.
 
-    narrow: the dtype in which trained weights are gathered; their gradients are added up in fp32. None: their own.
+    narrow: the dtype in which weights are gathered; None: their own. Gradients are added up in fp32.
     Tensors that have no rows to share (the second level of NF4's scales, which runs across rows) stay whole
     everywhere. offload: shards, gradients and the optimizer's state live in the host's memory.
     """
@@ -219,7 +220,7 @@ def shard(model: nn.Module, kind: str, device: torch.device, narrow: torch.dtype
         register_fsdp_forward_method,
     )
 
-    policy = MixedPrecisionPolicy(narrow, None if narrow is None else torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
     whole = {p for name, p in model.named_parameters() if name.endswith((".nf4.nested", ".nf4.offset"))}
     whole |= {p for name, p in model.named_parameters() if name.endswith("nf4.absmax") and p.is_floating_point()}
     settings = {
@@ -327,17 +328,19 @@ def expect_sums(model: nn.Module, now: bool) -> None:
 
 
 def add_gradients(parameters: list[Tensor]) -> None:
-    """Without shards: the sum of all processes' gradients, in one message a dtype."""
+    """Without shards: the sum of all processes' gradients, in fp32, in messages of MESSAGE numbers and more."""
     if size() == 1 or is_sharded(parameters[0]):
         return
-    kinds: dict[torch.dtype, list[Tensor]] = {}
-    for p in parameters:
+    waiting: list[Tensor] = []
+    for number, p in enumerate(parameters, 1):
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        kinds.setdefault(p.grad.dtype, []).append(p.grad)
-    for grads in kinds.values():
-        flat = total(torch.cat([grad.flatten() for grad in grads]))
-        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        waiting.append(p.grad)
+        if sum(grad.numel() for grad in waiting) < MESSAGE and number < len(parameters):
+            continue
+        flat = total(torch.cat([grad.flatten().float() for grad in waiting]))
+        for grad, part in zip(waiting, flat.split([grad.numel() for grad in waiting]), strict=True):
             grad.copy_(part.view_as(grad))
+        waiting = []
 
 
 @torch.no_grad()

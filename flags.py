@@ -72,6 +72,9 @@ class Flags:
     seq_len: int | None = flag(None, "model and data", "longest example in tokens (default: 2048 or the model's limit)")
     out: str | None = flag(None, "model and data", "folder of the run (default: a new one under runs/)", metavar="DIR")
     plan: bool = flag(False, "watching", "say what each method would take of memory and time, and stop")
+    gpus: list[int] = flag(
+        [], "watching", "--plan: for so many GPUs of 80 GB in nodes of 8, one line each", metavar="N"
+    )
     overwrite: bool = flag(False, "model and data", "replace the run that --out holds")
     resume: str | None = flag(
         None,
@@ -157,6 +160,9 @@ class Flags:
         1, "processes", "so many processes share each batch's tokens, for long sequences (experimental)", metavar="N"
     )
     timeout: float = flag(600.0, "processes", "seconds that a process waits for another one before it gives up")
+    deterministic: bool = flag(
+        False, "machine", "bitwise equal runs on one machine: no operation whose order is open, no choice by the clock"
+    )
     remat: str = flag(
         "none",
         "machine",
@@ -192,7 +198,8 @@ def parse_flags(argv: list[str]) -> Flags:
         elif f.type is bool:
             where.add_argument(name, action="store_true", default=argparse.SUPPRESS, **meta)
         elif "list" in kind:
-            where.add_argument(name, nargs="+", action="extend", default=argparse.SUPPRESS, **meta)
+            to = int if "int" in kind else str
+            where.add_argument(name, nargs="+", action="extend", type=to, default=argparse.SUPPRESS, **meta)
         else:
             to = float if "float" in kind else int if "int" in kind else str
             where.add_argument(name, type=to, default=argparse.SUPPRESS, **meta)
@@ -264,6 +271,10 @@ def check(flags: Flags) -> None:
             raise UserError(f"--train {flags.train}: no regular expression ({error})") from None
     if flags.out and Path(flags.out).is_file():
         raise UserError(f"--out {flags.out}: is a file; name a folder")
+    if flags.gpus and not flags.plan:
+        raise UserError("--gpus is what --plan is to plan for; a run has as many as torchrun starts processes")
+    if not all(0 < count < LARGEST for count in flags.gpus):
+        raise UserError("--gpus: numbers above 0 are wanted")
     if flags.resume and not flags.out:
         raise UserError("--resume: needs --out, the folder of the run that is to go on")
     if flags.resume and flags.overwrite:

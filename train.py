@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 import checkpoint
+import cluster
 import distributed
 import lora
 import optimizers
@@ -306,10 +307,11 @@ def choose_compile(flags: Flags, device: torch.device, seconds: float) -> str:
         raise UserError(f"--compile on: needs {compiler}{' and triton' * (device.type == 'cuda')}, not found here")
     if flags.compile != "auto":
         return f"compiled blocks {flags.compile}, asked for with --compile"
-    pays = seconds * COMPILE_SAVES > 2 * COMPILE_SECONDS and flags.remat != "selective"
+    pays = seconds * COMPILE_SAVES > 2 * COMPILE_SECONDS and flags.remat != "selective" and not flags.deterministic
     flags.compile = "on" if here and pays else "off"
     reason = "a long run" if here and pays else "a short run" if here else f"no {compiler} here"
     reason = "--remat selective" if flags.remat == "selective" else reason
+    reason = "--deterministic, and whether it pays is a matter of the clock" if flags.deterministic else reason
     return f"compiled blocks {flags.compile}: {reason}"
 
 
@@ -409,6 +411,10 @@ def main() -> None:
 
 
 def train(flags: Flags) -> None:
+    if flags.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of two sizes, cuBLAS chooses as it likes
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     device = pick_device(flags.device)
     if distributed.launched() or flags.shard not in (None, "none"):
         device = distributed.start(device)
@@ -424,6 +430,10 @@ def train(flags: Flags) -> None:
     dtype, why = pick_dtype(flags.dtype, device)
     folder = base_folder(flags.model, flags.adapter)
     config = checkpoint.read_config(folder)
+    if flags.plan and flags.gpus:
+        seq_len = min(flags.seq_len or 2048, config.max_positions)
+        cluster.show(config, flags.gpus, seq_len, flags.batch_size, flags.accumulate, adapter_settings(flags))
+        return
     if flags.plan and not any((folder / f"tokenizer.{kind}").is_file() for kind in ("json", "model")):
         plan.show(config, full_rows(flags, config, device), device, dtype, adapter_settings(flags))
         return

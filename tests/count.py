@@ -21,6 +21,25 @@ from flags import Flags
 from log import Stop
 from order import Stream
 
+received = {"gathered": 0, "scattered": 0}
+
+
+def counting_bytes(call, kind: str):
+    def called(*arguments, **named):
+        output, source = [each for each in (*arguments, *named.values()) if torch.is_tensor(each)]
+        received[kind] += abs(output.nbytes - source.nbytes)  # of W parts, what W - 1 others sent
+        return call(*arguments, **named)
+
+    return called
+
+
+for name in ("all_gather_single", "all_gather_into_tensor"):
+    if hasattr(torch.distributed, name):
+        setattr(torch.distributed, name, counting_bytes(getattr(torch.distributed, name), "gathered"))
+for name in ("reduce_scatter_single", "reduce_scatter_tensor"):
+    if hasattr(torch.distributed, name):
+        setattr(torch.distributed, name, counting_bytes(getattr(torch.distributed, name), "scattered"))
+
 method, base, out = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 device = distributed.start(torch.device("cpu"))
 
@@ -73,6 +92,8 @@ class Quiet:
 
 
 steps = train.step_parts(data, Stream(data.lengths, [8], [8], 0), flags, device)
+received.update(gathered=0, scattered=0)
 train.optimize(model, steppers, steps, flags, Quiet(), device, lambda *_: False)
+held |= received
 Path(f"{out}.{distributed.rank()}").write_text(json.dumps(held))
 distributed.stop()

@@ -13,9 +13,12 @@ import transformers
 from helpers import chat_base, command, llama, sentence
 from safetensors.torch import load_file
 
+import checkpoint
+import cluster
 import distributed
 import train
 from flags import Flags
+from plan import Setup, sketch
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
@@ -193,6 +196,17 @@ def test_a_rank_of_two_holds_and_reads_half(bases, tmp_path, method):
         for part in ("parameters", "gradients", "optimizer"):
             assert rank[part] <= 0.6 * one[part], part
         assert rank["loading"] <= 0.6 * one["loading"] + 20e6  # what is imported meanwhile
+    # and what `--plan --gpus` says of it: every part, and what a step sends
+    adapter = {"rank": 16, "alpha": 16.0, "dropout": 0.0, "targets": "all"}
+    setup, layout = Setup(method), cluster.Layout(2, 2)
+    model = sketch(checkpoint.read_config(tmp_path / "base"), setup, torch.bfloat16, adapter)
+    memory = cluster.memory_a_gpu(model, setup, layout, [80], 1)
+    sent = sum(cluster.traffic(model, setup, layout, 1))
+    for rank in two:
+        assert rank["parameters"] == pytest.approx(memory.weights, rel=0.1)
+        assert rank["gradients"] == pytest.approx(memory.gradients, rel=0.1)
+        assert rank["optimizer"] == pytest.approx(memory.optimizer, rel=0.1)
+        assert rank["gathered"] + rank["scattered"] == pytest.approx(sent, rel=0.1)
 
 
 def test_deal_gives_each_as_many_rows_and_about_as_many_tokens():

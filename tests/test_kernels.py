@@ -5,7 +5,17 @@ import torch
 import torch.nn.functional as F
 
 from kernels import linear_cross_entropy as lce
-from kernels.attention import SHORT, Documents, Scores, cached_attention, document_attention, stacked_mask
+from kernels.attention import (
+    SHORT,
+    Documents,
+    Piece,
+    Scores,
+    cached_attention,
+    document_attention,
+    lower_right,
+    piece_attention,
+    stacked_mask,
+)
 from kernels.linear import linears, linears_reference
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from kernels.lora_linear import Adapted, lora_linears, lora_linears_reference
@@ -258,3 +268,25 @@ def test_all_logits_are_never_there(trained):
         linear_cross_entropy(hidden, weight, targets).backward()
     assert hidden.grad is not None and (weight.grad is not None) == trained
     assert seen.bytes == 128256 * 512 * 4 if trained else seen.bytes <= 32 << 20
+
+
+@pytest.mark.parametrize("window, softcap", [(None, None), (7, None), (None, 3.0), (60, 3.0)])
+def test_the_last_tokens_of_a_document_attend_as_in_the_whole(window, softcap):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(50, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    scores = Scores(0.3, window, softcap)
+    whole = document_attention(q, k, v, scores, Documents([50]))
+    weights = torch.randn(50, 4, 8, dtype=torch.float64)
+    wanted = torch.autograd.grad((whole * weights).sum(), (q, k, v))
+    found, total = [], [torch.zeros_like(x) for x in (q, k, v)]
+    for start, stop in ((0, 1), (1, 20), (20, 50)):
+        piece = Piece(stop - start, stop)
+        out = piece_attention(q[start:stop], k[:stop], v[:stop], scores, piece)
+        for sum, grad in zip(total, torch.autograd.grad((out * weights[start:stop]).sum(), (q, k, v)), strict=True):
+            sum += grad
+        found.append(out)
+        if window is None and softcap is None:
+            torch.testing.assert_close(lower_right(q[start:stop], k[:stop], v[:stop], 0.3), out)
+    torch.testing.assert_close(torch.cat(found), whole)
+    for a, b in zip(total, wanted, strict=True):
+        torch.testing.assert_close(a, b)

@@ -368,3 +368,39 @@ def test_killed_at_random_instants(job, tmp_path, method, processes):
     rng = random.Random(f"{method} {processes}")
     instants = [(rng.randrange(18), rng.choice([None, rng.random() * 0.1])) for _ in range(4)]
     print(kills(job, tmp_path, method, processes, sorted(instants, key=lambda pair: pair[0])), "killed", instants)
+
+
+# ----------------------------------------------------------------------------------------------- determinism
+
+
+@pytest.fixture
+def as_before():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "muon", "adamw8bit", "8 bits, bf16"])
+def test_deterministic_runs_are_equal_to_the_bit(job, tmp_path, monkeypatch, capsys, as_before, method):
+    for name in ("whole", "again"):
+        words = [*job(method, "--deterministic"), "--out", tmp_path / name]
+        out, err, code = command(train, monkeypatch, capsys, *words)
+        assert code == 0 and torch.are_deterministic_algorithms_enabled(), err
+        assert "compiled blocks off: --deterministic" in out
+    assert_same(tmp_path / "whole", tmp_path / "again")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a gpu")
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "8 bits, bf16"])
+def test_deterministic_runs_are_equal_to_the_bit_on_a_gpu_and_resume(
+    job, tmp_path, monkeypatch, capsys, as_before, method
+):
+    for name in ("whole", "again"):
+        words = [*job(method, "--deterministic", "--device", "cuda"), "--out", tmp_path / name]
+        _, err, code = command(train, monkeypatch, capsys, *words)
+        assert code == 0, err
+    assert_same(tmp_path / "whole", tmp_path / "again")
+    cut_back(tmp_path / "again", 9)
+    _, err, code = command(train, monkeypatch, capsys, "--out", tmp_path / "again", "--resume")
+    assert code == 0, err
+    assert_same(tmp_path / "whole", tmp_path / "again")

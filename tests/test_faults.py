@@ -337,3 +337,66 @@ def test_out_of_memory_says_what_helps(job, tmp_path, monkeypatch, capsys, metho
     assert code == 2 and err.startswith("error: out of memory: CUDA out of memory. Expected were")
     assert helps in err and "--seq-len" in err or "--batch-size 3 --accumulate 2" in err
     assert len(err.partition("what helps most: ")[2].split("), ")) == 3 and "weights 0.00" in err
+
+
+# ----------------------------------------------------------------------------------------------- two hosts
+
+
+def shell(line: str) -> None:
+    subprocess.run(line, shell=True, check=True, capture_output=True)
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces of this machine, joined by a cable that can be pulled."""
+    names = [f"host{i}-{os.getpid()}" for i in range(2)]
+    try:
+        shell(f"ip netns add {names[0]} && ip netns add {names[1]}")
+    except subprocess.CalledProcessError:
+        pytest.skip("may not make network namespaces")
+    try:
+        shell(f"ip link add cable0 netns {names[0]} type veth peer name cable1 netns {names[1]}")
+        for i, name in enumerate(names):
+            shell(f"ip -n {name} addr add 10.77.0.{i + 1}/24 dev cable{i} && ip -n {name} link set cable{i} up")
+            shell(f"ip -n {name} link set lo up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(f"ip netns pids {name} | xargs -r kill -9; ip netns del {name}", shell=True, check=False)
+
+
+def on_hosts(hosts: list[str], words: list[str], out: Path) -> list[subprocess.Popen]:
+    """One torchrun a host, which find each other at the first one's address."""
+    children = []
+    for i, name in enumerate(hosts):
+        line = ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME=cable{i}", sys.executable, "-m"]
+        line += ["torch.distributed.run", "--nnodes", "2", "--node-rank", str(i), "--nproc-per-node", "1"]
+        line += ["--rdzv-backend", "static", "--master-addr", "10.77.0.1", "--master-port", "29411"]
+        line += ["train.py", *words, "--out", str(out), "--resume", "auto"]
+        into = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        children.append(subprocess.Popen(line, cwd=ROOT, **into))
+    return children
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, shard", [("full", "full"), ("lora", "none"), ("full", "hybrid")])
+def test_two_hosts_of_which_one_is_cut_off(job, hosts, tmp_path, method, shard):  # noqa: F811
+    words = [*job(method), "--batch-size", "3", "--shard", shard, "--timeout", "8", "--steps", "40"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    for child in on_hosts(hosts, words, whole):
+        said = child.communicate(timeout=180)[0]
+        assert child.returncode == 0, said[-3000:]
+    children = on_hosts(hosts, words, out)
+    wait_for(after_lines(out, 12, 0.0), children[0])
+    shell(f"ip -n {hosts[1]} link set cable1 down")
+    begin = time.time()
+    said = children[0].communicate(timeout=120)[0]
+    assert time.time() - begin < 60 and children[0].returncode != 0
+    assert "another process has ended, or was waited for too long" in said and "is whole" in said
+    children[1].communicate(timeout=120)
+    assert children[1].returncode != 0 and not (out / "final").exists()
+    shell(f"ip -n {hosts[1]} link set cable1 up")
+    for child in on_hosts(hosts, words, out):
+        said = child.communicate(timeout=180)[0]
+        assert child.returncode == 0, said[-3000:]
+    assert_same(whole, out)

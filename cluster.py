@@ -9,7 +9,8 @@
   (W-1)/W * (2 A p + g): every block is gathered for the forward and again for the backward, gradients are scattered
   once. Without shards 2 (N-1)/N * g over N GPUs: the ring all-reduce (Patarasuk & Yuan 2009). Hybrid: the first within
   a node of W GPUs, and 2 (M-1)/M * g/W across M nodes.
-- what goes within a node takes NVLink's time, what goes across takes the network's; computing hides it if it is longer.
+- rings through several nodes bring each byte into a node once, by the cards of all its GPUs: an eighth a card.
+- what goes within a node takes NVLink's time, what goes across the network's; computing that takes longer hides both.
 """
 
 import math
@@ -20,7 +21,7 @@ from torch import nn
 
 import report
 from model import Config, Transformer
-from plan import CONTEXT, EFFICIENCY, FITS, Memory, Setup, expected_memory, flops_a_token, setups, sketch
+from plan import CONTEXT, EFFICIENCY, FITS, Job, Memory, Setup, expected_memory, flops_a_token, setups, sketch
 
 NODE = 8  # GPUs
 MEMORY, FLOPS = 80e9, 989e12  # of an H100 SXM: bytes, dense bf16 operations a second (NVIDIA's data sheet)
@@ -30,14 +31,10 @@ MOST = 16384  # tokens of a flat batch
 
 @dataclass(frozen=True)
 class Layout:
-    """gpus in all, of which so many share a copy of the model; across: shards of a copy lie in several nodes."""
+    """gpus in all, of which so many share a copy of the model."""
 
     gpus: int
     shards: int
-
-    @property
-    def across(self) -> bool:
-        return self.shards > NODE
 
     @property
     def name(self) -> str:
@@ -50,13 +47,15 @@ def layouts(gpus: int) -> list[Layout]:
     return list(dict.fromkeys(found))
 
 
-def weights_of(module: nn.Module, itemsize: int, trained: bool = False) -> int:
-    """Bytes of a module's parameters as they are gathered: floats that are trained in the dtype of the products.
-    trained: how many numbers are trained instead."""
-    chosen = [p for p in module.parameters() if p.requires_grad] if trained else list(module.parameters())
-    if trained:
-        return sum(p.numel() for p in chosen)
-    return sum(p.numel() * (itemsize if p.requires_grad and p.dim() > 1 else p.element_size()) for p in chosen)
+def weights_of(module: nn.Module, itemsize: int) -> int:
+    """Bytes of a module's parameters as they are gathered; itemsize: of matrices that are trained."""
+    size = lambda p: itemsize if p.requires_grad and p.dim() > 1 else p.element_size()
+    return sum(p.numel() * size(p) for p in module.parameters())
+
+
+def numbers(module: nn.Module) -> int:
+    """Of its parameters that are trained."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def gathered_bytes(model: Transformer, setup: Setup) -> tuple[int, int]:
@@ -66,16 +65,23 @@ def gathered_bytes(model: Transformer, setup: Setup) -> tuple[int, int]:
     return block, weights_of(model, item) - sum(weights_of(block, item) for block in model.blocks)
 
 
-def memory_a_gpu(model: Transformer, setup: Setup, layout: Layout, lengths: list[int], accumulate: int) -> Memory:
-    """plan.Memory of one of the GPUs; what is gathered for a while counts as working."""
-    whole = expected_memory(model, setup, lengths, sum(lengths), "cuda", accumulate)
+def memory_a_process(
+    model: Transformer, setup: Setup, layout: Layout, job: Job, device: str = "cuda", together: int = 1
+) -> Memory:
+    """plan.Memory of one of the processes; what is gathered for a while counts as working. together: processes that
+    share a batch's tokens."""
+    lengths, trained = job.lengths, job.trained
+    if together > 1:  # as many tokens as one of them has; the keys that it gathers besides are small
+        lengths, trained = [math.ceil(n / together) for n in lengths], math.ceil(trained / together)
+    whole = expected_memory(model, setup, lengths, trained, device, job.accumulate)
     W = layout.shards
     if W == 1:
         return whole
     block, around = gathered_bytes(model, setup)
-    trained = [weights_of(module, 0, trained=True) for module in model.blocks]
-    outside = weights_of(model, 0, trained=True) - sum(trained)
-    waiting = 4 * (sum(trained) + outside) if accumulate > 1 else 6 * (max(trained) + outside)  # bf16, and fp32 to send
+    learning = [numbers(module) for module in model.blocks]
+    outside = numbers(model) - sum(learning)
+    # wide, all of them, until the last micro-batch; else a block's in the products' dtype, and wide to be sent
+    waiting = 4 * (sum(learning) + outside) if job.accumulate > 1 else 6 * (max(learning) + outside)
     return replace(
         whole,
         weights=whole.weights / W,
@@ -86,16 +92,18 @@ def memory_a_gpu(model: Transformer, setup: Setup, layout: Layout, lengths: list
 
 
 def traffic(model: Transformer, setup: Setup, layout: Layout, accumulate: int) -> tuple[float, float]:
-    """Bytes that a GPU receives in a step: (within its node, across nodes)."""
+    """Bytes that a GPU receives in a step: (from its node's others, through its card of the network)."""
     around, item = gathered_bytes(model, setup)[1], model.dtype.itemsize if setup.method == "full" else 4
     p = sum(weights_of(block, item) for block in model.blocks) + around / 2  # gathered once, not again
-    g = 4 * weights_of(model, 0, trained=True)
+    g = 4 * numbers(model)
     W, copies = layout.shards, layout.gpus // layout.shards
     shared = (W - 1) / W * (2 * accumulate * p + g)
     copied = 2 * (copies - 1) / copies * g / W
-    inside, across = (0.0, shared) if layout.across else (shared, 0.0)
-    apart = copies > 1 and (W > 1 or layout.gpus > NODE)  # copies in several nodes
-    return inside + (0 if apart else copied), across + (copied if apart else 0)
+    if layout.shards > NODE:  # rings through all nodes: what is for a node comes in once, through all its cards
+        return shared, shared / NODE
+    if W == 1:
+        return copied, copied / NODE if layout.gpus > NODE else 0.0
+    return shared, copied
 
 
 def show(config: Config, gpus: list[int], seq_len: int, batch: int, accumulate: int, adapter: dict) -> None:
@@ -103,46 +111,37 @@ def show(config: Config, gpus: list[int], seq_len: int, batch: int, accumulate: 
     rows = [["", "GPUs", "--shard", "--remat", "weights", "gradients", "moments", "kept", "peak", "inside", "across",
              "sent in", "computed in"]]  # fmt: skip
     batch = max(1, min(batch, MOST // seq_len))
-    lengths, room = [seq_len] * batch, FITS * (MEMORY - CONTEXT)
+    tokens, room = seq_len * batch, FITS * (MEMORY - CONTEXT)
+    job = Job([seq_len] * batch, tokens, 1.0, seq_len, tokens * accumulate, tokens * accumulate, accumulate)
     for setup in setups(config, torch.device("cpu")):
         for count in gpus:
-            rows.append(best_row(config, setup, count, lengths, accumulate, room, adapter))
+            rows.append(best_row(config, setup, count, job, room, adapter))
     print(report.table(rows))
-    where = f"within its node ({INSIDE / 1e9:.0f} GB/s) and from others ({ACROSS / 1e9:.0f})"
+    where = f"by NVLink ({INSIDE / 1e9:.0f} GB/s) and a card of the network ({ACROSS / 1e9:.0f})"
     print(
-        f"GB a GPU; {batch} x {accumulate} rows of {seq_len:,} tokens a step and GPU, in bf16. kept: by the blocks for"
+        f"GB a GPU; {batch} x {accumulate} rows of {seq_len:,} tokens a step and GPU, bf16. kept: by blocks for their"
     )
-    print(f"the backward; inside, across: what a GPU receives in a step {where};")
-    print(f"computed at {EFFICIENCY:.0%} of {FLOPS / 1e12:.0f} TFLOP/s. Of --shard and --remat the first that fit into")
-    print(f"{room / 1e9:.0f} of {MEMORY / 1e9:.0f} GB (! if none does), nodes of {NODE}; cluster.py has the arithmetic")
+    print(f"backward; inside, across: received in a step {where};")
+    print(f"computed at {EFFICIENCY:.0%} of {FLOPS / 1e12:.0f} TFLOP/s. The fastest --shard and --remat that fit")
+    print(f"{room / 1e9:.0f} of {MEMORY / 1e9:.0f} GB (!: none does); cluster.py has the arithmetic")
 
 
-def best_row(
-    config: Config, setup: Setup, gpus: int, lengths: list[int], accumulate: int, room: float, adapter
-) -> list:
-    name, fits, found = str(setup).replace("--method ", ""), False, None
+def best_row(config: Config, setup: Setup, gpus: int, job: Job, room: float, adapter: dict) -> list:
+    """The fastest of what fits, of sending and computing the longer one; where nothing fits the smallest."""
+    found = []
     for layout in layouts(gpus):
         for kind in ("none", "selective", "block"):
-            setup = replace(setup, remat=kind)
-            model = sketch(config, setup, torch.bfloat16, adapter)
-            memory = memory_a_gpu(model, setup, layout, lengths, accumulate)
-            if found is None or memory.peak < found[0].peak:
-                found = memory, layout, kind, model, setup
+            way = replace(setup, remat=kind)
+            model = sketch(config, way, torch.bfloat16, adapter)
+            memory = memory_a_process(model, way, layout, job)
+            inside, across = traffic(model, way, layout, job.accumulate)
+            sent = inside / INSIDE + across / ACROSS
+            computed = job.tokens * flops_a_token(model, job.reach, 1.0, kind) / (EFFICIENCY * FLOPS)
             fits = memory.peak <= room
-            if fits:
-                found = memory, layout, kind, model, setup
-                break
-        if fits:
-            break
-    memory, layout, kind, model, setup = found
-    inside, across = traffic(model, setup, layout, accumulate)
-    sent = inside / INSIDE + across / ACROSS
-    reach = float(lengths[0])
-    computed = accumulate * sum(lengths) * flops_a_token(model, reach, 1.0, kind) / (EFFICIENCY * FLOPS)
-    parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations)
-    return [
-        *(name, f"{gpus:,}", layout.name, kind, *(f"{part / 1e9:.1f}" for part in parts)),
-        f"{memory.peak / 1e9:.1f}{'' if fits else '!'}",
-        *(f"{part / 1e9:.1f}" for part in (inside, across)),
-        *(f"{seconds:.2f} s" if math.isfinite(seconds) else "" for seconds in (sent, computed)),
-    ]
+            rank = (0, max(sent, computed), sent) if fits else (1, memory.peak, sent)
+            sizes = memory.weights, memory.gradients, memory.optimizer, memory.activations
+            row = [str(setup).replace("--method ", ""), f"{gpus:,}", layout.name, kind]
+            row += [f"{part / 1e9:.1f}" for part in sizes] + [f"{memory.peak / 1e9:.1f}{'' if fits else '!'}"]
+            row += [f"{inside / 1e9:.1f}", f"{across / 1e9:.1f}", f"{sent:.2f} s", f"{computed:.2f} s"]
+            found.append((rank, row))
+    return min(found)[1]

@@ -424,8 +424,9 @@ def train(flags: Flags) -> None:
     found = pick_up(flags) if flags.resume else None
     if found == "complete":
         return
-    if device.type != "cuda" and (flags.optimizer_offload or flags.remat == "offload"):
-        name = "--optimizer-offload" if flags.optimizer_offload else "--remat offload"
+    if device.type != "cuda" and (flags.optimizer_offload or flags.shard_offload or flags.remat == "offload"):
+        name = "--remat offload" if flags.remat == "offload" else "--optimizer-offload"
+        name = "--shard-offload" if flags.shard_offload else name
         raise UserError(f"{name}: is for GPUs; on {device.type} everything is in the host's memory as it is")
     dtype, why = pick_dtype(flags.dtype, device)
     folder = base_folder(flags.model, flags.adapter)
@@ -604,7 +605,9 @@ def describe(flags, model, folder, tokenizer, job, per_epoch, dtype, device, why
             f"          NOTE: steps of --lr {flags.lr:g} are too small for {100 * stuck:.0f} % of the weights; {fate}"
         )
     setup = plan.Setup(flags.method, flags.optimizer, flags.weights, flags.optimizer_offload, flags.remat)
-    memory = plan.expected_memory(model, setup, job.lengths, job.trained, device.type, job.accumulate)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if flags.shard == "hybrid" else distributed.size()
+    layout = cluster.Layout(distributed.size(), 1 if flags.shard == "none" else here)
+    memory = cluster.memory_a_process(model, setup, layout, job, device.type, flags.context_parallel)
     print(f"expected  {memory.peak / 1e9:.1f} GB of memory, {seconds / 60:.1f} min of training", flush=True)
 
 

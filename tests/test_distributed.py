@@ -18,7 +18,7 @@ import cluster
 import distributed
 import train
 from flags import Flags
-from plan import Setup, sketch
+from plan import Job, Setup, sketch
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
@@ -200,7 +200,7 @@ def test_a_rank_of_two_holds_and_reads_half(bases, tmp_path, method):
     adapter = {"rank": 16, "alpha": 16.0, "dropout": 0.0, "targets": "all"}
     setup, layout = Setup(method), cluster.Layout(2, 2)
     model = sketch(checkpoint.read_config(tmp_path / "base"), setup, torch.bfloat16, adapter)
-    memory = cluster.memory_a_gpu(model, setup, layout, [80], 1)
+    memory = cluster.memory_a_process(model, setup, layout, Job([80], 60, 1.0, 20, 80, 60, 1))
     sent = sum(cluster.traffic(model, setup, layout, 1))
     for rank in two:
         assert rank["parameters"] == pytest.approx(memory.weights, rel=0.1)

@@ -17,7 +17,11 @@ import checkpoint
 import cluster
 import distributed
 import train
+from examples import Dataset, Example
 from flags import Flags
+from log import Stop
+from optimizers import make_optimizers
+from order import Stream
 from plan import Job, Setup, sketch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -311,5 +315,30 @@ def test_what_can_not_share_a_batch_is_refused(bases, runs, tmp_path, monkeypatc
     assert "not with routed experts" in said and 'train.py", line' not in said
 
 
-def test_default_shards():
-    assert Flags().shard is None and Flags().reduce == "last"
+class Losses(list):
+    """A log that keeps a run's losses."""
+
+    stop = Stop()  # no signal
+
+    def step(self, number, loss, *_):
+        self.append(float(loss))
+
+
+@pytest.mark.parametrize("way", ["shards on the host", "the optimizer's state on the host"])
+def test_offloaded_shards_train_as_they_do_on_the_device(bases, way):
+    rng, found = torch.Generator().manual_seed(0), []
+    ids = torch.randint(0, 300, (12, 20), generator=rng).tolist()
+    data = Dataset([Example(row, [False] * 5 + [True] * 15) for row in ids])
+    for offload in (False, True):
+        flags = Flags(method="full", lr=1e-3, steps=5, warmup=0, weight_decay=0.1, batch_size=6, shard="full")
+        flags.shard_offload = offload and way == "shards on the host"
+        flags.optimizer_offload = offload and not flags.shard_offload
+        device = distributed.start(torch.device("cpu"))
+        model = train.prepare(flags, bases["llama"], torch.float32, device)
+        assert distributed.sharded(model)
+        steppers = make_optimizers(model, "adamw", flags.lr, flags.weight_decay, flags.optimizer_offload)
+        steps = train.step_parts(data, Stream(data.lengths, [12], [12], 0), flags, device)
+        found.append(Losses())
+        train.optimize(model, steppers, steps, flags, found[-1], device, lambda *_: False)
+        distributed.stop()
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and found[0][-1] < found[0][0] - 0.5

@@ -108,11 +108,11 @@ def is_first() -> bool:
 def in_turn() -> Iterator[None]:
     """The first process of each machine does the block, then the others: what it leaves in the cache serves them."""
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    if size() > 1 and not first:
-        dist.barrier()
+    if not first:
+        agreed(True)
     yield
-    if size() > 1 and first:
-        dist.barrier()
+    if first:
+        agreed(True)
 
 
 def total(x: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def total(x: Tensor) -> Tensor:
 
 
 def agreed(fine: bool, group=None) -> bool:
-    """Whether all processes say so."""
+    """Whether all processes say so; waits for them. (Between CPUs: it notices at once when one of them dies.)"""
     if size() == 1:
         return fine
     against = torch.tensor(int(not fine))

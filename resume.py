@@ -114,7 +114,7 @@ class Saver:
 
     def __init__(self, out: Path, keep: int, asynchronous: bool, say):
         self.folder, self.keep, self.say = out / FOLDER, keep, say
-        self.thread, self.newest, self.failed = None, None, None
+        self.thread, self.newest, self.failed, self.broken = None, None, None, None
         # its messages must not mix with those of the training, which another thread sends meanwhile
         apart = asynchronous and distributed.size() > 1
         self.asynchronous, self.group = asynchronous, dist.new_group(backend="gloo") if apart else None
@@ -127,13 +127,21 @@ class Saver:
             self.wait()
             return
         copied = {name: copy(tensor) for name, tensor in tensors.items()}
-        self.thread = threading.Thread(target=self.write, args=(state, copied))
+        self.thread = threading.Thread(target=self.write_beside, args=(state, copied))
         self.thread.start()
+
+    def write_beside(self, state: dict, tensors: dict[str, Tensor]) -> None:
+        try:
+            self.write(state, tensors)
+        except BaseException as error:  # noqa: BLE001 (the training's thread raises it)
+            self.broken = error
 
     def wait(self) -> None:
         """For a write that is under way; says how it went."""
         if self.thread:
             self.thread.join()
+        if self.broken:
+            raise self.broken
         if self.failed:
             kept = f"; {self.newest} is the newest that is whole" if self.newest else ""
             self.say(f"WARNING   no checkpoint: {self.failed}{kept}; training goes on")
@@ -161,12 +169,17 @@ class Saver:
     def prune(self) -> None:
         """Keeps the newest ones and the one with the lowest validation loss."""
         there = steps(self.folder)
-        losses = {path: read_json(path / STATE).get("val_loss") for path in there}
+        losses = {path: validation_loss(path) for path in there}
         validated = [path for path in there if losses[path] is not None]
         best = min(validated, key=losses.get, default=None)
         for path in there[: -self.keep]:
             if path != best:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def validation_loss(folder: Path) -> float | None:
+    with contextlib.suppress(UserError, OSError):  # a damaged one has none
+        return read_json(folder / STATE).get("val_loss")
 
 
 def copy(tensor: Tensor) -> Tensor:
@@ -228,7 +241,8 @@ def amount(size: float) -> str:
 
 def check_room(out: Path, size: float, what: str) -> None:
     """UserError where the disk has no room for so many bytes, or takes none."""
-    free, trial = shutil.disk_usage(out).free, out / f".trial-{os.getpid()}"
+    there = sum(path.lstat().st_size for path in out.rglob("*"))  # of the run that goes on, which will be replaced
+    free, trial, size = shutil.disk_usage(out).free, out / f".trial-{os.getpid()}", max(0.0, size - there)
     if free < size:
         raise UserError(f"{out}: {what} take {amount(size)}, and {amount(free)} are free")
     try:

@@ -429,7 +429,8 @@ def train(flags: Flags) -> None:
         name = "--shard-offload" if flags.shard_offload else name
         raise UserError(f"{name}: is for GPUs; on {device.type} everything is in the host's memory as it is")
     dtype, why = pick_dtype(flags.dtype, device)
-    folder = base_folder(flags.model, flags.adapter)
+    with distributed.in_turn():
+        folder = base_folder(flags.model, flags.adapter)
     config = checkpoint.read_config(folder)
     if flags.plan and flags.gpus:
         seq_len = min(flags.seq_len or 2048, config.max_positions)

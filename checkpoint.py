@@ -347,12 +347,18 @@ def save_model(
     if len(dtypes) == 1:
         config["dtype" if "dtype" in model.config.raw else "torch_dtype"] = dtypes.pop()
     with by_first_alone(new_folder(folder, replace=True)) as aside:
-        if aside:
-            write_json(config, aside / "config.json")
-            copy_tokenizer(model.source, aside)
-        save_shards(weights, aside)
-        if aside and also:
-            also(aside)
+        error = None
+        try:
+            if aside:
+                write_json(config, aside / "config.json")
+                copy_tokenizer(model.source, aside)
+                if also:
+                    also(aside)
+        except OSError as caught:
+            error = caught
+        save_shards(weights, aside if error is None else None)  # all have to gather
+        if error:
+            raise error
 
 
 class Stored(NamedTuple):

@@ -43,7 +43,7 @@ class Layout:
 
 def layouts(gpus: int) -> list[Layout]:
     """From the least traffic to the least memory."""
-    found = [Layout(gpus, 1), Layout(gpus, min(NODE, gpus)), Layout(gpus, gpus)]
+    found = [Layout(gpus, 1), Layout(gpus, gpus)] + [Layout(gpus, NODE)] * (gpus % NODE == 0)
     return list(dict.fromkeys(found))
 
 
@@ -145,3 +145,37 @@ def best_row(config: Config, setup: Setup, gpus: int, job: Job, room: float, ada
             row += [f"{inside / 1e9:.1f}", f"{across / 1e9:.1f}", f"{sent:.2f} s", f"{computed:.2f} s"]
             found.append((rank, row))
     return min(found)[1]
+
+
+def relief(
+    config: Config, setup: Setup, layout: Layout, job: Job, shape: tuple[int, int, int], device, dtype, adapter: dict
+) -> str:
+    """For a run that had too little memory: what was expected to be where, and the three flags that help most. shape:
+    --batch-size, --accumulate, --seq-len."""
+    batch, accumulate, seq_len = shape
+
+    def takes(setup: Setup, lengths: list[int] = job.lengths, times: int = job.accumulate, layout=layout) -> Memory:
+        trained = math.ceil(job.trained * sum(lengths) / sum(job.lengths))
+        one = replace(job, lengths=lengths, trained=trained, accumulate=times)
+        return memory_a_process(sketch(config, setup, dtype, adapter), setup, layout, one, device.type)
+
+    half, shorter = job.lengths[: math.ceil(len(job.lengths) / 2)], [min(n, seq_len // 2) for n in job.lengths]
+    ways = {"--remat block": takes(replace(setup, remat="block")), f"--seq-len {seq_len // 2}": takes(setup, shorter)}
+    if layout.shards < layout.gpus:
+        ways["--shard full"] = takes(setup, layout=Layout(layout.gpus, layout.gpus))
+    if batch > 1:
+        ways[f"--batch-size {batch // 2} --accumulate {2 * accumulate}"] = takes(setup, half, 2)
+    if setup.method == "full":
+        ways["--optimizer adamw8bit --weights bf16"] = takes(replace(setup, optimizer="adamw8bit", weights="bf16"))
+        ways["--method lora"] = takes(Setup("lora", remat=setup.remat))
+    elif setup.method == "lora":
+        ways["--method qlora"] = takes(replace(setup, method="qlora"))
+    expected = takes(setup)
+    best = sorted(ways, key=lambda way: ways[way].peak)[:3]
+    parts = ("weights", "gradients", "optimizer", "activations", "logits")
+    return (
+        f"Expected were {expected.peak / 1e9:.2f} GB: "
+        + ", ".join(f"{part} {getattr(expected, part) / 1e9:.2f}" for part in parts)
+        + "; what helps most: "
+        + ", ".join(f"{way} ({ways[way].peak / 1e9:.2f})" for way in best)
+    )

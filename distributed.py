@@ -27,10 +27,11 @@ from context import Context
 from errors import UserError
 
 SETUP = timedelta(hours=12)  # that processes wait for the first of them, which may tokenise for long
+WRITING = timedelta(hours=1)  # or which writes
 MESSAGE = 1 << 24  # numbers: large enough for the network's full speed, small beside a model
 LITTLE = 0.25  # of a device's memory: a frozen base that takes no more is held whole by every process
 context: Context | None = None  # where several processes share each batch
-LOST = ("gloo", "nccl", "connection", "timed out", "timeout", "watchdog", "socket", "store")  # in errors of a group
+limit, groups = SETUP, []  # of waiting for others; groups of processes beside that of all
 
 
 def launched() -> bool:
@@ -63,24 +64,52 @@ def start(device: torch.device) -> torch.device:
 
 def ready(seconds: float) -> None:
     """The long waits are over: from now on a process that hears nothing for so many seconds gives up."""
+    global limit
+    limit = timedelta(seconds=seconds)
+    set_limit(limit)
+
+
+def set_limit(time: timedelta) -> None:
     if dist.is_initialized():
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+        for group in (None, *groups):
+            dist.distributed_c10d._set_pg_timeout(time, group)
+
+
+@contextlib.contextmanager
+def patient() -> Iterator[None]:
+    """While the first process writes something large, which the others wait for."""
+    set_limit(max(WRITING, limit))
+    try:
+        yield
+    finally:
+        set_limit(limit)
+
+
+def new_group(ranks: list[int] | None = None, backend: str | None = None):
+    """Of these processes; those of no others call it as well. It gives up as the group of all does."""
+    group = dist.new_group(ranks, timeout=limit, backend=backend)
+    if ranks is None or rank() in ranks:
+        groups.append(group)
+    return group
 
 
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
         mesh.cache_clear()
+        groups.clear()
 
 
 def share_batches(count: int) -> None:
     """From now on so many neighbouring processes compute each batch together (context.py)."""
     global context
+    if size() % count:
+        raise UserError(f"--context-parallel {count}: {size()} processes are no multiple")
     context = None
     if count > 1:
         starts = range(0, size(), count)
-        groups = [dist.new_group(list(range(start, start + count))) for start in starts]  # all make all of them
-        context = Context(count, rank() % count, groups[rank() // count])
+        all_of_them = [new_group(list(range(start, start + count))) for start in starts]
+        context = Context(count, rank() % count, all_of_them[rank() // count])
 
 
 def hands() -> int:
@@ -90,6 +119,11 @@ def hands() -> int:
 
 def hand() -> int:
     return rank() // (context.size if context else 1)
+
+
+def on_node() -> int:
+    """Processes of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", size()))
 
 
 def rank() -> int:
@@ -247,8 +281,9 @@ def mesh(kind: str, device: str):
 
     if kind == "full":
         return init_device_mesh(device, (size(),), mesh_dim_names=("shard",))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", size()))
-    return init_device_mesh(device, (size() // here, here), mesh_dim_names=("copies", "shard"))
+    found = init_device_mesh(device, (size() // on_node(), on_node()), mesh_dim_names=("copies", "shard"))
+    groups.extend(found.get_all_groups())
+    return found
 
 
 def sharded(model: nn.Module) -> bool:
@@ -291,13 +326,15 @@ def group_of(x: Tensor):
     return x.device_mesh.get_group("shard")
 
 
-def like(x: Tensor, mine: Tensor, on_cpu: bool = False) -> Tensor:
+def like(x: Tensor, mine: Tensor) -> Tensor:
     """A DTensor laid out as x is, of rows of this process (with x's shape, or one number a row)."""
     from torch.distributed.tensor import DTensor
 
     shape = torch.Size((x.shape[0], *mine.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
-    where = mesh("full" if x.device_mesh.ndim == 1 else "hybrid", "cpu") if on_cpu else x.device_mesh
+    where = x.device_mesh
+    if mine.device.type != where.device_type:  # a copy on the host: on the GPUs' mesh it would be moved there
+        where = mesh("full" if where.ndim == 1 else "hybrid", mine.device.type)
     return DTensor.from_local(mine, where, x.placements, run_check=False, shape=shape, stride=stride)
 
 
@@ -361,7 +398,8 @@ def clip(parameters: list[Tensor], most: float) -> Tensor:
 
 def lost(error: BaseException) -> bool:
     """Whether an error says that another process is gone, or was waited for too long."""
-    return size() > 1 and isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
+    of_a_group = isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl"))
+    return size() > 1 and isinstance(error, RuntimeError) and of_a_group
 
 
 def gone(error: BaseException) -> UserError:

@@ -277,6 +277,8 @@ def check(flags: Flags) -> None:
         raise UserError("--gpus: numbers above 0 are wanted")
     if flags.resume and not flags.out:
         raise UserError("--resume: needs --out, the folder of the run that is to go on")
+    if flags.resume and flags.profile:
+        raise UserError("--profile looks at a run's first steps, and --resume has them behind it")
     if flags.resume and flags.overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it; give one of them")
     there = Path(flags.out).iterdir() if flags.out and Path(flags.out).exists() else ()

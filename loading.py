@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import fingerprint
+from distributed import by_first
 from errors import UserError, printable
 from lora import load_adapter, note
 from model import Transformer, quantized
@@ -47,7 +48,7 @@ def put_adapter(model: Transformer, adapter: str | Path, say: Callable = print) 
     made_on, quant = (note(adapter).get(key) for key in ("base_sha256", "quant"))
     if quant in KINDS and not in_bits(model):
         say(f"NOTE: {adapter} was trained on its base in {quant}; --quant {quant} gives it that one")
-    if made_on is not None and made_on != fingerprint(model.source):
+    if made_on is not None and made_on != by_first(lambda: fingerprint(model.source)):
         say(f"WARNING: {adapter} was trained on other weights than those of {model.source}; its answers will suffer")
 
 

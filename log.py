@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import report
-from distributed import gathered, is_first
+from distributed import gathered, is_first, size
 from errors import UserError
 from examples import Example
 from flags import Flags
@@ -35,11 +35,11 @@ class Log:
 
     def __init__(self, flags: Flags, out: Path, flops: float, device: torch.device, state: dict | None = None):
         """state: of a run that goes on, what `state` returned."""
-        self.wandb = start_wandb(flags, out) if flags.wandb and is_first() else None
         begun = state or {"step": 0, "tokens": 0, "seconds": 0.0, "skipped": 0, "in_a_row": 0}
         self.lines = Lines(
             out / "metrics.jsonl" if is_first() else None, bool(state), lambda line: self.bar.write(line)
         )
+        self.wandb = start_wandb(flags, out, begun.get("wandb")) if flags.wandb and is_first() else None
         self.out, self.stop, self.skipped, self.in_a_row = out, Stop(), begun["skipped"], begun["in_a_row"]
         shown = is_first() and sys.stderr.isatty()
         self.bar = tqdm(total=flags.steps, initial=begun["step"], unit="step", disable=not shown, dynamic_ncols=True)
@@ -49,16 +49,17 @@ class Log:
         self.peak = next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None)
 
     def step(self, step, loss, norm, rate, tokens: int, trained: int, examples: list[Example], more: dict) -> None:
+        values = Later(torch.stack([loss, norm, *more.values()]).detach().float())
         self.flush()  # waits for the step before this one, so the clock below ticks at the device's pace
         now = time.perf_counter()
-        self.waiting = (step, loss, norm, rate, tokens, trained, examples, more, now - self.last)
+        self.waiting = (step, values, [*more], rate, tokens, trained, examples, now - self.last)
         self.last = now
 
     def flush(self) -> None:
         if self.waiting is None:
             return
-        (step, loss, norm, rate, tokens, trained, examples, more, seconds), self.waiting = self.waiting, None
-        loss, norm = float(loss), float(norm)
+        (step, values, names, rate, tokens, trained, examples, seconds), self.waiting = self.waiting, None
+        loss, norm, *more = values.read()
         fine = math.isfinite(loss) and math.isfinite(norm)
         self.in_a_row = 0 if fine else self.in_a_row + 1
         if not fine:
@@ -69,8 +70,8 @@ class Log:
         self.tokens += tokens
         line = {"step": step, "loss": loss if fine else None, "lr": rate, "grad_norm": norm if fine else None}
         line |= {"tokens": tokens, "trained_tokens": trained} | ({} if fine else {"skipped": self.skipped})
-        line |= {"tokens_per_s": speed, "mfu": self.peak and self.flops * speed / self.peak}
-        line |= {name: float(value) if fine else None for name, value in more.items()}
+        line |= {"tokens_per_s": speed, "mfu": self.peak and self.flops * speed / (self.peak * size())}
+        line |= {name: value if fine else None for name, value in zip(names, more, strict=True)}
         self.write(line | {"seconds": total, "memory_mb": report.peak_memory(self.device) / 1e6})
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
         self.bar.update()
@@ -81,6 +82,7 @@ class Log:
         """Names a step's examples, of all processes, writes them down and ends the run."""
         mine = [[e.where, np.asarray(e.ids).tolist(), np.asarray(e.trained, float).tolist()] for e in examples]
         found = [dict(zip(("where", "ids", "trained"), e)) for part in gathered(mine) for e in part if e[0]]
+        found = list({e["where"]: e for e in found}.values())  # several processes may share a batch
         file = self.out / "bad_batch.jsonl"
         if is_first():
             with contextlib.suppress(OSError):
@@ -107,6 +109,7 @@ class Log:
         self.flush()
         self.lines.sync()
         counted = {"tokens": self.tokens, "skipped": self.skipped, "in_a_row": self.in_a_row}
+        counted |= {"wandb": self.wandb.id} if self.wandb else {}
         return {"step": step, "seconds": time.perf_counter() - self.start} | counted
 
     def close(self) -> None:
@@ -115,6 +118,23 @@ class Log:
         self.lines.close()
         if self.wandb:
             self.wandb.finish()
+
+
+class Later:
+    """Numbers of a device that are on their way to the host while it goes on."""
+
+    def __init__(self, values: torch.Tensor):
+        self.values, self.there = values, None
+        if values.is_cuda:
+            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self.values.copy_(values, non_blocking=True)
+            self.there = torch.cuda.Event()
+            self.there.record()
+
+    def read(self) -> list[float]:
+        if self.there:
+            self.there.synchronize()  # with this copy, not with what was launched after it
+        return self.values.tolist()
 
 
 class Lines:
@@ -195,14 +215,19 @@ class Stop:
         os.close(self.sent)  # which ends the thread
 
 
-def start_wandb(flags: Flags, out: Path):
-    """The wandb run, whose complaints become one line."""
+def start_wandb(flags: Flags, out: Path, number: str | None = None):
+    """The wandb run, whose complaints become one line. number: of a run that goes on."""
     import wandb
 
+    fresh = not (out / "wandb").exists()
     try:
-        return wandb.init(project=flags.wandb, config=dataclasses.asdict(flags), dir=str(out))
+        settings = {"id": number, "resume": "allow"} if number else {}
+        return wandb.init(project=flags.wandb, config=dataclasses.asdict(flags), dir=str(out), **settings)
     except wandb.errors.Error as error:
-        shutil.rmtree(out / "wandb", ignore_errors=True)
-        with contextlib.suppress(OSError):
-            out.rmdir()
+        if fresh:  # nothing half-written
+            shutil.rmtree(out / "wandb", ignore_errors=True)
+            for file in (out / "metrics.jsonl",) * (number is None):
+                file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                out.rmdir()
         raise UserError(f"--wandb {flags.wandb}: {error} Or set WANDB_MODE=offline") from None

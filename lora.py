@@ -151,10 +151,11 @@ def add_lora(
     if rank > most:
         raise UserError(f"--rank {rank}: no layer here is larger than {most}")
     model.requires_grad_(False)
-    for number, name in enumerate(dict.fromkeys(chosen)):
+    chosen = [name for name in linears if name in set(chosen)]  # in the model's order, however they were named
+    for number, name in enumerate(chosen):
         parent, leaf = model.get_submodule(linears[name].rpartition(".")[0]), linears[name].rpartition(".")[2]
         setattr(parent, leaf, LoRALinear(getattr(parent, leaf), rank, alpha, dropout, model.noise, number))
-    return list(dict.fromkeys(chosen))
+    return chosen
 
 
 def adapted(model: Transformer) -> dict[str, LoRALinear]:

@@ -93,6 +93,8 @@ class AdamW(Optimizer):
         return state
 
     def fused(self, parameters: list[Tensor], group: dict, bad: Tensor | None) -> None:
+        if bad is not None:
+            bad = bad.to(local(parameters[0]).device)  # waits, where the parameters live on the host
         states = [self.state.get(p) or self.begin(p, group) for p in parameters]
         columns = ([state[name] for state in states] for name in ("m", "v"))
         (beta1, beta2), steps = group["betas"], [state["step"] for state in states]

@@ -298,32 +298,3 @@ def recommend(config: Config, job: Job, dtype, adapter: dict, fitting: list, roo
         why += "; 16-bit weights do not fit"
     more = f" --rank {enough}" if rank < enough and method != "full" else ""
     return f"{setup}{more}: {peak / 1e9:.1f} of {room / 1e9:.1f} GB; {why}"
-
-
-def relief(config: Config, setup: Setup, job: Job, shape: tuple[int, int, int], device, dtype, adapter: dict) -> str:
-    """For a run that had too little memory: what was expected to be where, and the three flags that help most. shape:
-    --batch-size, --accumulate, --seq-len."""
-    batch, accumulate, seq_len = shape
-
-    def takes(setup: Setup, lengths: list[int] = job.lengths, times: int = job.accumulate) -> Memory:
-        trained = math.ceil(job.trained * sum(lengths) / sum(job.lengths))
-        return expected_memory(sketch(config, setup, dtype, adapter), setup, lengths, trained, device.type, times)
-
-    half, shorter = job.lengths[: math.ceil(len(job.lengths) / 2)], [min(n, seq_len // 2) for n in job.lengths]
-    ways = {"--remat block": takes(replace(setup, remat="block")), f"--seq-len {seq_len // 2}": takes(setup, shorter)}
-    if batch > 1:
-        ways[f"--batch-size {batch // 2} --accumulate {2 * accumulate}"] = takes(setup, half, 2)
-    if setup.method == "full":
-        ways["--optimizer adamw8bit --weights bf16"] = takes(replace(setup, optimizer="adamw8bit", weights="bf16"))
-        ways["--method lora"] = takes(Setup("lora", remat=setup.remat))
-    elif setup.method == "lora":
-        ways["--method qlora"] = takes(replace(setup, method="qlora"))
-    expected = takes(setup)
-    best = sorted(ways, key=lambda way: ways[way].peak)[:3]
-    parts = ("weights", "gradients", "optimizer", "activations", "logits")
-    return (
-        f"Expected were {expected.peak / 1e9:.2f} GB: "
-        + ", ".join(f"{part} {getattr(expected, part) / 1e9:.2f}" for part in parts)
-        + "; what helps most: "
-        + ", ".join(f"{way} ({ways[way].peak / 1e9:.2f})" for way in best)
-    )

@@ -60,6 +60,8 @@ def quantize_8bit(flat: Tensor, signed: bool = True) -> tuple[Tensor, Tensor]:
     """Blocks of 256 of float32 [n], the last one shorter, in numbers of `dynamic_code`: (codes uint8 [n], scales
     float32 [ceil(n / 256)]). The way back is kernels.nf4.dequantize_8bit."""
     numbers, table = dynamic_code(flat.device, signed), by_steps(signed) if flat.device.type == "cpu" else None
+    if not len(flat):  # of a process without rows
+        return flat.to(torch.uint8), flat
     whole = len(flat) // NESTED_BLOCK * NESTED_BLOCK
     parts = [flat[:whole].view(-1, NESTED_BLOCK), flat[whole:].view(1, -1)]
     found = [nearest(part, numbers, table) for part in parts if part.numel()]

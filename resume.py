@@ -41,21 +41,25 @@ LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-\d+")  # of f
 TRIAL = 64 << 20  # bytes that are written to see whether a disk takes them; beyond, its word is believed
 # flags that change no number of a run, or only how it is computed; the data and the base are compared by what they hold
 FREE = {
-    *("model", "data", "replay", "val", "out", "overwrite", "resume", "plan", "profile", "wandb", "save_every", "keep"),
     *(
-        "save_async",
-        "shard",
-        "shard_offload",
-        "reduce",
-        "timeout",
-        "context_parallel",
-        "remat",
-        "compile",
-        "device",
-        "eval_every",
+        "model",
+        "data",
+        "replay",
+        "val",
+        "val_fraction",
+        "out",
+        "overwrite",
+        "resume",
+        "plan",
+        "gpus",
+        "profile",
+        "wandb",
     ),
-    *("patience", "batch_size", "accumulate", "deterministic", "val_fraction"),
+    *("save_every", "keep", "save_async", "shard", "shard_offload", "reduce", "timeout", "context_parallel", "remat"),
+    *("compile", "device", "eval_every", "patience", "batch_size", "accumulate", "deterministic"),
 }
+# what belongs to a start and not to the run, or is taken up before the others (take_layout)
+OF_THIS_START = {"out", "resume", "overwrite", "plan", "gpus", "timeout", "device", "shard", "context_parallel"}
 
 
 # ------------------------------------------------------------------------------------------------- what is kept
@@ -117,7 +121,7 @@ class Saver:
         self.thread, self.newest, self.failed, self.broken = None, None, None, None
         # its messages must not mix with those of the training, which another thread sends meanwhile
         apart = asynchronous and distributed.size() > 1
-        self.asynchronous, self.group = asynchronous, dist.new_group(backend="gloo") if apart else None
+        self.asynchronous, self.group = asynchronous, distributed.new_group(backend="gloo") if apart else None
 
     def save(self, state: dict, tensors: dict[str, Tensor]) -> None:
         """All processes call it, after the same step. state: for state.json, of which "step" is the number."""
@@ -127,7 +131,7 @@ class Saver:
             self.wait()
             return
         copied = {name: copy(tensor) for name, tensor in tensors.items()}
-        self.thread = threading.Thread(target=self.write_beside, args=(state, copied))
+        self.thread = threading.Thread(target=self.write_beside, args=(state, copied), daemon=True)
         self.thread.start()
 
     def write_beside(self, state: dict, tensors: dict[str, Tensor]) -> None:
@@ -153,28 +157,43 @@ class Saver:
             with distributed.by_first_alone(new_folder(self.folder / name, replace=True), self.group) as aside:
                 path = Path(distributed.from_first(str(aside), self.group))
                 write_shards(tensors, path, self.group)
-                mine = {file.name: file_sha256(file) for file in path.glob(f"shard-{distributed.rank() + 1:05}-*")}
+                mine, error = {}, None
+                try:
+                    mine = {file.name: file_sha256(file) for file in path.glob(f"shard-{distributed.rank() + 1:05}-*")}
+                except OSError as caught:
+                    error = caught
+                distributed.all_or_none(error, self.group)
                 hashes = {k: v for part in distributed.gathered(mine, self.group) for k, v in part.items()}
                 if aside:
+                    if lacking := sorted(name for name in hashes if not (aside / name).is_file()):
+                        raise OSError(0, f"{lacking[0]} is missing, not all machines see this folder", str(aside))
                     write_json(state, aside / STATE)
                     write_json(hashes | {STATE: file_sha256(aside / STATE)}, aside / MANIFEST)
             self.newest = name
             if is_first():
                 with contextlib.suppress(OSError):  # the older one it leads to is whole as well
                     point(self.folder / LATEST, name)
-                self.prune()
+                self.prune(state["step"])
         except OSError as error:
             self.failed = f"{error.filename or self.folder}: {error.strerror or error}"
 
-    def prune(self) -> None:
+    def prune(self, step: int) -> None:
         """Keeps the newest ones and the one with the lowest validation loss."""
-        there = steps(self.folder)
+        there = [path for path in steps(self.folder) if step_of(path) <= step]
         losses = {path: validation_loss(path) for path in there}
         validated = [path for path in there if losses[path] is not None]
         best = min(validated, key=losses.get, default=None)
         for path in there[: -self.keep]:
             if path != best:
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
+
+
+def remove(folder: Path) -> None:
+    """Takes a checkpoint away, which is whole or has another name."""
+    aside = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    with contextlib.suppress(OSError):
+        folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def validation_loss(folder: Path) -> float | None:
@@ -185,7 +204,7 @@ def validation_loss(folder: Path) -> float | None:
 def copy(tensor: Tensor) -> Tensor:
     """The same in the host's memory, of its own."""
     mine = local(tensor).detach().to("cpu", copy=True)
-    return like(tensor, mine, on_cpu=True) if is_sharded(tensor) else mine
+    return like(tensor, mine) if is_sharded(tensor) else mine
 
 
 def distributed_checkpoint():
@@ -211,7 +230,7 @@ def write_shards(tensors: dict[str, Tensor], folder: Path, group) -> None:
 
 def point(link: Path, name: str) -> None:
     """Makes a link, in one go."""
-    aside = link.parent / f".{link.name}.{os.getpid()}"
+    aside = link.parent / f".{link.name}.partial-{os.getpid()}"
     aside.unlink(missing_ok=True)
     aside.symlink_to(name)
     aside.replace(link)
@@ -220,7 +239,11 @@ def point(link: Path, name: str) -> None:
 def steps(folder: Path) -> list[Path]:
     """The checkpoints under a folder, the oldest first."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -232,7 +255,7 @@ def clear_leftovers(folder: Path) -> None:
         if found and found["kind"] == "replaced" and not (folder / found["name"]).exists():
             path.rename(folder / found["name"])
         elif found:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def amount(size: float) -> str:
@@ -242,7 +265,7 @@ def amount(size: float) -> str:
 def check_room(out: Path, size: float, what: str) -> None:
     """UserError where the disk has no room for so many bytes, or takes none."""
     there = sum(path.lstat().st_size for path in out.rglob("*"))  # of the run that goes on, which will be replaced
-    free, trial, size = shutil.disk_usage(out).free, out / f".trial-{os.getpid()}", max(0.0, size - there)
+    free, trial, size = shutil.disk_usage(out).free, out / f".trial.partial-{os.getpid()}", max(0.0, size - there)
     if free < size:
         raise UserError(f"{out}: {what} take {amount(size)}, and {amount(free)} are free")
     try:
@@ -269,6 +292,7 @@ class Found:
     folder: Path
     state: dict
     notes: list[str]
+    complete: bool = False  # the run has ended
 
 
 def newest(out: Path) -> Found | None:
@@ -292,6 +316,8 @@ def damage(folder: Path) -> str | None:
         return str(error)
     if STATE not in manifest:
         return f"{folder / MANIFEST}: names no {STATE}"
+    if strange := sorted(file.name for file in folder.glob("*.safetensors") if file.name not in manifest):
+        return f"{folder / strange[0]}: is not in the manifest"
     for name, wanted in manifest.items():
         file = folder / Path(name).name
         if not file.is_file():
@@ -358,7 +384,7 @@ def truncate_metrics(file: Path, step: int) -> None:
     kept = []
     if file.is_file():
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, TypeError, KeyError):
                 if line.endswith("\n") and json.loads(line)["step"] <= step:
                     kept.append(line)
     with new_file(file) as aside:
@@ -372,24 +398,42 @@ def take_flags(flags: Flags, given: set[str], state: dict, where: Path) -> list[
     """Completes the flags of a run that goes on by those of its checkpoint; lines about what changes. given: names of
     the flags that were typed. UserError lists those that would change what is computed."""
     saved, notes, others = state["flags"], [], []
+    if saved["map"] and "map" not in given:
+        raise UserError(f"--resume: the run goes through --map {saved['map']}; give it again, it is code to be run")
     for name, value in saved.items():
         now = getattr(flags, name, None)
-        if name not in given and name not in ("out", "resume", "overwrite", "plan", "timeout", "device", "shard"):
+        if name in OF_THIS_START:
+            continue
+        if name not in given or now == "auto":
             setattr(flags, name, value)
         elif name not in FREE and now != value and not (name == "epochs" and value is None):
             others.append(f"--{name.replace('_', '-')} {now} (it was {value})")
     if others:
         raise UserError(f"--resume: {where} was made with other flags: {', '.join(others)}; leave them out")
+    for name in ("shard", "context_parallel", "compile", "remat"):
+        now = getattr(flags, name)
+        if now not in (None, saved[name]):
+            notes.append(f"--{name.replace('_', '-')} {now}, {saved[name]} before: equal to rounding, not to the bit")
     product, hands = saved["batch_size"] * saved["accumulate"] * state["processes"], distributed.hands()
     if flags.batch_size * flags.accumulate * hands != product:
         times, rest = divmod(product, flags.batch_size * hands)
-        if rest or not times or "accumulate" in given:
+        if rest or not times or ("accumulate" in given and hands == state["processes"]):
             raise UserError(
                 f"--resume: a step had {product} examples; --batch-size {flags.batch_size} x --accumulate"
                 f" {flags.accumulate} x {hands} processes is not that, choose a --batch-size of which it is a multiple"
             )
         notes.append(f"--accumulate {times}: {flags.batch_size} x {times} x {hands} processes, as many as before")
         flags.accumulate = times
-    if hands != state["processes"]:
-        notes.append(f"{state['processes']} processes before, {hands} now: equal to rounding, no longer to the bit")
+    if distributed.size() != len(state["random"]):
+        before = len(state["random"])
+        notes.append(f"{before} processes before, {distributed.size()} now: equal to rounding, not to the bit")
     return notes
+
+
+def take_layout(flags: Flags, given: set[str], state: dict) -> None:
+    """How processes share model and batches, which has to be known before anything else: as before, where it can be."""
+    saved, alike = state["flags"], len(state["random"]) == distributed.size()
+    if "context_parallel" not in given and distributed.size() % saved["context_parallel"] == 0:
+        flags.context_parallel = saved["context_parallel"]
+    if "shard" not in given and (alike or saved["shard"] == "none"):
+        flags.shard = saved["shard"]

@@ -41,6 +41,7 @@ from data import collate, cut_rows, load, most_tokens, row_batches, split
 from demo import TASK, Demo
 from errors import UserError, run
 from examples import IDLE, Dataset, Example
+from files import new_file
 from flags import LORA, VAL_FRACTION, Flags, parse_flags, replayed, weighted
 from formats import Map
 from inspection import quick_checks
@@ -173,6 +174,9 @@ def prepare(flags: Flags, folder: Path, dtype: torch.dtype, device: torch.device
         distributed.shard(model, flags.shard, device, gathered, flags.shard_offload)
 
     model = checkpoint.load_model(folder, narrow, "cpu" if flags.shard_offload else device, flags.quant, arrange)
+    if flags.shard_offload:  # what is not in shards is not brought to the device when it is needed
+        for p in model.parameters():
+            p.data = p.data if distributed.is_sharded(p) else p.data.to(device)
     if flags.adapter and not flags.resume:
         lora.fill(model, flags.adapter)
     else:
@@ -224,8 +228,10 @@ def choose_shards(flags: Flags, config: Config, folder: Path, device: torch.devi
         why = f": the frozen base is small, {size / 1e9:.1f} GB" if flags.shard == "none" else ""
     if flags.shard == "none" and flags.shard_offload:
         raise UserError("--shard-offload: keeps shards on the host, and --shard is none")
-    if flags.shard == "hybrid" and count == int(os.environ.get("LOCAL_WORLD_SIZE", count)):
+    if flags.shard == "hybrid" and count == distributed.on_node():
         raise UserError("--shard hybrid: shards inside a node and copies across nodes, and there is one node")
+    if flags.shard == "hybrid" and not distributed.agreed(count % distributed.on_node() == 0):
+        raise UserError("--shard hybrid: the nodes must have equally many processes")
     held = {"none": "each holds the whole model", "full": "each holds a part of every tensor"}
     return f"{count} processes, {held.get(flags.shard, 'each node holds the whole model')}{why}"
 
@@ -403,6 +409,9 @@ def optimize(
 def main() -> None:
     try:
         train(parse_flags(sys.argv[1:]))
+    except torch.OutOfMemoryError as error:  # before the loop, which knows more
+        what = str(error).partition(".")[0]
+        raise UserError(f"out of memory: {what}; --plan says what fits, --method qlora takes least") from None
     except RuntimeError as error:
         if not distributed.lost(error):
             raise
@@ -411,19 +420,20 @@ def main() -> None:
 
 
 def train(flags: Flags) -> None:
+    device = pick_device(flags.device)
+    if distributed.launched() or flags.shard not in (None, "none"):
+        device = distributed.start(device)
+    found = pick_up(flags) if flags.resume else None
+    if found and found.complete:
+        return
+    if flags.shard not in (None, "none"):  # of the run that goes on, it may be
+        device = distributed.start(device)
+    if found is None:
+        distributed.share_batches(flags.context_parallel)
     if flags.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of two sizes, cuBLAS chooses as it likes
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-    device = pick_device(flags.device)
-    if distributed.launched() or flags.shard not in (None, "none"):
-        device = distributed.start(device)
-    if distributed.size() % flags.context_parallel:
-        raise UserError(f"--context-parallel {flags.context_parallel}: {distributed.size()} processes are no multiple")
-    distributed.share_batches(flags.context_parallel)
-    found = pick_up(flags) if flags.resume else None
-    if found == "complete":
-        return
     if device.type != "cuda" and (flags.optimizer_offload or flags.shard_offload or flags.remat == "offload"):
         name = "--remat offload" if flags.remat == "offload" else "--optimizer-offload"
         name = "--shard-offload" if flags.shard_offload else name
@@ -470,14 +480,19 @@ def train(flags: Flags) -> None:
         model.compile_blocks()
 
     flags.device, flags.dtype = device.type, next(name for name, known in DTYPES.items() if known == dtype)
-    sha = distributed.by_first(lambda: checkpoint.fingerprint(folder))
-    base = {"base": str(folder.resolve()), "base_sha256": sha}
+    with distributed.in_turn():
+        sha = checkpoint.fingerprint(folder) if int(os.environ.get("LOCAL_RANK", "0")) == 0 else None  # once a machine
+    base = {"base": str(folder.resolve()), "base_sha256": distributed.from_first(sha)}
     stored = checkpoint.stored_dtype(config)
     digest = resume.data_digest(
         *(data.train.lengths, data.train.trained, data.train.prompts, data.val.lengths, data.val.prompts),
-        *(tuple(data.stream.draws), flags.seq_len, flags.pack, flags.seed),
+        *(tuple(data.stream.draws), flags.seq_len, flags.pack, flags.seed, data.replay_val and data.replay_val.prompts),
+        *(rows.contents for rows in data.train.examples.rows),
     )
     base |= {"data": digest}
+    same = sha in (None, base["base_sha256"]) and digest == distributed.from_first(digest)
+    if not distributed.agreed(same):
+        raise UserError("the processes do not have the same base or the same examples (a --map that draws at random?)")
     if found:
         resume.check_same(found, base)
     out = Path(distributed.by_first(lambda: run_folder(flags, found)))
@@ -492,7 +507,8 @@ def train(flags: Flags) -> None:
     print(f"saves     {saves}")
     log = Log(flags, out, flops, device, found and found.state)
     if distributed.is_first():
-        checkpoint.write_json(dataclasses.asdict(flags), out / "config.json")
+        with new_file(out / "config.json") as aside:
+            checkpoint.write_json(dataclasses.asdict(flags), aside)
     distributed.ready(flags.timeout)
     keep = lambda name: save(model, tokenizer, flags, out / name, base, stored)
     saver = resume.Saver(out, flags.keep, flags.save_async, log.bar.write)
@@ -509,9 +525,9 @@ def train(flags: Flags) -> None:
                 watch.after_step(0)
             optimize(model, steppers, steps, flags, log, device, watch.after_step, watch.done)
     except torch.OutOfMemoryError as error:
-        setup = plan.Setup(flags.method, flags.optimizer, flags.weights, flags.optimizer_offload, flags.remat)
+        setup, layout = way_and_layout(flags)
         shape = flags.batch_size, flags.accumulate, flags.seq_len
-        relief = plan.relief(config, setup, job, shape, device, dtype, adapter_settings(flags))
+        relief = cluster.relief(config, setup, layout, job, shape, device, dtype, adapter_settings(flags))
         raise UserError(f"out of memory: {str(error).partition('.')[0]}. {relief}") from None
     except (UserError, RuntimeError) as error:
         error = distributed.gone(error) if distributed.lost(error) else error
@@ -530,7 +546,12 @@ def train(flags: Flags) -> None:
     if not distributed.agreed(all(bool(p.isfinite().all()) for p in trained)):
         raise UserError(f"step {flags.steps}: weights are no numbers any more; nothing saved, try a lower --lr")
     try:
-        keep("final")
+        with distributed.patient():
+            keep("final")
+    except RuntimeError as error:
+        if not distributed.lost(error) or not saver.newest:
+            raise
+        raise UserError(f"{distributed.gone(error)}; --out {out} --resume goes on from {saver.newest}") from None
     except OSError as error:
         why = f"{error.filename or out}: {error.strerror or error}"
         how = f"; make room, then --out {out} --resume goes on from {saver.newest}" if saver.newest else ""
@@ -605,11 +626,17 @@ def describe(flags, model, folder, tokenizer, job, per_epoch, dtype, device, why
         print(
             f"          NOTE: steps of --lr {flags.lr:g} are too small for {100 * stuck:.0f} % of the weights; {fate}"
         )
-    setup = plan.Setup(flags.method, flags.optimizer, flags.weights, flags.optimizer_offload, flags.remat)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if flags.shard == "hybrid" else distributed.size()
-    layout = cluster.Layout(distributed.size(), 1 if flags.shard == "none" else here)
+    setup, layout = way_and_layout(flags)
     memory = cluster.memory_a_process(model, setup, layout, job, device.type, flags.context_parallel)
     print(f"expected  {memory.peak / 1e9:.1f} GB of memory, {seconds / 60:.1f} min of training", flush=True)
+
+
+def way_and_layout(flags: Flags) -> tuple[plan.Setup, cluster.Layout]:
+    """What plan.py and cluster.py call this run."""
+    method = "qlora" if flags.quant else flags.method
+    setup = plan.Setup(method, flags.optimizer, flags.weights, flags.optimizer_offload, flags.remat)
+    shards = {"none": 1, "hybrid": distributed.on_node()}.get(flags.shard, distributed.size())
+    return setup, cluster.Layout(distributed.size(), shards)
 
 
 def profile(model, steppers, steps, flags, log, device, out: Path) -> None:
@@ -622,6 +649,8 @@ def profile(model, steppers, steps, flags, log, device, out: Path) -> None:
     log.close()
     by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=by, row_limit=25))
+    if not distributed.is_first():
+        return
     profiler.export_chrome_trace(str(out / "trace.json"))
     print(f"profiled  {flags.profile} steps; {out / 'trace.json'} opens in chrome://tracing or ui.perfetto.dev")
 

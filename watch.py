@@ -9,6 +9,7 @@ import itertools
 import math
 import shlex
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ from tokenizer import Tokenizer
 
 SAVE_SECONDS = 1800  # between checkpoints, at most
 # what a run writes
-RUN = ("config.json", "metrics.jsonl", "loss.png", "trace.json", "best", "final", "wandb", "checkpoints")
+RUN = ("config.json", "loss.png", "trace.json", "bad_batch.jsonl", "best", "final", "wandb", "checkpoints")
+RUN = (*RUN, "metrics.jsonl")  # the last to go: by it a run is known
 REMEMBERED = ("first", "last", "best", "since_best", "kept")  # of a Watch, in checkpoints
 
 
@@ -70,7 +72,7 @@ class Watch:
         if (due or asked) and 0 < done < self.flags.steps and not stop:
             self.checkpoint(done, validated)
         if asked and 0 < done < self.flags.steps:
-            self.interrupted = asked
+            self.interrupted = self.log.stop.asked or signal.SIGTERM  # asked is a sum over processes
             self.saver.wait()
             since = f", from {self.saver.newest}" if self.saver.newest != f"step-{done}" else ""
             goes_on = f"python train.py --out {shlex.quote(self.flags.out)} --resume goes on{since}"
@@ -86,12 +88,13 @@ class Watch:
             "val_loss": self.last if validated else None,
             "watch": {name: value if math.isfinite(value) else None for name, value in mine.items()},
             "random": distributed.gathered(resume.random_state()),
-            "processes": distributed.hands(),
+            "processes": distributed.hands(),  # among which rows are dealt; "random" has one of each process
             "flags": dataclasses.asdict(self.flags),
             "torch": torch.__version__,
             **self.base,
         }
-        self.saver.save(state, resume.tensors_of(self.model, self.steppers))
+        with distributed.patient():
+            self.saver.save(state, resume.tensors_of(self.model, self.steppers))
         self.log.go_on(paused)
 
     def go_on(self, found: resume.Found) -> None:
@@ -125,7 +128,8 @@ class Watch:
             self.first = self.last  # of what was there before: nothing to keep
         elif better:
             try:
-                self.keep("best")
+                with distributed.patient():
+                    self.keep("best")
                 self.kept = True
             except OSError as error:
                 why = f"{error.filename or self.flags.out}: {error.strerror or error}"
@@ -199,13 +203,13 @@ def choose_saves(flags: Flags, model: Transformer, steppers: list, out: Path, se
     return f"a checkpoint of {resume.amount(state)} every {flags.save_every:,} steps; the last {flags.keep} are kept"
 
 
-def pick_up(flags: Flags) -> "resume.Found | str | None":
-    """The checkpoint that --resume goes on from, whose flags it takes; "complete" where nothing is left to do; None
+def pick_up(flags: Flags) -> resume.Found | None:
+    """The checkpoint that --resume goes on from, whose flags it takes; a run that is complete has none left to do; None
     where --resume auto is to begin."""
     out = Path(flags.out)
     if distributed.by_first((out / "final").is_dir):
         print(f"complete  {out} has ended; its outcome is {out / 'final'}")
-        return "complete"
+        return resume.Found(out, {}, [], complete=True)
     found = distributed.by_first(lambda: resume.newest(out))
     if found is None and flags.resume == "on":
         raise UserError(f"--resume: no checkpoint under {out / resume.FOLDER}; --resume auto would begin")
@@ -213,18 +217,23 @@ def pick_up(flags: Flags) -> "resume.Found | str | None":
         print(f"resume    nothing to go on from under {out}; beginning")
         flags.resume = None
         return None
+    resume.take_layout(flags, flags.given, found.state)
+    distributed.share_batches(flags.context_parallel)
     for line in found.notes + resume.take_flags(flags, flags.given, found.state, found.folder):
         print(f"NOTE      {line}")
     return found
 
 
-def run_folder(flags: Flags, found: "resume.Found | None" = None) -> Path:
+def run_folder(flags: Flags, found: resume.Found | None = None) -> Path:
     """The folder of the run: a new one, or --out, from which is taken what an earlier run wrote; if this one goes on
     from a checkpoint, only what was written after it."""
     if found:
         out = Path(flags.out)
         for folder in (out, out / resume.FOLDER):
             resume.clear_leftovers(folder)
+        for folder in resume.steps(out / resume.FOLDER):
+            if resume.step_of(folder) > found.state["step"]:  # a damaged one
+                resume.remove(folder)
         resume.truncate_metrics(out / "metrics.jsonl", found.state["step"])
         return out
     if flags.out is None:

@@ -60,7 +60,7 @@ def make_folder(folder: Path, layers: int, shard_bytes: int) -> None:
     }
     checkpoint.write_json(raw, folder / "config.json")
     checkpoint.SHARD_BYTES = shard_bytes
-    checkpoint.save_shards(weights, folder)
+    checkpoint.save_shards([checkpoint.Stored(*each) for each in weights.items()], folder)
 
 
 def measure(who: str, folder: Path, dtype: str) -> dict[str, float]:

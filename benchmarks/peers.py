@@ -324,7 +324,7 @@ def write_random_model(folder: Path, shape: str) -> None:
             torch.ones(p.shape, dtype=dtype) if p.dim() == 1 else (0.02 * torch.randn(p.shape)).to(dtype)
         )
     checkpoint.write_json(raw | {"dtype": str(dtype)[6:]}, folder / "config.json")
-    checkpoint.save_shards(weights, folder)
+    checkpoint.save_shards([checkpoint.Stored(*each) for each in weights.items()], folder)
 
 
 def operations(shape: dict, method: str, seq: float) -> float:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import checkpoint
 import cluster
 import distributed
+import lora
 import train
 from examples import Dataset, Example
 from flags import Flags
@@ -342,3 +343,16 @@ def test_offloaded_shards_train_as_they_do_on_the_device(bases, way):
         train.optimize(model, steppers, steps, flags, found[-1], device, lambda *_: False)
         distributed.stop()
     assert found[0] == pytest.approx(found[1], rel=1e-6) and found[0][-1] < found[0][0] - 0.5
+
+
+def test_adapters_in_shards_begin_as_others_do_whatever_is_named_first(bases):
+    found = []
+    for shard, targets in (("none", "v_proj,q_proj"), ("full", "v_proj,q_proj"), ("none", "q_proj,v_proj")):
+        flags = Flags(rank=4, targets=targets, shard=shard)
+        device = distributed.start(torch.device("cpu"))
+        model = train.prepare(flags, bases["llama"], torch.float32, device)
+        found.append({name: distributed.whole(layer.lora_A.detach()) for name, layer in lora.adapted(model).items()})
+        assert [layer.number for layer in lora.adapted(model).values()] == list(range(6))
+        distributed.stop()
+    for other in found[1:]:
+        assert found[0].keys() == other.keys() and all(torch.equal(found[0][name], other[name]) for name in other)

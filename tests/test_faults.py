@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import command, llama
-from test_distributed import ROOT, lines
+from test_distributed import ROOT, lines, torchrun
 from test_resume import after_lines, assert_same, descendants, exact, final, job  # noqa: F401 (a fixture)
 
 import checkpoint
@@ -281,6 +281,14 @@ def test_a_disk_that_stays_full_keeps_the_older_checkpoint(job, tmp_path, monkey
     assert_same(tmp_path / "whole", tmp_path / "out")
 
 
+def test_a_full_disk_of_the_first_process_stops_no_other(job, tmp_path):  # noqa: F811
+    words = [*job("full"), "--batch-size", "3", "--shard", "full", "--timeout", "20"]
+    torchrun(2, "tests/jobs.py", json.dumps([[*words, "--out", str(tmp_path / "whole")]]))
+    said = torchrun(2, "tests/jobs.py", json.dumps([[*words, "--out", str(tmp_path / "out")]]), FULL_DISK="1")
+    assert "best/ was not written" in said and "training goes on" in said
+    assert_same(tmp_path / "whole", tmp_path / "out")
+
+
 @pytest.mark.slow
 def test_a_small_disk_in_earnest(job, tmp_path, monkeypatch, capsys):  # noqa: F811
     """A file system of its own, in memory, of a size that holds some checkpoints."""
@@ -327,7 +335,7 @@ def test_a_folder_that_takes_no_file_is_found_before_training(job, tmp_path, mon
 # ----------------------------------------------------------------------------------------------- a small GPU
 
 
-@pytest.mark.parametrize("method, helps", [("lora", "--method qlora"), ("full", "--method lora")])
+@pytest.mark.parametrize("method, helps", [("lora", "--method qlora"), ("full", "--remat block")])
 def test_out_of_memory_says_what_helps(job, tmp_path, monkeypatch, capsys, method, helps):  # noqa: F811
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...")
@@ -335,7 +343,7 @@ def test_out_of_memory_says_what_helps(job, tmp_path, monkeypatch, capsys, metho
     monkeypatch.setattr(train, "training_loss", full)
     _, err, code = command(train, monkeypatch, capsys, *job(method), "--out", tmp_path / "run")
     assert code == 2 and err.startswith("error: out of memory: CUDA out of memory. Expected were")
-    assert helps in err and "--seq-len" in err or "--batch-size 3 --accumulate 2" in err
+    assert helps in err and ("--seq-len" in err or "--batch-size 3 --accumulate 2" in err)
     assert len(err.partition("what helps most: ")[2].split("), ")) == 3 and "weights 0.00" in err
 
 

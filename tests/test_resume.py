@@ -18,6 +18,8 @@ from test_distributed import ROOT, lines, records, torchrun
 
 import resume
 import train
+import watch
+from errors import UserError
 
 EXACT = ("step", "loss", "val_loss", "replay_val_loss", "replay_loss", "grad_norm", "lr", "tokens", "trained_tokens")
 METHODS = {
@@ -197,6 +199,48 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(stopped, tmp_
     assert resume.damage(stopped / "checkpoints/step-12") is None  # written anew
 
 
+def test_a_damaged_newer_one_costs_no_whole_one(stopped, monkeypatch, capsys):
+    for step in (9, 12):
+        flip(stopped / f"checkpoints/step-{step}/state.json")
+    stop = watch.Watch.after_step
+
+    def ended(self, done, asked=0):
+        return stop(self, done, signal.SIGTERM if done == 8 else asked)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watch.Watch, "after_step", ended)
+        out, _, code = command(train, patch, capsys, "--out", stopped, "--resume", "--keep", "1")
+    assert code == 143 and "stopped   after step 8" in out
+    assert resume.newest(stopped).state["step"] == 8
+    assert {path.name for path in resume.steps(stopped / "checkpoints")} <= {"step-6", "step-8"}
+
+
+def test_a_file_that_the_manifest_does_not_name_is_not_read(stopped, tmp_path, monkeypatch, capsys):
+    folder = stopped / "checkpoints/step-12"
+    shutil.copy(next(folder.glob("shard*")), folder / "shard-00002-model-00001-of-00001.safetensors")
+    out, err, code = command(train, monkeypatch, capsys, "--out", stopped, "--resume")
+    assert code == 0 and "is not in the manifest" in out and "after step 9" in out, err
+    assert_same(tmp_path / "whole", stopped)
+
+
+def test_answers_of_equal_length_are_other_data(stopped, job, tmp_path, monkeypatch, capsys):
+    data = Path(json.loads((stopped / "config.json").read_text())["data"][0])
+    swapped = data.read_text().replace(" red", " RED!").replace(" green", " red").replace(" RED!", " green")
+    (tmp_path / "data.jsonl").write_text(swapped)
+    words = ["--out", stopped, "--resume", "--data", tmp_path / "data.jsonl"]
+    _, err, code = command(train, monkeypatch, capsys, *words)
+    assert code == 2 and "the examples are others" in err
+
+
+def test_what_is_typed_as_auto_is_no_difference_and_a_map_is_typed_again(stopped, tmp_path, monkeypatch, capsys):
+    state = json.loads((stopped / "checkpoints/step-12/state.json").read_text())
+    _, err, code = command(train, monkeypatch, capsys, "--out", stopped, "--resume", "--dtype", "auto", "--plan")
+    assert code == 0, err
+    found = resume.Found(stopped, state | {"flags": state["flags"] | {"map": "x.py:f"}}, [])
+    with pytest.raises(UserError, match="give it again"):
+        resume.take_flags(train.Flags(), set(), found.state, stopped)
+
+
 def test_where_all_are_damaged_nothing_is_begun(stopped, monkeypatch, capsys):
     for folder in resume.steps(stopped / "checkpoints"):
         flip(folder / "state.json")
@@ -285,6 +329,18 @@ def test_other_numbers_of_processes_resume_to_rounding(by_processes, name, pair)
         assert [line[key] for line in found if key in line] == pytest.approx(
             [line[key] for line in wanted if key in line], rel=close
         )
+
+
+@pytest.mark.parametrize("words", ["--context-parallel 2 --dropout 0.2", "--shard full --targets v_proj,q_proj"])
+def test_the_layout_of_processes_is_taken_up(job, tmp_path, words):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    processes = 2 if "context" in words else 1
+    torchrun(processes, "train.py", *job("lora"), *words.split(), "--out", whole)
+    shutil.copytree(whole, cut, symlinks=True)
+    cut_back(cut, 9) if (cut / "checkpoints/step-9").exists() else cut_back(cut, 12)
+    said = torchrun(processes, "train.py", "--out", cut, "--resume")
+    assert ("share each batch" if processes == 2 else "each holds a part of every tensor") in said
+    assert_same(whole, cut)
 
 
 # ----------------------------------------------------------------------------------------------- kill -9
@@ -386,6 +442,11 @@ def test_deterministic_runs_are_equal_to_the_bit(job, tmp_path, monkeypatch, cap
         out, err, code = command(train, monkeypatch, capsys, *words)
         assert code == 0 and torch.are_deterministic_algorithms_enabled(), err
         assert "compiled blocks off: --deterministic" in out
+    assert_same(tmp_path / "whole", tmp_path / "again")
+    torch.use_deterministic_algorithms(False)
+    cut_back(tmp_path / "again", 9)
+    _, err, code = command(train, monkeypatch, capsys, "--out", tmp_path / "again", "--resume")
+    assert code == 0 and torch.are_deterministic_algorithms_enabled(), err
     assert_same(tmp_path / "whole", tmp_path / "again")
 
 

@@ -258,6 +258,8 @@ def check(flags: Flags) -> None:
         raise UserError("--weights bf16 is for --method full; adapters are fp32, and cast for the products")
     if flags.optimizer == "muon" and flags.weights == "bf16":
         raise UserError("--weights bf16: Muon rounds to the nearest, which loses small steps; take adamw or adamw8bit")
+    if flags.shard_offload and (flags.optimizer != "adamw" or flags.optimizer_offload):
+        raise UserError("--shard-offload: the host steps by AdamW, and has the optimizer's state already")
     if flags.optimizer_offload and flags.optimizer != "adamw":
         raise UserError(f"--optimizer-offload: the host steps by AdamW, not by --optimizer {flags.optimizer}")
     if flags.optimizer_offload and flags.weights == "bf16":

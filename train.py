@@ -10,7 +10,6 @@ batch x accumulate examples; its loss is the sum of their token losses over the 
 how the step is cut changes nothing. Written to --out: config.json, metrics.jsonl, loss.png, best/ and final/.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -22,6 +21,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -420,34 +420,14 @@ def main() -> None:
 
 
 def train(flags: Flags) -> None:
-    device = pick_device(flags.device)
-    if distributed.launched() or flags.shard not in (None, "none"):
-        device = distributed.start(device)
-    found = pick_up(flags) if flags.resume else None
+    device, found = join(flags)
     if found and found.complete:
         return
-    if flags.shard not in (None, "none"):  # of the run that goes on, it may be
-        device = distributed.start(device)
-    if found is None:
-        distributed.share_batches(flags.context_parallel)
-    if flags.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of two sizes, cuBLAS chooses as it likes
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    if device.type != "cuda" and (flags.optimizer_offload or flags.shard_offload or flags.remat == "offload"):
-        name = "--remat offload" if flags.remat == "offload" else "--optimizer-offload"
-        name = "--shard-offload" if flags.shard_offload else name
-        raise UserError(f"{name}: is for GPUs; on {device.type} everything is in the host's memory as it is")
     dtype, why = pick_dtype(flags.dtype, device)
     with distributed.in_turn():
         folder = base_folder(flags.model, flags.adapter)
     config = checkpoint.read_config(folder)
-    if flags.plan and flags.gpus:
-        seq_len = min(flags.seq_len or 2048, config.max_positions)
-        cluster.show(config, flags.gpus, seq_len, flags.batch_size, flags.accumulate, adapter_settings(flags))
-        return
-    if flags.plan and not any((folder / f"tokenizer.{kind}").is_file() for kind in ("json", "model")):
-        plan.show(config, full_rows(flags, config, device), device, dtype, adapter_settings(flags))
+    if flags.plan and plan_from_config(flags, folder, config, device, dtype):
         return
     if config.experts and distributed.context:
         raise UserError("--context-parallel: not with routed experts, whose balance is of whole batches")
@@ -468,43 +448,24 @@ def train(flags: Flags) -> None:
     seconds = job.tokens * flops / (plan.EFFICIENCY * rate * distributed.size())
     why_compile = choose_compile(flags, device, seconds)
     describe(flags, model, folder, tokenizer, job, per_epoch, dtype, device, f"{why}; {why_compile}", seconds)
-    if distributed.size() > 1 or flags.shard != "none":
+    alone = distributed.size() == 1 and flags.shard == "none"
+    if not alone:
         together = f"; {flags.context_parallel} share each batch's tokens (experimental)" * bool(distributed.context)
         print(f"processes {shards}{together}")
     if found:
         print(f"resumed   after step {found.state['step']:,} of {flags.steps:,}, from {found.folder}")
-    other_job = flags.data or flags.model or flags.adapter or flags.profile or distributed.size() > 1
-    other_job = other_job or flags.shard != "none"
+    other_job = flags.data or flags.model or flags.adapter or flags.profile or not alone
     demo = None if other_job else Demo(model, tokenizer, seconds)
     if flags.compile == "on":
         model.compile_blocks()
 
     flags.device, flags.dtype = device.type, next(name for name, known in DTYPES.items() if known == dtype)
-    with distributed.in_turn():
-        sha = checkpoint.fingerprint(folder) if int(os.environ.get("LOCAL_RANK", "0")) == 0 else None  # once a machine
-    base = {"base": str(folder.resolve()), "base_sha256": distributed.from_first(sha)}
-    stored = checkpoint.stored_dtype(config)
-    digest = resume.data_digest(
-        *(data.train.lengths, data.train.trained, data.train.prompts, data.val.lengths, data.val.prompts),
-        *(tuple(data.stream.draws), flags.seq_len, flags.pack, flags.seed, data.replay_val and data.replay_val.prompts),
-        *(rows.contents for rows in data.train.examples.rows),
-    )
-    base |= {"data": digest}
-    same = sha in (None, base["base_sha256"]) and digest == distributed.from_first(digest)
-    if not distributed.agreed(same):
-        raise UserError("the processes do not have the same base or the same examples (a --map that draws at random?)")
+    base, stored = identify(flags, folder, data), checkpoint.stored_dtype(config)
     if found:
         resume.check_same(found, base)
     out = Path(distributed.by_first(lambda: run_folder(flags, found)))
     steppers = optimizers.make_optimizers(model, flags.optimizer, flags.lr, flags.weight_decay, flags.optimizer_offload)
-    try:
-        saves = distributed.by_first(lambda: choose_saves(flags, model, steppers, out, seconds))
-    except UserError:
-        with contextlib.suppress(OSError):
-            out.rmdir()  # if it is new
-        raise
-    flags.save_every = distributed.from_first(flags.save_every)
-    print(f"saves     {saves}")
+    print(f"saves     {choose_saves(flags, model, out, seconds)}")
     log = Log(flags, out, flops, device, found and found.state)
     if distributed.is_first():
         with new_file(out / "config.json") as aside:
@@ -516,19 +477,63 @@ def train(flags: Flags) -> None:
     if found:
         watch.go_on(found)
     steps = step_parts(data.train, data.stream, flags, device, watch.done)
+    if flags.profile:
+        profile(model, steppers, steps, flags, log, device, out)
+        return
+    carry_out(watch, steps, out, lambda: relief(flags, config, job, device, dtype))
+    finish(watch, out, f"{folder.name}, {flags.method}", demo)
+    say_next(flags, out / watch.verdict(), data.train.chat)
+
+
+def join(flags: Flags) -> tuple[torch.device, resume.Found | None]:
+    """Joins the other processes, if there are any, and takes up the run that is to go on, if one is: the flags are its
+    own from then on."""
+    device = pick_device(flags.device)
+    if distributed.launched() or flags.shard not in (None, "none"):
+        device = distributed.start(device)
+    found = pick_up(flags) if flags.resume else None
+    if found and found.complete:
+        return device, found
+    if flags.shard not in (None, "none"):  # of the run that goes on, it may be
+        device = distributed.start(device)
+    if found is None:
+        distributed.share_batches(flags.context_parallel)
+    if flags.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of two sizes, cuBLAS chooses as it likes
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    if device.type != "cuda" and (flags.optimizer_offload or flags.shard_offload or flags.remat == "offload"):
+        name = "--remat offload" if flags.remat == "offload" else "--optimizer-offload"
+        name = "--shard-offload" if flags.shard_offload else name
+        raise UserError(f"{name}: is for GPUs; on {device.type} everything is in the host's memory as it is")
+    return device, found
+
+
+def identify(flags: Flags, folder: Path, data: Data) -> dict:
+    """What a run is made from, by hashes. UserError where the processes have different things."""
+    sha = checkpoint.fingerprint(folder) if int(os.environ.get("LOCAL_RANK", "0")) == 0 else None  # once a machine
+    digest = resume.data_digest(
+        *(data.train.lengths, data.train.trained, data.train.prompts, data.val.lengths, data.val.prompts),
+        *(tuple(data.stream.draws), flags.seq_len, flags.pack, flags.seed, data.replay_val and data.replay_val.prompts),
+        *(rows.contents for rows in data.train.examples.rows),
+    )
+    first = distributed.from_first((sha, digest))
+    if not distributed.agreed(sha in (None, first[0]) and digest == first[1]):
+        raise UserError("the processes do not have the same base or the same examples (a --map that draws at random?)")
+    return {"base": str(folder.resolve()), "base_sha256": first[0], "data": digest}
+
+
+def carry_out(watch: Watch, steps, out: Path, relief: Callable[[], str]) -> None:
+    """The training, and what is said where it can't go on. relief: for when memory ran out."""
+    log, saver = watch.log, watch.saver
     try:
-        if flags.profile:
-            profile(model, steppers, steps, flags, log, device, out)
-            return
         with log.stop:
-            if not found:
+            if not watch.done:
                 watch.after_step(0)
-            optimize(model, steppers, steps, flags, log, device, watch.after_step, watch.done)
+            more = watch.flags, log, watch.device, watch.after_step, watch.done
+            optimize(watch.model, watch.steppers, steps, *more)
     except torch.OutOfMemoryError as error:
-        setup, layout = way_and_layout(flags)
-        shape = flags.batch_size, flags.accumulate, flags.seq_len
-        relief = cluster.relief(config, setup, layout, job, shape, device, dtype, adapter_settings(flags))
-        raise UserError(f"out of memory: {str(error).partition('.')[0]}. {relief}") from None
+        raise UserError(f"out of memory: {str(error).partition('.')[0]}. {relief()}") from None
     except (UserError, RuntimeError) as error:
         error = distributed.gone(error) if distributed.lost(error) else error
         if not isinstance(error, UserError):
@@ -541,30 +546,55 @@ def train(flags: Flags) -> None:
     log.close()
     if watch.interrupted:
         sys.exit(128 + watch.interrupted)
+
+
+def finish(watch: Watch, out: Path, title: str, demo: Demo | None) -> None:
+    """final/, the picture of the losses, and what the bundled task has taught."""
+    model, flags, log, saver = watch.model, watch.flags, watch.log, watch.saver
     model.eval()
     trained = [distributed.local(p) for p in model.parameters() if p.requires_grad]
     if not distributed.agreed(all(bool(p.isfinite().all()) for p in trained)):
         raise UserError(f"step {flags.steps}: weights are no numbers any more; nothing saved, try a lower --lr")
+    again = f"--out {out} --resume goes on from {saver.newest}"
     try:
         with distributed.patient():
-            keep("final")
+            watch.keep("final")
     except RuntimeError as error:
         if not distributed.lost(error) or not saver.newest:
             raise
-        raise UserError(f"{distributed.gone(error)}; --out {out} --resume goes on from {saver.newest}") from None
+        raise UserError(f"{distributed.gone(error)}; {again}") from None
     except OSError as error:
         why = f"{error.filename or out}: {error.strerror or error}"
-        how = f"; make room, then --out {out} --resume goes on from {saver.newest}" if saver.newest else ""
-        raise UserError(f"final/ could not be written, {why}{how}") from None
+        raise UserError(
+            f"final/ could not be written, {why}{f'; make room, then {again}' * bool(saver.newest)}"
+        ) from None
     if distributed.is_first():
-        report.loss_curve(out / "metrics.jsonl", out / "loss.png", f"{folder.name}, {flags.method}")
+        report.loss_curve(out / "metrics.jsonl", out / "loss.png", title)
     seconds = time.perf_counter() - log.start
-    print(f"trained   {log.tokens:,} tokens in {seconds:.0f} s; peak memory {report.peak_memory(device) / 1e9:.2f} GB;"
-          f" in {out}: final/, {'best/, ' * watch.kept}metrics.jsonl, loss.png")  # fmt: skip
+    memory, best = report.peak_memory(watch.device) / 1e9, "best/, " * watch.kept
+    print(f"trained   {log.tokens:,} tokens in {seconds:.0f} s; peak memory {memory:.2f} GB;"
+          f" in {out}: final/, {best}metrics.jsonl, loss.png")  # fmt: skip
     if demo:
         with eagerly(flags):
             demo.finish(out / "metrics.jsonl")
-    say_next(flags, out / watch.verdict(), data.train.chat)
+
+
+def plan_from_config(flags: Flags, folder: Path, config: Config, device: torch.device, dtype: torch.dtype) -> bool:
+    """Prints the plans that need no data; False where --plan is to look at them."""
+    if flags.gpus:
+        seq_len = min(flags.seq_len or 2048, config.max_positions)
+        cluster.show(config, flags.gpus, seq_len, flags.batch_size, flags.accumulate, adapter_settings(flags))
+        return True
+    if any((folder / f"tokenizer.{kind}").is_file() for kind in ("json", "model")):
+        return False
+    plan.show(config, full_rows(flags, config, device), device, dtype, adapter_settings(flags))
+    return True
+
+
+def relief(flags: Flags, config: Config, job: plan.Job, device: torch.device, dtype: torch.dtype) -> str:
+    setup, layout = way_and_layout(flags)
+    shape = flags.batch_size, flags.accumulate, flags.seq_len
+    return cluster.relief(config, setup, layout, job, shape, device, dtype, adapter_settings(flags))
 
 
 def describe(flags, model, folder, tokenizer, job, per_epoch, dtype, device, why, seconds) -> None:

@@ -181,7 +181,7 @@ def save(model: Transformer, tokenizer: Tokenizer, flags: Flags, folder: Path, b
         lora.save_adapter(model, folder, also)
 
 
-def choose_saves(flags: Flags, model: Transformer, steppers: list, out: Path, seconds: float) -> str:
+def choose_saves(flags: Flags, model: Transformer, out: Path, seconds: float) -> str:
     """Fills in --save-every where it is open, sees to it that the disk has room, and returns a line about it. seconds:
     that the run is expected to take."""
     asked = flags.save_every is not None
@@ -192,13 +192,24 @@ def choose_saves(flags: Flags, model: Transformer, steppers: list, out: Path, se
     state = trained * (4 if flags.weights == "fp32" else 2) + trained * optimizers.state_bytes(flags.optimizer)
     state += 4 * trained * flags.optimizer_offload
     made = 4 * trained if flags.lora else 2 * model.size  # best/ and final/
-    many = flags.keep + 2 if flags.save_every else 0  # the best one, and the one that is being written
-    if not asked and shutil.disk_usage(out).free < many * state + 3 * made:
-        flags.save_every, many = 0, 0
-    what = f"{many} checkpoints, best/ and final/" if many else "best/ and final/"
-    resume.check_room(out, many * state + 3 * made, what)
+    many = flags.keep + 2  # the best one, and the one that is being written
+
+    def check() -> int:
+        every = flags.save_every
+        if not asked and shutil.disk_usage(out).free < many * state + 3 * made:
+            every = 0
+        size, what = (many * state + 3 * made, f"{many} checkpoints, best/ and final/") if every else (0, "")
+        resume.check_room(out, size or 3 * made, what or "best/ and final/")
+        return every
+
+    try:
+        flags.save_every = distributed.by_first(check)
+    except UserError:
+        with contextlib.suppress(OSError):
+            out.rmdir()  # if it is new
+        raise
     if not flags.save_every:
-        why = f", the disk has no room for {flags.keep + 2} of {resume.amount(state)}"
+        why = f", the disk has no room for {many} of {resume.amount(state)}"
         return "no checkpoints" + why * (not asked)
     return f"a checkpoint of {resume.amount(state)} every {flags.save_every:,} steps; the last {flags.keep} are kept"
 

@@ -202,7 +202,7 @@ def test_overwrite_takes_only_what_a_run_wrote(trained, tmp_path):
     (tmp_path / "run" / "thesis.tex").write_text("years of work")
     assert "no run of train.py" in trained("--overwrite")
     (tmp_path / "run" / "metrics.jsonl").write_text("")
-    assert "add --overwrite" in trained()
+    assert "--resume or --overwrite" in trained()
 
 
 def test_a_token_beyond_the_models_vocabulary(trained, base):

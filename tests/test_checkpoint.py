@@ -254,13 +254,13 @@ def kill(*_args, **_kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def half_then_kill(weights, file, metadata):
-    save_file(weights, file, metadata)
+def half_then_kill(weights, file):
+    save_file(weights, file)
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     kill()
 
 
-@pytest.mark.parametrize("moment", ["save_file", "copy_tokenizer", "sync"])
+@pytest.mark.parametrize("moment", ["save_tensors", "copy_tokenizer", "sync"])
 def test_killed_while_saving_the_old_folder_is_whole(tmp_path, monkeypatch, moment):
     llama(tmp_path / "a", seed=1)
     llama(tmp_path / "b", seed=2)
@@ -268,7 +268,7 @@ def test_killed_while_saving_the_old_folder_is_whole(tmp_path, monkeypatch, mome
     child = os.fork()
     if child == 0:
         place = files if moment == "sync" else checkpoint
-        monkeypatch.setattr(place, moment, half_then_kill if moment == "save_file" else kill)
+        monkeypatch.setattr(place, moment, half_then_kill if moment == "save_tensors" else kill)
         save_model(model, tmp_path / "b")
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL

@@ -178,22 +178,22 @@ def load_model(
     if (method := config.raw.get("quantization_config")) is not None:
         check_settings(method, str(folder / "config.json"))
     quantised = {} if method is None else quantised_parts(files)
-    ours, second_table = {}, None
+    places, second_table = {}, None
     for name, full in matched(model, folder, files, quantised).items():
         owner, leaf = model.get_submodule(full.rpartition(".")[0]), full.rpartition(".")[2]
         asked = quant is not None and ("head" in quant or owner is not model.head)
         wanted = asked and leaf == "weight" and isinstance(owner, Linear) and name not in quantised
         if wanted and not can_quantize(owner.weight):
             model.unquantized.append(name)
-        ours[name] = owner, leaf, transposed(model, full), wanted and can_quantize(owner.weight)
+        wanted = wanted and can_quantize(owner.weight)
+        places[name] = Place(owner, leaf, transposed(model, full), wanted, quantised.get(name), f"{folder}: {name}")
     keeps = dtype if device.type == "cpu" and not config.conv1d else None
     model.source = folder
     if arrange is not None:
         model.to(dtype)
-        for name, (owner, _, _, in_4_bits) in ours.items():
-            if in_4_bits or name in quantised:
-                double = in_4_bits or "nested_absmax" in quantised[name]
-                owner.quantize(blank(owner.out_features, owner.in_features, double))
+        for owner, *_, in_4_bits, beside, _ in places.values():
+            if in_4_bits or beside:
+                owner.quantize(blank(owner.out_features, owner.in_features, in_4_bits or "nested_absmax" in beside))
         arrange(model)
         model.to_empty(device=device)
 
@@ -201,34 +201,12 @@ def load_model(
     def fill(file: Path) -> None:
         nonlocal second_table
         for name, tensor in tensors([file], keeps):
-            if name not in ours:  # one of RECOMPUTED, or beside a quantised weight
-                continue
-            owner, leaf, turned, in_4_bits = ours[name]
             if config.tied and name == head_name(config):
                 second_table = tensor  # not read yet
-                continue
-            if name in quantised:
-                parts = {"": tensor} | {end: read_tensor(*place) for end, place in quantised[name].items()}
-                nf4 = from_files(parts, (owner.out_features, owner.in_features), f"{folder}: {name}")
-                if arrange is None:
-                    owner.quantize(NF4(*(part if part is None else part.to(device, copy=True) for part in nf4)))
-                else:
-                    put_nf4(owner, nf4)
-            elif arrange is not None:
-                tensor = tensor.t() if turned else tensor
-                if in_4_bits:
-                    packed = owner.nf4.packed
-                    mine, absmax = quantize_nf4(tensor[my_rows(packed)].to(device).contiguous())
-                    local(packed).copy_(mine)
-                    put_nf4(owner, NF4(None, *quantize_scales(gather_rows(absmax, packed))))
-                else:
-                    put(getattr(owner, leaf), tensor)
-            elif in_4_bits:
-                matrix = tensor.to(device)
-                owner.quantize(quantize(matrix.t().contiguous() if turned else matrix))
-            else:
-                value = tensor.to(device, dtype, copy=keeps is None)
-                setattr(owner, leaf, nn.Parameter(value.t().contiguous() if turned else value))
+            elif name in places and arrange is None:  # else one of RECOMPUTED, or beside a quantised weight
+                place_whole(places[name], tensor, dtype, device, keeps is None)
+            elif name in places:
+                place_rows(places[name], tensor, device)
 
     # what takes the time is new memory, and two threads get it sooner; processes quantise together, one after the other
     with ThreadPoolExecutor(2 if arrange is None else 1) as pool:
@@ -241,6 +219,50 @@ def load_model(
             what = f"config.json ties the output head to the embedding, but {head_name(config)} differs"
             raise UserError(f"{folder}: {what}")
     return model.eval()
+
+
+class Place(NamedTuple):
+    """Where a tensor of a file goes. turned: it is stored as [in, out]; in_4_bits: it is to be quantised; beside: what
+    stands beside it where it is so in the file; where: for messages."""
+
+    owner: nn.Module
+    leaf: str
+    turned: bool
+    in_4_bits: bool
+    beside: dict[str, tuple[Path, str]] | None
+    where: str
+
+    def nf4(self, tensor: Tensor) -> NF4:
+        """Of a weight that is quantised in the file, on the CPU."""
+        parts = {"": tensor} | {end: read_tensor(*place) for end, place in self.beside.items()}
+        return from_files(parts, (self.owner.out_features, self.owner.in_features), self.where)
+
+
+def place_whole(place: Place, tensor: Tensor, dtype: torch.dtype, device: torch.device, copy: bool) -> None:
+    owner = place.owner
+    if place.beside:
+        owner.quantize(NF4(*(part if part is None else part.to(device, copy=True) for part in place.nf4(tensor))))
+    elif place.in_4_bits:
+        matrix = tensor.to(device)
+        owner.quantize(quantize(matrix.t().contiguous() if place.turned else matrix))
+    else:
+        value = tensor.to(device, dtype, copy=copy)
+        setattr(owner, place.leaf, nn.Parameter(value.t().contiguous() if place.turned else value))
+
+
+def place_rows(place: Place, tensor: Tensor, device: torch.device) -> None:
+    """The rows that are this process's, into the parameter that waits for them. To quantise them all processes work
+    together: the second level of scales runs across all rows."""
+    tensor = tensor.t() if place.turned else tensor
+    if place.beside:
+        put_nf4(place.owner, place.nf4(tensor))
+    elif place.in_4_bits:
+        packed = place.owner.nf4.packed
+        mine, absmax = quantize_nf4(tensor[my_rows(packed)].to(device).contiguous())
+        local(packed).copy_(mine)
+        put_nf4(place.owner, NF4(None, *quantize_scales(gather_rows(absmax, packed))))
+    else:
+        put(getattr(place.owner, place.leaf), tensor)
 
 
 def put(parameter: Tensor, tensor: Tensor) -> None:

@@ -271,12 +271,17 @@ def check(flags: Flags) -> None:
             re.compile(flags.train)
         except re.error as error:
             raise UserError(f"--train {flags.train}: no regular expression ({error})") from None
-    if flags.out and Path(flags.out).is_file():
-        raise UserError(f"--out {flags.out}: is a file; name a folder")
     if flags.gpus and not flags.plan:
         raise UserError("--gpus is what --plan is to plan for; a run has as many as torchrun starts processes")
     if not all(0 < count < LARGEST for count in flags.gpus):
         raise UserError("--gpus: numbers above 0 are wanted")
+    check_out(flags)
+
+
+def check_out(flags: Flags) -> None:
+    """Whether --out can be the folder of this run."""
+    if flags.out and Path(flags.out).is_file():
+        raise UserError(f"--out {flags.out}: is a file; name a folder")
     if flags.resume and not flags.out:
         raise UserError("--resume: needs --out, the folder of the run that is to go on")
     if flags.resume and flags.profile:

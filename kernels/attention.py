@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 SHORT = 1024  # tokens; beyond it the probabilities, length x length / 2 a head, would be too much to keep
 WASTE = 1.3  # a group's padded score matrices may be this much larger than its documents' own
@@ -163,6 +162,8 @@ def piece_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, piece: Piec
 
 def lower_right(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """piece_attention by PyTorch's fused kernels, without window and soft-cap."""
+    from torch.nn.attention.bias import causal_lower_right  # which brings the compiler
+
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     mask = causal_lower_right(q.shape[2], k.shape[2])

@@ -23,7 +23,7 @@ from flags import Flags
 from log import Stop
 from optimizers import make_optimizers
 from order import Stream
-from plan import Job, Setup, sketch
+from plan import Job, Setup, expected_memory, sketch
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
@@ -65,6 +65,9 @@ JOBS = {
     "bf16": ("llama", "--method full --shard full --dtype bf16", 2e-2, 1e-2),
     "bf16 weights": ("llama", "--method full --shard full --dtype bf16 --weights bf16", 5e-2, 1e-1),
 }
+
+
+BY_THREE = ("full", "lora", "qlora", "full, packed, mixed", "full, tied", "gpt2", "muon", "adamw8bit")
 
 
 def records(path: Path, count: int, seed: int) -> Path:
@@ -132,6 +135,8 @@ def runs(bases, tmp_path_factory) -> Path:
     for processes in (1, 2, 3):
         jobs = []
         for name, (base, words, _, _) in JOBS.items():
+            if processes == 3 and name not in BY_THREE:
+                continue
             batch = 12 // processes // (2 if "ACC" in words.split() else 1)
             words = words.replace("ACC", "--accumulate 2").replace("ADAPTER", str(folder / "adapter/final")).split()
             mixed = [f"{data}=3", f"{more}=1", "--replay", f"{val}=0.2"] if "MIXED" in words else [data]
@@ -140,7 +145,7 @@ def runs(bases, tmp_path_factory) -> Path:
             given |= {"--lr": 1e-3, "--dtype": "fp32"}
             words += [word for flag, value in given.items() if flag not in words for word in (flag, value)]
             jobs.append(
-                ["--model", bases[base], "--val", val, "--batch-size", batch, "--steps", 7, *words]
+                ["--model", bases[base], "--val", val, "--batch-size", batch, "--steps", 6, *words]
                 + ["--out", folder / name / str(processes)]
             )
         torchrun(processes, "tests/jobs.py", json.dumps(jobs, default=str))
@@ -151,12 +156,11 @@ def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name, processes", [(name, 2) for name in JOBS] + [(name, 3) for name in BY_THREE])
 def test_as_many_processes_compute_what_one_does(runs, name, processes):
     _, words, loss, weight = JOBS[name]
     one, several = lines(runs / name / "1"), lines(runs / name / str(processes))
-    assert [line["step"] for line in several] == [line["step"] for line in one] and len(one) > 10
+    assert [line["step"] for line in several] == [line["step"] for line in one] and len(one) > 9
     for a, b in zip(one, several, strict=True):
         assert a.keys() == b.keys()
         for key in a.keys() & {"loss", "val_loss", "replay_loss", "replay_val_loss", "balance_loss", "grad_norm"}:
@@ -191,23 +195,21 @@ def test_a_rank_of_two_holds_and_reads_half(bases, tmp_path, method):
     """Bytes of parameters, gradients and optimizer at their height, and how much memory loading takes."""
     sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12, "vocab_size": 2048}
     llama(tmp_path / "base", std=0.05, dtype=torch.bfloat16, **sizes)  # 45 MB
-    held = {}
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        torchrun(processes, "tests/count.py", method, tmp_path / "base", out)
-        held[processes] = [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(processes)]
-    ((one,), two) = held[1], held[2]
-    for rank in two:
-        for part in ("parameters", "gradients", "optimizer"):
-            assert rank[part] <= 0.6 * one[part], part
-        assert rank["loading"] <= 0.6 * one["loading"] + 20e6  # what is imported meanwhile
+    torchrun(2, "tests/count.py", method, tmp_path / "base", tmp_path / "held")
+    two = [json.loads(Path(f"{tmp_path / 'held'}.{rank}").read_text()) for rank in range(2)]
     # and what `--plan --gpus` says of it: every part, and what a step sends
     adapter = {"rank": 16, "alpha": 16.0, "dropout": 0.0, "targets": "all"}
     setup, layout = Setup(method), cluster.Layout(2, 2)
     model = sketch(checkpoint.read_config(tmp_path / "base"), setup, torch.bfloat16, adapter)
     memory = cluster.memory_a_process(model, setup, layout, Job([80], 60, 1.0, 20, 80, 60, 1))
     sent = sum(cluster.traffic(model, setup, layout, 1))
+    one = expected_memory(model, setup, [80], 60, "cpu", 1)
+    stored = (tmp_path / "base" / "model.safetensors").stat().st_size
     for rank in two:
+        assert rank["parameters"] <= 0.6 * one.weights and rank["gradients"] <= 0.6 * one.gradients
+        assert rank["optimizer"] <= 0.6 * one.optimizer
+        # what it keeps, half of the file's pages, and what is imported meanwhile
+        assert rank["loading"] <= rank["parameters"] + 0.5 * stored + (20e6 if method == "full" else 45e6)
         assert rank["parameters"] == pytest.approx(memory.weights, rel=0.1)
         assert rank["gradients"] == pytest.approx(memory.gradients, rel=0.1)
         assert rank["optimizer"] == pytest.approx(memory.optimizer, rel=0.1)
@@ -239,7 +241,7 @@ def test_hybrid_is_refused_on_one_node_and_offload_without_shards(bases, tmp_pat
 
 def test_two_nodes_of_one_process_hold_a_copy_each(runs, bases, tmp_path):
     """--shard hybrid, the nodes being processes that believe to be alone on theirs."""
-    job = ["--model", bases["llama"], "--val", runs / "val.jsonl", "--batch-size", 6, "--steps", 7, "--method", "full"]
+    job = ["--model", bases["llama"], "--val", runs / "val.jsonl", "--batch-size", 6, "--steps", 6, "--method", "full"]
     job += [
         "--data",
         runs / "data.jsonl",

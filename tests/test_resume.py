@@ -297,11 +297,11 @@ def by_processes(job, tmp_path_factory) -> Path:
     """NAME/N: jobs by N processes, and NAME/N-M: cut back to step 6 and resumed by M."""
     folder, names = tmp_path_factory.mktemp("processes"), BY_PROCESSES
     extra = {name: ["--shard", "none" if name == "lora" else "full", "--keep", 9] for name in names}
-    for n in (1, 2, 3):
+    for n in (1, 2):
         size = ["--batch-size", 6 // n]
         torchrun(n, "tests/jobs.py", json.dumps([[*job(name), *extra[name], *size, "--out", str(folder / name / str(n))]
                                                  for name in names]))  # fmt: skip
-    pairs = [(2, 2), (2, 1), (2, 3), (1, 2), (3, 2)]
+    pairs = [(2, 2), (2, 1), (2, 3), (1, 2)]
     for n, m in pairs:
         for name in names:
             shutil.copytree(folder / name / str(n), folder / name / f"{n}-{m}", symlinks=True)
@@ -319,7 +319,7 @@ def test_two_processes_resume_to_the_bit(by_processes, name):
     assert_same(by_processes / name / "2", by_processes / name / "2-2")
 
 
-@pytest.mark.parametrize("pair", ["2-1", "2-3", "1-2", "3-2"])
+@pytest.mark.parametrize("pair", ["2-1", "2-3", "1-2"])
 @pytest.mark.parametrize("name", BY_PROCESSES)
 def test_other_numbers_of_processes_resume_to_rounding(by_processes, name, pair):
     close = 1e-3 if name in ("adamw8bit", "muon") else 1e-5
@@ -410,7 +410,7 @@ def kills(job, folder: Path, method: str, processes: int, instants: list) -> int
 
 @pytest.mark.parametrize(
     "method, processes, instants",
-    [("full", 1, [(5, None), (6, 0.01)]), ("lora", 2, [(4, 0.02)]), ("qlora", 1, [(9, 0.0), (11, None)])],
+    [("full", 1, [(5, None)]), ("lora", 2, [(4, 0.02)]), ("qlora", 1, [(11, None)])],
 )
 def test_killed_and_resumed(job, tmp_path, method, processes, instants):
     assert kills(job, tmp_path, method, processes, instants) >= 1

@@ -261,12 +261,12 @@ def test_two_nodes_of_one_process_hold_a_copy_each(runs, bases, tmp_path):
 
 CONTEXT = {  # name: base, words, processes, of which so many share a batch
     "full, packed, mixed": ("llama", "--method full --shard full --pack --seq-len 96 MIXED", 2, 2),
-    "lora, dropout": ("llama", "--shard none --dropout 0.3", 3, 3),
+    "lora, dropout": ("llama", "--shard none --dropout 0.3", 2, 2),
     "lora, dropout, two times two": ("llama", "--shard full --dropout 0.3", 4, 2),
     "qlora, blocks twice": ("llama", "--method qlora --shard full --remat block", 2, 2),
     "windows": ("mistral", "--method full --shard full", 2, 2),
     "soft-caps": ("gemma2", "--method full --shard full", 2, 2),
-    "learned positions": ("gpt2", "--method full --shard full", 3, 3),
+    "learned positions": ("gpt2", "--method full --shard full", 2, 2),
 }
 
 

@@ -21,12 +21,23 @@ from torch import nn
 
 import report
 from model import Config, Transformer
-from plan import CONTEXT, EFFICIENCY, FITS, Job, Memory, Setup, expected_memory, flops_a_token, setups, sketch
+from plan import (
+    CONTEXT,
+    EFFICIENCY,
+    FITS,
+    PEAK_FLOPS,
+    Job,
+    Memory,
+    Setup,
+    expected_memory,
+    flops_a_token,
+    setups,
+    sketch,
+)
 
 NODE = 8  # GPUs
-MEMORY, FLOPS = 80e9, 989e12  # of an H100 SXM: bytes, dense bf16 operations a second (NVIDIA's data sheet)
+MEMORY, FLOPS = 80e9, PEAK_FLOPS["H100"]  # of an H100 SXM: bytes, operations a second
 INSIDE, ACROSS = 450e9, 50e9  # bytes a second and GPU, one way: NVLink 4; InfiniBand of 400 Gbit/s
-MOST = 16384  # tokens of a flat batch
 
 
 @dataclass(frozen=True)
@@ -58,11 +69,11 @@ def numbers(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def gathered_bytes(model: Transformer, setup: Setup) -> tuple[int, int]:
-    """(of a block, of what is around the blocks)."""
+def gathered_bytes(model: Transformer, setup: Setup) -> tuple[list[int], int]:
+    """(of each block, of what is around the blocks)."""
     item = model.dtype.itemsize if setup.method == "full" else 4  # adapters travel as they are
-    block = max(weights_of(block, item) for block in model.blocks)
-    return block, weights_of(model, item) - sum(weights_of(block, item) for block in model.blocks)
+    blocks = [weights_of(block, item) for block in model.blocks]
+    return blocks, weights_of(model, item) - sum(blocks)
 
 
 def memory_a_process(
@@ -77,7 +88,7 @@ def memory_a_process(
     W = layout.shards
     if W == 1:
         return whole
-    block, around = gathered_bytes(model, setup)
+    blocks, around = gathered_bytes(model, setup)
     learning = [numbers(module) for module in model.blocks]
     outside = numbers(model) - sum(learning)
     # wide, all of them, until the last micro-batch; else a block's in the products' dtype, and wide to be sent
@@ -87,14 +98,14 @@ def memory_a_process(
         weights=whole.weights / W,
         gradients=whole.gradients / W,
         optimizer=whole.optimizer / W,
-        working=whole.working + 2 * block + around + waiting,
+        working=whole.working + 2 * max(blocks) + around + waiting,
     )
 
 
 def traffic(model: Transformer, setup: Setup, layout: Layout, accumulate: int) -> tuple[float, float]:
     """Bytes that a GPU receives in a step: (from its node's others, through its card of the network)."""
-    around, item = gathered_bytes(model, setup)[1], model.dtype.itemsize if setup.method == "full" else 4
-    p = sum(weights_of(block, item) for block in model.blocks) + around / 2  # gathered once, not again
+    blocks, around = gathered_bytes(model, setup)
+    p = sum(blocks) + around / 2  # gathered once, not again
     g = 4 * numbers(model)
     W, copies = layout.shards, layout.gpus // layout.shards
     shared = (W - 1) / W * (2 * accumulate * p + g)
@@ -110,12 +121,11 @@ def show(config: Config, gpus: list[int], seq_len: int, batch: int, accumulate: 
     """Prints, for each way of fine-tuning and number of GPUs, how it fits best and what it sends."""
     rows = [["", "GPUs", "--shard", "--remat", "weights", "gradients", "moments", "kept", "peak", "inside", "across",
              "sent in", "computed in"]]  # fmt: skip
-    batch = max(1, min(batch, MOST // seq_len))
     tokens, room = seq_len * batch, FITS * (MEMORY - CONTEXT)
     job = Job([seq_len] * batch, tokens, 1.0, seq_len, tokens * accumulate, tokens * accumulate, accumulate)
     for setup in setups(config, torch.device("cpu")):
-        for count in gpus:
-            rows.append(best_row(config, setup, count, job, room, adapter))
+        model = sketch(config, setup, torch.bfloat16, adapter)
+        rows += [best_row(model, setup, count, job, room) for count in gpus]
     print(report.table(rows))
     where = f"by NVLink ({INSIDE / 1e9:.0f} GB/s) and a card of the network ({ACROSS / 1e9:.0f})"
     print(
@@ -126,13 +136,12 @@ def show(config: Config, gpus: list[int], seq_len: int, batch: int, accumulate: 
     print(f"{room / 1e9:.0f} of {MEMORY / 1e9:.0f} GB (!: none does); cluster.py has the arithmetic")
 
 
-def best_row(config: Config, setup: Setup, gpus: int, job: Job, room: float, adapter: dict) -> list:
+def best_row(model: Transformer, setup: Setup, gpus: int, job: Job, room: float) -> list:
     """The fastest of what fits, of sending and computing the longer one; where nothing fits the smallest."""
     found = []
     for layout in layouts(gpus):
         for kind in ("none", "selective", "block"):
             way = replace(setup, remat=kind)
-            model = sketch(config, way, torch.bfloat16, adapter)
             memory = memory_a_process(model, way, layout, job)
             inside, across = traffic(model, way, layout, job.accumulate)
             sent = inside / INSIDE + across / ACROSS

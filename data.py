@@ -125,11 +125,6 @@ def batches_by_length(
         yield collate([IDLE] if part is None else [data.examples[i] for i in part], device, context)
 
 
-def micro_batches(examples: Sequence[Example], batch_size: int, device: torch.device | str = "cpu") -> list[Batch]:
-    """Flat batches of at most batch_size examples, as `row_batches` makes them."""
-    return row_batches([[example] for example in examples], batch_size, device)
-
-
 def row_batches(rows: Sequence[list[Example]], batch_size: int, device: torch.device | str = "cpu") -> list[Batch]:
     """Rows of examples, sorted by length, in flat batches of at most batch_size rows and, where these are long, of
     about as many tokens as the device can use at a time: what a step computes is the same, and its memory is bounded.

@@ -45,7 +45,7 @@ def start(device: torch.device) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: several processes work on cpu and cuda, not on {device.type}")
     if device.type == "cuda":
-        number = int(os.environ.get("LOCAL_RANK", "0"))
+        number = local_rank()
         if number >= torch.cuda.device_count():
             raise UserError(f"{number + 1} processes on this machine and {torch.cuda.device_count()} GPUs")
         device = torch.device("cuda", number)
@@ -121,6 +121,11 @@ def hand() -> int:
     return rank() // (context.size if context else 1)
 
 
+def local_rank() -> int:
+    """Which of the processes of this machine this one is."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def on_node() -> int:
     """Processes of this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", size()))
@@ -141,7 +146,7 @@ def is_first() -> bool:
 @contextlib.contextmanager
 def in_turn() -> Iterator[None]:
     """The first process of each machine does the block, then the others: what it leaves in the cache serves them."""
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    first = local_rank() == 0
     if not first:
         agreed(True)
     yield
@@ -176,14 +181,7 @@ def from_first(value, group=None):
 
 def by_first(work: Callable):
     """What work() returns in the first process, for all. Where it fails, that one says why and all end."""
-    value = error = None
-    if is_first():
-        try:
-            value = work()
-        except (UserError, OSError) as caught:
-            error = caught
-    all_or_none(error)
-    return from_first(value)
+    return from_first(tried(lambda: work() if is_first() else None))
 
 
 class Elsewhere(OSError):
@@ -202,28 +200,30 @@ def all_or_none(error: Exception | None, group=None) -> None:
         raise Elsewhere
 
 
+def tried(work: Callable, group=None):
+    """What work() returns in this process; where it fails in one, all end."""
+    value = error = None
+    try:
+        value = work()
+    except (UserError, OSError) as caught:
+        error = caught
+    all_or_none(error, group)
+    return value
+
+
 @contextlib.contextmanager
 def by_first_alone(block, group=None) -> Iterator:
     """A context manager that the first process alone enters; the others get None. Where entering, leaving or the block
     itself fails in one process it fails in all."""
-    value = error = None
+    error = None
     with contextlib.ExitStack() as stack:
-        if is_first():
-            try:
-                value = stack.enter_context(block)
-            except (UserError, OSError) as caught:
-                error = caught
-        all_or_none(error, group)
+        value = tried(lambda: stack.enter_context(block) if is_first() else None, group)
         try:
             yield value
         except (UserError, OSError) as caught:
             error = caught
         all_or_none(error, group)  # which takes what is half done away
-        try:
-            stack.close()
-        except (UserError, OSError) as caught:
-            error = caught
-        all_or_none(error, group)
+        tried(stack.close, group)
 
 
 def gathered(value, group=None) -> list:

@@ -35,12 +35,16 @@ def run(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:  # a full disk, a folder without permission: the file's name is all there is to say
-        what = f"error: {error.filename or 'input/output'}: {error.strerror or error}"
-        print(speaker() + printable(what), file=sys.stderr)
+        print(speaker() + printable(f"error: {reason(error, 'input/output')}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+
+
+def reason(error: OSError, where: object) -> str:
+    """Which file, and what is the matter with it. where: in place of a file that is not named."""
+    return f"{error.filename or where}: {error.strerror or error}"
 
 
 def speaker() -> str:

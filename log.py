@@ -22,11 +22,11 @@ from distributed import gathered, is_first, size
 from errors import UserError
 from examples import Example
 from flags import Flags
+from plan import PEAK_FLOPS
 
 MOST_IN_A_ROW = 10  # steps without a finite loss, before a run ends
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 TWICE = 1.0  # seconds in which signals count as one
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, published
 
 
 class Log:

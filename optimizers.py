@@ -44,10 +44,11 @@ class Optimizer:
     def states(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """Every parameter's state, to be saved or to be filled."""
         pairs = [(p, group) for group in self.param_groups for p in group["params"]]
-        return [(p, self.state.setdefault(p, {}) or self.begin(p, group)) for p, group in pairs]
+        return [(p, self.state_of(p, group)) for p, group in pairs]
 
-    def begin(self, p: Tensor, group: dict) -> dict[str, Tensor]:
-        self.state[p] = self.blank(p, group)
+    def state_of(self, p: Tensor, group: dict) -> dict[str, Tensor]:
+        if p not in self.state:
+            self.state[p] = self.blank(p, group)
         return self.state[p]
 
     def with_gradients(self) -> list[tuple[dict, list[Tensor]]]:
@@ -95,7 +96,7 @@ class AdamW(Optimizer):
     def fused(self, parameters: list[Tensor], group: dict, bad: Tensor | None) -> None:
         if bad is not None:
             bad = bad.to(local(parameters[0]).device)  # waits, where the parameters live on the host
-        states = [self.state.get(p) or self.begin(p, group) for p in parameters]
+        states = [self.state_of(p, group) for p in parameters]
         columns = ([state[name] for state in states] for name in ("m", "v"))
         (beta1, beta2), steps = group["betas"], [state["step"] for state in states]
         adamw(
@@ -105,7 +106,7 @@ class AdamW(Optimizer):
         )  # fmt: skip
 
     def update(self, p: Tensor, group: dict) -> None:
-        state = self.state.get(p) or self.begin(p, group)
+        state = self.state_of(p, group)
         state["step"] += 1
         weights, grads = local(p).view(-1), local(p.grad).reshape(-1)
         size = CHUNK.get(p.device.type, CHUNK["cuda"])
@@ -227,7 +228,7 @@ class Muon(Optimizer):
         for group, parameters in self.with_gradients():
             ahead = []
             for p in parameters:
-                grad, state = local(p.grad), self.state.get(p) or self.begin(p, group)
+                grad, state = local(p.grad), self.state_of(p, group)
                 state["m"].lerp_(grad, 1 - group["momentum"])
                 ahead.append(grad.lerp(state["m"], group["momentum"]))
             at_once = shards(parameters[0])

@@ -27,6 +27,7 @@ from model import Config, Linear, Transformer, quantized
 from optimizers import state_bytes
 from quant import blank, can_quantize
 
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, published
 EFFICIENCY = 0.45  # of a training step, against products alone; measured
 RUNTIME = {"cpu": 1.5e9, "cuda": 0.0}  # bytes: Python, torch, oneDNN's products, freed memory that is not given back
 CONTEXT = 1.0e9  # bytes of a GPU that torch does not count: CUDA's context, cuBLAS' workspace, fragments

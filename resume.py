@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import distributed
 from checkpoint import opened, read_tensor
 from distributed import is_first, is_sharded, like, local
-from errors import UserError, read_json
+from errors import UserError, read_json, reason
 from files import file_sha256, new_file, new_folder, write_json
 from flags import Flags
 from optimizers import narrowed, widened
@@ -40,24 +40,11 @@ FOLDER, STATE, MANIFEST, LATEST = "checkpoints", "state.json", "manifest.json", 
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-\d+")  # of files.new_folder, in a process that died
 TRIAL = 64 << 20  # bytes that are written to see whether a disk takes them; beyond, its word is believed
 # flags that change no number of a run, or only how it is computed; the data and the base are compared by what they hold
-FREE = {
-    *(
-        "model",
-        "data",
-        "replay",
-        "val",
-        "val_fraction",
-        "out",
-        "overwrite",
-        "resume",
-        "plan",
-        "gpus",
-        "profile",
-        "wandb",
-    ),
-    *("save_every", "keep", "save_async", "shard", "shard_offload", "reduce", "timeout", "context_parallel", "remat"),
-    *("compile", "device", "eval_every", "patience", "batch_size", "accumulate", "deterministic"),
-}
+FREE = set(
+    "model data replay val val_fraction out overwrite resume plan gpus profile wandb save_every keep save_async shard "
+    "shard_offload reduce timeout context_parallel remat compile device eval_every patience batch_size accumulate "
+    "deterministic".split()
+)
 # what belongs to a start and not to the run, or is taken up before the others (take_layout)
 OF_THIS_START = {"out", "resume", "overwrite", "plan", "gpus", "timeout", "device", "shard", "context_parallel"}
 
@@ -157,12 +144,8 @@ class Saver:
             with distributed.by_first_alone(new_folder(self.folder / name, replace=True), self.group) as aside:
                 path = Path(distributed.from_first(str(aside), self.group))
                 write_shards(tensors, path, self.group)
-                mine, error = {}, None
-                try:
-                    mine = {file.name: file_sha256(file) for file in path.glob(f"shard-{distributed.rank() + 1:05}-*")}
-                except OSError as caught:
-                    error = caught
-                distributed.all_or_none(error, self.group)
+                mine = path.glob(f"shard-{distributed.rank() + 1:05}-*")
+                mine = distributed.tried(lambda: {file.name: file_sha256(file) for file in mine}, self.group)
                 hashes = {k: v for part in distributed.gathered(mine, self.group) for k, v in part.items()}
                 if aside:
                     if lacking := sorted(name for name in hashes if not (aside / name).is_file()):
@@ -175,7 +158,7 @@ class Saver:
                     point(self.folder / LATEST, name)
                 self.prune(state["step"])
         except OSError as error:
-            self.failed = f"{error.filename or self.folder}: {error.strerror or error}"
+            self.failed = reason(error, self.folder)
 
     def prune(self, step: int) -> None:
         """Keeps the newest ones and the one with the lowest validation loss."""

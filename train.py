@@ -39,7 +39,7 @@ import resume
 from convert import base_folder
 from data import collate, cut_rows, load, most_tokens, row_batches, split
 from demo import TASK, Demo
-from errors import UserError, run
+from errors import UserError, reason, run
 from examples import IDLE, Dataset, Example
 from files import new_file
 from flags import LORA, VAL_FRACTION, Flags, parse_flags, replayed, weighted
@@ -293,10 +293,15 @@ def describe_job(flags: Flags, data: Data, per_epoch: int, device: torch.device)
     )  # half of what is validated: without a backward
 
 
+def rows_at_once(flags: Flags, length: int, device: torch.device | str) -> int:
+    """Rows of so many tokens that make a flat batch."""
+    return max(1, min(flags.batch_size, most_tokens(device) // length))
+
+
 def full_rows(flags: Flags, config: Config, device: torch.device) -> plan.Job:
     """The job of a plan for a folder without a tokenizer: rows of --seq-len tokens, all trained."""
     length, steps = flags.seq_len or min(2048, config.max_positions), flags.steps or 1000
-    rows = max(1, min(flags.batch_size, most_tokens(device) // length))  # that make a flat batch
+    rows = rows_at_once(flags, length, device)
     tokens = length * flags.batch_size * flags.accumulate * steps
     print(f"plan      no tokenizer here: for {steps:,} steps of {flags.batch_size} x {flags.accumulate} rows of"
           f" {length:,} tokens, all trained, of new text")  # fmt: skip
@@ -511,7 +516,7 @@ def join(flags: Flags) -> tuple[torch.device, resume.Found | None]:
 
 def identify(flags: Flags, folder: Path, data: Data) -> dict:
     """What a run is made from, by hashes. UserError where the processes have different things."""
-    sha = checkpoint.fingerprint(folder) if int(os.environ.get("LOCAL_RANK", "0")) == 0 else None  # once a machine
+    sha = checkpoint.fingerprint(folder) if distributed.local_rank() == 0 else None  # once a machine
     digest = resume.data_digest(
         *(data.train.lengths, data.train.trained, data.train.prompts, data.val.lengths, data.val.prompts),
         *(tuple(data.stream.draws), flags.seq_len, flags.pack, flags.seed, data.replay_val and data.replay_val.prompts),
@@ -564,9 +569,8 @@ def finish(watch: Watch, out: Path, title: str, demo: Demo | None) -> None:
             raise
         raise UserError(f"{distributed.gone(error)}; {again}") from None
     except OSError as error:
-        why = f"{error.filename or out}: {error.strerror or error}"
         raise UserError(
-            f"final/ could not be written, {why}{f'; make room, then {again}' * bool(saver.newest)}"
+            f"final/ could not be written, {reason(error, out)}{f'; make room, then {again}' * bool(saver.newest)}"
         ) from None
     if distributed.is_first():
         report.loss_curve(out / "metrics.jsonl", out / "loss.png", title)
@@ -583,7 +587,8 @@ def plan_from_config(flags: Flags, folder: Path, config: Config, device: torch.d
     """Prints the plans that need no data; False where --plan is to look at them."""
     if flags.gpus:
         seq_len = min(flags.seq_len or 2048, config.max_positions)
-        cluster.show(config, flags.gpus, seq_len, flags.batch_size, flags.accumulate, adapter_settings(flags))
+        rows = rows_at_once(flags, seq_len, "cuda")
+        cluster.show(config, flags.gpus, seq_len, rows, flags.accumulate, adapter_settings(flags))
         return True
     if any((folder / f"tokenizer.{kind}").is_file() for kind in ("json", "model")):
         return False

@@ -23,7 +23,7 @@ import lora
 import optimizers
 import resume
 from data import batches_by_length
-from errors import UserError
+from errors import UserError, reason
 from examples import Dataset
 from flags import Flags
 from log import Log
@@ -132,8 +132,8 @@ class Watch:
                     self.keep("best")
                 self.kept = True
             except OSError as error:
-                why = f"{error.filename or self.flags.out}: {error.strerror or error}"
                 older = "; the one before it stays" if self.kept else ""
+                why = reason(error, self.flags.out)
                 self.log.bar.write(f"WARNING   best/ was not written: {why}{older}; training goes on")
         self.log.go_on(paused)
         stop = bool(self.flags.patience) and self.since_best >= self.flags.patience and not end

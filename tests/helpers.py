@@ -12,6 +12,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data import row_batches
 from errors import run
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -114,3 +115,8 @@ def command(script, monkeypatch, capsys, *words) -> tuple[str, str, int]:
         code = end.code
     out = capsys.readouterr()
     return out.out, out.err, code
+
+
+def micro_batches(examples, batch_size: int, device="cpu") -> list:
+    """Flat batches of at most batch_size examples."""
+    return row_batches([[example] for example in examples], batch_size, device)

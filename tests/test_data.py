@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, llama, needs_shared, relative
+from helpers import SHARED, llama, micro_batches, needs_shared, relative
 
 import rows
 from checkpoint import load_model
 from convert import model_folder
-from data import collate, load, micro_batches, split
+from data import collate, load, split
 from errors import UserError
 from examples import Dataset, Example
 from formats import Record, open_source

@@ -7,14 +7,14 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, llama, needs_shared, relative
+from helpers import SHARED, llama, micro_batches, needs_shared, relative
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import order
 import rows
 from convert import model_folder
-from data import collate, load, micro_batches, row_batches
+from data import collate, load, row_batches
 from errors import UserError
 from examples import Example
 from model import Config, Transformer

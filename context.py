@@ -11,6 +11,7 @@ one process would, packed or not. Loss and gradients are sums over tokens: other
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -35,14 +36,15 @@ class Context:
         each = tokens // (2 * self.size)
         return [slice(i * each, (i + 1) * each) for i in (self.place, 2 * self.size - 1 - self.place)]
 
-    def take(self, x: Tensor) -> Tensor:
+    def take(self, x: Tensor | np.ndarray) -> Tensor | np.ndarray:
         """Of [tokens, ...], those that this process has."""
-        return torch.cat([x[part] for part in self.mine(len(x))])
+        parts = [x[part] for part in self.mine(len(x))]
+        return torch.cat(parts) if torch.is_tensor(x) else np.concatenate(parts)
 
-    def local(self, rows: Tensor, tokens: int) -> Tensor:
+    def local(self, rows: np.ndarray, tokens: int) -> np.ndarray:
         """The place of each of these tokens of a batch among those of this process; -1 where another has it."""
-        places = torch.full((tokens,), -1)
-        places[self.take(torch.arange(tokens))] = torch.arange(tokens // self.size)
+        places = np.full(tokens, -1)
+        places[self.take(np.arange(tokens))] = np.arange(tokens // self.size)
         return places[rows]
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from context import Context, SharedDocuments
@@ -157,24 +156,23 @@ def most_tokens(device: torch.device | str) -> int:
 def collate(examples: Sequence[Example], device: torch.device | str = "cpu", context: Context | None = None) -> Batch:
     """context: of several processes that share each batch; this one's tokens of it are made."""
     lengths = [len(example.ids) for example in examples]
-    tokens = torch.from_numpy(np.concatenate([np.asarray(example.ids, np.int64) for example in examples]))
-    weights = torch.from_numpy(np.concatenate([np.asarray(example.trained, np.float32) for example in examples]))
+    tokens = np.concatenate([np.asarray(example.ids, np.int64) for example in examples])
+    weights = np.concatenate([np.asarray(example.trained, np.float32) for example in examples])
     weights[np.cumsum([0, *lengths[:-1]])] = 0  # an example's first token has no row before it: never trained
-    predicted = weights.nonzero().flatten()
+    predicted = np.flatnonzero(weights)
     weights = weights[predicted]
-    rows, targets, plain = predicted - 1, tokens[predicted], bool((weights == 1).all())
-    apart = None
+    rows, targets, apart = predicted - 1, tokens[predicted], None
+    plain = bool((weights == 1).all())
     if any(example.apart for example in examples):
-        replayed = torch.tensor([float(example.apart) for example in examples])
-        apart = weights * replayed.repeat_interleave(torch.tensor(lengths))[predicted]
+        replayed = np.array([example.apart for example in examples], np.float32)
+        apart = weights * np.repeat(replayed, lengths)[predicted]
     keys = [example.key or 0 for example in examples] if examples[0].key is not None else None
     counted = 0 if examples[0] is IDLE else len(tokens)
     if context and (padding := context.padding(len(tokens))):
-        lengths, tokens, keys = [*lengths, padding], F.pad(tokens, (0, padding)), keys and [*keys, 0]
+        lengths, tokens, keys = [*lengths, padding], np.pad(tokens, (0, padding)), keys and [*keys, 0]
     documents = Documents(lengths, device)
     if keys is not None:
-        keys = torch.tensor(keys).repeat_interleave(torch.tensor(lengths))
-        documents.keys = to_device(keys, device) + documents.positions * 0x9E3779B1
+        documents.keys = on_device(np.repeat(keys, lengths), device) + documents.positions * 0x9E3779B1
     if context:
         counted = sum(max(0, min(part.stop, counted) - part.start) for part in context.mine(len(tokens)))
         rows = context.local(rows, len(tokens))
@@ -182,17 +180,21 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu", con
         rows, targets, weights, apart = (x if x is None else x[here] for x in (rows, targets, weights, apart))
         tokens, documents = context.take(tokens), SharedDocuments(documents, context)
     batch = Batch(
-        to_device(tokens, device),
+        on_device(tokens, device),
         documents,
-        to_device(rows, device),
-        to_device(targets, device),
-        None if plain else to_device(weights, device),
-        float(weights.sum()),
+        on_device(rows, device),
+        on_device(targets, device),
+        None if plain else on_device(weights, device),
+        float(weights.sum(dtype=np.float64)),
     )
     batch.counted = counted
     if apart is not None:
-        batch.apart, batch.weight_apart = to_device(apart, device), float(apart.sum())
+        batch.apart, batch.weight_apart = on_device(apart, device), float(apart.sum(dtype=np.float64))
     return batch
+
+
+def on_device(x: np.ndarray, device: torch.device | str) -> Tensor:
+    return to_device(torch.from_numpy(x), device)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ Grouped-query attention (Ainslie et al. 2023): query head h reads key-value head
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,8 +52,10 @@ class Group:
     def __init__(self, lengths: list[int], device: torch.device | str):
         self.documents, self.length, self.tokens = len(lengths), max(lengths), sum(lengths)
         self.offset = 0  # of the first query among the keys
-        slots = torch.cat([torch.arange(n) + i * self.length for i, n in enumerate(lengths)])
-        self.slots = None if self.tokens == self.documents * self.length else to_device(slots, device)
+        self.slots = None
+        if self.tokens < self.documents * self.length:
+            slots = np.concatenate([np.arange(n) + i * self.length for i, n in enumerate(lengths)])
+            self.slots = to_device(torch.from_numpy(slots), device)
         self.masks: dict[tuple, Tensor] = {}
 
     def pad(self, x: Tensor) -> Tensor:  # [tokens, heads, d] -> [documents, length, heads, d], zeros in the padding
@@ -100,7 +103,8 @@ class Documents:
 
     def __init__(self, lengths: list[int], device: torch.device | str = "cpu"):
         self.lengths, self.keys = lengths, None
-        self.positions = to_device(torch.cat([torch.arange(n) for n in lengths]), device)
+        positions = np.concatenate([np.arange(n) for n in lengths])
+        self.positions = to_device(torch.from_numpy(positions), device)
         self.device = device
         runs: list[list[int]] = []
         for n in lengths:
@@ -113,8 +117,7 @@ class Documents:
 
     @cached_property
     def spans(self) -> Tensor:  # int64 [tokens], the length of the document that each is in
-        lengths = torch.tensor(self.lengths)
-        return to_device(lengths.repeat_interleave(lengths), self.device)
+        return to_device(torch.from_numpy(np.repeat(self.lengths, self.lengths)), self.device)
 
 
 def document_attention(

@@ -2,9 +2,15 @@
 
 A kernel stands in the file of its function, beside the plain form that computes everywhere else; `on_gpu` is the switch
 between the two. On machines without a GPU triton is not even imported: two stand-ins let the kernels be written down.
+
+Triton builds a small C module when it first launches a kernel, so it needs a C compiler and Python's headers, which
+many images leave out. `on_gpu` launches a kernel that does nothing first; where that fails, the plain forms compute.
 """
 
 import os
+import subprocess
+import sys
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,7 +35,42 @@ if INTERPRETED or torch.cuda.is_available():
 
 def on_gpu(x: Tensor) -> bool:
     """Whether a kernel in Triton takes x."""
-    return x.is_cuda and not isinstance(triton, Absent)
+    return x.is_cuda and triton_launches()
+
+
+@cache
+def triton_launches() -> bool:
+    """Whether Triton can launch kernels here. Tried once; a NOTE on stderr says why where it can't."""
+    if isinstance(triton, Absent):
+        return False
+    try:
+        launch_nothing()
+    except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
+        print(
+            f"NOTE: Triton cannot launch its kernels ({why_not(error)}); plain PyTorch computes in their place, which"
+            " takes longer and more memory",
+            file=sys.stderr,
+        )
+        return False
+    return True
+
+
+def launch_nothing() -> None:
+    nothing_kernel[(1,)](num_warps=1)
+
+
+@triton.jit
+def nothing_kernel():
+    pass
+
+
+def why_not(error: Exception) -> str:
+    """What is missing, of what Triton's first launch ends with."""
+    if isinstance(error, subprocess.CalledProcessError):  # the compiler has said more, on stderr
+        return "its C module does not compile; Python's headers, often a package called python3-dev, may be missing"
+    if "compiler" in str(error).lower():
+        return "there is no C compiler; install gcc, or name one in CC"
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def blocks(size: int) -> int:

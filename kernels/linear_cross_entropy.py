@@ -16,7 +16,7 @@ from kernels.gpu import on_gpu, tl, triton
 
 LOGITS_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}  # a chunk of logits; on CPU under glibc's 32 MB, past which every
 SOFTMAX_ROWS = 32  # allocation faults in new pages; on CPU the fp32 softmax goes in slices that stay in the cache
-BLOCK = 4096  # logits that a program of the kernel holds at a time
+BLOCK, WARPS = 4096, 8  # logits that a program of the kernel holds at a time; with 4 warps some of them spill
 
 
 def linear_cross_entropy(
@@ -92,7 +92,15 @@ def softmax_minus_one_hot_(
     if on_gpu(logits):
         losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
         softmax_kernel[(logits.shape[0],)](
-            logits, target, losses, logits.shape[1], softcap or 1.0, CAPPED=bool(softcap), GRAD=want_grad, BLOCK=BLOCK
+            logits,
+            target,
+            losses,
+            logits.shape[1],
+            softcap or 1.0,
+            CAPPED=bool(softcap),
+            GRAD=want_grad,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
         )
         if counts is not None and want_grad:
             logits *= counts[:, None].to(logits.dtype)

@@ -59,15 +59,21 @@ def quadruples(device: torch.device) -> Tensor:
 
 @cache
 def dynamic_code(device: torch.device, signed: bool = True) -> Tensor:
-    """float32 [256], sorted: the "dynamic" numbers of Dettmers 2016 (arXiv 1511.04561). Of ten to the -6, -5 ... 0, one
-    has 1, 2 ... 64 fractions, the middles of equal parts of 0.1 to 1, and each both signs; with them 0 and 1. Unsigned:
+    """`dynamic_numbers` on a device, float32 [256]."""
+    return torch.tensor(dynamic_numbers(signed), device=device)
+
+
+@cache
+def dynamic_numbers(signed: bool) -> list[float]:
+    """256 numbers, sorted: the "dynamic" ones of Dettmers 2016 (arXiv 1511.04561). Of ten to the -6, -5 ... 0, one has
+    1, 2 ... 64 fractions, the middles of equal parts of 0.1 to 1, and each both signs; with them 0 and 1. Unsigned:
     twice as many fractions, no signs."""
     numbers = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2 ** (exponent + (not signed)) + 1)
         middles = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)).tolist()
         numbers += [*middles, *(-middle for middle in middles if signed)]
-    return torch.tensor(sorted(numbers), device=device)
+    return sorted(numbers)
 
 
 def dequantize_8bit(codes: Tensor, scales: Tensor, numbers: Tensor) -> Tensor:
@@ -165,10 +171,12 @@ def multiply_on_gpu(x: Tensor, frozen: NF4, bias: Tensor | None) -> Tensor:
 @triton.jit
 def scales_of(absmax, nested, offset, numbers, block, inside, DOUBLE: tl.constexpr):
     """The scales of blocks, fp32; their product and sum are rounded apart, as bitsandbytes does it."""
-    if DOUBLE:
-        number = tl.load(numbers + tl.load(absmax + block, inside, 0).to(tl.int32))
+    scale = tl.load(absmax + block, inside, 0)
+    if DOUBLE:  # one return for both: Triton wants the types of all of a function's returns to be equal
+        number = tl.load(numbers + scale.to(tl.int32))
         return number * tl.load(nested + block // 256, inside, 0.0) + tl.load(offset)
-    return tl.load(absmax + block, inside, 0.0)
+    else:
+        return scale
 
 
 @triton.jit

@@ -117,11 +117,12 @@ def turn_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, T
     q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     strides = [stride for x in (q, k, q_out, k_out) for stride in x.stride()[:2]]
-    sizes = {"HEADS": blocks(heads), "KV": blocks(kv_heads), "HALF": blocks(half), "REST": blocks(max(1, d - 2 * half))}
+    rest = d - 2 * half  # dimensions that do not turn
+    sizes = {"HEADS": blocks(heads), "KV": blocks(kv_heads), "HALF": blocks(half), "REST": blocks(rest) if rest else 0}
     if tokens:
         turn_kernel[(tokens,)](
             q, k, q_out, k_out, cos.contiguous(), sin.contiguous(),
-            *strides, heads, kv_heads, half, d - 2 * half, **sizes,
+            *strides, heads, kv_heads, half, rest, **sizes,
         )  # fmt: skip
     return q_out, k_out
 
@@ -154,10 +155,10 @@ def turn_heads(x, out, stride, out_stride, head, heads, c, s, half, rest, HALF: 
     second = tl.load(x + head * stride + half + pair, inside, 0.0).to(tl.float32)
     tl.store(out + head * out_stride + pair, first * c - second * s, inside)
     tl.store(out + head * out_stride + half + pair, second * c + first * s, inside)
-    if rest > 0:
+    if REST > 0:  # known when the kernel is compiled; a name can't change its shape in a branch that is taken later
         left = 2 * half + tl.arange(0, REST)[None, :]
-        inside = (head < heads) & (left < 2 * half + rest)
-        tl.store(out + head * out_stride + left, tl.load(x + head * stride + left, inside, 0.0), inside)
+        unturned = (head < heads) & (left < 2 * half + rest)
+        tl.store(out + head * out_stride + left, tl.load(x + head * stride + left, unturned, 0.0), unturned)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

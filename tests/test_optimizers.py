@@ -198,7 +198,7 @@ def test_a_rate_that_moves_nothing_is_said(base, numbers, tmp_path, monkeypatch,
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a gpu")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_host_can_hold_the_state(base, numbers, tmp_path, monkeypatch, capsys):
     words = ["--model", base, "--data", numbers, "--method", "full", "--steps", 24, "--lr", "3e-3", "--dtype", "fp32"]
     losses = []

@@ -451,7 +451,7 @@ def test_deterministic_runs_are_equal_to_the_bit(job, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a gpu")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "8 bits, bf16"])
 def test_deterministic_runs_are_equal_to_the_bit_on_a_gpu_and_resume(
     job, tmp_path, monkeypatch, capsys, as_before, method

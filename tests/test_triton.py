@@ -159,3 +159,47 @@ def model_documents():
     from kernels.attention import Documents
 
     return Documents([30, 30, 30], DEVICE)
+
+
+@pytest.fixture
+def first_launch(monkeypatch):
+    """Forgets whether Triton launches, before and after: what a test has found is of that test alone."""
+    gpu.triton_launches.cache_clear()
+    yield
+    gpu.triton_launches.cache_clear()
+    calls.append("no kernel is to run here")
+
+
+def build_module(folder) -> None:
+    """What Triton's driver does at the first launch: compiles a C module that includes Python.h."""
+    from triton.runtime.build import _build
+
+    source = folder / "nothing.c"
+    source.write_text("#include <Python.h>\n")
+    _build("nothing", str(source), str(folder), [], [], [], [])
+
+
+def test_without_a_c_compiler_the_plain_forms_compute(first_launch, monkeypatch, tmp_path, capfd):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(gpu, "launch_nothing", lambda: build_module(tmp_path))
+    assert not gpu.triton_launches() and not gpu.triton_launches()
+    said = capfd.readouterr().err
+    assert said.count("NOTE: Triton cannot launch its kernels (there is no C compiler") == 1
+
+
+def test_without_pythons_headers_the_plain_forms_compute(first_launch, monkeypatch, tmp_path, capfd):
+    import sysconfig
+
+    paths = sysconfig.get_paths
+    monkeypatch.setattr(sysconfig, "get_paths", lambda **more: paths(**more) | {"include": str(tmp_path)})
+    monkeypatch.setattr(gpu, "launch_nothing", lambda: build_module(tmp_path))
+    assert not gpu.triton_launches()
+    assert "Python's headers" in capfd.readouterr().err
+
+
+def test_an_error_of_a_kernel_of_ours_is_not_taken_for_a_missing_compiler(first_launch, monkeypatch):
+    """What cannot come from the machine is a fault, and is shown."""
+    monkeypatch.setattr(gpu, "launch_nothing", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gpu.triton_launches()

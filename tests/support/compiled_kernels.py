@@ -1,0 +1,131 @@
+"""Every Triton kernel through Triton's own compiler, for GPUs that are not here, and what each takes of them.
+
+    python tests/support/compiled_kernels.py [--arch 80 90 100]
+
+Needs no GPU and no torch with CUDA; prints a line a kernel, or with --json a list of the same. Shapes are those of
+Llama 3.1 8B where nothing else is said. `resources` is also for other scripts: of a compiled kernel, registers a
+thread, bytes that spill to local memory, shared memory, and how many loads move 16 bytes a thread (a kernel bound by
+memory needs these).
+"""
+
+import fake_cuda  # first: it changes torch
+
+# isort: split
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import triton
+
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+WIDE_LOAD = re.compile(r"\b(?:LDG|LDGSTS)\.\S*128")
+D, F, H, G, HEAD_DIM, V = 4096, 14336, 32, 8, 128, 128256  # Llama 3.1 8B
+N = 16384  # tokens
+bf16, fp32, uint8, int64 = torch.bfloat16, torch.float32, torch.uint8, torch.int64
+
+
+def resources(compiled) -> dict:
+    """Of a compiled kernel, read out of its machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = run_tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = run_tool("nvdisasm", "-c", file.name)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return {
+        "registers": registers,
+        "spilled": stack,
+        "shared": compiled.metadata.shared,
+        "wide_loads": len(WIDE_LOAD.findall(code)),
+    }
+
+
+def run_tool(name: str, *words: str) -> str:
+    return subprocess.run([BINARIES / name, *words], capture_output=True, text=True, check=True).stdout
+
+
+def cases() -> Iterator[tuple[str, Callable]]:
+    """(name, a call that launches one kernel or several)."""
+    from kernels import linear_cross_entropy, nf4, norm, rope, swiglu
+
+    def made(*shape: int, dtype: torch.dtype = bf16) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="cuda")
+
+    x, scale = made(N, D), made(N, 1, dtype=fp32)
+    yield "norm", lambda: norm.normalise(x, made(D), 1e-5, 0.0)
+    yield "norm backward", lambda: norm.backward_on_gpu(x, x, made(D), scale, 0.0, False)
+    yield "norm backward, weight trained", lambda: norm.backward_on_gpu(x, x, made(D, dtype=fp32), scale, 0.0, True)
+    yield "norm of heads", lambda: norm.normalise(made(N, H, HEAD_DIM), made(HEAD_DIM), 1e-5, 0.0)
+    whole, part = made(N, 1, HEAD_DIM // 2), made(N, 1, HEAD_DIM // 8)
+    yield "rope", lambda: rope.turn_both(made(N, H, HEAD_DIM), made(N, G, HEAD_DIM), whole, whole)
+    yield "rope of a quarter", lambda: rope.turn_both(made(N, H, HEAD_DIM), made(N, H, HEAD_DIM), part, part)
+    yield "swiglu", lambda: swiglu.gated(made(N, F), made(N, F), "silu")
+    yield "swiglu backward", lambda: swiglu.gated_backward(made(N, F), made(N, F), made(N, F), "silu")
+    loss = linear_cross_entropy.softmax_minus_one_hot_
+    for cap in (None, 30.0):
+        yield f"loss, soft-cap {cap}", lambda cap=cap: loss(made(2048, V), made(2048, dtype=int64), True, cap)
+    for double in (True, False):
+        absmax = made(F, D // 64, dtype=uint8 if double else fp32)
+        nested = (made(F * D // 64 // 256, dtype=fp32), made(1, dtype=fp32)) if double else (None, None)
+        frozen = nf4.NF4(made(F, D // 2, dtype=uint8), absmax, *nested)
+        name = f"nf4{', double quantisation' if double else ''}"
+        yield name, lambda frozen=frozen: nf4.dequantize_on_gpu(frozen, bf16)
+        for rows in (1, 64):
+            times = lambda rows=rows, frozen=frozen: nf4.multiply_on_gpu(made(rows, D), frozen, None)
+            yield f"{name}, times {rows} rows", times
+
+
+def compile_all(archs: list[int]) -> list[dict]:
+    """A row a launch: name, arch, kernel, its resources, or the error that compiling it ended with."""
+    rows = []
+
+    def on_launch(kernel, args, grid, options, bound):
+        compiled = fake_cuda.compile_launch(kernel, args, grid, options)
+        rows.append({"name": name, "arch": arch, "kernel": fake_cuda.kernel_name(kernel)} | resources(compiled))
+
+    fake_cuda.on_launch = on_launch
+    for arch in archs:
+        fake_cuda.compile_for(arch)
+        with fake_cuda.fake_tensors():
+            for name, launch in cases():
+                try:
+                    launch()
+                except Exception as error:  # noqa: BLE001 - of whatever kind: the table shows it
+                    rows.append({"name": name, "arch": arch, "error": last_cause(error)})
+    return rows
+
+
+def last_cause(error: BaseException) -> str:
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    rows = compile_all(args.arch)
+    if args.json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        where = f"sm_{row['arch']:<4}{row['name']:40}"
+        if "error" in row:
+            print(f"{where}FAILED {row['error']}")
+        else:
+            print(
+                f"{where}{row['kernel']:36}registers {row['registers']:3}, spilled {row['spilled']},"
+                f" shared {row['shared']:6}, loads of 16 bytes {row['wide_loads']}"
+            )
+    print(f"{sum('error' in row for row in rows)} of {len(rows)} failed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The CUDA path without a GPU: kernels through Triton's real compiler, training steps on fake CUDA tensors.
+
+Triton's interpreter, in which test_triton.py runs the kernels here, has no types and no limits; these tests have both.
+Each starts a script of tests/support in a process of its own, for which a device guard is compiled with g++. None of
+them skips.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from test_families import CASES, IDS, SIZES
+
+SUPPORT = Path(__file__).resolve().parent / "support"
+REGISTERS = 128  # a thread; with more, too few threads run at a time to hide the memory's latency
+NO_WIDE_LOADS = ("nf4", "norm of heads")  # of codes, a byte each; of rows that are shorter than a warp's load
+CI_FAMILIES = ("llama", "gemma2", "gemma3", "qwen3", "gpt_neox")  # the others are slow
+
+
+@pytest.fixture(scope="session")
+def guard(tmp_path_factory) -> Path:
+    """The guard that lets fake CUDA tensors live. Where it cannot be built, these tests fail."""
+    folder = tmp_path_factory.mktemp("guard")
+    words = [sys.executable, SUPPORT / "cuda_guard.py", folder]
+    built = subprocess.run(words, check=False, capture_output=True, text=True)
+    assert built.returncode == 0, f"no guard for fake CUDA tensors, which needs a C++ compiler: {built.stderr}"
+    return folder / "cuda_guard.so"
+
+
+@pytest.fixture
+def script(guard, tmp_path_factory):
+    """Runs a script of tests/support and returns what it prints, JSON line by line."""
+
+    def run(name: str, *words) -> list:
+        kernels = tmp_path_factory.getbasetemp() / "triton"  # compiled ones, kept for the next script
+        environment = os.environ | {"PLAINTUNE_CUDA_GUARD": str(guard), "TRITON_CACHE_DIR": str(kernels)}
+        environment.pop("TRITON_INTERPRET", None)
+        words = [sys.executable, SUPPORT / name, *map(str, words)]
+        ran = subprocess.run(words, check=False, capture_output=True, text=True, env=environment)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        return [json.loads(line) for line in ran.stdout.splitlines()]
+
+    return run
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_kernel_compiles_and_fits(script, arch):
+    """At the shapes of an 8B model: no error, nothing spilled, few registers, loads of 16 bytes."""
+    (rows,) = script("compiled_kernels.py", "--arch", arch, "--json")
+    assert len(rows) > 15
+    assert [row for row in rows if "error" in row] == []
+    assert [row for row in rows if row["spilled"] or row["registers"] > REGISTERS] == []
+    assert [row for row in rows if not row["wide_loads"] and not row["name"].startswith(NO_WIDE_LOADS)] == []
+
+
+def families(script, folder: Path, names: list[str], *words) -> None:
+    configs = {}
+    for name in names:
+        family, changes, _ = CASES[name]
+        configs[name] = transformers.CONFIG_MAPPING[family](**(SIZES | IDS | changes)).to_dict()
+        configs[name].pop("architectures", None)
+    (folder / "configs.json").write_text(json.dumps(configs))
+    *rows, last = script("families_on_gpu.py", folder / "configs.json", *words)
+    assert [row for row in rows if "error" in row] == []
+    assert {row["name"] for row in rows} == {*names} and all(row["launches"] > 100 for row in rows)
+    assert [row for row in last["compiled"] if row["spilled"] or row["registers"] > REGISTERS] == []
+    assert len({row["kernel"] for row in last["compiled"]}) >= 7
+
+
+def test_families_train_on_fake_cuda_tensors(script, tmp_path):
+    """No wrong device, dtype or shape, forward and backward; every kernel that is launched compiles."""
+    families(script, tmp_path, [*CI_FAMILIES], "--dtypes", "bf16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_all_families_train_on_fake_cuda_tensors(script, tmp_path, arch, dtype):
+    routed = ("mixtral", "qwen3_moe")  # their experts read numbers from the GPU, which fake tensors have not
+    names = [name for name in CASES if not name.startswith(routed)]
+    families(script, tmp_path, names, "--dtypes", dtype, "--arch", arch)

@@ -70,7 +70,7 @@ class SharedDocuments:
                     else:
                         mine = self.add_run(run, at, mine, whole.device)
                         run = []
-                        piece = Piece(last - first, last - start)
+                        piece = Piece(last - first, last - start, whole.device)
                         self.work.append((slice(mine, mine + last - first), slice(start, last), piece))
                         mine, at = mine + last - first, last
                 start += length

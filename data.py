@@ -24,7 +24,8 @@ from context import Context, SharedDocuments
 from errors import UserError
 from examples import IDLE, TRAIN_ON, Dataset, Example, cut
 from formats import Map, open_source
-from kernels.attention import Documents, to_device
+from kernels.attention import Documents
+from kernels.gpu import to_device
 from rows import tokenised
 from tokenizer import Tokenizer
 
@@ -172,7 +173,7 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu", con
         lengths, tokens, keys = [*lengths, padding], np.pad(tokens, (0, padding)), keys and [*keys, 0]
     documents = Documents(lengths, device)
     if keys is not None:
-        documents.keys = on_device(np.repeat(keys, lengths), device) + documents.positions * 0x9E3779B1
+        documents.keys = to_device(np.repeat(keys, lengths), device) + documents.positions * 0x9E3779B1
     if context:
         counted = sum(max(0, min(part.stop, counted) - part.start) for part in context.mine(len(tokens)))
         rows = context.local(rows, len(tokens))
@@ -180,21 +181,17 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu", con
         rows, targets, weights, apart = (x if x is None else x[here] for x in (rows, targets, weights, apart))
         tokens, documents = context.take(tokens), SharedDocuments(documents, context)
     batch = Batch(
-        on_device(tokens, device),
+        to_device(tokens, device),
         documents,
-        on_device(rows, device),
-        on_device(targets, device),
-        None if plain else on_device(weights, device),
+        to_device(rows, device),
+        to_device(targets, device),
+        None if plain else to_device(weights, device),
         float(weights.sum(dtype=np.float64)),
     )
     batch.counted = counted
     if apart is not None:
-        batch.apart, batch.weight_apart = on_device(apart, device), float(apart.sum(dtype=np.float64))
+        batch.apart, batch.weight_apart = to_device(apart, device), float(apart.sum(dtype=np.float64))
     return batch
-
-
-def on_device(x: np.ndarray, device: torch.device | str) -> Tensor:
-    return to_device(torch.from_numpy(x), device)
 
 
 if __name__ == "__main__":

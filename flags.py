@@ -13,6 +13,7 @@ import remat
 from errors import UserError
 from examples import TRAIN_ON
 from formats import TREES
+from kernels import flash_versions
 from loading import parse
 from quant import KINDS
 from templates import NAMED
@@ -139,6 +140,13 @@ class Flags:
     device: str = flag("auto", "machine", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     compile: str = flag(
         "auto", "machine", "blocks by torch.compile; auto: where it pays", choices=["auto", "on", "off"]
+    )
+    attention: str = flag(
+        "auto",
+        "machine",
+        "flash3, flash4: that version of FlashAttention on a GPU, where its package is installed and its numbers are"
+        " those of version 2 in the first step",
+        choices=["auto", *flash_versions.VERSIONS],
     )
     shard: str | None = flag(
         None,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import decoding
 from context import SharedDocuments
+from errors import UserError
 from families import Config, Layer
 from kernels.attention import Documents, Scores, document_attention
 from kernels.linear import linears, linears_reference
@@ -351,6 +352,8 @@ class Transformer(nn.Module):
     def compile_blocks(self) -> None:
         """torch.compile of the blocks: one graph for all of them, with the number of tokens left open, and attention
         outside, whose shapes are other ones in every batch."""
+        if self.device.type == "cuda" and self.config.attention_softcap:
+            raise UserError("--compile on: not with this model's soft-capped attention, which a GPU compiles by itself")
         self.compiled = True
         self.attend = torch.compiler.disable(document_attention)  # not where it is defined: that imports the compiler
         for block in self.blocks:

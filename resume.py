@@ -42,8 +42,8 @@ TRIAL = 64 << 20  # bytes that are written to see whether a disk takes them; bey
 # flags that change no number of a run, or only how it is computed; the data and the base are compared by what they hold
 FREE = set(
     "model data replay val val_fraction out overwrite resume plan gpus profile wandb save_every keep save_async shard "
-    "shard_offload reduce timeout context_parallel remat compile device eval_every patience batch_size accumulate "
-    "deterministic".split()
+    "shard_offload reduce timeout context_parallel remat compile attention device eval_every patience batch_size "
+    "accumulate deterministic".split()
 )
 # what belongs to a start and not to the run, or is taken up before the others (take_layout)
 OF_THIS_START = {"out", "resume", "overwrite", "plan", "gpus", "timeout", "device", "shard", "context_parallel"}
@@ -393,10 +393,11 @@ def take_flags(flags: Flags, given: set[str], state: dict, where: Path) -> list[
             others.append(f"--{name.replace('_', '-')} {now} (it was {value})")
     if others:
         raise UserError(f"--resume: {where} was made with other flags: {', '.join(others)}; leave them out")
-    for name in ("shard", "context_parallel", "compile", "remat"):
+    for name in ("shard", "context_parallel", "compile", "remat", "attention"):
         now = getattr(flags, name)
-        if now not in (None, saved[name]):
-            notes.append(f"--{name.replace('_', '-')} {now}, {saved[name]} before: equal to rounding, not to the bit")
+        before = saved.get(name, "auto")  # a run of before --attention has none
+        if now not in (None, before):
+            notes.append(f"--{name.replace('_', '-')} {now}, {before} before: equal to rounding, not to the bit")
     product, hands = saved["batch_size"] * saved["accumulate"] * state["processes"], distributed.hands()
     if flags.batch_size * flags.accumulate * hands != product:
         times, rest = divmod(product, flags.batch_size * hands)

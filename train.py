@@ -45,6 +45,7 @@ from files import new_file
 from flags import LORA, VAL_FRACTION, Flags, parse_flags, replayed, weighted
 from formats import Map
 from inspection import quick_checks
+from kernels import flash_versions
 from loading import DTYPES, one_line, pick_device, pick_dtype, pick_tokenizer, put_adapter
 from log import Log
 from model import Config, Linear, Transformer, quantized
@@ -326,6 +327,24 @@ def choose_compile(flags: Flags, device: torch.device, seconds: float) -> str:
     return f"compiled blocks {flags.compile}: {reason}"
 
 
+def choose_attention(name: str, model: Transformer, examples: list[Example], device: torch.device) -> str:
+    """Puts another version of FlashAttention in place, held against version 2 on these examples; a line about it."""
+    batch = collate(examples, device, distributed.context)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    model.train()
+
+    def step() -> list[torch.Tensor]:
+        loss, balance = training_loss(model, batch, max(batch.weight, 1.0), max(batch.counted, 1))
+        (loss if balance is None else loss + balance).backward()
+        found = [loss, *(distributed.local(p.grad) for p in parameters if p.grad is not None)]
+        for p in parameters:
+            p.grad = None
+        return found
+
+    error = flash_versions.use(name, device, step)
+    return f"{name}: loss and gradients of a first step within {error:.1e} of FlashAttention 2's"
+
+
 def rate_at(step: int, flags: Flags) -> float:
     """Learning rate of step 0, 1, ...: linear warm-up, above 0 from the first step, then the schedule down to 0."""
     if step < flags.warmup:
@@ -481,6 +500,9 @@ def train(flags: Flags) -> None:
     watch = Watch(model, steppers, data.val, data.replay_val, data.stream, flags, log, keep, saver, base, device)
     if found:
         watch.go_on(found)
+    if flags.attention != "auto":
+        first = next(step_parts(data.train, dataclasses.replace(data.stream), flags, device, watch.done))
+        print(f"attention {choose_attention(flags.attention, model, first[0], device)}")
     steps = step_parts(data.train, data.stream, flags, device, watch.done)
     if flags.profile:
         profile(model, steppers, steps, flags, log, device, out)

@@ -1,21 +1,24 @@
 """Causal attention inside documents, for tokens that lie flat: [tokens, heads, head_dim], one document after another.
 
-Only attention has to know where a document ends, so this file is the one place where a batch gets a time axis. Runs of
-documents of similar length form a group, padded to its longest document: [documents, length, heads, head_dim].
-Attention alone pays for that padding. Causality makes it exact without a padding mask: padding stands behind the real
-tokens, which never look ahead. Three ways to compute a group:
+Only attention has to know where a document ends, so this file is the one place where that matters. Ways to compute it:
 
-- `scaled_dot_product_attention`: on GPUs, and for long documents;
-- `SlicedAttention`, where that can't: scores with a soft-cap, and sliding windows of long documents. A slice of queries
-  at a time, with no more keys than it sees; only q, k and v are kept, the backward computes the slice again;
-- the same on CPUs for documents up to 1,024 tokens, with the probabilities kept. PyTorch's fused CPU kernel spends most
-  of its time in its backward: 8 documents of 70 tokens, 9 heads over 3, bf16, 2 cores, forward and backward: 1.4 ms
-  here against 7.6 ms there.
+- On GPUs in bf16 or fp16: one call of FlashAttention (Dao 2023, arXiv 2307.08691) for all documents of a batch, whose
+  boundaries it is given; sliding windows and grouped heads are its own. Nothing is padded, nothing waits.
+- Scores with a soft-cap, which it does not know, on GPUs: FlexAttention (kernels/flex.py), where that works.
+- Else runs of documents of similar length form a group, padded to its longest document: [documents, length, heads,
+  head_dim]. Causality makes that exact without a padding mask: padding stands behind the real tokens, which never look
+  ahead. A group is computed by
+  - `scaled_dot_product_attention`: long documents on CPUs, and fp32 and older cards;
+  - `SlicedAttention`, where that can't: scores with a soft-cap, and sliding windows of long documents. A slice of
+    queries at a time, with no more keys than it sees; only q, k and v are kept, the backward computes the slice again;
+  - the same on CPUs for documents up to 1,024 tokens, with the probabilities kept. PyTorch's fused CPU kernel spends
+    most of its time in its backward: 8 documents of 70 tokens, 9 heads over 3, bf16, 2 cores, forward and backward:
+    1.4 ms here against 7.6 ms there.
 
 Grouped-query attention (Ainslie et al. 2023): query head h reads key-value head h // (heads / kv_heads).
 """
 
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -23,11 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import flex
+from kernels.gpu import to_device
+
 SHORT = 1024  # tokens; beyond it the probabilities, length x length / 2 a head, would be too much to keep
 WASTE = 1.3  # a group's padded score matrices may be this much larger than its documents' own
 CHUNK = 8 << 20  # scores that SlicedAttention makes at a time where it does not keep them
 SLICE = 128  # queries at a time where it does: of a long document's scores half are of keys that none of them sees
 MASK = 1 << 20  # numbers of a mask that is kept for the next layer
+FLASH_HEAD_DIM = 256  # the largest that FlashAttention takes
 
 
 class Scores(NamedTuple):
@@ -36,11 +43,6 @@ class Scores(NamedTuple):
     scale: float
     window: int | None = None  # a token sees itself and window - 1 before it (Beltagy et al. 2020); None: all
     softcap: float | None = None  # scores s become softcap * tanh(s / softcap) (Gemma 2, arXiv 2408.00118)
-
-
-def to_device(x: Tensor, device: torch.device | str) -> Tensor:
-    """x there; to a GPU out of pinned memory, for else the copy would wait for all that the GPU has still to do."""
-    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
 
 
 class Group:
@@ -55,7 +57,7 @@ class Group:
         self.slots = None
         if self.tokens < self.documents * self.length:
             slots = np.concatenate([np.arange(n) + i * self.length for i, n in enumerate(lengths)])
-            self.slots = to_device(torch.from_numpy(slots), device)
+            self.slots = to_device(slots, device)
         self.masks: dict[tuple, Tensor] = {}
 
     def pad(self, x: Tensor) -> Tensor:  # [tokens, heads, d] -> [documents, length, heads, d], zeros in the padding
@@ -82,9 +84,13 @@ class Group:
 class Piece(Group):
     """A document of `keys` tokens of which only the last `queries` ask."""
 
-    def __init__(self, queries: int, keys: int):
+    def __init__(self, queries: int, keys: int, device: torch.device | str = "cpu"):
         self.documents, self.length, self.slots, self.masks = 1, queries, None, {}
-        self.offset = keys - queries
+        self.offset, self.keys, self.device = keys - queries, keys, device
+
+    @cached_property
+    def bounds(self) -> tuple[Tensor, Tensor]:  # of the queries and of the keys, as FlashAttention takes them
+        return tuple(boundaries([n], self.device) for n in (self.length, self.keys))
 
     def pad(self, x: Tensor) -> Tensor:
         return x[None]
@@ -98,26 +104,38 @@ class Documents:
 
     lengths: the documents' lengths in tokens, in order. Neighbours of similar length make large groups: sort a batch.
     positions: int64 [tokens], counted from 0 in each document. keys: int64 [tokens], a random number for each; None
-    where nothing asks for one.
+    where nothing asks for one. What only some ways of computing need is made when the first layer asks for it.
     """
 
     def __init__(self, lengths: list[int], device: torch.device | str = "cpu"):
         self.lengths, self.keys = lengths, None
-        positions = np.concatenate([np.arange(n) for n in lengths])
-        self.positions = to_device(torch.from_numpy(positions), device)
+        self.positions = to_device(np.concatenate([np.arange(n) for n in lengths]), device)
         self.device = device
+        self.block_masks: dict[int | None, object] = {}  # of kernels/flex.py, by window
+
+    @cached_property
+    def groups(self) -> list[Group]:
         runs: list[list[int]] = []
-        for n in lengths:
+        for n in self.lengths:
             run = [*runs[-1], n] if runs else []
             if run and len(run) * max(run) ** 2 <= WASTE * sum(m * m for m in run):
                 runs[-1] = run
             else:
                 runs.append([n])
-        self.groups = [Group(run, device) for run in runs]
+        return [Group(run, self.device) for run in runs]
 
     @cached_property
     def spans(self) -> Tensor:  # int64 [tokens], the length of the document that each is in
-        return to_device(torch.from_numpy(np.repeat(self.lengths, self.lengths)), self.device)
+        return to_device(np.repeat(self.lengths, self.lengths), self.device)
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        return boundaries(self.lengths, self.device)
+
+
+def boundaries(lengths: list[int], device: torch.device | str) -> Tensor:
+    """Where each document begins, and where the last one ends: int32 [documents + 1]."""
+    return to_device(np.cumsum([0, *lengths], dtype=np.int32), device)
 
 
 def document_attention(
@@ -129,12 +147,88 @@ def document_attention(
     kv_heads. keep: short documents' probabilities, for the backward, which computes them again otherwise. Returns
     [tokens, heads, head_dim].
     """
+    longest = max(documents.lengths)
+    if scores.window and scores.window >= longest:
+        scores = scores._replace(window=None)
+    if flash_takes(q) and not scores.softcap:
+        return flash_attention(q, k, v, scores, documents.bounds, documents.bounds, longest, longest)
+    if q.is_cuda and scores.softcap and len(q) >= flex.FEWEST_TOKENS and flex.works(q, k, in_slices):
+        masks = documents.block_masks
+        if scores.window not in masks:
+            masks[scores.window] = flex.block_mask(documents.lengths, scores.window, q.device)
+        return flex.attention(q, k, v, scores.scale, scores.softcap, masks[scores.window])
+    return group_attention(q, k, v, scores, documents, keep)
+
+
+def group_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, documents: Documents, keep: bool = True) -> Tensor:
+    """document_attention, a group of documents of similar length after the other."""
     sizes = [group.tokens for group in documents.groups]
     parts = [
         attend(*qkv, group, scores, keep)
         for *qkv, group in zip(q.split(sizes), k.split(sizes), v.split(sizes), documents.groups, strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def in_slices(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, window: int | None, lengths: list[int]):
+    """What kernels/flex.py is held against."""
+    return group_attention(q, k, v, Scores(scale, window, softcap), Documents(lengths, q.device))
+
+
+def piece_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, piece: Piece) -> Tensor:
+    """As document_attention, of the last tokens of one document. q: [queries, heads, head_dim]; k, v: [keys, kv_heads,
+    head_dim]."""
+    if flash_takes(q) and not scores.softcap:
+        return flash_attention(q, k, v, scores, *piece.bounds, len(q), len(k))
+    step = max(16, CHUNK // (q.shape[1] * min(len(k), scores.window or len(k))))
+    return SlicedAttention.apply(q, k, v, piece, scores, step, False)
+
+
+# ---- FlashAttention ----
+
+
+def flash_takes(q: Tensor) -> bool:
+    """Whether torch's FlashAttention computes with tensors like q: 16 bits, on an NVIDIA GPU of 2020 or later."""
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > FLASH_HEAD_DIM:
+        return False
+    return has_flash(q.device)
+
+
+@cache
+def has_flash(device: torch.device) -> bool:
+    built = torch.version.hip is None and torch.backends.cuda.is_flash_attention_available()
+    return built and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, q_bounds: Tensor, k_bounds: Tensor, longest_q: int, longest_k: int
+) -> Tensor:
+    """Causal attention of documents by one call of FlashAttention, with gradients.
+
+    q: [queries, heads, head_dim], k and v: [keys, kv_heads, head_dim]; bounds: int32 [documents + 1], of each. A
+    document's queries are the last ones of its keys. Returns [queries, heads, head_dim].
+
+    torch's operator is called itself, not by torch.nn.attention.varlen: that imports the compiler, and takes other
+    arguments in torch 2.11 than in 2.13. `activate_flash_attention_impl` puts versions 3 and 4 in this one's place.
+    """
+    d = q.shape[-1]
+    size = flash_size(d)
+    if size > d:
+        q, k, v = (F.pad(x, (0, size - d)) for x in (q, k, v))
+    back = -1 if scores.window is None else scores.window - 1  # keys before a query's own that it sees; -1: all
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, q_bounds, k_bounds, longest_q, longest_k, 0.0, back < 0, False,
+        scale=scores.scale, window_size_left=back, window_size_right=0,
+    )  # fmt: skip
+    return out[..., :d]
+
+
+def flash_size(head_dim: int) -> int:
+    """The next head size that FlashAttention takes: multiples of 8; between 192 and 224 some cards have no backward."""
+    return 256 if head_dim > 192 else -(-head_dim // 8) * 8
+
+
+# ---- groups of documents ----
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, group: Group, scores: Scores, keep: bool) -> Tensor:
@@ -147,34 +241,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, group: Group, scores: Scores, keep: 
         return SlicedAttention.apply(q, k, v, group, scores, step, short and keep)
     q, k, v = (group.pad(x).transpose(1, 2) for x in (q, k, v))  # [documents, heads, length, head_dim]
     grouped = q.shape[1] != k.shape[1]
-    if grouped and q.device.type == "cuda" and not flash_takes(q):  # the other fused kernel has no grouped heads
+    if grouped and q.is_cuda:  # what is left to it here has no fused kernel with grouped heads
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         grouped = False
+    if q.is_cuda:
+        leave_cudnn_out()
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale, enable_gqa=grouped)
     return group.unpad(out.transpose(1, 2))
 
 
-def piece_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, piece: Piece) -> Tensor:
-    """As document_attention, of the last tokens of one document. q: [queries, heads, head_dim]; k, v: [keys, kv_heads,
-    head_dim]."""
-    if q.device.type != "cuda" or scores.softcap or scores.window:
-        step = max(16, CHUNK // (q.shape[1] * min(len(k), scores.window or len(k))))
-        return SlicedAttention.apply(q, k, v, piece, scores, step, False)
-    return lower_right(q, k, v, scores.scale)
-
-
-def lower_right(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """piece_attention by PyTorch's fused kernels, without window and soft-cap."""
-    from torch.nn.attention.bias import causal_lower_right  # which brings the compiler
-
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    mask = causal_lower_right(q.shape[2], k.shape[2])
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)[0].transpose(0, 1)
-
-
-def flash_takes(q: Tensor) -> bool:
-    return q.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(q.device) >= (8, 0)
+@cache
+def leave_cudnn_out() -> None:
+    """cuDNN's attention plans anew for each new shape, which takes longer than a step, and every batch has others."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class SlicedAttention(torch.autograd.Function):

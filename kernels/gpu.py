@@ -12,6 +12,7 @@ import subprocess
 import sys
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,6 +72,13 @@ def why_not(error: Exception) -> str:
     if "compiler" in str(error).lower():
         return "there is no C compiler; install gcc, or name one in CC"
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def to_device(x: np.ndarray, device: torch.device | str) -> Tensor:
+    """x there; to a GPU out of pinned memory, for else the copy would wait for all that the GPU has still to do."""
+    made = torch.from_numpy(x)
+    on_gpu = torch.device(device).type == "cuda"
+    return made.pin_memory().to(device, non_blocking=True) if on_gpu else made.to(device)
 
 
 def blocks(size: int) -> int:

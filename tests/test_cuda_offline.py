@@ -20,6 +20,8 @@ REGISTERS = 128  # a thread; with more, too few threads run at a time to hide th
 NO_WIDE_LOADS = ("nf4", "norm of heads")  # of codes, a byte each; of rows that are shorter than a warp's load
 CI_FAMILIES = ("llama", "gemma2", "gemma3", "qwen3", "gpt_neox")  # the others are slow
 
+FORWARD, BACKWARD = 40, 87  # launches of a Llama layer with LoRA
+
 
 @pytest.fixture(scope="session")
 def guard(tmp_path_factory) -> Path:
@@ -83,3 +85,18 @@ def test_all_families_train_on_fake_cuda_tensors(script, tmp_path, arch, dtype):
     routed = ("mixtral", "qwen3_moe")  # their experts read numbers from the GPU, which fake tensors have not
     names = [name for name in CASES if not name.startswith(routed)]
     families(script, tmp_path, names, "--dtypes", dtype, "--arch", arch)
+
+
+@pytest.mark.parametrize(
+    "model, documents, allowed",
+    [("llama-8b", 40, 1.0), ("mistral-7b", 2, 1.5), ("mistral-7b", 40, 1.5), ("gemma2-9b", 2, 1.5)],
+)
+def test_launches_of_a_layer(script, model, documents, allowed):
+    """LoRA on one layer of documents that lie one behind the other, 16,384 tokens; two of them are beyond the windows.
+    Nothing in a step after the first waits for the GPU."""
+    words = ("--model", model, "--documents", documents, "--layers", 2, 4, "--json")
+    (found,) = script("census.py", *words)
+    launches = {phase: (found["4"][phase]["launches"] - found["2"][phase]["launches"]) / 2 for phase in found["2"]}
+    assert launches["forward"] <= FORWARD * allowed and launches["backward"] <= BACKWARD * allowed
+    assert launches["forward"] > 10
+    assert [what["syncs"] for what in found["4"].values() if what["syncs"]] == []

@@ -97,6 +97,7 @@ class Census(TorchDispatchMode):
         self.rows: list[Row] = []
         self.syncs: list[tuple[str, str]] = []
         self.phase = "?"
+        self.lengths: list[int] = []  # of the documents that attention is counted for
 
     def on_launch(self, kernel, args, grid, options, bound) -> None:
         name = f"triton.{fake_cuda.kernel_name(kernel)}"
@@ -105,6 +106,18 @@ class Census(TorchDispatchMode):
         again = PASSES.get(name, {})
         size = sum(map(touched, distinct.values())) + sum(more * touched(tensors[k]) for k, more in again.items())
         self.rows.append(Row(self.phase, name, size, 0, tuple(grid)))
+
+    def on_operator(self, name: str, tensors: list[torch.Tensor]) -> None:
+        self.rows.append(
+            Row(self.phase, name, sum(map(touched, tensors)), self.attention_flops(name, tensors[0], None))
+        )
+
+    def attention_flops(self, name: str, q: torch.Tensor, window: int | None) -> int:
+        """Of causal attention inside the documents: two products of each pair forward, five backward."""
+        reach = [n if window is None else min(n, window) for n in self.lengths]
+        pairs = sum(n * m - m * (m - 1) // 2 for n, m in zip(self.lengths, reach))
+        products = {"backward": 5, "delta": 0}.get(name.rpartition("_")[2], 2)
+        return products * 2 * pairs * q.shape[1] * q.shape[-1]  # [tokens, heads, d] or [1, heads, tokens, d]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -127,7 +140,11 @@ class Census(TorchDispatchMode):
         if name not in NO_KERNEL and name != "prim::device":
             size = self.bytes_of(name, kwargs, read, written)
             shapes = tuple(tuple(t.shape) for t in read)
-            self.rows.append(Row(self.phase, name, size, flops_of(func, name, args, kwargs, read, out), shapes))
+            flops = flops_of(func, name, args, kwargs, read, out)
+            if name.startswith("_flash_attention"):
+                back = kwargs.get("window_size_left", -1)
+                flops = self.attention_flops(name, read[0], None if back < 0 else back + 1)
+            self.rows.append(Row(self.phase, name, size, flops, shapes))
         return out
 
     def bytes_of(self, name: str, kwargs: dict, read: list, written: list) -> int:
@@ -149,7 +166,7 @@ def flops_of(func, name: str, args: tuple, kwargs: dict, read: list, out) -> int
     count = flop_registry.get(func._overloadpacket)
     try:
         return count(*args, **kwargs, out_val=out) if count else 0
-    except Exception:  # noqa: BLE001 - torch's own counters do not know all layouts; attention is counted by hand below
+    except Exception:  # noqa: BLE001 - torch's own counters do not know all layouts
         return 0
 
 
@@ -198,7 +215,8 @@ def training_step(model, lengths: list[int], trained: float = 0.5, steps: int = 
         steppers = optimizers.make_optimizers(model, "adamw", 1e-4, 0.0)
         for _ in range(steps):
             census = kind()
-            fake_cuda.on_launch = census.on_launch
+            census.lengths = lengths
+            fake_cuda.on_launch, fake_cuda.on_operator = census.on_launch, census.on_operator
             with census:
                 census.phase = "batch"
                 batch = collate(examples, "cuda")

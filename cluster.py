@@ -30,6 +30,7 @@ from plan import (
     Memory,
     Setup,
     expected_memory,
+    fitting_job,
     flops_a_token,
     setups,
     sketch,
@@ -142,8 +143,10 @@ def best_row(model: Transformer, setup: Setup, gpus: int, job: Job, room: float)
     for layout in layouts(gpus):
         for kind in ("none", "selective", "block"):
             way = replace(setup, remat=kind)
-            memory = memory_a_process(model, way, layout, job)
-            inside, across = traffic(model, way, layout, job.accumulate)
+            takes = lambda job, way=way, layout=layout: memory_a_process(model, way, layout, job)
+            fitting = fitting_job(job, torch.device("cuda"), room, lambda job, takes=takes: takes(job).peak)
+            memory = takes(fitting)
+            inside, across = traffic(model, way, layout, fitting.accumulate)
             sent = inside / INSIDE + across / ACROSS
             computed = job.tokens * flops_a_token(model, job.reach, 1.0, kind) / (EFFICIENCY * FLOPS)
             fits = memory.peak <= room

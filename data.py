@@ -116,21 +116,25 @@ def batches_by_length(
     hands: int = 1,
     hand: int = 0,
     context: Context | None = None,
+    most: int | None = None,
 ) -> Iterator[Batch]:
     """All examples of a dataset in flat batches, made one after the other; of several processes, every `hands`-th for
-    number `hand`, and as many for each."""
-    parts = cut_rows(data.lengths.tolist(), batch_size, most_tokens(device))
+    number `hand`, and as many for each. most: tokens of a batch (default: `most_tokens`)."""
+    parts = cut_rows(data.lengths.tolist(), batch_size, most or most_tokens(device))
     for start in range(0, len(parts), hands):
         part = parts[start + hand] if start + hand < len(parts) else None
         yield collate([IDLE] if part is None else [data.examples[i] for i in part], device, context)
 
 
-def row_batches(rows: Sequence[list[Example]], batch_size: int, device: torch.device | str = "cpu") -> list[Batch]:
+def row_batches(
+    rows: Sequence[list[Example]], batch_size: int, device: torch.device | str = "cpu", most: int | None = None
+) -> list[Batch]:
     """Rows of examples, sorted by length, in flat batches of at most batch_size rows and, where these are long, of
     about as many tokens as the device can use at a time: what a step computes is the same, and its memory is bounded.
+    most: these tokens (default: `most_tokens`).
     """
     size = lambda row: sum(len(example.ids) for example in row)
-    cuts = cut_rows([size(row) for row in rows], batch_size, most_tokens(device))
+    cuts = cut_rows([size(row) for row in rows], batch_size, most or most_tokens(device))
     return [collate([example for i in part for example in rows[i]], device) for part in cuts]
 
 
@@ -150,7 +154,7 @@ def cut_rows(sizes: Sequence[int], batch_size: int, most: int) -> list[list[int]
 
 
 def most_tokens(device: torch.device | str) -> int:
-    """Of a flat batch: with more, no product is faster."""
+    """Of a flat batch: with more, no product is faster. On a GPU plan.py takes fewer where these do not fit."""
     return 2048 if torch.device(device).type == "cpu" else 16384
 
 

@@ -65,7 +65,16 @@ def pick_device(name: str = "auto") -> torch.device:
         raise UserError(
             f"--device {name}: not on this machine (there is {', '.join(k for k, yes in there.items() if yes)})"
         )
+    if name == "cuda":
+        let_segments_grow()
     return torch.device(name)
+
+
+def let_segments_grow() -> None:
+    """Has torch's allocator extend the memory that it holds of a GPU in place of asking for new segments: batches are
+    of all sizes, and what is left between tensors of other sizes would add up. What the user has set stays."""
+    if sys.platform == "linux" and not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:

@@ -60,8 +60,10 @@ def balance_loss(loads: list[tuple[Tensor, Tensor]]) -> Tensor:
 @torch.no_grad()
 def mean_loss(model: Transformer, batches: Iterable[Batch]) -> float:
     """Loss per trained token over all batches, of all processes: independent of how they were cut."""
-    sums = torch.zeros(2, dtype=torch.float64)
+    losses, weights = [], []
     for batch in batches:
-        sums += torch.tensor([float(token_loss_sum(model, batch)), batch.weight], dtype=torch.float64)
+        losses.append(token_loss_sum(model, batch))  # read when all are asked for: a GPU need not wait in between
+        weights.append(batch.weight)
+    sums = torch.tensor([sum(torch.stack(losses).tolist()), sum(weights)], dtype=torch.float64)
     loss, weight = total(sums).tolist()
     return loss / weight

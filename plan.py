@@ -14,13 +14,16 @@ device), so counts of weights are those of the real one. Everything else is arit
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import lora
 import report
+from data import most_tokens
 from kernels.attention import CHUNK, SHORT, SLICE, Documents, Group, slices
 from kernels.linear_cross_entropy import LOGITS_BYTES
 from model import Config, Linear, Transformer, quantized
@@ -188,20 +191,51 @@ def flops_a_token(model: Transformer, reach: float = 0.0, trained: float = 1.0, 
 
 def product_rate(config: Config, device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s in a product of the model's own shape; takes about a tenth of a second."""
-    x = torch.randn(512, config.hidden_size, device=device).to(dtype)
+    rows = 8192 if device.type == "cuda" else 512  # fewer leave a GPU's multiprocessors without work
+    x = torch.randn(rows, config.hidden_size, device=device).to(dtype)
     w = torch.randn(config.hidden_size, config.intermediate_size, device=device).to(dtype)
+    seconds = seconds_on_gpu if device.type == "cuda" else seconds_on_host
+    return 2 * x.numel() * w.shape[1] / seconds(lambda: x @ w)
+
+
+def seconds_on_host(product: Callable[[], Tensor]) -> float:
     times = []
     for _ in range(8):
         start = time.perf_counter()
-        float((x @ w)[0, 0])  # waits for the device
+        float(product()[0, 0])  # waits for the device
         times.append(time.perf_counter() - start)
-    return 2 * x.numel() * w.shape[1] / min(times)
+    return min(times)
+
+
+def seconds_on_gpu(product: Callable[[], Tensor], times: int = 16) -> float:
+    """Of one of several products that follow each other, by the GPU's own clock: what the host takes to ask for one,
+    and to hear that it is done, is not counted."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(4):  # the library chooses its kernel, the card raises its clock
+        product()
+    begin.record()
+    for _ in range(times):
+        product()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / times
+
+
+def tokens_at_once(device: torch.device, room: float, peak: Callable[[int], float]) -> int:
+    """Tokens of a micro-batch, the most that are of use and fit. peak(tokens): bytes that training with so many takes;
+    room: bytes that it may take. On CPUs memory is never the reason for fewer."""
+    most = most_tokens(device)
+    if device.type == "cpu":
+        return most
+    choices = [n for n in (16384, 12288, 8192, 6144, 4096, 3072, 2048, 1024) if n <= most]
+    return next((tokens for tokens in choices if peak(tokens) <= room), choices[-1])
 
 
 def device_memory(device: torch.device) -> float:
     """Bytes that a run can have: of the GPU, or of the machine, or of what a container is allowed."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory - CONTEXT
+        free, total = torch.cuda.mem_get_info(device)  # others may have some of it; what torch holds is this run's
+        return min(total - CONTEXT, free + torch.cuda.memory_reserved(device))
     found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"
@@ -219,6 +253,24 @@ class Job:
     tokens: float  # of the whole training, with half of what is validated
     to_learn: int  # trained tokens of the data
     accumulate: int
+
+    def cut(self, tokens: int) -> "Job":
+        """The same with micro-batches of at most so many tokens, but for an example that is longer: the longest ones
+        together, and more micro-batches a step."""
+        kept: list[int] = []
+        for length in sorted(self.lengths, reverse=True):
+            if not kept or sum(kept) + length <= tokens:
+                kept.append(length)
+        if len(kept) == len(self.lengths):
+            return self
+        trained = math.ceil(self.trained * sum(kept) / sum(self.lengths))
+        times = math.ceil(sum(self.lengths) / sum(kept))
+        return replace(self, lengths=kept, trained=trained, accumulate=self.accumulate * times)
+
+
+def fitting_job(job: Job, device: torch.device, room: float, peak: Callable[[Job], float]) -> Job:
+    """The job in micro-batches that fit, as `tokens_at_once` has them. peak: bytes that a job takes."""
+    return job.cut(tokens_at_once(device, room, lambda tokens: peak(job.cut(tokens))))
 
 
 def setups(config: Config, device: torch.device) -> list[Setup]:
@@ -244,7 +296,10 @@ def show(config: Config, job: Job, device: torch.device, dtype: torch.dtype, ada
         for kind in kinds:
             setup = replace(setup, remat=kind)
             model = sketch(config, setup, dtype, adapter)
-            memory = expected_memory(model, setup, job.lengths, job.trained, device.type, job.accumulate)
+            takes = lambda job, model=model, setup=setup: expected_memory(
+                model, setup, job.lengths, job.trained, device.type, job.accumulate
+            )
+            memory = takes(fitting_job(job, device, room, lambda job, takes=takes: takes(job).peak))
             costs.append(flops_a_token(model, job.reach, job.share, kind))
             cells.append(
                 f"{memory.activations / 1e9:.2f}, {memory.peak / 1e9:.2f}{' ' if memory.peak <= room else '!'}"
@@ -264,6 +319,8 @@ def show(config: Config, job: Job, device: torch.device, dtype: torch.dtype, ada
         f"GB; ! is more than the {room / 1e9:.1f} that may be used here. kept: by the blocks for their backward, with"
     )
     print("that --remat; peak: weights, moments, and what a step adds at its height. GFLOP: a token, without --remat;")
+    if device.type != "cpu":
+        print(f"micro-batches have up to {most_tokens(device):,} tokens, fewer where those do not fit;")
     print(f"minutes: none and block, at {EFFICIENCY:.0%} of the {rate / 1e9:,.0f} GFLOP/s that a product reaches here")
     print(f"plan      {recommend(config, job, dtype, adapter, fitting, room, smallest)}")
 

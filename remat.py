@@ -14,6 +14,7 @@ The numbers that come out are the same to the bit, except where a GPU adds in an
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -88,12 +89,19 @@ class Traveller:
         return x
 
 
+@cache
+def offload_stream(device: torch.device) -> "torch.cuda.Stream":
+    """The one stream on which tensors travel. A stream for each forward would leave the memory that was freed on the
+    ones before to them alone."""
+    return torch.cuda.Stream(device)
+
+
 class Remat:
     """Runs the blocks of one forward."""
 
     def __init__(self, kind: str, device: torch.device):
         self.kind, self.away = kind, []
-        self.side = torch.cuda.Stream() if kind == "offload" and device.type == "cuda" else None
+        self.side = offload_stream(device) if kind == "offload" and device.type == "cuda" else None
 
     def run(self, block, last: bool, x: Tensor, *rest) -> Tensor:
         if self.kind == "selective":

@@ -272,8 +272,20 @@ def choose_steps(flags: Flags, stream: Stream) -> int:
     return per_epoch
 
 
-def describe_job(flags: Flags, data: Data, per_epoch: int, device: torch.device) -> plan.Job:
-    """What plan.py counts with."""
+def choose_tokens_at_once(flags: Flags, model: Transformer, device: torch.device) -> int:
+    """Tokens of a micro-batch of this process: as many as are of use and, by the plan, fit."""
+    setup, layout = way_and_layout(flags)
+
+    def peak(tokens: int) -> float:
+        tokens *= flags.context_parallel
+        job = plan.Job([tokens], tokens, 1.0, tokens, tokens, tokens, accumulate=2)
+        return cluster.memory_a_process(model, setup, layout, job, device.type, flags.context_parallel).peak
+
+    return distributed.from_first(plan.tokens_at_once(device, plan.FITS * plan.device_memory(device), peak))
+
+
+def describe_job(flags: Flags, data: Data, per_epoch: int, device: torch.device, most: int | None = None) -> plan.Job:
+    """What plan.py counts with. most: tokens of a micro-batch."""
     train, val, stream = data.train, data.val, data.stream
     validations = 1 + math.ceil(flags.steps / flags.eval_every) if flags.eval_every else 1
     tokens = train.tokens
@@ -281,7 +293,9 @@ def describe_job(flags: Flags, data: Data, per_epoch: int, device: torch.device)
         longest = dataclasses.replace(stream).step(flags.batch_size)  # a stream of its own
     else:
         longest = [[i] for i in np.argsort(-train.lengths, kind="stable")[: flags.batch_size]]
-    batches = row_batches([[train.examples[i] for i in row] for row in longest], flags.batch_size, device)
+    batches = row_batches(
+        [[train.examples[i] for i in row] for row in longest], flags.batch_size, "cpu", most or most_tokens(device)
+    )
     largest = max(batches, key=lambda batch: len(batch.tokens))
     return plan.Job(
         lengths=largest.documents.lengths,
@@ -319,6 +333,9 @@ def choose_compile(flags: Flags, device: torch.device, seconds: float) -> str:
         raise UserError(f"--compile on: needs {compiler}{' and triton' * (device.type == 'cuda')}, not found here")
     if flags.compile != "auto":
         return f"compiled blocks {flags.compile}, asked for with --compile"
+    if device.type == "cuda":
+        flags.compile = "off"
+        return "compiled blocks off: what they save on GPUs is not measured yet, --compile on tries them"
     pays = seconds * COMPILE_SAVES > 2 * COMPILE_SECONDS and flags.remat != "selective" and not flags.deterministic
     flags.compile = "on" if here and pays else "off"
     reason = "a long run" if here and pays else "a short run" if here else f"no {compiler} here"
@@ -357,17 +374,17 @@ def rate_at(step: int, flags: Flags) -> float:
 # ---------------------------------------------------------------------------------------------------- the loop
 
 
-def step_parts(train: Dataset, stream: Stream, flags: Flags, device: torch.device, first: int = 0):
+def step_parts(
+    train: Dataset, stream: Stream, flags: Flags, device: torch.device, first: int = 0, most: int | None = None
+):
     """Of step `first` and all after it, for ever: this process's micro-batches, lists of examples. All processes have
-    as many, since they compute together: who has fewer rows gets idle ones."""
+    as many, since they compute together: who has fewer rows gets idle ones. most: tokens of a micro-batch."""
+    most = most or most_tokens(device)
     for step in itertools.count(first):
         rows = stream.step(flags.batch_size * flags.accumulate * distributed.hands())
         sizes = [int(train.lengths[row].sum()) for row in rows]
         hands = distributed.deal(sizes, distributed.hands())
-        cuts = [
-            cut_rows([sizes[i] for i in hand], flags.batch_size, most_tokens(device) * flags.context_parallel)
-            for hand in hands
-        ]
+        cuts = [cut_rows([sizes[i] for i in hand], flags.batch_size, most * flags.context_parallel) for hand in hands]
         hand, parts = hands[distributed.hand()], cuts[distributed.hand()]
         chosen = [[example for k in part for example in keyed(train, rows, hand[k], step, flags)] for part in parts]
         yield chosen + [[IDLE]] * (max(map(len, cuts)) - len(parts))
@@ -466,12 +483,13 @@ def train(flags: Flags) -> None:
     model = prepare(flags, folder, dtype, device)
     model.remat = flags.remat
     per_epoch = choose_defaults(flags, model, data.stream)
-    job = describe_job(flags, data, per_epoch, device)
+    most = choose_tokens_at_once(flags, model, device)
+    job = describe_job(flags, data, per_epoch, device, most)
     flops = plan.flops_a_token(model, job.reach, job.share, flags.remat)
     rate = distributed.from_first(plan.product_rate(config, device, dtype))
     seconds = job.tokens * flops / (plan.EFFICIENCY * rate * distributed.size())
     why_compile = choose_compile(flags, device, seconds)
-    describe(flags, model, folder, tokenizer, job, per_epoch, dtype, device, f"{why}; {why_compile}", seconds)
+    describe(flags, model, folder, tokenizer, job, per_epoch, dtype, device, most, f"{why}; {why_compile}", seconds)
     alone = distributed.size() == 1 and flags.shard == "none"
     if not alone:
         together = f"; {flags.context_parallel} share each batch's tokens (experimental)" * bool(distributed.context)
@@ -497,13 +515,13 @@ def train(flags: Flags) -> None:
     distributed.ready(flags.timeout)
     keep = lambda name: save(model, tokenizer, flags, out / name, base, stored)
     saver = resume.Saver(out, flags.keep, flags.save_async, log.bar.write)
-    watch = Watch(model, steppers, data.val, data.replay_val, data.stream, flags, log, keep, saver, base, device)
+    watch = Watch(model, steppers, data.val, data.replay_val, data.stream, flags, log, keep, saver, base, device, most)
     if found:
         watch.go_on(found)
     if flags.attention != "auto":
-        first = next(step_parts(data.train, dataclasses.replace(data.stream), flags, device, watch.done))
+        first = next(step_parts(data.train, dataclasses.replace(data.stream), flags, device, watch.done, most))
         print(f"attention {choose_attention(flags.attention, model, first[0], device)}")
-    steps = step_parts(data.train, data.stream, flags, device, watch.done)
+    steps = step_parts(data.train, data.stream, flags, device, watch.done, most)
     if flags.profile:
         profile(model, steppers, steps, flags, log, device, out)
         return
@@ -624,7 +642,7 @@ def relief(flags: Flags, config: Config, job: plan.Job, device: torch.device, dt
     return cluster.relief(config, setup, layout, job, shape, device, dtype, adapter_settings(flags))
 
 
-def describe(flags, model, folder, tokenizer, job, per_epoch, dtype, device, why, seconds) -> None:
+def describe(flags, model, folder, tokenizer, job, per_epoch, dtype, device, most, why, seconds) -> None:
     """The first lines: everything that was chosen, and what to expect."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = model.size - (trained if flags.lora else 0)
@@ -671,6 +689,8 @@ def describe(flags, model, folder, tokenizer, job, per_epoch, dtype, device, why
         f" {flags.schedule} after {flags.warmup} steps of warm-up, decay {flags.weight_decay:g}, clip {flags.clip:g},"
         f" seed {flags.seed}"
     )
+    if most < most_tokens(device):
+        print(f"          in micro-batches of at most {most:,} tokens; more do not fit")
     if flags.remat != "none":
         print(f"          kept for the backward: {KEPT[flags.remat]}")
     if flags.weights == "bf16":

@@ -54,6 +54,7 @@ class Watch:
     saver: resume.Saver
     base: dict  # what the run is made from, by hashes
     device: torch.device
+    most: int | None = None  # tokens of a batch that validates
     done: int = 0  # steps
     first: float = math.nan  # the loss before the training
     last: float = math.nan
@@ -114,8 +115,8 @@ class Watch:
         end = done == self.flags.steps
         paused = self.log.pause()
         with eagerly(self.flags):
-            self.last = validate(self.model, self.val, self.device)
-            replay = validate(self.model, self.replay_val, self.device) if self.replay_val else None
+            self.last = validate(self.model, self.val, self.device, self.most)
+            replay = validate(self.model, self.replay_val, self.device, self.most) if self.replay_val else None
         if not math.isfinite(self.last):
             raise UserError(f"step {done}: the validation loss is {self.last:g}; stopped, try a lower --lr")
         self.log.write({"step": done, "val_loss": self.last} | ({} if replay is None else {"replay_val_loss": replay}))
@@ -156,10 +157,10 @@ def eagerly(flags: Flags):
     return torch.compiler.set_stance("force_eager") if flags.compile == "on" else contextlib.nullcontext()
 
 
-def validate(model: Transformer, val: Dataset, device: torch.device) -> float:
+def validate(model: Transformer, val: Dataset, device: torch.device, most: int | None = None) -> float:
     with evaluating(model):
         hands = distributed.hands(), distributed.hand()
-        loss = mean_loss(model, batches_by_length(val, 8, device, *hands, distributed.context))
+        loss = mean_loss(model, batches_by_length(val, 8, device, *hands, distributed.context, most))
     if distributed.sharded(model):
         model.reshard()  # what is around the blocks waits for a backward, which does not come
     return loss

@@ -9,11 +9,14 @@ import torch
 import transformers
 from helpers import chat_base, command
 
+import loading
 import plan
+import remat
 import train
 from checkpoint import load_model, read_config
 from data import Batch
 from families import Config
+from flags import Flags
 from kernels.attention import Documents
 from objectives import training_loss
 from optimizers import make_optimizers
@@ -220,3 +223,106 @@ def test_a_plan_from_config_json_alone(tmp_path, monkeypatch, capsys):
     weights = {row[0]: float(row[1]) for row in table(said) if "lora" in row[0]}
     assert code == 0 and "for 10 steps of 1 x 1 rows of 4,096 tokens" in said
     assert weights["lora"] == pytest.approx(16.1, abs=0.1) and weights["qlora"] == pytest.approx(5.8, abs=0.1)
+
+
+# ---- a GPU's memory and clock, without one ----
+
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize("room, wanted", [(1e9, 16384), (16383, 12288), (5000, 4096), (1100, 1024), (3, 1024)])
+def test_a_micro_batch_has_as_many_tokens_as_fit(room, wanted):
+    """A token takes a byte here."""
+    assert plan.tokens_at_once(GPU, room, lambda tokens: tokens) == wanted
+    assert plan.tokens_at_once(CPU, room, lambda tokens: tokens) == 2048  # whatever fits
+
+
+def test_a_job_in_smaller_micro_batches():
+    long = job(lengths=[3000, 2000, 1000, 500], trained=650, accumulate=2)
+    assert long.cut(10_000) is long
+    some = long.cut(4200)
+    assert (some.lengths, some.trained, some.accumulate) == ([3000, 1000], 400, 4)
+    assert long.cut(100).lengths == [3000] and long.cut(100).accumulate == 6  # an example is never cut
+
+
+def test_a_card_that_is_smaller_gets_smaller_micro_batches():
+    """Llama 3.1 8B, LoRA: 16,384 tokens at a time fit into 141 GB, and not into 80 or 48."""
+    raw = transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192,
+    ).to_dict()  # fmt: skip
+    setup = Setup("lora")
+    model = sketch(Config.from_hf(raw), setup, torch.bfloat16, ADAPTER)
+
+    def chosen(gigabytes: float) -> int:
+        peak = lambda tokens: expected_memory(model, setup, [tokens], tokens, "cuda", 2).peak
+        return plan.tokens_at_once(GPU, plan.FITS * (gigabytes * 1e9 - plan.CONTEXT), peak)
+
+    assert chosen(141) == 16384 > chosen(80) > chosen(48) > chosen(24) == 1024
+
+
+def test_smaller_micro_batches_train_the_same(tmp_path, monkeypatch, capsys):
+    base = chat_base(tmp_path / "base")
+    data = [{"instruction": f"say {i}", "output": f"{i}!" * (1 + i % 5)} for i in range(40)]
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    words = ["--model", base, "--data", tmp_path / "data.json", "--steps", 3, "--device", "cpu", "--dtype", "fp32"]
+    losses, said = {}, {}
+    for most in (2048, 60):
+        monkeypatch.setattr(plan, "tokens_at_once", lambda *_, most=most: most)
+        out = tmp_path / str(most)
+        said[most], err, code = command(train, monkeypatch, capsys, *words, "--out", out)
+        assert code == 0, err
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        losses[most] = [row.get("loss", row.get("val_loss")) for row in rows]
+    assert losses[60] == pytest.approx(losses[2048], rel=1e-4) and losses[60] != losses[2048]
+    line = "in micro-batches of at most 60 tokens; more do not fit"
+    assert line in said[60] and "in micro-batches" not in said[2048]
+
+
+def test_a_product_on_a_gpu_is_timed_by_its_events(monkeypatch):
+    """The first products warm up; what the host takes is not counted."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = len(done)
+
+        def synchronize(self):
+            done.append("waited")
+
+        def elapsed_time(self, end):
+            return 3.0 * (end.at - self.at)  # ms: three a product
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert plan.seconds_on_gpu(lambda: done.append("product")) == pytest.approx(3e-3)
+    assert done.index("waited") == len(done) - 1 and len(done) > 16
+
+
+@pytest.mark.parametrize("variable", [None, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_a_gpu_s_segments_grow_unless_the_user_says_otherwise(monkeypatch, variable):
+    asked = []
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "max_split_size_mb:64")
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", asked.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert loading.pick_device("auto") == GPU
+    assert asked == ([] if variable else ["expandable_segments:True"])
+
+
+def test_blocks_are_not_compiled_on_a_gpu_by_themselves():
+    flags = Flags(method="lora")
+    assert "not measured yet" in train.choose_compile(flags, GPU, seconds=1e6) and flags.compile == "off"
+
+
+def test_one_stream_for_all_that_travels(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or len(made))
+    remat.offload_stream.cache_clear()
+    streams = {remat.Remat("offload", GPU).side for _ in range(3)}
+    remat.offload_stream.cache_clear()
+    assert streams == {1} and made == [GPU]

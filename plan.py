@@ -24,7 +24,7 @@ from torch import Tensor
 import lora
 import report
 from data import most_tokens
-from kernels.attention import CHUNK, SHORT, SLICE, Documents, Group, slices
+from kernels.attention import CHUNK, FLASH_HEAD_DIM, SHORT, SLICE, Documents, flash_size, slices
 from kernels.linear_cross_entropy import LOGITS_BYTES
 from model import Config, Linear, Transformer, quantized
 from optimizers import state_bytes
@@ -123,7 +123,9 @@ def expected_memory(model: Transformer, setup: Setup, lengths: list[int], traine
     logits = min(budget, trained * c.vocab_size * item) + 2 * trained * c.hidden_size * item
     logits += c.vocab_size * c.hidden_size * (4 + item) if head_trained else 0
     wide = c.experts.intermediate_size if c.experts else c.intermediate_size  # experts take turns
-    scores = sum(group.documents * group.length**2 * c.num_heads for group in documents.groups if in_chunks(c, group))
+    scores = 0
+    if in_chunks(c, device, item):
+        scores = sum(group.documents * group.length**2 * c.num_heads for group in documents.groups)
     whole = [6 * m.in_features * m.out_features for m in quantized(model).values()]  # fp32, and in the dtype
     whole += [p.numel() * item for p in parameters if p.dtype != model.dtype and p.dim() == 2 and p.requires_grad]
     chunk = (12 if item == 4 else 16) * min(scores, CHUNK)
@@ -134,9 +136,14 @@ def expected_memory(model: Transformer, setup: Setup, lengths: list[int], traine
     )
 
 
-def in_chunks(config: Config, group: Group) -> bool:
-    """Whether a group of documents is attended to in slices whose scores are not kept."""
-    return config.attention_softcap is not None
+def by_flash(config: Config, device: str, item: int) -> bool:
+    """Whether attention is one kernel over all documents: FlashAttention, or FlexAttention for soft-caps."""
+    return device == "cuda" and item == 2 and config.head_dim <= FLASH_HEAD_DIM
+
+
+def in_chunks(config: Config, device: str, item: int) -> bool:
+    """Whether documents are attended to in slices whose scores are not kept."""
+    return config.attention_softcap is not None and not by_flash(config, device, item)
 
 
 def inner_width(config: Config) -> int:
@@ -150,7 +157,6 @@ def kept_by_a_block(model: Transformer, documents: Documents, device: str, remat
     """Bytes that a block keeps for its backward (remat.py says what)."""
     c, item, D = model.config, model.dtype.itemsize, model.config.hidden_size
     tokens = sum(documents.lengths)
-    heads, short = c.num_heads + 2 * c.num_kv_heads, 0.0
     inputs = 1 if c.parallel else 2  # of norms, or of attention and MLP where norms stand behind
     normal = (1 if c.shared_norm else 2) if c.pre_norm else 0
     numbers = inputs * D + (normal * D if remat == "none" else 0) + 2 * D * c.post_norm
@@ -160,17 +166,27 @@ def kept_by_a_block(model: Transformer, documents: Documents, device: str, remat
     adapted = lora.adapted(model)
     numbers += sum(layer.rank for layer in adapted.values()) / c.num_layers  # x A^T
     rows = (inputs + 2 * (c.qk_norm is not None)) * 4  # a norm's own number, fp32
-    padded = 0
-    for group in documents.groups:  # attention works on documents padded to one length
+    return tokens * (numbers * item + rows) + kept_by_attention(c, documents, device, item, remat)
+
+
+def kept_by_attention(c: Config, documents: Documents, device: str, item: int, remat: str) -> float:
+    """Bytes: q, k and v, and what attention needs besides; its output is kept by the product behind it."""
+    heads = c.num_heads + 2 * c.num_kv_heads
+    if by_flash(c, device, item):
+        size = flash_size(c.head_dim) if c.attention_softcap is None else c.head_dim
+        wide = heads + c.num_heads * (size > c.head_dim)  # where heads are padded, the output is kept padded as well
+        return sum(documents.lengths) * (wide * size * item + c.num_heads * 4)  # and a number a query, fp32
+    padded, more = 0, 0.0
+    for group in documents.groups:  # documents padded to one length
         padded += group.documents * group.length
-        if in_chunks(c, group):
+        if in_chunks(c, device, item):
             continue
         if device == "cpu" and group.length <= SHORT:
             seen = sum((rows.stop - rows.start) * seen.stop for rows, seen in slices(group.length, SLICE, None))
-            short += group.documents * seen * c.num_heads * (remat == "none")
+            more += group.documents * seen * c.num_heads * (remat == "none")
         else:
-            short += group.documents * group.length * c.num_heads * c.head_dim  # its output, before it lies flat
-    return (tokens * numbers + padded * heads * c.head_dim + short) * item + tokens * rows
+            more += group.documents * group.length * c.num_heads * c.head_dim  # its output, before it lies flat
+    return (padded * heads * c.head_dim + more) * item
 
 
 def flops_a_token(model: Transformer, reach: float = 0.0, trained: float = 1.0, remat: str = "none") -> float:

@@ -150,7 +150,7 @@ def document_attention(
     longest = max(documents.lengths)
     if scores.window and scores.window >= longest:
         scores = scores._replace(window=None)
-    if flash_takes(q) and not scores.softcap:
+    if longest > 1 and flash_takes(q) and not scores.softcap:  # single queries go another way there, without gradients
         return flash_attention(q, k, v, scores, documents.bounds, documents.bounds, longest, longest)
     if q.is_cuda and scores.softcap and len(q) >= flex.FEWEST_TOKENS and flex.works(q, k, in_slices):
         masks = documents.block_masks
@@ -178,7 +178,7 @@ def in_slices(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, win
 def piece_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, piece: Piece) -> Tensor:
     """As document_attention, of the last tokens of one document. q: [queries, heads, head_dim]; k, v: [keys, kv_heads,
     head_dim]."""
-    if flash_takes(q) and not scores.softcap:
+    if len(q) > 1 and flash_takes(q) and not scores.softcap:
         return flash_attention(q, k, v, scores, *piece.bounds, len(q), len(k))
     step = max(16, CHUNK // (q.shape[1] * min(len(k), scores.window or len(k))))
     return SlicedAttention.apply(q, k, v, piece, scores, step, False)

@@ -94,7 +94,7 @@ def test_pieces_of_a_document_by_flash_attention(flash, window):
         torch.testing.assert_close(
             piece_attention(q[start:stop], k[:stop], v[:stop], scores, piece), wanted[start:stop]
         )
-    assert len(flash) == 3
+    assert len(flash) == 2  # a single query goes another way
 
 
 def test_processes_that_share_a_batch_attend_by_flash_attention(flash, monkeypatch):

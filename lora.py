@@ -9,9 +9,10 @@ Files are what peft writes and every server reads: adapter_config.json and adapt
 `base_model.model.<published module>.lora_A.weight`, and lora_B likewise.
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 
 import hub
 from checkpoint import published, put, tensors
-from distributed import by_first_alone, whole
+from distributed import by_first_alone, is_sharded, whole
 from errors import UserError, read_json, read_json_if_there
 from files import new_folder, save_tensors, write_json
-from kernels.lora_linear import Adapted, lora_linears
+from kernels.gpu import on_gpu
+from kernels.lora_linear import Adapted, Casts, lora_linears
 from kernels.nf4 import NF4, matrix
 from model import Linear, Noise, Transformer, one_by_one
 
@@ -52,6 +54,7 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device=device))
         self.start()
         self.merged, self.kept = False, None
+        self.casts: ModelCasts | None = None  # the model's
         self.train(base.training)  # a fresh module would drop out in a model that evaluates
 
     @torch.no_grad()
@@ -65,10 +68,14 @@ class LoRALinear(nn.Module):
     def scale(self) -> float:
         return self.alpha / self.rank
 
+    @property
+    def drops_out(self) -> bool:
+        return self.training and self.dropout > 0
+
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return self.base(x)
-        if self.training and self.dropout:  # dropout on the adapter's input only: two inputs, so autograd does it
+        if self.drops_out:  # dropout on the adapter's input only: two inputs, so autograd does it
             keys = self.noise.keys
             left = F.dropout(x, self.dropout) if keys is None else drop(x, self.dropout, keys, self.number)
             low = F.linear(left, self.lora_A.to(x.dtype))
@@ -77,26 +84,129 @@ class LoRALinear(nn.Module):
             return self.base(x).addmm_(
                 F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype).t(), alpha=self.scale
             )
-        return lora_linears(x, [self.adapted(x.dtype)])[0]
+        return lora_linears(x, [self.adapted(x.dtype)], casts=self.casts_of([self], x.dtype))[0]
 
     def together(self, x: Tensor, layers: list, up: Tensor | None = None, activation: str = "") -> list[Tensor]:
         one_input = not any(
-            type(layer) is not LoRALinear
-            or layer.merged
-            or layer.base.packed is not None
-            or (layer.training and layer.dropout)
+            type(layer) is not LoRALinear or layer.merged or layer.base.packed is not None or layer.drops_out
             for layer in layers
         )
         if one_input:
-            return lora_linears(x, [layer.adapted(x.dtype) for layer in layers], up, activation)
+            each = [layer.adapted(x.dtype) for layer in layers]
+            return lora_linears(x, each, up, activation, self.casts_of(layers, x.dtype))
         return one_by_one(x, layers, up, activation)
 
     def adapted(self, dtype: torch.dtype) -> Adapted:
         bias = None if self.base.bias is None else self.base.bias.to(dtype)
         return Adapted(self.base.frozen, bias, self.lora_A, self.lora_B, self.scale)
 
+    def casts_of(self, layers: list, dtype: torch.dtype) -> Casts | None:
+        return None if self.casts is None else self.casts.of(layers, dtype)
+
     def delta(self) -> Tensor:  # fp32 [out, in]
         return self.scale * (self.lora_B.float() @ self.lora_A.float())
+
+
+class ModelCasts:
+    """A and B of a model's adapters as their products take them on a GPU: in the activations' dtype, the A of layers
+    that read one input stacked. All are written in one launch when a forward begins, in place of some 20 a layer. They
+    take 2 bytes a number, beside the 16 of a master, its gradient and its moments.
+
+    They are used while that forward runs, and where its blocks are computed again in the backward; never elsewhere. So
+    whatever has changed the masters, no old numbers are computed with. (To look at the masters' versions would be
+    cheaper, and wrong: torch's fused AdamW does not count them up.)
+    """
+
+    def __init__(self, groups: list[list[LoRALinear]]):
+        self.groups = {numbers(layers): GroupCasts(layers) for layers in groups}
+        self.running = False  # a forward
+
+    def of(self, layers: list[LoRALinear], dtype: torch.dtype) -> Casts | None:
+        """Those of a group of layers; None where the layers have to cast for themselves."""
+        group = self.groups.get(numbers(layers))
+        if group is None or not group.current or torch.compiler.is_compiling():
+            return None
+        in_backward = torch._C._current_graph_task_id() != -1
+        if not self.running and not in_backward:
+            group.current = False  # called outside of a forward; its own backward must not find older numbers either
+            return None
+        return group.casts if group.casts.A.dtype == dtype else None
+
+    @contextlib.contextmanager
+    def fresh(self, dtype: torch.dtype) -> Iterator[None]:
+        """Around a forward of the model in this dtype."""
+        copies: list[Tensor] = []
+        masters: list[Tensor] = []
+        with torch.inference_mode(False), torch.no_grad():  # they outlive a text that is written, and serve training
+            for group in self.groups.values():
+                if group.prepare(dtype):
+                    copies += group.views
+                    masters += group.masters()
+            if copies:
+                torch._foreach_copy_(copies, masters)
+        self.running = True
+        try:
+            yield
+        finally:
+            self.running = False
+
+    def clear(self) -> None:
+        """Gives their memory back."""
+        for group in self.groups.values():
+            group.clear()
+
+
+class GroupCasts:
+    """The casts of layers that read one input, or of one layer."""
+
+    def __init__(self, layers: list[LoRALinear]):
+        self.layers = layers
+        self.clear()
+
+    def clear(self) -> None:
+        self.casts: Casts | None = None
+        self.views: list[Tensor] = []  # of the casts, as `masters` are
+        self.current = False
+
+    def masters(self) -> list[Tensor]:
+        return [layer.lora_A for layer in self.layers] + [layer.lora_B for layer in self.layers]
+
+    def prepare(self, dtype: torch.dtype) -> bool:
+        """Makes room for them; whether they are wanted in the coming forward."""
+        first = self.layers[0].lora_A
+        # A tensor in shards is gathered for its block alone, so the block's layers cast it there
+        if is_sharded(first) or not on_gpu(first) or any(layer.merged or layer.drops_out for layer in self.layers):
+            self.clear()
+            return False
+        if self.casts is None or self.casts.A.dtype != dtype or self.casts.A.device != first.device:
+            ranks = [layer.rank for layer in self.layers]
+            A = first.new_empty(sum(ranks), first.shape[1], dtype=dtype)
+            B = [torch.empty_like(layer.lora_B, dtype=dtype) for layer in self.layers]
+            self.casts, self.views = Casts(A, B), [*A.split(ranks), *B]
+        self.current = True
+        return True
+
+
+def numbers(layers: list) -> tuple[int, ...]:
+    return tuple(layer.number for layer in layers)
+
+
+def sharing_input(model: Transformer) -> list[list[LoRALinear]]:
+    """The adapted layers, those together that read one input: q, k and v, or gate and up, where all are adapted."""
+    groups, left = [], {id(module): module for module in model.modules() if isinstance(module, LoRALinear)}
+    for module in model.modules():
+        for names in (("q", "k", "v"), ("gate", "up")):
+            layers = [getattr(module, name, None) for name in names]
+            if all(isinstance(layer, LoRALinear) for layer in layers):
+                groups.append([left.pop(id(layer)) for layer in layers])
+    return groups + [[layer] for layer in left.values()]
+
+
+def set_casts(model: Transformer) -> None:
+    """After layers were put on a model: one place for the casts of all."""
+    model.lora_casts = ModelCasts(sharing_input(model))
+    for layer in adapted(model).values():
+        layer.casts = model.lora_casts
 
 
 def drop(x: Tensor, share: float, keys: Tensor, layer: int) -> Tensor:
@@ -155,6 +265,7 @@ def add_lora(
     for number, name in enumerate(chosen):
         parent, leaf = model.get_submodule(linears[name].rpartition(".")[0]), linears[name].rpartition(".")[2]
         setattr(parent, leaf, LoRALinear(getattr(parent, leaf), rank, alpha, dropout, model.noise, number))
+    set_casts(model)
     return chosen
 
 
@@ -213,6 +324,9 @@ def drop_lora(model: Transformer) -> dict[str, LoRALinear]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     for name, layer in layers.items():
         setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer.base)
+    if model.lora_casts is not None:
+        model.lora_casts.clear()
+        model.lora_casts = None
     return layers
 
 
@@ -221,6 +335,7 @@ def put_lora(model: Transformer, layers: dict[str, LoRALinear]) -> None:
     assert not has_lora(model), "one adapter at a time"
     for name, layer in layers.items():
         setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer)
+    set_casts(model)
 
 
 def save_adapter(model: Transformer, folder, also: Callable[[Path], None] | None = None) -> None:

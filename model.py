@@ -11,8 +11,8 @@ T positions, D hidden, H heads, G key-value heads, d head_dim, V vocabulary, E e
 """
 
 import contextlib
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import partial, wraps
 
 import torch
 import torch.nn.functional as F
@@ -268,6 +268,20 @@ class Block(nn.Module):
         return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
 
 
+def with_fresh_casts(hidden: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Transformer.hidden, around which an adapter's matrices are cast to the model's dtype (lora.ModelCasts); compiled
+    blocks cast for themselves."""
+
+    @wraps(hidden)
+    def run(model: "Transformer", *inputs) -> Tensor:
+        if model.lora_casts is None or model.compiled:
+            return hidden(model, *inputs)
+        with model.lora_casts.fresh(model.dtype):
+            return hidden(model, *inputs)
+
+    return run
+
+
 class Transformer(nn.Module):
     """Built with uninitialised weights (on the meta device by checkpoint.load_model, which fills them).
 
@@ -280,6 +294,7 @@ class Transformer(nn.Module):
         self.config, self.compute_dtype, self.packed_head = config, None, None
         self.remat = "none"  # of remat.KINDS: how much is kept for the backward
         self.attend, self.noise, self.compiled = document_attention, Noise(), False
+        self.lora_casts = None  # lora.ModelCasts, where there is an adapter
         self.unquantized: list[str] = []  # linears that were to be quantised and could not be
         self.frequencies: dict[int, Tensor] = {}  # of config.ropes, on the device where they were last used
         self.embed = Embedding(config.vocab_size, config.hidden_size)
@@ -311,6 +326,7 @@ class Transformer(nn.Module):
             return self.embed.weight
         return self.head.weight if self.head.nf4 is None else matrix(self.head.frozen, self.dtype)
 
+    @with_fresh_casts
     def hidden(self, tokens: Tensor, positions: Tensor, lengths: Tensor, attends: list) -> Tensor:
         """tokens, positions: int64 [N]; lengths: int64 [N], of the document that each token is in, as long as it is so
         far; attends: a function of q, k, v and scores for each block. Returns [N, D], normalised."""

@@ -6,6 +6,11 @@ are one function: x A^T of all is one product with the stacked A, and the gradie
 the input is act(gate) * up, gate and up are kept and the input is made anew (kernels/swiglu.py). Else what is kept is
 x, once, and s = x A^T, [tokens, rank]. A and B are fp32 masters, cast to x's dtype for the products; their gradients
 leave in fp32.
+
+GPUs go another way to the same numbers. There a product with one side of length rank takes as long as its reading and
+writing, so the update is written first and x W^T is added onto it, whose sums hide the reading; the scale is applied
+inside the products that make s and its gradient, so that nothing is gone over to be scaled; and lora.py
+hands over A and B cast already (`Casts`).
 """
 
 from typing import NamedTuple
@@ -14,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.gpu import on_gpu
+from kernels.linear import mm_as
 from kernels.nf4 import Frozen, matrix
 from kernels.swiglu import gated, gated_backward, gated_reference
 
@@ -28,10 +35,22 @@ class Adapted(NamedTuple):
     scale: float
 
 
-def lora_linears(x: Tensor, linears: list[Adapted], up: Tensor | None = None, activation: str = "") -> list[Tensor]:
-    """x: [tokens, in], which all of them read; or act(x) * up is what they read. Returns a [tokens, out] of each."""
+class Casts(NamedTuple):
+    """A and B of linears that read one input, in x's dtype."""
+
+    A: Tensor  # [ranks, in], one linear's below the other's
+    B: list[Tensor]  # [out, rank] of each
+
+
+def lora_linears(
+    x: Tensor, linears: list[Adapted], up: Tensor | None = None, activation: str = "", casts: Casts | None = None
+) -> list[Tensor]:
+    """x: [tokens, in], which all of them read; or act(x) * up is what they read. casts: of these linears, for GPUs;
+    where there are none, they are made here, and again in the backward. Returns a [tokens, out] of each."""
     layout = [(linear.scale, len(linear.frozen)) for linear in linears]
     tensors = [t for linear in linears for t in (linear.bias, linear.A, linear.B, *linear.frozen)]
+    if on_gpu(x):
+        return list(LoRALinearsOnGPU.apply(x, up, activation, layout, casts, *tensors))
     return list(LoRALinears.apply(x, up, activation, layout, *tensors))
 
 
@@ -62,23 +81,81 @@ class LoRALinears(torch.autograd.Function):
     def backward(ctx, *grads):
         x, up, s, *tensors = ctx.saved_tensors
         linears = unflatten(ctx.layout, tensors)
-        read = x if up is None else gated(x, up, ctx.activation)
         ds = torch.cat(
             [(grad @ B.to(grad.dtype)).mul_(scale) for grad, (_, _, _, B, scale) in zip(grads, linears)], 1
         )  # [tokens, ranks]
-        dx = dup = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.mm(ds, torch.cat([linear.A for linear in linears]).to(ds.dtype))
-            for grad, linear in zip(grads, linears, strict=True):
-                dx.addmm_(grad, matrix(linear.frozen, grad.dtype))
-            if up is not None:
-                dx, dup = gated_backward(dx, x, up, ctx.activation)
+        stacked = torch.cat([linear.A for linear in linears]).to(ds.dtype) if any(ctx.needs_input_grad[:2]) else None
+        dx, dup, read = input_gradients(ctx, grads, x, up, ds, stacked, linears)
         dA = (ds.t() @ read).split(ctx.ranks)
         found = []
         for grad, part, each, (frozen, _, A, B, scale) in zip(grads, s.split(ctx.ranks, 1), dA, linears, strict=True):
             dB = (grad.t() @ part).to(B.dtype).mul_(scale)
             found += [None, each.to(A.dtype), dB, *[None] * len(frozen)]
         return dx, dup, None, None, *found
+
+
+class LoRALinearsOnGPU(torch.autograd.Function):
+    """s and ds, [tokens, ranks], are here times scale."""
+
+    @staticmethod
+    def forward(ctx, x, up, activation, layout, casts, *tensors):
+        linears = unflatten(layout, tensors)
+        ranks = [linear.A.shape[0] for linear in linears]
+        ctx.casts = casts  # no input and no output: autograd does not watch it
+        A, Bs = casts or cast(linears, x.dtype)
+        read = x if up is None else gated(x, up, activation)
+        s = read.new_empty(read.shape[0], sum(ranks))
+        if len({linear.scale for linear in linears}) == 1:  # as in every model that add_lora makes
+            scaled_product_(s, read, A.t(), linears[0].scale)
+        else:
+            for part, each, linear in zip(s.split(ranks, 1), A.split(ranks), linears, strict=True):
+                scaled_product_(part, read, each.t(), linear.scale)
+        outs = []
+        for (frozen, bias, *_), B, part in zip(linears, Bs, s.split(ranks, 1), strict=True):
+            update = F.linear(part, B, bias)
+            outs.append(update.addmm_(read, matrix(frozen, x.dtype).t()))
+        ctx.save_for_backward(x, up, s, *tensors)
+        ctx.activation, ctx.layout, ctx.ranks = activation, layout, ranks
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, up, s, *tensors = ctx.saved_tensors
+        linears = unflatten(ctx.layout, tensors)
+        A, Bs = ctx.casts or cast(linears, s.dtype)
+        ds = torch.empty_like(s)
+        for part, grad, B, linear in zip(ds.split(ctx.ranks, 1), grads, Bs, linears, strict=True):
+            scaled_product_(part, grad, B, linear.scale)
+        dx, dup, read = input_gradients(ctx, grads, x, up, ds, A, linears)
+        dA = mm_as(ds.t(), read, torch.float32).split(ctx.ranks)
+        found = []
+        for grad, part, each, linear in zip(grads, s.split(ctx.ranks, 1), dA, linears, strict=True):
+            dB = mm_as(grad.t(), part, linear.B.dtype)
+            found += [None, each.to(linear.A.dtype), dB, *[None] * len(linear.frozen)]
+        return dx, dup, None, None, None, *found
+
+
+def input_gradients(ctx, grads, x, up, ds, A, linears) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """The gradients of x and up where one is wanted, and what the linears read. ds: [tokens, ranks], that of x A^T;
+    A: stacked, in its dtype."""
+    if not any(ctx.needs_input_grad[:2]):
+        return None, None, x if up is None else gated(x, up, ctx.activation)
+    dx = torch.mm(ds, A)
+    for grad, linear in zip(grads, linears, strict=True):
+        dx.addmm_(grad, matrix(linear.frozen, grad.dtype))
+    if up is None:
+        return dx, None, x
+    return gated_backward(dx, x, up, ctx.activation, product=True)
+
+
+def scaled_product_(out: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """Writes scale * (a @ b), scaled before it is rounded, to out, whose former content is not read."""
+    out.addmm_(a, b, beta=0, alpha=scale)
+
+
+def cast(linears: list[Adapted], dtype: torch.dtype) -> Casts:
+    A = linears[0].A if len(linears) == 1 else torch.cat([linear.A for linear in linears])
+    return Casts(A.to(dtype), [linear.B.to(dtype) for linear in linears])
 
 
 def unflatten(layout: list[tuple[float, int]], tensors) -> list[Adapted]:

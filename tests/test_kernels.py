@@ -148,6 +148,22 @@ def test_linears(dtype, tolerance, bias, activation, outs):
     assert {t.data_ptr() for t in kept} <= given
 
 
+@pytest.mark.parametrize("adapted", [True, False])
+def test_up_gets_its_gradient_where_gate_wants_none(adapted):
+    """As in the first block, where adapters are on up and down alone."""
+    gate, up, weight = (random(*shape, dtype=torch.float32) for shape in ((7, 8), (7, 8), (5, 8)))
+    gate.requires_grad_(False)
+    A, B = random(2, 8, dtype=torch.float32), random(5, 2, dtype=torch.float32)
+    if adapted:
+        (out,) = lora_linears(gate, [Adapted((weight.detach(),), None, A, B, 0.5)], up, "silu")
+        wanted = F.linear(F.silu(gate) * up, weight.detach() + 0.5 * B @ A)
+    else:
+        (out,) = linears(gate, [weight], [None], up, "silu")
+        wanted = F.linear(F.silu(gate) * up, weight)
+    (got,) = torch.autograd.grad(out.sum(), up)
+    torch.testing.assert_close(got, torch.autograd.grad(wanted.sum(), up)[0])
+
+
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
 @pytest.mark.parametrize("activation", INPUTS[1:])
 def test_gated(dtype, tolerance, activation):

@@ -11,10 +11,14 @@ import torch.nn.functional as F
 import transformers
 from helpers import llama, relative
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 
 import lora
 from checkpoint import load_model, save_model
 from errors import UserError
+from kernels import lora_linear
+from kernels.attention import Documents
+from optimizers import AdamW
 
 TOKENS = torch.randint(0, 96, (2, 30), generator=torch.Generator().manual_seed(0))
 DOWN = "model.layers.1.mlp.down_proj"
@@ -188,6 +192,16 @@ def test_dropout_acts_in_training_only(tmp_path):
     assert relative(runs[0], runs[1]) > 1e-3 and relative(runs[0], runs[3]) > 1e-3
 
 
+@pytest.mark.parametrize("targets", ["up_proj,down_proj", "gate_proj,down_proj", "k_proj", "o_proj", "up_proj"])
+def test_every_adapted_layer_learns(tmp_path, targets):
+    """In the first block too, whose input wants no gradient."""
+    llama(tmp_path, std=0.1)
+    model = load_model(tmp_path).train()
+    lora.add_lora(model, 4, 8.0, targets=targets)
+    loss_of(model(TOKENS)).backward()
+    assert all(layer.lora_B.grad.any() for layer in lora.adapted(model).values())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_b_learns_in_the_first_step_and_a_in_the_second(tmp_path, dtype, dropout):
@@ -204,6 +218,152 @@ def test_b_learns_in_the_first_step_and_a_in_the_second(tmp_path, dtype, dropout
     loss_of(model(TOKENS).float()).backward()
     for parameter in (p for layer in layers for p in (layer.lora_A, layer.lora_B)):
         assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all() and parameter.grad.any()
+
+
+def as_on_gpu(monkeypatch, gpu: bool) -> None:
+    """Whether adapters compute in the order of GPUs, here with plain PyTorch too."""
+    for module in (lora, lora_linear):
+        monkeypatch.setattr(module, "on_gpu", lambda x: gpu)
+
+
+@pytest.fixture
+def cast_alone(monkeypatch):
+    """On a GPU: the layers that cast A and B for themselves, in a list that grows."""
+    as_on_gpu(monkeypatch, True)
+    found, cast = [], lora_linear.cast
+    monkeypatch.setattr(lora_linear, "cast", lambda linears, dtype: found.append(linears) or cast(linears, dtype))
+    return found
+
+
+def put_random_lora(model, targets: str = "all") -> None:
+    """Rank 4, the update scaled by 2.5."""
+    torch.manual_seed(0)
+    lora.add_lora(model, 4, 10.0, targets=targets)
+    for layer in lora.adapted(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+
+
+def flat_loss(model, start: int = 0) -> torch.Tensor:
+    tokens = (torch.arange(90) + start) % 96
+    hidden = model.flat(tokens, Documents([30, 30, 30], "cpu"))
+    return F.cross_entropy(model.logits(hidden), tokens.roll(-1), reduction="sum")
+
+
+def fused_adamw(parameters):
+    optimizer = AdamW([{"params": parameters}], 0.01)
+    return lambda: (optimizer.step(torch.zeros(())), optimizer.zero_grad())
+
+
+def sgd_unseen(parameters):
+    """In a way that no tensor's version tells."""
+
+    def step():
+        for p in parameters:
+            p.data.add_(p.grad, alpha=-0.01)
+            p.grad = None
+
+    return step
+
+
+@pytest.mark.parametrize("optimizer", [fused_adamw, sgd_unseen])
+@pytest.mark.parametrize("remat", ["none", "selective", "block"])
+@pytest.mark.parametrize("targets", ["all", "q_proj,v_proj,up_proj,down_proj"])
+def test_no_step_computes_with_old_casts(tmp_path, monkeypatch, cast_alone, optimizer, remat, targets):
+    """Three steps of two micro-batches, and losses between them: as by the plain form, which casts each time."""
+    llama(tmp_path, std=0.1, num_hidden_layers=2, intermediate_size=128)
+
+    def run(on_gpu):
+        as_on_gpu(monkeypatch, on_gpu)
+        model = load_model(tmp_path)
+        put_random_lora(model, targets)
+        model.remat = remat
+        with torch.inference_mode():
+            losses = [flat_loss(model)]  # the first forward of all, whose casts the training uses as well
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        step = optimizer(parameters)
+        model.train()
+        for _ in range(3):
+            for start in (0, 45):
+                losses.append(flat_loss(model, start))
+                losses[-1].backward()
+            grads = [p.grad for p in parameters]
+            step()
+            with torch.no_grad():
+                losses.append(flat_loss(model))
+        return torch.stack([loss.detach() for loss in losses]), grads
+
+    losses, grads = run(True)
+    plain, wanted = run(False)
+    assert plain.std() > 0.1 and not cast_alone
+    torch.testing.assert_close(losses, plain, rtol=1e-4, atol=0)
+    assert all(relative(got, want) < 1e-3 for got, want in zip(grads, wanted, strict=True))
+
+
+def test_merging_and_loading_between_forwards(tmp_path, cast_alone):
+    """What is merged is not added again; what was loaded or begun anew since the last forward counts."""
+    llama(tmp_path, std=0.1, num_hidden_layers=2, intermediate_size=128)
+    model = load_model(tmp_path)
+    base = flat_loss(model).detach()
+    put_random_lora(model)
+    adapted = flat_loss(model)
+    lora.merge(model, keep=True)
+    merged = flat_loss(model)
+    assert {group.casts for group in model.lora_casts.groups.values()} == {None}  # nor does it take memory
+    lora.unmerge(model)
+    assert relative(adapted, base) > 1e-3
+    torch.testing.assert_close(merged, adapted)
+    torch.testing.assert_close(flat_loss(model), adapted)
+    layers = lora.drop_lora(model)
+    torch.testing.assert_close(flat_loss(model), base)
+    for layer in layers.values():
+        layer.start()
+    lora.put_lora(model, layers)
+    torch.testing.assert_close(flat_loss(model), base)
+    assert not cast_alone
+
+
+def test_a_layer_called_outside_of_a_forward_casts_for_itself(tmp_path, cast_alone):
+    """Forward and, where it is computed again in the backward, there: whatever happened since the model's last one."""
+    llama(tmp_path, std=0.1, num_hidden_layers=2, intermediate_size=128)
+    model = load_model(tmp_path)
+    put_random_lora(model)
+    flat_loss(model).backward()
+    assert not cast_alone
+    x, attention = torch.randn(5, 64), model.blocks[0].attention
+    qkv = [attention.q, attention.k, attention.v]
+    for layer, call in ((attention.o, attention.o), (attention.q, lambda x: attention.q.together(x, qkv)[0])):
+        layer.lora_A.data.normal_(), layer.lora_B.data.normal_()
+        wanted = x @ (layer.base.weight + 2.5 * layer.lora_B @ layer.lora_A).t()
+        gradients = torch.autograd.grad(wanted.sum(), (layer.lora_A, layer.lora_B))
+        out = checkpoint(call, x, use_reentrant=False)
+        got = torch.autograd.grad(out.sum(), (layer.lora_A, layer.lora_B))
+        for ours, plain in zip((out, *got), (wanted, *gradients), strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-3)
+
+
+def test_layers_in_shards_cast_for_themselves(tmp_path, monkeypatch, cast_alone):
+    """FSDP2 gathers them for their block's time alone."""
+    llama(tmp_path, std=0.1, num_hidden_layers=2, intermediate_size=128)
+    model = load_model(tmp_path)
+    put_random_lora(model)
+    wanted = flat_loss(model)
+    assert not cast_alone
+    monkeypatch.setattr(lora, "is_sharded", lambda x: True)
+    torch.testing.assert_close(flat_loss(model), wanted)
+    assert len(cast_alone) == 2 * 4  # q, k, v together; o; gate and up; down
+
+
+def test_dropout_goes_its_own_way(tmp_path, cast_alone):
+    llama(tmp_path, std=0.1, num_hidden_layers=1, intermediate_size=128)
+    model = load_model(tmp_path)
+    torch.manual_seed(0)
+    lora.add_lora(model, 4, 10.0, dropout=0.5)
+    for layer in lora.adapted(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    losses = [flat_loss(model.train()).detach() for _ in range(2)]
+    held = [group.casts for group in model.lora_casts.groups.values()]
+    evaluated = [flat_loss(model.eval()) for _ in range(2)]
+    assert held == [None] * 4 and not cast_alone and not torch.equal(*losses) and torch.equal(*evaluated)
 
 
 def adapter(tmp_path, **config):

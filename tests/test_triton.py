@@ -1,6 +1,7 @@
 """The kernels in Triton, forward and backward, against float64: on the GPU where there is one, else in the interpreter.
 
-Each is called through its function, which is told that it is on a GPU, on ragged shapes.
+Each is called through its function, which is told that it is on a GPU, on ragged shapes. So is what goes another way on
+GPUs without a kernel of its own: linears with adapters.
 """
 
 import pytest
@@ -10,7 +11,10 @@ from test_kernels import compare, random
 
 import lora
 from checkpoint import load_model
-from kernels import gpu, linear_cross_entropy, nf4, norm, rope, swiglu
+from kernels import gpu, linear_cross_entropy, lora_linear, nf4, norm, rope, swiglu
+from kernels.attention import Documents
+from kernels.linear import linears, linears_reference
+from kernels.lora_linear import Adapted, Casts, lora_linears, lora_linears_reference
 from quant import quantize
 
 pytestmark = pytest.mark.skipif(isinstance(gpu.triton, gpu.Absent), reason="needs triton")
@@ -18,6 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # triton's interpreter cuts bf16 off instead of rounding it, and takes its bits for numbers in products
 DTYPES = [(torch.float32, 5e-6), (torch.bfloat16, 2e-2)]
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+SWITCHED = (norm, rope, swiglu, linear_cross_entropy, nf4, lora_linear, lora)  # modules that ask on_gpu
 calls = []
 
 
@@ -25,10 +30,15 @@ calls = []
 def triton_only(monkeypatch):
     """Every function thinks that it is on a GPU; at least one kernel must have run by the end."""
     calls.clear()
-    for module in (norm, rope, swiglu, linear_cross_entropy, nf4):
-        monkeypatch.setattr(module, "on_gpu", lambda x: calls.append(x) or True)
+    switch(monkeypatch, True)
     yield
     assert calls
+
+
+def switch(monkeypatch, gpu: bool) -> None:
+    """Tells every function that it is on a GPU, or that it is not."""
+    for module in SWITCHED:
+        monkeypatch.setattr(module, "on_gpu", (lambda x: calls.append(x) or True) if gpu else (lambda x: False))
 
 
 def there(*tensors):
@@ -69,8 +79,9 @@ def test_rope_of_q_and_k(dtype, tolerance, size, tokens, heads, kv_heads):
 
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 8), (7, 1025), (3, 2048)])
+@pytest.mark.parametrize("activation", swiglu.ACTIVATIONS)
 @pytest.mark.parametrize("stacked", [True, False])  # gate and up as halves of one matrix, rows of which are far apart
-def test_swiglu(dtype, tolerance, shape, stacked):
+def test_gate(dtype, tolerance, shape, activation, stacked):
     rows, width = shape
     inputs = (
         there(random(rows, 2 * width, dtype=dtype))
@@ -79,8 +90,69 @@ def test_swiglu(dtype, tolerance, shape, stacked):
     )
     inputs = there(*inputs)
     halves = lambda x: x[0].chunk(2, -1) if stacked else x
-    ours = lambda *x: swiglu.Gated.apply(*halves(x), "silu")
-    compare(ours, lambda *x: swiglu.gated_reference(*halves(x), "silu"), inputs, tolerance)
+    ours = lambda *x: swiglu.Gated.apply(*halves(x), activation)
+    compare(ours, lambda *x: swiglu.gated_reference(*halves(x), activation), inputs, tolerance)
+    with torch.no_grad():
+        gate, up = halves(inputs)
+        *_, product = swiglu.gated_backward(torch.ones_like(gate), gate, up, activation, product=True)
+        wanted = swiglu.gated_reference(gate.double(), up.double(), activation)
+        assert product.dtype == dtype and float((product - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
+
+
+def test_gates_far_from_zero():
+    """Where exponentials overflow or vanish, the activations are 0 or the identity, and their slopes 0 or 1."""
+    for activation in swiglu.ACTIVATIONS:
+        gate, up = there(torch.tensor([[-1e4, -200.0, 0.0, 200.0, 1e4]]), torch.ones(1, 5))
+        dgate, _, product = swiglu.gated_backward(torch.ones_like(gate), gate, up, activation, product=True)
+        assert product.tolist() == [[0.0, 0.0, 0.0, 200.0, 1e4]]
+        assert dgate.tolist() == [[0.0, 0.0, 0.0 if activation == "relu" else 0.5, 1.0, 1.0]]
+
+
+def test_no_number_stays_none():
+    for activation in swiglu.ACTIVATIONS:
+        assert swiglu.gated(*there(torch.tensor([[torch.nan]]), torch.ones(1, 1)), activation).isnan().all()
+
+
+@pytest.mark.parametrize("dtype, tolerance", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ["", "gelu"])
+@pytest.mark.parametrize("ranks, scales", [([3], [0.7]), ([3, 4, 8], [2.5] * 3), ([4, 4, 5], [0.7, 1.7, 0.7])])
+@pytest.mark.parametrize("given, frozen_input", [(False, False), (True, False), (True, True)])
+def test_lora_linears(dtype, tolerance, bias, activation, ranks, scales, given, frozen_input):
+    """A and B cast by the function itself, or given cast: gradients reach the masters either way."""
+    calls.append("has no kernel where there is no gate")
+    x = random(19, 24, dtype=dtype, grad=not frozen_input)
+    up = random(19, 24, dtype=dtype, seed=1) if activation else None
+    tensors = []
+    for number, rank in enumerate(ranks):
+        out = (40, 8, 24)[number]
+        tensors += [random(out, 24, dtype=dtype, grad=False), random(out, dtype=dtype, grad=False) if bias else None]
+        tensors += [random(rank, 24, dtype=torch.float32), random(out, rank, dtype=torch.float32)]
+
+    def run(function, cast=False):
+        def call(x, up, *tensors):
+            every = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
+            each = [Adapted((W,), b, A, B, scale) for (W, b, A, B), scale in zip(every, scales, strict=True)]
+            if not cast:
+                return torch.cat(list(function(x, each, up, activation)), 1)
+            A = torch.cat([linear.A.detach() for linear in each]).to(x.dtype)
+            casts = Casts(A, [linear.B.detach().to(x.dtype) for linear in each])
+            return torch.cat(list(function(x, each, up, activation, casts)), 1)
+
+        return call
+
+    inputs = [t if t is None else there(t)[0] for t in (x, up, *tensors)]
+    compare(run(lora_linears, given), run(lora_linears_reference), inputs, tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance", DTYPES)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_linears_behind_a_gate(dtype, tolerance, activation, trained):
+    x, up = there(random(19, 24, dtype=dtype), random(19, 24, dtype=dtype, seed=1))
+    parameters = there(random(40, 24, dtype=torch.float32, grad=trained), random(40, dtype=torch.float32))
+    run = lambda function: lambda x, up, w, b: function(x, [w], [b], up, activation)[0]
+    compare(run(linears), run(linears_reference), [x, up, *parameters], tolerance)
 
 
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
@@ -127,38 +199,35 @@ def test_nf4_multiplies_while_it_dequantises(double, dtype, tolerance, rows, bia
     assert got.dtype == dtype and relative(got.double(), wanted) < tolerance
 
 
-@pytest.mark.parametrize("shape", [{}, {"num_key_value_heads": 2, "attention_bias": True}, {"head_dim": 22}])
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"num_key_value_heads": 2, "attention_bias": True}, {"head_dim": 22}, {"hidden_act": "gelu"},
+     {"hidden_act": "gelu_pytorch_tanh", "mlp_bias": True}],
+)  # fmt: skip
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_a_model_with_every_kernel_is_the_model(tmp_path, monkeypatch, shape, method):
     """Loss and every gradient against the plain forms."""
     llama(tmp_path, std=0.1, **{"intermediate_size": 128} | shape)
 
     def run(on_gpu):
-        for module in (norm, rope, swiglu, linear_cross_entropy, nf4):
-            monkeypatch.setattr(module, "on_gpu", on_gpu)
+        switch(monkeypatch, on_gpu)
         model = load_model(tmp_path, torch.float32, DEVICE, "nf4" if method == "qlora" else None)
         if method != "full":
             torch.manual_seed(0)
-            lora.add_lora(model, 4, 8.0)
+            lora.add_lora(model, 4, 10.0)
             for layer in lora.adapted(model).values():
                 torch.nn.init.normal_(layer.lora_B, std=0.1)
         model.train()
-        tokens = torch.arange(90, device=DEVICE).view(3, 30) % 96
-        hidden = model.flat(tokens.flatten(), model_documents())
-        loss = linear_cross_entropy.linear_cross_entropy(hidden, model.head_weight(), tokens.flatten().roll(-1))
+        tokens = torch.arange(90, device=DEVICE) % 96
+        hidden = model.flat(tokens, Documents([30, 30, 30], DEVICE))
+        loss = linear_cross_entropy.linear_cross_entropy(hidden, model.head_weight(), tokens.roll(-1))
         loss.backward()
         return loss, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
-    loss, grads = run(lambda x: calls.append(x) or True)
-    plain, wanted = run(lambda x: False)
+    loss, grads = run(True)
+    plain, wanted = run(False)
     assert relative(loss, plain) < 1e-5 and grads.keys() == wanted.keys()
     assert all(relative(grads[name], wanted[name]) < 2e-5 for name in grads)
-
-
-def model_documents():
-    from kernels.attention import Documents
-
-    return Documents([30, 30, 30], DEVICE)
 
 
 @pytest.fixture

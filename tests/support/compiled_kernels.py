@@ -64,8 +64,14 @@ def cases() -> Iterator[tuple[str, Callable]]:
     whole, part = made(N, 1, HEAD_DIM // 2), made(N, 1, HEAD_DIM // 8)
     yield "rope", lambda: rope.turn_both(made(N, H, HEAD_DIM), made(N, G, HEAD_DIM), whole, whole)
     yield "rope of a quarter", lambda: rope.turn_both(made(N, H, HEAD_DIM), made(N, H, HEAD_DIM), part, part)
-    yield "swiglu", lambda: swiglu.gated(made(N, F), made(N, F), "silu")
-    yield "swiglu backward", lambda: swiglu.gated_backward(made(N, F), made(N, F), made(N, F), "silu")
+    for act in swiglu.ACTIVATIONS:
+        yield f"gate, {act}", lambda act=act: swiglu.gated(made(N, F), made(N, F), act)
+        for product in (False, True):
+            backward = lambda act=act, product=product: swiglu.gated_backward(*made(3, N, F), act, product)
+            yield f"gate, {act}, backward{' and product' if product else ''}", backward
+    stacked = made(N, 2 * 8192)  # gate and up as halves of one matrix
+    yield "gate, stacked", lambda: swiglu.gated(*stacked.chunk(2, -1), "silu")
+    yield "gate, stacked, backward", lambda: swiglu.gated_backward(made(N, 8192), *stacked.chunk(2, -1), "silu", True)
     loss = linear_cross_entropy.softmax_minus_one_hot_
     for cap in (None, 30.0):
         yield f"loss, soft-cap {cap}", lambda cap=cap: loss(made(2048, V), made(2048, dtype=int64), True, cap)

@@ -13,6 +13,7 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from checkpoint import published, put, tensors
 from distributed import by_first_alone, is_sharded, whole
 from errors import UserError, read_json, read_json_if_there
 from files import new_folder, save_tensors, write_json
+from kernels.experts import Member
 from kernels.gpu import on_gpu
 from kernels.lora_linear import Adapted, Casts, lora_linears
 from kernels.nf4 import NF4, matrix
@@ -102,6 +104,14 @@ class LoRALinear(nn.Module):
 
     def casts_of(self, layers: list, dtype: torch.dtype) -> Casts | None:
         return None if self.casts is None else self.casts.of(layers, dtype)
+
+    def member(self) -> Member | None:
+        """As kernels/experts.py takes a linear of an expert."""
+        member = self.base.member()
+        if member is None or self.merged:
+            return member
+        dropping = partial(drop, share=self.dropout) if self.drops_out else None
+        return Member(member.frozen, self.lora_A, self.lora_B, self.scale, dropping, self.number)
 
     def delta(self) -> Tensor:  # fp32 [out, in]
         return self.scale * (self.lora_B.float() @ self.lora_A.float())

@@ -23,6 +23,7 @@ from context import SharedDocuments
 from errors import UserError
 from families import Config, Layer
 from kernels.attention import Documents, Scores, document_attention
+from kernels.experts import Member, alike, can_group, lay_together, make_bank, routed_mlp, sort_pairs
 from kernels.linear import linears, linears_reference
 from kernels.nf4 import NF4, Frozen, matrix, nf4_linear
 from kernels.norm import rms_norm
@@ -68,6 +69,10 @@ class Linear(nn.Module):
     def frozen(self) -> Frozen:
         """The weight as kernels take it that do not train it."""
         return (self.weight,) if self.nf4 is None else self.nf4.tensors
+
+    def member(self) -> Member | None:
+        """As kernels/experts.py takes a linear of an expert; None if it can't."""
+        return None if self.bias is not None or self.packed is not None else Member(self.frozen)
 
     def quantize(self, nf4: NF4) -> None:
         self.weight, self.nf4 = None, QuantizedWeight(nf4)
@@ -214,17 +219,37 @@ class Experts(nn.Module):
         self.load = None  # of a batch in training: fraction of choices [E], mean probability [E], fp32; () when used
 
     def forward(self, x: Tensor) -> Tensor:
-        E, active = self.rules.count, self.rules.active
         probs = self.router(x).softmax(-1, dtype=torch.float32)  # [N, E]
-        weights, chosen = probs.topk(active)  # [N, active]
+        weights, chosen = probs.topk(self.rules.active)  # [N, active]
         if self.rules.normalised:
             weights = weights / weights.sum(-1, keepdim=True)
+        if can_group(x, self.rules.count, self.rules.intermediate_size):
+            out = self.all_at_once(x, probs, weights, chosen)
+            if out is not None:
+                return out
+        return self.one_after_the_other(x, probs, weights, chosen)
+
+    def all_at_once(self, x: Tensor, probs: Tensor, weights: Tensor, chosen: Tensor) -> Tensor | None:
+        """Without a wait for the GPU; None where the experts' linears are not alike."""
+        if self.experts[0].kind != "gated":
+            return None
+        gate, up, down = ([getattr(each, name).member() for each in self.experts] for name in ("gate", "up", "down"))
+        if not alike(gate + up) or not alike(down):
+            return None
+        routes = sort_pairs(chosen, self.rules.count)
+        if self.training and self.load is None:
+            self.load = routes.counts / len(x), probs.mean(0)
+        banks = [make_bank(members, routes, self.noise.keys) for members in (gate, up, down)]
+        return routed_mlp(x, weights, routes, *banks, self.experts[0].activation)
+
+    def one_after_the_other(self, x: Tensor, probs: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        E, active = self.rules.count, self.rules.active
         order = chosen.flatten().argsort(stable=True)  # token-expert pairs, by expert
         counts = torch.bincount(chosen.flatten(), minlength=E)
         if self.training and self.load is None:  # not when the block is computed again: it would keep all that it made
             self.load = counts / len(x), probs.mean(0)
         token = order // active
-        parts = x.index_select(0, token).split(counts.tolist())
+        parts = x.index_select(0, token).split(counts.tolist())  # a GPU is waited for here, and nowhere else
         # In training also those that nobody chose: without a gradient of zero, Adam's momentum would not move them
         wanted = [(e, part) for e, part in zip(self.experts, parts, strict=True) if len(part) or self.training]
         keys, self.noise.keys = self.noise.keys, None
@@ -237,6 +262,15 @@ class Experts(nn.Module):
         self.noise.keys, out = keys, torch.cat(outs)
         out = out * weights.flatten()[order, None].to(x.dtype)
         return torch.zeros_like(x).index_add(0, token, out)
+
+    def lay_together(self) -> None:
+        """Moves the experts' matrices into few tensors, of which the parameters are parts: see kernels/experts.py."""
+        for names in (("gate", "up"), ("down",)):
+            linears = [getattr(expert, name) for expert in self.experts for name in names]
+            linears = [getattr(linear, "base", linear) for linear in linears]  # below an adapter
+            for column in zip(*(linear.frozen for linear in linears), strict=True):
+                if column[0] is not None:
+                    lay_together(column)
 
 
 class Router(nn.Module):

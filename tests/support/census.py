@@ -163,6 +163,8 @@ def flops_of(func, name: str, args: tuple, kwargs: dict, read: list, out) -> int
     if name in ("mm", "addmm", "addmm_"):
         left, right = read[:2] if name == "mm" else read[-2:]
         return 2 * left.shape[0] * left.shape[1] * right.shape[1]
+    if name == "_grouped_mm":  # every row with one expert's matrix, or with what it is the gradient of
+        return 2 * read[0].numel() * read[1].shape[-1]
     count = flop_registry.get(func._overloadpacket)
     try:
         return count(*args, **kwargs, out_val=out) if count else 0
@@ -181,13 +183,18 @@ def make_model(raw: dict, method: str, dtype: torch.dtype, layers: int | None = 
     """A model on the fake GPU, ready to be trained."""
     import plan
     from families import Config
+    from model import Experts
 
     config = Config.from_hf(raw)
     if layers:
         config = dataclasses.replace(config, layers=config.layers[:layers])
     model = plan.sketch(config, plan.Setup(method), dtype, adapter)
     with fake_cuda.fake_tensors():
-        return model.to_empty(device="cuda").train()
+        model.to_empty(device="cuda")
+        for module in model.modules():
+            if isinstance(module, Experts):  # as load_model does it
+                module.lay_together()
+        return model.train()
 
 
 def document_lengths(documents: int, tokens: int) -> list[int]:

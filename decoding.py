@@ -4,9 +4,15 @@ Prompts of all lengths end in the same slot of the cache, so that every step wri
 is scattered; what a line has not got is masked. The cache's tensors stay as they are for ROUND steps, then get as many
 slots more: a product over a slice of larger ones takes a third longer on CPUs. Layers with a sliding window need no
 more slots than that: theirs are a ring.
+
+A GPU does a step's kernels faster than Python launches them. So there (`stream_ahead`) the position and the newest
+tokens lie in the GPU's memory, where the step itself moves them on: the same launches serve every step, they are
+captured in a CUDA graph, and a token costs one replay.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +23,8 @@ from kernels.attention import Documents, cached_attention, document_attention, s
 from kernels.rope import LENGTH_DEPENDENT
 
 ROUND = 32  # slots; the cache holds a multiple of so many, so that shapes seldom change
+GRAPH_ROUND = 256  # the same where steps are captured, which is done anew when shapes change; masked slots are read too
+GRAPH_STEPS = 8  # to come that make up for a capture, which takes the host about as long as two or three steps
 GRAMS = (3, 2, 1)  # ends of the text that prompt look-up looks for, longest first
 
 
@@ -42,15 +50,19 @@ def stream(
             raise UserError(f"a prompt has {len(row)} tokens; the model takes 1 to {most - 1}")
     assert not lookup or (len(rows) == 1 and temperature == 0), "look-up is for one prompt, greedily"
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
+    choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     ends = [min(len(row) + max_new_tokens, most) for row in rows]
+    if not lookup and repetition_penalty == 1 and max_new_tokens > GRAPH_STEPS and can_run_ahead(model):
+        yield from stream_ahead(model, rows, ends, stop, choose, captured=temperature == 0)
+        return
     going, texts = list(range(len(rows))), rows  # the prompt number of each line of the cache, and its text so far
-    cache, hidden = prefill(model, rows, ends, lookup)
+    cache, hidden = prefill(model, rows, ends, lookup, ROUND)
     draft: list[int] = []
     while True:
         logits = model.logits(hidden)  # [lines, 1 + length of the draft, V]
         for at in range(logits.shape[1]):
             scores = penalised(logits[:, at], texts, repetition_penalty)
-            new = sample(scores, temperature, top_k, top_p, generator).tolist()
+            new = choose(scores).tolist()
             for row, token in zip(texts, new, strict=True):
                 row.append(token)
             yield list(zip(going, new, strict=True))
@@ -66,41 +78,49 @@ def stream(
             texts = [rows[i] for i in going]
         change, length = model.config.turns_change_at, len(texts[0])
         if any(len(row) == change for row in texts):
-            draft, (cache, hidden) = [], prefill(model, texts, [ends[i] for i in going], lookup)
+            draft, (cache, hidden) = [], prefill(model, texts, [ends[i] for i in going], lookup, ROUND)
             continue
         room = min(ends[going[0]], change if change and length < change else most) - length - 1
         draft = propose(texts[0], min(lookup, room))
         hidden = cache.run(torch.tensor([[row[-1], *draft] for row in texts], device=model.device))
 
 
-def prefill(model, rows: list[list[int]], ends: list[int], lookup: int) -> tuple["KVCache", Tensor]:
+def prefill(model, rows: list[list[int]], ends: list[int], lookup: int, multiple: int) -> tuple["KVCache", Tensor]:
     """A cache that holds the rows, with room up to their ends, and the hidden state of each row's end, [rows, 1, D]."""
-    cache = KVCache(model, [len(row) for row in rows], max(end - len(row) for row, end in zip(rows, ends)), 1 + lookup)
+    new = max(end - len(row) for row, end in zip(rows, ends))
+    cache = KVCache(model, [len(row) for row in rows], new, 1 + lookup, multiple)
     return cache, cache.prefill(rows)[:, None]
 
 
 class KVCache:
     """Keys and values of sequences in progress, [lines, G, slots, d] each a layer.
 
-    lengths: of the prompts; new: tokens that may follow; at_once: tokens that a step may add. Global slot g, counted
-    from the longest prompt's beginning, is slot g mod the layer's number of them.
+    lengths: of the prompts; new: tokens that may follow; at_once: tokens that a step may add; multiple: of slots that a
+    layer has. Global slot g, counted from the longest prompt's beginning, is slot g mod the layer's number of them.
     """
 
-    def __init__(self, model, lengths: list[int], new: int, at_once: int = 1):
-        self.model, self.documents = model, Documents(lengths, model.device)
+    def __init__(self, model, lengths: list[int], new: int, at_once: int, multiple: int):
+        self.model, self.documents, self.multiple = model, Documents(lengths, model.device), multiple
         self.filled = max(lengths)  # global slots, of every line
         self.starts = torch.tensor([self.filled - n for n in lengths], device=model.device)  # a line's first one
         wanted, windows = self.filled + new + at_once, [layer.window for layer in model.config.layers]
-        self.most = [rounded(min(wanted, window + at_once) if window else wanted) for window in windows]
+        self.most = [self.rounded(min(wanted, window + at_once) if window else wanted) for window in windows]
         shape = len(lengths), model.config.num_kv_heads, 0, model.config.head_dim
         self.layers = [(torch.empty(shape, dtype=model.dtype, device=model.device),) * 2 for _ in windows]
         self.kinds = [(0, window) for window in windows]  # a layer's number of slots, and its window
         self.make_room(self.filled)
 
+    def rounded(self, slots: int) -> int:
+        return -(-slots // self.multiple) * self.multiple
+
+    def lacks_room(self, slots: int) -> bool:
+        """Whether `make_room` for so many global slots would change a layer."""
+        return any(min(most, self.rounded(slots)) > held for (held, _), most in zip(self.kinds, self.most))
+
     def make_room(self, slots: int) -> None:
         """For so many global slots, in every layer. Only a ring that is as large as it gets has gone round."""
         for i, ((held, window), most) in enumerate(zip(self.kinds, self.most)):
-            more = min(most, rounded(slots)) - held
+            more = min(most, self.rounded(slots)) - held
             if more > 0:
                 self.layers[i] = tuple(F.pad(x, (0, 0, 0, more)) for x in self.layers[i])
                 self.kinds[i] = held + more, window
@@ -139,38 +159,49 @@ class KVCache:
 
     def run(self, tokens: Tensor) -> Tensor:
         """The same number of new tokens for each line, int64 [lines, n] -> hidden [lines, n, D]."""
+        self.make_room(self.filled + tokens.shape[1])
+        hidden = self.forward(tokens, self.filled)
+        self.filled += tokens.shape[1]
+        return hidden
+
+    def forward(self, tokens: Tensor, filled: int | Tensor) -> Tensor:
+        """What `run` does once there is room. filled: global slots, as a number; or int64 [1] on the device: then what
+        is launched does not depend on it, and lines may be computed beyond their ends."""
         lines, n = tokens.shape
-        self.make_room(self.filled + n)
         steps = torch.arange(n, device=tokens.device)
-        positions = (self.filled - self.starts[:, None] + steps).flatten()
-        masks = {kind: self.mask(n, *kind) for kind in {*self.kinds}}
+        positions = (filled - self.starts[:, None] + steps).flatten()
+        if isinstance(filled, Tensor):
+            positions = positions.clamp(max=self.model.config.max_positions - 1)
+        masks = {kind: self.mask(filled, n, *kind) for kind in {*self.kinds}}
+        places = {}  # of the new tokens in a layer: neighbours, or numbers of slots
+        for slots, _ in {*self.kinds}:
+            at = filled % slots
+            together = not isinstance(filled, Tensor) and at + n <= slots  # else over the end of the ring
+            places[slots] = slice(at, at + n) if together else (filled + steps) % slots
 
         def attend(keys, values, kind):
-            mask, slots = masks[kind], kind[0]
-            at = self.filled % slots
+            mask, at = masks[kind], places[kind[0]]
 
             def attention(q, k, v, scores):  # q: [lines * n, H, d]
                 k, v = (x.view(lines, n, *x.shape[1:]).transpose(1, 2) for x in (k, v))  # [lines, G, n, d]
-                if at + n <= slots:
-                    keys[:, :, at : at + n], values[:, :, at : at + n] = k, v
-                else:  # over the end of the ring
-                    where = (self.filled + steps) % slots
-                    keys.index_copy_(2, where, k), values.index_copy_(2, where, v)
+                if isinstance(at, slice):
+                    keys[:, :, at], values[:, :, at] = k, v
+                else:
+                    keys.index_copy_(2, at, k), values.index_copy_(2, at, v)
                 return cached_attention(q, keys, values, mask, scores)
 
             return attention
 
         attends = [attend(*layer, kind) for layer, kind in zip(self.layers, self.kinds)]
         hidden = self.model.hidden(tokens.flatten(), positions, positions + 1, attends)
-        self.filled += n
         return hidden.view(lines, n, -1)
 
-    def mask(self, n: int, slots: int, window: int | None) -> Tensor:
+    def mask(self, filled: int | Tensor, n: int, slots: int, window: int | None) -> Tensor:
         """What n new tokens a line see of a layer's slots, as cached_attention takes it."""
-        last, device = self.filled + n - 1, self.starts.device
+        last, device = filled + (n - 1), self.starts.device
         slot = torch.arange(slots, device=device)
         holds = last - (last - slot) % slots  # the newest global slot that lies there
-        rows = self.filled + torch.arange(n, device=device)
+        rows = filled + torch.arange(n, device=device)
         seen = (holds >= self.starts[:, None, None]) & (holds <= rows[:, None])
         if window is not None:
             seen &= holds > rows[:, None] - window
@@ -188,8 +219,144 @@ class KVCache:
         self.layers = [tuple(x.index_select(0, alive) for x in layer) for layer in self.layers]
 
 
-def rounded(slots: int) -> int:
-    return -(-slots // ROUND) * ROUND
+# ---- steps that a GPU takes by itself ----
+
+
+def stream_ahead(
+    model, rows: list[list[int]], ends: list[int], stop, choose: Callable[[Tensor], Tensor], captured: bool
+) -> Iterator[list[tuple[int, int]]]:
+    """As `stream`, the GPU one step ahead: the next step is launched before the tokens of the last are read, so that
+    the host waits for those only. Lines that have ended are computed on, unread, until half of the lines have; the last
+    step of all is for nothing where a stop id ends the text.
+
+    rows: the prompts; ends: their texts' lengths at most. choose: ids [lines] from logits [lines, V]; captured: with
+    the step.
+    """
+    cache, hidden = prefill(model, rows, ends, 0, GRAPH_ROUND)
+    steps = Steps(cache, model.logits(hidden)[:, 0], choose, captured)
+    lines = going = list(range(len(rows)))  # the prompt number of each line of the cache; of those that have not ended
+    left = [end - len(row) for row, end in zip(rows, ends)]
+    arriving = Arriving(steps.tokens, lines)
+    while True:
+        more, ahead = max(left[i] for i in going) - 1, None  # more: tokens that may follow those that are arriving
+        if more:
+            steps.take(more)
+            ahead = Arriving(steps.tokens, lines)
+        new = arriving.read()
+        yield [(i, new[i]) for i in going]
+        for i in going:
+            left[i] -= 1
+        going = [i for i in going if left[i] and new[i] not in stop]
+        if not going:
+            return
+        if 2 * len(going) <= len(lines) and max(left[i] for i in going) > GRAPH_STEPS:
+            steps.keep([lines.index(i) for i in going])
+            lines = going
+        arriving = ahead
+
+
+class Arriving:
+    """Tokens [lines] on their way to the host, as they are now: they may be overwritten on the device at once."""
+
+    def __init__(self, tokens: Tensor, lines: list[int]):
+        self.tokens, self.lines = tokens.to("cpu", non_blocking=True, copy=True), lines
+        self.there = None
+        if tokens.is_cuda:
+            self.there = torch.cuda.Event()
+            self.there.record(torch.cuda.current_stream(tokens.device))
+
+    def read(self) -> dict[int, int]:
+        """By prompt number, when they have arrived."""
+        if self.there is not None:
+            self.there.synchronize()
+        return dict(zip(self.lines, self.tokens.tolist(), strict=True))
+
+
+class Steps:
+    """One token a line at a time, the newest going in, the next coming out, and all that changes on the device.
+
+    tokens: int64 [lines], the newest ones. filled: int64 [1], global slots of the cache that are filled. logits:
+    [lines, V], from which the newest tokens are chosen, where that is done outside of what is captured.
+    """
+
+    def __init__(self, cache: KVCache, logits: Tensor, choose: Callable[[Tensor], Tensor], captured: bool):
+        self.cache, self.choose, self.tokens = cache, choose, choose(logits)
+        self.filled = torch.full((1,), cache.filled, device=logits.device)
+        self.logits, self.graph = None if captured else logits, None
+
+    def launch(self) -> None:
+        """What every step launches: nothing here depends on which step it is, and all of it ends in the same memory."""
+        logits = self.cache.model.logits(self.cache.forward(self.tokens[:, None], self.filled))[:, 0]
+        self.filled += 1
+        if self.logits is None:
+            self.tokens.copy_(self.choose(logits))
+        else:
+            self.logits.copy_(logits)
+
+    def take(self, steps: int) -> None:
+        """The next step. steps: that may come, this one included. The first of a shape is launched kernel by kernel,
+        which warms up what the capture needs; those after it are replays."""
+        if self.cache.lacks_room(self.cache.filled + 1):
+            self.graph = None  # before the cache is copied: a graph holds memory of its own
+            self.cache.make_room(self.cache.filled + 1)
+        if self.graph is not None:
+            self.graph.replay()
+        elif steps > GRAPH_STEPS and not failed:
+            self.graph = run_and_capture(self.launch, self.tokens.device)
+        else:
+            self.launch()
+        if self.logits is not None:
+            self.tokens.copy_(self.choose(self.logits))
+        self.cache.filled += 1
+
+    def keep(self, alive: list[int]) -> None:
+        """Forgets all lines but these, in this order."""
+        self.graph = None
+        self.cache.keep(alive)
+        alive = torch.tensor(alive, device=self.tokens.device)
+        self.tokens = self.tokens[alive]
+        self.logits = None if self.logits is None else self.logits[alive]
+
+
+failed: list["torch.cuda.CUDAGraph"] = []  # captures; kept, as torch's allocator may go on asking them
+
+
+def run_and_capture(launch: Callable[[], None], device: torch.device) -> "torch.cuda.CUDAGraph | None":
+    """Runs launch(), then captures what it launches, which is not run again: a graph to be replayed; or None, and a
+    NOTE on stderr, where that fails. Both on a stream of their own, as cuBLAS has its workspace by the stream."""
+    stream, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(stream)
+    with torch.cuda.stream(side):
+        launch()
+    stream.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):  # if the end of the inner one fails, its
+            launch()  # stream stays on: the outer one takes it off
+    except RuntimeError as error:
+        failed.append(graph)
+        cause = error
+        while cause.__context__ is not None:  # the end of a capture says only that something was wrong before
+            cause = cause.__context__
+        print(
+            f"NOTE: steps can't be captured in a CUDA graph ({str(cause).strip().partition(chr(10))[0]}); their kernels"
+            " are launched one by one, which takes longer",
+            file=sys.stderr,
+        )
+        return None
+    return graph
+
+
+def can_run_ahead(model) -> bool:
+    """Whether a model's steps can be captured on its device: not where the turns depend on the text's length, or where
+    experts get their tokens by numbers that the host reads, nor after a capture that failed."""
+    config = model.config
+    stretches = any((rope.scaling or {}).get("rope_type") in LENGTH_DEPENDENT for rope in config.ropes)
+    routed = any(layer.routed for layer in config.layers)
+    return model.device.type == "cuda" and not (failed or stretches or routed)
+
+
+# ---- prompts that begin alike ----
 
 
 def shared_beginnings(rows: list[list[int]], config) -> tuple[list[int], list[int], list[int]]:
@@ -252,4 +419,13 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
         ordered = ordered.masked_fill(before >= top_p, float("-inf"))
         ordered[:, 0] = logits.max(-1).values  # top_p 0 still leaves the likeliest
         logits = torch.empty_like(logits).scatter_(1, ids, ordered)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+    probs = logits.softmax(-1)
+    return draw(probs, generator) if probs.is_cuda else torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+
+
+def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """What torch.multinomial draws, one a row, by the same random numbers, but without its look at the probabilities,
+    for which the host would wait. With q from Exp(1), argmax p / q is i with probability p_i: the exponential races of
+    the Gumbel-max trick (Maddison et al. 2014)."""
+    noise = torch.empty_like(probs).exponential_(1, generator=generator)
+    return torch.div(probs, noise, out=noise).argmax(-1)

@@ -24,10 +24,11 @@ from errors import UserError
 from families import Config, Layer
 from kernels.attention import Documents, Scores, document_attention
 from kernels.experts import Member, alike, can_group, lay_together, make_bank, routed_mlp, sort_pairs
+from kernels.gpu import on_gpu
 from kernels.linear import linears, linears_reference
-from kernels.nf4 import NF4, Frozen, matrix, nf4_linear
+from kernels.nf4 import NF4, Frozen, block_scales, matrix, nf4_linear
 from kernels.norm import rms_norm
-from kernels.packed_linear import can_pack, pack, packed_linear
+from kernels.packed_linear import can_join, can_pack, pack, packed_linear
 from kernels.rope import LENGTH_DEPENDENT, frequencies, rope, rope_both
 from kernels.swiglu import ACTIVATIONS, Gated, gated
 from quant import QuantizedWeight
@@ -145,7 +146,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, turns: tuple[Tensor, Tensor] | None, attend) -> Tensor:
         """turns: cosines and sines [N, 1, r / 2] of the positions; attend: takes q, k, v and self.scores."""
-        if self.fused is not None and turns is not None and not self.qk_norm:
+        if self.fused is not None and turns is not None and not self.qk_norm and not on_gpu(x):
             H, G = self.heads, self.kv_heads
             rows = self.fused(x).view(-1, H + 2 * G, self.head_dim)
             turned = rope(rows[:, : H + G], *turns)  # q and k in one go
@@ -497,45 +498,62 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class FusedWeights:
-    """Linears that read the same input, packed as one: [N, in] -> [N, their outputs one after the other]."""
+    """Linears that read the same input as one: [N, in] -> [N, their outputs one after the other].
 
-    def __init__(self, linears: list[Linear]):
-        biases = [linear.bias for linear in linears]
-        self.packed = pack(torch.cat([matrix(linear.frozen, torch.bfloat16) for linear in linears]))
+    packed: for CPUs. Otherwise in 16 bits, or in NF4, where scales of double quantisation are written out, to the same
+    numbers: their nested blocks are counted through a whole matrix, which has an offset of its own.
+    """
+
+    def __init__(self, linears: list[Linear], packed: bool):
+        biases, frozen = [linear.bias for linear in linears], [linear.frozen for linear in linears]
         self.bias = None if biases[0] is None else torch.cat(biases)
+        if packed:
+            self.linear, self.weight = packed_linear, pack(torch.cat([matrix(each, torch.bfloat16) for each in frozen]))
+        elif linears[0].nf4 is None:
+            self.linear, self.weight = F.linear, torch.cat([linear.weight for linear in linears])
+        else:
+            codes, scales = [each.packed for each in frozen], [block_scales(each) for each in frozen]
+            self.linear, self.weight = nf4_linear, NF4(torch.cat(codes), torch.cat(scales))
 
     def __call__(self, x: Tensor) -> Tensor:
-        return packed_linear(x, self.packed, self.bias)
+        return self.linear(x, self.weight, self.bias)
 
 
 @contextlib.contextmanager
 @torch.no_grad()
 def packed_weights(model: Transformer, steps: int) -> Iterator[None]:
-    """Holds a packed copy of every product's weight for a while, where that pays: see kernels/packed_linear.py. What an
-    adapter is on is packed alone, the rest of q, k, v and of gate, up together. Put it around several calls of
-    `generate`, and they share one copy; weights must not change meanwhile.
+    """Holds copies of products' weights for a while, as steps of few rows want them, where that pays: see
+    kernels/packed_linear.py. On CPUs of all, packed: what an adapter is on alone, the rest of q, k, v and of gate, up
+    together. On GPUs only of the latter, as far as memory goes. Put it around several calls of `generate`, and they
+    share one copy; weights must not change meanwhile.
 
     steps: of decoding to come.
     """
-    if model.packed_head is not None:
-        yield
-        return
     linears = {module for module in model.modules() if isinstance(module, Linear) and module is not model.head}
-    total = 2 * sum(m.in_features * m.out_features for m in linears) + 2 * model.head_weight().numel()
-    plain = [model.head_weight(), *(m.weight for m in linears if m.nf4 is None)]
-    if steps < PACK_STEPS or not all(can_pack(weight, total) for weight in plain):
-        yield
-        return
     groups = {module: [module.q, module.k, module.v] for module in model.modules() if hasattr(module, "q")}
     groups |= {module: [module.gate, module.up] for module in model.modules() if hasattr(module, "gate")}
     groups = {module: group for module, group in groups.items() if linears.issuperset(group)}
-    alone = linears.difference(*groups.values())
+    if model.packed_head is not None or any(module.fused for module in groups) or steps < PACK_STEPS:
+        yield
+        return
+    on_cpu = model.device.type == "cpu"
+    alone = linears.difference(*groups.values()) if on_cpu else set()
+    if on_cpu:
+        total = 2 * sum(m.in_features * m.out_features for m in linears) + 2 * model.head_weight().numel()
+        plain = [model.head_weight(), *(m.weight for m in linears if m.nf4 is None)]
+        fits = all(can_pack(weight, total) for weight in plain)
+    else:
+        groups = {module: group for module, group in groups.items() if can_be_one(group, model.dtype)}
+        fits = can_join(sum(joined_bytes(linear) for group in groups.values() for linear in group), model.device)
+    if not fits:
+        yield
+        return
     try:
         for module, group in groups.items():
-            module.fused = FusedWeights(group)
+            module.fused = FusedWeights(group, packed=on_cpu)
         for module in alone:
             module.packed = pack(matrix(module.frozen, torch.bfloat16))
-        model.packed_head = pack(model.head_weight())
+        model.packed_head = pack(model.head_weight()) if on_cpu else None
         yield
     finally:
         model.packed_head = None
@@ -543,3 +561,17 @@ def packed_weights(model: Transformer, steps: int) -> Iterator[None]:
             module.fused = None
         for module in alone:
             module.packed = None
+
+
+def can_be_one(linears: list[Linear], dtype: torch.dtype) -> bool:
+    """Whether linears can be one on a GPU: all in NF4, or all in the 16 bits that are computed in; biases in them."""
+    plain = [linear.weight for linear in linears if linear.nf4 is None]
+    rest = [linear.bias for linear in linears if linear.bias is not None]
+    return len(plain) in (0, len(linears)) and dtype.itemsize == 2 and all(t.dtype == dtype for t in plain + rest)
+
+
+def joined_bytes(linear: Linear) -> int:
+    """Of a linear's part of the weight in FusedWeights, on a GPU."""
+    if linear.nf4 is None:
+        return linear.weight.nbytes
+    return linear.nf4.packed.nbytes + 4 * linear.nf4.absmax.numel()

@@ -4,6 +4,8 @@ On CPUs F.linear in bf16 re-orders the weight each time. With thousands of rows 
 few rows of a decoding step it is nearly half of the time (the default base's 212 MB of blocks, 2 cores: 1 row 12.1 ms
 plain, 5.1 ms packed; 16 rows 15.4 and 8.7; 770 rows 260 and 181). It is what torch.compile does for inference, by the
 same operator.
+
+GPUs know no such layout; there it is enough that matrices which read the same input lie in one (`can_join`).
 """
 
 import torch
@@ -18,6 +20,11 @@ def can_pack(weight: Tensor, total: int) -> bool:
     """Whether a weight can be packed here, of a model of `total` bytes."""
     there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and there and total <= LARGEST
+
+
+def can_join(size: int, device: torch.device) -> bool:
+    """Whether a GPU has room for a copy of `size` bytes, and as much again for what is computed."""
+    return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] >= 2 * size
 
 
 def pack(weight: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils._pytree import tree_leaves
 
+import decoding
 from data import row_batches
 from errors import run
 
@@ -120,3 +122,52 @@ def command(script, monkeypatch, capsys, *words) -> tuple[str, str, int]:
 def micro_batches(examples, batch_size: int, device="cpu") -> list:
     """Flat batches of at most batch_size examples."""
     return row_batches([[example] for example in examples], batch_size, device)
+
+
+class RecordedGraph(torch.utils._python_dispatch.TorchDispatchMode):
+    """A CUDA graph as the CPU can have it: the operations of one run, with the numbers and in the memory that they had,
+    which a replay runs again. What the run itself changed is as it was before, for a capture computes nothing."""
+
+    def __init__(self, launch):
+        super().__init__()
+        self.calls, self.replays, changed = [], 0, []
+        self.changed = changed
+        with self:
+            launch()
+        for tensor, before in reversed(changed):
+            tensor.copy_(before)
+
+    def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+        settings = settings or {}
+        schema = function._schema.arguments
+        given = [*zip(schema, arguments), *((a, settings[a.name]) for a in schema if a.name in settings)]
+        for argument, tensor in given:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.changed.append((tensor, tensor.clone()))
+        out = function(*arguments, **settings)
+        self.calls.append((function, arguments, settings, out))
+        return out
+
+    def replay(self) -> None:
+        self.replays += 1
+        for function, arguments, settings, out in self.calls:
+            again = function(*arguments, **settings)
+            for a, b in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if torch.is_tensor(a) and a.data_ptr() != b.data_ptr():  # else it is where it was
+                    a.copy_(b)
+
+
+def record_graphs(monkeypatch, slots: int = 16) -> list[RecordedGraph]:
+    """Lets models on the CPU write as on a GPU, with graphs that are recorded: those of each shape come in the list."""
+    graphs = []
+
+    def run_and_record(launch, device):
+        launch()
+        graphs.append(RecordedGraph(launch))
+        return graphs[-1]
+
+    monkeypatch.setattr(decoding, "GRAPH_ROUND", slots)
+    monkeypatch.setattr(decoding, "GRAPH_STEPS", 2)
+    monkeypatch.setattr(decoding, "can_run_ahead", lambda model: True)
+    monkeypatch.setattr(decoding, "run_and_capture", run_and_record)
+    return graphs

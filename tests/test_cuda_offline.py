@@ -80,6 +80,16 @@ def test_families_train_on_fake_cuda_tensors(script, tmp_path):
     families(script, tmp_path, [*CI_FAMILIES], "--dtypes", "bf16")
 
 
+@pytest.mark.parametrize("method, most", [("base", 548), ("nf4", 548)])
+def test_a_written_token_is_launches_without_a_wait(script, method, most):
+    """All of a step is captured; besides, the tokens are copied to the host."""
+    (found,) = script("decode_census.py", "--method", method)
+    assert found["waits"] == [] == found["outside"]["waits"]
+    assert found["launches"] <= most and found["outside"]["names"] == {"_to_copy": 1}
+    products = found["names"]["mm"] + found["names"].get("triton.nf4.multiply_kernel", 0)
+    assert products == 4 * 32 + 1  # q, k, v in one, gate and up in one
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

@@ -8,12 +8,13 @@ in CASES; `test_families_every_feature_shows` switches each off and looks.
 import dataclasses
 import functools
 import json
+from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
 import transformers
-from helpers import relative
+from helpers import record_graphs, relative
 from test_train import losses, oracle_losses, rows, settings
 from torch import nn
 
@@ -459,6 +460,24 @@ def test_families_greedy_text_equals_transformers(folders, case):
     for padded, mask in ((left, [[0] * len(p) + [1] * (30 - len(p)) for p in pads]),
                          (right, [[1] * (30 - len(p)) + [0] * len(p) for p in pads])):  # fmt: skip
         assert ours.generate(padded, 25, mask=torch.tensor(mask)) == together
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_families_replayed_steps_write_the_same_text(folders, case, monkeypatch):
+    """As on a GPU, with the operations of one recorded step for all, rings and a cache that grows included; where the
+    angles depend on the length, or experts on numbers that the host reads, steps are not captured."""
+    ours, generator = load_model(folders(case)[0]), torch.Generator().manual_seed(5)
+    there = SimpleNamespace(device=torch.device("cuda"), config=ours.config)
+    can = not stretched(ours) and ours.config.experts is None
+    assert decoding.can_run_ahead(there) == can and not decoding.can_run_ahead(ours)
+    if not can:
+        return
+    prompts = [torch.randint(3, 96, (n,), generator=generator).tolist() for n in (5, 30, 17)]
+    wanted = [*ours.stream(prompts, 40)]
+    graphs = record_graphs(monkeypatch)
+    assert [*ours.stream(prompts, 40)] == wanted
+    grows = any(layer.window is None for layer in ours.config.layers)  # rings of so few slots are full from the start
+    assert len(graphs) > grows and sum(graph.replays for graph in graphs) == 39 - len(graphs)
 
 
 @pytest.mark.parametrize("case", CASES)

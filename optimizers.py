@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from distributed import group_of, is_sharded, local, rows_of, shards, total
+from kernels.adamw import adamw_step
+from kernels.gpu import on_gpu
 from kernels.nf4 import NESTED_BLOCK, dequantize_8bit, dynamic_code
 from quant import quantize_8bit
 
@@ -25,8 +27,8 @@ NAMES = {"adamw": "AdamW", "adamw8bit": "AdamW with moments in 8 bits", "muon": 
 
 class Optimizer:
     """What the loop needs of an optimizer, as torch's have it. Those import the compiler when they are made, which is
-    150 MB and a second. step(bad): nothing is changed where this float32 scalar is 1 and not 0; the fused AdamW leaves
-    that to the device, others wait for it to be known."""
+    150 MB and a second. step(bad): nothing is changed where this float32 scalar is 1 and not 0; AdamW leaves that to
+    the GPU, others wait for it to be known."""
 
     def __init__(self, groups: list[dict], **settings):
         self.param_groups = [settings | group for group in groups]
@@ -63,6 +65,8 @@ class AdamW(Optimizer):
     lays them out: the first with signs, the second without; made fp32 and back at every step, a piece at a time.
     Weights in bf16: a step is computed in fp32 and rounded up or down with the probability that makes it right on
     average, since to the nearest, steps below half of the distance to the next number would do nothing at all.
+
+    On GPUs a kernel computes these two forms in one pass over memory (kernels/adamw.py).
     """
 
     def __init__(self, groups, lr: float, bits: int = 32, weight_decay: float = 0.0):
@@ -75,8 +79,12 @@ class AdamW(Optimizer):
             if wide:
                 self.fused(wide, group, bad)
             narrow = [p for p in parameters if group["bits"] == 8 or p.dtype != torch.float32]
-            if narrow and not (bad is not None and bool(bad)):
-                for p in narrow:
+            by_kernel = [p for p in narrow if on_gpu(local(p))]
+            if by_kernel:
+                self.update_on_gpu(by_kernel, group, bad)
+            in_pieces = [p for p in narrow if not on_gpu(local(p))]
+            if in_pieces and not (bad is not None and bool(bad)):
+                for p in in_pieces:
                     self.update(p, group)
 
     def blank(self, p: Tensor, group: dict) -> dict[str, Tensor]:
@@ -86,7 +94,8 @@ class AdamW(Optimizer):
             return dict(zip(("m", "v", "step"), (*zeros, torch.zeros((), device=p.device))))
         if not is_sharded(p):
             p.data = p.data.contiguous()
-        narrow, state = group["bits"] == 8 and p.numel() >= SMALL, {"step": torch.zeros(())}
+        narrow = group["bits"] == 8 and p.numel() >= SMALL
+        state = {"step": torch.zeros((), device=mine.device if on_gpu(mine) else None)}
         for name in ("m", "v"):
             state[name] = torch.zeros(mine.numel(), dtype=torch.uint8 if narrow else torch.float32, device=p.device)
             if narrow:
@@ -104,6 +113,18 @@ class AdamW(Optimizer):
             fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, lr=group["lr"],
             weight_decay=group["weight_decay"], eps=group["eps"], found_inf=bad,
         )  # fmt: skip
+
+    def update_on_gpu(self, parameters: list[Tensor], group: dict, bad: Tensor | None) -> None:
+        """Without waiting for the GPU: it counts the steps, and skips one that is bad."""
+        device = local(parameters[0]).device
+        bad = None if bad is None else bad.to(device)
+        states = [self.state_of(p, group) for p in parameters]
+        torch._foreach_add_([state["step"] for state in states], 1.0 if bad is None else 1 - bad)
+        # by the device's generator, whose state a checkpoint holds; of 16 bytes each: Triton compiles a kernel for
+        # addresses that are multiples of 16, and another for others
+        seeds = torch.randint(1 << 62, (len(parameters), 2), device=device)
+        for p, state, seed in zip(parameters, states, seeds.unbind(), strict=True):
+            adamw_step(local(p).view(-1), local(p.grad).reshape(-1), state, group, seed, bad)
 
     def update(self, p: Tensor, group: dict) -> None:
         state = self.state_of(p, group)

@@ -4,17 +4,22 @@ Each is called through its function, which is told that it is on a GPU, on ragge
 GPUs without a kernel of its own: linears with adapters.
 """
 
+import bitsandbytes
 import pytest
 import torch
 from helpers import llama, relative
 from test_kernels import compare, random
+from test_optimizers import give_gradients
 
 import lora
+import optimizers
+import quant
 from checkpoint import load_model
 from kernels import gpu, linear_cross_entropy, lora_linear, nf4, norm, rope, swiglu
 from kernels.attention import Documents
 from kernels.linear import linears, linears_reference
 from kernels.lora_linear import Adapted, Casts, lora_linears, lora_linears_reference
+from optimizers import AdamW
 from quant import quantize
 
 pytestmark = pytest.mark.skipif(isinstance(gpu.triton, gpu.Absent), reason="needs triton")
@@ -197,6 +202,168 @@ def test_nf4_multiplies_while_it_dequantises(double, dtype, tolerance, rows, bia
     matrix = nf4.nf4_dequantize_reference(frozen, dtype).double()
     wanted = x.double() @ matrix.t() + (b.double() if bias else 0)
     assert got.dtype == dtype and relative(got.double(), wanted) < tolerance
+
+
+# ---- AdamW ----
+
+
+def trained(*shapes, dtype) -> list[torch.nn.Parameter]:
+    tensors = [random(*shape, dtype=dtype, seed=i).to(DEVICE) for i, shape in enumerate(shapes)]
+    return [torch.nn.Parameter(tensor.detach()) for tensor in tensors]
+
+
+def give_mild_gradients(step: int, parameters: list) -> None:
+    """Of sizes that differ by row, a tenth of them 0."""
+    for p in parameters:
+        grad = random(*p.shape, dtype=torch.float32, grad=False, seed=100 * step)
+        grad *= 10 ** random(len(p), 1, dtype=torch.float32, grad=False, seed=step).view(-1, *[1] * (p.dim() - 1))
+        dropped = torch.rand(p.shape, generator=torch.Generator().manual_seed(step)) < 0.1
+        p.grad = grad.masked_fill(dropped, 0).to(p)
+
+
+def plain_step(optimizer: AdamW, monkeypatch) -> None:
+    """By PyTorch, with the quantiser of GPUs on CPUs too."""
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizers, "on_gpu", lambda x: False)
+        patch.setattr(quant, "by_steps", lambda signed: None)
+        optimizer.step()
+
+
+def equal_codes(ours: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """But for one in a thousand, that lie between two numbers to rounding and got the other."""
+    apart = (ours.int() - wanted.int()).abs()
+    return bool(apart.max() <= 1) and float((apart > 0).float().mean()) < 1e-3
+
+
+@pytest.mark.parametrize("bits, dtype", [(8, torch.float32), (8, torch.bfloat16), (32, torch.bfloat16)])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adamw_is_the_plain_step(monkeypatch, bits, dtype, decay):
+    """Ten steps, each from the state of the kernel; last blocks shorter than 256, and a tensor that is too small for 8
+    bits. A weight in bf16 is one of the two next to the plain step's in fp32."""
+    shapes = (70, 65), (64, 128), (4096,), (63, 65)
+    ours, theirs = trained(*shapes, dtype=dtype), trained(*shapes, dtype=torch.float32)
+    mine, plain = (AdamW([{"params": p}], lr=1e-2, bits=bits, weight_decay=decay) for p in (ours, theirs))
+    monkeypatch.setattr(AdamW, "fused", lambda self, p, *_: [self.update(each, self.param_groups[0]) for each in p])
+    for step in range(10):
+        give_mild_gradients(step, ours)
+        before = [p.detach().float().clone() for p in ours]
+        for a, b in zip(ours, theirs, strict=True):
+            b.data.copy_(a)
+            b.grad = a.grad.float()
+            for name, value in mine.state_of(a, mine.param_groups[0]).items():
+                target = plain.state_of(b, plain.param_groups[0])[name]
+                target.copy_(value.view(target.shape))
+        mine.step()
+        plain_step(plain, monkeypatch)
+        for a, b, old in zip(ours, theirs, before, strict=True):
+            rounding = 1e-6 * old.abs() + 1e-4 * (b - old).abs()  # of fp32, where a sum is smaller than its terms
+            assert ((a - b).abs() <= rounding + (b.abs() / 128 if dtype == torch.bfloat16 else 0)).all()
+            for name, value in mine.state[a].items():
+                wanted = plain.state[b][name].view(value.shape)
+                if value.dtype == torch.uint8:
+                    assert equal_codes(value, wanted)
+                else:
+                    terms = wanted.abs() + (b.grad.abs().view(value.shape) if name == "m" else 0)
+                    assert ((value - wanted).abs() <= 5e-6 * terms).all()
+    narrow = [mine.state[p]["m"].dtype == torch.uint8 for p in ours]
+    assert narrow == [bits == 8] * 3 + [False]
+
+
+def test_adamw_quantises_to_the_nearest_number():
+    """Bit for bit as `quantize_8bit` on GPUs, values in the middle of two numbers included, and blocks of zeros. With
+    such betas the moments are the gradient and its square."""
+    numbers = torch.tensor(nf4.dynamic_numbers(True))
+    middles = (numbers[:-1] + numbers[1:]) / 2
+    near = torch.cat([middles, middles.nextafter(torch.tensor(2.0)), middles.nextafter(torch.tensor(-2.0))])
+    values = torch.cat([numbers, near, torch.zeros(300), torch.randn(5000) * 10 ** torch.randn(5000)])
+    values = torch.cat([values, torch.full((256,), 1e-39), 10.0 ** torch.linspace(-9, 0, 1000)])
+    blocks = torch.nn.functional.pad(values, (0, -len(values) % 255)).view(-1, 255)
+    grad = torch.nn.functional.pad(blocks, (0, 1), value=1.0).flatten()[:-3].to(DEVICE)  # of each the largest is 1
+    for scale in (1.0, 3.7):
+        p = torch.nn.Parameter(torch.zeros_like(grad))
+        p.grad = grad * scale
+        optimizer = AdamW([{"params": [p], "betas": (1e-30, 1e-30)}], lr=1e-3, bits=8)
+        optimizer.step()
+        state = optimizer.state[p]
+        for name, moment in (("m", p.grad), ("v", p.grad.square())):
+            signed = name == "m"
+            numbers = nf4.dynamic_code(moment.device, signed)
+            padded = torch.nn.functional.pad(moment, (0, 3)).view(-1, 256)
+            codes, absmax = quant.nearest(padded, numbers)
+            assert torch.equal(state[name], codes.flatten()[:-3]) and torch.equal(state[f"{name}_scale"], absmax)
+
+
+def test_adamw_follows_bitsandbytes():
+    """Whose quantiser on CPUs takes the neighbour of one number in a thousand, and never a second moment of 0."""
+    ours, theirs = (trained((70, 65), (64, 128), dtype=torch.float32) for _ in range(2))
+    mine = AdamW([{"params": ours}], lr=1e-2, bits=8, weight_decay=0.1)
+    peer = bitsandbytes.optim.AdamW8bit(theirs, lr=1e-2, weight_decay=0.1)
+
+    def apart(name: str, other: str) -> float:
+        """The share of other codes; of each pair of scales the largest difference."""
+        pairs = [(mine.state[a], peer.state[b]) for a, b in zip(ours, theirs, strict=True)]
+        codes = torch.cat([(a[name] != b[other].flatten()).float() for a, b in pairs])
+        scales = torch.cat([a[f"{name}_scale"] / b[f"absmax{other[-1]}"] - 1 for a, b in pairs])
+        return float(codes.mean()), float(scales.abs().max())
+
+    for step in range(10):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = random(*a.shape, dtype=torch.float32, grad=False, seed=100 + step).to(DEVICE) * 0.01
+            b.grad = a.grad.clone()
+        mine.step(), peer.step()
+        if step == 0:
+            assert apart("m", "state1") < (0.003, 0) and apart("v", "state2")[0] < 0.04
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    assert apart("m", "state1")[0] < 0.05 and apart("v", "state2")[0] < 0.05
+    assert all(relative(a.detach(), b.detach()) < 3e-3 for a, b in zip(ours, theirs, strict=True))
+
+
+def test_adamw_rounds_bf16_to_be_right_on_average():
+    """A first step is as long as lr: from 1 to one of the neighbours of 1 - lr, each draw of its own, and the same
+    again from the same random state."""
+    results, size, lr = [], 100_000, 1e-3
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        p = torch.nn.Parameter(torch.ones(size, dtype=torch.bfloat16, device=DEVICE))
+        p.grad = torch.ones_like(p)
+        AdamW([{"params": [p]}], lr=lr, bits=8).step()
+        results.append(p.detach().double())
+    first, again, other = results
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    below = 1 - 2**-8  # the number before 1
+    assert set(first.unique().tolist()) == {below, 1.0}
+    assert first.mean().item() == pytest.approx(1 - lr, abs=2e-5)
+    down = (first == below).double() - lr * 256
+    spread = down.var().item()
+    for apart in (1, 2, 4, 8, 256, 2048):  # draws of a call, of a thread, a block, a program
+        assert abs((down[apart:] * down[:-apart]).mean().item()) < 0.02 * spread
+    assert abs((down * ((other == below).double() - lr * 256)).mean().item()) < 0.02 * spread
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bad_step_of_adamw_changes_nothing_and_is_not_waited_for(monkeypatch, dtype):
+    ours = trained((64, 128), (30,), dtype=dtype)
+    optimizer = AdamW([{"params": ours}], lr=1e-2, bits=8)
+    good, bad = torch.zeros((), device=DEVICE), torch.ones((), device=DEVICE)
+    give_gradients(0, ours)
+    optimizer.step(good)
+    tensors = lambda: [*ours, *(value for p in ours for value in optimizer.state[p].values())]
+    before = [tensor.detach().clone() for tensor in tensors()]
+    assert all(optimizer.state[p]["step"] == 1 for p in ours)
+    for p in ours:
+        p.grad.fill_(float("nan"))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__bool__", lambda self: pytest.fail("the host waits"))
+        patch.setattr(torch.Tensor, "item", lambda self: pytest.fail("the host waits"))
+        optimizer.step(bad)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(), before, strict=True))
+    give_gradients(1, ours)
+    optimizer.step(good)
+    assert all(optimizer.state[p]["step"] == 2 for p in ours)
+    assert not any(torch.equal(a, b) for a, b in zip(tensors(), before, strict=True))
+
+
+# ---- whole models ----
 
 
 @pytest.mark.parametrize(

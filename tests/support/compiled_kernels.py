@@ -51,10 +51,10 @@ def run_tool(name: str, *words: str) -> str:
 
 def cases() -> Iterator[tuple[str, Callable]]:
     """(name, a call that launches one kernel or several)."""
-    from kernels import experts, linear_cross_entropy, nf4, norm, rope, swiglu
+    from kernels import adamw, experts, linear_cross_entropy, nf4, norm, rope, swiglu
 
     def made(*shape: int, dtype: torch.dtype = bf16) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="cuda")
+        return torch.empty(shape, dtype=dtype, device="cuda")
 
     x, scale = made(N, D), made(N, 1, dtype=fp32)
     yield "norm", lambda: norm.normalise(x, made(D), 1e-5, 0.0)
@@ -104,6 +104,15 @@ def cases() -> Iterator[tuple[str, Callable]]:
         frozen = nf4.NF4(made(E, inner, 1024, dtype=uint8), absmax, *nested)
         name = f"nf4 of experts{', double quantisation' if double else ''}"
         yield name, lambda frozen=frozen: experts.dequantize_on_gpu(frozen, bf16)
+    group, seed = {"lr": 1e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}, made(2, dtype=int64)
+    for dtype, bits in ((fp32, 8), (bf16, 8), (bf16, 32)):
+        state = {"step": made(dtype=fp32)}
+        for moment in ("m", "v"):
+            state[moment] = made(F * D, dtype=uint8 if bits == 8 else fp32)
+            state[f"{moment}_scale"] = made(F * D // 256, dtype=fp32)
+        tensors = made(F * D, dtype=dtype), made(F * D, dtype=dtype), state
+        step = lambda tensors=tensors: adamw.adamw_step(*tensors, group, seed, made(dtype=fp32))
+        yield f"AdamW, {bits} bits, weights of {dtype.itemsize} bytes", step
 
 
 def compile_all(archs: list[int]) -> list[dict]:

@@ -27,7 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # triton's interpreter cuts bf16 off instead of rounding it, and takes its bits for numbers in products
 DTYPES = [(torch.float32, 5e-6), (torch.bfloat16, 2e-2)]
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
-SWITCHED = (norm, rope, swiglu, linear_cross_entropy, nf4, lora_linear, lora)  # modules that ask on_gpu
+SWITCHED = (norm, rope, swiglu, linear_cross_entropy, nf4, lora_linear, lora, optimizers)  # modules that ask on_gpu
 calls = []
 
 

@@ -43,6 +43,7 @@ ctypes.CDLL(os.environ[GUARD_VARIABLE], mode=ctypes.RTLD_GLOBAL)
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._device import _device_constructors
 
 sys.path.insert(0, str(ROOT))
 
@@ -127,6 +128,7 @@ def scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_caus
     return out[..., :d]
 
 
+_device_constructors()  # a list that `with torch.device("meta")` keeps, of what stands here now
 torch.empty, torch.tensor = empty, tensor
 torch.Tensor.pin_memory = pin_memory
 torch.Tensor.record_stream = lambda self, stream: None

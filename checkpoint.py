@@ -25,7 +25,7 @@ from distributed import by_first_alone, gather_rows, local, my_rows, whole
 from errors import UserError, read_json
 from files import file_sha256, new_folder, save_tensors, write_json
 from kernels.nf4 import NF4
-from model import Config, Experts, Linear, Transformer, quantized
+from model import Config, Linear, Transformer, lay_experts_together, quantized
 from quant import (
     KINDS,
     SIDE,
@@ -218,9 +218,8 @@ def load_model(
         if not all(torch.equal(theirs.to(device, dtype), mine) for theirs, mine in rows):  # no second one in memory
             what = f"config.json ties the output head to the embedding, but {head_name(config)} differs"
             raise UserError(f"{folder}: {what}")
-    for module in model.modules():
-        if isinstance(module, Experts) and device.type == "cuda" and arrange is None:
-            module.lay_together()
+    if arrange is None:  # FSDP gives each its own memory
+        lay_experts_together(model)
     return model.eval()
 
 

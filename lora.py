@@ -25,11 +25,11 @@ from checkpoint import published, put, tensors
 from distributed import by_first_alone, is_sharded, whole
 from errors import UserError, read_json, read_json_if_there
 from files import new_folder, save_tensors, write_json
-from kernels.experts import Member
 from kernels.gpu import on_gpu
+from kernels.grouped import Member
 from kernels.lora_linear import Adapted, Casts, lora_linears
 from kernels.nf4 import NF4, matrix
-from model import Linear, Noise, Transformer, one_by_one
+from model import Linear, Noise, Transformer, lay_experts_together, one_by_one
 
 ALL = "all"  # every linear of the blocks; not the output head, which is the embedding table in many models
 PREFIX = "base_model.model."
@@ -106,7 +106,7 @@ class LoRALinear(nn.Module):
         return None if self.casts is None else self.casts.of(layers, dtype)
 
     def member(self) -> Member | None:
-        """As kernels/experts.py takes a linear of an expert."""
+        """As kernels/grouped.py takes a linear of an expert."""
         member = self.base.member()
         if member is None or self.merged:
             return member
@@ -276,6 +276,7 @@ def add_lora(
         parent, leaf = model.get_submodule(linears[name].rpartition(".")[0]), linears[name].rpartition(".")[2]
         setattr(parent, leaf, LoRALinear(getattr(parent, leaf), rank, alpha, dropout, model.noise, number))
     set_casts(model)
+    lay_experts_together(model)
     return chosen
 
 

@@ -23,8 +23,9 @@ from context import SharedDocuments
 from errors import UserError
 from families import Config, Layer
 from kernels.attention import Documents, Scores, document_attention
-from kernels.experts import Member, alike, can_group, lay_together, make_bank, routed_mlp, sort_pairs
+from kernels.experts import can_group, routed_mlp, sort_pairs
 from kernels.gpu import on_gpu
+from kernels.grouped import Member, Product, lay_together, make_product
 from kernels.linear import linears, linears_reference
 from kernels.nf4 import NF4, Frozen, block_scales, matrix, nf4_linear
 from kernels.norm import rms_norm
@@ -72,7 +73,7 @@ class Linear(nn.Module):
         return (self.weight,) if self.nf4 is None else self.nf4.tensors
 
     def member(self) -> Member | None:
-        """As kernels/experts.py takes a linear of an expert; None if it can't."""
+        """As kernels/grouped.py takes a linear of an expert; None if it can't."""
         return None if self.bias is not None or self.packed is not None else Member(self.frozen)
 
     def quantize(self, nf4: NF4) -> None:
@@ -217,6 +218,7 @@ class Experts(nn.Module):
         self.router = Router(config.hidden_size, self.rules.count)
         self.experts = nn.ModuleList(MLP(config, self.rules.intermediate_size) for _ in range(self.rules.count))
         self.noise = Noise()  # the model's own
+        self.kept_products: list[Product | None] | None = None  # see products()
         self.load = None  # of a batch in training: fraction of choices [E], mean probability [E], fp32; () when used
 
     def forward(self, x: Tensor) -> Tensor:
@@ -224,7 +226,7 @@ class Experts(nn.Module):
         weights, chosen = probs.topk(self.rules.active)  # [N, active]
         if self.rules.normalised:
             weights = weights / weights.sum(-1, keepdim=True)
-        if can_group(x, self.rules.count, self.rules.intermediate_size):
+        if self.experts[0].kind == "gated" and can_group(x, self.rules.count, self.rules.intermediate_size):
             out = self.all_at_once(x, probs, weights, chosen)
             if out is not None:
                 return out
@@ -232,16 +234,33 @@ class Experts(nn.Module):
 
     def all_at_once(self, x: Tensor, probs: Tensor, weights: Tensor, chosen: Tensor) -> Tensor | None:
         """Without a wait for the GPU; None where the experts' linears are not alike."""
-        if self.experts[0].kind != "gated":
-            return None
-        gate, up, down = ([getattr(each, name).member() for each in self.experts] for name in ("gate", "up", "down"))
-        if not alike(gate + up) or not alike(down):
+        products = self.products()
+        if None in products:
             return None
         routes = sort_pairs(chosen, self.rules.count)
         if self.training and self.load is None:
-            self.load = routes.counts / len(x), probs.mean(0)
-        banks = [make_bank(members, routes, self.noise.keys) for members in (gate, up, down)]
-        return routed_mlp(x, weights, routes, *banks, self.experts[0].activation)
+            self.load = routes.groups.counts / len(x), probs.mean(0)
+        return routed_mlp(x, weights, routes, *products, self.experts[0].activation, self.noise.keys)
+
+    def products(self) -> list[Product | None]:
+        """Of gate and up, and of down. While a text is written they are kept, since with 128 experts making them takes
+        longer than a step's products."""
+        if self.kept_products is not None and torch.is_inference_mode_enabled():
+            return self.kept_products
+        products = [
+            make_product([[getattr(expert, name).member() for expert in self.experts] for name in names])
+            for names in (("gate", "up"), ("down",))
+        ]
+        self.kept_products = products if torch.is_inference_mode_enabled() else None
+        return products
+
+    def train(self, mode: bool = True) -> nn.Module:
+        self.kept_products = None  # `stream` and others begin with this, and adapters may have changed before
+        return super().train(mode)
+
+    def _apply(self, *args, **named) -> nn.Module:
+        self.kept_products = None  # their memory is about to be left
+        return super()._apply(*args, **named)
 
     def one_after_the_other(self, x: Tensor, probs: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         E, active = self.rules.count, self.rules.active
@@ -265,13 +284,21 @@ class Experts(nn.Module):
         return torch.zeros_like(x).index_add(0, token, out)
 
     def lay_together(self) -> None:
-        """Moves the experts' matrices into few tensors, of which the parameters are parts: see kernels/experts.py."""
+        """Moves the experts' matrices and adapters into few tensors, of which the parameters are parts: see
+        kernels/grouped.py."""
+        self.kept_products = None
         for names in (("gate", "up"), ("down",)):
-            linears = [getattr(expert, name) for expert in self.experts for name in names]
-            linears = [getattr(linear, "base", linear) for linear in linears]  # below an adapter
-            for column in zip(*(linear.frozen for linear in linears), strict=True):
-                if column[0] is not None:
+            members = [getattr(expert, name).member() for expert in self.experts for name in names]
+            if None not in members:
+                for column in zip(*([*member.frozen, member.A, member.B] for member in members), strict=True):
                     lay_together(column)
+
+
+def lay_experts_together(model: nn.Module) -> None:
+    """On GPUs, for kernels/grouped.py."""
+    for module in model.modules():
+        if isinstance(module, Experts) and module.router.weight.is_cuda:
+            module.lay_together()
 
 
 class Router(nn.Module):

@@ -1,4 +1,4 @@
-"""Routed experts as grouped products (kernels/experts.py) against the plain loop over the experts.
+"""Routed experts as grouped products (kernels/experts.py and grouped.py) against the plain loop over the experts.
 
 torch's grouped product computes on CPUs too, in bf16 and fp32, so everything is run here as on a GPU: where there is
 none, the Triton kernels in their interpreter.
@@ -13,8 +13,8 @@ from torch import nn
 import lora
 from checkpoint import published
 from families import Config
-from kernels import experts as kernel
-from kernels import gpu
+from kernels import experts, gpu
+from kernels import grouped as kernel
 from kernels.nf4 import nf4_dequantize_reference
 from model import Experts, Linear, Transformer
 from quant import quantize
@@ -44,7 +44,7 @@ def grouped(monkeypatch):
         return product(*args, **named)
 
     monkeypatch.setattr(torch, "_grouped_mm", counted)
-    monkeypatch.setattr(kernel, "multiplies_groups", lambda x: True)
+    monkeypatch.setattr(experts, "multiplies_groups", lambda x: True)
     return calls
 
 
@@ -246,8 +246,10 @@ def triton_too(monkeypatch):
     if isinstance(gpu.triton, gpu.Absent):
         pytest.skip("needs triton")
     asked = []
-    monkeypatch.setattr(kernel, "on_gpu", lambda x: asked.append(x) or True)
-    for name, size in {"BLOCK": 32, "ROWS": 16, "COLUMNS": 32, "BYTES": 512}.items():
+    for module in (experts, kernel):
+        monkeypatch.setattr(module, "on_gpu", lambda x: asked.append(x) or True)
+    monkeypatch.setattr(experts, "BLOCK", 32)
+    for name, size in {"ROWS": 16, "COLUMNS": 32, "BYTES": 512}.items():
         monkeypatch.setattr(kernel, name, size)
     yield
     assert asked
@@ -265,23 +267,20 @@ def test_triton_kernels(grouped, triton_too, monkeypatch, family, method, target
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_triton_dequantises_all_experts_in_one_launch(triton_too, double):
+def test_triton_dequantises_all_experts_in_one_launch(triton_too, monkeypatch, double):
     torch.manual_seed(0)
-    weights = torch.randn(6, 48, 192)
-    separate = [quantize(weight, double) for weight in weights]
+    separate = [quantize(weight, double) for weight in torch.randn(6, 48, 192)]
+    wanted = torch.stack([nf4_dequantize_reference(nf4, torch.float32) for nf4 in separate])
+    launched, launch = [], kernel.dequantize_on_gpu
+    monkeypatch.setattr(kernel, "dequantize_on_gpu", lambda *args: launched.append(args) or launch(*args))
     together = [kernel.NF4(*(None if t is None else nn.Parameter(t, False) for t in nf4)) for nf4 in separate]
     for column in zip(*together, strict=True):
-        if column[0] is not None:
-            kernel.lay_together(list(column))
-    launched, launch = [], kernel.dequantize_on_gpu
-    kernel.dequantize_on_gpu = lambda *args: launched.append(args) or launch(*args)
-    try:
-        made = kernel.dequantize(together, torch.float32)
-        kernel.dequantize(separate, torch.float32)
-    finally:
-        kernel.dequantize_on_gpu = launch
-    assert len(launched) == 1
-    assert torch.equal(made, torch.stack([nf4_dequantize_reference(nf4, torch.float32) for nf4 in separate]))
+        kernel.lay_together(column)
+    for joint, matrices in ((False, separate), (True, together)):
+        product = kernel.make_product([[kernel.Member(nf4) for nf4 in matrices]])
+        assert product.joint == joint
+        assert torch.equal(kernel.stacked(product, torch.float32), wanted)
+        assert len(launched) == joint
 
 
 @pytest.mark.parametrize("ranks, stacked_by_rank", [(8, True), (40, False)])
@@ -291,10 +290,9 @@ def test_triton_adds_low_rank_products(triton_too, ranks, stacked_by_rank):
     counts, width = [50, 0, 1, 0, 20, 3], 72
     expert = torch.repeat_interleave(torch.arange(6), torch.tensor(counts))
     ends = torch.tensor(counts).cumsum(0).int()
-    routes = kernel.Routes(expert, expert[:, None], expert, ends)  # of which only the two last matter
     made, low = torch.randn(74, 2 * width), torch.randn(74, ranks)
     matrices = torch.randn(6, ranks, width) if stacked_by_rank else torch.randn(6, width, ranks).transpose(1, 2)
     wanted = made.double()
     wanted[:, width:] += 0.7 * torch.einsum("mr,mrw->mw", low.double(), matrices.double()[expert])
-    kernel.add_low_rank(made[:, width:], low, matrices, 0.7, routes)
+    kernel.add_low_rank(made[:, width:], low, matrices, 0.7, kernel.Groups(expert, ends))
     assert relative(made.double(), wanted) < 1e-6

@@ -183,7 +183,7 @@ def make_model(raw: dict, method: str, dtype: torch.dtype, layers: int | None = 
     """A model on the fake GPU, ready to be trained."""
     import plan
     from families import Config
-    from model import Experts
+    from model import lay_experts_together
 
     config = Config.from_hf(raw)
     if layers:
@@ -191,9 +191,7 @@ def make_model(raw: dict, method: str, dtype: torch.dtype, layers: int | None = 
     model = plan.sketch(config, plan.Setup(method), dtype, adapter)
     with fake_cuda.fake_tensors():
         model.to_empty(device="cuda")
-        for module in model.modules():
-            if isinstance(module, Experts):  # as load_model does it
-                module.lay_together()
+        lay_experts_together(model)  # as load_model and add_lora do
         return model.train()
 
 

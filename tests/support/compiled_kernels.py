@@ -51,7 +51,7 @@ def run_tool(name: str, *words: str) -> str:
 
 def cases() -> Iterator[tuple[str, Callable]]:
     """(name, a call that launches one kernel or several)."""
-    from kernels import adamw, experts, linear_cross_entropy, nf4, norm, rope, swiglu
+    from kernels import adamw, experts, grouped, linear_cross_entropy, nf4, norm, rope, swiglu
 
     def made(*shape: int, dtype: torch.dtype = bf16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="cuda")
@@ -90,20 +90,20 @@ def cases() -> Iterator[tuple[str, Callable]]:
     yield "experts, gate and up", lambda: experts.gated(wide, share, "silu")
     yield "experts, gate and up, backward", lambda: experts.gated_backward_with_share(narrow, wide, share, "silu")
     yield "experts, sum", lambda: experts.sum_rows(made(N * active, 2048), made(N, active, dtype=int64))
-    routes = experts.Routes(token, made(N, active, dtype=int64), token, made(E, dtype=torch.int32))
+    rows_of = grouped.Groups(token, made(E, dtype=torch.int32))
     for rank in (16, 64):
         low, A, B = made(N * active, rank), made(E, rank, 2048), made(E, inner, rank)
-        forward = lambda low=low, B=B: experts.add_low_rank(wide[:, inner:], low, B.transpose(1, 2), 2.0, routes)
+        forward = lambda low=low, B=B: grouped.add_low_rank(wide[:, inner:], low, B.transpose(1, 2), 2.0, rows_of)
         yield f"experts, adapters of rank {rank}", forward
         rows = made(N * active, 2048)
-        backward = lambda low=low, A=A, rows=rows: experts.add_low_rank(rows, low, A, 1.0, routes)
+        backward = lambda low=low, A=A, rows=rows: grouped.add_low_rank(rows, low, A, 1.0, rows_of)
         yield f"experts, adapters of rank {rank}, backward", backward
     for double in (True, False):
         absmax = made(E, inner, 2048 // 64, dtype=uint8 if double else fp32)
         nested = (made(E, inner * 2048 // 64 // 256, dtype=fp32), made(E, 1, dtype=fp32)) if double else (None, None)
         frozen = nf4.NF4(made(E, inner, 1024, dtype=uint8), absmax, *nested)
         name = f"nf4 of experts{', double quantisation' if double else ''}"
-        yield name, lambda frozen=frozen: experts.dequantize_on_gpu(frozen, bf16)
+        yield name, lambda frozen=frozen: grouped.dequantize_on_gpu(frozen, bf16)
     group, seed = {"lr": 1e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}, made(2, dtype=int64)
     for dtype, bits in ((fp32, 8), (bf16, 8), (bf16, 32)):
         state = {"step": made(dtype=fp32)}

@@ -1,12 +1,12 @@
 """What it costs to be sharded and to be saved: one process, the same steps, each way in a process of its own, in turn.
 
     python benchmarks/durable_speed.py                     the dense shape of peers.py, on CPU
-    python benchmarks/durable_speed.py --shape 1b          Llama-3.2-1B's shape with random weights, for a GPU
+    python benchmarks/durable_speed.py --shape 1b          Llama-3.2-1B's shape, for a GPU
 
-`plain`: without FSDP, nothing saved. `fsdp`: --shard full with one process. `saved`, `async`: plain, with a checkpoint
-after every fourth step, written before the next step or by a thread beside it. Printed are the medians of a step's
-time over rounds, the ratios to `plain` of the same round, and of the steps of `async` those while a checkpoint was
-being written.
+Weights are random, and made where the training is. `plain`: without FSDP, nothing saved. `fsdp`: --shard full with one
+process. `saved`, `async`: plain, with a checkpoint after every fourth step, written before the next step or by a thread
+beside it. Printed are the medians of a step's time over rounds, the ratios to `plain` of the same round, and of the
+steps of `async` those while a checkpoint was being written.
 """
 
 import argparse
@@ -20,16 +20,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from peers import SHAPES, WARM_UP, write_random_model
+from peers import RATE, SHAPES, WARM_UP, raw_config
 
 WAYS = ("plain", "fsdp", "saved", "async")
 
 
 def side(spec: dict) -> dict:
     import torch
+    from random_models import random_model
 
     import distributed
     import loading
+    import plan
     import resume
     import train
     from data import cut_rows
@@ -40,12 +42,19 @@ def side(spec: dict) -> dict:
     if spec["way"] == "fsdp":
         device = distributed.start(device)
     method, many = spec["method"], spec["steps"]
-    flags = train.Flags(method=method, steps=many, lr=1e-4, warmup=0, weight_decay=0.0, batch_size=spec["batch"])
-    flags.shard = "full" if spec["way"] == "fsdp" else "none"
+    flags = train.Flags(method=method, steps=many, lr=RATE, warmup=0, weight_decay=0.0, batch_size=spec["batch"])
     dtype, _ = loading.pick_dtype("auto", device)
-    model = train.prepare(flags, Path(spec["folder"]), dtype, device)
+
+    def arrange(model) -> None:
+        if spec["way"] == "fsdp":
+            gathered = dtype if method == "full" and dtype != torch.float32 else None
+            distributed.shard(model, "full", device, gathered)
+
+    adapter = {"rank": 16, "alpha": 32.0}
+    raw = raw_config(spec["shape"])
+    model = random_model(raw, plan.Setup(method), dtype, device, adapter, arrange=arrange)
     model.compute_dtype = dtype
-    steppers = make_optimizers(model, "adamw", 1e-4, 0.0)
+    steppers = make_optimizers(model, "adamw", RATE, 0.0)
     generator = torch.Generator().manual_seed(1)
     shape = many, spec["batch"], spec["seq"]
     ids = torch.randint(0, SHAPES[spec["shape"]]["vocab_size"], shape, generator=generator).tolist()
@@ -79,6 +88,15 @@ def side(spec: dict) -> dict:
     return {"step": sum(times) / len(times), "beside": statistics.median(beside) if beside else None, "end": ended}
 
 
+def run_side(spec: dict) -> dict:
+    """The result of a way, in a process of its own."""
+    words = [sys.executable, __file__, "--side", json.dumps(spec)]
+    ran = subprocess.run(words, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise RuntimeError(f"{spec['way']}: {ran.stderr[-1500:]}")
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", choices=[*SHAPES], default="dense")
@@ -94,13 +112,9 @@ def main() -> None:
         print(json.dumps(side(json.loads(args.side))))
         return
     found = {way: [] for way in WAYS}
-    with tempfile.TemporaryDirectory() as folder:
-        write_random_model(Path(folder), args.shape)
-        for _ in range(args.rounds):
-            for way in WAYS:
-                spec = vars(args) | {"way": way, "folder": folder}
-                line = [sys.executable, __file__, "--side", json.dumps(spec)]
-                found[way].append(json.loads(subprocess.run(line, check=True, capture_output=True, text=True).stdout))
+    for _ in range(args.rounds):
+        for way in WAYS:
+            found[way].append(run_side(vars(args) | {"way": way}))
     for way in WAYS:
         ratios = [mine["step"] / plain["step"] for mine, plain in zip(found[way], found["plain"], strict=True)]
         seconds = statistics.median(each["step"] for each in found[way])

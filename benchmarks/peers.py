@@ -5,11 +5,12 @@
     python benchmarks/peers.py task                       the bundled task: train.py and transformers + peft
     python benchmarks/peers.py gpu --shape 8b             LoRA and QLoRA of Llama 3's shapes, random weights
 
-Printed of each side: tokens/s (real ones, without padding), peak memory less what importing torch takes (on a GPU:
-what torch allocated at most), first and last loss, and the share of the rate that a large product reaches in this run,
-with the operations counted as 6 N a token for full fine-tuning, 4 N for LoRA, N without the embedding table, plus
-attention's 7 T H d a layer for rows of T tokens. Medians over rounds, ratios of the two sides of one round. Peers that
-are not installed (trl, bitsandbytes, unsloth, liger-kernel) are left out and named.
+The weights of `gpu` are made on the card, each side's its own, unless unsloth is there, which wants a folder; losses
+tell nothing then. Printed of each side: tokens/s (real ones, without padding), peak memory less what importing torch
+takes (on a GPU: what torch allocated at most), first and last loss, and the share of the rate that a large product
+reaches in this run, with the operations counted as 6 N a token for full fine-tuning, 4 N for LoRA, N without the
+embedding table, plus attention's 7 T H d a layer for rows of T tokens. Medians over rounds, ratios of the two sides of
+one round. Peers that are not installed (trl, bitsandbytes, unsloth, liger-kernel) are left out and named.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -25,7 +27,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPES = {
+SHAPES = {  # "rehearsal" is no real model's: it is there to try the scripts
+    "rehearsal": {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4,
+                  "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256, "tie_word_embeddings": True},
+    "135m": {"hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536, "num_attention_heads": 9,
+             "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152, "tie_word_embeddings": True},
     "dense": {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1408, "num_attention_heads": 8,
               "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 8192, "tie_word_embeddings": False},
     "1b": {"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "num_attention_heads": 32,
@@ -35,6 +41,8 @@ SHAPES = {
 }  # fmt: skip
 WARM_UP = 2  # steps that are not timed
 RATE = 1e-4
+DOCUMENT = 160, 0.6  # median length in tokens and spread of its logarithm: about those of answers to instructions
+AT_ONCE = 8  # documents that a peer pads to one length, a common batch size
 
 
 # ------------------------------------------------------------------------------ one side, in a process of its own
@@ -50,36 +58,81 @@ def pick(torch, spec):
     return torch.device("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, spec["dtype"])
 
 
-def outcome(torch, device, before: float, tokens: list[int], seconds: list[float], losses: list[float]) -> dict:
+def synchronize(torch, device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Clock:
+    """Seconds from the end of the warm-up to the last step's. A GPU's queue is waited for at these two moments alone:
+    between them the host runs ahead of the device, as in a real run."""
+
+    def __init__(self, torch, device, steps: int):
+        self.torch, self.device, self.steps, self.moments = torch, device, steps, []
+
+    def after_step(self, done: int) -> None:
+        if done in (WARM_UP, self.steps):
+            synchronize(self.torch, self.device)
+            self.moments.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        return self.moments[-1] - self.moments[0]
+
+
+def outcome(torch, device, before: float, tokens: list[int], seconds: float, losses: list[float]) -> dict:
+    """tokens, losses: of all steps; seconds: of those after the warm-up; before: bytes that do not count."""
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident() - before
-    speed = sum(tokens[WARM_UP:]) / sum(seconds[WARM_UP:])
+    speed = sum(tokens[WARM_UP:]) / seconds
     return {"speed": speed, "peak": peak, "first": losses[0], "last": losses[-1]}
 
 
 def token_rows(torch, spec) -> list:
+    """Random rows, [steps][batch][seq]."""
     generator = torch.Generator().manual_seed(1)
     shape = spec["steps"], spec["batch"], spec["seq"]
     return torch.randint(0, SHAPES[spec["shape"]]["vocab_size"], shape, generator=generator).tolist()
 
 
-def usual_loop(torch, model, device, rate: float, batches: list, collate, before: float) -> dict:
-    """What a peer's user writes: forward, backward, clip, step. collate: a batch to the model's arguments, its number
-    of real tokens with them."""
+def document_rows(torch, spec) -> list:
+    """The rows of `token_rows`, each cut into documents of log-normal lengths, the longest first, as packing puts them:
+    [steps][batch][documents][tokens]. Every row is full."""
+    median, spread = DOCUMENT
+    lengths = random.Random(2)
+
+    def cut(row: list[int]) -> list[list[int]]:
+        parts = []
+        while row:
+            wanted = round(median * lengths.lognormvariate(0, spread))
+            size = wanted if 8 <= wanted <= len(row) - 8 else len(row)  # no document of a token or two
+            parts.append(row[:size])
+            row = row[size:]
+        return sorted(parts, key=len, reverse=True)
+
+    return [[cut(row) for row in step] for step in token_rows(torch, spec)]
+
+
+def usual_loop(torch, model, device, rate: float, steps: list, collate, before: float) -> dict:
+    """What a peer's user writes: forward, backward, clip, step. steps: of each its micro-batches; collate: a
+    micro-batch to the model's arguments, its number of real tokens with them."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
-    tokens, seconds, losses = [], [], []
-    for batch in batches:
-        start = time.perf_counter()
-        arguments, count = collate(torch, batch, device)
-        loss = model(**arguments).loss
-        loss.backward()
+    tokens, losses, clock = [], [], Clock(torch, device, len(steps))
+    for done, batches in enumerate(steps, 1):
+        total, count = torch.zeros((), device=device), 0
+        for batch in batches:
+            arguments, real = collate(torch, batch, device)
+            loss = model(**arguments).loss / len(batches)
+            loss.backward()
+            total += loss.detach()
+            count += real
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))  # waits for the device
-        seconds.append(time.perf_counter() - start)
+        losses.append(total)
         tokens.append(count)
-    return outcome(torch, device, before, tokens, seconds, losses)
+        clock.after_step(done)
+    return outcome(torch, device, before, tokens, clock.seconds, [float(loss) for loss in losses])
 
 
 def whole_rows(torch, rows: list[list[int]], device) -> tuple[dict, int]:
@@ -104,70 +157,150 @@ def rows_by_plaintune(torch, spec) -> dict:
     """train.py's own loop over the rows."""
     before = resident()
     sys.path.insert(0, str(ROOT))
+    from random_models import random_model
+
     import checkpoint
     import loading  # noqa: F401  its settings of oneDNN and glibc are train.py's
     import lora
+    import plan
+
+    device, dtype = pick(torch, spec)
+    full = spec["method"] == "full"
+    weights = spec.get("weights", "fp32")
+    torch.manual_seed(0)
+    if spec["folder"] is None:
+        setup = plan.Setup(spec["method"], weights=weights)
+        model = random_model(raw_config(spec["shape"]), setup, dtype, device, adapter(spec))
+    else:
+        quant = "nf4" if spec["method"] == "qlora" else None
+        narrow = torch.bfloat16 if weights == "bf16" else torch.float32
+        model = checkpoint.load_model(spec["folder"], narrow if full else dtype, device, quant)
+        if not full:
+            lora.add_lora(model, **adapter(spec))
+    model.compute_dtype = dtype
+    model.remat = spec.get("remat", "none")
+    if spec.get("compile"):
+        model.compile_blocks()
+    rows = [[[row] for row in step] for step in token_rows(torch, spec)]
+    return train_by_plaintune(torch, model, spec, rows, device, before)[0]
+
+
+def adapter(spec) -> dict:
+    return {"rank": spec["rank"], "alpha": 2.0 * spec["rank"]}
+
+
+def train_by_plaintune(torch, model, spec, rows: list, device, before: float) -> tuple[dict, list[float]]:
+    """Trains a model of ours by train.py's loop. rows: [steps][batch][documents][tokens], all trained but each
+    document's first token. Returns the outcome, and the loss of every step."""
     import train
     from data import cut_rows, most_tokens
     from examples import Example
     from optimizers import make_optimizers
 
-    device, dtype = pick(torch, spec)
-    full = spec["method"] == "full"
+    offload = spec.get("offload", False)
     flags = train.Flags(
-        method=spec["method"], steps=spec["steps"], lr=RATE, warmup=0, schedule="constant", weight_decay=0.0,
-        batch_size=spec["batch"], clip=1.0, seed=0, dtype="bf16", weights=spec.get("weights", "fp32"),
-        remat=spec.get("remat", "none"),
+        method=spec["method"], steps=len(rows), lr=spec.get("rate", RATE), warmup=0, schedule="constant",
+        weight_decay=0.0, batch_size=spec["batch"], clip=1.0, seed=0, weights=spec.get("weights", "fp32"),
+        remat=spec.get("remat", "none"), optimizer_offload=offload,
     )  # fmt: skip
-    quant = "nf4" if spec["method"] == "qlora" else None
-    narrow = torch.bfloat16 if flags.weights == "bf16" else torch.float32
-    torch.manual_seed(0)
-    model = checkpoint.load_model(spec["folder"], narrow if full else dtype, device, quant)
-    model.compute_dtype, model.remat = dtype, flags.remat
-    if not full:
-        lora.add_lora(model, spec["rank"], 2.0 * spec["rank"])
-    if spec.get("compile"):
-        model.compile_blocks()
-    trained, most = [False] + [True] * (spec["seq"] - 1), most_tokens(device)
-    # in the order that the peer has them
-    steps = [
-        [[Example(step[i], trained) for i in part] for part in cut_rows([spec["seq"]] * len(step), spec["batch"], most)]
-        for step in token_rows(torch, spec)
-    ]
-    steppers = make_optimizers(model, "adamw", RATE, 0.0)
+    steps = []
+    for step in rows:
+        sizes = [sum(map(len, row)) for row in step]
+        parts = cut_rows(sizes, spec["batch"], most_tokens(device))  # rows of one size stay in the peer's order
+        documents = [[document for i in part for document in step[i]] for part in parts]
+        steps.append([[Example(ids, [False] + [True] * (len(ids) - 1)) for ids in part] for part in documents])
+    steppers = make_optimizers(model, "adamw", flags.lr, 0.0, offload)
+    clock = Clock(torch, device, len(rows))
+
+    def after_step(done: int, _: int) -> bool:
+        clock.after_step(done)
+        return False
+
     with tempfile.TemporaryDirectory() as folder:
         log = train.Log(flags, Path(folder), 1.0, device)
-        train.optimize(model, steppers, steps, flags, log, device, lambda *_: False)
+        train.optimize(model, steppers, steps, flags, log, device, after_step)
         log.close()
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    seconds = [line["tokens"] / line["tokens_per_s"] for line in lines]
-    return outcome(torch, device, before, [line["tokens"] for line in lines], seconds, [line["loss"] for line in lines])
+    tokens, losses = ([line[key] for line in lines] for key in ("tokens", "loss"))
+    return outcome(torch, device, before, tokens, clock.seconds, losses), losses
 
 
 def rows_by_peft(torch, spec) -> dict:
     """The usual loop over transformers' model, with peft, and bitsandbytes for QLoRA."""
     before = resident()
-    import peft
     import transformers
 
     device, dtype = pick(torch, spec)
     torch.manual_seed(0)
-    more = {}
-    if spec["method"] == "qlora":
-        more["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
-    model = transformers.AutoModelForCausalLM.from_pretrained(spec["folder"], dtype=dtype, **more).to(device)
-    if spec["method"] != "full":
-        config = peft.LoraConfig(
-            r=spec["rank"], lora_alpha=2 * spec["rank"], target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        model = peft.get_peft_model(model, config)
+    if spec["folder"] is None:
+        model = random_peer(torch, spec, device, dtype)
+    else:
+        more = {}
+        if spec["method"] == "qlora":
+            more["quantization_config"] = transformers.BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        model = transformers.AutoModelForCausalLM.from_pretrained(spec["folder"], dtype=dtype, **more).to(device)
+        model = with_peft(model, spec)
     if spec.get("remat", "none") != "none":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        checkpoint_gradients(model)
     model.train()
-    return usual_loop(torch, model, device, RATE, token_rows(torch, spec), whole_rows, before)
+    steps = [[rows] for rows in token_rows(torch, spec)]
+    return usual_loop(torch, model, device, RATE, steps, whole_rows, before)
+
+
+def with_peft(model, spec):
+    if spec["method"] == "full":
+        return model
+    import peft
+
+    config = peft.LoraConfig(
+        r=spec["rank"], lora_alpha=2 * spec["rank"], target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return peft.get_peft_model(model, config)
+
+
+def checkpoint_gradients(model) -> None:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+
+
+def random_peer(torch, spec, device, dtype):
+    """transformers' model of a shape with random weights, made on the device, with its linears in bitsandbytes' NF4 for
+    QLoRA, and adapters by peft unless all of it is trained. FlashAttention's own package computes where there is one,
+    else PyTorch's attention."""
+    import transformers
+
+    settings = raw_config(spec["shape"])
+    settings.pop("architectures")
+    config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+    flash = device.type == "cuda" and importlib.util.find_spec("flash_attn")
+    attention = "flash_attention_2" if flash else "sdpa"
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    model.config.use_cache = False
+    if spec["method"] == "qlora":
+        to_4_bits(torch, model, dtype)
+    return with_peft(model, spec)
+
+
+def to_4_bits(torch, model, dtype) -> None:
+    """What loading with BitsAndBytesConfig does to a model's linears, for a model that is in memory already."""
+    import bitsandbytes
+
+    wide = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"}
+    for name, linear in wide.items():
+        settings = {"compress_statistics": True, "quant_type": "nf4"}
+        narrow = bitsandbytes.nn.Linear4bit(
+            linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, device="meta", **settings
+        )
+        weight = linear.weight.data
+        narrow.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, **settings).to(weight.device)
+        model.set_submodule(name, narrow)
+    model.is_loaded_in_4bit = True  # peft asks for it
 
 
 def rows_by_unsloth(torch, spec) -> dict:
@@ -181,24 +314,21 @@ def rows_by_unsloth(torch, spec) -> dict:
     model = unsloth.FastLanguageModel.get_peft_model(
         model, r=spec["rank"], lora_alpha=2 * spec["rank"], use_gradient_checkpointing=False
     )
-    return usual_loop(torch, model, device, RATE, token_rows(torch, spec), whole_rows, 0.0)
+    steps = [[rows] for rows in token_rows(torch, spec)]
+    return usual_loop(torch, model, device, RATE, steps, whole_rows, 0.0)
 
 
 def records_by_peft(torch, spec) -> dict:
     """Records' batches as train.py makes them, padded to their longest row with a mask, by transformers + peft."""
     before = resident()
-    import peft
     import transformers
 
     device, dtype = pick(torch, spec)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_pretrained(spec["folder"], dtype=dtype).to(device)
-    config = peft.LoraConfig(
-        r=spec["rank"], lora_alpha=2 * spec["rank"], target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    model = peft.get_peft_model(model, config).train()
-    batches = json.loads(Path(spec["batches"]).read_text())
-    return usual_loop(torch, model, device, 1.3e-3, batches, padded_records, before)
+    model = with_peft(model, spec | {"method": "lora"}).train()
+    steps = [[batch] for batch in json.loads(Path(spec["batches"]).read_text())]
+    return usual_loop(torch, model, device, 1.3e-3, steps, padded_records, before)
 
 
 def records_by_plaintune(torch, spec) -> dict:
@@ -215,7 +345,8 @@ def records_by_plaintune(torch, spec) -> dict:
     tokens = [line["tokens"] for line in steps]
     seconds = [line["tokens"] / line["tokens_per_s"] for line in steps]
     device, _ = pick(torch, spec)
-    found = outcome(torch, device, before, tokens, seconds, [line["loss"] for line in steps])
+    timed = sum(seconds[WARM_UP:])
+    found = outcome(torch, device, before, tokens, timed, [line["loss"] for line in steps])
     if not spec.get("steady"):
         found["speed"] = sum(tokens) / sum(seconds)
     return found | {"seconds": sum(seconds), "adapter": out + "/run/final"}
@@ -303,6 +434,13 @@ def run_side(name: str, spec: dict) -> dict:
 # ------------------------------------------------------------------------------------------------------- the jobs
 
 
+def raw_config(shape: str) -> dict:
+    """What config.json says of a model of this shape."""
+    raw = SHAPES[shape] | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5}
+    raw |= {"max_position_embeddings": 16384, "rope_theta": 500000.0, "hidden_act": "silu", "bos_token_id": 1}
+    return raw | {"eos_token_id": 2, "attention_bias": False, "mlp_bias": False}
+
+
 def write_random_model(folder: Path, shape: str) -> None:
     """A folder of this shape with random weights, by plaintune alone; in bf16 where it is large."""
     sys.path.insert(0, str(ROOT))
@@ -311,9 +449,7 @@ def write_random_model(folder: Path, shape: str) -> None:
     import checkpoint
     from model import Config, Transformer
 
-    raw = SHAPES[shape] | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5}
-    raw |= {"max_position_embeddings": 16384, "rope_theta": 500000.0, "hidden_act": "silu", "bos_token_id": 1}
-    raw |= {"eos_token_id": 2, "attention_bias": False, "mlp_bias": False}
+    raw = raw_config(shape)
     torch.manual_seed(0)
     with torch.device("meta"):
         model = Transformer(Config.from_hf(raw))
@@ -361,7 +497,10 @@ def show(title: str, found: dict[str, list[dict]], flops: float, rate: float) ->
 def rows_job(args, shape: str) -> None:
     shapes = SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder:
-        write_random_model(Path(folder), shape)
+        if shape == "dense" or importlib.util.find_spec("unsloth"):  # which loads models from folders alone
+            write_random_model(Path(folder), shape)
+        else:
+            folder = None
         for dtype in args.dtypes:
             for method in args.methods:
                 spec = {"folder": folder, "shape": shape, "method": method, "dtype": dtype, "rank": 16,

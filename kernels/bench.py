@@ -1,6 +1,6 @@
 """Each function of kernels/ against its plain reference and against that reference under torch.compile, in one run.
 
-    python kernels/bench.py [--tokens 4096] [--shape 8b|135m] [--only NAME]
+    python kernels/bench.py [--tokens 4096] [--shape 8b|135m] [--only NAME] [--json FILE]
 
 Forward and backward, medians of turns that alternate, and how far ours is from the plain form. On a GPU: 8B shapes,
 the peak of memory, and for NF4 the share of the bandwidth of a copy. On a CPU: what ours does there, at the default
@@ -8,10 +8,12 @@ base's shape. What stays in kernels/ and why is said, with these figures, in ker
 """
 
 import argparse
+import json
 import shutil
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ from loading import pick_device, pick_dtype
 from quant import quantize
 
 SHAPES = {  # hidden, intermediate, heads, key-value heads, head_dim, vocabulary
+    "rehearsal": (128, 256, 4, 2, 32, 512),  # no real model's: to try the script
     "8b": (4096, 14336, 32, 8, 128, 128256),
     "135m": (576, 1536, 9, 3, 64, 49152),
 }
@@ -137,13 +140,47 @@ def compare(ways: dict, inputs: list[Tensor], device: torch.device) -> dict[str,
     }
 
 
-def say_share_of_copy(shape: tuple, dtype: torch.dtype, device: torch.device, seconds: float) -> None:
-    """How near a dequantisation comes to the rate of a copy that moves as many bytes."""
+def rate_of_copy(shape: tuple, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """Of a copy that moves as many bytes as the dequantisation of the shape's largest matrix: seconds, and bytes a
+    second."""
     D, F, *_ = shape
     moved = F * D * (0.5 + 1 / 64 + 4 / (64 * 256) + dtype.itemsize)
     a, b = torch.empty(2, int(moved / 2), dtype=torch.uint8, device=device)
-    copy = statistics.median(clock(lambda: b.copy_(a), device)[0] for _ in range(20))
-    print(f"{'':20}{copy / seconds:.0%} of the rate of a copy ({moved / copy / 1e9:,.0f} GB/s)")
+    seconds = statistics.median(clock(lambda: b.copy_(a), device)[0] for _ in range(20))
+    return seconds, moved / seconds
+
+
+def results(
+    shape: tuple, tokens: int, device: torch.device, dtype: torch.dtype, only: str = "", compiles: bool = True
+) -> Iterator[tuple[str, dict]]:
+    """Of each case whose name has `only` in it, measured when it is asked for: of each way, seconds, bytes at the peak
+    and the largest difference; of dequantisation, how a copy compares."""
+    for name, (ours, plain, inputs) in cases(shape, tokens, device, dtype).items():
+        if only not in name:
+            continue
+        ways = {"ours": ours, "plain": plain}
+        if compiles:
+            ways["compiled"] = torch.compile(plain)
+        keys = ("seconds", "peak", "error")
+        result = {way: dict(zip(keys, found)) for way, found in compare(ways, inputs, device).items()}
+        if name == "NF4 dequantise":
+            seconds, rate = rate_of_copy(shape, dtype, device)
+            result["copy"] = {"seconds": seconds, "bytes_per_second": rate}
+        yield name, result
+
+
+def show(name: str, result: dict, device: torch.device) -> None:
+    columns = [f"{1e3 * result[way]['seconds']:.3f}" if way in result else "" for way in WAYS]
+    on_gpu = device.type == "cuda"
+    columns += [f"{result[way]['peak'] / 1e6:.1f}" if way in result and on_gpu else "" for way in WAYS]
+    print(f"{name:20}{''.join(f'{c:>10}' for c in columns)}{result['ours']['error']:9.1e}", flush=True)
+    if "copy" in result and on_gpu:
+        share, rate = result["copy"]["seconds"] / result["ours"]["seconds"], result["copy"]["bytes_per_second"]
+        print(f"{'':20}{share:.0%} of the rate of a copy ({rate / 1e9:,.0f} GB/s)")
+
+
+def can_compile(device: torch.device) -> bool:
+    return device.type == "cuda" or shutil.which("g++") is not None
 
 
 def main() -> None:
@@ -151,25 +188,21 @@ def main() -> None:
     device = pick_device("auto")
     parser.add_argument("--tokens", type=int, default=4096 if device.type == "cuda" else 1024)
     parser.add_argument("--shape", choices=[*SHAPES], default="8b" if device.type == "cuda" else "135m")
-    parser.add_argument("--only", help="part of a name")
+    parser.add_argument("--only", default="", help="part of a name")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
     args = parser.parse_args()
     dtype, _ = pick_dtype("auto", device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
     print(f"{name}, torch {torch.__version__}, {dtype}, {args.tokens} tokens, shape {args.shape}; forward and backward")
-    compiles = device.type == "cuda" or shutil.which("g++")
     print(
         f"{'':20}{'ms: ours':>10}{'plain':>10}{'compiled':>10}{'MB: ours':>10}{'plain':>10}{'compiled':>10}{'error':>9}"
     )
-    for name, (ours, plain, inputs) in cases(SHAPES[args.shape], args.tokens, device, dtype).items():
-        if args.only and args.only not in name:
-            continue
-        ways = dict(zip(WAYS, (ours, plain, torch.compile(plain)) if compiles else (ours, plain)))
-        found = compare(ways, inputs, device)
-        columns = [f"{1e3 * found[way][0]:.3f}" if way in found else "" for way in WAYS]
-        columns += [f"{found[way][1] / 1e6:.1f}" if way in found and device.type == "cuda" else "" for way in WAYS]
-        print(f"{name:20}{''.join(f'{c:>10}' for c in columns)}{found['ours'][2]:9.1e}", flush=True)
-        if name == "NF4 dequantise" and device.type == "cuda":
-            say_share_of_copy(SHAPES[args.shape], dtype, device, found["ours"][0])
+    found = {}
+    for name, result in results(SHAPES[args.shape], args.tokens, device, dtype, args.only, can_compile(device)):
+        show(name, result, device)
+        found[name] = result
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

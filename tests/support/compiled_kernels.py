@@ -5,10 +5,12 @@
 Needs no GPU and no torch with CUDA; prints a line a kernel, or with --json a list of the same. Shapes are those of
 Llama 3.1 8B where nothing else is said. `resources` is also for other scripts: of a compiled kernel, registers a
 thread, bytes that spill to local memory, shared memory, and how many loads move 16 bytes a thread (a kernel bound by
-memory needs these).
+memory needs these). So is `cases`: benchmarks/gpu_run.sh launches them all on a GPU that is there, so their tensors
+hold zeros, which are valid ids and indices. Imported, this file fakes nothing.
 """
 
-import fake_cuda  # first: it changes torch
+if __name__ == "__main__":
+    import fake_cuda  # first: it changes torch
 
 # isort: split
 import argparse
@@ -49,12 +51,12 @@ def run_tool(name: str, *words: str) -> str:
     return subprocess.run([BINARIES / name, *words], capture_output=True, text=True, check=True).stdout
 
 
-def cases() -> Iterator[tuple[str, Callable]]:
+def cases(device: str = "cuda") -> Iterator[tuple[str, Callable]]:
     """(name, a call that launches one kernel or several)."""
     from kernels import adamw, experts, grouped, linear_cross_entropy, nf4, norm, rope, swiglu
 
     def made(*shape: int, dtype: torch.dtype = bf16) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="cuda")
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     x, scale = made(N, D), made(N, 1, dtype=fp32)
     yield "norm", lambda: norm.normalise(x, made(D), 1e-5, 0.0)

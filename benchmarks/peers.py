@@ -41,7 +41,7 @@ SHAPES = {  # "rehearsal" is no real model's: it is there to try the scripts
 }  # fmt: skip
 WARM_UP = 2  # steps that are not timed
 RATE = 1e-4
-DOCUMENT = 160, 0.6  # median length in tokens and spread of its logarithm: about those of answers to instructions
+DOCUMENT, SPREAD = 160, 0.6  # median length in tokens, spread of its logarithm: about those of instruction data
 AT_ONCE = 8  # documents that a peer pads to one length, a common batch size
 
 
@@ -97,13 +97,12 @@ def token_rows(torch, spec) -> list:
 def document_rows(torch, spec) -> list:
     """The rows of `token_rows`, each cut into documents of log-normal lengths, the longest first, as packing puts them:
     [steps][batch][documents][tokens]. Every row is full."""
-    median, spread = DOCUMENT
-    lengths = random.Random(2)
+    median, lengths = spec.get("document", DOCUMENT), random.Random(2)
 
     def cut(row: list[int]) -> list[list[int]]:
         parts = []
         while row:
-            wanted = round(median * lengths.lognormvariate(0, spread))
+            wanted = round(median * lengths.lognormvariate(0, SPREAD))
             size = wanted if 8 <= wanted <= len(row) - 8 else len(row)  # no document of a token or two
             parts.append(row[:size])
             row = row[size:]

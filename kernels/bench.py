@@ -13,7 +13,8 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -150,14 +151,13 @@ def rate_of_copy(shape: tuple, dtype: torch.dtype, device: torch.device) -> tupl
     return seconds, moved / seconds
 
 
-def results(
+def measurements(
     shape: tuple, tokens: int, device: torch.device, dtype: torch.dtype, only: str = "", compiles: bool = True
-) -> Iterator[tuple[str, dict]]:
-    """Of each case whose name has `only` in it, measured when it is asked for: of each way, seconds, bytes at the peak
+) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """Of each case whose name has `only` in it, a function that measures it: of each way, seconds, bytes at the peak
     and the largest difference; of dequantisation, how a copy compares."""
-    for name, (ours, plain, inputs) in cases(shape, tokens, device, dtype).items():
-        if only not in name:
-            continue
+
+    def measure(name: str, ours, plain, inputs: list[Tensor]) -> dict:
         ways = {"ours": ours, "plain": plain}
         if compiles:
             ways["compiled"] = torch.compile(plain)
@@ -166,7 +166,11 @@ def results(
         if name == "NF4 dequantise":
             seconds, rate = rate_of_copy(shape, dtype, device)
             result["copy"] = {"seconds": seconds, "bytes_per_second": rate}
-        yield name, result
+        return result
+
+    for name, case in cases(shape, tokens, device, dtype).items():
+        if only in name:
+            yield name, partial(measure, name, *case)
 
 
 def show(name: str, result: dict, device: torch.device) -> None:
@@ -198,9 +202,10 @@ def main() -> None:
         f"{'':20}{'ms: ours':>10}{'plain':>10}{'compiled':>10}{'MB: ours':>10}{'plain':>10}{'compiled':>10}{'error':>9}"
     )
     found = {}
-    for name, result in results(SHAPES[args.shape], args.tokens, device, dtype, args.only, can_compile(device)):
-        show(name, result, device)
-        found[name] = result
+    shape, compiles = SHAPES[args.shape], can_compile(device)
+    for name, measure in measurements(shape, args.tokens, device, dtype, args.only, compiles):
+        found[name] = measure()
+        show(name, found[name], device)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
 

@@ -570,7 +570,7 @@ def packed_weights(model: Transformer, steps: int) -> Iterator[None]:
         plain = [model.head_weight(), *(m.weight for m in linears if m.nf4 is None)]
         fits = all(can_pack(weight, total) for weight in plain)
     else:
-        groups = {module: group for module, group in groups.items() if can_be_one(group, model.dtype)}
+        groups = {module: group for module, group in groups.items() if alike(group, model.dtype)}
         fits = can_join(sum(joined_bytes(linear) for group in groups.values() for linear in group), model.device)
     if not fits:
         yield
@@ -590,7 +590,7 @@ def packed_weights(model: Transformer, steps: int) -> Iterator[None]:
             module.packed = None
 
 
-def can_be_one(linears: list[Linear], dtype: torch.dtype) -> bool:
+def alike(linears: list[Linear], dtype: torch.dtype) -> bool:
     """Whether linears can be one on a GPU: all in NF4, or all in the 16 bits that are computed in; biases in them."""
     plain = [linear.weight for linear in linears if linear.nf4 is None]
     rest = [linear.bias for linear in linears if linear.bias is not None]

@@ -142,7 +142,7 @@ def gated_backward_with_share(
     gate, up = inner.chunk(2, 1)
     hidden = ACTIVATIONS[activation](gate).mul_(up)
     dshare = (grad * hidden).sum(1, dtype=share.dtype)
-    dgate, dup = gated_backward((grad * share[:, None]).to(grad.dtype), gate, up, activation)
+    dgate, dup, _ = gated_backward((grad * share[:, None]).to(grad.dtype), gate, up, activation)
     torch.cat([dgate, dup], 1, out=dinner)
     return dinner, dshare, (hidden * share[:, None]).to(inner.dtype)
 

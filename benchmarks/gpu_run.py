@@ -26,6 +26,7 @@ ROOT = HERE.parent
 FORMAT = 1
 LEAST = 15.0  # seconds; with less left of the budget no row is begun
 POLL = 0.2
+SLOWER = 5  # times as long as on a card may a row of a rehearsal take: other work runs beside it, as in tests
 SAME = ("device", "torch", "triton", "commit")  # what a file's runs must have in common
 ENDED = ("done", "left out")  # a row with this status is not run again by a run that goes on
 
@@ -278,7 +279,8 @@ def main() -> None:
             wanted = row.name in args.only if args.only else known is None or known["status"] not in ENDED
             if not wanted and row.name != "environment":
                 continue
-            limit = min(args.limits.get(row.name, row.limit), end - time.monotonic())
+            usual = row.limit * (SLOWER if args.rehearse else 1)
+            limit = min(args.limits.get(row.name, usual), end - time.monotonic())
             if end - time.monotonic() < LEAST:
                 why = f"the budget of {args.minutes:g} minutes was used up"
                 record = {"name": row.name, "what": row.what, "status": "not run", "why": why, "seconds": 0.0}

@@ -103,7 +103,9 @@ class LoRALinear(nn.Module):
         return Adapted(self.base.frozen, bias, self.lora_A, self.lora_B, self.scale)
 
     def casts_of(self, layers: list, dtype: torch.dtype) -> Casts | None:
-        return None if self.casts is None else self.casts.of(layers, dtype)
+        if self.casts is None or torch.compiler.is_compiling():  # a graph that looks at layers' numbers fits one block
+            return None
+        return self.casts.of(layers, dtype)
 
     def member(self) -> Member | None:
         """As kernels/grouped.py takes a linear of an expert."""
@@ -134,9 +136,9 @@ class ModelCasts:
     def of(self, layers: list[LoRALinear], dtype: torch.dtype) -> Casts | None:
         """Those of a group of layers; None where the layers have to cast for themselves."""
         group = self.groups.get(numbers(layers))
-        if group is None or not group.current or torch.compiler.is_compiling():
+        if group is None or not group.current:
             return None
-        in_backward = torch._C._current_graph_task_id() != -1
+        in_backward = torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks it
         if not self.running and not in_backward:
             group.current = False  # called outside of a forward; its own backward must not find older numbers either
             return None

@@ -335,11 +335,11 @@ def with_fresh_casts(hidden: Callable[..., Tensor]) -> Callable[..., Tensor]:
     blocks cast for themselves."""
 
     @wraps(hidden)
-    def run(model: "Transformer", *inputs) -> Tensor:
+    def run(model: "Transformer", *inputs, **named) -> Tensor:
         if model.lora_casts is None or model.compiled:
-            return hidden(model, *inputs)
+            return hidden(model, *inputs, **named)
         with model.lora_casts.fresh(model.dtype):
-            return hidden(model, *inputs)
+            return hidden(model, *inputs, **named)
 
     return run
 

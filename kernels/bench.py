@@ -22,6 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from kernels.linear import linears, linears_reference
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from kernels.lora_linear import Adapted, lora_linears, lora_linears_reference
 from kernels.nf4 import nf4_dequantize, nf4_dequantize_reference, nf4_linear, nf4_linear_reference
@@ -67,6 +68,15 @@ def cases(shape: tuple, tokens: int, device: torch.device, dtype: torch.dtype) -
 
         return run
 
+    masters = [numbers(*size, dtype=torch.float32) for size in ((F, D), (F, D), (D, F))]
+
+    def trained_mlp(linears, gate_up):
+        def run(x, *masters):
+            gate, up = linears(x, masters[:2], [None, None])
+            return gate_up(gate, up, masters[2:])
+
+        return run
+
     qkv_leaves = [t for linear in qkv for t in (linear.A, linear.B)]
     mlp_leaves = [t for linear in (*mlp[0], *mlp[1]) for t in (linear.A, linear.B)]
     return {
@@ -78,6 +88,13 @@ def cases(shape: tuple, tokens: int, device: torch.device, dtype: torch.dtype) -
         "swiglu": (
             lambda gate, up: Gated.apply(gate, up, "silu"), lambda gate, up: gated_reference(gate, up, "silu"),
             [gate, up]),
+        "geglu": (
+            lambda gate, up: Gated.apply(gate, up, "gelu"), lambda gate, up: gated_reference(gate, up, "gelu"),
+            [gate, up]),
+        "trained MLP": (
+            trained_mlp(linears, lambda gate, up, down: linears(gate, down, [None], up, "silu")[0]),
+            trained_mlp(linears_reference, lambda gate, up, down: linears_reference(gate, down, [None], up, "silu")[0]),
+            [x, *masters]),
         "LoRA q, k, v": (
             lambda x, *_: torch.cat(lora_linears(x, qkv), 1),
             lambda x, *_: torch.cat(lora_linears_reference(x, qkv), 1), [x, *qkv_leaves]),

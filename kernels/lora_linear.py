@@ -84,8 +84,12 @@ class LoRALinears(torch.autograd.Function):
         ds = torch.cat(
             [(grad @ B.to(grad.dtype)).mul_(scale) for grad, (_, _, _, B, scale) in zip(grads, linears)], 1
         )  # [tokens, ranks]
-        stacked = torch.cat([linear.A for linear in linears]).to(ds.dtype) if any(ctx.needs_input_grad[:2]) else None
-        dx, dup, read = input_gradients(ctx, grads, x, up, ds, stacked, linears)
+        dx = dup = None
+        if any(ctx.needs_input_grad[:2]):
+            A = torch.cat([linear.A for linear in linears]).to(ds.dtype)
+            dx, dup, read = input_gradients(x, up, ctx.activation, linears, grads, ds, A)
+        else:
+            read = x if up is None else gated(x, up, ctx.activation)
         dA = (ds.t() @ read).split(ctx.ranks)
         found = []
         for grad, part, each, (frozen, _, A, B, scale) in zip(grads, s.split(ctx.ranks, 1), dA, linears, strict=True):
@@ -126,7 +130,11 @@ class LoRALinearsOnGPU(torch.autograd.Function):
         ds = torch.empty_like(s)
         for part, grad, B, linear in zip(ds.split(ctx.ranks, 1), grads, Bs, linears, strict=True):
             scaled_product_(part, grad, B, linear.scale)
-        dx, dup, read = input_gradients(ctx, grads, x, up, ds, A, linears)
+        dx = dup = None
+        if any(ctx.needs_input_grad[:2]):
+            dx, dup, read = input_gradients(x, up, ctx.activation, linears, grads, ds, A)
+        else:
+            read = x if up is None else gated(x, up, ctx.activation)
         dA = mm_as(ds.t(), read, torch.float32).split(ctx.ranks)
         found = []
         for grad, part, each, linear in zip(grads, s.split(ctx.ranks, 1), dA, linears, strict=True):
@@ -135,17 +143,17 @@ class LoRALinearsOnGPU(torch.autograd.Function):
         return dx, dup, None, None, None, *found
 
 
-def input_gradients(ctx, grads, x, up, ds, A, linears) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """The gradients of x and up where one is wanted, and what the linears read. ds: [tokens, ranks], that of x A^T;
-    A: stacked, in its dtype."""
-    if not any(ctx.needs_input_grad[:2]):
-        return None, None, x if up is None else gated(x, up, ctx.activation)
+def input_gradients(
+    x: Tensor, up: Tensor | None, activation: str, linears: list[Adapted], grads, ds: Tensor, A: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The gradients of x and up, and what the linears read. grads: those of the outputs, [tokens, out]; ds: that of
+    x A^T, [tokens, ranks]; A: all linears' stacked, in its dtype."""
     dx = torch.mm(ds, A)
     for grad, linear in zip(grads, linears, strict=True):
         dx.addmm_(grad, matrix(linear.frozen, grad.dtype))
     if up is None:
         return dx, None, x
-    return gated_backward(dx, x, up, ctx.activation, product=True)
+    return gated_backward(dx, x, up, activation, product=True)
 
 
 def scaled_product_(out: Tensor, a: Tensor, b: Tensor, scale: float) -> None:

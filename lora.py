@@ -121,8 +121,9 @@ class LoRALinear(nn.Module):
 
 class ModelCasts:
     """A and B of a model's adapters as their products take them on a GPU: in the activations' dtype, the A of layers
-    that read one input stacked. All are written in one launch when a forward begins, in place of some 20 a layer. They
-    take 2 bytes a number, beside the 16 of a master, its gradient and its moments.
+    that read one input stacked. All are written by one call when a forward begins, a handful of launches in place of 30
+    in each layer's forward and backward. They take 2 bytes a number, beside the 16 of a master, its gradient and its
+    moments.
 
     They are used while that forward runs, and where its blocks are computed again in the backward; never elsewhere. So
     whatever has changed the masters, no old numbers are computed with. (To look at the masters' versions would be
@@ -184,7 +185,7 @@ class GroupCasts:
         return [layer.lora_A for layer in self.layers] + [layer.lora_B for layer in self.layers]
 
     def prepare(self, dtype: torch.dtype) -> bool:
-        """Makes room for them; whether they are wanted in the coming forward."""
+        """True if the coming forward wants them; there is room for them then, still to be filled."""
         first = self.layers[0].lora_A
         # A tensor in shards is gathered for its block alone, so the block's layers cast it there
         if is_sharded(first) or not on_gpu(first) or any(layer.merged or layer.drops_out for layer in self.layers):

@@ -8,6 +8,8 @@ and, where the head is trained, its gradient are summed in fp32: bf16 sums over 
 `linear_cross_entropy_reference` is the same in three lines, with all logits: what tests compare with.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,9 @@ from kernels.gpu import on_gpu, tl, triton
 
 LOGITS_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}  # a chunk of logits; on CPU under glibc's 32 MB, past which every
 SOFTMAX_ROWS = 32  # allocation faults in new pages; on CPU the fp32 softmax goes in slices that stay in the cache
-BLOCK, WARPS = 4096, 8  # logits that a program of the kernel holds at a time; with 4 warps some of them spill
+BLOCK, WARPS = 2048, 8  # logits that a program of the kernel takes at a time
+TILE = 128, 256  # of a product's result, which one multiprocessor makes at a time
+ALIGNED = 16  # numbers, of which rows of logits are a multiple on GPUs: 32 bytes in bf16
 
 
 def linear_cross_entropy(
@@ -52,7 +56,13 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, softcap, counts, others):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
+        ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         head = weight.to(hidden.dtype)
+        if on_gpu(hidden):
+            grads = need_hidden, need_weight
+            loss, *grads = forward_on_gpu(hidden, head, targets, softcap, counts, others, *grads)
+            ctx.save_for_backward(*grads)
+            return loss
         loss = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
@@ -71,7 +81,6 @@ class LinearCrossEntropy(torch.autograd.Function):
             if need_weight:
                 grad_weight += logits.t() @ chunk
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         return loss
 
     @staticmethod
@@ -89,22 +98,6 @@ def softmax_minus_one_hot_(
 ) -> Tensor:
     """Turns logits [rows, V] into d loss / d logits in place (if wanted; times the row's count) and returns the rows'
     losses, fp32 [rows]."""
-    if on_gpu(logits):
-        losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
-        softmax_kernel[(logits.shape[0],)](
-            logits,
-            target,
-            losses,
-            logits.shape[1],
-            softcap or 1.0,
-            CAPPED=bool(softcap),
-            GRAD=want_grad,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-        )
-        if counts is not None and want_grad:
-            logits *= counts[:, None].to(logits.dtype)
-        return losses
     slices = SOFTMAX_ROWS if logits.device.type == "cpu" else logits.shape[0]
     losses = logits.new_empty(len(target), dtype=torch.float32)
     counts = [None] * len(target) if counts is None else counts[:, None].split(slices)
@@ -122,38 +115,141 @@ def softmax_minus_one_hot_(
     return losses
 
 
+def forward_on_gpu(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    softcap: float | None,
+    counts: Tensor | None,
+    others: tuple[Tensor, Tensor] | None,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss, and the gradients of hidden and head that are needed. All chunks' logits share one buffer. Its rows are
+    padded to addresses that are multiples of 32 bytes: a vocabulary such as 50,257 would allow neither cuBLAS nor the
+    kernel to move more than a number at a time."""
+    tokens, (vocabulary, size) = len(hidden), head.shape
+    width = -(-vocabulary // ALIGNED) * ALIGNED
+    rows = rows_of_chunks(tokens, vocabulary, size, head.element_size(), processors(hidden.device))
+    buffer = hidden.new_empty(min(rows, tokens), width)
+    losses = hidden.new_empty(tokens, dtype=torch.float32)
+    grad_hidden = torch.empty_like(hidden) if need_hidden else None
+    grad_weight = torch.empty_like(head, dtype=torch.float32) if need_weight else None
+    if need_weight and not tokens:
+        grad_weight.zero_()
+    for start in range(0, tokens, rows):
+        part = slice(start, start + rows)
+        chunk, count = hidden[part], None if counts is None else counts[part]
+        logits = buffer[: len(chunk), :vocabulary]
+        torch.mm(chunk, head.t(), out=logits)
+        softmax_on_gpu(logits, targets[part], losses[part], need_hidden or need_weight, softcap, count)
+        if need_hidden:
+            torch.mm(logits, head, out=grad_hidden[part])
+        if need_weight:
+            add_product(grad_weight, logits.t(), chunk, start == 0)
+    if others is not None:
+        others[1].add_(losses @ others[0])
+    return losses.sum() if counts is None else losses @ counts, grad_hidden, grad_weight
+
+
+def rows_of_chunks(tokens: int, vocabulary: int, size: int, itemsize: int, processors: int) -> int:
+    """How many tokens a chunk has, a multiple of a tile's rows: as many as LOGITS_BYTES allow, or down to half of
+    that, where the tiles of the products with the head then fill the multiprocessors more often. 272 tiles on 132
+    multiprocessors take as long as 396."""
+    tile, across = TILE
+    most = max(1, LOGITS_BYTES["cuda"] // (vocabulary * itemsize) // tile) * tile
+    most = min(most, -(-tokens // tile) * tile)
+
+    def waves(rows: int) -> int:  # times the length of the sums: of both products, as they take about equally long
+        high = -(-rows // tile)
+        logits, grads = (-(-high * -(-width // across) // processors) for width in (vocabulary, size))
+        return logits * size + grads * vocabulary
+
+    def duration(rows: int) -> int:
+        chunks, rest = divmod(tokens, rows)
+        return chunks * waves(rows) + waves(rest)
+
+    return min(range(most, most // 2, -tile), key=duration, default=tile)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a @ b, in total's fp32 whatever the dtype of a and b; the first product replaces what stands there."""
+    beta = 0 if first else 1
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif total.is_cuda:  # cuBLAS sums up in fp32 anyhow, and need not round to bf16
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+    elif first:
+        total.copy_(a @ b)
+    else:
+        total.add_(a @ b)
+
+
+def softmax_on_gpu(
+    logits: Tensor, target: Tensor, losses: Tensor, want_grad: bool, softcap: float | None, counts: Tensor | None
+) -> None:
+    """`softmax_minus_one_hot_` by a kernel, which writes the rows' losses to `losses`. Rows of logits may be padded:
+    what lies between them is overwritten."""
+    softmax_kernel[(len(logits),)](
+        logits, target, losses, losses if counts is None else counts, logits.stride(0), logits.shape[1],
+        softcap or 1.0, CAPPED=bool(softcap), GRAD=want_grad, WEIGHTED=counts is not None, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+
+
 @triton.jit
 def softmax_kernel(
-    logits, target, losses, vocabulary, softcap, CAPPED: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits, target, losses, counts, stride, vocabulary, softcap,
+    CAPPED: tl.constexpr, GRAD: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """A program a row, in two passes: the largest logit and the sum of exponentials as they go by (Milakov & Gimelshein
-    2018), then the gradient in the logits' place. No fp32 copy of a row ever exists."""
+    2018), of each place in a block by itself, so that threads wait for each other only at the end; then the gradient in
+    the logits' place. No fp32 copy of a row ever exists. A block is loaded while the one before it is computed."""
     row = tl.program_id(0).to(tl.int64)
-    row_logits, wanted = logits + row * vocabulary, tl.load(target + row)
+    row_logits, wanted = logits + row * stride, tl.load(target + row)
     chosen = tl.load(row_logits + wanted).to(tl.float32)  # now: at the end a gradient stands there
     if CAPPED:
         chosen = softcap * tanh(chosen / softcap)
-    most, total = float("-inf"), 0.0
+    most = tl.full([BLOCK], -1e38, tl.float32)  # below all logits, and finite: infinity less itself is no number
+    total = tl.zeros([BLOCK], tl.float32)
+    ahead = load_logits(row_logits, 0, stride, BLOCK)
     for start in range(0, vocabulary, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        x = tl.load(row_logits + at, at < vocabulary, float("-inf")).to(tl.float32)
+        x, ahead = ahead.to(tl.float32), load_logits(row_logits, start + BLOCK, stride, BLOCK)
         if CAPPED:
-            x = tl.where(at < vocabulary, softcap * tanh(x / softcap), float("-inf"))
-        higher = tl.maximum(most, tl.max(x))
-        total = total * tl.exp(most - higher) + tl.sum(tl.exp(x - higher))
-        most = higher
-    tl.store(losses + row, most + tl.log(total) - chosen)
+            x = softcap * tanh(x / softcap)
+        x = tl.where(start + tl.arange(0, BLOCK) < vocabulary, x, float("-inf"))
+        above = x - most
+        power = tl.exp(-tl.abs(above))
+        total = tl.where(above > 0, total * power + 1, total + power)
+        most = tl.maximum(most, x)
+    top = tl.max(most)
+    total_of_row = tl.sum(total * tl.exp(most - top))
+    tl.store(losses + row, top + tl.log(total_of_row) - chosen)
     if GRAD:
+        factor, count = 1 / total_of_row, 1.0
+        if WEIGHTED:
+            count = tl.load(counts + row)
+        ahead = load_logits(row_logits, 0, stride, BLOCK)
         for start in range(0, vocabulary, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            x = tl.load(row_logits + at, at < vocabulary, float("-inf")).to(tl.float32)
-            slope = 1.0
+            x, ahead = ahead.to(tl.float32), load_logits(row_logits, start + BLOCK, stride, BLOCK)
+            at, slope = start + tl.arange(0, BLOCK), count
             if CAPPED:
                 bent = tanh(x / softcap)
-                slope, x = 1 - bent * bent, softcap * bent
-            grad = tl.exp(x - most) / total
+                slope, x = count * (1 - bent * bent), softcap * bent
+            grad = tl.exp(x - top) * factor
             grad = tl.where(at == wanted, grad - 1, grad)
-            tl.store(row_logits + at, grad * slope, at < vocabulary)
+            tl.store(row_logits + at, grad * slope, at < stride)
+
+
+@triton.jit
+def load_logits(row_logits, start, stride, BLOCK: tl.constexpr):
+    """To the end of the padded row, so that 16 bytes have one mask."""
+    at = start + tl.arange(0, BLOCK)
+    return tl.load(row_logits + at, at < stride, 0.0)
 
 
 @triton.jit

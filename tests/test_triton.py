@@ -163,14 +163,63 @@ def test_linears_behind_a_gate(dtype, tolerance, activation, trained):
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
 @pytest.mark.parametrize("rows, vocabulary", [(1, 50), (7, 50), (3, 4096), (5, 9001)])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_linear_cross_entropy(monkeypatch, dtype, tolerance, rows, vocabulary, softcap):
-    monkeypatch.setitem(linear_cross_entropy.LOGITS_BYTES, DEVICE, 3 * vocabulary * 4)  # several chunks, one ragged
+@pytest.mark.parametrize("weighted", [False, True])
+def test_linear_cross_entropy(monkeypatch, dtype, tolerance, rows, vocabulary, softcap, weighted):
+    monkeypatch.setitem(linear_cross_entropy.LOGITS_BYTES, "cuda", 2 * vocabulary * 4)  # several chunks, one ragged
+    monkeypatch.setattr(linear_cross_entropy, "TILE", (2, 4))
     hidden, weight = there(random(rows, 24, dtype=dtype), random(vocabulary, 24, dtype=torch.float32, seed=1))
     targets = torch.randint(0, vocabulary, (rows,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    ours = lambda h, w, t: linear_cross_entropy.linear_cross_entropy(h, w, t, softcap)
-    cap = lambda logits: softcap * torch.tanh(logits / softcap) if softcap else logits
-    wide = lambda h, w, t: torch.nn.functional.cross_entropy(cap(h @ w.t()), t, reduction="sum")
+    counts, others = torch.rand(2, rows, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    apart = torch.zeros((), device=DEVICE)
+
+    def ours(h, w, t):
+        more = (counts, (others, apart)) if weighted else ()
+        return linear_cross_entropy.linear_cross_entropy(h, w, t, softcap, *more)
+
+    def wide(h, w, t):
+        logits = softcap * torch.tanh(h @ w.t() / softcap) if softcap else h @ w.t()
+        losses = torch.nn.functional.cross_entropy(logits, t, reduction="none")
+        if weighted:
+            assert relative(apart.double(), (losses * others).sum()) < tolerance
+        return (losses * counts if weighted else losses).sum()
+
     compare(ours, wide, [hidden, weight, targets], tolerance)
+
+
+def test_rows_of_the_kernel_are_padded(monkeypatch):
+    """To 32 bytes in bf16; and what a chunk leaves in the padding is read by nobody."""
+    shapes = []
+    launch = linear_cross_entropy.softmax_on_gpu
+    spy = lambda logits, *more: shapes.append((logits.shape, logits.stride())) or launch(logits, *more)
+    monkeypatch.setattr(linear_cross_entropy, "softmax_on_gpu", spy)
+    monkeypatch.setattr(linear_cross_entropy, "rows_of_chunks", lambda *_: 4)
+    hidden, weight = there(random(6, 24, dtype=torch.float32), random(37, 24, dtype=torch.float32, seed=1))
+    new_empty = torch.Tensor.new_empty
+
+    def filled(self, *shape, **more):
+        made = new_empty(self, *shape, **more)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+    loss = linear_cross_entropy.linear_cross_entropy(hidden, weight, torch.arange(6, device=DEVICE))
+    loss.backward()
+    assert shapes == [((4, 37), (48, 1)), ((2, 37), (48, 1))]
+    reference = linear_cross_entropy.linear_cross_entropy_reference(hidden, weight, torch.arange(6, device=DEVICE))
+    assert relative(loss, reference) < 1e-6 and bool(hidden.grad.isfinite().all() and weight.grad.isfinite().all())
+
+
+def test_chunks_fill_the_multiprocessors():
+    calls.append("no kernel is to run here")
+    rows = linear_cross_entropy.rows_of_chunks
+    llama, processors = (128256, 4096, 2), 132  # of a product with d logits, 128 rows are 16 tiles
+    assert rows(8192, *llama, processors) == 2048  # 256 tiles: two waves, all but full
+    assert rows(100, *llama, processors) == 128 and rows(0, *llama, processors) == 128
+    assert rows(8064, *llama, 148) == 1152  # 7 chunks of 144 tiles, a wave each; of 2,048 rows 4, and 8 waves
+    for tokens in (1, 129, 5000, 20_000):
+        for vocabulary in (50, 32003, 151669, 5_000_000):
+            chosen = rows(tokens, vocabulary, 2048, 2, processors)
+            most = max(128, linear_cross_entropy.LOGITS_BYTES["cuda"] // (2 * vocabulary))
+            assert chosen % 128 == 0 and 0 < chosen <= most
 
 
 def test_a_token_that_is_almost_certain():

@@ -74,9 +74,12 @@ def cases(device: str = "cuda") -> Iterator[tuple[str, Callable]]:
     stacked = made(N, 2 * 8192)  # gate and up as halves of one matrix
     yield "gate, stacked", lambda: swiglu.gated(*stacked.chunk(2, -1), "silu")
     yield "gate, stacked, backward", lambda: swiglu.gated_backward(made(N, 8192), *stacked.chunk(2, -1), "silu", True)
-    loss = linear_cross_entropy.softmax_minus_one_hot_
+    loss, losses, targets = linear_cross_entropy.softmax_on_gpu, made(2048, dtype=fp32), made(2048, dtype=int64)
     for cap in (None, 30.0):
-        yield f"loss, soft-cap {cap}", lambda cap=cap: loss(made(2048, V), made(2048, dtype=int64), True, cap)
+        for vocabulary, weights in ((V, None), (151669, losses)):  # the second one is odd, so rows are padded
+            logits = made(2048, -(-vocabulary // 16) * 16)[:, :vocabulary]
+            each = lambda x=logits, cap=cap, weights=weights: loss(x, targets, losses, True, cap, weights)
+            yield f"loss, soft-cap {cap}, vocabulary {vocabulary}", each
     for double in (True, False):
         absmax = made(F, D // 64, dtype=uint8 if double else fp32)
         nested = (made(F * D // 64 // 256, dtype=fp32), made(1, dtype=fp32)) if double else (None, None)

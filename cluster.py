@@ -99,6 +99,7 @@ def memory_a_process(
         weights=whole.weights / W,
         gradients=whole.gradients / W,
         optimizer=whole.optimizer / W,
+        table=whole.table / W,
         working=whole.working + 2 * max(blocks) + around + waiting,
     )
 

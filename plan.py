@@ -4,8 +4,9 @@ of fine-tuning fits the machine.
 `train.py --plan` asks for each method from config.json alone: the model is built of tensors without memory (the meta
 device), so counts of weights are those of the real one. Everything else is arithmetic, which stands here to be read:
 
-- memory at the peak: weights + the optimizer's moments + the largest of three moments in a step: at the head (what the
-  blocks keep, a chunk of logits and its gradient), when the blocks' backward begins, and when it ends (all gradients);
+- memory at the peak: weights + the optimizer's moments + the largest of four moments in a step: at the head (what the
+  blocks keep, a chunk of logits and its gradient), when the blocks' backward begins, when it ends, and when the
+  embedding table's gradient is made, which is the last (all gradients);
 - operations: 2 a weight and token forward, 2 for the inputs' gradient, 2 for the weight's own where it is trained, and
   7 T H d a layer for causal attention over T tokens (2 forward, 5 backward);
 - time: operations over the rate of a product on this machine, timed now, times EFFICIENCY, which was measured.
@@ -69,13 +70,22 @@ class Memory:
     logits: float  # of the head: a chunk of logits, its rows and their gradient, its own gradient where it is trained
     working: float  # of one block's backward, and a matrix made whole for a product
     runtime: float
+    table: float  # the gradient of the embedding table, which is the last; 0 where it is not trained
+    tied: bool  # it is added to the head's, which is the first
     recomputed: bool  # blocks are, in the backward
     accumulated: bool  # gradients of an earlier micro-batch are there all the while
 
     @property
     def peak(self) -> float:
         kept, grown = self.activations, 0 if self.accumulated else self.gradients
-        passing = max(kept + self.logits, kept + self.again + self.working, grown + self.block + self.working)
+        last = 0 if self.accumulated or self.tied else self.table  # of `grown`, what is not there before the end
+        beside = self.table if self.accumulated or self.tied else 0  # made beside what it is added to
+        passing = max(
+            kept + self.logits,
+            kept + self.again + self.working,
+            grown - last + self.block + self.working,
+            grown + beside,
+        )
         there = self.gradients if self.accumulated else 0
         return self.weights + self.optimizer + there + passing + self.runtime
 
@@ -126,14 +136,18 @@ def expected_memory(model: Transformer, setup: Setup, lengths: list[int], traine
     scores = 0
     if in_chunks(c, device, item):
         scores = sum(group.documents * group.length**2 * c.num_heads for group in documents.groups)
-    whole = [6 * m.in_features * m.out_features for m in quantized(model).values()]  # fp32, and in the dtype
+    made = item if device == "cuda" else 6  # bytes a number: in the dtype, and first in fp32 where no kernel does it
+    whole = [made * m.in_features * m.out_features for m in quantized(model).values()]
     whole += [p.numel() * item for p in parameters if p.dtype != model.dtype and p.dim() == 2 and p.requires_grad]
     chunk = (12 if item == 4 else 16) * min(scores, CHUNK)
     working = max(tokens * (3 * wide + c.hidden_size) * item, chunk) + max(whole, default=0)
     runtime = RUNTIME.get(device, RUNTIME["cpu"])
+    table = model.embed.weight.nbytes if model.embed.weight.requires_grad else 0
+    tied = model.head is None
     return Memory(
-        weights, gradients, optimizer, activations, layer, logits, working, runtime, recomputed, accumulate > 1
-    )
+        weights, gradients, optimizer, activations, layer, logits, working, runtime, table, tied, recomputed,
+        accumulate > 1,
+    )  # fmt: skip
 
 
 def by_flash(config: Config, device: str, item: int) -> bool:

@@ -21,6 +21,7 @@ NO_WIDE_LOADS = ("nf4", "norm of heads")  # of codes, a byte each; of rows that 
 CI_FAMILIES = ("llama", "gemma2", "gemma3", "qwen3", "gpt_neox", "mixtral")  # the others are slow
 ROUTED = ("mixtral", "qwen3_moe")
 
+PLAN_ERROR = 0.1  # of the memory at a step's height
 FORWARD, BACKWARD = 40, 87  # launches of a Llama layer with LoRA
 
 
@@ -111,3 +112,32 @@ def test_launches_of_a_layer(script, model, documents, allowed):
     assert launches["forward"] <= FORWARD * allowed and launches["backward"] <= BACKWARD * allowed
     assert launches["forward"] > 10
     assert [what["syncs"] for what in found["4"].values() if what["syncs"]] == []
+
+
+def check_plan(script, *words) -> None:
+    (rows,) = script("memory_oracle.py", "--json", *words)
+    errors = {(row["name"], row["method"], row["remat"]): row["planned"] / row["peak"] - 1 for row in rows}
+    assert len(errors) > 3
+    assert {what: error for what, error in errors.items() if abs(error) > PLAN_ERROR} == {}
+
+
+def test_the_plan_is_what_a_gpu_would_hold(script):
+    """The height of a step's memory, counted on fake CUDA tensors."""
+    check_plan(script, "--models", "llama-8b", "gemma2-9b", "--methods", "lora", "full", "--remat", "none", "block")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_plan_is_what_a_gpu_would_hold_of_every_family(script, tmp_path, dtype):
+    """Of published models, and of a layer or four of every family, wide enough that small things do not count."""
+    if dtype == "bfloat16":
+        check_plan(script)
+    wide = SIZES | {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "vocab_size": 32000}
+    names = {"head_dim": 64, "num_key_value_heads": 4, "max_position_embeddings": 8192}
+    configs = {}
+    for name, (family, changes, _) in CASES.items():
+        changed = {key: value for key, value in (wide | names | IDS | changes).items() if key != "head_dim"}
+        configs[name] = transformers.CONFIG_MAPPING[family](**changed).to_dict()
+        configs[name].pop("architectures", None)
+    (tmp_path / "configs.json").write_text(json.dumps(configs))
+    check_plan(script, "--configs", tmp_path / "configs.json", "--dtype", dtype)

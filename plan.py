@@ -132,15 +132,7 @@ def expected_memory(model: Transformer, setup: Setup, lengths: list[int], traine
     budget = LOGITS_BYTES.get(device, LOGITS_BYTES["cuda"])
     logits = min(budget, trained * c.vocab_size * item) + 2 * trained * c.hidden_size * item
     logits += c.vocab_size * c.hidden_size * (4 + item) if head_trained else 0
-    wide = c.experts.intermediate_size if c.experts else c.intermediate_size  # experts take turns
-    scores = 0
-    if in_chunks(c, device, item):
-        scores = sum(group.documents * group.length**2 * c.num_heads for group in documents.groups)
-    made = item if device == "cuda" else 6  # bytes a number: in the dtype, and first in fp32 where no kernel does it
-    whole = [made * m.in_features * m.out_features for m in quantized(model).values()]
-    whole += [p.numel() * item for p in parameters if p.dtype != model.dtype and p.dim() == 2 and p.requires_grad]
-    chunk = (12 if item == 4 else 16) * min(scores, CHUNK)
-    working = max(tokens * (3 * wide + c.hidden_size) * item, chunk) + max(whole, default=0)
+    working = working_bytes(model, documents, device)
     runtime = RUNTIME.get(device, RUNTIME["cpu"])
     table = model.embed.weight.nbytes if model.embed.weight.requires_grad else 0
     tied = model.head is None
@@ -160,6 +152,44 @@ def in_chunks(config: Config, device: str, item: int) -> bool:
     return config.attention_softcap is not None and not by_flash(config, device, item)
 
 
+def in_groups(config: Config, device: str, item: int) -> bool:
+    """Whether all routed experts of a layer are computed at once (kernels/experts.py)."""
+    return config.experts is not None and device == "cuda" and item == 2
+
+
+def working_bytes(model: Transformer, documents: Documents, device: str) -> float:
+    """What a block's backward makes for a while: gradients inside its MLP, matrices that are made for a product."""
+    c, item, tokens = model.config, model.dtype.itemsize, sum(documents.lengths)
+    wide = c.experts.intermediate_size if c.experts else c.intermediate_size  # experts take turns
+    mlp = tokens * (3 * wide + c.hidden_size) * item
+    scores = 0
+    if in_chunks(c, device, item):
+        scores = sum(group.documents * group.length**2 * c.num_heads for group in documents.groups)
+    mlp = max(mlp, (12 if item == 4 else 16) * min(scores, CHUNK))
+    made = item if device == "cuda" else 6  # bytes a number: in the dtype, and first in fp32 where no kernel does it
+    matrices = [made * m.in_features * m.out_features for m in quantized(model).values()]
+    cast = [p for p in model.parameters() if p.requires_grad and p.dtype != model.dtype and p.dim() == 2]
+    matrix = max([*matrices, *(p.numel() * item for p in cast)], default=0)
+    if device != "cuda":
+        return mlp + matrix
+    # The kernel of the gate's backward needs no matrix, and the products before and behind it fewer tensors
+    products = tokens * 2 * (wide + c.hidden_size) * item + matrix
+    return max(mlp, products, working_of_experts(model, tokens) if in_groups(c, device, item) else 0)
+
+
+def working_of_experts(model: Transformer, tokens: int) -> float:
+    """The same of routed experts that are computed at once."""
+    c, item = model.config, model.dtype.itemsize
+    pairs, inner = tokens * c.experts.active, c.experts.intermediate_size
+    gate_up = 2 * c.experts.count * inner * c.hidden_size * item
+    of_experts = {name: p for name, p in model.named_parameters() if ".experts." in name and ".lora_" not in name}
+    made = any(p.dtype != model.dtype for p in of_experts.values())  # of codes, or of masters in fp32
+    return max(
+        pairs * (4 * inner + c.hidden_size) * item,
+        pairs * (2 * inner + c.hidden_size) * item + gate_up * made,
+    )
+
+
 def inner_width(config: Config) -> int:
     """Of what a token passes through in an MLP."""
     if config.experts is None:
@@ -176,7 +206,8 @@ def kept_by_a_block(model: Transformer, documents: Documents, device: str, remat
     numbers = inputs * D + (normal * D if remat == "none" else 0) + 2 * D * c.post_norm
     numbers += c.num_heads * c.head_dim  # attention's output
     numbers += (c.num_heads + c.num_kv_heads) * c.head_dim * (c.qk_norm is not None)  # q and k before their norms
-    numbers += 2 * inner_width(c) + (2 * c.experts.active * D if c.experts else 0)
+    numbers += 2 * inner_width(c)
+    numbers += 2 * c.experts.active * D if c.experts and not in_groups(c, device, item) else 0
     adapted = lora.adapted(model)
     numbers += sum(layer.rank for layer in adapted.values()) / c.num_layers  # x A^T
     rows = (inputs + 2 * (c.qk_norm is not None)) * 4  # a norm's own number, fp32

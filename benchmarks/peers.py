@@ -611,7 +611,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="that are timed")
     parser.add_argument("--methods", nargs="+", choices=["full", "lora", "qlora"])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"])
-    parser.add_argument("--shape", choices=["1b", "8b"], default="8b", help="of the job gpu")
+    parser.add_argument("--shape", choices=["1b", "8b", "rehearsal"], default="8b", help="of the job gpu")
     parser.add_argument("--seq", type=int)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--remat", default="none", choices=["none", "selective", "block"])

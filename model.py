@@ -429,12 +429,14 @@ class Transformer(nn.Module):
 
     def compile_blocks(self) -> None:
         """torch.compile of the blocks: one graph for all of them, with the number of tokens left open, and attention
-        outside, whose shapes are other ones in every batch."""
+        outside, whose shapes are other ones in every batch; so are grouped products, of as many weights as experts."""
         if self.device.type == "cuda" and self.config.attention_softcap:
             raise UserError("--compile on: not with this model's soft-capped attention, which a GPU compiles by itself")
         self.compiled = True
         self.attend = torch.compiler.disable(document_attention)  # not where it is defined: that imports the compiler
         for block in self.blocks:
+            if isinstance(block.mlp, Experts):
+                block.mlp.all_at_once = torch.compiler.disable(block.mlp.all_at_once)
             block.compile(dynamic=True)
 
     def logits(self, hidden: Tensor) -> Tensor:  # [..., D] -> [..., V]

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from kernels.gpu import blocks, on_gpu, tl, triton
 from kernels.nf4 import BLOCK as NF4_BLOCK
-from kernels.nf4 import BYTES, NF4, Frozen, code, dynamic_code, nf4_dequantize, scales_of
+from kernels.nf4 import BYTES, FEW, NF4, Frozen, code, dynamic_code, nf4_dequantize, scales_of
 
 ALIGNMENT = 8  # bf16 numbers in the 16 bytes of which a grouped product wants its rows' lengths to be multiples
 MOST_GROUPS = 1023  # of one grouped product
 ROWS, COLUMNS = 64, 128  # of a tile of add_low_rank_kernel
 MOST_RANKS = 64  # that it takes: with more, a tile wants more than 128 registers a thread
+FEW_COLUMNS = 32  # of a program of multiply_few_kernel
 
 
 def multiplies_groups(x: Tensor) -> bool:
@@ -191,7 +192,10 @@ def leaves_garbage(x: Tensor) -> bool:
 def multiply(x: Tensor, product: Product, rows: Groups) -> tuple[Tensor, list[Tensor | None]]:
     """x: [M, in]. Returns [M, out of all linears, side by side], and what each linear's adapters make of x, x A^T
     [M, padded rank], or None."""
-    made = grouped(x, stacked(product, x.dtype).transpose(1, 2), rows)
+    if product.parts > 1 and product.joint and len(x) <= FEW and on_gpu(x):
+        made = multiply_few_on_gpu(x, product, rows)
+    else:
+        made = grouped(x, stacked(product, x.dtype).transpose(1, 2), rows)
     lows: list[Tensor | None] = [None] * len(product.adapters)
     for numbers in same_input(product.adapters):
         few = [product.adapters[i] for i in numbers]
@@ -412,6 +416,51 @@ def dequantize_on_gpu(parts: NF4, dtype: torch.dtype) -> Tensor:
         DOUBLE=double, BYTES=BYTES, PER_BLOCK=NF4_BLOCK // 2, enable_fp_fusion=False,
     )  # fmt: skip
     return made
+
+
+def multiply_few_on_gpu(x: Tensor, product: Product, rows: Groups) -> Tensor:
+    """Of few rows, as when a text is written: only the matrices of their experts are read, and none is made whole."""
+    parts, x = NF4(*product.matrices), x.contiguous()
+    linears, (_, out, half) = len(product.adapters), parts.packed.shape
+    made, double = x.new_empty(len(x), linears * out), parts.nested is not None
+    scales = (parts.nested, parts.offset) if double else (parts.absmax, parts.absmax)
+    multiply_few_kernel[(len(x), -(-linears * out // FEW_COLUMNS))](
+        x, parts.packed, parts.absmax, code(x.device), *scales, dynamic_code(x.device), rows.expert, made,
+        2 * half, out, parts.nested.shape[1] if double else 0,
+        LINEARS=linears, DOUBLE=double, COLUMNS=FEW_COLUMNS, enable_fp_fusion=False,
+    )  # fmt: skip
+    return made
+
+
+@triton.jit
+def multiply_few_kernel(
+    x, packed, absmax, code, nested, offset, numbers, experts, made, size, out, nested_count,
+    LINEARS: tl.constexpr, DOUBLE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Some columns of a row a program, block of 64 by block along the rows of W."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there = column < LINEARS * out
+    matrix = tl.load(experts + row) * LINEARS + column // out  # of each column: which one it is in, and where there
+    column_of = (matrix * out + column % out).to(tl.int64)
+    if DOUBLE:
+        nested += matrix * nested_count
+        offset += matrix
+    total = tl.zeros([COLUMNS], tl.float32)
+    for block in range(size // 64):
+        at = column_of[:, None] * (size // 2) + block * 32 + tl.arange(0, 32)[None, :]
+        byte = tl.load(packed + at, there[:, None], 0).to(tl.int32)
+        scale = tl.load(absmax + column_of * (size // 64) + block, there, 0)
+        if DOUBLE:
+            second = ((column % out).to(tl.int64) * (size // 64) + block) // 256
+            scale = tl.load(numbers + scale.to(tl.int32)) * tl.load(nested + second, there, 0.0)
+            scale += tl.load(offset, there, 0.0)
+        high = tl.load(code + (byte >> 4)) * scale[:, None]
+        low = tl.load(code + (byte & 15)) * scale[:, None]
+        weights = tl.interleave(high, low)  # [COLUMNS, 64]
+        values = tl.load(x + row * size + block * 64 + tl.arange(0, 64))
+        total += tl.sum(weights.to(values.dtype).to(tl.float32) * values.to(tl.float32)[None, :], 1)
+    tl.store(made + row * LINEARS * out + column, total, there)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ torch's grouped product computes on CPUs too, in bf16 and fp32, so everything is
 none, the Triton kernels in their interpreter.
 """
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -11,12 +12,16 @@ from helpers import relative
 from torch import nn
 
 import lora
-from checkpoint import published
+import remat
+from checkpoint import load_model, published, save_model
+from data import collate
+from examples import Example
 from families import Config
 from kernels import experts, gpu
 from kernels import grouped as kernel
-from kernels.nf4 import nf4_dequantize_reference
+from kernels.nf4 import matrix, nf4_dequantize_reference
 from model import Experts, Linear, Transformer
+from objectives import training_loss
 from quant import quantize
 
 SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -205,28 +210,116 @@ def test_what_an_empty_group_leaves_reaches_no_gradient(grouped, monkeypatch):
     assert not any(grad.isnan().any() for grad in results(make("mixtral"), 1, torch.float32).values())
 
 
-@pytest.mark.parametrize("method", ["full", "qlora"])
-def test_parameters_that_lie_together(grouped, method, tmp_path):
+def test_gate_and_up_in_nf4_and_down_not(grouped, monkeypatch):
+    """As where the inner size is no whole number of blocks."""
+
+    def model():
+        made = make("mixtral", "qlora")
+        for expert in made.blocks[0].mlp.experts:
+            base = expert.down.base
+            base.dequantize(matrix(base.frozen, torch.float32))
+        return made
+
+    got = results(model(), 20, torch.float32)
+    assert grouped
+    monkeypatch.undo()
+    assert_close(got, results(widened(model(), torch.float64), 20, torch.float64), 2e-6)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_parameters_that_lie_together(grouped, method):
     """They are multiplied with where they are, and stay what they were for all that reads and writes them."""
-    model = make("mixtral", method, targets="down alone")
-    for layer in lora.drop_lora(model).values():
-        assert layer.merged is False
-    apart = results(make("mixtral", method, targets="down alone"), 20, torch.float32)
+    model, fresh = make("mixtral", method), make("mixtral", method)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.blocks[0].mlp.lay_together()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    members = [getattr(expert, name).frozen for expert in model.blocks[0].mlp.experts for name in ("gate", "up")]
-    for column in zip(*members, strict=True):
-        joint = kernel.as_one(list(column))
-        assert joint is not None and joint.data_ptr() == column[0].data_ptr()
-        assert torch.equal(joint, torch.stack(list(column)))
-    if method == "full":
-        assert_close(results(model, 20, torch.float32), apart, 1e-7)
-        torch.optim.AdamW([p for p in model.parameters() if p.grad is not None], lr=0.1, foreach=True).step()
-        fresh = make("mixtral")
-        fresh.load_state_dict(model.state_dict())
-        fresh.zero_grad(), model.zero_grad()
-        assert_close(results(model, 20, torch.float32), results(fresh, 20, torch.float32), 1e-7)
+    down = [expert.down.member() for expert in model.blocks[0].mlp.experts]
+    for column in zip(*([*member.frozen, member.A] for member in down), strict=True):
+        if column[0] is not None:
+            joint = kernel.as_one(column)
+            assert joint.data_ptr() == column[0].data_ptr() and torch.equal(joint, torch.stack(list(column)))
+            model.blocks[0].mlp.lay_together()  # again: nothing moves
+            assert joint.data_ptr() == column[0].data_ptr()
+    assert_close(results(model, 20, torch.float32), results(fresh, 20, torch.float32), 1e-7)
+    for each in (model, fresh):
+        trained = [p for p in each.parameters() if p.grad is not None]
+        torch.optim.AdamW(trained, lr=0.1, foreach=True).step()
+        each.zero_grad()
+    assert_close(results(model, 20, torch.float32), results(fresh, 20, torch.float32), 1e-7)
+    with torch.inference_mode():
+        out = model.eval().blocks[0].mlp(torch.ones(3, 64))
+    if method != "full":
+        lora.merge(model)
+        with torch.inference_mode():
+            merged = model.eval().blocks[0].mlp(torch.ones(3, 64))
+        assert relative(merged, out) < 1e-5
+    elsewhere = model.to(torch.float64).blocks[0].mlp
+    assert kernel.as_one([expert.down.member().frozen[0] for expert in elsewhere.experts]) is None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Mixtral of two layers, as transformers writes it."""
+    path = tmp_path_factory.mktemp("mixtral")
+    config = transformers.MixtralConfig(**(SIZES | FAMILIES["mixtral"] | {"num_hidden_layers": 2}))
+    torch.manual_seed(0)
+    theirs = transformers.MixtralForCausalLM(config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2)
+    theirs.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_files_are_the_same(folder, tmp_path, quant):
+    model = load_model(folder, quant=quant)
+    save_model(model, tmp_path / "apart")
+    for block in model.blocks:
+        block.mlp.lay_together()
+    save_model(model, tmp_path / "together")
+    apart, together = (tmp_path / name / "model.safetensors" for name in ("apart", "together"))
+    assert apart.read_bytes() == together.read_bytes()
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_a_text_is_the_same(folder, grouped, monkeypatch, quant):
+    """Written token by token; what the experts' products keep meanwhile follows adapters that are merged."""
+    prompts = [[5, 7, 11], [3, 1, 4, 1, 5, 9]]
+    model = load_model(folder, quant=quant)
+    lora.add_lora(model, 8, 16.0)
+    for layer in lora.adapted(model).values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+    for block in model.blocks:
+        block.mlp.lay_together()
+    adapted = model.generate(prompts, 12)
+    assert grouped
+    lora.merge(model, keep=True)
+    merged = model.generate(prompts, 12)
+    lora.unmerge(model)
+    lora.drop_lora(model)
+    plain = model.generate(prompts, 12)
+    monkeypatch.undo()
+    again = load_model(folder, quant=quant)
+    assert plain == again.generate(prompts, 12)
+    assert adapted == merged != plain
+
+
+@pytest.mark.parametrize("kind", remat.KINDS[1:])
+def test_recomputed_blocks(folder, grouped, kind):
+    found = []
+    for each in ("none", kind):
+        model = load_model(folder).train()
+        model.remat = each
+        tokens = torch.arange(40) % 96
+        batch = collate(
+            [Example(tokens[:15].numpy(), np.ones(15, np.float32)), Example(tokens.numpy(), np.ones(40))], "cpu"
+        )
+        loss, balance = training_loss(model, batch, batch.weight, 55)
+        (loss + balance).backward()
+        found.append({name: p.grad for name, p in model.named_parameters()} | {"loss": loss.detach()})
+    assert len(grouped) > 12
+    assert all(torch.equal(found[1][name], value) for name, value in found[0].items())
 
 
 def test_parameters_that_moved_on_are_copied(grouped):
@@ -296,3 +389,23 @@ def test_triton_adds_low_rank_products(triton_too, ranks, stacked_by_rank):
     wanted[:, width:] += 0.7 * torch.einsum("mr,mrw->mw", low.double(), matrices.double()[expert])
     kernel.add_low_rank(made[:, width:], low, matrices, 0.7, kernel.Groups(expert, ends))
     assert relative(made.double(), wanted) < 1e-6
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("linears", [1, 2])
+def test_triton_multiplies_few_rows_with_quantised_experts(triton_too, double, linears):
+    torch.manual_seed(0)
+    separate = [quantize(weight, double) for weight in torch.randn(6 * linears, 40, 1024)]
+    together = [kernel.NF4(*(None if t is None else nn.Parameter(t, False) for t in nf4)) for nf4 in separate]
+    for column in zip(*together, strict=True):
+        kernel.lay_together(column)
+    members = [kernel.Member(nf4) for nf4 in together]
+    product = kernel.make_product([members[i::linears] for i in range(linears)])
+    expert = torch.tensor([0, 0, 2, 5])
+    rows = kernel.Groups(expert, torch.tensor([2, 2, 3, 3, 3, 4], dtype=torch.int32))
+    x = torch.randn(4, 1024)
+    made, lows = kernel.multiply(x, product, rows)
+    wide = torch.stack([nf4_dequantize_reference(nf4, torch.float32) for nf4 in separate]).view(6, -1, 1024)
+    wanted = torch.einsum("mi,moi->mo", x.double(), wide.double()[expert])
+    assert relative(made.double(), wanted) < 1e-6 and lows == [None] * linears
+    assert product.joint

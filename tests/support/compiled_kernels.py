@@ -109,6 +109,10 @@ def cases(device: str = "cuda") -> Iterator[tuple[str, Callable]]:
         frozen = nf4.NF4(made(E, inner, 1024, dtype=uint8), absmax, *nested)
         name = f"nf4 of experts{', double quantisation' if double else ''}"
         yield name, lambda frozen=frozen: grouped.dequantize_on_gpu(frozen, bf16)
+        product = grouped.Product([*frozen], 4, True, E // 2, [None, None])  # gate and up of half as many
+        few = grouped.Groups(made(64, dtype=int64), made(E // 2, dtype=torch.int32))
+        times = lambda product=product, few=few: grouped.multiply_few_on_gpu(made(64, 2048), product, few)
+        yield f"{name}, times 64 rows", times
     group, seed = {"lr": 1e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}, made(2, dtype=int64)
     for dtype, bits in ((fp32, 8), (bf16, 8), (bf16, 32)):
         state = {"step": made(dtype=fp32)}

@@ -10,9 +10,9 @@ tokens lie in the GPU's memory, where the step itself moves them on: the same la
 captured in a CUDA graph, and a token costs one replay.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,13 @@ from torch import Tensor
 
 from errors import UserError
 from kernels.attention import Documents, cached_attention, document_attention, stacked_mask
+from kernels.decode_attention import decode_attention
+from kernels.gpu import on_gpu
 from kernels.rope import LENGTH_DEPENDENT
 
 ROUND = 32  # slots; the cache holds a multiple of so many, so that shapes seldom change
-GRAPH_ROUND = 256  # the same where steps are captured, which is done anew when shapes change; masked slots are read too
-GRAPH_STEPS = 8  # to come that make up for a capture, which takes the host about as long as two or three steps
+GRAPH_ROUND = 256  # the same where steps are captured, which is done anew for new shapes
+GRAPH_STEPS = 8  # to come that make up for a capture, which is taken to last as long as two or three (not measured)
 GRAMS = (3, 2, 1)  # ends of the text that prompt look-up looks for, longest first
 
 
@@ -50,7 +52,7 @@ def stream(
             raise UserError(f"a prompt has {len(row)} tokens; the model takes 1 to {most - 1}")
     assert not lookup or (len(rows) == 1 and temperature == 0), "look-up is for one prompt, greedily"
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
-    choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    choose = functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     ends = [min(len(row) + max_new_tokens, most) for row in rows]
     if not lookup and repetition_penalty == 1 and max_new_tokens > GRAPH_STEPS and can_run_ahead(model):
         yield from stream_ahead(model, rows, ends, stop, choose, captured=temperature == 0)
@@ -172,29 +174,51 @@ class KVCache:
         positions = (filled - self.starts[:, None] + steps).flatten()
         if isinstance(filled, Tensor):
             positions = positions.clamp(max=self.model.config.max_positions - 1)
+            attends = self.attends_on_device(filled)
+        else:
+            attends = self.attends(filled, n)
+        hidden = self.model.hidden(tokens.flatten(), positions, positions + 1, attends)
+        return hidden.view(lines, n, -1)
+
+    def attends(self, filled: int, n: int) -> list[Callable]:
+        """Attention of n new tokens a line, for each layer: they are written into it first."""
+        lines, steps = len(self.starts), torch.arange(n, device=self.starts.device)
         masks = {kind: self.mask(filled, n, *kind) for kind in {*self.kinds}}
-        places = {}  # of the new tokens in a layer: neighbours, or numbers of slots
-        for slots, _ in {*self.kinds}:
-            at = filled % slots
-            together = not isinstance(filled, Tensor) and at + n <= slots  # else over the end of the ring
-            places[slots] = slice(at, at + n) if together else (filled + steps) % slots
 
         def attend(keys, values, kind):
-            mask, at = masks[kind], places[kind[0]]
+            mask, slots = masks[kind], kind[0]
+            at = filled % slots
 
             def attention(q, k, v, scores):  # q: [lines * n, H, d]
                 k, v = (x.view(lines, n, *x.shape[1:]).transpose(1, 2) for x in (k, v))  # [lines, G, n, d]
-                if isinstance(at, slice):
-                    keys[:, :, at], values[:, :, at] = k, v
-                else:
-                    keys.index_copy_(2, at, k), values.index_copy_(2, at, v)
+                if at + n <= slots:
+                    keys[:, :, at : at + n], values[:, :, at : at + n] = k, v
+                else:  # over the end of the ring
+                    where = (filled + steps) % slots
+                    keys.index_copy_(2, where, k), values.index_copy_(2, where, v)
                 return cached_attention(q, keys, values, mask, scores)
 
             return attention
 
-        attends = [attend(*layer, kind) for layer, kind in zip(self.layers, self.kinds)]
-        hidden = self.model.hidden(tokens.flatten(), positions, positions + 1, attends)
-        return hidden.view(lines, n, -1)
+        return [attend(*layer, kind) for layer, kind in zip(self.layers, self.kinds)]
+
+    def attends_on_device(self, filled: Tensor) -> list[Callable]:
+        """The same of one new token a line, whose slot is a number on the device."""
+        fused = on_gpu(filled)
+        places = {} if fused else {slots: filled % slots for slots, _ in {*self.kinds}}
+        masks = {} if fused else {kind: self.mask(filled, 1, *kind) for kind in {*self.kinds}}
+
+        def attend(keys, values, kind):
+            def attention(q, k, v, scores):  # q: [lines, H, d]
+                if fused:
+                    return decode_attention(q, k, v, keys, values, filled, self.starts, scores)
+                keys.index_copy_(2, places[kind[0]], k[:, :, None])
+                values.index_copy_(2, places[kind[0]], v[:, :, None])
+                return cached_attention(q, keys, values, masks[kind], scores)
+
+            return attention
+
+        return [attend(*layer, kind) for layer, kind in zip(self.layers, self.kinds)]
 
     def mask(self, filled: int | Tensor, n: int, slots: int, window: int | None) -> Tensor:
         """What n new tokens a line see of a layer's slots, as cached_attention takes it."""
@@ -323,8 +347,8 @@ failed: list["torch.cuda.CUDAGraph"] = []  # captures; kept, as torch's allocato
 
 def run_and_capture(launch: Callable[[], None], device: torch.device) -> "torch.cuda.CUDAGraph | None":
     """Runs launch(), then captures what it launches, which is not run again: a graph to be replayed; or None, and a
-    NOTE on stderr, where that fails. Both on a stream of their own, as cuBLAS has its workspace by the stream."""
-    stream, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    NOTE on stderr, where that fails."""
+    stream, side = torch.cuda.current_stream(device), side_stream(device)
     side.wait_stream(stream)
     with torch.cuda.stream(side):
         launch()
@@ -345,6 +369,13 @@ def run_and_capture(launch: Callable[[], None], device: torch.device) -> "torch.
         )
         return None
     return graph
+
+
+@functools.cache
+def side_stream(device: torch.device) -> "torch.cuda.Stream":
+    """The one that steps are captured on, for the default stream can't be: always the same one, since cuBLAS keeps a
+    workspace for each."""
+    return torch.cuda.Stream(device)
 
 
 def can_run_ahead(model) -> bool:

@@ -4,19 +4,24 @@ Each is called through its function, which is told that it is on a GPU, on ragge
 GPUs without a kernel of its own: linears with adapters.
 """
 
+from types import SimpleNamespace
+
 import bitsandbytes
 import pytest
 import torch
+import transformers
 from helpers import llama, relative
 from test_kernels import compare, random
 from test_optimizers import give_gradients
 
+import decoding
 import lora
 import optimizers
 import quant
 from checkpoint import load_model
 from kernels import gpu, linear_cross_entropy, lora_linear, nf4, norm, rope, swiglu
-from kernels.attention import Documents
+from kernels.attention import Documents, Scores, stacked_mask
+from kernels.decode_attention import decode_attention
 from kernels.linear import linears, linears_reference
 from kernels.lora_linear import Adapted, Casts, lora_linears, lora_linears_reference
 from optimizers import AdamW
@@ -488,3 +493,64 @@ def test_an_error_of_a_kernel_of_ours_is_not_taken_for_a_missing_compiler(first_
     monkeypatch.setattr(gpu, "launch_nothing", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         gpu.triton_launches()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (HALF, 2e-3)])
+@pytest.mark.parametrize(
+    "filled, rules",
+    [(5, (0.3,)), (63, (0.5, None, 0.8)), (150, (0.3,)), (64, (0.5, 20, 0.8)), (150, (0.3, 9)), (165, (0.5, 70, 0.8))],
+)
+@pytest.mark.parametrize("heads, kv_heads, size, programs", [(4, 2, 20, 256), (34, 2, 16, 20), (3, 3, 16, 1)])
+def test_decoding_attends_to_what_the_cache_holds(
+    monkeypatch, dtype, tolerance, rules, filled, heads, kv_heads, size, programs
+):
+    """Of lines that begin at different slots; in rings that have gone round, and in caches of which a part is filled;
+    what is not seen is no number."""
+    calls.append(filled)
+    lines, slots, (scale, window, softcap) = 3, 100, (*rules, None, None)[:3]
+    starts = torch.tensor([0, 3, max(0, filled - 70)])
+    if filled >= slots and window is None:
+        slots = 200
+    monkeypatch.setattr("kernels.decode_attention.TILE", 1)
+    monkeypatch.setattr("kernels.decode_attention.PROGRAMS", programs)
+    q, k, v = (
+        random(lines, n, size, dtype=dtype, seed=i, grad=False) for i, n in enumerate((heads, kv_heads, kv_heads))
+    )
+    keys, values = (random(lines, kv_heads, slots, size, dtype=dtype, seed=i, grad=False) for i in (3, 4))
+    holds = filled - (filled - torch.arange(slots)) % slots
+    seen = (holds >= starts[:, None]) & (holds > filled - (window or 999))
+    unseen = (~seen | (holds == filled))[:, None, :, None]
+    keys, values = (x.masked_fill(unseen, float("nan")) for x in (keys, values))
+    there = [x.to(DEVICE) for x in (q, k, v, keys, values, torch.tensor([filled]), starts)]
+    got = decode_attention(*there, Scores(*rules)).cpu()
+    for cache, new, after in ((keys, k, there[3]), (values, v, there[4])):
+        cache[:, :, filled % slots] = new
+        assert torch.equal(after.cpu().nan_to_num(), cache.nan_to_num()), "only the new token's slot is written"
+    keys, values = (x.nan_to_num().double() for x in (keys, values))
+    mask = stacked_mask(seen[:, None], kv_heads, heads // kv_heads, torch.float64)
+    weights = scale * q.double().view(lines * kv_heads, -1, size) @ keys.flatten(0, 1).transpose(1, 2)
+    weights = weights if softcap is None else softcap * (weights / softcap).tanh()
+    wanted = ((weights + mask).softmax(-1) @ values.flatten(0, 1)).view(lines, heads, size)
+    assert relative(got.double(), wanted) < tolerance
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_a_text_is_written_by_kernels_as_by_plain_steps(tmp_path, monkeypatch, windowed):
+    """All of a step's kernels, with launches that do not depend on the step, against the plain path."""
+    if windowed:
+        sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 6, "initializer_range": 0.3}
+        torch.manual_seed(0)
+        transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes)).save_pretrained(tmp_path)
+    else:
+        llama(tmp_path, num_key_value_heads=2, num_hidden_layers=2)
+    model, prompts = load_model(tmp_path, torch.float32, torch.device(DEVICE)), [[3, 4, 5], [7, 8, 9, 10, 11, 12, 13]]
+    monkeypatch.setattr(decoding, "can_run_ahead", lambda model: False)
+    wanted = [*model.stream(prompts, 14)]
+    monkeypatch.setattr(decoding, "can_run_ahead", lambda model: True)
+    monkeypatch.setattr(decoding, "on_gpu", lambda x: calls.append(x) or True)
+    monkeypatch.setattr(decoding, "GRAPH_ROUND", 16)
+    if DEVICE == "cpu":  # what the interpreter runs can't be captured
+        repeat = lambda launch, device: launch() or SimpleNamespace(replay=launch)
+        monkeypatch.setattr(decoding, "run_and_capture", repeat)
+    assert [*model.stream(prompts, 14)] == wanted

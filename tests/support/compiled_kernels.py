@@ -53,7 +53,8 @@ def run_tool(name: str, *words: str) -> str:
 
 def cases(device: str = "cuda") -> Iterator[tuple[str, Callable]]:
     """(name, a call that launches one kernel or several)."""
-    from kernels import adamw, experts, grouped, linear_cross_entropy, nf4, norm, rope, swiglu
+    from kernels import adamw, decode_attention, experts, grouped, linear_cross_entropy, nf4, norm, rope, swiglu
+    from kernels.attention import Scores
 
     def made(*shape: int, dtype: torch.dtype = bf16) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -122,6 +123,13 @@ def cases(device: str = "cuda") -> Iterator[tuple[str, Callable]]:
         tensors = made(F * D, dtype=dtype), made(F * D, dtype=dtype), state
         step = lambda tensors=tensors: adamw.adamw_step(*tensors, group, seed, made(dtype=fp32))
         yield f"AdamW, {bits} bits, weights of {dtype.itemsize} bytes", step
+    kinds = {"": (1, HEAD_DIM, Scores(0.1), bf16), ", as Gemma": (1, 256, Scores(0.1, 512, 50.0), bf16)}
+    kinds |= {", 64 lines": (64, HEAD_DIM, Scores(0.1), bf16), ", fp32": (2, 64, Scores(0.1), fp32)}
+    for name, (lines, size, scores, dtype) in kinds.items():
+        cache, new = made(lines, G, 1024, size, dtype=dtype), made(lines, G, size, dtype=dtype)
+        numbers = made(1, dtype=int64), made(lines, dtype=int64)
+        given = made(lines, H, size, dtype=dtype), new, new, cache, cache, *numbers, scores
+        yield f"decoding's attention{name}", lambda given=given: decode_attention.decode_attention(*given)
 
 
 def compile_all(archs: list[int]) -> list[dict]:

@@ -51,7 +51,7 @@ def script(guard, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100))])
 def test_every_kernel_compiles_and_fits(script, arch):
     """At the shapes of an 8B model: no error, nothing spilled, few registers, loads of 16 bytes."""
     (rows,) = script("compiled_kernels.py", "--arch", arch, "--json")

@@ -28,7 +28,7 @@ from kernels.gpu import on_gpu
 from kernels.grouped import Member, Product, lay_together, make_product
 from kernels.linear import linears, linears_reference
 from kernels.nf4 import NF4, Frozen, block_scales, matrix, nf4_linear
-from kernels.norm import rms_norm
+from kernels.norm import add_rms_norm, adds_in_norm, rms_norm
 from kernels.packed_linear import can_join, can_pack, pack, packed_linear
 from kernels.rope import LENGTH_DEPENDENT, frequencies, rope, rope_both
 from kernels.swiglu import ACTIVATIONS, Gated, gated
@@ -105,7 +105,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps, self.offset = nn.Parameter(torch.empty(size)), eps, offset
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, added: Tensor | None = None, pair: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x, or as a pair x + added (x itself for None) and the norm of that."""
+        if pair:
+            return add_rms_norm(x, added, self.weight, self.eps, self.offset)
         return rms_norm(x, self.weight, self.eps, self.offset)
 
 
@@ -126,6 +129,14 @@ def make_norm(config: Config, wanted: bool = True) -> nn.Module:
     if config.norm == "layer":
         return LayerNorm(config.hidden_size, config.norm_eps)
     return RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
+
+
+def add_then_norm(x: Tensor, added: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Returns x + added, or x itself for None, and the norm of that: of an RMSNorm on a GPU, in one kernel."""
+    if isinstance(norm, RMSNorm):
+        return norm(x, added, pair=True)
+    total = x if added is None else x + added
+    return total, norm(total)
 
 
 class Attention(nn.Module):
@@ -321,13 +332,22 @@ class Block(nn.Module):
         self.mlp = Experts(config) if layer.routed else MLP(config, config.intermediate_size)
         self.mlp_post_norm = make_norm(config, config.post_norm)
 
-    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor] | None, attend) -> Tensor:
-        normal = self.attention_norm(x)
+    def forward(
+        self, x: Tensor, added: Tensor | None, turns: tuple[Tensor, Tensor] | None, attend
+    ) -> tuple[Tensor, Tensor | None]:
+        """From one pair to the next: the residual and, where the norm that follows adds, what is to be added to it."""
+        x, normal = add_then_norm(x, added, self.attention_norm)
         attended = self.attention_post_norm(self.attention(normal, turns, attend))
         if self.parallel:
-            return x + attended + self.mlp(normal if self.shared else self.mlp_norm(x))
-        x = x + attended
-        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
+            out = self.mlp(normal if self.shared else self.mlp_norm(x))
+            return self.hand_over(x + attended, out)
+        x, normal = add_then_norm(x, attended, self.mlp_norm)
+        return self.hand_over(x, self.mlp_post_norm(self.mlp(normal)))
+
+    def hand_over(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor | None]:
+        if isinstance(self.attention_norm, RMSNorm) and adds_in_norm(x):
+            return x, added
+        return x + added, None
 
 
 def with_fresh_casts(hidden: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -399,10 +419,14 @@ class Transformer(nn.Module):
         if self.positions is not None:
             x = x + self.positions(positions).to(x.dtype)
         again = Remat(self.remat, x.device) if self.remat != "none" and torch.is_grad_enabled() else None
+        added = None  # to x: what a block has computed, where the next norm adds it (Block.hand_over)
         for block, layer, attend in zip(self.blocks, self.config.layers, attends, strict=True):
             turns = None if layer.rope is None else tables[layer.rope]
-            x = again.run(block, block is self.blocks[-1], x, turns, attend) if again else block(x, turns, attend)
-        return self.norm(x)
+            if again:
+                x, added = again.run(block, block is self.blocks[-1], x, added, turns, attend)
+            else:
+                x, added = block(x, added, turns, attend)
+        return add_then_norm(x, added, self.norm)[1]
 
     def turns(self, number: int, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, [N, 1, r / 2] in the model's dtype, of rope `number` of the configuration."""

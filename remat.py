@@ -25,13 +25,14 @@ KINDS = ("none", "selective", "block", "offload")
 SMALL = 1024  # numbers; a tensor of fewer does not travel
 
 
-def selectively(block, x: Tensor, *rest) -> Tensor:
-    """block(x, *rest), in which the norms' outputs are not kept but made again when they are asked for."""
+def selectively(block, *inputs) -> tuple[Tensor, Tensor | None]:
+    """block(*inputs), in which the norms' outputs are not kept but made again when they are asked for."""
     made: list[tuple[Tensor, Callable]] = []  # holds the outputs, so that no other tensor gets their memory meanwhile
 
     def watch(norm, inputs, output):
-        given = inputs[0].detach()
-        made.append((output, lambda: norm(given)))
+        given, normal = output if isinstance(output, tuple) else (inputs[0], output)
+        given = given.detach()
+        made.append((normal, lambda: norm(given)))
 
     def pack(tensor: Tensor):
         for output, again in made:
@@ -49,7 +50,7 @@ def selectively(block, x: Tensor, *rest) -> Tensor:
     handles = [norm.register_forward_hook(watch) for norm in norms if not isinstance(norm, torch.nn.Identity)]
     try:
         with saved_tensors_hooks(pack, unpack):
-            return block(x, *rest)
+            return block(*inputs)
     finally:
         made.clear()
         for handle in handles:
@@ -103,13 +104,15 @@ class Remat:
         self.kind, self.away = kind, []
         self.side = offload_stream(device) if kind == "offload" and device.type == "cuda" else None
 
-    def run(self, block, last: bool, x: Tensor, *rest) -> Tensor:
+    def run(self, block, last: bool, x: Tensor, added: Tensor | None, *rest) -> tuple[Tensor, Tensor | None]:
         if self.kind == "selective":
-            return selectively(block, x, *rest)
+            return selectively(block, x, added, *rest)
+        if added is not None:  # a block's input is then one tensor, and not two that are kept
+            x = x + added
         if self.kind != "offload" or last:  # the last block's input is wanted at once
-            return checkpoint(block, x, *rest, use_reentrant=False)
+            return checkpoint(block, x, None, *rest, use_reentrant=False)
         with saved_tensors_hooks(self.pack, self.unpack):  # checkpoint keeps the input where such hooks see it
-            return checkpoint(block, x, *rest, use_reentrant=False)
+            return checkpoint(block, x, None, *rest, use_reentrant=False)
 
     def pack(self, x: Tensor):
         if x.numel() < SMALL:

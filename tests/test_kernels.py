@@ -18,7 +18,7 @@ from kernels.attention import (
 from kernels.linear import linears, linears_reference
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from kernels.lora_linear import Adapted, lora_linears, lora_linears_reference
-from kernels.norm import rms_norm, rms_norm_reference
+from kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from kernels.packed_linear import can_pack, pack, packed_linear, packed_linear_reference
 from kernels.rope import rope
 from kernels.swiglu import Gated, gated_reference
@@ -81,6 +81,18 @@ def test_rms_norm(dtype, tolerance, shape, offset):
     reference = lambda x, w: F.rms_norm(x, (x.shape[-1],), w + offset, 1e-5)
     compare(lambda x, w: rms_norm(x, w, 1e-5, offset), reference, inputs, tolerance)
     assert torch.allclose(rms_norm(*inputs, 1e-5, offset), rms_norm_reference(*inputs, 1e-5, offset), atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adds", [True, False])
+def test_add_rms_norm_is_the_addition_and_the_norm(dtype, adds):
+    x, y = (random(33, 24, dtype=dtype, seed=seed) for seed in (0, 1))
+    weight = random(24, dtype=torch.float32)
+    total, normal = add_rms_norm(x, y if adds else None, weight, 1e-5, 1.0)
+    assert torch.equal(total, x + y if adds else x)
+    assert torch.equal(normal, rms_norm(total, weight, 1e-5, 1.0))
+    wanted = add_rms_norm_reference(x, y if adds else None, weight, 1e-5, 1.0)
+    assert torch.equal(total, wanted[0]) and torch.allclose(normal, wanted[1], atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)

@@ -18,6 +18,7 @@ import decoding
 import lora
 import optimizers
 import quant
+import remat
 from checkpoint import load_model
 from kernels import gpu, linear_cross_entropy, lora_linear, nf4, norm, rope, swiglu
 from kernels.attention import Documents, Scores, stacked_mask
@@ -55,18 +56,65 @@ def there(*tensors):
     return [t.detach().to(DEVICE).requires_grad_(t.requires_grad) for t in tensors]
 
 
+ROWS = [(1, 8), (33, 24), (7, 3, 100), (5, 576), (21, 3, 64)]  # the last ones of heads
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Two programs share the rows of a backward that trains the weight, so that each takes several."""
+    monkeypatch.setattr(norm, "programs_at_once", lambda device, warps: 2)
+
+
+def wide_norm(x, weight, offset):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * (weight + offset)
+
+
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 8), (33, 24), (7, 3, 100), (5, 576)])
+@pytest.mark.parametrize("shape", ROWS)
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("trained", [True, False])
-def test_rms_norm(monkeypatch, dtype, tolerance, shape, offset, trained):
-    monkeypatch.setattr(norm, "PROGRAMS", 4)
+def test_rms_norm(few_programs, dtype, tolerance, shape, offset, trained):
     inputs = there(random(*shape, dtype=dtype), random(shape[-1], dtype=torch.float32, grad=trained))
     reference = lambda x, w: norm.rms_norm_reference(x.float(), w, 1e-5, offset).double()
-    wide = lambda x, w: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * (w + offset)
+    wide = lambda x, w: wide_norm(x, w, offset)
     compare(lambda x, w: norm.rms_norm(x, w, 1e-5, offset), wide, inputs, tolerance)
     with torch.no_grad():
         assert relative(norm.rms_norm(*inputs, 1e-5, offset).float(), reference(*inputs).float()) < tolerance
+
+
+@pytest.mark.parametrize("dtype, tolerance", DTYPES)
+@pytest.mark.parametrize("shape", ROWS[:-1])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("adds", [True, False])
+def test_add_rms_norm(few_programs, dtype, tolerance, shape, offset, trained, adds):
+    """The sum and its norm, and gradients of both, where both are read or one of them."""
+    x, y = (random(*shape, dtype=dtype, seed=seed) for seed in (0, 1))
+    inputs = there(x, *([y] if adds else []), random(shape[-1], dtype=torch.float32, grad=trained))
+
+    def ours(*inputs):
+        return norm.add_rms_norm(inputs[0], inputs[1] if adds else None, inputs[-1], 1e-5, offset)
+
+    def wide(*inputs):
+        total = inputs[0] + inputs[1] if adds else inputs[0]
+        return total, wide_norm(total, inputs[-1], offset)
+
+    both = lambda pair: torch.cat(pair, -1)
+    compare(lambda *x: both(ours(*x)), lambda *x: both(wide(*x)), inputs, tolerance)
+    compare(lambda *x: ours(*x)[1], lambda *x: wide(*x)[1], inputs, tolerance)
+    total, normal = ours(*inputs)
+    if DEVICE == "cuda" or dtype == torch.float32:  # the interpreter does not round to bf16
+        assert torch.equal(total, inputs[0] + inputs[1] if adds else inputs[0])
+    assert torch.equal(normal, norm.rms_norm(total, inputs[-1], 1e-5, offset))  # the sum is rounded first
+    grads = torch.autograd.grad(total.sum(), inputs[: 1 + adds])
+    assert all(bool((grad == 1).all()) for grad in grads)
+
+
+def test_a_long_rows_weight_is_trained_by_columns(few_programs, monkeypatch):
+    monkeypatch.setattr(norm, "LONG", 100)
+    monkeypatch.setattr(norm, "COLUMNS", 64)
+    inputs = there(random(7, 150, dtype=torch.float32), random(150, dtype=torch.float32))
+    compare(lambda x, w: norm.rms_norm(x, w, 1e-5), lambda x, w: wide_norm(x, w, 0.0), inputs, 5e-6)
 
 
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
@@ -449,6 +497,23 @@ def test_a_model_with_every_kernel_is_the_model(tmp_path, monkeypatch, shape, me
     plain, wanted = run(False)
     assert relative(loss, plain) < 1e-5 and grads.keys() == wanted.keys()
     assert all(relative(grads[name], wanted[name]) < 2e-5 for name in grads)
+
+
+@pytest.mark.parametrize("kind", remat.KINDS[1:])
+def test_blocks_that_hand_sums_over_are_computed_again(tmp_path, kind):
+    """Every --remat, with the kernels: a sum that is left to the next block is made before that is computed again."""
+    llama(tmp_path, std=0.1, intermediate_size=128, num_key_value_heads=2)
+
+    def run(kind):
+        model = load_model(tmp_path, torch.float32, DEVICE).train()
+        model.remat = kind
+        hidden = model.flat(torch.arange(90, device=DEVICE) % 96, Documents([30, 30, 30], DEVICE))
+        (hidden * torch.linspace(-1, 1, 64, device=DEVICE)).sum().backward()
+        return hidden, {name: p.grad for name, p in model.named_parameters() if name != "head.weight"}
+
+    (hidden, grads), (wanted_hidden, wanted) = run(kind), run("none")
+    assert torch.equal(hidden, wanted_hidden)
+    assert all(relative(grads[name], wanted[name]) < 1e-5 for name in grads)
 
 
 @pytest.fixture

@@ -59,11 +59,7 @@ def cases(device: str = "cuda") -> Iterator[tuple[str, Callable]]:
     def made(*shape: int, dtype: torch.dtype = bf16) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    x, scale = made(N, D), made(N, 1, dtype=fp32)
-    yield "norm", lambda: norm.normalise(x, made(D), 1e-5, 0.0)
-    yield "norm backward", lambda: norm.backward_on_gpu(x, x, made(D), scale, 0.0, False)
-    yield "norm backward, weight trained", lambda: norm.backward_on_gpu(x, x, made(D, dtype=fp32), scale, 0.0, True)
-    yield "norm of heads", lambda: norm.normalise(made(N, H, HEAD_DIM), made(HEAD_DIM), 1e-5, 0.0)
+    yield from norms(norm, made)
     whole, part = made(N, 1, HEAD_DIM // 2), made(N, 1, HEAD_DIM // 8)
     yield "rope", lambda: rope.turn_both(made(N, H, HEAD_DIM), made(N, G, HEAD_DIM), whole, whole)
     yield "rope of a quarter", lambda: rope.turn_both(made(N, H, HEAD_DIM), made(N, H, HEAD_DIM), part, part)
@@ -130,6 +126,30 @@ def cases(device: str = "cuda") -> Iterator[tuple[str, Callable]]:
         numbers = made(1, dtype=int64), made(lines, dtype=int64)
         given = made(lines, H, size, dtype=dtype), new, new, cache, cache, *numbers, scores
         yield f"decoding's attention{name}", lambda given=given: decode_attention.decode_attention(*given)
+
+
+def norms(norm, made: Callable) -> Iterator[tuple[str, Callable]]:
+    """Of rows as wide as models are, of heads, and of odd rows; weights are frozen or trained, which are in fp32."""
+
+    def forward(*shape: int, adds: bool) -> Callable:
+        x = made(*shape)
+        return lambda: norm.normalise_on_gpu(x, x if adds else None, made(shape[-1]), 1e-5, 0.0)
+
+    def backward(*shape: int, adds: bool, trained: bool) -> Callable:
+        x, scale = made(*shape), made(*shape[:-1], 1, dtype=fp32)
+        weight = made(shape[-1], dtype=fp32 if trained else bf16)
+        return lambda: norm.backward_on_gpu(x, x, weight, scale, 0.0, trained, x if adds else None)
+
+    heads = {"norm of heads": (N, H, HEAD_DIM), "norm of heads of 64": (N, H, 64), "norm of odd heads": (N, H, 22)}
+    for name, shape in {"norm": (N, D), **heads}.items():
+        yield name, forward(*shape, adds=False)
+        yield f"{name} backward", backward(*shape, adds=False, trained=False)
+        yield f"{name} backward, weight trained", backward(*shape, adds=False, trained=True)
+    for width in (576, 1152, 3584, D, 8192, 16384):
+        name = f"sum and norm of {width}"
+        yield name, forward(N, width, adds=True)
+        yield f"{name} backward", backward(N, width, adds=True, trained=False)
+        yield f"{name} backward, weight trained", backward(N, width, adds=True, trained=True)
 
 
 def compile_all(archs: list[int]) -> list[dict]:

@@ -127,6 +127,8 @@ def expected_memory(model: Transformer, setup: Setup, lengths: list[int], traine
     if recomputed:  # the inputs, of which two are on their way to or from the host
         activations = (c.num_layers if setup.remat == "block" else 2) * tokens * c.hidden_size * item
     activations += 2 * tokens * c.hidden_size * item  # the last norm's input and output
+    if device == "cuda":  # adapters as their products take them, cast once a forward (lora.ModelCasts)
+        activations += item * sum(p.numel() for p in parameters if p.requires_grad and setup.method != "full")
     head = model.embed.weight if model.head is None else model.head.weight
     head_trained = head is not None and head.requires_grad
     budget = LOGITS_BYTES.get(device, LOGITS_BYTES["cuda"])

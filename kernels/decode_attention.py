@@ -32,6 +32,7 @@ def decode_attention(
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     assert keys.is_contiguous() and values.is_contiguous()
     pairs, share, width = lines * kv_heads, heads // kv_heads, max(16, blocks(d))
+    rows = max(16, blocks(share))
     tile = max(16, min(64, TILE // (width * q.element_size())))
     count = max(1, min(PARTS, -(-slots // tile), PROGRAMS // pairs))
     out, alone = q.new_empty(lines, heads, d), count == 1
@@ -42,7 +43,7 @@ def decode_attention(
         *(stride for x in (q, k, v) for stride in x.stride()[:2]),
         kv_heads, share, slots, d, scores.scale, scores.softcap or 0.0, scores.window or 0,
         CAPPED=scores.softcap is not None, WINDOWED=scores.window is not None,
-        ALONE=alone, ROWS=max(16, blocks(share)), TILE=tile, WIDTH=width, num_warps=4 if width <= 128 else 8,
+        ALONE=alone, ROWS=rows, TILE=tile, WIDTH=width, num_warps=4 if rows * width <= 2048 else 8,
     )  # fmt: skip
     if not alone:
         whole_kernel[(lines * heads,)](parts, tops, sums, out, share, d, count, COUNT=blocks(count), WIDTH=width)

@@ -32,7 +32,7 @@ class Replay:
         pass
 
 
-def make_model(raw: dict, method: str, lines: int) -> Transformer:
+def make_model(raw: dict, method: str) -> Transformer:
     """A model on the fake GPU as it is generated with. method: base, lora (with an adapter on), nf4, qlora."""
     setup = plan.Setup("qlora" if method in ("nf4", "qlora") else "lora")
     model = plan.sketch(Config.from_hf(raw), setup, torch.bfloat16, ADAPTER)
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=500, help="tokens of each line so far")
     args = parser.parse_args()
-    model = make_model(MODELS[args.model], args.method, args.lines)
+    model = make_model(MODELS[args.model], args.method)
     choose = partial(decoding.sample, temperature=0.0, top_k=0, top_p=1.0, generator=None)
     with fake_cuda.fake_tensors(), torch.no_grad(), packed_weights(model, 64):
         cache = decoding.KVCache(model, [args.prompt] * args.lines, 64, 1, decoding.GRAPH_ROUND)

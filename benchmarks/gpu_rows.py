@@ -37,7 +37,10 @@ import peers
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT, CONTEXT_LOST = 69, 75  # exit codes: a package is missing; the GPU takes no more work from this process
 RANK = 16
-TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of a loss, relative to the CPU's in fp32, at any of the steps
+# Of a loss, relative to the CPU's in fp32, at any of the steps; bf16 on a CPU is 3e-3 away from it after twenty steps
+# of full fine-tuning, 1e-3 after twenty of LoRA
+TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2}
+CORRECTNESS_RATE = {"full": 1e-4, "lora": 1e-3, "qlora": 1e-3}  # losses fall by a quarter and more
 REHEARSAL_NAME = "rehearsal on CPU"
 FULL_WAYS = {  # of full fine-tuning: what is on the host, as train.py's flags say it, and as plan.Setup does
     "all on the GPU": {},
@@ -283,22 +286,23 @@ def correctness(settings: dict, device, report) -> Measurements:
 
     import plan
 
-    spec = {"shape": settings["shape"], "steps": 2, "batch": 2, "seq": settings["seq"], "rate": 1e-3, "document": 40}
+    spec = {"shape": settings["shape"], "steps": 2, "batch": 2, "seq": settings["seq"], "document": 40}
     batches = peers.document_rows(torch, spec)
     rows = [batches[step % 2] for step in range(settings["steps"])]
     raw, cpu = peers.raw_config(settings["shape"]), torch.device("cpu")
-    for method in ("full", "lora", "qlora"):
+    for method, rate in CORRECTNESS_RATE.items():
         setup, adapter = plan.Setup(method), peers.adapter({"rank": RANK})
+        spec = spec | {"method": method, "rate": rate}
         model = random_model(raw, setup, torch.float32, cpu, adapter)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(torch.bfloat16) if parameter.is_floating_point() else parameter)
         begin = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        wanted = peers.train_by_plaintune(torch, model, spec | {"method": method}, rows, cpu, 0.0)[1]
+        wanted = peers.train_by_plaintune(torch, model, spec, rows, cpu, 0.0)[1]
         for dtype in (torch.float32, torch.bfloat16):
             model = random_model(raw, setup, dtype, device, adapter)
             model.load_state_dict(begin)
-            job = partial(peers.train_by_plaintune, torch, model, spec | {"method": method}, rows, device, 0.0)
+            job = partial(peers.train_by_plaintune, torch, model, spec, rows, device, 0.0)
             yield f"{method}, {str(dtype)[6:]}", partial(compare_losses, job, wanted, str(dtype)[6:])
 
 

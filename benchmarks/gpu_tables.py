@@ -164,7 +164,7 @@ def durability_table(run: Run) -> str:
 
 
 def correctness_table(run: Run) -> str:
-    names = [f"{method}, {dtype}" for method in ("full", "lora", "qlora") for dtype in gpu_rows.TOLERANCE]
+    names = [f"{method}, {dtype}" for method in gpu_rows.CORRECTNESS_RATE for dtype in gpu_rows.TOLERANCE]
     rows = []
     for name in names:
         for each in run.measurements("correctness"):

@@ -106,7 +106,7 @@ def dequantized(codes, scales, numbers, at, block, inside, there, ZERO: tl.const
 
 @triton.jit
 def look_up(table, index):
-    """Of 256 numbers those at index, any shape. The table goes through shared memory, where 32 threads read 32 places
+    """Of a table of 256 numbers those at index. The table goes through shared memory, where 32 threads read 32 places
     at once; from global memory, a cache line at a time."""
     whole = tl.load(table + tl.arange(0, 256))
     return tl.reshape(tl.gather(whole, tl.reshape(index, [index.numel]), 0), index.shape)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from kernels.adamw import adamw_step
 from kernels.linear import linears, linears_reference
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from kernels.lora_linear import Adapted, lora_linears, lora_linears_reference
@@ -30,6 +31,7 @@ from kernels.norm import rms_norm, rms_norm_reference
 from kernels.rope import rope_both, rope_reference
 from kernels.swiglu import Gated, gated_reference
 from loading import pick_device, pick_dtype
+from optimizers import adam, narrowed, widened
 from quant import quantize
 
 SHAPES = {  # hidden, intermediate, heads, key-value heads, head_dim, vocabulary
@@ -59,7 +61,7 @@ def cases(shape: tuple, tokens: int, device: torch.device, dtype: torch.dtype) -
     targets = torch.randint(V, (tokens,), device=device)
     qkv, mlp = [adapted(n * d, D) for n in (H, G, G)], ([adapted(F, D), adapted(F, D)], [adapted(D, F)])
     frozen = quantize(numbers(F, D, grad=False).float())
-    few = numbers(8, D, grad=False)
+    few, one = numbers(8, D, grad=False), numbers(1, D, grad=False)
 
     def whole_mlp(linears, gate_up):
         def run(x, *_):
@@ -109,7 +111,30 @@ def cases(shape: tuple, tokens: int, device: torch.device, dtype: torch.dtype) -
             lambda: nf4_dequantize(frozen, dtype), lambda: nf4_dequantize_reference(frozen, dtype), []),
         "NF4 linear, 8 rows": (
             lambda: nf4_linear(few, frozen, None), lambda: nf4_linear_reference(few, frozen, None), []),
-    }  # fmt: skip
+        "NF4 linear, 1 row": (
+            lambda: nf4_linear(one, frozen, None), lambda: nf4_linear_reference(one, frozen, None), []),
+    } | (adamw_case(F * D, device) if device.type == "cuda" else {})  # fmt: skip
+
+
+def adamw_case(count: int, device: torch.device) -> dict:
+    """A step with moments in 8 bits on bf16 weights. Its rate is 0, so that both may step as often as they like."""
+    weight, grad = (torch.randn(count, device=device).to(torch.bfloat16) for _ in range(2))
+    state = {"step": torch.ones((), device=device)}
+    for name in ("m", "v"):
+        state[name], state[f"{name}_scale"] = narrowed(grad.float().square(), name)
+    group = {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    seed = torch.ones(2, dtype=torch.int64, device=device)
+
+    def ours():
+        adamw_step(weight, grad, state, group, seed, None)
+        return weight
+
+    def plain():
+        m, v = (widened(state[name], state[f"{name}_scale"], name) for name in ("m", "v"))
+        new = adam(weight.float(), grad.float(), m, v, 1, group).to(weight.dtype)
+        return new, narrowed(m, "m"), narrowed(v, "v")
+
+    return {"AdamW, 8 bits": (ours, lambda: plain()[0], [])}
 
 
 def once(function, inputs: list[Tensor], cotangent: Tensor | None) -> list[Tensor]:

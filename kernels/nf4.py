@@ -8,8 +8,8 @@ numbers (Dettmers et al. 2022, arXiv 2110.02861).
 
 The product is not fused: the matrix is made whole in x's dtype, multiplied, and thrown away, forward and again in the
 backward, so that what is kept for the backward is the 4-bit form. With more than some hundred tokens this is also the
-fastest way. With few rows, as when a text is written, and no backward to come, a GPU multiplies while it dequantises
-and never makes the matrix. Bit for bit the numbers of bitsandbytes: code times absmax in fp32, rounded once.
+fastest way. With few rows, as when a text is written, a GPU multiplies while it dequantises and never makes the matrix.
+Bit for bit the numbers of bitsandbytes: code times absmax in fp32, rounded once.
 """
 
 from functools import cache
@@ -22,8 +22,11 @@ from torch import Tensor
 from kernels.gpu import blocks, on_gpu, tl, triton
 
 BLOCK, NESTED_BLOCK = 64, 256
-BYTES = 1024  # that a program of the kernel turns into numbers
-FEW = 64  # rows that are multiplied while dequantising; with more, the matrix is made and the product is cuBLAS's
+BYTES, WARPS = 4096, 8  # that a program turns into numbers: 16 a thread
+# Rows of x that are multiplied while dequantising. A matrix that is made moves 4.5 bytes a weight (0.5 read, 2 written,
+# 2 read), this product 0.5, but it computes without tensor cores: for 8 rows some 40 instructions a weight, in which
+# time an H100 moves between 4 and 5 bytes.
+FEW, ROWS = 8, 4  # and those that a program takes; more want more registers than there are
 # Quantiles of the normal distribution, as the paper's appendix E lists them
 CODE = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -117,9 +120,16 @@ def matrix(frozen: Frozen, dtype: torch.dtype) -> Tensor:
 
 def nf4_linear(x: Tensor, frozen: NF4, bias: Tensor | None) -> Tensor:
     """x W^T + b of a frozen W. x: [tokens, in]; bias: frozen [out] in x's dtype. Returns [tokens, out]."""
-    if on_gpu(x) and len(x) <= FEW and not torch.is_grad_enabled():
-        return multiply_on_gpu(x, frozen, bias)
+    if not torch.is_grad_enabled():
+        return frozen_product(x, frozen, bias)
     return NF4Linear.apply(x, bias, *frozen)
+
+
+def frozen_product(x: Tensor, frozen: Frozen, bias: Tensor | None) -> Tensor:
+    """`nf4_linear` without gradients, and of a plain W as well: the way that reads least memory."""
+    if len(frozen) > 1 and on_gpu(x) and len(x) <= FEW:
+        return multiply_on_gpu(x, NF4(*frozen), bias)
+    return F.linear(x, matrix(frozen, x.dtype), bias)
 
 
 def nf4_linear_reference(x: Tensor, frozen: NF4, bias: Tensor | None) -> Tensor:
@@ -130,7 +140,7 @@ class NF4Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, *frozen):
         ctx.save_for_backward(*frozen)
-        return F.linear(x, matrix(frozen, x.dtype), bias)
+        return frozen_product(x, frozen, bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -149,21 +159,24 @@ def tables(frozen: NF4) -> tuple[Tensor, ...]:
 
 def dequantize_on_gpu(frozen: NF4, dtype: torch.dtype) -> Tensor:
     packed, out = frozen.packed.contiguous(), frozen.packed.shape[0]
-    made, count = torch.empty(out, 2 * packed.shape[1], dtype=dtype, device=packed.device), packed.numel()
-    dequantize_kernel[(-(-count // BYTES),)](
-        packed, *tables(frozen), made, count, DOUBLE=frozen.nested is not None, BYTES=BYTES,
-        PER_BLOCK=packed.shape[1] // frozen.absmax.shape[1], enable_fp_fusion=False,
+    made = torch.empty(out, 2 * packed.shape[1], dtype=dtype, device=packed.device)
+    per_block, count = packed.shape[1] // frozen.absmax.shape[1], frozen.absmax.numel()
+    dequantize_kernel[(-(-packed.numel() // BYTES),)](
+        packed, *tables(frozen), made, count, DOUBLE=frozen.nested is not None, BLOCKS=BYTES // per_block,
+        PER_BLOCK=per_block, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return made
 
 
 def multiply_on_gpu(x: Tensor, frozen: NF4, bias: Tensor | None) -> Tensor:
     x, (rows, size), out = x.contiguous(), x.shape, frozen.packed.shape[0]
-    made, columns = x.new_empty(rows, out), 32
-    multiply_kernel[(-(-out // columns),)](
-        x, frozen.packed.contiguous(), *tables(frozen), made if bias is None else bias, made, rows, size, out,
-        DOUBLE=frozen.nested is not None, BIAS=bias is not None, ROWS=max(16, blocks(rows)), COLUMNS=columns,
-        enable_fp_fusion=False,
+    made, words = x.new_empty(rows, out), frozen.packed.contiguous().view(torch.int32)
+    at_once, columns = min(ROWS, blocks(rows)), 4 if rows == 1 else 2
+    threads = min(128, max(32, blocks(size // 32)))  # of 32 numbers each
+    multiply_kernel[(-(-out // columns), -(-rows // at_once))](
+        x, words, *tables(frozen), made if bias is None else bias, made, rows, size, out,
+        DOUBLE=frozen.nested is not None, BIAS=bias is not None, ROWS=at_once, COLUMNS=columns, THREADS=threads,
+        num_warps=threads // 32,
     )  # fmt: skip
     return made
 
@@ -182,37 +195,66 @@ def scales_of(absmax, nested, offset, numbers, block, inside, DOUBLE: tl.constex
 @triton.jit
 def dequantize_kernel(
     packed, absmax, code, nested, offset, numbers, out, count,
-    DOUBLE: tl.constexpr, BYTES: tl.constexpr, PER_BLOCK: tl.constexpr,
+    DOUBLE: tl.constexpr, BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A byte is two numbers: both levels of scales in the one pass over the codes."""
-    start = tl.program_id(0).to(tl.int64) * BYTES
-    at = start + tl.arange(0, BYTES)
-    inside = at < count
-    byte = tl.load(packed + at, inside, 0).to(tl.int32)
-    scale = scales_of(absmax, nested, offset, numbers, at // PER_BLOCK, inside, DOUBLE)
+    """Some blocks a program, of PER_BLOCK bytes with two numbers each: both levels of scales in the one pass. count: of
+    blocks."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = block < count
+    scale = scales_of(absmax, nested, offset, numbers, block, inside, DOUBLE)[:, None]
+    at = block[:, None] * PER_BLOCK + tl.arange(0, PER_BLOCK)[None, :]
+    byte = tl.load(packed + at, inside[:, None], 0).to(tl.int32)
     pair = tl.interleave(tl.load(code + (byte >> 4)) * scale, tl.load(code + (byte & 15)) * scale)
-    at = 2 * start + tl.arange(0, 2 * BYTES)
-    tl.store(out + at, pair, at < 2 * count)
+    at = block[:, None] * (2 * PER_BLOCK) + tl.arange(0, 2 * PER_BLOCK)[None, :]
+    tl.store(out + at, pair.to(out.dtype.element_ty), inside[:, None])
+
+
+@triton.jit
+def half_scales(
+    absmax, nested, offset, numbers, starts, start, per_row, there, DOUBLE: tl.constexpr, THREADS: tl.constexpr
+):
+    """[columns, THREADS]: the scales of 16 bytes each, half a block, from words `start` of rows of W at `starts`."""
+    half = start // 4 + tl.arange(0, THREADS)[None, :]
+    inside = there & (half < per_row // 4)
+    return scales_of(absmax, nested, offset, numbers, (starts // 4 + half) // 2, inside, DOUBLE)
 
 
 @triton.jit
 def multiply_kernel(
-    x, packed, absmax, code, nested, offset, numbers, bias, made, rows, size, out,
-    DOUBLE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, words, absmax, code, nested, offset, numbers, bias, made, rows, size, out,
+    DOUBLE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of x W^T a program, block of 64 by block along the rows of W."""
-    row, column = tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside, there = row[:, None] < rows, column < out
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for block in range(size // 64):
-        at = column[:, None].to(tl.int64) * (size // 2) + block * 32 + tl.arange(0, 32)[None, :]
-        byte = tl.load(packed + at, there[:, None], 0).to(tl.int32)
-        blocks = column.to(tl.int64) * (size // 64) + block
-        scale = scales_of(absmax, nested, offset, numbers, blocks, there, DOUBLE)[:, None]
-        high, low = tl.load(code + (byte >> 4)) * scale, tl.load(code + (byte & 15)) * scale
-        weights = tl.interleave(high, low)  # [COLUMNS, 64]
-        values = tl.load(x + row[:, None].to(tl.int64) * size + block * 64 + tl.arange(0, 64)[None, :], inside, 0.0)
-        total = tl.dot(values, tl.trans(weights.to(values.dtype)), total, input_precision="ieee")
+    """Some rows and columns of x W^T a program, which goes along the rows of W. A thread takes 16 bytes of codes of
+    each column and the 32 numbers of x that belong to them, and keeps a sum of its own until the end."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    there, per_row = (column < out)[:, None], size // 8
+    starts = column.to(tl.int64)[:, None] * per_row
+    sixteen = tl.load(code + tl.arange(0, 16))
+    digit = tl.arange(0, 8)  # of a word of four bytes: of each the high half comes first
+    shift = (digit // 2 * 8 + 4 - digit % 2 * 4)[None, None, None, :]
+    total = tl.zeros([ROWS, COLUMNS, THREADS], tl.float32)
+    for start in range(0, per_row, 4 * THREADS):
+        at = start + tl.arange(0, 4 * THREADS)[None, :]
+        word = tl.load(words + starts + at, there & (at < per_row), 0)
+        index = (tl.reshape(word, [COLUMNS, THREADS, 4, 1]) >> shift) & 15
+        number = tl.gather(sixteen, tl.reshape(index, [index.numel]), 0)
+        number = tl.reshape(number, [COLUMNS, THREADS, 32])
+        late: tl.constexpr = DOUBLE or ROWS == 1  # which of both orders needs fewer registers
+        if not late:
+            scale = half_scales(absmax, nested, offset, numbers, starts, start, per_row, there, DOUBLE, THREADS)
+            number *= scale[:, :, None]
+        place = start * 8 + tl.arange(0, 32 * THREADS)
+        for i in tl.static_range(ROWS):
+            row = tl.program_id(1).to(tl.int64) * ROWS + i
+            values = tl.load(x + row * size + place, (place < size) & (row < rows), 0.0).to(tl.float32)
+            part = tl.sum(number * tl.reshape(values, [1, THREADS, 32]), 2)
+            if late:
+                part *= half_scales(absmax, nested, offset, numbers, starts, start, per_row, there, DOUBLE, THREADS)
+            # which rows a thread's sums are of is known when this is compiled: nothing is compared
+            total += tl.where(tl.arange(0, ROWS)[:, None, None] == i, part[None, :, :], 0.0)
+    result = tl.sum(total, 2)
+    row_here = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     if BIAS:
-        total += tl.load(bias + column, there, 0.0).to(tl.float32)[None, :]
-    tl.store(made + row[:, None].to(tl.int64) * out + column[None, :], total, inside & there[None, :])
+        result += tl.load(bias + column, column < out, 0.0).to(tl.float32)[None, :]
+    inside = (row_here < rows) & (column < out)[None, :]
+    tl.store(made + row_here.to(tl.int64) * out + column[None, :], result, inside)

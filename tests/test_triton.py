@@ -294,16 +294,27 @@ def test_nf4_bit_for_bit(double, dtype, shape):
 
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (HALF, 1e-2)])
-@pytest.mark.parametrize("rows", [1, 5, 17])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 17])
 @pytest.mark.parametrize("bias", [True, False])
-def test_nf4_multiplies_while_it_dequantises(double, dtype, tolerance, rows, bias):
-    frozen = quantize(random(70, 192, dtype=torch.float32, grad=False).to(DEVICE), double)
-    x, b = there(random(rows, 192, dtype=dtype, grad=False), random(70, dtype=dtype, grad=False))
+@pytest.mark.parametrize("out, size", [(70, 192), (5, 4224)])  # rows of W of several steps, the last one short
+def test_nf4_multiplies_while_it_dequantises(monkeypatch, double, dtype, tolerance, rows, bias, out, size):
+    made = []
+    monkeypatch.setattr(nf4, "nf4_dequantize", lambda *x: made.append(x) or nf4.dequantize_on_gpu(*x))
+    frozen = quantize(random(out, size, dtype=torch.float32, grad=False).to(DEVICE), double)
+    x, b = there(random(rows, size, dtype=dtype, grad=False), random(out, dtype=dtype, grad=False))
     with torch.no_grad():
         got = nf4.nf4_linear(x, frozen, b if bias else None)
-    matrix = nf4.nf4_dequantize_reference(frozen, dtype).double()
+        same = nf4.frozen_product(x, tuple(frozen), b if bias else None)
+    matrix = nf4.nf4_dequantize_reference(frozen, dtype if rows == 17 else torch.float32).double()
     wanted = x.double() @ matrix.t() + (b.double() if bias else 0)
-    assert got.dtype == dtype and relative(got.double(), wanted) < tolerance
+    assert got.dtype == dtype and relative(got.double(), wanted) < tolerance and torch.equal(got, same)
+    assert len(made) == (2 if rows == 17 else 0)
+
+
+def test_a_frozen_product_with_a_plain_matrix():
+    calls.append("no kernel is to run here")
+    x, weight, bias = there(*(random(*shape, dtype=torch.float32, grad=False) for shape in ((3, 24), (40, 24), (40,))))
+    assert torch.equal(nf4.frozen_product(x, (weight,), bias), torch.nn.functional.linear(x, weight, bias))
 
 
 # ---- AdamW ----

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels.gpu import on_gpu
 from kernels.linear import mm_as
-from kernels.nf4 import Frozen, matrix
+from kernels.nf4 import Frozen, frozen_product, matrix
 from kernels.swiglu import gated, gated_backward, gated_reference
 
 
@@ -49,6 +49,8 @@ def lora_linears(
     where there are none, they are made here, and again in the backward. Returns a [tokens, out] of each."""
     layout = [(linear.scale, len(linear.frozen)) for linear in linears]
     tensors = [t for linear in linears for t in (linear.bias, linear.A, linear.B, *linear.frozen)]
+    if on_gpu(x) and not torch.is_grad_enabled():
+        return without_gradients(x if up is None else gated(x, up, activation), linears, casts)
     if on_gpu(x):
         return list(LoRALinearsOnGPU.apply(x, up, activation, layout, casts, *tensors))
     return list(LoRALinears.apply(x, up, activation, layout, *tensors))
@@ -108,12 +110,7 @@ class LoRALinearsOnGPU(torch.autograd.Function):
         ctx.casts = casts  # no input and no output: autograd does not watch it
         A, Bs = casts or cast(linears, x.dtype)
         read = x if up is None else gated(x, up, activation)
-        s = read.new_empty(read.shape[0], sum(ranks))
-        if len({linear.scale for linear in linears}) == 1:  # as in every model that add_lora makes
-            scaled_product_(s, read, A.t(), linears[0].scale)
-        else:
-            for part, each, linear in zip(s.split(ranks, 1), A.split(ranks), linears, strict=True):
-                scaled_product_(part, read, each.t(), linear.scale)
+        s = scaled_low(read, A, linears)
         outs = []
         for (frozen, bias, *_), B, part in zip(linears, Bs, s.split(ranks, 1), strict=True):
             update = F.linear(part, B, bias)
@@ -141,6 +138,29 @@ class LoRALinearsOnGPU(torch.autograd.Function):
             dB = mm_as(grad.t(), part, linear.B.dtype)
             found += [None, each.to(linear.A.dtype), dB, *[None] * len(linear.frozen)]
         return dx, dup, None, None, None, *found
+
+
+def without_gradients(read: Tensor, linears: list[Adapted], casts: Casts | None) -> list[Tensor]:
+    """The linears' outputs for what they read, as a text is written: of few rows, a matrix in NF4 is not made whole."""
+    A, Bs = casts or cast(linears, read.dtype)
+    parts = scaled_low(read, A, linears).split([linear.A.shape[0] for linear in linears], 1)
+    outs = []
+    for linear, B, part in zip(linears, Bs, parts, strict=True):
+        made = frozen_product(read, linear.frozen, linear.bias)
+        outs.append(made.addmm_(part, B.t()))
+    return outs
+
+
+def scaled_low(read: Tensor, A: Tensor, linears: list[Adapted]) -> Tensor:
+    """Of each linear scale * read A^T, side by side: [tokens, ranks]. A: stacked, in read's dtype."""
+    ranks = [linear.A.shape[0] for linear in linears]
+    s = read.new_empty(read.shape[0], sum(ranks))
+    if len({linear.scale for linear in linears}) == 1:  # as in every model that add_lora makes
+        scaled_product_(s, read, A.t(), linears[0].scale)
+        return s
+    for part, each, linear in zip(s.split(ranks, 1), A.split(ranks), linears, strict=True):
+        scaled_product_(part, read, each.t(), linear.scale)
+    return s
 
 
 def input_gradients(

@@ -317,6 +317,25 @@ def test_a_frozen_product_with_a_plain_matrix():
     assert torch.equal(nf4.frozen_product(x, (weight,), bias), torch.nn.functional.linear(x, weight, bias))
 
 
+@pytest.mark.parametrize("rows", [1, 5, 30])
+@pytest.mark.parametrize("kind", ["plain", "nf4"])
+def test_adapters_of_few_rows_without_gradients(monkeypatch, rows, kind):
+    """As a text is written: a matrix in NF4 is made whole for many rows alone."""
+    calls.append("a plain matrix has no kernel")
+    made = []
+    monkeypatch.setattr(nf4, "nf4_dequantize", lambda *x: made.append(x) or nf4.dequantize_on_gpu(*x))
+    x, *rest = there(*(random(*size, dtype=torch.float32) for size in ((rows, 128), (4, 128), (72, 4), (4, 128))))
+    W, bias, B = there(*(random(*size, dtype=torch.float32, grad=False) for size in ((72, 128), (72,), (64, 4))))
+    V = random(64, 128, dtype=torch.float32, grad=False, seed=5).to(DEVICE)
+    frozen = [(each,) if kind == "plain" else tuple(quantize(each, True)) for each in (W, V)]
+    each = [Adapted(frozen[0], bias, rest[0], rest[1], 1.7), Adapted(frozen[1], None, rest[2], B, 0.3)]
+    with torch.no_grad():
+        got = lora_linears(x, each)
+    assert bool(made) == (kind == "nf4" and rows == 30)
+    for a, b in zip(got, lora_linears_reference(x.detach(), each), strict=True):
+        assert relative(a, b.detach()) < 1e-5
+
+
 # ---- AdamW ----
 
 

@@ -119,7 +119,9 @@ class AdamW(Optimizer):
         device = local(parameters[0]).device
         bad = None if bad is None else bad.to(device)
         states = [self.state_of(p, group) for p in parameters]
-        torch._foreach_add_([state["step"] for state in states], 1.0 if bad is None else 1 - bad)
+        taken = torch.ones((), device=device) if bad is None else 1 - bad
+        # of tensors a list: one alone would be read by the host, as a number
+        torch._foreach_add_([state["step"] for state in states], [taken] * len(states))
         # by the device's generator, whose state a checkpoint holds; of 16 bytes each: Triton compiles a kernel for
         # addresses that are multiples of 16, and another for others
         seeds = torch.randint(1 << 62, (len(parameters), 2), device=device)

@@ -27,7 +27,7 @@ from kernels.linear import linears, linears_reference
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from kernels.lora_linear import Adapted, lora_linears, lora_linears_reference
 from kernels.nf4 import nf4_dequantize, nf4_dequantize_reference, nf4_linear, nf4_linear_reference
-from kernels.norm import rms_norm, rms_norm_reference
+from kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from kernels.rope import rope_both, rope_reference
 from kernels.swiglu import Gated, gated_reference
 from loading import pick_device, pick_dtype
@@ -54,7 +54,7 @@ def cases(shape: tuple, tokens: int, device: torch.device, dtype: torch.dtype) -
         frozen = frozen or (numbers(out, size, grad=False),)
         return Adapted(frozen, None, *(numbers(*s, dtype=torch.float32) for s in ((16, size), (out, 16))), 2.0)
 
-    x, weight = numbers(tokens, D), numbers(D, grad=False)
+    x, y, weight = numbers(tokens, D), numbers(tokens, D), numbers(D, grad=False)
     q, k = numbers(tokens, H, d), numbers(tokens, G, d)
     waves = numbers(tokens, 1, d // 2, grad=False), numbers(tokens, 1, d // 2, grad=False)
     gate, up, head = numbers(tokens, F), numbers(tokens, F), numbers(V, D, grad=False)
@@ -84,6 +84,9 @@ def cases(shape: tuple, tokens: int, device: torch.device, dtype: torch.dtype) -
     return {
         "rms_norm": (
             lambda x: rms_norm(x, weight, 1e-5), lambda x: rms_norm_reference(x, weight, 1e-5), [x]),
+        "sum and rms_norm": (
+            lambda x, y: torch.cat(add_rms_norm(x, y, weight, 1e-5), 1),
+            lambda x, y: torch.cat(add_rms_norm_reference(x, y, weight, 1e-5), 1), [x, y]),
         "rope q, k": (
             lambda q, k: torch.cat(rope_both(q, k, *waves), 1),
             lambda q, k: torch.cat([rope_reference(q, *waves), rope_reference(k, *waves)], 1), [q, k]),

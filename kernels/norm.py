@@ -19,7 +19,7 @@ WARPS_AT_ONCE = 32  # on a multiprocessor: its registers are enough for so many 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """x: [..., D], weight: [D] of any float dtype. Returns x's shape and dtype. offset: 1 for Gemma's files, which hold
     the weight less one."""
-    if torch.compiler.is_compiling() and x.is_cuda:  # a compiler fuses the plain form with what is around it
+    if x.is_cuda and torch.compiler.is_compiling():  # a compiler fuses the plain form with what is around it
         return rms_norm_reference(x, weight, eps, offset)
     if not torch.is_grad_enabled() and not on_gpu(x):  # a Function's ceremony costs as much as a short row's arithmetic
         plain = not offset and weight.dtype == x.dtype

@@ -472,8 +472,16 @@ def test_adamw_rounds_bf16_to_be_right_on_average():
     assert abs((down * ((other == below).double() - lr * 256)).mean().item()) < 0.02 * spread
 
 
+class NoNumbers(torch.utils._python_dispatch.TorchDispatchMode):
+    """Fails where a tensor becomes a number of Python's, for which the host would wait."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+        assert "_local_scalar_dense" not in str(function)
+        return function(*arguments, **(settings or {}))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_bad_step_of_adamw_changes_nothing_and_is_not_waited_for(monkeypatch, dtype):
+def test_a_bad_step_of_adamw_changes_nothing_and_is_not_waited_for(dtype):
     ours = trained((64, 128), (30,), dtype=dtype)
     optimizer = AdamW([{"params": ours}], lr=1e-2, bits=8)
     good, bad = torch.zeros((), device=DEVICE), torch.ones((), device=DEVICE)
@@ -484,9 +492,7 @@ def test_a_bad_step_of_adamw_changes_nothing_and_is_not_waited_for(monkeypatch, 
     assert all(optimizer.state[p]["step"] == 1 for p in ours)
     for p in ours:
         p.grad.fill_(float("nan"))
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "__bool__", lambda self: pytest.fail("the host waits"))
-        patch.setattr(torch.Tensor, "item", lambda self: pytest.fail("the host waits"))
+    with NoNumbers():
         optimizer.step(bad)
     assert all(torch.equal(a, b) for a, b in zip(tensors(), before, strict=True))
     give_gradients(1, ours)

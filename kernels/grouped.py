@@ -23,8 +23,8 @@ from kernels.nf4 import BYTES, FEW, NF4, Frozen, code, dynamic_code, nf4_dequant
 
 ALIGNMENT = 8  # bf16 numbers in the 16 bytes of which a grouped product wants its rows' lengths to be multiples
 MOST_GROUPS = 1023  # of one grouped product
-ROWS, COLUMNS = 64, 128  # of a tile of add_low_rank_kernel
-MOST_RANKS = 64  # that it takes: with more, a tile wants more than 128 registers a thread
+ROWS, COLUMNS = 64, 64  # of a tile of add_low_rank_kernel
+MOST_RANKS = 64  # that it takes, of which shared memory holds a tile; with more, the update is made whole
 FEW_COLUMNS = 32  # of a program of multiply_few_kernel
 
 

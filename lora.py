@@ -29,7 +29,7 @@ from kernels.gpu import on_gpu
 from kernels.grouped import Member
 from kernels.lora_linear import Adapted, Casts, lora_linears
 from kernels.nf4 import NF4, matrix
-from model import Linear, Noise, Transformer, lay_experts_together, one_by_one
+from model import Experts, Linear, Noise, Transformer, lay_experts_together, one_by_one
 
 ALL = "all"  # every linear of the blocks; not the output head, which is the embedding table in many models
 PREFIX = "base_model.model."
@@ -205,9 +205,15 @@ def numbers(layers: list) -> tuple[int, ...]:
 
 
 def sharing_input(model: Transformer) -> list[list[LoRALinear]]:
-    """The adapted layers, those together that read one input: q, k and v, or gate and up, where all are adapted."""
+    """The adapted layers, those together that read one input: q, k and v, or gate and up, where all are adapted. Without
+    those of experts that are multiplied with together, whose adapters kernels/grouped.py casts."""
     groups, left = [], {id(module): module for module in model.modules() if isinstance(module, LoRALinear)}
+    grouped = [experts for experts in model.modules() if isinstance(experts, Experts) and experts.can_group()]
+    inside = {id(module) for experts in grouped for module in experts.modules()}
+    left = {key: module for key, module in left.items() if key not in inside}
     for module in model.modules():
+        if id(module) in inside:
+            continue
         for names in (("q", "k", "v"), ("gate", "up")):
             layers = [getattr(module, name, None) for name in names]
             if all(isinstance(layer, LoRALinear) for layer in layers):

@@ -237,11 +237,18 @@ class Experts(nn.Module):
         weights, chosen = probs.topk(self.rules.active)  # [N, active]
         if self.rules.normalised:
             weights = weights / weights.sum(-1, keepdim=True)
-        if self.experts[0].kind == "gated" and can_group(x, self.rules.count, self.rules.intermediate_size):
+        if self.can_group(x):
             out = self.all_at_once(x, probs, weights, chosen)
             if out is not None:
                 return out
         return self.one_after_the_other(x, probs, weights, chosen)
+
+    def can_group(self, x: Tensor | None = None) -> bool:
+        """Whether the experts can be computed all at once for x [N, D]; without it, for activations in the dtype and on
+        the device of the weights."""
+        like = self.router.weight if x is None else x
+        gated_apart = self.experts[0].kind == "gated"
+        return gated_apart and can_group(like, self.rules.count, self.rules.intermediate_size)
 
     def all_at_once(self, x: Tensor, probs: Tensor, weights: Tensor, chosen: Tensor) -> Tensor | None:
         """Without a wait for the GPU; None where the experts' linears are not alike."""

@@ -409,3 +409,9 @@ def test_triton_multiplies_few_rows_with_quantised_experts(triton_too, double, l
     wanted = torch.einsum("mi,moi->mo", x.double(), wide.double()[expert])
     assert relative(made.double(), wanted) < 1e-6 and lows == [None] * linears
     assert product.joint
+
+
+def test_adapters_of_grouped_experts_are_cast_once(grouped):
+    """Where the experts are multiplied with together, their casts are made there, and by nothing else."""
+    cast_elsewhere = {number for numbers in make("mixtral", "lora").lora_casts.groups for number in numbers}
+    assert len(cast_elsewhere) == 4  # q, k, v and o

@@ -185,6 +185,7 @@ def here() -> str:
 
 def make_model(raw: dict, method: str, dtype: torch.dtype, layers: int | None = None, adapter: dict = ADAPTER):
     """A model on the fake GPU, ready to be trained."""
+    import lora
     import plan
     from families import Config
     from model import lay_experts_together
@@ -195,7 +196,9 @@ def make_model(raw: dict, method: str, dtype: torch.dtype, layers: int | None = 
     model = plan.sketch(config, plan.Setup(method), dtype, adapter)
     with fake_cuda.fake_tensors():
         model.to_empty(device="cuda")
-        lay_experts_together(model)  # as load_model and add_lora do
+        lay_experts_together(model)  # as load_model and add_lora do, on the device
+        if lora.has_lora(model):
+            lora.set_casts(model)
         return model.train()
 
 

@@ -205,8 +205,8 @@ def numbers(layers: list) -> tuple[int, ...]:
 
 
 def sharing_input(model: Transformer) -> list[list[LoRALinear]]:
-    """The adapted layers, those together that read one input: q, k and v, or gate and up, where all are adapted. Without
-    those of experts that are multiplied with together, whose adapters kernels/grouped.py casts."""
+    """The adapted layers, those together that read one input: q, k and v, or gate and up, where all are adapted.
+    Without those of experts that are multiplied with together, whose adapters kernels/grouped.py casts."""
     groups, left = [], {id(module): module for module in model.modules() if isinstance(module, LoRALinear)}
     grouped = [experts for experts in model.modules() if isinstance(experts, Experts) and experts.can_group()]
     inside = {id(module) for experts in grouped for module in experts.modules()}

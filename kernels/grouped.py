@@ -3,8 +3,8 @@
 Rows lie sorted by group; where each group's rows end is a tensor on the GPU, which a grouped product reads there
 (`torch._grouped_mm`), so that the host need not know. The matrices stay parameters of their own, one a linear of an
 expert: `lay_together` makes them parts of one tensor, so that the product reads them where they are; where they are
-not, they are copied into one each time. In NF4 they are made whole in one tensor for the time of a product: 0.94 GB
-for gate and up of Mixtral 8x7B in bf16 times two, 0.8 GB for those of Qwen3 30B-A3B.
+not, they are copied into one each time. In NF4 they are made whole in one tensor for the time of a product: in bf16,
+gate and up of a layer of Mixtral 8x7B take 1.9 GB, those of Qwen3 30B-A3B 0.8 GB.
 
 A linear may have an adapter (Hu et al. 2021, LoRA) in each group, or in some: y = x W^T + scale * (x A^T) B^T, as in
 kernels/lora_linear.py. In comments: E experts, the groups; M rows.

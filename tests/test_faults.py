@@ -104,9 +104,10 @@ def test_a_dead_process_stops_the_others_within_seconds(job, tmp_path):  # noqa:
 
 
 def test_a_process_that_hangs_is_waited_for_so_long(job, tmp_path):  # noqa: F811
-    words = [*job("full"), "--batch-size", "3", "--steps", "300", "--save-every", "5", "--timeout", "4"]
+    words = [*job("full"), "--batch-size", "3", "--steps", "400", "--save-every", "100", "--timeout", "4"]
+    words += ["--eval-every", "0"]  # while something is saved, processes wait longer: it is stopped in between
     child = start(words, tmp_path / "out", 2)
-    wait_for(after_lines(tmp_path / "out", 20, 0.0), child)
+    wait_for(after_lines(tmp_path / "out", 110, 0.0), child)
     first, second = workers(child)
     os.kill(second, signal.SIGSTOP)
     begin = time.time()

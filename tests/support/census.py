@@ -179,7 +179,9 @@ NOT_OURS = "the test"  # or autograd, which is called by it
 def here() -> str:
     """The line of the program that is running."""
     ours = str(ROOT)
-    frames = [f for f in traceback.extract_stack() if f.filename.startswith(ours) and "/tests/" not in f.filename]
+    others = ("/tests/", "/site-packages/")  # an environment may lie inside the project's folder
+    stack = traceback.extract_stack()
+    frames = [f for f in stack if f.filename.startswith(ours) and not any(part in f.filename for part in others)]
     return f"{frames[-1].filename.removeprefix(ours + '/')}:{frames[-1].lineno}" if frames else NOT_OURS
 
 

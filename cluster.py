@@ -145,7 +145,7 @@ def best_row(model: Transformer, setup: Setup, gpus: int, job: Job, room: float)
         for kind in ("none", "selective", "block"):
             way = replace(setup, remat=kind)
             takes = lambda job, way=way, layout=layout: memory_a_process(model, way, layout, job)
-            fitting = fitting_job(job, torch.device("cuda"), room, lambda job, takes=takes: takes(job).peak)
+            fitting = fitting_job(job, torch.device("cuda"), room, takes)
             memory = takes(fitting)
             inside, across = traffic(model, way, layout, fitting.accumulate)
             sent = inside / INSIDE + across / ACROSS

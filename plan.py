@@ -331,9 +331,9 @@ class Job:
         return replace(self, lengths=kept, trained=trained, accumulate=self.accumulate * times)
 
 
-def fitting_job(job: Job, device: torch.device, room: float, peak: Callable[[Job], float]) -> Job:
-    """The job in micro-batches that fit, as `tokens_at_once` has them. peak: bytes that a job takes."""
-    return job.cut(tokens_at_once(device, room, lambda tokens: peak(job.cut(tokens))))
+def fitting_job(job: Job, device: torch.device, room: float, takes: Callable[[Job], Memory]) -> Job:
+    """The job in micro-batches that fit, as `tokens_at_once` has them. takes: what a job takes."""
+    return job.cut(tokens_at_once(device, room, lambda tokens: takes(job.cut(tokens)).peak))
 
 
 def setups(config: Config, device: torch.device) -> list[Setup]:
@@ -362,7 +362,7 @@ def show(config: Config, job: Job, device: torch.device, dtype: torch.dtype, ada
             takes = lambda job, model=model, setup=setup: expected_memory(
                 model, setup, job.lengths, job.trained, device.type, job.accumulate
             )
-            memory = takes(fitting_job(job, device, room, lambda job, takes=takes: takes(job).peak))
+            memory = takes(fitting_job(job, device, room, takes))
             costs.append(flops_a_token(model, job.reach, job.share, kind))
             cells.append(
                 f"{memory.activations / 1e9:.2f}, {memory.peak / 1e9:.2f}{' ' if memory.peak <= room else '!'}"

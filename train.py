@@ -500,6 +500,9 @@ def train(flags: Flags) -> None:
     demo = None if other_job else Demo(model, tokenizer, seconds)
     if flags.compile == "on":
         model.compile_blocks()
+    if flags.attention != "auto":  # before the run's folder is made: where it is refused, none is left
+        first = next(step_parts(data.train, dataclasses.replace(data.stream), flags, device, most=most))
+        print(f"attention {choose_attention(flags.attention, model, first[0], device)}")
 
     flags.device, flags.dtype = device.type, next(name for name, known in DTYPES.items() if known == dtype)
     base, stored = identify(flags, folder, data), checkpoint.stored_dtype(config)
@@ -518,9 +521,6 @@ def train(flags: Flags) -> None:
     watch = Watch(model, steppers, data.val, data.replay_val, data.stream, flags, log, keep, saver, base, device, most)
     if found:
         watch.go_on(found)
-    if flags.attention != "auto":
-        first = next(step_parts(data.train, dataclasses.replace(data.stream), flags, device, watch.done, most))
-        print(f"attention {choose_attention(flags.attention, model, first[0], device)}")
     steps = step_parts(data.train, data.stream, flags, device, watch.done, most)
     if flags.profile:
         profile(model, steppers, steps, flags, log, device, out)

@@ -199,7 +199,7 @@ def test_flash3_is_refused_on_a_cpu(tmp_path, monkeypatch, capsys):
     words = ["--model", base, "--data", tmp_path / "data.json", "--val-fraction", 0, "--steps", 1, "--device", "cpu"]
     _, err, code = command(train, monkeypatch, capsys, *words, "--attention", "flash3", "--out", tmp_path / "run")
     assert code == 2 and "--attention flash3: is for GPUs, and this run computes on cpu" in err
-    assert not (tmp_path / "run" / "final").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("factor, accepted", [(1.001, True), (1.2, False)])

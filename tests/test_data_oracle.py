@@ -323,13 +323,12 @@ def test_conversations(name, file, oracles):
 
 @pytest.mark.parametrize("name", ["base", "qwen2_5", "gemma3"])
 def test_transcripts_and_a_line_that_is_broken(name, oracles, tmp_path):
-    with pytest.raises(UserError, match=f"{HH} line 353: not JSON"):
-        tokenised(open_source(SHARED / HH), oracles(name).ours)
-    mended = (SHARED / HH).read_bytes().split(b"\n")
-    del mended[352]
-    (tmp_path / HH).write_bytes(b"\n".join(mended))
-    cases = hh_rlhf([json.loads(line) for line in mended if line])
-    assert oracles(name).compare(tmp_path / HH, cases) == {EMPTY: 1}
+    assert oracles(name).compare(SHARED / HH, hh_rlhf(lines(HH))) == {EMPTY: 1}
+    broken = (SHARED / HH).read_bytes().split(b"\n")
+    broken[352] = broken[352][:40]
+    (tmp_path / HH).write_bytes(b"\n".join(broken))
+    with pytest.raises(UserError, match=f"{HH} line 353: JSON cut off at column 12"):
+        tokenised(open_source(tmp_path / HH), oracles(name).ours)
 
 
 @pytest.mark.parametrize("name", ["base", "qwen2_5"])

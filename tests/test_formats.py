@@ -610,7 +610,6 @@ def test_real_records_hold_what_the_file_holds():
         ("arc_easy_icl_500.jsonl", " line 1: keys 'choices', 'query', 'gold': no known format"),
         ("multi30k/val.en", " line 1: found 'A group of'"),
         ("banking77/categories.json", " record 1: is a string, an object is wanted"),
-        ("hh_rlhf_harmless_test_500.jsonl", " line 353: not JSON"),
     ],
 )
 def test_real_files_of_other_formats_are_refused_rather_than_misread(name, says):

@@ -21,17 +21,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from distributed import by_first_alone, gather_rows, local, my_rows, whole
-from errors import UserError, read_json
-from files import file_sha256, new_folder, save_tensors, write_json
+from common.errors import UserError, read_json
+from common.files import atomic_folder, file_sha256, save_tensors, write_json
+from distributed import full_tensor, gather_rows, local_row_slice, rank0_context, to_local
 from kernels.nf4 import NF4
-from model import Config, Linear, Transformer, lay_experts_together, quantized
+from model import Config, Linear, Transformer, quantized_linears, stack_expert_weights
 from quant import (
     KINDS,
     SIDE,
-    blank,
     can_quantize,
     check_settings,
+    empty_nf4,
     from_files,
     quantize,
     quantize_nf4,
@@ -54,7 +54,7 @@ MAPPED_BYTES = 32 << 20  # of a file that is being read: its pages count as this
 RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 
 
-def published(model: Transformer, name: str) -> str:
+def hf_name(model: Transformer, name: str) -> str:
     """The checkpoint's name of one of our modules or parameters; adapters wrapped around a module don't show."""
     name, table = name.replace(".base.", ".").removesuffix(".base"), model.config.names
     numbers = re.findall(r"\.(\d+)", name)  # of the layer, and of the expert
@@ -95,7 +95,7 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder}: its weights are pickles ({pickles[0]}), which can run code when loaded and are not read;"
             " save the model as safetensors"
         )
-    raise UserError(f"{folder}: {listed(missing)} is missing")
+    raise UserError(f"{folder}: {abbreviate(missing)} is missing")
 
 
 def shard_names(index: Path) -> list[str]:
@@ -108,14 +108,14 @@ def shard_names(index: Path) -> list[str]:
     return sorted(names)
 
 
-def listed(names: list[str]) -> str:
+def abbreviate(names: list[str]) -> str:
     """The first three names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(name[:100] for name in names[:3]) + more
 
 
 @contextlib.contextmanager
-def opened(file: Path) -> Iterator[safe_open]:
+def open_safetensors(file: Path) -> Iterator[safe_open]:
     """A safetensors file, mapped. The package checks its header: offsets, shapes and types agree, nothing overlaps or
     leads out of the file. UserError where they do not, or where the block can't read a tensor."""
     with open(file, "rb") as stream:
@@ -129,15 +129,15 @@ def opened(file: Path) -> Iterator[safe_open]:
         raise UserError(f"{file}: damaged or cut off, not readable as safetensors ({str(error)[:200]})") from None
 
 
-def tensors(files: list[Path], keeps: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+def iterate_tensors(files: list[Path], keeps: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """Every (published name, tensor) of safetensors files, each a view of its file's pages. keeps: the dtype of those
     that the caller holds on to; of the others no more than MAPPED_BYTES and a tensor are mapped at a time."""
     for file in files:
-        with opened(file) as shard:
+        with open_safetensors(file) as shard:
             names = list(shard.keys())[::-1]
         while names:
             read = 0
-            with opened(file) as shard:
+            with open_safetensors(file) as shard:
                 while names and read < MAPPED_BYTES:
                     tensor = shard.get_tensor(name := names.pop())
                     read += tensor.nbytes if tensor.dtype != keeps else 0
@@ -177,9 +177,9 @@ def load_model(
         model = Transformer(config)
     if (method := config.raw.get("quantization_config")) is not None:
         check_settings(method, str(folder / "config.json"))
-    quantised = {} if method is None else quantised_parts(files)
+    quantised = {} if method is None else quantized_parts(files)
     places, second_table = {}, None
-    for name, full in matched(model, folder, files, quantised).items():
+    for name, full in match_tensors(model, folder, files, quantised).items():
         owner, leaf = model.get_submodule(full.rpartition(".")[0]), full.rpartition(".")[2]
         asked = quant is not None and ("head" in quant or owner is not model.head)
         wanted = asked and leaf == "weight" and isinstance(owner, Linear) and name not in quantised
@@ -193,14 +193,14 @@ def load_model(
         model.to(dtype)
         for owner, *_, in_4_bits, beside, _ in places.values():
             if in_4_bits or beside:
-                owner.quantize(blank(owner.out_features, owner.in_features, in_4_bits or "nested_absmax" in beside))
+                owner.quantize(empty_nf4(owner.out_features, owner.in_features, in_4_bits or "nested_absmax" in beside))
         arrange(model)
         model.to_empty(device=device)
 
     @torch.no_grad()
     def fill(file: Path) -> None:
         nonlocal second_table
-        for name, tensor in tensors([file], keeps):
+        for name, tensor in iterate_tensors([file], keeps):
             if config.tied and name == head_name(config):
                 second_table = tensor  # not read yet
             elif name in places and arrange is None:  # else one of RECOMPUTED, or beside a quantised weight
@@ -213,13 +213,13 @@ def load_model(
         for _ in pool.map(fill, files):
             pass
     if second_table is not None:
-        table = local(model.embed.weight.detach())
-        rows = zip(second_table[my_rows(model.embed.weight)].split(4096), table.split(4096), strict=True)
+        table = to_local(model.embed.weight.detach())
+        rows = zip(second_table[local_row_slice(model.embed.weight)].split(4096), table.split(4096), strict=True)
         if not all(torch.equal(theirs.to(device, dtype), mine) for theirs, mine in rows):  # no second one in memory
             what = f"config.json ties the output head to the embedding, but {head_name(config)} differs"
             raise UserError(f"{folder}: {what}")
     if arrange is None:  # FSDP gives each its own memory
-        lay_experts_together(model)
+        stack_expert_weights(model)
     return model.eval()
 
 
@@ -257,32 +257,32 @@ def place_rows(place: Place, tensor: Tensor, device: torch.device) -> None:
     together: the second level of scales runs across all rows."""
     tensor = tensor.t() if place.turned else tensor
     if place.beside:
-        put_nf4(place.owner, place.nf4(tensor))
+        copy_local_nf4(place.owner, place.nf4(tensor))
     elif place.in_4_bits:
         packed = place.owner.nf4.packed
-        mine, absmax = quantize_nf4(tensor[my_rows(packed)].to(device).contiguous())
-        local(packed).copy_(mine)
-        put_nf4(place.owner, NF4(None, *quantize_scales(gather_rows(absmax, packed))))
+        mine, absmax = quantize_nf4(tensor[local_row_slice(packed)].to(device).contiguous())
+        to_local(packed).copy_(mine)
+        copy_local_nf4(place.owner, NF4(None, *quantize_scales(gather_rows(absmax, packed))))
     else:
-        put(getattr(place.owner, place.leaf), tensor)
+        copy_local_rows(getattr(place.owner, place.leaf), tensor)
 
 
-def put(parameter: Tensor, tensor: Tensor) -> None:
+def copy_local_rows(parameter: Tensor, tensor: Tensor) -> None:
     """Copies those rows of a whole tensor that are this process's."""
-    local(parameter).copy_(tensor[my_rows(parameter)])
+    to_local(parameter).copy_(tensor[local_row_slice(parameter)])
 
 
-def put_nf4(owner: Linear, parts: NF4) -> None:
+def copy_local_nf4(owner: Linear, parts: NF4) -> None:
     for name, part in zip(parts._fields, parts, strict=True):
         if part is not None:
-            put(getattr(owner.nf4, name), part)
+            copy_local_rows(getattr(owner.nf4, name), part)
 
 
-def quantised_parts(files: list[Path]) -> dict[str, dict[str, tuple[Path, str]]]:
+def quantized_parts(files: list[Path]) -> dict[str, dict[str, tuple[Path, str]]]:
     """{weight: {end: (file, tensor)}} of what stands beside quantised weights, by bitsandbytes' names."""
     found: dict[str, dict[str, tuple[Path, str]]] = {}
     for file in files:
-        with opened(file) as shard:
+        with open_safetensors(file) as shard:
             for name in shard.keys():  # noqa: SIM118  no dict
                 for end in SIDE:
                     if name.endswith(f".weight.{end}"):
@@ -291,7 +291,7 @@ def quantised_parts(files: list[Path]) -> dict[str, dict[str, tuple[Path, str]]]
 
 
 def read_tensor(file: Path, name: str) -> Tensor:
-    with opened(file) as shard:
+    with open_safetensors(file) as shard:
         return shard.get_tensor(name)
 
 
@@ -299,19 +299,19 @@ def head_name(config: Config) -> str:
     return config.names["head"] + ".weight"
 
 
-def matched(model: Transformer, folder: Path, files: list[Path], quantised: dict[str, dict]) -> dict[str, str]:
+def match_tensors(model: Transformer, folder: Path, files: list[Path], quantised: dict[str, dict]) -> dict[str, str]:
     """{tensor in the files: parameter of ours}, by the files' headers alone: each parameter once, in the shape that it
     has here, and nothing besides but what is recomputed. A tied head that is stored all the same (some writers do)
     stands for the embedding. quantised: of quantised_parts. UserError names the tensors of which that is not so."""
     config = model.config
-    wanted = {published(model, name): name for name, _ in model.named_parameters()}
+    wanted = {hf_name(model, name): name for name, _ in model.named_parameters()}
     if config.tied:
         wanted[head_name(config)] = "embed.weight"
     prefix = config.names["embed"].partition(".")[0] + "."  # which files of the bare model lack, as GPT-2's on the Hub
     found, unknown, where = {}, [], {}
     beside = {name for parts in quantised.values() for _, name in parts.values()}
     for file in files:
-        with opened(file) as shard:
+        with open_safetensors(file) as shard:
             for name in shard.keys():  # noqa: SIM118  no dict
                 if name in beside:
                     continue
@@ -334,7 +334,7 @@ def matched(model: Transformer, folder: Path, files: list[Path], quantised: dict
     missing = sorted(wanted.keys() - where.keys() - ({head_name(config)} if config.tied else set()))
     for kind, names in (("missing", missing), ("not part of the model", unknown)):
         if names:
-            raise UserError(f"{folder}: tensors {kind}: {listed(names)}")
+            raise UserError(f"{folder}: tensors {kind}: {abbreviate(names)}")
     return found
 
 
@@ -355,10 +355,10 @@ def save_model(
         raise UserError("the model carries a LoRA adapter that is not merged; merge, or drop_lora, comes first")
     if not model.source.is_dir():
         raise UserError(f"{folder}: tokenizer and settings come from {model.source}, which is gone")
-    weights, frozen, dtypes = [], quantized(model), set()
+    weights, frozen, dtypes = [], quantized_linears(model), set()
     for name, parameter in model.named_parameters():
         if ".lora_" not in name and ".nf4." not in name:
-            weights.append(Stored(published(model, name), parameter.detach(), dtype, transposed(model, name)))
+            weights.append(Stored(hf_name(model, name), parameter.detach(), dtype, transposed(model, name)))
             dtypes.add(str(dtype or parameter.dtype).removeprefix("torch."))
     config = {key: value for key, value in model.config.raw.items() if key not in ("dtype", "torch_dtype")}
     config.pop("quantization_config", None)
@@ -366,21 +366,21 @@ def save_model(
         computed = str(dtype or model.dtype).removeprefix("torch.")
         for name, layer in frozen.items():
             for end, tensor in to_files(layer.nf4.tensors, (layer.out_features, layer.in_features), computed).items():
-                weights.append(Stored(".".join(filter(None, (published(model, name), "weight", end))), tensor.detach()))
+                weights.append(Stored(".".join(filter(None, (hf_name(model, name), "weight", end))), tensor.detach()))
         config["quantization_config"] = settings(layer.nf4.nested is not None, computed, model.head in frozen.values())
     if len(dtypes) == 1:
         config["dtype" if "dtype" in model.config.raw else "torch_dtype"] = dtypes.pop()
-    with by_first_alone(new_folder(folder, replace=True)) as aside:
+    with rank0_context(atomic_folder(folder, replace=True)) as tmp:
         error = None
         try:
-            if aside:
-                write_json(config, aside / "config.json")
-                copy_tokenizer(model.source, aside)
+            if tmp:
+                write_json(config, tmp / "config.json")
+                copy_tokenizer(model.source, tmp)
                 if also:
-                    also(aside)
+                    also(tmp)
         except OSError as caught:
             error = caught
-        save_shards(weights, aside if error is None else None)  # all have to gather
+        save_shards(weights, tmp if error is None else None)  # all have to gather
         if error:
             raise error
 
@@ -398,7 +398,7 @@ class Stored(NamedTuple):
         return self.tensor.numel() * (self.dtype or self.tensor.dtype).itemsize
 
     def value(self) -> Tensor:
-        found = whole(self.tensor).to("cpu", self.dtype)
+        found = full_tensor(self.tensor).to("cpu", self.dtype)
         return (found.t() if self.turned else found).contiguous()
 
 

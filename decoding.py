@@ -18,16 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errors import UserError
-from kernels.attention import Documents, cached_attention, document_attention, stacked_mask
+from common.errors import UserError
+from kernels.attention import Documents, cached_attention, decode_mask, document_attention
 from kernels.decode_attention import decode_attention
-from kernels.gpu import on_gpu
 from kernels.rope import LENGTH_DEPENDENT
+from kernels.triton_utils import use_triton
 
-ROUND = 32  # slots; the cache holds a multiple of so many, so that shapes seldom change
+CACHE_ROUND = 32  # slots; the cache holds a multiple of so many, so that shapes seldom change
 GRAPH_ROUND = 256  # the same where steps are captured, which is done anew for new shapes
 GRAPH_STEPS = 8  # to come that make up for a capture, which is taken to last as long as two or three (not measured)
-GRAMS = (3, 2, 1)  # ends of the text that prompt look-up looks for, longest first
+LOOKUP_NGRAMS = (3, 2, 1)  # ends of the text that prompt look-up looks for, longest first
 
 
 def stream(
@@ -58,19 +58,19 @@ def stream(
         yield from stream_ahead(model, rows, ends, stop, choose, captured=temperature == 0)
         return
     going, texts = list(range(len(rows))), rows  # the prompt number of each line of the cache, and its text so far
-    cache, hidden = prefill(model, rows, ends, lookup, ROUND)
+    cache, hidden = prefill(model, rows, ends, lookup, CACHE_ROUND)
     draft: list[int] = []
     while True:
         logits = model.logits(hidden)  # [lines, 1 + length of the draft, V]
         for at in range(logits.shape[1]):
-            scores = penalised(logits[:, at], texts, repetition_penalty)
+            scores = apply_repetition_penalty(logits[:, at], texts, repetition_penalty)
             new = choose(scores).tolist()
             for row, token in zip(texts, new, strict=True):
                 row.append(token)
             yield list(zip(going, new, strict=True))
             if at == len(draft) or new[0] != draft[at] or new[0] in stop:
                 break
-        cache.forget(len(draft) - at)
+        cache.rollback(len(draft) - at)
         alive = [line for line, i in enumerate(going) if rows[i][-1] not in stop and len(rows[i]) < ends[i]]
         if not alive:
             return
@@ -78,12 +78,12 @@ def stream(
             cache.keep(alive)
             going = [going[line] for line in alive]
             texts = [rows[i] for i in going]
-        change, length = model.config.turns_change_at, len(texts[0])
+        change, length = model.config.rope_switch_length, len(texts[0])
         if any(len(row) == change for row in texts):
-            draft, (cache, hidden) = [], prefill(model, texts, [ends[i] for i in going], lookup, ROUND)
+            draft, (cache, hidden) = [], prefill(model, texts, [ends[i] for i in going], lookup, CACHE_ROUND)
             continue
         room = min(ends[going[0]], change if change and length < change else most) - length - 1
-        draft = propose(texts[0], min(lookup, room))
+        draft = lookup_draft(texts[0], min(lookup, room))
         hidden = cache.run(torch.tensor([[row[-1], *draft] for row in texts], device=model.device))
 
 
@@ -106,23 +106,23 @@ class KVCache:
         self.filled = max(lengths)  # global slots, of every line
         self.starts = torch.tensor([self.filled - n for n in lengths], device=model.device)  # a line's first one
         wanted, windows = self.filled + new + at_once, [layer.window for layer in model.config.layers]
-        self.most = [self.rounded(min(wanted, window + at_once) if window else wanted) for window in windows]
+        self.most = [self.round_up(min(wanted, window + at_once) if window else wanted) for window in windows]
         shape = len(lengths), model.config.num_kv_heads, 0, model.config.head_dim
         self.layers = [(torch.empty(shape, dtype=model.dtype, device=model.device),) * 2 for _ in windows]
         self.kinds = [(0, window) for window in windows]  # a layer's number of slots, and its window
         self.make_room(self.filled)
 
-    def rounded(self, slots: int) -> int:
+    def round_up(self, slots: int) -> int:
         return -(-slots // self.multiple) * self.multiple
 
     def lacks_room(self, slots: int) -> bool:
         """Whether `make_room` for so many global slots would change a layer."""
-        return any(min(most, self.rounded(slots)) > held for (held, _), most in zip(self.kinds, self.most))
+        return any(min(most, self.round_up(slots)) > held for (held, _), most in zip(self.kinds, self.most))
 
     def make_room(self, slots: int) -> None:
         """For so many global slots, in every layer. Only a ring that is as large as it gets has gone round."""
         for i, ((held, window), most) in enumerate(zip(self.kinds, self.most)):
-            more = min(most, self.rounded(slots)) - held
+            more = min(most, self.round_up(slots)) - held
             if more > 0:
                 self.layers[i] = tuple(F.pad(x, (0, 0, 0, more)) for x in self.layers[i])
                 self.kinds[i] = held + more, window
@@ -131,7 +131,7 @@ class KVCache:
         """The prompts -> hidden of each one's last token [lines, D]. Where prompts begin with the same tokens, as they
         do after one system turn or after the same examples, these go through the layers once; attention alone takes
         whole prompts."""
-        computed, whole, own = shared_beginnings(rows, self.model.config)
+        computed, whole, own = shared_prefixes(rows, self.model.config)
         device, positions, lengths = self.starts.device, self.documents.positions, self.filled - self.starts
         whole, own = (torch.tensor(x, device=device) if len(computed) < len(positions) else None for x in (whole, own))
         line = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
@@ -154,7 +154,7 @@ class KVCache:
             return attention
 
         attends = [attend(*layer, slots) for layer, (slots, _) in zip(self.layers, self.kinds)]
-        spans, ends = self.documents.spans, lengths.cumsum(0) - 1
+        spans, ends = self.documents.doc_lengths, lengths.cumsum(0) - 1
         if whole is not None:
             positions, spans, ends = positions[own], spans[own], whole[ends]
         return self.model.hidden(torch.tensor(computed, device=device), positions, spans, attends)[ends]
@@ -204,7 +204,7 @@ class KVCache:
 
     def attends_on_device(self, filled: Tensor) -> list[Callable]:
         """The same of one new token a line, whose slot is a number on the device."""
-        fused = on_gpu(filled)
+        fused = use_triton(filled)
         places = {} if fused else {slots: filled % slots for slots, _ in {*self.kinds}}
         masks = {} if fused else {kind: self.mask(filled, 1, *kind) for kind in {*self.kinds}}
 
@@ -230,9 +230,9 @@ class KVCache:
         if window is not None:
             seen &= holds > rows[:, None] - window
         heads, kv_heads = self.model.config.num_heads, self.model.config.num_kv_heads
-        return stacked_mask(seen, kv_heads, heads // kv_heads, self.model.dtype)
+        return decode_mask(seen, kv_heads, heads // kv_heads, self.model.dtype)
 
-    def forget(self, tokens: int) -> None:
+    def rollback(self, tokens: int) -> None:
         """Takes the last tokens back: their slots are written anew before they are seen."""
         self.filled -= tokens
 
@@ -260,12 +260,12 @@ def stream_ahead(
     steps = Steps(cache, model.logits(hidden)[:, 0], choose, captured)
     lines = going = list(range(len(rows)))  # the prompt number of each line of the cache; of those that have not ended
     left = [end - len(row) for row, end in zip(rows, ends)]
-    arriving = Arriving(steps.tokens, lines)
+    arriving = PendingTokens(steps.tokens, lines)
     while True:
         more, ahead = max(left[i] for i in going) - 1, None  # more: tokens that may follow those that are arriving
         if more:
             steps.take(more)
-            ahead = Arriving(steps.tokens, lines)
+            ahead = PendingTokens(steps.tokens, lines)
         new = arriving.read()
         yield [(i, new[i]) for i in going]
         for i in going:
@@ -279,7 +279,7 @@ def stream_ahead(
         arriving = ahead
 
 
-class Arriving:
+class PendingTokens:
     """Tokens [lines] on their way to the host, as they are now: they may be overwritten on the device at once."""
 
     def __init__(self, tokens: Tensor, lines: list[int]):
@@ -390,7 +390,7 @@ def can_run_ahead(model) -> bool:
 # ---- prompts that begin alike ----
 
 
-def shared_beginnings(rows: list[list[int]], config) -> tuple[list[int], list[int], list[int]]:
+def shared_prefixes(rows: list[list[int]], config) -> tuple[list[int], list[int], list[int]]:
     """(tokens to compute, for each token of all rows the one computed that it is, for each computed its first place).
 
     Two tokens are one where everything up to them is the same. For ropes that stretch with the text, its length too.
@@ -412,10 +412,10 @@ def shared_beginnings(rows: list[list[int]], config) -> tuple[list[int], list[in
 # ---- prompt look-up ----
 
 
-def propose(row: list[int], most: int) -> list[int]:
+def lookup_draft(row: list[int], most: int) -> list[int]:
     """What followed the row's last few tokens where they last stood before: a guess at what comes (Saxena 2023). The
     model checks all of it in one pass, and what it would have chosen itself is kept (Leviathan et al. 2023)."""
-    for n in GRAMS if most > 0 else ():
+    for n in LOOKUP_NGRAMS if most > 0 else ():
         end = row[-n:]
         for at in range(len(row) - n - 1, -1, -1):
             if row[at : at + n] == end:
@@ -426,7 +426,7 @@ def propose(row: list[int], most: int) -> list[int]:
 # ---- choosing ----
 
 
-def penalised(logits: Tensor, rows: list[list[int]], penalty: float) -> Tensor:
+def apply_repetition_penalty(logits: Tensor, rows: list[list[int]], penalty: float) -> Tensor:
     """Logits with the penalty of Keskar et al. 2019 (CTRL) on ids that a row holds, then float32."""
     if penalty == 1.0:
         return logits
@@ -451,10 +451,12 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
         ordered[:, 0] = logits.max(-1).values  # top_p 0 still leaves the likeliest
         logits = torch.empty_like(logits).scatter_(1, ids, ordered)
     probs = logits.softmax(-1)
-    return draw(probs, generator) if probs.is_cuda else torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+    return (
+        sample_from(probs, generator) if probs.is_cuda else torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+    )
 
 
-def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
+def sample_from(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     """What torch.multinomial draws, one a row, by the same random numbers, but without its look at the probabilities,
     for which the host would wait. With q from Exp(1), argmax p / q is i with probability p_i: the exponential races of
     the Gumbel-max trick (Maddison et al. 2014)."""

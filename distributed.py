@@ -23,23 +23,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from context import Context
-from errors import UserError
+from common.errors import UserError
+from kernels.context_parallel import ContextParallel
 
-SETUP = timedelta(hours=12)  # that processes wait for the first of them, which may tokenise for long
-WRITING = timedelta(hours=1)  # or which writes
-MESSAGE = 1 << 24  # numbers: large enough for the network's full speed, small beside a model
-LITTLE = 0.25  # of a device's memory: a frozen base that takes no more is held whole by every process
-context: Context | None = None  # where several processes share each batch
-limit, groups = SETUP, []  # of waiting for others; groups of processes beside that of all
+SETUP_TIMEOUT = timedelta(hours=12)  # rank 0 may tokenise a large corpus while the others wait
+SAVE_TIMEOUT = timedelta(hours=1)  # the same while it writes a checkpoint
+BUCKET_NUMEL = 1 << 24  # elements all-reduced per message: enough for the network's full speed, little beside a model
+# A frozen base that takes less than this fraction of the device's memory is replicated rather than sharded.
+REPLICATE_BELOW = 0.25
+
+context_parallel: ContextParallel | None = None  # where several ranks share each batch
+pg_timeout = SETUP_TIMEOUT  # the timeout of collectives at present
+process_groups: list = []  # those beside the group of all ranks
 
 
-def launched() -> bool:
+def launched_by_torchrun() -> bool:
     """Whether torchrun started this process, alone or among others."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def start(device: torch.device) -> torch.device:
+def init_distributed(device: torch.device) -> torch.device:
     """Joins the group of processes that torchrun started; without it a group of this process alone. Returns the
     process's own device. Only the first process prints."""
     if device.type not in ("cpu", "cuda"):
@@ -53,72 +56,72 @@ def start(device: torch.device) -> torch.device:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if dist.is_initialized():
         pass  # several runs in a row, as in tests
-    elif launched():
-        dist.init_process_group(backend, timeout=SETUP)
+    elif launched_by_torchrun():
+        dist.init_process_group(backend, timeout=SETUP_TIMEOUT)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=SETUP)
-    if not is_first():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=SETUP_TIMEOUT)
+    if not is_rank0():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     return device
 
 
-def ready(seconds: float) -> None:
+def start_training_timeout(seconds: float) -> None:
     """The long waits are over: from now on a process that hears nothing for so many seconds gives up."""
-    global limit
-    limit = timedelta(seconds=seconds)
-    set_limit(limit)
+    global pg_timeout
+    pg_timeout = timedelta(seconds=seconds)
+    set_pg_timeouts(pg_timeout)
 
 
-def set_limit(time: timedelta) -> None:
+def set_pg_timeouts(time: timedelta) -> None:
     if dist.is_initialized():
-        for group in (None, *groups):
+        for group in (None, *process_groups):
             dist.distributed_c10d._set_pg_timeout(time, group)
 
 
 @contextlib.contextmanager
-def patient() -> Iterator[None]:
+def extended_timeout() -> Iterator[None]:
     """While the first process writes something large, which the others wait for."""
-    set_limit(max(WRITING, limit))
+    set_pg_timeouts(max(SAVE_TIMEOUT, pg_timeout))
     try:
         yield
     finally:
-        set_limit(limit)
+        set_pg_timeouts(pg_timeout)
 
 
 def new_group(ranks: list[int] | None = None, backend: str | None = None):
     """Of these processes; those of no others call it as well. It gives up as the group of all does."""
-    group = dist.new_group(ranks, timeout=limit, backend=backend)
+    group = dist.new_group(ranks, timeout=pg_timeout, backend=backend)
     if ranks is None or rank() in ranks:
-        groups.append(group)
+        process_groups.append(group)
     return group
 
 
-def stop() -> None:
+def destroy_process_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-        mesh.cache_clear()
-        groups.clear()
+        device_mesh.cache_clear()
+        process_groups.clear()
 
 
-def share_batches(count: int) -> None:
-    """From now on so many neighbouring processes compute each batch together (context.py)."""
-    global context
-    if size() % count:
-        raise UserError(f"--context-parallel {count}: {size()} processes are no multiple")
-    context = None
+def init_context_parallel(count: int) -> None:
+    """From now on so many neighbouring processes compute each batch together (kernels/context_parallel.py)."""
+    global context_parallel
+    if world_size() % count:
+        raise UserError(f"--context-parallel {count}: {world_size()} processes are no multiple")
+    context_parallel = None
     if count > 1:
-        starts = range(0, size(), count)
+        starts = range(0, world_size(), count)
         all_of_them = [new_group(list(range(start, start + count))) for start in starts]
-        context = Context(count, rank() % count, all_of_them[rank() // count])
+        context_parallel = ContextParallel(count, rank() % count, all_of_them[rank() // count])
 
 
-def hands() -> int:
+def dp_size() -> int:
     """Among how many a step's rows are dealt."""
-    return size() // (context.size if context else 1)
+    return world_size() // (context_parallel.size if context_parallel else 1)
 
 
-def hand() -> int:
-    return rank() // (context.size if context else 1)
+def dp_rank() -> int:
+    return rank() // (context_parallel.size if context_parallel else 1)
 
 
 def local_rank() -> int:
@@ -126,111 +129,107 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def on_node() -> int:
+def local_world_size() -> int:
     """Processes of this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", size()))
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def size() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_first() -> bool:
+def is_rank0() -> bool:
     return rank() == 0
 
 
 @contextlib.contextmanager
-def in_turn() -> Iterator[None]:
+def local_rank0_first() -> Iterator[None]:
     """The first process of each machine does the block, then the others: what it leaves in the cache serves them."""
     first = local_rank() == 0
     if not first:
-        agreed(True)
+        all_ranks_agree(True)
     yield
     if first:
-        agreed(True)
+        all_ranks_agree(True)
 
 
-def total(x: Tensor) -> Tensor:
+def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum over all processes, in place."""
-    if size() > 1:
+    if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
-def agreed(fine: bool, group=None) -> bool:
+def all_ranks_agree(fine: bool, group=None) -> bool:
     """Whether all processes say so; waits for them. (Between CPUs: it notices at once when one of them dies.)"""
-    if size() == 1:
+    if world_size() == 1:
         return fine
     against = torch.tensor(int(not fine))
     dist.all_reduce(against, group=group)
     return int(against) == 0
 
 
-def from_first(value, group=None):
+def broadcast_object(value, group=None):
     """What the first process has, for all: anything made of Python's own types."""
-    if size() == 1:
+    if world_size() == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box, group=group, device=torch.device("cpu"))
     return box[0]
 
 
-def by_first(work: Callable):
-    """What work() returns in the first process, for all. Where it fails, that one says why and all end."""
-    return from_first(tried(lambda: work() if is_first() else None))
+def run_on_rank0(work: Callable):
+    """Runs work() on rank 0 and returns its result on every rank; an error there is raised on every rank."""
+    with synced_errors():
+        result = work() if is_rank0() else None
+    return broadcast_object(result)
 
 
-class Elsewhere(OSError):
-    """Another process has failed, and says why."""
+class RemoteRankError(OSError):
+    """Another rank has failed, and says why."""
 
     def __init__(self):
         super().__init__("another process has failed")
 
 
-def all_or_none(error: Exception | None, group=None) -> None:
-    """Raises in every process where one has an error."""
-    fine = agreed(error is None, group)
+@contextlib.contextmanager
+def synced_errors(group=None) -> Iterator[None]:
+    """A block in which a UserError or OSError of one rank ends the block on every rank: there as it was raised, on the
+    others as RemoteRankError. All ranks wait for each other at its end."""
+    error = None
+    try:
+        yield
+    except (UserError, OSError) as caught:
+        error = caught
+    fine = all_ranks_agree(error is None, group)
     if error is not None:
         raise error
     if not fine:
-        raise Elsewhere
-
-
-def tried(work: Callable, group=None):
-    """What work() returns in this process; where it fails in one, all end."""
-    value = error = None
-    try:
-        value = work()
-    except (UserError, OSError) as caught:
-        error = caught
-    all_or_none(error, group)
-    return value
+        raise RemoteRankError
 
 
 @contextlib.contextmanager
-def by_first_alone(block, group=None) -> Iterator:
-    """A context manager that the first process alone enters; the others get None. Where entering, leaving or the block
-    itself fails in one process it fails in all."""
-    error = None
+def rank0_context(block, group=None) -> Iterator:
+    """A context manager that rank 0 alone enters; the others get None. Where entering, leaving or the block itself
+    fails on one rank it fails on all."""
     with contextlib.ExitStack() as stack:
-        value = tried(lambda: stack.enter_context(block) if is_first() else None, group)
-        try:
+        with synced_errors(group):
+            value = stack.enter_context(block) if is_rank0() else None
+        with synced_errors(group):  # its error leaves the stack, which takes away what is half done
             yield value
-        except (UserError, OSError) as caught:
-            error = caught
-        all_or_none(error, group)  # which takes what is half done away
-        tried(stack.close, group)
+        with synced_errors(group):
+            stack.close()
 
 
-def gathered(value, group=None) -> list:
+def all_gather_object(value, group=None) -> list:
     """What each process has, in order of ranks."""
-    if size() == 1:
+    if world_size() == 1:
         return [value]
-    found = [None] * size()
+    found = [None] * world_size()
     dist.all_gather_object(found, value, group=group)
     return found
 
@@ -238,7 +237,9 @@ def gathered(value, group=None) -> list:
 # ------------------------------------------------------------------------------------------------- shards
 
 
-def shard(model: nn.Module, kind: str, device: torch.device, narrow: torch.dtype | None, offload: bool = False) -> None:
+def shard_model(
+    model: nn.Module, kind: str, device: torch.device, narrow: torch.dtype | None, offload: bool = False
+) -> None:
     """Makes DTensors of the parameters of a model on the meta device: "full" or "hybrid". Every block is gathered on
     its own; what is around them (embeddings, the last norm, the head) once, for all of a forward and backward.
 
@@ -258,7 +259,7 @@ def shard(model: nn.Module, kind: str, device: torch.device, narrow: torch.dtype
     whole = {p for name, p in model.named_parameters() if name.endswith((".nf4.nested", ".nf4.offset"))}
     whole |= {p for name, p in model.named_parameters() if name.endswith("nf4.absmax") and p.is_floating_point()}
     settings = {
-        "mesh": mesh(kind, device.type),
+        "mesh": device_mesh(kind, device.type),
         "mp_policy": policy,
         "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),
         "ignored_params": whole,
@@ -275,18 +276,20 @@ def shard(model: nn.Module, kind: str, device: torch.device, narrow: torch.dtype
 
 
 @functools.cache
-def mesh(kind: str, device: str):
+def device_mesh(kind: str, device: str):
     """The processes as a row, or as nodes and the processes of each."""
     from torch.distributed.device_mesh import init_device_mesh
 
     if kind == "full":
-        return init_device_mesh(device, (size(),), mesh_dim_names=("shard",))
-    found = init_device_mesh(device, (size() // on_node(), on_node()), mesh_dim_names=("copies", "shard"))
-    groups.extend(found.get_all_groups())
+        return init_device_mesh(device, (world_size(),), mesh_dim_names=("shard",))
+    found = init_device_mesh(
+        device, (world_size() // local_world_size(), local_world_size()), mesh_dim_names=("copies", "shard")
+    )
+    process_groups.extend(found.get_all_groups())
     return found
 
 
-def sharded(model: nn.Module) -> bool:
+def has_shards(model: nn.Module) -> bool:
     return any(is_sharded(p) for p in model.parameters())
 
 
@@ -294,39 +297,39 @@ def is_sharded(x: Tensor) -> bool:
     return hasattr(x, "placements")
 
 
-def local(x: Tensor) -> Tensor:
+def to_local(x: Tensor) -> Tensor:
     """The rows of a tensor in shards that are this process's, in their own memory; of another, all of it."""
     return x.to_local() if is_sharded(x) else x
 
 
-def whole(x: Tensor) -> Tensor:
+def full_tensor(x: Tensor) -> Tensor:
     """All rows of a tensor in shards, on every process; of another, itself. All processes must call it."""
     return x.full_tensor() if is_sharded(x) else x
 
 
-def my_rows(x: Tensor) -> slice:
+def local_row_slice(x: Tensor) -> slice:
     """Which rows `local` has: of R rows by W processes each has ceil(R / W), the last ones fewer."""
     if not is_sharded(x):
         return slice(0, x.shape[0])
-    return rows_of(x, x.device_mesh.get_local_rank("shard"))
+    return shard_row_slice(x, x.device_mesh.get_local_rank("shard"))
 
 
-def rows_of(x: Tensor, number: int) -> slice:
+def shard_row_slice(x: Tensor, number: int) -> slice:
     """Which rows shard `number` of a DTensor has."""
-    each = -(-x.shape[0] // shards(x))
+    each = -(-x.shape[0] // num_shards(x))
     return slice(min(number * each, x.shape[0]), min((number + 1) * each, x.shape[0]))
 
 
-def shards(x: Tensor) -> int:
+def num_shards(x: Tensor) -> int:
     return x.device_mesh["shard"].size() if is_sharded(x) else 1
 
 
-def group_of(x: Tensor):
+def shard_group(x: Tensor):
     """The processes among which a DTensor's rows are shared."""
     return x.device_mesh.get_group("shard")
 
 
-def like(x: Tensor, mine: Tensor) -> Tensor:
+def dtensor_like(x: Tensor, mine: Tensor) -> Tensor:
     """A DTensor laid out as x is, of rows of this process (with x's shape, or one number a row)."""
     from torch.distributed.tensor import DTensor
 
@@ -334,19 +337,19 @@ def like(x: Tensor, mine: Tensor) -> Tensor:
     stride = torch.empty(shape, device="meta").stride()
     where = x.device_mesh
     if mine.device.type != where.device_type:  # a copy on the host: on the GPUs' mesh it would be moved there
-        where = mesh("full" if where.ndim == 1 else "hybrid", mine.device.type)
+        where = device_mesh("full" if where.ndim == 1 else "hybrid", mine.device.type)
     return DTensor.from_local(mine, where, x.placements, run_check=False, shape=shape, stride=stride)
 
 
 def gather_rows(mine: Tensor, x: Tensor) -> Tensor:
     """All rows of what each process has of x's rows, [own rows, ...] -> [rows, ...]."""
-    return whole(like(x, mine)) if is_sharded(x) else mine
+    return full_tensor(dtensor_like(x, mine)) if is_sharded(x) else mine
 
 
 # ------------------------------------------------------------------------------------------------- a step
 
 
-def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:
+def balance_across_ranks(sizes: Sequence[int], hands: int) -> list[list[int]]:
     """The numbers of a step's rows, for so many processes: each gets as many, and about as many tokens (by size, to
     and fro). It follows from the sizes alone, so that every process knows what all have."""
     order = sorted(range(len(sizes)), key=lambda i: sizes[i])
@@ -357,50 +360,50 @@ def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:
     return found
 
 
-def expect_sums(model: nn.Module, now: bool) -> None:
+def set_gradient_sync(model: nn.Module, now: bool) -> None:
     """Before a micro-batch: whether its backward adds gradients up over the processes, or leaves them for the next."""
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(now)
         model.set_is_last_backward(now)
 
 
-def add_gradients(parameters: list[Tensor]) -> None:
+def all_reduce_gradients(parameters: list[Tensor]) -> None:
     """Without shards: the sum of all processes' gradients, in fp32, in messages of MESSAGE numbers and more."""
-    if size() == 1 or is_sharded(parameters[0]):
+    if world_size() == 1 or is_sharded(parameters[0]):
         return
     waiting: list[Tensor] = []
     for number, p in enumerate(parameters, 1):
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         waiting.append(p.grad)
-        if sum(grad.numel() for grad in waiting) < MESSAGE and number < len(parameters):
+        if sum(grad.numel() for grad in waiting) < BUCKET_NUMEL and number < len(parameters):
             continue
-        flat = total(torch.cat([grad.flatten().float() for grad in waiting]))
+        flat = all_reduce_sum(torch.cat([grad.flatten().float() for grad in waiting]))
         for grad, part in zip(waiting, flat.split([grad.numel() for grad in waiting]), strict=True):
             grad.copy_(part.view_as(grad))
         waiting = []
 
 
 @torch.no_grad()
-def clip(parameters: list[Tensor], most: float) -> Tensor:
+def clip_grad_norm_(parameters: list[Tensor], most: float) -> Tensor:
     """Scales the gradients down to a norm of at most `most` over all parameters and processes; returns the norm before
     that, float32 scalar."""
     if not is_sharded(parameters[0]):
         return nn.utils.clip_grad_norm_(parameters, most)
-    grads = [local(p.grad) for p in parameters if p.grad is not None]
+    grads = [to_local(p.grad) for p in parameters if p.grad is not None]
     squares = torch.stack([grad.float().square().sum() for grad in grads]).sum()
     where = torch.device(parameters[0].device_mesh.device_type)  # offloaded shards lie elsewhere
     squares = squares.to(where)
-    dist.all_reduce(squares, group=group_of(parameters[0]))
+    dist.all_reduce(squares, group=shard_group(parameters[0]))
     norm = squares.sqrt().to(grads[0].device)
     torch._foreach_mul_(grads, (most / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
-def lost(error: BaseException) -> bool:
+def is_lost_rank(error: BaseException) -> bool:
     """Whether an error says that another process is gone, or was waited for too long."""
     of_a_group = isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl"))
-    return size() > 1 and isinstance(error, RuntimeError) and of_a_group
+    return world_size() > 1 and isinstance(error, RuntimeError) and of_a_group
 
 
-def gone(error: BaseException) -> UserError:
+def lost_rank_error(error: BaseException) -> UserError:
     return UserError(f"another process has ended, or was waited for too long ({str(error)[:200]})")

@@ -22,30 +22,35 @@ import numpy as np
 from tqdm import tqdm
 
 import data
-import loading
+import lora
 import objectives
 from checkpoint import load_model, read_config
-from convert import base_folder
-from errors import UserError, run
-from examples import Dataset
-from formats import Found, Map, Record, open_source
-from lora import drop_lora, has_lora, is_adapter, note
-from model import Transformer, evaluating, packed_weights
+from common import cli, console
+from common.device import pick_device, pick_dtype
+from common.errors import UserError, run
+from dataset.examples import Dataset
+from dataset.formats import Map, ReadStats, Record, open_source
+from interop import resolve
+from interop.resolve import base_folder
+from lora import adapter_metadata, has_lora, is_adapter, remove_lora
+from model import Transformer, eval_mode, packed_weights
 from tokenizer import TemplateError, Tokenizer
 
-ROOM = 8  # tokens that an answer may be longer than the longest reference: enough to see that it goes on, and cheap
+EXTRA_TOKENS = (
+    8  # tokens that an answer may be longer than the longest reference: enough to see that it goes on, and cheap
+)
 
 
 def loss(model: Transformer, dataset: Dataset, batch_size: int = 8) -> dict[str, float]:
     """loss per trained token (nats), its perplexity, and the number of those tokens. Dropout is off meanwhile."""
-    with evaluating(model):
+    with eval_mode(model):
         value = objectives.mean_loss(model, data.batches_by_length(dataset, batch_size, model.device))
     perplexity = math.exp(value) if value < 700 else math.inf  # exp(710) is beyond a float
     return {"loss": value, "perplexity": perplexity, "tokens": dataset.trained_tokens}
 
 
 @dataclass
-class Exact:
+class ExactResult:
     """The answers to some records, in the records' order. prompt_tokens: mean length of a prompt."""
 
     records: list[Record]
@@ -77,28 +82,28 @@ def exact(
     max_new_tokens: int | None = None,
     batch_size: int = 32,
     shots: Sequence[Record] = (),
-) -> Exact:
+) -> ExactResult:
     """Greedy answers to each record's turns before its last assistant turn, beside that turn.
 
     max_new_tokens: default, the longest reference in tokens and ROOM more. shots: examples put before each question as
     earlier turns (few-shot prompting, Brown et al. 2020).
     Raises UserError naming the record that has no reference, that the template refuses, or that is too long.
     """
-    asked = [question(record, shots) for record in records]
+    asked = [split_reference(record, shots) for record in records]
     references = [reference for _, reference in asked]
     prompts = []
     for record, (turns, _) in zip(records, asked, strict=True):
         try:
             ids, _ = tokenizer.render(turns, record.tools, add_generation_prompt=True)
         except TemplateError as error:
-            raise UserError(f"{record.where}: {loading.one_line(str(error), 200)}") from None
+            raise UserError(f"{record.where}: {console.one_line(str(error), 200)}") from None
         if len(ids) >= model.config.max_positions:
             raise UserError(
                 f"{record.where}: {len(ids):,} tokens before the answer; the model takes {model.config.max_positions:,}"
             )
         prompts.append(ids)
     if max_new_tokens is None:
-        max_new_tokens = ROOM + max(len(tokenizer.encode(text, bos=False, eos=False)) for text in references)
+        max_new_tokens = EXTRA_TOKENS + max(len(tokenizer.encode(text, bos=False, eos=False)) for text in references)
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike together: less padding in the cache
     bar = tqdm(total=len(order), unit="answer", disable=None, leave=False)  # None: quiet where no terminal is
@@ -110,10 +115,10 @@ def exact(
             ):
                 answers[i] = tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.stop_ids else ids, skip_special=True)
             bar.update(len(batch))
-    return Exact(list(records), references, answers, sum(map(len, prompts)) / len(prompts))
+    return ExactResult(list(records), references, answers, sum(map(len, prompts)) / len(prompts))
 
 
-def question(record: Record, shots: Sequence[Record] = ()) -> tuple[list[dict[str, str]], str]:
+def split_reference(record: Record, shots: Sequence[Record] = ()) -> tuple[list[dict[str, str]], str]:
     """The turns that ask (the record's system turn, the shots' turns, the record's other turns), and the reference."""
     for each in (record, *shots):
         if each.messages is None:
@@ -134,7 +139,7 @@ def question(record: Record, shots: Sequence[Record] = ()) -> tuple[list[dict[st
 
 
 @dataclass
-class Side:
+class Target:
     """What is scored: a base, by its folder, and maybe an adapter on it."""
 
     name: str
@@ -144,37 +149,37 @@ class Side:
 
 def main() -> None:
     args = arguments()
-    device = loading.pick_device(args.device)
-    dtype, why = loading.pick_dtype(args.dtype, device)
-    through = Map(args.map) if args.map else None
-    source = open_source(args.data, through=through)
+    device = pick_device(args.device)
+    dtype, why = pick_dtype(args.dtype, device)
+    map_fn = Map(args.map) if args.map else None
+    source = open_source(args.data, map_fn=map_fn)
     if args.what == "exact":
-        found = Found()
+        found = ReadStats()
         good = (record for record in source.records(found) if record.label is not False)
         records = [*islice(good, args.limit)]
         print(f"data      {source.summary(found)}")
         if not records:
             raise UserError(f"{args.data}: no record with a good answer to compare with")
-        question(records[0])  # a file without references is refused before a model is loaded for it
-    sides = pick_sides(args)
+        split_reference(records[0])  # a file without references is refused before a model is loaded for it
+    sides = pick_targets(args)
     print(f"compute   {args.what} in {str(dtype).removeprefix('torch.')} on {device.type}: {why}")
     model, results, sets = None, {}, []
     for side in sides:
-        tokenizer = loading.pick_tokenizer(side.folder, side.adapter, args.template)
+        tokenizer = resolve.pick_tokenizer(side.folder, side.adapter, args.template)
         if args.what == "loss":  # a fault in the file is told before a model is loaded for it
             limit = read_config(side.folder).max_positions
-            dataset = encode(args.data, tokenizer, limit, args.seq_len, args.limit, through)
+            dataset = encode(args.data, tokenizer, limit, args.seq_len, args.limit, map_fn)
             if len(sides) == 2:
                 sets.append(digest(dataset))
         if model is None or model.source != side.folder:
             model = None  # the other model goes before this one comes
             model = load_model(side.folder, dtype, device, args.quant)
         elif has_lora(model):
-            drop_lora(model)
+            remove_lora(model)
         if side.adapter is not None:
-            loading.put_adapter(model, side.adapter)
+            lora.put_adapter_on(model, side.adapter)
         print(f"{side.name:9} {side.folder}" + (f" + {side.adapter}" if side.adapter else ""), end=": ")
-        kind = f"{model.config.family}, {model.size / 1e6:,.1f} M parameters{loading.in_bits(model)}"
+        kind = f"{model.config.family}, {model.size / 1e6:,.1f} M parameters{resolve.quantized_suffix(model)}"
         print(f"{kind}, template {tokenizer.template_name}", flush=True)
         if args.what == "exact":
             results[side.name] = exact(model, tokenizer, records, args.max_new_tokens, args.batch_size or 32)
@@ -200,14 +205,16 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("what", choices=["loss", "exact"], help="loss per token, or greedy answers against references")
     add("--data", metavar="FILE", required=True, help="records of any known format")
     add("--map", metavar="FILE.py:NAME", help="your function that every record goes through first")
-    loading.add_flags(parser)
+    resolve.add_model_flags(parser)
     add("--versus", metavar="X", help="compare with: base (without the --adapter), a model, or an adapter folder")
     add("--limit", type=int, metavar="N", help="only the first N records")
     add("--batch-size", type=int, metavar="N", help="examples at a time (default: 8, exact 32)")
     add("--seq-len", type=int, metavar="N", help="loss: longest example in tokens (default: the model's limit)")
-    add("--max-new-tokens", type=int, metavar="N", help=f"exact: default, the longest reference and {ROOM} more")
+    add(
+        "--max-new-tokens", type=int, metavar="N", help=f"exact: default, the longest reference and {EXTRA_TOKENS} more"
+    )
     add("--show", type=int, metavar="K", help="exact: misses to show (default: 5)")
-    args = loading.parse(parser, argv)
+    args = cli.parse_args(parser, argv)
     for flag, least in {"limit": 1, "batch_size": 1, "seq_len": 2, "max_new_tokens": 1, "show": 0}.items():
         value, name = getattr(args, flag), "--" + flag.replace("_", "-")
         if value is not None and value < least:
@@ -218,29 +225,29 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def pick_sides(args: argparse.Namespace) -> list[Side]:
+def pick_targets(args: argparse.Namespace) -> list[Target]:
     """What to score, in order: what --versus names (the base it is, mostly), then what --model and --adapter name."""
     folder = base_folder(args.model, args.adapter)
-    mine = Side("adapter" if args.adapter else "model", folder, args.adapter)
+    mine = Target("adapter" if args.adapter else "model", folder, args.adapter)
     if args.versus is None:
         return [mine]
     if args.versus == "base":
-        base = folder if args.adapter else Path(str(note(folder).get("base")))  # of a model trained here
+        base = folder if args.adapter else Path(str(adapter_metadata(folder).get("base")))  # of a model trained here
         if not (base / "config.json").is_file():
             raise UserError("--versus base: needs --adapter, or a --model trained here whose base is still in place")
-        return [Side("base", base, None), mine]
+        return [Target("base", base, None), mine]
     if is_adapter(args.versus):
-        return [Side("versus", base_folder(args.model, args.versus), args.versus), mine]
-    return [Side("versus", base_folder(args.versus, None), None), mine]
+        return [Target("versus", base_folder(args.model, args.versus), args.versus), mine]
+    return [Target("versus", base_folder(args.versus, None), None), mine]
 
 
 def encode(
-    file: str, tokenizer: Tokenizer, limit: int, seq_len: int | None, first: int | None, through: Map | None
+    file: str, tokenizer: Tokenizer, limit: int, seq_len: int | None, first: int | None, map_fn: Map | None
 ) -> Dataset:
     """limit: the model's positions."""
     if seq_len is not None and seq_len > limit:
         raise UserError(f"--seq-len {seq_len}: the model takes {limit}")
-    dataset = data.load([file], tokenizer, seq_len or limit, say=print, through=through)
+    dataset = data.load([file], tokenizer, seq_len or limit, print_fn=print, map_fn=map_fn)
     if first is None:
         return dataset
     print(f"          of which the first {first:,}")
@@ -277,15 +284,15 @@ def print_table(results: dict[str, dict[str, float]], columns: dict[str, str]) -
         )
 
 
-def print_misses(name: str, result: Exact, most: int) -> None:
+def print_misses(name: str, result: ExactResult, most: int) -> None:
     misses = [i for i, hit in enumerate(result.hits) if not hit][:most]
     if misses:
         print(f"\n{name}: {len(misses)} of {result.total - result.right:,} misses")
     for i in misses:
-        asked = [message["content"] for message in question(result.records[i])[0] if message["role"] == "user"]
-        print(f"  asked   {loading.one_line(asked[-1] if asked else '')}")
-        print(f"  wanted  {loading.one_line(result.references[i].strip())}")
-        print(f"  got     {loading.one_line(result.answers[i].strip())}\n")
+        asked = [message["content"] for message in split_reference(result.records[i])[0] if message["role"] == "user"]
+        print(f"  asked   {console.one_line(asked[-1] if asked else '')}")
+        print(f"  wanted  {console.one_line(result.references[i].strip())}")
+        print(f"  got     {console.one_line(result.answers[i].strip())}\n")
 
 
 if __name__ == "__main__":

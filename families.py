@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from errors import UserError
+from common.errors import UserError
 
 MAX_LAYERS = 1_000  # a hostile config.json must not keep the machine busy building modules
 MAX_EXPERTS = 32_000  # in all layers together; the largest models published have 24,000
@@ -74,7 +74,7 @@ class Config:
     tied: bool  # the output head is the embedding table
     layers: tuple[Layer, ...]
     ropes: tuple[Rope, ...]
-    unheeded: tuple[str, ...]  # keys of raw that training here does not follow, as "attention_dropout 0.1"
+    ignored_settings: tuple[str, ...]  # keys of raw that training here does not follow, as "attention_dropout 0.1"
     activation: str  # one of ACTIVATIONS' values
     names: dict[str, str]  # a module of ours: the published one; {} is the number of a layer or an expert
     # What follows are the switches, with Llama's values.
@@ -102,7 +102,7 @@ class Config:
         return len(self.layers)
 
     @property
-    def turns_change_at(self) -> int | None:
+    def rope_switch_length(self) -> int | None:
         """The length at which a growing text is turned by another table, so that no cached key is right any more."""
         long = [r.scaling for r in self.ropes if r.scaling and r.scaling["rope_type"] == "longrope"]
         return long[0]["original_max_position_embeddings"] + 1 if long else None
@@ -123,7 +123,7 @@ class Config:
         if raw.get("architectures") not in (None, [], [family.architecture]):
             raise UserError(f"{where}: architectures {shown(raw['architectures'])} is not supported for {name}")
         read = Reader(raw, family, where)
-        for key, fine in MUST_BE.items():
+        for key, fine in REQUIRED_VALUES.items():
             if raw.get(key) not in (None, fine):
                 raise UserError(f"{where}: {key} {shown(raw[key])} is not supported; take it out to do without")
         depth, hidden, heads = (
@@ -161,10 +161,10 @@ class Config:
             hidden_size=hidden,
             num_heads=heads,
             head_dim=head_dim,
-            max_positions=reach(read.size("max_position_embeddings"), ropes),
+            max_positions=max_context(read.size("max_position_embeddings"), ropes),
             layers=tuple(Layer(*row) for row in zip(*columns, strict=True)),
             ropes=ropes,
-            unheeded=tuple(f"{key} {value}" for key, value in random.items() if type(value) in (int, float) and value),
+            ignored_settings=tuple(f"{key} {value}" for key, value in random.items() if type(value) in (int, float) and value),
             names=family.names | switches.pop("names", {}),
             **basics | switches,
         )
@@ -177,7 +177,7 @@ class Config:
         return config
 
 
-MUST_BE = {  # keys of any family that change what is computed, and the only value that is computed here
+REQUIRED_VALUES = {  # keys of any family that change what is computed, and the only value that is computed here
     "is_causal": True,
     "use_bidirectional_attention": False,
     "add_cross_attention": False,
@@ -315,7 +315,7 @@ def read_rope(read: Reader, settings: object, head_dim: int, theta_key: str = "r
     return Rope(float(theta), dim, scaling)
 
 
-def reach(positions: int, ropes: tuple[Rope, ...]) -> int:
+def max_context(positions: int, ropes: tuple[Rope, ...]) -> int:
     """How long a text may be. max_position_embeddings says it, but where rope scaling stretches it: files differ in
     whether they wrote the old length or the new, and vLLM's reading is the generous one."""
     for rope in ropes:

@@ -1,5 +1,8 @@
-"""Every flag of train.py: its name, type, default and help in one place, and what can be said about them before a
-file is opened."""
+"""Every option of train.py, declared once: its type, default, range, help, and what a resumed run may change.
+
+`Flags` is what was typed. What was left open (None) is chosen by training/defaults.py, which returns `Settings`; neither
+is ever written to. An option is a line of the class `Flags`; `SECTIONS` puts them under headings in --help.
+"""
 
 import argparse
 import dataclasses
@@ -9,260 +12,434 @@ from pathlib import Path
 
 import lora
 import optimizers
-import remat
-from errors import UserError
-from examples import TRAIN_ON
-from formats import TREES
-from kernels import flash_versions
-from loading import parse
+from common.cli import parse_args
+from common.errors import UserError
+from dataset.examples import TRAIN_ON
+from dataset.formats import TREES
+from kernels import activation_checkpointing, flash_versions
 from quant import KINDS
-from templates import NAMED
+from tokenization.chat_template import NAMED
 
-LORA = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": lora.ALL}  # of a new adapter
-VAL_FRACTION = 0.05  # where --val is not given
-LARGEST = 2**31  # of any flag
+NEW_ADAPTER = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": lora.ALL}  # defaults; of --adapter its own hold
+VAL_FRACTION = 0.05  # of the prompts, where --val is not given
+LARGEST = 2**31  # of any number on the command line
+
+# The first option of each section of --help, in the order in which a user meets them.
+SECTIONS = {
+    "model": "model and data",
+    "method": "method",
+    "batch_size": "optimization",
+    "eval_every": "evaluation and saving",
+    "device": "machine and memory",
+    "shard": "several processes",
+    "plan": "looking and debugging",
+}
+
+# The names that options had in earlier versions: {old: (new, {old value: new value})}. They are answered with the new
+# name, and read in the checkpoints of runs that had them.
+FORMER_NAMES = {"remat": ("activation_checkpointing", {"block": "full"})}
+
+POSITIVE, NOT_NEGATIVE = "above 0", "0 or more"
+FREE, PER_LAUNCH = "free", "launch"
 
 
-def flag(default, group: str, text: str, **more):
+def option(default, text: str, **more):
+    """A field of Flags. More of its metadata: choices, metavar, nargs, const for argparse; `limits`, POSITIVE or
+    NOT_NEGATIVE; `resume`: FREE if a resumed run may have another value, since no number of the run changes or only how
+    it is computed; PER_LAUNCH if it belongs to one start of the program and not to the run."""
+    metadata = {"help": text, **more}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"group": group, "help": text, **more})
-    return field(default=default, metadata={"group": group, "help": text, **more})
+        return field(default=tuple(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Flags:
-    """Every flag: name, type, default and help stand here and nowhere else. None: chosen at the start and printed."""
+    """What was typed. None: left open, chosen at the start and printed."""
 
-    model: str | None = flag(
+    # ---- model and data
+    model: str | None = option(
         None,
-        "model and data",
-        "Hugging Face folder or GGUF file (default: the adapter's base, else SmolLM2-135M-Instruct)",
+        "the model to fine-tune: a Hugging Face folder, a GGUF file, or a name on the Hub (org/model); default: the"
+        " model that --adapter was trained on, else SmolLM2-135M-Instruct",
+        resume=FREE,
     )
-    data: list[str] = flag(
+    data: tuple[str, ...] = option(
         [],
-        "model and data",
-        "files or folders of examples; with weights, they share the draws (default: the bundled task)",
+        "files or folders of training examples in any known format; FILE=W gives a file the weight W when several are"
+        " mixed; default: the bundled task",
         metavar="FILE[=W]",
+        resume=FREE,
     )
-    replay: list[str] = flag(
-        [], "model and data", "general data against forgetting: this share of all draws is of it", metavar="FILE=SHARE"
+    replay: tuple[str, ...] = option(
+        [],
+        "general data that is mixed in against forgetting: FILE=0.1 makes a tenth of all training examples come from it",
+        metavar="FILE=SHARE",
+        resume=FREE,
     )
-    val: str | None = flag(None, "model and data", "file of validation examples", metavar="FILE")
-    val_fraction: float | None = flag(
-        None, "model and data", f"without --val: this share of the prompts validates; 0: none (default: {VAL_FRACTION})"
+    val: str | None = option(
+        None, "file of validation examples; default: some of --data is held out", metavar="FILE", resume=FREE
     )
-    template: str | None = flag(None, "model and data", "chat template in place of the model's own", choices=[*NAMED])
-    train_on: str = flag(
+    val_fraction: float | None = option(
+        None,
+        "without --val: the share of the prompts in --data that is held out for validation; 0: no validation; default:"
+        f" {VAL_FRACTION}",
+        resume=FREE,
+    )
+    template: str | None = option(
+        None, "chat template to use in place of the model's own, for a model without one", choices=[*NAMED]
+    )
+    train_on: str = option(
         "answers",
-        "model and data",
-        "of a conversation: every answer of the assistant, the last one, or the user's turns as well",
+        "the parts of a conversation that are trained: every answer of the assistant, only its last one, or the user's"
+        " messages as well",
         choices=[*TRAIN_ON],
     )
-    pack: bool | None = flag(
-        None, "model and data", "rows of --seq-len tokens, full of whole examples (default: on a GPU, in long runs)"
-    )
-    map: str | None = flag(
+    pack: bool | None = option(
         None,
-        "model and data",
-        "your function that the records of --data and --val go through",
+        "put several whole examples into one row of --seq-len tokens; no example sees another; default: on a GPU, if an"
+        " epoch then still has 100 steps",
+    )
+    map: str | None = option(
+        None,
+        "a Python function of yours that every record of --data and --val goes through first",
         metavar="FILE.py:NAME",
     )
-    trees: str = flag(
-        "best", "model and data", "of OASST trees: the path of best-ranked replies, or every path", choices=[*TREES]
+    trees: str = option(
+        "best", "of OASST message trees: train the path of best-ranked replies, or every path", choices=[*TREES]
     )
-    seq_len: int | None = flag(None, "model and data", "longest example in tokens (default: 2048 or the model's limit)")
-    out: str | None = flag(None, "model and data", "folder of the run (default: a new one under runs/)", metavar="DIR")
-    plan: bool = flag(False, "watching", "say what each method would take of memory and time, and stop")
-    gpus: list[int] = flag(
-        [], "watching", "--plan: for so many GPUs of 80 GB in nodes of 8, one line each", metavar="N"
-    )
-    overwrite: bool = flag(False, "model and data", "replace the run that --out holds")
-    resume: str | None = flag(
+    seq_len: int | None = option(
         None,
-        "durability",
-        "go on from the newest whole checkpoint under --out, with its flags; `auto`: or begin, where there is none",
+        "longest example in tokens; what is longer is cut at a turn or left out, and counted; default: 2048, or the"
+        " model's own limit",
+        limits=POSITIVE,
+    )
+    out: str | None = option(
+        None, "folder of the run; default: a new one under runs/", metavar="DIR", resume=PER_LAUNCH
+    )
+    overwrite: bool = option(False, "replace the run that --out holds", resume=PER_LAUNCH)
+
+    # ---- method
+    method: str = option(
+        "lora",
+        "what is trained: lora: small low-rank matrices beside the frozen weights; qlora: the same, with the frozen"
+        " weights in 4 bits, for a quarter of their memory; full: the weights themselves",
+        choices=["full", "lora", "qlora"],
+    )
+    quant: str | None = option(
+        None,
+        "4-bit format of the frozen weights, with --method lora or qlora; nf4+head: the output head as well; default:"
+        " nf4 for qlora, none for lora",
+        choices=[*KINDS],
+    )
+    rank: int | None = option(
+        None,
+        f"lora: rank of the trained matrices; more can hold more; default: {NEW_ADAPTER['rank']}",
+        limits=POSITIVE,
+    )
+    alpha: float | None = option(
+        None, f"lora: the update is scaled by alpha / rank; default: {NEW_ADAPTER['alpha']:g}", limits=POSITIVE
+    )
+    dropout: float | None = option(
+        None,
+        f"lora: share of the adapters' inputs that is dropped in training; default: {NEW_ADAPTER['dropout']:g}",
+        limits=NOT_NEGATIVE,
+    )
+    targets: str | None = option(
+        None,
+        "lora: layers that are adapted, as names separated by commas (q_proj,v_proj); default: all, which is every linear"
+        " layer of the blocks",
+    )
+    adapter: str | None = option(None, "lora: continue training this adapter (a PEFT folder)", metavar="DIR")
+    train: str | None = option(
+        None,
+        "full: train only the parameters whose published name matches, e.g. 'layers.2[0-9]'",
+        metavar="REGEX",
+    )
+
+    # ---- optimization
+    batch_size: int = option(
+        8, "examples (packed: rows) that one process takes at a time, a micro-batch", limits=POSITIVE, resume=FREE
+    )
+    accumulate: int = option(
+        1,
+        "gradient accumulation: micro-batches that make one optimizer step; a step is batch size x accumulate x"
+        " processes, however it is cut",
+        limits=POSITIVE,
+        resume=FREE,
+    )
+    steps: int | None = option(None, "optimizer steps; default: as --epochs says", limits=POSITIVE)
+    epochs: float | None = option(
+        None, "passes over the data; default: 3 for small data, 1 from 1,500 examples on", limits=POSITIVE
+    )
+    lr: float | None = option(None, "peak learning rate; default: by the method and the model's width", limits=POSITIVE)
+    schedule: str = option(
+        "cosine", "how the learning rate falls after the warm-up", choices=["cosine", "linear", "constant"]
+    )
+    warmup: int | None = option(
+        None, "steps in which the learning rate rises from 0; default: 5 %% of the steps", limits=NOT_NEGATIVE
+    )
+    weight_decay: float | None = option(
+        None,
+        "weight decay of matrices (never of norms and biases); default: 0.01 for full, else 0",
+        limits=NOT_NEGATIVE,
+    )
+    optimizer: str = option(
+        "adamw",
+        "adamw8bit: AdamW with moments in 8 bits, a quarter of their memory; muon: Muon on the blocks' matrices, AdamW"
+        " on the rest",
+        choices=[*optimizers.DESCRIPTIONS],
+    )
+    optimizer_offload: bool = option(
+        False,
+        "keep fp32 weights and moments in the host's memory and compute the optimizer step there: a GPU then holds 4"
+        " bytes a trained weight in place of 16",
+    )
+    weights: str = option(
+        "fp32",
+        "full: dtype of the trained weights; bf16 takes half the memory and rounds up or down at random, so that small"
+        " steps are not lost",
+        choices=["fp32", "bf16"],
+    )
+    clip: float = option(
+        1.0, "largest norm of the gradient; a larger one is scaled down to it; 0: no clipping", limits=NOT_NEGATIVE
+    )
+    seed: int = option(0, "seed of the examples' order, of new weights and of dropout", limits=NOT_NEGATIVE)
+
+    # ---- evaluation and saving
+    eval_every: int | None = option(
+        None, "steps between validations; 0: only at the end; default: a fifth of the run", limits=NOT_NEGATIVE,
+        resume=FREE,
+    )  # fmt: skip
+    patience: int = option(
+        0,
+        "early stopping: stop after so many validations in a row without a new best; 0: never",
+        limits=NOT_NEGATIVE,
+        resume=FREE,
+    )
+    save_every: int | None = option(
+        None,
+        "steps between checkpoints, from which a stopped run is resumed; 0: none; default: a fifth of the run, at most"
+        " half an hour",
+        limits=NOT_NEGATIVE,
+        resume=FREE,
+    )
+    keep: int = option(
+        2, "checkpoints that are kept: the newest so many, and the best validated one", limits=POSITIVE, resume=FREE
+    )
+    save_async: bool = option(
+        False, "write checkpoints in the background, from a copy in the host's memory", resume=FREE
+    )
+    resume: str | None = option(
+        None,
+        "continue the run in --out from its newest whole checkpoint, with its flags; auto: or start it, where there is"
+        " no checkpoint yet",
         nargs="?",
         const="on",
         choices=["on", "auto"],
+        resume=PER_LAUNCH,
     )
-    save_every: int | None = flag(
-        None, "durability", "steps between checkpoints (default: a fifth of the run, half an hour at most); 0: none"
-    )
-    keep: int = flag(2, "durability", "checkpoints that are kept: the last so many, and the best validated one")
-    save_async: bool = flag(False, "durability", "write checkpoints while the training goes on, from a copy in memory")
-    method: str = flag(
-        "lora",
-        "method",
-        "full: the weights themselves; lora: low-rank adapters; qlora: the same on a base in 4 bits (--quant nf4)",
-        choices=["full", "lora", "qlora"],
-    )
-    quant: str | None = flag(None, "method", "of the frozen base, in lora: 4 bits a weight (QLoRA)", choices=[*KINDS])
-    rank: int | None = flag(None, "method", f"lora: rank of the update (default: {LORA['rank']})")
-    alpha: float | None = flag(
-        None, "method", f"lora: the update is scaled by alpha / rank (default: {LORA['alpha']:g})"
-    )
-    dropout: float | None = flag(None, "method", f"lora: dropout on the adapters' input (default: {LORA['dropout']:g})")
-    targets: str | None = flag(
-        None, "method", f"lora: names of layers, with commas (default: {LORA['targets']}, every linear of the blocks)"
-    )
-    adapter: str | None = flag(None, "method", "lora: go on from this adapter folder", metavar="DIR")
-    train: str | None = flag(
-        None, "method", "full: train only parameters whose published name matches", metavar="REGEX"
-    )
-    batch_size: int = flag(8, "optimization", "examples in a micro-batch; packed, rows")
-    accumulate: int = flag(1, "optimization", "micro-batches in a step")
-    steps: int | None = flag(None, "optimization", "optimizer steps (default: from --epochs)")
-    epochs: float | None = flag(None, "optimization", "passes over the data (default: by the amount of data)")
-    lr: float | None = flag(None, "optimization", "peak learning rate (default: by method and model width)")
-    schedule: str = flag("cosine", "optimization", "after warm-up", choices=["cosine", "linear", "constant"])
-    warmup: int | None = flag(None, "optimization", "steps of linear warm-up (default: 5 %% of the steps)")
-    weight_decay: float | None = flag(None, "optimization", "on matrices only (default: 0.01 for full, 0 for lora)")
-    optimizer: str = flag(
-        "adamw",
-        "optimization",
-        "adamw8bit: its moments in a byte each; muon: on the blocks' matrices, AdamW on the rest",
-        choices=[*optimizers.NAMES],
-    )
-    optimizer_offload: bool = flag(
-        False, "optimization", "masters, moments and the step on the host: 4 bytes a trained weight are left on the GPU"
-    )
-    weights: str = flag(
-        "fp32",
-        "optimization",
-        "full: dtype of the trained weights; bf16: rounded up or down at random, right on average; half the memory",
-        choices=["fp32", "bf16"],
-    )
-    clip: float = flag(1.0, "optimization", "largest norm of the gradient; 0: no clipping")
-    seed: int = flag(0, "optimization", "of order, initialisation and dropout")
-    dtype: str = flag(
-        "auto", "machine", "of the products; adapters, optimizer, loss stay fp32", choices=["auto", "fp32", "bf16"]
-    )
-    device: str = flag("auto", "machine", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
-    compile: str = flag(
-        "auto", "machine", "blocks by torch.compile; auto: where it pays", choices=["auto", "on", "off"]
-    )
-    attention: str = flag(
+    wandb: str | None = option(None, "log to this Weights & Biases project as well", metavar="PROJECT", resume=FREE)
+
+    # ---- machine and memory
+    device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"], resume=PER_LAUNCH)
+    dtype: str = option(
         "auto",
-        "machine",
-        "flash3, flash4: that version of FlashAttention on a GPU, where its package is installed and its numbers are"
-        " those of version 2 in the first step",
+        "mixed precision: dtype of activations and matrix products; adapters, optimizer state and loss stay fp32; auto:"
+        " bf16 where the hardware has it",
+        choices=["auto", "fp32", "bf16"],
+    )
+    compile: str = option(
+        "auto", "run the blocks through torch.compile; auto: on a CPU, in long runs", choices=["auto", "on", "off"],
+        resume=FREE,
+    )  # fmt: skip
+    attention: str = option(
+        "auto",
+        "flash3, flash4: use that version of FlashAttention on a GPU, where its package is installed and its results"
+        " agree with version 2 in a first step",
         choices=["auto", *flash_versions.VERSIONS],
+        resume=FREE,
     )
-    shard: str | None = flag(
-        None,
-        "processes",
-        "of a model, each process of torchrun holds: all (none), a part of every tensor (full), a part, each node all"
-        " (hybrid) (default: full; for adapters on a small base none)",
-        choices=["none", "full", "hybrid"],
-    )
-    shard_offload: bool = flag(
-        False, "processes", "--shard: parts of weights, gradients and the optimizer's state on the host"
-    )
-    reduce: str = flag(
-        "last",
-        "processes",
-        "gradients in shards are added up after a step's last micro-batch, or after each, which takes less memory",
-        choices=["last", "each"],
-    )
-    context_parallel: int = flag(
-        1, "processes", "so many processes share each batch's tokens, for long sequences (experimental)", metavar="N"
-    )
-    timeout: float = flag(600.0, "processes", "seconds that a process waits for another one before it gives up")
-    deterministic: bool = flag(
-        False, "machine", "bitwise equal runs on one machine: no operation whose order is open, no choice by the clock"
-    )
-    remat: str = flag(
+    activation_checkpointing: str = option(
         "none",
-        "machine",
-        "selective: norms and attention's probabilities are computed again in the backward; block: whole blocks, of"
-        " which only the inputs are kept; offload: those on the host",
-        choices=[*remat.KINDS],
+        "also called gradient checkpointing: which activations are computed again in the backward pass instead of being"
+        " kept; selective: those of norms and attention; full: whole blocks, of which only the inputs are kept; offload:"
+        " these inputs go to the host's memory",
+        choices=[*activation_checkpointing.KINDS],
+        resume=FREE,
     )
-    eval_every: int | None = flag(
-        None, "watching", "steps between validations (default: a fifth of the run); 0: at the end"
+    deterministic: bool = option(
+        False,
+        "bit for bit equal runs on one machine: only operations with a fixed order, no choice by the clock; slower on a"
+        " GPU",
+        resume=FREE,
     )
-    patience: int = flag(0, "watching", "stop after so many validations without a new best; 0: never")
-    profile: int = flag(0, "watching", "profile this many steps, print the table, stop", metavar="N")
-    wandb: str | None = flag(None, "watching", "log to this Weights & Biases project as well", metavar="PROJECT")
+
+    # ---- several processes
+    shard: str | None = option(
+        None,
+        "data parallel: how FSDP2 shards the model: none (every rank holds a full copy), full (sharded over all ranks),"
+        " hybrid (sharded within a node, replicated across nodes); default: full, or none for adapters on a small base",
+        choices=["none", "full", "hybrid"],
+        resume=PER_LAUNCH,
+    )
+    shard_offload: bool = option(
+        False, "keep shards of weights, gradients and optimizer state in the host's memory", resume=FREE
+    )
+    reduce: str = option(
+        "last",
+        "when the gradients of shards are summed over ranks: once, after a step's last micro-batch, or after each"
+        " micro-batch, which takes less memory and more time",
+        choices=["last", "each"],
+        resume=FREE,
+    )
+    context_parallel: int = option(
+        1,
+        "ranks that share the tokens of each batch, for sequences too long for one GPU (experimental)",
+        metavar="N",
+        limits=POSITIVE,
+        resume=PER_LAUNCH,
+    )
+    timeout: float = option(
+        600.0, "seconds that a rank waits for another one before it gives up", limits=POSITIVE, resume=PER_LAUNCH
+    )
+
+    # ---- looking and debugging
+    plan: bool = option(False, "print the memory and time that each method would take, and stop", resume=PER_LAUNCH)
+    gpus: tuple[int, ...] = option(
+        [], "--plan: for these numbers of GPUs of 80 GB, in nodes of 8", metavar="N", resume=PER_LAUNCH
+    )
+    profile: int = option(
+        0,
+        "run this many steps under torch.profiler, print the most expensive operations, and stop",
+        metavar="N",
+        limits=NOT_NEGATIVE,
+        resume=FREE,
+    )
+
+    given: frozenset[str] = frozenset()  # not an option: the names of those that were typed
 
     @property
-    def lora(self) -> bool:
+    def trains_adapter(self) -> bool:
         return self.method != "full"
 
 
+OPTIONS = {each.name: each for each in dataclasses.fields(Flags) if each.name != "given"}
+
+
+def as_dict(flags: Flags) -> dict:
+    """{option: value}, as it is saved in config.json and checkpoints."""
+    return {name: getattr(flags, name) for name in OPTIONS}
+
+
+def dashed(name: str) -> str:
+    """--batch-size of batch_size."""
+    return "--" + name.replace("_", "-")
+
+
 def parse_flags(argv: list[str]) -> Flags:
-    parser = argparse.ArgumentParser("train.py", allow_abbrev=False, description="Fine-tunes a language model.")
-    groups = {}
-    for f in dataclasses.fields(Flags):
-        meta = dict(f.metadata)
-        group = meta.pop("group")
-        where = groups.setdefault(group, parser.add_argument_group(group))
-        name, kind = "--" + f.name.replace("_", "-"), str(f.type)
-        default = f.default if f.default is not dataclasses.MISSING else []
-        if not (default is None or default is False or default == []):
-            meta["help"] += f" (default: {default})"
-        if kind == "bool | None":
-            where.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, **meta)
-        elif f.type is bool:
-            where.add_argument(name, action="store_true", default=argparse.SUPPRESS, **meta)
-        elif "list" in kind:
-            to = int if "int" in kind else str
-            where.add_argument(name, nargs="+", action="extend", type=to, default=argparse.SUPPRESS, **meta)
-        else:
-            to = float if "float" in kind else int if "int" in kind else str
-            where.add_argument(name, type=to, default=argparse.SUPPRESS, **meta)
-    given = vars(parse(parser, argv))
-    flags = Flags(**given)
+    """The Flags of a command line. UserError names the option that is wrong, before any file is opened."""
+    for word in argv:
+        old = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and old in FORMER_NAMES:
+            new, values = FORMER_NAMES[old]
+            changed = "".join(f"; its value {a} is now {b}" for a, b in values.items())
+            raise UserError(f"{dashed(old)}: is now called {dashed(new)}{changed}")
+    given = vars(parse_args(make_parser(), argv))
+    flags = Flags(**given, given=frozenset(given))
+    if flags.method == "qlora" and not flags.quant:
+        flags = dataclasses.replace(flags, quant="nf4")
     check(flags)
-    flags.given = set(given)  # no field: of this process, not of the run
-    if flags.method == "qlora":
-        flags.quant = flags.quant or "nf4"
     return flags
 
 
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("train.py", allow_abbrev=False, description="Fine-tunes a language model.")
+    section = None
+    for name, each in OPTIONS.items():
+        if name in SECTIONS:
+            section = parser.add_argument_group(SECTIONS[name])
+        more = {key: value for key, value in each.metadata.items() if key not in ("limits", "resume")}
+        if not (each.default is None or each.default is False or each.default == ()):
+            more["help"] += f"; default: {each.default}"
+        kind = str(each.type)
+        number = int if "int" in kind else float if "float" in kind else str
+        if kind == "bool | None":
+            more["action"] = argparse.BooleanOptionalAction
+        elif each.type is bool:
+            more["action"] = "store_true"
+        elif "tuple" in kind:
+            more |= {"nargs": "+", "action": "extend", "type": number}
+        else:
+            more["type"] = number
+        section.add_argument(dashed(name), default=argparse.SUPPRESS, **more)
+    return parser
+
+
 def check(flags: Flags) -> None:
-    """Everything about the flags that can be said before a file is opened."""
-    positive = ("steps", "epochs", "lr", "batch_size", "accumulate", "seq_len", "rank", "alpha", "keep", "timeout")
-    positive = (*positive, "context_parallel")
-    at_least_0 = (
-        "warmup",
-        "weight_decay",
-        "clip",
-        "eval_every",
-        "save_every",
-        "patience",
-        "profile",
-        "seed",
-        "dropout",
-    )
-    for names, ok, wanted in ((positive, lambda v: v > 0, "above 0"), (at_least_0, lambda v: v >= 0, "0 or more")):
-        for name in names:
-            value = getattr(flags, name)
-            if value is not None and not (ok(value) and value < LARGEST):
-                above = f" and below {LARGEST:g}" if value >= LARGEST else ""
-                raise UserError(f"--{name.replace('_', '-')} {value:g}: must be {wanted}{above}")
+    """Raises UserError on everything about the options that can be said before a file is opened."""
+    check_numbers(flags)
+    check_data(flags)
+    check_method(flags)
+    check_memory(flags)
+    check_out(flags)
+
+
+def check_numbers(flags: Flags) -> None:
+    for name, each in OPTIONS.items():
+        value, limits = getattr(flags, name), each.metadata.get("limits")
+        if limits is None or value is None:
+            continue
+        if value >= LARGEST:
+            raise UserError(f"{dashed(name)} {value:g}: must be {limits} and below {LARGEST:g}")
+        if not (value > 0 if limits == POSITIVE else value >= 0):
+            raise UserError(f"{dashed(name)} {value:g}: must be {limits}")
     if flags.val_fraction is not None and not 0 <= flags.val_fraction < 1:
         raise UserError(f"--val-fraction {flags.val_fraction:g}: must be at least 0 and below 1")
-    weighted(flags.data), replayed(flags.replay)
     if flags.seq_len == 1:
         raise UserError("--seq-len 1: must be 2 or more, the first token of an example is never trained")
-    if flags.val_fraction is not None and (flags.val or not flags.data):
-        raise UserError("--val-fraction parts the files of --data; with --val or without --data it means nothing")
     if flags.steps is not None and flags.epochs is not None:
         raise UserError("--steps and --epochs: give one of them")
-    if flags.quant and not flags.lora:
-        raise UserError(f"--quant {flags.quant}: 4 bits can't be trained; a frozen base with --method lora can")
-    if flags.adapter and not flags.lora:
-        raise UserError("--adapter goes on from a LoRA adapter and needs --method lora")
-    shape = [f"--{name}" for name in LORA if getattr(flags, name) is not None]
-    if shape and (flags.adapter or not flags.lora):
-        reason = "the adapter that --adapter names has its own" if flags.adapter else "is for --method lora"
-        raise UserError(f"{shape[0]}: {reason}")
-    if flags.remat == "selective" and flags.compile == "on":
-        raise UserError("--remat selective with --compile on: the compiler chooses what to compute again by itself")
+    if not all(0 < count < LARGEST for count in flags.gpus):
+        raise UserError("--gpus: numbers above 0 are wanted")
+    if flags.gpus and not flags.plan:
+        raise UserError("--gpus is what --plan is to plan for; a run has as many as torchrun starts processes")
+
+
+def check_data(flags: Flags) -> None:
+    parse_weights(flags.data), parse_replay(flags.replay)
+    if flags.val_fraction is not None and (flags.val or not flags.data):
+        raise UserError("--val-fraction parts the files of --data; with --val or without --data it means nothing")
     if flags.patience and flags.eval_every == 0:
         raise UserError("--patience counts validations, and --eval-every 0 has one, at the end")
-    if flags.lora and flags.weights == "bf16":
+
+
+def check_method(flags: Flags) -> None:
+    if flags.quant and not flags.trains_adapter:
+        raise UserError(f"--quant {flags.quant}: 4 bits can't be trained; a frozen base with --method lora can")
+    if flags.adapter and not flags.trains_adapter:
+        raise UserError("--adapter goes on from a LoRA adapter and needs --method lora")
+    shape = [f"--{name}" for name in NEW_ADAPTER if getattr(flags, name) is not None]
+    if shape and (flags.adapter or not flags.trains_adapter):
+        reason = "the adapter that --adapter names has its own" if flags.adapter else "is for --method lora"
+        raise UserError(f"{shape[0]}: {reason}")
+    if flags.train and flags.trains_adapter:
+        raise UserError("--train chooses among the model's own weights and needs --method full")
+    if flags.train:
+        try:
+            re.compile(flags.train)
+        except re.error as error:
+            raise UserError(f"--train {flags.train}: no regular expression ({error})") from None
+
+
+def check_memory(flags: Flags) -> None:
+    """Ways to save memory that exclude each other."""
+    if flags.activation_checkpointing == "selective" and flags.compile == "on":
+        raise UserError(
+            "--activation-checkpointing selective with --compile on: the compiler chooses what to compute again by"
+            " itself"
+        )
+    if flags.trains_adapter and flags.weights == "bf16":
         raise UserError("--weights bf16 is for --method full; adapters are fp32, and cast for the products")
     if flags.optimizer == "muon" and flags.weights == "bf16":
         raise UserError("--weights bf16: Muon rounds to the nearest, which loses small steps; take adamw or adamw8bit")
@@ -272,47 +449,37 @@ def check(flags: Flags) -> None:
         raise UserError(f"--optimizer-offload: the host steps by AdamW, not by --optimizer {flags.optimizer}")
     if flags.optimizer_offload and flags.weights == "bf16":
         raise UserError("--optimizer-offload: keeps fp32 masters on the host, which --weights bf16 is to do without")
-    if flags.train and flags.method != "full":
-        raise UserError("--train chooses among the model's own weights and needs --method full")
-    if flags.train:
-        try:
-            re.compile(flags.train)
-        except re.error as error:
-            raise UserError(f"--train {flags.train}: no regular expression ({error})") from None
-    if flags.gpus and not flags.plan:
-        raise UserError("--gpus is what --plan is to plan for; a run has as many as torchrun starts processes")
-    if not all(0 < count < LARGEST for count in flags.gpus):
-        raise UserError("--gpus: numbers above 0 are wanted")
-    check_out(flags)
 
 
 def check_out(flags: Flags) -> None:
-    """Whether --out can be the folder of this run."""
-    if flags.out and Path(flags.out).is_file():
-        raise UserError(f"--out {flags.out}: is a file; name a folder")
+    """Raises UserError where --out can't be the folder of this run."""
     if flags.resume and not flags.out:
         raise UserError("--resume: needs --out, the folder of the run that is to go on")
     if flags.resume and flags.profile:
         raise UserError("--profile looks at a run's first steps, and --resume has them behind it")
     if flags.resume and flags.overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it; give one of them")
-    there = Path(flags.out).iterdir() if flags.out and Path(flags.out).exists() else ()
-    if any(not path.name.startswith(".") for path in there):
-        if not (Path(flags.out) / "metrics.jsonl").is_file():
-            raise UserError(f"--out {flags.out}: holds something that is no run of train.py; name another folder")
-        if not (flags.overwrite or flags.resume):
-            raise UserError(
-                f"--out {flags.out}: holds a run already; name another folder, or add --resume or --overwrite"
-            )
-        files, word = [*weighted(flags.data)[0], *replayed(flags.replay)[0]], "resume" if flags.resume else "overwrite"
-        for read in filter(None, (flags.model, flags.adapter, flags.val, *files)):
-            if Path(flags.out).resolve() in (Path(read).resolve(), *Path(read).resolve().parents):
-                raise UserError(f"--{word}: {read} lies in --out {flags.out}, and would be gone before it is used")
+    if not flags.out:
+        return
+    out = Path(flags.out)
+    if out.is_file():
+        raise UserError(f"--out {out}: is a file; name a folder")
+    if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
+        return
+    if not (out / "metrics.jsonl").is_file():
+        raise UserError(f"--out {flags.out}: holds something that is no run of train.py; name another folder")
+    if not (flags.overwrite or flags.resume):
+        raise UserError(f"--out {flags.out}: holds a run already; name another folder, or add --resume or --overwrite")
+    inputs = [flags.model, flags.adapter, flags.val, *parse_weights(flags.data)[0], *parse_replay(flags.replay)[0]]
+    for file in filter(None, inputs):
+        if out.resolve() in (Path(file).resolve(), *Path(file).resolve().parents):
+            word = "resume" if flags.resume else "overwrite"
+            raise UserError(f"--{word}: {file} lies in --out {flags.out}, and would be gone before it is used")
 
 
-def weighted(words: list[str]) -> tuple[list[str], list[float] | None]:
-    """The files of --data and their weights, which are 1 where others have some; None where none has."""
-    parts = [number_behind(word) for word in words]
+def parse_weights(words: tuple[str, ...]) -> tuple[list[str], list[float] | None]:
+    """The files of --data and their weights: 1 where only others have one; None where none has."""
+    parts = [split_number(word) for word in words]
     weights = [1.0 if weight is None else weight for _, weight in parts]
     for word, weight in zip(words, weights, strict=True):
         if not 0 < weight < 1e9:
@@ -320,9 +487,9 @@ def weighted(words: list[str]) -> tuple[list[str], list[float] | None]:
     return [file for file, _ in parts], None if all(weight is None for _, weight in parts) else weights
 
 
-def replayed(words: list[str]) -> tuple[list[str], list[float]]:
-    """The files of --replay and their shares of all draws."""
-    parts = [number_behind(word) for word in words]
+def parse_replay(words: tuple[str, ...]) -> tuple[list[str], list[float]]:
+    """The files of --replay and their shares of all training examples."""
+    parts = [split_number(word) for word in words]
     for word, (_, share) in zip(words, parts, strict=True):
         if share is None or not 0 < share < 1:
             raise UserError(f"--replay {word}: FILE=SHARE is wanted, a share above 0 and below 1")
@@ -331,7 +498,7 @@ def replayed(words: list[str]) -> tuple[list[str], list[float]]:
     return [file for file, _ in parts], [share for _, share in parts]
 
 
-def number_behind(word: str) -> tuple[str, float | None]:
+def split_number(word: str) -> tuple[str, float | None]:
     """(a.json, 3.0) of a.json=3; a file whose own name ends so is itself."""
     file, sign, number = word.rpartition("=")
     if not word or (sign and not file):

@@ -19,19 +19,21 @@ from pathlib import Path
 
 import torch
 
-import loading
 import lora
 from checkpoint import load_model
-from convert import base_folder
-from errors import UserError, run
+from common import cli
+from common.device import pick_device, pick_dtype
+from common.errors import UserError, run
+from interop import resolve
+from interop.resolve import base_folder
 from model import Transformer
 from tokenizer import Tokenizer
 
 
 def main() -> None:
     args = arguments()
-    device = loading.pick_device(args.device)
-    dtype, why = loading.pick_dtype(args.dtype, device)
+    device = pick_device(args.device)
+    dtype, why = pick_dtype(args.dtype, device)
     prompt = args.prompt
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.buffer.read().decode(errors="surrogateescape").removesuffix("\n")
@@ -40,11 +42,11 @@ def main() -> None:
     model, adapters, name = load(args, device, dtype, prompt is None)
     tokenizer = adapters.tokenizer
     template = "no template, raw text" if args.complete else f"template {tokenizer.template_name}"
-    say(f"{name}, {str(dtype).removeprefix('torch.')} on {device.type} ({why}), {template}")
+    log(f"{name}, {str(dtype).removeprefix('torch.')} on {device.type} ({why}), {template}")
     if prompt is None:
         chat(model, adapters, args)
     else:
-        show(answer(model, tokenizer, opening(args, prompt), args))
+        print_answer(answer(model, tokenizer, opening(args, prompt), args))
 
 
 @dataclass
@@ -68,9 +70,9 @@ class Adapters:
             )
         if self.merge and self.on:
             lora.unmerge(self.model)
-        lora.drop_lora(self.model)
+        lora.remove_lora(self.model)
         self.on = name
-        lora.put_lora(self.model, self.held[name][0])
+        lora.restore_lora(self.model, self.held[name][0])
         if self.merge and name:
             lora.merge(self.model, keep=self.switches)
 
@@ -78,16 +80,16 @@ class Adapters:
 def load(args, device: torch.device, dtype: torch.dtype, switches: bool) -> tuple[Transformer, Adapters, str]:
     """The base, its adapters with the first one on, and a name for what was loaded."""
     named = [name_adapter(typed) for typed in args.adapter or []]
-    folder = base_folder(args.model, named[0][1] if named else None, say)
+    folder = base_folder(args.model, named[0][1] if named else None, log)
     adapters = Adapters(load_model(folder, dtype, device, args.quant), {}, args.merge, switches)
     for name, path in named:
         if name in adapters.held:
             raise UserError(f"--adapter: two are called {name}; give them names, as red={path}")
-        loading.put_adapter(adapters.model, path, say)
-        layers = lora.drop_lora(adapters.model)
-        adapters.held[name] = layers, loading.pick_tokenizer(folder, path, args.template)
+        lora.put_adapter_on(adapters.model, path, log)
+        layers = lora.remove_lora(adapters.model)
+        adapters.held[name] = layers, resolve.pick_tokenizer(folder, path, args.template)
     if switches or not named:  # a tokenizer takes seconds, and a single answer needs one
-        adapters.held[""] = {}, loading.pick_tokenizer(folder, None, args.template)
+        adapters.held[""] = {}, resolve.pick_tokenizer(folder, None, args.template)
     adapters.switch(named[0][0] if named else "")
     kind = " (merged)" if args.merge else ""
     return adapters.model, adapters, " + ".join([str(folder), *(f"{path}{kind}" for _, path in named[:1])])
@@ -102,15 +104,15 @@ def name_adapter(typed: str) -> tuple[str, str]:
     return (path.parent if path.name in ("final", "best") else path).name, typed
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
 def chat(model: Transformer, adapters: Adapters, args: argparse.Namespace) -> None:
     """Turn after turn with what was said before; with --complete, each line alone."""
-    say("/reset forgets, /quit or Ctrl-D ends, Ctrl-C stops an answer")
+    log("/reset forgets, /quit or Ctrl-D ends, Ctrl-C stops an answer")
     if args.adapter:
-        say(f"/adapter NAME switches: {', '.join(filter(None, adapters.held))} or none")
+        log(f"/adapter NAME switches: {', '.join(filter(None, adapters.held))} or none")
     history: list[dict[str, str]] = []
     while True:
         try:
@@ -131,12 +133,12 @@ def chat(model: Transformer, adapters: Adapters, args: argparse.Namespace) -> No
             if command == "/adapter":
                 if name:
                     adapters.switch("" if name.strip() == "none" else name.strip())
-                say(f"adapter: {adapters.on or 'none'}; what was said before stays")
+                log(f"adapter: {adapters.on or 'none'}; what was said before stays")
                 continue
             check_prompt(typed)
-            said = show(answer(model, adapters.tokenizer, turns, args), stoppable=True)
+            said = print_answer(answer(model, adapters.tokenizer, turns, args), stoppable=True)
         except UserError as error:  # too long by now, perhaps: the conversation stays as it was
-            say(f"error: {error}")
+            log(f"error: {error}")
             continue
         history = [] if args.complete else [*turns, {"role": "assistant", "content": said}]
 
@@ -164,7 +166,7 @@ def answer(
     return tokenizer.stream(ids, skip_special=True, first=not isinstance(turns, str))
 
 
-def show(pieces: Iterator[str], stoppable: bool = False) -> str:
+def print_answer(pieces: Iterator[str], stoppable: bool = False) -> str:
     """Prints the pieces as they come and a line end; returns what was said, up to Ctrl-C if it may be stopped."""
     said = ""
     try:
@@ -187,7 +189,7 @@ def check_prompt(prompt: str) -> None:
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="generate.py", description="Chat, answer or go on.", allow_abbrev=False)
-    loading.add_flags(parser, several=True)
+    resolve.add_model_flags(parser, several=True)
     add = parser.add_argument
     add("--merge", action="store_true", help="add the adapter to the weights: faster, rounded to their dtype")
     add("--prompt", metavar="TEXT", help="answer this and end (default: what is piped in, else a chat)")
@@ -202,7 +204,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--lookup", type=int, default=0, metavar="N", help="guess N tokens ahead from the text: faster where it repeats"
     )
-    args = loading.parse(parser, argv)
+    args = cli.parse_args(parser, argv)
     rules = {
         "--max-new-tokens": (args.max_new_tokens >= 1, "must be 1 or more"),
         "--temperature": (0 <= args.temperature < float("inf"), "must be 0 or more"),

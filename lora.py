@@ -20,16 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import hub
-from checkpoint import published, put, tensors
-from distributed import by_first_alone, is_sharded, whole
-from errors import UserError, read_json, read_json_if_there
-from files import new_folder, save_tensors, write_json
-from kernels.gpu import on_gpu
+from checkpoint import copy_local_rows, fingerprint, hf_name, iterate_tensors
+from common.errors import UserError, read_json, read_json_if_there
+from common.files import atomic_folder, hub_origin, save_tensors, write_json
+from distributed import full_tensor, is_sharded, rank0_context, run_on_rank0
 from kernels.grouped import Member
-from kernels.lora_linear import Adapted, Casts, lora_linears
-from kernels.nf4 import NF4, matrix
-from model import Experts, Linear, Noise, Transformer, lay_experts_together, one_by_one
+from kernels.lora_linear import Casts, LoRAWeights, lora_linears
+from kernels.nf4 import NF4, dequantized_weight
+from kernels.triton_utils import use_triton
+from model import DropoutSeeds, Experts, Linear, Transformer, forward_each, quantized_linears, stack_expert_weights
+from quant import KINDS
 
 ALL = "all"  # every linear of the blocks; not the output head, which is the embedding table in many models
 PREFIX = "base_model.model."
@@ -46,9 +46,9 @@ PLAIN_STARTS = ("gaussian", "orthogonal", "eva")  # of init_lora_weights: pissa,
 class LoRALinear(nn.Module):
     """Stands in for a Linear: `base` is frozen, lora_A [rank, in] and lora_B [out, rank] are trained, in fp32."""
 
-    def __init__(self, base: Linear, rank: int, alpha: float, dropout: float, noise: Noise, number: int):
+    def __init__(self, base: Linear, rank: int, alpha: float, dropout: float, dropout_seeds: DropoutSeeds, number: int):
         super().__init__()
-        self.noise, self.number = noise, number  # the model's; which of its adapted layers this is
+        self.dropout_seeds, self.number = dropout_seeds, number  # the model's; which of its adapted layers this is
         out_features, in_features = base.out_features, base.in_features
         self.base, self.rank, self.alpha, self.dropout = base, rank, alpha, dropout
         device = base.frozen[0].device
@@ -63,7 +63,7 @@ class LoRALinear(nn.Module):
     def start(self) -> None:
         """A: U(-1/sqrt(in), 1/sqrt(in)), as the paper's own code; B: zeros. In shards they are the same numbers."""
         A = torch.empty(self.lora_A.shape, device=self.lora_A.device)
-        put(self.lora_A, nn.init.kaiming_uniform_(A, a=math.sqrt(5)))
+        copy_local_rows(self.lora_A, nn.init.kaiming_uniform_(A, a=math.sqrt(5)))
         self.lora_B.zero_()
 
     @property
@@ -71,38 +71,38 @@ class LoRALinear(nn.Module):
         return self.alpha / self.rank
 
     @property
-    def drops_out(self) -> bool:
+    def uses_dropout(self) -> bool:
         return self.training and self.dropout > 0
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return self.base(x)
-        if self.drops_out:  # dropout on the adapter's input only: two inputs, so autograd does it
-            keys = self.noise.keys
-            left = F.dropout(x, self.dropout) if keys is None else drop(x, self.dropout, keys, self.number)
+        if self.uses_dropout:  # dropout on the adapter's input only: two inputs, so autograd does it
+            seeds = self.dropout_seeds.seeds
+            left = F.dropout(x, self.dropout) if seeds is None else seeded_dropout(x, self.dropout, seeds, self.number)
             low = F.linear(left, self.lora_A.to(x.dtype))
             return self.base(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
         if self.base.packed is not None:
             return self.base(x).addmm_(
                 F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype).t(), alpha=self.scale
             )
-        return lora_linears(x, [self.adapted(x.dtype)], casts=self.casts_of([self], x.dtype))[0]
+        return lora_linears(x, [self.adapted(x.dtype)], casts=self.group_casts([self], x.dtype))[0]
 
-    def together(self, x: Tensor, layers: list, up: Tensor | None = None, activation: str = "") -> list[Tensor]:
+    def forward_shared(self, x: Tensor, layers: list, up: Tensor | None = None, activation: str = "") -> list[Tensor]:
         one_input = not any(
-            type(layer) is not LoRALinear or layer.merged or layer.base.packed is not None or layer.drops_out
+            type(layer) is not LoRALinear or layer.merged or layer.base.packed is not None or layer.uses_dropout
             for layer in layers
         )
         if one_input:
             each = [layer.adapted(x.dtype) for layer in layers]
-            return lora_linears(x, each, up, activation, self.casts_of(layers, x.dtype))
-        return one_by_one(x, layers, up, activation)
+            return lora_linears(x, each, up, activation, self.group_casts(layers, x.dtype))
+        return forward_each(x, layers, up, activation)
 
-    def adapted(self, dtype: torch.dtype) -> Adapted:
+    def adapted(self, dtype: torch.dtype) -> LoRAWeights:
         bias = None if self.base.bias is None else self.base.bias.to(dtype)
-        return Adapted(self.base.frozen, bias, self.lora_A, self.lora_B, self.scale)
+        return LoRAWeights(self.base.frozen, bias, self.lora_A, self.lora_B, self.scale)
 
-    def casts_of(self, layers: list, dtype: torch.dtype) -> Casts | None:
+    def group_casts(self, layers: list, dtype: torch.dtype) -> Casts | None:
         if self.casts is None or torch.compiler.is_compiling():  # a graph that looks at layers' numbers fits one block
             return None
         return self.casts.of(layers, dtype)
@@ -112,7 +112,7 @@ class LoRALinear(nn.Module):
         member = self.base.member()
         if member is None or self.merged:
             return member
-        dropping = partial(drop, share=self.dropout) if self.drops_out else None
+        dropping = partial(seeded_dropout, share=self.dropout) if self.uses_dropout else None
         return Member(member.frozen, self.lora_A, self.lora_B, self.scale, dropping, self.number)
 
     def delta(self) -> Tensor:  # fp32 [out, in]
@@ -131,12 +131,12 @@ class ModelCasts:
     """
 
     def __init__(self, groups: list[list[LoRALinear]]):
-        self.groups = {numbers(layers): GroupCasts(layers) for layers in groups}
+        self.groups = {layer_numbers(layers): GroupCasts(layers) for layers in groups}
         self.running = False  # a forward
 
     def of(self, layers: list[LoRALinear], dtype: torch.dtype) -> Casts | None:
         """Those of a group of layers; None where the layers have to cast for themselves."""
-        group = self.groups.get(numbers(layers))
+        group = self.groups.get(layer_numbers(layers))
         if group is None or not group.current:
             return None
         in_backward = torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks it
@@ -188,7 +188,11 @@ class GroupCasts:
         """True if the coming forward wants them; there is room for them then, still to be filled."""
         first = self.layers[0].lora_A
         # A tensor in shards is gathered for its block alone, so the block's layers cast it there
-        if is_sharded(first) or not on_gpu(first) or any(layer.merged or layer.drops_out for layer in self.layers):
+        if (
+            is_sharded(first)
+            or not use_triton(first)
+            or any(layer.merged or layer.uses_dropout for layer in self.layers)
+        ):
             self.clear()
             return False
         if self.casts is None or self.casts.A.dtype != dtype or self.casts.A.device != first.device:
@@ -200,11 +204,11 @@ class GroupCasts:
         return True
 
 
-def numbers(layers: list) -> tuple[int, ...]:
+def layer_numbers(layers: list) -> tuple[int, ...]:
     return tuple(layer.number for layer in layers)
 
 
-def sharing_input(model: Transformer) -> list[list[LoRALinear]]:
+def layers_by_input(model: Transformer) -> list[list[LoRALinear]]:
     """The adapted layers, those together that read one input: q, k and v, or gate and up, where all are adapted.
     Without those of experts that are multiplied with together, whose adapters kernels/grouped.py casts."""
     groups, left = [], {id(module): module for module in model.modules() if isinstance(module, LoRALinear)}
@@ -223,22 +227,22 @@ def sharing_input(model: Transformer) -> list[list[LoRALinear]]:
 
 def set_casts(model: Transformer) -> None:
     """After layers were put on a model: one place for the casts of all."""
-    model.lora_casts = ModelCasts(sharing_input(model))
-    for layer in adapted(model).values():
+    model.lora_casts = ModelCasts(layers_by_input(model))
+    for layer in lora_layers(model).values():
         layer.casts = model.lora_casts
 
 
-def drop(x: Tensor, share: float, keys: Tensor, layer: int) -> Tensor:
+def seeded_dropout(x: Tensor, share: float, keys: Tensor, layer: int) -> Tensor:
     """Dropout (Srivastava et al. 2014) of x [tokens, in] by hashes instead of drawn numbers: what is dropped follows
     from a token's key, the layer and the column, so it is the same in whichever process and batch a token is computed,
     and again when a run is resumed or a block computed twice."""
-    rows = hashed((keys + layer * 0x9E3779B9).to(torch.int32))
-    columns = hashed(torch.arange(x.shape[1], dtype=torch.int32, device=x.device))
-    numbers = hashed(rows[:, None] ^ columns)  # evenly spread over int32
+    rows = hash_int32((keys + layer * 0x9E3779B9).to(torch.int32))
+    columns = hash_int32(torch.arange(x.shape[1], dtype=torch.int32, device=x.device))
+    numbers = hash_int32(rows[:, None] ^ columns)  # evenly spread over int32
     return torch.where(numbers >= int((share - 0.5) * 2**32), x / (1 - share), 0.0)
 
 
-def hashed(x: Tensor) -> Tensor:
+def hash_int32(x: Tensor) -> Tensor:
     """int32 -> int32, each bit of the result depending on all bits of x: multiplications by odd numbers, of which
     torch drops the carry, between shifts to the right (as in MurmurHash3's last lines, Appleby 2011)."""
     for shift, factor in ((16, -2048144789), (13, -1028477387)):
@@ -265,7 +269,7 @@ def add_lora(
     if has_lora(model):
         raise UserError("the model carries a LoRA adapter already; merge and drop_lora, or drop_lora alone, come first")
     linears = {
-        published(model, name): name for name, m in model.named_modules() if isinstance(m, Linear) and "blocks." in name
+        hf_name(model, name): name for name, m in model.named_modules() if isinstance(m, Linear) and "blocks." in name
     }
     wanted = (targets if isinstance(targets, str) else ",".join(targets)).split(",")
     chosen = []
@@ -283,15 +287,15 @@ def add_lora(
     chosen = [name for name in linears if name in set(chosen)]  # in the model's order, however they were named
     for number, name in enumerate(chosen):
         parent, leaf = model.get_submodule(linears[name].rpartition(".")[0]), linears[name].rpartition(".")[2]
-        setattr(parent, leaf, LoRALinear(getattr(parent, leaf), rank, alpha, dropout, model.noise, number))
+        setattr(parent, leaf, LoRALinear(getattr(parent, leaf), rank, alpha, dropout, model.dropout_seeds, number))
     set_casts(model)
-    lay_experts_together(model)
+    stack_expert_weights(model)
     return chosen
 
 
-def adapted(model: Transformer) -> dict[str, LoRALinear]:
+def lora_layers(model: Transformer) -> dict[str, LoRALinear]:
     """The LoRA layers by published name."""
-    return {published(model, name): m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    return {hf_name(model, name): m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
 def has_lora(model: Transformer) -> bool:
@@ -308,10 +312,10 @@ def merge(model: Transformer, keep: bool = False, stored: torch.dtype | None = N
     dtype that the weights are rounded to later on, if to another.
     """
     lost = update = 0.0
-    for layer in adapted(model).values():
+    for layer in lora_layers(model).values():
         assert not layer.merged, "merged already"
         base, delta = layer.base, layer.delta()
-        wanted = matrix(base.frozen, torch.float32) + delta
+        wanted = dequantized_weight(base.frozen, torch.float32) + delta
         if base.nf4 is not None:
             layer.kept = base.nf4.tensors
             base.dequantize(wanted.to(model.dtype))
@@ -328,7 +332,7 @@ def merge(model: Transformer, keep: bool = False, stored: torch.dtype | None = N
 def unmerge(model: Transformer) -> None:
     """Takes the updates out again: exact if they were kept, as NF4 always is, else up to merge's rounding to the base's
     dtype."""
-    for layer in adapted(model).values():
+    for layer in lora_layers(model).values():
         assert layer.merged, "not merged"
         base = layer.base
         if isinstance(layer.kept, NF4):
@@ -338,7 +342,7 @@ def unmerge(model: Transformer) -> None:
         layer.merged, layer.kept = False, None
 
 
-def drop_lora(model: Transformer) -> dict[str, LoRALinear]:
+def remove_lora(model: Transformer) -> dict[str, LoRALinear]:
     """Puts the plain linears back; after merge the model is an ordinary one that save_model writes. Returns the layers
     that were taken out, by our names of them, for put_lora."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
@@ -350,7 +354,7 @@ def drop_lora(model: Transformer) -> dict[str, LoRALinear]:
     return layers
 
 
-def put_lora(model: Transformer, layers: dict[str, LoRALinear]) -> None:
+def restore_lora(model: Transformer, layers: dict[str, LoRALinear]) -> None:
     """Puts layers that drop_lora took out of this model in again: several adapters can share one base in turn."""
     assert not has_lora(model), "one adapter at a time"
     for name, layer in layers.items():
@@ -358,23 +362,26 @@ def put_lora(model: Transformer, layers: dict[str, LoRALinear]) -> None:
     set_casts(model)
 
 
-def save_adapter(model: Transformer, folder, also: Callable[[Path], None] | None = None) -> None:
-    """Writes a PEFT adapter folder in place of what is there; UserError where that is a model. Rank, alpha and dropout
-    are those of the model's own layers. also: writes more into the folder before it takes its name."""
+def save_adapter(model: Transformer, folder, write_extra: Callable[[Path], None] | None = None) -> None:
+    """Writes a PEFT adapter folder in place of what is there. Rank, alpha and dropout are those of the model's layers.
+
+    write_extra: writes more files into the folder before it takes its name. Raises UserError where the folder holds a
+    model.
+    """
     if (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder}: holds a model, which an adapter would replace; name another folder")
-    layers = adapted(model)
+    layers = lora_layers(model)
     assert layers, "the model carries no adapter"
     first = next(iter(layers.values()))
-    base, revision = hub.origin(model.source) or (str(model.source.resolve()), None)
+    base_name, revision = hub_origin(model.source) or (str(model.source.resolve()), None)
     weights = {}
     for name, layer in layers.items():
-        weights[f"{PREFIX}{name}.lora_A.weight"] = whole(layer.lora_A.detach()).cpu().contiguous()
-        weights[f"{PREFIX}{name}.lora_B.weight"] = whole(layer.lora_B.detach()).cpu().contiguous()
+        weights[f"{PREFIX}{name}.lora_A.weight"] = full_tensor(layer.lora_A.detach()).cpu().contiguous()
+        weights[f"{PREFIX}{name}.lora_B.weight"] = full_tensor(layer.lora_B.detach()).cpu().contiguous()
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base_name,
         "revision": revision,
         "r": first.rank,
         "lora_alpha": first.alpha,
@@ -384,19 +391,19 @@ def save_adapter(model: Transformer, folder, also: Callable[[Path], None] | None
         "fan_in_fan_out": model.config.conv1d,
         "inference_mode": True,
     }
-    with by_first_alone(new_folder(folder, replace=True)) as aside:
-        if not aside:
+    with rank0_context(atomic_folder(folder, replace=True)) as tmp:
+        if not tmp:
             return
-        write_json(config, aside / "adapter_config.json")
-        save_tensors(weights, aside / ADAPTER_FILE)
-        if also:
-            also(aside)
+        write_json(config, tmp / "adapter_config.json")
+        save_tensors(weights, tmp / ADAPTER_FILE)
+        if write_extra:
+            write_extra(tmp)
 
 
 def target_modules(model: Transformer, names: list[str]) -> list[str]:
     """Short names (q_proj) where they mean exactly the adapted layers, else full ones: peft adapts all that match."""
     short = sorted({name.rpartition(".")[2] for name in names})
-    linears = [published(model, name) for name, m in model.named_modules() if isinstance(m, Linear)]
+    linears = [hf_name(model, name) for name, m in model.named_modules() if isinstance(m, Linear)]
     return short if {n for n in linears if n.rpartition(".")[2] in short} == set(names) else sorted(names)
 
 
@@ -404,7 +411,7 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / "adapter_config.json").is_file()
 
 
-def no_adapter(folder: Path) -> str:
+def why_no_adapter(folder: Path) -> str:
     """What a path is that should have been an adapter folder."""
     if not folder.is_dir():
         return "no such folder"
@@ -415,7 +422,7 @@ def no_adapter(folder: Path) -> str:
     return "no adapter_config.json in it, so it is no PEFT adapter folder"
 
 
-def note(folder: str | Path) -> dict:
+def adapter_metadata(folder: str | Path) -> dict:
     """plaintune.json: what train.py writes beside the weights about the base; {} in what others made."""
     return read_json_if_there(Path(folder) / "plaintune.json")
 
@@ -428,38 +435,51 @@ def load_adapter(model: Transformer, folder) -> None:
     """
     folder = Path(folder)
     if not is_adapter(folder):
-        raise UserError(f"{folder}: {no_adapter(folder)}")
+        raise UserError(f"{folder}: {why_no_adapter(folder)}")
     config = read_json(folder / "adapter_config.json")
     rank, alpha, dropout, targets = adapter_settings(config, folder / "adapter_config.json", model)
     file = folder / ADAPTER_FILE
     if not file.is_file():
         pickled = " (adapter_model.bin is a pickle, which can run code and is not read)"
         raise UserError(f"{file}: no such file{pickled if (folder / 'adapter_model.bin').exists() else ''}")
-    found, trainable = dict(tensors([file])), {p for p in model.parameters() if p.requires_grad}
+    found, trainable = dict(iterate_tensors([file])), {p for p in model.parameters() if p.requires_grad}
     try:
         names = add_lora(model, rank, alpha, dropout, targets)
     except UserError as error:
         raise UserError(f"{folder / 'adapter_config.json'}: does not fit this model ({error})") from None
-    assert len(adapted(model)) == len(names)
+    assert len(lora_layers(model)) == len(names)
     try:
-        copy(model, found, file)
+        copy_tensors(model, found, file)
     except UserError:
-        drop_lora(model)
+        remove_lora(model)
         for parameter in model.parameters():
             parameter.requires_grad_(parameter in trainable)
         raise
 
 
-def fill(model: Transformer, folder) -> None:
+def put_adapter_on(model: Transformer, adapter: str | Path, print_fn: Callable[[str], None] = print) -> None:
+    """`load_adapter`, with a line where the adapter's metadata says that its base was another one than this."""
+    load_adapter(model, adapter)
+    metadata = adapter_metadata(adapter)
+    made_on, quant = metadata.get("base_sha256"), metadata.get("quant")
+    if quant in KINDS and not quantized_linears(model):
+        print_fn(f"NOTE: {adapter} was trained on its base in {quant}; --quant {quant} gives it that one")
+    if made_on is not None and made_on != run_on_rank0(lambda: fingerprint(model.source)):
+        print_fn(
+            f"WARNING: {adapter} was trained on other weights than those of {model.source}; its answers will suffer"
+        )
+
+
+def load_lora_weights(model: Transformer, folder) -> None:
     """Gives a model that carries an adapter's layers the numbers in the adapter's file."""
     file = Path(folder) / ADAPTER_FILE
-    copy(model, dict(tensors([file])), file)
+    copy_tensors(model, dict(iterate_tensors([file])), file)
 
 
-def copy(model: Transformer, found: dict[str, Tensor], file: Path) -> None:
+def copy_tensors(model: Transformer, found: dict[str, Tensor], file: Path) -> None:
     """Copies an adapter's tensors into the model's LoRA layers; UserError where they are not exactly those."""
     wanted = {}
-    for name, layer in adapted(model).items():
+    for name, layer in lora_layers(model).items():
         wanted[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
         wanted[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
     missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
@@ -474,7 +494,7 @@ def copy(model: Transformer, found: dict[str, Tensor], file: Path) -> None:
                 )
             if not found[name].is_floating_point():
                 raise UserError(f"{file}: {name} holds {found[name].dtype}, floating point numbers are wanted")
-            put(parameter, found[name])
+            copy_local_rows(parameter, found[name])
 
 
 def adapter_settings(config: dict, where: Path, model: Transformer) -> tuple[int, float, float, str | list[str]]:
@@ -502,7 +522,7 @@ def adapter_settings(config: dict, where: Path, model: Transformer) -> tuple[int
             pattern = re.compile(targets)
         except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"{where}: target_modules is no regular expression ({error})") from None
-        names = [published(model, name) for name, m in model.named_modules() if isinstance(m, Linear)]
+        names = [hf_name(model, name) for name, m in model.named_modules() if isinstance(m, Linear)]
         targets = [name for name in names if pattern.fullmatch(name)]
     if not isinstance(targets, list) or not targets or not all(isinstance(t, str) for t in targets):
         raise UserError(f"{where}: target_modules names no layer of this model")

@@ -1,7 +1,7 @@
 """One decoder-only transformer that is every supported family, by configuration (families.py).
 
 A family is a row of switches in `Config`, never a subclass: which norms there are and where, how q, k and v lie in
-their matrices, what turns them and how far they see, which MLP, whether experts share it, whether attention and MLP
+their matrices, what rotates them and how far they see, which MLP, whether experts share it, whether attention and MLP
 stand in a row or side by side. What a switch does is said where it is read.
 
 Tokens flow flat: inside, a batch is one row of real tokens, [tokens, hidden], one document after another, and only
@@ -19,28 +19,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import decoding
-from context import SharedDocuments
-from errors import UserError
+from common.errors import UserError
 from families import Config, Layer
+from kernels.activation_checkpointing import ActivationCheckpointing
 from kernels.attention import Documents, Scores, document_attention
+from kernels.context_parallel import ShardedDocuments
 from kernels.experts import can_group, routed_mlp, sort_pairs
-from kernels.gpu import on_gpu
-from kernels.grouped import Member, Product, lay_together, make_product
+from kernels.grouped import Member, Product, make_contiguous, make_product
 from kernels.linear import linears, linears_reference
-from kernels.nf4 import NF4, Frozen, block_scales, matrix, nf4_linear
-from kernels.norm import add_rms_norm, adds_in_norm, rms_norm
-from kernels.packed_linear import can_join, can_pack, pack, packed_linear
-from kernels.rope import LENGTH_DEPENDENT, frequencies, rope, rope_both
+from kernels.nf4 import NF4, Frozen, block_scales, dequantized_weight, nf4_linear
+from kernels.onednn_linear import can_join, can_pack, pack, packed_linear
+from kernels.rms_norm import add_rms_norm, adds_in_norm, rms_norm
+from kernels.rope import LENGTH_DEPENDENT, rope, rope_inv_freq, rope_qk
 from kernels.swiglu import ACTIVATIONS, Gated, gated
+from kernels.triton_utils import use_triton
 from quant import QuantizedWeight
-from remat import Remat
 
 PACK_STEPS = 16  # of decoding that make up for packing the weights
 
 
 class Linear(nn.Module):
     """x W^T + b. An fp32 weight (a trained master) is cast to x's dtype for the product, its gradient comes in fp32.
-    nf4: in place of the weight, which is frozen then. packed: the weight as kernels/packed_linear.py wants it, while a
+    nf4: in place of the weight, which is frozen then. packed: the weight as kernels/onednn_linear.py wants it, while a
     text is written."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
@@ -60,12 +60,12 @@ class Linear(nn.Module):
             return linears(x, [self.weight], [self.bias])[0]
         return linears_reference(x, [self.weight], [self.bias])[0]
 
-    def together(self, x: Tensor, layers: list, up: Tensor | None = None, activation: str = "") -> list[Tensor]:
+    def forward_shared(self, x: Tensor, layers: list, up: Tensor | None = None, activation: str = "") -> list[Tensor]:
         """What several layers, of which this is the first, make of x, or of act(x) * up: in one function where that
         saves memory or time."""
         if torch.is_grad_enabled() and all(type(layer) is Linear and layer.nf4 is None for layer in layers):
             return linears(x, [layer.weight for layer in layers], [layer.bias for layer in layers], up, activation)
-        return one_by_one(x, layers, up, activation)
+        return forward_each(x, layers, up, activation)
 
     @property
     def frozen(self) -> Frozen:
@@ -94,7 +94,7 @@ class Embedding(nn.Module):
         return F.embedding(ids, self.weight)
 
 
-def one_by_one(x: Tensor, layers: list[nn.Module], up: Tensor | None, activation: str) -> list[Tensor]:
+def forward_each(x: Tensor, layers: list[nn.Module], up: Tensor | None, activation: str) -> list[Tensor]:
     if up is not None:
         x = Gated.apply(x, up, activation) if torch.is_grad_enabled() else gated(x, up, activation)
     return [layer(x) for layer in layers]
@@ -156,29 +156,29 @@ class Attention(nn.Module):
         self.scores = Scores(layer.scale, layer.window, config.attention_softcap)
         self.fused: FusedWeights | None = None  # of q, k and v, while a text is written
 
-    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor] | None, attend) -> Tensor:
-        """turns: cosines and sines [N, 1, r / 2] of the positions; attend: takes q, k, v and self.scores."""
-        if self.fused is not None and turns is not None and not self.qk_norm and not on_gpu(x):
+    def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, attention_fn) -> Tensor:
+        """cos_sin: cosines and sines [N, 1, r / 2] of the positions; attention_fn: takes q, k, v and self.scores."""
+        if self.fused is not None and cos_sin is not None and not self.qk_norm and not use_triton(x):
             H, G = self.heads, self.kv_heads
             rows = self.fused(x).view(-1, H + 2 * G, self.head_dim)
-            turned = rope(rows[:, : H + G], *turns)  # q and k in one go
-            out = attend(turned[:, :H], turned[:, H:], rows[:, H + G :], self.scores)
+            turned = rope(rows[:, : H + G], *cos_sin)  # q and k in one go
+            out = attention_fn(turned[:, :H], turned[:, H:], rows[:, H + G :], self.scores)
             return self.o(out.flatten(1))
         q, k, v = self.project(x)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         elif self.qk_norm:  # whole: all heads of a token together
             q, k = (norm(x.flatten(1)).view_as(x) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
-        if turns is not None:
-            q, k = rope_both(q, k, *turns)
-        return self.o(attend(q, k, v, self.scores).flatten(1))
+        if cos_sin is not None:
+            q, k = rope_qk(q, k, *cos_sin)
+        return self.o(attention_fn(q, k, v, self.scores).flatten(1))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [N, D] -> [N, H, d], [N, G, d], [N, G, d]
         H, G, d = self.heads, self.kv_heads, self.head_dim
         if self.fused is not None:
             q, k, v = self.fused(x).split((H * d, G * d, G * d), -1)
         elif self.layout == "split":
-            q, k, v = self.q.together(x, [self.q, self.k, self.v])
+            q, k, v = self.q.forward_shared(x, [self.q, self.k, self.v])
         elif self.layout == "stacked":
             q, k, v = self.qkv(x).split((H * d, G * d, G * d), -1)
         else:  # grouped: the q heads of a key-value head, then it
@@ -209,14 +209,14 @@ class MLP(nn.Module):
         if self.kind == "stacked" or self.fused is not None:
             gate, up = (self.fused or self.gate_up)(x).chunk(2, -1)
         else:
-            gate, up = self.gate.together(x, [self.gate, self.up])
-        return self.down.together(gate, [self.down], up, self.activation)[0]
+            gate, up = self.gate.forward_shared(x, [self.gate, self.up])
+        return self.down.forward_shared(gate, [self.down], up, self.activation)[0]
 
 
-class Noise:
-    """By what an adapter's dropout goes (lora.py): a number for each token at hand, int64 [N], or nothing."""
+class DropoutSeeds:
+    """What decides an adapter's dropout (lora.py): a number for each token at hand, int64 [N], or nothing."""
 
-    keys: Tensor | None = None
+    seeds: Tensor | None = None
 
 
 class Experts(nn.Module):
@@ -228,8 +228,8 @@ class Experts(nn.Module):
         self.rules = config.experts
         self.router = Router(config.hidden_size, self.rules.count)
         self.experts = nn.ModuleList(MLP(config, self.rules.intermediate_size) for _ in range(self.rules.count))
-        self.noise = Noise()  # the model's own
-        self.kept_products: list[Product | None] | None = None  # see products()
+        self.dropout_seeds = DropoutSeeds()  # the model's own
+        self.cached_products: list[Product | None] | None = None  # see products()
         self.load = None  # of a batch in training: fraction of choices [E], mean probability [E], fp32; () when used
 
     def forward(self, x: Tensor) -> Tensor:
@@ -238,10 +238,10 @@ class Experts(nn.Module):
         if self.rules.normalised:
             weights = weights / weights.sum(-1, keepdim=True)
         if self.can_group(x):
-            out = self.all_at_once(x, probs, weights, chosen)
+            out = self.forward_grouped(x, probs, weights, chosen)
             if out is not None:
                 return out
-        return self.one_after_the_other(x, probs, weights, chosen)
+        return self.forward_each_expert(x, probs, weights, chosen)
 
     def can_group(self, x: Tensor | None = None) -> bool:
         """Whether the experts can be computed all at once for x [N, D]; without it, for activations in the dtype and on
@@ -250,7 +250,7 @@ class Experts(nn.Module):
         gated_apart = self.experts[0].kind == "gated"
         return gated_apart and can_group(like, self.rules.count, self.rules.intermediate_size)
 
-    def all_at_once(self, x: Tensor, probs: Tensor, weights: Tensor, chosen: Tensor) -> Tensor | None:
+    def forward_grouped(self, x: Tensor, probs: Tensor, weights: Tensor, chosen: Tensor) -> Tensor | None:
         """Without a wait for the GPU; None where the experts' linears are not alike."""
         products = self.products()
         if None in products:
@@ -258,29 +258,29 @@ class Experts(nn.Module):
         routes = sort_pairs(chosen, self.rules.count)
         if self.training and self.load is None:
             self.load = routes.groups.counts / len(x), probs.mean(0)
-        return routed_mlp(x, weights, routes, *products, self.experts[0].activation, self.noise.keys)
+        return routed_mlp(x, weights, routes, *products, self.experts[0].activation, self.dropout_seeds.seeds)
 
     def products(self) -> list[Product | None]:
         """Of gate and up, and of down. While a text is written they are kept, since with 128 experts making them takes
         longer than a step's products."""
-        if self.kept_products is not None and torch.is_inference_mode_enabled():
-            return self.kept_products
+        if self.cached_products is not None and torch.is_inference_mode_enabled():
+            return self.cached_products
         products = [
             make_product([[getattr(expert, name).member() for expert in self.experts] for name in names])
             for names in (("gate", "up"), ("down",))
         ]
-        self.kept_products = products if torch.is_inference_mode_enabled() else None
+        self.cached_products = products if torch.is_inference_mode_enabled() else None
         return products
 
     def train(self, mode: bool = True) -> nn.Module:
-        self.kept_products = None  # `stream` and others begin with this, and adapters may have changed before
+        self.cached_products = None  # `stream` and others begin with this, and adapters may have changed before
         return super().train(mode)
 
     def _apply(self, *args, **named) -> nn.Module:
-        self.kept_products = None  # their memory is about to be left
+        self.cached_products = None  # their memory is about to be left
         return super()._apply(*args, **named)
 
-    def one_after_the_other(self, x: Tensor, probs: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    def forward_each_expert(self, x: Tensor, probs: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         E, active = self.rules.count, self.rules.active
         order = chosen.flatten().argsort(stable=True)  # token-expert pairs, by expert
         counts = torch.bincount(chosen.flatten(), minlength=E)
@@ -290,33 +290,33 @@ class Experts(nn.Module):
         parts = x.index_select(0, token).split(counts.tolist())  # a GPU is waited for here, and nowhere else
         # In training also those that nobody chose: without a gradient of zero, Adam's momentum would not move them
         wanted = [(e, part) for e, part in zip(self.experts, parts, strict=True) if len(part) or self.training]
-        keys, self.noise.keys = self.noise.keys, None
-        if keys is not None:
-            numbers = [part for part in keys[token].split(counts.tolist()) if len(part) or self.training]
+        seeds, self.dropout_seeds.seeds = self.dropout_seeds.seeds, None
+        if seeds is not None:
+            part_seeds = [part for part in seeds[token].split(counts.tolist()) if len(part) or self.training]
         outs = []
         for i, (expert, part) in enumerate(wanted):
-            self.noise.keys = None if keys is None else numbers[i]
+            self.dropout_seeds.seeds = None if seeds is None else part_seeds[i]
             outs.append(expert(part))
-        self.noise.keys, out = keys, torch.cat(outs)
+        self.dropout_seeds.seeds, out = seeds, torch.cat(outs)
         out = out * weights.flatten()[order, None].to(x.dtype)
         return torch.zeros_like(x).index_add(0, token, out)
 
-    def lay_together(self) -> None:
+    def make_weights_contiguous(self) -> None:
         """Moves the experts' matrices and adapters into few tensors, of which the parameters are parts: see
         kernels/grouped.py."""
-        self.kept_products = None
+        self.cached_products = None
         for names in (("gate", "up"), ("down",)):
             members = [getattr(expert, name).member() for expert in self.experts for name in names]
             if None not in members:
                 for column in zip(*([*member.frozen, member.A, member.B] for member in members), strict=True):
-                    lay_together(column)
+                    make_contiguous(column)
 
 
-def lay_experts_together(model: nn.Module) -> None:
+def stack_expert_weights(model: nn.Module) -> None:
     """On GPUs, for kernels/grouped.py."""
     for module in model.modules():
         if isinstance(module, Experts) and module.router.weight.is_cuda:
-            module.lay_together()
+            module.make_weights_contiguous()
 
 
 class Router(nn.Module):
@@ -340,18 +340,18 @@ class Block(nn.Module):
         self.mlp_post_norm = make_norm(config, config.post_norm)
 
     def forward(
-        self, x: Tensor, added: Tensor | None, turns: tuple[Tensor, Tensor] | None, attend
+        self, x: Tensor, added: Tensor | None, cos_sin: tuple[Tensor, Tensor] | None, attention_fn
     ) -> tuple[Tensor, Tensor | None]:
         """From one pair to the next: the residual and, where the norm that follows adds, what is to be added to it."""
         x, normal = add_then_norm(x, added, self.attention_norm)
-        attended = self.attention_post_norm(self.attention(normal, turns, attend))
+        attended = self.attention_post_norm(self.attention(normal, cos_sin, attention_fn))
         if self.parallel:
             out = self.mlp(normal if self.shared else self.mlp_norm(x))
-            return self.hand_over(x + attended, out)
+            return self.residual_pair(x + attended, out)
         x, normal = add_then_norm(x, attended, self.mlp_norm)
-        return self.hand_over(x, self.mlp_post_norm(self.mlp(normal)))
+        return self.residual_pair(x, self.mlp_post_norm(self.mlp(normal)))
 
-    def hand_over(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor | None]:
+    def residual_pair(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor | None]:
         if isinstance(self.attention_norm, RMSNorm) and adds_in_norm(x):
             return x, added
         return x + added, None
@@ -381,11 +381,11 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.compute_dtype, self.packed_head = config, None, None
-        self.remat = "none"  # of remat.KINDS: how much is kept for the backward
-        self.attend, self.noise, self.compiled = document_attention, Noise(), False
+        self.activation_checkpointing = "none"  # one of KINDS: what is kept for the backward
+        self.attention_fn, self.dropout_seeds, self.compiled = document_attention, DropoutSeeds(), False
         self.lora_casts = None  # lora.ModelCasts, where there is an adapter
         self.unquantized: list[str] = []  # linears that were to be quantised and could not be
-        self.frequencies: dict[int, Tensor] = {}  # of config.ropes, on the device where they were last used
+        self.inv_freqs: dict[int, Tensor] = {}  # of config.ropes, on the device where they were last used
         self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.positions = Embedding(config.max_positions, config.hidden_size) if config.learned_positions else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
@@ -393,7 +393,7 @@ class Transformer(nn.Module):
         self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size, bias=False)
         for block in self.blocks:
             if isinstance(block.mlp, Experts):
-                block.mlp.noise = self.noise
+                block.mlp.dropout_seeds = self.dropout_seeds
 
     @property
     def dtype(self) -> torch.dtype:
@@ -407,56 +407,63 @@ class Transformer(nn.Module):
     def size(self) -> int:
         """Numbers in all parameters, those in 4 bits counted as what they stand for."""
         plain = sum(p.numel() for name, p in self.named_parameters() if ".nf4." not in name)
-        return plain + sum(layer.in_features * layer.out_features for layer in quantized(self).values())
+        return plain + sum(layer.in_features * layer.out_features for layer in quantized_linears(self).values())
 
     def head_weight(self) -> Tensor:
         """[V, D]; of a head in 4 bits, made anew at each call."""
         if self.head is None:
             return self.embed.weight
-        return self.head.weight if self.head.nf4 is None else matrix(self.head.frozen, self.dtype)
+        return self.head.weight if self.head.nf4 is None else dequantized_weight(self.head.frozen, self.dtype)
 
     @with_fresh_casts
-    def hidden(self, tokens: Tensor, positions: Tensor, lengths: Tensor, attends: list) -> Tensor:
+    def hidden(self, tokens: Tensor, positions: Tensor, lengths: Tensor, attention_fns: list) -> Tensor:
         """tokens, positions: int64 [N]; lengths: int64 [N], of the document that each token is in, as long as it is so
-        far; attends: a function of q, k, v and scores for each block. Returns [N, D], normalised."""
-        tables = [self.turns(i, positions, lengths) for i in range(len(self.config.ropes))]
+        far; attention_fns: a function of q, k, v and scores for each block. Returns [N, D], normalised."""
+        tables = [self.cos_sin(i, positions, lengths) for i in range(len(self.config.ropes))]
         x = self.embed(tokens).to(self.dtype)
         if self.config.embed_scale != 1.0:
             x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype).item()  # rounded first, as it is published
         if self.positions is not None:
             x = x + self.positions(positions).to(x.dtype)
-        again = Remat(self.remat, x.device) if self.remat != "none" and torch.is_grad_enabled() else None
+        again = (
+            ActivationCheckpointing(self.activation_checkpointing, x.device)
+            if self.activation_checkpointing != "none" and torch.is_grad_enabled()
+            else None
+        )
         added = None  # to x: what a block has computed, where the next norm adds it (Block.hand_over)
-        for block, layer, attend in zip(self.blocks, self.config.layers, attends, strict=True):
-            turns = None if layer.rope is None else tables[layer.rope]
+        for block, layer, attention_fn in zip(self.blocks, self.config.layers, attention_fns, strict=True):
+            cos_sin = None if layer.rope is None else tables[layer.rope]
             if again:
-                x, added = again.run(block, block is self.blocks[-1], x, added, turns, attend)
+                x, added = again.run(block, block is self.blocks[-1], x, added, cos_sin, attention_fn)
             else:
-                x, added = block(x, added, turns, attend)
+                x, added = block(x, added, cos_sin, attention_fn)
         return add_then_norm(x, added, self.norm)[1]
 
-    def turns(self, number: int, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, number: int, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, [N, 1, r / 2] in the model's dtype, of rope `number` of the configuration."""
         spec, scaling = self.config.ropes[number], self.config.ropes[number].scaling or {}
         if scaling.get("rope_type") in LENGTH_DEPENDENT:
-            table = frequencies(spec.theta, spec.dim, scaling, lengths)
+            table = rope_inv_freq(spec.theta, spec.dim, scaling, lengths)
         else:
-            table = self.frequencies.get(number)
+            table = self.inv_freqs.get(number)
             if table is None or table.device != positions.device:
                 with torch.inference_mode(False):  # it outlives a text that is written, and serves training then
-                    table = frequencies(spec.theta, spec.dim, spec.scaling).to(positions.device)
-                self.frequencies[number] = table
+                    table = rope_inv_freq(spec.theta, spec.dim, spec.scaling).to(positions.device)
+                self.inv_freqs[number] = table
         angles, sharper = positions[:, None].float() * table, scaling.get("attention_factor", 1.0)
         return tuple((wave * sharper).to(self.dtype).unsqueeze(1) for wave in (angles.cos(), angles.sin()))
 
     def flat(self, tokens: Tensor, documents: Documents) -> Tensor:
         """The training path: int64 [N] tokens of whole documents -> [N, D], ready for the head."""
-        self.noise.keys = documents.keys
-        attend, keep = partial(self.attend, documents=documents), self.remat != "selective"
-        if isinstance(documents, SharedDocuments):
-            attend = torch.compiler.disable(documents.attend) if self.compiled else documents.attend
-        attend = partial(attend, keep=keep)
-        return self.hidden(tokens, documents.positions, documents.spans, [attend] * len(self.blocks))
+        self.dropout_seeds.seeds = documents.dropout_seeds
+        attention_fn, keep = (
+            partial(self.attention_fn, documents=documents),
+            self.activation_checkpointing != "selective",
+        )
+        if isinstance(documents, ShardedDocuments):
+            attention_fn = torch.compiler.disable(documents.attend) if self.compiled else documents.attend
+        attention_fn = partial(attention_fn, keep=keep)
+        return self.hidden(tokens, documents.positions, documents.doc_lengths, [attention_fn] * len(self.blocks))
 
     def compile_blocks(self) -> None:
         """torch.compile of the blocks: one graph for all of them, with the number of tokens left open, and attention
@@ -464,10 +471,12 @@ class Transformer(nn.Module):
         if self.device.type == "cuda" and self.config.attention_softcap:
             raise UserError("--compile on: not with this model's soft-capped attention, which a GPU compiles by itself")
         self.compiled = True
-        self.attend = torch.compiler.disable(document_attention)  # not where it is defined: that imports the compiler
+        self.attention_fn = torch.compiler.disable(
+            document_attention
+        )  # not where it is defined: that imports the compiler
         for block in self.blocks:
             if isinstance(block.mlp, Experts):
-                block.mlp.all_at_once = torch.compiler.disable(block.mlp.all_at_once)
+                block.mlp.forward_grouped = torch.compiler.disable(block.mlp.forward_grouped)
             block.compile(dynamic=True)
 
     def logits(self, hidden: Tensor) -> Tensor:  # [..., D] -> [..., V]
@@ -537,17 +546,17 @@ class Transformer(nn.Module):
         prompt ends with an id in `stop`, after max_new_tokens, or at the model's limit. lookup: for one prompt, greedy:
         guess so many tokens at a time from the text so far; the answer is the same, but for rounding.
         """
-        with evaluating(self), packed_weights(self, steps=max_new_tokens):
+        with eval_mode(self), packed_weights(self, steps=max_new_tokens):
             yield from decoding.stream(self, prompts, max_new_tokens, **settings)
 
 
-def quantized(model: nn.Module) -> dict[str, Linear]:
+def quantized_linears(model: nn.Module) -> dict[str, Linear]:
     """The linears whose weight is in 4 bits, by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.nf4 is not None}
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while: no dropout, and afterwards whatever was before."""
     before = model.training
     model.eval()
@@ -568,7 +577,10 @@ class FusedWeights:
         biases, frozen = [linear.bias for linear in linears], [linear.frozen for linear in linears]
         self.bias = None if biases[0] is None else torch.cat(biases)
         if packed:
-            self.linear, self.weight = packed_linear, pack(torch.cat([matrix(each, torch.bfloat16) for each in frozen]))
+            self.linear, self.weight = (
+                packed_linear,
+                pack(torch.cat([dequantized_weight(each, torch.bfloat16) for each in frozen])),
+            )
         elif linears[0].nf4 is None:
             self.linear, self.weight = F.linear, torch.cat([linear.weight for linear in linears])
         else:
@@ -583,7 +595,7 @@ class FusedWeights:
 @torch.no_grad()
 def packed_weights(model: Transformer, steps: int) -> Iterator[None]:
     """Holds copies of products' weights for a while, as steps of few rows want them, where that pays: see
-    kernels/packed_linear.py. On CPUs of all, packed: what an adapter is on alone, the rest of q, k, v and of gate, up
+    kernels/onednn_linear.py. On CPUs of all, packed: what an adapter is on alone, the rest of q, k, v and of gate, up
     together. On GPUs only of the latter, as far as memory goes. Put it around several calls of `generate`, and they
     share one copy; weights must not change meanwhile.
 
@@ -603,8 +615,8 @@ def packed_weights(model: Transformer, steps: int) -> Iterator[None]:
         plain = [model.head_weight(), *(m.weight for m in linears if m.nf4 is None)]
         fits = all(can_pack(weight, total) for weight in plain)
     else:
-        groups = {module: group for module, group in groups.items() if alike(group, model.dtype)}
-        fits = can_join(sum(joined_bytes(linear) for group in groups.values() for linear in group), model.device)
+        groups = {module: group for module, group in groups.items() if can_concatenate(group, model.dtype)}
+        fits = can_join(sum(fused_bytes(linear) for group in groups.values() for linear in group), model.device)
     if not fits:
         yield
         return
@@ -612,7 +624,7 @@ def packed_weights(model: Transformer, steps: int) -> Iterator[None]:
         for module, group in groups.items():
             module.fused = FusedWeights(group, packed=on_cpu)
         for module in alone:
-            module.packed = pack(matrix(module.frozen, torch.bfloat16))
+            module.packed = pack(dequantized_weight(module.frozen, torch.bfloat16))
         model.packed_head = pack(model.head_weight()) if on_cpu else None
         yield
     finally:
@@ -623,14 +635,14 @@ def packed_weights(model: Transformer, steps: int) -> Iterator[None]:
             module.packed = None
 
 
-def alike(linears: list[Linear], dtype: torch.dtype) -> bool:
+def can_concatenate(linears: list[Linear], dtype: torch.dtype) -> bool:
     """Whether linears can be one on a GPU: all in NF4, or all in the 16 bits that are computed in; biases in them."""
     plain = [linear.weight for linear in linears if linear.nf4 is None]
     rest = [linear.bias for linear in linears if linear.bias is not None]
     return len(plain) in (0, len(linears)) and dtype.itemsize == 2 and all(t.dtype == dtype for t in plain + rest)
 
 
-def joined_bytes(linear: Linear) -> int:
+def fused_bytes(linear: Linear) -> int:
     """Of a linear's part of the weight in FusedWeights, on a GPU."""
     if linear.nf4 is None:
         return linear.weight.nbytes

@@ -14,15 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from distributed import group_of, is_sharded, local, rows_of, shards, total
+from distributed import all_reduce_sum, is_sharded, num_shards, shard_group, shard_row_slice, to_local
 from kernels.adamw import adamw_step
-from kernels.gpu import on_gpu
-from kernels.nf4 import NESTED_BLOCK, dequantize_8bit, dynamic_code
+from kernels.nf4 import NESTED_BLOCK, dequantize_8bit, dynamic_codebook
+from kernels.triton_utils import use_triton
 from quant import quantize_8bit
 
-SMALL = 4096  # numbers; smaller tensors keep moments in fp32: they weigh nothing, and are norms and biases
-CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}  # numbers that are 32 bits wide at a time, a multiple of a block's
-NAMES = {"adamw": "AdamW", "adamw8bit": "AdamW with moments in 8 bits", "muon": "Muon on matrices, AdamW on the rest"}
+MIN_8BIT_NUMEL = 4096  # numbers; smaller tensors keep moments in fp32: they weigh nothing, and are norms and biases
+CHUNK_NUMEL = {"cpu": 1 << 18, "cuda": 1 << 24}  # numbers that are 32 bits wide at a time, a multiple of a block's
+DESCRIPTIONS = {
+    "adamw": "AdamW",
+    "adamw8bit": "AdamW with moments in 8 bits",
+    "muon": "Muon on matrices, AdamW on the rest",
+}
 
 
 class Optimizer:
@@ -79,23 +83,23 @@ class AdamW(Optimizer):
             if wide:
                 self.fused(wide, group, bad)
             narrow = [p for p in parameters if group["bits"] == 8 or p.dtype != torch.float32]
-            by_kernel = [p for p in narrow if on_gpu(local(p))]
+            by_kernel = [p for p in narrow if use_triton(to_local(p))]
             if by_kernel:
                 self.update_on_gpu(by_kernel, group, bad)
-            in_pieces = [p for p in narrow if not on_gpu(local(p))]
+            in_pieces = [p for p in narrow if not use_triton(to_local(p))]
             if in_pieces and not (bad is not None and bool(bad)):
                 for p in in_pieces:
                     self.update(p, group)
 
     def blank(self, p: Tensor, group: dict) -> dict[str, Tensor]:
-        mine = local(p)
+        mine = to_local(p)
         if group["bits"] == 32 and p.dtype == torch.float32:
             zeros = (torch.zeros_like(mine, memory_format=torch.preserve_format) for _ in range(2))
             return dict(zip(("m", "v", "step"), (*zeros, torch.zeros((), device=p.device))))
         if not is_sharded(p):
             p.data = p.data.contiguous()
-        narrow = group["bits"] == 8 and p.numel() >= SMALL
-        state = {"step": torch.zeros((), device=mine.device if on_gpu(mine) else None)}
+        narrow = group["bits"] == 8 and p.numel() >= MIN_8BIT_NUMEL
+        state = {"step": torch.zeros((), device=mine.device if use_triton(mine) else None)}
         for name in ("m", "v"):
             state[name] = torch.zeros(mine.numel(), dtype=torch.uint8 if narrow else torch.float32, device=p.device)
             if narrow:
@@ -104,19 +108,19 @@ class AdamW(Optimizer):
 
     def fused(self, parameters: list[Tensor], group: dict, bad: Tensor | None) -> None:
         if bad is not None:
-            bad = bad.to(local(parameters[0]).device)  # waits, where the parameters live on the host
+            bad = bad.to(to_local(parameters[0]).device)  # waits, where the parameters live on the host
         states = [self.state_of(p, group) for p in parameters]
         columns = ([state[name] for state in states] for name in ("m", "v"))
         (beta1, beta2), steps = group["betas"], [state["step"] for state in states]
         adamw(
-            [local(p) for p in parameters], [local(p.grad) for p in parameters], *columns, [], steps,
+            [to_local(p) for p in parameters], [to_local(p.grad) for p in parameters], *columns, [], steps,
             fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, lr=group["lr"],
             weight_decay=group["weight_decay"], eps=group["eps"], found_inf=bad,
         )  # fmt: skip
 
     def update_on_gpu(self, parameters: list[Tensor], group: dict, bad: Tensor | None) -> None:
         """Without waiting for the GPU: it counts the steps, and skips one that is bad."""
-        device = local(parameters[0]).device
+        device = to_local(parameters[0]).device
         bad = None if bad is None else bad.to(device)
         states = [self.state_of(p, group) for p in parameters]
         taken = torch.ones((), device=device) if bad is None else 1 - bad
@@ -126,49 +130,49 @@ class AdamW(Optimizer):
         # addresses that are multiples of 16, and another for others
         seeds = torch.randint(1 << 62, (len(parameters), 2), device=device)
         for p, state, seed in zip(parameters, states, seeds.unbind(), strict=True):
-            adamw_step(local(p).view(-1), local(p.grad).reshape(-1), state, group, seed, bad)
+            adamw_step(to_local(p).view(-1), to_local(p.grad).reshape(-1), state, group, seed, bad)
 
     def update(self, p: Tensor, group: dict) -> None:
         state = self.state_of(p, group)
         state["step"] += 1
-        weights, grads = local(p).view(-1), local(p.grad).reshape(-1)
-        size = CHUNK.get(p.device.type, CHUNK["cuda"])
+        weights, grads = to_local(p).view(-1), to_local(p.grad).reshape(-1)
+        size = CHUNK_NUMEL.get(p.device.type, CHUNK_NUMEL["cuda"])
         for start in range(0, len(weights), size):
             part = slice(start, start + size)
             blocks = slice(start // NESTED_BLOCK, (start + size) // NESTED_BLOCK)
-            moments = [Moment(state, name, part, blocks) for name in ("m", "v")]
+            moments = [MomentSlice(state, name, part, blocks) for name in ("m", "v")]
             wide = (weights[part].float(), grads[part].float(), *(moment.values for moment in moments))
-            new = adam(*wide, int(state["step"]), group)
+            new = adamw_update(*wide, int(state["step"]), group)
             weights[part] = round_stochastically(new) if p.dtype == torch.bfloat16 else new
             for moment in moments:
                 moment.store()
 
 
-class Moment:
+class MomentSlice:
     """A piece of one of a weight's moments, "m" or "v", as fp32 numbers that may be changed, and then stored."""
 
     def __init__(self, state: dict, name: str, part: slice, blocks: slice):
         self.codes, self.name = state[name].view(-1)[part], name
         self.narrow = self.codes.dtype == torch.uint8
         self.scales = state[f"{name}_scale"][blocks] if self.narrow else None
-        self.values = widened(self.codes, self.scales, name) if self.narrow else self.codes
+        self.values = dequantize_moment(self.codes, self.scales, name) if self.narrow else self.codes
 
     def store(self) -> None:
         if self.narrow:
-            codes, scales = narrowed(self.values, self.name)
+            codes, scales = quantize_moment(self.values, self.name)
             self.codes.copy_(codes), self.scales.copy_(scales)
 
 
-def widened(codes: Tensor, scales: Tensor, name: str) -> Tensor:
+def dequantize_moment(codes: Tensor, scales: Tensor, name: str) -> Tensor:
     """float32 [n] of a moment in 8 bits: "m" has signs, "v" has none."""
-    return dequantize_8bit(codes, scales, dynamic_code(codes.device, name == "m"))
+    return dequantize_8bit(codes, scales, dynamic_codebook(codes.device, name == "m"))
 
 
-def narrowed(values: Tensor, name: str) -> tuple[Tensor, Tensor]:
+def quantize_moment(values: Tensor, name: str) -> tuple[Tensor, Tensor]:
     return quantize_8bit(values, name == "m")
 
 
-def adam(w: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, group: dict) -> Tensor:
+def adamw_update(w: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, group: dict) -> Tensor:
     """The new weights; changes the moments, in place. All float32 [n]."""
     (beta1, beta2), rate = group["betas"], group["lr"]
     m.mul_(beta1).add_(g, alpha=1 - beta1)
@@ -186,7 +190,7 @@ def round_stochastically(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
-class Offloaded(Optimizer):
+class OffloadedAdamW(Optimizer):
     """AdamW whose masters and moments live in the host's memory, and whose steps its CPU computes in fp32 (Ren et al.
     2021, ZeRO-Offload): the device holds the weights, in any dtype, and their gradients. A tensor's gradient travels
     while the step of the one before it is computed."""
@@ -196,7 +200,7 @@ class Offloaded(Optimizer):
         self.hosts, pin = {}, torch.cuda.is_available()
         for group in self.param_groups:
             for p in group["params"]:
-                mine = local(p.detach())
+                mine = to_local(p.detach())
                 master = nn.Parameter(mine.to("cpu", torch.float32, copy=True))
                 stage = torch.empty(mine.shape, dtype=p.dtype, pin_memory=pin)  # through which both directions go
                 self.hosts[p] = master, stage, AdamW([{"params": [master]}], lr)
@@ -215,7 +219,7 @@ class Offloaded(Optimizer):
         moving = []
         for group, parameters in self.with_gradients():
             for p in parameters:
-                self.hosts[p][1].copy_(local(p.grad), non_blocking=True)
+                self.hosts[p][1].copy_(to_local(p.grad), non_blocking=True)
                 there = torch.cuda.Event() if p.is_cuda else None
                 moving.append((p, group, there))
                 if there:
@@ -228,7 +232,7 @@ class Offloaded(Optimizer):
             optimizer.param_groups[0].update(lr=group["lr"], weight_decay=group["weight_decay"])
             optimizer.step()
             master.grad = None
-            local(p).copy_(stage.copy_(master), non_blocking=True)
+            to_local(p).copy_(stage.copy_(master), non_blocking=True)
 
 
 class Muon(Optimizer):
@@ -242,7 +246,7 @@ class Muon(Optimizer):
         super().__init__(groups, lr=lr, momentum=0.95, weight_decay=weight_decay)
 
     def blank(self, p: Tensor, group: dict) -> dict[str, Tensor]:
-        return {"m": torch.zeros_like(local(p), memory_format=torch.contiguous_format)}
+        return {"m": torch.zeros_like(to_local(p), memory_format=torch.contiguous_format)}
 
     @torch.no_grad()
     def step(self, bad: Tensor | None = None) -> None:
@@ -251,22 +255,22 @@ class Muon(Optimizer):
         for group, parameters in self.with_gradients():
             ahead = []
             for p in parameters:
-                grad, state = local(p.grad), self.state_of(p, group)
+                grad, state = to_local(p.grad), self.state_of(p, group)
                 state["m"].lerp_(grad, 1 - group["momentum"])
                 ahead.append(grad.lerp(state["m"], group["momentum"]))
-            at_once = shards(parameters[0])
+            at_once = num_shards(parameters[0])
             for start in range(0, len(parameters), at_once):
                 part = parameters[start : start + at_once]
-                for p, update in zip(part, orthogonal(part, ahead[start : start + at_once]), strict=True):
-                    local(p).mul_(1 - group["lr"] * group["weight_decay"])
-                    local(p).add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+                for p, update in zip(part, newton_schulz_sharded(part, ahead[start : start + at_once]), strict=True):
+                    to_local(p).mul_(1 - group["lr"] * group["weight_decay"])
+                    to_local(p).add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
 
 
-def orthogonal(parameters: list[Tensor], matrices: list[Tensor]) -> list[Tensor]:
+def newton_schulz_sharded(parameters: list[Tensor], matrices: list[Tensor]) -> list[Tensor]:
     """This process's rows of the `newton_schulz` of matrices, of which it has its rows of these parameters'."""
     if not is_sharded(parameters[0]):
         return [newton_schulz(matrix) for matrix in matrices]
-    group = group_of(parameters[0])
+    group = shard_group(parameters[0])
     me, ranks, mine = dist.get_rank(group), dist.get_process_group_ranks(group), None
     padded = lambda x, p: F.pad(x, (0, 0, 0, -(-p.shape[0] // len(ranks)) - x.shape[0])).contiguous()  # rows all have
     for number, (p, matrix) in enumerate(zip(parameters, matrices, strict=True)):
@@ -277,7 +281,7 @@ def orthogonal(parameters: list[Tensor], matrices: list[Tensor]) -> list[Tensor]
     done, found = None if mine is None else newton_schulz(mine), []
     for number, (p, matrix) in enumerate(zip(parameters, matrices, strict=True)):
         got = torch.empty_like(padded(matrix, p), dtype=torch.bfloat16)
-        parts = [padded(done[rows_of(p, i)], p) for i in range(len(ranks))] if number == me else None
+        parts = [padded(done[shard_row_slice(p, i)], p) for i in range(len(ranks))] if number == me else None
         dist.scatter(got, parts, ranks[number], group)
         found.append(got[: len(matrix)])
     return found
@@ -317,7 +321,7 @@ def make_optimizers(model: nn.Module, kind: str, rate: float, decay: float, offl
     if not groups:
         return found
     if offload:
-        return [*found, Offloaded(groups, rate)]
+        return [*found, OffloadedAdamW(groups, rate)]
     return [*found, AdamW(groups, rate, 8 if kind == "adamw8bit" else 32)]
 
 
@@ -327,10 +331,10 @@ def state_bytes(kind: str) -> float:
 
 
 @torch.no_grad()
-def too_small(parameters: list[Tensor], rate: float) -> float:
+def share_too_small_to_move(parameters: list[Tensor], rate: float) -> float:
     """The share of the weights that a step as long as `rate`, which is about Adam's, would not move if it were rounded
     to the nearest: it is below half of the distance to the next number of their dtype."""
-    mine = [local(p) for p in parameters]
+    mine = [to_local(p) for p in parameters]
     counts = [[int((p.abs() + rate == p.abs()).sum()), p.numel()] for p in mine]
-    stuck, count = total(torch.tensor(counts, dtype=torch.float64).sum(0)).tolist()
+    stuck, count = all_reduce_sum(torch.tensor(counts, dtype=torch.float64).sum(0)).tolist()
     return stuck / count

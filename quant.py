@@ -11,8 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
-from kernels.nf4 import BLOCK, NESTED_BLOCK, NF4, code, dynamic_code, nf4_dequantize
+from common.errors import UserError
+from kernels.nf4 import BLOCK, NESTED_BLOCK, NF4, dynamic_codebook, nf4_codebook, nf4_dequantize
 
 KINDS = ("nf4", "nf4+head")
 TINY = 1e-38  # stands in for the largest value of a block of zeros
@@ -25,7 +25,7 @@ def quantize_nf4(weight: Tensor, block_size: int = BLOCK) -> tuple[Tensor, Tenso
     absmax float32 [out, in / block_size])."""
     out, size = weight.shape
     assert size % block_size == 0 == block_size % 2, f"rows of {size} are no whole blocks of {block_size}"
-    codes, absmax = nearest(weight.reshape(-1, block_size).float(), code(weight.device))
+    codes, absmax = nearest(weight.reshape(-1, block_size).float(), nf4_codebook(weight.device))
     codes = codes.view(out, -1, 2)
     return codes[..., 0] << 4 | codes[..., 1], absmax.view(out, -1)
 
@@ -41,25 +41,27 @@ def nearest(blocks: Tensor, numbers: Tensor, table: Tensor | None = None) -> tup
     first number. blocks: float32 [n, size] -> (uint8 [n, size], float32 [n])."""
     absmax = blocks.abs().amax(-1)
     if table is None:
-        return between((blocks * (1 / absmax.clamp(min=TINY))[:, None]).clamp_(-1, 1), numbers), absmax
+        return midpoints((blocks * (1 / absmax.clamp(min=TINY))[:, None]).clamp_(-1, 1), numbers), absmax
     steps = (blocks * (1 / absmax)[:, None]).nan_to_num_(-1.0).clamp_(-1, 1)
     steps = steps.add_(1).mul_(0.5).mul_(CPU_STEPS).add_(0.5).int()
     return table.index_select(0, steps.flatten()).view(blocks.shape), absmax
 
 
-def between(scaled: Tensor, numbers: Tensor) -> Tensor:
+def midpoints(scaled: Tensor, numbers: Tensor) -> Tensor:
     return torch.bucketize(scaled, (numbers[:-1] + numbers[1:]) / 2, out_int32=True).to(torch.uint8)
 
 
 @cache
-def by_steps(signed: bool) -> Tensor:  # uint8 [CPU_STEPS + 1]: the nearest of the dynamic numbers at each step
-    return between(torch.arange(CPU_STEPS + 1).float() / CPU_STEPS * 2 - 1, dynamic_code(torch.device("cpu"), signed))
+def cpu_lookup(signed: bool) -> Tensor:  # uint8 [CPU_STEPS + 1]: the nearest of the dynamic numbers at each step
+    return midpoints(
+        torch.arange(CPU_STEPS + 1).float() / CPU_STEPS * 2 - 1, dynamic_codebook(torch.device("cpu"), signed)
+    )
 
 
 def quantize_8bit(flat: Tensor, signed: bool = True) -> tuple[Tensor, Tensor]:
     """Blocks of 256 of float32 [n], the last one shorter, in numbers of `dynamic_code`: (codes uint8 [n], scales
     float32 [ceil(n / 256)]). The way back is kernels.nf4.dequantize_8bit."""
-    numbers, table = dynamic_code(flat.device, signed), by_steps(signed) if flat.device.type == "cpu" else None
+    numbers, table = dynamic_codebook(flat.device, signed), cpu_lookup(signed) if flat.device.type == "cpu" else None
     if not len(flat):  # of a process without rows
         return flat.to(torch.uint8), flat
     whole = len(flat) // NESTED_BLOCK * NESTED_BLOCK
@@ -82,7 +84,7 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes.view(absmax.shape), nested, offset.view(1)
 
 
-def blank(out: int, size: int, double: bool = True) -> NF4:
+def empty_nf4(out: int, size: int, double: bool = True) -> NF4:
     """A matrix [out, size] in NF4 without memory, on the meta device."""
     empty = lambda kind, *shape: torch.empty(*shape, dtype=kind, device="meta")
     packed, scales = empty(torch.uint8, out, size // 2), (out, size // BLOCK)
@@ -141,10 +143,10 @@ def to_files(nf4: NF4, shape: tuple[int, int], dtype: str) -> dict[str, Tensor]:
     """The tensors that stand for a weight in bitsandbytes' layout, by the end of their names ("" is the weight's)."""
     state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": dtype, "shape": list(shape)}
     found = {"": nf4.packed.reshape(-1, 1), "absmax": nf4.absmax.flatten()}
-    found["quant_map"] = code(nf4.packed.device).clone()  # safetensors wants each to have memory of its own
+    found["quant_map"] = nf4_codebook(nf4.packed.device).clone()  # safetensors wants each to have memory of its own
     if nf4.nested is not None:
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": nf4.offset.item()}
-        found |= {"nested_absmax": nf4.nested, "nested_quant_map": dynamic_code(nf4.packed.device).clone()}
+        found |= {"nested_absmax": nf4.nested, "nested_quant_map": dynamic_codebook(nf4.packed.device).clone()}
     found[STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     return found
 
@@ -171,13 +173,16 @@ def from_files(parts: dict[str, Tensor], shape: tuple[int, int], where: str) -> 
     codes = codes.contiguous().view(torch.uint8) if codes.dtype.itemsize * codes.numel() == count // 2 else codes
     check(codes.numel() == count // 2 and codes.dtype == torch.uint8, f"{codes.numel():,} bytes of codes")
     check(absmax.numel() == blocks, f"{absmax.numel():,} scales for {blocks:,} blocks")
-    check(torch.equal(parts["quant_map"].float().flatten(), code(torch.device("cpu"))), "its quant_map is not NF4's")
+    check(
+        torch.equal(parts["quant_map"].float().flatten(), nf4_codebook(torch.device("cpu"))),
+        "its quant_map is not NF4's",
+    )
     packed, absmax = codes.view(out, -1), absmax.view(out, -1)
     if nested is None:
         check(absmax.is_floating_point(), f"its absmax holds {absmax.dtype}")
         return NF4(packed, absmax.float())
     check(absmax.dtype == torch.uint8 and state.get("nested_blocksize") == NESTED_BLOCK, "its nested blocks are others")
-    numbers, known = parts.get("nested_quant_map"), dynamic_code(torch.device("cpu"))
+    numbers, known = parts.get("nested_quant_map"), dynamic_codebook(torch.device("cpu"))
     check(numbers is not None and torch.equal(numbers.float().flatten(), known), "its nested_quant_map is another")
     check(nested.numel() == -(-blocks // NESTED_BLOCK) and nested.is_floating_point(), "its nested scales do not fit")
     return NF4(packed, absmax, nested.float().flatten(), torch.tensor([offset]))

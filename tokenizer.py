@@ -1,12 +1,13 @@
 """Text to token ids and back, and conversations to ids with a mask of what is trained.
 
-`load_tokenizer` makes a `Tokenizer` of a Hugging Face folder; what cuts plain text into tokens is in subwords.py. What
-would give other ids than the `tokenizers` library on any text is refused with the reason. A control token is one only
-where the program or the template writes it: in text from people `<|im_end|>` is ten characters, unless they ask
-(`special=True`).
+`load_tokenizer` makes a `Tokenizer` of a Hugging Face folder; what cuts plain text into tokens is in
+tokenization/subwords.py. What would give other ids than the `tokenizers` library on any text is refused with the
+reason. A control token is one only where the program or the template writes it: in text from people `<|im_end|>` is ten
+characters, unless they ask (`special=True`).
 
-A conversation is one text, written by the folder's Jinja template (templates.py) and tokenised whole, so that no turn
-is cut off from its context. Trained are the assistant's turns and what ends each; `render` says how that is proved.
+A conversation is one text, written by the folder's Jinja template (tokenization/chat_template.py) and tokenised whole,
+so that no turn is cut off from its context. Trained are the assistant's turns and what ends each; `render` says how
+that is proved.
 """
 
 import codecs
@@ -22,9 +23,9 @@ from itertools import groupby
 from os.path import commonprefix
 from pathlib import Path
 
-from errors import UserError, read_json_if_there, read_text
-from subwords import AddedToken, BytePairs, Pieces, byte_pairs, is_tiktoken, pieces, tiktoken_file
-from templates import NAMED, Answer, Conversation, Refused, Rendered, Template
+from common.errors import UserError, read_json_if_there, read_text
+from tokenization.chat_template import NAMED, Answer, Conversation, Refused, Rendered, Template
+from tokenization.subwords import AddedToken, BytePairs, Pieces, byte_pairs, is_tiktoken, pieces, tiktoken_file
 
 Span = tuple[int, int]  # [start, end), in characters where nothing else is said
 Turn = tuple[int, int, int]  # [start, end) in ids, and the number of the message that is trained there

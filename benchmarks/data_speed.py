@@ -132,7 +132,7 @@ def whole(file: Path, work: str) -> None:
 def fresh_cache(work: str) -> str:
     """A cache with the converted model and no rows."""
     sys.path.insert(0, str(ROOT))
-    from convert import model_folder
+    from interop.resolve import model_folder
 
     folder = Path(work, "cache")
     shutil.rmtree(folder, ignore_errors=True)

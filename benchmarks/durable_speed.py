@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from peers import RATE, SHAPES, WARM_UP, raw_config
 
+from common.device import pick_device, pick_dtype
+
 WAYS = ("plain", "fsdp", "saved", "async")
 
 
@@ -30,61 +32,84 @@ def side(spec: dict) -> dict:
     from random_models import random_model
 
     import distributed
-    import loading
-    import plan
-    import resume
     import train
-    from data import cut_rows
-    from examples import Example
+    from data import collate, max_tokens_per_micro_batch, split_micro_batches
+    from dataset.examples import Example
+    from objectives import OBJECTIVES
     from optimizers import make_optimizers
+    from planning import memory as plan
+    from training import checkpointer
+    from training.defaults import Settings
+    from training.metrics import MetricsLogger
+    from training.signals import GracefulStop
+    from training.state import TrainState
 
-    device = loading.pick_device("auto")
+    device = pick_device("auto")
     if spec["way"] == "fsdp":
-        device = distributed.start(device)
+        device = distributed.init_distributed(device)
     method, many = spec["method"], spec["steps"]
-    flags = train.Flags(method=method, steps=many, lr=RATE, warmup=0, weight_decay=0.0, batch_size=spec["batch"])
-    dtype, _ = loading.pick_dtype("auto", device)
+    settings = Settings(
+        method=method, steps=many, lr=RATE, warmup=0, weight_decay=0.0, batch_size=spec["batch"], eval_every=1
+    )
+    dtype, _ = pick_dtype("auto", device)
 
     def arrange(model) -> None:
         if spec["way"] == "fsdp":
             gathered = dtype if method == "full" and dtype != torch.float32 else None
-            distributed.shard(model, "full", device, gathered)
+            distributed.shard_model(model, "full", device, gathered)
 
     adapter = {"rank": 16, "alpha": 32.0}
     raw = raw_config(spec["shape"])
-    model = random_model(raw, plan.Setup(method), dtype, device, adapter, arrange=arrange)
+    model = random_model(raw, plan.Recipe(method), dtype, device, adapter, arrange=arrange)
     model.compute_dtype = dtype
-    steppers = make_optimizers(model, "adamw", RATE, 0.0)
+    optimizers = make_optimizers(model, "adamw", RATE, 0.0)
     generator = torch.Generator().manual_seed(1)
     shape = many, spec["batch"], spec["seq"]
     ids = torch.randint(0, SHAPES[spec["shape"]]["vocab_size"], shape, generator=generator).tolist()
     trained = [False] + [True] * (spec["seq"] - 1)
-    cuts = cut_rows([spec["seq"]] * spec["batch"], spec["batch"], train.most_tokens(device))
-    steps = [[[Example(rows[i], trained) for i in part] for part in cuts] for rows in ids]
-    with tempfile.TemporaryDirectory(dir=spec["where"]) as out:
-        log = train.Log(flags, Path(out), 1.0, device)
-        saver = resume.Saver(Path(out), 1, spec["way"] == "async", log.bar.write)
-        times, beside, last = [], [], time.perf_counter()
+    cuts = split_micro_batches([spec["seq"]] * spec["batch"], spec["batch"], max_tokens_per_micro_batch(device))
+    steps = [[[Example(rows[i], trained) for i in cut] for cut in cuts] for rows in ids]
+    times, beside, last = [], [], time.perf_counter()
 
-        def after_step(done: int, _: int) -> bool:
+    class Rows:
+        """In place of data.MicroBatches."""
+
+        def step(self, number: int) -> list:
+            return [collate(examples, device) for examples in steps[number]]
+
+    class EveryStep:
+        """In place of the evaluator: writes a checkpoint every fourth step, and takes the time of each."""
+
+        def due(self, state) -> bool:
+            return state.step > 0
+
+        def run(self, state) -> bool:
             nonlocal last
-            if spec["way"] in ("saved", "async") and done % 4 == 0:
-                saver.save({"step": done, "val_loss": None}, resume.tensors_of(model, steppers))
+            if spec["way"] in ("saved", "async") and state.step % 4 == 0:
+                tensors = checkpointer.trainable_state(model, optimizers)
+                writer.save({"step": state.step, "val_loss": None}, tensors)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             now = time.perf_counter()
-            if done > WARM_UP:
+            if state.step > WARM_UP:
                 times.append(now - last)
-                if saver.thread and saver.thread.is_alive():
+                if writer.thread and writer.thread.is_alive():
                     beside.append(now - last)
             last = now
             return False
 
-        train.optimize(model, steppers, steps, flags, log, device, after_step)
+    loader = Rows()
+    loader.device = device
+    with tempfile.TemporaryDirectory(dir=spec["where"]) as out:
+        state = TrainState()
+        metrics = MetricsLogger(settings, Path(out), 1.0, device, state)
+        writer = checkpointer.CheckpointWriter(Path(out), 1, spec["way"] == "async", metrics.bar.write)
+        parts = (settings, model, OBJECTIVES["supervised"], optimizers, loader, state, metrics, GracefulStop())
+        train.train_loop(*parts, EveryStep())
         start = time.perf_counter()
-        saver.wait()
+        writer.wait()
         ended = time.perf_counter() - start
-        log.close()
+        metrics.close()
     return {"step": sum(times) / len(times), "beside": statistics.median(beside) if beside else None, "end": ended}
 
 

@@ -45,8 +45,8 @@ REHEARSAL_NAME = "rehearsal on CPU"
 FULL_WAYS = {  # of full fine-tuning: what is on the host, as train.py's flags say it, and as plan.Setup does
     "all on the GPU": {},
     "--optimizer-offload": {"offload": True},
-    "--remat offload": {"remat": "offload"},
-    "--optimizer-offload --remat offload": {"offload": True, "remat": "offload"},
+    "--activation-checkpointing offload": {"checkpointing": "offload"},
+    "--optimizer-offload --activation-checkpointing offload": {"offload": True, "checkpointing": "offload"},
 }
 REHEARSAL = {"shape": "rehearsal", "batches": {"64": 2}, "steps": 4, "document": 20}  # of all that trains
 Measurements = Iterator[tuple[str, Callable[[], dict]]]
@@ -141,8 +141,8 @@ def machine(device) -> dict:
     import torch
 
     use_program()
-    import plan
-    from kernels import gpu
+    from kernels import triton_utils
+    from planning import memory as plan
 
     found = {
         "device": REHEARSAL_NAME,
@@ -157,7 +157,9 @@ def machine(device) -> dict:
         properties = torch.cuda.get_device_properties(device)
         found |= {"device": properties.name, "memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
         found |= {"capability": f"{properties.major}.{properties.minor}", "driver": driver_version()}
-        found["triton_launches"] = gpu.triton_launches()  # where it is False, plain PyTorch computes everywhere
+        found["triton_launches"] = (
+            triton_utils.triton_launches()
+        )  # where it is False, plain PyTorch computes everywhere
         known = [peak for chip, peak in plan.PEAK_FLOPS.items() if chip in properties.name]
         found["published_flops"] = known[0] if known else None
     return found
@@ -284,14 +286,14 @@ def correctness(settings: dict, device, report) -> Measurements:
     use_program()
     from random_models import random_model
 
-    import plan
+    from planning import memory as plan
 
     spec = {"shape": settings["shape"], "steps": 2, "batch": 2, "seq": settings["seq"], "document": 40}
     batches = peers.document_rows(torch, spec)
     rows = [batches[step % 2] for step in range(settings["steps"])]
     raw, cpu = peers.raw_config(settings["shape"]), torch.device("cpu")
     for method, rate in CORRECTNESS_RATE.items():
-        setup, adapter = plan.Setup(method), peers.adapter({"rank": RANK})
+        setup, adapter = plan.Recipe(method), peers.adapter({"rank": RANK})
         spec = spec | {"method": method, "rate": rate}
         model = random_model(raw, setup, torch.float32, cpu, adapter)
         with torch.no_grad():
@@ -336,9 +338,9 @@ def fine_tuning(settings: dict, device, report) -> Measurements:
     use_program()
     from random_models import random_model
 
-    import plan
+    from planning import memory as plan
 
-    setup = plan.Setup(settings["method"])
+    setup = plan.Recipe(settings["method"])
     model = random_model(
         peers.raw_config(settings["shape"]), setup, torch.bfloat16, device, peers.adapter({"rank": RANK})
     )
@@ -389,15 +391,15 @@ def rows_of_job(spec: dict) -> list:
 
 
 def measure_ours(model, setup, spec: dict, device) -> dict:
-    """Speed and memory of our training loop, and what plan.py foretells of the memory."""
+    """Speed and memory of our training loop, and what planning/memory.py foretells of the memory."""
     import torch
 
-    import plan
+    from planning import memory as plan
 
     free_memory()
     rows = rows_of_job(spec)
     before = peers.resident()
-    job = spec | {"remat": setup.remat, "offload": setup.offload, "weights": setup.weights}
+    job = spec | {"checkpointing": setup.checkpointing, "offload": setup.offload, "weights": setup.weights}
     result, _ = peers.train_by_plaintune(torch, model, job, rows, device, before)
     micro_batches = [[len(ids) for row in step for ids in row] for step in rows]
     lengths = max(micro_batches, key=lambda batch: sum(n * n for n in batch))
@@ -420,10 +422,10 @@ def compiled_blocks(settings: dict, device, report) -> Measurements:
     use_program()
     from random_models import random_model
 
-    import plan
+    from planning import memory as plan
 
     for method in ("lora", "qlora"):
-        setup = plan.Setup(method)
+        setup = plan.Recipe(method)
         raw = peers.raw_config(settings["shape"])
         model = random_model(raw, setup, torch.bfloat16, device, peers.adapter({"rank": RANK}))
         if settings.get("compile", True):
@@ -442,10 +444,10 @@ def measure_of_setup(model, setup, device, spec: dict) -> dict:
 def full(settings: dict, device, report) -> Measurements:
     """With fp32 masters; with these on the host, with the blocks' inputs there, with both."""
     use_program()
-    import plan
+    from planning import memory as plan
 
     for way, more in FULL_WAYS.items():
-        measure = partial(measure_full, plan.Setup("full", **more), device)
+        measure = partial(measure_full, plan.Recipe("full", **more), device)
         for name, measurement in jobs(settings | {"method": "full"}, measure):
             yield f"{way}, {name}", measurement
 
@@ -533,14 +535,14 @@ def decoding(settings: dict, device, report) -> Measurements:
     from random_models import random_model
 
     import lora
-    import plan
+    from planning import memory as plan
 
     raw, adapter = peers.raw_config(settings["shape"]), peers.adapter({"rank": RANK})
     for base, method in (("bf16", "lora"), ("NF4", "qlora")):
-        model = random_model(raw, plan.Setup(method), torch.bfloat16, device, adapter)
+        model = random_model(raw, plan.Recipe(method), torch.bfloat16, device, adapter)
         for kind in (f"{base} with LoRA", base):
             if kind == base:
-                lora.drop_lora(model)
+                lora.remove_lora(model)
             for batch in settings["batches"]:
                 yield f"{kind}, batch {batch}", partial(decode, settings, batch, device, partial(generate, model))
         del model

@@ -53,12 +53,12 @@ class Results:
 
     def write(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.file.with_name(f".{self.file.name}.{os.getpid()}")
-        with aside.open("w") as file:
+        tmp = self.file.with_name(f".{self.file.name}.{os.getpid()}")
+        with tmp.open("w") as file:
             json.dump(self.content, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(self.file)
+        tmp.replace(self.file)
 
 
 @dataclass

@@ -66,7 +66,7 @@ def markdown(heading: list[str], rows: list[list[str]]) -> str:
 
 
 def training_table(run: Run) -> str:
-    heading = ["job", "a step", "ours: tokens/s", "MFU", "peak, GB", "foretold by plan.py", "peer: tokens/s"]
+    heading = ["job", "a step", "ours: tokens/s", "MFU", "peak, GB", "foretold by --plan", "peer: tokens/s"]
     heading += ["peak, GB", "ours is", "of its memory"]
     rows = []
     for row in gpu_rows.ROWS:

@@ -55,7 +55,7 @@ def make_folder(folder: Path, layers: int, shard_bytes: int) -> None:
     with torch.device("meta"):
         model = Transformer(Config.from_hf(raw))
     weights = {
-        checkpoint.published(model, name): torch.randn(p.shape).mul_(0.02).bfloat16()
+        checkpoint.hf_name(model, name): torch.randn(p.shape).mul_(0.02).bfloat16()
         for name, p in model.named_parameters()
     }
     checkpoint.write_json(raw, folder / "config.json")

@@ -159,16 +159,16 @@ def rows_by_plaintune(torch, spec) -> dict:
     from random_models import random_model
 
     import checkpoint
-    import loading  # noqa: F401  its settings of oneDNN and glibc are train.py's
     import lora
-    import plan
+    from common import device as settings  # noqa: F401  its settings of oneDNN and glibc are train.py's
+    from planning import memory as plan
 
     device, dtype = pick(torch, spec)
     full = spec["method"] == "full"
     weights = spec.get("weights", "fp32")
     torch.manual_seed(0)
     if spec["folder"] is None:
-        setup = plan.Setup(spec["method"], weights=weights)
+        setup = plan.Recipe(spec["method"], weights=weights)
         model = random_model(raw_config(spec["shape"]), setup, dtype, device, adapter(spec))
     else:
         quant = "nf4" if spec["method"] == "qlora" else None
@@ -177,7 +177,7 @@ def rows_by_plaintune(torch, spec) -> dict:
         if not full:
             lora.add_lora(model, **adapter(spec))
     model.compute_dtype = dtype
-    model.remat = spec.get("remat", "none")
+    model.activation_checkpointing = spec.get("checkpointing", "none")
     if spec.get("compile"):
         model.compile_blocks()
     rows = [[[row] for row in step] for step in token_rows(torch, spec)]
@@ -192,33 +192,54 @@ def train_by_plaintune(torch, model, spec, rows: list, device, before: float) ->
     """Trains a model of ours by train.py's loop. rows: [steps][batch][documents][tokens], all trained but each
     document's first token. Returns the outcome, and the loss of every step."""
     import train
-    from data import cut_rows, most_tokens
-    from examples import Example
+    from data import collate, max_tokens_per_micro_batch, split_micro_batches
+    from dataset.examples import Example
+    from objectives import OBJECTIVES
     from optimizers import make_optimizers
+    from training.defaults import Settings
+    from training.metrics import MetricsLogger
+    from training.signals import GracefulStop
+    from training.state import TrainState
 
-    offload = spec.get("offload", False)
-    flags = train.Flags(
+    settings = Settings(
         method=spec["method"], steps=len(rows), lr=spec.get("rate", RATE), warmup=0, schedule="constant",
         weight_decay=0.0, batch_size=spec["batch"], clip=1.0, seed=0, weights=spec.get("weights", "fp32"),
-        remat=spec.get("remat", "none"), optimizer_offload=offload,
+        optimizer_offload=spec.get("offload", False),
     )  # fmt: skip
     steps = []
     for step in rows:
         sizes = [sum(map(len, row)) for row in step]
-        parts = cut_rows(sizes, spec["batch"], most_tokens(device))  # rows of one size stay in the peer's order
-        documents = [[document for i in part for document in step[i]] for part in parts]
-        steps.append([[Example(ids, [False] + [True] * (len(ids) - 1)) for ids in part] for part in documents])
-    steppers = make_optimizers(model, "adamw", flags.lr, 0.0, offload)
+        # Rows of one size stay in the peer's order.
+        cuts = split_micro_batches(sizes, spec["batch"], max_tokens_per_micro_batch(device))
+        documents = [[document for i in cut for document in step[i]] for cut in cuts]
+        steps.append([[Example(ids, [False] + [True] * (len(ids) - 1)) for ids in cut] for cut in documents])
     clock = Clock(torch, device, len(rows))
 
-    def after_step(done: int, _: int) -> bool:
-        clock.after_step(done)
-        return False
+    class Rows:
+        """In place of data.MicroBatches."""
 
+        def step(self, number: int) -> list:
+            return [collate(examples, device) for examples in steps[number]]
+
+    class EveryStep:
+        """In place of the evaluator."""
+
+        def due(self, state) -> bool:
+            return state.step > 0
+
+        def run(self, state) -> bool:
+            clock.after_step(state.step)
+            return False
+
+    loader = Rows()
+    loader.device = device
+    optimizers = make_optimizers(model, "adamw", settings.lr, 0.0, settings.optimizer_offload)
     with tempfile.TemporaryDirectory() as folder:
-        log = train.Log(flags, Path(folder), 1.0, device)
-        train.optimize(model, steppers, steps, flags, log, device, after_step)
-        log.close()
+        state = TrainState()
+        metrics = MetricsLogger(settings, Path(folder), 1.0, device, state)
+        parts = (settings, model, OBJECTIVES["supervised"], optimizers, loader, state, metrics, GracefulStop())
+        train.train_loop(*parts, EveryStep())
+        metrics.close()
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     tokens, losses = ([line[key] for line in lines] for key in ("tokens", "loss"))
     return outcome(torch, device, before, tokens, clock.seconds, losses), losses
@@ -244,7 +265,7 @@ def rows_by_peft(torch, spec) -> dict:
             )
         model = transformers.AutoModelForCausalLM.from_pretrained(spec["folder"], dtype=dtype, **more).to(device)
         model = with_peft(model, spec)
-    if spec.get("remat", "none") != "none":
+    if spec.get("checkpointing", "none") != "none":
         checkpoint_gradients(model)
     model.train()
     steps = [[rows] for rows in token_rows(torch, spec)]
@@ -455,7 +476,7 @@ def write_random_model(folder: Path, shape: str) -> None:
     dtype = torch.float32 if shape == "dense" else torch.bfloat16
     weights = {}
     for name, p in model.named_parameters():
-        weights[checkpoint.published(model, name)] = (
+        weights[checkpoint.hf_name(model, name)] = (
             torch.ones(p.shape, dtype=dtype) if p.dim() == 1 else (0.02 * torch.randn(p.shape)).to(dtype)
         )
     checkpoint.write_json(raw | {"dtype": str(dtype)[6:]}, folder / "config.json")
@@ -503,7 +524,7 @@ def rows_job(args, shape: str) -> None:
         for dtype in args.dtypes:
             for method in args.methods:
                 spec = {"folder": folder, "shape": shape, "method": method, "dtype": dtype, "rank": 16,
-                        "seq": args.seq, "batch": args.batch, "steps": args.steps + WARM_UP, "remat": args.remat,
+                        "seq": args.seq, "batch": args.batch, "steps": args.steps + WARM_UP, "checkpointing": args.activation_checkpointing,
                         "compile": args.compile}  # fmt: skip
                 sides = {"plaintune": ("rows_by_plaintune", spec)}
                 if method == "full" and dtype == "bfloat16":
@@ -527,8 +548,8 @@ def real_job(args) -> None:
     """The first records of a file, one epoch at batch 8, LoRA rank 16 on all linears; validated on those after them."""
     sys.path.insert(0, str(ROOT))
     from checkpoint import read_json
-    from convert import model_folder
-    from formats import read_records
+    from dataset.formats import read_records
+    from interop.resolve import model_folder
 
     folder, rate = model_folder(None), 2e-4
     with tempfile.TemporaryDirectory() as work:
@@ -576,21 +597,20 @@ def task_job(args) -> None:
     """The bundled task by train.py's defaults; the peer trains on the same batches in the same order."""
     sys.path.insert(0, str(ROOT))
     from checkpoint import read_json
-    from convert import model_folder
-    from data import load
-    from demo import TASK
-    from order import Stream
+    from data import BUNDLED_TASK, load
+    from dataset.sampler import Sampler
+    from interop.resolve import model_folder
     from tokenizer import load_tokenizer
 
     folder = model_folder(None)
-    data = load(TASK["train"], load_tokenizer(folder), 2048)
-    stream = Stream(data.lengths, [len(data)], [len(data)], 0)
+    data = load(BUNDLED_TASK["train"], load_tokenizer(folder), 2048)
+    stream = Sampler(data.lengths, [len(data)], [len(data)], 0)
     order = [stream.step(8) for _ in range(args.steps + WARM_UP)]
     with tempfile.TemporaryDirectory() as work:
         examples = [[data.examples[i] for (i,) in step] for step in order]
-        batches = [[[each.ids.tolist(), (each.trained > 0).tolist()] for each in step] for step in examples]
+        batches = [[[each.ids.tolist(), (each.loss_weights > 0).tolist()] for each in step] for step in examples]
         Path(work, "batches.json").write_text(json.dumps(batches))
-        flags = ["--data", *map(str, TASK["train"]), "--val-fraction", "0", "--eval-every", "0"]
+        flags = ["--data", *map(str, BUNDLED_TASK["train"]), "--val-fraction", "0", "--eval-every", "0"]
         flags += ["--steps", str(args.steps + WARM_UP), "--schedule", "constant", "--warmup", "0"]
         spec = {"folder": str(folder), "dtype": "bfloat16", "rank": 8, "flags": flags, "steady": True}
         spec |= {"batches": f"{work}/batches.json"}
@@ -614,7 +634,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=["1b", "8b", "rehearsal"], default="8b", help="of the job gpu")
     parser.add_argument("--seq", type=int)
     parser.add_argument("--batch", type=int)
-    parser.add_argument("--remat", default="none", choices=["none", "selective", "block"])
+    parser.add_argument("--activation-checkpointing", default="none", choices=["none", "selective", "full"])
     parser.add_argument("--compile", action="store_true", help="ours by torch.compile, block by block")
     parser.add_argument("--data", default=str(ROOT.parent / "shared" / "data" / "alpaca_en_1k.json"))
     parser.add_argument("--records", type=int, default=96)

@@ -14,17 +14,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import lora
-import plan
-from distributed import local
+from distributed import to_local
 from kernels.nf4 import CODE
 from model import Config, Transformer
+from planning import memory as plan
 
 DEVIATION = 0.02
 
 
 def random_model(
     raw: dict,
-    setup: plan.Setup,
+    setup: plan.Recipe,
     dtype: torch.dtype,
     device: torch.device | str,
     adapter: dict | None = None,
@@ -36,7 +36,7 @@ def random_model(
     raw: config.json; adapter: arguments of lora.add_lora, for the set-ups lora and qlora; arrange: is called with the
     model while it has no memory yet, for instance to make shards of it.
     """
-    model = plan.sketch(Config.from_hf(raw), setup, dtype, adapter or {})
+    model = plan.meta_model(Config.from_hf(raw), setup, dtype, adapter or {})
     if arrange:
         arrange(model)
     model.to_empty(device=device)
@@ -49,7 +49,7 @@ def fill(model: Transformer, seed: int) -> None:
     """Gives every parameter its random numbers, in place."""
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
-        mine = local(parameter)
+        mine = to_local(parameter)
         if name.endswith(".nf4.packed"):
             mine.random_(0, 256)
         elif ".nf4." in name:
@@ -58,7 +58,7 @@ def fill(model: Transformer, seed: int) -> None:
             mine.fill_(0.0 if name.endswith(".bias") else 1.0)
         else:
             mine.normal_(0.0, DEVIATION)
-    for layer in lora.adapted(model).values():
+    for layer in lora.lora_layers(model).values():
         layer.start()
 
 

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tokenizers
 
-from errors import run
-from formats import read_records
+from common.errors import run
+from dataset.formats import read_records
 from tokenizer import load_tokenizer
 
 

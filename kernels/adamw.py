@@ -13,8 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.gpu import tl, triton
-from kernels.nf4 import NESTED_BLOCK, dynamic_code
+from kernels.nf4 import NESTED_BLOCK, dynamic_codebook
+from kernels.triton_utils import tl, triton
 
 ROWS, WARPS = 8, 8  # blocks of 256 numbers that a program takes, each of which lies in one warp
 
@@ -47,7 +47,7 @@ def adamw_step(
 def tables(device: torch.device) -> tuple[Tensor, ...]:
     """float32 [256] each: the numbers of m, those of v, and the middles between neighbours of both, where the last has
     no neighbour."""
-    numbers = [dynamic_code(device, signed) for signed in (True, False)]
+    numbers = [dynamic_codebook(device, signed) for signed in (True, False)]
     return (*numbers, *(torch.cat([x.new_full((1,), -math.inf), (x[:-1] + x[1:]) / 2]) for x in numbers))
 
 

@@ -27,13 +27,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import flex
-from kernels.gpu import to_device
+from kernels.triton_utils import to_device
 
-SHORT = 1024  # tokens; beyond it the probabilities, length x length / 2 a head, would be too much to keep
-WASTE = 1.3  # a group's padded score matrices may be this much larger than its documents' own
-CHUNK = 8 << 20  # scores that SlicedAttention makes at a time where it does not keep them
-SLICE = 128  # queries at a time where it does: of a long document's scores half are of keys that none of them sees
-MASK = 1 << 20  # numbers of a mask that is kept for the next layer
+KEEP_PROBS_UP_TO = 1024  # tokens; beyond it the probabilities, length x length / 2 a head, would be too much to keep
+MAX_PADDING = 1.3  # a group's padded score matrices may be this much larger than its documents' own
+MAX_SCORES = 8 << 20  # scores that SlicedAttention makes at a time where it does not keep them
+SLICE_QUERIES = (
+    128  # queries at a time where it does: of a long document's scores half are of keys that none of them sees
+)
+MAX_CACHED_MASK = 1 << 20  # numbers of a mask that is kept for the next layer
 FLASH_HEAD_DIM = 256  # the largest that FlashAttention takes
 
 
@@ -45,7 +47,7 @@ class Scores(NamedTuple):
     softcap: float | None = None  # scores s become softcap * tanh(s / softcap) (Gemma 2, arXiv 2408.00118)
 
 
-class Group:
+class PaddedGroup:
     """Neighbouring documents that are padded to one length together.
 
     slots: int64 [tokens of the group], where each lies in the padded [documents * length]; None where none is padding.
@@ -69,19 +71,19 @@ class Group:
         x = x.reshape(self.documents * self.length, *x.shape[2:])
         return x if self.slots is None else x.index_select(0, self.slots)
 
-    def mask(self, like: Tensor, share: int, rows: slice, seen: slice, window: int | None) -> Tensor:
+    def mask(self, like: Tensor, n_rep: int, rows: slice, key_slice: slice, window: int | None) -> Tensor:
         """[share * rows, seen] of 0 and -inf, made once for all layers of a kind where it is small."""
-        kind = like.dtype, share, rows.start, rows.stop, window
+        kind = like.dtype, n_rep, rows.start, rows.stop, window
         if kind in self.masks:
             return self.masks[kind]
         start, stop = rows.start + self.offset, rows.stop + self.offset
-        mask = out_of_reach(like, start, seen.start, stop, window).repeat(share, 1)
-        if mask.numel() <= MASK:
+        mask = causal_window_mask(like, start, key_slice.start, stop, window).repeat(n_rep, 1)
+        if mask.numel() <= MAX_CACHED_MASK:
             self.masks[kind] = mask
         return mask
 
 
-class Piece(Group):
+class QuerySuffix(PaddedGroup):
     """A document of `keys` tokens of which only the last `queries` ask."""
 
     def __init__(self, queries: int, keys: int, device: torch.device | str = "cpu"):
@@ -90,7 +92,7 @@ class Piece(Group):
 
     @cached_property
     def bounds(self) -> tuple[Tensor, Tensor]:  # of the queries and of the keys, as FlashAttention takes them
-        return tuple(boundaries([n], self.device) for n in (self.length, self.keys))
+        return tuple(cu_seqlens([n], self.device) for n in (self.length, self.keys))
 
     def pad(self, x: Tensor) -> Tensor:
         return x[None]
@@ -103,37 +105,37 @@ class Documents:
     """Where the documents of a flat batch lie. Made once a batch, read by every layer.
 
     lengths: the documents' lengths in tokens, in order. Neighbours of similar length make large groups: sort a batch.
-    positions: int64 [tokens], counted from 0 in each document. keys: int64 [tokens], a random number for each; None
-    where nothing asks for one. What only some ways of computing need is made when the first layer asks for it.
+    positions: int64 [tokens], counted from 0 in each document. dropout_seeds: int64 [tokens], a number for
+    each; None where nothing drops out. What only some ways of computing need is made when the first layer asks for it.
     """
 
     def __init__(self, lengths: list[int], device: torch.device | str = "cpu"):
-        self.lengths, self.keys = lengths, None
+        self.lengths, self.dropout_seeds = lengths, None
         self.positions = to_device(np.concatenate([np.arange(n) for n in lengths]), device)
         self.device = device
         self.block_masks: dict[int | None, object] = {}  # of kernels/flex.py, by window
 
     @cached_property
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[PaddedGroup]:
         runs: list[list[int]] = []
         for n in self.lengths:
             run = [*runs[-1], n] if runs else []
-            if run and len(run) * max(run) ** 2 <= WASTE * sum(m * m for m in run):
+            if run and len(run) * max(run) ** 2 <= MAX_PADDING * sum(m * m for m in run):
                 runs[-1] = run
             else:
                 runs.append([n])
-        return [Group(run, self.device) for run in runs]
+        return [PaddedGroup(run, self.device) for run in runs]
 
     @cached_property
-    def spans(self) -> Tensor:  # int64 [tokens], the length of the document that each is in
+    def doc_lengths(self) -> Tensor:  # int64 [tokens], the length of the document that each is in
         return to_device(np.repeat(self.lengths, self.lengths), self.device)
 
     @cached_property
     def bounds(self) -> Tensor:
-        return boundaries(self.lengths, self.device)
+        return cu_seqlens(self.lengths, self.device)
 
 
-def boundaries(lengths: list[int], device: torch.device | str) -> Tensor:
+def cu_seqlens(lengths: list[int], device: torch.device | str) -> Tensor:
     """Where each document begins, and where the last one ends: int32 [documents + 1]."""
     return to_device(np.cumsum([0, *lengths], dtype=np.int32), device)
 
@@ -150,9 +152,11 @@ def document_attention(
     longest = max(documents.lengths)
     if scores.window and scores.window >= longest:
         scores = scores._replace(window=None)
-    if longest > 1 and flash_takes(q) and not scores.softcap:  # single queries go another way there, without gradients
+    if (
+        longest > 1 and flash_supports(q) and not scores.softcap
+    ):  # single queries go another way there, without gradients
         return flash_attention(q, k, v, scores, documents.bounds, documents.bounds, longest, longest)
-    if q.is_cuda and scores.softcap and len(q) >= flex.FEWEST_TOKENS and flex.works(q, k, in_slices):
+    if q.is_cuda and scores.softcap and len(q) >= flex.FEWEST_TOKENS and flex.works(q, k, sliced_reference):
         masks = documents.block_masks
         if scores.window not in masks:
             masks[scores.window] = flex.block_mask(documents.lengths, scores.window, q.device)
@@ -164,30 +168,32 @@ def group_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, documents: 
     """document_attention, a group of documents of similar length after the other."""
     sizes = [group.tokens for group in documents.groups]
     parts = [
-        attend(*qkv, group, scores, keep)
+        group_attention_fn(*qkv, group, scores, keep)
         for *qkv, group in zip(q.split(sizes), k.split(sizes), v.split(sizes), documents.groups, strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def in_slices(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, window: int | None, lengths: list[int]):
+def sliced_reference(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, window: int | None, lengths: list[int]
+):
     """What kernels/flex.py is held against."""
     return group_attention(q, k, v, Scores(scale, window, softcap), Documents(lengths, q.device))
 
 
-def piece_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, piece: Piece) -> Tensor:
+def suffix_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, piece: QuerySuffix) -> Tensor:
     """As document_attention, of the last tokens of one document. q: [queries, heads, head_dim]; k, v: [keys, kv_heads,
     head_dim]."""
-    if len(q) > 1 and flash_takes(q) and not scores.softcap:
+    if len(q) > 1 and flash_supports(q) and not scores.softcap:
         return flash_attention(q, k, v, scores, *piece.bounds, len(q), len(k))
-    step = max(16, CHUNK // (q.shape[1] * min(len(k), scores.window or len(k))))
-    return SlicedAttention.apply(q, k, v, piece, scores, step, False)
+    queries_per_slice = max(16, MAX_SCORES // (q.shape[1] * min(len(k), scores.window or len(k))))
+    return SlicedAttention.apply(q, k, v, piece, scores, queries_per_slice, False)
 
 
 # ---- FlashAttention ----
 
 
-def flash_takes(q: Tensor) -> bool:
+def flash_supports(q: Tensor) -> bool:
     """Whether torch's FlashAttention computes with tensors like q: 16 bits, on an NVIDIA GPU of 2020 or later."""
     if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > FLASH_HEAD_DIM:
         return False
@@ -212,7 +218,7 @@ def flash_attention(
     arguments in torch 2.11 than in 2.13. `activate_flash_attention_impl` puts versions 3 and 4 in this one's place.
     """
     d = q.shape[-1]
-    size = flash_size(d)
+    size = flash_head_dim(d)
     if size > d:
         q, k, v = (F.pad(x, (0, size - d)) for x in (q, k, v))
     back = -1 if scores.window is None else scores.window - 1  # keys before a query's own that it sees; -1: all
@@ -223,7 +229,7 @@ def flash_attention(
     return out[..., :d]
 
 
-def flash_size(head_dim: int) -> int:
+def flash_head_dim(head_dim: int) -> int:
     """The next head size that FlashAttention takes: multiples of 8; between 192 and 224 some cards have no backward."""
     return 256 if head_dim > 192 else -(-head_dim // 8) * 8
 
@@ -231,27 +237,27 @@ def flash_size(head_dim: int) -> int:
 # ---- groups of documents ----
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, group: Group, scores: Scores, keep: bool) -> Tensor:
+def group_attention_fn(q: Tensor, k: Tensor, v: Tensor, group: PaddedGroup, scores: Scores, keep: bool) -> Tensor:
     if scores.window and scores.window >= group.length:
         scores = scores._replace(window=None)
-    short = q.device.type == "cpu" and group.length <= SHORT and not scores.softcap
+    short = q.device.type == "cpu" and group.length <= KEEP_PROBS_UP_TO and not scores.softcap
     if short or scores.softcap or scores.window:
         a_row = group.documents * q.shape[1] * min(group.length, scores.window or group.length)  # scores
-        step = SLICE if short else max(16, CHUNK // a_row)
-        return SlicedAttention.apply(q, k, v, group, scores, step, short and keep)
+        queries_per_slice = SLICE_QUERIES if short else max(16, MAX_SCORES // a_row)
+        return SlicedAttention.apply(q, k, v, group, scores, queries_per_slice, short and keep)
     q, k, v = (group.pad(x).transpose(1, 2) for x in (q, k, v))  # [documents, heads, length, head_dim]
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.is_cuda:  # what is left to it here has no fused kernel with grouped heads
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         grouped = False
     if q.is_cuda:
-        leave_cudnn_out()
+        disable_cudnn_attention()
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale, enable_gqa=grouped)
     return group.unpad(out.transpose(1, 2))
 
 
 @cache
-def leave_cudnn_out() -> None:
+def disable_cudnn_attention() -> None:
     """cuDNN's attention plans anew for each new shape, which takes longer than a step, and every batch has others."""
     torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -265,81 +271,85 @@ class SlicedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, group, scores, step, keep):
-        share = q.shape[1] // k.shape[1]
-        queries, keys, values = stack(group.pad(q), share), stack(group.pad(k), 1), stack(group.pad(v), 1)
+    def forward(ctx, q, k, v, group, scores, queries_per_slice, keep):
+        n_rep = q.shape[1] // k.shape[1]
+        queries, keys, values = (
+            stack_heads(group.pad(q), n_rep),
+            stack_heads(group.pad(k), 1),
+            stack_heads(group.pad(v), 1),
+        )
         out, kept = torch.empty_like(queries), []
-        ctx.group, ctx.share, ctx.scores = group, share, scores
-        ctx.slices = list(slices(group.length, step, scores.window, group.offset))
-        for rows, seen in ctx.slices:
-            probs, _ = SlicedAttention.probs(ctx, queries, keys, rows, seen)
-            by_row(out, share)[:, :, rows] = by_row(probs.to(q.dtype) @ values[:, seen], share)
+        ctx.group, ctx.n_rep, ctx.scores = group, n_rep, scores
+        ctx.slices = list(query_slices(group.length, queries_per_slice, scores.window, group.offset))
+        for rows, key_slice in ctx.slices:
+            probs, _ = SlicedAttention.probs(ctx, queries, keys, rows, key_slice)
+            view_by_row(out, n_rep)[:, :, rows] = view_by_row(probs.to(q.dtype) @ values[:, key_slice], n_rep)
             kept += [probs] * keep
         ctx.save_for_backward(queries, keys, values, *kept)
-        return group.unpad(unstack(out, group.documents, share))
+        return group.unpad(unstack_heads(out, group.documents, n_rep))
 
     @staticmethod
-    def probs(ctx, queries, keys, rows, seen):
+    def probs(ctx, queries, keys, rows, key_slice):
         """[documents * kv_heads, share * rows, seen], and the tanh of the soft-cap if there is one. On CPUs scores have
         the inputs' dtype, and softmax is in fp32 inside; elsewhere, and with a soft-cap, all of it is in fp32."""
         scale, window, softcap = ctx.scores
-        part, keys = of_rows(queries, ctx.share, rows), keys[:, seen].transpose(1, 2)
+        part, keys = query_rows(queries, ctx.n_rep, rows), keys[:, key_slice].transpose(1, 2)
         if softcap is None and queries.device.type == "cpu":
-            mask = ctx.group.mask(queries, ctx.share, rows, seen, window)
+            mask = ctx.group.mask(queries, ctx.n_rep, rows, key_slice, window)
             return torch.baddbmm(mask, part, keys, alpha=scale).softmax(-1), None
         scores, capped = (part @ keys).float().mul_(scale), None
         if softcap:
             capped = scores.div_(softcap).tanh_()
             scores = capped * softcap
-        scores += ctx.group.mask(scores, ctx.share, rows, seen, window)
+        scores += ctx.group.mask(scores, ctx.n_rep, rows, key_slice, window)
         return scores.softmax(-1), capped
 
     @staticmethod
     def backward(ctx, grad):
         queries, keys, values, *kept = ctx.saved_tensors
-        group, share, (scale, _, softcap) = ctx.group, ctx.share, ctx.scores
-        grad = stack(group.pad(grad), share)  # zeros in the padding, whose queries must not pull at real keys
+        group, n_rep, (scale, _, softcap) = ctx.group, ctx.n_rep, ctx.scores
+        grad = stack_heads(group.pad(grad), n_rep)  # zeros in the padding, whose queries must not pull at real keys
         dq = torch.empty_like(queries)
         whole = len(ctx.slices) == 1 and ctx.slices[0][1].start == 0  # else the keys' gradients are added up, in fp32
         dk, dv = (None, None) if whole else (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
-        for number, (rows, seen) in enumerate(ctx.slices):
-            again = None if kept else SlicedAttention.probs(ctx, queries, keys, rows, seen)
+        for number, (rows, key_slice) in enumerate(ctx.slices):
+            again = None if kept else SlicedAttention.probs(ctx, queries, keys, rows, key_slice)
             probs, capped = (kept[number], None) if kept else again
-            part, dout = of_rows(queries, share, rows), of_rows(grad, share, rows)
-            dprobs = (dout @ values[:, seen].transpose(1, 2)).to(probs.dtype)
+            part, dout = query_rows(queries, n_rep, rows), query_rows(grad, n_rep, rows)
+            dprobs = (dout @ values[:, key_slice].transpose(1, 2)).to(probs.dtype)
             dscores = torch.ops.aten._softmax_backward_data(dprobs, probs, -1, probs.dtype)
             if softcap:
                 dscores *= 1 - capped.square_()
             dscores = dscores.to(queries.dtype)
-            by_row(dq, share)[:, :, rows] = by_row(dscores @ keys[:, seen], share)
+            view_by_row(dq, n_rep)[:, :, rows] = view_by_row(dscores @ keys[:, key_slice], n_rep)
             dk_part, dv_part = dscores.transpose(1, 2) @ part, probs.to(dout.dtype).transpose(1, 2) @ dout
             if whole:
                 dk, dv = dk_part, dv_part
             else:
-                dk[:, seen] += dk_part
-                dv[:, seen] += dv_part
-        grads = ((dq.mul_(scale), share), (dk.mul_(scale).to(keys.dtype), 1), (dv.to(values.dtype), 1))
-        return *(group.unpad(unstack(x, group.documents, n)) for x, n in grads), None, None, None, None
+                dk[:, key_slice] += dk_part
+                dv[:, key_slice] += dv_part
+        grads = ((dq.mul_(scale), n_rep), (dk.mul_(scale).to(keys.dtype), 1), (dv.to(values.dtype), 1))
+        return *(group.unpad(unstack_heads(x, group.documents, n)) for x, n in grads), None, None, None, None
 
 
-def slices(length: int, step: int, window: int | None, offset: int = 0):
+def query_slices(length: int, queries_per_slice: int, window: int | None, offset: int = 0):
     """(rows, the keys that they see), as slices of positions; the first row stands at key `offset`."""
-    for start in range(0, length, step):
-        end = min(start + step, length)
-        seen = slice(max(0, offset + start - window + 1) if window else 0, offset + end)
-        yield slice(start, end), seen
+    for start in range(0, length, queries_per_slice):
+        end = min(start + queries_per_slice, length)
+        key_slice = slice(max(0, offset + start - window + 1) if window else 0, offset + end)
+        yield slice(start, end), key_slice
 
 
-def of_rows(x: Tensor, share: int, rows: slice) -> Tensor:  # [..., share * T, n] -> [..., share * rows, n]
-    whole = rows.stop - rows.start == x.shape[1] // share
-    return x if whole else by_row(x, share)[:, :, rows].flatten(1, 2)
+def query_rows(x: Tensor, n_rep: int, rows: slice) -> Tensor:  # [..., share * T, n] -> [..., share * rows, n]
+    whole = rows.stop - rows.start == x.shape[1] // n_rep
+    return x if whole else view_by_row(x, n_rep)[:, :, rows].flatten(1, 2)
 
 
-def by_row(x: Tensor, share: int) -> Tensor:  # [documents * kv_heads, share * T, n] -> [..., share, T, n]
-    return x.unflatten(1, (share, -1))
+def view_by_row(x: Tensor, n_rep: int) -> Tensor:  # [documents * kv_heads, share * T, n] -> [..., share, T, n]
+    return x.unflatten(1, (n_rep, -1))
 
 
-def out_of_reach(like: Tensor, row: int, key: int, end: int, window: int | None) -> Tensor:
+def causal_window_mask(like: Tensor, row: int, key: int, end: int, window: int | None) -> Tensor:
     """-inf where the query at a position from `row` on does not see the key at one from `key` on, both up to `end`; 0
     where it does."""
     mask = like.new_full((end - row, end - key), float("-inf"))
@@ -348,18 +358,18 @@ def out_of_reach(like: Tensor, row: int, key: int, end: int, window: int | None)
     return mask.triu(1 + row - key) + mask.tril_(row - key - window)
 
 
-def stack(x: Tensor, share: int) -> Tensor:
+def stack_heads(x: Tensor, n_rep: int) -> Tensor:
     """[documents, T, kv_heads * share, d] -> [documents * kv_heads, share * T, d]"""
     documents, T, heads, d = x.shape
-    x = x.view(documents, T, heads // share, share, d).permute(0, 2, 3, 1, 4)
-    x = x.reshape(documents * (heads // share), share * T, d)
+    x = x.view(documents, T, heads // n_rep, n_rep, d).permute(0, 2, 3, 1, 4)
+    x = x.reshape(documents * (heads // n_rep), n_rep * T, d)
     return x.contiguous()  # a view of one document would keep the tokens of all of them
 
 
-def unstack(x: Tensor, documents: int, share: int) -> Tensor:
+def unstack_heads(x: Tensor, documents: int, n_rep: int) -> Tensor:
     """The way back: [documents * kv_heads, share * T, d] -> [documents, T, kv_heads * share, d]"""
-    T, d = x.shape[1] // share, x.shape[2]
-    return x.view(documents, -1, share, T, d).permute(0, 3, 1, 2, 4).reshape(documents, T, -1, d)
+    T, d = x.shape[1] // n_rep, x.shape[2]
+    return x.view(documents, -1, n_rep, T, d).permute(0, 3, 1, 2, 4).reshape(documents, T, -1, d)
 
 
 def cached_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scores: Scores) -> Tensor:
@@ -368,12 +378,12 @@ def cached_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scor
     q: [lines * n, heads, head_dim]; keys and values: [lines, kv_heads, length, head_dim], contiguous; mask: of
     `stacked_mask`. Returns [lines * n, heads, head_dim].
     """
-    lines, G, _, d = keys.shape
-    share, n = q.shape[1] // G, q.shape[0] // lines
+    B, G, _, d = keys.shape
+    n_rep, n = q.shape[1] // G, q.shape[0] // B
     if n == 1:
-        queries = q.reshape(lines * G, share, d)
+        queries = q.reshape(B * G, n_rep, d)
     else:
-        queries = q.view(lines, n, G, share, d).permute(0, 2, 3, 1, 4).reshape(lines * G, share * n, d)
+        queries = q.view(B, n, G, n_rep, d).permute(0, 2, 3, 1, 4).reshape(B * G, n_rep * n, d)
     keys, values = keys.flatten(0, 1).transpose(1, 2), values.flatten(0, 1)
     if scores.softcap is None:
         weights = torch.add(mask, queries.bmm(keys), alpha=scores.scale).softmax(-1)
@@ -382,14 +392,14 @@ def cached_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scor
         weights = weights.mul_(scores.softcap).add_(mask).softmax(-1).to(q.dtype)
     out = weights.bmm(values)
     if n == 1:
-        return out.view(lines, G * share, d)
-    return out.view(lines, G, share, n, d).permute(0, 3, 1, 2, 4).reshape(lines * n, G * share, d)
+        return out.view(B, G * n_rep, d)
+    return out.view(B, G, n_rep, n, d).permute(0, 3, 1, 2, 4).reshape(B * n, G * n_rep, d)
 
 
-def stacked_mask(seen: Tensor, kv_heads: int, share: int, dtype: torch.dtype) -> Tensor:
+def decode_mask(visible: Tensor, kv_heads: int, n_rep: int, dtype: torch.dtype) -> Tensor:
     """What cached_attention adds to its scores, 0 or -inf, [lines * kv_heads, share * n, length], from what each of n
     new tokens a line sees, bool [lines, n, length]. Made once for all layers."""
-    lines, n, length = seen.shape
-    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
-    mask = mask[:, None, None].expand(lines, kv_heads, share, n, length)
-    return mask.reshape(lines * kv_heads, share * n, length)
+    B, n, length = visible.shape
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+    mask = mask[:, None, None].expand(B, kv_heads, n_rep, n, length)
+    return mask.reshape(B * kv_heads, n_rep * n, length)

@@ -22,16 +22,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.device import pick_device, pick_dtype
 from kernels.adamw import adamw_step
+from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from kernels.linear import linears, linears_reference
-from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from kernels.lora_linear import Adapted, lora_linears, lora_linears_reference
+from kernels.lora_linear import LoRAWeights, lora_linears, lora_linears_reference
 from kernels.nf4 import nf4_dequantize, nf4_dequantize_reference, nf4_linear, nf4_linear_reference
-from kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
-from kernels.rope import rope_both, rope_reference
+from kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from kernels.rope import rope_qk, rope_reference
 from kernels.swiglu import Gated, gated_reference
-from loading import pick_device, pick_dtype
-from optimizers import adam, narrowed, widened
+from optimizers import adamw_update, dequantize_moment, quantize_moment
 from quant import quantize
 
 SHAPES = {  # hidden, intermediate, heads, key-value heads, head_dim, vocabulary
@@ -52,7 +52,7 @@ def cases(shape: tuple, tokens: int, device: torch.device, dtype: torch.dtype) -
 
     def adapted(out, size, frozen=None):
         frozen = frozen or (numbers(out, size, grad=False),)
-        return Adapted(frozen, None, *(numbers(*s, dtype=torch.float32) for s in ((16, size), (out, 16))), 2.0)
+        return LoRAWeights(frozen, None, *(numbers(*s, dtype=torch.float32) for s in ((16, size), (out, 16))), 2.0)
 
     x, y, weight = numbers(tokens, D), numbers(tokens, D), numbers(D, grad=False)
     q, k = numbers(tokens, H, d), numbers(tokens, G, d)
@@ -88,7 +88,7 @@ def cases(shape: tuple, tokens: int, device: torch.device, dtype: torch.dtype) -
             lambda x, y: torch.cat(add_rms_norm(x, y, weight, 1e-5), 1),
             lambda x, y: torch.cat(add_rms_norm_reference(x, y, weight, 1e-5), 1), [x, y]),
         "rope q, k": (
-            lambda q, k: torch.cat(rope_both(q, k, *waves), 1),
+            lambda q, k: torch.cat(rope_qk(q, k, *waves), 1),
             lambda q, k: torch.cat([rope_reference(q, *waves), rope_reference(k, *waves)], 1), [q, k]),
         "swiglu": (
             lambda gate, up: Gated.apply(gate, up, "silu"), lambda gate, up: gated_reference(gate, up, "silu"),
@@ -108,8 +108,8 @@ def cases(shape: tuple, tokens: int, device: torch.device, dtype: torch.dtype) -
             whole_mlp(lora_linears_reference, lambda gate, up, down: lora_linears_reference(gate, down, up, "silu")[0]),
             [x, *mlp_leaves]),
         "head and loss": (
-            lambda x: linear_cross_entropy(x, head, targets),
-            lambda x: linear_cross_entropy_reference(x, head, targets), [x]),
+            lambda x: linear_cross_entropy(x, head, targets)[0],
+            lambda x: linear_cross_entropy_reference(x, head, targets)[0], [x]),
         "NF4 dequantise": (
             lambda: nf4_dequantize(frozen, dtype), lambda: nf4_dequantize_reference(frozen, dtype), []),
         "NF4 linear, 8 rows": (
@@ -124,7 +124,7 @@ def adamw_case(count: int, device: torch.device) -> dict:
     weight, grad = (torch.randn(count, device=device).to(torch.bfloat16) for _ in range(2))
     state = {"step": torch.ones((), device=device)}
     for name in ("m", "v"):
-        state[name], state[f"{name}_scale"] = narrowed(grad.float().square(), name)
+        state[name], state[f"{name}_scale"] = quantize_moment(grad.float().square(), name)
     group = {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
     seed = torch.ones(2, dtype=torch.int64, device=device)
 
@@ -133,9 +133,9 @@ def adamw_case(count: int, device: torch.device) -> dict:
         return weight
 
     def plain():
-        m, v = (widened(state[name], state[f"{name}_scale"], name) for name in ("m", "v"))
-        new = adam(weight.float(), grad.float(), m, v, 1, group).to(weight.dtype)
-        return new, narrowed(m, "m"), narrowed(v, "v")
+        m, v = (dequantize_moment(state[name], state[f"{name}_scale"], name) for name in ("m", "v"))
+        new = adamw_update(weight.float(), grad.float(), m, v, 1, group).to(weight.dtype)
+        return new, quantize_moment(m, "m"), quantize_moment(v, "v")
 
     return {"AdamW, 8 bits": (ours, lambda: plain()[0], [])}
 

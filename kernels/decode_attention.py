@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import Scores
-from kernels.gpu import blocks, tl, triton
+from kernels.triton_utils import next_power_of_2, tl, triton
 
 PROGRAMS = 256  # that share the slots of all lines and heads: two on each multiprocessor of a large GPU
 PARTS = 32  # of a line's slots at most; the second kernel holds all parts of a head at once
@@ -28,32 +28,32 @@ def decode_attention(
     of one dtype. Global slot g of a line lies in slot g mod slots. filled: int64 [1], the new token's global slot;
     starts: int64 [lines], a line's first one. Returns [lines, heads, d].
     """
-    (lines, heads, d), (kv_heads, slots) = q.shape, keys.shape[1:3]
+    (B, heads, d), (kv_heads, slots) = q.shape, keys.shape[1:3]
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     assert keys.is_contiguous() and values.is_contiguous()
-    pairs, share, width = lines * kv_heads, heads // kv_heads, max(16, blocks(d))
-    rows = max(16, blocks(share))
+    pairs, n_rep, width = B * kv_heads, heads // kv_heads, max(16, next_power_of_2(d))
+    rows = max(16, next_power_of_2(n_rep))
     tile = max(16, min(64, TILE // (width * q.element_size())))
     count = max(1, min(PARTS, -(-slots // tile), PROGRAMS // pairs))
-    out, alone = q.new_empty(lines, heads, d), count == 1
-    parts = out if alone else q.new_empty(pairs, count, share, d, dtype=torch.float32)
-    tops, sums = q.new_empty(2, 0 if alone else pairs, count, share, dtype=torch.float32).unbind()
+    out, alone = q.new_empty(B, heads, d), count == 1
+    parts = out if alone else q.new_empty(pairs, count, n_rep, d, dtype=torch.float32)
+    tops, sums = q.new_empty(2, 0 if alone else pairs, count, n_rep, dtype=torch.float32).unbind()
     part_kernel[(pairs, count)](
         q, k, v, keys, values, filled, starts, parts, tops, sums,
         *(stride for x in (q, k, v) for stride in x.stride()[:2]),
-        kv_heads, share, slots, d, scores.scale, scores.softcap or 0.0, scores.window or 0,
+        kv_heads, n_rep, slots, d, scores.scale, scores.softcap or 0.0, scores.window or 0,
         CAPPED=scores.softcap is not None, WINDOWED=scores.window is not None,
         ALONE=alone, ROWS=rows, TILE=tile, WIDTH=width, num_warps=4 if rows * width <= 2048 else 8,
     )  # fmt: skip
     if not alone:
-        whole_kernel[(lines * heads,)](parts, tops, sums, out, share, d, count, COUNT=blocks(count), WIDTH=width)
+        whole_kernel[(B * heads,)](parts, tops, sums, out, n_rep, d, count, COUNT=next_power_of_2(count), WIDTH=width)
     return out
 
 
 @triton.jit
 def part_kernel(
     q, k, v, keys, values, filled, starts, parts, tops, sums, q_line, q_head, k_line, k_head, v_line, v_head,
-    kv_heads, share, slots, d, scale, cap, window,
+    kv_heads, n_rep, slots, d, scale, cap, window,
     CAPPED: tl.constexpr, WINDOWED: tl.constexpr, ALONE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -70,14 +70,14 @@ def part_kernel(
     begin, end = part * each, tl.minimum((part + 1) * each, tiles)
     keys += pair * slots * d  # addresses of 64 bits once, not for each number
     values += pair * slots * d
-    q += line * q_line + head * share * q_head
+    q += line * q_line + head * n_rep * q_head
     new_k = tl.load(k + line * k_line + head * k_head + column, inside, 0.0)
     new_v = tl.load(v + line * v_line + head * v_head + column, inside, 0.0)
     own = (here // TILE >= begin) & (here // TILE < end)
     if own:
         tl.store(keys + here * d + column, new_k, inside)
         tl.store(values + here * d + column, new_v, inside)
-    rows = (row < share)[:, None] & inside[None, :]
+    rows = (row < n_rep)[:, None] & inside[None, :]
     queries = tl.load(q + row[:, None] * q_head + column[None, :], rows, 0.0)
     score = tl.sum(queries.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
     if CAPPED:
@@ -102,12 +102,12 @@ def part_kernel(
         found = tl.load(values + cells, there, 0.0)
         out = tl.dot(weights.to(found.dtype), found, out * less[:, None], input_precision="ieee")
         top = higher
-    first_row = (pair * tl.num_programs(1) + part) * share
+    first_row = (pair * tl.num_programs(1) + part) * n_rep
     if ALONE:  # parts is what is returned
         out = out / total[:, None]
     else:
-        tl.store(tops + first_row + row, top, row < share)
-        tl.store(sums + first_row + row, total, row < share)
+        tl.store(tops + first_row + row, top, row < n_rep)
+        tl.store(sums + first_row + row, total, row < n_rep)
     tl.store(parts + first_row * d + row[:, None] * d + column[None, :], out, rows)
 
 
@@ -117,11 +117,11 @@ def capped(score, cap):
 
 
 @triton.jit
-def whole_kernel(parts, tops, sums, out, share, d, count, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+def whole_kernel(parts, tops, sums, out, n_rep, d, count, COUNT: tl.constexpr, WIDTH: tl.constexpr):
     """A program a line and query head: its parts by their own largest scores, made one softmax."""
     head = tl.program_id(0).to(tl.int64)
     part, column = tl.arange(0, COUNT), tl.arange(0, WIDTH)
-    at = (head // share * count + part) * share + head % share
+    at = (head // n_rep * count + part) * n_rep + head % n_rep
     top = tl.load(tops + at, part < count, float("-inf"))
     weight = tl.exp(top - tl.max(top, 0))
     total = tl.sum(weight * tl.load(sums + at, part < count, 0.0), 0)

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.gpu import on_gpu, tl, triton
 from kernels.grouped import (
     ALIGNMENT,
     MOST_GROUPS,
@@ -28,6 +27,7 @@ from kernels.grouped import (
     tensor_gradients,
 )
 from kernels.swiglu import ACTIVATIONS, gated_backward
+from kernels.triton_utils import tl, triton, use_triton
 
 BLOCK = 1024
 
@@ -120,7 +120,7 @@ class RoutedMLP(torch.autograd.Function):
 
 def gated(inner: Tensor, share: Tensor, activation: str) -> Tensor:
     """share * act(gate) * up. inner: [M, 2 F], gate's columns and then up's; share: fp32 [M]. Returns [M, F]."""
-    if activation == "silu" and on_gpu(inner):
+    if activation == "silu" and use_triton(inner):
         rows, width = inner.shape[0], inner.shape[1] // 2
         out = inner.new_empty(rows, width)
         gated_kernel[(rows, -(-width // BLOCK))](inner, share, out, width, BLOCK=BLOCK)
@@ -134,7 +134,7 @@ def gated_backward_with_share(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of inner [M, 2 F] and share, fp32 [M], from that of what `gated` returned, and that itself anew."""
     dinner = torch.empty_like(inner, memory_format=torch.contiguous_format)
-    if activation == "silu" and on_gpu(inner):
+    if activation == "silu" and use_triton(inner):
         grad, (rows, width) = grad.contiguous(), grad.shape
         dshare, hidden = torch.empty_like(share), torch.empty_like(grad)
         gated_backward_kernel[(rows,)](grad, inner, share, dinner, dshare, hidden, width, BLOCK=BLOCK)
@@ -150,7 +150,7 @@ def gated_backward_with_share(
 def sum_rows(rows: Tensor, place: Tensor) -> Tensor:
     """rows: [M, D]; place: int64 [N, active]. Returns [N, D], the sums of the rows that stand there, added up in
     fp32."""
-    if on_gpu(rows):
+    if use_triton(rows):
         (tokens, active), width = place.shape, rows.shape[1]
         out = rows.new_empty(tokens, width)
         sum_rows_kernel[(tokens, -(-width // BLOCK))](rows, place, out, width, ACTIVE=active, BLOCK=BLOCK)

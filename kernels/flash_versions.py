@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from errors import UserError
+from common.errors import UserError
 
 VERSIONS = {"flash3": "FA3", "flash4": "FA4"}  # of --attention, and torch's names of them
 TOLERANCE = 5e-2  # of bf16: the length of the gradients' difference over theirs; rounding alone makes some 1e-2

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.gpu import to_device
+from kernels.triton_utils import to_device
 
 BLOCK = 128  # queries, and keys, of a block
 FEWEST_TOKENS = 2 * BLOCK + 1  # of a batch; tables of one or two blocks would be compiled for apart

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.gpu import blocks, on_gpu, tl, triton
 from kernels.nf4 import BLOCK as NF4_BLOCK
-from kernels.nf4 import BYTES, FEW, NF4, Frozen, code, dynamic_code, nf4_dequantize, scales_of
+from kernels.nf4 import BYTES, FEW, NF4, Frozen, dynamic_codebook, nf4_codebook, nf4_dequantize, scales_of
+from kernels.triton_utils import next_power_of_2, tl, triton, use_triton
 
 ALIGNMENT = 8  # bf16 numbers in the 16 bytes of which a grouped product wants its rows' lengths to be multiples
 MOST_GROUPS = 1023  # of one grouped product
@@ -192,7 +192,7 @@ def leaves_garbage(x: Tensor) -> bool:
 def multiply(x: Tensor, product: Product, rows: Groups) -> tuple[Tensor, list[Tensor | None]]:
     """x: [M, in]. Returns [M, out of all linears, side by side], and what each linear's adapters make of x, x A^T
     [M, padded rank], or None."""
-    if product.parts > 1 and product.joint and len(x) <= FEW and on_gpu(x):
+    if product.parts > 1 and product.joint and len(x) <= FEW and use_triton(x):
         made = multiply_few_on_gpu(x, product, rows)
     else:
         made = grouped(x, stacked(product, x.dtype).transpose(1, 2), rows)
@@ -274,14 +274,14 @@ def same_input(adapters: list[Adapters | None]) -> list[list[int]]:
 def add_low_rank(made: Tensor, low: Tensor, matrices: Tensor, scale: float, rows: Groups) -> None:
     """Adds scale times each expert's rows of low [M, ranks] times its matrix of [E, ranks, out] to made [M, out], whose
     rows may be far apart: in one pass over made."""
-    if not on_gpu(made) or low.shape[1] > MOST_RANKS:
+    if not use_triton(made) or low.shape[1] > MOST_RANKS:
         made.add_(grouped(low, matrices, rows), alpha=scale)
         return
     (count, width), ranks = made.shape, low.shape[1]
     add_low_rank_kernel[(-(-count // ROWS), -(-width // COLUMNS))](
         made, low, matrices, rows.expert, count, width, ranks, scale,
         made.stride(0), low.stride(0), *matrices.stride(),
-        RANKS=max(16, blocks(ranks)), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8,
+        RANKS=max(16, next_power_of_2(ranks)), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8,
     )  # fmt: skip
 
 
@@ -315,7 +315,7 @@ def add_low_rank_kernel(
 
 
 @torch.no_grad()
-def lay_together(tensors: list[Tensor | None]) -> None:
+def make_contiguous(tensors: list[Tensor | None]) -> None:
     """Moves parameters into one storage, in their order; nothing where one is missing or of another shape or dtype, or
     where they lie so."""
     if any(t is None for t in tensors) or len({(t.shape, t.dtype, t.device) for t in tensors}) > 1:
@@ -394,7 +394,7 @@ def padded(tensors: list[Tensor | None], size: int, axis: int, dtype: torch.dtyp
 
 def dequantize(product: Product, dtype: torch.dtype) -> Tensor:
     """[E * linears, out, in], in one launch where the matrices lie together in memory."""
-    if product.joint and on_gpu(product.matrices[0]):
+    if product.joint and use_triton(product.matrices[0]):
         return dequantize_on_gpu(NF4(*product.matrices), dtype)
     if product.joint:
         count = len(product.matrices[0])
@@ -411,7 +411,7 @@ def dequantize_on_gpu(parts: NF4, dtype: torch.dtype) -> Tensor:
     double, count = parts.nested is not None, out * half
     scales = (parts.nested, parts.offset) if double else (parts.absmax, parts.absmax)
     dequantize_kernel[(-(-count // BYTES), number)](
-        parts.packed, parts.absmax, code(made.device), *scales, dynamic_code(made.device), made, count,
+        parts.packed, parts.absmax, nf4_codebook(made.device), *scales, dynamic_codebook(made.device), made, count,
         parts.nested.shape[1] if double else 0,
         DOUBLE=double, BYTES=BYTES, PER_BLOCK=NF4_BLOCK // 2, enable_fp_fusion=False,
     )  # fmt: skip
@@ -425,7 +425,7 @@ def multiply_few_on_gpu(x: Tensor, product: Product, rows: Groups) -> Tensor:
     made, double = x.new_empty(len(x), linears * out), parts.nested is not None
     scales = (parts.nested, parts.offset) if double else (parts.absmax, parts.absmax)
     multiply_few_kernel[(len(x), -(-linears * out // FEW_COLUMNS))](
-        x, parts.packed, parts.absmax, code(x.device), *scales, dynamic_code(x.device), rows.expert, made,
+        x, parts.packed, parts.absmax, nf4_codebook(x.device), *scales, dynamic_codebook(x.device), rows.expert, made,
         2 * half, out, parts.nested.shape[1] if double else 0,
         LINEARS=linears, DOUBLE=double, COLUMNS=FEW_COLUMNS, enable_fp_fusion=False,
     )  # fmt: skip

@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.gpu import on_gpu
 from kernels.linear import mm_as
-from kernels.nf4 import Frozen, frozen_product, matrix
+from kernels.nf4 import Frozen, dequantized_weight, frozen_product
 from kernels.swiglu import gated, gated_backward, gated_reference
+from kernels.triton_utils import use_triton
 
 
-class Adapted(NamedTuple):
+class LoRAWeights(NamedTuple):
     """A linear with its update."""
 
     frozen: Frozen  # W [out, in] in x's dtype, or in NF4, which is made whole for a moment, forward and backward
@@ -43,23 +43,24 @@ class Casts(NamedTuple):
 
 
 def lora_linears(
-    x: Tensor, linears: list[Adapted], up: Tensor | None = None, activation: str = "", casts: Casts | None = None
+    x: Tensor, linears: list[LoRAWeights], up: Tensor | None = None, activation: str = "", casts: Casts | None = None
 ) -> list[Tensor]:
     """x: [tokens, in], which all of them read; or act(x) * up is what they read. casts: of these linears, for GPUs;
     where there are none, they are made here, and again in the backward. Returns a [tokens, out] of each."""
     layout = [(linear.scale, len(linear.frozen)) for linear in linears]
     tensors = [t for linear in linears for t in (linear.bias, linear.A, linear.B, *linear.frozen)]
-    if on_gpu(x) and not torch.is_grad_enabled():
+    if use_triton(x) and not torch.is_grad_enabled():
         return without_gradients(x if up is None else gated(x, up, activation), linears, casts)
-    if on_gpu(x):
+    if use_triton(x):
         return list(LoRALinearsOnGPU.apply(x, up, activation, layout, casts, *tensors))
     return list(LoRALinears.apply(x, up, activation, layout, *tensors))
 
 
-def lora_linears_reference(x, linears: list[Adapted], up=None, activation: str = "") -> list[Tensor]:
+def lora_linears_reference(x, linears: list[LoRAWeights], up=None, activation: str = "") -> list[Tensor]:
     x = x if up is None else gated_reference(x, up, activation)
     return [
-        F.linear(x, matrix(frozen, x.dtype), bias) + scale * F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+        F.linear(x, dequantized_weight(frozen, x.dtype), bias)
+        + scale * F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
         for frozen, bias, A, B, scale in linears
     ]
 
@@ -72,7 +73,7 @@ class LoRALinears(torch.autograd.Function):
         read = x if up is None else gated(x, up, activation)
         s = F.linear(read, torch.cat([linear.A for linear in linears]).to(x.dtype))  # [tokens, ranks]
         outs = tuple(
-            F.linear(read, matrix(frozen, x.dtype), bias).addmm_(part, B.to(x.dtype).t(), alpha=scale)
+            F.linear(read, dequantized_weight(frozen, x.dtype), bias).addmm_(part, B.to(x.dtype).t(), alpha=scale)
             for (frozen, bias, _, B, scale), part in zip(linears, s.split(ranks, 1), strict=True)
         )
         ctx.save_for_backward(x, up, s, *tensors)
@@ -114,7 +115,7 @@ class LoRALinearsOnGPU(torch.autograd.Function):
         outs = []
         for (frozen, bias, *_), B, part in zip(linears, Bs, s.split(ranks, 1), strict=True):
             update = F.linear(part, B, bias)
-            outs.append(update.addmm_(read, matrix(frozen, x.dtype).t()))
+            outs.append(update.addmm_(read, dequantized_weight(frozen, x.dtype).t()))
         ctx.save_for_backward(x, up, s, *tensors)
         ctx.activation, ctx.layout, ctx.ranks = activation, layout, ranks
         return tuple(outs)
@@ -140,7 +141,7 @@ class LoRALinearsOnGPU(torch.autograd.Function):
         return dx, dup, None, None, None, *found
 
 
-def without_gradients(read: Tensor, linears: list[Adapted], casts: Casts | None) -> list[Tensor]:
+def without_gradients(read: Tensor, linears: list[LoRAWeights], casts: Casts | None) -> list[Tensor]:
     """The linears' outputs for what they read, as a text is written: of few rows, a matrix in NF4 is not made whole."""
     A, Bs = casts or cast(linears, read.dtype)
     parts = scaled_low(read, A, linears).split([linear.A.shape[0] for linear in linears], 1)
@@ -151,7 +152,7 @@ def without_gradients(read: Tensor, linears: list[Adapted], casts: Casts | None)
     return outs
 
 
-def scaled_low(read: Tensor, A: Tensor, linears: list[Adapted]) -> Tensor:
+def scaled_low(read: Tensor, A: Tensor, linears: list[LoRAWeights]) -> Tensor:
     """Of each linear scale * read A^T, side by side: [tokens, ranks]. A: stacked, in read's dtype."""
     ranks = [linear.A.shape[0] for linear in linears]
     s = read.new_empty(read.shape[0], sum(ranks))
@@ -164,13 +165,13 @@ def scaled_low(read: Tensor, A: Tensor, linears: list[Adapted]) -> Tensor:
 
 
 def input_gradients(
-    x: Tensor, up: Tensor | None, activation: str, linears: list[Adapted], grads, ds: Tensor, A: Tensor
+    x: Tensor, up: Tensor | None, activation: str, linears: list[LoRAWeights], grads, ds: Tensor, A: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The gradients of x and up, and what the linears read. grads: those of the outputs, [tokens, out]; ds: that of
     x A^T, [tokens, ranks]; A: all linears' stacked, in its dtype."""
     dx = torch.mm(ds, A)
     for grad, linear in zip(grads, linears, strict=True):
-        dx.addmm_(grad, matrix(linear.frozen, grad.dtype))
+        dx.addmm_(grad, dequantized_weight(linear.frozen, grad.dtype))
     if up is None:
         return dx, None, x
     return gated_backward(dx, x, up, activation, product=True)
@@ -181,14 +182,14 @@ def scaled_product_(out: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
     out.addmm_(a, b, beta=0, alpha=scale)
 
 
-def cast(linears: list[Adapted], dtype: torch.dtype) -> Casts:
+def cast(linears: list[LoRAWeights], dtype: torch.dtype) -> Casts:
     A = linears[0].A if len(linears) == 1 else torch.cat([linear.A for linear in linears])
     return Casts(A.to(dtype), [linear.B.to(dtype) for linear in linears])
 
 
-def unflatten(layout: list[tuple[float, int]], tensors) -> list[Adapted]:
+def unflatten(layout: list[tuple[float, int]], tensors) -> list[LoRAWeights]:
     found, left = [], iter(tensors)
     for scale, count in layout:
         bias, A, B = next(left), next(left), next(left)
-        found.append(Adapted(tuple(next(left) for _ in range(count)), bias, A, B, scale))
+        found.append(LoRAWeights(tuple(next(left) for _ in range(count)), bias, A, B, scale))
     return found

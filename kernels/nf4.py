@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.gpu import blocks, on_gpu, tl, triton
+from kernels.triton_utils import next_power_of_2, tl, triton, use_triton
 
 BLOCK, NESTED_BLOCK = 64, 256
 BYTES, WARPS = 4096, 8  # that a program turns into numbers: 16 a thread
@@ -49,19 +49,19 @@ Frozen = tuple[Tensor] | NF4  # a frozen matrix: itself, or its 4-bit form
 
 
 @cache
-def code(device: torch.device) -> Tensor:  # float32 [16]
+def nf4_codebook(device: torch.device) -> Tensor:  # float32 [16]
     return torch.tensor(CODE, device=device)
 
 
 @cache
-def quadruples(device: torch.device) -> Tensor:
+def two_byte_table(device: torch.device) -> Tensor:
     """float32 [65536, 4]: what two bytes stand for, read as a little-endian number."""
-    pairs = torch.cartesian_prod(code(device), code(device))  # of a byte, [256, 2]
+    pairs = torch.cartesian_prod(nf4_codebook(device), nf4_codebook(device))  # of a byte, [256, 2]
     return torch.cat([pairs.repeat(256, 1), pairs.repeat_interleave(256, 0)], 1)
 
 
 @cache
-def dynamic_code(device: torch.device, signed: bool = True) -> Tensor:
+def dynamic_codebook(device: torch.device, signed: bool = True) -> Tensor:
     """`dynamic_numbers` on a device, float32 [256]."""
     return torch.tensor(dynamic_numbers(signed), device=device)
 
@@ -92,28 +92,28 @@ def dequantize_8bit(codes: Tensor, scales: Tensor, numbers: Tensor) -> Tensor:
 def block_scales(frozen: NF4) -> Tensor:  # float32 [out, in / 64]
     if frozen.nested is None:
         return frozen.absmax
-    numbers = dynamic_code(frozen.absmax.device)
+    numbers = dynamic_codebook(frozen.absmax.device)
     return (dequantize_8bit(frozen.absmax.flatten(), frozen.nested, numbers) + frozen.offset).view(frozen.absmax.shape)
 
 
 def nf4_dequantize(frozen: NF4, dtype: torch.dtype) -> Tensor:
     """The matrix [out, in]. Four numbers are looked up at a time, which is what makes it bearable on CPUs."""
-    if on_gpu(frozen.packed):
+    if use_triton(frozen.packed):
         return dequantize_on_gpu(frozen, dtype)
     out, scales = frozen.packed.shape[0], block_scales(frozen)
     fours = frozen.packed.contiguous().view(torch.uint16).flatten().int()
-    numbers = quadruples(frozen.packed.device).index_select(0, fours).view(out, scales.shape[1], -1)
+    numbers = two_byte_table(frozen.packed.device).index_select(0, fours).view(out, scales.shape[1], -1)
     return numbers.mul_(scales[..., None]).to(dtype).view(out, -1)
 
 
 def nf4_dequantize_reference(frozen: NF4, dtype: torch.dtype) -> Tensor:
     halves = torch.stack([frozen.packed >> 4, frozen.packed & 15], -1).long()
     scales = block_scales(frozen)
-    numbers = code(frozen.packed.device)[halves].view(*scales.shape, -1)
+    numbers = nf4_codebook(frozen.packed.device)[halves].view(*scales.shape, -1)
     return (numbers * scales[..., None]).to(dtype).flatten(1)
 
 
-def matrix(frozen: Frozen, dtype: torch.dtype) -> Tensor:
+def dequantized_weight(frozen: Frozen, dtype: torch.dtype) -> Tensor:
     """[out, in] in dtype: the tensor itself, or made anew of its 4-bit form."""
     return frozen[0].to(dtype) if len(frozen) == 1 else nf4_dequantize(NF4(*frozen), dtype)
 
@@ -127,9 +127,9 @@ def nf4_linear(x: Tensor, frozen: NF4, bias: Tensor | None) -> Tensor:
 
 def frozen_product(x: Tensor, frozen: Frozen, bias: Tensor | None) -> Tensor:
     """`nf4_linear` without gradients, and of a plain W as well: the way that reads least memory."""
-    if len(frozen) > 1 and on_gpu(x) and len(x) <= FEW:
+    if len(frozen) > 1 and use_triton(x) and len(x) <= FEW:
         return multiply_on_gpu(x, NF4(*frozen), bias)
-    return F.linear(x, matrix(frozen, x.dtype), bias)
+    return F.linear(x, dequantized_weight(frozen, x.dtype), bias)
 
 
 def nf4_linear_reference(x: Tensor, frozen: NF4, bias: Tensor | None) -> Tensor:
@@ -145,16 +145,16 @@ class NF4Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         frozen = ctx.saved_tensors
-        dx = grad @ matrix(frozen, grad.dtype) if ctx.needs_input_grad[0] else None
+        dx = grad @ dequantized_weight(frozen, grad.dtype) if ctx.needs_input_grad[0] else None
         return dx, None, *[None] * len(frozen)
 
 
-def tables(frozen: NF4) -> tuple[Tensor, ...]:
+def dequantize_tables(frozen: NF4) -> tuple[Tensor, ...]:
     """What the kernels read: scales and what they mean, the 16 and the 256 numbers. Of a matrix without double
     quantisation the last three are not looked at."""
     device = frozen.packed.device
     nested, offset = (frozen.absmax if x is None else x for x in (frozen.nested, frozen.offset))
-    return frozen.absmax.contiguous(), code(device), nested, offset, dynamic_code(device)
+    return frozen.absmax.contiguous(), nf4_codebook(device), nested, offset, dynamic_codebook(device)
 
 
 def dequantize_on_gpu(frozen: NF4, dtype: torch.dtype) -> Tensor:
@@ -162,7 +162,7 @@ def dequantize_on_gpu(frozen: NF4, dtype: torch.dtype) -> Tensor:
     made = torch.empty(out, 2 * packed.shape[1], dtype=dtype, device=packed.device)
     per_block, count = packed.shape[1] // frozen.absmax.shape[1], frozen.absmax.numel()
     dequantize_kernel[(-(-packed.numel() // BYTES),)](
-        packed, *tables(frozen), made, count, DOUBLE=frozen.nested is not None, BLOCKS=BYTES // per_block,
+        packed, *dequantize_tables(frozen), made, count, DOUBLE=frozen.nested is not None, BLOCKS=BYTES // per_block,
         PER_BLOCK=per_block, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return made
@@ -171,10 +171,10 @@ def dequantize_on_gpu(frozen: NF4, dtype: torch.dtype) -> Tensor:
 def multiply_on_gpu(x: Tensor, frozen: NF4, bias: Tensor | None) -> Tensor:
     x, (rows, size), out = x.contiguous(), x.shape, frozen.packed.shape[0]
     made, words = x.new_empty(rows, out), frozen.packed.contiguous().view(torch.int32)
-    at_once, columns = min(ROWS, blocks(rows)), 4 if rows == 1 else 2
-    threads = min(128, max(32, blocks(size // 32)))  # of 32 numbers each
+    at_once, columns = min(ROWS, next_power_of_2(rows)), 4 if rows == 1 else 2
+    threads = min(128, max(32, next_power_of_2(size // 32)))  # of 32 numbers each
     multiply_kernel[(-(-out // columns), -(-rows // at_once))](
-        x, words, *tables(frozen), made if bias is None else bias, made, rows, size, out,
+        x, words, *dequantize_tables(frozen), made if bias is None else bias, made, rows, size, out,
         DOUBLE=frozen.nested is not None, BIAS=bias is not None, ROWS=at_once, COLUMNS=columns, THREADS=threads,
         num_warps=threads // 32,
     )  # fmt: skip

@@ -10,12 +10,12 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.gpu import blocks, on_gpu, tl, triton
+from kernels.triton_utils import next_power_of_2, tl, triton, use_triton
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # their angles depend on how long the text is
 
 
-def frequencies(theta: float, dim: int, scaling: dict | None, lengths: Tensor | None = None) -> Tensor:
+def rope_inv_freq(theta: float, dim: int, scaling: dict | None, lengths: Tensor | None = None) -> Tensor:
     """Angle per position of each pair of dimensions, float32 [dim / 2].
 
     scaling: None, or a dict with `rope_type` and what that type needs, as `families.read_rope` makes it:
@@ -69,17 +69,17 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # fuses the plain form, and miscompiles writes into halves of a tensor (2.13)
         return rope_reference(x, cos, sin)
     if not torch.is_grad_enabled():
-        return turn(x, cos, sin)
+        return rotate(x, cos, sin)
     return Rope.apply(x, cos, sin)
 
 
-def rope_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rope_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """`rope` of q [tokens, heads, d] and k [tokens, kv_heads, d], on GPUs in one pass. Not in place: q and k are views
     of what a linear made, which autograd lets no function of two outputs change; and in place nothing would be saved
     that lives longer than the next line."""
-    if not on_gpu(q) or torch.compiler.is_compiling():
+    if not use_triton(q) or torch.compiler.is_compiling():
         return rope(q, cos, sin), rope(k, cos, sin)
-    return RopeBoth.apply(q, k, cos, sin)
+    return RopeQK.apply(q, k, cos, sin)
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -92,35 +92,40 @@ class Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return turn(x, cos, sin)
+        return rotate(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return turn(grad, cos, -sin), None, None
+        return rotate(grad, cos, -sin), None, None
 
 
-class RopeBoth(torch.autograd.Function):
+class RopeQK(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return turn_both(q, k, cos, sin)
+        return rotate_qk(q, k, cos, sin)
 
     @staticmethod
     def backward(ctx, dq, dk):
         cos, sin = ctx.saved_tensors
-        return *turn_both(dq, dk, cos, -sin), None, None
+        return *rotate_qk(dq, dk, cos, -sin), None, None
 
 
-def turn_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotate_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     (tokens, heads, d), kv_heads, half = q.shape, k.shape[1], cos.shape[-1]
     q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     strides = [stride for x in (q, k, q_out, k_out) for stride in x.stride()[:2]]
     rest = d - 2 * half  # dimensions that do not turn
-    sizes = {"HEADS": blocks(heads), "KV": blocks(kv_heads), "HALF": blocks(half), "REST": blocks(rest) if rest else 0}
+    sizes = {
+        "HEADS": next_power_of_2(heads),
+        "KV": next_power_of_2(kv_heads),
+        "HALF": next_power_of_2(half),
+        "REST": next_power_of_2(rest) if rest else 0,
+    }
     if tokens:
-        turn_kernel[(tokens,)](
+        rotate_kernel[(tokens,)](
             q, k, q_out, k_out, cos.contiguous(), sin.contiguous(),
             *strides, heads, kv_heads, half, rest, **sizes,
         )  # fmt: skip
@@ -128,7 +133,7 @@ def turn_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, T
 
 
 @triton.jit
-def turn_kernel(
+def rotate_kernel(
     q, k, q_out, k_out, cos, sin, q_token, q_head, k_token, k_head, qo_token, qo_head, ko_token, ko_head,
     heads, kv_heads, half, rest, HEADS: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
@@ -138,17 +143,17 @@ def turn_kernel(
     c = tl.load(cos + token * half + pair, pair < half, 0.0).to(tl.float32)
     s = tl.load(sin + token * half + pair, pair < half, 0.0).to(tl.float32)
     head = tl.arange(0, HEADS)[:, None]
-    turn_heads(
+    rotate_heads(
         q + token * q_token, q_out + token * qo_token, q_head, qo_head, head, heads, c, s, half, rest, HALF, REST
     )
     head = tl.arange(0, KV)[:, None]
-    turn_heads(
+    rotate_heads(
         k + token * k_token, k_out + token * ko_token, k_head, ko_head, head, kv_heads, c, s, half, rest, HALF, REST
     )
 
 
 @triton.jit
-def turn_heads(x, out, stride, out_stride, head, heads, c, s, half, rest, HALF: tl.constexpr, REST: tl.constexpr):
+def rotate_heads(x, out, stride, out_stride, head, heads, c, s, half, rest, HALF: tl.constexpr, REST: tl.constexpr):
     pair = tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (pair < half)
     first = tl.load(x + head * stride + pair, inside, 0.0).to(tl.float32)
@@ -161,7 +166,7 @@ def turn_heads(x, out, stride, out_stride, head, heads, c, s, half, rest, HALF: 
         tl.store(out + head * out_stride + left, tl.load(x + head * stride + left, unturned, 0.0), unturned)
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out, half = torch.empty_like(x), cos.shape[-1]
     sizes = (half, half, x.shape[-1] - 2 * half)
     (x1, x2, rest), (y1, y2, kept) = x.split(sizes, -1), out.split(sizes, -1)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.gpu import on_gpu, tl, triton
+from kernels.triton_utils import tl, triton, use_triton
 
 BLOCK = 1024
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
@@ -19,7 +19,7 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, appr
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """act(gate) * up. Both [tokens, F] of one dtype, rows contiguous. Without gradients."""
-    if on_gpu(gate):
+    if use_triton(gate):
         out = torch.empty_like(gate, memory_format=torch.contiguous_format)
         strides = gate.stride(0), up.stride(0)
         forward_kernel[grid(gate)](gate, up, out, gate.shape[1], *strides, ACTIVATION=activation, BLOCK=BLOCK)
@@ -54,7 +54,7 @@ def gated_backward(
     All [tokens, F] of one dtype; grad is contiguous, gate and up have contiguous rows. product: whether the third is
     wanted; else it is None.
     """
-    if on_gpu(gate):
+    if use_triton(gate):
         dgate = torch.empty_like(grad)
         again = torch.empty_like(grad) if product else None
         backward_kernel[grid(gate)](

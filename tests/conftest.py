@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True, scope="session")
 def rows_elsewhere(tmp_path_factory):
-    import rows
+    from dataset import token_cache as rows
 
     folder = tmp_path_factory.mktemp("rows")
     rows.cache_folder = lambda: folder

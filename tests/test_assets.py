@@ -8,24 +8,24 @@ import pytest
 
 from assets import make_booking
 from assets.make_booking import MONTHS, NUMBERS, WEEKDAYS
-from convert import model_folder
-from demo import ASSETS, TASK
+from data import ASSETS, BUNDLED_TASK
+from interop.resolve import model_folder
 from tokenizer import load_tokenizer
 
 
 def notes(part: str) -> list[tuple[str, dict]]:
-    turns = [json.loads(line)["messages"] for line in TASK[part][0].read_text().splitlines()]
+    turns = [json.loads(line)["messages"] for line in BUNDLED_TASK[part][0].read_text().splitlines()]
     assert all([turn["role"] for turn in record] == ["system", "user", "assistant"] for record in turns)
     return [(record[1]["content"], json.loads(record[2]["content"])) for record in turns]
 
 
 def test_the_script_makes_the_same_bytes(tmp_path):
     make_booking.make(tmp_path)
-    for file, *_ in TASK.values():
+    for file, *_ in BUNDLED_TASK.values():
         assert (tmp_path / file.name).read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("part", TASK)
+@pytest.mark.parametrize("part", BUNDLED_TASK)
 def test_answers_say_what_the_notes_say(part):
     for note, answer in notes(part):
         assert list(answer) == ["name", "guests", "time"] and answer["name"] in note
@@ -54,15 +54,15 @@ def test_answers_say_what_the_notes_say(part):
 
 
 def test_numeric_dates_are_not_ambiguous():
-    for part in TASK:
+    for part in BUNDLED_TASK:
         for note, _ in notes(part):
             for a, b in re.findall(r"\b(\d{1,2})[./](\d{1,2})[./]\d{4}", note):
                 assert max(int(a), int(b)) > 12
 
 
 def test_no_test_date_is_trained_on_and_some_names_are_new():
-    dates = {part: {answer["time"][:10] for _, answer in notes(part)} for part in TASK}
-    names = {part: {answer["name"] for _, answer in notes(part)} for part in TASK}
+    dates = {part: {answer["time"][:10] for _, answer in notes(part)} for part in BUNDLED_TASK}
+    names = {part: {answer["name"] for _, answer in notes(part)} for part in BUNDLED_TASK}
     assert not dates["train"] & dates["test"] and not dates["train"] & dates["val"] and not dates["val"] & dates["test"]
     assert 0 < len(names["test"] - names["train"]) < len(names["test"])
     assert len(notes("test")) >= 200

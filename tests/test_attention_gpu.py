@@ -9,15 +9,15 @@ import sys
 
 import pytest
 import torch
-from helpers import chat_base, command
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.helpers import chat_base, command
 
-import context
 import train
-from errors import UserError
+from common.errors import UserError
 from kernels import attention, flash_versions, flex
-from kernels.attention import Documents, Piece, Scores, document_attention, group_attention, piece_attention
+from kernels import context_parallel as context
+from kernels.attention import Documents, QuerySuffix, Scores, document_attention, group_attention, suffix_attention
 
 LENGTHS = [5, 33, 60, 1, 60, 7]
 
@@ -55,7 +55,7 @@ def flash(monkeypatch):
         calls.append(settings)
         return flash_reference(*args, **settings)
 
-    monkeypatch.setattr(attention, "flash_takes", lambda q: True)
+    monkeypatch.setattr(attention, "flash_supports", lambda q: True)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", called)
     return calls
 
@@ -90,9 +90,9 @@ def test_pieces_of_a_document_by_flash_attention(flash, window):
     scores = Scores(0.3, window)
     wanted = group_attention(q, k, v, scores, Documents([50]))
     for start, stop in ((0, 1), (1, 20), (20, 50)):
-        piece = Piece(stop - start, stop)
+        piece = QuerySuffix(stop - start, stop)
         torch.testing.assert_close(
-            piece_attention(q[start:stop], k[:stop], v[:stop], scores, piece), wanted[start:stop]
+            suffix_attention(q[start:stop], k[:stop], v[:stop], scores, piece), wanted[start:stop]
         )
     assert len(flash) == 2  # a single query goes another way
 
@@ -103,10 +103,10 @@ def test_processes_that_share_a_batch_attend_by_flash_attention(flash, monkeypat
     q, k, v = made(lengths)
     scores = Scores(0.3, 11)
     wanted = group_attention(q, k, v, scores, Documents(lengths))
-    monkeypatch.setattr(context.Gathered, "apply", lambda x, shared: x)
+    monkeypatch.setattr(context.AllGatherTokens, "apply", lambda x, shared: x)
     for place in (0, 1):
-        shared = context.Context(2, place)
-        documents = context.SharedDocuments(Documents(lengths), shared)
+        shared = context.ContextParallel(2, place)
+        documents = context.ShardedDocuments(Documents(lengths), shared)
         torch.testing.assert_close(documents.attend(shared.take(q), k, v, scores), shared.take(wanted))
     assert flash
 
@@ -162,21 +162,21 @@ def test_flex_attention_is_the_slices(eager_flex, window):
     q, k, v = (x.detach() for x in made(lengths, d=16))
     mask = flex.block_mask(lengths, window, q.device)
     got = flex.attention(q, k, v, 0.3, 5.0, mask)
-    wanted = attention.in_slices(q, k, v, 0.3, 5.0, window, lengths)
+    wanted = attention.sliced_reference(q, k, v, 0.3, 5.0, window, lengths)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)  # its softmax is in fp32
 
 
 def test_where_flex_attention_fails_the_slices_compute_and_a_note_says_so(eager_flex, capsys):
     """On a CPU its backward is refused, which stands for whatever the compiler may end with."""
     q, k, _ = (x.detach().float() for x in made([300]))
-    assert not flex.works(q, k, attention.in_slices) and not flex.works(q, k, attention.in_slices)
+    assert not flex.works(q, k, attention.sliced_reference) and not flex.works(q, k, attention.sliced_reference)
     said = capsys.readouterr().err
     assert said.count("NOTE: FlexAttention does not work here (") == 1
 
 
 def test_where_flex_attention_computes_something_else_it_is_not_used(eager_flex, monkeypatch, capsys):
     scaled = [1.0]
-    reference = attention.in_slices
+    reference = attention.sliced_reference
     monkeypatch.setattr(flex, "attention", lambda q, k, v, scale, cap, mask: scaled[0] * reference(
         q, k, v, scale, cap, TRIAL_WINDOWS[mask.seq_lengths[0]], TRIAL_LENGTHS[mask.seq_lengths[0]]))  # fmt: skip
     q, k, _ = (x.detach().float() for x in made([300]))

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import chat_base, command
 from safetensors.torch import load_file, save_file
+from support.helpers import chat_base, command
 
-import report
 import train
+from training import plots
 
 RECORDS = [{"instruction": f"Say {n}", "input": "", "output": f"It is {n}."} for n in range(24)]
 GOOD = json.dumps(RECORDS)
@@ -94,7 +94,7 @@ def test_byte_order_mark_and_crlf_simply_work(base, tmp_path, monkeypatch, capsy
         words = ["--model", "base", "--data", f"{number}.jsonl", "--out", f"run{number}", "--steps", "2"]
         _, err, code = command(train, monkeypatch, capsys, *words)
         assert code == 0, err
-        lines = report.read_metrics(f"run{number}/metrics.jsonl")
+        lines = plots.read_metrics(f"run{number}/metrics.jsonl")
         found.append([line["loss"] for line in lines if "loss" in line])
     assert found[0] == found[1] and len(found[0]) == 2
 
@@ -182,9 +182,9 @@ def test_the_default_base_is_not_installed(trained, monkeypatch):
         ("--optimizer-offload --optimizer muon", "--optimizer-offload: the host steps by AdamW"),
         ("--method full --optimizer-offload --weights bf16", "--optimizer-offload: keeps fp32 masters"),
         ("--optimizer-offload --device cpu", "--optimizer-offload: is for GPUs; on cpu"),
-        ("--remat offload --device cpu", "--remat offload: is for GPUs; on cpu"),
-        ("--remat selective --compile on", "the compiler chooses"),
-        ("--remat all", "invalid choice: 'all'"),
+        ("--activation-checkpointing offload --device cpu", "--activation-checkpointing offload: is for GPUs; on cpu"),
+        ("--activation-checkpointing selective --compile on", "the compiler chooses"),
+        ("--activation-checkpointing all", "invalid choice: 'all'"),
     ],
 )
 def test_flags(trained, words, said):

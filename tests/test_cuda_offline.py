@@ -124,14 +124,25 @@ def test_launches_of_a_layer(script, model, documents, allowed):
 
 def check_plan(script, *words) -> None:
     (rows,) = script("memory_oracle.py", "--json", *words)
-    errors = {(row["name"], row["method"], row["remat"]): row["planned"] / row["peak"] - 1 for row in rows}
+    errors = {(row["name"], row["method"], row["checkpointing"]): row["planned"] / row["peak"] - 1 for row in rows}
     assert len(errors) > 3
     assert {what: error for what, error in errors.items() if abs(error) > PLAN_ERROR} == {}
 
 
 def test_the_plan_is_what_a_gpu_would_hold(script):
     """The height of a step's memory, counted on fake CUDA tensors."""
-    check_plan(script, "--models", "llama-8b", "gemma2-9b", "--methods", "lora", "full", "--remat", "none", "block")
+    check_plan(
+        script,
+        "--models",
+        "llama-8b",
+        "gemma2-9b",
+        "--methods",
+        "lora",
+        "full",
+        "--activation-checkpointing",
+        "none",
+        "full",
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
-"""data.py and rows.py: what is trained, what is left out, the rows on disk, the split, and the flat batches."""
+"""data.py and dataset/token_cache.py: what is trained, what is left out, the rows on disk, the split, and the flat
+batches.
+"""
 
 import gzip
 import json
@@ -12,17 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, llama, micro_batches, needs_shared, relative
+from support.helpers import SHARED, llama, micro_batches, needs_shared, relative
 
-import rows
 from checkpoint import load_model
-from convert import model_folder
+from common.errors import UserError
 from data import collate, load, split
-from errors import UserError
-from examples import Dataset, Example
-from formats import Record, open_source
-from objectives import mean_loss, token_loss_sum
-from rows import prompt_hash, tokenised
+from dataset import token_cache as rows
+from dataset.examples import Dataset, Example
+from dataset.formats import Record, open_source
+from dataset.token_cache import prompt_hash, tokenized_rows
+from interop.resolve import model_folder
+from objectives import mean_loss, token_losses
 from tokenizer import load_tokenizer
 
 
@@ -53,7 +55,7 @@ def loaded(folder: Path, records: list[dict], tokenizer, seq_len: int = 100, **m
 
 
 def trained_text(example: Example, tokenizer) -> str:
-    return tokenizer.decode([i for i, yes in zip(example.ids, example.trained, strict=True) if yes])
+    return tokenizer.decode([i for i, yes in zip(example.ids, example.loss_weights, strict=True) if yes])
 
 
 # ---- what is trained ----
@@ -111,7 +113,7 @@ def test_all_turns_on_real_templates_trains_words_and_their_ends(tmp_path, name)
     tokenizer = load_tokenizer(SHARED / "tokenizers" / name)
     turns = chat(" a question?", "an answer", "and (2)?", "two")
     (example,) = loaded(tmp_path, [{"messages": turns}], tokenizer, train_on="all-turns").examples
-    said = tokenizer.decode([i for i, yes in zip(example.ids, example.trained) if yes], skip_special=True)
+    said = tokenizer.decode([i for i, yes in zip(example.ids, example.loss_weights) if yes], skip_special=True)
     said = re.sub(r"</?think>|\s", "", said)  # Qwen 3's empty thought before the last answer
     assert said == "aquestion?ananswerand(2)?two"
 
@@ -132,10 +134,10 @@ def test_weights_of_turns_and_records_reach_the_tokens(tmp_path, tokenizer):
     turns = chat("a", "b", "c", "d", "e", "f")
     turns[1]["weight"], turns[3]["weight"] = 0, 0.5
     (example,) = loaded(tmp_path, [{"messages": turns, "weight": 3}], tokenizer).examples
-    assert [*example.trained[example.trained > 0]] == [1.5, 1.5, 3, 3]
+    assert [*example.loss_weights[example.loss_weights > 0]] == [1.5, 1.5, 3, 3]
     assert trained_text(example, tokenizer) == "d<|im_end|>f<|im_end|>"
     found = loaded(tmp_path, [{"messages": turns, "weight": 0}, {"messages": turns}], tokenizer)
-    assert len(found) == 1 and found.examples.rows[0].found.dropped == {"without a trained token": 1}
+    assert len(found) == 1 and found.examples.rows[0].stats.dropped == {"without a trained token": 1}
 
 
 def test_weighted_loss_is_the_weighted_mean(tmp_path):
@@ -152,13 +154,13 @@ def test_weighted_loss_is_the_weighted_mean(tmp_path):
             float((sums[0] / sums[1]).detach()), rel=1e-5
         )
     batch = collate(examples)
-    token_loss_sum(model, batch).backward()
+    token_losses(model, batch)[0].backward()
     got = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     for weight, example in zip((0.0, 0.5, 1.0, 4.0), examples):
         for part, times in ((slice(8, 13), weight), (slice(13, 20), 1.0)):
             mask = [i in range(20)[part] for i in range(20)]
-            (times * token_loss_sum(model, collate([Example(example.ids, mask)]))).backward()
+            (times * token_losses(model, collate([Example(example.ids, mask)]))[0]).backward()
     for name, parameter in model.named_parameters():
         assert relative(parameter.grad, got[name]) < 1e-5, name
 
@@ -187,22 +189,22 @@ def test_plain_text_is_trained_whole_in_pieces(tmp_path, tokenizer):
     examples = load([tmp_path / "a.txt"], tokenizer, 50).examples
     ids = [i for example in examples for i in example.ids]
     assert tokenizer.decode(ids[:-1]) == text and ids[-1] in tokenizer.stop_ids
-    assert all([*example.trained] == [0] + [1] * (len(example.ids) - 1) for example in examples)
+    assert all([*example.loss_weights] == [0] + [1] * (len(example.ids) - 1) for example in examples)
 
 
 def test_no_token_of_a_text_is_lost_at_its_end(tmp_path, tokenizer):
     """A last piece of one token would train nothing; the one before it gives up a token instead."""
     (tmp_path / "a.txt").write_text("7" * 50)  # with the end token 51
     data = load([tmp_path / "a.txt"], tokenizer, 25)
-    assert [*data.lengths] == [25, 24, 2] and [*data.trained] == [24, 23, 1] and not data.dropped
-    assert data.examples[2].ids[-1] in tokenizer.stop_ids and [*data.examples[2].trained] == [0, 1]
+    assert [*data.lengths] == [25, 24, 2] and [*data.num_trained] == [24, 23, 1] and not data.dropped
+    assert data.examples[2].ids[-1] in tokenizer.stop_ids and [*data.examples[2].loss_weights] == [0, 1]
 
 
 def test_a_long_text_comes_in_parts_that_make_the_whole(tmp_path, tokenizer, monkeypatch, cache):
     text = "".join(f"line {i}, é\n" for i in range(500))
-    monkeypatch.setattr("containers.PART", 1000)
+    monkeypatch.setattr("dataset.readers.PART", 1000)
     (tmp_path / "b.txt").write_text(text * 300)
-    made = tokenised(open_source(tmp_path / "b.txt"), tokenizer)
+    made = tokenized_rows(open_source(tmp_path / "b.txt"), tokenizer)
     assert len(made) > 1 and tokenizer.decode(made.ids[:-1].tolist()) == text * 300
     assert made.ids[-1] == tokenizer.eos_id and [*made.ids].count(tokenizer.eos_id) == 1
 
@@ -213,13 +215,13 @@ def test_a_long_text_comes_in_parts_that_make_the_whole(tmp_path, tokenizer, mon
 def test_rows_are_made_once_and_made_anew_when_something_changes(tmp_path, tokenizer, cache):
     record = {"instruction": "a", "output": "b"}
     file = written(tmp_path, [record, record | {"output": ""}])
-    made, again = (tokenised(open_source(file), tokenizer) for _ in range(2))
+    made, again = (tokenized_rows(open_source(file), tokenizer) for _ in range(2))
     assert not made.cached and again.cached and len(again) == 1 and again.where(0) == f"{file} line 1"
-    assert again.found.dropped == {"empty answer": 1} and [*made.ids] == [*again.ids]
-    assert not tokenised(open_source(file), tokenizer, ("user", "assistant")).cached
-    assert not tokenised(open_source(file), load_tokenizer(model_folder(None), "plain")).cached
+    assert again.stats.dropped == {"empty answer": 1} and [*made.ids] == [*again.ids]
+    assert not tokenized_rows(open_source(file), tokenizer, ("user", "assistant")).cached
+    assert not tokenized_rows(open_source(file), load_tokenizer(model_folder(None), "plain")).cached
     written(tmp_path, [record | {"output": "c"}])
-    assert not tokenised(open_source(file), tokenizer).cached
+    assert not tokenized_rows(open_source(file), tokenizer).cached
     assert not [path for path in cache.iterdir() if path.name.startswith(".")]
 
 
@@ -227,7 +229,7 @@ def test_a_file_that_can_not_be_read_leaves_nothing_behind(tmp_path, tokenizer, 
     file = written(tmp_path, [{"instruction": "a", "output": "b"}] * 3 + [{"instruction": "a", "output": 1}])
     for _ in range(2):
         with pytest.raises(UserError, match="line 4: output is a number"):
-            tokenised(open_source(file), tokenizer)
+            tokenized_rows(open_source(file), tokenizer)
     assert not [*cache.iterdir()]
 
 
@@ -254,7 +256,7 @@ def test_two_processes_at_once_make_rows_once(tmp_path, tokenizer, cache):
 
     def work():
         tokenizer.forget_processes()
-        made = tokenised(open_source(file), tokenizer)
+        made = tokenized_rows(open_source(file), tokenizer)
         results.put((made.cached, len(made), int(made.ids.sum(dtype=np.int64))))
 
     processes = [context.Process(target=work) for _ in range(3)]
@@ -275,33 +277,33 @@ def test_several_processes_give_what_one_gives(tmp_path, tokenizer, cache, monke
     for alone in (0, 1 << 40):
         monkeypatch.setattr(rows, "ALONE", alone)
         monkeypatch.setattr(rows, "FORMAT", f"test {alone}")
-        results.append(tokenised(open_source(file), tokenizer))
+        results.append(tokenized_rows(open_source(file), tokenizer))
     for name in ("ids", *rows.ARRAYS):
         assert np.array_equal(getattr(results[0], name), getattr(results[1], name)), name
-    assert results[0].found == results[1].found and results[0].found.dropped["empty answer"] > 10
+    assert results[0].stats == results[1].stats and results[0].stats.dropped["empty answer"] > 10
     monkeypatch.setattr(rows, "ALONE", 0)
     records[2500]["output"], records[3900]["output"] = None, 7
     with pytest.raises(UserError, match="line 2501: output is null"):
-        tokenised(open_source(written(tmp_path, records)), tokenizer)
+        tokenized_rows(open_source(written(tmp_path, records)), tokenizer)
     lines = [json.dumps(record) for record in records]
     lines[2500] = json.dumps(records[2500])
     lines[3000:] = [b"\xff" * 10]  # what can't be read at all, behind what can't be used
     file.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines))
     with pytest.raises(UserError, match="line 2501: output is null"):
-        tokenised(open_source(file), tokenizer)
+        tokenized_rows(open_source(file), tokenizer)
 
 
 def test_classes_and_tokenizer_files_are_part_of_the_key(tmp_path, tokenizer, cache):
     (tmp_path / "a.tsv").write_text("1\tred thing\n2\tblue thing\n")
     for names in ("Red\nBlue\n", "Rot\nBlau\n"):
         (tmp_path / "classes.txt").write_text(names)
-        made = tokenised(open_source(tmp_path / "a.tsv"), tokenizer)
+        made = tokenized_rows(open_source(tmp_path / "a.tsv"), tokenizer)
         assert not made.cached and names.split()[0] in tokenizer.decode(made.ids[: made.starts[1]].tolist())
     moved = tmp_path / "moved"
     moved.mkdir()
     for name in ("a.tsv", "classes.txt"):
         (tmp_path / name).rename(moved / name)
-    again = tokenised(open_source(moved / "a.tsv"), tokenizer)
+    again = tokenized_rows(open_source(moved / "a.tsv"), tokenizer)
     assert again.cached and again.where(0) == f"{moved / 'a.tsv'} row 1"
 
 
@@ -314,7 +316,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, tokenizer, ca
 
     monkeypatch.setattr(rows, "write", write)
     with pytest.raises(UserError, match="changed while it was read"):
-        tokenised(open_source(file), tokenizer)
+        tokenized_rows(open_source(file), tokenizer)
     assert not [*cache.iterdir()]
 
 
@@ -392,7 +394,7 @@ def test_long_texts_are_parted_by_their_pieces(tmp_path, tokenizer, texts):
 
 def test_a_batch_of_long_examples_is_cut_and_none_is_lost(monkeypatch):
     """By tokens as well as by examples; one that is longer than the limit stands alone."""
-    monkeypatch.setattr("data.most_tokens", lambda device: 100)
+    monkeypatch.setattr("data.max_tokens_per_micro_batch", lambda device: 100)
     lengths = [30, 50, 40, 20, 120, 10, 9]
     examples = [Example([i] * n, [False] + [True] * (n - 1)) for i, n in enumerate(lengths)]
     batches = micro_batches(examples, 5)
@@ -408,7 +410,7 @@ def test_a_batch_is_flat_and_its_rows_predict_the_trained_tokens():
     batch = collate([a, b])
     assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7] and batch.documents.lengths == [3, 4]
     assert batch.rows.tolist() == [0, 1, 5] and batch.targets.tolist() == [2, 3, 7]
-    assert batch.weights is None and batch.weight == 3
+    assert batch.loss_weights is None and batch.loss_weight_sum == 3
 
 
 def test_loss_equals_transformers_labels_and_no_batch_size_matters(tmp_path):
@@ -419,9 +421,9 @@ def test_loss_equals_transformers_labels_and_no_batch_size_matters(tmp_path):
         examples.append(Example(ids, [False] * (n // 2) + [True] * (n - n // 2)))
     total, count = 0.0, 0
     for example in examples:
-        labels = torch.where(torch.tensor(example.trained), torch.tensor(example.ids), -100)[None]
-        count += sum(example.trained)
-        total += float(theirs(torch.tensor([example.ids]), labels=labels).loss.detach()) * sum(example.trained)
+        labels = torch.where(torch.tensor(example.loss_weights), torch.tensor(example.ids), -100)[None]
+        count += sum(example.loss_weights)
+        total += float(theirs(torch.tensor([example.ids]), labels=labels).loss.detach()) * sum(example.loss_weights)
     for size in (1, 3, 8):
         assert mean_loss(model, micro_batches(examples, size)) == pytest.approx(total / count, rel=1e-6)
 
@@ -433,11 +435,11 @@ def test_gradients_of_a_flat_batch_are_the_sum_of_its_examples(tmp_path):
     for n in (4, 50, 48, 9, 7):
         ids = torch.randint(0, 96, (n,), generator=generator).tolist()
         examples.append(Example(ids, [False] + [True] * (n - 1)))
-    token_loss_sum(model, collate(examples)).backward()
+    token_losses(model, collate(examples))[0].backward()
     together = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     for example in examples:
-        token_loss_sum(model, collate([example])).backward()
+        token_losses(model, collate([example]))[0].backward()
     for name, parameter in model.named_parameters():
         assert relative(parameter.grad, together[name]) < 1e-5, name
 

@@ -17,13 +17,13 @@ from typing import NamedTuple
 import jinja2
 import pytest
 import transformers
-from helpers import SHARED, needs_shared
+from support.helpers import SHARED, needs_shared
 
-from convert import model_folder
-from errors import UserError
-from examples import cut
-from formats import open_source
-from rows import tokenised
+from common.errors import UserError
+from dataset.examples import cut
+from dataset.formats import open_source
+from dataset.token_cache import tokenized_rows
+from interop.resolve import model_folder
 from tokenizer import load_tokenizer
 
 pytestmark = needs_shared
@@ -276,12 +276,12 @@ class Oracle:
         source = open_source(path, paths)
         if not wanted:
             with pytest.raises(UserError, match=rf"no record can be trained on \({len(cases)} {REFUSED}"):
-                tokenised(source, self.ours)
+                tokenized_rows(source, self.ours)
             return lost
-        rows, dropped, wrong = tokenised(source, self.ours), Counter(), []
-        for reason, count in rows.found.dropped.items():
+        rows, dropped, wrong = tokenized_rows(source, self.ours), Counter(), []
+        for reason, count in rows.stats.dropped.items():
             dropped[REFUSED if reason.startswith(REFUSED) else reason] += count
-        assert dropped == lost and len(rows) == rows.found.records == len(wanted)
+        assert dropped == lost and len(rows) == rows.stats.records == len(wanted)
         for i, want in enumerate(wanted):
             ids = rows.ids[rows.starts[i] : rows.starts[i + 1]].tolist()
             weights = [0.0] * len(ids)
@@ -328,7 +328,7 @@ def test_transcripts_and_a_line_that_is_broken(name, oracles, tmp_path):
     broken[352] = broken[352][:40]
     (tmp_path / HH).write_bytes(b"\n".join(broken))
     with pytest.raises(UserError, match=f"{HH} line 353: JSON cut off at column 12"):
-        tokenised(open_source(tmp_path / HH), oracles(name).ours)
+        tokenized_rows(open_source(tmp_path / HH), oracles(name).ours)
 
 
 @pytest.mark.parametrize("name", ["base", "qwen2_5"])
@@ -343,8 +343,8 @@ def test_plain_text_is_trained_but_for_its_first_token(name, file, oracles, monk
     """The `tokenizers` library is told to take control tokens in it (Nemo's <unk>) for plain text, too."""
     ours, eos, theirs = oracles(name).ours, oracles(name).theirs.eos_token_id, oracles(name).theirs.backend_tokenizer
     monkeypatch.setattr(theirs, "encode_special_tokens", True)
-    data = cut([tokenised(open_source(SHARED / file), ours)], seq_len=1 << 30)
+    data = cut([tokenized_rows(open_source(SHARED / file), ours)], seq_len=1 << 30)
     texts = [r["text"] for r in lines(file)] if file.endswith("jsonl") else [(SHARED / file).read_bytes().decode()]
     for example, text in zip(data.examples, texts, strict=True):
         ids = [*theirs.encode(text).ids, eos]
-        assert example.ids.tolist() == ids and example.trained.tolist() == [0.0] + [1.0] * (len(ids) - 1)
+        assert example.ids.tolist() == ids and example.loss_weights.tolist() == [0.0] + [1.0] * (len(ids) - 1)

@@ -7,13 +7,13 @@ from itertools import pairwise
 import pytest
 import torch
 import transformers
-from helpers import SHAPES, llama, record_graphs
+from support.helpers import SHAPES, llama, record_graphs
 
 import decoding
 from checkpoint import load_model
 from kernels.nf4 import nf4_linear
-from kernels.packed_linear import can_join
-from model import FusedWeights, Linear, alike, joined_bytes
+from kernels.onednn_linear import can_join
+from model import FusedWeights, Linear, can_concatenate, fused_bytes
 from quant import quantize
 
 LENGTHS = (1, 7, 30, 8, 3, 12)
@@ -90,7 +90,7 @@ def test_sampling_with_a_seed_is_the_same(tmp_path, monkeypatch, settings):
 
 def test_draws_are_those_of_multinomial():
     probs = (3 * torch.randn(50, 1000, generator=torch.Generator().manual_seed(0))).softmax(-1)
-    got = decoding.draw(probs, torch.Generator().manual_seed(1))
+    got = decoding.sample_from(probs, torch.Generator().manual_seed(1))
     wanted = torch.multinomial(probs, 1, generator=torch.Generator().manual_seed(1)).squeeze(-1)
     assert torch.equal(got, wanted) and len({*got.tolist()}) > 20
 
@@ -183,15 +183,21 @@ def test_joined_weights_are_the_same_numbers(bias, double):
     assert torch.equal(joined(x), torch.cat([layer(x) for layer in layers], -1))
     assert joined.linear is (nf4_linear if double is not None else torch.nn.functional.linear)
     tensors = [joined.weight] if double is None else joined.weight[:2]
-    assert sum(map(joined_bytes, layers)) == sum(tensor.nbytes for tensor in tensors)
+    assert sum(map(fused_bytes, layers)) == sum(tensor.nbytes for tensor in tensors)
 
 
 def test_only_what_is_alike_is_joined():
     bf16, fp32 = torch.bfloat16, torch.float32
     plain, other, quantised = (linear(64, 64, True, *rest) for rest in ((bf16, 0), (fp32, 1), (bf16, 2, True)))
-    assert alike([plain, plain], bf16) and alike([quantised, quantised], bf16)
-    assert not alike([plain, quantised], bf16) and not alike([plain, other], bf16) and not alike([plain], fp32)
-    assert not alike([plain, plain], torch.float16) and not alike([other], fp32)  # products in fp32 gain nothing
+    assert can_concatenate([plain, plain], bf16) and can_concatenate([quantised, quantised], bf16)
+    assert (
+        not can_concatenate([plain, quantised], bf16)
+        and not can_concatenate([plain, other], bf16)
+        and not can_concatenate([plain], fp32)
+    )
+    assert not can_concatenate([plain, plain], torch.float16) and not can_concatenate(
+        [other], fp32
+    )  # products in fp32 gain nothing
 
 
 def test_matrices_are_joined_where_twice_their_size_is_free(monkeypatch):

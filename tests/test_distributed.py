@@ -10,20 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import chat_base, command, llama, sentence
 from safetensors.torch import load_file
+from support.helpers import chat_base, command, llama, sentence
+from support.training_runs import run_loop, settings
 
 import checkpoint
-import cluster
 import distributed
 import lora
 import train
-from examples import Dataset, Example
-from flags import Flags
-from log import Stop
-from optimizers import make_optimizers
-from order import Stream
-from plan import Job, Setup, expected_memory, sketch
+from dataset.examples import Dataset, Example
+from methods import load_trainable
+from planning import multi_gpu as cluster
+from planning.memory import Recipe, Workload, expected_memory, meta_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
@@ -33,8 +31,8 @@ JOBS = {
     "full, replicated": ("llama", "--method full --shard none", 1e-5, 1e-4),
     "full, accumulated": ("llama", "--method full --shard full ACC", 1e-5, 1e-4),
     "full, reduced each time": ("llama", "--method full --shard full ACC --reduce each", 1e-5, 1e-4),
-    "full, blocks twice": ("llama", "--method full --shard full --remat block", 1e-5, 1e-4),
-    "full, norms twice": ("llama", "--method full --shard full --remat selective", 1e-5, 1e-4),
+    "full, blocks twice": ("llama", "--method full --shard full --activation-checkpointing full", 1e-5, 1e-4),
+    "full, norms twice": ("llama", "--method full --shard full --activation-checkpointing selective", 1e-5, 1e-4),
     "full, some": ("llama", "--method full --shard full --train q_proj|layers.1", 1e-5, 1e-4),
     "full, tied": ("tied", "--method full --shard full", 1e-5, 1e-4),
     "full, packed, mixed": (
@@ -148,7 +146,7 @@ def runs(bases, tmp_path_factory) -> Path:
                 ["--model", bases[base], "--val", val, "--batch-size", batch, "--steps", 6, *words]
                 + ["--out", folder / name / str(processes)]
             )
-        torchrun(processes, "tests/jobs.py", json.dumps(jobs, default=str))
+        torchrun(processes, "tests/support/run_jobs.py", json.dumps(jobs, default=str))
     return folder
 
 
@@ -195,13 +193,13 @@ def test_a_rank_of_two_holds_and_reads_half(bases, tmp_path, method):
     """Bytes of parameters, gradients and optimizer at their height, and how much memory loading takes."""
     sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12, "vocab_size": 2048}
     llama(tmp_path / "base", std=0.05, dtype=torch.bfloat16, **sizes)  # 45 MB
-    torchrun(2, "tests/count.py", method, tmp_path / "base", tmp_path / "held")
+    torchrun(2, "tests/support/count_bytes.py", method, tmp_path / "base", tmp_path / "held")
     two = [json.loads(Path(f"{tmp_path / 'held'}.{rank}").read_text()) for rank in range(2)]
     # and what `--plan --gpus` says of it: every part, and what a step sends
     adapter = {"rank": 16, "alpha": 16.0, "dropout": 0.0, "targets": "all"}
-    setup, layout = Setup(method), cluster.Layout(2, 2)
-    model = sketch(checkpoint.read_config(tmp_path / "base"), setup, torch.bfloat16, adapter)
-    memory = cluster.memory_a_process(model, setup, layout, Job([80], 60, 1.0, 20, 80, 60, 1))
+    setup, layout = Recipe(method), cluster.Layout(2, 2)
+    model = meta_model(checkpoint.read_config(tmp_path / "base"), setup, torch.bfloat16, adapter)
+    memory = cluster.memory_per_process(model, setup, layout, Workload([80], 60, 1.0, 20, 80, 60, 1))
     sent = sum(cluster.traffic(model, setup, layout, 1))
     one = expected_memory(model, setup, [80], 60, "cpu", 1)
     stored = (tmp_path / "base" / "model.safetensors").stat().st_size
@@ -219,20 +217,20 @@ def test_a_rank_of_two_holds_and_reads_half(bases, tmp_path, method):
 def test_deal_gives_each_as_many_rows_and_about_as_many_tokens():
     sizes = torch.randint(5, 500, (96,), generator=torch.Generator().manual_seed(0)).tolist()
     for hands in (1, 2, 3, 8):
-        dealt = distributed.deal(sizes, hands)
+        dealt = distributed.balance_across_ranks(sizes, hands)
         assert sorted(i for hand in dealt for i in hand) == list(range(96))
         assert {len(hand) for hand in dealt} == {96 // hands}
         tokens = [sum(sizes[i] for i in hand) for hand in dealt]
         assert max(tokens) < 1.05 * min(tokens)
-    assert [len(hand) for hand in distributed.deal([4, 4, 4, 4], 3)] == [1, 1, 2]
-    assert distributed.deal([7], 2) == [[0], []]
+    assert [len(hand) for hand in distributed.balance_across_ranks([4, 4, 4, 4], 3)] == [1, 1, 2]
+    assert distributed.balance_across_ranks([7], 2) == [[0], []]
 
 
 def test_hybrid_is_refused_on_one_node_and_offload_without_shards(bases, tmp_path, monkeypatch, capsys):
     data = records(tmp_path / "data.jsonl", 20, 0)
     words = ["--model", bases["llama"], "--data", data, "--out", tmp_path / "out"]
     _, err, code = command(train, monkeypatch, capsys, *words, "--shard", "hybrid")
-    distributed.stop()
+    distributed.destroy_process_group()
     assert code == 2 and "--shard hybrid" in err and "one node" in err
     _, err, code = command(train, monkeypatch, capsys, *words, "--shard", "none", "--shard-offload")
     assert code == 2 and "--shard-offload" in err
@@ -254,7 +252,7 @@ def test_two_nodes_of_one_process_hold_a_copy_each(runs, bases, tmp_path):
         "--out",
         tmp_path / "o",
     ]
-    torchrun(2, "tests/jobs.py", json.dumps([job], default=str), NODES="2")
+    torchrun(2, "tests/support/run_jobs.py", json.dumps([job], default=str), NODES="2")
     losses = lambda run: [line["loss"] for line in lines(run) if "loss" in line]
     assert losses(tmp_path / "o") == pytest.approx(losses(runs / "full" / "1"), rel=1e-5)
 
@@ -263,7 +261,7 @@ CONTEXT = {  # name: base, words, processes, of which so many share a batch
     "full, packed, mixed": ("llama", "--method full --shard full --pack --seq-len 96 MIXED", 2, 2),
     "lora, dropout": ("llama", "--shard none --dropout 0.3", 2, 2),
     "lora, dropout, two times two": ("llama", "--shard full --dropout 0.3", 4, 2),
-    "qlora, blocks twice": ("llama", "--method qlora --shard full --remat block", 2, 2),
+    "qlora, blocks twice": ("llama", "--method qlora --shard full --activation-checkpointing full", 2, 2),
     "windows": ("mistral", "--method full --shard full", 2, 2),
     "soft-caps": ("gemma2", "--method full --shard full", 2, 2),
     "learned positions": ("gpt2", "--method full --shard full", 2, 2),
@@ -283,7 +281,7 @@ def context_runs(bases, runs, tmp_path_factory) -> Path:
         jobs.setdefault(processes, []).append([*words, *shared, "--out", folder / name / "several"])
         jobs.setdefault(1, []).append([*words, "--batch-size", 12, "--out", folder / name / "one"])
     for processes, listed in jobs.items():
-        said = torchrun(processes, "tests/jobs.py", json.dumps(listed, default=str))
+        said = torchrun(processes, "tests/support/run_jobs.py", json.dumps(listed, default=str))
         assert processes == 1 or "share each batch's tokens (experimental)" in said
     return folder
 
@@ -318,43 +316,33 @@ def test_what_can_not_share_a_batch_is_refused(bases, runs, tmp_path, monkeypatc
     assert "not with routed experts" in said and 'train.py", line' not in said
 
 
-class Losses(list):
-    """A log that keeps a run's losses."""
-
-    stop = Stop()  # no signal
-
-    def step(self, number, loss, *_):
-        self.append(float(loss))
-
-
 @pytest.mark.parametrize("way", ["shards on the host", "the optimizer's state on the host"])
-def test_offloaded_shards_train_as_they_do_on_the_device(bases, way):
+def test_offloaded_shards_train_as_they_do_on_the_device(bases, tmp_path, way):
     rng, found = torch.Generator().manual_seed(0), []
     ids = torch.randint(0, 300, (12, 20), generator=rng).tolist()
     data = Dataset([Example(row, [False] * 5 + [True] * 15) for row in ids])
     for offload in (False, True):
-        flags = Flags(method="full", lr=1e-3, steps=5, warmup=0, weight_decay=0.1, batch_size=6, shard="full")
-        flags.shard_offload = offload and way == "shards on the host"
-        flags.optimizer_offload = offload and not flags.shard_offload
-        device = distributed.start(torch.device("cpu"))
-        model = train.prepare(flags, bases["llama"], torch.float32, device)
-        assert distributed.sharded(model)
-        steppers = make_optimizers(model, "adamw", flags.lr, flags.weight_decay, flags.optimizer_offload)
-        steps = train.step_parts(data, Stream(data.lengths, [12], [12], 0), flags, device)
-        found.append(Losses())
-        train.optimize(model, steppers, steps, flags, found[-1], device, lambda *_: False)
-        distributed.stop()
+        shards = offload and way == "shards on the host"
+        chosen = settings(method="full", lr=1e-3, steps=5, warmup=0, weight_decay=0.1, batch_size=6, shard="full",
+                          dtype="fp32", shard_offload=shards, optimizer_offload=offload and not shards)  # fmt: skip
+        device = distributed.init_distributed(torch.device("cpu"))
+        model = load_trainable(chosen, bases["llama"], device)
+        assert distributed.has_shards(model)
+        found.append(run_loop(model, data, chosen, tmp_path, device))
+        distributed.destroy_process_group()
     assert found[0] == pytest.approx(found[1], rel=1e-6) and found[0][-1] < found[0][0] - 0.5
 
 
 def test_adapters_in_shards_begin_as_others_do_whatever_is_named_first(bases):
     found = []
     for shard, targets in (("none", "v_proj,q_proj"), ("full", "v_proj,q_proj"), ("none", "q_proj,v_proj")):
-        flags = Flags(rank=4, targets=targets, shard=shard)
-        device = distributed.start(torch.device("cpu"))
-        model = train.prepare(flags, bases["llama"], torch.float32, device)
-        found.append({name: distributed.whole(layer.lora_A.detach()) for name, layer in lora.adapted(model).items()})
-        assert [layer.number for layer in lora.adapted(model).values()] == list(range(6))
-        distributed.stop()
+        chosen = settings(rank=4, alpha=16.0, dropout=0.0, targets=targets, shard=shard, dtype="fp32")
+        device = distributed.init_distributed(torch.device("cpu"))
+        model = load_trainable(chosen, bases["llama"], device)
+        found.append(
+            {name: distributed.full_tensor(layer.lora_A.detach()) for name, layer in lora.lora_layers(model).items()}
+        )
+        assert [layer.number for layer in lora.lora_layers(model).values()] == list(range(6))
+        distributed.destroy_process_group()
     for other in found[1:]:
         assert found[0].keys() == other.keys() and all(torch.equal(found[0][name], other[name]) for name in other)

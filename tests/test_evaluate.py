@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import chat_base, command, sentence
+from support.helpers import chat_base, command, sentence
 
-import convert
 import data
 import evaluate
 import generate
 from checkpoint import fingerprint, load_model
-from errors import UserError
-from formats import Record, read_records
-from lora import adapted, add_lora, save_adapter
+from common.errors import UserError
+from dataset.formats import Record, read_records
+from interop import resolve
+from lora import add_lora, lora_layers, save_adapter
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +49,7 @@ def make_adapter(base: Path, folder: Path) -> Path:
     model = load_model(base)
     torch.manual_seed(1)
     add_lora(model, rank=4, alpha=8)
-    for layer in adapted(model).values():
+    for layer in lora_layers(model).values():
         layer.lora_B.data.normal_(0, 0.3)
     save_adapter(model, folder)
     return folder
@@ -75,7 +75,7 @@ def test_loss_equals_transformers_mean_over_the_answer_tokens(base, file):
     dataset = data.load([file], tokenizer, 512)
     total = count = 0
     for example in dataset.examples:
-        ids, trained = (torch.tensor([[*each]]) for each in (example.ids.tolist(), example.trained > 0))
+        ids, trained = (torch.tensor([[*each]]) for each in (example.ids.tolist(), example.loss_weights > 0))
         with torch.no_grad():
             mean = theirs(input_ids=ids, labels=ids.masked_fill(~trained, -100)).loss
         total, count = total + float(mean) * int(trained.sum()), count + int(trained.sum())
@@ -88,7 +88,7 @@ def test_loss_equals_transformers_mean_over_the_answer_tokens(base, file):
 def test_loss_does_not_depend_on_the_batch_size_and_repeats_with_dropout_configured(base, file):
     model = load_model(base)
     add_lora(model, rank=4, alpha=8, dropout=0.5)
-    for layer in adapted(model).values():
+    for layer in lora_layers(model).values():
         layer.lora_B.data.normal_(0, 0.3)
     model.train()
     dataset = data.load([file], load_tokenizer(base), 512)
@@ -240,7 +240,7 @@ def test_an_adapter_whose_base_is_gone_is_refused_unless_it_is_the_default(base,
     _, err, code = command(evaluate, monkeypatch, capsys, *words)
     assert code == 2 and "its base, some/where/else, is not here; give --model" in err
     (adapter / "plaintune.json").write_text(json.dumps({"base_sha256": fingerprint(base)}))
-    monkeypatch.setattr(convert, "model_folder", lambda m, real=convert.model_folder: base if m is None else real(m))
+    monkeypatch.setattr(resolve, "model_folder", lambda m, real=resolve.model_folder: base if m is None else real(m))
     out, _, code = command(evaluate, monkeypatch, capsys, *words)
     assert code == 0 and "base      the default one" in out
 
@@ -301,7 +301,7 @@ def test_a_model_trained_here_is_compared_with_the_base_it_names(base, file, tmp
 )
 def test_a_mistake_ends_in_one_line(script, words, said, tmp_path, base, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(convert, "model_folder", lambda m, real=convert.model_folder: base if m is None else real(m))
+    monkeypatch.setattr(resolve, "model_folder", lambda m, real=resolve.model_folder: base if m is None else real(m))
     Path("a.txt").write_text("red fox")
     _, err, code = command(script, monkeypatch, capsys, *words)
     assert code == 2 and err.startswith("error: ") and said in err and err.count("\n") == 1
@@ -388,7 +388,7 @@ def two_adapters(base, tmp_path_factory):
         model = load_model(base)
         add_lora(model, rank, 8.0, targets="q_proj,down_proj" if seed == 2 else "all")
         torch.manual_seed(seed)
-        for layer in adapted(model).values():
+        for layer in lora_layers(model).values():
             torch.nn.init.normal_(layer.lora_B, std=0.3)
         folders.append(tmp_path_factory.mktemp("run") / f"run{seed}" / "final")
         save_adapter(model, folders[-1])

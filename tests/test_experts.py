@@ -8,20 +8,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import relative
+from support.helpers import batch_loss, relative
 from torch import nn
 
 import lora
-import remat
-from checkpoint import load_model, published, save_model
+from checkpoint import hf_name, load_model, save_model
 from data import collate
-from examples import Example
+from dataset.examples import Example
 from families import Config
-from kernels import experts, gpu
+from kernels import activation_checkpointing, experts, triton_utils
 from kernels import grouped as kernel
-from kernels.nf4 import matrix, nf4_dequantize_reference
+from kernels.nf4 import dequantized_weight, nf4_dequantize_reference
 from model import Experts, Linear, Transformer
-from objectives import training_loss
 from quant import quantize
 
 SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -65,10 +63,10 @@ def make(family: str, method: str = "full", targets: str = "all", dropout: float
             if isinstance(module, Linear) and "blocks" in name:
                 module.quantize(quantize(module.weight))
     if method != "full":
-        names = {published(model, name) for name, module in model.named_modules() if isinstance(module, Linear)}
+        names = {hf_name(model, name) for name, module in model.named_modules() if isinstance(module, Linear)}
         wanted = [t for t in TARGETS[targets].split(",") if t == "all" or any(n.endswith("." + t) for n in names)]
         lora.add_lora(model, rank, 12.0, dropout, wanted)
-        for layer in lora.adapted(model).values():
+        for layer in lora.lora_layers(model).values():
             nn.init.normal_(layer.lora_B, std=0.2)
     return model.train()
 
@@ -87,7 +85,7 @@ def results(model: Transformer, tokens: int, dtype: torch.dtype, keys: bool = Tr
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, 64, generator=generator).to(torch.bfloat16).to(dtype).requires_grad_()
     target = torch.randn(tokens, 64, generator=generator).to(dtype)
-    model.noise.keys = torch.arange(tokens) * 977 if keys else None
+    model.dropout_seeds.seeds = torch.arange(tokens) * 977 if keys else None
     layer.load = None
     out = layer(x)
     chosen, probability = layer.load
@@ -217,7 +215,7 @@ def test_gate_and_up_in_nf4_and_down_not(grouped, monkeypatch):
         made = make("mixtral", "qlora")
         for expert in made.blocks[0].mlp.experts:
             base = expert.down.base
-            base.dequantize(matrix(base.frozen, torch.float32))
+            base.dequantize(dequantized_weight(base.frozen, torch.float32))
         return made
 
     got = results(model(), 20, torch.float32)
@@ -231,14 +229,14 @@ def test_parameters_that_lie_together(grouped, method):
     """They are multiplied with where they are, and stay what they were for all that reads and writes them."""
     model, fresh = make("mixtral", method), make("mixtral", method)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    model.blocks[0].mlp.lay_together()
+    model.blocks[0].mlp.make_weights_contiguous()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     down = [expert.down.member() for expert in model.blocks[0].mlp.experts]
     for column in zip(*([*member.frozen, member.A] for member in down), strict=True):
         if column[0] is not None:
             joint = kernel.as_one(column)
             assert joint.data_ptr() == column[0].data_ptr() and torch.equal(joint, torch.stack(list(column)))
-            model.blocks[0].mlp.lay_together()  # again: nothing moves
+            model.blocks[0].mlp.make_weights_contiguous()  # again: nothing moves
             assert joint.data_ptr() == column[0].data_ptr()
     assert_close(results(model, 20, torch.float32), results(fresh, 20, torch.float32), 1e-7)
     for each in (model, fresh):
@@ -276,7 +274,7 @@ def test_files_are_the_same(folder, tmp_path, quant):
     model = load_model(folder, quant=quant)
     save_model(model, tmp_path / "apart")
     for block in model.blocks:
-        block.mlp.lay_together()
+        block.mlp.make_weights_contiguous()
     save_model(model, tmp_path / "together")
     apart, together = (tmp_path / name / "model.safetensors" for name in ("apart", "together"))
     assert apart.read_bytes() == together.read_bytes()
@@ -288,16 +286,16 @@ def test_a_text_is_the_same(folder, grouped, monkeypatch, quant):
     prompts = [[5, 7, 11], [3, 1, 4, 1, 5, 9]]
     model = load_model(folder, quant=quant)
     lora.add_lora(model, 8, 16.0)
-    for layer in lora.adapted(model).values():
+    for layer in lora.lora_layers(model).values():
         nn.init.normal_(layer.lora_B, std=0.1)
     for block in model.blocks:
-        block.mlp.lay_together()
+        block.mlp.make_weights_contiguous()
     adapted = model.generate(prompts, 12)
     assert grouped
     lora.merge(model, keep=True)
     merged = model.generate(prompts, 12)
     lora.unmerge(model)
-    lora.drop_lora(model)
+    lora.remove_lora(model)
     plain = model.generate(prompts, 12)
     monkeypatch.undo()
     again = load_model(folder, quant=quant)
@@ -305,18 +303,18 @@ def test_a_text_is_the_same(folder, grouped, monkeypatch, quant):
     assert adapted == merged != plain
 
 
-@pytest.mark.parametrize("kind", remat.KINDS[1:])
+@pytest.mark.parametrize("kind", activation_checkpointing.KINDS[1:])
 def test_recomputed_blocks(folder, grouped, kind):
     found = []
     for each in ("none", kind):
         model = load_model(folder).train()
-        model.remat = each
+        model.activation_checkpointing = each
         tokens = torch.arange(40) % 96
         batch = collate(
             [Example(tokens[:15].numpy(), np.ones(15, np.float32)), Example(tokens.numpy(), np.ones(40))], "cpu"
         )
-        loss, balance = training_loss(model, batch, batch.weight, 55)
-        (loss + balance).backward()
+        loss = batch_loss(model, batch)
+        loss.backward()
         found.append({name: p.grad for name, p in model.named_parameters()} | {"loss": loss.detach()})
     assert len(grouped) > 12
     assert all(torch.equal(found[1][name], value) for name, value in found[0].items())
@@ -324,7 +322,7 @@ def test_recomputed_blocks(folder, grouped, kind):
 
 def test_parameters_that_moved_on_are_copied(grouped):
     model, fresh = make("mixtral"), make("mixtral")
-    model.blocks[0].mlp.lay_together()
+    model.blocks[0].mlp.make_weights_contiguous()
     down = model.blocks[0].mlp.experts[2].down
     down.weight.data = down.weight.data * 2
     fresh.blocks[0].mlp.experts[2].down.weight.data *= 2
@@ -336,11 +334,11 @@ def test_parameters_that_moved_on_are_copied(grouped):
 @pytest.fixture
 def triton_too(monkeypatch):
     """The layer's Triton kernels compute, in small tiles; at least one must have run by the end."""
-    if isinstance(gpu.triton, gpu.Absent):
+    if isinstance(triton_utils.triton, triton_utils.TritonStub):
         pytest.skip("needs triton")
     asked = []
     for module in (experts, kernel):
-        monkeypatch.setattr(module, "on_gpu", lambda x: asked.append(x) or True)
+        monkeypatch.setattr(module, "use_triton", lambda x: asked.append(x) or True)
     monkeypatch.setattr(experts, "BLOCK", 32)
     for name, size in {"ROWS": 16, "COLUMNS": 32, "BYTES": 512}.items():
         monkeypatch.setattr(kernel, name, size)
@@ -368,7 +366,7 @@ def test_triton_dequantises_all_experts_in_one_launch(triton_too, monkeypatch, d
     monkeypatch.setattr(kernel, "dequantize_on_gpu", lambda *args: launched.append(args) or launch(*args))
     together = [kernel.NF4(*(None if t is None else nn.Parameter(t, False) for t in nf4)) for nf4 in separate]
     for column in zip(*together, strict=True):
-        kernel.lay_together(column)
+        kernel.make_contiguous(column)
     for joint, matrices in ((False, separate), (True, together)):
         product = kernel.make_product([[kernel.Member(nf4) for nf4 in matrices]])
         assert product.joint == joint
@@ -398,7 +396,7 @@ def test_triton_multiplies_few_rows_with_quantised_experts(triton_too, double, l
     separate = [quantize(weight, double) for weight in torch.randn(6 * linears, 40, 1024)]
     together = [kernel.NF4(*(None if t is None else nn.Parameter(t, False) for t in nf4)) for nf4 in separate]
     for column in zip(*together, strict=True):
-        kernel.lay_together(column)
+        kernel.make_contiguous(column)
     members = [kernel.Member(nf4) for nf4 in together]
     product = kernel.make_product([members[i::linears] for i in range(linears)])
     expert = torch.tensor([0, 0, 2, 5])

@@ -14,13 +14,13 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import record_graphs, relative
-from test_train import losses, oracle_losses, rows, settings
+from support.helpers import record_graphs, relative
+from support.training_runs import oracle_losses, rows, run_loop, settings
 from torch import nn
 
 import decoding
 import lora
-from checkpoint import load_model, published, save_model, transposed
+from checkpoint import hf_name, load_model, save_model, transposed
 from families import FAMILIES, Config, Rope
 
 SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 4}
@@ -430,7 +430,7 @@ def test_families_gradients_equal_transformers(folders, case):
     wanted = {name.replace("gpt_neox.embed_out", "embed_out"): p for name, p in theirs.named_parameters()}
     compared, worst = 0, 0.0
     for name, parameter in ours.named_parameters():
-        other = wanted.get(published(ours, name))
+        other = wanted.get(hf_name(ours, name))
         if other is not None:
             compared += 1
             grad = other.grad.t() if transposed(ours, name) else other.grad
@@ -487,7 +487,7 @@ def test_families_compute_shared_beginnings_once(folders, case, monkeypatch):
     first, *ends = (torch.randint(3, 96, (n,), generator=generator).tolist() for n in (14, 9, 3, 17))
     prompts = [first + ends[0], first + ends[1] + ends[2], first, first + ends[1], ends[2], first]
     alone = [ours.generate([prompt], 20)[0] for prompt in prompts]
-    monkeypatch.setattr(decoding, "ROUND", 2)
+    monkeypatch.setattr(decoding, "CACHE_ROUND", 2)
     hidden, passes = ours.hidden, []
     monkeypatch.setattr(ours, "hidden", lambda ids, *more: passes.append(ids.tolist()) or hidden(ids, *more))
     assert ours.generate(prompts, 20) == alone
@@ -517,7 +517,7 @@ def test_families_adapters_load_in_peft(folders, case, tmp_path):
     ours = load_model(folder)
     lora.add_lora(ours, 4, 6.0, targets=targets_of(case))
     torch.manual_seed(5)
-    for layer in lora.adapted(ours).values():
+    for layer in lora.lora_layers(ours).values():
         nn.init.normal_(layer.lora_B, std=0.05)
     lora.save_adapter(ours, tmp_path / "adapter")
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
@@ -534,7 +534,7 @@ def test_families_adapters_of_peft_load_here(folders, case, tmp_path):
     folder, _ = folders(case)
     ours = load_model(folder)
     names = lora.add_lora(ours, 4, 6.0, targets=targets_of(case))
-    lora.drop_lora(ours)
+    lora.remove_lora(ours)
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     torch.manual_seed(6)
     settings = peft.LoraConfig(r=3, lora_alpha=5, target_modules=names, fan_in_fan_out=ours.config.conv1d)
@@ -557,8 +557,8 @@ def test_families_experts_take_lora(folders, case, tmp_path):
     assert not any(name.endswith("gate") for name in names)  # the router
     before = model(tokens(40))
     (before * torch.randn(before.shape, generator=torch.Generator().manual_seed(7))).sum().backward()
-    assert all(layer.lora_B.grad.any() for layer in lora.adapted(model).values())
-    for layer in lora.adapted(model).values():
+    assert all(layer.lora_B.grad.any() for layer in lora.lora_layers(model).values())
+    for layer in lora.lora_layers(model).values():
         nn.init.normal_(layer.lora_B, std=0.05)
     lora.save_adapter(model, tmp_path / "adapter")
     again = load_model(folder)
@@ -608,7 +608,7 @@ def test_families_training_equals_transformers(tmp_path, case):
     for example in data.examples:  # transformers gives the padding token's row of the embedding no gradient
         example.ids = [3 if token == 0 else token for token in example.ids]
     wanted = oracle_losses(theirs, data, flags, balance=balance)
-    assert losses(ours, data, flags, tmp_path) == pytest.approx(wanted, rel=0, abs=1e-4)
+    assert run_loop(ours, data, flags, tmp_path) == pytest.approx(wanted, rel=0, abs=1e-4)
     if balance:
         written = [json.loads(line)["balance_loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         assert all(ours.config.experts.active * 0.9 < value < ours.config.experts.count for value in written)

@@ -16,15 +16,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import command, llama
+from support.helpers import command, llama
 from test_distributed import ROOT, lines, torchrun
 from test_resume import after_lines, assert_same, descendants, exact, final, job  # noqa: F401 (a fixture)
 
 import checkpoint
-import log
-import resume
 import train
+from objectives import Objective, supervised_loss
 from optimizers import make_optimizers
+from training import checkpointer as resume
+from training import metrics as log
+from training import signals
 
 # ----------------------------------------------------------------------------------------------- signals
 
@@ -64,7 +66,7 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(job, tmp_path, n
     said = child.communicate()[0]
     assert child.returncode == (128 + number if processes == 1 else 1), said
     assert "stopping  after this step" in said and f"train.py --out {out} --resume goes on" in said
-    (kept,) = resume.steps(out / "checkpoints")
+    (kept,) = resume.list_checkpoints(out / "checkpoints")
     assert f"stopped   after step {kept.name[5:]};" in said and int(kept.name[5:]) < 60
     done, _ = start(["--resume"], out, processes).communicate()
     assert f"resumed   after step {kept.name[5:]}" in done
@@ -81,7 +83,7 @@ def test_a_second_signal_ends_it_at_once_and_a_repeated_one_does_not():
 
 def test_signals_are_as_before_afterwards():
     before = signal.getsignal(signal.SIGTERM)
-    with log.Stop():
+    with signals.GracefulStop():
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -100,7 +102,7 @@ def test_a_dead_process_stops_the_others_within_seconds(job, tmp_path):  # noqa:
     assert "SIGKILL" in said  # torchrun's word on the one that died
     assert "rank 0: error: another process has ended, or was waited for too long" in said or "SIGTERM" in said
     assert 'train.py", line' not in said  # a traceback of ours
-    assert resume.newest(tmp_path / "out") is not None
+    assert resume.newest_checkpoint(tmp_path / "out") is not None
 
 
 def test_a_process_that_hangs_is_waited_for_so_long(job, tmp_path):  # noqa: F811
@@ -119,23 +121,35 @@ def test_a_process_that_hangs_is_waited_for_so_long(job, tmp_path):  # noqa: F81
     said = child.communicate(timeout=60)[0]
     assert child.returncode == 1
     assert "rank 0: error: another process has ended, or was waited for too long" in said
-    found = resume.newest(tmp_path / "out")
+    found = resume.newest_checkpoint(tmp_path / "out")
     assert found is not None and f"{found.folder.name} is whole" in said
 
 
 # ----------------------------------------------------------------------------------------------- numbers
 
 
+def scale_losses(monkeypatch, factor) -> None:
+    """Multiplies the loss of each micro-batch by factor(model)."""
+
+    def scaled(model, batch, totals, losses):
+        times = factor(model)
+        before = losses.loss.clone()
+        loss = supervised_loss(model, batch, totals, losses)
+        losses.loss = before + (losses.loss - before) * times
+        return loss * times
+
+    monkeypatch.setitem(train.OBJECTIVES, "supervised", Objective(scaled, "tokens"))
+
+
 @pytest.mark.parametrize("method", ["full", "lora", "muon", "adamw8bit", "bf16 weights"])
 def test_a_step_without_a_finite_loss_is_skipped_and_counted(job, tmp_path, monkeypatch, capsys, method):  # noqa: F811
-    loss, calls, moved = train.training_loss, [], []
+    calls, moved = [], []
 
-    def broken(model, *arguments):
+    def factor(model) -> float:
         calls.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
-        part, balance = loss(model, *arguments)
-        return (part * math.nan if len(calls) == 5 else part), balance
+        return math.nan if len(calls) == 5 else 1.0
 
-    monkeypatch.setattr(train, "training_loss", broken)
+    scale_losses(monkeypatch, factor)
     out, err, code = command(train, monkeypatch, capsys, *job(method), "--out", tmp_path / "run")
     assert code == 0, err
     assert "step 5: the loss is nan" in out and "skipped, 1 in a row of at most 10" in out
@@ -168,14 +182,13 @@ def test_a_skipped_step_changes_nothing(tmp_path, kind, dtype):
 
 
 def test_ten_in_a_row_end_the_run_and_their_examples_are_kept(job, tmp_path, monkeypatch, capsys):  # noqa: F811
-    loss, calls = train.training_loss, []
+    calls = []
 
-    def broken(*arguments):
+    def factor(_) -> float:
         calls.append(1)
-        part, balance = loss(*arguments)
-        return (part * math.inf if len(calls) > 3 else part), balance
+        return math.inf if len(calls) > 3 else 1.0
 
-    monkeypatch.setattr(train, "training_loss", broken)
+    scale_losses(monkeypatch, factor)
     _, err, code = command(train, monkeypatch, capsys, *job("lora"), "--out", tmp_path / "run")
     assert code == 2 and "the 10th step in a row" in err and "try a lower --lr" in err
     assert "data.jsonl" in err and "step-12 is whole" in err
@@ -184,7 +197,7 @@ def test_ten_in_a_row_end_the_run_and_their_examples_are_kept(job, tmp_path, mon
     assert all(len(e["ids"]) == len(e["trained"]) and sum(e["trained"]) > 0 for e in examples)
     assert len(lines(tmp_path / "run")) == 13 + 4  # and validations after 0, 4, 8, 12
     # a run that goes on remembers how many there were
-    monkeypatch.setattr(train, "training_loss", lambda *arguments: (loss(*arguments)[0] * math.nan, None))
+    scale_losses(monkeypatch, lambda _: math.nan)
     _, err, code = command(train, monkeypatch, capsys, "--out", tmp_path / "run", "--resume")
     assert code == 2 and "step 13: the loss is nan" in err and "the 10th step in a row" in err
 
@@ -197,13 +210,13 @@ class Disk:
 
     def __init__(self, monkeypatch, fails):
         self.fails, self.calls, self.failed, self.begun = fails, 0, [], False
-        init = log.Lines.__init__
+        init = log.DurableJSONL.__init__
 
         def begin(lines, *arguments):
             init(lines, *arguments)
             self.begun = True
 
-        monkeypatch.setattr(log.Lines, "__init__", begin)
+        monkeypatch.setattr(log.DurableJSONL, "__init__", begin)
         for owner, name in ((os, "pwrite"), (os, "fsync"), (os, "replace"), (os, "mkdir"), (os, "rename"),
                             (os, "symlink"), (shutil, "copyfile"), (builtins, "open")):  # fmt: skip
             monkeypatch.setattr(owner, name, self.watched(name, getattr(owner, name)))
@@ -260,7 +273,7 @@ def test_a_disk_that_is_full_for_one_write_costs_no_run(short, tmp_path, monkeyp
         assert exact(out) == exact(whole), (number, disk.failed)
         mine, wanted = final(out), final(whole)
         assert all(torch.equal(mine[name], wanted[name]) for name in wanted)
-        assert all(resume.damage(folder) is None for folder in resume.steps(out / "checkpoints"))
+        assert all(resume.find_corruption(folder) is None for folder in resume.list_checkpoints(out / "checkpoints"))
         shutil.rmtree(out)
         number += 4
     assert number > 12 and warned > 2
@@ -284,8 +297,10 @@ def test_a_disk_that_stays_full_keeps_the_older_checkpoint(job, tmp_path, monkey
 
 def test_a_full_disk_of_the_first_process_stops_no_other(job, tmp_path):  # noqa: F811
     words = [*job("full"), "--batch-size", "3", "--shard", "full", "--timeout", "20"]
-    torchrun(2, "tests/jobs.py", json.dumps([[*words, "--out", str(tmp_path / "whole")]]))
-    said = torchrun(2, "tests/jobs.py", json.dumps([[*words, "--out", str(tmp_path / "out")]]), FULL_DISK="1")
+    torchrun(2, "tests/support/run_jobs.py", json.dumps([[*words, "--out", str(tmp_path / "whole")]]))
+    said = torchrun(
+        2, "tests/support/run_jobs.py", json.dumps([[*words, "--out", str(tmp_path / "out")]]), FULL_DISK="1"
+    )
     assert "best/ was not written" in said and "training goes on" in said
     assert_same(tmp_path / "whole", tmp_path / "out")
 
@@ -298,12 +313,12 @@ def test_a_small_disk_in_earnest(job, tmp_path, monkeypatch, capsys):  # noqa: F
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place], check=False).returncode:
         pytest.skip("may not mount")
     try:
-        monkeypatch.setattr(resume, "check_room", lambda *_: None)
+        monkeypatch.setattr(resume, "check_disk_space", lambda *_: None)
         words = [*job("full"), "--save-every", "2", "--keep", "9", "--out", place / "run"]
         said, err, code = command(train, monkeypatch, capsys, *words)
         assert code == 0 and "No space left" in said and "training goes on" in said, said + err
-        kept = resume.steps(place / "run/checkpoints")
-        assert kept and all(resume.damage(folder) is None for folder in kept)
+        kept = resume.list_checkpoints(place / "run/checkpoints")
+        assert kept and all(resume.find_corruption(folder) is None for folder in kept)
         whole = [*job("full"), "--save-every", "0", "--out", tmp_path / "whole"]
         assert command(train, monkeypatch, capsys, *whole)[2] == 0
         assert_same(place / "run", tmp_path / "whole")
@@ -336,12 +351,12 @@ def test_a_folder_that_takes_no_file_is_found_before_training(job, tmp_path, mon
 # ----------------------------------------------------------------------------------------------- a small GPU
 
 
-@pytest.mark.parametrize("method, helps", [("lora", "--method qlora"), ("full", "--remat block")])
+@pytest.mark.parametrize("method, helps", [("lora", "--method qlora"), ("full", "--activation-checkpointing full")])
 def test_out_of_memory_says_what_helps(job, tmp_path, monkeypatch, capsys, method, helps):  # noqa: F811
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...")
 
-    monkeypatch.setattr(train, "training_loss", full)
+    monkeypatch.setitem(train.OBJECTIVES, "supervised", Objective(full, "tokens"))
     _, err, code = command(train, monkeypatch, capsys, *job(method), "--out", tmp_path / "run")
     assert code == 2 and err.startswith("error: out of memory: CUDA out of memory. Expected were")
     assert helps in err and ("--seq-len" in err or "--batch-size 3 --accumulate 2" in err)

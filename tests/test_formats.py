@@ -1,4 +1,4 @@
-"""What formats.py promises: each known format comes out as messages, each bad file as one line with the place.
+"""What dataset/formats.py promises: each known format comes out as messages, each bad file as one line with the place.
 
 The container is found by content, so files here are written as bytes under names that say little. Takes about a second.
 """
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from errors import UserError
-from formats import read_records
+from common.errors import UserError
+from dataset.formats import read_records
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
@@ -75,7 +75,7 @@ def test_alpaca_system_and_history_become_earlier_turns(write):
     source = read_records(write([ALPACA | {"system": "Be brief.", "history": [["q1", "a1"], ["q2", "a2"]]}]))
     system = {"role": "system", "content": "Be brief."}
     assert source.records[0].messages == [system, *turns("q1", "a1", "q2", "a2", "Add.\n\n1 2", "3")]
-    assert source.found.ignored == {}
+    assert source.stats.ignored == {}
 
 
 def test_alpaca_empty_system_is_no_turn(write):
@@ -84,7 +84,7 @@ def test_alpaca_empty_system_is_no_turn(write):
 
 def test_alpaca_wins_over_the_rendered_text_beside_it(write):
     source = read_records(write([ALPACA | {"text": "Below is an instruction ..."}]))
-    assert (name_of(source), [*source.found.ignored]) == ("Alpaca", ["text"])
+    assert (name_of(source), [*source.stats.ignored]) == ("Alpaca", ["text"])
 
 
 def test_messages_come_through_unchanged_and_need_not_begin_with_system_or_user(write):
@@ -164,19 +164,19 @@ def test_a_record_makes_these_messages(write, name):
     loaded = read_records(write([record]))
     assert name_of(loaded) == name and [each.messages for each in loaded.records] == [wanted]
     assert loaded.records[0].weights is None
-    assert loaded.found.dropped == ({"a deleted reply": 1} if name == "OASST trees" else {})
+    assert loaded.stats.dropped == ({"a deleted reply": 1} if name == "OASST trees" else {})
 
 
 def test_squad_flat_and_nested_with_questions_that_have_no_answer(write):
     question = {"question": "q", "answers": {"text": ["a", "b"], "answer_start": [0, 1]}}
     loaded = read_records(write([question | {"context": "c"}, question | {"context": "c", "answers": {"text": []}}]))
     assert [each.messages for each in loaded.records] == [turns("c\n\nq", "a")]
-    assert loaded.found.dropped == {"without an answer": 1}
+    assert loaded.stats.dropped == {"without an answer": 1}
     nested = {"question": "q", "answers": [{"text": "a", "answer_start": 0}]}
     paragraph = {"context": "c", "qas": [nested, {"question": "r", "answers": [], "is_impossible": True}]}
     for text in (json.dumps({"version": "2", "data": [{"paragraphs": [paragraph]}]}, indent=i) for i in (None, 1)):
         loaded = read_records(write(text))
-        assert (name_of(loaded), loaded.found.dropped) == ("SQuAD", {"without an answer": 1})
+        assert (name_of(loaded), loaded.stats.dropped) == ("SQuAD", {"without an answer": 1})
         assert [each.messages for each in loaded.records] == [turns("c\n\nq", "a")]
 
 
@@ -240,7 +240,7 @@ def test_oasst_messages_make_what_their_trees_make(write, paths):
     loaded = read_records(write(flat(THREAD, "a") + flat(THREAD, "b")), paths)
     assert name_of(loaded) == "OASST messages" and [record.messages for record in loaded.records] == nested
     loaded = read_records(write([*flat(THREAD, "a"), *flat(THREAD, "b", "nobody")]), paths)
-    assert loaded.found.dropped["a message whose parents lead to no root"] == 7
+    assert loaded.stats.dropped["a message whose parents lead to no root"] == 7
     assert "tree 'a' again" in error_of(write(flat(THREAD, "a") + flat(THREAD, "b") + flat(THREAD, "a")))
 
 
@@ -391,17 +391,17 @@ def test_reading_time_grows_with_the_file_not_with_its_square(write, container):
 def test_empty_answers_are_dropped_and_counted(write):
     chat = {"messages": turns("q", "a", "q", "\n")}
     source = read_records(write([ALPACA | {"output": ""}, ALPACA, ALPACA | {"output": " \n"}]))
-    assert (len(source.records), source.found.dropped) == (1, {"empty answer": 2})
+    assert (len(source.records), source.stats.dropped) == (1, {"empty answer": 2})
     source = read_records(write([CHAT, chat]))
-    assert (len(source.records), source.found.dropped) == (1, {"empty answer": 1})
+    assert (len(source.records), source.stats.dropped) == (1, {"empty answer": 1})
     source = read_records(write([{"text": ""}, {"text": "a"}]))
-    assert (len(source.records), source.found.dropped) == (1, {"empty text": 1})
+    assert (len(source.records), source.stats.dropped) == (1, {"empty text": 1})
 
 
 def test_unknown_keys_beside_a_known_format_are_ignored_and_listed(write):
     message = {"role": "assistant", "content": "a", "name": "Al"}
     source = read_records(write([{"messages": [message], "id": 1}, {"messages": [message], "split": None}]))
-    assert sorted(source.found.ignored) == ["id", "messages.name", "split"]
+    assert sorted(source.stats.ignored) == ["id", "messages.name", "split"]
     assert source.records[0].messages == [{"role": "assistant", "content": "a"}]
 
 
@@ -567,7 +567,7 @@ def test_missing_file_folder_and_utf_16_text_are_refused(write, tmp_path):
 
 def test_numbers_of_any_length_are_no_fault(write):
     record = json.dumps(ALPACA)[:-1] + f', "id": {"9" * 10_000}, "score": 1e999}}'
-    assert [*read_records(write(record)).found.ignored] == ["id", "score"]
+    assert [*read_records(write(record)).stats.ignored] == ["id", "score"]
 
 
 # ---- real files ----
@@ -586,7 +586,7 @@ def test_numbers_of_any_length_are_no_fault(write):
 def test_real_files_are_read_whole(name, format, container, count):
     source = read_records(DATA / name)
     assert (name_of(source), kind_of(source), len(source.records)) == (format, container, count)
-    assert source.found.dropped == {} and source.found.ignored == {}
+    assert source.stats.dropped == {} and source.stats.ignored == {}
 
 
 @real_data

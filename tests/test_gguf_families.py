@@ -13,14 +13,14 @@ import gguf
 import pytest
 import torch
 import transformers
-from helpers import relative
 from safetensors.torch import load_file
+from support.helpers import relative
 from test_convert import byte_level_tokenizer
 
 import convert
 from checkpoint import load_model, read_config
-from gguf_out import first_difference
-from gguf_tables import ARCHITECTURE_OF, ARCHITECTURES, places
+from interop.gguf_export import first_difference
+from interop.gguf_names import ARCHITECTURE_OF, ARCHITECTURES, places
 from tokenizer import load_tokenizer
 
 SIZES = {"vocab_size": 304, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
@@ -122,7 +122,7 @@ def exported(tmp_path_factory):
             model = checkpoint(folder / "hf", *CASES[case][:2])
             with torch.no_grad():
                 expected = model(tokens()).logits[0]
-            convert.folder_to_gguf(folder / "hf", folder / "x.gguf", "f32", say=notes.append)
+            convert.folder_to_gguf(folder / "hf", folder / "x.gguf", "f32", log=notes.append)
             made[case] = folder, expected, notes
         return made[case]
 
@@ -152,7 +152,7 @@ def test_gguf_families_come_back_as_the_same_model(case, exported, tmp_path):
             assert torch.equal(after[name], weight), name
     ours, theirs = read_config(folder / "hf"), read_config(tmp_path / "back")
     for entry in dataclasses.fields(ours):
-        if entry.name not in ("family", "raw", "unheeded"):
+        if entry.name not in ("family", "raw", "ignored_settings"):
             assert not first_difference(getattr(ours, entry.name), getattr(theirs, entry.name), entry.name)
     assert theirs.family == {"mistral, no window": "llama"}.get(case, ours.family)
     ours, theirs = load_tokenizer(folder / "hf"), load_tokenizer(tmp_path / "back")

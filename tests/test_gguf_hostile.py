@@ -17,11 +17,11 @@ from test_convert import blob, llama, sentencepiece_fields, sentencepiece_model,
 from test_gguf_families import CASES, checkpoint
 
 import convert
-from errors import UserError
+from common.errors import UserError
 from families import Config
-from gguf_header import Tensor, read_gguf
-from gguf_in import config_json, matched
-from gguf_vocab import tokenizer_files
+from interop.gguf_import import config_json, matched
+from interop.gguf_reader import Tensor, read_gguf
+from interop.gguf_tokenizer import tokenizer_files
 
 ROOT = Path(__file__).parent.parent
 FUZZED = ["llama, llama3 rope", "qwen2, yarn", "qwen3_moe", "gemma2", "gemma3, other windows", "phi3, longrope", "gpt2"]
@@ -53,7 +53,7 @@ def files(tmp_path_factory):
         family, changes, _ = CASES[case]
         depth = {} if family == "gpt2" or "layer_types" in changes else {"num_hidden_layers": 2}
         checkpoint(folder / case, family, changes | depth)
-        convert.folder_to_gguf(folder / case, folder / f"{case}.gguf", say=lambda line: None)
+        convert.folder_to_gguf(folder / case, folder / f"{case}.gguf", log=lambda line: None)
         shutil.rmtree(folder / case)
     fields = sentencepiece_fields(sentencepiece_model(True))
     write_gguf(folder / "sentencepiece.gguf", llama(vocab_size=330, num_hidden_layers=1), fields=fields)

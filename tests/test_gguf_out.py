@@ -16,15 +16,15 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import command, relative
 from safetensors.torch import load_file, save_file
+from support.helpers import command, relative
 from test_convert import refusal
 from test_gguf_families import LLAMA3, TEMPLATE, checkpoint, tokens
 
 import checkpoint as ours
 import convert
-import gguf_out
 import lora
+from interop import gguf_export as gguf_out
 
 ROOT = Path(__file__).parent.parent
 HEADS = {"q_proj": 4, "k_proj": 2}
@@ -111,7 +111,7 @@ def test_bf16_comes_back_bit_for_bit_and_so_do_gemmas_norms(tmp_path):
 def test_rows_that_are_no_whole_blocks_are_f16_and_that_is_said(tmp_path):
     checkpoint(tmp_path / "hf", "llama", {"intermediate_size": 72, "num_hidden_layers": 1})
     notes = []
-    convert.folder_to_gguf(tmp_path / "hf", tmp_path / "x.gguf", "q8_0", say=notes.append)
+    convert.folder_to_gguf(tmp_path / "hf", tmp_path / "x.gguf", "q8_0", log=notes.append)
     found = contents(tmp_path / "x.gguf")
     assert [name for name, (kind, _) in found.items() if kind == "F16"] == ["blk.0.ffn_down.weight"]
     assert found["blk.0.ffn_up.weight"][0] == "Q8_0"
@@ -145,7 +145,7 @@ def test_an_adapter_is_merged_as_lora_merge_does_it(base, adapter, tmp_path):
     model = ours.load_model(base)
     lora.load_adapter(model, adapter[0])
     lora.merge(model)
-    lora.drop_lora(model)
+    lora.remove_lora(model)
     ours.save_model(model, tmp_path / "merged")
     convert.folder_to_gguf(tmp_path / "merged", tmp_path / "y.gguf", "f32")
     direct, by_folder = contents(tmp_path / "x.gguf"), contents(tmp_path / "y.gguf")
@@ -185,7 +185,7 @@ def test_fused_and_transposed_matrices_take_their_adapter(family, tmp_path):
     model = ours.load_model(tmp_path / "hf")
     torch.manual_seed(0)
     lora.add_lora(model, 2, 6)
-    for layer in lora.adapted(model).values():
+    for layer in lora.lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.2)
     lora.save_adapter(model, tmp_path / "adapter")
     with torch.no_grad():
@@ -198,7 +198,7 @@ def test_fused_and_transposed_matrices_take_their_adapter(family, tmp_path):
     convert.folder_to_gguf(tmp_path / "hf", tmp_path / "plain.gguf")
     plain, merged, factors = (contents(tmp_path / f"{name}.gguf") for name in ("plain", "x", "lora"))
     adapted = {name.rpartition(".")[0] for name in factors}
-    assert len(adapted) == len(lora.adapted(model))
+    assert len(adapted) == len(lora.lora_layers(model))
     for name in adapted:
         update = 3 * factors[f"{name}.lora_b"][1] @ factors[f"{name}.lora_a"][1]
         np.testing.assert_allclose(merged[name][1], plain[name][1] + update, rtol=1e-5, atol=1e-6)

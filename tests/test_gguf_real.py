@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from helpers import SHARED, needs_shared, relative
+from support.helpers import SHARED, needs_shared, relative
 from test_convert import SENTENCES, sentencepiece_model
 from test_gguf_families import CASES, checkpoint, tokens
 from test_gguf_vocab import phi3_model, pieces, real, texts
@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import convert
 import lora
 from checkpoint import load_model
+from interop import resolve
 from tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -176,7 +177,7 @@ def test_llama_cpp_uses_the_long_factors_in_a_long_context(tmp_path):
 
 @pytest.fixture(scope="module")
 def base():
-    folder = convert.model_folder(None)
+    folder = resolve.model_folder(None)
     return load_model(folder), load_tokenizer(folder), folder
 
 
@@ -200,7 +201,7 @@ def test_a_lora_file_changes_llama_cpps_answers_as_the_adapter_changes_ours(base
     model = load_model(folder)
     torch.manual_seed(0)
     lora.add_lora(model, 8, 16)
-    for layer in lora.adapted(model).values():
+    for layer in lora.lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.05)
     lora.save_adapter(model, tmp_path / "adapter")
     convert.folder_to_gguf(folder, tmp_path / "base.gguf", "f32")

@@ -12,14 +12,14 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
-from helpers import SHARED, needs_shared
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from support.helpers import SHARED, needs_shared
 from test_convert import FIELDS, SENTENCES, byte_level_tokenizer, llama, refusal, sentencepiece_model, write_gguf
 from test_gguf_families import checkpoint
 from transformers import AutoTokenizer
 
 import convert
-import gguf_vocab
+from interop import gguf_tokenizer as gguf_vocab
 from tokenizer import load_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -75,7 +75,7 @@ SMALLEST = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "t
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in ROWS])
 def test_real_tokenizers_come_back_with_the_same_ids(name, tmp_path):
     folder, notes = real(name, tmp_path / "hf"), []
-    convert.folder_to_gguf(folder, tmp_path / "x.gguf", "bf16", say=notes.append)
+    convert.folder_to_gguf(folder, tmp_path / "x.gguf", "bf16", log=notes.append)
     convert.gguf_to_folder(tmp_path / "x.gguf", tmp_path / "back")
     before, after = load_tokenizer(folder), load_tokenizer(tmp_path / "back")
     special = [*before.special_tokens][:4] + [text for text, token in before.added.items() if not token.special][:4]
@@ -112,7 +112,7 @@ def spoil(folder, change):
 
 
 def fields(folder, tmp_path, notes=None, name="x.gguf"):
-    convert.folder_to_gguf(folder, tmp_path / name, say=([] if notes is None else notes).append)
+    convert.folder_to_gguf(folder, tmp_path / name, log=([] if notes is None else notes).append)
     reader = gguf.GGUFReader(tmp_path / name)
     return {key: field.contents() for key, field in reader.fields.items()}
 

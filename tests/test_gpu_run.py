@@ -26,8 +26,8 @@ import peers
 from random_models import DEVIATION, random_model
 
 import lora
-import plan
-from kernels.nf4 import matrix
+from kernels.nf4 import dequantized_weight
+from planning import memory as plan
 
 CPU = torch.device("cpu")
 EMPTY = f"before\n{gpu_tables.BEGIN}\nstale\n{gpu_tables.END}\nafter\n"
@@ -240,15 +240,15 @@ def test_documents_fill_the_rows_that_the_peer_has():
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_random_models_have_what_training_would_give_them(method):
     raw = peers.raw_config("rehearsal")
-    make = lambda seed: random_model(raw, plan.Setup(method), torch.bfloat16, CPU, {"rank": 4, "alpha": 8.0}, seed)
+    make = lambda seed: random_model(raw, plan.Recipe(method), torch.bfloat16, CPU, {"rank": 4, "alpha": 8.0}, seed)
     model, again, other = make(1), make(1), make(2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert not torch.equal(model.embed.weight, other.embed.weight)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert {p.dtype for p in trained.values()} == {torch.float32} and model.dtype == torch.bfloat16
-    assert len(trained) == (len([*model.parameters()]) if method == "full" else 2 * len(lora.adapted(model)))
+    assert len(trained) == (len([*model.parameters()]) if method == "full" else 2 * len(lora.lora_layers(model)))
     gate = model.blocks[0].mlp.gate
-    weight = gate.weight if method == "full" else matrix(gate.base.frozen, torch.float32)
+    weight = gate.weight if method == "full" else dequantized_weight(gate.base.frozen, torch.float32)
     assert float(weight.detach().float().std()) == pytest.approx(DEVIATION, rel=0.03)
     assert torch.equal(model.norm.weight, torch.ones_like(model.norm.weight))
 

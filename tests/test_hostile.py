@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import chat_base, child_life, llama
 from safetensors.torch import load_file, save_file
+from support.helpers import chat_base, child_life, llama
 
-import errors
 from checkpoint import load_model
-from errors import UserError, read_json
+from common import errors
+from common.errors import UserError, read_json
 from families import FAMILIES, MAX_EXPERTS, MAX_LAYERS, MAX_SIZE, Config
 from kernels.rope import LENGTH_DEPENDENT
 from model import Transformer
@@ -93,7 +93,7 @@ def model_or_refusal(raw: dict) -> bool:
     for number, rope in enumerate(config.ropes):
         if rope.dim < 1000:  # wider tables want weights as wide
             lengths = torch.tensor([3, 300]) if (rope.scaling or {}).get("rope_type") in LENGTH_DEPENDENT else None
-            model.turns(number, torch.tensor([0, 2]), lengths)
+            model.cos_sin(number, torch.tensor([0, 2]), lengths)
     return True
 
 

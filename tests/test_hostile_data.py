@@ -17,9 +17,9 @@ import pytest
 from pyarrow import parquet
 
 import data
-import rows
-from convert import model_folder
-from errors import printable, run
+from common.errors import printable, run
+from dataset import token_cache as rows
+from interop.resolve import model_folder
 from tokenizer import load_tokenizer
 
 ROOT, MB = Path(__file__).parent.parent, 1 << 20
@@ -48,7 +48,7 @@ def load(cache, tokenizer, capsys):
         found, said = [], []
         signal.alarm(SECONDS)
         try:
-            run(lambda: found.append(data.load([path], tokenizer, 512, say=said.append)))
+            run(lambda: found.append(data.load([path], tokenizer, 512, print_fn=said.append)))
         except SystemExit as end:
             assert end.code == 2
         finally:
@@ -302,13 +302,13 @@ def check_error(path, error, wanted):
 def check_found(found, said, records, dropped):
     """That so many records are kept, and left out for these reasons; that each is said, and each example is trained."""
     (rows,) = found.examples.rows
-    left_out = rows.found.dropped | {why: n for why, n in found.dropped.items() if not why.startswith("cut to")}
+    left_out = rows.stats.dropped | {why: n for why, n in found.dropped.items() if not why.startswith("cut to")}
     by_pattern = {reason: sum(n for why, n in left_out.items() if re.search(reason, why)) for reason in dropped}
     assert by_pattern == dropped and sum(left_out.values()) == sum(dropped.values()), left_out
     assert len(set(found.examples.row.tolist())) == records - sum(dropped.values())
     assert all(any(why in line and f"{n:,}" in line for line in said) for why, n in left_out.items()), said
     assert all(line.isprintable() and len(line) < 3_000 for line in said)
-    assert all(sum(example.trained) > 0 for example in found.examples)
+    assert all(sum(example.loss_weights) > 0 for example in found.examples)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,4 +1,4 @@
-"""hub.py against a small Hub on loopback: what is fetched, what is not, and each way in which it can go wrong.
+"""interop/hub.py against a small Hub on loopback: what is fetched, what is not, and each way in which it can go wrong.
 
 huggingface_hub reads HF_ENDPOINT, HF_HOME and the rest when it is imported: each fetch is a process of its own, forked
 off this one, which has torch already, and importing huggingface_hub anew.
@@ -25,15 +25,16 @@ from urllib.parse import unquote, urlsplit
 
 import peft
 import pytest
-from helpers import chat_base, child_life, command, llama
+from support.helpers import chat_base, child_life, command, llama
 
 import convert
-import errors
 import evaluate
 import generate
-import hub
 import lora
 from checkpoint import load_model
+from common import errors
+from common.files import hub_origin
+from interop import hub, resolve
 
 ROOT = Path(hub.__file__).parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -259,7 +260,7 @@ def test_an_adapter_notes_the_name_of_its_base_and_is_put_on_it_again(server, mo
     lora.save_adapter(base, adapter)
     config = peft.PeftConfig.from_pretrained(adapter)
     assert (config.base_model_name_or_path, config.revision) == ("org/tiny", COMMIT)
-    find = lambda: errors.run(lambda: print(convert.base_folder(None, adapter)))
+    find = lambda: errors.run(lambda: print(resolve.base_folder(None, adapter)))
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     code, out, _ = run(server.url, elsewhere, find)
@@ -272,7 +273,7 @@ def test_an_adapter_notes_the_name_of_its_base_and_is_put_on_it_again(server, mo
     code, _, err = run(server.url, other, find)
     assert code == 2 and err.startswith(f"error: {adapter}: its base is not to be had; give --model (org/tiny@")
     assert err.count("\n") == 1
-    assert hub.origin(Path("/home/models--x/snapshots/y")) is hub.origin(Path("/a")) is hub.origin(Path("/")) is None
+    assert hub_origin(Path("/home/models--x/snapshots/y")) is hub_origin(Path("/a")) is hub_origin(Path("/")) is None
 
 
 def test_a_connection_that_breaks_is_taken_up_where_it_was(server, model, tmp_path):
@@ -421,10 +422,10 @@ def test_what_is_here_wins_over_the_hub_and_paths_are_no_names(tmp_path, monkeyp
     monkeypatch.setattr(hub, "fetch", lambda name: pytest.fail(f"fetched {name}"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "tiny").mkdir(parents=True)
-    assert convert.model_folder("org/tiny") == Path("org/tiny")
+    assert resolve.model_folder("org/tiny") == Path("org/tiny")
     for path in ("org/model.gguf", "./org/x", "org/x/y", "/org/x", "x/", "x", "../x", "~/x", "org/x@", "or g/x"):
         with pytest.raises(convert.UserError, match="no such folder"):
-            convert.model_folder(path)
+            resolve.model_folder(path)
 
 
 def test_training_by_name(server, model, tmp_path):

@@ -1,4 +1,6 @@
-"""data.py inspect, convert, split; what texts.py tells of texts; --map; and the lines at the start of a training."""
+"""data.py inspect, convert, split; what dataset/text_stats.py tells of texts; --map; and the lines at the start of a
+training.
+"""
 
 import json
 import random
@@ -11,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import SHARED, needs_shared
+from support.helpers import SHARED, needs_shared
 
-import inspection
-from convert import model_folder
-from data import load, split
-from errors import UserError
-from formats import Map, open_source, read_records
-from texts import near_groups, private_parts, script, signature, text_hash
+from common.errors import UserError
+from data import load, main, split
+from dataset import inspection
+from dataset.formats import Map, open_source, read_records
+from dataset.text_stats import near_groups, private_parts, script, signature, text_hash
+from interop.resolve import model_folder
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +38,7 @@ def command(monkeypatch, capsys):
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["data.py", *map(str, words)])
         capsys.readouterr()
-        inspection.main()
+        main()
         return capsys.readouterr().out
 
     return run
@@ -241,7 +243,7 @@ def test_what_convert_writes_is_read_as_the_same_records(tmp_path, command, numb
 
 
 def test_convert_keeps_a_long_text_whole_and_kinds_apart(tmp_path, command, monkeypatch):
-    monkeypatch.setattr("containers.PART", 100)
+    monkeypatch.setattr("dataset.readers.PART", 100)
     (tmp_path / "a.txt").write_text("".join(f'line "{i}" \\ é\n' for i in range(300_000)))
     said = command("convert", tmp_path / "a.txt", "--out", tmp_path / "b.jsonl")
     (record,) = read_records(tmp_path / "b.jsonl").records
@@ -317,21 +319,21 @@ def test_a_users_function_maps_records(tmp_path, tokenizer):
     )
     file = written(tmp_path / "a.jsonl", [{"ask": f"q{n}", "n": n} for n in range(4)])
     said = []
-    data = load([file], tokenizer, 99, say=said.append, through=Map(f"{tmp_path}/m.py:f"))
-    texts = [tokenizer.decode(e.ids[e.trained > 0].tolist()) for e in data.examples]
+    data = load([file], tokenizer, 99, print_fn=said.append, map_fn=Map(f"{tmp_path}/m.py:f"))
+    texts = [tokenizer.decode(e.ids[e.loss_weights > 0].tolist()) for e in data.examples]
     assert texts == ["0<|im_end|>", "2<|im_end|>", "2<|im_end|>", "3<|im_end|>"]
     assert "through" in said[0] and "dropped 1 (left out by --map)" in said[0]
     for name, why in (("wrong", "line 1: --map .*wrong: KeyError: 'no'"), ("none", "has no function none"),
                       ("three", "has no function three")):  # fmt: skip
         with pytest.raises(UserError, match=why):
-            load([file], tokenizer, 99, through=Map(f"{tmp_path}/m.py:{name}"))
+            load([file], tokenizer, 99, map_fn=Map(f"{tmp_path}/m.py:{name}"))
     for name in ("m.py", f"{tmp_path}/none.py:f", f"{tmp_path}/m.py"):
         with pytest.raises(UserError, match="FILE.py:NAME is wanted"):
             Map(name)
     for result, why in (("'a'", "gives a string; a dict"), ("None", "gives None for every record")):
         (tmp_path / "odd.py").write_text(f"def f(record): return {result}")
         with pytest.raises(UserError, match=why):
-            load([file], tokenizer, 99, through=Map(f"{tmp_path}/odd.py:f"))
+            load([file], tokenizer, 99, map_fn=Map(f"{tmp_path}/odd.py:f"))
     # what the file reads besides can't be known, so nothing is taken out of the cache
     (tmp_path / "helper.py").write_text("from dataclasses import dataclass\nword = 'x'\n")
     (tmp_path / "m.py").write_text(
@@ -340,7 +342,7 @@ def test_a_users_function_maps_records(tmp_path, tokenizer):
         "def f(record): return {'prompt': 'other', 'completion': helper.word}\n"
     )
     for _ in range(2):
-        data = load([file], tokenizer, 99, through=Map(f"{tmp_path}/m.py:f"))
+        data = load([file], tokenizer, 99, map_fn=Map(f"{tmp_path}/m.py:f"))
         assert not data.examples.rows[0].cached and len(data) == 4
 
 

@@ -3,23 +3,24 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support.helpers import relative
 
-from kernels import linear_cross_entropy as lce
+from kernels import cross_entropy
 from kernels.attention import (
-    SHORT,
+    KEEP_PROBS_UP_TO,
     Documents,
-    Piece,
+    QuerySuffix,
     Scores,
     cached_attention,
+    decode_mask,
     document_attention,
-    piece_attention,
-    stacked_mask,
+    suffix_attention,
 )
+from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from kernels.linear import linears, linears_reference
-from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from kernels.lora_linear import Adapted, lora_linears, lora_linears_reference
-from kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
-from kernels.packed_linear import can_pack, pack, packed_linear, packed_linear_reference
+from kernels.lora_linear import LoRAWeights, lora_linears, lora_linears_reference
+from kernels.onednn_linear import can_pack, pack, packed_linear, packed_linear_reference
+from kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from kernels.rope import rope
 from kernels.swiglu import Gated, gated_reference
 
@@ -54,21 +55,23 @@ DTYPES = [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)]
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
 @pytest.mark.parametrize("rows, softcap", [(1, None), (7, None), (100, None), (7, 3.0), (100, 3.0)])
 def test_linear_cross_entropy(monkeypatch, dtype, tolerance, rows, softcap):
-    monkeypatch.setitem(lce.LOGITS_BYTES, "cpu", 50 * 16 * 4)  # several chunks, the last one ragged
+    monkeypatch.setitem(cross_entropy.LOGITS_BYTES, "cpu", 50 * 16 * 4)  # several chunks, the last one ragged
     hidden, weight = random(rows, 24, dtype=dtype), random(50, 24, dtype=torch.float32, seed=1)
     targets = torch.randint(0, 50, (rows,), generator=torch.Generator().manual_seed(2))
     cap = lambda logits: softcap * torch.tanh(logits / softcap) if softcap else logits
     reference = lambda h, w, t: F.cross_entropy(cap(h @ w.t()), t, reduction="sum")
-    compare(lambda h, w, t: linear_cross_entropy(h, w, t, softcap), reference, [hidden, weight, targets], tolerance)
-    narrow = linear_cross_entropy_reference(hidden, weight, targets, softcap)
-    assert float((linear_cross_entropy(hidden, weight, targets, softcap) - narrow).abs()) <= 2e-6 * float(narrow)
+    compare(lambda h, w, t: linear_cross_entropy(h, w, t, softcap)[0], reference, [hidden, weight, targets], tolerance)
+    narrow, narrow_losses = linear_cross_entropy_reference(hidden, weight, targets, softcap)
+    loss, losses = linear_cross_entropy(hidden, weight, targets, softcap)
+    assert float((loss - narrow).detach().abs()) <= 2e-6 * float(narrow.detach())
+    assert not losses.requires_grad and relative(losses, narrow_losses) < 2e-6
 
 
 def test_linear_cross_entropy_keeps_small_losses_exact():
     """A token that is almost certain has a loss and a gradient of about 1e-6, not 0."""
     hidden = torch.tensor([[14.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [0.0]])
-    loss = linear_cross_entropy(hidden, weight, torch.tensor([0]))
+    loss, _ = linear_cross_entropy(hidden, weight, torch.tensor([0]))
     loss.backward()
     assert 0 < float(loss) < 1e-5 and -1e-5 < float(hidden.grad) < 0
 
@@ -134,7 +137,7 @@ def test_lora_linears(dtype, tolerance, bias, activation, outs):
     def run(function):
         def call(x, up, *tensors):
             every = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
-            each = [Adapted((W,), b, A, B, 0.7 + i) for i, (W, b, A, B) in enumerate(every)]
+            each = [LoRAWeights((W,), b, A, B, 0.7 + i) for i, (W, b, A, B) in enumerate(every)]
             return function(x, each, up, activation)
 
         return one(call)
@@ -167,7 +170,7 @@ def test_up_gets_its_gradient_where_gate_wants_none(adapted):
     gate.requires_grad_(False)
     A, B = random(2, 8, dtype=torch.float32), random(5, 2, dtype=torch.float32)
     if adapted:
-        (out,) = lora_linears(gate, [Adapted((weight.detach(),), None, A, B, 0.5)], up, "silu")
+        (out,) = lora_linears(gate, [LoRAWeights((weight.detach(),), None, A, B, 0.5)], up, "silu")
         wanted = F.linear(F.silu(gate) * up, weight.detach() + 0.5 * B @ A)
     else:
         (out,) = linears(gate, [weight], [None], up, "silu")
@@ -204,9 +207,9 @@ def attention_reference(q, k, v, lengths, scale, window=None, softcap=None):
 @pytest.mark.parametrize("short", [128, 5, 0])  # rows of a slice; or by scaled_dot_product_attention, or nothing kept
 @pytest.mark.parametrize("rules", [(0.3,), (0.3, 6), (0.3, 1), (0.5, None, 0.8), (0.5, 20, 0.8)])
 def test_document_attention(monkeypatch, dtype, tolerance, lengths, heads, kv_heads, short, rules, keep):
-    monkeypatch.setattr("kernels.attention.SHORT", SHORT if short else 0)
-    monkeypatch.setattr("kernels.attention.SLICE", short)
-    monkeypatch.setattr("kernels.attention.CHUNK", 1)  # the fewest queries at a time, the last ones ragged
+    monkeypatch.setattr("kernels.attention.KEEP_PROBS_UP_TO", KEEP_PROBS_UP_TO if short else 0)
+    monkeypatch.setattr("kernels.attention.SLICE_QUERIES", short)
+    monkeypatch.setattr("kernels.attention.MAX_SCORES", 1)  # the fewest queries at a time, the last ones ragged
     qkv = [random(sum(lengths), n, 8, dtype=dtype, seed=i) for i, n in enumerate((heads, kv_heads, kv_heads))]
     documents = Documents(lengths)
     compare(
@@ -226,7 +229,7 @@ def test_cached_attention_is_the_last_rows_of_attention(rules, n):
     places = torch.arange(11)
     rows = torch.tensor(lengths)[:, None] - n + torch.arange(n)
     seen = (places <= rows[..., None]) & (places > rows[..., None] - (window or 99))
-    mask = stacked_mask(seen, 2, 2, torch.float32)
+    mask = decode_mask(seen, 2, 2, torch.float32)
     got = cached_attention(q.flatten(0, 1), keys, values, mask, Scores(*rules)).view(3, n, 4, 8)
     for line, length in enumerate(lengths):
         queries = torch.zeros(length, 4, 8)
@@ -247,10 +250,9 @@ def test_without_gradients_none_are_computed(monkeypatch):
     targets = torch.tensor([1, 2, 3, 4, 5])
     monkeypatch.setattr(torch, "zeros_like", lambda *arguments, **settings: pytest.fail("a gradient was made"))
     with torch.no_grad():
-        loss = linear_cross_entropy(hidden, weight, targets)
-    assert float(loss) == pytest.approx(
-        float(linear_cross_entropy_reference(hidden, weight.detach(), targets)), rel=1e-6
-    )
+        loss, _ = linear_cross_entropy(hidden, weight, targets)
+    reference, _ = linear_cross_entropy_reference(hidden, weight.detach(), targets)
+    assert float(loss) == pytest.approx(float(reference), rel=1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16, 40])
@@ -292,7 +294,7 @@ def test_all_logits_are_never_there(trained):
     weight = random(128256, 512, dtype=torch.float32 if trained else torch.bfloat16, grad=trained)
     targets = torch.arange(2048)
     with Largest(hidden, weight) as seen:
-        linear_cross_entropy(hidden, weight, targets).backward()
+        linear_cross_entropy(hidden, weight, targets)[0].backward()
     assert hidden.grad is not None and (weight.grad is not None) == trained
     assert seen.bytes == 128256 * 512 * 4 if trained else seen.bytes <= 32 << 20
 
@@ -307,8 +309,8 @@ def test_the_last_tokens_of_a_document_attend_as_in_the_whole(window, softcap):
     wanted = torch.autograd.grad((whole * weights).sum(), (q, k, v))
     found, total = [], [torch.zeros_like(x) for x in (q, k, v)]
     for start, stop in ((0, 1), (1, 20), (20, 50)):
-        piece = Piece(stop - start, stop)
-        out = piece_attention(q[start:stop], k[:stop], v[:stop], scores, piece)
+        piece = QuerySuffix(stop - start, stop)
+        out = suffix_attention(q[start:stop], k[:stop], v[:stop], scores, piece)
         for sum, grad in zip(total, torch.autograd.grad((out * weights[start:stop]).sum(), (q, k, v)), strict=True):
             sum += grad
         found.append(out)

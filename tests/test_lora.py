@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from helpers import llama, relative
 from safetensors.torch import load_file, save_file
+from support.helpers import llama, relative
 from torch.utils.checkpoint import checkpoint
 
 import lora
 from checkpoint import load_model, save_model
-from errors import UserError
+from common.errors import UserError
 from kernels import lora_linear
 from kernels.attention import Documents
 from optimizers import AdamW
@@ -28,7 +28,7 @@ TARGETS = ["all", "q_proj,v_proj", DOWN]
 def randomise(model) -> None:
     torch.manual_seed(3)
     with torch.no_grad():
-        for layer in lora.adapted(model).values():
+        for layer in lora.lora_layers(model).values():
             layer.lora_A.normal_(0, 0.2)
             layer.lora_B.normal_(0, 0.3)
 
@@ -52,7 +52,9 @@ def test_step_0_is_the_base_exactly(tmp_path, dtype):
     before = model(TOKENS)
     lora.add_lora(model, 4, 8.0, dropout=0.5)
     assert torch.equal(model(TOKENS), before) and torch.equal(model.train()(TOKENS), before)
-    assert {p.dtype for layer in lora.adapted(model).values() for p in (layer.lora_A, layer.lora_B)} == {torch.float32}
+    assert {p.dtype for layer in lora.lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)} == {
+        torch.float32
+    }
 
 
 def test_only_the_adapter_is_trained(tmp_path):
@@ -73,7 +75,7 @@ def test_our_adapter_gives_the_same_logits_in_peft(tmp_path, targets, merged):
     wrapped = in_peft(theirs, tmp_path / "adapter")
     held, written = peft.get_peft_model_state_dict(wrapped), load_file(tmp_path / "adapter/adapter_model.safetensors")
     assert held.keys() == written.keys() and all(torch.equal(held[name], written[name]) for name in held)
-    assert peft_names(wrapped) == set(lora.adapted(model))
+    assert peft_names(wrapped) == set(lora.lora_layers(model))
     if merged:
         wrapped = wrapped.merge_and_unload()
         lora.merge(model)
@@ -93,11 +95,11 @@ def test_peft_adapts_exactly_the_same_modules(tmp_path, targets, tied):
     model = load_model(tmp_path / "base")
     names = lora.add_lora(model, 2, 4.0, targets=targets)
     lora.save_adapter(model, tmp_path / "adapter")
-    assert len(names) == len(set(names)) and set(names) == set(lora.adapted(model))
+    assert len(names) == len(set(names)) and set(names) == set(lora.lora_layers(model))
     assert peft_names(in_peft(theirs, tmp_path / "adapter")) == set(names)
     again = load_model(tmp_path / "base")
     lora.load_adapter(again, tmp_path / "adapter")
-    assert set(lora.adapted(again)) == set(names)
+    assert set(lora.lora_layers(again)) == set(names)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_a_peft_adapter_gives_the_same_logits_here(tmp_path, targets, tied):
     wrapped.save_pretrained(tmp_path / "adapter")
     model = load_model(tmp_path / "base")
     lora.load_adapter(model, tmp_path / "adapter")
-    assert set(lora.adapted(model)) == peft_names(wrapped)
+    assert set(lora.lora_layers(model)) == peft_names(wrapped)
     with torch.no_grad():
         assert relative(model(TOKENS), wrapped(TOKENS).logits) < 1e-5
 
@@ -123,13 +125,13 @@ def test_unmerge_takes_out_what_merge_put_in(tmp_path, dtype):
     lora.add_lora(model, 4, 8.0)
     randomise(model)
     with torch.no_grad():
-        before = {name: layer.base.weight.clone() for name, layer in lora.adapted(model).items()}
+        before = {name: layer.base.weight.clone() for name, layer in lora.lora_layers(model).items()}
         unmerged = model(TOKENS)
         lora.merge(model)
         merged = model(TOKENS)
         lora.unmerge(model)
     assert relative(merged.float(), unmerged.float()) < (1e-5 if dtype == torch.float32 else 0.1)
-    for name, layer in lora.adapted(model).items():
+    for name, layer in lora.lora_layers(model).items():
         assert layer.base.weight.dtype == dtype
         assert relative(layer.base.weight.float(), before[name].float()) < torch.finfo(dtype).eps
 
@@ -143,7 +145,7 @@ def test_a_merged_model_saves_as_a_plain_one(tmp_path):
     with torch.no_grad():
         adapted = model(TOKENS)
     lora.merge(model)
-    lora.drop_lora(model)
+    lora.remove_lora(model)
     assert {name for name, _ in model.named_parameters()} == plain
     save_model(model, tmp_path / "merged")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -172,7 +174,7 @@ def test_loss_and_gradients_equal_those_of_peft(tmp_path, dropout):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     gradients = {name: p.grad for name, p in wrapped.named_parameters() if p.requires_grad}
     assert len(gradients) == 2 * 7 * 3
-    for name, layer in lora.adapted(model).items():
+    for name, layer in lora.lora_layers(model).items():
         for ours, leaf in ((layer.lora_A, "lora_A"), (layer.lora_B, "lora_B")):
             assert relative(ours.grad, gradients[f"base_model.model.{name}.{leaf}.default.weight"]) < 1e-4
         assert layer.base.weight.grad is None
@@ -199,7 +201,7 @@ def test_every_adapted_layer_learns(tmp_path, targets):
     model = load_model(tmp_path).train()
     lora.add_lora(model, 4, 8.0, targets=targets)
     loss_of(model(TOKENS)).backward()
-    assert all(layer.lora_B.grad.any() for layer in lora.adapted(model).values())
+    assert all(layer.lora_B.grad.any() for layer in lora.lora_layers(model).values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -208,7 +210,7 @@ def test_b_learns_in_the_first_step_and_a_in_the_second(tmp_path, dtype, dropout
     llama(tmp_path, std=0.1)
     model = load_model(tmp_path, dtype).train()
     lora.add_lora(model, 4, 8.0, dropout)
-    layers = lora.adapted(model).values()
+    layers = lora.lora_layers(model).values()
     step = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     loss_of(model(TOKENS).float()).backward()
     assert all(layer.lora_B.grad.isfinite().all() and layer.lora_B.grad.any() for layer in layers)
@@ -223,7 +225,7 @@ def test_b_learns_in_the_first_step_and_a_in_the_second(tmp_path, dtype, dropout
 def as_on_gpu(monkeypatch, gpu: bool) -> None:
     """Whether adapters compute in the order of GPUs, here with plain PyTorch too."""
     for module in (lora, lora_linear):
-        monkeypatch.setattr(module, "on_gpu", lambda x: gpu)
+        monkeypatch.setattr(module, "use_triton", lambda x: gpu)
 
 
 @pytest.fixture
@@ -239,7 +241,7 @@ def put_random_lora(model, targets: str = "all") -> None:
     """Rank 4, the update scaled by 2.5."""
     torch.manual_seed(0)
     lora.add_lora(model, 4, 10.0, targets=targets)
-    for layer in lora.adapted(model).values():
+    for layer in lora.lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
 
 
@@ -266,9 +268,9 @@ def sgd_unseen(parameters):
 
 
 @pytest.mark.parametrize("optimizer", [fused_adamw, sgd_unseen])
-@pytest.mark.parametrize("remat", ["none", "selective", "block"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("targets", ["all", "q_proj,v_proj,up_proj,down_proj"])
-def test_no_step_computes_with_old_casts(tmp_path, monkeypatch, cast_alone, optimizer, remat, targets):
+def test_no_step_computes_with_old_casts(tmp_path, monkeypatch, cast_alone, optimizer, checkpointing, targets):
     """Three steps of two micro-batches, and losses between them: as by the plain form, which casts each time."""
     llama(tmp_path, std=0.1, num_hidden_layers=2, intermediate_size=128)
 
@@ -276,7 +278,7 @@ def test_no_step_computes_with_old_casts(tmp_path, monkeypatch, cast_alone, opti
         as_on_gpu(monkeypatch, on_gpu)
         model = load_model(tmp_path)
         put_random_lora(model, targets)
-        model.remat = remat
+        model.activation_checkpointing = checkpointing
         with torch.inference_mode():
             losses = [flat_loss(model)]  # the first forward of all, whose casts the training uses as well
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -313,11 +315,11 @@ def test_merging_and_loading_between_forwards(tmp_path, cast_alone):
     assert relative(adapted, base) > 1e-3
     torch.testing.assert_close(merged, adapted)
     torch.testing.assert_close(flat_loss(model), adapted)
-    layers = lora.drop_lora(model)
+    layers = lora.remove_lora(model)
     torch.testing.assert_close(flat_loss(model), base)
     for layer in layers.values():
         layer.start()
-    lora.put_lora(model, layers)
+    lora.restore_lora(model, layers)
     torch.testing.assert_close(flat_loss(model), base)
     assert not cast_alone
 
@@ -331,7 +333,7 @@ def test_a_layer_called_outside_of_a_forward_casts_for_itself(tmp_path, cast_alo
     assert not cast_alone
     x, attention = torch.randn(5, 64), model.blocks[0].attention
     qkv = [attention.q, attention.k, attention.v]
-    for layer, call in ((attention.o, attention.o), (attention.q, lambda x: attention.q.together(x, qkv)[0])):
+    for layer, call in ((attention.o, attention.o), (attention.q, lambda x: attention.q.forward_shared(x, qkv)[0])):
         layer.lora_A.data.normal_(), layer.lora_B.data.normal_()
         wanted = x @ (layer.base.weight + 2.5 * layer.lora_B @ layer.lora_A).t()
         gradients = torch.autograd.grad(wanted.sum(), (layer.lora_A, layer.lora_B))
@@ -358,7 +360,7 @@ def test_dropout_goes_its_own_way(tmp_path, cast_alone):
     model = load_model(tmp_path)
     torch.manual_seed(0)
     lora.add_lora(model, 4, 10.0, dropout=0.5)
-    for layer in lora.adapted(model).values():
+    for layer in lora.lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     losses = [flat_loss(model.train()).detach() for _ in range(2)]
     held = [group.casts for group in model.lora_casts.groups.values()]
@@ -534,7 +536,7 @@ def test_a_merged_model_is_saved_as_it_is_and_an_unmerged_one_refused(tmp_path):
     llama(tmp_path / "base")
     model = load_model(tmp_path / "base")
     lora.add_lora(model, 4, 8.0)
-    for layer in lora.adapted(model).values():
+    for layer in lora.lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     with pytest.raises(UserError, match="not merged"):
         save_model(model, tmp_path / "out")

@@ -5,16 +5,16 @@ import json
 import pytest
 import torch
 import transformers
-from helpers import SHAPES, llama, relative
+from support.helpers import SHAPES, llama, relative
 
 import decoding
 import lora
 from checkpoint import load_model
-from convert import model_folder
+from common.errors import UserError
 from decoding import sample
-from errors import UserError
+from interop.resolve import model_folder
 from kernels.attention import Documents
-from kernels.packed_linear import can_pack
+from kernels.onednn_linear import can_pack
 from model import Config, Linear, packed_weights
 from tokenizer import load_tokenizer
 
@@ -246,7 +246,7 @@ def test_packed_weights_write_the_same_text_and_go_again(targets, tmp_path):
     model = load_model(tmp_path, torch.bfloat16)
     if targets:
         lora.add_lora(model, 4, 8.0, targets=targets)
-        for layer in lora.adapted(model).values():
+        for layer in lora.lora_layers(model).values():
             torch.nn.init.normal_(layer.lora_B, std=0.05)
     prompts = [[1, 2, 3], [4, 5]]
     stream = model.stream(prompts, 30)
@@ -262,7 +262,7 @@ def test_packed_weights_write_the_same_text_and_go_again(targets, tmp_path):
     with packed_weights(model, 30):  # several calls share one copy
         held = model.packed_head
         assert model.generate(prompts, 30) == texts and model.packed_head is held and (held is not None) == can
-    assert model.packed_head is None and not any(table.is_inference() for table in model.frequencies.values())
+    assert model.packed_head is None and not any(table.is_inference() for table in model.inv_freqs.values())
     for prompt, text in zip(prompts, texts, strict=True):  # each token is the likeliest, or within bf16 of it
         logits = model(torch.tensor([prompt + text]))[0, len(prompt) - 1 : -1].float()
         chosen = logits.gather(1, torch.tensor(text)[:, None])[:, 0]

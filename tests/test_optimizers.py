@@ -6,19 +6,18 @@ import bitsandbytes
 import numpy as np
 import pytest
 import torch
-from helpers import chat_base, command, llama
+from support.helpers import chat_base, command, llama
+from support.training_runs import run_loop, settings
 from torch import nn
 
 import lora
 import optimizers
 import train
 from checkpoint import load_model
-from convert import model_folder
-from data import load
-from demo import TASK
-from examples import Dataset
-from optimizers import AdamW, Offloaded, make_optimizers, round_stochastically, too_small
-from order import Stream
+from data import BUNDLED_TASK, load
+from dataset.examples import Dataset
+from interop.resolve import model_folder
+from optimizers import AdamW, OffloadedAdamW, make_optimizers, round_stochastically, share_too_small_to_move
 from tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
@@ -65,7 +64,7 @@ def test_moments_in_8_bits_are_those_of_bitsandbytes(decay):
 def test_pieces_make_no_difference(bits, monkeypatch):
     sides = twins((70, 65), (5000,), dtype=torch.float32 if bits == 8 else torch.float64)
     for size, parameters in zip((1 << 18, 512), sides):
-        monkeypatch.setitem(optimizers.CHUNK, "cpu", size)
+        monkeypatch.setitem(optimizers.CHUNK_NUMEL, "cpu", size)
         stepper = AdamW([{"params": parameters}], lr=1e-2, bits=bits)
         for step in range(3):
             give_gradients(step, parameters)
@@ -110,7 +109,10 @@ def test_small_steps_are_not_lost_in_bf16():
     (ours,), (theirs,) = twins((64, 64), dtype=torch.bfloat16)
     for p in (ours, theirs):
         p.data.fill_(1.0)
-    assert too_small([ours], 1e-5) == 1 == too_small([theirs], 1e-3) and too_small([ours], 4e-3) == 0
+    assert (
+        share_too_small_to_move([ours], 1e-5) == 1 == share_too_small_to_move([theirs], 1e-3)
+        and share_too_small_to_move([ours], 4e-3) == 0
+    )
     mine, peer = AdamW([{"params": [ours]}], lr=1e-5, bits=8), torch.optim.AdamW([theirs], lr=1e-5, weight_decay=0)
     for _ in range(1000):
         ours.grad, theirs.grad = torch.ones_like(ours), torch.ones_like(theirs)
@@ -137,10 +139,16 @@ def test_muon_takes_the_matrices_of_the_blocks_and_makes_them_orthogonal(tmp_pat
 
 def test_the_state_on_the_host_steps_as_adamw():
     ours, theirs = twins((70, 65), (33,))
-    mine, peer = Offloaded([{"params": ours}], 1e-2, 0.1), torch.optim.AdamW(theirs, 1e-2, weight_decay=0.1, fused=True)
+    mine, peer = (
+        OffloadedAdamW([{"params": ours}], 1e-2, 0.1),
+        torch.optim.AdamW(theirs, 1e-2, weight_decay=0.1, fused=True),
+    )
     narrow = [nn.Parameter(p.detach().bfloat16()) for p in ours]
     masters = [nn.Parameter(p.detach().float()) for p in narrow]
-    half, whole = Offloaded([{"params": narrow}], 1e-4), torch.optim.AdamW(masters, 1e-4, weight_decay=0, fused=True)
+    half, whole = (
+        OffloadedAdamW([{"params": narrow}], 1e-4),
+        torch.optim.AdamW(masters, 1e-4, weight_decay=0, fused=True),
+    )
     for step in range(20):
         give_gradients(step, ours, theirs, narrow, masters)
         for p, q in zip(masters, narrow, strict=True):
@@ -217,20 +225,14 @@ def bundled_losses(data: Dataset, folder, optimizer: str, method: str, seed: int
         torch.manual_seed(seed)
         lora.add_lora(model, 8, 16.0)
     rate = 1.3e-3 if method == "lora" else 1.3e-4
-    flags = train.Flags(steps=steps, lr=rate, warmup=1, weight_decay=0.0, optimizer=optimizer, method=method, seed=seed)
     folder.mkdir()
-    log = train.Log(flags, folder, 1.0, CPU)
-    stream = Stream(data.lengths, [len(data)], [len(data)], flags.seed)
-    steppers = make_optimizers(model, flags.optimizer, flags.lr, flags.weight_decay, flags.optimizer_offload)
-    steps = train.step_parts(data, stream, flags, CPU)
-    train.optimize(model, steppers, steps, flags, log, CPU, lambda *_: False)
-    log.close()
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    chosen = settings(steps=steps, lr=rate, warmup=1, optimizer=optimizer, method=method, seed=seed, batch_size=8)
+    return run_loop(model, data, chosen, folder)
 
 
 def test_8_bits_follow_32_on_the_bundled_task(tmp_path):
     """Two curves of one order of the data, apart by less than other adapters to begin with make it."""
-    data = load(TASK["train"][:1], load_tokenizer(model_folder(None)), 512)
+    data = load(BUNDLED_TASK["train"][:1], load_tokenizer(model_folder(None)), 512)
     data = data.take(np.argsort(data.lengths, kind="stable")[:100])  # quick ones
     wide, narrow = (bundled_losses(data, tmp_path / kind, kind, "lora", 0, 12) for kind in ("adamw", "adamw8bit"))
     assert wide[-1] < 0.5 * wide[0]
@@ -239,7 +241,7 @@ def test_8_bits_follow_32_on_the_bundled_task(tmp_path):
 
 @pytest.mark.slow
 def test_8_bits_follow_32_in_full_fine_tuning_of_the_bundled_task(tmp_path):
-    data = load(TASK["train"][:1], load_tokenizer(model_folder(None)), 512)
+    data = load(BUNDLED_TASK["train"][:1], load_tokenizer(model_folder(None)), 512)
     wide, narrow = (bundled_losses(data, tmp_path / kind, kind, "full", 0, 40) for kind in ("adamw", "adamw8bit"))
     other = bundled_losses(data, tmp_path / "other", "adamw", "full", 1, 40)
     tail = [sum(curve[-10:]) / 10 for curve in (wide, narrow, other)]

@@ -1,4 +1,4 @@
-"""order.py and packing: nothing lost, nothing twice, the position in constant time, packed equal to unpacked."""
+"""The sampler and packing: nothing lost, nothing twice, the position in constant time, packed equal to unpacked."""
 
 import json
 import time
@@ -7,19 +7,19 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, llama, micro_batches, needs_shared, relative
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from support.helpers import SHARED, llama, micro_batches, needs_shared, relative
 
-import order
-import rows
-from convert import model_folder
-from data import collate, load, row_batches
-from errors import UserError
-from examples import Example
+from common.errors import UserError
+from data import batches_of_rows, collate, load
+from dataset import sampler as order
+from dataset import token_cache as rows
+from dataset.examples import Example
+from dataset.sampler import Sampler, allocate_samples, epoch_order, pack
+from interop.resolve import model_folder
 from model import Config, Transformer
-from objectives import token_loss_sum
-from order import Stream, epoch_order, pack, shares
+from objectives import Losses, StepTotals, supervised_loss, token_losses
 from tokenizer import load_tokenizer
 
 
@@ -28,7 +28,7 @@ def tokenizer():
     return load_tokenizer(model_folder(None))
 
 
-def epoch(stream: Stream, per_step: int) -> list[list[list[int]]]:
+def epoch(stream: Sampler, per_step: int) -> list[list[list[int]]]:
     """The steps of the epoch at hand."""
     steps, at = [], stream.epoch
     while stream.epoch == at:
@@ -36,8 +36,8 @@ def epoch(stream: Stream, per_step: int) -> list[list[list[int]]]:
     return steps
 
 
-def plain(count: int, seed: int = 0, **more) -> Stream:
-    return Stream(np.arange(count) % 50 + 1, [count], [count], seed, **more)
+def plain(count: int, seed: int = 0, **more) -> Sampler:
+    return Sampler(np.arange(count) % 50 + 1, [count], [count], seed, **more)
 
 
 def flat(steps) -> list[int]:
@@ -67,9 +67,9 @@ def test_the_order_is_one_for_all_processes_and_accumulations(sizes, weights, se
     """The steps of 1, 2 and 3 processes, each with its slice of the rows, put together again."""
     order.WINDOW = window
     try:
-        draws = shares(sizes, weights[: len(sizes)])
+        draws = allocate_samples(sizes, weights[: len(sizes)])
         lengths = np.arange(sum(sizes)) * 7 % 50 + 1
-        make = lambda: Stream(lengths, sizes, draws, seed, seq_len)
+        make = lambda: Sampler(lengths, sizes, draws, seed, seq_len)
         first = make()
         one = [first.step(6) for _ in range(30)]
         for processes in (2, 3):
@@ -92,10 +92,10 @@ def test_a_position_is_three_numbers_and_the_rest_follows(monkeypatch):
     monkeypatch.setattr(order, "WINDOW", 64)
     lengths = np.arange(500) * 13 % 97 + 3
     for seq_len in (None, 128):
-        stream = Stream(lengths, [400, 100], shares([400, 100], [1, 2]), 3, seq_len)
+        stream = Sampler(lengths, [400, 100], allocate_samples([400, 100], [1, 2]), 3, seq_len)
         for _ in range(120):
             at = stream.epoch, stream.window, stream.row
-            assert Stream(lengths, stream.sizes, stream.draws, 3, seq_len, *at).step(5) == stream.step(5)
+            assert Sampler(lengths, stream.sizes, stream.samples_per_epoch, 3, seq_len, *at).step(5) == stream.step(5)
         assert stream.epoch >= 1
 
 
@@ -111,17 +111,22 @@ def test_resuming_a_million_examples_late_reads_one_window():
 
 
 def test_shares_are_whole_draws_and_as_many_as_the_data_has():
-    assert shares([300, 100], None) == [300, 100]
-    assert shares([300, 100], [3, 1]) == [300, 100] and shares([300, 100], [1, 1]) == [200, 200]
-    assert shares([300, 100, 50], None, [0.1]) == [270, 90, 40]
-    assert shares([4, 100], None, [0.1]) == [3, 1] and shares([100, 9**5, 50], [1e6, 1, 1])[1:] == [1, 1]
+    assert allocate_samples([300, 100], None) == [300, 100]
+    assert allocate_samples([300, 100], [3, 1]) == [300, 100] and allocate_samples([300, 100], [1, 1]) == [200, 200]
+    assert allocate_samples([300, 100, 50], None, [0.1]) == [270, 90, 40]
+    assert allocate_samples([4, 100], None, [0.1]) == [3, 1] and allocate_samples([100, 9**5, 50], [1e6, 1, 1])[1:] == [
+        1,
+        1,
+    ]
     with pytest.raises(UserError, match="too short for 3 files"):
-        shares([1, 1, 5], None, [0.5])
-    assert shares([10, 10, 10], [1, 1, 1]) == [10, 10, 10] and sum(shares([7, 5, 3], [1, 2, 4])) == 15
+        allocate_samples([1, 1, 5], None, [0.5])
+    assert (
+        allocate_samples([10, 10, 10], [1, 1, 1]) == [10, 10, 10] and sum(allocate_samples([7, 5, 3], [1, 2, 4])) == 15
+    )
 
 
 def test_a_source_gives_all_its_examples_before_any_comes_again():
-    sizes, draws = [40, 7], shares([40, 7], [1, 1])  # 24 and 23 of 47
+    sizes, draws = [40, 7], allocate_samples([40, 7], [1, 1])  # 24 and 23 of 47
     drawn = np.concatenate([epoch_order(sizes, draws, 1, e) for e in range(10)])
     for first, size in ((0, 40), (40, 7)):
         mine = drawn[(drawn >= first) & (drawn < first + size)]
@@ -171,7 +176,7 @@ FAMILIES = {
 def test_packed_equals_unpacked_on_500_real_examples(tokenizer, family):
     """Total loss and every parameter's gradient, in fp32."""
     data = load([SHARED / "alpaca_en_1k.json"], tokenizer, 2048).take(np.arange(500))
-    stream = Stream(data.lengths, [500], [500], 0, 2048)
+    stream = Sampler(data.lengths, [500], [500], 0, 2048)
     packed = [[data.examples[i] for i in row] for row in stream.step(10**6)]
     assert data.tokens / (2048 * len(packed)) >= 0.97 and sum(map(len, packed)) == 500
     torch.manual_seed(0)
@@ -181,17 +186,17 @@ def test_packed_equals_unpacked_on_500_real_examples(tokenizer, family):
             parameter.copy_(torch.randn_like(parameter) * 0.1 + (parameter.dim() == 1))
     results = []
     # one by one; as batches; packed
-    for batches in ([collate([e]) for e in data.examples], row_batches(packed, 4)):
+    for batches in ([collate([e]) for e in data.examples], batches_of_rows(packed, 4)):
         model.zero_grad()
-        total, count = 0.0, sum(batch.weight for batch in batches)
+        total, count = 0.0, sum(batch.loss_weight_sum for batch in batches)
         for batch in batches:
-            loss = token_loss_sum(model, batch) / count
+            loss = token_losses(model, batch)[0] / count
             loss.backward()
             total += float(loss.detach())
         results.append((total, count, {name: p.grad.clone() for name, p in model.named_parameters()}))
     (alone, number, grads), (together, same, others) = results
     assert number == same == data.trained_tokens and together == pytest.approx(alone, rel=1e-5)
-    assert max(len(batch.documents.lengths) for batch in row_batches(packed, 4)) > 5
+    assert max(len(batch.documents.lengths) for batch in batches_of_rows(packed, 4)) > 5
     for name, grad in grads.items():
         assert relative(others[name], grad) < 1e-5, name
 
@@ -204,10 +209,10 @@ def test_in_a_row_no_example_sees_another(tmp_path):
     model, second = load_model(tmp_path), Example(list(range(20, 50)), [False] * 10 + [True] * 20)
     found = []
     for first in (range(20), range(50, 95)):
-        (batch,) = row_batches([[Example(list(first), [False] * len(first)), second]], 1)
-        found.append(float(token_loss_sum(model, batch)))
+        (batch,) = batches_of_rows([[Example(list(first), [False] * len(first)), second]], 1)
+        found.append(float(token_losses(model, batch)[0]))
     assert found[0] == pytest.approx(found[1], rel=1e-6)
-    assert found[0] == pytest.approx(float(token_loss_sum(model, collate([second]))), rel=1e-6)
+    assert found[0] == pytest.approx(float(token_losses(model, collate([second]))[0]), rel=1e-6)
 
 
 # ---- from conversations to rows and back ----
@@ -230,12 +235,12 @@ def test_any_conversations_survive_the_way_to_packed_rows_and_back(tokenizer, tm
              for chat in chats]  # fmt: skip
     (folder / "a.jsonl").write_text("\n".join(json.dumps({"messages": each}) for each in turns))
     data = load([folder / "a.jsonl"], tokenizer, 100_000)
-    dropped = sum(data.examples.rows[0].found.dropped.values())
+    dropped = sum(data.examples.rows[0].stats.dropped.values())
     assert len(data) + dropped == len(turns) and dropped == 0
-    stream = Stream(data.lengths, [len(data)], [len(data)], 0, int(data.lengths.max()) + 50)
+    stream = Sampler(data.lengths, [len(data)], [len(data)], 0, int(data.lengths.max()) + 50)
     back = {}
     for row in stream.step(1000):
-        (batch,) = row_batches([[data.examples[i] for i in row]], 1, "cpu")
+        (batch,) = batches_of_rows([[data.examples[i] for i in row]], 1, "cpu")
         trained = torch.zeros(len(batch.tokens), dtype=torch.bool)
         trained[batch.rows + 1] = True
         assert torch.equal(batch.tokens[trained], batch.targets)
@@ -260,11 +265,14 @@ def test_the_loss_of_a_replay_is_known_apart(tmp_path):
     examples = []
     for i in range(6):
         ids = torch.randint(0, 96, (10 + i,), generator=generator).tolist()
-        examples.append(Example(ids, [False] * 4 + [0.5 + i % 2] * (6 + i), apart=i % 3 == 0))
-    apart, total = torch.zeros(()), 0.0
+        examples.append(Example(ids, [False] * 4 + [0.5 + i % 2] * (6 + i), is_replay=i % 3 == 0))
+    replay, total = 0.0, 0.0
     for batch in micro_batches(examples, 4):
-        total += float(token_loss_sum(model, batch, apart))
-    wanted = sum(float(token_loss_sum(model, collate([each]))) for each in examples if each.apart)
-    assert float(apart) == pytest.approx(wanted, rel=1e-5)
-    assert total == pytest.approx(sum(float(token_loss_sum(model, collate([e]))) for e in examples), rel=1e-5)
-    assert sum(batch.weight_apart for batch in micro_batches(examples, 4)) == 6 * 0.5 + 9 * 1.5
+        losses = Losses(torch.device("cpu"))
+        supervised_loss(model, batch, StepTotals(1, 1.0, 1), losses)
+        total += float(losses.loss)
+        replay += float(losses.replay_loss)
+    wanted = sum(float(token_losses(model, collate([each]))[0]) for each in examples if each.is_replay)
+    assert replay == pytest.approx(wanted, rel=1e-5)
+    assert total == pytest.approx(sum(float(token_losses(model, collate([e]))[0]) for e in examples), rel=1e-5)
+    assert sum(batch.replay_weight_sum for batch in micro_batches(examples, 4)) == 6 * 0.5 + 9 * 1.5

@@ -1,5 +1,6 @@
-"""What plan.py foretells against what is there: tensors held between forward and backward, the peak of a step, the
-moments; its counts against the model; the recommendation; and `train.py --plan`, which reads no weights."""
+"""What planning/memory.py foretells against what is there: tensors held between forward and backward, the peak of a
+step, the moments; its counts against the model; the recommendation; and `train.py --plan`, which reads no weights.
+"""
 
 import json
 import re
@@ -7,20 +8,20 @@ import re
 import pytest
 import torch
 import transformers
-from helpers import chat_base, command
+from support.helpers import batch_loss, chat_base, command
 
-import loading
-import plan
-import remat
 import train
 from checkpoint import load_model, read_config
+from common import device
 from data import Batch
 from families import Config
 from flags import Flags
+from kernels import activation_checkpointing
 from kernels.attention import Documents
-from objectives import training_loss
 from optimizers import make_optimizers
-from plan import Job, Setup, expected_memory, flops_a_token, sketch
+from planning import memory as plan
+from planning.memory import Recipe, Workload, expected_memory, flops_a_token, meta_model
+from training.defaults import choose_compile
 
 ADAPTER = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": "all"}
 LENGTHS = [90, 100, 110, 20]
@@ -64,22 +65,26 @@ def batch() -> Batch:
     return Batch(tokens, Documents(sorted(LENGTHS)), rows, tokens[rows + 1])
 
 
-CASES = [("llama", method, remat) for method in ("full", "lora", "qlora") for remat in ("none", "selective", "block")]
-CASES += [(family, "lora", remat) for family in list(FAMILIES)[1:] for remat in ("none", "block")]
+CASES = [
+    ("llama", method, checkpointing)
+    for method in ("full", "lora", "qlora")
+    for checkpointing in ("none", "selective", "full")
+]
+CASES += [(family, "lora", checkpointing) for family in list(FAMILIES)[1:] for checkpointing in ("none", "full")]
 
 
-@pytest.mark.parametrize("family, method, remat", CASES)
+@pytest.mark.parametrize("family, method, checkpointing", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_foretold_is_what_is_held(tmp_path, family, method, remat, dtype):
+def test_what_is_foretold_is_what_is_held(tmp_path, family, method, checkpointing, dtype):
     write(tmp_path, family)
-    setup = Setup(method, remat=remat)
-    drawn = sketch(read_config(tmp_path), setup, dtype, ADAPTER)
+    setup = Recipe(method, checkpointing=checkpointing)
+    drawn = meta_model(read_config(tmp_path), setup, dtype, ADAPTER)
     model = load_model(
         tmp_path, torch.float32 if method == "full" else dtype, quant="nf4" if method == "qlora" else None
     )
     if method != "full":
         plan.lora.add_lora(model, **ADAPTER)
-    model.compute_dtype, model.remat = dtype, remat
+    model.compute_dtype, model.activation_checkpointing = dtype, checkpointing
     model.train()
     assert {n: (p.shape, p.dtype, p.requires_grad) for n, p in drawn.named_parameters()} == {
         n: (p.shape, p.dtype, p.requires_grad) for n, p in model.named_parameters()
@@ -89,21 +94,19 @@ def test_what_is_foretold_is_what_is_held(tmp_path, family, method, remat, dtype
     told = expected_memory(drawn, setup, LENGTHS, trained, "cpu", 1)
     assert told == expected_memory(model, setup, LENGTHS, trained, "cpu", 1)
     assert told.weights == sum(p.nbytes for p in model.parameters())
-    run = lambda: training_loss(model, one, trained, sum(LENGTHS))
-    training_loss(model, one, trained, sum(LENGTHS))  # tables and masks that stay are made
-    (loss, balance), held, _ = measure(run)
+    run = lambda: batch_loss(model, one, trained)
+    run()  # tables and masks that stay are made
+    loss, held, _ = measure(run)
     between = told.activations + trained * model.config.hidden_size * model.dtype.itemsize
     if method == "full":  # and the head's gradient is there
         between += 4 * model.config.vocab_size * model.config.hidden_size
     assert held == pytest.approx(between, rel=0.1)
-    loss = loss if balance is None else loss + balance
     _, left, _ = measure(loss.backward)
     assert left + held == pytest.approx(told.gradients, abs=0.02 * held)  # all else is gone
     model.zero_grad()
 
     def step():
-        loss, balance = run()
-        (loss if balance is None else loss + balance).backward()
+        run().backward()
 
     _, _, peak = measure(step)
     assert peak == pytest.approx(told.peak - told.weights - told.optimizer - told.runtime, rel=0.1)
@@ -115,8 +118,10 @@ def test_moments(tmp_path, optimizer, weights):
     if (optimizer, weights) == ("muon", "bf16"):
         return  # refused
     write(tmp_path, "llama")
-    setup = Setup("full", optimizer, weights)
-    told = expected_memory(sketch(read_config(tmp_path), setup, torch.bfloat16, ADAPTER), setup, LENGTHS, 9, "cpu", 1)
+    setup = Recipe("full", optimizer, weights)
+    told = expected_memory(
+        meta_model(read_config(tmp_path), setup, torch.bfloat16, ADAPTER), setup, LENGTHS, 9, "cpu", 1
+    )
     model = load_model(tmp_path, torch.float32 if weights == "fp32" else torch.bfloat16)
     steppers = make_optimizers(model, optimizer, 1e-3, 0.0)
     for p in model.parameters():
@@ -141,7 +146,7 @@ def test_operations_are_those_of_the_products(tmp_path):
         one = batch()
         in_place = {torch.ops.aten.addmm_: lambda to, a, b, **_: 2 * a[0] * a[1] * b[1]}
         with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-            training_loss(model, one, 1, 1)[0].backward()
+            batch_loss(model, one, 1).backward()
         c, tokens = model.config, sum(LENGTHS)
         padded = sum(group.documents * group.length**2 for group in one.documents.groups)
         told = flops_a_token(model, 0.0, len(one.targets) / tokens) * tokens
@@ -161,9 +166,9 @@ def table(text: str) -> list[list[str]]:
     return [line.split() for line in lines[start + 1 :] if line[:4] in ("full", "lora", "qlor")]
 
 
-def job(**changes) -> Job:
-    return Job(**{"lengths": LENGTHS, "trained": 100, "share": 0.5, "reach": 90.0, "tokens": 1e5, "to_learn": 5_000,
-                  "accumulate": 1} | changes)  # fmt: skip
+def job(**changes) -> Workload:
+    usual = {"lengths": LENGTHS, "trained": 100, "share": 0.5, "reach": 90.0, "tokens": 1e5, "to_learn": 5_000}
+    return Workload(**(usual | {"accumulate": 1} | changes))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +179,7 @@ def job(**changes) -> Job:
         (1e12, 100, r"--method full: .* and full fits"),
         (0, 0.1, "nothing fits: the least, --method qlora"),
         ("qlora", 0.1, r"--method qlora: .* 16-bit weights do not fit"),
-        ("block", 0.1, r"--method lora --remat block"),
+        ("full", 0.1, r"--method lora --activation-checkpointing full"),
     ],
 )
 def test_the_recommendation(monkeypatch, capsys, room, to_learn, wanted):
@@ -183,17 +188,17 @@ def test_the_recommendation(monkeypatch, capsys, room, to_learn, wanted):
     config = Config.from_hf(raw)
 
     def peak(setup):
-        return expected_memory(sketch(config, setup, torch.bfloat16, ADAPTER), setup, LENGTHS, 100, "cpu", 1).peak
+        return expected_memory(meta_model(config, setup, torch.bfloat16, ADAPTER), setup, LENGTHS, 100, "cpu", 1).peak
 
     if room == "qlora":
-        room = peak(Setup("lora", remat="block")) - 1
-    elif room == "block":
-        room = (peak(Setup("lora", remat="block")) + peak(Setup("lora", remat="selective"))) / 2
+        room = peak(Recipe("lora", checkpointing="full")) - 1
+    elif room == "full":
+        room = (peak(Recipe("lora", checkpointing="full")) + peak(Recipe("lora", checkpointing="selective"))) / 2
     monkeypatch.setattr(plan, "device_memory", lambda device: room / plan.FITS)
     adapted = [
-        p.numel() for p in sketch(config, Setup("lora"), torch.bfloat16, ADAPTER).parameters() if p.requires_grad
+        p.numel() for p in meta_model(config, Recipe("lora"), torch.bfloat16, ADAPTER).parameters() if p.requires_grad
     ]
-    plan.show(
+    plan.print_plan(
         config, job(to_learn=int(to_learn * plan.CAPACITY * sum(adapted) / plan.BITS)), CPU, torch.bfloat16, ADAPTER
     )
     said = capsys.readouterr().out
@@ -251,8 +256,8 @@ def test_a_card_that_is_smaller_gets_smaller_micro_batches():
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, max_position_embeddings=8192,
     ).to_dict()  # fmt: skip
-    setup = Setup("lora")
-    model = sketch(Config.from_hf(raw), setup, torch.bfloat16, ADAPTER)
+    setup = Recipe("lora")
+    model = meta_model(Config.from_hf(raw), setup, torch.bfloat16, ADAPTER)
 
     def chosen(gigabytes: float) -> int:
         peak = lambda tokens: expected_memory(model, setup, [tokens], tokens, "cuda", 2).peak
@@ -310,19 +315,19 @@ def test_a_gpu_s_segments_grow_unless_the_user_says_otherwise(monkeypatch, varia
         monkeypatch.setenv(variable, "max_split_size_mb:64")
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", asked.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert loading.pick_device("auto") == GPU
+    assert device.pick_device("auto") == GPU
     assert asked == ([] if variable else ["expandable_segments:True"])
 
 
 def test_blocks_are_not_compiled_on_a_gpu_by_themselves():
-    flags = Flags(method="lora")
-    assert "not measured yet" in train.choose_compile(flags, GPU, seconds=1e6) and flags.compile == "off"
+    compiled, reason = choose_compile(Flags(method="lora"), GPU, seconds=1e6)
+    assert compiled == "off" and "not measured yet" in reason
 
 
 def test_one_stream_for_all_that_travels(monkeypatch):
     made = []
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or len(made))
-    remat.offload_stream.cache_clear()
-    streams = {remat.Remat("offload", GPU).side for _ in range(3)}
-    remat.offload_stream.cache_clear()
+    activation_checkpointing.offload_stream.cache_clear()
+    streams = {activation_checkpointing.ActivationCheckpointing("offload", GPU).side for _ in range(3)}
+    activation_checkpointing.offload_stream.cache_clear()
     assert streams == {1} and made == [GPU]

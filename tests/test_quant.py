@@ -10,9 +10,9 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import chat_base, command, llama, relative, sentence
 from safetensors.torch import load_file, save_file
-from test_train import losses, oracle_losses, rows, settings
+from support.helpers import chat_base, command, llama, relative, sentence
+from support.training_runs import oracle_losses, rows, run_loop, settings
 
 import convert
 import evaluate
@@ -21,10 +21,10 @@ import lora
 import quant
 import train
 from checkpoint import load_model, save_model
-from errors import UserError
-from kernels.lora_linear import Adapted, lora_linears
-from kernels.nf4 import CODE, matrix, nf4_dequantize, nf4_dequantize_reference, nf4_linear
-from model import Linear, quantized
+from common.errors import UserError
+from kernels.lora_linear import LoRAWeights, lora_linears
+from kernels.nf4 import CODE, dequantized_weight, nf4_dequantize, nf4_dequantize_reference, nf4_linear
+from model import Linear, quantized_linears
 
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "std": 0.05}
 BOUNDS = torch.tensor([*((a + b) / 2 for a, b in pairwise(CODE)), 1.0])  # between neighbours, and the largest value
@@ -83,7 +83,7 @@ def test_blocks_of_other_sizes(size):
 
 
 def test_the_numbers_of_double_quantisation():
-    assert torch.equal(quant.dynamic_code(torch.device("cpu")), bnb.create_dynamic_map())
+    assert torch.equal(quant.dynamic_codebook(torch.device("cpu")), bnb.create_dynamic_map())
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -98,7 +98,7 @@ def test_a_frozen_linear_is_right_and_keeps_only_the_codes(dtype, adapted):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         if adapted:
-            (out,) = lora_linears(x, [Adapted(frozen, bias, A, B, 0.5)])
+            (out,) = lora_linears(x, [LoRAWeights(frozen, bias, A, B, 0.5)])
         else:
             out = nf4_linear(x, frozen, bias)
     assert sum(t.nbytes for t in kept if t.dtype == torch.uint8) >= 40 * 192 // 2
@@ -144,7 +144,7 @@ def test_folders_of_transformers_with_bitsandbytes_load(tmp_path, double):
     assert (tmp_path / "4bit" / "model.safetensors.index.json").is_file()
     ours = load_model(tmp_path / "4bit")
     assert errors(ours, theirs) < 2e-6 and errors(ours, whole) > 0.05
-    assert len(quantized(ours)) == 21 and ours.size == sum(p.numel() for p in whole.parameters())
+    assert len(quantized_linears(ours)) == 21 and ours.size == sum(p.numel() for p in whole.parameters())
 
 
 def test_quantising_while_loading_equals_bitsandbytes_and_both_read_what_is_saved(tmp_path):
@@ -171,7 +171,7 @@ def test_the_output_head_is_quantised_where_that_is_asked_for(tmp_path):
     assert type(back.lm_head).__name__ == "Linear4bit" and errors(load_model(tmp_path / "saved"), back) < 2e-6
     lora.add_lora(ours, 4, 8.0)
     data = rows(8)
-    assert losses(ours, data, settings(steps=2), tmp_path)[1] > 0  # the loss's gradient goes through it
+    assert run_loop(ours, data, settings(steps=2), tmp_path)[1] > 0  # the loss's gradient goes through it
     assert ours.eval().generate([[1, 2, 3]], 20) == ours.generate([[1, 2, 3]], 20)
     llama(tmp_path / "tied", **WIDE, tie_word_embeddings=True)
     with pytest.raises(UserError, match="output head is its embedding table"):
@@ -192,7 +192,7 @@ def test_the_command_writes_a_base_in_four_bits(tmp_path, monkeypatch, capsys):
 def test_what_is_held_is_four_bits_a_weight(tmp_path):
     llama(tmp_path, hidden_size=256, intermediate_size=512, num_hidden_layers=2)
     model = load_model(tmp_path, torch.bfloat16, quant="nf4")
-    for layer in quantized(model).values():
+    for layer in quantized_linears(model).values():
         size = layer.in_features * layer.out_features
         assert layer.weight is None
         assert sum(p.nbytes for p in layer.nf4.parameters()) <= size * 0.5 + size / 64 + 4 * (size / 64 / 256 + 1) + 4
@@ -220,7 +220,7 @@ def test_every_kind_of_linear_is_quantised_whole_and_alone(tmp_path, family):
     for name, layer in held.items():
         weight = plain.get_submodule(name).weight
         assert all(torch.equal(mine, its) for mine, its in zip(layer.nf4.tensors, quant.quantize(weight), strict=True))
-        plain.get_submodule(name).weight.data = matrix(layer.frozen, torch.float32)
+        plain.get_submodule(name).weight.data = dequantized_weight(layer.frozen, torch.float32)
     with torch.no_grad():
         assert relative(ours(tokens()), plain(tokens())) < 1e-6
 
@@ -241,7 +241,7 @@ def test_qlora_trains_as_peft_on_bitsandbytes_and_its_adapter_fits_there(tmp_pat
     lora.save_adapter(model, tmp_path / "start")
     wrapped = peft.PeftModel.from_pretrained(bits_and_bytes(tmp_path / "base"), tmp_path / "start", is_trainable=True)
     flags, data = settings(), rows()
-    ours = losses(model, data, flags, tmp_path)
+    ours = run_loop(model, data, flags, tmp_path)
     assert ours == pytest.approx(oracle_losses(wrapped.train(), data, flags), rel=0, abs=1e-3)
     assert ours[-1] < ours[0] - 0.05
     lora.save_adapter(model, tmp_path / "trained")
@@ -253,16 +253,16 @@ def test_merging_into_four_bits_leaves_them_and_comes_back_exactly(tmp_path):
     llama(tmp_path / "base", **WIDE)
     model = load_model(tmp_path / "base", quant="nf4")
     lora.add_lora(model, 4, 8.0, targets="q_proj,down_proj")
-    for layer in lora.adapted(model).values():
+    for layer in lora.lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.05)
     with torch.no_grad():
         before = model(tokens())
         assert lora.merge(model) < 1e-5 and relative(model(tokens()), before) < 1e-5
-        assert len(quantized(model)) == 15
+        assert len(quantized_linears(model)) == 15
         lora.unmerge(model)
-        assert len(quantized(model)) == 21 and torch.equal(model(tokens()), before)
+        assert len(quantized_linears(model)) == 21 and torch.equal(model(tokens()), before)
     lora.save_adapter(model, tmp_path / "adapter")
-    lora.drop_lora(model)
+    lora.remove_lora(model)
     save_model(model, tmp_path / "4bit")
     said = []
     convert.merge(tmp_path / "4bit", tmp_path / "adapter", tmp_path / "merged", torch.float32, said.append)
@@ -281,7 +281,7 @@ def test_text_from_four_bits_is_that_of_the_numbers_they_stand_for(tmp_path):
         ours, plain = load_model(tmp_path, dtype, quant="nf4"), load_model(tmp_path, dtype)
         for name, layer in ours.named_modules():
             if isinstance(layer, Linear) and layer.nf4 is not None:
-                plain.get_submodule(name).weight.data = matrix(layer.frozen, dtype)
+                plain.get_submodule(name).weight.data = dequantized_weight(layer.frozen, dtype)
         prompts = [[1, 2, 3], [4, 5]]
         assert ours.generate(prompts, 30) == plain.generate(prompts, 30)
 

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import chat_base, command
 from safetensors.torch import load_file
+from support.helpers import chat_base, command
 from test_distributed import ROOT, lines, records, torchrun
 
-import resume
 import train
-import watch
-from errors import UserError
+from common.errors import UserError
+from flags import Flags
+from training import checkpointer as resume
+from training import metrics
 
 EXACT = ("step", "loss", "val_loss", "replay_val_loss", "replay_loss", "grad_norm", "lr", "tokens", "trained_tokens")
 METHODS = {
@@ -79,7 +80,7 @@ def assert_same(a: Path, b: Path) -> None:
 def cut_back(run: Path, step: int) -> None:
     """As if the run had been killed while it went on after this checkpoint."""
     shutil.rmtree(run / "final")
-    for path in resume.steps(run / resume.FOLDER):
+    for path in resume.list_checkpoints(run / resume.FOLDER):
         if int(path.name[5:]) > step:
             shutil.rmtree(path)
     with open(run / "metrics.jsonl", "a") as stream:
@@ -149,7 +150,7 @@ def stopped(job, tmp_path, monkeypatch, capsys):
 def test_other_flags_are_refused_and_listed(stopped, monkeypatch, capsys, words, said):
     _, err, code = command(train, monkeypatch, capsys, "--out", stopped, "--resume", *words)
     assert code == 2 and pytest.importorskip("re").search(said, err), err
-    assert resume.newest(stopped).state["step"] == 12
+    assert resume.newest_checkpoint(stopped).state["step"] == 12
 
 
 def test_a_step_may_be_cut_in_another_way(stopped, tmp_path, monkeypatch, capsys):
@@ -196,23 +197,26 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(stopped, tmp_
     assert "NOTE" in out and "step-12" in out and "the checkpoint before it is taken" in out
     assert "resumed   after step 9 of 14" in out
     assert_same(tmp_path / "whole", stopped)
-    assert resume.damage(stopped / "checkpoints/step-12") is None  # written anew
+    assert resume.find_corruption(stopped / "checkpoints/step-12") is None  # written anew
 
 
 def test_a_damaged_newer_one_costs_no_whole_one(stopped, monkeypatch, capsys):
     for step in (9, 12):
         flip(stopped / f"checkpoints/step-{step}/state.json")
-    stop = watch.Watch.after_step
+    log_step = metrics.MetricsLogger.log_step
 
-    def ended(self, done, asked=0):
-        return stop(self, done, signal.SIGTERM if done == 8 else asked)
+    def log_and_stop(self, step, *numbers):  # a signal that comes while step 8 is at work
+        log_step(self, step, *numbers)
+        if step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
 
     with monkeypatch.context() as patch:
-        patch.setattr(watch.Watch, "after_step", ended)
+        patch.setattr(metrics.MetricsLogger, "log_step", log_and_stop)
         out, _, code = command(train, patch, capsys, "--out", stopped, "--resume", "--keep", "1")
     assert code == 143 and "stopped   after step 8" in out
-    assert resume.newest(stopped).state["step"] == 8
-    assert {path.name for path in resume.steps(stopped / "checkpoints")} <= {"step-6", "step-8"}
+    assert resume.newest_checkpoint(stopped).state["step"] == 8
+    assert {path.name for path in resume.list_checkpoints(stopped / "checkpoints")} <= {"step-6", "step-8"}
 
 
 def test_a_file_that_the_manifest_does_not_name_is_not_read(stopped, tmp_path, monkeypatch, capsys):
@@ -236,18 +240,17 @@ def test_what_is_typed_as_auto_is_no_difference_and_a_map_is_typed_again(stopped
     state = json.loads((stopped / "checkpoints/step-12/state.json").read_text())
     _, err, code = command(train, monkeypatch, capsys, "--out", stopped, "--resume", "--dtype", "auto", "--plan")
     assert code == 0, err
-    found = resume.Found(stopped, state | {"flags": state["flags"] | {"map": "x.py:f"}}, [])
     with pytest.raises(UserError, match="give it again"):
-        resume.take_flags(train.Flags(), set(), found.state, stopped)
+        resume.restore_flags(Flags(), state | {"flags": state["flags"] | {"map": "x.py:f"}}, stopped)
 
 
 def test_where_all_are_damaged_nothing_is_begun(stopped, monkeypatch, capsys):
-    for folder in resume.steps(stopped / "checkpoints"):
+    for folder in resume.list_checkpoints(stopped / "checkpoints"):
         flip(folder / "state.json")
     for how in ("on", "auto"):
         _, err, code = command(train, monkeypatch, capsys, "--out", stopped, "--resume", how)
         assert code == 2 and "no checkpoint is whole" in err and "state.json" in err
-    assert len(resume.steps(stopped / "checkpoints")) == 4
+    assert len(resume.list_checkpoints(stopped / "checkpoints")) == 4
 
 
 def test_nothing_is_unpickled(stopped, monkeypatch, capsys):
@@ -280,7 +283,7 @@ def test_the_last_ones_and_the_best_are_kept(job, tmp_path, monkeypatch, capsys)
     assert command(train, monkeypatch, capsys, *words)[2] == 0
     losses = {line["step"]: line["val_loss"] for line in lines(tmp_path / "run") if "val_loss" in line}
     best = min((step for step in losses if 0 < step < 14), key=losses.get)
-    kept = {int(path.name[5:]) for path in resume.steps(tmp_path / "run/checkpoints")}
+    kept = {int(path.name[5:]) for path in resume.list_checkpoints(tmp_path / "run/checkpoints")}
     assert kept == {9, 12, best}
     states = {step: json.loads((tmp_path / f"run/checkpoints/step-{step}/state.json").read_text()) for step in kept}
     assert all(states[step]["val_loss"] == losses[step] for step in kept)
@@ -299,8 +302,8 @@ def by_processes(job, tmp_path_factory) -> Path:
     extra = {name: ["--shard", "none" if name == "lora" else "full", "--keep", 9] for name in names}
     for n in (1, 2):
         size = ["--batch-size", 6 // n]
-        torchrun(n, "tests/jobs.py", json.dumps([[*job(name), *extra[name], *size, "--out", str(folder / name / str(n))]
-                                                 for name in names]))  # fmt: skip
+        jobs = [[*job(name), *extra[name], *size, "--out", str(folder / name / str(n))] for name in names]
+        torchrun(n, "tests/support/run_jobs.py", json.dumps(jobs))
     pairs = [(2, 2), (2, 1), (2, 3), (1, 2)]
     for n, m in pairs:
         for name in names:
@@ -310,7 +313,7 @@ def by_processes(job, tmp_path_factory) -> Path:
         words = ["--resume", "--batch-size", 6 // m]
         jobs = [["--out", str(folder / name / f"{n}-{to}"), *words, *extra[name][:2]]
                 for name in names for n, to in pairs if to == m]  # fmt: skip
-        torchrun(m, "tests/jobs.py", json.dumps(jobs))
+        torchrun(m, "tests/support/run_jobs.py", json.dumps(jobs))
     return folder
 
 

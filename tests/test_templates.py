@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import transformers
-from helpers import SHARED, chat_base, command, needs_shared
+from support.helpers import SHARED, chat_base, command, needs_shared
 from test_tokenizer import CHAT, CHATML, trained_text
 
 import generate
 import train
-from errors import UserError
-from templates import LONGEST, MEMORY, SECONDS
+from common.errors import UserError
+from tokenization.chat_template import LONGEST, MEMORY, SECONDS
 from tokenizer import TemplateError, load_tokenizer
 
 PARAMETERS = {
@@ -262,7 +262,7 @@ HARM = {
 
 @pytest.mark.parametrize("kind", HARM)
 def test_a_hostile_template_ends_in_one_line(kind, folder, monkeypatch):
-    monkeypatch.setattr("templates.SECONDS", 2)
+    monkeypatch.setattr("tokenization.chat_template.SECONDS", 2)
     template, reason = HARM[kind]
     start = time.monotonic()
     ours = load_tokenizer(write(folder, template))

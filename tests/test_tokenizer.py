@@ -15,12 +15,12 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
-from helpers import SHARED, needs_shared
+from support.helpers import SHARED, needs_shared
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-import convert
-from errors import UserError
-from templates import ALPACA
+from common.errors import UserError
+from interop import resolve
+from tokenization.chat_template import ALPACA
 from tokenizer import TemplateError, load_tokenizer
 
 TEXTS = [
@@ -355,7 +355,7 @@ def test_added_tokens_that_take_spaces_along_or_want_words(kind, flags, tmp_path
 
 def test_default_base_ids_equal_those_of_tokenizers():
     """Six control characters have no token in SmolLM2, and no text in `tokenizers`."""
-    folder, lost = convert.model_folder(None), "\x04\x06\x13\x14\x16\x1d"
+    folder, lost = resolve.model_folder(None), "\x04\x06\x13\x14\x16\x1d"
     ours, theirs = load_tokenizer(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert ours.description == "byte-level BPE, 49,152 tokens, digits split"
     assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.stop_ids, ours.adds_bos) == (1, 2, 2, {2}, False)
@@ -549,7 +549,7 @@ def test_an_answer_in_place_of_another_changes_only_trained_ids(words, tmp_path)
 @pytest.mark.parametrize("kind, before", [("default base", "\x04" * 20), ("nfc", "e\u0301" * 20), ("nfc", "🦊" * 20)])
 def test_masks_keep_their_place_after_what_has_other_lengths(kind, before, tmp_path):
     """Characters without a token, in another normal form, of four bytes; all in one piece with the answer."""
-    folder = convert.model_folder(None) if kind == "default base" else byte_level(tmp_path, words=QWEN, nfc=True)
+    folder = resolve.model_folder(None) if kind == "default base" else byte_level(tmp_path, words=QWEN, nfc=True)
     ours = replace(
         load_tokenizer(folder), templates={"default": "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"}
     )

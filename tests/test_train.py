@@ -6,106 +6,38 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from helpers import SHARED, chat_base, command, llama, needs_shared
 from safetensors.torch import load_file
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from support.helpers import SHARED, chat_base, command, llama, needs_shared
+from support.training_runs import CPU, oracle_losses, rows, run_loop, settings
 
 import lora
-import report
 import train
-import watch
-from checkpoint import load_model
+from checkpoint import load_model, read_config
+from common.errors import UserError
 from data import load
-from errors import UserError
-from examples import Dataset, Example
+from dataset.sampler import Sampler
+from flags import Flags
+from methods import load_trainable
 from optimizers import make_optimizers
-from order import Stream
 from tokenizer import load_tokenizer
-from train import Flags, rate_at
+from train import lr_at
+from training import evaluator, plots, run_folder
+from training.defaults import choose_compile, choose_optimization, choose_steps
 
-CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def rows(count: int = 40, longest: int = 60, seed: int = 0) -> Dataset:
-    """Random token rows whose answers have very different lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    examples = []
-    for number in range(count):
-        answer = int(torch.randint(1, longest, (), generator=generator)) if number % 3 else 1
-        prompt = int(torch.randint(1, 9, (), generator=generator))
-        ids = torch.randint(0, 96, (prompt + answer,), generator=generator).tolist()
-        examples.append(Example(ids, [False] * prompt + [True] * answer, f"row {number}"))
-    return Dataset(examples)
-
-
-def settings(**changes) -> Flags:
-    wanted = {"steps": 20, "lr": 1e-2, "warmup": 2, "weight_decay": 0.0, "eval_every": 0, "batch_size": 4} | changes
-    return Flags(**wanted)
-
-
-def stream(data: Dataset, seed: int = 0) -> Stream:
-    return Stream(data.lengths, [len(data)], [len(data)], seed)
-
-
-def losses(model, data: Dataset, flags: Flags, folder: Path) -> list[float]:
-    log = train.Log(flags, folder, 1.0, CPU)
-    steppers = make_optimizers(model, flags.optimizer, flags.lr, flags.weight_decay, flags.optimizer_offload)
-    steps = train.step_parts(data, stream(data), flags, CPU)
-    train.optimize(model, steppers, steps, flags, log, CPU, lambda *_: False)
-    log.close()
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def oracle_losses(model, data: Dataset, flags: Flags, decay: float = 0.0, balance: float = 0.0) -> list[float]:
-    """The textbook's loop over transformers' model: one example at a time, no padding, one sum. balance: weight of its
-    own load-balancing loss, over the step's tokens."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=flags.lr, foreach=False)
-    found = []
-    order = stream(data)
-    for number in range(flags.steps):
-        step = [i for (i,) in order.step(flags.batch_size * flags.accumulate)]
-        count, total, routers = 0, 0.0, []
-        for i in step:
-            example = data.examples[i]
-            ids = torch.tensor([example.ids])
-            out = model(ids, **({"output_router_logits": True} if balance else {}))
-            routers.append(out.router_logits if balance else ())
-            logprobs = out.logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-            mask = torch.tensor(example.trained[1:])
-            total, count = total - logprobs[mask].sum(), count + int(mask.sum())
-        loss = total / count
-        if balance:
-            by_layer = tuple(torch.cat(parts) for parts in zip(*routers, strict=True))
-            config = model.config
-            extra = load_balancing_loss_func(by_layer, config.num_local_experts, config.num_experts_per_tok)
-            (loss + balance * extra).backward()
-        else:
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, flags.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(number, flags)
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(float(loss.detach()))
-    return found
 
 
 @pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": True, "num_key_value_heads": 2, "attention_bias": True}])
 def test_full_fine_tuning_equals_transformers(tmp_path, shape):
     theirs = llama(tmp_path / "base", std=0.1, **shape).train()
     flags, data = settings(method="full", lr=3e-3), rows()
-    ours = losses(load_model(tmp_path / "base"), data, flags, tmp_path)
+    ours = run_loop(load_model(tmp_path / "base"), data, flags, tmp_path)
     assert ours == pytest.approx(oracle_losses(theirs, data, flags), rel=0, abs=1e-4)
     assert ours[-1] < ours[0]
 
@@ -116,7 +48,7 @@ def test_weight_decay_equals_transformers_and_spares_norms(tmp_path):
     model = load_model(tmp_path / "base")
     groups = make_optimizers(model, "adamw", 3e-3, 0.5)[0].param_groups
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0] and all(p.dim() == 1 for p in groups[1]["params"])
-    assert losses(model, data, flags, tmp_path) == pytest.approx(
+    assert run_loop(model, data, flags, tmp_path) == pytest.approx(
         oracle_losses(theirs, data, flags, 0.5), rel=0, abs=1e-4
     )
 
@@ -129,7 +61,7 @@ def test_lora_equals_transformers_with_peft(tmp_path):
     lora.save_adapter(model, tmp_path / "start")
     wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "start", is_trainable=True).train()
     flags, data = settings(), rows()
-    ours = losses(model, data, flags, tmp_path)
+    ours = run_loop(model, data, flags, tmp_path)
     assert ours == pytest.approx(oracle_losses(wrapped, data, flags), rel=0, abs=1e-4)
     assert ours[-1] < ours[0] - 0.05
 
@@ -144,7 +76,7 @@ def test_a_step_is_the_same_however_it_is_cut(tmp_path, method):
             torch.manual_seed(0)
             lora.add_lora(model, 4, 8.0)
         flags = settings(method=method, lr=3e-3, batch_size=batch_size, accumulate=accumulate)
-        found.append(losses(model, rows(), flags, tmp_path))
+        found.append(run_loop(model, rows(), flags, tmp_path))
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=0, abs=2e-5)
 
@@ -154,7 +86,7 @@ def test_every_trainable_parameter_moves_in_the_first_steps(tmp_path):
     model = load_model(tmp_path / "base")
     lora.add_lora(model, 4, 8.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    losses(model, rows(), settings(steps=2), tmp_path)
+    run_loop(model, rows(), settings(steps=2), tmp_path)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == (not parameter.requires_grad), name
 
@@ -162,23 +94,23 @@ def test_every_trainable_parameter_moves_in_the_first_steps(tmp_path):
 def test_bf16_full_fine_tuning_keeps_fp32_masters(tmp_path):
     """A rate at which a bf16 weight would not move at all still learns."""
     llama(tmp_path / "base", std=0.1)
-    model = train.prepare(Flags(method="full"), tmp_path / "base", torch.bfloat16, CPU)
+    model = load_trainable(settings(method="full", dtype="bf16", shard="none"), tmp_path / "base", CPU)
     assert model.dtype == torch.bfloat16 and all(p.dtype == torch.float32 for p in model.parameters())
     before = model.norm.weight.detach().clone()  # about 1, where bf16's steps are 2 ** -8
-    losses(model, rows(), settings(method="full", steps=4, lr=1e-5), tmp_path)
+    run_loop(model, rows(), settings(method="full", steps=4, lr=1e-5), tmp_path)
     moved = (model.norm.weight - before).abs()
     assert 0 < float(moved.max()) < 2**-10
 
 
 def test_train_regex_trains_only_what_it_names(tmp_path):
     llama(tmp_path / "base")
-    flags = Flags(method="full", train=r"layers\.1\.mlp")
-    model = train.prepare(flags, tmp_path / "base", torch.float32, CPU)
+    flags = settings(method="full", train=r"layers\.1\.mlp", dtype="fp32", shard="none")
+    model = load_trainable(flags, tmp_path / "base", CPU)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
         f"blocks.1.mlp.{part}.weight" for part in ("gate", "up", "down")
     }
     with pytest.raises(UserError, match="matches no parameter"):
-        train.prepare(Flags(method="full", train="nothing"), tmp_path / "base", torch.float32, CPU)
+        load_trainable(replace(flags, train="nothing"), tmp_path / "base", CPU)
 
 
 def test_dropout_is_on_in_training_and_off_in_validation(tmp_path):
@@ -188,24 +120,24 @@ def test_dropout_is_on_in_training_and_off_in_validation(tmp_path):
         model = load_model(tmp_path / "base")
         torch.manual_seed(0)
         lora.add_lora(model, 4, 8.0, dropout=0.5)
-        torch.nn.init.normal_(next(iter(lora.adapted(model).values())).lora_B)
+        torch.nn.init.normal_(next(iter(lora.lora_layers(model).values())).lora_B)
         model.train()
-        checks.append([watch.validate(model, rows(), CPU) for _ in range(2)])
+        checks.append([evaluator.validation_loss(model, rows()) for _ in range(2)])
         assert model.training  # as it was
         torch.manual_seed(seed)
-        found.append(losses(model, rows(), settings(steps=1), tmp_path)[0])
+        found.append(run_loop(model, rows(), settings(steps=1), tmp_path)[0])
     assert found[0] != found[1]
     assert len({value for pair in checks for value in pair}) == 1
 
 
 def test_schedule_and_warm_up():
     flags = settings(steps=10, lr=1.0, warmup=4)
-    assert [rate_at(step, flags) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    cosine = [rate_at(step, flags) for step in range(4, 10)]
+    assert [lr_at(step, flags) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    cosine = [lr_at(step, flags) for step in range(4, 10)]
     assert cosine == pytest.approx([0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)])
-    assert rate_at(7, settings(steps=10, lr=1.0, warmup=4, schedule="linear")) == pytest.approx(0.5)
-    assert rate_at(9, settings(steps=10, lr=1.0, warmup=4, schedule="constant")) == 1.0
-    assert rate_at(0, settings(steps=10, lr=1.0, warmup=0)) == 1.0
+    assert lr_at(7, settings(steps=10, lr=1.0, warmup=4, schedule="linear")) == pytest.approx(0.5)
+    assert lr_at(9, settings(steps=10, lr=1.0, warmup=4, schedule="constant")) == 1.0
+    assert lr_at(0, settings(steps=10, lr=1.0, warmup=0)) == 1.0
 
 
 # ---- whole runs ----
@@ -245,7 +177,7 @@ def test_what_a_run_says_and_writes(base, numbers, tmp_path, monkeypatch, capsys
         assert words in said, words
     assert said.strip().splitlines()[-1] == f"next      python generate.py --model {base} --adapter {out / 'final'}"
     assert {"config.json", "metrics.jsonl", "loss.png", "best", "final"} <= {path.name for path in out.iterdir()}
-    lines = report.read_metrics(out / "metrics.jsonl")
+    lines = plots.read_metrics(out / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
     wanted = "step loss lr grad_norm tokens trained_tokens tokens_per_s mfu seconds memory_mb".split()
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5] and all(list(line) == wanted for line in steps)
@@ -260,7 +192,7 @@ def test_an_adapter_goes_on_where_it_stopped(base, numbers, tmp_path, monkeypatc
     whole_run(monkeypatch, capsys, *words, "--out", tmp_path / "first")
     whole_run(monkeypatch, capsys, *words, "--out", tmp_path / "second", "--adapter", tmp_path / "first" / "final")
     first, second = (
-        [x for x in report.read_metrics(tmp_path / n / "metrics.jsonl") if "val_loss" in x] for n in ("first", "second")
+        [x for x in plots.read_metrics(tmp_path / n / "metrics.jsonl") if "val_loss" in x] for n in ("first", "second")
     )
     assert second[-1]["val_loss"] < second[0]["val_loss"] == first[-1]["val_loss"] < first[0]["val_loss"]
 
@@ -272,12 +204,12 @@ def test_patience_stops_a_run_that_gets_worse_and_best_is_kept(base, numbers, tm
     words = ["--model", base, "--data", numbers, "--val", tmp_path / "others.json", "--method", "full", "--lr", 3e-3]
     words += ["--steps", 40, "--eval-every", 1, "--dtype", "fp32", "--warmup", 0, "--patience", 3]
     said = whole_run(monkeypatch, capsys, *words, "--out", tmp_path / "run")
-    losses = [x["val_loss"] for x in report.read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_loss" in x]
+    losses = [x["val_loss"] for x in plots.read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_loss" in x]
     assert 5 < len(losses) < 40 and losses.index(min(losses)) == len(losses) - 4
     assert "3 validations without a new best" in said and said.rstrip().endswith(f"--model {tmp_path / 'run' / 'best'}")
     sources = [load([file], load_tokenizer(base), 512) for file in (tmp_path / "others.json",)]
     model = load_model(tmp_path / "run" / "best")
-    assert watch.validate(model, sources[0], CPU) == pytest.approx(min(losses), abs=1e-4)
+    assert evaluator.validation_loss(model, sources[0]) == pytest.approx(min(losses), abs=1e-4)
 
 
 def test_a_run_that_only_gets_worse_says_so(base, numbers, tmp_path, monkeypatch, capsys):
@@ -290,7 +222,7 @@ def test_a_run_that_only_gets_worse_says_so(base, numbers, tmp_path, monkeypatch
 def test_a_model_that_broke_is_not_saved(base, numbers, tmp_path, monkeypatch, capsys):
     """The last update is seen by no loss: validation and the weights themselves tell."""
     words = ["--model", base, "--data", numbers, "--steps", 1, "--lr", 1e8, "--alpha", 1e8, "--warmup", 0]
-    monkeypatch.setattr(train.optimizers, "make_optimizers", lambda model, *_: [Poison(model)])
+    monkeypatch.setattr(train, "make_optimizers", lambda model, *_: [Poison(model)])
     for more, what in (([], "the validation loss is nan"), (["--val-fraction", 0], "weights are no numbers")):
         out = tmp_path / what[-3:]
         _, err, code = command(train, monkeypatch, capsys, *words, *more, "--out", out)
@@ -341,7 +273,7 @@ def test_overwrite_replaces_what_the_run_wrote_and_nothing_else(base, numbers, t
     assert (out / "best").exists()
     whole_run(monkeypatch, capsys, *words, 1, "--val-fraction", 0, "--overwrite")
     assert (out / "notes.txt").read_text() == "mine" and not (out / "best").exists()
-    assert len(report.read_metrics(out / "metrics.jsonl")) == 1
+    assert len(plots.read_metrics(out / "metrics.jsonl")) == 1
     _, err, code = command(train, monkeypatch, capsys, *words, 1, "--adapter", out / "final", "--overwrite")
     assert code == 2 and "would be gone" in err and (out / "final" / "adapter_config.json").exists()
 
@@ -374,7 +306,7 @@ def test_seed_and_eval_every_and_repeated_data_are_heard(base, numbers, tmp_path
         out = tmp_path / str(number)
         said = whole_run(monkeypatch, capsys, *words, "--seed", seed, "--out", out)
         assert "numbers.json" in said and "more.json" in said
-        lines = report.read_metrics(out / "metrics.jsonl")
+        lines = plots.read_metrics(out / "metrics.jsonl")
         assert [line["step"] for line in lines if "val_loss" in line] == [0, 3, 4]
         found.append([line["loss"] for line in lines if "loss" in line])
     assert found[0] == found[1] != found[2]
@@ -382,19 +314,22 @@ def test_seed_and_eval_every_and_repeated_data_are_heard(base, numbers, tmp_path
 
 def test_defaults_follow_method_data_and_width(tmp_path):
     llama(tmp_path / "base")
-    model = load_model(tmp_path / "base")  # hidden size 64
-    order = lambda count: Stream([], [count], [count], 0)
+    config = read_config(tmp_path / "base")  # hidden size 64
+
+    def chosen(examples: int, **typed) -> tuple[Flags, int]:
+        flags, steps_per_epoch = choose_steps(Flags(**typed), Sampler([], [examples], [examples], 0))
+        return choose_optimization(flags, config), steps_per_epoch
+
     for examples, epochs in ((100, 3.0), (600, 2.0), (1600, 1.0)):
-        flags = Flags()
-        assert train.choose_defaults(flags, model, order(examples)) == math.ceil(examples / 8)
+        flags, steps_per_epoch = chosen(examples)
+        assert steps_per_epoch == math.ceil(examples / 8)
         assert flags.epochs == epochs and flags.steps == round(epochs * math.ceil(examples / 8))
         assert flags.warmup == round(0.05 * flags.steps) and flags.eval_every == math.ceil(flags.steps / 5)
     assert flags.weight_decay == 0 and flags.lr == pytest.approx(5e-4 * (2000 / 64) ** 0.78, rel=0.05)
-    full = Flags(method="full", steps=7)
-    train.choose_defaults(full, model, order(100))
+    full, _ = chosen(100, method="full", steps=7)
     assert full.steps == 7 and full.weight_decay == 0.01 and full.lr == pytest.approx(flags.lr / 10, rel=0.05)
     with pytest.raises(UserError, match="--warmup 9"):
-        train.choose_defaults(Flags(steps=9, warmup=9), model, order(100))
+        chosen(100, steps=9, warmup=9)
 
 
 def test_a_mixed_packed_run_with_replay(base, numbers, tmp_path, monkeypatch, capsys):
@@ -411,7 +346,7 @@ def test_a_mixed_packed_run_with_replay(base, numbers, tmp_path, monkeypatch, ca
     assert draws["numbers.json"] == pytest.approx(3 * draws["other.jsonl"], abs=3)
     assert re.search(r"packed +[\d,]+ examples in [\d,]+ rows of 128 tokens, \d\d\.\d% full", said)
     assert "6 steps of 2 x 1 rows" in said and ", of the replay " in said
-    lines = report.read_metrics(tmp_path / "run" / "metrics.jsonl")
+    lines = plots.read_metrics(tmp_path / "run" / "metrics.jsonl")
     steps, validations = [x for x in lines if "loss" in x], [x for x in lines if "val_loss" in x]
     assert all(128 < x["tokens"] <= 256 for x in steps) and all("replay_val_loss" in x for x in validations)
     replayed = [x["replay_loss"] for x in steps if "replay_loss" in x]
@@ -423,7 +358,7 @@ def test_packing_trains_the_same_tokens(base, numbers, tmp_path, monkeypatch, ca
     for pack in ("--pack", "--no-pack"):
         words = ["--model", base, "--data", numbers, pack, "--seq-len", 256, "--epochs", 1, "--val-fraction", 0]
         whole_run(monkeypatch, capsys, *words, "--out", tmp_path / pack)
-        lines = report.read_metrics(tmp_path / pack / "metrics.jsonl")
+        lines = plots.read_metrics(tmp_path / pack / "metrics.jsonl")
         totals.append((sum(x["tokens"] for x in lines), sum(x["trained_tokens"] for x in lines), len(lines)))
     assert totals[0][:2] == totals[1][:2] and totals[0][2] < totals[1][2]
 
@@ -451,8 +386,8 @@ def test_an_end_of_turn_that_no_config_lists_is_said(numbers, tmp_path, monkeypa
 
 def test_two_runs_of_one_second_get_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.time, "strftime", lambda form: "20260101-000000-lora")
-    assert len({train.run_folder(Flags()) for _ in range(3)}) == 3
+    monkeypatch.setattr(run_folder.time, "strftime", lambda form: "20260101-000000-lora")
+    assert len({run_folder.make_run_folder(Flags()) for _ in range(3)}) == 3
 
 
 def test_profile_prints_a_table_and_writes_a_trace(base, numbers, tmp_path, monkeypatch, capsys):
@@ -460,7 +395,7 @@ def test_profile_prints_a_table_and_writes_a_trace(base, numbers, tmp_path, monk
     said = whole_run(monkeypatch, capsys, *words)
     assert "Self CPU" in said and "aten::mm" in said
     assert json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
-    assert len(report.read_metrics(tmp_path / "run" / "metrics.jsonl")) == 2
+    assert len(plots.read_metrics(tmp_path / "run" / "metrics.jsonl")) == 2
 
 
 def test_compiled_blocks_give_the_same_losses(base, numbers, tmp_path, monkeypatch, capsys):
@@ -474,7 +409,7 @@ def test_compiled_blocks_give_the_same_losses(base, numbers, tmp_path, monkeypat
         said = whole_run(monkeypatch, capsys, *words, state, "--out", tmp_path / state)
         assert f"compiled blocks {state}" in said
         found.append(
-            [line.get("loss", line.get("val_loss")) for line in report.read_metrics(tmp_path / state / "metrics.jsonl")]
+            [line.get("loss", line.get("val_loss")) for line in plots.read_metrics(tmp_path / state / "metrics.jsonl")]
         )
     assert found[1] == pytest.approx(found[0], rel=0, abs=1e-4)
     assert found[1] != found[0], "nothing was compiled"
@@ -487,11 +422,9 @@ def test_auto_compiles_where_it_pays(monkeypatch):
 
     def choice(seconds: float, compiler: str) -> str:
         monkeypatch.setattr(shutil, "which", lambda name: name if name == compiler else None)
-        flags = Flags()
-        train.choose_compile(flags, CPU, seconds)
-        return flags.compile
+        return choose_compile(Flags(), CPU, seconds)[0]
 
-    monkeypatch.setattr(train.sys, "platform", "linux")
+    monkeypatch.setattr(sys, "platform", "linux")
     assert choice(7200, "g++") == "on" and choice(120, "g++") == "off" and choice(7200, "gcc") == "off"
 
 
@@ -537,9 +470,7 @@ def test_the_bundled_task_is_learned_and_little_is_forgotten(tmp_path, monkeypat
 def test_alpaca_validation_loss_falls_on_the_default_base(tmp_path, monkeypatch, capsys):
     words = ["--data", SHARED / "alpaca_en_1k.json", "--val-fraction", 0.03, "--seq-len", 256, "--steps", 12]
     whole_run(monkeypatch, capsys, *words, "--eval-every", 12, "--out", tmp_path / "run")
-    losses = [
-        line["val_loss"] for line in report.read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_loss" in line
-    ]
+    losses = [line["val_loss"] for line in plots.read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_loss" in line]
     assert len(losses) == 2 and losses[1] < losses[0] - 0.01
 
 

@@ -10,7 +10,7 @@ import bitsandbytes
 import pytest
 import torch
 import transformers
-from helpers import llama, relative
+from support.helpers import llama, relative
 from test_kernels import compare, random
 from test_optimizers import give_gradients
 
@@ -18,22 +18,21 @@ import decoding
 import lora
 import optimizers
 import quant
-import remat
 from checkpoint import load_model
-from kernels import gpu, linear_cross_entropy, lora_linear, nf4, norm, rope, swiglu
-from kernels.attention import Documents, Scores, stacked_mask
+from kernels import activation_checkpointing, cross_entropy, lora_linear, nf4, rms_norm, rope, swiglu, triton_utils
+from kernels.attention import Documents, Scores, decode_mask
 from kernels.decode_attention import decode_attention
 from kernels.linear import linears, linears_reference
-from kernels.lora_linear import Adapted, Casts, lora_linears, lora_linears_reference
+from kernels.lora_linear import Casts, LoRAWeights, lora_linears, lora_linears_reference
 from optimizers import AdamW
 from quant import quantize
 
-pytestmark = pytest.mark.skipif(isinstance(gpu.triton, gpu.Absent), reason="needs triton")
+pytestmark = pytest.mark.skipif(isinstance(triton_utils.triton, triton_utils.TritonStub), reason="needs triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # triton's interpreter cuts bf16 off instead of rounding it, and takes its bits for numbers in products
 DTYPES = [(torch.float32, 5e-6), (torch.bfloat16, 2e-2)]
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
-SWITCHED = (norm, rope, swiglu, linear_cross_entropy, nf4, lora_linear, lora, optimizers)  # modules that ask on_gpu
+SWITCHED = (rms_norm, rope, swiglu, cross_entropy, nf4, lora_linear, lora, optimizers)  # modules that ask on_gpu
 calls = []
 
 
@@ -49,7 +48,7 @@ def triton_only(monkeypatch):
 def switch(monkeypatch, gpu: bool) -> None:
     """Tells every function that it is on a GPU, or that it is not."""
     for module in SWITCHED:
-        monkeypatch.setattr(module, "on_gpu", (lambda x: calls.append(x) or True) if gpu else (lambda x: False))
+        monkeypatch.setattr(module, "use_triton", (lambda x: calls.append(x) or True) if gpu else (lambda x: False))
 
 
 def there(*tensors):
@@ -62,7 +61,7 @@ ROWS = [(1, 8), (33, 24), (7, 3, 100), (5, 576), (21, 3, 64)]  # the last ones o
 @pytest.fixture
 def few_programs(monkeypatch):
     """Two programs share the rows of a backward that trains the weight, so that each takes several."""
-    monkeypatch.setattr(norm, "programs_at_once", lambda device, warps: 2)
+    monkeypatch.setattr(rms_norm, "programs_at_once", lambda device, warps: 2)
 
 
 def wide_norm(x, weight, offset):
@@ -75,11 +74,11 @@ def wide_norm(x, weight, offset):
 @pytest.mark.parametrize("trained", [True, False])
 def test_rms_norm(few_programs, dtype, tolerance, shape, offset, trained):
     inputs = there(random(*shape, dtype=dtype), random(shape[-1], dtype=torch.float32, grad=trained))
-    reference = lambda x, w: norm.rms_norm_reference(x.float(), w, 1e-5, offset).double()
+    reference = lambda x, w: rms_norm.rms_norm_reference(x.float(), w, 1e-5, offset).double()
     wide = lambda x, w: wide_norm(x, w, offset)
-    compare(lambda x, w: norm.rms_norm(x, w, 1e-5, offset), wide, inputs, tolerance)
+    compare(lambda x, w: rms_norm.rms_norm(x, w, 1e-5, offset), wide, inputs, tolerance)
     with torch.no_grad():
-        assert relative(norm.rms_norm(*inputs, 1e-5, offset).float(), reference(*inputs).float()) < tolerance
+        assert relative(rms_norm.rms_norm(*inputs, 1e-5, offset).float(), reference(*inputs).float()) < tolerance
 
 
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
@@ -93,7 +92,7 @@ def test_add_rms_norm(few_programs, dtype, tolerance, shape, offset, trained, ad
     inputs = there(x, *([y] if adds else []), random(shape[-1], dtype=torch.float32, grad=trained))
 
     def ours(*inputs):
-        return norm.add_rms_norm(inputs[0], inputs[1] if adds else None, inputs[-1], 1e-5, offset)
+        return rms_norm.add_rms_norm(inputs[0], inputs[1] if adds else None, inputs[-1], 1e-5, offset)
 
     def wide(*inputs):
         total = inputs[0] + inputs[1] if adds else inputs[0]
@@ -105,16 +104,16 @@ def test_add_rms_norm(few_programs, dtype, tolerance, shape, offset, trained, ad
     total, normal = ours(*inputs)
     if DEVICE == "cuda" or dtype == torch.float32:  # the interpreter does not round to bf16
         assert torch.equal(total, inputs[0] + inputs[1] if adds else inputs[0])
-    assert torch.equal(normal, norm.rms_norm(total, inputs[-1], 1e-5, offset))  # the sum is rounded first
+    assert torch.equal(normal, rms_norm.rms_norm(total, inputs[-1], 1e-5, offset))  # the sum is rounded first
     grads = torch.autograd.grad(total.sum(), inputs[: 1 + adds])
     assert all(bool((grad == 1).all()) for grad in grads)
 
 
 def test_a_long_rows_weight_is_trained_by_columns(few_programs, monkeypatch):
-    monkeypatch.setattr(norm, "LONG", 100)
-    monkeypatch.setattr(norm, "COLUMNS", 64)
+    monkeypatch.setattr(rms_norm, "LONG", 100)
+    monkeypatch.setattr(rms_norm, "COLUMNS", 64)
     inputs = there(random(7, 150, dtype=torch.float32), random(150, dtype=torch.float32))
-    compare(lambda x, w: norm.rms_norm(x, w, 1e-5), lambda x, w: wide_norm(x, w, 0.0), inputs, 5e-6)
+    compare(lambda x, w: rms_norm.rms_norm(x, w, 1e-5), lambda x, w: wide_norm(x, w, 0.0), inputs, 5e-6)
 
 
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
@@ -126,7 +125,7 @@ def test_rope_of_q_and_k(dtype, tolerance, size, tokens, heads, kv_heads):
 
     def ours(q, k):
         waves = (wave[:, None].to(q.device, q.dtype) for wave in (angles.cos(), angles.sin()))
-        return torch.cat(rope.rope_both(q, k, *waves), 1)
+        return torch.cat(rope.rope_qk(q, k, *waves), 1)
 
     def reference(q, k):
         cos, sin = (wave[:, None].to(q.device) for wave in (angles.cos(), angles.sin()))
@@ -190,7 +189,7 @@ def test_lora_linears(dtype, tolerance, bias, activation, ranks, scales, given, 
     def run(function, cast=False):
         def call(x, up, *tensors):
             every = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
-            each = [Adapted((W,), b, A, B, scale) for (W, b, A, B), scale in zip(every, scales, strict=True)]
+            each = [LoRAWeights((W,), b, A, B, scale) for (W, b, A, B), scale in zip(every, scales, strict=True)]
             if not cast:
                 return torch.cat(list(function(x, each, up, activation)), 1)
             A = torch.cat([linear.A.detach() for linear in each]).to(x.dtype)
@@ -218,23 +217,23 @@ def test_linears_behind_a_gate(dtype, tolerance, activation, trained):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_linear_cross_entropy(monkeypatch, dtype, tolerance, rows, vocabulary, softcap, weighted):
-    monkeypatch.setitem(linear_cross_entropy.LOGITS_BYTES, "cuda", 2 * vocabulary * 4)  # several chunks, one ragged
-    monkeypatch.setattr(linear_cross_entropy, "TILE", (2, 4))
+    monkeypatch.setitem(cross_entropy.LOGITS_BYTES, "cuda", 2 * vocabulary * 4)  # several chunks, one ragged
+    monkeypatch.setattr(cross_entropy, "TILE", (2, 4))
     hidden, weight = there(random(rows, 24, dtype=dtype), random(vocabulary, 24, dtype=torch.float32, seed=1))
     targets = torch.randint(0, vocabulary, (rows,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    counts, others = torch.rand(2, rows, generator=torch.Generator().manual_seed(3)).to(DEVICE)
-    apart = torch.zeros((), device=DEVICE)
+    loss_weights = torch.rand(rows, generator=torch.Generator().manual_seed(3)).to(DEVICE) if weighted else None
+    each = []
 
     def ours(h, w, t):
-        more = (counts, (others, apart)) if weighted else ()
-        return linear_cross_entropy.linear_cross_entropy(h, w, t, softcap, *more)
+        loss, losses = cross_entropy.linear_cross_entropy(h, w, t, softcap, loss_weights)
+        each.append(losses)
+        return loss
 
     def wide(h, w, t):
         logits = softcap * torch.tanh(h @ w.t() / softcap) if softcap else h @ w.t()
         losses = torch.nn.functional.cross_entropy(logits, t, reduction="none")
-        if weighted:
-            assert relative(apart.double(), (losses * others).sum()) < tolerance
-        return (losses * counts if weighted else losses).sum()
+        assert relative(each[-1].double(), losses) < tolerance
+        return (losses * loss_weights if weighted else losses).sum()
 
     compare(ours, wide, [hidden, weight, targets], tolerance)
 
@@ -242,10 +241,10 @@ def test_linear_cross_entropy(monkeypatch, dtype, tolerance, rows, vocabulary, s
 def test_rows_of_the_kernel_are_padded(monkeypatch):
     """To 32 bytes in bf16; and what a chunk leaves in the padding is read by nobody."""
     shapes = []
-    launch = linear_cross_entropy.softmax_on_gpu
+    launch = cross_entropy.softmax_on_gpu
     spy = lambda logits, *more: shapes.append((logits.shape, logits.stride())) or launch(logits, *more)
-    monkeypatch.setattr(linear_cross_entropy, "softmax_on_gpu", spy)
-    monkeypatch.setattr(linear_cross_entropy, "rows_of_chunks", lambda *_: 4)
+    monkeypatch.setattr(cross_entropy, "softmax_on_gpu", spy)
+    monkeypatch.setattr(cross_entropy, "rows_of_chunks", lambda *_: 4)
     hidden, weight = there(random(6, 24, dtype=torch.float32), random(37, 24, dtype=torch.float32, seed=1))
     new_empty = torch.Tensor.new_empty
 
@@ -254,16 +253,16 @@ def test_rows_of_the_kernel_are_padded(monkeypatch):
         return made.fill_(float("nan")) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch.Tensor, "new_empty", filled)
-    loss = linear_cross_entropy.linear_cross_entropy(hidden, weight, torch.arange(6, device=DEVICE))
+    loss, _ = cross_entropy.linear_cross_entropy(hidden, weight, torch.arange(6, device=DEVICE))
     loss.backward()
     assert shapes == [((4, 37), (48, 1)), ((2, 37), (48, 1))]
-    reference = linear_cross_entropy.linear_cross_entropy_reference(hidden, weight, torch.arange(6, device=DEVICE))
+    reference, _ = cross_entropy.linear_cross_entropy_reference(hidden, weight, torch.arange(6, device=DEVICE))
     assert relative(loss, reference) < 1e-6 and bool(hidden.grad.isfinite().all() and weight.grad.isfinite().all())
 
 
 def test_chunks_fill_the_multiprocessors():
     calls.append("no kernel is to run here")
-    rows = linear_cross_entropy.rows_of_chunks
+    rows = cross_entropy.rows_of_chunks
     llama, processors = (128256, 4096, 2), 132  # of a product with d logits, 128 rows are 16 tiles
     assert rows(8192, *llama, processors) == 2048  # 256 tiles: two waves, all but full
     assert rows(100, *llama, processors) == 128 and rows(0, *llama, processors) == 128
@@ -271,14 +270,14 @@ def test_chunks_fill_the_multiprocessors():
     for tokens in (1, 129, 5000, 20_000):
         for vocabulary in (50, 32003, 151669, 5_000_000):
             chosen = rows(tokens, vocabulary, 2048, 2, processors)
-            most = max(128, linear_cross_entropy.LOGITS_BYTES["cuda"] // (2 * vocabulary))
+            most = max(128, cross_entropy.LOGITS_BYTES["cuda"] // (2 * vocabulary))
             assert chosen % 128 == 0 and 0 < chosen <= most
 
 
 def test_a_token_that_is_almost_certain():
     hidden, weight = there(torch.tensor([[14.0]]), torch.tensor([[1.0], [0.0]]))
     hidden.requires_grad_()
-    loss = linear_cross_entropy.linear_cross_entropy(hidden, weight, torch.tensor([0], device=DEVICE))
+    loss, _ = cross_entropy.linear_cross_entropy(hidden, weight, torch.tensor([0], device=DEVICE))
     loss.backward()
     assert 0 < loss.item() < 1e-5 and -1e-5 < hidden.grad.item() < 0
 
@@ -328,7 +327,7 @@ def test_adapters_of_few_rows_without_gradients(monkeypatch, rows, kind):
     W, bias, B = there(*(random(*size, dtype=torch.float32, grad=False) for size in ((72, 128), (72,), (64, 4))))
     V = random(64, 128, dtype=torch.float32, grad=False, seed=5).to(DEVICE)
     frozen = [(each,) if kind == "plain" else tuple(quantize(each, True)) for each in (W, V)]
-    each = [Adapted(frozen[0], bias, rest[0], rest[1], 1.7), Adapted(frozen[1], None, rest[2], B, 0.3)]
+    each = [LoRAWeights(frozen[0], bias, rest[0], rest[1], 1.7), LoRAWeights(frozen[1], None, rest[2], B, 0.3)]
     with torch.no_grad():
         got = lora_linears(x, each)
     assert bool(made) == (kind == "nf4" and rows == 30)
@@ -356,8 +355,8 @@ def give_mild_gradients(step: int, parameters: list) -> None:
 def plain_step(optimizer: AdamW, monkeypatch) -> None:
     """By PyTorch, with the quantiser of GPUs on CPUs too."""
     with monkeypatch.context() as patch:
-        patch.setattr(optimizers, "on_gpu", lambda x: False)
-        patch.setattr(quant, "by_steps", lambda signed: None)
+        patch.setattr(optimizers, "use_triton", lambda x: False)
+        patch.setattr(quant, "cpu_lookup", lambda signed: None)
         optimizer.step()
 
 
@@ -419,7 +418,7 @@ def test_adamw_quantises_to_the_nearest_number():
         state = optimizer.state[p]
         for name, moment in (("m", p.grad), ("v", p.grad.square())):
             signed = name == "m"
-            numbers = nf4.dynamic_code(moment.device, signed)
+            numbers = nf4.dynamic_codebook(moment.device, signed)
             padded = torch.nn.functional.pad(moment, (0, 3)).view(-1, 256)
             codes, absmax = quant.nearest(padded, numbers)
             assert torch.equal(state[name], codes.flatten()[:-3]) and torch.equal(state[f"{name}_scale"], absmax)
@@ -520,12 +519,12 @@ def test_a_model_with_every_kernel_is_the_model(tmp_path, monkeypatch, shape, me
         if method != "full":
             torch.manual_seed(0)
             lora.add_lora(model, 4, 10.0)
-            for layer in lora.adapted(model).values():
+            for layer in lora.lora_layers(model).values():
                 torch.nn.init.normal_(layer.lora_B, std=0.1)
         model.train()
         tokens = torch.arange(90, device=DEVICE) % 96
         hidden = model.flat(tokens, Documents([30, 30, 30], DEVICE))
-        loss = linear_cross_entropy.linear_cross_entropy(hidden, model.head_weight(), tokens.roll(-1))
+        loss, _ = cross_entropy.linear_cross_entropy(hidden, model.head_weight(), tokens.roll(-1))
         loss.backward()
         return loss, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
@@ -535,14 +534,14 @@ def test_a_model_with_every_kernel_is_the_model(tmp_path, monkeypatch, shape, me
     assert all(relative(grads[name], wanted[name]) < 2e-5 for name in grads)
 
 
-@pytest.mark.parametrize("kind", remat.KINDS[1:])
+@pytest.mark.parametrize("kind", activation_checkpointing.KINDS[1:])
 def test_blocks_that_hand_sums_over_are_computed_again(tmp_path, kind):
-    """Every --remat, with the kernels: a sum that is left to the next block is made before that is computed again."""
+    """Every --activation-checkpointing, with the kernels: a sum that is left to the next block is made before that is computed again."""
     llama(tmp_path, std=0.1, intermediate_size=128, num_key_value_heads=2)
 
     def run(kind):
         model = load_model(tmp_path, torch.float32, DEVICE).train()
-        model.remat = kind
+        model.activation_checkpointing = kind
         hidden = model.flat(torch.arange(90, device=DEVICE) % 96, Documents([30, 30, 30], DEVICE))
         (hidden * torch.linspace(-1, 1, 64, device=DEVICE)).sum().backward()
         return hidden, {name: p.grad for name, p in model.named_parameters() if name != "head.weight"}
@@ -555,9 +554,9 @@ def test_blocks_that_hand_sums_over_are_computed_again(tmp_path, kind):
 @pytest.fixture
 def first_launch(monkeypatch):
     """Forgets whether Triton launches, before and after: what a test has found is of that test alone."""
-    gpu.triton_launches.cache_clear()
+    triton_utils.triton_launches.cache_clear()
     yield
-    gpu.triton_launches.cache_clear()
+    triton_utils.triton_launches.cache_clear()
     calls.append("no kernel is to run here")
 
 
@@ -573,8 +572,8 @@ def build_module(folder) -> None:
 def test_without_a_c_compiler_the_plain_forms_compute(first_launch, monkeypatch, tmp_path, capfd):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(gpu, "launch_nothing", lambda: build_module(tmp_path))
-    assert not gpu.triton_launches() and not gpu.triton_launches()
+    monkeypatch.setattr(triton_utils, "launch_nothing", lambda: build_module(tmp_path))
+    assert not triton_utils.triton_launches() and not triton_utils.triton_launches()
     said = capfd.readouterr().err
     assert said.count("NOTE: Triton cannot launch its kernels (there is no C compiler") == 1
 
@@ -584,16 +583,16 @@ def test_without_pythons_headers_the_plain_forms_compute(first_launch, monkeypat
 
     paths = sysconfig.get_paths
     monkeypatch.setattr(sysconfig, "get_paths", lambda **more: paths(**more) | {"include": str(tmp_path)})
-    monkeypatch.setattr(gpu, "launch_nothing", lambda: build_module(tmp_path))
-    assert not gpu.triton_launches()
+    monkeypatch.setattr(triton_utils, "launch_nothing", lambda: build_module(tmp_path))
+    assert not triton_utils.triton_launches()
     assert "Python's headers" in capfd.readouterr().err
 
 
 def test_an_error_of_a_kernel_of_ours_is_not_taken_for_a_missing_compiler(first_launch, monkeypatch):
     """What cannot come from the machine is a fault, and is shown."""
-    monkeypatch.setattr(gpu, "launch_nothing", lambda: 1 / 0)
+    monkeypatch.setattr(triton_utils, "launch_nothing", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        gpu.triton_launches()
+        triton_utils.triton_launches()
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (HALF, 2e-3)])
@@ -628,7 +627,7 @@ def test_decoding_attends_to_what_the_cache_holds(
         cache[:, :, filled % slots] = new
         assert torch.equal(after.cpu().nan_to_num(), cache.nan_to_num()), "only the new token's slot is written"
     keys, values = (x.nan_to_num().double() for x in (keys, values))
-    mask = stacked_mask(seen[:, None], kv_heads, heads // kv_heads, torch.float64)
+    mask = decode_mask(seen[:, None], kv_heads, heads // kv_heads, torch.float64)
     weights = scale * q.double().view(lines * kv_heads, -1, size) @ keys.flatten(0, 1).transpose(1, 2)
     weights = weights if softcap is None else softcap * (weights / softcap).tanh()
     wanted = ((weights + mask).softmax(-1) @ values.flatten(0, 1)).view(lines, heads, size)
@@ -649,7 +648,7 @@ def test_a_text_is_written_by_kernels_as_by_plain_steps(tmp_path, monkeypatch, w
     monkeypatch.setattr(decoding, "can_run_ahead", lambda model: False)
     wanted = [*model.stream(prompts, 14)]
     monkeypatch.setattr(decoding, "can_run_ahead", lambda model: True)
-    monkeypatch.setattr(decoding, "on_gpu", lambda x: calls.append(x) or True)
+    monkeypatch.setattr(decoding, "use_triton", lambda x: calls.append(x) or True)
     monkeypatch.setattr(decoding, "GRAPH_ROUND", 16)
     if DEVICE == "cpu":  # what the interpreter runs can't be captured
         repeat = lambda launch, device: launch() or SimpleNamespace(replay=launch)

@@ -188,17 +188,17 @@ def here() -> str:
 def make_model(raw: dict, method: str, dtype: torch.dtype, layers: int | None = None, adapter: dict = ADAPTER):
     """A model on the fake GPU, ready to be trained."""
     import lora
-    import plan
     from families import Config
-    from model import lay_experts_together
+    from model import stack_expert_weights
+    from planning import memory as plan
 
     config = Config.from_hf(raw)
     if layers:
         config = dataclasses.replace(config, layers=config.layers[:layers])
-    model = plan.sketch(config, plan.Setup(method), dtype, adapter)
+    model = plan.meta_model(config, plan.Recipe(method), dtype, adapter)
     with fake_cuda.fake_tensors():
         model.to_empty(device="cuda")
-        lay_experts_together(model)  # as load_model and add_lora do, on the device
+        stack_expert_weights(model)  # as load_model and add_lora do, on the device
         if lora.has_lora(model):
             lora.set_casts(model)
         return model.train()
@@ -212,18 +212,20 @@ def document_lengths(documents: int, tokens: int) -> list[int]:
     return lengths.tolist()
 
 
-def training_step(model, lengths: list[int], trained: float = 0.5, steps: int = 2, remat: str = "none", kind=Census):
+def training_step(
+    model, lengths: list[int], trained: float = 0.5, steps: int = 2, checkpointing: str = "none", kind=Census
+):
     """Runs `steps` steps as train.py does, and returns the census of the last: the first makes tables that stay. kind:
     Census, or a class that sees more."""
     import distributed
     import objectives
     import optimizers
     from data import collate
-    from examples import Example
+    from dataset.examples import Example
 
     masks = [np.arange(n) >= (1 - trained) * n for n in lengths]
     examples = [Example(np.zeros(n, np.int64), mask.astype(np.float32)) for n, mask in zip(lengths, masks)]
-    model.remat = remat
+    model.activation_checkpointing = checkpointing
     parameters = [p for p in model.parameters() if p.requires_grad]
     with fake_cuda.fake_tensors():
         steppers = optimizers.make_optimizers(model, "adamw", 1e-4, 0.0)
@@ -235,18 +237,19 @@ def training_step(model, lengths: list[int], trained: float = 0.5, steps: int = 
                 census.phase = "batch"
                 batch = collate(examples, "cuda")
                 census.phase = "forward"
-                apart = torch.zeros((), device="cuda")
-                loss, balance = objectives.training_loss(model, batch, batch.weight, sum(lengths), apart)
+                totals = objectives.StepTotals(len(batch.targets), batch.loss_weight_sum, sum(lengths))
+                losses = objectives.Losses(torch.device("cuda"))
+                loss = objectives.supervised_loss(model, batch, totals, losses)
                 census.phase = "backward"
-                (loss if balance is None else loss + balance).backward()
+                loss.backward()
                 census.phase = "clipping"
-                norm = distributed.clip(parameters, 1.0)
-                bad = (~(loss.detach() + norm).isfinite()).float()
+                norm = distributed.clip_grad_norm_(parameters, 1.0)
+                found_inf = (~(losses.loss + norm).isfinite()).float()
                 census.phase = "optimizer"
                 for stepper in steppers:
-                    stepper.step(bad)
+                    stepper.step(found_inf)
                     stepper.zero_grad()
-                del loss, balance, norm
+                del loss, losses, norm
     return census
 
 
@@ -295,7 +298,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--documents", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--remat", default="none")
+    parser.add_argument("--activation-checkpointing", default="none")
     parser.add_argument("--roofline", action="store_true", help="estimate how long a step takes on an H100")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -304,7 +307,7 @@ def main() -> None:
     found = {}
     for layers in args.layers:
         model = make_model(raw, args.method, torch.bfloat16, layers)
-        found[layers] = summary(training_step(model, lengths, remat=args.remat))
+        found[layers] = summary(training_step(model, lengths, checkpointing=args.activation_checkpointing))
     if args.json:
         print(json.dumps(found))
         return

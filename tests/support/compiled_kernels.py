@@ -53,16 +53,16 @@ def run_tool(name: str, *words: str) -> str:
 
 def cases(device: str = "cuda") -> Iterator[tuple[str, Callable]]:
     """(name, a call that launches one kernel or several)."""
-    from kernels import adamw, decode_attention, experts, grouped, linear_cross_entropy, nf4, norm, rope, swiglu
+    from kernels import adamw, cross_entropy, decode_attention, experts, grouped, nf4, rms_norm, rope, swiglu
     from kernels.attention import Scores
 
     def made(*shape: int, dtype: torch.dtype = bf16) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    yield from norms(norm, made)
+    yield from norms(rms_norm, made)
     whole, part = made(N, 1, HEAD_DIM // 2), made(N, 1, HEAD_DIM // 8)
-    yield "rope", lambda: rope.turn_both(made(N, H, HEAD_DIM), made(N, G, HEAD_DIM), whole, whole)
-    yield "rope of a quarter", lambda: rope.turn_both(made(N, H, HEAD_DIM), made(N, H, HEAD_DIM), part, part)
+    yield "rope", lambda: rope.rotate_qk(made(N, H, HEAD_DIM), made(N, G, HEAD_DIM), whole, whole)
+    yield "rope of a quarter", lambda: rope.rotate_qk(made(N, H, HEAD_DIM), made(N, H, HEAD_DIM), part, part)
     for act in swiglu.ACTIVATIONS:
         yield f"gate, {act}", lambda act=act: swiglu.gated(made(N, F), made(N, F), act)
         for product in (False, True):
@@ -71,7 +71,7 @@ def cases(device: str = "cuda") -> Iterator[tuple[str, Callable]]:
     stacked = made(N, 2 * 8192)  # gate and up as halves of one matrix
     yield "gate, stacked", lambda: swiglu.gated(*stacked.chunk(2, -1), "silu")
     yield "gate, stacked, backward", lambda: swiglu.gated_backward(made(N, 8192), *stacked.chunk(2, -1), "silu", True)
-    loss, losses, targets = linear_cross_entropy.softmax_on_gpu, made(2048, dtype=fp32), made(2048, dtype=int64)
+    loss, losses, targets = cross_entropy.softmax_on_gpu, made(2048, dtype=fp32), made(2048, dtype=int64)
     for cap in (None, 30.0):
         for vocabulary, weights in ((V, None), (151669, losses)):  # the second one is odd, so rows are padded
             logits = made(2048, -(-vocabulary // 16) * 16)[:, :vocabulary]
@@ -128,17 +128,17 @@ def cases(device: str = "cuda") -> Iterator[tuple[str, Callable]]:
         yield f"decoding's attention{name}", lambda given=given: decode_attention.decode_attention(*given)
 
 
-def norms(norm, made: Callable) -> Iterator[tuple[str, Callable]]:
+def norms(rms_norm, made: Callable) -> Iterator[tuple[str, Callable]]:
     """Of rows as wide as models are, of heads, and of odd rows; weights are frozen or trained, which are in fp32."""
 
     def forward(*shape: int, adds: bool) -> Callable:
         x = made(*shape)
-        return lambda: norm.normalise_on_gpu(x, x if adds else None, made(shape[-1]), 1e-5, 0.0)
+        return lambda: rms_norm.normalise_on_gpu(x, x if adds else None, made(shape[-1]), 1e-5, 0.0)
 
     def backward(*shape: int, adds: bool, trained: bool) -> Callable:
         x, scale = made(*shape), made(*shape[:-1], 1, dtype=fp32)
         weight = made(shape[-1], dtype=fp32 if trained else bf16)
-        return lambda: norm.backward_on_gpu(x, x, weight, scale, 0.0, trained, x if adds else None)
+        return lambda: rms_norm.backward_on_gpu(x, x, weight, scale, 0.0, trained, x if adds else None)
 
     heads = {"norm of heads": (N, H, HEAD_DIM), "norm of heads of 64": (N, H, 64), "norm of odd heads": (N, H, 22)}
     for name, shape in {"norm": (N, D), **heads}.items():

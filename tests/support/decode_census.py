@@ -20,9 +20,9 @@ from census import ADAPTER, MODELS, Census
 
 import decoding
 import lora
-import plan
 from families import Config
 from model import Transformer, packed_weights
+from planning import memory as plan
 
 
 class Replay:
@@ -34,10 +34,10 @@ class Replay:
 
 def make_model(raw: dict, method: str) -> Transformer:
     """A model on the fake GPU as it is generated with. method: base, lora (with an adapter on), nf4, qlora."""
-    setup = plan.Setup("qlora" if method in ("nf4", "qlora") else "lora")
-    model = plan.sketch(Config.from_hf(raw), setup, torch.bfloat16, ADAPTER)
+    setup = plan.Recipe("qlora" if method in ("nf4", "qlora") else "lora")
+    model = plan.meta_model(Config.from_hf(raw), setup, torch.bfloat16, ADAPTER)
     if method in ("base", "nf4"):
-        lora.drop_lora(model)
+        lora.remove_lora(model)
     with fake_cuda.fake_tensors():
         return model.to_empty(device="cuda").eval()
 
@@ -76,7 +76,7 @@ def main() -> None:
 
         def one_token() -> None:
             steps.take(32)
-            decoding.Arriving(steps.tokens, [*range(args.lines)])
+            decoding.PendingTokens(steps.tokens, [*range(args.lines)])
 
         print(json.dumps(captured | {"outside": count(one_token)}))
 

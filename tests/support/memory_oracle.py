@@ -1,6 +1,6 @@
-"""What a training step holds of a GPU's memory at its height, against what plan.py foretells. No GPU.
+"""What a training step holds of a GPU's memory at its height, against what planning/memory.py foretells. No GPU.
 
-    python tests/support/memory_oracle.py [--models llama-8b ...] [--methods lora ...] [--remat none ...]
+    python tests/support/memory_oracle.py [--models llama-8b ...] [--methods lora ...] [--activation-checkpointing none ...]
 
 Two steps run on fake CUDA tensors (fake_cuda.py), and every storage is counted from its making to its end, rounded as
 torch's allocator rounds. Prints a line a set-up, or with --json a list.
@@ -56,16 +56,16 @@ class LiveMemory(Census):
         return out
 
 
-def measure(raw: dict, method: str, layers: int, lengths: list[int], remat: str, dtype: torch.dtype) -> dict:
-    import plan
+def measure(raw: dict, method: str, layers: int, lengths: list[int], checkpointing: str, dtype: torch.dtype) -> dict:
+    from planning import memory as plan
 
     model = make_model(raw, method, dtype, layers, ADAPTER)
     memory = LiveMemory()
     for p in model.parameters():
         memory.see(p)
     weights = memory.now
-    training_step(model, lengths, trained=1.0, remat=remat, kind=lambda: memory)
-    setup = plan.Setup(method, remat=remat)
+    training_step(model, lengths, trained=1.0, checkpointing=checkpointing, kind=lambda: memory)
+    setup = plan.Recipe(method, checkpointing=checkpointing)
     told = plan.expected_memory(model, setup, lengths, sum(lengths), "cuda", 1)
     return {"weights": weights, "peak": memory.peak, "planned": told.peak, "parts": vars(told)}
 
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=[*MODELS], default=[*MODELS])
     parser.add_argument("--configs", help="JSON of names and configurations, in place of --models")
     parser.add_argument("--methods", nargs="+", default=["lora", "full", "qlora"])
-    parser.add_argument("--remat", nargs="+", default=["none", "selective", "block"])
+    parser.add_argument("--activation-checkpointing", nargs="+", default=["none", "selective", "full"])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--documents", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=4096)
@@ -86,14 +86,16 @@ def main() -> None:
         json.loads(Path(args.configs).read_text()) if args.configs else {name: MODELS[name] for name in args.models}
     )
     rows = []
-    for (name, raw), method, remat in itertools.product(configs.items(), args.methods, args.remat):
+    for (name, raw), method, checkpointing in itertools.product(
+        configs.items(), args.methods, args.activation_checkpointing
+    ):
         lengths = document_lengths(args.documents, args.tokens)
-        found = measure(raw, method, args.layers, lengths, remat, getattr(torch, args.dtype))
-        rows.append({"name": name, "method": method, "remat": remat, **found})
+        found = measure(raw, method, args.layers, lengths, checkpointing, getattr(torch, args.dtype))
+        rows.append({"name": name, "method": method, "checkpointing": checkpointing, **found})
         if not args.json:
             error = found["planned"] / found["peak"] - 1
             print(
-                f"{name:14}{method:7}{remat:11}held {found['peak'] / 1e9:7.3f} GB,"
+                f"{name:14}{method:7}{checkpointing:11}held {found['peak'] / 1e9:7.3f} GB,"
                 f" planned {found['planned'] / 1e9:7.3f} ({error:+.1%}); weights {found['weights'] / 1e9:.3f}",
                 flush=True,
             )

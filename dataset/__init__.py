@@ -1,0 +1,1 @@
+"""From files of examples to token rows in the order of training."""

@@ -1,0 +1,1 @@
+"""Other people's files: the Hugging Face Hub, GGUF, and what `--model` may name."""

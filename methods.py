@@ -1,0 +1,130 @@
+"""The ways to fine-tune, a row each: what --method means, and the only place that knows.
+
+A method leaves an ordinary nn.Module behind; the loop never asks which it is. To add one: its file, or a function in
+lora.py or adapters.py, and a row of `METHODS`.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import checkpoint
+import distributed
+import lora
+from common.device import DTYPES
+from common.errors import UserError
+from model import Transformer, quantized_linears
+
+
+class Method(NamedTuple):
+    """attach(model, settings): freezes what is not trained and adds what is, on a model with weights or on the meta
+    device. start(model, settings): gives what was added on the meta device its first numbers. save(model, folder,
+    write_extra): writes final/ or best/. lr_factor: of the default learning rate; weight_decay: the default.
+    freezes_base: the base may then be in 4 bits, may be replicated on all ranks, and is not saved.
+    """
+
+    attach: Callable[[Transformer, "object"], None]
+    start: Callable[[Transformer, "object"], None]
+    save: Callable[[Transformer, Path, Callable[[Path], None]], None]
+    lr_factor: float
+    weight_decay: float
+    freezes_base: bool
+
+
+def attach_lora(model: Transformer, settings) -> None:
+    """Freezes the model and puts LoRA on: that of --adapter, or a new one."""
+    if continues_adapter(settings):
+        lora.put_adapter_on(model, settings.adapter)
+    else:
+        lora.add_lora(model, settings.rank, settings.alpha, settings.dropout, settings.targets)
+
+
+def start_lora(model: Transformer, settings) -> None:
+    if continues_adapter(settings):
+        lora.load_lora_weights(model, settings.adapter)
+        return
+    for layer in lora.lora_layers(model).values():
+        layer.start()
+
+
+def continues_adapter(settings) -> bool:
+    """True if the run begins with the numbers of --adapter; a run that is resumed has its own by now."""
+    return bool(settings.adapter) and not settings.resume
+
+
+def select_weights(model: Transformer, settings) -> None:
+    """Marks the model's own weights as trained, those alone that --train names if it is given."""
+    if quantized_linears(model):
+        raise UserError(f"{model.source}: its weights are in 4 bits, which can't be trained; use --method qlora")
+    compute_dtype = DTYPES[settings.dtype]
+    model.compute_dtype = compute_dtype
+    if not settings.train:
+        return
+    names = {name: checkpoint.hf_name(model, name) for name, _ in model.named_parameters()}
+    selected = {name for name in names if re.search(settings.train, names[name])}
+    if not selected:
+        example = names["norm.weight"]
+        raise UserError(f"--train {settings.train}: matches no parameter (they are named like {example})")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in selected)
+        # Frozen means: not even rounded. On the meta device, before it is sharded, whether that is so is not known yet.
+        if name not in selected and not parameter.is_meta:
+            narrow = parameter.data.to(compute_dtype)
+            if torch.equal(narrow.float(), parameter.data):
+                parameter.data = narrow
+
+
+def save_full(model: Transformer, folder: Path, write_extra: Callable[[Path], None]) -> None:
+    checkpoint.save_model(model, folder, checkpoint.stored_dtype(model.config), write_extra)
+
+
+LORA = Method(attach_lora, start_lora, lora.save_adapter, lr_factor=10, weight_decay=0.0, freezes_base=True)
+METHODS = {
+    "full": Method(select_weights, lambda *_: None, save_full, lr_factor=1, weight_decay=0.01, freezes_base=False),
+    "lora": LORA,
+    "qlora": LORA._replace(lr_factor=15),  # a base in 4 bits wants half as much again (experiments/LOG.md)
+}
+
+
+def method_of(settings) -> Method:
+    """The row of a run: --method lora on a quantised base is QLoRA by another name."""
+    return METHODS["qlora" if settings.quant else settings.method]
+
+
+def load_trainable(settings, folder: Path, device: torch.device) -> Transformer:
+    """Loads the base model and makes it trainable by the run's method; sharded over the ranks where --shard asks."""
+    torch.manual_seed(settings.seed)
+    method, dtype = method_of(settings), DTYPES[settings.dtype]
+    if method.freezes_base or settings.optimizer_offload:
+        stored = dtype
+    else:  # fp32 masters: rounded to the nearest bf16 number, small updates would be lost
+        stored = torch.bfloat16 if settings.weights == "bf16" else torch.float32
+    if settings.shard == "none":
+        model = checkpoint.load_model(folder, stored, device, settings.quant)
+        method.attach(model, settings)
+    else:
+        model = load_sharded(method, settings, folder, stored, device)
+    model.activation_checkpointing = settings.activation_checkpointing
+    return model
+
+
+def load_sharded(method: Method, settings, folder: Path, stored: torch.dtype, device: torch.device) -> Transformer:
+    """As `load_trainable`: the model is made trainable and sharded on the meta device, then each rank reads its own
+    rows. stored: dtype of the weights."""
+    dtype = DTYPES[settings.dtype]
+    gathered = None if method.freezes_base or dtype == stored else dtype
+
+    def arrange(model: Transformer) -> None:
+        method.attach(model, settings)
+        distributed.shard_model(model, settings.shard, device, gathered, settings.shard_offload)
+
+    memory = "cpu" if settings.shard_offload else device
+    model = checkpoint.load_model(folder, stored, memory, settings.quant, arrange)
+    if settings.shard_offload:  # what is not sharded is not brought to the device when it is needed
+        for p in model.parameters():
+            p.data = p.data if distributed.is_sharded(p) else p.data.to(device)
+    method.start(model, settings)
+    return model

@@ -1,0 +1,1 @@
+"""The parts of a tokenizer: subwords and chat templates."""

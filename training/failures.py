@@ -1,0 +1,47 @@
+"""Where a run can't go on: one line that says why, what is whole, and what helps."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+import distributed
+from common.errors import UserError
+from training import checkpointer
+from training.checkpointer import Checkpointer
+
+
+@contextlib.contextmanager
+def reported_failures() -> Iterator[None]:
+    """Around the whole program: out of memory, and a lost rank."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:  # before the loop, which knows more
+        advice = "--plan says what fits, --method qlora takes least"
+        raise UserError(f"out of memory: {first_sentence(error)}; {advice}") from None
+    except RuntimeError as error:
+        if not distributed.is_lost_rank(error):
+            raise
+        raise distributed.lost_rank_error(error) from None
+
+
+@contextlib.contextmanager
+def training_failures(out: Path, checkpoints: Checkpointer, suggest: Callable[[], str]) -> Iterator[None]:
+    """Around the loop: the same, with the checkpoint that is whole. suggest: returns what would have taken less
+    memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory: {first_sentence(error)}. {suggest()}") from None
+    except (UserError, RuntimeError) as error:
+        reported = distributed.lost_rank_error(error) if distributed.is_lost_rank(error) else error
+        if not isinstance(reported, UserError):
+            raise
+        newest = checkpoints.newest
+        whole = f"; {out / checkpointer.FOLDER / newest} is whole" if newest else ""
+        raise UserError(f"{reported}{whole}") from None
+
+
+def first_sentence(error: Exception) -> str:
+    return str(error).partition(".")[0]

@@ -1,0 +1,24 @@
+"""--profile N: the first N steps under torch.profiler."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from distributed import is_rank0
+
+
+@contextlib.contextmanager
+def profiled(steps: int, device: torch.device, out: Path) -> Iterator[None]:
+    """Prints the most expensive operations of the block, and writes trace.json."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        yield
+    sort_by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=sort_by, row_limit=25))
+    if is_rank0():
+        profiler.export_chrome_trace(str(out / "trace.json"))
+        print(f"profiled  {steps} steps; {out / 'trace.json'} opens in chrome://tracing or ui.perfetto.dev")

@@ -1,10 +1,12 @@
-"""Triton, where it can be used: on NVIDIA and AMD GPUs, and, for the tests of its kernels, wherever TRITON_INTERPRET=1.
+"""Triton, where it can be used: on NVIDIA and AMD GPUs, and wherever TRITON_INTERPRET=1 (for the tests of the kernels).
 
-A kernel stands in the file of its function, beside the plain form that computes everywhere else; `on_gpu` is the switch
-between the two. On machines without a GPU triton is not even imported: two stand-ins let the kernels be written down.
+Each kernel stands in the same file as its function and the plain PyTorch form of it, which computes everywhere else.
+`use_triton` is the switch between the two. On a machine without a GPU, triton is not even imported: `TritonStub` takes
+its place, so that files with kernels can still be imported.
 
-Triton builds a small C module when it first launches a kernel, so it needs a C compiler and Python's headers, which
-many images leave out. `on_gpu` launches a kernel that does nothing first; where that fails, the plain forms compute.
+Triton builds a small C module when it first launches a kernel. So it needs a C compiler and Python's headers, which
+many images leave out. `use_triton` therefore launches a kernel that does nothing first; if that fails, the plain forms
+compute.
 """
 
 import os
@@ -18,7 +20,7 @@ from torch import Tensor
 
 
 class TritonStub:
-    """In place of a module that is not there: its decorators leave functions as they are."""
+    """Stands in for a module that is not there: its decorators return functions unchanged."""
 
     def __getattr__(self, name: str):
         return lambda function, *_: function
@@ -30,26 +32,27 @@ if INTERPRETED or torch.cuda.is_available():
     try:
         import triton
         import triton.language as tl
-    except ImportError:  # as on Windows: the plain forms compute there
+    except ImportError:
+        # There is no triton, for example on Windows. The plain forms compute there.
         triton = tl = TritonStub()
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether a kernel in Triton takes x."""
+    """True if Triton kernels compute with x: it is on a GPU, and Triton can launch kernels there."""
     return x.is_cuda and triton_launches()
 
 
 @cache
 def triton_launches() -> bool:
-    """Whether Triton can launch kernels here. Tried once; a NOTE on stderr says why where it can't."""
+    """True if Triton can launch kernels here. This is tried once; if it fails, a NOTE on stderr says why."""
     if isinstance(triton, TritonStub):
         return False
     try:
         launch_nothing()
     except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
         print(
-            f"NOTE: Triton cannot launch its kernels ({launch_failure(error)}); plain PyTorch computes in their place,"
-            " which takes longer and more memory",
+            f"NOTE: Triton cannot launch its kernels ({launch_failure(error)}); plain PyTorch computes instead, which"
+            " takes more time and memory",
             file=sys.stderr,
         )
         return False
@@ -66,21 +69,27 @@ def nothing_kernel():
 
 
 def launch_failure(error: Exception) -> str:
-    """What is missing, of what Triton's first launch ends with."""
-    if isinstance(error, subprocess.CalledProcessError):  # the compiler has said more, on stderr
+    """Says what is missing on this machine, given the error that Triton's first launch ended with."""
+    # The compiler itself failed. It has written the details to stderr already.
+    if isinstance(error, subprocess.CalledProcessError):
         return "its C module does not compile; Python's headers, often a package called python3-dev, may be missing"
     if "compiler" in str(error).lower():
-        return "there is no C compiler; install gcc, or name one in CC"
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+        return "there is no C compiler; install gcc, or set the environment variable CC to one"
+    first_line = str(error).strip().partition("\n")[0]
+    return first_line or type(error).__name__
 
 
 def to_device(x: np.ndarray, device: torch.device | str) -> Tensor:
-    """x there; to a GPU out of pinned memory, for else the copy would wait for all that the GPU has still to do."""
-    made = torch.from_numpy(x)
-    on_gpu = torch.device(device).type == "cuda"
-    return made.pin_memory().to(device, non_blocking=True) if on_gpu else made.to(device)
+    """Returns x as a tensor on `device`.
+
+    The copy to a GPU starts from pinned memory: otherwise it would wait for all work that the GPU has queued.
+    """
+    tensor = torch.from_numpy(x)
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def next_power_of_2(size: int) -> int:
-    """The next power of two: Triton's ranges have no other sizes."""
+    """Returns the smallest power of two >= size (1 for size 0). Triton's `tl.arange` takes no other sizes."""
     return 1 << max(0, size - 1).bit_length()

@@ -136,31 +136,22 @@ class AdamW(Optimizer):
         state = self.state_of(p, group)
         state["step"] += 1
         weights, grads = to_local(p).view(-1), to_local(p.grad).reshape(-1)
+        is_8bit = state["m"].dtype == torch.uint8
         size = CHUNK_NUMEL.get(p.device.type, CHUNK_NUMEL["cuda"])
         for start in range(0, len(weights), size):
             part = slice(start, start + size)
             blocks = slice(start // NESTED_BLOCK, (start + size) // NESTED_BLOCK)
-            moments = [MomentSlice(state, name, part, blocks) for name in ("m", "v")]
-            wide = (weights[part].float(), grads[part].float(), *(moment.values for moment in moments))
-            new = adamw_update(*wide, int(state["step"]), group)
+            moments = {name: state[name].view(-1)[part] for name in ("m", "v")}
+            if is_8bit:
+                for name, codes in moments.items():
+                    moments[name] = dequantize_moment(codes, state[f"{name}_scale"][blocks], name)
+            new = adamw_update(
+                weights[part].float(), grads[part].float(), moments["m"], moments["v"], int(state["step"]), group
+            )
             weights[part] = round_stochastically(new) if p.dtype == torch.bfloat16 else new
-            for moment in moments:
-                moment.store()
-
-
-class MomentSlice:
-    """A piece of one of a weight's moments, "m" or "v", as fp32 numbers that may be changed, and then stored."""
-
-    def __init__(self, state: dict, name: str, part: slice, blocks: slice):
-        self.codes, self.name = state[name].view(-1)[part], name
-        self.narrow = self.codes.dtype == torch.uint8
-        self.scales = state[f"{name}_scale"][blocks] if self.narrow else None
-        self.values = dequantize_moment(self.codes, self.scales, name) if self.narrow else self.codes
-
-    def store(self) -> None:
-        if self.narrow:
-            codes, scales = quantize_moment(self.values, self.name)
-            self.codes.copy_(codes), self.scales.copy_(scales)
+            if is_8bit:
+                for name, values in moments.items():
+                    state[name][part], state[f"{name}_scale"][blocks] = quantize_moment(values, name)
 
 
 def dequantize_moment(codes: Tensor, scales: Tensor, name: str) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 import checkpoint
 import lora
 from common import errors
+from common.device import STORAGE_DTYPES
 from common.errors import UserError
 from interop.gguf_export import TYPES, adapter_to_gguf, folder_to_gguf
 from interop.gguf_import import gguf_to_folder
@@ -26,8 +27,6 @@ from interop.resolve import base_folder, model_folder
 from kernels.nf4 import dequantized_weight
 from model import quantized_linears
 from quant import KINDS
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def merge(folder: Path, adapter: Path, out: Path, dtype: torch.dtype | None = None, print_fn: Callable = print) -> None:
@@ -93,7 +92,9 @@ def main() -> None:
     command.add_argument("folder", help="what --model takes elsewhere")
     command.add_argument("adapter", type=Path, help="PEFT LoRA folder")
     command.add_argument("out", type=Path, help="the new folder")
-    command.add_argument("--dtype", choices=DTYPES, help="of the new weights (default: as the model's are stored)")
+    command.add_argument(
+        "--dtype", choices=STORAGE_DTYPES, help="of the new weights (default: as the model's are stored)"
+    )
     args = parser.parse_args()
     match args.command:
         case "to-folder":
@@ -105,7 +106,7 @@ def main() -> None:
         case "to-nf4":
             to_nf4(model_folder(args.folder), args.out, args.quant)
         case "merge":
-            merge(model_folder(args.folder), args.adapter, args.out, args.dtype and DTYPES[args.dtype])
+            merge(model_folder(args.folder), args.adapter, args.out, args.dtype and STORAGE_DTYPES[args.dtype])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,14 @@
 Text out of a stranger's file, or out of a model, is printed as characters that move no cursor.
 """
 
+import sys
+
 from common.errors import printable
+
+
+def print_stderr(line: str) -> None:
+    """Prints a line to stderr at once. Stdout is left to a script's results."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def table(rows: list[list[str]]) -> str:

@@ -47,6 +47,12 @@ def describe_os_error(error: OSError, where: object) -> str:
     return f"{error.filename or where}: {error.strerror or error}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 200 characters; the name of its type where it has no message."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
 def rank_prefix() -> str:
     """Of several processes that torchrun started, which one this is."""
     return f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""

@@ -13,7 +13,6 @@ import dataclasses
 import errno
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 
 import lora
 from checkpoint import RECOMPUTED, copy_tokenizer, iterate_tensors, open_safetensors, read_config, weight_files
+from common.console import print_stderr
 from common.errors import UserError
 from common.files import atomic_file
 from families import FAMILIES, Config, Reader
@@ -40,11 +40,7 @@ LARGEST = {"F16": 65_504.0, "Q8_0": 127 * 65_504.0}  # weights that a type can h
 LogFn = Callable[[str], None]
 
 
-def log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def folder_to_gguf(folder, file, dtype: str = "f32", adapter=None, log: LogFn = log) -> None:
+def folder_to_gguf(folder, file, dtype: str = "f32", adapter=None, log: LogFn = print_stderr) -> None:
     """Writes a Hugging Face model folder as a GGUF file, its tokenizer and chat template included.
 
     dtype: of the matrices, one of TYPES; vectors, routers and tables of positions are float32 in any case, and with

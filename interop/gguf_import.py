@@ -10,13 +10,13 @@ weights), config.json says it. What is not known here is refused by name and nev
 import json
 import math
 import struct
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from common.console import print_stderr
 from common.errors import UserError
 from common.files import atomic_folder, file_sha256, write_json
 from families import FAMILIES, MAX_LAYERS, Config
@@ -59,7 +59,7 @@ def gguf_to_folder(file: str | Path, folder: str | Path) -> None:
     source |= {key: gguf.fields.get(f"general.{key}") for key in ("name", "license")}
     source["tensor_types"] = Counter(sorted(tensor.kind for tensor in gguf.tensors.values()))
     documents = {"config.json": config, "source.json": source} | tokenizer_files(gguf)
-    print(f"converting {file} into {folder}", file=sys.stderr)
+    print_stderr(f"converting {file} into {folder}")
     with atomic_folder(folder) as tmp:
         for name, content in documents.items():
             if isinstance(content, bytes):

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from common.errors import UserError, read_json, read_json_if_there, read_text
+from common.errors import UserError, first_line, read_json, read_json_if_there, read_text
 from interop.gguf_reader import Gguf
 from tokenization.subwords import LLAMA3_WORDS, BytePairs
 from tokenizer import Tokenizer, always_writes, load_tokenizer
@@ -200,8 +200,7 @@ def sentencepiece_bpe(gguf: Gguf, tokens: list[str], types: list[int], ids: dict
         ).SerializeToString()
         SentencePieceProcessor(model_proto=content)  # its own judgement of the pieces
     except (RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{gguf.file}: sentencepiece refuses its tokens ({reason})") from None
+        raise UserError(f"{gguf.file}: sentencepiece refuses its tokens ({first_line(error)})") from None
     return content
 
 

@@ -11,14 +11,14 @@ used, and said.
 import errno
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
 from checkpoint import TEMPLATES, TOKENIZER_FILES, abbreviate, shard_names, weight_files
-from common.errors import UserError
+from common.console import print_stderr
+from common.errors import UserError, first_line
 from common.files import HUB_NAME
 
 TEXT_FILES = ("config.json", *TOKENIZER_FILES)
@@ -28,11 +28,7 @@ SECONDS = 10  # until the Hub counts as out of reach
 LEFT_FREE = 100 << 20  # bytes of the disk that a fetch leaves alone
 
 
-def to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def fetch(name: str, print_fn: Callable = to_stderr) -> Path:
+def fetch(name: str, print_fn: Callable = print_stderr) -> Path:
     """The folder of the Hub's model of that name, in huggingface_hub's cache, fetched as far as it is not there yet.
 
     name: as NAME has it. say: called with a line before anything large is fetched, or when the cache has to do.
@@ -201,7 +197,3 @@ def no_model(files) -> str:
         what = f"its weights are pickles ({pickles[0]})"
         return f"{what}, which can run code when loaded and are not fetched; look for a revision with safetensors"
     return f"neither {ONE_FILE} nor {INDEX} in it"
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -21,13 +21,18 @@ from torch import Tensor
 
 from kernels.triton_utils import next_power_of_2, tl, triton, use_triton
 
-BLOCK, NESTED_BLOCK = 64, 256
-BYTES, WARPS = 4096, 8  # that a program turns into numbers: 16 a thread
-# Rows of x that are multiplied while dequantising. A matrix that is made moves 4.5 bytes a weight (0.5 read, 2 written,
-# 2 read), this product 0.5, but it computes without tensor cores: for 8 rows some 40 instructions a weight, in which
-# time an H100 moves between 4 and 5 bytes.
-FEW, ROWS = 8, 4  # and those that a program takes; more want more registers than there are
-# Quantiles of the normal distribution, as the paper's appendix E lists them
+BLOCK = 64  # values that share one absmax
+NESTED_BLOCK = 256  # values of absmax that share one scale, with double quantisation
+# A program of dequantize_kernel reads 4,096 bytes with 8 warps, which is 16 bytes a thread.
+BYTES = 4096
+WARPS = 8
+# For up to FEW rows of x, a GPU multiplies while it dequantises. Writing the whole matrix first moves 4.5 bytes a
+# weight (0.5 read, 2 written, 2 read). The fused product moves 0.5, but it computes without tensor cores: for 8 rows
+# some 40 instructions a weight, in which time an H100 moves between 4 and 5 bytes.
+FEW = 8
+# The rows of x that one program of multiply_kernel takes. More would need more registers than there are.
+ROWS = 4
+# The quantiles of the normal distribution, as the paper's appendix E lists them.
 CODE = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -37,7 +42,7 @@ CODE = (
 
 
 class NF4(NamedTuple):
-    """A matrix in NF4, as plain tensors."""
+    """A matrix [out, in] in NF4, as plain tensors."""
 
     packed: Tensor  # uint8 [out, in / 2]
     absmax: Tensor  # float32 [out, in / 64]; uint8 with double quantisation
@@ -49,84 +54,118 @@ Frozen = tuple[Tensor] | NF4  # a frozen matrix: itself, or its 4-bit form
 
 
 @cache
-def nf4_codebook(device: torch.device) -> Tensor:  # float32 [16]
+def nf4_codebook(device: torch.device) -> Tensor:
+    """Returns the 16 numbers that a 4-bit code stands for, float32 [16]."""
     return torch.tensor(CODE, device=device)
 
 
 @cache
 def two_byte_table(device: torch.device) -> Tensor:
-    """float32 [65536, 4]: what two bytes stand for, read as a little-endian number."""
-    pairs = torch.cartesian_prod(nf4_codebook(device), nf4_codebook(device))  # of a byte, [256, 2]
-    return torch.cat([pairs.repeat(256, 1), pairs.repeat_interleave(256, 0)], 1)
+    """Returns the four numbers that two bytes stand for, float32 [65536, 4].
+
+    The row is the two bytes read as one little-endian number.
+    """
+    codebook = nf4_codebook(device)
+    pairs = torch.cartesian_prod(codebook, codebook)  # [256, 2]: the two numbers of one byte
+    first_byte = pairs.repeat(256, 1)
+    second_byte = pairs.repeat_interleave(256, 0)
+    return torch.cat([first_byte, second_byte], 1)
 
 
 @cache
 def dynamic_codebook(device: torch.device, signed: bool = True) -> Tensor:
-    """`dynamic_numbers` on a device, float32 [256]."""
+    """Returns `dynamic_numbers` as a tensor on a device, float32 [256]."""
     return torch.tensor(dynamic_numbers(signed), device=device)
 
 
 @cache
 def dynamic_numbers(signed: bool) -> list[float]:
-    """256 numbers, sorted: the "dynamic" ones of Dettmers 2016 (arXiv 1511.04561). Of ten to the -6, -5 ... 0, one has
-    1, 2 ... 64 fractions, the middles of equal parts of 0.1 to 1, and each both signs; with them 0 and 1. Unsigned:
-    twice as many fractions, no signs."""
+    """Returns the 256 "dynamic" numbers of Dettmers 2016 (arXiv 1511.04561), sorted.
+
+    Each power of ten from 10^-6 to 10^0 is multiplied by 1, 2, 4 ... 64 fractions, which are the middles of as many
+    equal parts of the range from 0.1 to 1. 0 and 1 are added.
+
+    signed: each number is there with both signs. Otherwise there are twice as many fractions and no negative numbers.
+    """
     numbers = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (exponent + (not signed)) + 1)
-        middles = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)).tolist()
-        numbers += [*middles, *(-middle for middle in middles if signed)]
+        fractions = 2**exponent if signed else 2 ** (exponent + 1)
+        edges = torch.linspace(0.1, 1, fractions + 1)
+        middles = (edges[:-1] + edges[1:]) / 2
+        positive = (middles * 10.0 ** (exponent - 6)).tolist()
+        numbers += positive
+        if signed:
+            numbers += [-number for number in positive]
     return sorted(numbers)
 
 
 def dequantize_8bit(codes: Tensor, scales: Tensor, numbers: Tensor) -> Tensor:
-    """float32 [n] of blocks of 256: numbers[codes] times the block's scale. codes: uint8 [n]; scales: float32
-    [ceil(n / 256)]."""
-    found = numbers.index_select(0, codes.int())
-    whole = len(found) // NESTED_BLOCK
-    found[: whole * NESTED_BLOCK].view(-1, NESTED_BLOCK).mul_(scales[:whole, None])
-    found[whole * NESTED_BLOCK :].mul_(scales[whole:])
-    return found
+    """Returns numbers[codes] times the scale of each block of 256 values, float32 [n].
+
+    codes: uint8 [n].
+    scales: float32 [ceil(n / 256)]; the last block may be shorter than 256.
+    numbers: float32 [256], as `dynamic_codebook` returns them.
+    """
+    values = numbers.index_select(0, codes.int())
+    full_blocks = len(values) // NESTED_BLOCK
+    split = full_blocks * NESTED_BLOCK
+    values[:split].view(-1, NESTED_BLOCK).mul_(scales[:full_blocks, None])
+    values[split:].mul_(scales[full_blocks:])
+    return values
 
 
-def block_scales(frozen: NF4) -> Tensor:  # float32 [out, in / 64]
+def block_scales(frozen: NF4) -> Tensor:
+    """Returns the absmax of each block, float32 [out, in / 64], dequantised where it is stored in 8 bits."""
     if frozen.nested is None:
         return frozen.absmax
     numbers = dynamic_codebook(frozen.absmax.device)
-    return (dequantize_8bit(frozen.absmax.flatten(), frozen.nested, numbers) + frozen.offset).view(frozen.absmax.shape)
+    absmax = dequantize_8bit(frozen.absmax.flatten(), frozen.nested, numbers)
+    return (absmax + frozen.offset).view(frozen.absmax.shape)
 
 
 def nf4_dequantize(frozen: NF4, dtype: torch.dtype) -> Tensor:
-    """The matrix [out, in]. Four numbers are looked up at a time, which is what makes it bearable on CPUs."""
+    """Returns the matrix [out, in] in dtype. On CPUs four numbers are looked up at a time, for speed."""
     if use_triton(frozen.packed):
         return dequantize_on_gpu(frozen, dtype)
-    out, scales = frozen.packed.shape[0], block_scales(frozen)
-    fours = frozen.packed.contiguous().view(torch.uint16).flatten().int()
-    numbers = two_byte_table(frozen.packed.device).index_select(0, fours).view(out, scales.shape[1], -1)
-    return numbers.mul_(scales[..., None]).to(dtype).view(out, -1)
+    out = frozen.packed.shape[0]
+    scales = block_scales(frozen)
+    byte_pairs = frozen.packed.contiguous().view(torch.uint16).flatten().int()
+    table = two_byte_table(frozen.packed.device)
+    values = table.index_select(0, byte_pairs).view(out, scales.shape[1], -1)
+    return values.mul_(scales[..., None]).to(dtype).view(out, -1)
 
 
 def nf4_dequantize_reference(frozen: NF4, dtype: torch.dtype) -> Tensor:
-    halves = torch.stack([frozen.packed >> 4, frozen.packed & 15], -1).long()
+    codes = torch.stack([frozen.packed >> 4, frozen.packed & 15], -1).long()
     scales = block_scales(frozen)
-    numbers = nf4_codebook(frozen.packed.device)[halves].view(*scales.shape, -1)
-    return (numbers * scales[..., None]).to(dtype).flatten(1)
+    values = nf4_codebook(frozen.packed.device)[codes].view(*scales.shape, -1)
+    return (values * scales[..., None]).to(dtype).flatten(1)
 
 
 def dequantized_weight(frozen: Frozen, dtype: torch.dtype) -> Tensor:
-    """[out, in] in dtype: the tensor itself, or made anew of its 4-bit form."""
-    return frozen[0].to(dtype) if len(frozen) == 1 else nf4_dequantize(NF4(*frozen), dtype)
+    """Returns the matrix [out, in] in dtype: the stored tensor itself, or a new one computed from its 4-bit form."""
+    if len(frozen) == 1:
+        return frozen[0].to(dtype)
+    return nf4_dequantize(NF4(*frozen), dtype)
 
 
 def nf4_linear(x: Tensor, frozen: NF4, bias: Tensor | None) -> Tensor:
-    """x W^T + b of a frozen W. x: [tokens, in]; bias: frozen [out] in x's dtype. Returns [tokens, out]."""
+    """Returns x W^T + b, [tokens, out], of a frozen W.
+
+    x: [tokens, in].
+    frozen: W, [out, in].
+    bias: frozen [out] in x's dtype, or None.
+    """
     if not torch.is_grad_enabled():
         return frozen_product(x, frozen, bias)
     return NF4Linear.apply(x, bias, *frozen)
 
 
 def frozen_product(x: Tensor, frozen: Frozen, bias: Tensor | None) -> Tensor:
-    """`nf4_linear` without gradients, and of a plain W as well: the way that reads least memory."""
+    """Returns what `nf4_linear` does, without gradients and for a plain W as well.
+
+    It takes the way that reads the least memory: for few rows on a GPU, W in NF4 is never written as a whole.
+    """
     if len(frozen) > 1 and use_triton(x) and len(x) <= FEW:
         return multiply_on_gpu(x, NF4(*frozen), bias)
     return F.linear(x, dequantized_weight(frozen, x.dtype), bias)
@@ -137,6 +176,8 @@ def nf4_linear_reference(x: Tensor, frozen: NF4, bias: Tensor | None) -> Tensor:
 
 
 class NF4Linear(torch.autograd.Function):
+    """`nf4_linear` with the gradient of x. It saves the 4-bit form and dequantises it again in the backward."""
+
     @staticmethod
     def forward(ctx, x, bias, *frozen):
         ctx.save_for_backward(*frozen)
@@ -145,47 +186,67 @@ class NF4Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         frozen = ctx.saved_tensors
-        dx = grad @ dequantized_weight(frozen, grad.dtype) if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = grad @ dequantized_weight(frozen, grad.dtype)
         return dx, None, *[None] * len(frozen)
 
 
 def dequantize_tables(frozen: NF4) -> tuple[Tensor, ...]:
-    """What the kernels read: scales and what they mean, the 16 and the 256 numbers. Of a matrix without double
-    quantisation the last three are not looked at."""
+    """Returns what the kernels need to dequantise: absmax, the 16 numbers, nested, offset and the 256 numbers.
+
+    Without double quantisation the kernels do not read the last three. A pointer has to be there all the same, so
+    absmax stands in for nested and offset.
+    """
     device = frozen.packed.device
-    nested, offset = (frozen.absmax if x is None else x for x in (frozen.nested, frozen.offset))
+    nested = frozen.absmax if frozen.nested is None else frozen.nested
+    offset = frozen.absmax if frozen.offset is None else frozen.offset
     return frozen.absmax.contiguous(), nf4_codebook(device), nested, offset, dynamic_codebook(device)
 
 
 def dequantize_on_gpu(frozen: NF4, dtype: torch.dtype) -> Tensor:
-    packed, out = frozen.packed.contiguous(), frozen.packed.shape[0]
-    made = torch.empty(out, 2 * packed.shape[1], dtype=dtype, device=packed.device)
-    per_block, count = packed.shape[1] // frozen.absmax.shape[1], frozen.absmax.numel()
-    dequantize_kernel[(-(-packed.numel() // BYTES),)](
-        packed, *dequantize_tables(frozen), made, count, DOUBLE=frozen.nested is not None, BLOCKS=BYTES // per_block,
-        PER_BLOCK=per_block, num_warps=WARPS, enable_fp_fusion=False,
+    """Returns the matrix [out, in] in dtype, by one launch of dequantize_kernel."""
+    packed = frozen.packed.contiguous()
+    out, bytes_per_row = packed.shape
+    weight = torch.empty(out, 2 * bytes_per_row, dtype=dtype, device=packed.device)
+    bytes_per_block = bytes_per_row // frozen.absmax.shape[1]
+    num_blocks = frozen.absmax.numel()
+    programs = -(-packed.numel() // BYTES)
+    dequantize_kernel[(programs,)](
+        packed, *dequantize_tables(frozen), weight, num_blocks,
+        DOUBLE=frozen.nested is not None, BLOCKS=BYTES // bytes_per_block, PER_BLOCK=bytes_per_block,
+        num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
-    return made
+    return weight
 
 
 def multiply_on_gpu(x: Tensor, frozen: NF4, bias: Tensor | None) -> Tensor:
-    x, (rows, size), out = x.contiguous(), x.shape, frozen.packed.shape[0]
-    made, words = x.new_empty(rows, out), frozen.packed.contiguous().view(torch.int32)
-    at_once, columns = min(ROWS, next_power_of_2(rows)), 4 if rows == 1 else 2
-    threads = min(128, max(32, next_power_of_2(size // 32)))  # of 32 numbers each
-    multiply_kernel[(-(-out // columns), -(-rows // at_once))](
-        x, words, *dequantize_tables(frozen), made if bias is None else bias, made, rows, size, out,
-        DOUBLE=frozen.nested is not None, BIAS=bias is not None, ROWS=at_once, COLUMNS=columns, THREADS=threads,
-        num_warps=threads // 32,
+    """Returns x W^T + b, [rows, out], of up to FEW rows, without writing the whole of W."""
+    x = x.contiguous()
+    rows, size = x.shape
+    out = frozen.packed.shape[0]
+    result = x.new_empty(rows, out)
+    words = frozen.packed.contiguous().view(torch.int32)
+    rows_per_program = min(ROWS, next_power_of_2(rows))
+    columns_per_program = 4 if rows == 1 else 2
+    threads = min(128, max(32, next_power_of_2(size // 32)))  # each takes 32 numbers at a time
+    bias_or_any = result if bias is None else bias  # without a bias the kernel does not read it
+    grid = -(-out // columns_per_program), -(-rows // rows_per_program)
+    multiply_kernel[grid](
+        x, words, *dequantize_tables(frozen), bias_or_any, result, rows, size, out,
+        DOUBLE=frozen.nested is not None, BIAS=bias is not None,
+        ROWS=rows_per_program, COLUMNS=columns_per_program, THREADS=threads, num_warps=threads // 32,
     )  # fmt: skip
-    return made
+    return result
 
 
 @triton.jit
 def scales_of(absmax, nested, offset, numbers, block, inside, DOUBLE: tl.constexpr):
-    """The scales of blocks, fp32; their product and sum are rounded apart, as bitsandbytes does it."""
+    """Returns the scales of blocks, fp32. Product and sum are each rounded, as in bitsandbytes."""
     scale = tl.load(absmax + block, inside, 0)
-    if DOUBLE:  # one return for both: Triton wants the types of all of a function's returns to be equal
+    # DOUBLE is known when the kernel is compiled, so only one of the two returns exists: Triton wants all returns of a
+    # function to have the same type.
+    if DOUBLE:
         number = tl.load(numbers + scale.to(tl.int32))
         return number * tl.load(nested + block // 256, inside, 0.0) + tl.load(offset)
     else:
@@ -197,14 +258,18 @@ def dequantize_kernel(
     packed, absmax, code, nested, offset, numbers, out, count,
     DOUBLE: tl.constexpr, BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Some blocks a program, of PER_BLOCK bytes with two numbers each: both levels of scales in the one pass. count: of
-    blocks."""
+    """Dequantises BLOCKS blocks of PER_BLOCK bytes a program; a byte holds two codes. count: the number of all blocks.
+
+    Both levels of scales are applied in the same pass.
+    """
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside = block < count
     scale = scales_of(absmax, nested, offset, numbers, block, inside, DOUBLE)[:, None]
     at = block[:, None] * PER_BLOCK + tl.arange(0, PER_BLOCK)[None, :]
     byte = tl.load(packed + at, inside[:, None], 0).to(tl.int32)
-    pair = tl.interleave(tl.load(code + (byte >> 4)) * scale, tl.load(code + (byte & 15)) * scale)
+    high = tl.load(code + (byte >> 4)) * scale
+    low = tl.load(code + (byte & 15)) * scale
+    pair = tl.interleave(high, low)
     at = block[:, None] * (2 * PER_BLOCK) + tl.arange(0, 2 * PER_BLOCK)[None, :]
     tl.store(out + at, pair.to(out.dtype.element_ty), inside[:, None])
 
@@ -213,24 +278,34 @@ def dequantize_kernel(
 def half_scales(
     absmax, nested, offset, numbers, starts, start, per_row, there, DOUBLE: tl.constexpr, THREADS: tl.constexpr
 ):
-    """[columns, THREADS]: the scales of 16 bytes each, half a block, from words `start` of rows of W at `starts`."""
+    """Returns the scales of half blocks, 16 bytes of codes each, fp32 [columns, THREADS].
+
+    starts: the word at which each row of W starts. start: the first word within a row. per_row: words of a row.
+    there: which columns exist.
+    """
     half = start // 4 + tl.arange(0, THREADS)[None, :]
     inside = there & (half < per_row // 4)
-    return scales_of(absmax, nested, offset, numbers, (starts // 4 + half) // 2, inside, DOUBLE)
+    block = (starts // 4 + half) // 2
+    return scales_of(absmax, nested, offset, numbers, block, inside, DOUBLE)
 
 
 @triton.jit
 def multiply_kernel(
-    x, words, absmax, code, nested, offset, numbers, bias, made, rows, size, out,
+    x, words, absmax, code, nested, offset, numbers, bias, y, rows, size, out,
     DOUBLE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """Some rows and columns of x W^T a program, which goes along the rows of W. A thread takes 16 bytes of codes of
-    each column and the 32 numbers of x that belong to them, and keeps a sum of its own until the end."""
+    """Computes ROWS rows and COLUMNS columns of x W^T a program, which goes along the rows of W.
+
+    A thread takes 16 bytes of codes of each column and the 32 numbers of x that belong to them. It keeps a sum of its
+    own until the end.
+    """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    there, per_row = (column < out)[:, None], size // 8
+    there = (column < out)[:, None]
+    per_row = size // 8  # words of four bytes, each of eight codes
     starts = column.to(tl.int64)[:, None] * per_row
     sixteen = tl.load(code + tl.arange(0, 16))
-    digit = tl.arange(0, 8)  # of a word of four bytes: of each the high half comes first
+    # The eight codes of a word: in each byte the high half comes first.
+    digit = tl.arange(0, 8)
     shift = (digit // 2 * 8 + 4 - digit % 2 * 4)[None, None, None, :]
     total = tl.zeros([ROWS, COLUMNS, THREADS], tl.float32)
     for start in range(0, per_row, 4 * THREADS):
@@ -239,22 +314,28 @@ def multiply_kernel(
         index = (tl.reshape(word, [COLUMNS, THREADS, 4, 1]) >> shift) & 15
         number = tl.gather(sixteen, tl.reshape(index, [index.numel]), 0)
         number = tl.reshape(number, [COLUMNS, THREADS, 32])
-        late: tl.constexpr = DOUBLE or ROWS == 1  # which of both orders needs fewer registers
+        # The scale is applied to the weights or, late, to the sums: whichever order needs fewer registers.
+        late: tl.constexpr = DOUBLE or ROWS == 1
         if not late:
-            scale = half_scales(absmax, nested, offset, numbers, starts, start, per_row, there, DOUBLE, THREADS)
+            scale = half_scales(
+                absmax, nested, offset, numbers, starts, start, per_row, there, DOUBLE, THREADS
+            )  # fmt: skip
             number *= scale[:, :, None]
         place = start * 8 + tl.arange(0, 32 * THREADS)
         for i in tl.static_range(ROWS):
             row = tl.program_id(1).to(tl.int64) * ROWS + i
-            values = tl.load(x + row * size + place, (place < size) & (row < rows), 0.0).to(tl.float32)
-            part = tl.sum(number * tl.reshape(values, [1, THREADS, 32]), 2)
+            values = tl.load(x + row * size + place, (place < size) & (row < rows), 0.0)
+            values = tl.reshape(values.to(tl.float32), [1, THREADS, 32])
+            part = tl.sum(number * values, 2)
             if late:
-                part *= half_scales(absmax, nested, offset, numbers, starts, start, per_row, there, DOUBLE, THREADS)
-            # which rows a thread's sums are of is known when this is compiled: nothing is compared
+                part *= half_scales(
+                    absmax, nested, offset, numbers, starts, start, per_row, there, DOUBLE, THREADS
+                )  # fmt: skip
+            # Which row a sum belongs to is known when this is compiled, so nothing is compared at run time.
             total += tl.where(tl.arange(0, ROWS)[:, None, None] == i, part[None, :, :], 0.0)
     result = tl.sum(total, 2)
     row_here = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     if BIAS:
         result += tl.load(bias + column, column < out, 0.0).to(tl.float32)[None, :]
     inside = (row_here < rows) & (column < out)[None, :]
-    tl.store(made + row_here.to(tl.int64) * out + column[None, :], result, inside)
+    tl.store(y + row_here.to(tl.int64) * out + column[None, :], result, inside)

@@ -33,7 +33,6 @@ from quant import (
     check_settings,
     empty_nf4,
     from_files,
-    quantize,
     quantize_nf4,
     quantize_scales,
     settings,
@@ -189,11 +188,11 @@ def load_model(
         places[name] = Place(owner, leaf, transposed(model, full), wanted, quantised.get(name), f"{folder}: {name}")
     keeps = dtype if device.type == "cpu" and not config.conv1d else None
     model.source = folder
+    model.to(dtype)
+    for owner, *_, in_4_bits, beside, _ in places.values():
+        if in_4_bits or beside:
+            owner.quantize(empty_nf4(owner.out_features, owner.in_features, in_4_bits or "nested_absmax" in beside))
     if arrange is not None:
-        model.to(dtype)
-        for owner, *_, in_4_bits, beside, _ in places.values():
-            if in_4_bits or beside:
-                owner.quantize(empty_nf4(owner.out_features, owner.in_features, in_4_bits or "nested_absmax" in beside))
         arrange(model)
         model.to_empty(device=device)
 
@@ -203,10 +202,8 @@ def load_model(
         for name, tensor in iterate_tensors([file], keeps):
             if config.tied and name == head_name(config):
                 second_table = tensor  # not read yet
-            elif name in places and arrange is None:  # else one of RECOMPUTED, or beside a quantised weight
-                place_whole(places[name], tensor, dtype, device, keeps is None)
-            elif name in places:
-                place_rows(places[name], tensor, device)
+            elif name in places:  # else one of RECOMPUTED, or beside a quantised weight
+                place_tensor(places[name], tensor, dtype, device, keeps is None)
 
     # what takes the time is new memory, and two threads get it sooner; processes quantise together, one after the other
     with ThreadPoolExecutor(2 if arrange is None else 1) as pool:
@@ -240,31 +237,35 @@ class Place(NamedTuple):
         return from_files(parts, (self.owner.out_features, self.owner.in_features), self.where)
 
 
-def place_whole(place: Place, tensor: Tensor, dtype: torch.dtype, device: torch.device, copy: bool) -> None:
+def place_tensor(place: Place, tensor: Tensor, dtype: torch.dtype, device: torch.device, copy: bool) -> None:
+    """Fills a parameter with its rows of a stored tensor. A parameter on the meta device, as all are without
+    `arrange`, gets its memory here; a weight that is not quantised takes the tensor's own unless `copy` is set."""
+    owner = place.owner
+    if place.in_4_bits or place.beside:
+        if to_local(owner.nf4.packed).is_meta:
+            owner.nf4.to_empty(device=device)
+        fill_nf4(place, tensor, device)
+        return
+    tensor = tensor.t() if place.turned else tensor
+    parameter = getattr(owner, place.leaf)
+    if to_local(parameter).is_meta:
+        setattr(owner, place.leaf, nn.Parameter(tensor.to(device, dtype, copy=copy).contiguous()))
+    else:
+        copy_local_rows(parameter, tensor)
+
+
+def fill_nf4(place: Place, tensor: Tensor, device: torch.device) -> None:
+    """Fills a weight in NF4. To quantise it all processes work together: the second level of scales runs across all
+    rows."""
     owner = place.owner
     if place.beside:
-        owner.quantize(NF4(*(part if part is None else part.to(device, copy=True) for part in place.nf4(tensor))))
-    elif place.in_4_bits:
-        matrix = tensor.to(device)
-        owner.quantize(quantize(matrix.t().contiguous() if place.turned else matrix))
-    else:
-        value = tensor.to(device, dtype, copy=copy)
-        setattr(owner, place.leaf, nn.Parameter(value.t().contiguous() if place.turned else value))
-
-
-def place_rows(place: Place, tensor: Tensor, device: torch.device) -> None:
-    """The rows that are this process's, into the parameter that waits for them. To quantise them all processes work
-    together: the second level of scales runs across all rows."""
+        copy_local_nf4(owner, place.nf4(tensor))
+        return
     tensor = tensor.t() if place.turned else tensor
-    if place.beside:
-        copy_local_nf4(place.owner, place.nf4(tensor))
-    elif place.in_4_bits:
-        packed = place.owner.nf4.packed
-        mine, absmax = quantize_nf4(tensor[local_row_slice(packed)].to(device).contiguous())
-        to_local(packed).copy_(mine)
-        copy_local_nf4(place.owner, NF4(None, *quantize_scales(gather_rows(absmax, packed))))
-    else:
-        copy_local_rows(getattr(place.owner, place.leaf), tensor)
+    packed = owner.nf4.packed
+    mine, absmax = quantize_nf4(tensor[local_row_slice(packed)].to(device).contiguous())
+    to_local(packed).copy_(mine)
+    copy_local_nf4(owner, NF4(None, *quantize_scales(gather_rows(absmax, packed))))
 
 
 def copy_local_rows(parameter: Tensor, tensor: Tensor) -> None:

@@ -19,6 +19,8 @@ import generate
 from checkpoint import fingerprint, load_model
 from common.errors import UserError
 from dataset.formats import Record, read_records
+from evals.exact_match import exact
+from evals.loss import loss
 from interop import resolve
 from lora import add_lora, lora_layers, save_adapter
 from tokenizer import load_tokenizer
@@ -79,7 +81,7 @@ def test_loss_equals_transformers_mean_over_the_answer_tokens(base, file):
         with torch.no_grad():
             mean = theirs(input_ids=ids, labels=ids.masked_fill(~trained, -100)).loss
         total, count = total + float(mean) * int(trained.sum()), count + int(trained.sum())
-    result = evaluate.loss(ours, dataset)
+    result = loss(ours, dataset)
     assert result["tokens"] == count
     assert result["loss"] == pytest.approx(total / count, rel=1e-5)
     assert result["perplexity"] == pytest.approx(float(torch.tensor(total / count).exp()), rel=1e-4)
@@ -92,11 +94,11 @@ def test_loss_does_not_depend_on_the_batch_size_and_repeats_with_dropout_configu
         layer.lora_B.data.normal_(0, 0.3)
     model.train()
     dataset = data.load([file], load_tokenizer(base), 512)
-    once, again = evaluate.loss(model, dataset, 8), evaluate.loss(model, dataset, 8)
+    once, again = loss(model, dataset, 8), loss(model, dataset, 8)
     assert once == again
     assert model.training  # training goes on as it was
     for size in (1, 3):
-        assert evaluate.loss(model, dataset, size)["loss"] == pytest.approx(once["loss"], rel=1e-5)
+        assert loss(model, dataset, size)["loss"] == pytest.approx(once["loss"], rel=1e-5)
 
 
 # ---- exact ----
@@ -120,13 +122,13 @@ def answered(base) -> list[Record]:
 
 def test_a_models_own_answers_score_100_percent_and_altered_ones_miss(base, answered):
     model, tokenizer = load_model(base), load_tokenizer(base)
-    result = evaluate.exact(model, tokenizer, answered, max_new_tokens=12, batch_size=3)
-    assert result.share == 1.0 and result.right == result.total == len(RECORDS)
+    result = exact(model, tokenizer, answered, max_new_tokens=12, batch_size=3)
+    assert result.accuracy == 1.0 and result.right == result.total == len(RECORDS)
     for number in (0, 4):
         turns = answered[number].messages
         other = [turns[0], {"role": "assistant", "content": turns[1]["content"].strip() + "x"}]
         answered = [*answered[:number], Record(other, None, "altered"), *answered[number + 1 :]]
-    altered = evaluate.exact(model, tokenizer, answered, max_new_tokens=12, batch_size=32)
+    altered = exact(model, tokenizer, answered, max_new_tokens=12, batch_size=32)
     assert [i for i, hit in enumerate(altered.hits) if not hit] == [0, 4]
     assert altered.answers == result.answers  # whatever the batches
 
@@ -137,7 +139,7 @@ def test_an_answer_ends_before_its_stop_token(base, answered):
     ids = model.generate([prompt], 12)[0]
     stop = next(i for i in range(1, 12) if ids[i] not in ids[:i])
     tokenizer.stop_ids = {ids[stop]}
-    result = evaluate.exact(model, tokenizer, answered[:1], max_new_tokens=12)
+    result = exact(model, tokenizer, answered[:1], max_new_tokens=12)
     assert result.answers == [tokenizer.decode(ids[:stop], skip_special=True)]
 
 
@@ -145,7 +147,7 @@ def test_default_length_leaves_room_for_the_longest_reference(base, answered, mo
     model, tokenizer = load_model(base), load_tokenizer(base)
     asked = []
     monkeypatch.setattr(model, "generate", lambda prompts, n, stop: asked.append(n) or [[5]] * len(prompts))
-    evaluate.exact(model, tokenizer, read_turns("a", "red " * 30), batch_size=32)
+    exact(model, tokenizer, read_turns("a", "red " * 30), batch_size=32)
     assert asked == [8 + len(tokenizer.encode("red " * 30, bos=False, eos=False))]
 
 
@@ -159,7 +161,7 @@ def test_shots_stand_between_system_turn_and_question(base, monkeypatch):
     record, prompts = read_turns("first", "one", "second", "two", "third")[0], []
     record.messages.insert(0, {"role": "system", "content": "be red"})
     monkeypatch.setattr(model, "generate", lambda rows, n, stop: prompts.extend(rows) or [[5]] * len(rows))
-    result = evaluate.exact(model, tokenizer, [record], shots=read_turns("how", "so") + read_turns("why", "thus"))
+    result = exact(model, tokenizer, [record], shots=read_turns("how", "so") + read_turns("why", "thus"))
     turn = "<|im_start|>{}\n{}<|im_end|>\n".format
     expected = turn("system", "be red") + turn("user", "how") + turn("assistant", "so") + turn("user", "why")
     expected += turn("assistant", "thus") + turn("user", "first") + turn("assistant", "one") + turn("user", "second")
@@ -170,14 +172,14 @@ def test_shots_stand_between_system_turn_and_question(base, monkeypatch):
 def test_what_cannot_be_asked_is_refused_by_name(base, monkeypatch):
     model, tokenizer = load_model(base), load_tokenizer(base)
     with pytest.raises(UserError, match="a.txt record 1: plain text has no reference"):
-        evaluate.exact(model, tokenizer, [Record(None, "text", "a.txt record 1")])
-    with pytest.raises(UserError, match="r 3: no user turn before its last assistant turn"):
-        evaluate.exact(model, tokenizer, [Record([{"role": "assistant", "content": "hello"}], None, "r 3")])
+        exact(model, tokenizer, [Record(None, "text", "a.txt record 1")])
+    with pytest.raises(UserError, match="r 3: no user message before its last assistant message"):
+        exact(model, tokenizer, [Record([{"role": "assistant", "content": "hello"}], None, "r 3")])
     with pytest.raises(UserError, match="here: .* tokens before the answer; the model takes 512"):
-        evaluate.exact(model, tokenizer, read_turns("12 " * 600, "x"))
+        exact(model, tokenizer, read_turns("12 " * 600, "x"))
     tokenizer = replace(tokenizer, templates={"default": "{{ raise_exception('no\x1b such turn') }}"})
     with pytest.raises(UserError, match=r"^here: .*no\\x1b such turn"):
-        evaluate.exact(model, tokenizer, read_turns("a", "x"))
+        exact(model, tokenizer, read_turns("a", "x"))
 
 
 # ---- the commands ----
@@ -217,8 +219,8 @@ def test_misses_are_shown_on_one_line_each_without_control_characters(base, tmp_
     file.write_text(json.dumps({"messages": hostile}))
     words = ["exact", "--data", file, "--model", base, "--dtype", "fp32", "--max-new-tokens", 4]
     out, _, _ = command(evaluate, monkeypatch, capsys, *words)
-    assert "  asked   a\\x1b[2J\\nb\n" in out
-    assert "\x1b" not in out and max(map(len, out.split("wanted")[1].splitlines())) < 112
+    assert "  question   a\\x1b[2J\\nb\n" in out
+    assert "\x1b" not in out and max(map(len, out.split("reference")[1].splitlines())) < 112
 
 
 def test_an_adapter_brings_its_own_base_and_other_weights_are_warned_of(base, file, tmp_path, monkeypatch, capsys):
@@ -282,7 +284,7 @@ def test_a_model_trained_here_is_compared_with_the_base_it_names(base, file, tmp
         (evaluate, ["loss"], "the following arguments are required: --data"),
         (evaluate, ["los", "--data", "a.txt"], "invalid choice: 'los'"),
         (evaluate, ["loss", "--data", "a.txt", "--limit", "0"], "--limit 0: must be 1 or more"),
-        (evaluate, ["loss", "--data", "a.txt", "--show", "3"], "--show: means nothing to `loss`"),
+        (evaluate, ["loss", "--data", "a.txt", "--show", "3"], "--show: is for `exact`; `loss` does not use it"),
         (evaluate, ["loss", "--data", "a.txt", "--versus", "base"], "--versus base: needs --adapter"),
         (generate, ["--prompt", "a", "--temperature", "-1"], "--temperature -1.0: must be 0 or more"),
         (generate, ["--prompt", "a", "--temperature", "nan"], "--temperature nan: must be 0 or more"),

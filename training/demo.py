@@ -8,13 +8,14 @@ seen by the loop, and nothing in the loop knows of the bundled task.
 import time
 from pathlib import Path
 
-import evaluate
 from common import console as report
 from common.console import one_line
 from common.device import peak_memory
 from data import ASSETS, BUNDLED_TASK
 from dataset.examples import Dataset, Example
 from dataset.formats import read_records
+from evals.exact_match import exact
+from evals.loss import loss
 from model import Transformer
 from tokenizer import Tokenizer
 from training import plots
@@ -43,7 +44,7 @@ class Demo:
         print(f"          {spent:.0f} s; from here about {(training_seconds + answering) / 60:.1f} min", flush=True)
 
     def score(self, records, shots=()):
-        return evaluate.exact(self.model, self.tokenizer, records, shots=shots)
+        return exact(self.model, self.tokenizer, records, shots=shots)
 
     def general_text(self) -> Dataset:
         record = read_records(ASSETS / "general.txt").records[0]
@@ -52,7 +53,7 @@ class Demo:
         return Dataset([Example(piece, [True] * len(piece)) for piece in pieces])
 
     def general_loss(self) -> float:
-        return evaluate.loss(self.model, self.general)["loss"]
+        return loss(self.model, self.general)["loss"]
 
     def answer(self, question: str) -> str:
         prompt = self.tokenizer.render([{"role": "user", "content": question}], add_generation_prompt=True)[0]
@@ -60,13 +61,17 @@ class Demo:
         return self.tokenizer.decode([i for i in ids if i not in self.tokenizer.stop_ids])
 
     def finish(self, metrics: Path) -> None:
-        tuned, loss, answer = self.score(self.test), self.general_loss(), self.answer(self.QUESTION)
+        tuned = self.score(self.test)
+        tuned_loss = self.general_loss()
+        answer = self.answer(self.QUESTION)
+        results = (self.base, self.shots, tuned)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         speeds = [line["tokens_per_s"] for line in plots.read_metrics(metrics) if "loss" in line]
         rows = [["", "base", "base, 8 examples in the prompt", "tuned"]]
-        rows.append(["exact answers", *(f"{100 * r.share:.1f} % of {r.total}" for r in (self.base, self.shots, tuned))])
-        rows.append(["loss on general text", f"{self.base_loss:.3f}", "", f"{loss:.3f} ({loss - self.base_loss:+.3f})"])
-        rows.append(["prompt tokens an answer", *(f"{r.prompt_tokens:.0f}" for r in (self.base, self.shots, tuned))])
+        rows.append(["exact answers", *(f"{100 * r.accuracy:.1f} % of {r.total}" for r in results)])
+        change = tuned_loss - self.base_loss
+        rows.append(["loss on general text", f"{self.base_loss:.3f}", "", f"{tuned_loss:.3f} ({change:+.3f})"])
+        rows.append(["prompt tokens an answer", *(f"{r.prompt_tokens:.0f}" for r in results)])
         rows.append(["trained parameters", "0", "0", f"{trained:,}"])
         rows.append(["training tokens/s", "", "", f"{sorted(speeds)[len(speeds) // 2]:,.0f}"])
         rows.append(["peak memory", "", "", f"{peak_memory(self.model.device) / 1e9:.2f} GB"])

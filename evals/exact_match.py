@@ -1,0 +1,135 @@
+"""Exact match: the model answers, and an answer is right if it equals the reference, apart from space at the ends.
+
+The last assistant message of a record is the reference, and the messages before it are the question. The model answers
+greedily: it always takes the most probable token, so the same model gives the same answers. A model with a low loss can
+still fail here, because for the loss each token was predicted from a right beginning. The result depends on the model
+and the file alone: another batch size changes it by rounding only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from common import console
+from common.errors import UserError
+from dataset.formats import Record
+from decoding import packed_weights
+from model import Transformer
+from tokenizer import TemplateError, Tokenizer
+
+# How many tokens an answer may be longer than the longest reference: enough to see that it goes on, and cheap.
+EXTRA_TOKENS = 8
+
+
+@dataclass
+class ExactResult:
+    """The answers to some records, in the order of the records. prompt_tokens: mean length of a prompt, in tokens."""
+
+    records: list[Record]
+    references: list[str]
+    answers: list[str]
+    prompt_tokens: float
+
+    @property
+    def hits(self) -> list[bool]:
+        """For each record, True if the answer equals the reference."""
+        pairs = zip(self.answers, self.references, strict=True)
+        return [answer.strip() == reference.strip() for answer, reference in pairs]
+
+    @property
+    def right(self) -> int:
+        """The number of right answers."""
+        return sum(self.hits)
+
+    @property
+    def total(self) -> int:
+        """The number of answers."""
+        return len(self.records)
+
+    @property
+    def accuracy(self) -> float:
+        """The number of right answers divided by the number of all answers, from 0 to 1."""
+        return self.right / self.total
+
+
+def exact(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    records: Sequence[Record],
+    max_new_tokens: int | None = None,
+    batch_size: int = 32,
+    shots: Sequence[Record] = (),
+) -> ExactResult:
+    """Generates a greedy answer to each record's messages before its last assistant message, which is the reference.
+
+    max_new_tokens: longest answer, in tokens; default: the longest reference and EXTRA_TOKENS more.
+    batch_size: prompts that are answered at a time.
+    shots: records whose messages stand before each question (few-shot prompting, Brown et al. 2020).
+
+    Raises UserError naming the record that has no reference, that the template refuses, or that is too long.
+    """
+    questions, references = [], []
+    for record in records:
+        messages, reference = split_reference(record, shots)
+        questions.append(messages)
+        references.append(reference)
+    prompts = []
+    for record, messages in zip(records, questions, strict=True):
+        prompts.append(prompt_ids(model, tokenizer, record, messages))
+    if max_new_tokens is None:
+        lengths = [len(tokenizer.encode(reference, bos=False, eos=False)) for reference in references]
+        max_new_tokens = EXTRA_TOKENS + max(lengths)
+
+    answers = [""] * len(prompts)
+    # Prompts of similar length share a batch, so that the cache holds less padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    # disable=None: no bar where the output is not a terminal.
+    bar = tqdm(total=len(order), unit="answer", disable=None, leave=False)
+    with bar, packed_weights(model, max_new_tokens):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            generated = model.generate([prompts[i] for i in batch], max_new_tokens, stop=tokenizer.stop_ids)
+            for i, ids in zip(batch, generated, strict=True):
+                if ids[-1] in tokenizer.stop_ids:
+                    ids = ids[:-1]
+                answers[i] = tokenizer.decode(ids, skip_special=True)
+            bar.update(len(batch))
+    prompt_tokens = sum(map(len, prompts)) / len(prompts)
+    return ExactResult(list(records), references, answers, prompt_tokens)
+
+
+def prompt_ids(model: Transformer, tokenizer: Tokenizer, record: Record, messages: list[dict]) -> list[int]:
+    """Returns the ids of `messages` with the beginning of an answer. record: names the place in an error message."""
+    try:
+        ids, _ = tokenizer.render(messages, record.tools, add_generation_prompt=True)
+    except TemplateError as error:
+        raise UserError(f"{record.where}: {console.one_line(str(error), 200)}") from None
+    limit = model.config.max_positions
+    if len(ids) >= limit:
+        raise UserError(f"{record.where}: {len(ids):,} tokens before the answer; the model takes {limit:,}")
+    return ids
+
+
+def split_reference(record: Record, shots: Sequence[Record] = ()) -> tuple[list[dict], str]:
+    """Splits a record into the messages that ask and the reference answer, and puts the shots between.
+
+    Returns (messages, reference). messages: the record's system message, the messages of the shots without theirs, and
+    the record's other messages before its last assistant message. reference: the text of that last assistant message.
+    Raises UserError where a record is plain text, where nothing is asked, or where the answer is a tool call.
+    """
+    for each in (record, *shots):
+        if each.messages is None:
+            raise UserError(f"{each.where}: plain text has no reference answer to compare with; use `evaluate.py loss`")
+    last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
+    before = record.messages[:last]
+    if not any(message["role"] == "user" for message in before):
+        raise UserError(f"{record.where}: no user message before its last assistant message, so there is no question")
+    system_messages = 0
+    while system_messages < len(before) and before[system_messages]["role"] == "system":
+        system_messages += 1
+    if record.messages[last].get("tool_calls"):
+        raise UserError(f"{record.where}: its last answer is a tool call; exact match compares words only")
+    examples = [message for shot in shots for message in shot.messages if message["role"] != "system"]
+    messages = [*before[:system_messages], *examples, *before[system_messages:]]
+    return messages, record.messages[last]["content"]

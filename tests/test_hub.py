@@ -36,7 +36,7 @@ from common import errors
 from common.files import hub_origin
 from interop import hub, resolve
 
-ROOT = Path(hub.__file__).parent
+ROOT = Path(hub.__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -380,7 +380,7 @@ def test_each_refusal_is_one_line_that_says_what_to_do(server, model, sharded, t
 
 def test_a_token_opens_what_is_private(server, model, tmp_path):
     server.repos["org/mine"] = {"files": model, "token": "hf_secret"}
-    assert "(the token in use does not do)" in refused(server.url, tmp_path, "org/mine", HF_TOKEN="hf_wrong")
+    assert "(the present token gives no access)" in refused(server.url, tmp_path, "org/mine", HF_TOKEN="hf_wrong")
     folder, _ = fetched(server.url, tmp_path, "org/mine", HF_TOKEN="hf_secret")
     assert (folder / "model.safetensors").is_file()
 

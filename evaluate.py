@@ -183,21 +183,18 @@ def print_exact(results: dict[str, ExactResult], show: int) -> None:
 
 
 def print_table(results: dict[str, dict[str, float]], columns: dict[str, str]) -> None:
-    """A row a side and, of two, their difference (the second less the first)."""
-    rows = [
-        [name, *(format(result[column], form) for column, form in columns.items())] for name, result in results.items()
-    ]
+    """Prints a row for each target and, for two targets, their difference: the second one minus the first.
+
+    results: for each target, its numbers by column. columns: the format of each column's numbers, by its heading.
+    """
+    rows = [["", *columns]]
+    for name, result in results.items():
+        rows.append([name, *(format(result[column], spec) for column, spec in columns.items())])
     if len(results) == 2:
         first, second = results.values()
-        rows.append(["change", *(format(second[c] - first[c], "+" + form) for c, form in columns.items())])
-    table = [["", *columns], *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    print()
-    for name, *cells in table:
-        print(
-            name.ljust(widths[0])
-            + "".join("  " + cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        )
+        changes = [format(second[column] - first[column], "+" + spec) for column, spec in columns.items()]
+        rows.append(["change", *changes])
+    print("\n" + console.table(rows))
 
 
 def print_misses(name: str, result: ExactResult, show: int) -> None:

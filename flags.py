@@ -10,17 +10,18 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import lora
 import optimizers
 from common.cli import parse_args
 from common.errors import UserError
 from dataset.examples import TRAIN_ON
 from dataset.formats import TREES
 from kernels import activation_checkpointing, flash_versions
+from lora import ALL
+from methods import METHODS
 from quant import KINDS
 from tokenization.chat_template import NAMED
 
-NEW_ADAPTER = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": lora.ALL}  # defaults; of --adapter its own hold
+NEW_ADAPTER = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": ALL}  # defaults; of --adapter its own hold
 VAL_FRACTION = 0.05  # of the prompts, where --val is not given
 LARGEST = 2**31  # of any number on the command line
 
@@ -124,7 +125,7 @@ class Flags:
         "lora",
         "what is trained: lora: small low-rank matrices beside the frozen weights; qlora: the same, with the frozen"
         " weights in 4 bits, for a quarter of their memory; full: the weights themselves",
-        choices=["full", "lora", "qlora"],
+        choices=[*METHODS],
     )
     quant: str | None = option(
         None,
@@ -319,10 +320,6 @@ class Flags:
 
     given: frozenset[str] = frozenset()  # not an option: the names of those that were typed
 
-    @property
-    def trains_adapter(self) -> bool:
-        return self.method != "full"
-
 
 OPTIONS = {each.name: each for each in dataclasses.fields(Flags) if each.name != "given"}
 
@@ -347,8 +344,7 @@ def parse_flags(argv: list[str]) -> Flags:
             raise UserError(f"{dashed(old)}: is now called {dashed(new)}{changed}")
     given = vars(parse_args(make_parser(), argv))
     flags = Flags(**given, given=frozenset(given))
-    if flags.method == "qlora" and not flags.quant:
-        flags = dataclasses.replace(flags, quant="nf4")
+    flags = dataclasses.replace(flags, quant=flags.quant or METHODS[flags.method].quant)
     check(flags)
     return flags
 
@@ -415,16 +411,14 @@ def check_data(flags: Flags) -> None:
 
 
 def check_method(flags: Flags) -> None:
-    if flags.quant and not flags.trains_adapter:
-        raise UserError(f"--quant {flags.quant}: 4 bits can't be trained; a frozen base with --method lora can")
-    if flags.adapter and not flags.trains_adapter:
-        raise UserError("--adapter goes on from a LoRA adapter and needs --method lora")
-    shape = [f"--{name}" for name in NEW_ADAPTER if getattr(flags, name) is not None]
-    if shape and (flags.adapter or not flags.trains_adapter):
-        reason = "the adapter that --adapter names has its own" if flags.adapter else "is for --method lora"
-        raise UserError(f"{shape[0]}: {reason}")
-    if flags.train and flags.trains_adapter:
-        raise UserError("--train chooses among the model's own weights and needs --method full")
+    for name in dict.fromkeys(name for row in METHODS.values() for name in row.options):
+        typed = getattr(flags, name) != OPTIONS[name].default
+        owners = [method for method, row in METHODS.items() if name in row.options]
+        if typed and name not in METHODS[flags.method].options:
+            raise UserError(f"{dashed(name)}: is for --method {' or '.join(owners)}, not for --method {flags.method}")
+    shape = [dashed(name) for name in NEW_ADAPTER if getattr(flags, name) is not None]
+    if shape and flags.adapter:
+        raise UserError(f"{shape[0]}: the adapter that --adapter names has its own")
     if flags.train:
         try:
             re.compile(flags.train)
@@ -439,8 +433,6 @@ def check_memory(flags: Flags) -> None:
             "--activation-checkpointing selective with --compile on: the compiler chooses what to compute again by"
             " itself"
         )
-    if flags.trains_adapter and flags.weights == "bf16":
-        raise UserError("--weights bf16 is for --method full; adapters are fp32, and cast for the products")
     if flags.optimizer == "muon" and flags.weights == "bf16":
         raise UserError("--weights bf16: Muon rounds to the nearest, which loses small steps; take adamw or adamw8bit")
     if flags.shard_offload and (flags.optimizer != "adamw" or flags.optimizer_offload):

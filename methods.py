@@ -20,10 +20,17 @@ from model import Transformer, quantized_linears
 
 
 class Method(NamedTuple):
-    """attach(model, settings): freezes what is not trained and adds what is, on a model with weights or on the meta
-    device. start(model, settings): gives what was added on the meta device its first numbers. save(model, folder,
-    write_extra): writes final/ or best/. lr_factor: of the default learning rate; weight_decay: the default.
+    """A way to fine-tune.
+
+    attach(model, settings): freezes what is not trained and adds what is, on a model with weights or on the meta
+        device.
+    start(model, settings): gives what was added on the meta device its first numbers.
+    save(model, folder, write_extra): writes final/ or best/.
+    lr_factor: of the default learning rate. weight_decay: the default.
     freezes_base: the base may then be in 4 bits, may be replicated on all ranks, and is not saved.
+    options: names of the options that this method reads, and others don't.
+    quant: the 4-bit format of the base where --quant is not given.
+    lighter: the method that takes less memory, to be suggested where it ran out.
     """
 
     attach: Callable[[Transformer, "object"], None]
@@ -32,6 +39,9 @@ class Method(NamedTuple):
     lr_factor: float
     weight_decay: float
     freezes_base: bool
+    options: tuple[str, ...]
+    quant: str | None = None
+    lighter: str | None = None
 
 
 def attach_lora(model: Transformer, settings) -> None:
@@ -81,17 +91,39 @@ def save_full(model: Transformer, folder: Path, write_extra: Callable[[Path], No
     checkpoint.save_model(model, folder, checkpoint.stored_dtype(model.config), write_extra)
 
 
-LORA = Method(attach_lora, start_lora, lora.save_adapter, lr_factor=10, weight_decay=0.0, freezes_base=True)
-METHODS = {
-    "full": Method(select_weights, lambda *_: None, save_full, lr_factor=1, weight_decay=0.01, freezes_base=False),
-    "lora": LORA,
-    "qlora": LORA._replace(lr_factor=15),  # a base in 4 bits wants half as much again (experiments/LOG.md)
-}
+FULL = Method(
+    attach=select_weights,
+    start=lambda *_: None,
+    save=save_full,
+    lr_factor=1,
+    weight_decay=0.01,
+    freezes_base=False,
+    options=("train", "weights"),
+    lighter="lora",
+)
+LORA = Method(
+    attach=attach_lora,
+    start=start_lora,
+    save=lora.save_adapter,
+    lr_factor=10,
+    weight_decay=0.0,
+    freezes_base=True,
+    options=("quant", "rank", "alpha", "dropout", "targets", "adapter"),
+    lighter="qlora",
+)
+# A base in 4 bits wants a learning rate half as high again (experiments/LOG.md).
+QLORA = LORA._replace(lr_factor=15, quant="nf4", lighter=None)
+METHODS = {"full": FULL, "lora": LORA, "qlora": QLORA}
+
+
+def method_name(settings) -> str:
+    """The name of the row of a run: --method lora on a quantized base is QLoRA by another name."""
+    return "qlora" if settings.quant else settings.method
 
 
 def method_of(settings) -> Method:
-    """The row of a run: --method lora on a quantised base is QLoRA by another name."""
-    return METHODS["qlora" if settings.quant else settings.method]
+    """The row of a run."""
+    return METHODS[method_name(settings)]
 
 
 def load_trainable(settings, folder: Path, device: torch.device) -> Transformer:

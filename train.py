@@ -230,7 +230,7 @@ def save_weights(settings: Settings, model: Transformer, tokenizer: Tokenizer, o
     was trained with; beside it plaintune.json, which names the base and its weights' hash."""
 
     def write_extra(tmp: Path) -> None:
-        if settings.trains_adapter:  # save_model carries them over by itself
+        if method_of(settings).freezes_base:  # save_model carries them over by itself
             copy_tokenizer(tokenizer.source, tmp)
         tokenizer.save_template(tmp)
         write_json({**origin, "method": settings.method, "quant": settings.quant}, tmp / "plaintune.json")

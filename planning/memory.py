@@ -35,6 +35,7 @@ from kernels.attention import (
     query_slices,
 )
 from kernels.cross_entropy import LOGITS_BYTES
+from methods import METHODS
 from model import Config, Linear, Transformer, quantized_linears
 from optimizers import state_bytes
 from quant import can_quantize, empty_nf4
@@ -107,14 +108,16 @@ def meta_model(config: Config, setup: Recipe, dtype: torch.dtype, adapter: dict 
     None: no adapter is put on."""
     with torch.device("meta"):
         model = Transformer(config)
-    narrow = torch.bfloat16 if setup.weights == "bf16" else dtype
-    model.to(torch.float32 if setup.method == "full" and not setup.offload and setup.weights == "fp32" else narrow)
+    method = METHODS[setup.method]
+    has_masters = not method.freezes_base and not setup.offload and setup.weights == "fp32"
+    stored = torch.bfloat16 if setup.weights == "bf16" else dtype
+    model.to(torch.float32 if has_masters else stored)
     model.compute_dtype = dtype
-    if setup.method == "qlora" or config.raw.get("quantization_config"):
+    if method.quant or config.raw.get("quantization_config"):
         for name, layer in model.named_modules():
             if isinstance(layer, Linear) and name != "head" and can_quantize(layer.weight):
                 layer.quantize(empty_nf4(layer.out_features, layer.in_features))
-    if setup.method != "full" and adapter is not None:
+    if method.freezes_base and adapter is not None:
         lora.add_lora(model, **adapter)
     model.activation_checkpointing = setup.checkpointing
     return model
@@ -136,8 +139,8 @@ def expected_memory(model: Transformer, setup: Recipe, lengths: list[int], train
     if recomputed:  # the inputs, of which two are on their way to or from the host
         activations = (c.num_layers if setup.checkpointing == "full" else 2) * tokens * c.hidden_size * item
     activations += 2 * tokens * c.hidden_size * item  # the last norm's input and output
-    if device == "cuda":  # adapters as their products take them, cast once a forward (lora.ModelCasts)
-        activations += item * sum(p.numel() for p in parameters if p.requires_grad and setup.method != "full")
+    if device == "cuda" and METHODS[setup.method].freezes_base:  # adapters as products take them (lora.ModelCasts)
+        activations += item * sum(p.numel() for p in parameters if p.requires_grad)
     head = model.embed.weight if model.head is None else model.head.weight
     head_trained = head is not None and head.requires_grad
     budget = LOGITS_BYTES.get(device, LOGITS_BYTES["cuda"])

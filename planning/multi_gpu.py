@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from common import console as report
+from methods import METHODS
 from model import Config, Transformer
 from planning.memory import (
     CONTEXT,
@@ -73,7 +74,7 @@ def trained_numel(module: nn.Module) -> int:
 
 def gathered_bytes(model: Transformer, setup: Recipe) -> tuple[list[int], int]:
     """(of each block, of what is around the blocks)."""
-    item = model.dtype.itemsize if setup.method == "full" else 4  # adapters travel as they are
+    item = 4 if METHODS[setup.method].freezes_base else model.dtype.itemsize  # adapters travel as they are
     blocks = [gathered_size(block, item) for block in model.blocks]
     return blocks, gathered_size(model, item) - sum(blocks)
 
@@ -195,11 +196,11 @@ def suggest_savings(
         ways["--shard full"] = takes(setup, layout=Layout(layout.gpus, layout.gpus))
     if batch > 1:
         ways[f"--batch-size {batch // 2} --accumulate {2 * accumulate}"] = takes(setup, half, 2)
-    if setup.method == "full":
+    method = METHODS[setup.method]
+    if "weights" in method.options:
         ways["--optimizer adamw8bit --weights bf16"] = takes(replace(setup, optimizer="adamw8bit", weights="bf16"))
-        ways["--method lora"] = takes(Recipe("lora", checkpointing=setup.checkpointing))
-    elif setup.method == "lora":
-        ways["--method qlora"] = takes(replace(setup, method="qlora"))
+    if method.lighter:
+        ways[f"--method {method.lighter}"] = takes(Recipe(method.lighter, checkpointing=setup.checkpointing))
     expected = takes(setup)
     best = sorted(ways, key=lambda way: ways[way].peak)[:3]
     parts = ("weights", "gradients", "optimizer", "activations", "logits")

@@ -11,6 +11,7 @@ import distributed
 from common.device import pick_dtype
 from data import TrainingData, batches_of_rows, max_tokens_per_micro_batch
 from flags import NEW_ADAPTER, Flags
+from methods import method_name
 from model import Config
 from planning import memory, multi_gpu
 from planning.memory import Recipe, Workload
@@ -95,8 +96,9 @@ def workload_of_full_rows(flags: Flags, config: Config, device: torch.device) ->
 
 def recipe_and_layout(flags: Flags) -> tuple[Recipe, Layout]:
     """What planning/memory.py and planning/multi_gpu.py call this run."""
-    method = "qlora" if flags.quant else flags.method
-    recipe = Recipe(method, flags.optimizer, flags.weights, flags.optimizer_offload, flags.activation_checkpointing)
+    recipe = Recipe(
+        method_name(flags), flags.optimizer, flags.weights, flags.optimizer_offload, flags.activation_checkpointing
+    )
     shards = {"none": 1, "hybrid": distributed.local_world_size()}.get(flags.shard, distributed.world_size())
     return recipe, Layout(distributed.world_size(), shards)
 

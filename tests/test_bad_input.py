@@ -177,7 +177,7 @@ def test_the_default_base_is_not_installed(trained, monkeypatch):
         ("--adapter nowhere", "nowhere: no such folder"),
         ("--device tpu", "invalid choice: 'tpu'"),
         ("--optimizer sgd", "invalid choice: 'sgd'"),
-        ("--weights bf16", "--weights bf16 is for --method full"),
+        ("--weights bf16", "--weights: is for --method full, not for --method lora"),
         ("--method full --weights bf16 --optimizer muon", "--weights bf16: Muon rounds to the nearest"),
         ("--optimizer-offload --optimizer muon", "--optimizer-offload: the host steps by AdamW"),
         ("--method full --optimizer-offload --weights bf16", "--optimizer-offload: keeps fp32 masters"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support.helpers import llama
+from support.helpers import child_life, llama
 
 import checkpoint
 from checkpoint import load_model, save_model
@@ -261,17 +261,20 @@ def half_then_kill(weights, file):
     kill()
 
 
-@pytest.mark.parametrize("moment", ["save_tensors", "copy_tokenizer", "sync"])
+@pytest.mark.parametrize("moment", ["save_tensors", "copy_tokenizer", "fsync_path"])
 def test_killed_while_saving_the_old_folder_is_whole(tmp_path, monkeypatch, moment):
     llama(tmp_path / "a", seed=1)
     llama(tmp_path / "b", seed=2)
     before, model = stored(tmp_path / "b"), load_model(tmp_path / "a")
     child = os.fork()
     if child == 0:
-        place = files if moment == "sync" else checkpoint
-        monkeypatch.setattr(place, moment, half_then_kill if moment == "save_tensors" else kill)
-        save_model(model, tmp_path / "b")
-        os._exit(0)
+
+        def save_and_die():
+            place = files if moment == "fsync_path" else checkpoint
+            monkeypatch.setattr(place, moment, half_then_kill if moment == "save_tensors" else kill)
+            save_model(model, tmp_path / "b")
+
+        child_life(save_and_die)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert same(stored(tmp_path / "b"), before)
     load_model(tmp_path / "b")

@@ -32,6 +32,7 @@ from training.checkpointer import format_bytes
 
 COMPILE_SECONDS = 20  # to compile a block; measured on 2 cores
 COMPILE_SAVES = 0.05  # share of a step's time that it saves there
+SHARE_OF_NF4 = 0.26  # of the bytes of 16-bit weights
 MAX_SECONDS_BETWEEN_CHECKPOINTS = 1800
 
 
@@ -87,7 +88,9 @@ def choose_shard(flags: Flags, folder: Path, device: torch.device) -> tuple[str,
     """--shard, and why."""
     count, shard, reason = distributed.world_size(), flags.shard, ", asked for with --shard"
     if shard is None:
-        size = sum(file.stat().st_size for file in weight_files(folder)) * (0.26 if flags.quant else 1)
+        size = sum(file.stat().st_size for file in weight_files(folder)) * (
+            SHARE_OF_NF4 if method_of(flags).quant else 1
+        )
         is_small = size <= distributed.REPLICATE_BELOW * memory.device_memory(device)
         shard = "none" if count == 1 or (method_of(flags).freezes_base and is_small) else "full"
         reason = f": the frozen base is small, {size / 1e9:.1f} GB" if shard == "none" else ""
@@ -128,7 +131,7 @@ def choose_optimization(flags: Flags, config: Config) -> Flags:
     chosen["warmup"] = warmup
     if flags.weight_decay is None:
         chosen["weight_decay"] = method.weight_decay
-    if flags.trains_adapter and not continues_adapter(flags):
+    if method.freezes_base and not continues_adapter(flags):
         chosen |= adapter_of(flags)
     return dataclasses.replace(flags, **chosen)
 
@@ -144,7 +147,7 @@ def meta_model_of_run(flags: Flags, folder: Path, config: Config) -> Transformer
         return model
     model = memory.meta_model(config, recipe, dtype, adapter_of(flags))
     model.source = folder
-    if not flags.trains_adapter:
+    if not method_of(flags).freezes_base:
         select_weights(model, flags)
     return model
 
@@ -216,7 +219,7 @@ def sizes_on_disk(flags: Flags, model: Transformer) -> tuple[float, float, int]:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     checkpoint = trained * (4 if flags.weights == "fp32" else 2) + trained * optimizers.state_bytes(flags.optimizer)
     checkpoint += 4 * trained if flags.optimizer_offload else 0
-    weights = 4 * trained if flags.trains_adapter else 2 * model.size
+    weights = 4 * trained if method_of(flags).freezes_base else 2 * model.size
     return checkpoint, weights, flags.keep + 2  # the best one, and the one that is being written
 
 

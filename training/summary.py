@@ -11,6 +11,7 @@ import lora
 import optimizers
 from common.console import one_line
 from data import TrainingData, max_tokens_per_micro_batch
+from methods import method_of
 from model import Linear, Transformer, quantized_linears
 from planning import multi_gpu
 from planning.report import recipe_and_layout
@@ -144,11 +145,13 @@ def print_processes(settings: Settings) -> None:
 def print_next_command(settings: Settings, folder: Path, data: TrainingData) -> None:
     """The command that tries what was trained. folder: best/ or final/."""
     words = ["python generate.py"]
-    if settings.model and settings.trains_adapter:
+    is_adapter = method_of(settings).freezes_base
+    if settings.model and is_adapter:
         words.append(f"--model {shlex.quote(settings.model)}")
-    if settings.quant:
-        words.append(f"--quant {settings.quant}")
-    words.append(f"--{'adapter' if settings.trains_adapter else 'model'} {shlex.quote(str(folder))}")
+    quant = settings.quant
+    if quant:
+        words.append(f"--quant {quant}")
+    words.append(f"--{'adapter' if is_adapter else 'model'} {shlex.quote(str(folder))}")
     if not data.train.chat:
         words.append("--complete")
     print(f"next      {' '.join(words)}")

@@ -10,23 +10,27 @@ tokens lie in the GPU's memory, where the step itself moves them on: the same la
 captured in a CUDA graph, and a token costs one replay.
 """
 
-import functools
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import UserError
 from kernels.attention import Documents, cached_attention, decode_mask, document_attention
 from kernels.decode_attention import decode_attention
-from kernels.rope import LENGTH_DEPENDENT
+from kernels.nf4 import NF4, block_scales, dequantized_weight, nf4_linear
+from kernels.onednn_linear import can_join, can_pack, pack, packed_linear
+from kernels.rope import LENGTH_DEPENDENT, rope
 from kernels.triton_utils import use_triton
 
 CACHE_ROUND = 32  # slots; the cache holds a multiple of so many, so that shapes seldom change
 GRAPH_ROUND = 256  # the same where steps are captured, which is done anew for new shapes
 GRAPH_STEPS = 8  # to come that make up for a capture, which is taken to last as long as two or three (not measured)
+PACK_STEPS = 16  # of decoding that make up for packing the weights
 LOOKUP_NGRAMS = (3, 2, 1)  # ends of the text that prompt look-up looks for, longest first
 
 
@@ -52,7 +56,7 @@ def stream(
             raise UserError(f"a prompt has {len(row)} tokens; the model takes 1 to {most - 1}")
     assert not lookup or (len(rows) == 1 and temperature == 0), "look-up is for one prompt, greedily"
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
-    choose = functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     ends = [min(len(row) + max_new_tokens, most) for row in rows]
     if not lookup and repetition_penalty == 1 and max_new_tokens > GRAPH_STEPS and can_run_ahead(model):
         yield from stream_ahead(model, rows, ends, stop, choose, captured=temperature == 0)
@@ -371,7 +375,7 @@ def run_and_capture(launch: Callable[[], None], device: torch.device) -> "torch.
     return graph
 
 
-@functools.cache
+@cache
 def side_stream(device: torch.device) -> "torch.cuda.Stream":
     """The one that steps are captured on, for the default stream can't be: always the same one, since cuBLAS keeps a
     workspace for each."""
@@ -462,3 +466,162 @@ def sample_from(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     the Gumbel-max trick (Maddison et al. 2014)."""
     noise = torch.empty_like(probs).exponential_(1, generator=generator)
     return torch.div(probs, noise, out=noise).argmax(-1)
+
+
+# ---- copies of weights, in the layout that decoding wants ----
+
+
+@contextlib.contextmanager
+@torch.no_grad()
+def packed_weights(model, steps: int) -> Iterator[None]:
+    """Holds copies of weights while it is entered, in the layout that a product with few rows reads fastest.
+
+    On CPUs (see kernels/onednn_linear.py) every weight is packed, the output head included; q, k and v of a layer are
+    packed as one matrix, and so are gate and up, where no adapter is on them. On GPUs only those groups are copied,
+    each into one matrix, if twice their size is free. Nothing is copied where that does not pay or does not fit.
+
+    The copies are reached by instance attributes that stand over the modules' methods (`forward`, for example), which
+    are deleted at the end. Enter it around several calls of `generate`, and they share one copy. Weights must not
+    change meanwhile.
+
+    model: a Transformer, with or without adapters.
+    steps: the number of decoding steps to come.
+    """
+    if steps < PACK_STEPS or is_packed(model):
+        yield
+        return
+    linears = {module for module in model.modules() if hasattr(module, "nf4") and module is not model.head}
+    groups = {}  # {an attention or MLP module: its linears that read the same input}
+    for module in model.modules():
+        if hasattr(module, "q"):
+            groups[module] = [module.q, module.k, module.v]
+        elif hasattr(module, "gate"):
+            groups[module] = [module.gate, module.up]
+    groups = {module: group for module, group in groups.items() if linears.issuperset(group)}  # without adapted ones
+    on_cpu = model.device.type == "cpu"
+    if on_cpu:
+        total = 2 * sum(m.in_features * m.out_features for m in linears) + 2 * model.head_weight().numel()
+        plain = [model.head_weight(), *(m.weight for m in linears if m.nf4 is None)]
+        fits = all(can_pack(weight, total) for weight in plain)
+    else:
+        groups = {module: group for module, group in groups.items() if can_concatenate(group, model.dtype)}
+        fits = can_join(sum(fused_bytes(linear) for group in groups.values() for linear in group), model.device)
+    if not fits:
+        yield
+        return
+
+    overrides: list[tuple[nn.Module, str]] = []
+
+    def override(module: nn.Module, method: str, function: Callable) -> None:
+        setattr(module, method, function)
+        overrides.append((module, method))
+
+    try:
+        for module, group in groups.items():
+            weights = FusedWeights(group, packed=on_cpu)
+            if hasattr(module, "q"):
+                override(module, "project", partial(project_fused, module, weights))
+                override(module, "forward", partial(attention_fused, module, weights))
+            else:
+                override(module, "forward", partial(mlp_fused, module, weights))
+        if on_cpu:
+            for linear in linears.difference(*groups.values()):
+                packed = pack(dequantized_weight(linear.frozen, torch.bfloat16))
+                override(linear, "forward", partial(packed_linear, packed=packed, bias=linear.bias))
+            for module in model.modules():
+                if hasattr(module, "lora_A"):
+                    override(module, "forward", partial(lora_packed, module))
+                    # Of a Linear, this computes layers that are no Linears one by one, each by its own forward.
+                    override(module, "forward_shared", module.base.forward_shared)
+            override(model, "uncapped_logits", partial(logits_packed, pack(model.head_weight())))
+        yield
+    finally:
+        for module, method in overrides:
+            delattr(module, method)
+
+
+def is_packed(model) -> bool:
+    """True while `packed_weights` holds copies of weights of the model."""
+    return any("forward" in vars(module) or "uncapped_logits" in vars(module) for module in model.modules())
+
+
+class FusedWeights:
+    """The weights of linears that read the same input, as one matrix: [N, in] -> [N, all their outputs].
+
+    Outputs are in the order of the linears. packed: in oneDNN's layout, for CPUs. Otherwise the copy is in 16 bits, or
+    in NF4. Scales of double quantization are written out there, to the same numbers: their nested blocks are counted
+    through a whole matrix, which has an offset of its own.
+    """
+
+    def __init__(self, linears: list, packed: bool):
+        biases = [linear.bias for linear in linears]
+        frozen = [linear.frozen for linear in linears]
+        self.bias = None if biases[0] is None else torch.cat(biases)
+        if packed:
+            self.linear = packed_linear
+            self.weight = pack(torch.cat([dequantized_weight(each, torch.bfloat16) for each in frozen]))
+        elif linears[0].nf4 is None:
+            self.linear = F.linear
+            self.weight = torch.cat([linear.weight for linear in linears])
+        else:
+            codes = [each.packed for each in frozen]
+            scales = [block_scales(each) for each in frozen]
+            self.linear = nf4_linear
+            self.weight = NF4(torch.cat(codes), torch.cat(scales))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.linear(x, self.weight, self.bias)
+
+
+def can_concatenate(linears: list, dtype: torch.dtype) -> bool:
+    """True if linears can be one matrix on a GPU: all in NF4, or all in the 16 bits of the activations' dtype, with
+    biases in that dtype."""
+    plain = [linear.weight for linear in linears if linear.nf4 is None]
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    alike = len(plain) in (0, len(linears))
+    return alike and dtype.itemsize == 2 and all(tensor.dtype == dtype for tensor in plain + biases)
+
+
+def fused_bytes(linear) -> int:
+    """The bytes that a linear takes in the weight of FusedWeights on a GPU."""
+    if linear.nf4 is None:
+        return linear.weight.nbytes
+    return linear.nf4.packed.nbytes + 4 * linear.nf4.absmax.numel()
+
+
+def project_fused(attention, weights: FusedWeights, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`Attention.project`, by one product."""
+    H, G, d = attention.heads, attention.kv_heads, attention.head_dim
+    q, k, v = weights(x).split((H * d, G * d, G * d), -1)
+    return q.reshape(-1, H, d), k.reshape(-1, G, d), v.reshape(-1, G, d)
+
+
+def attention_fused(attention, weights: FusedWeights, x: Tensor, cos_sin, attention_fn) -> Tensor:
+    """`Attention.forward`, by one product for q, k and v and, on CPUs, one rotation for q and k."""
+    if cos_sin is None or attention.qk_norm or use_triton(x):
+        return type(attention).forward(attention, x, cos_sin, attention_fn)
+    H, G = attention.heads, attention.kv_heads
+    qkv = weights(x).view(-1, H + 2 * G, attention.head_dim)
+    qk = rope(qkv[:, : H + G], *cos_sin)
+    out = attention_fn(qk[:, :H], qk[:, H:], qkv[:, H + G :], attention.scores)
+    return attention.o(out.flatten(1))
+
+
+def mlp_fused(mlp, weights: FusedWeights, x: Tensor) -> Tensor:
+    """`MLP.forward` of a gated MLP, by one product for gate and up."""
+    gate, up = weights(x).chunk(2, -1)
+    return mlp.down.forward_shared(gate, [mlp.down], up, mlp.activation)[0]
+
+
+def lora_packed(layer, x: Tensor) -> Tensor:
+    """`LoRALinear.forward` on a packed base: the product of the adapter is added to that of the base in place."""
+    if layer.merged or layer.uses_dropout:
+        return type(layer).forward(layer, x)
+    low = F.linear(x, layer.lora_A.to(x.dtype))
+    return layer.base(x).addmm_(low, layer.lora_B.to(x.dtype).t(), alpha=layer.scale)
+
+
+def logits_packed(weight: Tensor, hidden: Tensor) -> Tensor:
+    """`Transformer.uncapped_logits`, with the packed weight of the output head."""
+    rows = packed_linear(hidden.flatten(0, -2), weight)
+    return rows.view(*hidden.shape[:-1], -1)

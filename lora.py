@@ -82,17 +82,10 @@ class LoRALinear(nn.Module):
             left = F.dropout(x, self.dropout) if seeds is None else seeded_dropout(x, self.dropout, seeds, self.number)
             low = F.linear(left, self.lora_A.to(x.dtype))
             return self.base(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
-        if self.base.packed is not None:
-            return self.base(x).addmm_(
-                F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype).t(), alpha=self.scale
-            )
         return lora_linears(x, [self.adapted(x.dtype)], casts=self.group_casts([self], x.dtype))[0]
 
     def forward_shared(self, x: Tensor, layers: list, up: Tensor | None = None, activation: str = "") -> list[Tensor]:
-        one_input = not any(
-            type(layer) is not LoRALinear or layer.merged or layer.base.packed is not None or layer.uses_dropout
-            for layer in layers
-        )
+        one_input = not any(type(layer) is not LoRALinear or layer.merged or layer.uses_dropout for layer in layers)
         if one_input:
             each = [layer.adapted(x.dtype) for layer in layers]
             return lora_linears(x, each, up, activation, self.group_casts(layers, x.dtype))

@@ -27,21 +27,16 @@ from kernels.context_parallel import ShardedDocuments
 from kernels.experts import can_group, routed_mlp, sort_pairs
 from kernels.grouped import Member, Product, make_contiguous, make_product
 from kernels.linear import linears, linears_reference
-from kernels.nf4 import NF4, Frozen, block_scales, dequantized_weight, nf4_linear
-from kernels.onednn_linear import can_join, can_pack, pack, packed_linear
+from kernels.nf4 import NF4, Frozen, dequantized_weight, nf4_linear
 from kernels.rms_norm import add_rms_norm, adds_in_norm, rms_norm
-from kernels.rope import LENGTH_DEPENDENT, rope, rope_inv_freq, rope_qk
+from kernels.rope import LENGTH_DEPENDENT, rope_inv_freq, rope_qk
 from kernels.swiglu import ACTIVATIONS, Gated, gated
-from kernels.triton_utils import use_triton
 from quant import QuantizedWeight
-
-PACK_STEPS = 16  # of decoding that make up for packing the weights
 
 
 class Linear(nn.Module):
     """x W^T + b. An fp32 weight (a trained master) is cast to x's dtype for the product, its gradient comes in fp32.
-    nf4: in place of the weight, which is frozen then. packed: the weight as kernels/onednn_linear.py wants it, while a
-    text is written."""
+    nf4: in place of the weight, which is frozen then."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__()
@@ -49,11 +44,8 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.nf4: QuantizedWeight | None = None
-        self.packed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is not None:
-            return packed_linear(x, self.packed, self.bias)
         if self.nf4 is not None:
             return nf4_linear(x, self.nf4.tensors, None if self.bias is None else self.bias.to(x.dtype))
         if torch.is_grad_enabled():
@@ -74,7 +66,7 @@ class Linear(nn.Module):
 
     def member(self) -> Member | None:
         """As kernels/grouped.py takes a linear of an expert; None if it can't."""
-        return None if self.bias is not None or self.packed is not None else Member(self.frozen)
+        return None if self.bias is not None else Member(self.frozen)
 
     def quantize(self, nf4: NF4) -> None:
         self.weight, self.nf4 = None, QuantizedWeight(nf4)
@@ -154,16 +146,9 @@ class Attention(nn.Module):
             sizes = (d, d) if self.qk_norm == "head" else (H * d, G * d)
             self.q_norm, self.k_norm = (RMSNorm(size, config.norm_eps, config.norm_offset) for size in sizes)
         self.scores = Scores(layer.scale, layer.window, config.attention_softcap)
-        self.fused: FusedWeights | None = None  # of q, k and v, while a text is written
 
     def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, attention_fn) -> Tensor:
         """cos_sin: cosines and sines [N, 1, r / 2] of the positions; attention_fn: takes q, k, v and self.scores."""
-        if self.fused is not None and cos_sin is not None and not self.qk_norm and not use_triton(x):
-            H, G = self.heads, self.kv_heads
-            rows = self.fused(x).view(-1, H + 2 * G, self.head_dim)
-            turned = rope(rows[:, : H + G], *cos_sin)  # q and k in one go
-            out = attention_fn(turned[:, :H], turned[:, H:], rows[:, H + G :], self.scores)
-            return self.o(out.flatten(1))
         q, k, v = self.project(x)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -175,9 +160,7 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [N, D] -> [N, H, d], [N, G, d], [N, G, d]
         H, G, d = self.heads, self.kv_heads, self.head_dim
-        if self.fused is not None:
-            q, k, v = self.fused(x).split((H * d, G * d, G * d), -1)
-        elif self.layout == "split":
+        if self.layout == "split":
             q, k, v = self.q.forward_shared(x, [self.q, self.k, self.v])
         elif self.layout == "stacked":
             q, k, v = self.qkv(x).split((H * d, G * d, G * d), -1)
@@ -201,13 +184,12 @@ class MLP(nn.Module):
         if self.kind != "stacked":
             self.up = Linear(D, inner, bias)
         self.down = Linear(inner, D, bias)
-        self.fused: FusedWeights | None = None  # of gate and up, while a text is written
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "plain":
             return self.down(ACTIVATIONS[self.activation](self.up(x)))
-        if self.kind == "stacked" or self.fused is not None:
-            gate, up = (self.fused or self.gate_up)(x).chunk(2, -1)
+        if self.kind == "stacked":
+            gate, up = self.gate_up(x).chunk(2, -1)
         else:
             gate, up = self.gate.forward_shared(x, [self.gate, self.up])
         return self.down.forward_shared(gate, [self.down], up, self.activation)[0]
@@ -380,7 +362,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.compute_dtype, self.packed_head = config, None, None
+        self.config, self.compute_dtype = config, None
         self.activation_checkpointing = "none"  # one of KINDS: what is kept for the backward
         self.attention_fn, self.dropout_seeds, self.compiled = document_attention, DropoutSeeds(), False
         self.lora_casts = None  # lora.ModelCasts, where there is an adapter
@@ -480,12 +462,12 @@ class Transformer(nn.Module):
             block.compile(dynamic=True)
 
     def logits(self, hidden: Tensor) -> Tensor:  # [..., D] -> [..., V]
-        if self.packed_head is None:
-            logits = F.linear(hidden, self.head_weight().to(hidden.dtype))
-        else:
-            logits = packed_linear(hidden.flatten(0, -2), self.packed_head).view(*hidden.shape[:-1], -1)
+        logits = self.uncapped_logits(hidden)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * (logits / cap).tanh()
+
+    def uncapped_logits(self, hidden: Tensor) -> Tensor:  # [..., D] -> [..., V]
+        return F.linear(hidden, self.head_weight().to(hidden.dtype))
 
     def forward(
         self,
@@ -546,7 +528,7 @@ class Transformer(nn.Module):
         prompt ends with an id in `stop`, after max_new_tokens, or at the model's limit. lookup: for one prompt, greedy:
         guess so many tokens at a time from the text so far; the answer is the same, but for rounding.
         """
-        with eval_mode(self), packed_weights(self, steps=max_new_tokens):
+        with eval_mode(self), decoding.packed_weights(self, steps=max_new_tokens):
             yield from decoding.stream(self, prompts, max_new_tokens, **settings)
 
 
@@ -564,86 +546,3 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(before)
-
-
-class FusedWeights:
-    """Linears that read the same input as one: [N, in] -> [N, their outputs one after the other].
-
-    packed: for CPUs. Otherwise in 16 bits, or in NF4, where scales of double quantisation are written out, to the same
-    numbers: their nested blocks are counted through a whole matrix, which has an offset of its own.
-    """
-
-    def __init__(self, linears: list[Linear], packed: bool):
-        biases, frozen = [linear.bias for linear in linears], [linear.frozen for linear in linears]
-        self.bias = None if biases[0] is None else torch.cat(biases)
-        if packed:
-            self.linear, self.weight = (
-                packed_linear,
-                pack(torch.cat([dequantized_weight(each, torch.bfloat16) for each in frozen])),
-            )
-        elif linears[0].nf4 is None:
-            self.linear, self.weight = F.linear, torch.cat([linear.weight for linear in linears])
-        else:
-            codes, scales = [each.packed for each in frozen], [block_scales(each) for each in frozen]
-            self.linear, self.weight = nf4_linear, NF4(torch.cat(codes), torch.cat(scales))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.linear(x, self.weight, self.bias)
-
-
-@contextlib.contextmanager
-@torch.no_grad()
-def packed_weights(model: Transformer, steps: int) -> Iterator[None]:
-    """Holds copies of products' weights for a while, as steps of few rows want them, where that pays: see
-    kernels/onednn_linear.py. On CPUs of all, packed: what an adapter is on alone, the rest of q, k, v and of gate, up
-    together. On GPUs only of the latter, as far as memory goes. Put it around several calls of `generate`, and they
-    share one copy; weights must not change meanwhile.
-
-    steps: of decoding to come.
-    """
-    linears = {module for module in model.modules() if isinstance(module, Linear) and module is not model.head}
-    groups = {module: [module.q, module.k, module.v] for module in model.modules() if hasattr(module, "q")}
-    groups |= {module: [module.gate, module.up] for module in model.modules() if hasattr(module, "gate")}
-    groups = {module: group for module, group in groups.items() if linears.issuperset(group)}
-    if model.packed_head is not None or any(module.fused for module in groups) or steps < PACK_STEPS:
-        yield
-        return
-    on_cpu = model.device.type == "cpu"
-    alone = linears.difference(*groups.values()) if on_cpu else set()
-    if on_cpu:
-        total = 2 * sum(m.in_features * m.out_features for m in linears) + 2 * model.head_weight().numel()
-        plain = [model.head_weight(), *(m.weight for m in linears if m.nf4 is None)]
-        fits = all(can_pack(weight, total) for weight in plain)
-    else:
-        groups = {module: group for module, group in groups.items() if can_concatenate(group, model.dtype)}
-        fits = can_join(sum(fused_bytes(linear) for group in groups.values() for linear in group), model.device)
-    if not fits:
-        yield
-        return
-    try:
-        for module, group in groups.items():
-            module.fused = FusedWeights(group, packed=on_cpu)
-        for module in alone:
-            module.packed = pack(dequantized_weight(module.frozen, torch.bfloat16))
-        model.packed_head = pack(model.head_weight()) if on_cpu else None
-        yield
-    finally:
-        model.packed_head = None
-        for module in groups:
-            module.fused = None
-        for module in alone:
-            module.packed = None
-
-
-def can_concatenate(linears: list[Linear], dtype: torch.dtype) -> bool:
-    """Whether linears can be one on a GPU: all in NF4, or all in the 16 bits that are computed in; biases in them."""
-    plain = [linear.weight for linear in linears if linear.nf4 is None]
-    rest = [linear.bias for linear in linears if linear.bias is not None]
-    return len(plain) in (0, len(linears)) and dtype.itemsize == 2 and all(t.dtype == dtype for t in plain + rest)
-
-
-def fused_bytes(linear: Linear) -> int:
-    """Of a linear's part of the weight in FusedWeights, on a GPU."""
-    if linear.nf4 is None:
-        return linear.weight.nbytes
-    return linear.nf4.packed.nbytes + 4 * linear.nf4.absmax.numel()

@@ -25,8 +25,8 @@ from common.device import pick_device, pick_dtype
 from common.errors import run
 from data import BUNDLED_TASK
 from dataset.formats import read_records
+from decoding import packed_weights
 from interop.resolve import model_folder
-from model import packed_weights
 from tokenizer import load_tokenizer
 
 

@@ -11,9 +11,10 @@ from support.helpers import SHAPES, llama, record_graphs
 
 import decoding
 from checkpoint import load_model
+from decoding import FusedWeights, can_concatenate, fused_bytes
 from kernels.nf4 import nf4_linear
 from kernels.onednn_linear import can_join
-from model import FusedWeights, Linear, can_concatenate, fused_bytes
+from model import Linear
 from quant import quantize
 
 LENGTHS = (1, 7, 30, 8, 3, 12)

@@ -11,11 +11,11 @@ import decoding
 import lora
 from checkpoint import load_model
 from common.errors import UserError
-from decoding import sample
+from decoding import packed_weights, sample
 from interop.resolve import model_folder
 from kernels.attention import Documents
 from kernels.onednn_linear import can_pack
-from model import Config, Linear, packed_weights
+from model import Config, Linear
 from tokenizer import load_tokenizer
 
 
@@ -254,15 +254,20 @@ def test_packed_weights_write_the_same_text_and_go_again(targets, tmp_path):
     linears = [module for module in model.modules() if isinstance(module, Linear)]
     attention, can = model.blocks[1].attention, can_pack(model.embed.weight, 0)
     fused = targets not in ("all", "q_proj")
-    assert any(module.packed is not None for module in linears) == can
-    assert (attention.fused is not None) == (can and fused) and (model.packed_head is not None) == can
+    assert any("forward" in vars(module) for module in linears) == can
+    assert ("project" in vars(attention)) == (can and fused) and ("uncapped_logits" in vars(model)) == can
+    if targets == "all":
+        assert all("forward" in vars(layer) for layer in lora.lora_layers(model).values()) == can
     got = [step for step in (first, *stream)]
-    assert all(module.packed is None for module in linears) and model.packed_head is None and attention.fused is None
+    replaced = {"forward", "forward_shared", "project", "uncapped_logits"}
+    assert not any(replaced & set(vars(module)) for module in model.modules())
     texts = [[token for step in got for row, token in step if row == i] for i in (0, 1)]
     with packed_weights(model, 30):  # several calls share one copy
-        held = model.packed_head
-        assert model.generate(prompts, 30) == texts and model.packed_head is held and (held is not None) == can
-    assert model.packed_head is None and not any(table.is_inference() for table in model.inv_freqs.values())
+        packed_head = vars(model).get("uncapped_logits")
+        assert (packed_head is not None) == can
+        assert model.generate(prompts, 30) == texts and vars(model).get("uncapped_logits") is packed_head
+    assert not any(replaced & set(vars(module)) for module in model.modules())
+    assert not any(table.is_inference() for table in model.inv_freqs.values())
     for prompt, text in zip(prompts, texts, strict=True):  # each token is the likeliest, or within bf16 of it
         logits = model(torch.tensor([prompt + text]))[0, len(prompt) - 1 : -1].float()
         chosen = logits.gather(1, torch.tensor(text)[:, None])[:, 0]

@@ -21,7 +21,7 @@ from census import ADAPTER, MODELS, Census
 import decoding
 import lora
 from families import Config
-from model import Transformer, packed_weights
+from model import Transformer
 from planning import memory as plan
 
 
@@ -66,7 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     model = make_model(MODELS[args.model], args.method)
     choose = partial(decoding.sample, temperature=0.0, top_k=0, top_p=1.0, generator=None)
-    with fake_cuda.fake_tensors(), torch.no_grad(), packed_weights(model, 64):
+    with fake_cuda.fake_tensors(), torch.no_grad(), decoding.packed_weights(model, 64):
         cache = decoding.KVCache(model, [args.prompt] * args.lines, 64, 1, decoding.GRAPH_ROUND)
         logits = torch.zeros(args.lines, model.config.vocab_size, dtype=model.dtype, device="cuda")
         steps = decoding.Steps(cache, logits, choose, captured=True)

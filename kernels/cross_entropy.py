@@ -16,11 +16,13 @@ from torch import Tensor
 
 from kernels.triton_utils import tl, triton, use_triton
 
-LOGITS_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}  # a chunk of logits; on CPU under glibc's 32 MB, past which every
-SOFTMAX_ROWS = 32  # allocation faults in new pages; on CPU the fp32 softmax goes in slices that stay in the cache
-BLOCK, WARPS = 2048, 8  # logits that a program of the kernel takes at a time
-TILE = 128, 256  # of a product's result, which one multiprocessor makes at a time
-ALIGNED = 16  # numbers, of which rows of logits are a multiple on GPUs: 32 bytes in bf16
+# The size of a chunk of logits. On CPUs it stays under glibc's 32 MB, above which every allocation faults in new pages.
+LOGITS_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
+SOFTMAX_ROWS = 32  # on CPUs the fp32 softmax takes so many rows at a time, which stay in the cache
+BLOCK = 2048  # logits that a program of softmax_kernel takes at a time
+WARPS = 8
+TILE = 128, 256  # rows and columns of a product that one multiprocessor computes at a time
+ALIGNED = 16  # on GPUs, rows of logits are padded to a multiple of 16 numbers: 32 bytes in bf16
 
 
 def linear_cross_entropy(
@@ -30,17 +32,20 @@ def linear_cross_entropy(
     softcap: float | None = None,
     loss_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of tokens through the output head: -log softmax(hidden @ weight.T)[target].
+    """Returns the cross-entropy of tokens through the output head: -log softmax(hidden @ weight.T)[target].
 
-    hidden: [tokens, D], any float dtype, trained rows only. weight: [V, D], cast to hidden's dtype for the products.
-    targets: int64 [tokens]. softcap: logits become softcap * tanh(logits / softcap) first (Gemma 2). loss_weights:
-    float32 [tokens], without a gradient; None if all are 1. They are wanted here, and not when the losses are summed,
-    because the head's gradient is made in the forward.
+    hidden: [tokens, D], any float dtype; the rows of trained tokens only.
+    weight: [V, D], cast to hidden's dtype for the products.
+    targets: int64 [tokens].
+    softcap: logits become softcap * tanh(logits / softcap) first (Gemma 2).
+    loss_weights: float32 [tokens], without a gradient; None if all are 1. They are an argument here, and not applied
+        when the losses are summed, because the head's gradient is computed in the forward.
 
     Returns the weighted sum of the losses, a float32 scalar with gradients, to be divided by the sum of the weights;
     and each token's loss, float32 [tokens], without a weight or a gradient.
     """
-    if not torch.is_grad_enabled():  # a Function is told only who requires gradients, not that nobody will ask
+    # A Function is told which inputs require gradients, but not that autograd is off: detaching tells it.
+    if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
     return LinearCrossEntropy.apply(hidden, weight, targets, softcap, loss_weights)
 
@@ -49,21 +54,26 @@ def linear_cross_entropy_reference(
     hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None, loss_weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     logits = F.linear(hidden, weight.to(hidden.dtype)).float()
-    logits = softcap * (logits / softcap).tanh() if softcap else logits
+    if softcap:
+        logits = softcap * (logits / softcap).tanh()
     losses = F.cross_entropy(logits, targets, reduction="none")
-    return (losses if loss_weights is None else losses * loss_weights).sum(), losses.detach()
+    weighted = losses if loss_weights is None else losses * loss_weights
+    return weighted.sum(), losses.detach()
 
 
 class LinearCrossEntropy(torch.autograd.Function):
+    """`linear_cross_entropy`, whose forward computes the gradients; the backward only multiplies them by a factor."""
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, softcap, loss_weights):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         head = weight.to(hidden.dtype)
         if use_triton(hidden):
-            grads = need_hidden, need_weight
-            loss, losses, *grads = forward_on_gpu(hidden, head, targets, softcap, loss_weights, *grads)
-            ctx.save_for_backward(*grads)
+            loss, losses, grad_hidden, grad_weight = forward_on_gpu(
+                hidden, head, targets, softcap, loss_weights, need_hidden, need_weight
+            )
+            ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.mark_non_differentiable(losses)
             return loss, losses
         loss = hidden.new_zeros((), dtype=torch.float32)
@@ -73,14 +83,18 @@ class LinearCrossEntropy(torch.autograd.Function):
         budget = LOGITS_BYTES.get(hidden.device.type, LOGITS_BYTES["cuda"])
         rows = max(1, budget // (head.shape[0] * head.element_size()))
         for start in range(0, hidden.shape[0], rows):
-            chunk, target = hidden[start : start + rows], targets[start : start + rows]
+            part = slice(start, start + rows)
+            chunk = hidden[part]
             logits = F.linear(chunk, head)  # [rows, V]
-            chunk_weights = None if loss_weights is None else loss_weights[start : start + rows]
-            chunk_losses = losses[start : start + rows]
-            softmax_minus_one_hot_(logits, target, chunk_losses, need_hidden or need_weight, softcap, chunk_weights)
+            chunk_weights = None if loss_weights is None else loss_weights[part]
+            chunk_losses = losses[part]
+            # From here on `logits` holds the gradient of the logits.
+            softmax_minus_one_hot_(
+                logits, targets[part], chunk_losses, need_hidden or need_weight, softcap, chunk_weights
+            )
             loss += chunk_losses.sum() if chunk_weights is None else chunk_losses @ chunk_weights
             if need_hidden:
-                torch.mm(logits, head, out=grad_hidden[start : start + rows])
+                torch.mm(logits, head, out=grad_hidden[part])
             if need_weight:
                 grad_weight += logits.t() @ chunk
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -90,9 +104,11 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, factor, _):
         grad_hidden, grad_weight = ctx.saved_tensors
+        # factor: a scalar in fp32
         if grad_hidden is not None:
-            grad_hidden = (grad_hidden * factor).to(ctx.hidden_dtype)  # factor: fp32, one number
-        if grad_weight is not None:  # in place, for it is the largest gradient of all
+            grad_hidden = (grad_hidden * factor).to(ctx.hidden_dtype)
+        # In place, since the head's gradient is the largest of all gradients.
+        if grad_weight is not None:
             grad_weight = grad_weight.mul_(factor).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None
 
@@ -105,21 +121,37 @@ def softmax_minus_one_hot_(
     softcap: float | None,
     loss_weights: Tensor | None = None,
 ) -> None:
-    """Turns logits [rows, V] into d loss / d logits in place (if wanted; times the row's weight) and writes the rows'
-    losses to `losses`, fp32 [rows]."""
+    """Replaces logits [rows, V] by the gradient of the loss, in place, and writes each row's loss to `losses`.
+
+    target: int64 [rows].
+    losses: float32 [rows].
+    want_grad: whether the gradient is needed; without it logits stay as they are.
+    softcap: as in `linear_cross_entropy`.
+    loss_weights: float32 [rows]; each row's gradient is multiplied by it, its loss is not.
+    """
     slices = SOFTMAX_ROWS if logits.device.type == "cpu" else logits.shape[0]
-    weights = [None] * len(target) if loss_weights is None else loss_weights[:, None].split(slices)
+    if loss_weights is None:
+        weights = [None] * len(target)
+    else:
+        weights = loss_weights[:, None].split(slices)
     for part, index, weight, loss in zip(logits.split(slices), target.split(slices), weights, losses.split(slices)):
         if softcap:
             capped = part.float().div_(softcap).tanh_()
-        logprobs = (capped * softcap if softcap else part).log_softmax(-1, dtype=torch.float32)
+            logprobs = (capped * softcap).log_softmax(-1, dtype=torch.float32)
+        else:
+            logprobs = part.log_softmax(-1, dtype=torch.float32)
         index = index[:, None]
         chosen = logprobs.gather(1, index)
         loss.copy_(chosen[:, 0]).neg_()
-        if want_grad:
-            grad = logprobs.exp_().scatter_(1, index, chosen.expm1())  # p - 1 of the target, without cancellation
-            grad = grad if weight is None else grad.mul_(weight)
-            part.copy_(grad.mul_(1 - capped.square_()) if softcap else grad)
+        if not want_grad:
+            continue
+        # The target's gradient is p - 1: expm1 computes it without cancellation.
+        grad = logprobs.exp_().scatter_(1, index, chosen.expm1())
+        if weight is not None:
+            grad.mul_(weight)
+        if softcap:
+            grad.mul_(1 - capped.square_())
+        part.copy_(grad)
 
 
 def forward_on_gpu(
@@ -131,10 +163,16 @@ def forward_on_gpu(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The loss, each token's, and the gradients of hidden and head that are needed. All chunks' logits share one buffer. Its rows are
-    padded to addresses that are multiples of 32 bytes: a vocabulary such as 50,257 would allow neither cuBLAS nor the
-    kernel to move more than a number at a time."""
-    tokens, (vocabulary, size) = len(hidden), head.shape
+    """Returns the loss, each token's loss, and the gradients of hidden and head, or None for one that is not needed.
+
+    The gradient of hidden is [tokens, D] in hidden's dtype, that of the head float32 [V, D]. The other arguments and
+    values are those of `linear_cross_entropy`.
+
+    The logits of all chunks share one buffer, whose rows start at multiples of 32 bytes: with a vocabulary such as
+    50,257 and no padding, neither cuBLAS nor the kernel could move more than one number at a time.
+    """
+    tokens = len(hidden)
+    vocabulary, size = head.shape
     width = -(-vocabulary // ALIGNED) * ALIGNED
     rows = rows_of_chunks(tokens, vocabulary, size, head.element_size(), processors(hidden.device))
     buffer = hidden.new_empty(min(rows, tokens), width)
@@ -145,9 +183,11 @@ def forward_on_gpu(
         grad_weight.zero_()
     for start in range(0, tokens, rows):
         part = slice(start, start + rows)
-        chunk, chunk_weights = hidden[part], None if loss_weights is None else loss_weights[part]
+        chunk = hidden[part]
+        chunk_weights = None if loss_weights is None else loss_weights[part]
         logits = buffer[: len(chunk), :vocabulary]
         torch.mm(chunk, head.t(), out=logits)
+        # From here on `logits` holds the gradient of the logits.
         softmax_on_gpu(logits, targets[part], losses[part], need_hidden or need_weight, softcap, chunk_weights)
         if need_hidden:
             torch.mm(logits, head, out=grad_hidden[part])
@@ -158,36 +198,53 @@ def forward_on_gpu(
 
 
 def rows_of_chunks(tokens: int, vocabulary: int, size: int, itemsize: int, processors: int) -> int:
-    """How many tokens a chunk has, a multiple of a tile's rows: as many as LOGITS_BYTES allow, or down to half of
-    that, where the tiles of the products with the head then fill the multiprocessors more often. 272 tiles on 132
-    multiprocessors take as long as 396."""
-    tile, across = TILE
-    most = max(1, LOGITS_BYTES["cuda"] // (vocabulary * itemsize) // tile) * tile
-    most = min(most, -(-tokens // tile) * tile)
+    """Returns the number of tokens of a chunk, a multiple of a tile's rows.
 
-    def waves(rows: int) -> int:  # times the length of the sums: of both products, as they take about equally long
-        high = -(-rows // tile)
-        logits, grads = (-(-high * -(-width // across) // processors) for width in (vocabulary, size))
-        return logits * size + grads * vocabulary
+    It is as many as LOGITS_BYTES allow, or down to half of that where the tiles of the two products with the head then
+    fill the multiprocessors more evenly: on 132 multiprocessors, 272 tiles take as long as 396.
+
+    tokens, vocabulary, size: the sizes of hidden [tokens, size] and of the head [vocabulary, size].
+    itemsize: bytes of a logit.
+    processors: multiprocessors of the GPU.
+    """
+    tile_rows, tile_columns = TILE
+    tiles_in_budget = LOGITS_BYTES["cuda"] // (vocabulary * itemsize) // tile_rows
+    tiles_of_tokens = -(-tokens // tile_rows)
+    most = min(max(1, tiles_in_budget), tiles_of_tokens) * tile_rows
+
+    def chunk_duration(rows: int) -> int:
+        """The time of both products, for the logits and for the gradient: rounds of tiles times the length of the sums
+        that a tile computes."""
+        tiles_high = -(-rows // tile_rows)
+        rounds = []
+        for width in (vocabulary, size):
+            tiles = tiles_high * -(-width // tile_columns)
+            rounds.append(-(-tiles // processors))
+        return rounds[0] * size + rounds[1] * vocabulary
 
     def duration(rows: int) -> int:
         chunks, rest = divmod(tokens, rows)
-        return chunks * waves(rows) + waves(rest)
+        return chunks * chunk_duration(rows) + chunk_duration(rest)
 
-    return min(range(most, most // 2, -tile), key=duration, default=tile)
+    candidates = range(most, most // 2, -tile_rows)
+    return min(candidates, key=duration, default=tile_rows)
 
 
 @cache
 def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """Returns the number of multiprocessors of a GPU, 1 for another device."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += a @ b, in total's fp32 whatever the dtype of a and b; the first product replaces what stands there."""
+    """Adds a @ b to total, which is fp32 whatever the dtype of a and b. first: the product replaces total instead."""
     beta = 0 if first else 1
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=beta, out=total)
-    elif total.is_cuda:  # cuBLAS sums up in fp32 anyhow, and need not round to bf16
+    elif total.is_cuda:
+        # cuBLAS sums in fp32 in any case and can return the sum without rounding it to bf16.
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
     elif first:
         total.copy_(a @ b)
@@ -198,12 +255,14 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 def softmax_on_gpu(
     logits: Tensor, target: Tensor, losses: Tensor, want_grad: bool, softcap: float | None, loss_weights: Tensor | None
 ) -> None:
-    """`softmax_minus_one_hot_` by a kernel, which writes the rows' losses to `losses`. Rows of logits may be padded:
-    what lies between them is overwritten."""
+    """Does what `softmax_minus_one_hot_` does, by one launch of softmax_kernel.
+
+    logits: [rows, V], a view of padded rows or not; the padding is overwritten.
+    """
+    weights_or_any = losses if loss_weights is None else loss_weights  # without weights the kernel does not read them
     softmax_kernel[(len(logits),)](
-        logits, target, losses, losses if loss_weights is None else loss_weights, logits.stride(0), logits.shape[1],
-        softcap or 1.0, CAPPED=bool(softcap), GRAD=want_grad, WEIGHTED=loss_weights is not None, BLOCK=BLOCK,
-        num_warps=WARPS,
+        logits, target, losses, weights_or_any, logits.stride(0), logits.shape[1], softcap or 1.0,
+        CAPPED=bool(softcap), GRAD=want_grad, WEIGHTED=loss_weights is not None, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -212,19 +271,28 @@ def softmax_kernel(
     logits, target, losses, loss_weights, stride, vocabulary, softcap,
     CAPPED: tl.constexpr, GRAD: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program a row, in two passes: the largest logit and the sum of exponentials as they go by (Milakov & Gimelshein
-    2018), of each place in a block by itself, so that threads wait for each other only at the end; then the gradient in
-    the logits' place. No fp32 copy of a row ever exists. A block is loaded while the one before it is computed."""
+    """Computes one row a program, in two passes over its logits.
+
+    The first pass computes the largest logit and the sum of exponentials together (Milakov & Gimelshein 2018), for each
+    place in a block by itself, so that threads wait for each other only at the end. The second writes the gradient in
+    the place of the logits. No fp32 copy of a row ever exists. A block is loaded while the one before it is computed.
+
+    stride: numbers from one row to the next, padding included.
+    """
     row = tl.program_id(0).to(tl.int64)
-    row_logits, wanted = logits + row * stride, tl.load(target + row)
-    chosen = tl.load(row_logits + wanted).to(tl.float32)  # now: at the end a gradient stands there
+    row_logits = logits + row * stride
+    wanted = tl.load(target + row)
+    # The target's logit is read now: the gradient replaces it later.
+    chosen = tl.load(row_logits + wanted).to(tl.float32)
     if CAPPED:
         chosen = softcap * tanh(chosen / softcap)
-    most = tl.full([BLOCK], -1e38, tl.float32)  # below all logits, and finite: infinity less itself is no number
+    # -1e38 lies below all logits and is finite: infinity minus infinity would be NaN.
+    most = tl.full([BLOCK], -1e38, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     ahead = load_logits(row_logits, 0, stride, BLOCK)
     for start in range(0, vocabulary, BLOCK):
-        x, ahead = ahead.to(tl.float32), load_logits(row_logits, start + BLOCK, stride, BLOCK)
+        x = ahead.to(tl.float32)
+        ahead = load_logits(row_logits, start + BLOCK, stride, BLOCK)
         if CAPPED:
             x = softcap * tanh(x / softcap)
         x = tl.where(start + tl.arange(0, BLOCK) < vocabulary, x, float("-inf"))
@@ -236,16 +304,20 @@ def softmax_kernel(
     total_of_row = tl.sum(total * tl.exp(most - top))
     tl.store(losses + row, top + tl.log(total_of_row) - chosen)
     if GRAD:
-        factor, count = 1 / total_of_row, 1.0
+        factor = 1 / total_of_row
+        weight = 1.0
         if WEIGHTED:
-            count = tl.load(loss_weights + row)
+            weight = tl.load(loss_weights + row)
         ahead = load_logits(row_logits, 0, stride, BLOCK)
         for start in range(0, vocabulary, BLOCK):
-            x, ahead = ahead.to(tl.float32), load_logits(row_logits, start + BLOCK, stride, BLOCK)
-            at, slope = start + tl.arange(0, BLOCK), count
+            x = ahead.to(tl.float32)
+            ahead = load_logits(row_logits, start + BLOCK, stride, BLOCK)
+            at = start + tl.arange(0, BLOCK)
+            slope = weight
             if CAPPED:
                 bent = tanh(x / softcap)
-                slope, x = count * (1 - bent * bent), softcap * bent
+                slope = weight * (1 - bent * bent)
+                x = softcap * bent
             grad = tl.exp(x - top) * factor
             grad = tl.where(at == wanted, grad - 1, grad)
             tl.store(row_logits + at, grad * slope, at < stride)
@@ -253,7 +325,7 @@ def softmax_kernel(
 
 @triton.jit
 def load_logits(row_logits, start, stride, BLOCK: tl.constexpr):
-    """To the end of the padded row, so that 16 bytes have one mask."""
+    """Returns a block of a row, up to the end of its padding, so that one mask covers each 16 bytes."""
     at = start + tl.arange(0, BLOCK)
     return tl.load(row_logits + at, at < stride, 0.0)
 

@@ -1,12 +1,13 @@
-"""Triton, where it can be used: on NVIDIA and AMD GPUs, and wherever TRITON_INTERPRET=1 (for the tests of the kernels).
+"""Triton, where it can be used: on NVIDIA and AMD GPUs, and wherever TRITON_INTERPRET=1 (for the
+tests of the kernels).
 
-Each kernel stands in the same file as its function and the plain PyTorch form of it, which computes everywhere else.
-`use_triton` is the switch between the two. On a machine without a GPU, triton is not even imported: `TritonStub` takes
-its place, so that files with kernels can still be imported.
+Each kernel stands in the same file as its function and the plain PyTorch form of it, which computes
+everywhere else. `use_triton` is the switch between the two. On a machine without a GPU, triton is
+not even imported: `TritonStub` takes its place, so that files with kernels can still be imported.
 
-Triton builds a small C module when it first launches a kernel. So it needs a C compiler and Python's headers, which
-many images leave out. `use_triton` therefore launches a kernel that does nothing first; if that fails, the plain forms
-compute.
+Triton builds a small C module when it first launches a kernel. So it needs a C compiler and
+Python's headers, which many images leave out. `use_triton` therefore launches a kernel that does
+nothing first; if that fails, the plain forms compute.
 """
 
 import os
@@ -44,7 +45,7 @@ def use_triton(x: Tensor) -> bool:
 
 @cache
 def triton_launches() -> bool:
-    """True if Triton can launch kernels here. This is tried once; if it fails, a NOTE on stderr says why."""
+    """True if Triton can launch kernels here. Tries it once; a NOTE on stderr says why it failed."""
     if isinstance(triton, TritonStub):
         return False
     try:
@@ -82,7 +83,8 @@ def launch_failure(error: Exception) -> str:
 def to_device(x: np.ndarray, device: torch.device | str) -> Tensor:
     """Returns x as a tensor on `device`.
 
-    The copy to a GPU starts from pinned memory: otherwise it would wait for all work that the GPU has queued.
+    The copy to a GPU starts from pinned memory: otherwise it would wait for all work that the GPU
+    has queued.
     """
     tensor = torch.from_numpy(x)
     if torch.device(device).type == "cuda":
@@ -91,5 +93,5 @@ def to_device(x: np.ndarray, device: torch.device | str) -> Tensor:
 
 
 def next_power_of_2(size: int) -> int:
-    """Returns the smallest power of two >= size (1 for size 0). Triton's `tl.arange` takes no other sizes."""
+    """Returns the smallest power of two >= size, at least 1. `tl.arange` takes no other sizes."""
     return 1 << max(0, size - 1).bit_length()

@@ -1,39 +1,44 @@
-"""Products with weights that oneDNN has brought into its own layout once, instead of anew in every call.
+"""Products with weights that oneDNN has converted to its own memory layout once, instead of again in every call.
 
-On CPUs F.linear in bf16 re-orders the weight each time. With thousands of rows that is lost in the product; with the
-few rows of a decoding step it is nearly half of the time (the default base's 212 MB of blocks, 2 cores: 1 row 12.1 ms
-plain, 5.1 ms packed; 16 rows 15.4 and 8.7; 770 rows 260 and 181). It is what torch.compile does for inference, by the
-same operator.
+On CPUs F.linear in bf16 reorders the weight in each call. With thousands of rows this takes little time next to the
+product; with the few rows of a decoding step it takes nearly half of the time. Measured on 2 cores with the default
+base's 212 MB of blocks: 1 row 12.1 ms plain, 5.1 ms packed; 16 rows 15.4 and 8.7 ms; 770 rows 260 and 181 ms.
+torch.compile does the same for inference, by the same operator.
 
-GPUs know no such layout; there it is enough that matrices which read the same input lie in one (`can_join`).
+GPUs have no such layout. There it is enough to concatenate matrices that read the same input (`can_join`).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 512  # oneDNN picks a layout by the inputs' rows: this one is best for prompts, and as good as any for steps
-LARGEST = 2 << 30  # bytes of a model whose weights are packed: the copy takes as much again
+# oneDNN chooses a layout by the number of rows of the input. The one for 512 rows is best for prompts, and as good as
+# any other for decoding steps.
+ROWS = 512
+LARGEST = 2 << 30  # bytes of the largest model whose weights are packed: the packed copy takes as much memory again
 
 
 def can_pack(weight: Tensor, total: int) -> bool:
-    """Whether a weight can be packed here, of a model of `total` bytes."""
-    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and there and total <= LARGEST
+    """True if oneDNN can pack this weight, of a model whose weights take `total` bytes."""
+    is_available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and is_available and total <= LARGEST
 
 
 def can_join(size: int, device: torch.device) -> bool:
-    """Whether a GPU has room for a copy of `size` bytes, and as much again for what is computed."""
-    return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] >= 2 * size
+    """True if a GPU has free memory for a copy of `size` bytes, and as much again for activations."""
+    if device.type != "cuda":
+        return False
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return free_bytes >= 2 * size
 
 
 def pack(weight: Tensor) -> Tensor:
-    """weight: bf16 [out, in]. Returns an opaque tensor for packed_linear."""
+    """Returns an opaque tensor for `packed_linear`. weight: bf16 [out, in]."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b for bf16 x [rows, in], without gradients. Returns [rows, out]."""
+    """Returns x W^T + b, [rows, out], without gradients. x: bf16 [rows, in]. packed: what `pack` returned for W."""
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 

@@ -328,6 +328,6 @@ def test_one_stream_for_all_that_travels(monkeypatch):
     made = []
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or len(made))
     activation_checkpointing.offload_stream.cache_clear()
-    streams = {activation_checkpointing.ActivationCheckpointing("offload", GPU).side for _ in range(3)}
+    streams = {activation_checkpointing.ActivationCheckpointing("offload", GPU).stream for _ in range(3)}
     activation_checkpointing.offload_stream.cache_clear()
     assert streams == {1} and made == [GPU]

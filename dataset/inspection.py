@@ -5,7 +5,6 @@ be there. What costs nothing is in the token rows already; `quick_checks` says t
 """
 
 import argparse
-import html
 import json
 import os
 import sys
@@ -298,42 +297,41 @@ def in_terminal(example: Example, tokenizer: Tokenizer, colour: bool) -> str:
     return "".join(f"[[{show(text)}]]" if yes else show(text) for text, yes in spans_of(example, tokenizer))
 
 
-MADE = '<meta name="generator" content="plaintune">'
-PAGE = f'<!doctype html><html lang="en"><meta charset="utf-8">{MADE}'
-PAGE += """<title>{title}</title><style>
-body{{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}}
-h1{{font-size:1.4rem}}h2{{font-size:1.1rem;margin-top:2rem}}table{{border-collapse:collapse;width:100%}}
-td,th{{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0;border-bottom:1px solid #ddd}}
-td:first-child{{width:15rem;color:#444}}.warn td:first-child::after{{content:" \\26A0";color:#b45309}}
-small{{display:block;color:#666;overflow-wrap:anywhere}}.bar{{background:#2563eb;height:.8rem;display:inline-block}}
-pre{{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f6;border:1px solid #e2e2e2;border-radius:6px;
-padding:.8rem;color:#555;font-size:13px}}mark{{background:#bbf7d0;color:#052e16}}
-</style><h1>{title}</h1><p>{summary}</p>{body}</html>
-"""
+# By this line a page of this program is known: no other file is overwritten.
+PAGE_MARK = '<meta name="generator" content="plaintune">'
 
 
 def page(title: str, parts: list[tuple[str, list[Finding]]], bins, examples, tokenizer: Tokenizer) -> str:
-    """All of it as one HTML file that loads nothing; whatever comes out of the data is escaped."""
-    escape, body = html.escape, []
-    for name, findings in parts:
-        lines = "".join(
-            f"<tr{' class=warn' if f.warns else ''}><td>{escape(f.name)}<td>{escape(f.value)}"
-            + "".join(f"<small>{escape(printable(each))}</small>" for each in f.examples)
-            for f in findings
-        )
-        body.append(f"<h2>{escape(name)}</h2><table>{lines}</table>")
-    most = max(count for _, count in bins)
-    bars = "".join(
-        f"<tr><td>{escape(name)}<td>{count:,}<td style='width:60%'>"
-        f"<span class=bar style='width:{100 * count / most:.1f}%'></span>" for name, count in bins
-    )  # fmt: skip
-    body.append(f"<h2>Tokens a record</h2><table>{bars}</table><h2>Examples as the model sees them</h2>")
-    body.append("<p>Marked: what is trained.</p>")
-    for example in examples:
-        text = "".join(f"<mark>{escape(t)}</mark>" if yes else escape(t) for t, yes in spans_of(example, tokenizer))
-        body.append(f"<small>{escape(printable(example.source))}, {len(example.ids):,} tokens</small><pre>{text}</pre>")
-    summary = f"{escape(tokenizer.description)}; turns by the template of {escape(tokenizer.template_name)}"
-    return PAGE.format(title=escape(title), summary=summary, body="".join(body))
+    """Returns the whole report as one HTML file that loads nothing, rendered from dataset/page.html.jinja.
+
+    title: the heading.
+    parts: for each source, its summary and its findings.
+    bins: (label, count) of the bars of the histogram.
+    examples: the examples to show.
+
+    Autoescape escapes everything that comes out of the data.
+    """
+    # Training imports this module too, and does not need jinja2.
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["printable"] = printable
+    environment.filters["thousands"] = "{:,}".format
+    return environment.get_template("page.html.jinja").render(
+        title=title,
+        tokenizer=tokenizer,
+        parts=parts,
+        bins=bins,
+        largest_count=max(count for _, count in bins),
+        examples=[(example, list(spans_of(example, tokenizer))) for example in examples],
+    )
 
 
 def one_line(text: str) -> str:
@@ -426,12 +424,20 @@ def inspect(args: argparse.Namespace, tokenizer: Tokenizer, max_positions: int) 
     bins = histogram(np.concatenate(all_lengths))
     print_report(parts, bins, shown, tokenizer)
     if args.html:
-        if Path(args.html).exists() and MADE not in Path(args.html).read_text(encoding="utf-8", errors="replace")[:200]:
-            raise UserError(f"--html {args.html}: is there, and is no page of this program; name another")
-        made = page(", ".join(Path(f).name for f in args.files), parts, bins, shown, tokenizer)
+        check_overwritable(args.html)
+        html = page(", ".join(Path(file).name for file in args.files), parts, bins, shown, tokenizer)
         with atomic_file(Path(args.html)) as tmp:
-            tmp.write_text(made, encoding="utf-8")
+            tmp.write_text(html, encoding="utf-8")
         print(f"page      {args.html}")
+
+
+def check_overwritable(file: str) -> None:
+    """Raises UserError if --html names a file that exists and is no page of this program."""
+    if not Path(file).exists():
+        return
+    beginning = Path(file).read_text(encoding="utf-8", errors="replace")[:200]
+    if PAGE_MARK not in beginning:
+        raise UserError(f"--html {file}: the file exists and is no page of this program; give another name")
 
 
 def read_other(file: str, args: argparse.Namespace) -> tuple[Survey, Source]:

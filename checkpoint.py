@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError, read_json
 from common.files import atomic_folder, file_sha256, save_tensors, write_json
-from distributed import full_tensor, gather_rows, local_row_slice, rank0_context, to_local
+from distributed import full_tensor, gather_rows, local_row_slice, rank0_context, synced_errors, to_local
 from kernels.nf4 import NF4
 from model import Config, Linear, Transformer, quantized_linears, stack_expert_weights
 from quant import (
@@ -372,18 +372,13 @@ def save_model(
     if len(dtypes) == 1:
         config["dtype" if "dtype" in model.config.raw else "torch_dtype"] = dtypes.pop()
     with rank0_context(atomic_folder(folder, replace=True)) as tmp:
-        error = None
-        try:
+        with synced_errors():
             if tmp:
                 write_json(config, tmp / "config.json")
                 copy_tokenizer(model.source, tmp)
                 if also:
                     also(tmp)
-        except OSError as caught:
-            error = caught
-        save_shards(weights, tmp if error is None else None)  # all have to gather
-        if error:
-            raise error
+        save_shards(weights, tmp)
 
 
 class Stored(NamedTuple):
@@ -415,24 +410,21 @@ def save_shards(weights: list[Stored], folder: Path | None) -> None:
         size += each.nbytes
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     names = ["model.safetensors"] if len(shards) == 1 else names
-    if folder and len(shards) > 1:
-        where = {each.name: name for name, shard in zip(names, shards, strict=True) for each in shard}
-        metadata = {"total_size": sum(each.nbytes for each in weights)}
-        write_json({"metadata": metadata, "weight_map": where}, folder / "model.safetensors.index.json")
-    error = None
     for name, shard in zip(names, shards, strict=True):
-        found = {}
+        values = {}
         for each in shard:
-            value = each.value()
-            if folder and not error:
-                found[each.name] = value
-        try:
-            if found:
-                save_tensors(found, folder / name)
-        except OSError as caught:  # the others wait for this process to gather the rest with them
-            error = caught
-    if error:
-        raise error
+            value = each.value()  # all ranks gather it
+            if folder:
+                values[each.name] = value
+        with synced_errors():
+            if values:
+                save_tensors(values, folder / name)
+    if len(shards) > 1:
+        file_of = {each.name: name for name, shard in zip(names, shards, strict=True) for each in shard}
+        metadata = {"total_size": sum(each.nbytes for each in weights)}
+        with synced_errors():
+            if folder:
+                write_json({"metadata": metadata, "weight_map": file_of}, folder / "model.safetensors.index.json")
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

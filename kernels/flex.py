@@ -1,12 +1,14 @@
 """Attention whose scores have a soft-cap, on GPUs, by FlexAttention (He et al. 2024, arXiv 2412.05496).
 
-FlexAttention compiles a kernel out of two small functions: what becomes of a score, and who sees whom. Which blocks of
-128 queries and 128 keys there is anything to compute in is said by a block mask. torch makes one by trying all pairs of
-tokens on the GPU; here it follows from the documents' lengths, on the host, once a batch and window.
+FlexAttention compiles a kernel from two small functions: one changes a score, the other says which
+token may attend to which. A block mask lists the blocks of 128 queries and 128 keys in which there
+is anything to compute. torch makes such a mask by trying all pairs of tokens on the GPU; here it
+follows from the documents' lengths, on the host, once a batch and window.
 
-What torch.compile makes of it depends on the machine, and nothing here may rest on it unseen: `works` first computes
-documents of a few hundred tokens both ways, forward and backward. Where that fails, or the numbers are others, the
-slices of kernels/attention.py compute, and a NOTE says so.
+What torch.compile makes of it depends on the machine, so nothing here relies on it untested:
+`works` first computes documents of a few hundred tokens both ways, forward and backward. If that
+fails, or the numbers differ, `SlicedAttention` of kernels/attention.py computes instead, and a NOTE
+says so.
 """
 
 import sys
@@ -19,29 +21,45 @@ from torch import Tensor
 
 from kernels.triton_utils import to_device
 
-BLOCK = 128  # queries, and keys, of a block
-FEWEST_TOKENS = 2 * BLOCK + 1  # of a batch; tables of one or two blocks would be compiled for apart
-TRIALS = (([200, 57, 300], None), ([130, 900, 70], 100))  # (documents' lengths, window)
-TOLERANCE = 2e-2  # of 16 bits: the largest difference, relative to the largest number
+# Queries in a block, and keys in a block.
+BLOCK = 128
+
+# Batches with fewer tokens are not computed here: for tables of one or two blocks, torch would
+# compile a kernel of their own.
+FEWEST_TOKENS = 2 * BLOCK + 1
+
+# The batches that `works` tries: (documents' lengths, window).
+TRIALS = (([200, 57, 300], None), ([130, 900, 70], 100))
+
+# The largest difference that `works` accepts, relative to the largest number: for 16 bits.
+TOLERANCE = 2e-2
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, mask) -> Tensor:
-    """softmax(softcap * tanh(scale / softcap * q k^T)) v of the pairs of tokens in `mask`, a `block_mask`.
+    """Computes softmax(softcap * tanh(scale / softcap * q k^T)) v over the pairs of tokens in `mask`.
 
-    q: [tokens, heads, head_dim], k and v: [tokens, kv_heads, head_dim]. Returns [tokens, heads, head_dim].
+    q: [tokens, heads, head_dim].
+    k, v: [tokens, kv_heads, head_dim].
+    mask: of `block_mask`.
+    Returns [tokens, heads, head_dim].
     """
-    grouped = q.shape[1] != k.shape[1]
+    enable_gqa = q.shape[1] != k.shape[1]
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, tokens, head_dim]
-    out = compiled()(q, k, v, soft_capped(softcap), mask, scale, grouped)
+    out = compiled()(q, k, v, soft_capped(softcap), mask, scale, enable_gqa)
     return out[0].transpose(0, 1)
 
 
 @cache
 def compiled():
-    """FlexAttention as a kernel. fullgraph: an error where torch would else compute the scores of all pairs."""
-    from torch.nn.attention.flex_attention import flex_attention  # which brings the compiler
+    """FlexAttention as a compiled kernel.
 
-    return torch.compile(flex_attention, fullgraph=True)  # sizes that change are left open at the second compilation
+    fullgraph makes it an error if torch would otherwise compute the scores of all pairs. Sizes that
+    change become symbols at the second compilation.
+    """
+    # The import is late because it brings the compiler.
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 @cache
@@ -52,69 +70,88 @@ def soft_capped(cap: float):
     return score_mod
 
 
-# ---- who sees whom ----
+# ---- which token attends to which ----
 
 
 def block_mask(lengths: list[int], window: int | None, device: torch.device):
-    """A BlockMask of torch.nn.attention.flex_attention: causal attention inside documents of these lengths, each token
-    seeing itself and window - 1 before it."""
+    """Returns the BlockMask of causal attention inside documents (torch.nn.attention.flex_attention).
+
+    lengths: of the documents, in tokens.
+    window: each token attends to itself and window - 1 tokens before it; None: to all before it.
+    """
     from torch.nn.attention.flex_attention import BlockMask
 
     tokens = sum(lengths)
     first = first_keys(lengths, window)
-    firsts = to_device(first, device)
+    first_on_device = to_device(first, device)
 
-    def sees(batch, head, query, key):
-        return (key <= query) & (key >= firsts[query])
+    def may_attend(batch, head, query, key):
+        return (key <= query) & (key >= first_on_device[query])
 
-    some, whole = blocks_to_compute(first)
-    tables = [to_device(table, device) for blocks in (some, whole) for table in listed(blocks)]
-    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens))
+    partial_blocks, full_blocks = blocks_to_compute(first)
+    tables = [*block_table(partial_blocks), *block_table(full_blocks)]
+    tables = [to_device(table, device) for table in tables]
+    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=BLOCK, mask_mod=may_attend, seq_lengths=(tokens, tokens))
 
 
 def first_keys(lengths: list[int], window: int | None) -> np.ndarray:
-    """The first token that each token sees, int64 [tokens]; never falling."""
-    begins = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
-    return begins if window is None else np.maximum(begins, np.arange(len(begins)) - window + 1)
+    """Returns the first token that each token attends to, int64 [tokens]. The numbers never fall."""
+    document_starts = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
+    if window is None:
+        return document_starts
+    window_starts = np.arange(len(document_starts)) - window + 1
+    return np.maximum(document_starts, window_starts)
 
 
 def blocks_to_compute(first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each block of queries with each of keys, bool [blocks, blocks]: whether only some of their pairs see each
-    other; whether all do. A last block that is not full counts as one of some. first: of `first_keys`."""
+    """Returns which blocks of queries and keys are computed in part and which in full.
+
+    first: of `first_keys`. Both results are bool [query blocks, key blocks]. In a partial block
+    only some queries attend to some keys; in a full block all queries attend to all keys. The last
+    block counts as partial if it has fewer than BLOCK tokens.
+    """
     starts = np.arange(0, len(first), BLOCK)
     ends = np.minimum(starts + BLOCK, len(first)) - 1
-    touched = (ends[None, :] >= first[starts][:, None]) & (starts[None, :] <= ends[:, None])
-    # Of a block's queries the first one sees the fewest keys ahead, the last one the fewest behind
-    whole = (ends[None, :] <= starts[:, None]) & (starts[None, :] >= first[ends][:, None])
-    full = ends - starts == BLOCK - 1
-    whole &= full[:, None] & full[None, :]
-    return touched & ~whole, whole
+    query_starts, query_ends = starts[:, None], ends[:, None]
+    key_starts, key_ends = starts[None, :], ends[None, :]
+    any_pair = (key_ends >= first[starts][:, None]) & (key_starts <= query_ends)
+    # The first query of a block attends to the fewest later keys, the last to the fewest earlier.
+    all_pairs = (key_ends <= query_starts) & (key_starts >= first[ends][:, None])
+    has_all_tokens = ends - starts == BLOCK - 1
+    all_pairs &= has_all_tokens[:, None] & has_all_tokens[None, :]
+    return any_pair & ~all_pairs, all_pairs
 
 
-def listed(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A table as BlockMask has it: how many blocks of keys each block of queries has, int32 [1, 1, blocks], and which,
-    those first, int32 [1, 1, blocks, blocks]."""
+def block_table(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a table of blocks as BlockMask stores it.
+
+    blocks: bool [query blocks, key blocks].
+    Returns the number of key blocks of each query block, int32 [1, 1, query blocks], and the
+    indices of all key blocks, those that count first, int32 [1, 1, query blocks, key blocks].
+    """
     counts = blocks.sum(1, dtype=np.int32)
-    which = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
-    return counts[None, None], which[None, None]
+    indices = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
+    return counts[None, None], indices[None, None]
 
 
 # ---- whether it works here ----
 
 
 def works(q: Tensor, k: Tensor, reference: Callable) -> bool:
-    """Whether `attention` computes with tensors like these, [tokens, heads, head_dim]; tried once for each shape.
+    """True if `attention` computes correctly with tensors of these shapes; tried once for each shape.
 
-    reference(q, k, v, scale, softcap, window, lengths): the same by other means.
+    q: [tokens, heads, head_dim].
+    k: [tokens, kv_heads, head_dim].
+    reference: reference(q, k, v, scale, softcap, window, lengths) computes the same by other means.
     """
     return passes_trial(q.shape[1], k.shape[1], q.shape[2], q.dtype, q.device, reference)
 
 
 @cache
 def passes_trial(heads: int, kv_heads: int, head_dim: int, dtype, device: torch.device, reference: Callable) -> bool:
+    shapes = heads, kv_heads, head_dim
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            shapes = heads, kv_heads, head_dim
             error = max(largest_difference(*trial, shapes, dtype, device, reference) for trial in TRIALS)
     except Exception as failure:  # noqa: BLE001 - the compiler's errors are of many kinds, and all mean the same here
         reason = str(failure).strip().partition("\n")[0][:200] or type(failure).__name__
@@ -131,21 +168,36 @@ def passes_trial(heads: int, kv_heads: int, head_dim: int, dtype, device: torch.
 
 
 def largest_difference(lengths: list[int], window, shapes: tuple, dtype, device, reference: Callable) -> float:
-    """Between `attention` and the reference: of the output and of all gradients, relative to the largest number of
-    each."""
+    """Compares `attention` with the reference on random numbers.
+
+    shapes: (heads, kv_heads, head_dim).
+    Returns the largest difference of the output and of all gradients, each relative to its own
+    largest number; infinity if one of them is NaN.
+    """
     heads, kv_heads, head_dim = shapes
+    scale, softcap = head_dim**-0.5, 5.0
+    mask = block_mask(lengths, window, device)
     generator = torch.Generator(device).manual_seed(0)
-    sizes = [(sum(lengths), n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
-    *qkv, cotangent = (torch.randn(size, generator=generator, device=device).to(dtype) for size in sizes)
-    scale, softcap, mask = head_dim**-0.5, 5.0, block_mask(lengths, window, device)
-    ways = (
-        lambda *qkv: attention(*qkv, scale, softcap, mask),
-        lambda *qkv: reference(*qkv, scale, softcap, window, lengths),
-    )
-    found = []
-    for way in ways:
+
+    def random(heads: int) -> Tensor:
+        x = torch.randn((sum(lengths), heads, head_dim), generator=generator, device=device)
+        return x.to(dtype)
+
+    qkv = [random(heads), random(kv_heads), random(kv_heads)]
+    grad_out = random(heads)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, scale, softcap, mask)
+
+    def theirs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference(q, k, v, scale, softcap, window, lengths)
+
+    def output_and_gradients(function: Callable) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in qkv]
-        out = way(*leaves)
-        found.append([out.detach(), *torch.autograd.grad(out, leaves, cotangent)])
-    ratios = [((a - b).abs().max() / b.abs().max()).float() for a, b in zip(*found, strict=True)]
+        out = function(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
+
+    ratios = []
+    for a, b in zip(output_and_gradients(ours), output_and_gradients(theirs), strict=True):
+        ratios.append(((a - b).abs().max() / b.abs().max()).float())
     return float(torch.stack(ratios).max().nan_to_num(nan=float("inf")))

@@ -1,8 +1,9 @@
-"""FlashAttention 3 (Shah et al. 2024, arXiv 2407.08608) or 4 in place of version 2: `--attention flash3|flash4`.
+"""FlashAttention 3 (Shah et al. 2024, arXiv 2407.08608) or 4 instead of version 2: `--attention flash3|flash4`.
 
-Both are packages of their own, faster on Hopper and Blackwell, and marked as prototypes by torch, whose
-`activate_flash_attention_impl` puts them behind the operator that kernels/attention.py calls. So they are never taken
-without being asked for, and not before one training step has given the same loss and gradients as with version 2.
+Both are packages of their own, faster on Hopper and Blackwell, and marked as prototypes by torch.
+torch's `activate_flash_attention_impl` puts them behind the operator that kernels/attention.py
+calls. So they are used only if the flag asks for them, and only after one training step has given
+the same loss and gradients as with version 2.
 """
 
 from collections.abc import Callable
@@ -12,15 +13,23 @@ from torch import Tensor
 
 from common.errors import UserError
 
-VERSIONS = {"flash3": "FA3", "flash4": "FA4"}  # of --attention, and torch's names of them
-TOLERANCE = 5e-2  # of bf16: the length of the gradients' difference over theirs; rounding alone makes some 1e-2
+# The values of --attention, and torch's names for them.
+VERSIONS = {"flash3": "FA3", "flash4": "FA4"}
+
+# The largest norm of the gradients' difference, relative to the gradients' norm, in bf16. Rounding
+# alone makes about 1e-2.
+TOLERANCE = 5e-2
 
 
 def use(name: str, device: torch.device, step: Callable[[], list[Tensor]]) -> float:
-    """Puts a version in place for the rest of the process; returns by how much its numbers differ from version 2's.
+    """Switches to a version for the rest of the process, and compares it with version 2.
 
-    step(): computes one training step and returns its loss and its gradients. Raises UserError where torch finds no
-    such version on this machine, and where loss or gradients are others.
+    name: a key of VERSIONS.
+    device: the device that the run computes on.
+    step: computes one training step; returns its loss and its gradients.
+    Returns the relative difference from version 2, as `difference` computes it.
+    Raises UserError if the device is no GPU, if torch finds no such version on this machine, or if
+    the loss or the gradients differ by more than TOLERANCE.
     """
     if device.type != "cuda":
         raise UserError(f"--attention {name}: is for GPUs, and this run computes on {device.type}; leave it out")
@@ -28,6 +37,7 @@ def use(name: str, device: torch.device, step: Callable[[], list[Tensor]]) -> fl
     activate(name)
     after = [x.detach().cpu() for x in step()]
     error = difference(before, after)
+    # Written so that NaN is refused as well.
     if not error <= TOLERANCE:
         raise UserError(
             f"--attention {name}: loss or gradients of the first step differ by {error:.1e} from FlashAttention 2's,"
@@ -50,9 +60,17 @@ def activate(name: str) -> None:
 
 
 def difference(before: list[Tensor], after: list[Tensor]) -> float:
-    """The loss's difference, or that of all gradients together if it is larger, each relative to what it was before."""
-    loss, *gradients = zip(before, after, strict=True)
-    of_loss = float((loss[1] - loss[0]).abs() / loss[0].abs().clamp(min=1e-12))
-    squares = sum(float((b.float() - a.float()).square().sum()) for a, b in gradients)
-    length = sum(float(a.float().square().sum()) for a, _ in gradients)
-    return max(of_loss, (squares / max(length, 1e-30)) ** 0.5)
+    """Returns the larger of two relative differences: of the loss, and of all gradients together.
+
+    before, after: the loss, then the gradients. A difference is relative to what was before; that
+    of the gradients is the norm of their difference over their norm.
+    """
+    loss_before, *grads_before = before
+    loss_after, *grads_after = after
+    loss_difference = float((loss_after - loss_before).abs() / loss_before.abs().clamp(min=1e-12))
+    squared_difference = 0.0
+    squared_norm = 0.0
+    for old, new in zip(grads_before, grads_after, strict=True):
+        squared_difference += float((new.float() - old.float()).square().sum())
+        squared_norm += float(old.float().square().sum())
+    return max(loss_difference, (squared_difference / max(squared_norm, 1e-30)) ** 0.5)

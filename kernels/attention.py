@@ -1,8 +1,6 @@
-"""Causal attention inside documents. Tokens lie flat, [tokens, heads, head_dim], document by
-document.
+"""Causal attention inside documents, for flat tokens, [tokens, heads, head_dim], document by document.
 
-Only attention needs to know where a document ends, so only this file deals with it. There are three
-ways to compute:
+Only attention needs to know where a document ends, so only this file deals with it. It computes by
 
 - FlashAttention (Dao 2023, arXiv 2307.08691), on GPUs in bf16 or fp16: one call for all documents
   of a batch. It takes the documents' boundaries, sliding windows and grouped heads. Nothing is
@@ -11,12 +9,11 @@ ways to compute:
   FlashAttention does not take.
 - Otherwise, adjacent documents of similar length form a group, padded to its longest document:
   [documents, length, heads, head_dim]. This needs no padding mask: padding stands behind the real
-  tokens, and causal attention never looks ahead. A group is computed by `SlicedAttention`, or by
-  torch's `scaled_dot_product_attention`: long documents on CPUs, fp32, and older GPUs.
+  tokens, and causal attention never looks ahead. `SlicedAttention` computes a group, or, where it
+  need not, torch's `scaled_dot_product_attention`: long documents on CPUs, fp32, and older GPUs.
 
 Grouped-query attention (Ainslie et al. 2023): with n_rep = heads / kv_heads, query head h reads
-key-value head
-h // n_rep.
+key-value head h // n_rep.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,9 @@
-"""Other people's formats at the door: whatever a model comes as, the rest of the house reads a Hugging Face folder.
+"""Models from one format into another. Whatever a model comes as, the other files read a Hugging
+Face folder.
 
-A GGUF file becomes a Hugging Face folder (interop/gguf_import.py). The way out is here as well: a folder or an adapter
-as the file that llama.cpp serves (interop/gguf_export.py), and an adapter merged into its base.
+A GGUF file becomes a Hugging Face folder (interop/gguf_import.py). The way out is here as well: a
+folder or an adapter as the file that llama.cpp serves (interop/gguf_export.py), a folder in 4 bits,
+and an adapter merged into its base.
 
     python convert.py to-folder FILE.gguf FOLDER
     python convert.py to-gguf FOLDER OUT.gguf [--adapter DIR] [--type f32|f16|bf16|q8_0]
@@ -29,73 +31,8 @@ from model import quantized_linears
 from quant import KINDS
 
 
-def merge(folder: Path, adapter: Path, out: Path, dtype: torch.dtype | None = None, print_fn: Callable = print) -> None:
-    """Writes a Hugging Face folder of the model with the adapter's updates added to its weights.
-
-    dtype: of the new folder's weights; None: that of the model's. Sums are computed in float32 and rounded once, and
-    what that loses of the update is said. An adapter of QLoRA is best merged into the weights that its base was
-    quantised from; of a folder in NF4, all weights leave in dtype, as the numbers that the 4 bits stand for.
-    Of tokenizer, chat template and generation_config.json the adapter's own go before the model's.
-    Raises UserError where `out` exists, or the adapter does not fit the model.
-    """
-    if Path(out).exists():
-        raise UserError(f"{out}: exists already; name a new folder")
-    stored = checkpoint.stored_dtype(checkpoint.read_config(folder))
-    dtype = dtype or stored
-    model = checkpoint.load_model(folder, stored if stored == dtype else torch.float32)
-    lora.load_adapter(model, adapter)
-    if quantized_linears(model):
-        print_fn(
-            f"NOTE: {folder} is in NF4, and the merged weights keep what its 4 bits lost; merge into the weights that"
-        )
-        print_fn("      it was made of if you have them")
-    lost = lora.merge(model, stored=dtype)
-    lora.remove_lora(model)
-    for layer in quantized_linears(model).values():
-        layer.dequantize(dequantized_weight(layer.frozen, model.dtype))
-    checkpoint.save_model(model, out, dtype, lambda tmp: checkpoint.copy_tokenizer(Path(adapter), tmp))
-    name = str(dtype).removeprefix("torch.")
-    print_fn(f"merged    {adapter} into {out}, {name}: rounding lost {100 * lost:.2g} % of the update")
-
-
-def to_nf4(folder: Path, out: Path, quant: str = "nf4") -> None:
-    """Writes a Hugging Face folder of the model with its linears in NF4, which transformers reads with bitsandbytes.
-    quant: as in checkpoint.load_model. UserError where `out` exists, or the model is quantised already."""
-    if Path(out).exists():
-        raise UserError(f"{out}: exists already; name a new folder")
-    config = checkpoint.read_config(folder)
-    if config.raw.get("quantization_config") is not None:
-        raise UserError(f"{folder}: is quantised already")
-    checkpoint.save_model(checkpoint.load_model(folder, checkpoint.stored_dtype(config), quant=quant), out)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Turns models from one format into another.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("to-folder", help="a GGUF file to a Hugging Face folder")
-    command.add_argument("file", type=Path, help="the GGUF file")
-    command.add_argument("folder", type=Path, help="the new folder")
-    command = commands.add_parser("to-gguf", help="a model to a GGUF file, for llama.cpp")
-    command.add_argument("folder", help="what --model takes elsewhere")
-    command.add_argument("file", type=Path, help="the new file")
-    command.add_argument("--adapter", type=Path, metavar="DIR", help="PEFT LoRA folder to merge into it first")
-    command.add_argument("--type", choices=TYPES, default="f32", help="of the matrices (default: f32)")
-    command = commands.add_parser("adapter-to-gguf", help="a LoRA adapter alone to a GGUF file, for llama.cpp's --lora")
-    command.add_argument("adapter", type=Path, help="PEFT LoRA folder")
-    command.add_argument("file", type=Path, help="the new file")
-    command.add_argument("--model", metavar="M", help="its base (default: the one it was made on)")
-    command = commands.add_parser("to-nf4", help="a model to a folder with its linears in 4 bits a weight")
-    command.add_argument("folder", help="what --model takes elsewhere")
-    command.add_argument("out", type=Path, help="the new folder")
-    command.add_argument("--quant", choices=KINDS, default="nf4", help="default: nf4")
-    command = commands.add_parser("merge", help="a model and a LoRA adapter to one Hugging Face folder")
-    command.add_argument("folder", help="what --model takes elsewhere")
-    command.add_argument("adapter", type=Path, help="PEFT LoRA folder")
-    command.add_argument("out", type=Path, help="the new folder")
-    command.add_argument(
-        "--dtype", choices=STORAGE_DTYPES, help="of the new weights (default: as the model's are stored)"
-    )
-    args = parser.parse_args()
+    args = parse_arguments()
     match args.command:
         case "to-folder":
             gguf_to_folder(args.file, args.folder)
@@ -106,7 +43,98 @@ def main() -> None:
         case "to-nf4":
             to_nf4(model_folder(args.folder), args.out, args.quant)
         case "merge":
-            merge(model_folder(args.folder), args.adapter, args.out, args.dtype and STORAGE_DTYPES[args.dtype])
+            dtype = STORAGE_DTYPES[args.dtype] if args.dtype else None
+            merge(model_folder(args.folder), args.adapter, args.out, dtype)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Returns the command and its arguments."""
+    parser = argparse.ArgumentParser(description="Turns models from one format into another.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    model_help = "the model: a folder, a GGUF file or a name on the Hub"
+
+    command = commands.add_parser("to-folder", help="write a GGUF file as a Hugging Face folder")
+    command.add_argument("file", type=Path, help="the GGUF file")
+    command.add_argument("folder", type=Path, help="the new folder")
+
+    command = commands.add_parser("to-gguf", help="write a model as a GGUF file, for llama.cpp")
+    command.add_argument("folder", help=model_help)
+    command.add_argument("file", type=Path, help="the new file")
+    command.add_argument("--adapter", type=Path, metavar="DIR", help="PEFT LoRA folder to merge into it first")
+    command.add_argument("--type", choices=TYPES, default="f32", help="type of the matrices (default: f32)")
+
+    command = commands.add_parser(
+        "adapter-to-gguf", help="write a LoRA adapter alone as a GGUF file, for llama.cpp's --lora"
+    )
+    command.add_argument("adapter", type=Path, help="PEFT LoRA folder")
+    command.add_argument("file", type=Path, help="the new file")
+    command.add_argument("--model", metavar="M", help="its base (default: the one that it was made on)")
+
+    command = commands.add_parser("to-nf4", help="write a model as a folder with its linears in 4 bits a weight")
+    command.add_argument("folder", help=model_help)
+    command.add_argument("out", type=Path, help="the new folder")
+    command.add_argument(
+        "--quant", choices=KINDS, default="nf4", help="which linears: nf4+head takes the output head too (default: nf4)"
+    )
+
+    command = commands.add_parser("merge", help="write a model with a LoRA adapter merged into it as one folder")
+    command.add_argument("folder", help=model_help)
+    command.add_argument("adapter", type=Path, help="PEFT LoRA folder")
+    command.add_argument("out", type=Path, help="the new folder")
+    command.add_argument(
+        "--dtype",
+        choices=STORAGE_DTYPES,
+        help="dtype to store the new weights in (default: that of the model's files)",
+    )
+    return parser.parse_args()
+
+
+def merge(folder: Path, adapter: Path, out: Path, dtype: torch.dtype | None = None, print_fn: Callable = print) -> None:
+    """Writes a Hugging Face folder of the model with the adapter's updates added to its weights.
+
+    dtype: the dtype of the new folder's weights; None: that of the model's files. Sums are computed
+        in float32 and rounded once, and a line says how much of the update that loses.
+    print_fn: is called with each line for the user. An adapter of QLoRA is best merged into the
+    weights that its base was quantised from. If the folder itself is in NF4, all weights are
+    written in `dtype`, as the numbers that the 4 bits stand for. The adapter's own tokenizer, chat
+    template and generation_config.json take precedence over the model's.
+    Raises UserError where `out` exists, or the adapter does not fit the model.
+    """
+    if Path(out).exists():
+        raise UserError(f"{out}: exists already; name a new folder")
+    stored_dtype = checkpoint.stored_dtype(checkpoint.read_config(folder))
+    dtype = dtype or stored_dtype
+    compute_dtype = dtype if dtype == stored_dtype else torch.float32
+    model = checkpoint.load_model(folder, compute_dtype)
+    lora.load_adapter(model, adapter)
+    if quantized_linears(model):
+        print_fn(
+            f"NOTE: {folder} is in NF4, and the merged weights keep the error of its 4 bits;"
+            " if you have the weights that it was quantised from, merge into those"
+        )
+    lost = lora.merge(model, stored=dtype)
+    lora.remove_lora(model)
+    for layer in quantized_linears(model).values():
+        layer.dequantize(dequantized_weight(layer.frozen, model.dtype))
+    checkpoint.save_model(model, out, dtype, lambda tmp: checkpoint.copy_tokenizer(Path(adapter), tmp))
+    name = str(dtype).removeprefix("torch.")
+    print_fn(f"merged    {adapter} into {out}, {name}: rounding lost {100 * lost:.2g} % of the update")
+
+
+def to_nf4(folder: Path, out: Path, quant: str = "nf4") -> None:
+    """Writes a Hugging Face folder of the model with its linears in NF4, which transformers reads
+    with bitsandbytes.
+
+    quant: as in checkpoint.load_model.
+    Raises UserError where `out` exists, or the model is quantised already.
+    """
+    if Path(out).exists():
+        raise UserError(f"{out}: exists already; name a new folder")
+    config = checkpoint.read_config(folder)
+    if config.raw.get("quantization_config") is not None:
+        raise UserError(f"{folder}: is quantised already")
+    model = checkpoint.load_model(folder, checkpoint.stored_dtype(config), quant=quant)
+    checkpoint.save_model(model, out)
 
 
 if __name__ == "__main__":

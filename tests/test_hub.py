@@ -271,7 +271,7 @@ def test_an_adapter_notes_the_name_of_its_base_and_is_put_on_it_again(server, mo
     other = tmp_path / "other"
     other.mkdir()
     code, _, err = run(server.url, other, find)
-    assert code == 2 and err.startswith(f"error: {adapter}: its base is not to be had; give --model (org/tiny@")
+    assert code == 2 and err.startswith(f"error: {adapter}: its base can't be fetched; give --model (org/tiny@")
     assert err.count("\n") == 1
     assert hub_origin(Path("/home/models--x/snapshots/y")) is hub_origin(Path("/a")) is hub_origin(Path("/")) is None
 

@@ -1,8 +1,11 @@
-"""Files to values, one at a time: JSON, JSONL, CSV, TSV, Parquet and plain text, gzip or zstandard around any of them.
+"""Reads files record by record: JSON, JSONL, CSV, TSV, Parquet and plain text, also compressed by gzip or zstandard.
 
-What a file holds is found by looking at its first bytes (only CSV and TSV, which look like any text, by their names).
-Nothing is ever held but the record at hand, so memory does not grow with the file. A `Container` gives payloads, each
-with its number; `value` makes a payload's value, which another process may do.
+The kind of a file is recognized by its first bytes; only CSV and TSV, which look like any other text, are recognized by
+the file's name. No more than one record is in memory at a time (of Parquet and plain text one batch or part), so memory
+does not grow with the file.
+
+A `Container` is a file whose kind is known. Its `payloads` yields every record undecoded, with its number; its `value`
+decodes one payload. The two are separate so that another process can do the second.
 """
 
 import codecs
@@ -23,18 +26,23 @@ from typing import BinaryIO, NamedTuple
 
 from common.errors import UserError, read_text
 
-LONGEST = 128 << 20  # bytes of a record, or of a JSON file that is one object
-MANY = 1 << 20  # bytes from which a record's values are counted
-VALUES = 3_000_000  # that it may hold; as objects they take 30 times its bytes
+MAX_RECORD_BYTES = 128 << 20  # of one record, or of a JSON file that is one object
+# As Python objects the values of a record take 30 times its bytes, so their number is limited as well. They are counted
+# only in records of more than COUNT_VALUES_FROM bytes.
+MAX_VALUES = 3_000_000
+COUNT_VALUES_FROM = 1 << 20
 PART = 4 << 20  # characters of a plain text that are read at a time
-HEAD = 1 << 16  # bytes that are looked at to tell what a file is
-PACKED = {".gz": "gzip", ".zst": "zstandard"}
-CLASS_NAMES = "classes.txt"  # beside a CSV of numbered classes: their names
-KNOWN = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".md")
+HEAD_BYTES = 1 << 16  # read from the start of a file to recognize its kind
+CLASS_NAMES = "classes.txt"  # a file next to a CSV of numbered classes: their names
+COMPRESSED_SUFFIXES = (".gz", ".zst")
+KNOWN_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".md")
 
 
 class Text(NamedTuple):
-    """A part of a plain-text file; a long one comes in several, cut where a line begins."""
+    """One part of a plain-text file. A long file is read as several parts, cut at the start of a line if it has any.
+
+    first, last: whether this is the first or the last part of its file.
+    """
 
     text: str
     first: bool
@@ -43,120 +51,170 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class Container:
+    """A file whose kind is known.
+
+    kind: JSON, JSONL, CSV, TSV, Parquet or TXT; of a compressed file with the compression, as in "JSONL in gzip".
+    unit: what the numbers of `payloads` count: "line", "record" or "row".
+    """
+
     path: Path
-    kind: str  # JSON, JSONL, CSV, TSV, Parquet or TXT; with the compression: "JSONL in gzip"
-    unit: str  # what `number` counts: line, record or row
+    kind: str
+    unit: str
 
     def payloads(self) -> Iterator[tuple[int, object]]:
-        """(number from 1, payload) of each record. Raises UserError where the file ends to make sense."""
+        """Yields (number, payload) for each record; numbers begin at 1.
+
+        Raises UserError at the place from which on the file can't be read.
+        """
         kind = self.kind.split()[0]
         if kind == "Parquet":
             yield from _parquet_rows(self.path)
             return
-        read = {"JSONL": _lines, "JSON": _json_values, "CSV": _rows, "TSV": _rows, "TXT": _text_parts}[kind]
+        readers = {"JSONL": _lines, "JSON": _json_values, "CSV": _table_rows, "TSV": _table_rows, "TXT": _text_parts}
         stream, _ = _open(self.path)
-        with stream, _intact(self.path):
-            yield from read(stream, self)
+        with stream, _report_damage(self.path):
+            yield from readers[kind](stream, self)
 
     def value(self, number: int, payload: object) -> object:
-        """The value of a payload: of a JSONL's line, its JSON."""
+        """Returns the value of a payload: for a line of JSONL the decoded JSON, for other kinds the payload itself.
+
+        Raises UserError that names the record: not UTF-8, not JSON, or too many values.
+        """
         if not isinstance(payload, bytes):
             return payload
-        where = self.place(number)
-        if len(payload) > MANY and sum(map(payload.count, (b",", b"[", b"{"))) > VALUES:
-            raise _too_many(where)
+        place = self.place(number)
+        if len(payload) > COUNT_VALUES_FROM and sum(map(payload.count, (b",", b"[", b"{"))) > MAX_VALUES:
+            raise _too_many_values(place)
         try:
             line = payload.decode("utf-8").strip()
         except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 at byte {error.start + 1} of the line; save it as UTF-8") from None
-        value, end = decode(line, 0, where)
+            raise UserError(f"{place}: not UTF-8 at byte {error.start + 1} of the line; save it as UTF-8") from None
+        value, end = decode(line, 0, place)
         if end < len(line):
-            raise _not_json(where, line, SPACE.match(line, end).end(), "more after the record's end")
+            rest = SPACE.match(line, end).end()
+            raise _not_json(place, line, rest, "more after the record's end")
         return value
 
     def place(self, number: int) -> str:
+        """Returns the name of a record for messages, as in "FILE line 3"."""
         return f"{self.path} {self.unit} {number}"
 
 
 def open_containers(path: Path | str) -> tuple[list[Container], int]:
-    """The containers of a file, or of a folder's files of known kinds in the order of their names; and how many others
-    there are in the folder."""
+    """Recognizes a file, or all files of a folder and its subfolders.
+
+    Returns the containers, in the order of the files' names, and the number of other files in the folder, which are of
+    no known kind. Raises UserError if a file can't be recognized, or a folder holds no file of a known kind.
+    """
     path = Path(path)
     if not path.is_dir():
-        return [_look(path)], 0
-    found, others, seen = [], 0, set()
+        return [_recognize(path)], 0
+    paths = []
+    num_others = 0
+    visited = set()
     for folder, folders, names in os.walk(path, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if (real := os.path.realpath(folder)) in seen:  # a link that leads back
+        # A symbolic link may lead back to a folder that was visited already.
+        real_folder = os.path.realpath(folder)
+        if real_folder in visited:
             folders[:] = []
             continue
-        seen.add(real)
-        tables = any(_suffix(Path(name)) in (".csv", ".tsv") for name in names)
-        for name in sorted(name for name in names if not name.startswith(".")):
-            about = name.upper().startswith(("README", "LICENSE", "LICENCE")) or (name == CLASS_NAMES and tables)
-            if _suffix(Path(name)) in KNOWN and not about:
-                found.append(Path(folder, name))
+        visited.add(real_folder)
+        names = sorted(name for name in names if not name.startswith("."))
+        has_tables = any(_suffix(Path(name)) in (".csv", ".tsv") for name in names)
+        for name in names:
+            is_class_names = name == CLASS_NAMES and has_tables
+            is_about_data = name.upper().startswith(("README", "LICENSE", "LICENCE")) or is_class_names
+            if _suffix(Path(name)) in KNOWN_SUFFIXES and not is_about_data:
+                paths.append(Path(folder, name))
             else:
-                others += 1
-    if not found:
-        raise UserError(f"{path}: holds no file of a known kind ({', '.join(KNOWN)}, each maybe with .gz or .zst)")
-    return [_look(each) for each in found], others
+                num_others += 1
+    if not paths:
+        suffixes = ", ".join(KNOWN_SUFFIXES)
+        raise UserError(f"{path}: holds no file of a known kind ({suffixes}, each also with .gz or .zst)")
+    return [_recognize(each) for each in paths], num_others
 
 
 def _suffix(path: Path) -> str:
-    return (Path(path.stem) if path.suffix.lower() in PACKED else path).suffix.lower()
+    """Returns the suffix in lower case, without that of a compression."""
+    if path.suffix.lower() in COMPRESSED_SUFFIXES:
+        path = Path(path.stem)
+    return path.suffix.lower()
 
 
-# ---- what a file is ----
+# ---- the kind of a file ----
 
 
-def _look(path: Path) -> Container:
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: is no regular file, and would have to be read more than once; save it first")
-    try:
-        stream, packing = _open(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    with stream, _intact(path):
-        parts = [stream.read(HEAD)]
-        while parts[-1] and not parts[-1].removeprefix(codecs.BOM_UTF8).strip() and len(parts) * HEAD < LONGEST:
-            parts.append(stream.read(HEAD))  # blank so far
-    head, packed = b"".join(parts), f" in {packing}" if packing else ""
+def _recognize(path: Path) -> Container:
+    """Returns the container of a file. Raises UserError if it is missing, empty or of no known kind."""
+    head, compression = _read_head(path)
+    in_compression = f" in {compression}" if compression else ""
+
+    # Binary files, which are recognized by their first bytes.
     if head[:4] == b"PAR1":
-        if packed:
-            raise UserError(f"{path}: Parquet{packed}; Parquet is compressed inside, unpack the file")
+        if compression:
+            raise UserError(f"{path}: Parquet{in_compression}; Parquet is compressed itself, unpack the file")
         return Container(path, "Parquet", "row")
-    if packed and _packing(head[:4]):
-        raise UserError(f"{path}: holds {_packing(head[:4])} inside{packed}; unpack it once")
+    if compression:
+        inner = _compression(head[:4])
+        if inner:
+            raise UserError(f"{path}: compressed twice, {inner}{in_compression}; unpack it once")
     if head[:4] == b"PK\x03\x04":
         raise UserError(f"{path}: a zip archive, or an Excel workbook; unpack it, or export it as CSV")
+
+    # Text that is not UTF-8, or is none.
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{path}: not UTF-8 at byte 0 but UTF-16; save it as UTF-8")
     text = head.removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace")
     if not text or text.isspace():
         raise UserError(f"{path}: is empty")
-    if "\0" in text:  # UTF-16 without its mark has one at every other place
+    # UTF-16 without a byte order mark has a NUL at every other place.
+    if "\0" in text:
         _check_utf8(path, head)
         raise UserError(f"{path}: holds a NUL at character {text.index(chr(0)) + 1}; save it as UTF-8 text")
+
+    # Tables and plain text go by the name, JSON and JSONL by the first characters.
     suffix = _suffix(path)
     if suffix in (".csv", ".tsv"):
-        return Container(path, suffix[1:].upper() + packed, "row")
+        return Container(path, suffix[1:].upper() + in_compression, "row")
     if suffix in (".txt", ".md") and not re.match(r'\s*(\[\s*)?\{\s*"', text):
-        return Container(path, "TXT" + packed, "record")
+        return Container(path, "TXT" + in_compression, "record")
     start = SPACE.match(text).end()
     if text[start] == "[":
-        return Container(path, "JSON" + packed, "record")
+        return Container(path, "JSON" + in_compression, "record")
     if text[start] == "{":
-        line, end, rest = text[start:].partition("\n")
-        one_object = (end and _goes_on(line)) or (not rest.strip() and len(head) < HEAD and _by_id(line))
-        return Container(path, ("JSON" if one_object else "JSONL") + packed, "record" if one_object else "line")
+        line, line_end, rest = text[start:].partition("\n")
+        is_only_line = not rest.strip() and len(head) < HEAD_BYTES
+        if (line_end and _continues_on_next_line(line)) or (is_only_line and _is_object_of_objects(line)):
+            return Container(path, "JSON" + in_compression, "record")
+        return Container(path, "JSONL" + in_compression, "line")
+
     _check_utf8(path, head)
-    line = text.count("\n", 0, start) + 1
-    found = repr(text[start : start + 10])
+    line_number = text.count("\n", 0, start) + 1
     raise UserError(
-        f"{path} line {line}: found {found}; not JSON (a list), nor JSONL (an object a line), nor a .txt, .md, .csv or"
-        " .tsv"
+        f"{path} line {line_number}: found {text[start : start + 10]!r}; not JSON (a list), nor JSONL (an object a"
+        " line), nor a .txt, .md, .csv or .tsv"
     )
+
+
+def _read_head(path: Path) -> tuple[bytes, str | None]:
+    """Returns the first bytes of a file, decompressed, and its compression. The head of a file that begins with blanks
+    is longer, up to the first bytes that are not blank."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no regular file, and would have to be read more than once; save it first")
+    try:
+        stream, compression = _open(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    with stream, _report_damage(path):
+        chunks = [stream.read(HEAD_BYTES)]
+        while len(chunks) * HEAD_BYTES < MAX_RECORD_BYTES:
+            at_end = not chunks[-1]
+            is_blank = not chunks[-1].removeprefix(codecs.BOM_UTF8).strip()
+            if at_end or not is_blank:
+                break
+            chunks.append(stream.read(HEAD_BYTES))
+    return b"".join(chunks), compression
 
 
 def _check_utf8(path: Path, head: bytes) -> None:
@@ -166,8 +224,8 @@ def _check_utf8(path: Path, head: bytes) -> None:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
 
 
-def _goes_on(line: str) -> bool:
-    """Whether a line begins a JSON object that the next one goes on with."""
+def _continues_on_next_line(line: str) -> bool:
+    """True if a line is the beginning of a JSON object that is not closed yet."""
     try:
         json.loads(line)
     except json.JSONDecodeError as error:
@@ -177,8 +235,8 @@ def _goes_on(line: str) -> bool:
     return False
 
 
-def _by_id(line: str) -> bool:
-    """Whether a file's only line is an object of objects."""
+def _is_object_of_objects(line: str) -> bool:
+    """True if a file's only line is a JSON object whose values are all objects: records by an id."""
     try:
         value = json.loads(line)
     except (RecursionError, ValueError):
@@ -190,39 +248,46 @@ def _all_objects(value: dict) -> bool:
     return bool(value) and all(isinstance(each, dict) for each in value.values())
 
 
-def _packing(start: bytes) -> str | None:
-    skippable = start[1:] == b"\x2a\x4d\x18" and start[0] >> 4 == 5  # a frame that zstd may begin with
-    return "gzip" if start[:2] == b"\x1f\x8b" else "zstandard" if start == b"\x28\xb5\x2f\xfd" or skippable else None
+def _compression(start: bytes) -> str | None:
+    """Returns "gzip", "zstandard" or None, by the first four bytes of a file."""
+    if start[:2] == b"\x1f\x8b":
+        return "gzip"
+    # zstandard may begin with a skippable frame, whose first byte is 0x50 to 0x5F (RFC 8878).
+    is_skippable_frame = start[1:] == b"\x2a\x4d\x18" and start[0] >> 4 == 5
+    if start == b"\x28\xb5\x2f\xfd" or is_skippable_frame:
+        return "zstandard"
+    return None
 
 
 @contextlib.contextmanager
-def _intact(path: Path) -> Iterator[None]:
-    """Around reading a file that may be packed: what its end or its checksum says becomes one line."""
+def _report_damage(path: Path) -> Iterator[None]:
+    """Turns the errors of a decompressor (an early end, a wrong checksum) into a UserError of one line."""
     try:
         yield
     except (EOFError, zlib.error, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # the system's word, not that of what unpacks
+        # An error with a number is the operating system's, not the decompressor's.
+        if getattr(error, "errno", None) is not None:
             raise
         raise UserError(f"{path}: damaged or cut off, {_one_line(error)}") from None
 
 
 def _open(path: Path) -> tuple[BinaryIO, str | None]:
-    """The file's bytes, unpacked where it is packed, and how it was."""
+    """Opens a file for reading its decompressed bytes. Returns the stream, and the compression or None."""
     with open(path, "rb") as file:
-        packing = _packing(file.read(4))
-    if packing == "gzip":
-        return gzip.open(path, "rb"), packing
-    if packing == "zstandard":
+        compression = _compression(file.read(4))
+    if compression == "gzip":
+        return gzip.open(path, "rb"), compression
+    if compression == "zstandard":
         import pyarrow
 
-        # buffered: pyarrow's own stream has no readline
-        unpacked = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
-        return io.BufferedReader(_Raw(unpacked), 1 << 18), packing
-    return open(path, "rb", buffering=1 << 18), packing
+        # pyarrow's own stream has no readline, so it is wrapped in a buffered reader.
+        decompressed = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+        return io.BufferedReader(_RawStream(decompressed), 1 << 18), compression
+    return open(path, "rb", buffering=1 << 18), compression
 
 
-class _Raw(io.RawIOBase):
-    """pyarrow's stream as one that io.BufferedReader takes."""
+class _RawStream(io.RawIOBase):
+    """Makes of pyarrow's stream one that io.BufferedReader accepts."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -236,127 +301,161 @@ class _Raw(io.RawIOBase):
         return len(data)
 
 
-# ---- the kinds ----
+# ---- one reader for each kind ----
 
 
 def _lines(stream: BinaryIO, container: Container) -> Iterator[tuple[int, bytes]]:
-    """JSONL: its lines but blank ones, undecoded. Only \\n ends one: U+2028 may stand inside a JSON string."""
+    """Yields the lines of JSONL, undecoded, without the blank ones.
+
+    Only \\n ends a line: U+2028 may be part of a JSON string.
+    """
     for number in count(1):
-        line = stream.readline(LONGEST + 1)
-        if len(line) > LONGEST:
+        line = stream.readline(MAX_RECORD_BYTES + 1)
+        if len(line) > MAX_RECORD_BYTES:
             raise _too_long(container.place(number))
         if not line:
             return
-        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if line.strip():
             yield number, line
 
 
 def _json_values(stream: BinaryIO, container: Container) -> Iterator[tuple[int, object]]:
-    """A list's values one at a time, so that each fault is laid at its record's door; or the one object's, or its
-    values where all are objects themselves (by an id)."""
-    text = _Buffer(stream, container.path)
+    """Yields the values of a JSON file.
+
+    Of a list each element, decoded one at a time, so that an error names the record that caused it. Of an object its
+    values if all of them are objects (records by an id), else the object itself.
+    """
+    text = _JSONWindow(stream, container.path)
     text.skip_space()
     if text.peek() == "{":
         value = text.decode(str(container.path))
         if text.skip_space():
-            raise text.fault(str(container.path), "more after the object's end")
-        yield from enumerate(value.values() if _all_objects(value) else [value], 1)
+            raise text.error(str(container.path), "more after the object's end")
+        records = value.values() if _all_objects(value) else [value]
+        yield from enumerate(records, 1)
         return
     text.at += 1
     for number in count(1):
-        where = container.place(number)
+        place = container.place(number)
         text.skip_space()
         if number == 1 and text.peek() == "]":
             break
-        yield number, text.decode(where)
+        yield number, text.decode(place)
         text.skip_space()
         if text.peek() != ",":
             break
         text.at += 1
     if text.peek() != "]":
-        raise text.fault(where, "a comma or ] is wanted")
+        raise text.error(place, "a comma or ] is wanted")
     text.at += 1
     if text.skip_space():
-        raise text.fault(str(container.path), "more after the list's end")
+        raise text.error(str(container.path), "more after the list's end")
 
 
-class _Buffer:
-    """A window of a text that moves over it: `text` from where nothing is needed any more, `at` in it."""
+class _JSONWindow:
+    """A window that moves over the text of a JSON file, so that the file is never in memory as a whole.
+
+    text: the part of the file in memory. at: the position in it up to which it has been decoded.
+    lines, column: line ends before `text`, and characters between the last of them and `text`; for messages.
+    """
 
     def __init__(self, stream: BinaryIO, path: Path):
-        self.chunks, self.text, self.at, self.where = _decoded(stream, path), "", 0, str(path)
-        self.ended, self.lines, self.column = False, 0, 0  # of what is gone: line ends, characters after the last
+        self.chunks = _decoded(stream, path)
+        self.text = ""
+        self.at = 0
+        self.place = str(path)
+        self.ended = False
+        self.lines = 0
+        self.column = 0
 
-    def more(self) -> None:
-        """Lets go what lies before `at` and reads on: as much again as there is, so that long records take no square
-        of their length."""
+    def read_more(self) -> None:
+        """Drops the text before `at` and reads on.
+
+        It reads as many characters as are left, so that the time for a long record, which is decoded anew after each
+        call, does not grow with the square of its length.
+        """
         self.check_size()
-        gone = self.text[: self.at]
-        if "\n" in gone:
-            self.lines, self.column = self.lines + gone.count("\n"), len(gone) - gone.rfind("\n") - 1
+        passed = self.text[: self.at]
+        if "\n" in passed:
+            self.lines += passed.count("\n")
+            self.column = len(passed) - passed.rfind("\n") - 1
         else:
-            self.column += len(gone)
-        parts, wanted = [self.text[self.at :]], max(1, len(self.text) - self.at)
-        while wanted > 0 and not self.ended:
+            self.column += len(passed)
+        parts = [self.text[self.at :]]
+        missing = max(1, len(self.text) - self.at)
+        while missing > 0 and not self.ended:
             chunk = next(self.chunks, None)
-            self.ended = chunk is None
-            parts.append(chunk or "")
-            wanted -= len(parts[-1])
-        self.text, self.at = "".join(parts), 0
+            if chunk is None:
+                self.ended = True
+            else:
+                parts.append(chunk)
+                missing -= len(chunk)
+        self.text = "".join(parts)
+        self.at = 0
 
     def check_size(self) -> None:
-        """Before a value that is not at its end yet gets more room."""
-        size = (len(self.text) - self.at) * (1 if self.text.isascii() else 4)
-        if size > LONGEST:
-            raise _too_long(self.where)
-        if size > MANY and sum(map(self.text.count, ",[{")) > VALUES:
-            raise _too_many(self.where)
+        """Raises UserError if a value whose end has not been read yet is too large already."""
+        bytes_per_character = 1 if self.text.isascii() else 4
+        size = (len(self.text) - self.at) * bytes_per_character
+        if size > MAX_RECORD_BYTES:
+            raise _too_long(self.place)
+        if size > COUNT_VALUES_FROM and sum(map(self.text.count, ",[{")) > MAX_VALUES:
+            raise _too_many_values(self.place)
 
     def peek(self) -> str:
+        """Returns the next character, or "" at the end of what has been read."""
         return self.text[self.at : self.at + 1]
 
     def skip_space(self) -> bool:
-        """Moves to what is no space; whether there is any."""
+        """Moves to the next character that is no white space. True if there is one."""
         while True:
             self.at = SPACE.match(self.text, self.at).end()
             if self.at < len(self.text) or self.ended:
                 return self.at < len(self.text)
-            self.more()
+            self.read_more()
 
-    def decode(self, where: str) -> object:
-        """The JSON value that begins here."""
-        self.where = where
+    def decode(self, place: str) -> object:
+        """Returns the JSON value that begins here, and moves behind it. place: the record's name, for messages."""
+        self.place = place
         while True:
             try:
                 value, end = DECODER.raw_decode(self.text, self.at)
-                if end - self.at > LONGEST:
-                    raise _too_long(where)
+                if end - self.at > MAX_RECORD_BYTES:
+                    raise _too_long(place)
                 self.at = end
                 return value
             except json.JSONDecodeError as error:
-                # a value that is cut off by the window's end fails there, or says where its string began
+                # A value that the window's end cuts off fails near that end, except that an unterminated string is
+                # reported at its start.
                 near_end = error.pos >= len(self.text) - 12 or error.msg.startswith("Unterminated")
                 if self.ended or not near_end:
                     self.at = error.pos
-                    raise self.fault(where, error.msg) from None
-                self.more()
+                    raise self.error(place, error.msg) from None
+                self.read_more()
             except RecursionError:
-                raise UserError(f"{where}: JSON nested too deep") from None
-            except ValueError as error:  # _refuse_constant's
-                raise UserError(f"{where}: {error}") from None
+                raise UserError(f"{place}: JSON nested too deep") from None
+            except ValueError as error:  # of _refuse_constant or _refuse_duplicate_keys
+                raise UserError(f"{place}: {error}") from None
 
-    def fault(self, where: str, why: str) -> UserError:
-        return _not_json(where, self.text, self.at, why, self.lines, self.column)
+    def error(self, place: str, why: str) -> UserError:
+        """Returns the error for a fault at `at`, with its line and column in the whole file."""
+        return _not_json(place, self.text, self.at, why, self.lines, self.column)
 
 
-def _rows(stream: BinaryIO, container: Container) -> Iterator[tuple[int, dict]]:
-    """CSV (RFC 4180) and TSV: an object a row by the names in the first one, all of it strings. Without names: that of
-    Zhang et al. 2015, the number of a class, then texts; names of the classes are read from a classes.txt beside it."""
-    csv.field_size_limit(LONGEST)
+def _table_rows(stream: BinaryIO, container: Container) -> Iterator[tuple[int, dict]]:
+    """Yields the rows of CSV (RFC 4180) or TSV as objects of strings, with the names in the first row as keys.
+
+    A file whose first row begins with a number has no names. It is read as one of Zhang et al. 2015: the number of a
+    class, then texts; the names of the classes are read from a classes.txt in the same folder, if there is one.
+    """
+    csv.field_size_limit(MAX_RECORD_BYTES)
     delimiter = "\t" if container.kind.startswith("TSV") else ","
     rows = csv.reader(_text_lines(stream, container.path), delimiter=delimiter, strict=True)
-    names, number = None, 0
+    names = None
+    classes = None  # of a file without names of columns: the names of its classes
+    number = 0
     while True:
         try:
             row = next(rows)
@@ -364,17 +463,23 @@ def _rows(stream: BinaryIO, container: Container) -> Iterator[tuple[int, dict]]:
             return
         except csv.Error as error:
             raise UserError(f"{container.place(number + 1)}: {_one_line(error)}") from None
-        if not row or (len(row) == 1 and not row[0].strip() and (names is None or len(names) > 1)):
-            continue  # a blank line, unless an empty text
+        # A row of one blank field is a blank line, except in a table of one column, where it is an empty text.
+        one_blank_field = len(row) == 1 and not row[0].strip()
+        if not row or (one_blank_field and (names is None or len(names) > 1)):
+            continue
+
+        # The first row says what the columns are.
         if names is None:
             if row[0].isdecimal() and len(row) > 1:
-                names, classes = ["label", *["text"] * (len(row) - 1)], _class_names(container.path)
+                names = ["label", *["text"] * (len(row) - 1)]
+                classes = _class_names(container.path)
             else:
-                names, classes = [name.strip() for name in row], None
-                _no_column_twice(container.path, names)
+                names = [name.strip() for name in row]
+                _refuse_duplicate_columns(container.path, names)
                 if len(names) == 1 and ";" in names[0]:
-                    raise UserError(f"{container.path}: its columns are parted by semicolons; commas are wanted")
+                    raise UserError(f"{container.path}: its columns are separated by semicolons; commas are wanted")
                 continue
+
         number += 1
         if len(row) != len(names):
             raise UserError(f"{container.place(number)}: has {len(row)} columns, {len(names)} are wanted")
@@ -390,30 +495,38 @@ def _rows(stream: BinaryIO, container: Container) -> Iterator[tuple[int, dict]]:
 
 
 def _class_names(path: Path) -> list[str]:
-    beside = path.parent / CLASS_NAMES
-    return read_text(beside, HEAD).rstrip("\n").split("\n") if beside.is_file() else []
+    """Returns the lines of the classes.txt in a table's folder; empty if there is no such file."""
+    file = path.parent / CLASS_NAMES
+    if not file.is_file():
+        return []
+    return read_text(file, HEAD_BYTES).rstrip("\n").split("\n")
 
 
-def _no_column_twice(path: Path, names: list[str]) -> None:
-    name, count = Counter(names).most_common(1)[0] if names else ("", 0)
-    if count > 1:
+def _refuse_duplicate_columns(path: Path, names: list[str]) -> None:
+    if not names:
+        return
+    name, occurrences = Counter(names).most_common(1)[0]
+    if occurrences > 1:
         raise UserError(f"{path}: two columns are called {name[:40]!r}")
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """A row group at a time. Classes that `datasets` wrote as numbers get their names back."""
+    """Yields the rows of a Parquet file, read a batch at a time.
+
+    Classes that the library `datasets` wrote as numbers are replaced by their names.
+    """
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _no_column_twice(path, file.schema_arrow.names)
-            names = _class_columns(file.schema_arrow.metadata or {})
+            _refuse_duplicate_columns(path, file.schema_arrow.names)
+            class_columns = _class_columns(file.schema_arrow.metadata or {})
             for batch in file.iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
                     number += 1
-                    for column, classes in names.items():
+                    for column, classes in class_columns.items():
                         if type(row.get(column)) is int and 0 <= row[column] < len(classes):
                             row[column] = classes[row[column]]
                     yield number, row
@@ -422,6 +535,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _class_columns(metadata: dict) -> dict[str, list[str]]:
+    """Returns {column: names of its classes}, from the metadata that `datasets` writes into Parquet files."""
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
         return {name: list(f["names"]) for name, f in features.items() if f.get("_type") == "ClassLabel"}
@@ -430,114 +544,144 @@ def _class_columns(metadata: dict) -> dict[str, list[str]]:
 
 
 def _text_parts(stream: BinaryIO, container: Container) -> Iterator[tuple[int, Text]]:
-    """The whole text, in parts where it is long."""
-    waiting, done, first, number = "", 0, True, 1
+    """Yields the text of a plain-text file; in several parts if it is longer than PART characters."""
+    unread = ""
+    num_characters = 0
+    first = True
+    number = 1
     for chunk in _decoded(stream, container.path):
-        if "\0" in chunk:  # UTF-16 without its mark is valid UTF-8, with a NUL at every other place
-            at = done + chunk.index("\0") + 1
+        # UTF-16 without a byte order mark is valid UTF-8, with a NUL at every other place.
+        if "\0" in chunk:
+            at = num_characters + chunk.index("\0") + 1
             raise UserError(f"{container.path}: holds a NUL at character {at}; save it as UTF-8 text")
-        done += len(chunk)
-        waiting += chunk
-        if len(waiting) > PART:
-            cut = waiting.rfind("\n", 0, -1) + 1 or len(waiting) - 1
-            yield number, Text(_line_ends(waiting[:cut]), first, False)
-            waiting, first, number = waiting[cut:], False, number + 1
-    yield number, Text(_line_ends(waiting), first, True)
+        num_characters += len(chunk)
+        unread += chunk
+        if len(unread) > PART:
+            cut = unread.rfind("\n", 0, -1) + 1 or len(unread) - 1
+            yield number, Text(_normalize_line_ends(unread[:cut]), first, False)
+            unread = unread[cut:]
+            first = False
+            number += 1
+    yield number, Text(_normalize_line_ends(unread), first, True)
 
 
-def _line_ends(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+def _normalize_line_ends(text: str) -> str:
+    if "\r" not in text:
+        return text
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-# ---- bytes to text, text to JSON ----
+# ---- from bytes to text, from text to JSON ----
 
 
 def _decoded(stream: BinaryIO, path: Path) -> Iterator[str]:
-    """UTF-8 to text, in chunks, without byte order mark."""
-    decoder, done, first = codecs.getincrementaldecoder("utf-8")(), 0, True
+    """Yields the text of a UTF-8 file in chunks, without its byte order mark."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    num_bytes = 0
+    first = True
     while True:
         data = stream.read(1 << 20)
-        held = decoder.getstate()[0]  # bytes of a character that the last chunk began
+        pending = decoder.getstate()[0]  # bytes of a character that the previous chunk began
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            at = done - len(held) + error.start
+            at = num_bytes - len(pending) + error.start
             raise UserError(f"{path}: not UTF-8 at byte {at}; save it as UTF-8") from None
-        done += len(data)
+        num_bytes += len(data)
         if first:
-            text, first = text.removeprefix("\ufeff"), False
+            text = text.removeprefix("\ufeff")
+            first = False
         if not data:
             return
         yield text
 
 
 def _text_lines(stream: BinaryIO, path: Path) -> Iterator[str]:
-    waiting, size = [], 0
+    """Yields the lines of a UTF-8 file, each with its line end."""
+    parts = []  # of the line whose end has not been read yet
+    size = 0  # characters in them
     for chunk in _decoded(stream, path):
         if "\0" in chunk:
             raise UserError(f"{path}: holds a NUL; save it as UTF-8 text")
         first, *lines = chunk.split("\n")
-        waiting.append(first)
+        parts.append(first)
         size += len(first)
         for line in lines:
-            yield "".join(waiting) + "\n"
-            waiting, size = [line], len(line)
-        if size > LONGEST:
+            yield "".join(parts) + "\n"
+            parts = [line]
+            size = len(line)
+        if size > MAX_RECORD_BYTES:
             raise _too_long(str(path))
-    if last := "".join(waiting):
+    last = "".join(parts)
+    if last:
         yield last
 
 
-def decode(text: str, at: int, where: str) -> tuple[object, int]:
-    """The JSON value that starts at position `at`, and the position after it."""
+def decode(text: str, at: int, place: str) -> tuple[object, int]:
+    """Returns the JSON value that begins at position `at`, and the position after it.
+
+    Raises UserError that names the place. place: the record's name, for messages.
+    """
     try:
         return DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
-        raise _not_json(where, error.doc, error.pos, error.msg) from None
+        raise _not_json(place, error.doc, error.pos, error.msg) from None
     except RecursionError:
-        raise UserError(f"{where}: JSON nested too deep") from None
-    except ValueError as error:  # _refuse_constant's
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{place}: JSON nested too deep") from None
+    except ValueError as error:  # of _refuse_constant or _refuse_duplicate_keys
+        raise UserError(f"{place}: {error}") from None
 
 
-def _not_json(where: str, text: str, at: int, why: str, lines: int = 0, column: int = 0) -> UserError:
-    """lines, column: of what stood before `text`."""
-    cut = at >= len(text.rstrip()) or why.startswith("Unterminated string")
+def _not_json(place: str, text: str, at: int, why: str, lines: int = 0, column: int = 0) -> UserError:
+    """Returns the error for JSON that is wrong at position `at` of `text`.
+
+    lines, column: line ends before `text`, and characters between the last of them and `text`.
+    """
+    is_cut = at >= len(text.rstrip()) or why.startswith("Unterminated string")
+    fault = "JSON cut off" if is_cut else "not JSON"
     line = lines + text.count("\n", 0, at) + 1
-    column = at - text.rfind("\n", 0, at) + (column if "\n" not in text[:at] else 0)
-    place = f"line {line} column {column}" if lines or "\n" in text else f"column {column}"
-    return UserError(f"{where}: {'JSON cut off' if cut else 'not JSON'} at {place} ({why})")
+    column_in_text = at - text.rfind("\n", 0, at)
+    if "\n" in text[:at]:
+        column = 0
+    column += column_in_text
+    where = f"line {line} column {column}" if lines or "\n" in text else f"column {column}"
+    return UserError(f"{place}: {fault} at {where} ({why})")
 
 
-def _too_long(where: str) -> UserError:
-    return UserError(f"{where}: longer than {LONGEST >> 20} MB, too much for a record; is it one a line?")
+def _too_long(place: str) -> UserError:
+    megabytes = MAX_RECORD_BYTES >> 20
+    return UserError(f"{place}: longer than {megabytes} MB, too much for a record; put each on a line of its own")
 
 
-def _too_many(where: str) -> UserError:
-    return UserError(f"{where}: holds more than {VALUES:,} values, too many for a record")
+def _too_many_values(place: str) -> UserError:
+    return UserError(f"{place}: holds more than {MAX_VALUES:,} values, too many for a record")
 
 
 def _one_line(error: Exception) -> str:
+    """Returns the words of an error on one line, of at most 120 characters."""
     return " ".join(str(error).split())[:120]
 
 
 def _refuse_constant(name: str):
+    """Refuses NaN and Infinity, which Python's decoder would accept."""
     raise ValueError(f"{name} is not JSON; write null, a string or a number")
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    """An object of which no key stands twice, for one of the two would be lost."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
+def _refuse_duplicate_keys(pairs: list[tuple[str, object]]) -> dict:
+    """Returns the object of these pairs. Raises ValueError if a key occurs twice, for one value would be lost."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
         key = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"key {key[:40]!r} stands twice in an object")
-    return made
+    return value
+
+
+def _parse_int(digits: str) -> int | float:
+    """Returns the number; a float if it has 20 characters or more, because int() itself raises beyond 4,300 digits."""
+    return int(digits) if len(digits) < 20 else float(digits)
 
 
 SPACE = re.compile(r"\s*")
-# Whole numbers of 20 digits and more become floats: int() itself raises beyond 4,300 digits.
 DECODER = json.JSONDecoder(
-    parse_constant=_refuse_constant,
-    parse_int=lambda s: int(s) if len(s) < 20 else float(s),
-    object_pairs_hook=_unique,
+    parse_constant=_refuse_constant, parse_int=_parse_int, object_pairs_hook=_refuse_duplicate_keys
 )

@@ -1,7 +1,8 @@
-"""A message in any dialect of chat data, read into one; and the words for what else a stranger's record holds.
+"""Reads a message of any dialect of chat data into one form, and names what is wrong with a stranger's record.
 
-`read_message` takes OpenAI's messages (tool calls with arguments as object or string, content in parts, thoughts,
-weights) and ShareGPT's turns. Everything that can't be read is a UserError that names the place and the fault.
+`read_message` reads the messages of OpenAI (tool calls whose arguments are an object or a string, content in parts,
+thoughts, weights) and of ShareGPT. Below it stand the checks that every format uses: types of fields, unknown keys,
+text that no tokenizer could encode. What can't be read is a UserError that names the place and the fault.
 """
 
 import difflib
@@ -13,195 +14,262 @@ from common.errors import UserError
 from dataset.readers import DECODER, Text
 
 ROLES = ("system", "user", "assistant", "tool")
+# The names that other dialects have for these roles.
 SAME_ROLE = {
     "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant",
     "bing": "assistant", "bot": "assistant", "model": "assistant", "function_call": "assistant", "developer": "system",
     "function": "tool", "observation": "tool", "ipython": "tool", "function_response": "tool",
 }  # fmt: skip
-# Keys that say to train something else than what is read here (not this answer, not this turn, only with these tools):
-# to ignore them would be silent damage. Null, empty, and weight 1 say nothing.
-CHANGES_MEANING = {"label", "weight", "tools", "functions", "tool_calls", "function_call"}
-CHANGES_MEANING |= {"train", "loss", "masked", "loss_mask", "chosen", "rejected"}
-
-
-# ---- a message, in any dialect ----
-
-
-def read_message(message: object, where: str, ignored: dict, source: str) -> tuple[dict, float]:
-    """A message as `Record` has it, and its weight."""
-    message = require_object(message, where)
-    said, names = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
-    calls = message.get("tool_calls") or message.get("function_call")
-    known = (said, names, *MESSAGE_KEYS)
-    note_extra_keys(message, known, where, ignored, f"{source}.")
-    role = require_field(message, said, str, where)
-    is_call = role == "function_call"
-    role = SAME_ROLE.get(role, role)
-    if role not in ROLES:
-        raise UserError(f"{where}: role {quote_names([role])} is unknown; known: {', '.join(ROLES)}")
-    turn, thought = {"role": role}, message.get("reasoning_content") or message.get("thinking")
-    if is_call:
-        calls = json_in(require_field(message, names, str, where), f"{where}: {names}")
-    elif isinstance(message.get(names), list):
-        content, called, thoughts = read_parts(message[names], where)
-        calls, thought = calls or called, thought or thoughts
-        if content or not calls:
-            turn["content"] = content
-    elif message.get(names) is not None or not calls:
-        turn["content"] = require_field(message, names, str, where)
-    if calls or thought:
-        if role != "assistant":
-            raise UserError(f"{where}: {'a tool call' if calls else 'a thought'} of the {role}; only assistants have")
-        if thought:
-            turn["reasoning_content"] = require_field({"reasoning_content": thought}, "reasoning_content", str, where)
-        if calls:
-            turn.setdefault("content", "")  # templates ask for it
-            calls = calls if isinstance(calls, list) else [calls]
-            turn["tool_calls"] = [read_call(call, where) for call in calls]
-    if role == "tool":
-        turn |= {key: require_field(message, key, str, where) for key in ("name", "tool_call_id") if message.get(key)}
-    elif message.get("name") is not None:
-        ignored[f"{source}.name"] = True
-    weight = weight_of(message, where)
-    if role != "assistant" and weight not in (0.0, 1.0):
-        raise UserError(f"{where}: a weight on a turn of the {role}, which is not trained; put it on an answer")
-    return turn, weight
-
-
+# The keys of a message that are read, or that say nothing about the training, besides those of its role and content.
 MESSAGE_KEYS = (
     "weight", "name", "tool_call_id", "tool_calls", "function_call", "reasoning_content", "thinking", "refusal",
 )  # fmt: skip
+# Keys that ask for another training than the one that is done here (not of this answer, not of this message, only with
+# these tools). To ignore them would be silent damage, so they are refused; but null, empty, and weight 1 ask for
+# nothing.
+CHANGES_MEANING = {"label", "weight", "tools", "functions", "tool_calls", "function_call"}
+CHANGES_MEANING |= {"train", "loss", "masked", "loss_mask", "chosen", "rejected"}
+MAX_DEPTH = 100  # of objects and lists in each other, in tools and arguments
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+# ---- a message ----
+
+
+def read_message(message: object, where: str, ignored: dict, source: str) -> tuple[dict, float]:
+    """Reads one message of any dialect.
+
+    message: the value in the file.
+    where: the place of the message, for errors.
+    ignored: names of keys without a meaning here; those of this message are added.
+    source: the record's key that holds the messages; ignored keys are named "source.KEY".
+
+    Returns the message as `Record` has it, and its weight. Raises UserError that names the place and the fault.
+    """
+    message = require_object(message, where)
+    role_key, content_key = "role", "content"
+    if "from" in message and "role" not in message:  # ShareGPT
+        role_key, content_key = "from", "value"
+    note_extra_keys(message, (role_key, content_key, *MESSAGE_KEYS), where, ignored, f"{source}.")
+
+    role = require_field(message, role_key, str, where)
+    content_is_call = role == "function_call"
+    role = SAME_ROLE.get(role, role)
+    if role not in ROLES:
+        raise UserError(f"{where}: role {quote_names([role])} is unknown; known: {', '.join(ROLES)}")
+
+    # The content is a tool call in JSON, or a list of typed parts, or a string. It may be null beside tool calls.
+    result = {"role": role}
+    calls = message.get("tool_calls") or message.get("function_call")
+    thought = message.get("reasoning_content") or message.get("thinking")
+    if content_is_call:
+        calls = json_in(require_field(message, content_key, str, where), f"{where}: {content_key}")
+    elif isinstance(message.get(content_key), list):
+        content, calls_in_parts, thoughts_in_parts = read_parts(message[content_key], where)
+        calls = calls or calls_in_parts
+        thought = thought or thoughts_in_parts
+        if content or not calls:
+            result["content"] = content
+    elif message.get(content_key) is not None or not calls:
+        result["content"] = require_field(message, content_key, str, where)
+
+    # Tool calls and thoughts, which only the assistant has.
+    if (calls or thought) and role != "assistant":
+        what = "a tool call" if calls else "a thought"
+        raise UserError(f"{where}: {what} of the {role}; only the assistant can have one")
+    if thought:
+        result["reasoning_content"] = require_field({"reasoning_content": thought}, "reasoning_content", str, where)
+    if calls:
+        result.setdefault("content", "")  # chat templates read it
+        if not isinstance(calls, list):
+            calls = [calls]
+        result["tool_calls"] = [read_call(call, where) for call in calls]
+
+    if role == "tool":
+        for key in ("name", "tool_call_id"):
+            if message.get(key):
+                result[key] = require_field(message, key, str, where)
+    elif message.get("name") is not None:
+        ignored[f"{source}.name"] = True
+
+    weight = weight_of(message, where)
+    if role != "assistant" and weight not in (0.0, 1.0):
+        raise UserError(f"{where}: a weight on a message of the {role}, which is not trained; put it on an answer")
+    return result, weight
 
 
 def read_parts(parts: list, where: str) -> tuple[str, list, str]:
-    """Content in typed parts: its text, its tool calls, its thoughts."""
-    text, calls, thoughts = [], [], []
+    """Reads a content that is a list of typed parts. Returns its text, its tool calls and its thoughts."""
+    texts, calls, thoughts = [], [], []
     for part in parts:
         kind = require_object(part, f"{where}: a part of content").get("type")
-        value = next((part[key] for key in (kind, "text", "value") if isinstance(key, str) and key in part), None)
+        # The value stands at the key that the type names, or at "text" or "value".
+        value = None
+        for key in (kind, "text", "value"):
+            if isinstance(key, str) and key in part:
+                value = part[key]
+                break
         if kind == "tool_call":
-            calls.append(json_in(value, f"{where}: tool_call") if isinstance(value, str) else value)
+            if isinstance(value, str):
+                value = json_in(value, f"{where}: tool_call")
+            calls.append(value)
         elif kind in ("text", "reasoning", "thinking"):
             if not isinstance(value, str):
                 raise UserError(f"{where}: a {kind} part of content holds {type_name(value)}, a string is wanted")
-            (text if kind == "text" else thoughts).append(without_surrogate(value, f"{where}: content"))
+            without_surrogate(value, f"{where}: content")
+            if kind == "text":
+                texts.append(value)
+            else:
+                thoughts.append(value)
         else:
             raise UserError(
                 f"{where}: content holds a part of type {quote_names([str(kind)])}; text is what is trained"
             )
-    return "".join(text), calls, "\n".join(thoughts)
+    return "".join(texts), calls, "\n".join(thoughts)
 
 
 def read_call(call: object, where: str) -> dict:
-    """{"type": "function", "function": {"name", "arguments": object}}, and the id where there is one."""
+    """Returns {"type": "function", "function": {"name", "arguments": object}}, with the "id" in front if there is one.
+
+    call: an object of this form, or only its "function"; arguments may be JSON in a string.
+    """
     call = require_object(call, f"{where}: a tool call")
     function = require_object(call.get("function", call), f"{where}: a tool call")
-    name, arguments = require_field(function, "name", str, f"{where}: a tool call"), function.get("arguments")
+    name = require_field(function, "name", str, f"{where}: a tool call")
+    place = f"{where}: arguments of {name[:40]}"
+    arguments = function.get("arguments")
     if isinstance(arguments, str):
-        arguments = json_in(arguments, f"{where}: arguments of {name[:40]}") if arguments.strip() else {}
-    arguments = require_object({} if arguments is None else arguments, f"{where}: arguments of {name[:40]}")
-    plain = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    without_surrogate(arguments, f"{where}: arguments of {name[:40]}")
-    return ({"id": without_surrogate(call["id"], f"{where}: id")} if isinstance(call.get("id"), str) else {}) | plain
+        arguments = json_in(arguments, place) if arguments.strip() else {}
+    if arguments is None:
+        arguments = {}
+    arguments = require_object(arguments, place)
+    without_surrogate(arguments, place)
+    result = {}
+    if isinstance(call.get("id"), str):
+        result["id"] = without_surrogate(call["id"], f"{where}: id")
+    return result | {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def json_in(text: str, what: str) -> object:
-    """The value of JSON that stands in a string."""
+    """Returns the value of JSON in a string. Raises UserError if it is none. what: a name of the string, for errors."""
+    text_without_space = text.strip()
     try:
-        value, end = DECODER.raw_decode(text.strip())
-        if end == len(text.strip()):
+        value, end = DECODER.raw_decode(text_without_space)
+        if end == len(text_without_space):
             return value
     except (ValueError, RecursionError):
         pass
     raise UserError(f"{what} is no JSON: {text[:60]!r}")
 
 
-# ---- what every format must satisfy ----
+# ---- checks that every format uses ----
 
 
 def weight_of(record: dict, where: str) -> float:
+    """Returns the weight of a record or message: its "weight", by default 1.0. Raises UserError if it is no number."""
     weight = record.get("weight")
     if weight is None or weight == "":
         return 1.0
-    with_number = weight
-    if isinstance(weight, str):  # of a CSV
+    number = weight
+    if isinstance(weight, str):  # in a CSV everything is a string
         try:
-            with_number = float(weight)
+            number = float(weight)
         except ValueError:
-            with_number = None
-    if isinstance(with_number, bool) or not isinstance(with_number, (int, float)) or not 0 <= with_number <= 1e6:
+            number = None
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number <= 1e6:
         raise UserError(f"{where}: weight is {str(weight)[:40]}, a number from 0 to 1,000,000 is wanted")
-    return float(with_number)
+    return float(number)
 
 
 def require_object(value: object, where: str) -> dict:
+    """Returns the value. Raises UserError if it is no object."""
     if not isinstance(value, dict):
         raise UserError(f"{where}: is {type_name(value)}, an object is wanted")
     return value
 
 
 def require_field(record: dict, key: str, kind: type, where: str):
-    """record[key], which must be there and of that type."""
+    """Returns record[key]. Raises UserError if it is missing, not of type `kind`, or a string with a surrogate."""
     if key not in record:
         raise UserError(f"{where}: no {key}, found {quote_names(record)}")
     value = record[key]
     if not isinstance(value, kind):
         raise UserError(f"{where}: {key} is {type_name(value)}, {KINDS[kind]} is wanted")
-    return without_surrogate(value, f"{where}: {key}") if kind is str else value
+    if kind is str:
+        return without_surrogate(value, f"{where}: {key}")
+    return value
 
 
 def without_surrogate(value, what: str):
-    """The value. JSON can spell half of a UTF-16 pair, which is no character: no tokenizer could encode it."""
+    """Returns the value, a string or any JSON. Raises UserError if there is a surrogate in it.
+
+    JSON can spell half of a UTF-16 surrogate pair, which is no character: no tokenizer could encode it.
+    """
     text = value
     if not isinstance(value, str):
         try:
             check_depth(value, what)
             text = json.dumps(value, ensure_ascii=False)
-        except TypeError as error:  # of Parquet
-            raise UserError(f"{what}: {error}, as JSON has it") from None
-    if not text.isascii() and (half := SURROGATE.search(text)):
-        raise UserError(f"{what} holds a lone surrogate {half[0]!a} at character {half.start() + 1}; mend it")
+        except TypeError as error:  # Parquet has types that JSON has not
+            raise UserError(f"{what}: {error}") from None
+    if text.isascii():
+        return value
+    half = SURROGATE.search(text)
+    if half:
+        raise UserError(f"{what} holds a lone surrogate {half[0]!a} at character {half.start() + 1}; correct it")
     return value
 
 
 def check_depth(value: object, what: str) -> None:
-    layer, depth = [value], 0
+    """Raises UserError if more than MAX_DEPTH objects and lists are nested in each other."""
+    layer = [value]
+    depth = 0
     while layer:
-        if depth > DEEPEST:
-            raise UserError(f"{what}: nested over {DEEPEST} deep")
-        inside = [each.values() if isinstance(each, dict) else each for each in layer if isinstance(each, (dict, list))]
-        layer, depth = [each for part in inside for each in part], depth + 1
-
-
-DEEPEST = 100  # of tools and arguments
+        if depth > MAX_DEPTH:
+            raise UserError(f"{what}: nested over {MAX_DEPTH} deep")
+        next_layer = []
+        for each in layer:
+            if isinstance(each, dict):
+                next_layer.extend(each.values())
+            elif isinstance(each, list):
+                next_layer.extend(each)
+        layer = next_layer
+        depth += 1
 
 
 def note_extra_keys(record: dict, known: tuple[str, ...], where: str, ignored: dict, prefix: str = "") -> None:
-    """Adds keys beside the known ones to `ignored`; refuses one that is a known key mistyped, or changes meaning."""
+    """Adds the keys of a record that are not in `known` to `ignored`, each with the prefix.
+
+    Raises UserError for a key that changes what is trained, and for one that looks like a known key mistyped.
+    """
     for key, value in record.items():
         if key in known:
             continue
         if key in CHANGES_MEANING and value not in (None, "", "[]", [], {}) and (key, value) != ("weight", 1):
-            raise UserError(f"{where}: key {key!r} changes what is learnt and has no meaning here; remove it"
-                            " to train without")  # fmt: skip
+            raise UserError(
+                f"{where}: key {key!r} changes what is trained, and is not supported here; remove it to train without"
+            )
         name = prefix + SURROGATE.sub("\ufffd", str(key))
         if name not in ignored:
-            if hint := closest_key([key], known, record):
+            hint = closest_key([key], known, record)
+            if hint:
                 raise UserError(f"{where}: unknown key {quote_names([key])}{hint}")
-            ignored[name] = True  # a dict as an ordered set
+            ignored[name] = True  # a dict serves as an ordered set
 
 
-def closest_key(keys: Iterable[str], wanted: Iterable[str], record: dict) -> str:
-    """The end of an error message, where one of the keys is nearly a wanted key that the record lacks; else empty."""
-    missing = [key for key in wanted if key not in record]
+def closest_key(keys: Iterable[str], expected: Iterable[str], record: dict) -> str:
+    """Returns the end of an error message if one of the keys is nearly an expected key that the record lacks.
+
+    Otherwise it returns "".
+    """
+    missing = [key for key in expected if key not in record]
     for key in list(keys)[:50]:
-        # 0.8 passes a slip of one letter in five; at difflib's own 0.6 "context" would be "text".
-        if near := difflib.get_close_matches(str(key).lower(), missing, n=1, cutoff=0.8):
-            return f"; {quote_names([key])} looks like {near[0]!r} mistyped"
+        # 0.8 passes a slip of one letter in five. At difflib's default of 0.6 "context" would be taken for "text".
+        matches = difflib.get_close_matches(str(key).lower(), missing, n=1, cutoff=0.8)
+        if matches:
+            return f"; {quote_names([key])} looks like {matches[0]!r} mistyped"
     return ""
 
-
-SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 # ---- words for what a stranger's file holds ----
 
@@ -210,11 +278,14 @@ KINDS |= {Text: "plain text", int: "a number", float: "a number"}
 
 
 def type_name(value: object) -> str:
+    """Returns the name of a value's type with its article, as JSON calls it: "a string"."""
     return KINDS.get(type(value), f"a {type(value).__name__}")
 
 
 def quote_names(names: Iterable[str]) -> str:
-    """Keys or roles on one line: quoted, escaped, cut to 40 characters, the first eight."""
+    """Returns the first eight of some keys or roles on one line, each quoted, escaped and cut to 40 characters."""
     names = list(names)
     listed = ", ".join(repr(str(name)[:40]) for name in names[:8]) or "none"
-    return listed + (f" and {len(names) - 8:,} more" if len(names) > 8 else "")
+    if len(names) > 8:
+        listed += f" and {len(names) - 8:,} more"
+    return listed

@@ -463,7 +463,7 @@ BAD_RECORDS = {  # name: (a good record, the bad one that stands third among suc
     "tools of Alpaca": (ALPACA, ALPACA | {"tools": [{"name": "f"}]}, ["key 'tools' changes"]),
     "a rejected answer": (CHAT, CHAT | {"label": False}, ["key 'label' changes"]),
     "a class": ({"text": "a"}, {"text": "a", "label": 0}, ["key 'label' changes"]),
-    "a user's turn of weight 2": (CHAT, message_of(weight=2), ["message 1: a weight on a turn of the user"]),
+    "a user's turn of weight 2": (CHAT, message_of(weight=2), ["message 1: a weight on a message of the user"]),
     "a negative weight": (ALPACA, ALPACA | {"weight": -1}, ["weight is -1, a number from 0"]),
     "a turn not to be trained": (CHAT, message_of(train=False), ["message 1: key 'train' changes"]),
     "a user's tool call": (CHAT, message_of(tool_calls=[{"name": "f"}]), ["message 1: a tool call of the user"]),

@@ -3,9 +3,9 @@
     python evaluate.py loss  --data FILE [--model M] [--adapter DIR] [--versus base|MODEL|ADAPTER]
     python evaluate.py exact --data FILE ...
 
-`loss` asks how probable the model finds the reference answers (evals/loss.py). `exact` lets the model answer and counts
-the answers that equal the reference (evals/exact_match.py). This file reads the command line, loads what it names and
-prints a row for each model.
+`loss` asks how probable the model finds the reference answers (evals/loss.py). `exact` lets the
+model answer and counts the answers that equal the reference (evals/exact_match.py). This file reads
+the command line, loads what it names and prints a row for each model.
 """
 
 import argparse
@@ -90,9 +90,11 @@ def main() -> None:
 
 
 def records_with_references(source: Source, limit: int | None) -> list[Record]:
-    """Reads the first `limit` records (None: all) that hold a good answer to compare with, and prints what was read.
+    """Reads the first `limit` records (None: all) that hold a good answer to compare with, and
+    prints what was read.
 
-    Raises UserError where there is none, or where the first one has no reference: before a model is loaded for it.
+    Raises UserError where there is none, or where the first one has no reference: before a model is
+    loaded for it.
     """
     stats = ReadStats()
     good = (record for record in source.records(stats) if record.label is not False)
@@ -105,7 +107,8 @@ def records_with_references(source: Source, limit: int | None) -> list[Record]:
 
 
 def pick_targets(args: argparse.Namespace) -> list[Target]:
-    """Returns what is measured, in order: what --versus names, if it is given, then what --model and --adapter name."""
+    """Returns what is measured, in order: what --versus names, if it is given, then what --model
+    and --adapter name."""
     folder = base_folder(args.model, args.adapter)
     mine = Target("adapter" if args.adapter else "model", folder, args.adapter)
     if args.versus is None:
@@ -145,7 +148,8 @@ def encode_file(
 
 
 def digest_of_ids(dataset: Dataset) -> str:
-    """Returns a hash of a dataset's ids: equal for equal ids, whatever integer type the vocabulary's size asks for."""
+    """Returns a hash of a dataset's ids: equal for equal ids, whatever integer type the
+    vocabulary's size asks for."""
     digest = hashlib.sha256()
     for example in dataset.examples:
         digest.update(np.int64(len(example.ids)))
@@ -183,9 +187,11 @@ def print_exact(results: dict[str, ExactResult], show: int) -> None:
 
 
 def print_table(results: dict[str, dict[str, float]], columns: dict[str, str]) -> None:
-    """Prints a row for each target and, for two targets, their difference: the second one minus the first.
+    """Prints a row for each target and, for two targets, their difference: the second one minus the
+    first.
 
-    results: for each target, its numbers by column. columns: the format of each column's numbers, by its heading.
+    results: for each target, its numbers by column. columns: the format of each column's numbers,
+    by its heading.
     """
     rows = [["", *columns]]
     for name, result in results.items():
@@ -198,7 +204,8 @@ def print_table(results: dict[str, dict[str, float]], columns: dict[str, str]) -
 
 
 def print_misses(name: str, result: ExactResult, show: int) -> None:
-    """Prints the first `show` wrong answers of a target, each with its question and its reference, on a line each."""
+    """Prints the first `show` wrong answers of a target, each with its question and its reference,
+    on a line each."""
     misses = [i for i, hit in enumerate(result.hits) if not hit][:show]
     if misses:
         print(f"\n{name}: {len(misses)} of {result.total - result.right:,} wrong answers")
@@ -224,32 +231,35 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "what",
         choices=["loss", "exact"],
-        help="loss: how probable the model finds the reference answers, as the mean of -log p for each token (in nats,"
-        " lower is better) and as perplexity, its exponential. exact: the model writes the answers itself, always"
-        " taking the most probable token, and an answer is right if it equals the reference, apart from spaces and"
-        " line ends around it; this takes longer, and is for tasks with one right answer",
+        help="loss: how probable the model finds the reference answers, as the mean of -log p for"
+        " each token (in nats, lower is better) and as perplexity, its exponential. exact: the"
+        " model writes the answers itself, always taking the most probable token, and an answer is"
+        " right if it equals the reference, apart from spaces and line ends around it; this takes"
+        " longer, and is for tasks with one right answer",
     )
     add(
         "--data",
         metavar="FILE",
         required=True,
-        help="file of examples that the model was not trained on, in any format that train.py reads; required. exact"
-        " takes conversations, and the last message of the assistant is the reference",
+        help="file of examples that the model was not trained on, in any format that train.py"
+        " reads; required. exact takes conversations, and the last message of the assistant is the"
+        " reference",
     )
     add(
         "--map",
         metavar="FILE.py:NAME",
-        help="a Python function of yours that changes every record before it is read: from a record to a record of a"
-        " known format, to a list of them, or to None to leave the record out; default: none. Give the one that you"
-        " gave to train.py",
+        help="a Python function of yours that changes every record before it is read: from a"
+        " record to a record of a known format, to a list of them, or to None to leave the record"
+        " out; default: none. Give the one that you gave to train.py",
     )
     add("--limit", type=int, metavar="N", help="use only the first N records, for a quick look; default: all of them")
     add(
         "--seq-len",
         type=int,
         metavar="N",
-        help="loss: longest example, in tokens; a longer one is shortened or left out, which is counted and printed;"
-        " default: the most that the model takes. Lower it if memory runs out, or give the value that train.py had",
+        help="loss: longest example, in tokens; a longer one is shortened or left out, which is"
+        " counted and printed; default: the most that the model takes. Lower it if memory runs"
+        " out, or give the value that train.py had",
     )
 
     group = parser.add_argument_group("the model")
@@ -257,9 +267,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--versus",
         metavar="X",
-        help="a second model to compare with. base: the model without --adapter, or the model that a --model made by"
-        " train.py was trained from; otherwise a model as --model takes it, or an adapter folder. It is measured first,"
-        " and the last row of the table is the change from it to your model; default: no comparison",
+        help="a second model to compare with. base: the model without --adapter, or the model that"
+        " a --model made by train.py was trained from; otherwise a model as --model takes it, or"
+        " an adapter folder. It is measured first, and the last row of the table is the change"
+        " from it to your model; default: no comparison",
     )
 
     add = parser.add_argument_group("answers of exact").add_argument
@@ -274,8 +285,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--show",
         type=int,
         metavar="K",
-        help="exact: how many wrong answers of each model are printed, with question and reference; 0: none; default:"
-        f" {SHOWN_MISSES}",
+        help="exact: how many wrong answers of each model are printed, with question and"
+        f" reference; 0: none; default: {SHOWN_MISSES}",
     )
 
     add = parser.add_argument_group("speed and memory").add_argument
@@ -283,9 +294,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--batch-size",
         type=int,
         metavar="N",
-        help="examples that are computed at a time; the results are the same up to rounding; default:"
-        f" {BATCH_SIZE['loss']} for loss, {BATCH_SIZE['exact']} for exact. Lower it if memory runs out; a higher one"
-        " may be faster on a GPU",
+        help="examples that are computed at a time; the results are the same up to rounding;"
+        f" default: {BATCH_SIZE['loss']} for loss, {BATCH_SIZE['exact']} for exact. Lower it if"
+        " memory runs out; a higher one may be faster on a GPU",
     )
     args = cli.parse_args(parser, argv)
     check_arguments(args)
@@ -295,7 +306,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises UserError for a number out of its range, and for a flag that the chosen measurement does not use."""
+    """Raises UserError for a number out of its range, and for a flag that the chosen measurement
+    does not use."""
     minimum = {"limit": 1, "batch_size": 1, "seq_len": 2, "max_new_tokens": 1, "show": 0}
     belongs_to = {"max_new_tokens": "exact", "show": "exact", "seq_len": "loss"}
     for option, least in minimum.items():

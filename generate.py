@@ -1,21 +1,24 @@
-"""Chat with a model at the terminal, or let it answer or go on once.
+"""Chats with a model at the terminal, answers one prompt, or continues a text.
 
     python generate.py --adapter runs/1/final                     chat; /reset forgets, /quit or Ctrl-D ends
     python generate.py --adapter red=runs/1/final blue=runs/2/final       two on one base; /adapter blue switches
     python generate.py --prompt "Name three rivers." --seed 1 --temperature 0.7
     cat draft.txt | python generate.py --complete                 all of stdin is one prompt
 
-What the model says streams as it comes, a character as soon as all its bytes are there. The answer alone goes to
-stdout; what was loaded, to stderr. Control characters in an answer (but newline and tab) are dropped: text from a model
-must not drive the terminal.
+An answer is printed while it is generated, a character as soon as all its bytes are there. Only the
+answer goes to stdout; the lines that say what was loaded go to stderr. Control characters in an
+answer, other than newline and tab, are not printed: a text that a model writes must not control the
+terminal.
 """
 
 import argparse
+import math
 import sys
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -29,205 +32,383 @@ from interop.resolve import base_folder
 from model import Transformer
 from tokenizer import Tokenizer
 
+MAX_NEW_TOKENS = 256  # the default of --max-new-tokens
+LOOKUP_LIMIT = 1000  # --lookup must be below it
+
 
 def main() -> None:
     args = arguments()
     device = pick_device(args.device)
-    dtype, why = pick_dtype(args.dtype, device)
+    dtype, reason = pick_dtype(args.dtype, device)
     prompt = args.prompt
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.buffer.read().decode(errors="surrogateescape").removesuffix("\n")
     if prompt is not None:
         check_prompt(prompt)
-    model, adapters, name = load(args, device, dtype, prompt is None)
+    model, adapters, name = load_model_and_adapters(args, device, dtype, can_switch=prompt is None)
     tokenizer = adapters.tokenizer
-    template = "no template, raw text" if args.complete else f"template {tokenizer.template_name}"
-    log(f"{name}, {str(dtype).removeprefix('torch.')} on {device.type} ({why}), {template}")
+    template = "no chat template, raw text" if args.complete else f"chat template {tokenizer.template_name}"
+    log(f"{name}, {str(dtype).removeprefix('torch.')} on {device.type} ({reason}), {template}")
     if prompt is None:
         chat(model, adapters, args)
     else:
-        print_answer(answer(model, tokenizer, opening(args, prompt), args))
+        print_answer(answer(model, tokenizer, first_messages(args, prompt), args))
+
+
+# ---- the model and its adapters ----
+
+
+class LoadedAdapter(NamedTuple):
+    """An adapter in memory, off the model.
+
+    layers: its layers by name, as lora.remove_lora returns them. tokenizer: the one that it was
+    trained with.
+    """
+
+    layers: dict
+    tokenizer: Tokenizer
 
 
 @dataclass
 class Adapters:
-    """Several adapters on one base, of which one, or none (""), is on it."""
+    """Several adapters of one base model, of which at most one is on the model."""
 
     model: Transformer
-    held: dict[str, tuple[dict, Tokenizer]]  # by name: the layers, and the tokenizer that goes with them
-    merge: bool  # while it is on, an adapter is a part of the weights
-    switches: bool  # another one may be asked for
-    on: str = ""
+    by_name: dict[str, LoadedAdapter]  # "" stands for no adapter
+    merge: bool  # the adapter on the model is added to its weights
+    can_switch: bool  # another adapter may follow, so that a merge must be undone exactly
+    active: str = ""
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self.held[self.on][1]
+        """The tokenizer of the adapter that is on the model."""
+        return self.by_name[self.active].tokenizer
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the adapters."""
+        return [name for name in self.by_name if name]
 
     def switch(self, name: str) -> None:
-        if name not in self.held:
-            raise UserError(
-                f"/adapter {name}: no such adapter; there are {', '.join(filter(None, self.held))} and none"
-            )
-        if self.merge and self.on:
+        """Takes the active adapter off the model and puts the one called `name` on; "" means none."""
+        if name not in self.by_name:
+            choices = ", ".join([*self.names, "none"])
+            raise UserError(f"/adapter {name}: there is no adapter with this name; choose one of {choices}")
+        if self.merge and self.active:
             lora.unmerge(self.model)
         lora.remove_lora(self.model)
-        self.on = name
-        lora.restore_lora(self.model, self.held[name][0])
+        self.active = name
+        lora.restore_lora(self.model, self.by_name[name].layers)
         if self.merge and name:
-            lora.merge(self.model, keep=self.switches)
+            lora.merge(self.model, keep=self.can_switch)
 
 
-def load(args, device: torch.device, dtype: torch.dtype, switches: bool) -> tuple[Transformer, Adapters, str]:
-    """The base, its adapters with the first one on, and a name for what was loaded."""
-    named = [name_adapter(typed) for typed in args.adapter or []]
-    folder = base_folder(args.model, named[0][1] if named else None, log)
-    adapters = Adapters(load_model(folder, dtype, device, args.quant), {}, args.merge, switches)
-    for name, path in named:
-        if name in adapters.held:
-            raise UserError(f"--adapter: two are called {name}; give them names, as red={path}")
-        lora.put_adapter_on(adapters.model, path, log)
+def load_model_and_adapters(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, can_switch: bool
+) -> tuple[Transformer, Adapters, str]:
+    """Loads the base model and the adapters of --adapter. can_switch: /adapter may ask for another
+    one later.
+
+    Returns the model with the first adapter on it, all adapters, and a text that names what was
+    loaded.
+    Raises UserError where two adapters have the same name.
+    """
+    named_folders = [split_adapter_name(word) for word in args.adapter or []]
+    first_name, first_folder = named_folders[0] if named_folders else ("", None)
+    base = base_folder(args.model, first_folder, log)
+    adapters = Adapters(load_model(base, dtype, device, args.quant), {}, args.merge, can_switch)
+    for name, folder in named_folders:
+        if name in adapters.by_name:
+            raise UserError(f"--adapter: two are called {name}; give them names, as red={folder}")
+        lora.put_adapter_on(adapters.model, folder, log)
         layers = lora.remove_lora(adapters.model)
-        adapters.held[name] = layers, resolve.pick_tokenizer(folder, path, args.template)
-    if switches or not named:  # a tokenizer takes seconds, and a single answer needs one
-        adapters.held[""] = {}, resolve.pick_tokenizer(folder, None, args.template)
-    adapters.switch(named[0][0] if named else "")
-    kind = " (merged)" if args.merge else ""
-    return adapters.model, adapters, " + ".join([str(folder), *(f"{path}{kind}" for _, path in named[:1])])
+        adapters.by_name[name] = LoadedAdapter(layers, resolve.pick_tokenizer(base, folder, args.template))
+    # A tokenizer takes seconds to load, and a single answer needs only one.
+    if can_switch or not named_folders:
+        adapters.by_name[""] = LoadedAdapter({}, resolve.pick_tokenizer(base, None, args.template))
+    adapters.switch(first_name)
+    description = str(base)
+    if first_folder is not None:
+        description += f" + {first_folder}{' (merged)' if args.merge else ''}"
+    return adapters.model, adapters, description
 
 
-def name_adapter(typed: str) -> tuple[str, str]:
-    """(name, folder) of NAME=DIR, or of DIR: then its folder's name, of a run's final/ or best/ the run's."""
-    name, equals, path = typed.partition("=")
-    if equals and not Path(typed).exists():
-        return name, path
-    path = Path(typed).resolve()
-    return (path.parent if path.name in ("final", "best") else path).name, typed
+def split_adapter_name(word: str) -> tuple[str, str]:
+    """Returns (name, folder) of NAME=DIR, or of DIR alone.
+
+    DIR alone is called like its folder; final/ and best/ of a run are called like the run's folder.
+    """
+    name, equals, folder = word.partition("=")
+    if equals and not Path(word).exists():
+        return name, folder
+    path = Path(word).resolve()
+    if path.name in ("final", "best"):
+        path = path.parent
+    return path.name, word
 
 
 def log(line: str) -> None:
+    """Prints a line to stderr, since stdout is for answers."""
     print(line, file=sys.stderr, flush=True)
 
 
+# ---- conversations ----
+
+
 def chat(model: Transformer, adapters: Adapters, args: argparse.Namespace) -> None:
-    """Turn after turn with what was said before; with --complete, each line alone."""
+    """Answers what is typed, with all messages before it as context; with --complete, each line
+    without context."""
     log("/reset forgets, /quit or Ctrl-D ends, Ctrl-C stops an answer")
     if args.adapter:
-        log(f"/adapter NAME switches: {', '.join(filter(None, adapters.held))} or none")
+        log(f"/adapter NAME switches to another adapter: {', '.join(adapters.names)} or none")
     history: list[dict[str, str]] = []
     while True:
         try:
             typed = input("> ").strip()
         except EOFError:
-            return print()
-        except KeyboardInterrupt:  # meant for an answer that had just ended
+            print()
+            return
+        except KeyboardInterrupt:
+            # The Ctrl-C was meant for an answer that had just ended.
             print()
             continue
-        command, _, name = typed.partition(" ")
+        command, _, argument = typed.partition(" ")
         if typed == "/quit":
             return
-        if typed == "/reset" or not typed:
-            history = [] if typed else history
+        if typed == "/reset":
+            history = []
+        if typed in ("/reset", ""):
             continue
-        turns = opening(args, typed) if args.complete or not history else [*history, {"role": "user", "content": typed}]
         try:
             if command == "/adapter":
-                if name:
-                    adapters.switch("" if name.strip() == "none" else name.strip())
-                log(f"adapter: {adapters.on or 'none'}; what was said before stays")
+                switch_adapter(adapters, argument.strip())
                 continue
             check_prompt(typed)
-            said = print_answer(answer(model, adapters.tokenizer, turns, args), stoppable=True)
-        except UserError as error:  # too long by now, perhaps: the conversation stays as it was
+            if args.complete or not history:
+                messages = first_messages(args, typed)
+            else:
+                messages = [*history, {"role": "user", "content": typed}]
+            text = print_answer(answer(model, adapters.tokenizer, messages, args), stoppable=True)
+        except UserError as error:
+            # The conversation may have become too long. It stays as it was, and /reset helps.
             log(f"error: {error}")
             continue
-        history = [] if args.complete else [*turns, {"role": "assistant", "content": said}]
+        history = [] if args.complete else [*messages, {"role": "assistant", "content": text}]
 
 
-def opening(args: argparse.Namespace, prompt: str) -> list[dict[str, str]] | str:
-    """The first turns of a conversation, or the raw text."""
+def switch_adapter(adapters: Adapters, name: str) -> None:
+    """Carries out /adapter NAME: switches, where a name is given, and says which adapter is on the
+    model."""
+    if name:
+        adapters.switch("" if name == "none" else name)
+    log(f"adapter: {adapters.active or 'none'}; the conversation continues")
+
+
+def first_messages(args: argparse.Namespace, prompt: str) -> list[dict[str, str]] | str:
+    """Returns the messages that begin a conversation: --system and the prompt. With --complete, the
+    prompt as it is."""
     if args.complete:
         return prompt
-    system = [{"role": "system", "content": args.system}] if args.system else []
-    return [*system, {"role": "user", "content": prompt}]
+    messages = [{"role": "user", "content": prompt}]
+    if args.system:
+        messages.insert(0, {"role": "system", "content": args.system})
+    return messages
 
 
 def answer(
-    model: Transformer, tokenizer: Tokenizer, turns: list[dict[str, str]] | str, args: argparse.Namespace
+    model: Transformer, tokenizer: Tokenizer, messages: list[dict[str, str]] | str, args: argparse.Namespace
 ) -> Iterator[str]:
-    """Pieces of text as they are generated, none of which ends inside a character."""
-    if isinstance(turns, str):
-        prompt = tokenizer.encode(turns, bos=tokenizer.adds_bos)
+    """Yields the answer in parts while it is generated; no part ends inside a character.
+
+    messages: a conversation whose last message is the user's, or a text to continue.
+    """
+    is_text = isinstance(messages, str)
+    if is_text:
+        prompt = tokenizer.encode(messages, bos=tokenizer.adds_bos)
     else:
-        prompt, _ = tokenizer.render(turns, add_generation_prompt=True)
-    settings = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
-    settings |= {"repetition_penalty": args.repetition_penalty, "stop": tokenizer.stop_ids, "lookup": args.lookup}
-    new = (step[0][1] for step in model.stream([prompt], args.max_new_tokens, **settings))
-    ids = (id for id in new if id not in tokenizer.stop_ids)
-    return tokenizer.stream(ids, skip_special=True, first=not isinstance(turns, str))
+        prompt, _ = tokenizer.render(messages, add_generation_prompt=True)
+    steps = model.stream(
+        [prompt],
+        args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        repetition_penalty=args.repetition_penalty,
+        stop=tokenizer.stop_ids,
+        lookup=args.lookup,
+    )
+    # A step holds (number of the prompt, id) of each prompt that is not finished; here there is one
+    # prompt.
+    new_ids = (step[0][1] for step in steps)
+    ids = (id for id in new_ids if id not in tokenizer.stop_ids)
+    return tokenizer.stream(ids, skip_special=True, first=not is_text)
 
 
-def print_answer(pieces: Iterator[str], stoppable: bool = False) -> str:
-    """Prints the pieces as they come and a line end; returns what was said, up to Ctrl-C if it may be stopped."""
-    said = ""
+def print_answer(parts: Iterator[str], stoppable: bool = False) -> str:
+    """Prints the parts as they come, and a line end. stoppable: Ctrl-C ends the answer and not the
+    program.
+
+    Returns the text, up to Ctrl-C, with the control characters that are not printed.
+    """
+    text = ""
     try:
-        for piece in pieces:
-            said += piece
-            print("".join(c for c in piece if c in "\n\t" or unicodedata.category(c) != "Cc"), end="", flush=True)
+        for part in parts:
+            text += part
+            shown = "".join(c for c in part if c in "\n\t" or unicodedata.category(c) != "Cc")
+            print(shown, end="", flush=True)
     except KeyboardInterrupt:
         if not stoppable:
             raise
     print()
-    return said
+    return text
 
 
 def check_prompt(prompt: str) -> None:
+    """Raises UserError for a prompt that is empty or not UTF-8."""
     if not prompt.strip():
         raise UserError("the prompt is empty: give --prompt TEXT, or type one")
-    if any("\ud800" <= c <= "\udfff" for c in prompt):  # what bytes that are no UTF-8 become on a command line
-        raise UserError("the prompt is no UTF-8 text; save or type it as UTF-8")
+    # Python stands a lone surrogate in the place of a byte that is not UTF-8.
+    if any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise UserError("the prompt is not UTF-8 text; save or type it as UTF-8")
+
+
+# ---- the command line ----
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="generate.py", description="Chat, answer or go on.", allow_abbrev=False)
-    resolve.add_model_flags(parser, several=True)
-    add = parser.add_argument
-    add("--merge", action="store_true", help="add the adapter to the weights: faster, rounded to their dtype")
-    add("--prompt", metavar="TEXT", help="answer this and end (default: what is piped in, else a chat)")
-    add("--system", metavar="TEXT", help="the system turn (default: the template's own)")
-    add("--complete", action="store_true", help="go on with raw text, without the chat template")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0, the default: always the likeliest token")
-    add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest (default: all)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest of mass P (default: 1)")
-    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 repeats less (default: 1)")
-    add("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    """Parses the command line. Raises UserError naming the flag that is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="generate.py",
+        description="Chats with a model at the terminal, answers one prompt (--prompt), or continues a text"
+        " (--complete).",
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("the model")
+    resolve.add_model_flags(group, several=True)
+    group.add_argument(
+        "--merge",
+        action="store_true",
+        help="add the adapter to the base's weights, rounded to --dtype: answers come faster and"
+        " may differ a little. The merged weights of a base in 4 bits (--quant) are in --dtype,"
+        " and take its memory; default: the adapter is computed beside the weights",
+    )
+
+    add = parser.add_argument_group("what is answered").add_argument
     add(
-        "--lookup", type=int, default=0, metavar="N", help="guess N tokens ahead from the text: faster where it repeats"
+        "--prompt",
+        metavar="TEXT",
+        help="answer this text, and end; default: the text that is piped in, all of it as one"
+        " prompt; without one, a chat, where each answer sees what was said before",
+    )
+    add(
+        "--system",
+        metavar="TEXT",
+        help="system message: instructions before the conversation, such as the ones that the"
+        " model was trained with; default: that of the chat template, if it has one",
+    )
+    add(
+        "--complete",
+        action="store_true",
+        help="continue the text as it stands, without a chat template, for models that were"
+        " trained on plain text; in a chat, each line is then continued by itself; default: the"
+        " text is the message of a user",
+    )
+
+    add = parser.add_argument_group("how it is answered").add_argument
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=MAX_NEW_TOKENS,
+        metavar="N",
+        help="longest answer, in tokens; default: %(default)s. Raise it if answers break off",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0: always take the most probable token, so that a prompt has one answer; above 0:"
+        " draw each token at random; 1: by the model's own probabilities; lower values give more"
+        " predictable texts, higher values more varied ones; default: 0. Raise it (0.7 is common)"
+        " where several answers are good",
+    )
+    add(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="draw from the K most probable tokens only, which avoids odd words; 0: from all;"
+        " needs --temperature above 0; default: 0",
+    )
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the most probable tokens only, as many as have the probability P together"
+        " (nucleus sampling); above 0 and at most 1, which is all tokens; needs --temperature"
+        " above 0; default: 1",
+    )
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="make tokens that the text already holds less probable: their positive logits are"
+        " divided by R, negative ones multiplied; 1: no change; default: 1. Raise it a little if"
+        " the model repeats itself",
+    )
+    add(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="seed of the random draws: with the same one, an answer can be repeated; needs"
+        " --temperature above 0; default: none, other draws each time",
+    )
+
+    add = parser.add_argument_group("speed").add_argument
+    add(
+        "--lookup",
+        type=int,
+        default=0,
+        metavar="N",
+        help="speculative decoding by prompt look-up: guess up to N tokens from what followed the"
+        " same words earlier in the text, and check them all at once; 0: no guesses, at most"
+        f" {LOOKUP_LIMIT - 1}; default: 0. The answer is the same, and comes faster where it"
+        " repeats the prompt (a corrected text, code); for --temperature 0 only",
     )
     args = cli.parse_args(parser, argv)
+    check_arguments(args)
+    return args
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises UserError for a number out of its range, and for flags that exclude each other."""
     rules = {
         "--max-new-tokens": (args.max_new_tokens >= 1, "must be 1 or more"),
-        "--temperature": (0 <= args.temperature < float("inf"), "must be 0 or more"),
+        "--temperature": (0 <= args.temperature < math.inf, "must be 0 or more"),
         "--top-k": (args.top_k >= 0, "must be 0 (all) or more"),
         "--top-p": (0 < args.top_p <= 1, "must be above 0 and at most 1"),
-        "--lookup": (0 <= args.lookup < 1000, "must be 0 (no guesses) or more, and below 1000"),
-        "--repetition-penalty": (0 < args.repetition_penalty < float("inf"), "must be above 0"),
+        "--lookup": (0 <= args.lookup < LOOKUP_LIMIT, f"must be 0 (no guesses) or more, and below {LOOKUP_LIMIT}"),
+        "--repetition-penalty": (0 < args.repetition_penalty < math.inf, "must be above 0"),
     }
-    for flag, (fine, rule) in rules.items():
-        if not fine:
-            raise UserError(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: {rule}")
-    sampling = {"--top-k": args.top_k != 0, "--top-p": args.top_p != 1, "--seed": args.seed is not None}
-    if args.temperature == 0 and any(sampling.values()):
-        raise UserError(f"{next(flag for flag, on in sampling.items() if on)}: is for sampling; add --temperature 1")
+    for flag, (is_valid, rule) in rules.items():
+        if not is_valid:
+            value = getattr(args, flag.removeprefix("--").replace("-", "_"))
+            raise UserError(f"{flag} {value}: {rule}")
+
+    only_for_sampling = {"--top-k": args.top_k != 0, "--top-p": args.top_p != 1, "--seed": args.seed is not None}
+    for flag, is_given in only_for_sampling.items():
+        if is_given and args.temperature == 0:
+            raise UserError(f"{flag}: is for sampling; add --temperature 1")
     if args.lookup and args.temperature:
         raise UserError("--lookup: is for greedy answers, at --temperature 0")
     if args.merge and not args.adapter:
         raise UserError("--merge: there is no --adapter to merge")
-    if args.complete and args.template:
-        raise UserError("--template: means nothing to --complete, which takes raw text")
-    if args.complete and args.system:
-        raise UserError("--system: means nothing to --complete, which takes raw text")
-    return args
+    for flag, value in {"--template": args.template, "--system": args.system}.items():
+        if args.complete and value:
+            raise UserError(f"{flag}: is for conversations; --complete continues plain text")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Exact match: the model answers, and an answer is right if it equals the reference, apart from space at the ends.
+"""Exact match: the model answers, and an answer is right if it equals the reference, apart from
+space at the ends.
 
-The last assistant message of a record is the reference, and the messages before it are the question. The model answers
-greedily: it always takes the most probable token, so the same model gives the same answers. A model with a low loss can
-still fail here, because for the loss each token was predicted from a right beginning. The result depends on the model
-and the file alone: another batch size changes it by rounding only.
+The last assistant message of a record is the reference, and the messages before it are the
+question. The model answers greedily: it always takes the most probable token, so the same model
+gives the same answers. A model with a low loss can still fail here, because for the loss each token
+was predicted from a right beginning. The result depends on the model and the file alone: another
+batch size changes it by rounding only.
 """
 
 from collections.abc import Sequence
@@ -18,13 +20,15 @@ from decoding import packed_weights
 from model import Transformer
 from tokenizer import TemplateError, Tokenizer
 
-# How many tokens an answer may be longer than the longest reference: enough to see that it goes on, and cheap.
+# How many tokens an answer may be longer than the longest reference: enough to see that it goes on,
+# and cheap.
 EXTRA_TOKENS = 8
 
 
 @dataclass
 class ExactResult:
-    """The answers to some records, in the order of the records. prompt_tokens: mean length of a prompt, in tokens."""
+    """The answers to some records, in the order of the records. prompt_tokens: mean length of a
+    prompt, in tokens."""
 
     records: list[Record]
     references: list[str]
@@ -61,13 +65,16 @@ def exact(
     batch_size: int = 32,
     shots: Sequence[Record] = (),
 ) -> ExactResult:
-    """Generates a greedy answer to each record's messages before its last assistant message, which is the reference.
+    """Generates a greedy answer to each record's messages before its last assistant message, which
+    is the reference.
 
     max_new_tokens: longest answer, in tokens; default: the longest reference and EXTRA_TOKENS more.
     batch_size: prompts that are answered at a time.
-    shots: records whose messages stand before each question (few-shot prompting, Brown et al. 2020).
+    shots: records whose messages stand before each question (few-shot prompting, Brown et al.
+    2020).
 
-    Raises UserError naming the record that has no reference, that the template refuses, or that is too long.
+    Raises UserError naming the record that has no reference, that the template refuses, or that is
+    too long.
     """
     questions, references = [], []
     for record in records:
@@ -100,7 +107,8 @@ def exact(
 
 
 def prompt_ids(model: Transformer, tokenizer: Tokenizer, record: Record, messages: list[dict]) -> list[int]:
-    """Returns the ids of `messages` with the beginning of an answer. record: names the place in an error message."""
+    """Returns the ids of `messages` with the beginning of an answer. record: names the place in an
+    error message."""
     try:
         ids, _ = tokenizer.render(messages, record.tools, add_generation_prompt=True)
     except TemplateError as error:
@@ -112,11 +120,14 @@ def prompt_ids(model: Transformer, tokenizer: Tokenizer, record: Record, message
 
 
 def split_reference(record: Record, shots: Sequence[Record] = ()) -> tuple[list[dict], str]:
-    """Splits a record into the messages that ask and the reference answer, and puts the shots between.
+    """Splits a record into the messages that ask and the reference answer, and puts the shots
+    between.
 
-    Returns (messages, reference). messages: the record's system message, the messages of the shots without theirs, and
-    the record's other messages before its last assistant message. reference: the text of that last assistant message.
-    Raises UserError where a record is plain text, where nothing is asked, or where the answer is a tool call.
+    Returns (messages, reference). messages: the record's system message, the messages of the shots
+    without theirs, and the record's other messages before its last assistant message. reference:
+    the text of that last assistant message.
+    Raises UserError where a record is plain text, where nothing is asked, or where the answer is a
+    tool call.
     """
     for each in (record, *shots):
         if each.messages is None:

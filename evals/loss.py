@@ -1,8 +1,8 @@
 """The loss of a model on a dataset: how probable it finds the right answers.
 
-The loss is the mean of -log p over the trained tokens, in nats, and the perplexity is its exponential. Each token is
-predicted from the right tokens before it, so nothing is generated. The result depends on the model and the file alone:
-another batch size changes it by rounding only.
+The loss is the mean of -log p over the trained tokens, in nats, and the perplexity is its
+exponential. Each token is predicted from the right tokens before it, so nothing is generated. The
+result depends on the model and the file alone: another batch size changes it by rounding only.
 """
 
 import math
@@ -19,8 +19,8 @@ def loss(model: Transformer, dataset: Dataset, batch_size: int = 8) -> dict[str,
     """Computes the loss of a model on a dataset. Dropout is off while it runs.
 
     batch_size: examples that are computed at a time.
-    Returns "loss" (nats per trained token), "perplexity" (its exponential, infinite where a float can't hold it) and
-    "tokens" (the number of trained tokens).
+    Returns "loss" (nats per trained token), "perplexity" (its exponential, infinite where a float
+    can't hold it) and "tokens" (the number of trained tokens).
     """
     with eval_mode(model):
         value = objectives.mean_loss(model, data.batches_by_length(dataset, batch_size, model.device))

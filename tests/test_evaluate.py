@@ -418,7 +418,7 @@ def test_adapters_are_switched_by_name(base, two_adapters, monkeypatch, capsys, 
     words += ["--adapter", two_adapters[0], f"blue={two_adapters[1]}"]
     out, err, code = command(generate, monkeypatch, capsys, *words)
     assert code == 0 and out == "".join(alone[name] for name in order), err
-    assert "/adapter green: no such adapter; there are run1, blue and none" in err
+    assert "/adapter green: there is no adapter with this name; choose one of run1, blue, none" in err
 
 
 def test_look_up_gives_the_same_answer(base, monkeypatch, capsys):

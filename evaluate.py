@@ -23,7 +23,8 @@ from common import cli, console
 from common.device import pick_device, pick_dtype
 from common.errors import UserError, run
 from dataset.examples import Dataset
-from dataset.formats import Map, ReadStats, Record, Source, open_source
+from dataset.formats import Map, Source, open_source
+from dataset.records import ReadStats, Record
 from evals.exact_match import EXTRA_TOKENS, ExactResult, exact, split_reference
 from evals.loss import loss
 from interop import resolve

@@ -14,7 +14,7 @@ import optimizers
 from common.cli import parse_args
 from common.errors import UserError
 from dataset.examples import TRAIN_ON
-from dataset.formats import TREES
+from dataset.oasst import TREES
 from kernels import activation_checkpointing, flash_versions
 from lora import ALL
 from methods import METHODS

@@ -22,7 +22,9 @@ from common import cli, console
 from common.errors import UserError, printable
 from common.files import atomic_file, atomic_folder
 from dataset.examples import TRAIN_ON, Dataset, Example, cut
-from dataset.formats import TREES, Map, ReadStats, Record, Source, open_source
+from dataset.formats import Map, Source, open_source
+from dataset.oasst import TREES
+from dataset.records import ReadStats, Record
 from dataset.text_stats import FACTORS, masked, near_groups, private_parts, script, signature, text_hash
 from dataset.token_cache import (
     CHAT,

@@ -40,8 +40,9 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import atomic_folder, cache_folder, file_sha256, write_json
-from dataset.formats import ReadStats, Record, Source
+from dataset.formats import Source
 from dataset.readers import CLASS_NAMES
+from dataset.records import ReadStats, Record
 from dataset.text_stats import private_parts, text_hash
 from tokenizer import TemplateError, Tokenizer
 

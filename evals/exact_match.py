@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from common import console
 from common.errors import UserError
-from dataset.formats import Record
+from dataset.records import Record
 from decoding import packed_weights
 from model import Transformer
 from tokenizer import TemplateError, Tokenizer

@@ -21,7 +21,8 @@ from common.errors import UserError
 from data import collate, load, split
 from dataset import token_cache as rows
 from dataset.examples import Dataset, Example
-from dataset.formats import Record, open_source
+from dataset.formats import open_source
+from dataset.records import Record
 from dataset.token_cache import prompt_hash, tokenized_rows
 from interop.resolve import model_folder
 from objectives import mean_loss, token_losses

@@ -18,7 +18,8 @@ import evaluate
 import generate
 from checkpoint import fingerprint, load_model
 from common.errors import UserError
-from dataset.formats import Record, read_records
+from dataset.formats import read_records
+from dataset.records import Record
 from evals.exact_match import exact
 from evals.loss import loss
 from interop import resolve

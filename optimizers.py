@@ -1,9 +1,15 @@
-"""From gradients to steps: AdamW with moments in 8 bits, weights in bf16 that lose no small step, Muon, and the state
-in the host's memory.
+"""From gradients to steps: AdamW, AdamW with 8-bit moments, AdamW on bf16 weights, Muon, and AdamW
+whose state lives in the host's memory.
 
-What is kept of a trained weight, in bytes: AdamW 4 + 4 + 8 (fp32 weight, its gradient, two moments); adamw8bit 4 + 4 +
-2; adamw8bit on weights in bf16 2 + 2 + 2; muon 4 + 4 + 4; with the state on the host 2 + 2 on the device in bf16.
-The loop sees a list of optimizers, and sets their rates.
+Bytes for each trained number (weight + gradient + optimizer state):
+
+    adamw                         4 + 4 + 8     fp32 weight, two fp32 moments
+    adamw8bit                     4 + 4 + 2     fp32 weight, two 8-bit moments
+    adamw8bit, --weights bf16     2 + 2 + 2
+    muon                          4 + 4 + 4     one fp32 momentum
+    --optimizer-offload           2 + 2         on the device, in bf16; the rest is on the host
+
+The training loop gets a list of optimizers. It sets their learning rates and calls `step` on each.
 """
 
 import math
@@ -20,8 +26,11 @@ from kernels.nf4 import NESTED_BLOCK, dequantize_8bit, dynamic_codebook
 from kernels.triton_utils import use_triton
 from quant import quantize_8bit
 
-MIN_8BIT_NUMEL = 4096  # numbers; smaller tensors keep moments in fp32: they weigh nothing, and are norms and biases
-CHUNK_NUMEL = {"cpu": 1 << 18, "cuda": 1 << 24}  # numbers that are 32 bits wide at a time, a multiple of a block's
+# Tensors with fewer elements keep fp32 moments. They are norms and biases, and need little memory.
+MIN_8BIT_NUMEL = 4096
+# Elements that are fp32 at a time while 8-bit moments or bf16 weights are updated: a multiple of
+# NESTED_BLOCK.
+CHUNK_NUMEL = {"cpu": 1 << 18, "cuda": 1 << 24}
 DESCRIPTIONS = {
     "adamw": "AdamW",
     "adamw8bit": "AdamW with moments in 8 bits",
@@ -30,9 +39,12 @@ DESCRIPTIONS = {
 
 
 class Optimizer:
-    """What the loop needs of an optimizer, as torch's have it. Those import the compiler when they are made, which is
-    150 MB and a second. step(bad): nothing is changed where this float32 scalar is 1 and not 0; AdamW leaves that to
-    the GPU, others wait for it to be known."""
+    """A minimal torch.optim.Optimizer. (To construct torch's own imports the compiler: 150 MB, 1 s.)
+
+    A subclass has `step(found_inf)`. found_inf: float32 scalar, 1 = skip this update, 0 or None =
+    take it. On a GPU AdamW reads it on the device; the other optimizers wait until the host knows
+    its value.
+    """
 
     def __init__(self, groups: list[dict], **settings):
         self.param_groups = [settings | group for group in groups]
@@ -43,138 +55,201 @@ class Optimizer:
             for p in group["params"]:
                 p.grad = None
 
-    def blank(self, p: Tensor, group: dict) -> dict[str, Tensor]:
-        """A parameter's state before the first step, of the rows that are this process's."""
+    def init_state(self, p: Tensor, group: dict) -> dict[str, Tensor]:
+        """Returns the state, before the first step, of the rows of a parameter that this rank has."""
         raise NotImplementedError
 
     def states(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """Every parameter's state, to be saved or to be filled."""
-        pairs = [(p, group) for group in self.param_groups for p in group["params"]]
-        return [(p, self.state_of(p, group)) for p, group in pairs]
+        """Returns (parameter, state) of every parameter, for checkpoints to save or to fill."""
+        pairs = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                pairs.append((p, self.state_of(p, group)))
+        return pairs
 
     def state_of(self, p: Tensor, group: dict) -> dict[str, Tensor]:
         if p not in self.state:
-            self.state[p] = self.blank(p, group)
+            self.state[p] = self.init_state(p, group)
         return self.state[p]
 
     def with_gradients(self) -> list[tuple[dict, list[Tensor]]]:
-        """Each group, and those of its parameters that have a gradient."""
-        return [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        """Returns each group with those of its parameters that have a gradient."""
+        pairs = []
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            pairs.append((group, parameters))
+        return pairs
 
 
 class AdamW(Optimizer):
-    """AdamW (Loshchilov & Hutter 2019), by torch's own fused step, and in the two forms that torch has not.
+    """AdamW (Loshchilov & Hutter 2019): torch's fused step for fp32 weights with fp32 moments, and
+    two more forms.
 
-    bits 8: the moments in blocks of 256 numbers of 8 bits (Dettmers et al. 2022, arXiv 2110.02861), as bitsandbytes
-    lays them out: the first with signs, the second without; made fp32 and back at every step, a piece at a time.
-    Weights in bf16: a step is computed in fp32 and rounded up or down with the probability that makes it right on
-    average, since to the nearest, steps below half of the distance to the next number would do nothing at all.
+    bits=8: the moments are stored in 8 bits, in blocks of 256 numbers (Dettmers et al. 2022, arXiv
+    2110.02861), in the layout of bitsandbytes: the first moment is signed, the second is unsigned.
+    Each step dequantizes and quantizes them again, CHUNK_NUMEL elements at a time.
 
-    On GPUs a kernel computes these two forms in one pass over memory (kernels/adamw.py).
+    bf16 weights: the update is computed in fp32 and rounded stochastically, so that it is right on
+    average. Rounding to the nearest number would lose every update smaller than half of the
+    distance to the next bf16 number.
+
+    On GPUs one kernel computes these two forms in a single pass over memory (kernels/adamw.py).
     """
 
     def __init__(self, groups, lr: float, bits: int = 32, weight_decay: float = 0.0):
         super().__init__(groups, lr=lr, bits=bits, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
 
     @torch.no_grad()
-    def step(self, bad: Tensor | None = None) -> None:
+    def step(self, found_inf: Tensor | None = None) -> None:
         for group, parameters in self.with_gradients():
-            wide = [p for p in parameters if group["bits"] == 32 and p.dtype == torch.float32]
-            if wide:
-                self.fused(wide, group, bad)
-            narrow = [p for p in parameters if group["bits"] == 8 or p.dtype != torch.float32]
-            by_kernel = [p for p in narrow if use_triton(to_local(p))]
-            if by_kernel:
-                self.update_on_gpu(by_kernel, group, bad)
-            in_pieces = [p for p in narrow if not use_triton(to_local(p))]
-            if in_pieces and not (bad is not None and bool(bad)):
-                for p in in_pieces:
-                    self.update(p, group)
+            fused, on_gpu, in_chunks = [], [], []
+            for p in parameters:
+                if group["bits"] == 32 and p.dtype == torch.float32:
+                    fused.append(p)
+                elif use_triton(to_local(p)):
+                    on_gpu.append(p)
+                else:
+                    in_chunks.append(p)
+            if fused:
+                self.fused(fused, group, found_inf)
+            if on_gpu:
+                self.update_on_gpu(on_gpu, group, found_inf)
+            if in_chunks:
+                skip = found_inf is not None and bool(found_inf)
+                if not skip:
+                    for p in in_chunks:
+                        self.update(p, group)
 
-    def blank(self, p: Tensor, group: dict) -> dict[str, Tensor]:
-        mine = to_local(p)
+    def init_state(self, p: Tensor, group: dict) -> dict[str, Tensor]:
+        rows = to_local(p)
         if group["bits"] == 32 and p.dtype == torch.float32:
-            zeros = (torch.zeros_like(mine, memory_format=torch.preserve_format) for _ in range(2))
-            return dict(zip(("m", "v", "step"), (*zeros, torch.zeros((), device=p.device))))
+            return {
+                "m": torch.zeros_like(rows, memory_format=torch.preserve_format),
+                "v": torch.zeros_like(rows, memory_format=torch.preserve_format),
+                "step": torch.zeros((), device=p.device),
+            }
+        # Both other forms read the weight as a flat vector.
         if not is_sharded(p):
             p.data = p.data.contiguous()
-        narrow = group["bits"] == 8 and p.numel() >= MIN_8BIT_NUMEL
-        state = {"step": torch.zeros((), device=mine.device if use_triton(mine) else None)}
+        # The kernel counts steps on the GPU; the CPU form needs the count on the host.
+        state = {"step": torch.zeros((), device=rows.device if use_triton(rows) else None)}
+        numel = rows.numel()
+        is_8bit = group["bits"] == 8 and p.numel() >= MIN_8BIT_NUMEL
         for name in ("m", "v"):
-            state[name] = torch.zeros(mine.numel(), dtype=torch.uint8 if narrow else torch.float32, device=p.device)
-            if narrow:
-                state[f"{name}_scale"] = torch.zeros(-(-mine.numel() // NESTED_BLOCK), device=p.device)
+            if is_8bit:
+                state[name] = torch.zeros(numel, dtype=torch.uint8, device=p.device)
+                state[f"{name}_scale"] = torch.zeros(-(-numel // NESTED_BLOCK), device=p.device)
+            else:
+                state[name] = torch.zeros(numel, dtype=torch.float32, device=p.device)
         return state
 
-    def fused(self, parameters: list[Tensor], group: dict, bad: Tensor | None) -> None:
-        if bad is not None:
-            bad = bad.to(to_local(parameters[0]).device)  # waits, where the parameters live on the host
+    def fused(self, parameters: list[Tensor], group: dict, found_inf: Tensor | None) -> None:
+        """Updates fp32 weights with fp32 moments by torch's fused AdamW."""
+        if found_inf is not None:
+            # This waits for the device if the parameters live on the host.
+            found_inf = found_inf.to(to_local(parameters[0]).device)
         states = [self.state_of(p, group) for p in parameters]
-        columns = ([state[name] for state in states] for name in ("m", "v"))
-        (beta1, beta2), steps = group["betas"], [state["step"] for state in states]
+        beta1, beta2 = group["betas"]
         adamw(
-            [to_local(p) for p in parameters], [to_local(p.grad) for p in parameters], *columns, [], steps,
-            fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, lr=group["lr"],
-            weight_decay=group["weight_decay"], eps=group["eps"], found_inf=bad,
-        )  # fmt: skip
+            params=[to_local(p) for p in parameters],
+            grads=[to_local(p.grad) for p in parameters],
+            exp_avgs=[state["m"] for state in states],
+            exp_avg_sqs=[state["v"] for state in states],
+            max_exp_avg_sqs=[],
+            state_steps=[state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            found_inf=found_inf,
+        )
 
-    def update_on_gpu(self, parameters: list[Tensor], group: dict, bad: Tensor | None) -> None:
-        """Without waiting for the GPU: it counts the steps, and skips one that is bad."""
+    def update_on_gpu(self, parameters: list[Tensor], group: dict, found_inf: Tensor | None) -> None:
+        """Updates 8-bit moments or bf16 weights by the kernel, without waiting for the GPU: the GPU
+        itself counts the steps, and skips the update if found_inf is 1."""
         device = to_local(parameters[0]).device
-        bad = None if bad is None else bad.to(device)
+        if found_inf is None:
+            steps_taken = torch.ones((), device=device)
+        else:
+            found_inf = found_inf.to(device)
+            steps_taken = 1 - found_inf
         states = [self.state_of(p, group) for p in parameters]
-        taken = torch.ones((), device=device) if bad is None else 1 - bad
-        # of tensors a list: one alone would be read by the host, as a number
-        torch._foreach_add_([state["step"] for state in states], [taken] * len(states))
-        # by the device's generator, whose state a checkpoint holds; of 16 bytes each: Triton compiles a kernel for
-        # addresses that are multiples of 16, and another for others
+        # A list of tensors is added: a single tensor would be read by the host, as a number.
+        torch._foreach_add_([state["step"] for state in states], [steps_taken] * len(states))
+        # The seeds come from the device's generator, whose state is part of a checkpoint. Each has
+        # 16 bytes, because Triton compiles one kernel for addresses that are multiples of 16, and
+        # another one for all others.
         seeds = torch.randint(1 << 62, (len(parameters), 2), device=device)
         for p, state, seed in zip(parameters, states, seeds.unbind(), strict=True):
-            adamw_step(to_local(p).view(-1), to_local(p.grad).reshape(-1), state, group, seed, bad)
+            adamw_step(to_local(p).view(-1), to_local(p.grad).reshape(-1), state, group, seed, found_inf)
 
     def update(self, p: Tensor, group: dict) -> None:
+        """Updates one parameter with plain PyTorch operations, CHUNK_NUMEL elements at a time."""
         state = self.state_of(p, group)
         state["step"] += 1
-        weights, grads = to_local(p).view(-1), to_local(p.grad).reshape(-1)
+        step = int(state["step"])
+        weights = to_local(p).view(-1)
+        grads = to_local(p.grad).reshape(-1)
         is_8bit = state["m"].dtype == torch.uint8
-        size = CHUNK_NUMEL.get(p.device.type, CHUNK_NUMEL["cuda"])
-        for start in range(0, len(weights), size):
-            part = slice(start, start + size)
-            blocks = slice(start // NESTED_BLOCK, (start + size) // NESTED_BLOCK)
-            moments = {name: state[name].view(-1)[part] for name in ("m", "v")}
+        chunk_numel = CHUNK_NUMEL.get(p.device.type, CHUNK_NUMEL["cuda"])
+        for start in range(0, len(weights), chunk_numel):
+            end = start + chunk_numel
+            chunk = slice(start, end)
+            blocks = slice(start // NESTED_BLOCK, end // NESTED_BLOCK)
+            m = state["m"].view(-1)[chunk]
+            v = state["v"].view(-1)[chunk]
             if is_8bit:
-                for name, codes in moments.items():
-                    moments[name] = dequantize_moment(codes, state[f"{name}_scale"][blocks], name)
-            new = adamw_update(
-                weights[part].float(), grads[part].float(), moments["m"], moments["v"], int(state["step"]), group
-            )
-            weights[part] = round_stochastically(new) if p.dtype == torch.bfloat16 else new
+                m = dequantize_moment(m, state["m_scale"][blocks], "m")
+                v = dequantize_moment(v, state["v_scale"][blocks], "v")
+            new_weights = adamw_update(weights[chunk].float(), grads[chunk].float(), m, v, step, group)
+            if p.dtype == torch.bfloat16:
+                new_weights = round_stochastically(new_weights)
+            weights[chunk] = new_weights
+            # fp32 moments are views of the state: adamw_update has changed them in place already.
             if is_8bit:
-                for name, values in moments.items():
-                    state[name][part], state[f"{name}_scale"][blocks] = quantize_moment(values, name)
+                state["m"][chunk], state["m_scale"][blocks] = quantize_moment(m, "m")
+                state["v"][chunk], state["v_scale"][blocks] = quantize_moment(v, "v")
 
 
 def dequantize_moment(codes: Tensor, scales: Tensor, name: str) -> Tensor:
-    """float32 [n] of a moment in 8 bits: "m" has signs, "v" has none."""
+    """Returns float32 [n]: the numbers of an 8-bit moment.
+
+    codes: uint8 [n].
+    scales: float32 [ceil(n / 256)].
+    name: "m", whose numbers are signed, or "v", whose numbers are unsigned.
+    """
     return dequantize_8bit(codes, scales, dynamic_codebook(codes.device, name == "m"))
 
 
 def quantize_moment(values: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Returns (codes, scales) of a moment, float32 [n], as `dequantize_moment` takes them."""
     return quantize_8bit(values, name == "m")
 
 
 def adamw_update(w: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, group: dict) -> Tensor:
-    """The new weights; changes the moments, in place. All float32 [n]."""
-    (beta1, beta2), rate = group["betas"], group["lr"]
+    """Returns the new weights and changes the moments in place.
+
+    w, g, m, v: weight, gradient, first and second moment, each float32 [n].
+    step: the number of steps, this one included.
+    group: lr, betas, eps and weight_decay.
+    """
+    lr = group["lr"]
+    beta1, beta2 = group["betas"]
     m.mul_(beta1).add_(g, alpha=1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    spread = v.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
-    return (w * (1 - rate * group["weight_decay"])).addcdiv_(m, spread, value=-rate / (1 - beta1**step))
+    denominator = v.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
+    decayed = w * (1 - lr * group["weight_decay"])
+    return decayed.addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
 
 
 def round_stochastically(x: Tensor) -> Tensor:
-    """float32 -> bf16, to one of the two neighbours, the nearer one more often: right on average. No numbers, which a
-    carry would turn into others, stay."""
+    """Rounds float32 to one of the two neighbouring bf16 numbers, to the nearer one with the higher
+    probability, so that the result is right on average. Infinity and NaN are kept: the carry would
+    turn them into other numbers."""
     bits = x.view(torch.int32)
     noise = torch.randint(1 << 16, x.shape, dtype=torch.int32, device=x.device)
     rounded = ((bits + noise) & -(1 << 16)).view(torch.float32)
@@ -182,150 +257,203 @@ def round_stochastically(x: Tensor) -> Tensor:
 
 
 class OffloadedAdamW(Optimizer):
-    """AdamW whose masters and moments live in the host's memory, and whose steps its CPU computes in fp32 (Ren et al.
-    2021, ZeRO-Offload): the device holds the weights, in any dtype, and their gradients. A tensor's gradient travels
-    while the step of the one before it is computed."""
+    """AdamW whose fp32 master weights and moments live in the host's memory, and whose steps the
+    CPU computes (Ren et al. 2021, ZeRO-Offload).
+
+    The device holds the weights, in any dtype, and their gradients. The gradient of a tensor is
+    copied to the host while the CPU computes the step of the tensor before it.
+    """
 
     def __init__(self, groups, lr: float, weight_decay: float = 0.0):
         super().__init__(groups, lr=lr, weight_decay=weight_decay)
-        self.hosts, pin = {}, torch.cuda.is_available()
+        pin_memory = torch.cuda.is_available()
+        # {parameter: (master weight, staging buffer, optimizer of the master weight)}
+        self.hosts = {}
         for group in self.param_groups:
             for p in group["params"]:
-                mine = to_local(p.detach())
-                master = nn.Parameter(mine.to("cpu", torch.float32, copy=True))
-                stage = torch.empty(mine.shape, dtype=p.dtype, pin_memory=pin)  # through which both directions go
-                self.hosts[p] = master, stage, AdamW([{"params": [master]}], lr)
+                rows = to_local(p.detach())
+                master = nn.Parameter(rows.to("cpu", torch.float32, copy=True))
+                # Gradients and weights travel between device and host through this buffer.
+                staging = torch.empty(rows.shape, dtype=p.dtype, pin_memory=pin_memory)
+                self.hosts[p] = master, staging, AdamW([{"params": [master]}], lr)
 
     def states(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        found = []
+        pairs = []
         for p, (master, _, optimizer) in self.hosts.items():
             ((_, state),) = optimizer.states()
-            found.append((p, {"master": master.detach(), **state}))
-        return found
+            pairs.append((p, {"master": master.detach(), **state}))
+        return pairs
 
     @torch.no_grad()
-    def step(self, bad: Tensor | None = None) -> None:
-        if bad is not None and bool(bad):
+    def step(self, found_inf: Tensor | None = None) -> None:
+        if found_inf is not None and bool(found_inf):
             return
-        moving = []
+        # All copies to the host are queued first, each with an event that says when it is complete.
+        copies = []
         for group, parameters in self.with_gradients():
             for p in parameters:
-                self.hosts[p][1].copy_(to_local(p.grad), non_blocking=True)
-                there = torch.cuda.Event() if p.is_cuda else None
-                moving.append((p, group, there))
-                if there:
-                    there.record()
-        for p, group, there in moving:
-            master, stage, optimizer = self.hosts[p]
-            if there:
-                there.synchronize()
-            master.grad = stage.float()
+                _, staging, _ = self.hosts[p]
+                staging.copy_(to_local(p.grad), non_blocking=True)
+                copied = None
+                if p.is_cuda:
+                    copied = torch.cuda.Event()
+                    copied.record()
+                copies.append((p, group, copied))
+        for p, group, copied in copies:
+            master, staging, optimizer = self.hosts[p]
+            if copied:
+                copied.synchronize()
+            master.grad = staging.float()
             optimizer.param_groups[0].update(lr=group["lr"], weight_decay=group["weight_decay"])
             optimizer.step()
             master.grad = None
-            to_local(p).copy_(stage.copy_(master), non_blocking=True)
+            staging.copy_(master)
+            to_local(p).copy_(staging, non_blocking=True)
 
 
 class Muon(Optimizer):
-    """Muon (Jordan et al. 2024): a matrix' momentum, with Nesterov's look ahead, is brought to singular values of about
-    1, and steps are as long as AdamW's (Liu et al. 2025, arXiv 2502.16982), so that rates and decay are AdamW's too.
+    """Muon (Jordan et al. 2024): the momentum of a matrix, with Nesterov's look-ahead, is brought
+    to singular values of about 1. The updates are scaled to the length of AdamW's (Liu et al. 2025,
+    arXiv 2502.16982), so that AdamW's learning rates and weight decay fit Muon too.
 
-    Of matrices in shards as many as there are processes are done at a time: each gathers one, and scatters the outcome.
+    Sharded matrices are computed several at a time, one for each rank: each rank gathers one whole
+    matrix, and scatters the result.
     """
 
     def __init__(self, groups, lr: float, weight_decay: float = 0.0):
         super().__init__(groups, lr=lr, momentum=0.95, weight_decay=weight_decay)
 
-    def blank(self, p: Tensor, group: dict) -> dict[str, Tensor]:
+    def init_state(self, p: Tensor, group: dict) -> dict[str, Tensor]:
         return {"m": torch.zeros_like(to_local(p), memory_format=torch.contiguous_format)}
 
     @torch.no_grad()
-    def step(self, bad: Tensor | None = None) -> None:
-        if bad is not None and bool(bad):
+    def step(self, found_inf: Tensor | None = None) -> None:
+        if found_inf is not None and bool(found_inf):
             return
         for group, parameters in self.with_gradients():
-            ahead = []
+            lr = group["lr"]
+            momentum = group["momentum"]
+            lookahead = []
             for p in parameters:
-                grad, state = to_local(p.grad), self.state_of(p, group)
-                state["m"].lerp_(grad, 1 - group["momentum"])
-                ahead.append(grad.lerp(state["m"], group["momentum"]))
-            at_once = num_shards(parameters[0])
-            for start in range(0, len(parameters), at_once):
-                part = parameters[start : start + at_once]
-                for p, update in zip(part, newton_schulz_sharded(part, ahead[start : start + at_once]), strict=True):
-                    to_local(p).mul_(1 - group["lr"] * group["weight_decay"])
-                    to_local(p).add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+                grad = to_local(p.grad)
+                m = self.state_of(p, group)["m"]
+                m.lerp_(grad, 1 - momentum)
+                lookahead.append(grad.lerp(m, momentum))
+            at_a_time = num_shards(parameters[0])
+            for start in range(0, len(parameters), at_a_time):
+                end = start + at_a_time
+                matrices = parameters[start:end]
+                updates = newton_schulz_sharded(matrices, lookahead[start:end])
+                for p, update in zip(matrices, updates, strict=True):
+                    rows = to_local(p)
+                    rows.mul_(1 - lr * group["weight_decay"])
+                    rows.add_(update, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
 
 
-def newton_schulz_sharded(parameters: list[Tensor], matrices: list[Tensor]) -> list[Tensor]:
-    """This process's rows of the `newton_schulz` of matrices, of which it has its rows of these parameters'."""
+def newton_schulz_sharded(parameters: list[Tensor], local_rows: list[Tensor]) -> list[Tensor]:
+    """Returns this rank's rows of the `newton_schulz` of several matrices.
+
+    parameters: at most as many as there are shards. They say how the matrices are sharded.
+    local_rows: this rank's rows of each matrix.
+    """
     if not is_sharded(parameters[0]):
-        return [newton_schulz(matrix) for matrix in matrices]
+        return [newton_schulz(matrix) for matrix in local_rows]
     group = shard_group(parameters[0])
-    me, ranks, mine = dist.get_rank(group), dist.get_process_group_ranks(group), None
-    padded = lambda x, p: F.pad(x, (0, 0, 0, -(-p.shape[0] // len(ranks)) - x.shape[0])).contiguous()  # rows all have
-    for number, (p, matrix) in enumerate(zip(parameters, matrices, strict=True)):
-        sent = padded(matrix, p)
-        parts = [torch.empty_like(sent) for _ in ranks] if number == me else None
-        dist.gather(sent, parts, ranks[number], group)
-        mine = torch.cat(parts)[: p.shape[0]] if parts else mine
-    done, found = None if mine is None else newton_schulz(mine), []
-    for number, (p, matrix) in enumerate(zip(parameters, matrices, strict=True)):
-        got = torch.empty_like(padded(matrix, p), dtype=torch.bfloat16)
-        parts = [padded(done[shard_row_slice(p, i)], p) for i in range(len(ranks))] if number == me else None
-        dist.scatter(got, parts, ranks[number], group)
-        found.append(got[: len(matrix)])
-    return found
+    group_rank = dist.get_rank(group)
+    ranks = dist.get_process_group_ranks(group)
+
+    def padded(rows: Tensor, p: Tensor) -> Tensor:
+        # Gather and scatter need as many rows from each rank. The last ranks may have fewer.
+        rows_per_rank = -(-p.shape[0] // len(ranks))
+        return F.pad(rows, (0, 0, 0, rows_per_rank - rows.shape[0])).contiguous()
+
+    # Matrix number i goes to rank number i of the group.
+    matrix = None
+    for i, (p, rows) in enumerate(zip(parameters, local_rows, strict=True)):
+        sent = padded(rows, p)
+        received = [torch.empty_like(sent) for _ in ranks] if i == group_rank else None
+        dist.gather(sent, received, ranks[i], group)
+        if received:
+            matrix = torch.cat(received)[: p.shape[0]]
+    # A rank gets no matrix if there are fewer of them than ranks.
+    result = None if matrix is None else newton_schulz(matrix)
+    updates = []
+    for i, (p, rows) in enumerate(zip(parameters, local_rows, strict=True)):
+        received = torch.empty_like(padded(rows, p), dtype=torch.bfloat16)
+        sent = None
+        if i == group_rank:
+            sent = [padded(result[shard_row_slice(p, shard)], p) for shard in range(len(ranks))]
+        dist.scatter(received, sent, ranks[i], group)
+        updates.append(received[: len(rows)])
+    return updates
 
 
 def newton_schulz(matrix: Tensor) -> Tensor:
-    """bf16 [out, in]: its singular vectors with singular values between about 0.7 and 1.2, by five steps of an odd
-    polynomial (coefficients of Jordan et al. 2024, which rise steeply at 0 rather than meet 1)."""
+    """Returns bf16 [out, in]: the singular vectors of a matrix [out, in] with singular values
+    between about 0.7 and 1.2.
+
+    Five steps of an odd polynomial, with the coefficients of Jordan et al. 2024: they rise steeply
+    at 0 instead of meeting 1 exactly.
+    """
+    is_tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.to(torch.bfloat16)
-    x = x.t() if matrix.shape[0] > matrix.shape[1] else x  # the smaller product
+    # x @ x.t() is smaller for a wide matrix.
+    x = x.t() if is_tall else x
     x = x / x.norm().clamp(min=1e-7)
     a, b, c = 3.4445, -4.775, 2.0315
     for _ in range(5):
         square = x @ x.t()
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.t() if matrix.shape[0] > matrix.shape[1] else x
+        polynomial = torch.addmm(square, square, square, beta=b, alpha=c)
+        x = torch.addmm(x, polynomial, x, beta=a)
+    return x.t() if is_tall else x
 
 
-def make_optimizers(model: nn.Module, kind: str, rate: float, decay: float, offload: bool = False) -> list:
-    """The optimizers of all trainable parameters, for the loop to step one after the other. Decay on matrices, never on
-    norms and biases.
+def make_optimizers(model: nn.Module, kind: str, lr: float, weight_decay: float, offload: bool = False) -> list:
+    """Returns the optimizers of all trainable parameters, which the loop steps one after the other.
 
-    muon: the matrices of the blocks by Muon; embeddings, head, norms and biases by AdamW.
+    kind: a key of DESCRIPTIONS. "muon": Muon trains the matrices of the blocks, AdamW the
+        embeddings, head, norms and biases.
+    lr: the learning rate before the loop sets it.
+    weight_decay: for matrices. Norms and biases never decay.
+    offload: the state of AdamW lives in the host's memory.
     """
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    inner = {n for n, p in named.items() if kind == "muon" and p.dim() == 2 and n.startswith("blocks.")}
-    found = []
-    if inner:
-        matrices = [p for name, p in named.items() if name in inner]  # in one order in every process
-        found.append(Muon([{"params": matrices, "weight_decay": decay}], rate))
-    rest = [p for name, p in named.items() if name not in inner]
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if kind == "muon" and p.dim() == 2 and name.startswith("blocks."):
+            matrices.append(p)
+        else:
+            others.append(p)
+    optimizers = []
+    if matrices:
+        optimizers.append(Muon([{"params": matrices, "weight_decay": weight_decay}], lr))
     groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    if not groups:
-        return found
-    if offload:
-        return [*found, OffloadedAdamW(groups, rate)]
-    return [*found, AdamW(groups, rate, 8 if kind == "adamw8bit" else 32)]
+    if groups and offload:
+        optimizers.append(OffloadedAdamW(groups, lr))
+    elif groups:
+        optimizers.append(AdamW(groups, lr, bits=8 if kind == "adamw8bit" else 32))
+    return optimizers
 
 
 def state_bytes(kind: str) -> float:
-    """Of a trained weight's moments."""
+    """Returns the bytes of optimizer state for each trained number."""
     return {"adamw": 8, "adamw8bit": 2 + 8 / NESTED_BLOCK, "muon": 4}[kind]
 
 
 @torch.no_grad()
-def share_too_small_to_move(parameters: list[Tensor], rate: float) -> float:
-    """The share of the weights that a step as long as `rate`, which is about Adam's, would not move if it were rounded
-    to the nearest: it is below half of the distance to the next number of their dtype."""
-    mine = [to_local(p) for p in parameters]
-    counts = [[int((p.abs() + rate == p.abs()).sum()), p.numel()] for p in mine]
-    stuck, count = all_reduce_sum(torch.tensor(counts, dtype=torch.float64).sum(0)).tolist()
-    return stuck / count
+def share_too_small_to_move(parameters: list[Tensor], lr: float) -> float:
+    """Returns the fraction of the weights, over all ranks, that a step of length `lr` would not
+    change if it were rounded to the nearest number: the step is below half of the distance to the
+    next number of the weight's dtype. A step of Adam is about as long as its learning rate."""
+    counts = []
+    for p in parameters:
+        magnitude = to_local(p).abs()
+        unmoved = int((magnitude + lr == magnitude).sum())
+        counts.append([unmoved, magnitude.numel()])
+    unmoved, numel = all_reduce_sum(torch.tensor(counts, dtype=torch.float64).sum(0)).tolist()
+    return unmoved / numel

@@ -76,7 +76,7 @@ def test_pieces_make_no_difference(bits, monkeypatch):
 def test_in_32_bits_it_is_the_adamw_of_torch(fused, monkeypatch):
     """By torch's fused step, and piece by piece as for bf16 weights."""
     if not fused:
-        monkeypatch.setattr(AdamW, "fused", lambda self, ps, group, bad: [self.update(p, group) for p in ps])
+        monkeypatch.setattr(AdamW, "fused", lambda self, ps, group, found_inf: [self.update(p, group) for p in ps])
     ours, theirs = twins((70, 65), (33,))
     mine = AdamW([{"params": ours}], lr=1e-2, weight_decay=0.1)
     peer = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.1)

@@ -236,7 +236,7 @@ class Poison(torch.optim.SGD):
         super().__init__([p for p in model.parameters() if p.requires_grad], lr=1.0)
 
     @torch.no_grad()
-    def step(self, bad):
+    def step(self, found_inf):
         self.param_groups[0]["params"][0].fill_(math.nan)
 
 

@@ -1,10 +1,12 @@
-"""The families of models: what config.json means, as switches of one decoder, and what tensors are called in files.
+"""The families of models: what config.json means, as switches of one decoder, and the names of tensors in files.
 
-`FAMILIES` is the table. A row holds a family's published names, the values that its config.json may leave unsaid (those
-of transformers' configuration class), and its switches: how it differs from Llama, as fields of `Config`. A new family
-that differs by known switches is a new row and nothing else. `Config.from_hf` reads config.json as transformers 4
-(`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`, `layer_types`) write it, and refuses what model.py does not
-compute: a switch that is ignored would change the model in silence.
+`FAMILIES` is the table. A row holds the published names of a family's tensors, the values that its config.json may
+leave out (those of transformers' configuration class), and its switches: how it differs from Llama, as fields of
+`Config`. To add a family that differs only by switches that exist, add a row.
+
+`Config.from_hf` reads config.json as transformers 4 (`rope_theta`, `rope_scaling`) and transformers 5
+(`rope_parameters`, `layer_types`) write it. It refuses what model.py does not compute, because a setting that is
+ignored would silently change the model.
 """
 
 import math
@@ -13,10 +15,17 @@ from dataclasses import dataclass
 
 from common.errors import UserError
 
-MAX_LAYERS = 1_000  # a hostile config.json must not keep the machine busy building modules
-MAX_EXPERTS = 32_000  # in all layers together; the largest models published have 24,000
-MAX_SIZE = 10**8  # of any one dimension: products of three stay within what torch can count
-ACTIVATIONS = {  # config.json's names: ours (model.py)
+# A hostile config.json must not keep the machine busy with building modules.
+MAX_LAYERS = 1_000
+
+# In all layers together; the largest published models have 24,000.
+MAX_EXPERTS = 32_000
+
+# The largest value of any one dimension: torch can still count the elements of a product of three.
+MAX_SIZE = 10**8
+
+# {the name in config.json: the name in kernels/swiglu.py}
+ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -26,10 +35,25 @@ ACTIVATIONS = {  # config.json's names: ours (model.py)
     "relu": "relu",
 }
 
+# Keys of any family that change what is computed, and the only value that is computed here.
+REQUIRED_VALUES = {
+    "is_causal": True,
+    "use_bidirectional_attention": False,
+    "add_cross_attention": False,
+    "alibi": False,
+}
+
+# Settings that are random in training and have no effect elsewhere. Fine-tuning ignores them and prints them.
+IGNORED_KEYS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "router_jitter_noise")
+
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions of the first `dim` dimensions of each head. scaling: as kernels/rope.py takes it."""
+    """Rotary positions of the first `dim` dimensions of each head.
+
+    theta: the base of the frequencies.
+    scaling: None, or the dict that kernels/rope.py takes.
+    """
 
     theta: float
     dim: int
@@ -38,28 +62,48 @@ class Rope:
 
 @dataclass(frozen=True)
 class Layer:
-    """What may differ from layer to layer."""
+    """The settings that may differ from layer to layer.
 
-    window: int | None  # a token sees itself and window - 1 before it; None: all before it
-    rope: int | None  # which of Config.ropes; None: q and k are not turned
-    scale: float  # of the scores q k^T
-    routed: bool  # the MLP is a mixture of experts
+    window: a token attends to itself and to the window - 1 tokens before it; None: to all tokens before it.
+    rope: the index in Config.ropes; None: q and k are not rotated.
+    scale: the factor of the scores q k^T.
+    routed: the MLP is a mixture of experts.
+    """
+
+    window: int | None
+    rope: int | None
+    scale: float
+    routed: bool
 
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in place of an MLP (Shazeer et al. 2017)."""
+    """A mixture of experts in place of an MLP (Shazeer et al. 2017).
+
+    active: the number of experts that each token uses.
+    normalised: the weights of the active experts sum to one.
+    balance: the weight of the load-balancing loss in training.
+    """
 
     count: int
-    active: int  # of them, for each token
+    active: int
     intermediate_size: int
-    normalised: bool  # the weights of the active ones sum to one
-    balance: float  # weight of the load-balancing loss in training
+    normalised: bool
+    balance: float
 
 
 @dataclass(frozen=True)
 class Config:
-    """What distinguishes one checkpoint from another. `raw` is config.json as found, for writing it back."""
+    """What distinguishes one checkpoint from another.
+
+    raw: config.json as it was read, for writing it back.
+    tied: the output head is the embedding table.
+    ignored_settings: settings of raw that training here ignores, such as "attention_dropout 0.1".
+    activation: one of the values of ACTIVATIONS.
+    names: {a module of ours: its published name}; {} stands for the number of a layer or of an expert.
+
+    The fields with defaults are the switches; the defaults are Llama's values.
+    """
 
     family: str
     raw: dict
@@ -71,31 +115,43 @@ class Config:
     intermediate_size: int
     max_positions: int
     norm_eps: float
-    tied: bool  # the output head is the embedding table
+    tied: bool
     layers: tuple[Layer, ...]
     ropes: tuple[Rope, ...]
-    ignored_settings: tuple[str, ...]  # keys of raw that training here does not follow, as "attention_dropout 0.1"
-    activation: str  # one of ACTIVATIONS' values
-    names: dict[str, str]  # a module of ours: the published one; {} is the number of a layer or an expert
-    # What follows are the switches, with Llama's values.
-    qkv: str = "split"  # or one matrix: "stacked", rows of q, k, v; "grouped", for each kv head the rows of its q, k, v
+    ignored_settings: tuple[str, ...]
+    activation: str
+    names: dict[str, str]
+
+    # "split": three matrices. "stacked": one matrix, the rows of q, then k, then v. "grouped": one matrix, for each
+    # key-value head the rows of its q heads, its k and its v.
+    qkv: str = "split"
     qkv_bias: bool = False
     o_bias: bool = False
-    qk_norm: str | None = None  # RMSNorm of q and k, of each "head" or of the "whole" row
+    # RMSNorm of q and k: of each "head", or of all heads of a token together ("whole").
+    qk_norm: str | None = None
     attention_softcap: float | None = None
-    mlp: str = "gated"  # down(act(gate x) * up x); "stacked", gate and up in one matrix; "plain", down(act(up x))
+    # "gated": down(act(gate x) * up x). "stacked": the same, gate and up in one matrix. "plain": down(act(up x)).
+    mlp: str = "gated"
     mlp_bias: bool = False
     experts: Experts | None = None
-    norm: str = "rms"  # or "layer": LayerNorm with bias
-    norm_offset: float = 0.0  # files hold a norm's weight less this
-    pre_norm: bool = True  # norms before attention and MLP
-    post_norm: bool = False  # norms after them, on what is added to the residual
-    parallel: bool = False  # attention and MLP read the same input
-    shared_norm: bool = False  # through the same norm
-    learned_positions: bool = False  # a table of positions added to the embedding
+    # "rms", or "layer": LayerNorm with bias.
+    norm: str = "rms"
+    # Added to the norm's weight that is stored in files.
+    norm_offset: float = 0.0
+    # Norms before attention and before the MLP.
+    pre_norm: bool = True
+    # Norms after attention and after the MLP, on what is added to the residual.
+    post_norm: bool = False
+    # Attention and MLP read the same input.
+    parallel: bool = False
+    # They read it through the same norm.
+    shared_norm: bool = False
+    # A table of positions is added to the embedding.
+    learned_positions: bool = False
     embed_scale: float = 1.0
     logit_softcap: float | None = None
-    conv1d: bool = False  # matrices of the blocks lie in files as [in, out]
+    # Files hold the matrices of the blocks as [in, out].
+    conv1d: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -103,43 +159,47 @@ class Config:
 
     @property
     def rope_switch_length(self) -> int | None:
-        """The length at which a growing text is turned by another table, so that no cached key is right any more."""
-        long = [r.scaling for r in self.ropes if r.scaling and r.scaling["rope_type"] == "longrope"]
-        return long[0]["original_max_position_embeddings"] + 1 if long else None
+        """The length from which on a growing text is rotated by another table, so that all cached keys become wrong.
+
+        None for models without longrope.
+        """
+        for rope in self.ropes:
+            if rope.scaling and rope.scaling["rope_type"] == "longrope":
+                return rope.scaling["original_max_position_embeddings"] + 1
+        return None
 
     @staticmethod
     def from_hf(raw: dict, where: str = "config.json") -> "Config":
-        """The configuration that a config.json means.
+        """Returns the configuration that a config.json means.
 
-        Raises UserError, beginning with `where`, on an unknown family, a missing or impossible value, or a feature that
-        is not computed here.
+        raw: the parsed file.
+        where: the start of error messages.
+        Raises UserError on an unknown family, on a missing or impossible value, and on a feature that is not computed
+        here.
         """
         name = raw.get("model_type")
-        family = FAMILIES.get(str(name))
-        if family is None:
-            hint = "; of Gemma 3 the text models (gemma3_text) are" if name == "gemma3" else ""
-            known = f"(supported: {', '.join(FAMILIES)})"
-            raise UserError(f"{where}: model_type {shown(name)} is not supported{hint} {known}")
-        if raw.get("architectures") not in (None, [], [family.architecture]):
-            raise UserError(f"{where}: architectures {shown(raw['architectures'])} is not supported for {name}")
+        family = find_family(raw, where)
         read = Reader(raw, family, where)
-        for key, fine in REQUIRED_VALUES.items():
-            if raw.get(key) not in (None, fine):
-                raise UserError(f"{where}: {key} {shown(raw[key])} is not supported; take it out to do without")
-        depth, hidden, heads = (
-            read.size("num_hidden_layers"),
-            read.size("hidden_size"),
-            read.size("num_attention_heads"),
-        )
+        for key, required in REQUIRED_VALUES.items():
+            if raw.get(key) not in (None, required):
+                raise UserError(
+                    f"{where}: {key} {short_repr(raw[key])} is not supported; delete the key to train without it"
+                )
+
+        # Sizes, with the checks that later ones rely on.
+        depth = read.size("num_hidden_layers")
+        hidden = read.size("hidden_size")
+        heads = read.size("num_attention_heads")
         if depth > MAX_LAYERS:
-            raise UserError(f"{where}: num_hidden_layers is {depth}, at most {MAX_LAYERS} are possible")
+            raise UserError(f"{where}: num_hidden_layers is {depth}, it must be at most {MAX_LAYERS}")
         if hidden % heads and not raw.get("head_dim"):
-            raise UserError(f"{where}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+            raise UserError(f"{where}: hidden_size {hidden} must be a multiple of num_attention_heads {heads}")
         head_dim = read.size("head_dim", hidden // heads)
         activation = read("hidden_act", str)
         if activation not in ACTIVATIONS:
-            raise UserError(f"{where}: hidden_act {shown(activation)} is not supported ({', '.join(ACTIVATIONS)} are)")
-        basics = {
+            known = ", ".join(ACTIVATIONS)
+            raise UserError(f"{where}: hidden_act {short_repr(activation)} is not supported (supported: {known})")
+        fields = {
             "vocab_size": read.size("vocab_size"),
             "num_kv_heads": read.size("num_key_value_heads", heads),
             "intermediate_size": read.size("intermediate_size", 4 * hidden if family.wide_mlp else None),
@@ -147,14 +207,21 @@ class Config:
             "tied": read("tie_word_embeddings", bool),
             "activation": ACTIVATIONS[activation],
         }
+
+        # What the family says: settings of the layers, names that differ, and fields of Config.
         switches = {"windows": None, "rope_of": 0, "scale": head_dim**-0.5, "routed": False, "ropes": None}
         switches |= family.switches(read, depth)
-        per_layer = [switches.pop(key) for key in ("windows", "rope_of", "scale", "routed")]
-        columns = [value if isinstance(value, list) else [value] * depth for value in per_layer]
-        random = {key: raw.get(key, family.defaults.get(key)) for key in UNHEEDED}
+        columns = []
+        for key in ("windows", "rope_of", "scale", "routed"):
+            value = switches.pop(key)
+            columns.append(value if isinstance(value, list) else [value] * depth)
+        layers = tuple(Layer(*row) for row in zip(*columns, strict=True))
+        names = family.names | switches.pop("names", {})
         ropes = switches.pop("ropes")
         if ropes is None:
-            ropes = (read_rope(read, raw.get("rope_scaling") or raw.get("rope_parameters") or {}, head_dim),)
+            settings = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+            ropes = (read_rope(read, settings, head_dim),)
+
         config = Config(
             family=name,
             raw=raw,
@@ -162,162 +229,267 @@ class Config:
             num_heads=heads,
             head_dim=head_dim,
             max_positions=max_context(read.size("max_position_embeddings"), ropes),
-            layers=tuple(Layer(*row) for row in zip(*columns, strict=True)),
+            layers=layers,
             ropes=ropes,
-            ignored_settings=tuple(f"{key} {value}" for key, value in random.items() if type(value) in (int, float) and value),
-            names=family.names | switches.pop("names", {}),
-            **basics | switches,
+            ignored_settings=ignored_settings(raw, family),
+            names=names,
+            **fields | switches,
         )
         if heads % config.num_kv_heads:
             raise UserError(
                 f"{where}: {heads} attention heads do not divide over {config.num_kv_heads} key-value heads"
             )
         if heads * head_dim > MAX_SIZE:
-            raise UserError(f"{where}: num_attention_heads {heads} x head_dim {head_dim} is no possible width")
+            raise UserError(
+                f"{where}: num_attention_heads {heads} x head_dim {head_dim} is too wide; the most is {MAX_SIZE:,}"
+            )
         return config
 
 
-REQUIRED_VALUES = {  # keys of any family that change what is computed, and the only value that is computed here
-    "is_causal": True,
-    "use_bidirectional_attention": False,
-    "add_cross_attention": False,
-    "alibi": False,
-}
-# Random in training, of no effect elsewhere: fine-tuning goes without and says so
-UNHEEDED = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "router_jitter_noise")
+def find_family(raw: dict, where: str) -> "Family":
+    """Returns the row of FAMILIES that `model_type` names. Raises UserError if there is none, or if `architectures`
+    names another model than the decoder of that family."""
+    name = raw.get("model_type")
+    family = FAMILIES.get(str(name))
+    if family is None:
+        hint = ""
+        if name == "gemma3":
+            hint = "; of Gemma 3 only the text models (gemma3_text) are"
+        known = ", ".join(FAMILIES)
+        raise UserError(f"{where}: model_type {short_repr(name)} is not supported{hint} (supported: {known})")
+    if raw.get("architectures") not in (None, [], [family.architecture]):
+        architectures = short_repr(raw["architectures"])
+        raise UserError(
+            f"{where}: architectures {architectures} is not supported for {name} (supported: {family.architecture})"
+        )
+    return family
 
 
-def shown(value: object) -> str:
-    """The value as a message may show it, however large it is."""
+def ignored_settings(raw: dict, family: "Family") -> tuple[str, ...]:
+    """The settings of IGNORED_KEYS that are not zero, with their values, as "attention_dropout 0.1"."""
+    settings = []
+    for key in IGNORED_KEYS:
+        value = raw.get(key, family.defaults.get(key))
+        if type(value) in (int, float) and value:
+            settings.append(f"{key} {value}")
+    return tuple(settings)
+
+
+def short_repr(value: object) -> str:
+    """Returns the value as a message shows it: at most 80 characters, however large it is."""
     return repr(value)[:80]
 
 
 class Reader:
-    """Typed look-ups in a config.json, by Llama's names of keys; what it leaves unsaid has the family's value."""
+    """Typed look-ups in a config.json, by Llama's names of the keys. A key that is missing has the family's default."""
 
     def __init__(self, raw: dict, family: "Family", where: str):
-        self.raw, self.family, self.where = raw, family, where
+        self.raw = raw
+        self.family = family
+        self.where = where
+        # {Llama's key: the key in this file}. A file of another family may use Llama's key all the same.
         self.keys = {key: name for key, name in family.keys.items() if name in raw or key not in raw}
 
-    def __call__(self, key: str, kind: type, otherwise=None):
-        """The value, None where it is null and there is no `otherwise`; UserError where it is of another type."""
+    def __call__(self, key: str, kind: type, default=None):
+        """Returns the value; `default` if it is null or missing without a default of the family.
+
+        Raises UserError if it is of another type than `kind`; an int is also a float.
+        """
         name = self.keys.get(key, key)
-        value = self.raw[name] if name in self.raw else self.family.defaults.get(key, DEFAULTS.get(key))
-        value = otherwise if value is None else value
+        if name in self.raw:
+            value = self.raw[name]
+        else:
+            value = self.family.defaults.get(key, DEFAULTS.get(key))
+        if value is None:
+            value = default
         if value is None or type(value) is kind or (kind is float and type(value) is int):
             return value
-        raise UserError(f"{self.where}: {name} is {shown(value)}, {kind.__name__} is wanted")
+        raise UserError(f"{self.where}: {name} is {short_repr(value)}, it must be of type {kind.__name__}")
 
-    def size(self, key: str, otherwise: int | None = None) -> int:
-        return self.positive(key, int, otherwise)
+    def size(self, key: str, default: int | None = None) -> int:
+        """Returns a positive integer; raises UserError if it is missing or anything else."""
+        return self.positive(key, int, default)
 
-    def number(self, key: str, otherwise: float | None = None) -> float:
-        return float(self.positive(key, float, otherwise))
+    def number(self, key: str, default: float | None = None) -> float:
+        """Returns a positive number; raises UserError if it is missing or anything else."""
+        return float(self.positive(key, float, default))
 
-    def positive(self, key: str, kind: type, otherwise):
-        value, name = self(key, kind, otherwise), self.keys.get(key, key)
+    def positive(self, key: str, kind: type, default):
+        value = self(key, kind, default)
+        name = self.keys.get(key, key)
         if value is None:
             raise UserError(f"{self.where}: {name} is missing")
         if not 0 < value <= MAX_SIZE:
-            raise UserError(f"{self.where}: {name} is {shown(value)}, a positive size is wanted")
+            raise UserError(f"{self.where}: {name} is {short_repr(value)}, it must be above 0 and at most {MAX_SIZE:,}")
         return value
 
     def softcap(self, key: str) -> float | None:
-        return None if self(key, float) is None else self.number(key)
+        if self(key, float) is None:
+            return None
+        return self.number(key)
 
     def windows(self, sliding: Callable[[int], bool], depth: int) -> list[int | None]:
-        """The window of each layer: `sliding_window` where the layer is a sliding one, by `layer_types`, else by the
-        family's rule."""
+        """Returns the window of each layer: `sliding_window` for sliding layers, None for the others.
+
+        `layer_types` says which layers slide. Without it, `sliding` says it: the family's rule, of the layer's index.
+        """
         types = self("layer_types", list)
         if types is None:
             slides = [sliding(i) for i in range(depth)]
         elif len(types) != depth or not {*map(str, types)} <= {"full_attention", "sliding_attention"}:
-            raise UserError(f"{self.where}: layer_types is no list of {depth} full_attention or sliding_attention")
+            raise UserError(
+                f"{self.where}: layer_types must be a list of {depth} entries, each full_attention or sliding_attention"
+            )
         else:
             slides = [kind == "sliding_attention" for kind in types]
         window = self.size("sliding_window") if any(slides) else None
         return [window if slide else None for slide in slides]
 
     def window(self) -> int | None:
-        """The window of families that have one for all layers; null is none."""
-        return None if self("sliding_window", int) is None else self.size("sliding_window")
+        """Returns the window of a family that has the same one in all layers; None if it is null."""
+        if self("sliding_window", int) is None:
+            return None
+        return self.size("sliding_window")
+
+
+# ---- rotary positions ----
 
 
 def read_rope(read: Reader, settings: object, head_dim: int, theta_key: str = "rope_theta") -> Rope:
-    """Rotary positions by one `rope_parameters` or `rope_scaling` object, or {} and the keys beside it."""
-    where, raw = read.where, read.raw
+    """Returns the rotary positions of one `rope_parameters` or `rope_scaling` object.
+
+    settings: that object, or {}; what it does not say is read from the keys of config.json.
+    theta_key: the key that holds theta then.
+    Raises UserError on an impossible value and on an unknown kind of scaling.
+    """
+    where = read.where
     if not isinstance(settings, dict) or any(isinstance(value, dict) for value in settings.values()):
-        wanted = "an object of plain values is wanted"
-        raise UserError(f"{where}: rope_parameters or rope_scaling is {shown(settings)}, {wanted}")
-
-    def need(key: str, otherwise=None) -> float:
-        value = settings.get(key)
-        value = otherwise if value is None else value
-        if type(value) not in (int, float) or not 0 < value < 1e30:
-            raise UserError(f"{where}: rope scaling {shown(kind)} needs a positive number {key}, found {shown(value)}")
-        return value
-
+        raise UserError(
+            f"{where}: rope_parameters or rope_scaling is {short_repr(settings)}, it must be an object of plain values"
+        )
     kind = settings.get("rope_type", settings.get("type", "default"))
     if kind == "su" or (kind == "yarn" and "long_factor" in settings):  # Phi-3's earlier names
         kind = "longrope"
-    theta = settings.get("rope_theta", raw.get(read.keys.get(theta_key, theta_key)))
-    theta = read.family.defaults.get(theta_key, DEFAULTS["rope_theta"]) if theta is None else theta
+
+    theta = settings.get("rope_theta", read.raw.get(read.keys.get(theta_key, theta_key)))
+    if theta is None:
+        theta = read.family.defaults.get(theta_key, DEFAULTS["rope_theta"])
     if type(theta) not in (int, float) or not 1 < theta < 1e30:
-        raise UserError(f"{where}: rope_theta is {shown(theta)}, a number above 1 is wanted")
+        raise UserError(f"{where}: rope_theta is {short_repr(theta)}, it must be a number above 1")
+
+    dim = rotary_dim(read, settings, head_dim)
+    scaling = None if kind == "default" else read_rope_scaling(read, settings, kind, dim)
+    return Rope(float(theta), dim, scaling)
+
+
+def rotary_dim(read: Reader, settings: dict, head_dim: int) -> int:
+    """Returns how many dimensions of each head are rotated: an even number."""
+    where = read.where
     part = settings.get("partial_rotary_factor")
-    part = read("partial_rotary_factor", float, 1.0) if part is None else part
-    dim = int(head_dim * part) if type(part) in (int, float) and 0 < part <= 1 else 0
+    if part is None:
+        part = read("partial_rotary_factor", float, 1.0)
+    dim = 0
+    if type(part) in (int, float) and 0 < part <= 1:
+        dim = int(head_dim * part)
     if dim != head_dim and not read.family.partial_rope:
-        raise UserError(f"{where}: partial_rotary_factor {shown(part)} is not supported for {raw['model_type']}")
+        model_type = read.raw["model_type"]
+        raise UserError(f"{where}: partial_rotary_factor {short_repr(part)} is not supported for {model_type}")
     if dim < 2 or dim % 2:
-        raise UserError(f"{where}: {dim} of head_dim {head_dim} would be turned, rotary positions need pairs")
-    if kind == "default":
-        return Rope(float(theta), dim, None)
+        raise UserError(
+            f"{where}: rotary positions would rotate {dim} dimensions of head_dim {head_dim}; that number must be even"
+            " and at least 2"
+        )
+    return dim
+
+
+def read_rope_scaling(read: Reader, settings: dict, kind: object, dim: int) -> dict:
+    """Returns the dict that kernels/rope.py takes as `scaling`.
+
+    settings: the object that says it. kind: its rope_type. dim: the number of dimensions of a head that are rotated.
+    """
+    where = read.where
+
+    def need(key: str, default=None) -> float:
+        value = settings.get(key)
+        if value is None:
+            value = default
+        if type(value) not in (int, float) or not 0 < value < 1e30:
+            raise UserError(
+                f"{where}: rope scaling {short_repr(kind)} needs a positive number as {key}, not {short_repr(value)}"
+            )
+        return value
+
     positions = read.size("max_position_embeddings")
-    scaling, original = {"rope_type": kind}, None
+    scaling = {"rope_type": kind}
+    original = None
     if kind in ("llama3", "yarn", "longrope"):
-        if read("original_max_position_embeddings", int) is not None:  # beside the settings: it comes first
+        # A key of config.json itself wins over the key inside the object.
+        if read("original_max_position_embeddings", int) is not None:
             original = read.size("original_max_position_embeddings")
         else:
             original = need("original_max_position_embeddings", positions)
         scaling["original_max_position_embeddings"] = original
     match kind:
         case "linear":
-            scaling |= {"factor": need("factor")}
+            scaling["factor"] = need("factor")
         case "dynamic":
-            scaling |= {"factor": need("factor"), "max_positions": positions}
+            scaling["factor"] = need("factor")
+            scaling["max_positions"] = positions
             if dim <= 2:
-                raise UserError(f"{where}: rope scaling dynamic needs more than one pair of dimensions a head")
+                raise UserError(f"{where}: rope scaling dynamic must rotate more than 2 dimensions of a head")
         case "llama3":
-            scaling |= {key: need(key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
+            for key in ("factor", "low_freq_factor", "high_freq_factor"):
+                scaling[key] = need(key)
             if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
                 raise UserError(f"{where}: rope scaling llama3 needs low_freq_factor below high_freq_factor")
         case "yarn":
             factor = need("factor", positions / original)
-            scaling |= {"factor": factor, "beta_fast": need("beta_fast", 32), "beta_slow": need("beta_slow", 1)}
-            scaling |= {"truncate": settings.get("truncate", True) is not False}
-            sharper = lambda mscale: 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-            mscale, all_dim = settings.get("mscale"), settings.get("mscale_all_dim")
-            ratio = sharper(need("mscale")) / sharper(need("mscale_all_dim")) if mscale and all_dim else sharper(1)
-            scaling |= {"attention_factor": need("attention_factor", ratio)}
+            scaling["factor"] = factor
+            scaling["beta_fast"] = need("beta_fast", 32)
+            scaling["beta_slow"] = need("beta_slow", 1)
+            scaling["truncate"] = settings.get("truncate", True) is not False
+            if settings.get("mscale") and settings.get("mscale_all_dim"):
+                numerator = yarn_attention_factor(factor, need("mscale"))
+                default = numerator / yarn_attention_factor(factor, need("mscale_all_dim"))
+            else:
+                default = yarn_attention_factor(factor, 1)
+            scaling["attention_factor"] = need("attention_factor", default)
         case "longrope":
             factor = need("factor", positions / original)
-            ratio = math.sqrt(1 + math.log(factor) / math.log(original)) if min(factor, original) > 1 else 1.0
-            scaling |= {"attention_factor": need("attention_factor", ratio)}
+            default = 1.0
+            if min(factor, original) > 1:
+                default = math.sqrt(1 + math.log(factor) / math.log(original))
+            scaling["attention_factor"] = need("attention_factor", default)
             for key in ("short_factor", "long_factor"):
                 scaling[key] = settings.get(key)
-                good = isinstance(scaling[key], list) and len(scaling[key]) == dim // 2
-                if not good or not all(type(x) in (int, float) and 0 < x < 1e30 for x in scaling[key]):
-                    raise UserError(f"{where}: rope scaling longrope needs {dim // 2} positive numbers {key}")
+                if not is_list_of_factors(scaling[key], dim // 2):
+                    raise UserError(f"{where}: rope scaling longrope needs {dim // 2} positive numbers as {key}")
         case _:
             known = "linear, dynamic, llama3, yarn, longrope"
-            raise UserError(f"{where}: rope scaling {shown(kind)} is not supported (supported: {known})")
-    return Rope(float(theta), dim, scaling)
+            raise UserError(f"{where}: rope scaling {short_repr(kind)} is not supported (supported: {known})")
+    return scaling
+
+
+def yarn_attention_factor(factor: float, mscale: float) -> float:
+    """Returns the factor of cosines and sines that YaRN recommends for a stretch of `factor` (Peng et al. 2023)."""
+    if factor <= 1:
+        return 1.0
+    return 0.1 * mscale * math.log(factor) + 1.0
+
+
+def is_list_of_factors(value: object, length: int) -> bool:
+    """True for a list of `length` positive numbers."""
+    if not isinstance(value, list) or len(value) != length:
+        return False
+    return all(type(x) in (int, float) and 0 < x < 1e30 for x in value)
 
 
 def max_context(positions: int, ropes: tuple[Rope, ...]) -> int:
-    """How long a text may be. max_position_embeddings says it, but where rope scaling stretches it: files differ in
-    whether they wrote the old length or the new, and vLLM's reading is the generous one."""
+    """Returns how many tokens a text may have.
+
+    That is max_position_embeddings, unless rope scaling stretches it. Files differ in whether they hold the old length
+    or the new one; like vLLM, this takes the larger reading.
+    """
     for rope in ropes:
         match rope.scaling:
             case {"rope_type": "linear" | "dynamic", "factor": factor}:
@@ -327,22 +499,31 @@ def max_context(positions: int, ropes: tuple[Rope, ...]) -> int:
     return positions
 
 
-# ---- a family's switches ----
+# ---- the switches of a family ----
 
 
 @dataclass(frozen=True)
 class Family:
-    """A row. names: a module of ours to the published one, {} is a layer's or an expert's number. switches: of a Reader
-    and the number of layers, the fields of Config that are not Llama's, and `windows`, `rope_of`, `scale`, `routed`,
-    each for all layers or a list by layer. keys: Llama's names of keys to this family's."""
+    """A row of FAMILIES.
+
+    architecture: the only value of `architectures` that is supported.
+    names: {a module of ours: its published name}; {} stands for the number of a layer or of an expert.
+    switches: a function of a Reader and the number of layers. It returns the fields of Config that differ from Llama's,
+    and may return `windows`, `rope_of`, `scale` and `routed`, the fields of Layer: each a value for all layers, or a
+    list with a value for each layer.
+    defaults: {Llama's key: the value that this family's config.json may leave out}.
+    keys: {Llama's key: this family's key}.
+    partial_rope: a part of the dimensions of each head may be rotated.
+    wide_mlp: an intermediate_size that is null or missing means 4 x hidden_size.
+    """
 
     architecture: str
     names: dict[str, str]
     switches: Callable[[Reader, int], dict]
     defaults: dict
     keys: dict[str, str]
-    partial_rope: bool  # a part of each head's dimensions may be turned
-    wide_mlp: bool  # an intermediate_size that is null or missing is 4 x hidden_size
+    partial_rope: bool
+    wide_mlp: bool
 
 
 def family(architecture, names, switches, keys=(), partial_rope=False, wide_mlp=False, **defaults) -> Family:
@@ -361,12 +542,29 @@ DEFAULTS = {
 }
 
 
-def biases(read: Reader) -> dict:
+def attention_biases(read: Reader) -> dict:
     bias = read("attention_bias", bool)
     return {"qkv_bias": bias, "o_bias": bias}
 
 
+def llama(read: Reader, depth: int) -> dict:
+    return attention_biases(read) | {"mlp_bias": read("mlp_bias", bool)}
+
+
+def mistral(read: Reader, depth: int) -> dict:
+    return {"windows": read.window()}
+
+
+def qwen2(read: Reader, depth: int) -> dict:
+    return {"qkv_bias": True, "windows": qwen_windows(read, depth)}
+
+
+def qwen3(read: Reader, depth: int) -> dict:
+    return attention_biases(read) | {"qk_norm": "head", "windows": qwen_windows(read, depth)}
+
+
 def qwen_windows(read: Reader, depth: int) -> list[int | None]:
+    """Returns the windows of a model whose layers from `max_window_layers` on slide, if any do."""
     if not read("use_sliding_window", bool, False):
         return [None] * depth
     first = read("max_window_layers", int, 28)
@@ -374,16 +572,20 @@ def qwen_windows(read: Reader, depth: int) -> list[int | None]:
 
 
 def gemma(read: Reader, depth: int) -> dict:
-    return biases(read) | {"norm_offset": 1.0, "embed_scale": read.size("hidden_size") ** 0.5}
+    switches = gemma_basics(read)
+    # The files of the first Gemma that were released say gelu and mean its tanh form.
+    if read("hidden_act", str) == "gelu":
+        switches["activation"] = "gelu_tanh"
+    return switches
 
 
-def tanh_gelu(read: Reader) -> dict:
-    """The first Gemma's released files say gelu and mean its tanh form."""
-    return {"activation": "gelu_tanh"} if read("hidden_act", str) == "gelu" else {}
+def gemma_basics(read: Reader) -> dict:
+    """Returns the switches that all generations of Gemma share."""
+    return attention_biases(read) | {"norm_offset": 1.0, "embed_scale": read.size("hidden_size") ** 0.5}
 
 
 def gemma2(read: Reader, depth: int) -> dict:
-    return gemma(read, depth) | {
+    return gemma_basics(read) | {
         "post_norm": True,
         "windows": read.windows(lambda i: i % 2 == 0, depth),
         "scale": read.number("query_pre_attn_scalar") ** -0.5,
@@ -393,97 +595,144 @@ def gemma2(read: Reader, depth: int) -> dict:
 
 
 def gemma3(read: Reader, depth: int) -> dict:
-    """Two rotary bases: that of rope_theta, scaled, for full attention, rope_local_base_freq's for sliding layers."""
-    every = read.size("sliding_window_pattern", 6)
-    windows = read.windows(lambda i: bool((i + 1) % every), depth)
-    both, old = read("rope_parameters", dict, {}), read("rope_scaling", dict, {})
-    full, local = ((both.get(kind) or {}) for kind in ("full_attention", "sliding_attention"))
-    d = read.size("head_dim")
-    full = full | old if isinstance(full, dict) else full
-    ropes = (read_rope(read, full, d), read_rope(read, local, d, "rope_local_base_freq"))
-    switches = gemma2(read, depth) | {"windows": windows, "qk_norm": "head", "ropes": ropes}
-    return switches | {"rope_of": [0 if window is None else 1 for window in windows]}
+    """Layers of full attention rotate with rope_theta, scaled; sliding layers with rope_local_base_freq."""
+    pattern = read.size("sliding_window_pattern", 6)
+    windows = read.windows(lambda i: bool((i + 1) % pattern), depth)
+
+    # transformers 5 writes one object for each kind of layer, transformers 4 one for full attention alone.
+    by_kind = read("rope_parameters", dict, {})
+    full = by_kind.get("full_attention") or {}
+    local = by_kind.get("sliding_attention") or {}
+    older = read("rope_scaling", dict, {})
+    if isinstance(full, dict):
+        full = full | older
+    head_dim = read.size("head_dim")
+    ropes = (read_rope(read, full, head_dim), read_rope(read, local, head_dim, "rope_local_base_freq"))
+    return gemma2(read, depth) | {
+        "windows": windows,
+        "qk_norm": "head",
+        "ropes": ropes,
+        "rope_of": [0 if window is None else 1 for window in windows],
+    }
+
+
+def phi3(read: Reader, depth: int) -> dict:
+    return {"qkv": "stacked", "mlp": "stacked", "windows": read.window()}
+
+
+def olmo2(read: Reader, depth: int) -> dict:
+    return attention_biases(read) | {"pre_norm": False, "post_norm": True, "qk_norm": "whole"}
 
 
 def smollm3(read: Reader, depth: int) -> dict:
-    every = read.size("no_rope_layer_interval", 4)
-    turned = read("no_rope_layers", list) or [int((i + 1) % every != 0) for i in range(depth)]
-    if len(turned) != depth or not all(type(yes) is int and yes in (0, 1) for yes in turned):
-        raise UserError(f"{read.where}: no_rope_layers is no list of {depth} zeros and ones")
-    windows = read.windows(lambda i: not turned[i], depth) if read("use_sliding_window", bool, False) else None
-    rope_of = [0 if yes else None for yes in turned]
-    return biases(read) | {"mlp_bias": read("mlp_bias", bool), "rope_of": rope_of, "windows": windows}
+    """The layers with a 0 in no_rope_layers have no rotary positions; by default each layer whose number, from 1, is a
+    multiple of no_rope_layer_interval."""
+    interval = read.size("no_rope_layer_interval", 4)
+    has_rope = read("no_rope_layers", list) or [int((i + 1) % interval != 0) for i in range(depth)]
+    if len(has_rope) != depth or not all(type(flag) is int and flag in (0, 1) for flag in has_rope):
+        raise UserError(f"{read.where}: no_rope_layers must be a list of {depth} zeros and ones")
+    windows = None
+    if read("use_sliding_window", bool, False):
+        windows = read.windows(lambda i: not has_rope[i], depth)
+    rope_of = [0 if flag else None for flag in has_rope]
+    return attention_biases(read) | {"mlp_bias": read("mlp_bias", bool), "rope_of": rope_of, "windows": windows}
 
 
-def routed(read: Reader, normalised: bool, inner: str) -> Experts:
-    count, active, depth = map(read.size, ("num_experts", "num_experts_per_tok", "num_hidden_layers"))
+def read_experts(read: Reader, normalised: bool, size_key: str) -> Experts:
+    """Returns the experts of a model. size_key: the key of an expert's intermediate_size."""
+    count = read.size("num_experts")
+    active = read.size("num_experts_per_tok")
+    depth = read.size("num_hidden_layers")
     if count * depth > MAX_EXPERTS or active > count:
-        most = f"at most {MAX_EXPERTS} in all layers together"
-        raise UserError(f"{read.where}: {active} of {count} experts in {depth} layers is not possible here ({most})")
+        limit = f"at most {MAX_EXPERTS} in all layers together"
+        raise UserError(f"{read.where}: {active} of {count} experts in {depth} layers is not possible here ({limit})")
     balance = read("router_aux_loss_coef", float)
-    if balance is not None and not 0 <= balance < 1e9:
-        raise UserError(f"{read.where}: router_aux_loss_coef is {shown(balance)}, 0 or a positive number is wanted")
-    return Experts(count, active, read.size(inner), normalised, 0.0 if balance is None else balance)
+    if balance is None:
+        balance = 0.0
+    elif not 0 <= balance < 1e9:
+        raise UserError(
+            f"{read.where}: router_aux_loss_coef is {short_repr(balance)}, it must be 0 or more and below 1e9"
+        )
+    return Experts(count, active, read.size(size_key), normalised, balance)
+
+
+def mixtral(read: Reader, depth: int) -> dict:
+    experts = read_experts(read, True, "intermediate_size")
+    return {"windows": read.window(), "routed": True, "experts": experts}
 
 
 def qwen3_moe(read: Reader, depth: int) -> dict:
-    step, plain = read.size("decoder_sparse_step", 1), read("mlp_only_layers", list, [])
-    if len(plain) > depth:
-        raise UserError(f"{read.where}: mlp_only_layers names {len(plain)} of {depth} layers")
+    """A layer has experts if its number, from 1, is a multiple of decoder_sparse_step and mlp_only_layers does not name
+    its index."""
+    step = read.size("decoder_sparse_step", 1)
+    without_experts = read("mlp_only_layers", list, [])
+    if len(without_experts) > depth:
+        raise UserError(f"{read.where}: mlp_only_layers names {len(without_experts)} layers, the model has {depth}")
     window = read.window() if read("use_sliding_window", bool, False) else None
-    experts = routed(read, read("norm_topk_prob", bool), "moe_intermediate_size")
-    layers = [(i + 1) % step == 0 and i not in plain for i in range(depth)]
-    return biases(read) | {"qk_norm": "head", "windows": window, "experts": experts, "routed": layers}
+    experts = read_experts(read, read("norm_topk_prob", bool), "moe_intermediate_size")
+    routed = [(i + 1) % step == 0 and i not in without_experts for i in range(depth)]
+    return attention_biases(read) | {"qk_norm": "head", "windows": window, "experts": experts, "routed": routed}
 
 
 def gpt2(read: Reader, depth: int) -> dict:
-    d = read.size("head_dim", read.size("hidden_size") // read.size("num_attention_heads"))
-    scale = d**-0.5 if read("scale_attn_weights", bool, True) else 1.0
-    by_layer = read("scale_attn_by_inverse_layer_idx", bool, False)
-    biased = {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "norm": "layer"}
-    return biased | {
+    head_dim = read.size("head_dim", read.size("hidden_size") // read.size("num_attention_heads"))
+    scale = head_dim**-0.5 if read("scale_attn_weights", bool, True) else 1.0
+    scales = [scale] * depth
+    if read("scale_attn_by_inverse_layer_idx", bool, False):
+        scales = [scale / (i + 1) for i in range(depth)]
+    return {
+        "qkv_bias": True,
+        "o_bias": True,
+        "mlp_bias": True,
+        "norm": "layer",
         "num_kv_heads": read.size("num_attention_heads"),
         "qkv": "stacked",
         "mlp": "plain",
         "learned_positions": True,
         "ropes": (),
         "rope_of": None,
-        "scale": [scale / (i + 1) if by_layer else scale for i in range(depth)],
+        "scale": scales,
         "conv1d": True,
     }
 
 
 def neox(read: Reader, depth: int) -> dict:
-    parallel = read("use_parallel_residual", bool, True)
-    return (
-        biases(read)
-        | {"mlp_bias": True, "norm": "layer"}
-        | {
-            "num_kv_heads": read.size("num_attention_heads"),
-            "qkv": "grouped",
-            "mlp": "plain",
-            "parallel": parallel,
-        }
-    )
+    return attention_biases(read) | {
+        "mlp_bias": True,
+        "norm": "layer",
+        "num_kv_heads": read.size("num_attention_heads"),
+        "qkv": "grouped",
+        "mlp": "plain",
+        "parallel": read("use_parallel_residual", bool, True),
+    }
 
 
 def falcon(read: Reader, depth: int) -> dict:
-    """7B style: one kv head, one norm for both. 40B style (new_decoder_architecture): groups of heads, two norms."""
-    heads, new = read.size("num_attention_heads"), read("new_decoder_architecture", bool, False)
-    parallel = new or read("parallel_attn", bool, True)
-    norms = read("num_ln_in_parallel_attn", int, 2) if new else 1
+    """7B style: one key-value head, one norm for attention and MLP. 40B style (new_decoder_architecture): groups of
+    heads, two norms."""
+    heads = read.size("num_attention_heads")
     bias = read("bias", bool, False)
-    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bias, "norm": "layer"} | {
+    if read("new_decoder_architecture", bool, False):
+        parallel = True
+        num_norms = read("num_ln_in_parallel_attn", int, 2)
+        num_kv_heads = read.size("num_key_value_heads", heads)
+        names = FALCON_TWO_NORMS if num_norms == 2 else {}
+    else:
+        parallel = read("parallel_attn", bool, True)
+        num_norms = 1
+        num_kv_heads = 1 if read("multi_query", bool, True) else heads
+        names = {}
+    return {
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "mlp_bias": bias,
+        "norm": "layer",
         "qkv": "grouped",
-        "num_kv_heads": read.size("num_key_value_heads", heads)
-        if new
-        else 1
-        if read("multi_query", bool, True)
-        else heads,
+        "num_kv_heads": num_kv_heads,
         "mlp": "plain",
         "parallel": parallel,
-        "shared_norm": parallel and norms == 1,
-        "names": FALCON_TWO_NORMS if new and norms == 2 else {},
+        "shared_norm": parallel and num_norms == 1,
+        "names": names,
     }
 
 
@@ -573,19 +822,14 @@ FALCON_TWO_NORMS = {
 # ---- the table ----
 
 FAMILIES = {
-    "llama": family("LlamaForCausalLM", LLAMA,
-        lambda read, depth: biases(read) | {"mlp_bias": read("mlp_bias", bool)}),
-    "mistral": family("MistralForCausalLM", LLAMA,
-        lambda read, depth: {"windows": read.window()},
+    "llama": family("LlamaForCausalLM", LLAMA, llama),
+    "mistral": family("MistralForCausalLM", LLAMA, mistral,
         num_key_value_heads=8, sliding_window=4096, max_position_embeddings=131_072),
-    "qwen2": family("Qwen2ForCausalLM", LLAMA,
-        lambda read, depth: {"qkv_bias": True, "windows": qwen_windows(read, depth)},
+    "qwen2": family("Qwen2ForCausalLM", LLAMA, qwen2,
         num_key_value_heads=32, sliding_window=4096, max_position_embeddings=32_768),
-    "qwen3": family("Qwen3ForCausalLM", LLAMA | QK_NORM,
-        lambda read, depth: biases(read) | {"qk_norm": "head", "windows": qwen_windows(read, depth)},
+    "qwen3": family("Qwen3ForCausalLM", LLAMA | QK_NORM, qwen3,
         num_key_value_heads=32, head_dim=128, sliding_window=4096, max_position_embeddings=32_768),
-    "gemma": family("GemmaForCausalLM", LLAMA,
-        lambda read, depth: gemma(read, depth) | tanh_gelu(read),
+    "gemma": family("GemmaForCausalLM", LLAMA, gemma,
         num_key_value_heads=16, head_dim=256, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True,
         max_position_embeddings=8192),
     "gemma2": family("Gemma2ForCausalLM", LLAMA | POST_NORM, gemma2,
@@ -598,12 +842,10 @@ FAMILIES = {
         num_key_value_heads=4, head_dim=256, sliding_window=4096, query_pre_attn_scalar=256,
         hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True, max_position_embeddings=131_072,
         rope_theta=1_000_000.0, rope_local_base_freq=10_000.0),
-    "phi3": family("Phi3ForCausalLM", LLAMA | FUSED,
-        lambda read, depth: {"qkv": "stacked", "mlp": "stacked", "windows": read.window()},
+    "phi3": family("Phi3ForCausalLM", LLAMA | FUSED, phi3,
         partial_rope=True,
         rms_norm_eps=1e-5, max_position_embeddings=4096, original_max_position_embeddings=4096),
-    "olmo2": family("Olmo2ForCausalLM", LLAMA | POST_NORM | QK_NORM,
-        lambda read, depth: biases(read) | {"pre_norm": False, "post_norm": True, "qk_norm": "whole"},
+    "olmo2": family("Olmo2ForCausalLM", LLAMA | POST_NORM | QK_NORM, olmo2,
         rms_norm_eps=1e-5),
     "smollm3": family("SmolLM3ForCausalLM", LLAMA, smollm3,
         num_key_value_heads=4, rope_theta=2_000_000.0, max_position_embeddings=32_768, tie_word_embeddings=True),
@@ -623,9 +865,7 @@ FAMILIES = {
               "num_key_value_heads": "num_kv_heads", "intermediate_size": "ffn_hidden_size"},
         wide_mlp=True,
         rms_norm_eps=1e-5, hidden_act="gelu", tie_word_embeddings=True),
-    "mixtral": family("MixtralForCausalLM", LLAMA | MIXTRAL,
-        lambda read, depth: {"windows": read.window(), "routed": True,
-                             "experts": routed(read, True, "intermediate_size")},
+    "mixtral": family("MixtralForCausalLM", LLAMA | MIXTRAL, mixtral,
         keys={"num_experts": "num_local_experts"},
         num_key_value_heads=8, num_experts=8, num_experts_per_tok=2, router_aux_loss_coef=0.001,
         rms_norm_eps=1e-5, rope_theta=1_000_000.0, max_position_embeddings=131_072),

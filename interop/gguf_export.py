@@ -27,7 +27,7 @@ from common.errors import UserError
 from common.files import atomic_file
 from families import FAMILIES, Config, Reader
 from interop.gguf_import import close, config_json
-from interop.gguf_names import ARCHITECTURE_OF, ARCHITECTURES, UNEXPORTED, Architecture, Place, places, turn_rows
+from interop.gguf_names import ARCHITECTURE_OF, ARCHITECTURES, UNEXPORTED, Architecture, Place, interleave_rows, places
 from interop.gguf_reader import Gguf
 from interop.gguf_reader import Tensor as Stored
 from interop.gguf_tokenizer import PHI3, vocabulary
@@ -301,7 +301,7 @@ def stored(weights: Weights, updates: Updates | None, name: str, place: Place, k
         if np.abs(rows).max() > LARGEST.get(kind.name, np.inf):
             raise UserError(f"{weights.folder}: {published} holds weights too large for {kind.name}; take --type bf16")
         rows = rows + np.float32(place.offset) if place.offset else rows
-        rows = turn_rows(rows, place.heads) if place.heads else rows
+        rows = interleave_rows(rows, place.heads) if place.heads else rows
         parts.append(quantize(np.ascontiguousarray(rows), kind))
     return np.stack(parts) if len(place.shape) > 2 else parts[0]
 
@@ -329,7 +329,7 @@ def adapter_to_gguf(adapter, file, folder) -> None:
         name, place = where[f"{layer}.weight"]
         a, b = (side.numpy() for side in updates.factors(layer))
         content[f"{name}.lora_a"] = np.ascontiguousarray(a)
-        content[f"{name}.lora_b"] = np.ascontiguousarray(turn_rows(b, place.heads) if place.heads else b)
+        content[f"{name}.lora_b"] = np.ascontiguousarray(interleave_rows(b, place.heads) if place.heads else b)
     alpha = float(next(iter(updates.layers.values())).alpha)
     fields = {"general.architecture": architecture, "general.type": "adapter", "adapter.type": "lora"}
     fields |= {"adapter.lora.alpha": alpha, "general.name": Path(adapter).resolve().name, "general.file_type": 0}

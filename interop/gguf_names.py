@@ -1,14 +1,15 @@
-"""What a model is called in a GGUF file and in a Hugging Face folder: one table for both directions.
+"""The names of a model in a GGUF file and in a Hugging Face folder: one table for both directions.
 
 A GGUF file names an architecture, which llama.cpp computes, and says its sizes under keys such as
-`qwen2.embedding_length`. `ARCHITECTURES` has a row for each that is read and written here: the families of families.py
-that it stands for, the keys that it knows beside those of all (`KEYS`), and what llama.cpp's code takes for granted
-and no key can change. `MODULES` has the names of tensors, which all architectures share. Three things make a tensor of
-a file differ from the published one (`Place`): rows of q and k in another order, a norm that is stored with 1 added,
-and a matrix of GPT-2's, which is published as [in, out].
+`qwen2.embedding_length`. `ARCHITECTURES` has a row for each that is read and written here: the
+families of families.py that it stands for, the keys that it has besides those of all (`KEYS`), and
+what llama.cpp's code takes for granted, so that no key can change it. `MODULES` has the names of
+modules, which all architectures share. Three things make a tensor of a file differ from the one in
+the folder (`Place`): rows of q and k in another order, a norm that is stored with 1 added, and a
+matrix of GPT-2's, which the folder stores as [in, out].
 
-interop/gguf_import.py reads by these tables; interop/gguf_export.py writes by them, reads what it would write, and
-refuses what comes back as another model.
+interop/gguf_import.py reads by these tables. interop/gguf_export.py writes by them, reads what it
+would write, and refuses what comes back as another model.
 """
 
 import re
@@ -22,7 +23,7 @@ from checkpoint import hf_name, transposed
 from families import Config
 from model import Transformer
 
-# keys of every architecture, after its name and a dot: Llama's names in config.json
+# Keys of every architecture, without its name and the dot: (Llama's name in config.json, type).
 KEYS = {
     "context_length": ("max_position_embeddings", int),
     "embedding_length": ("hidden_size", int),
@@ -37,29 +38,52 @@ LLAMA = KEYS | GROUPED | RMS | ROTARY
 EXPERTS = {"expert_count": ("num_experts", int), "expert_used_count": ("num_experts_per_tok", int)}
 WINDOW = {"attention.sliding_window": ("sliding_window", int)}
 FINAL_SOFTCAP = {"final_logit_softcapping": ("final_logit_softcapping", float)}
-# Read, written and checked in code, where the architecture is rotary: how angles are stretched, and how far they go
+# Keys of architectures with rotary positions. Code reads, writes and checks them: how many
+# dimensions are rotated, and how the angles are scaled for long texts.
 ROPE_KEYS = (
-    *("rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
-    *("rope.scaling.finetuned", "rope.scaling.attn_factor", "rope.scaling.yarn_ext_factor"),
-    *("rope.scaling.yarn_attn_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+    "rope.dimension_count",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+    "rope.scaling.attn_factor",
+    "rope.scaling.yarn_ext_factor",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
 )
 OTHER_KEYS = ("vocab_size", "attention.key_length", "attention.value_length", "tensor_data_layout")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A row. `optional` are keys that a file may lack: then the family's default counts, which is llama.cpp's too."""
+    """A row of `ARCHITECTURES`.
 
-    families: tuple[str, ...]  # model types; a file means the first but where gguf_in.family_of says otherwise
+    families: model types. A file means the first one, unless gguf_import.family_of decides
+    otherwise.
+    keys: {key in the file: (Llama's name in config.json, type)}.
+    optional: keys that a file may lack. Then the family's default holds, which is llama.cpp's too.
+    fixed: settings of config.json, by Llama's names, that llama.cpp computes with in any case.
+    interleaved: rows of q and k are in the order of the original Llama code (`interleave_rows`).
+    own_head_dim: heads may be of any size; else together they have hidden_size dimensions.
+    tied: llama.cpp loads only models whose head is (True) or is not (False) the embedding; None:
+    either.
+    pattern: every pattern-th layer attends to everything, the others within a window.
+    hidden_scaled_depths: a Gemma of so many layers divides scores by hidden_size / heads, not by
+    head_dim.
+    windowless: the window is stored, and llama.cpp computes without it.
+    """
+
+    families: tuple[str, ...]
     keys: dict[str, tuple[str, type]] = field(default_factory=lambda: LLAMA)
     optional: tuple[str, ...] = ("attention.head_count_kv", "rope.freq_base")
-    fixed: dict = field(default_factory=dict)  # of config.json, by Llama's names: what llama.cpp computes in any case
-    turned: bool = False  # rows of q and k lie as in the original Llama code (`turn_rows`)
-    own_head_dim: bool = False  # heads may be of any size; else they share hidden_size
-    tied: bool | None = None  # llama.cpp loads only models whose head is (or is not) the embedding; None: either
-    pattern: int | None = None  # every such layer sees everything, the others through a window
-    big: tuple[int, ...] = ()  # a Gemma of so many layers divides scores by hidden_size / heads, not by head_dim
-    windowless: bool = False  # the window is stored, and llama.cpp does without it
+    fixed: dict = field(default_factory=dict)
+    interleaved: bool = False
+    own_head_dim: bool = False
+    tied: bool | None = None
+    pattern: int | None = None
+    hidden_scaled_depths: tuple[int, ...] = ()
+    windowless: bool = False
 
 
 SILU, TANH = {"hidden_act": "silu"}, {"hidden_act": "gelu_pytorch_tanh"}
@@ -70,7 +94,7 @@ GEMMA_OPTIONAL = ("attention.head_count_kv", "rope.freq_base", "attention.slidin
 ARCHITECTURES = {
     "llama": Architecture(("llama", "mistral", "mixtral"), LLAMA | WINDOW | EXPERTS,
         optional=("attention.head_count_kv", "rope.freq_base", *WINDOW, *EXPERTS),
-        fixed=SILU, turned=True, own_head_dim=True, windowless=True),
+        fixed=SILU, interleaved=True, own_head_dim=True, windowless=True),
     "qwen2": Architecture(("qwen2",), fixed=SILU | NO_WINDOW),
     "qwen3": Architecture(("qwen3",), fixed=SILU | NO_WINDOW | {"attention_bias": False}, own_head_dim=True),
     "qwen3moe": Architecture(("qwen3_moe",),
@@ -82,31 +106,34 @@ ARCHITECTURES = {
     "gemma2": Architecture(("gemma2",),
         LLAMA | WINDOW | FINAL_SOFTCAP | {"attn_logit_softcapping": ("attn_logit_softcapping", float)},
         optional=(*GEMMA_OPTIONAL, "attn_logit_softcapping"),
-        fixed=TANH, own_head_dim=True, tied=True, pattern=2, big=(46,)),
+        fixed=TANH, own_head_dim=True, tied=True, pattern=2, hidden_scaled_depths=(46,)),
     "gemma3": Architecture(("gemma3_text",),
         LLAMA | WINDOW | FINAL_SOFTCAP | {"rope.freq_base_swa": ("rope_local_base_freq", float)},
         optional=(*GEMMA_OPTIONAL, "rope.freq_base_swa"),
-        fixed=TANH, own_head_dim=True, pattern=6, big=(62,)),
+        fixed=TANH, own_head_dim=True, pattern=6, hidden_scaled_depths=(62,)),
     "phi3": Architecture(("phi3",), LLAMA | WINDOW,
         optional=("attention.head_count_kv", "rope.freq_base", *WINDOW),
         fixed=SILU, windowless=True),
     "olmo2": Architecture(("olmo2",), fixed=SILU | {"attention_bias": False}, tied=False),
     "smollm3": Architecture(("smollm3",),
         fixed=SILU | NO_WINDOW | {"no_rope_layer_interval": 4, "attention_bias": False, "mlp_bias": False},
-        turned=True, own_head_dim=True),
+        interleaved=True, own_head_dim=True),
     "gpt2": Architecture(("gpt2",),
         KEYS | {"attention.layer_norm_epsilon": ("rms_norm_eps", float)}, optional=(),
         fixed={"hidden_act": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}),
 }
 # fmt: on
 ARCHITECTURE_OF = {family: name for name, row in ARCHITECTURES.items() for family in row.families}
-UNEXPORTED = {  # families that llama.cpp has under a name and computes otherwise
-    "gpt_neox": "llama.cpp computes GELU by its tanh form in it, the model does not",
-    "falcon": "llama.cpp computes GELU by its tanh form in it, the model does not",
+# Families that llama.cpp has under a name and computes in another way, with the difference.
+UNEXPORTED = {
+    "gpt_neox": "llama.cpp computes GELU in its tanh form for it, the model does not",
+    "falcon": "llama.cpp computes GELU in its tanh form for it, the model does not",
 }
 
 BLOCK = "blk.{}."
-MODULES = {  # a module of ours: its name in a file; {} is the number of the layer, an expert's number is left out
+# {module of model.py: its name in a file}. {} is the number of the layer; the number of an expert
+# is left out.
+MODULES = {
     "embed": "token_embd",
     "positions": "position_embd",
     "blocks.{}.attention_norm": BLOCK + "attn_norm",
@@ -131,55 +158,71 @@ MODULES = {  # a module of ours: its name in a file; {} is the number of the lay
     "norm": "output_norm",
     "head": "output",
 }
-# beside the model's own: factors for the angles of Llama 3, and of LongRoPE for short and long texts
+# Tensors besides the model's own: factors for the angles of Llama 3, and of LongRoPE for short and
+# for long texts.
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 
 
 class Place(NamedTuple):
-    """What a tensor of a GGUF file is in the folder."""
+    """What a tensor of a GGUF file is in the folder.
 
-    names: tuple[str, ...]  # published: one, or one an expert, whose matrices then lie one after the other
-    shape: tuple[int, ...]  # in the file, as PyTorch counts: [out, in] or [experts, out, in]
-    heads: int  # whose rows are turned; 0 where rows keep their order
-    offset: float  # the file holds the published weight plus this
-    transposed: bool  # published as [in, out]
+    names: its Hugging Face names: one, or one an expert, whose matrices follow each other in the
+    file.
+    shape: in the file, in PyTorch's order: [out, in] or [experts, out, in].
+    heads: the number of heads whose rows are interleaved in the file; 0 where rows keep their
+    order.
+    offset: the file holds the folder's weight plus this.
+    transposed: the folder stores it as [in, out].
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    heads: int
+    offset: float
+    transposed: bool
 
 
 def places(config: Config, row: Architecture) -> dict[str, Place]:
-    """{name in the file: Place} of each tensor of the model."""
+    """Returns {name in the file: Place} for every tensor of the model."""
     with torch.device("meta"):
         model = Transformer(config)
-    turned = {"q": config.num_heads, "k": config.num_kv_heads} if row.turned else {}
-    found: dict[str, Place] = {}
+    interleaved_heads = {}
+    if row.interleaved:
+        interleaved_heads = {"q": config.num_heads, "k": config.num_kv_heads}
+    result: dict[str, Place] = {}
     for name, parameter in model.named_parameters():
         module, _, leaf = name.rpartition(".")
         numbers = re.findall(r"\.(\d+)", module)
         generic = re.sub(r"\.\d+", ".{}", module)
-        theirs = f"{MODULES[generic].format(*numbers)}.{leaf}"
+        gguf_name = f"{MODULES[generic].format(*numbers)}.{leaf}"
         place = Place(
             names=(hf_name(model, name),),
             shape=tuple(parameter.shape),
-            heads=turned.get(module.rpartition(".")[2], 0),
+            heads=interleaved_heads.get(module.rpartition(".")[2], 0),
             offset=config.norm_offset if "norm" in module else 0.0,
             transposed=transposed(model, name),
         )
         if ".experts." in name:
             place = place._replace(shape=(config.experts.count, *place.shape))
-        found[theirs] = place._replace(names=found[theirs].names + place.names) if theirs in found else place
-    return found
+        if gguf_name in result:  # another expert of the same matrix
+            place = place._replace(names=result[gguf_name].names + place.names)
+        result[gguf_name] = place
+    return result
 
 
-def turn_rows(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k of a folder in the order of a file: [heads * head_dim, ...] to the same shape.
+def interleave_rows(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Returns rows of q or k of a folder in the order of a file: [heads * head_dim, ...], the same
+    shape.
 
-    RoPE turns pairs of dimensions. Hugging Face pairs dimension i with i + head_dim / 2; the original Llama code, and
-    GGUF with it, has them side by side: (0, 1), (2, 3), ...
+    RoPE rotates pairs of dimensions. Hugging Face pairs dimension i with i + head_dim / 2. The
+    original Llama code, and GGUF with it, has the two of a pair side by side: (0, 1), (2, 3), ...
     """
     halves = rows.reshape(heads, 2, -1, *rows.shape[1:])  # [heads, 2, head_dim / 2, ...]
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
-def original_rows(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k of a file in the order of a folder: what `turn_rows` does, undone."""
+def deinterleave_rows(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Returns rows of q or k of a file in the order of a folder: the inverse of
+    `interleave_rows`."""
     pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])  # [heads, head_dim / 2, 2, ...]
     return pairs.swapaxes(1, 2).reshape(rows.shape)

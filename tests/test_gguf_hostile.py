@@ -19,7 +19,7 @@ from test_gguf_families import CASES, checkpoint
 import convert
 from common.errors import UserError
 from families import Config
-from interop.gguf_import import config_json, matched
+from interop.gguf_import import config_json, plan_tensors
 from interop.gguf_reader import Tensor, read_gguf
 from interop.gguf_tokenizer import tokenizer_files
 
@@ -63,7 +63,7 @@ def files(tmp_path_factory):
 def judged(gguf):
     """What gguf_to_folder does before it writes: None, or the complaint."""
     try:
-        matched(gguf, Config.from_hf(config_json(gguf), str(gguf.file)))
+        plan_tensors(gguf, Config.from_hf(config_json(gguf), str(gguf.file)))
         tokenizer_files(gguf)
     except UserError as error:
         assert "\n" not in str(error) and str(error).startswith(str(gguf.file)), error
@@ -142,7 +142,7 @@ def test_a_file_full_of_holes_is_refused_soon_and_in_little_memory(content, mess
         import resource, sys
         sys.path.insert(0, {str(ROOT)!r})
         import convert, gguf
-        from errors import UserError
+        from common.errors import UserError
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
             convert.gguf_to_folder({str(tmp_path / "x.gguf")!r}, {str(tmp_path / "folder")!r})

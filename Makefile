@@ -1,0 +1,33 @@
+# `make test` is what CI runs; `make fast` is for the minutes between two edits.
+PYTHON ?= python
+
+.PHONY: test fast slow golden lint format figures bench
+
+test:
+	$(PYTHON) -m pytest
+
+fast:  # no processes of torchrun, no killed runs, no kernels in Triton's interpreter
+	$(PYTHON) -m pytest -x --ignore tests/test_resume.py --ignore tests/test_faults.py --ignore tests/test_distributed.py \
+		--ignore tests/test_triton.py --ignore tests/test_cuda_offline.py
+
+slow:
+	$(PYTHON) -m pytest -m slow
+
+golden:  # the numbers of six small jobs, to the bit, against an earlier commit: make golden REV=main~1
+	$(PYTHON) tests/golden.py --against $(REV)
+
+lint:
+	ruff check .
+	ruff format --check .
+	codespell
+
+format:
+	ruff check --fix .
+	ruff format .
+
+figures:
+	$(PYTHON) tests/support/figures.py --step
+
+bench:
+	$(PYTHON) benchmarks/peers.py dense
+	$(PYTHON) benchmarks/peers.py task

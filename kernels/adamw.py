@@ -1,10 +1,12 @@
-"""AdamW's step on GPUs in one pass over memory, for the forms that torch's fused step has not: moments in blocks of 256
-numbers of 8 bits (Dettmers et al. 2022, arXiv 2110.02861), and weights in bf16 that lose no small step.
+"""A step of AdamW on GPUs in one pass over memory, for the two forms that torch's fused step does not have.
 
-Read are a weight, its gradient and two moments, written the weight and the moments: of an fp32 weight with 8-bit
-moments 16 bytes, of a bf16 weight 10. optimizers.py holds the state, what the numbers mean, and the plain form, which
-computes on CPUs. What was wrong with a step (found_inf) is read by the kernel, and how many steps were taken is counted
-on the device: the host never waits.
+They are moments in blocks of 256 numbers of 8 bits (Dettmers et al. 2022, arXiv 2110.02861), and weights in bf16 that
+lose no small step, since they are rounded stochastically.
+
+A step reads a weight, its gradient and two moments, and writes the weight and the moments: 16 bytes for an fp32 weight
+with 8-bit moments, 10 for a bf16 weight. optimizers.py has the state, what its numbers mean, and the plain form, which
+computes on CPUs. The kernel reads `found_inf` itself, and the steps are counted on the device, so that the host never
+waits.
 """
 
 import math
@@ -16,28 +18,40 @@ from torch import Tensor
 from kernels.nf4 import NESTED_BLOCK, dynamic_codebook
 from kernels.triton_utils import tl, triton
 
-ROWS, WARPS = 8, 8  # blocks of 256 numbers that a program takes, each of which lies in one warp
+# A program takes 8 blocks of 256 numbers with 8 warps, a block for each warp.
+ROWS = 8
+WARPS = 8
 
 
 def adamw_step(
     weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict, seed: Tensor, found_inf: Tensor | None
 ) -> None:
-    """Changes weight [n] and state in place, or nothing where found_inf is 1.
+    """Updates weight and state in place, or changes nothing where found_inf is 1. All tensors are on one GPU.
 
-    weight, grad: contiguous [n], fp32 or bf16. state: m and v, uint8 [n] with float32 m_scale and v_scale [ceil(n /
-    256)], or both float32 [n]; step, float32 scalar, which counts this step already. group: lr, betas, eps and
-    weight_decay. seed: int64, of whose first number the rounding of bf16 weights is drawn. found_inf: float32 scalar.
-    All tensors are on one GPU. The gradient is not changed.
+    weight: contiguous [n], fp32 or bf16.
+    grad: contiguous [n], fp32 or bf16; it is not changed.
+    state: m and v, the moments, uint8 [n] with float32 m_scale and v_scale [ceil(n / 256)], or both float32 [n]; and
+        step, a float32 scalar, which counts this step already.
+    group: lr, betas, eps and weight_decay, as in torch's optimizers.
+    seed: int64; its first number seeds the rounding of bf16 weights.
+    found_inf: float32 scalar, 1 = skip this update, 0 or None = apply it.
     """
-    count, (beta1, beta2), lr = weight.numel(), group["betas"], group["lr"]
-    if not count:  # a process without rows
+    count = weight.numel()
+    # A rank may have no rows of a sharded weight.
+    if not count:
         return
+    beta1, beta2 = group["betas"]
+    lr = group["lr"]
     in_8_bits = state["m"].dtype == torch.uint8
-    scales = [state[f"{name}_scale"] if in_8_bits else state[name] for name in ("m", "v")]
-    adamw_kernel[(-(-count // (ROWS * NESTED_BLOCK)),)](
-        weight, grad, state["m"], state["v"], *scales, *tables(weight.device), state["step"], seed,
-        state["step"] if found_inf is None else found_inf, count, float(lr), 1.0 - lr * group["weight_decay"], beta1,
-        1.0 - beta1, beta2, 1.0 - beta2, math.log(beta1), math.log(beta2), group["eps"],
+    m_scale, v_scale = state["m"], state["v"]  # without 8 bits the kernel reads no scales
+    if in_8_bits:
+        m_scale, v_scale = state["m_scale"], state["v_scale"]
+    found_inf_or_any = state["step"] if found_inf is None else found_inf
+    programs = -(-count // (ROWS * NESTED_BLOCK))
+    adamw_kernel[(programs,)](
+        weight, grad, state["m"], state["v"], m_scale, v_scale, *tables(weight.device), state["step"], seed,
+        found_inf_or_any, count, float(lr), 1.0 - lr * group["weight_decay"], beta1, 1.0 - beta1, beta2, 1.0 - beta2,
+        math.log(beta1), math.log(beta2), group["eps"],
         IN_8_BITS=in_8_bits, STOCHASTIC=weight.dtype == torch.bfloat16, MAY_FAIL=found_inf is not None, ROWS=ROWS,
         num_warps=WARPS,
     )  # fmt: skip
@@ -45,10 +59,15 @@ def adamw_step(
 
 @cache
 def tables(device: torch.device) -> tuple[Tensor, ...]:
-    """float32 [256] each: the numbers of m, those of v, and the middles between neighbours of both, where the last has
-    no neighbour."""
+    """Returns the numbers of m, those of v, and for each the middles between a number and the one before it.
+
+    Each is float32 [256]. The first middle is -inf, since the first number has none before it.
+    """
     numbers = [dynamic_codebook(device, signed) for signed in (True, False)]
-    return (*numbers, *(torch.cat([x.new_full((1,), -math.inf), (x[:-1] + x[1:]) / 2]) for x in numbers))
+    middles = []
+    for x in numbers:
+        middles.append(torch.cat([x.new_full((1,), -math.inf), (x[:-1] + x[1:]) / 2]))
+    return *numbers, *middles
 
 
 @triton.jit
@@ -57,22 +76,27 @@ def adamw_kernel(
     lr, shrink, beta1, rest1, beta2, rest2, log_beta1, log_beta2, eps,
     IN_8_BITS: tl.constexpr, STOCHASTIC: tl.constexpr, MAY_FAIL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Some blocks of 256 numbers a program. shrink: 1 - lr * weight_decay; rest1, rest2: 1 - beta1, 1 - beta2, which
-    the host rounds once."""
-    if MAY_FAIL:  # noqa: SIM102 (which is decided when the kernel is compiled, unlike the next)
+    """Updates ROWS blocks of 256 numbers a program.
+
+    shrink: 1 - lr * weight_decay. rest1, rest2: 1 - beta1 and 1 - beta2, which the host rounds once.
+    """
+    # Two conditions and not one: the first is decided when the kernel is compiled, the second when it runs.
+    if MAY_FAIL:  # noqa: SIM102
         if tl.load(found_inf) != 0:
             return
     program = tl.program_id(0).to(tl.int64)
     block = program * ROWS + tl.arange(0, ROWS)
     at = block[:, None] * 256 + tl.arange(0, 256)[None, :]
-    inside, there = at < count, block * 256 < count
+    inside = at < count  # which numbers exist
+    there = block * 256 < count  # which blocks exist
     w = tl.load(weights + at, inside, 0.0).to(tl.float32)
     g = tl.load(grads + at, inside, 0.0).to(tl.float32)
     if IN_8_BITS:
         first = dequantized(m, m_scales, m_numbers, at, block, inside, there, 127)
         second = dequantized(v, v_scales, v_numbers, at, block, inside, there, 0)
     else:
-        first, second = tl.load(m + at, inside, 0.0), tl.load(v + at, inside, 0.0)
+        first = tl.load(m + at, inside, 0.0)
+        second = tl.load(v + at, inside, 0.0)
     first = tl.fma(g, rest1, first * beta1)
     second = tl.fma(g * rest2, g, second * beta2)
     steps = tl.load(step)
@@ -92,31 +116,35 @@ def adamw_kernel(
 
 @triton.jit
 def one_minus_exp(x):
-    """1 - e^x for x below 0, without cancellation near 0: there by the series, up to x^6."""
+    """Returns 1 - e^x for x below 0. Near 0 it uses the series up to x^6, which has no cancellation."""
     series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
     return tl.where(x > -0.25, series, 1 - tl.exp(x))
 
 
 @triton.jit
 def dequantized(codes, scales, numbers, at, block, inside, there, ZERO: tl.constexpr):
-    """A moment [ROWS, 256] in fp32, 0 beyond its end, of which ZERO is the code."""
+    """Returns a moment [ROWS, 256] in fp32, with 0 beyond its end. ZERO: the code of the number 0."""
     code = tl.load(codes + at, inside, ZERO).to(tl.int32)
     return look_up(numbers, code) * tl.load(scales + block, there, 0.0)[:, None]
 
 
 @triton.jit
 def look_up(table, index):
-    """Of a table of 256 numbers those at index. The table goes through shared memory, where 32 threads read 32 places
-    at once; from global memory, a cache line at a time."""
+    """Returns table[index], of a table of 256 numbers.
+
+    The table is read through shared memory, where 32 threads read 32 places at once; global memory would be read one
+    cache line at a time.
+    """
     whole = tl.load(table + tl.arange(0, 256))
     return tl.reshape(tl.gather(whole, tl.reshape(index, [index.numel]), 0), index.shape)
 
 
 @triton.jit
 def store_quantized(values, codes, scales, middles, at, block, inside, there, SIGNED: tl.constexpr):
-    """As quant.quantize_8bit does it on GPUs."""
+    """Quantizes a moment [ROWS, 256] to 8 bits and stores its codes and scales, as quant.quantize_8bit does on GPUs."""
     largest = tl.max(tl.abs(values), 1)
-    least = tl.full(largest.shape, 1e-38, tl.float32)  # quant.TINY; a bare number that small would be taken for fp64
+    # quant.TINY; a Python number that small would be taken for fp64.
+    least = tl.full(largest.shape, 1e-38, tl.float32)
     factor = tl.div_rn(tl.full(largest.shape, 1.0, tl.float32), tl.maximum(largest, least))
     scaled = values * factor[:, None]
     place = next_place(scaled, SIGNED)
@@ -127,22 +155,26 @@ def store_quantized(values, codes, scales, middles, at, block, inside, there, SI
 
 @triton.jit
 def next_place(x, SIGNED: tl.constexpr):
-    """The place of the dynamic number next above x, which lies in -1 to 1; where x is almost a number, its own place or
-    the next: either will do, the middle below it says the rest.
+    """Returns the place, in the sorted dynamic numbers, of the next number above x, which is in -1 to 1.
 
-    Of positive numbers n = 2^k (without signs, twice as many) lie between 10^(k-7) and 10^(k-6), in the middles of n
-    equal parts. So within each of these seven decades the place is a linear function of x; its first half a part
-    belongs to the last number of the decade before.
+    Where x is almost equal to a number, it is that number's place or the next. Either will do: the caller compares x
+    with the middle below it.
+
+    Between 10^(k-7) and 10^(k-6) there are n = 2^k positive numbers (without signs twice as many), in the middles of n
+    equal parts. So within each of these seven decades the place is a linear function of x. The first half part of a
+    decade belongs to the last number of the decade before.
     """
     n: tl.constexpr = 1 if SIGNED else 2
     size = tl.abs(x)
-    slope, shift = n * 1e6 / 0.9, n * 8 / 9 - 0.5
+    slope = n * 1e6 / 0.9
+    shift = n * 8 / 9 - 0.5
     for k in tl.static_range(1, 7):
         above = size >= 10.0 ** (k - 7)
         slope = tl.where(above, n * 2**k * 10.0 ** (6 - k) / 0.9, slope)
         shift = tl.where(above, n * 2**k * 8 / 9 - 0.5, shift)
     place = (size * slope + shift).to(tl.int32)
-    if SIGNED:  # among them 0 is the 127th
+    # With signs, the number 0 is at place 127.
+    if SIGNED:
         return tl.where(x < 0, 127 - place, 128 + place)
     else:
         return place
@@ -150,8 +182,12 @@ def next_place(x, SIGNED: tl.constexpr):
 
 @triton.jit
 def rounded_stochastically(x, seed, start, ROWS: tl.constexpr):
-    """As optimizers.round_stochastically: fp32 that bf16 holds. x: [ROWS, 256]. Eight numbers share a call of Philox,
-    which makes four of 32 bits, of which each takes half of one. start: how many tiles of x's size come before."""
+    """Returns x rounded to a bf16 number, up or down at random, as fp32: optimizers.round_stochastically in a kernel.
+
+    x: fp32 [ROWS, 256]. start: how many tiles of x's size come before this one.
+
+    Eight numbers share one call of Philox, which returns four random numbers of 32 bits; each takes 16 bits.
+    """
     at = start.to(tl.int32) * (ROWS * 32) + tl.arange(0, ROWS * 32)
     a, b, c, d = tl.randint4x(seed, at)
     words = tl.join(tl.join(a, b), tl.join(c, d))

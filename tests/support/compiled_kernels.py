@@ -90,7 +90,7 @@ def cases(device: str = "cuda") -> Iterator[tuple[str, Callable]]:
     token, share = made(N * active, dtype=int64), made(N * active, dtype=fp32)
     wide, narrow = made(N * active, 2 * inner), made(N * active, inner)
     yield "experts, gate and up", lambda: experts.gated(wide, share, "silu")
-    yield "experts, gate and up, backward", lambda: experts.gated_backward_with_share(narrow, wide, share, "silu")
+    yield "experts, gate and up, backward", lambda: experts.gated_backward_with_weights(narrow, wide, share, "silu")
     yield "experts, sum", lambda: experts.sum_rows(made(N * active, 2048), made(N, active, dtype=int64))
     rows_of = grouped.Groups(token, made(E, dtype=torch.int32))
     for rank in (16, 64):

@@ -1,15 +1,15 @@
-"""One batch by several processes: `--context-parallel N`, for sequences that are too long for one.
+"""Context parallelism, `--context-parallel N`: N ranks compute one batch, for sequences that are too long for one GPU.
 
-A flat batch is cut into 2 N pieces of equal length; process i has pieces i and 2 N - 1 - i, one from the front and one
-from the back, since a token looks at all before it and so the work grows along a sequence. Everything but attention is
-done token by token, on the own pieces. For attention the keys and values of all pieces are gathered (they are small
-where heads share them), each process's queries attend to what stands before them in their documents, and in the
-backward the gradients of keys and values are added up and go back to where they came from. So what is computed is what
-one process would, packed or not. Loss and gradients are sums over tokens: other processes' parts come with their sum.
+A flat batch is cut into 2 N chunks of equal length. Rank i has chunks i and 2 N - 1 - i, one from the front and one
+from the back: a token attends to all tokens before it, so the work grows along a sequence. Everything but attention is
+computed token by token, on the rank's own chunks. For attention the keys and values of all chunks are gathered (they
+are small where heads share them), and the rank's queries attend to what comes before them in their documents. In the
+backward the gradients of keys and values are summed and sent back to the ranks that they came from. So the result is
+what one rank would compute, packed or not. Loss and gradients are sums over tokens: the sum over all ranks adds the
+other ranks' tokens.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -21,94 +21,126 @@ from kernels.attention import Documents, QuerySuffix, Scores, document_attention
 
 @dataclass
 class ContextParallel:
-    """size: processes that share a batch; place: which of them this one is; group: of torch.distributed."""
+    """The ranks that compute one batch.
+
+    size: how many ranks share the batch.
+    rank: which of them this one is, from 0.
+    group: their process group in torch.distributed.
+    """
 
     size: int
-    place: int
+    rank: int
     group: object = None
 
     def padding(self, tokens: int) -> int:
-        """How many tokens are added to a batch of so many, as a document that is not trained."""
+        """Returns how many tokens a batch of `tokens` tokens is padded with, as a document that is not trained."""
         return -tokens % (2 * self.size)
 
     def mine(self, tokens: int) -> list[slice]:
-        """The tokens of a padded batch that this process has, in order."""
-        each = tokens // (2 * self.size)
-        return [slice(i * each, (i + 1) * each) for i in (self.place, 2 * self.size - 1 - self.place)]
+        """Returns this rank's two slices of a padded batch, in order."""
+        chunk = tokens // (2 * self.size)
+        numbers = self.rank, 2 * self.size - 1 - self.rank
+        return [slice(i * chunk, (i + 1) * chunk) for i in numbers]
 
     def take(self, x: Tensor | np.ndarray) -> Tensor | np.ndarray:
-        """Of [tokens, ...], those that this process has."""
+        """Returns this rank's rows of x [tokens, ...]."""
         parts = [x[part] for part in self.mine(len(x))]
         return torch.cat(parts) if torch.is_tensor(x) else np.concatenate(parts)
 
     def local(self, rows: np.ndarray, tokens: int) -> np.ndarray:
-        """The place of each of these tokens of a batch among those of this process; -1 where another has it."""
+        """Returns where the tokens `rows` of a padded batch are among this rank's tokens; -1 for another rank's."""
         places = np.full(tokens, -1)
         places[self.take(np.arange(tokens))] = np.arange(tokens // self.size)
         return places[rows]
 
 
 class ShardedDocuments:
-    """Stands in for kernels.attention.Documents where a process has only some tokens of a batch: positions, doc_lengths and
-    dropout_seeds are those of its own tokens."""
+    """Stands in for kernels.attention.Documents where a rank has only some tokens of a batch.
+
+    lengths: of all documents of the batch.
+    positions, doc_lengths, dropout_seeds: as in Documents, of this rank's tokens only.
+    """
 
     def __init__(self, whole: Documents, context: ContextParallel):
-        self.context, self.lengths = context, whole.lengths
-        slices = context.mine(sum(whole.lengths))
-        self.positions, self.doc_lengths = context.take(whole.positions), context.take(whole.doc_lengths)
-        self.dropout_seeds = None if whole.dropout_seeds is None else context.take(whole.dropout_seeds)
-        self.work: list[tuple[slice, slice, Documents | QuerySuffix]] = []  # own queries, all keys, how they lie
-        mine = 0
-        for part in slices:
-            start, at = 0, part.start
-            run: list[int] = []  # whole documents, one after the other
-            for length in whole.lengths:
-                first, last = max(start, part.start), min(start + length, part.stop)
-                if first < last:
-                    if (first, last) == (start, start + length):
-                        run.append(length)
-                    else:
-                        mine = self.add_run(run, at, mine, whole.device)
-                        run = []
-                        piece = QuerySuffix(last - first, last - start, whole.device)
-                        self.work.append((slice(mine, mine + last - first), slice(start, last), piece))
-                        mine, at = mine + last - first, last
-                start += length
-            mine = self.add_run(run, at, mine, whole.device)
+        self.context = context
+        self.lengths = whole.lengths
+        self.positions = context.take(whole.positions)
+        self.doc_lengths = context.take(whole.doc_lengths)
+        self.dropout_seeds = None
+        if whole.dropout_seeds is not None:
+            self.dropout_seeds = context.take(whole.dropout_seeds)
+        # The calls of attention: which of this rank's queries, which of the batch's keys, and which documents they are.
+        self.calls: list[tuple[slice, slice, Documents | QuerySuffix]] = []
+        self.num_queries = 0  # this rank's tokens that `calls` covers so far
+        for part in context.mine(sum(whole.lengths)):
+            self.add_part(part, whole)
 
-    def add_run(self, run: list[int], at: int, mine: int, device) -> int:
-        if not run:
-            return mine
-        size = sum(run)
-        self.work.append((slice(mine, mine + size), slice(at, at + size), Documents(run, device)))
-        return mine + size
+    def add_part(self, part: slice, whole: Documents) -> None:
+        """Adds the attention of the tokens in `part` of the batch."""
+        start = 0  # of the document
+        run: list[int] = []  # lengths of documents that follow each other and are in the part as a whole
+        run_start = part.start
+        for length in whole.lengths:
+            stop = start + length
+            first, last = max(start, part.start), min(stop, part.stop)
+            queries = last - first
+            if queries == length:
+                run.append(length)
+            elif queries > 0:
+                # Only some of the document's tokens are in the part: they attend to the keys from its start on.
+                self.add_run(run, run_start, whole.device)
+                suffix = QuerySuffix(queries, last - start, whole.device)
+                self.add_call(queries, slice(start, last), suffix)
+                run, run_start = [], last
+            start = stop
+        self.add_run(run, run_start, whole.device)
+
+    def add_run(self, run: list[int], start: int, device) -> None:
+        """Adds the attention of whole documents. run: their lengths. start: where they begin in the batch."""
+        if run:
+            self.add_call(sum(run), slice(start, start + sum(run)), Documents(run, device))
+
+    def add_call(self, queries: int, keys: slice, documents: Documents | QuerySuffix) -> None:
+        """Adds a call of attention for the next `queries` tokens of this rank."""
+        end = self.num_queries + queries
+        self.calls.append((slice(self.num_queries, end), keys, documents))
+        self.num_queries = end
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, keep: bool = True) -> Tensor:
-        """As kernels.attention.document_attention, q, k and v of the own tokens."""
-        k, v = (AllGatherTokens.apply(x, self.context) for x in (k, v))
-        parts = []
-        for queries, keys, how in self.work:
-            attend = suffix_attention if isinstance(how, QuerySuffix) else partial(document_attention, keep=keep)
-            parts.append(attend(q[queries], k[keys], v[keys], scores, how))
-        return torch.cat(parts)
+        """Returns what kernels.attention.document_attention does, for q, k and v of this rank's tokens."""
+        k = AllGatherTokens.apply(k, self.context)
+        v = AllGatherTokens.apply(v, self.context)
+        outs = []
+        for queries, keys, documents in self.calls:
+            qkv = q[queries], k[keys], v[keys]
+            if isinstance(documents, QuerySuffix):
+                outs.append(suffix_attention(*qkv, scores, documents))
+            else:
+                outs.append(document_attention(*qkv, scores, documents, keep=keep))
+        return torch.cat(outs)
 
 
 class AllGatherTokens(torch.autograd.Function):
-    """[own tokens, ...] of each process -> [all tokens, ...] in their order."""
+    """[own tokens, ...] of each rank -> [all tokens, ...] in the order of the batch."""
 
     @staticmethod
     def forward(ctx, x, context):
         ctx.context = context
-        found = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(context.size)]
-        dist.all_gather(found, x.contiguous(), group=context.group)
-        halves = [part.chunk(2) for part in found]
-        return torch.cat([front for front, _ in halves] + [back for _, back in reversed(halves)])
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(context.size)]
+        dist.all_gather(parts, x.contiguous(), group=context.group)
+        fronts, backs = [], []
+        for part in parts:
+            front, back = part.chunk(2)
+            fronts.append(front)
+            backs.append(back)
+        # The back chunks are in the opposite order: the last rank's comes first.
+        return torch.cat(fronts + backs[::-1])
 
     @staticmethod
     def backward(ctx, grad):
         context = ctx.context
-        pieces = grad.chunk(2 * context.size)
-        sent = [torch.cat([pieces[i], pieces[-1 - i]]) for i in range(context.size)]
-        mine = torch.empty_like(sent[0])
-        dist.reduce_scatter(mine, sent, group=context.group)
-        return mine, None
+        chunks = grad.chunk(2 * context.size)
+        of_each_rank = [torch.cat([chunks[i], chunks[-1 - i]]) for i in range(context.size)]
+        own = torch.empty_like(of_each_rank[0])
+        dist.reduce_scatter(own, of_each_rank, group=context.group)
+        return own, None

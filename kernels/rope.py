@@ -1,8 +1,9 @@
 """Rotary position embedding (Su et al. 2021) in the half-split convention of Hugging Face checkpoints.
 
-Dimension i < r/2 and its partner i + r/2 are one plane, turned by position * theta^(-2i/r); r is the head's size, or
-less where only a part of it turns. The backward of a rotation is the rotation by the opposite angle, so nothing is kept
-but the table. `frequencies` knows the published ways to stretch the angles over longer texts.
+Dimension i < r/2 and its partner i + r/2 form a plane, which is rotated by the angle
+position * theta^(-2i/r). r is the head's size, or less where only a part of it is rotated. The
+backward of a rotation is the rotation by the opposite angle, so only the table of cosines and sines
+is saved. `rope_inv_freq` knows the published ways to stretch the angles over longer texts.
 """
 
 import math
@@ -12,61 +13,102 @@ from torch import Tensor
 
 from kernels.triton_utils import next_power_of_2, tl, triton, use_triton
 
-LENGTH_DEPENDENT = ("dynamic", "longrope")  # their angles depend on how long the text is
+# The types of scaling whose angles depend on the length of the text.
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+# ---- angles ----
 
 
 def rope_inv_freq(theta: float, dim: int, scaling: dict | None, lengths: Tensor | None = None) -> Tensor:
-    """Angle per position of each pair of dimensions, float32 [dim / 2].
+    """Returns the angle per position of each pair of dimensions.
 
-    scaling: None, or a dict with `rope_type` and what that type needs, as `families.read_rope` makes it:
-    linear (Chen et al. 2023: positions are interpolated), llama3 (Llama 3.1), yarn (Peng et al. 2023), dynamic
-    (NTK-aware base, by the text's length) and longrope (Ding et al. 2024: two tables of factors, by its length).
-    lengths: int64 [tokens], the length of the text that each token is in; dynamic and longrope return
-    [tokens, dim / 2]. Computed in transformers' order of operations: a position of 100,000 makes 0.003 of a last
-    bit's 3e-8.
+    theta: the base of the angles.
+    dim: number of rotated dimensions of a head, r.
+    scaling: None, or a dict with `rope_type` and what that type needs, as `families.read_rope`
+    makes it. Its types are
+    - linear (Chen et al. 2023: positions are interpolated),
+    - llama3 (Llama 3.1),
+    - yarn (Peng et al. 2023),
+    - dynamic (NTK-aware base, by the text's length),
+    - longrope (Ding et al. 2024: two tables of factors, by the text's length).
+    lengths: int64 [tokens], the length of the text that each token is in; for dynamic and longrope.
+    Returns float32 [dim / 2]; [tokens, dim / 2] for dynamic and longrope.
+
+    The order of operations is that of transformers. It matters: at position 100,000, a difference
+    in the last bit of 3e-8 becomes 0.003.
     """
+    kind = None if scaling is None else scaling["rope_type"]
     exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
     if lengths is not None:
         exponents = exponents.to(lengths.device)
-    kind = scaling and scaling["rope_type"]
     if kind == "dynamic":
-        longest, factor = scaling["max_positions"], scaling["factor"]
-        stretch = (factor * lengths.clamp(min=longest)[:, None] / longest) - (factor - 1)  # 1 up to max_positions
+        max_positions, factor = scaling["max_positions"], scaling["factor"]
+        # The stretch of a text of up to max_positions tokens is 1.
+        stretch = (factor * lengths.clamp(min=max_positions)[:, None] / max_positions) - (factor - 1)
         return 1.0 / (theta * stretch ** (dim / (dim - 2))) ** exponents
     if kind == "longrope":
-        tables = [torch.tensor(scaling[name], device=exponents.device) for name in ("short_factor", "long_factor")]
-        beyond = lengths[:, None] > scaling["original_max_position_embeddings"]
-        return 1.0 / (torch.where(beyond, tables[1], tables[0]) * theta**exponents)
+        short = torch.tensor(scaling["short_factor"], device=exponents.device)
+        long = torch.tensor(scaling["long_factor"], device=exponents.device)
+        is_long = lengths[:, None] > scaling["original_max_position_embeddings"]
+        return 1.0 / (torch.where(is_long, long, short) * theta**exponents)
     wavelengths = theta**exponents  # over 2 pi
-    plain = 1.0 / wavelengths
+    inv_freq = 1.0 / wavelengths
     if kind is None:
-        return plain
+        return inv_freq
     if kind == "linear":
-        return plain / scaling["factor"]
+        return inv_freq / scaling["factor"]
     if kind == "llama3":
-        # Long wavelengths are stretched by `factor`, short ones kept, those between blended linearly in the number of
-        # turns that they make within the original context.
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = scaling["original_max_position_embeddings"] / (2 * math.pi / plain)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return (1 - keep) * plain / scaling["factor"] + keep * plain
+        return llama3_inv_freq(inv_freq, scaling)
     assert kind == "yarn", kind
-    # As llama3, but the blend is linear in the index of the pair, between those that make beta_fast and beta_slow turns
-    ends = [
-        dim * math.log(scaling["original_max_position_embeddings"] / (turns * 2 * math.pi)) / (2 * math.log(theta))
-        for turns in (scaling["beta_fast"], scaling["beta_slow"])
-    ]
-    low, high = (math.floor(ends[0]), math.ceil(ends[1])) if scaling["truncate"] else ends
+    return yarn_inv_freq(inv_freq, wavelengths, theta, dim, scaling)
+
+
+def llama3_inv_freq(inv_freq: Tensor, scaling: dict) -> Tensor:
+    """Stretches long wavelengths by `factor` and leaves short ones as they are (Llama 3.1).
+
+    Those between are blended, linearly in the number of rotations within the original context.
+    """
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    rotations = scaling["original_max_position_embeddings"] / (2 * math.pi / inv_freq)
+    unscaled = ((rotations - low) / (high - low)).clamp(0, 1)
+    return (1 - unscaled) * inv_freq / scaling["factor"] + unscaled * inv_freq
+
+
+def yarn_inv_freq(inv_freq: Tensor, wavelengths: Tensor, theta: float, dim: int, scaling: dict) -> Tensor:
+    """Stretches long wavelengths by `factor` and leaves short ones as they are (YaRN, Peng et al. 2023).
+
+    Unlike Llama 3.1's, the blend is linear in the index of the pair, between the pairs that make
+    beta_fast and beta_slow rotations within the original context.
+    """
+    context = scaling["original_max_position_embeddings"]
+
+    def pair_of(rotations: float) -> float:
+        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_of(scaling["beta_fast"]), pair_of(scaling["beta_slow"])
+    if scaling["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    high += 0.001 * (low == high)
-    keep = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    return 1.0 / (scaling["factor"] * wavelengths) * (1 - keep) + plain * keep
+    if low == high:
+        high += 0.001  # so that the blend does not divide by zero
+    pairs = torch.arange(dim // 2, dtype=torch.float32)
+    unscaled = 1 - ((pairs - low) / (high - low)).clamp(0, 1)
+    return 1.0 / (scaling["factor"] * wavelengths) * (1 - unscaled) + inv_freq * unscaled
+
+
+# ---- rotations ----
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [tokens, heads, d]; cos and sin: [tokens, 1, r / 2] in x's dtype, r <= d even. Returns x with its first r
-    dimensions turned, same shape and dtype."""
-    if torch.compiler.is_compiling():  # fuses the plain form, and miscompiles writes into halves of a tensor (2.13)
+    """Rotates the first r dimensions of each head.
+
+    x: [tokens, heads, d].
+    cos, sin: [tokens, 1, r / 2] in x's dtype; r is even and at most d.
+    Returns a new tensor like x.
+    """
+    # torch.compile fuses the plain form, and miscompiles writes into halves of a tensor (torch 2.13).
+    if torch.compiler.is_compiling():
         return rope_reference(x, cos, sin)
     if not torch.is_grad_enabled():
         return rotate(x, cos, sin)
@@ -74,9 +116,11 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`rope` of q [tokens, heads, d] and k [tokens, kv_heads, d], on GPUs in one pass. Not in place: q and k are views
-    of what a linear made, which autograd lets no function of two outputs change; and in place nothing would be saved
-    that lives longer than the next line."""
+    """Computes `rope` of q [tokens, heads, d] and k [tokens, kv_heads, d]; on GPUs in one pass.
+
+    It does not work in place: q and k are views of a linear's output, and autograd lets no function
+    with two outputs change those. Nor would it save memory that lives longer than the next line.
+    """
     if not use_triton(q) or torch.compiler.is_compiling():
         return rope(q, cos, sin), rope(k, cos, sin)
     return RopeQK.apply(q, k, cos, sin)
@@ -112,22 +156,35 @@ class RopeQK(torch.autograd.Function):
         return *rotate_qk(dq, dk, cos, -sin), None, None
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Computes `rope` without gradients, in plain PyTorch."""
+    half = cos.shape[-1]
+    sizes = (half, half, x.shape[-1] - 2 * half)
+    out = torch.empty_like(x)
+    x1, x2, rest = x.split(sizes, -1)
+    out1, out2, out_rest = out.split(sizes, -1)
+    torch.mul(x1, cos, out=out1).addcmul_(x2, sin, value=-1)
+    torch.mul(x2, cos, out=out2).addcmul_(x1, sin)
+    if rest.shape[-1]:
+        out_rest.copy_(rest)
+    return out
+
+
 def rotate_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    (tokens, heads, d), kv_heads, half = q.shape, k.shape[1], cos.shape[-1]
+    """Computes `rope_qk` without gradients, by one launch of a Triton kernel."""
+    tokens, heads, d = q.shape
+    kv_heads = k.shape[1]
+    half = cos.shape[-1]
+    rest = d - 2 * half  # dimensions that are not rotated
     q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
-    strides = [stride for x in (q, k, q_out, k_out) for stride in x.stride()[:2]]
-    rest = d - 2 * half  # dimensions that do not turn
-    sizes = {
-        "HEADS": next_power_of_2(heads),
-        "KV": next_power_of_2(kv_heads),
-        "HALF": next_power_of_2(half),
-        "REST": next_power_of_2(rest) if rest else 0,
-    }
     if tokens:
         rotate_kernel[(tokens,)](
             q, k, q_out, k_out, cos.contiguous(), sin.contiguous(),
-            *strides, heads, kv_heads, half, rest, **sizes,
+            *q.stride()[:2], *k.stride()[:2], *q_out.stride()[:2], *k_out.stride()[:2],
+            heads, kv_heads, half, rest,
+            HEADS=next_power_of_2(heads), KV=next_power_of_2(kv_heads), HALF=next_power_of_2(half),
+            REST=next_power_of_2(rest) if rest else 0,
         )  # fmt: skip
     return q_out, k_out
 
@@ -137,7 +194,7 @@ def rotate_kernel(
     q, k, q_out, k_out, cos, sin, q_token, q_head, k_token, k_head, qo_token, qo_head, ko_token, ko_head,
     heads, kv_heads, half, rest, HEADS: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """A program a token: its angles are read once for all heads."""
+    """Rotates all heads of one token, for which its angles are read once."""
     token = tl.program_id(0).to(tl.int64)
     pair = tl.arange(0, HALF)[None, :]
     c = tl.load(cos + token * half + pair, pair < half, 0.0).to(tl.float32)
@@ -160,18 +217,9 @@ def rotate_heads(x, out, stride, out_stride, head, heads, c, s, half, rest, HALF
     second = tl.load(x + head * stride + half + pair, inside, 0.0).to(tl.float32)
     tl.store(out + head * out_stride + pair, first * c - second * s, inside)
     tl.store(out + head * out_stride + half + pair, second * c + first * s, inside)
-    if REST > 0:  # known when the kernel is compiled; a name can't change its shape in a branch that is taken later
-        left = 2 * half + tl.arange(0, REST)[None, :]
-        unturned = (head < heads) & (left < 2 * half + rest)
-        tl.store(out + head * out_stride + left, tl.load(x + head * stride + left, unturned, 0.0), unturned)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    out, half = torch.empty_like(x), cos.shape[-1]
-    sizes = (half, half, x.shape[-1] - 2 * half)
-    (x1, x2, rest), (y1, y2, kept) = x.split(sizes, -1), out.split(sizes, -1)
-    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
-    torch.mul(x2, cos, out=y2).addcmul_(x1, sin)
-    if rest.shape[-1]:
-        kept.copy_(rest)
-    return out
+    # REST is known when the kernel is compiled. In a branch that is decided later, a name could not
+    # change its shape.
+    if REST > 0:
+        column = 2 * half + tl.arange(0, REST)[None, :]
+        is_rest = (head < heads) & (column < 2 * half + rest)
+        tl.store(out + head * out_stride + column, tl.load(x + head * stride + column, is_rest, 0.0), is_rest)

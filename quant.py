@@ -1,8 +1,10 @@
 """Quantisation: a frozen base in 4 bits, NF4 as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
 
-The codes are bit for bit those of bitsandbytes, so that an adapter trained here fits a base quantised there. What the
-numbers mean, and the products with them, stand in kernels/nf4.py; here they are made, and held by a Linear. The linears
-of the blocks are quantised; embeddings, norms and the output head stay as they are.
+The codes are bit for bit those of bitsandbytes, so that an adapter trained here fits a base that
+was quantised there. This file makes the codes, holds them in a Linear, and reads and writes
+bitsandbytes' file layout. kernels/nf4.py says what the numbers mean, and multiplies with them. The
+linears of the blocks are quantised; embeddings, norms and the output head stay as they are
+(`nf4+head`: the head is quantised too).
 """
 
 import json
@@ -15,92 +17,132 @@ from common.errors import UserError
 from kernels.nf4 import BLOCK, NESTED_BLOCK, NF4, dynamic_codebook, nf4_codebook, nf4_dequantize
 
 KINDS = ("nf4", "nf4+head")
-TINY = 1e-38  # stands in for the largest value of a block of zeros
-CPU_STEPS = 65535  # bitsandbytes looks 8-bit numbers up in a table of so many steps on CPUs, and compares on GPUs: one
-# scale in a thousand gets the neighbouring number, and so it does here
+# Stands in for the absmax of a block of zeros, so that nothing is divided by 0.
+TINY = 1e-38
+# On CPUs bitsandbytes rounds to so many steps and looks the 8-bit code up in a table; on GPUs it
+# compares. So one scale in a thousand gets a neighbouring code, and it does so here too.
+CPU_STEPS = 65535
 
 
 def quantize_nf4(weight: Tensor, block_size: int = BLOCK) -> tuple[Tensor, Tensor]:
-    """weight: [out, in] of any float dtype, in a multiple of the block size. Returns (packed uint8 [out, in / 2],
-    absmax float32 [out, in / block_size])."""
-    out, size = weight.shape
-    assert size % block_size == 0 == block_size % 2, f"rows of {size} are no whole blocks of {block_size}"
-    codes, absmax = nearest(weight.reshape(-1, block_size).float(), nf4_codebook(weight.device))
-    codes = codes.view(out, -1, 2)
-    return codes[..., 0] << 4 | codes[..., 1], absmax.view(out, -1)
+    """Returns the NF4 codes of a weight and the largest magnitude of each block.
+
+    weight: [out, in] of any float dtype; `in` is a multiple of block_size.
+    Returns packed uint8 [out, in / 2], with the earlier value in the high half of a byte, and
+    absmax float32 [out, in / block_size].
+    """
+    out_features, in_features = weight.shape
+    fits = in_features % block_size == 0 and block_size % 2 == 0
+    assert fits, f"rows of {in_features} are no whole blocks of {block_size}"
+    blocks = weight.reshape(-1, block_size).float()
+    codes, absmax = nearest(blocks, nf4_codebook(weight.device))
+    codes = codes.view(out_features, -1, 2)
+    packed = codes[..., 0] << 4 | codes[..., 1]
+    return packed, absmax.view(out_features, -1)
 
 
 def dequantize_nf4(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """The way back: [out, in] in dtype. Computed in fp32, rounded once."""
+    """Returns the weight [out, in] of `quantize_nf4` in dtype: computed in fp32, rounded once."""
     return nf4_dequantize(NF4(packed, absmax), dtype)
 
 
-def nearest(blocks: Tensor, numbers: Tensor, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Which of the sorted numbers, times the block's largest absolute value, each value is closest to (of two equally
-    close ones the lower). table: of `by_steps`; values are rounded to its steps first, and a block of zeros gets the
-    first number. blocks: float32 [n, size] -> (uint8 [n, size], float32 [n])."""
+def nearest(blocks: Tensor, codebook: Tensor, lookup: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Blockwise quantisation: each value becomes the index of the nearest codebook entry, after its
+    block is divided by its absmax. Of two equally near entries the lower one is taken.
+
+    blocks: float32 [n, block size].
+    codebook: float32 [entries], sorted, from -1 or 0 to 1.
+    lookup: the table of `cpu_lookup`, which bitsandbytes uses on CPUs. With it values are rounded
+        to CPU_STEPS steps first, and a block of zeros gets entry 0.
+    Returns codes uint8 [n, block size] and absmax float32 [n].
+    """
     absmax = blocks.abs().amax(-1)
-    if table is None:
-        return midpoints((blocks * (1 / absmax.clamp(min=TINY))[:, None]).clamp_(-1, 1), numbers), absmax
-    steps = (blocks * (1 / absmax)[:, None]).nan_to_num_(-1.0).clamp_(-1, 1)
-    steps = steps.add_(1).mul_(0.5).mul_(CPU_STEPS).add_(0.5).int()
-    return table.index_select(0, steps.flatten()).view(blocks.shape), absmax
+    if lookup is None:
+        scale = 1 / absmax.clamp(min=TINY)
+        scaled = (blocks * scale[:, None]).clamp_(-1, 1)
+        return nearest_index(scaled, codebook), absmax
+    # A block of zeros is 0 * inf here, which is no number.
+    scaled = (blocks * (1 / absmax)[:, None]).nan_to_num_(-1.0).clamp_(-1, 1)
+    steps = scaled.add_(1).mul_(0.5).mul_(CPU_STEPS).add_(0.5).int()
+    return lookup.index_select(0, steps.flatten()).view(blocks.shape), absmax
 
 
-def midpoints(scaled: Tensor, numbers: Tensor) -> Tensor:
-    return torch.bucketize(scaled, (numbers[:-1] + numbers[1:]) / 2, out_int32=True).to(torch.uint8)
+def nearest_index(values: Tensor, codebook: Tensor) -> Tensor:
+    """Returns, for each value, the index of the nearest entry of a sorted codebook, as uint8."""
+    middles = (codebook[:-1] + codebook[1:]) / 2
+    return torch.bucketize(values, middles, out_int32=True).to(torch.uint8)
 
 
 @cache
-def cpu_lookup(signed: bool) -> Tensor:  # uint8 [CPU_STEPS + 1]: the nearest of the dynamic numbers at each step
-    return midpoints(
-        torch.arange(CPU_STEPS + 1).float() / CPU_STEPS * 2 - 1, dynamic_codebook(torch.device("cpu"), signed)
-    )
+def cpu_lookup(signed: bool) -> Tensor:
+    """Returns uint8 [CPU_STEPS + 1]: the index of the nearest entry of `dynamic_codebook` for each
+    step from -1 to 1."""
+    steps = torch.arange(CPU_STEPS + 1).float() / CPU_STEPS * 2 - 1
+    return nearest_index(steps, dynamic_codebook(torch.device("cpu"), signed))
 
 
-def quantize_8bit(flat: Tensor, signed: bool = True) -> tuple[Tensor, Tensor]:
-    """Blocks of 256 of float32 [n], the last one shorter, in numbers of `dynamic_code`: (codes uint8 [n], scales
-    float32 [ceil(n / 256)]). The way back is kernels.nf4.dequantize_8bit."""
-    numbers, table = dynamic_codebook(flat.device, signed), cpu_lookup(signed) if flat.device.type == "cpu" else None
-    if not len(flat):  # of a process without rows
-        return flat.to(torch.uint8), flat
-    whole = len(flat) // NESTED_BLOCK * NESTED_BLOCK
-    parts = [flat[:whole].view(-1, NESTED_BLOCK), flat[whole:].view(1, -1)]
-    found = [nearest(part, numbers, table) for part in parts if part.numel()]
-    return torch.cat([codes.flatten() for codes, _ in found]), torch.cat([scales for _, scales in found])
+def quantize_8bit(values: Tensor, signed: bool = True) -> tuple[Tensor, Tensor]:
+    """Quantises float32 [n] to codes of `dynamic_codebook`, in blocks of 256; the last may be
+    shorter.
+
+    Returns codes uint8 [n] and scales float32 [ceil(n / 256)]. The inverse is
+    kernels.nf4.dequantize_8bit.
+    """
+    codebook = dynamic_codebook(values.device, signed)
+    lookup = cpu_lookup(signed) if values.device.type == "cpu" else None
+    # A rank may have no rows of a tensor.
+    if not len(values):
+        return values.to(torch.uint8), values
+    whole = len(values) // NESTED_BLOCK * NESTED_BLOCK
+    all_codes, all_scales = [], []
+    for blocks in (values[:whole].view(-1, NESTED_BLOCK), values[whole:].view(1, -1)):
+        if blocks.numel():
+            codes, scales = nearest(blocks, codebook, lookup)
+            all_codes.append(codes.flatten())
+            all_scales.append(scales)
+    return torch.cat(all_codes), torch.cat(all_scales)
 
 
 def quantize(weight: Tensor, double: bool = True) -> NF4:
-    """A matrix in NF4. double: the scales of blocks in 8 bits as well, 4.127 bits a weight instead of 4.5."""
+    """Quantises a weight [out, in] to NF4. double: the scales of its blocks are stored in 8 bits as
+    well, which takes 4.127 bits a weight instead of 4.5."""
     packed, absmax = quantize_nf4(weight)
     return NF4(packed, *quantize_scales(absmax)) if double else NF4(packed, absmax)
 
 
 def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A whole matrix' scales in 8 bits: (codes in their shape, nested scales, offset), as NF4 holds them."""
+    """Quantises the scales of a weight's blocks to 8 bits: the second level of double quantisation.
+
+    absmax: float32 [out, in / 64], of all rows: nested blocks run across rows.
+    Returns absmax uint8 in the same shape, nested and offset, as NF4 holds them.
+    """
     flat = absmax.flatten()
     offset = flat.mean()
     codes, nested = quantize_8bit(flat - offset)
     return codes.view(absmax.shape), nested, offset.view(1)
 
 
-def empty_nf4(out: int, size: int, double: bool = True) -> NF4:
-    """A matrix [out, size] in NF4 without memory, on the meta device."""
-    empty = lambda kind, *shape: torch.empty(*shape, dtype=kind, device="meta")
-    packed, scales = empty(torch.uint8, out, size // 2), (out, size // BLOCK)
-    if not double:
-        return NF4(packed, empty(torch.float32, *scales))
-    nested = empty(torch.float32, -(-out * size // BLOCK // NESTED_BLOCK))
-    return NF4(packed, empty(torch.uint8, *scales), nested, empty(torch.float32, 1))
+def empty_nf4(out_features: int, in_features: int, double: bool = True) -> NF4:
+    """Returns the tensors of a weight [out, in] in NF4 on the meta device, without memory."""
+    num_blocks = out_features * in_features // BLOCK
+    with torch.device("meta"):
+        packed = torch.empty(out_features, in_features // 2, dtype=torch.uint8)
+        absmax_dtype = torch.uint8 if double else torch.float32
+        absmax = torch.empty(out_features, in_features // BLOCK, dtype=absmax_dtype)
+        if not double:
+            return NF4(packed, absmax)
+        nested = torch.empty(-(-num_blocks // NESTED_BLOCK), dtype=torch.float32)
+        return NF4(packed, absmax, nested, torch.empty(1, dtype=torch.float32))
 
 
 class QuantizedWeight(nn.Module):
-    """What a Linear holds in place of its weight: the tensors of an NF4, as parameters that are never trained."""
+    """The NF4 tensors that replace a Linear's weight, as parameters that are never trained."""
 
     def __init__(self, nf4: NF4):
         super().__init__()
         for name, tensor in zip(nf4._fields, nf4):
-            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+            parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+            self.register_parameter(name, parameter)
 
     @property
     def tensors(self) -> NF4:
@@ -108,17 +150,23 @@ class QuantizedWeight(nn.Module):
 
 
 def can_quantize(weight: Tensor) -> bool:
+    """True if the rows of a weight [out, in] are whole blocks."""
     return weight.shape[1] % BLOCK == 0
 
 
-# ---- bitsandbytes' layout in files: beside `X.weight`, the codes, tensors named `X.weight.absmax` and so on ----
+# ---- bitsandbytes' file layout: `X.weight` holds the codes; `X.weight.absmax` and so on, the rest ----
 
 STATE = "quant_state.bitsandbytes__nf4"  # JSON, as bytes
 SIDE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
 
 
 def settings(double: bool, dtype: str, head: bool) -> dict:
-    """config.json's quantization_config for a base of ours, as transformers reads it. head: is the head in 4 bits."""
+    """Returns config.json's quantization_config of a base in NF4, as transformers reads it.
+
+    double: the scales are in 8 bits.
+    dtype: the name of the dtype to compute in, such as "bfloat16".
+    head: the output head is in 4 bits too.
+    """
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -127,62 +175,97 @@ def settings(double: bool, dtype: str, head: bool) -> dict:
         "bnb_4bit_use_double_quant": double,
         "bnb_4bit_compute_dtype": dtype,
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": [] if head else None,  # None: transformers leaves the head out
+        # None makes transformers leave the head out.
+        "llm_int8_skip_modules": [] if head else None,
     }
 
 
-def check_settings(found: object, where: str) -> None:
-    """UserError where a config.json's quantization_config is another than NF4 of bitsandbytes."""
-    kind = found.get("quant_method") if isinstance(found, dict) else found
-    if kind != "bitsandbytes" or not found.get("load_in_4bit") or found.get("bnb_4bit_quant_type") != "nf4":
-        what = kind if kind != "bitsandbytes" else f"bitsandbytes {found.get('bnb_4bit_quant_type')!r}"
-        raise UserError(f"{where}: quantised by {str(what)[:60]}; of quantised bases, bitsandbytes' NF4 can be read")
+def check_settings(config: object, where: str) -> None:
+    """Raises UserError if a quantization_config is not bitsandbytes' NF4. where: names the file."""
+    method = config.get("quant_method") if isinstance(config, dict) else config
+    if method != "bitsandbytes":
+        what = str(method)
+    elif not config.get("load_in_4bit") or config.get("bnb_4bit_quant_type") != "nf4":
+        what = f"bitsandbytes {config.get('bnb_4bit_quant_type')!r}"
+    else:
+        return
+    raise UserError(f"{where}: quantised by {what[:60]}; of quantised bases, bitsandbytes' NF4 can be read")
 
 
 def to_files(nf4: NF4, shape: tuple[int, int], dtype: str) -> dict[str, Tensor]:
-    """The tensors that stand for a weight in bitsandbytes' layout, by the end of their names ("" is the weight's)."""
+    """Returns the tensors of a weight in bitsandbytes' file layout, by the last part of their names
+    ("" for the weight itself).
+
+    shape: (out, in). dtype: the name of the dtype that the weight is dequantised to.
+    """
+    device = nf4.packed.device
     state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": dtype, "shape": list(shape)}
-    found = {"": nf4.packed.reshape(-1, 1), "absmax": nf4.absmax.flatten()}
-    found["quant_map"] = nf4_codebook(nf4.packed.device).clone()  # safetensors wants each to have memory of its own
+    # safetensors wants memory of its own for each tensor, so codebooks are cloned.
+    tensors = {
+        "": nf4.packed.reshape(-1, 1),
+        "absmax": nf4.absmax.flatten(),
+        "quant_map": nf4_codebook(device).clone(),
+    }
     if nf4.nested is not None:
-        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": nf4.offset.item()}
-        found |= {"nested_absmax": nf4.nested, "nested_quant_map": dynamic_codebook(nf4.packed.device).clone()}
-    found[STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-    return found
+        state["nested_blocksize"] = NESTED_BLOCK
+        state["nested_dtype"] = "float32"
+        state["nested_offset"] = nf4.offset.item()
+        tensors["nested_absmax"] = nf4.nested
+        tensors["nested_quant_map"] = dynamic_codebook(device).clone()
+    tensors[STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    return tensors
 
 
 def from_files(parts: dict[str, Tensor], shape: tuple[int, int], where: str) -> NF4:
-    """The way back, on the CPU. UserError where the parts are not a whole NF4 matrix of this shape."""
+    """Returns the NF4 of tensors that `to_files` or bitsandbytes wrote, on the CPU.
+
+    parts: as `to_files` returns them.
+    shape: (out, in), which config.json implies.
+    where: file and tensor, for the message.
+    Raises UserError if the tensors are not a whole NF4 weight of this shape.
+    """
 
     def check(fine: bool, what: str) -> None:
         if not fine:
             raise UserError(f"{where}: {what}, so it can't be read as bitsandbytes' NF4")
 
-    check(STATE in parts and "absmax" in parts and "quant_map" in parts, f"no {STATE}, absmax or quant_map beside it")
+    is_complete = STATE in parts and "absmax" in parts and "quant_map" in parts
+    check(is_complete, f"{STATE}, absmax or quant_map is missing")
     try:
         state = json.loads(bytes(parts[STATE].tolist()))
         offset = float(state.get("nested_offset", 0))
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{where}: its {STATE} is no JSON of bitsandbytes") from None
-    out, size = shape
+    out_features, in_features = shape
+    num_blocks = out_features * in_features // BLOCK
+    num_bytes = out_features * in_features // 2
     codes, absmax, nested = parts[""], parts["absmax"], parts.get("nested_absmax")
-    count, blocks = out * size, out * size // BLOCK
-    check(state.get("quant_type") == "nf4" and state.get("blocksize") == BLOCK, f"its blocks are not NF4 of {BLOCK}")
-    check(state.get("shape") == [out, size], f"its shape is {state.get('shape')}, config.json implies {[out, size]}")
-    check(size % BLOCK == 0, f"rows of {size} are no whole blocks of {BLOCK}")
-    codes = codes.contiguous().view(torch.uint8) if codes.dtype.itemsize * codes.numel() == count // 2 else codes
-    check(codes.numel() == count // 2 and codes.dtype == torch.uint8, f"{codes.numel():,} bytes of codes")
-    check(absmax.numel() == blocks, f"{absmax.numel():,} scales for {blocks:,} blocks")
-    check(
-        torch.equal(parts["quant_map"].float().flatten(), nf4_codebook(torch.device("cpu"))),
-        "its quant_map is not NF4's",
-    )
-    packed, absmax = codes.view(out, -1), absmax.view(out, -1)
+
+    is_nf4 = state.get("quant_type") == "nf4" and state.get("blocksize") == BLOCK
+    check(is_nf4, f"its blocks are not NF4 of {BLOCK}")
+    implied = [out_features, in_features]
+    check(state.get("shape") == implied, f"its shape is {state.get('shape')}, config.json implies {implied}")
+    check(in_features % BLOCK == 0, f"rows of {in_features} are no whole blocks of {BLOCK}")
+    # bitsandbytes may store the bytes as numbers of another dtype (bnb_4bit_quant_storage).
+    if codes.dtype.itemsize * codes.numel() == num_bytes:
+        codes = codes.contiguous().view(torch.uint8)
+    has_all_codes = codes.numel() == num_bytes and codes.dtype == torch.uint8
+    check(has_all_codes, f"it has {codes.numel():,} codes of {codes.dtype}, not {num_bytes:,} bytes")
+    check(absmax.numel() == num_blocks, f"it has {absmax.numel():,} scales for {num_blocks:,} blocks")
+    quant_map = parts["quant_map"].float().flatten()
+    check(torch.equal(quant_map, nf4_codebook(torch.device("cpu"))), "its quant_map is not NF4's")
+    packed = codes.view(out_features, -1)
+    absmax = absmax.view(out_features, -1)
     if nested is None:
         check(absmax.is_floating_point(), f"its absmax holds {absmax.dtype}")
         return NF4(packed, absmax.float())
-    check(absmax.dtype == torch.uint8 and state.get("nested_blocksize") == NESTED_BLOCK, "its nested blocks are others")
-    numbers, known = parts.get("nested_quant_map"), dynamic_codebook(torch.device("cpu"))
-    check(numbers is not None and torch.equal(numbers.float().flatten(), known), "its nested_quant_map is another")
-    check(nested.numel() == -(-blocks // NESTED_BLOCK) and nested.is_floating_point(), "its nested scales do not fit")
+
+    is_nested = absmax.dtype == torch.uint8 and state.get("nested_blocksize") == NESTED_BLOCK
+    check(is_nested, f"its nested scales are not 8-bit in blocks of {NESTED_BLOCK}")
+    codebook = parts.get("nested_quant_map")
+    known_codebook = dynamic_codebook(torch.device("cpu"))
+    is_known = codebook is not None and torch.equal(codebook.float().flatten(), known_codebook)
+    check(is_known, "its nested_quant_map is not bitsandbytes' own")
+    has_all_scales = nested.numel() == -(-num_blocks // NESTED_BLOCK) and nested.is_floating_point()
+    check(has_all_scales, f"its {nested.numel():,} nested scales of {nested.dtype} do not fit {num_blocks:,} blocks")
     return NF4(packed, absmax, nested.float().flatten(), torch.tensor([offset]))

@@ -87,7 +87,7 @@ class AdamW(Optimizer):
 
     bits=8: the moments are stored in 8 bits, in blocks of 256 numbers (Dettmers et al. 2022, arXiv
     2110.02861), in the layout of bitsandbytes: the first moment is signed, the second is unsigned.
-    Each step dequantizes and quantizes them again, CHUNK_NUMEL elements at a time.
+    Each step dequantises and quantises them again, CHUNK_NUMEL elements at a time.
 
     bf16 weights: the update is computed in fp32 and rounded stochastically, so that it is right on
     average. Rounding to the nearest number would lose every update smaller than half of the

@@ -21,7 +21,17 @@ import numpy as np
 import torch
 
 import lora
-from checkpoint import RECOMPUTED, copy_tokenizer, iterate_tensors, open_safetensors, read_config, weight_files
+from checkpoint import (
+    copy_tokenizer,
+    head_name,
+    hf_name,
+    iterate_tensors,
+    match_tensors,
+    open_safetensors,
+    read_config,
+    read_tensor,
+    weight_files,
+)
 from common.console import print_stderr
 from common.errors import UserError
 from common.files import atomic_file
@@ -60,7 +70,7 @@ def folder_to_gguf(folder, file, dtype: str = "f32", adapter=None, log: LogFn = 
         raise UserError(f"{folder}: its weights are quantised already; give the folder that they were made of")
     row, architecture = exported(config, folder)
     plan = places(config, row)
-    weights = Weights(folder, config, plan)
+    weights = FolderWeights(folder, config)
     updates = Updates(config, adapter) if adapter is not None else None
     with tokenizer_folder(folder, adapter) as home:
         words = vocabulary(home, config.vocab_size)
@@ -218,38 +228,32 @@ def first_difference(ours, theirs, name: str) -> str:
 # ---- weights ----
 
 
-class Weights:
-    """Published tensors of a folder by name, read one at a time."""
+class FolderWeights:
+    """The weights of a model folder by their Hugging Face names, read one at a time.
 
-    def __init__(self, folder: Path, config: Config, plan: dict[str, Place]):
-        self.folder, wanted = folder, {name for place in plan.values() for name in place.names}
-        prefix, head = config.names["embed"].partition(".")[0] + ".", config.names["head"] + ".weight"
-        self.where: dict[str, tuple[Path, str]] = {}
-        unknown = []
-        for file in weight_files(folder):
+    They are matched with the model as checkpoint.load_model matches them, so that both read the same folders and refuse
+    the same ones, by the files' headers alone.
+    """
+
+    def __init__(self, folder: Path, config: Config):
+        with torch.device("meta"):
+            model = Transformer(config)
+        files = weight_files(folder)
+        parameters = match_tensors(model, folder, files, {})
+        self.folder = folder
+        self.stored: dict[str, tuple[Path, str]] = {}  # {Hugging Face name: (file, name in it)}
+        for file in files:
             with open_safetensors(file) as shard:
-                stored_names = list(shard.keys())
-            for name in stored_names:
-                published = prefix + name if prefix + name in wanted else name  # files of the bare model
-                if published in wanted:
-                    self.where[published] = file, name
-                elif not RECOMPUTED.search(name) and not (published == head and config.tied):
-                    unknown.append(name)
-        for kind, names in (("missing", sorted(wanted - self.where.keys())), ("not part of the model", unknown)):
-            if names:
-                raise UserError(f"{folder}: {len(names)} tensors {kind}, the first: {names[0]}")
+                names = list(shard.keys())
+            for name in names:
+                # A tied head that is stored all the same is the embedding again, which has its own name.
+                is_tied_head = config.tied and name == head_name(config)
+                if name in parameters and not is_tied_head:
+                    self.stored[hf_name(model, parameters[name])] = file, name
 
-    def __call__(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor in float32; UserError where it has another shape than config.json implies, or holds no floats."""
-        file, inside = self.where[name]
-        with open_safetensors(file) as shard:
-            tensor = shard.get_tensor(inside)
-            if tuple(tensor.shape) != shape:
-                found, wanted = list(tensor.shape), list(shape)
-                raise UserError(f"{self.folder}: {name} has shape {found}, config.json implies {wanted}")
-            if not tensor.is_floating_point():
-                raise UserError(f"{self.folder}: {name} holds {tensor.dtype}, floating point numbers are wanted")
-            return tensor.to(torch.float32, copy=True)
+    def read(self, name: str) -> torch.Tensor:
+        """Reads a tensor as float32, into memory of its own."""
+        return read_tensor(*self.stored[name]).to(torch.float32, copy=True)
 
 
 class Updates:
@@ -285,14 +289,13 @@ def kind_of(name: str, place: Place, dtype: str, notes: list[str]) -> str:
     return dtype.upper()
 
 
-def stored(weights: Weights, updates: Updates | None, name: str, place: Place, kind) -> np.ndarray:
+def stored(weights: FolderWeights, updates: Updates | None, name: str, place: Place, kind) -> np.ndarray:
     """A tensor as the file holds it: float32, float16, or uint8 rows of blocks."""
     from gguf import quantize
 
-    shape = place.shape[1:] if len(place.shape) > 2 else place.shape
     parts = []
     for published in place.names:
-        weight = weights(published, shape[::-1] if place.transposed else shape)
+        weight = weights.read(published)
         weight = weight.t() if place.transposed else weight
         weight = updates.add(published, weight) if updates else weight
         rows = weight.contiguous().numpy()

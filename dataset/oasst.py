@@ -1,4 +1,12 @@
-"""OpenAssistant's trees of messages, nested or as flat files."""
+"""Reads the trees of OpenAssistant (Koepf et al. 2023): a prompt at the root, and ranked replies below each message.
+
+A tree is one nested object, {"message_tree_id", "prompt": {"role", "text", "replies": [...]}}, or several objects one
+after another, {"message_id", "parent_id", "role", "text"}, as in the released flat files. A path from the root to a
+message without replies is a conversation. `--trees` decides which paths are trained: only that of the best-ranked
+replies, or all. An answer that several paths share is trained in the first of them.
+
+A path ends with an answer. Deleted messages, and all messages below them, are left out.
+"""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -10,69 +18,94 @@ from dataset.readers import Container
 from dataset.records import Format, Reading, Record
 
 TREES = ("best", "all")  # the path of best-ranked replies, or every path
+OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
+MAX_PATH = 1000  # messages of a path
+WHERE = "\0where"  # a key that no file has: the place of a message of a flat file, for errors
 
 
 def oasst_tree(reading: Reading) -> list[Record]:
-    """A tree of OpenAssistant (Koepf et al. 2023): the prompt at its root, ranked replies below each message.
-
-    Of a tree comes the path of best-ranked replies, or every path; then an answer that several paths share is trained
-    in the first of them. A path ends with an answer; deleted messages, with all below them, are left out.
-    """
-    paths, taught, stack = [], set(), [(require_object(reading.record["prompt"], reading.where), ())]
-    if stack[0][0].get("deleted") is True:
+    """Reads a nested tree. Returns a record for each path with an answer of its own, in the order of their ranks."""
+    root = require_object(reading.record["prompt"], reading.where)
+    if root.get("deleted") is True:
         reading.stats.dropped["a deleted prompt"] += 1
         return []
-    while stack:
-        node, path = stack.pop()
-        path = (*path, node)
-        if len(path) > 1000:
-            raise UserError(f"{reading.where}: replies nested over 1,000 deep")
-        replies = node.get("replies") or []
-        if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
-            raise UserError(f"{reading.where}: replies is {type_name(replies)}, a list of messages is wanted")
-        kept = [reply for reply in replies if reply.get("deleted") is not True]
-        if len(kept) < len(replies):
-            reading.stats.dropped["a deleted reply"] += len(replies) - len(kept)
-        replies = sorted(kept, key=lambda reply: _rank(reply, reading.where))
-        wanted = replies if reading.trees == "all" else replies[:1]
-        stack += [(reply, path) for reply in reversed(wanted)]
-        if not wanted:
-            paths.append(path)
     records = []
-    for path in paths:
-        turns, weights = [], []
+    trained_nodes = set()  # the answers of earlier paths, as id() of their objects
+    for path in _paths(root, reading):
+        messages, weights = [], []
         for node in path:
-            where = node.get(WHERE, reading.where)
-            role = OASST_ROLES.get(require_field(node, "role", str, where))
-            if role is None:
-                raise UserError(f"{where}: role {quote_names([node['role']])} is unknown; prompter or assistant")
-            turns.append({"role": role, "content": require_field(node, "text", str, where)})
-            weights.append(0.0 if id(node) in taught else 1.0)
-        while turns and turns[-1]["role"] != "assistant":
-            turns.pop(), weights.pop()
-        new = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and weights[i]]
-        if not new:
-            reading.stats.dropped["a path without an answer of its own" if turns else "a path without an answer"] += 1
+            messages.append(_message(node, reading))
+            weights.append(0.0 if id(node) in trained_nodes else 1.0)
+        while messages and messages[-1]["role"] != "assistant":
+            messages.pop()
+            weights.pop()
+        new_answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and weights[i]]
+        if not new_answers:
+            reason = "a path without an answer of its own" if messages else "a path without an answer"
+            reading.stats.dropped[reason] += 1
             continue
-        taught |= {id(path[i]) for i in new}
-        records += reading.conversation(turns, weights)
+        trained_nodes.update(id(path[i]) for i in new_answers)
+        records += reading.conversation(messages, weights)
     return records
 
 
-WHERE = "\0where"  # a key that no file has: the place of a message
-OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
+def _paths(root: dict, reading: Reading) -> list[tuple[dict, ...]]:
+    """Returns the paths from the root to messages without replies; with --trees best only the best-ranked one."""
+    paths = []
+    stack = [(root, ())]
+    while stack:
+        node, path = stack.pop()
+        path = (*path, node)
+        if len(path) > MAX_PATH:
+            raise UserError(f"{reading.where}: replies nested over {MAX_PATH:,} deep")
+        replies = _replies(node, reading)
+        if reading.trees != "all":
+            replies = replies[:1]
+        if not replies:
+            paths.append(path)
+        # Reversed, because the reply that is put on the stack last is visited first.
+        for reply in reversed(replies):
+            stack.append((reply, path))
+    return paths
+
+
+def _replies(node: dict, reading: Reading) -> list[dict]:
+    """Returns the replies to a message, the best-ranked first, without the deleted ones, which are counted."""
+    replies = node.get("replies") or []
+    if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
+        raise UserError(f"{reading.where}: replies is {type_name(replies)}, a list of messages is wanted")
+    remaining = [reply for reply in replies if reply.get("deleted") is not True]
+    if len(remaining) < len(replies):
+        reading.stats.dropped["a deleted reply"] += len(replies) - len(remaining)
+    return sorted(remaining, key=lambda reply: _rank(reply, reading.where))
 
 
 def _rank(reply: dict, where: str) -> float:
-    rank = math.inf if reply.get("rank") is None else reply["rank"]
+    """Returns the rank of a reply, 0 for the best; infinity if it has none."""
+    rank = reply.get("rank")
+    if rank is None:
+        return math.inf
     if isinstance(rank, bool) or not isinstance(rank, (int, float)):
         raise UserError(f"{reply.get(WHERE, where)}: rank is {type_name(rank)}, a number or null is wanted")
     return math.inf if math.isnan(rank) else rank
 
 
-def _oasst_messages(reading: Reading) -> list[Record]:
-    """The messages of one tree, as `_oasst_group` puts them together."""
-    nodes, roots, children = {}, [], {}
+def _message(node: dict, reading: Reading) -> dict:
+    where = node.get(WHERE, reading.where)
+    role = OASST_ROLES.get(require_field(node, "role", str, where))
+    if role is None:
+        raise UserError(f"{where}: role {quote_names([node['role']])} is unknown; prompter or assistant")
+    return {"role": role, "content": require_field(node, "text", str, where)}
+
+
+# ---- flat files ----
+
+
+def _flat_tree(reading: Reading) -> list[Record]:
+    """Reads the messages of one tree of a flat file, which `_group_by_tree` collected."""
+    nodes = {}  # by message_id
+    roots = []
+    children = {}  # parent_id: ids of its replies
     for message in reading.record["messages"]:
         where = message[WHERE]
         id = message["message_id"]
@@ -82,47 +115,66 @@ def _oasst_messages(reading: Reading) -> list[Record]:
         parent = message["parent_id"]
         if parent is not None and not isinstance(parent, str):
             raise UserError(f"{where}: parent_id is {type_name(parent)}, a string or null is wanted")
-        roots.append(id) if parent is None else children.setdefault(parent, []).append(id)
+        if parent is None:
+            roots.append(id)
+        else:
+            children.setdefault(parent, []).append(id)
     for parent, ids in children.items():
         if parent in nodes:
             nodes[parent]["replies"] = [nodes[id] for id in ids]
-    reached, stack = set(), list(roots)
-    while stack:  # a cycle has no root, and is never reached
+
+    # Messages whose parent is missing are not below a root, and neither are those whose parents form a cycle.
+    reached = set()
+    stack = list(roots)
+    while stack:
         id = stack.pop()
         reached.add(id)
         stack += children.get(id, [])
-    if lost := len(nodes.keys() - reached):
-        reading.stats.dropped["a message whose parents lead to no root"] += lost
+    num_lost = len(nodes.keys() - reached)
+    if num_lost:
+        reading.stats.dropped["a message whose parents lead to no root"] += num_lost
+
     records = []
     for id in roots:
         records += oasst_tree(Reading({"prompt": nodes[id]}, reading.where, reading.stats, reading.trees))
     return records
 
 
-def _oasst_group(container: Container, payloads: Iterable) -> Iterator[tuple[int, object]]:
-    """Messages put together by tree, which must stand in a row, so that a tree is held and not the file."""
-    done = set()
+def _group_by_tree(container: Container, payloads: Iterable) -> Iterator[tuple[int, object]]:
+    """Yields (number of the first message, {"messages": [...]}) for each tree of a flat file.
 
-    def values():
-        for number, payload in payloads:
-            where = container.place(number)
-            value = require_object(container.value(number, payload), where)
-            if not OASST_MESSAGES.fits(value):
-                raise OASST_MESSAGES.misfit(value, where)
-            require_field(value, "message_id", str, where)
-            if value.get("message_tree_id") is not None:
-                require_field(value, "message_tree_id", str, where)
-            yield number, value | {WHERE: where}
-
-    tree = lambda pair: pair[1].get("message_tree_id") or pair[1]["message_id"]
-    for key, group in groupby(values(), tree):
-        group = list(group)
-        if key in done:
-            raise UserError(f"{container.place(group[0][0])}: tree {str(key)[:40]!r} again; sort the file by tree")
-        done.add(key)
-        yield group[0][0], {"messages": [value for _, value in group], **dict.fromkeys(OASST_MESSAGES.keys)}
+    The messages of a tree must follow each other, so that one tree is in memory and not the file. Raises UserError if
+    they do not, or if a record is no message.
+    """
+    finished_trees = set()
+    for tree, numbered in groupby(_flat_messages(container, payloads), _tree_of):
+        numbered = list(numbered)
+        first_number = numbered[0][0]
+        if tree in finished_trees:
+            raise UserError(f"{container.place(first_number)}: tree {str(tree)[:40]!r} again; sort the file by tree")
+        finished_trees.add(tree)
+        # The keys of the format are there so that the group is recognized as one of it.
+        keys = dict.fromkeys(OASST_MESSAGES.keys)
+        yield first_number, {"messages": [message for _, message in numbered], **keys}
 
 
-OASST_MESSAGES = Format(
-    "OASST messages", ("message_id", "parent_id", "text", "role"), (), _oasst_messages, _oasst_group
-)
+def _flat_messages(container: Container, payloads: Iterable) -> Iterator[tuple[int, dict]]:
+    """Yields (number, message) for each record of a flat file, with the message's place at the key WHERE."""
+    for number, payload in payloads:
+        where = container.place(number)
+        message = require_object(container.value(number, payload), where)
+        if not OASST_MESSAGES.fits(message):
+            raise OASST_MESSAGES.misfit(message, where)
+        require_field(message, "message_id", str, where)
+        if message.get("message_tree_id") is not None:
+            require_field(message, "message_tree_id", str, where)
+        yield number, message | {WHERE: where}
+
+
+def _tree_of(numbered: tuple[int, dict]) -> str:
+    """Returns the id of a message's tree; without one it is a tree of its own."""
+    _, message = numbered
+    return message.get("message_tree_id") or message["message_id"]
+
+
+OASST_MESSAGES = Format("OASST messages", ("message_id", "parent_id", "text", "role"), (), _flat_tree, _group_by_tree)

@@ -1,60 +1,96 @@
-"""Preference and KTO records: two answers to one prompt, or one answer and whether it is good."""
+"""Reads preferences and KTO: answers with a judgment.
+
+preferences   {"chosen", "rejected"}, two answers of which the first is better; with "prompt", "conversations" or
+              "messages" before them, or without, when the part that both begin with is the prompt. Each may be a
+              string, a message or a list of messages, or a transcript of HH-RLHF (Bai et al. 2022)
+KTO           {"messages" or "conversations" or "prompt" and "completion", "label"}: one answer, and whether it is
+              good (Ethayarajh et al. 2024)
+"""
 
 import re
-from itertools import takewhile
 
 from common.errors import UserError
 from dataset.messages import require_field, without_surrogate
-from dataset.records import Reading, Record, answered, asked_before, turn_list, with_system
+from dataset.records import Reading, Record, WeightedMessages, prompt_weights
 
 
 def preference(reading: Reading) -> list[Record]:
-    """A prompt and two answers, each a string, a message or turns; or without a prompt two whole conversations, of
-    which the turns that both begin with are the prompt; or two transcripts of HH-RLHF (Bai et al. 2022)."""
-    sides = []
-    for key in ("chosen", "rejected"):
-        value = reading.record[key]
-        if isinstance(value, str) and value.startswith("\n\nHuman:"):
-            turns = _transcript(value, f"{reading.where}: {key}")
-            sides.append((turns, [1.0] * len(turns)))
-        else:
-            sides.append(turn_list(reading, key, "assistant"))
-    earlier = next((k for k in ("conversations", "messages", "prompt") if reading.record.get(k) is not None), None)
-    prompt, before = with_system(reading, *(turn_list(reading, earlier, "user") if earlier else ([], [])))
-    (one, weights), (other, _) = sides
-    if prompt and one[: len(prompt)] == prompt == other[: len(prompt)]:
-        prompt, before = [], []  # the answers repeat it
-    same = len([*takewhile(lambda pair: pair[0] == pair[1], zip(one, other))])
-    prompt, before = asked_before([*prompt, *one[:same]], [*before, *weights[:same]])
-    chosen, weights, rejected = one[same:], weights[same:], other[same:]
+    """Reads a prompt and two answers.
+
+    Returns one record, whose `messages` are the prompt and the chosen answer; none if the two answers are equal. Raises
+    UserError if there is no prompt, or a side without an answer of its own.
+    """
+    chosen, chosen_weights = _side(reading, "chosen")
+    rejected, _ = _side(reading, "rejected")
+    prompt, weights = [], []
+    for key in ("conversations", "messages", "prompt"):
+        if reading.record.get(key) is not None:
+            prompt, weights = reading.messages_at(key, "user")
+            break
+    prompt, weights = reading.with_system(prompt, weights)
+
+    # Both answers may repeat the prompt. Any other messages that both begin with belong to the prompt.
+    if prompt and chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
+        prompt, weights = [], []
+    num_same = 0
+    for one, other in zip(chosen, rejected):
+        if one != other:
+            break
+        num_same += 1
+    prompt = [*prompt, *chosen[:num_same]]
+    weights = prompt_weights(prompt, [*weights, *chosen_weights[:num_same]])
+    chosen, chosen_weights, rejected = chosen[num_same:], chosen_weights[num_same:], rejected[num_same:]
+
     if not chosen and not rejected:
         reading.stats.dropped["chosen and rejected do not differ"] += 1
         return []
     if not prompt:
         raise UserError(f"{reading.where}: nothing is asked before chosen and rejected; a prompt is wanted")
-    for key, side in (("chosen", chosen), ("rejected", rejected)):
-        if not any(turn["role"] == "assistant" for turn in side):
+    for key, messages in (("chosen", chosen), ("rejected", rejected)):
+        if not any(message["role"] == "assistant" for message in messages):
             raise UserError(f"{reading.where}: {key} has no assistant message of its own")
-    more = {"rejected": rejected, "asked": len(prompt), "tools": reading.tools()}
-    return reading.conversation([*prompt, *chosen], [*before, *weights], **more)
+    return reading.conversation(
+        [*prompt, *chosen],
+        [*weights, *chosen_weights],
+        rejected=rejected,
+        asked=len(prompt),
+        tools=reading.tools(),
+    )
+
+
+def _side(reading: Reading, key: str) -> WeightedMessages:
+    """Reads "chosen" or "rejected"."""
+    value = reading.record[key]
+    if isinstance(value, str) and value.startswith("\n\nHuman:"):
+        messages = _transcript(value, f"{reading.where}: {key}")
+        return messages, [1.0] * len(messages)
+    return reading.messages_at(key, "assistant")
 
 
 def _transcript(text: str, where: str) -> list[dict]:
+    """Returns the messages of a transcript of HH-RLHF: "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
     parts = re.split(r"\n\n(Human|Assistant):", without_surrogate(text, where))
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[role], "content": said.strip()} for role, said in zip(parts[1::2], parts[2::2])]
+    messages = []
+    for speaker, content in zip(parts[1::2], parts[2::2]):
+        messages.append({"role": roles[speaker], "content": content.strip()})
+    return messages
 
 
 def kto(reading: Reading) -> list[Record]:
-    """KTO (Ethayarajh et al. 2024): a conversation, or prompt and completion, and whether its last answer is good."""
+    """Reads a conversation, or prompt and completion, and the label of its last answer, which alone is trained."""
     label = require_field(reading.record, "label", bool, reading.where)
     if "completion" in reading.record:
-        parts = turn_list(reading, "prompt", "user"), turn_list(reading, "completion", "assistant")
-        turns, weights = ([*a, *b] for a, b in zip(*parts, strict=True))
+        prompt, weights = reading.messages_at("prompt", "user")
+        completion, completion_weights = reading.messages_at("completion", "assistant")
+        messages, weights = [*prompt, *completion], [*weights, *completion_weights]
     else:
         key = "messages" if "messages" in reading.record else "conversations"
-        turns, weights = reading.turns(require_field(reading.record, key, list, reading.where), key)
-    turns, weights = with_system(reading, turns, weights)
-    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
-    before = asked_before(turns[:last], weights[:last])[1]
-    return answered(reading, (turns, [*before, *weights[last:]]), label=label)
+        messages, weights = reading.read_messages(require_field(reading.record, key, list, reading.where), key)
+    messages, weights = reading.with_system(messages, weights)
+    last_answer = 0
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            last_answer = i
+    weights = [*prompt_weights(messages[:last_answer], weights[:last_answer]), *weights[last_answer:]]
+    return reading.answered_conversation(messages, weights, label=label)

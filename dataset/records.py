@@ -1,4 +1,12 @@
-"""What every record format shares: the record, the statistics of reading, and the format as a row of a table."""
+"""What all record formats share: the record that they are read into, the counts, and the format itself.
+
+A `Format` is a name, the keys of an object in a file, and a function that makes `Record`s of it. The function receives
+a `Reading`: the object, its place, and the `ReadStats` in which it counts what it leaves out. The functions are defined
+in formats.py, preferences.py and oasst.py; the table of all formats is `FORMATS` in formats.py.
+
+Nothing is lost in silence. What can't be read is a UserError that names the record; what was left out (empty answers,
+unknown keys) is counted in `ReadStats`, to be printed.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -19,20 +27,29 @@ from dataset.messages import (
 )
 from dataset.readers import Container, Text
 
+MAX_REASONS = 12  # different reasons that are counted each by itself
+WeightedMessages = tuple[list[dict], list[float]]  # messages, and the weight of each
+
 
 @dataclass(slots=True)
 class Record:
-    """One example: messages with an answer in each assistant turn, or else a text.
+    """One example: a conversation in which the assistant's messages are the answers, or a text.
 
-    messages: [{"role", "content"}, ...], and where there are some "tool_calls" [{"type", "function": {"name",
-    "arguments": object}}], "reasoning_content", "name", "tool_call_id". weights: of each message, where not all are 1.
-    rejected: of a preference, the messages that stand where `messages` holds the chosen answer, behind so many that
-    were `asked`. label: of KTO, whether the answer is a good one. first, last: of a long text's parts.
+    messages: [{"role", "content"}, ...]; a message may also have "tool_calls" [{"type", "function": {"name",
+        "arguments": object}}], "reasoning_content", "name" and "tool_call_id". None for a text.
+    text: the text; None for a conversation.
+    where: the record's place, as in "FILE line 3"; for messages to the user.
+    tools: JSON schemas of the functions that the assistant can call.
+    weights: the loss weight of each message; None if all are 1.
+    rejected: for a preference, the messages that the rejected answer has where `messages` has the chosen one.
+    asked: for a preference, the number of messages in the prompt, before both answers.
+    label: for KTO, whether the last answer is a good one.
+    first, last: whether a text is the first or the last part of its file; long files are read in parts.
     """
 
     messages: list[dict] | None
     text: str | None
-    where: str  # "FILE line 3"; for messages about this record
+    where: str
     tools: list[dict] | None = None
     weights: list[float] | None = None
     rejected: list[dict] | None = None
@@ -42,24 +59,29 @@ class Record:
     last: bool = True
 
 
-REASONS = 12  # that are told apart
-
-
 @dataclass
 class ReadStats:
-    """What was found out or left out while records were read."""
+    """What was read and what was left out.
+
+    records: the number of records that were read.
+    dropped: {reason: number of records that were left out for it}.
+    altered: {what was changed or can't be shown: number of records}.
+    ignored: the keys that have no meaning here, as a dict in the order of their appearance; of messages "messages.KEY".
+    """
 
     records: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)  # reason: number of records that were left out
-    altered: Counter[str] = field(default_factory=Counter)  # what is not as it stands: number of records
-    ignored: dict[str, bool] = field(default_factory=dict)  # keys without a meaning here; of a message "messages.KEY"
+    dropped: Counter[str] = field(default_factory=Counter)
+    altered: Counter[str] = field(default_factory=Counter)
+    ignored: dict[str, bool] = field(default_factory=dict)
 
     def drop(self, reason: str, count: int = 1) -> None:
-        """Counts; where a template's words make each reason another one, the first ones only by themselves."""
-        known = reason in self.dropped or len(self.dropped) < REASONS
-        self.dropped[reason if known else "for other reasons"] += count
+        """Counts records that were left out. Of many different reasons, as a chat template may give, only the first
+        MAX_REASONS are counted each by itself."""
+        is_known = reason in self.dropped or len(self.dropped) < MAX_REASONS
+        self.dropped[reason if is_known else "for other reasons"] += count
 
     def add(self, other: "ReadStats") -> None:
+        """Adds the counts of another part of the same data."""
         self.records += other.records
         for reason, count in other.dropped.items():
             self.drop(reason, count)
@@ -67,35 +89,62 @@ class ReadStats:
         self.ignored |= other.ignored
 
     def complain_if_empty(self, path: str) -> None:
-        if not self.records:
-            why = "; ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
-            raise UserError(f"{path}: " + (f"no record can be trained on ({why})" if why else "is an empty list"))
+        """Raises UserError if no record was read, with the reasons."""
+        if self.records:
+            return
+        reasons = "; ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
+        if reasons:
+            raise UserError(f"{path}: no record can be trained on ({reasons})")
+        raise UserError(f"{path}: is an empty list")
 
 
 @dataclass(frozen=True)
 class Format:
+    """A row of the table of formats.
+
+    keys: a record that has all of them has this format.
+    optional: keys that are read if they are present; all other keys are ignored and reported.
+    read: makes the records of one value in the file.
+    group: for a format whose records extend over several values, joins a container's payloads to groups; else None.
+    kind: the type of the value, or several.
+    """
+
     name: str
-    keys: tuple[str, ...]  # a record that has them all has this format
-    optional: tuple[str, ...]  # read where present; other keys are ignored and announced
+    keys: tuple[str, ...]
+    optional: tuple[str, ...]
     read: Callable[["Reading"], Iterable[Record]]
     group: Callable[[Container, Iterable], Iterator[tuple[int, object]]] | None = None
     kind: type | tuple = dict
 
     def fits(self, record: dict) -> bool:
+        """True if a record has this format: all of its keys, and a label that is neither null nor empty."""
         if isinstance(record, Text):
             return True
-        return all(key in record and (key != "label" or record[key] not in (None, "")) for key in self.keys)
+        for key in self.keys:
+            if key not in record:
+                return False
+            if key == "label" and record[key] in (None, ""):
+                return False
+        return True
 
     def misfit(self, record: dict, where: str) -> UserError:
-        hint = closest_key(record, self.keys, record)
+        """Returns the error for a record that does not have this format, while the first record of its file has."""
         if all(key in record for key in self.keys):
-            return UserError(f"{where}: label is {'null' if record.get('label') is None else 'empty'}")
+            fault = "null" if record.get("label") is None else "empty"
+            return UserError(f"{where}: label is {fault}")
+        hint = closest_key(record, self.keys, record)
         why = f"the first record is {self.name} ({', '.join(self.keys)})"
         return UserError(f"{where}: keys {quote_names(record)}: {why}{hint}")
 
     def records(self, value: object, where: str, stats: ReadStats, trees: str) -> Iterable[Record]:
+        """Returns the records of one value.
+
+        where: its place, for errors. stats: counts what is left out. trees: which paths of OASST trees, of oasst.TREES.
+        Raises UserError if the value has another format, or a fault.
+        """
         if not isinstance(value, self.kind) or not self.fits(value):
             raise self.misfit(require_object(value, where), where)
+        # The keys of grouped values were made by `group`, not by the user.
         if isinstance(value, dict) and not self.group:
             note_extra_keys(value, (*self.keys, *self.optional), where, stats.ignored)
         return self.read(Reading(value, where, stats, trees))
@@ -103,7 +152,10 @@ class Format:
 
 @dataclass
 class Reading:
-    """A record at hand: what a format's function is given."""
+    """One value that is being read, with what a format's function needs: the argument of `Format.read`.
+
+    record: the value of the file, an object or a `Text`. where, stats, trees: as for `Format.records`.
+    """
 
     record: dict
     where: str
@@ -111,31 +163,18 @@ class Reading:
     trees: str
 
     def text(self, key: str) -> str:
+        """Returns the string at a key. Raises UserError if there is none."""
         return require_field(self.record, key, str, self.where)
 
-    def maybe(self, key: str) -> str:
-        """The string at a key; "" where it is absent or null."""
-        return "" if self.record.get(key) is None else self.text(key)
-
-    def conversation(self, messages: list[dict], weights: list[float] | None = None, **more) -> list[Record]:
-        """A Record of plain messages, with the record's weight on each."""
-        weight = weight_of(self.record, self.where)
-        weights = [1.0] * len(messages) if weights is None else weights
-        weights = None if {weight, *weights} == {1.0} else [weight * each for each in weights]
-        return [Record(messages, None, self.where, weights=weights, **more)]
-
-    def turns(self, messages: list, key: str = "messages") -> tuple[list[dict], list[float]]:
-        """A list of messages in any dialect, checked, and the weight of each."""
-        turns, weights = [], []
-        for number, message in enumerate(messages, 1):
-            turn, weight = read_message(message, f"{self.where} message {number}", self.stats.ignored, key)
-            turns.append(turn)
-            weights.append(weight)
-        return turns, weights
+    def optional_text(self, key: str) -> str:
+        """Returns the string at a key; "" if the key is missing or null."""
+        if self.record.get(key) is None:
+            return ""
+        return self.text(key)
 
     def tools(self) -> list[dict] | None:
-        """The record's tools: JSON schemas in OpenAI's form, given as a list or as JSON in a string."""
-        value = next((self.record[key] for key in ("tools", "functions") if self.record.get(key)), None)
+        """Returns the record's tools as JSON schemas in OpenAI's form; the record has a list, or JSON in a string."""
+        value = self.record.get("tools") or self.record.get("functions")
         if isinstance(value, str):
             value = json_in(value, f"{self.where}: tools") if value.strip() else None
         if not value:
@@ -143,33 +182,63 @@ class Reading:
         if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
             raise UserError(f"{self.where}: tools is {type_name(value)}, a list of objects is wanted")
         without_surrogate(value, f"{self.where}: tools")
-        return [tool if isinstance(tool.get("function"), dict) else {"type": "function", "function": tool}
-                for tool in value]  # fmt: skip
+        tools = []
+        for tool in value:
+            has_openai_form = isinstance(tool.get("function"), dict)
+            tools.append(tool if has_openai_form else {"type": "function", "function": tool})
+        return tools
+
+    def read_messages(self, values: list, key: str = "messages") -> WeightedMessages:
+        """Reads a list of messages of any dialect. key: the record's key that holds them."""
+        messages, weights = [], []
+        for number, value in enumerate(values, 1):
+            message, weight = read_message(value, f"{self.where} message {number}", self.stats.ignored, key)
+            messages.append(message)
+            weights.append(weight)
+        return messages, weights
+
+    def messages_at(self, key: str, role: str) -> WeightedMessages:
+        """Reads the messages at a key: a list of them, a single one, or a string, which is a message of `role`."""
+        value = self.record.get(key)
+        if isinstance(value, str):
+            return [{"role": role, "content": without_surrogate(value, f"{self.where}: {key}")}], [1.0]
+        if not isinstance(value, (list, dict)):
+            raise UserError(f"{self.where}: {key} is {type_name(value)}, a string or a list of messages is wanted")
+        return self.read_messages(value if isinstance(value, list) else [value], key)
+
+    def with_system(self, messages: list[dict], weights: list[float]) -> WeightedMessages:
+        """Returns the messages with the record's "system" in front, if it has one."""
+        if not self.optional_text("system").strip():
+            return messages, weights
+        return [{"role": "system", "content": self.record["system"]}, *messages], [1.0, *weights]
+
+    def conversation(self, messages: list[dict], weights: list[float] | None = None, **more) -> list[Record]:
+        """Returns a list of one record with these messages.
+
+        weights: of each message, by default 1; they are multiplied by the record's own. more: other fields of `Record`.
+        """
+        record_weight = weight_of(self.record, self.where)
+        if weights is None:
+            weights = [1.0] * len(messages)
+        if {record_weight, *weights} == {1.0}:
+            weights = None
+        else:
+            weights = [record_weight * weight for weight in weights]
+        return [Record(messages, None, self.where, weights=weights, **more)]
+
+    def answered_conversation(self, messages: list[dict], weights: list[float], **more) -> list[Record]:
+        """Returns a list of one record with these messages and the record's tools.
+
+        Raises UserError if there is no message of the assistant. more: other fields of `Record`.
+        """
+        if not any(message["role"] == "assistant" for message in messages):
+            raise UserError(f"{self.where}: no assistant message among {len(messages)}; nothing to train on")
+        return self.conversation(messages, weights, tools=self.tools(), **more)
 
 
-def with_system(reading: Reading, turns: list[dict], weights: list[float]) -> tuple[list[dict], list[float]]:
-    if not reading.maybe("system").strip():
-        return turns, weights
-    return [{"role": "system", "content": reading.record["system"]}, *turns], [1.0, *weights]
-
-
-def answered(reading: Reading, turned: tuple[list[dict], list[float]], **more) -> list[Record]:
-    turns, weights = turned
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise UserError(f"{reading.where}: no assistant message among {len(turns)}; nothing to train on")
-    return reading.conversation(turns, weights, tools=reading.tools(), **more)
-
-
-def turn_list(reading: Reading, key: str, role: str) -> tuple[list[dict], list[float]]:
-    """The turns at a key and their weights: a list of messages, one message, or a string that is a turn of `role`."""
-    value = reading.record.get(key)
-    if isinstance(value, str):
-        return [{"role": role, "content": without_surrogate(value, f"{reading.where}: {key}")}], [1.0]
-    if not isinstance(value, (list, dict)):
-        raise UserError(f"{reading.where}: {key} is {type_name(value)}, a string or a list of messages is wanted")
-    return reading.turns(value if isinstance(value, list) else [value], key)
-
-
-def asked_before(turns: list[dict], weights: list[float]) -> tuple[list[dict], list[float]]:
-    """Turns of a prompt, whose own answers are not what is taught."""
-    return turns, [0.0 if turn["role"] == "assistant" else weight for turn, weight in zip(turns, weights, strict=True)]
+def prompt_weights(messages: list[dict], weights: list[float]) -> list[float]:
+    """Returns the weights of a prompt's messages, with 0 for its answers: only the answer to the prompt is trained."""
+    result = []
+    for message, weight in zip(messages, weights, strict=True):
+        result.append(0.0 if message["role"] == "assistant" else weight)
+    return result

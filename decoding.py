@@ -1,13 +1,16 @@
-"""Writing on: the cache of keys and values, sampling, and prompt look-up. `Transformer.generate` is the way in.
+"""Decoding: the cache of keys and values, sampling, speculative decoding by prompt look-up, and packed weights.
 
-Prompts of all lengths end in the same slot of the cache, so that every step writes one slice for all lines and nothing
-is scattered; what a line has not got is masked. The cache's tensors stay as they are for ROUND steps, then get as many
-slots more: a product over a slice of larger ones takes a third longer on CPUs. Layers with a sliding window need no
-more slots than that: theirs are a ring.
+`Transformer.stream` and `Transformer.generate` are the entry points; this file never imports model.py.
 
-A GPU does a step's kernels faster than Python launches them. So there (`stream_ahead`) the position and the newest
-tokens lie in the GPU's memory, where the step itself moves them on: the same launches serve every step, they are
-captured in a CUDA graph, and a token costs one replay.
+The prompts of a batch are aligned at their ends: whatever their lengths, they end in the same slot of the cache. So
+each step writes one slice for all sequences, and the slots before the first token of a sequence are masked. The cache's
+tensors keep their size for CACHE_ROUND steps and then get as many slots more, because a product over a slice of larger
+tensors takes a third longer on CPUs. A layer with a sliding window needs only as many slots as its window: they are a
+ring buffer.
+
+A GPU executes the kernels of a step faster than Python launches them. So on a GPU (`stream_ahead`) the position and
+the newest tokens stay in the GPU's memory, and the step itself updates them. The launches are then the same in every
+step: a CUDA graph captures them, and a token costs one replay.
 """
 
 import contextlib
@@ -27,11 +30,20 @@ from kernels.onednn_linear import can_join, can_pack, pack, packed_linear
 from kernels.rope import LENGTH_DEPENDENT, rope
 from kernels.triton_utils import use_triton
 
-CACHE_ROUND = 32  # slots; the cache holds a multiple of so many, so that shapes seldom change
-GRAPH_ROUND = 256  # the same where steps are captured, which is done anew for new shapes
-GRAPH_STEPS = 8  # to come that make up for a capture, which is taken to last as long as two or three (not measured)
-PACK_STEPS = 16  # of decoding that make up for packing the weights
-LOOKUP_NGRAMS = (3, 2, 1)  # ends of the text that prompt look-up looks for, longest first
+# The cache holds a multiple of so many slots, so that shapes seldom change.
+CACHE_ROUND = 32
+
+# The same where steps are captured, because a new shape needs a new capture.
+GRAPH_ROUND = 256
+
+# So many steps to come make up for a capture, if it takes as long as two or three steps (not measured).
+GRAPH_STEPS = 8
+
+# So many steps to come make up for packing the weights.
+PACK_STEPS = 16
+
+# Prompt look-up searches for the last so many tokens of the text, the longest first.
+LOOKUP_NGRAMS = (3, 2, 1)
 
 
 def stream(
@@ -46,274 +58,359 @@ def stream(
     seed: int | None = None,
     lookup: int = 0,
 ) -> Iterator[list[tuple[int, int]]]:
-    """What Transformer.stream documents, for a model in evaluation mode."""
-    rows = [list(map(int, prompt)) for prompt in prompts]
-    if not rows or max_new_tokens < 1:
+    """Yields what Transformer.stream documents, for a model in evaluation mode."""
+    texts = [list(map(int, prompt)) for prompt in prompts]  # of each prompt number, what is written included
+    if not texts or max_new_tokens < 1:
         return
-    most = model.config.max_positions
-    for row in rows:
-        if not 0 < len(row) < most:
-            raise UserError(f"a prompt has {len(row)} tokens; the model takes 1 to {most - 1}")
-    assert not lookup or (len(rows) == 1 and temperature == 0), "look-up is for one prompt, greedily"
+    max_positions = model.config.max_positions
+    for text in texts:
+        if not 0 < len(text) < max_positions:
+            raise UserError(f"a prompt has {len(text)} tokens; the model takes 1 to {max_positions - 1}")
+    assert not lookup or (len(texts) == 1 and temperature == 0), "look-up is for one prompt, greedily"
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
     choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-    ends = [min(len(row) + max_new_tokens, most) for row in rows]
+    ends = [min(len(text) + max_new_tokens, max_positions) for text in texts]
     if not lookup and repetition_penalty == 1 and max_new_tokens > GRAPH_STEPS and can_run_ahead(model):
-        yield from stream_ahead(model, rows, ends, stop, choose, captured=temperature == 0)
+        yield from stream_ahead(model, texts, ends, stop, choose, captured=temperature == 0)
         return
-    going, texts = list(range(len(rows))), rows  # the prompt number of each line of the cache, and its text so far
-    cache, hidden = prefill(model, rows, ends, lookup, CACHE_ROUND)
+
+    active = list(range(len(texts)))  # the prompt number of each sequence in the cache
+    active_texts = texts
+    kv_cache, hidden = prefill(model, texts, ends, lookup, CACHE_ROUND)
     draft: list[int] = []
     while True:
-        logits = model.logits(hidden)  # [lines, 1 + length of the draft, V]
-        for at in range(logits.shape[1]):
-            scores = apply_repetition_penalty(logits[:, at], texts, repetition_penalty)
+        # Accept the tokens of the draft up to the first that the model would not have chosen itself.
+        logits = model.logits(hidden)  # [B, 1 + len(draft), V]
+        for accepted in range(logits.shape[1]):
+            scores = apply_repetition_penalty(logits[:, accepted], active_texts, repetition_penalty)
             new = choose(scores).tolist()
-            for row, token in zip(texts, new, strict=True):
-                row.append(token)
-            yield list(zip(going, new, strict=True))
-            if at == len(draft) or new[0] != draft[at] or new[0] in stop:
+            for text, token in zip(active_texts, new, strict=True):
+                text.append(token)
+            yield list(zip(active, new, strict=True))
+            if accepted == len(draft) or new[0] != draft[accepted] or new[0] in stop:
                 break
-        cache.rollback(len(draft) - at)
-        alive = [line for line, i in enumerate(going) if rows[i][-1] not in stop and len(rows[i]) < ends[i]]
+        kv_cache.rollback(len(draft) - accepted)
+
+        # Remove the sequences that have ended.
+        alive = []
+        for row, i in enumerate(active):
+            if texts[i][-1] not in stop and len(texts[i]) < ends[i]:
+                alive.append(row)
         if not alive:
             return
-        if len(alive) < len(going):
-            cache.keep(alive)
-            going = [going[line] for line in alive]
-            texts = [rows[i] for i in going]
-        change, length = model.config.rope_switch_length, len(texts[0])
-        if any(len(row) == change for row in texts):
-            draft, (cache, hidden) = [], prefill(model, texts, [ends[i] for i in going], lookup, CACHE_ROUND)
+        if len(alive) < len(active):
+            kv_cache.keep(alive)
+            active = [active[row] for row in alive]
+            active_texts = [texts[i] for i in active]
+
+        # From this length on, longrope rotates with another table: all keys are computed again.
+        switch_length = model.config.rope_switch_length
+        if any(len(text) == switch_length for text in active_texts):
+            draft = []
+            active_ends = [ends[i] for i in active]
+            kv_cache, hidden = prefill(model, active_texts, active_ends, lookup, CACHE_ROUND)
             continue
-        room = min(ends[going[0]], change if change and length < change else most) - length - 1
-        draft = lookup_draft(texts[0], min(lookup, room))
-        hidden = cache.run(torch.tensor([[row[-1], *draft] for row in texts], device=model.device))
+
+        length = len(active_texts[0])
+        limit = max_positions
+        if switch_length and length < switch_length:
+            limit = switch_length
+        room = min(ends[active[0]], limit) - length - 1
+        draft = lookup_draft(active_texts[0], min(lookup, room))
+        tokens = [[text[-1], *draft] for text in active_texts]
+        hidden = kv_cache.run(torch.tensor(tokens, device=model.device))
 
 
-def prefill(model, rows: list[list[int]], ends: list[int], lookup: int, multiple: int) -> tuple["KVCache", Tensor]:
-    """A cache that holds the rows, with room up to their ends, and the hidden state of each row's end, [rows, 1, D]."""
-    new = max(end - len(row) for row, end in zip(rows, ends))
-    cache = KVCache(model, [len(row) for row in rows], new, 1 + lookup, multiple)
-    return cache, cache.prefill(rows)[:, None]
+def prefill(model, texts: list[list[int]], ends: list[int], lookup: int, multiple: int) -> tuple["KVCache", Tensor]:
+    """Returns a cache that holds the texts, and the hidden state of each text's last token, [B, 1, D].
+
+    ends: the length that each text may reach, in tokens.
+    lookup: the number of tokens of a draft.
+    multiple: the cache holds a multiple of so many slots.
+    """
+    new = max(end - len(text) for text, end in zip(texts, ends))
+    kv_cache = KVCache(model, [len(text) for text in texts], new, 1 + lookup, multiple)
+    return kv_cache, kv_cache.prefill(texts)[:, None]
 
 
 class KVCache:
-    """Keys and values of sequences in progress, [lines, G, slots, d] each a layer.
+    """The keys and values of B sequences: for each layer, two tensors [B, kv_heads, slots, head_dim].
 
-    lengths: of the prompts; new: tokens that may follow; at_once: tokens that a step may add; multiple: of slots that a
-    layer has. Global slot g, counted from the longest prompt's beginning, is slot g mod the layer's number of them.
+    Global slots are counted from the beginning of the longest prompt. Global slot g is slot g mod slots of a layer.
+
+    lengths: of the prompts, in tokens.
+    new: tokens that may follow.
+    at_once: tokens that one step may add.
+    multiple: a layer has a multiple of so many slots.
     """
 
     def __init__(self, model, lengths: list[int], new: int, at_once: int, multiple: int):
-        self.model, self.documents, self.multiple = model, Documents(lengths, model.device), multiple
-        self.filled = max(lengths)  # global slots, of every line
-        self.starts = torch.tensor([self.filled - n for n in lengths], device=model.device)  # a line's first one
-        wanted, windows = self.filled + new + at_once, [layer.window for layer in model.config.layers]
-        self.most = [self.round_up(min(wanted, window + at_once) if window else wanted) for window in windows]
-        shape = len(lengths), model.config.num_kv_heads, 0, model.config.head_dim
+        self.model = model
+        self.documents = Documents(lengths, model.device)
+        self.multiple = multiple
+        self.filled = max(lengths)  # global slots, of every sequence
+        # The global slot of the first token of each sequence, int64 [B].
+        self.starts = torch.tensor([self.filled - n for n in lengths], device=model.device)
+
+        needed = self.filled + new + at_once
+        windows = [layer.window for layer in model.config.layers]
+        self.max_slots = []
+        for window in windows:
+            slots = min(needed, window + at_once) if window else needed
+            self.max_slots.append(self.round_up(slots))
+        shape = (len(lengths), model.config.num_kv_heads, 0, model.config.head_dim)
         self.layers = [(torch.empty(shape, dtype=model.dtype, device=model.device),) * 2 for _ in windows]
-        self.kinds = [(0, window) for window in windows]  # a layer's number of slots, and its window
+        # The number of slots of each layer, and its window. Layers of one kind share masks.
+        self.kinds = [(0, window) for window in windows]
         self.make_room(self.filled)
 
     def round_up(self, slots: int) -> int:
         return -(-slots // self.multiple) * self.multiple
 
     def lacks_room(self, slots: int) -> bool:
-        """Whether `make_room` for so many global slots would change a layer."""
-        return any(min(most, self.round_up(slots)) > held for (held, _), most in zip(self.kinds, self.most))
+        """True if `make_room` for so many global slots would change a layer."""
+        new_sizes = [min(most, self.round_up(slots)) for most in self.max_slots]
+        return any(new > size for new, (size, _) in zip(new_sizes, self.kinds))
 
     def make_room(self, slots: int) -> None:
-        """For so many global slots, in every layer. Only a ring that is as large as it gets has gone round."""
-        for i, ((held, window), most) in enumerate(zip(self.kinds, self.most)):
-            more = min(most, self.round_up(slots)) - held
+        """Gives every layer room for so many global slots. A ring can grow without moving its entries, because it
+        wraps around only when it has its largest size."""
+        for i, ((size, window), most) in enumerate(zip(self.kinds, self.max_slots)):
+            more = min(most, self.round_up(slots)) - size
             if more > 0:
                 self.layers[i] = tuple(F.pad(x, (0, 0, 0, more)) for x in self.layers[i])
-                self.kinds[i] = held + more, window
+                self.kinds[i] = (size + more, window)
 
-    def prefill(self, rows: list[list[int]]) -> Tensor:
-        """The prompts -> hidden of each one's last token [lines, D]. Where prompts begin with the same tokens, as they
-        do after one system turn or after the same examples, these go through the layers once; attention alone takes
-        whole prompts."""
-        computed, whole, own = shared_prefixes(rows, self.model.config)
-        device, positions, lengths = self.starts.device, self.documents.positions, self.filled - self.starts
-        whole, own = (torch.tensor(x, device=device) if len(computed) < len(positions) else None for x in (whole, own))
-        line = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
-        places = positions + self.starts[line]  # global slots [N]
-        kept = {}
-        for slots, _ in {*self.kinds}:
-            last = (places >= self.filled - slots).nonzero().flatten()  # the tokens that the layer has room for
-            kept[slots] = last, line[last], places[last] % slots
+    def prefill(self, texts: list[list[int]]) -> Tensor:
+        """Runs the prompts through the model and stores their keys and values.
 
-        def attend(keys, values, slots):
-            last, lines, at = kept[slots]
+        Tokens that several prompts begin with, such as a system message or examples, go through the layers once. Only
+        attention takes whole prompts.
+
+        Returns the hidden state of each prompt's last token, [B, D].
+        """
+        tokens, expand, select = shared_prefixes(texts, self.model.config)
+        device = self.starts.device
+        positions = self.documents.positions  # [N], of the tokens of all prompts
+        lengths = self.filled - self.starts
+        if len(tokens) < len(positions):
+            expand = torch.tensor(expand, device=device)
+            select = torch.tensor(select, device=device)
+        else:
+            expand = select = None
+
+        # Where the keys and values go: of each number of slots, the tokens that it has room for, and their places.
+        sequence = torch.arange(len(lengths), device=device).repeat_interleave(lengths)  # [N]
+        global_slots = positions + self.starts[sequence]  # [N]
+        places = {}
+        for slots in {slots for slots, _ in self.kinds}:
+            last = (global_slots >= self.filled - slots).nonzero().flatten()
+            places[slots] = (last, sequence[last], global_slots[last] % slots)
+
+        def make_attention(keys: Tensor, values: Tensor, slots: int) -> Callable:
+            last, sequences, slot = places[slots]
 
             def attention(q, k, v, scores):
-                if whole is not None:
-                    q, k, v = (x.index_select(0, whole) for x in (q, k, v))
-                keys[lines, :, at], values[lines, :, at] = k[last], v[last]
+                if expand is not None:
+                    q, k, v = (x.index_select(0, expand) for x in (q, k, v))
+                keys[sequences, :, slot] = k[last]
+                values[sequences, :, slot] = v[last]
                 out = document_attention(q, k, v, scores, self.documents)
-                return out if own is None else out.index_select(0, own)
+                return out if select is None else out.index_select(0, select)
 
             return attention
 
-        attends = [attend(*layer, slots) for layer, (slots, _) in zip(self.layers, self.kinds)]
-        spans, ends = self.documents.doc_lengths, lengths.cumsum(0) - 1
-        if whole is not None:
-            positions, spans, ends = positions[own], spans[own], whole[ends]
-        return self.model.hidden(torch.tensor(computed, device=device), positions, spans, attends)[ends]
+        attention_fns = [make_attention(*layer, slots) for layer, (slots, _) in zip(self.layers, self.kinds)]
+        doc_lengths = self.documents.doc_lengths
+        ends = lengths.cumsum(0) - 1  # the index of each prompt's last token
+        if expand is not None:
+            positions = positions[select]
+            doc_lengths = doc_lengths[select]
+            ends = expand[ends]
+        hidden = self.model.hidden(torch.tensor(tokens, device=device), positions, doc_lengths, attention_fns)
+        return hidden[ends]
 
     def run(self, tokens: Tensor) -> Tensor:
-        """The same number of new tokens for each line, int64 [lines, n] -> hidden [lines, n, D]."""
+        """Adds n new tokens to each sequence. tokens: int64 [B, n]. Returns their hidden states, [B, n, D]."""
         self.make_room(self.filled + tokens.shape[1])
         hidden = self.forward(tokens, self.filled)
         self.filled += tokens.shape[1]
         return hidden
 
     def forward(self, tokens: Tensor, filled: int | Tensor) -> Tensor:
-        """What `run` does once there is room. filled: global slots, as a number; or int64 [1] on the device: then what
-        is launched does not depend on it, and lines may be computed beyond their ends."""
-        lines, n = tokens.shape
+        """Computes what `run` returns, once there is room.
+
+        tokens: int64 [B, n].
+        filled: global slots, as a number; or int64 [1] on the device. Then the launches do not depend on it, n is 1,
+        and sequences may be computed beyond their ends.
+        """
+        B, n = tokens.shape
         steps = torch.arange(n, device=tokens.device)
         positions = (filled - self.starts[:, None] + steps).flatten()
         if isinstance(filled, Tensor):
             positions = positions.clamp(max=self.model.config.max_positions - 1)
-            attends = self.attends_on_device(filled)
+            attention_fns = self.attention_fns_on_device(filled)
         else:
-            attends = self.attends(filled, n)
-        hidden = self.model.hidden(tokens.flatten(), positions, positions + 1, attends)
-        return hidden.view(lines, n, -1)
+            attention_fns = self.attention_fns(filled, n)
+        hidden = self.model.hidden(tokens.flatten(), positions, positions + 1, attention_fns)
+        return hidden.view(B, n, -1)
 
-    def attends(self, filled: int, n: int) -> list[Callable]:
-        """Attention of n new tokens a line, for each layer: they are written into it first."""
-        lines, steps = len(self.starts), torch.arange(n, device=self.starts.device)
-        masks = {kind: self.mask(filled, n, *kind) for kind in {*self.kinds}}
+    def attention_fns(self, filled: int, n: int) -> list[Callable]:
+        """Returns, for each layer, the attention of n new tokens of each sequence. It first writes their keys and
+        values into the cache."""
+        B = len(self.starts)
+        steps = torch.arange(n, device=self.starts.device)
+        masks = {kind: self.mask(filled, n, *kind) for kind in set(self.kinds)}
 
-        def attend(keys, values, kind):
-            mask, slots = masks[kind], kind[0]
-            at = filled % slots
+        def make_attention(keys: Tensor, values: Tensor, kind: tuple[int, int | None]) -> Callable:
+            mask = masks[kind]
+            slots = kind[0]
+            first = filled % slots
 
-            def attention(q, k, v, scores):  # q: [lines * n, H, d]
-                k, v = (x.view(lines, n, *x.shape[1:]).transpose(1, 2) for x in (k, v))  # [lines, G, n, d]
-                if at + n <= slots:
-                    keys[:, :, at : at + n], values[:, :, at : at + n] = k, v
-                else:  # over the end of the ring
-                    where = (filled + steps) % slots
-                    keys.index_copy_(2, where, k), values.index_copy_(2, where, v)
+            def attention(q, k, v, scores):  # q: [B * n, H, d]
+                k, v = (x.view(B, n, *x.shape[1:]).transpose(1, 2) for x in (k, v))  # [B, G, n, d]
+                if first + n <= slots:
+                    keys[:, :, first : first + n] = k
+                    values[:, :, first : first + n] = v
+                else:  # beyond the end of the ring, at its beginning
+                    slot = (filled + steps) % slots
+                    keys.index_copy_(2, slot, k)
+                    values.index_copy_(2, slot, v)
                 return cached_attention(q, keys, values, mask, scores)
 
             return attention
 
-        return [attend(*layer, kind) for layer, kind in zip(self.layers, self.kinds)]
+        return [make_attention(*layer, kind) for layer, kind in zip(self.layers, self.kinds)]
 
-    def attends_on_device(self, filled: Tensor) -> list[Callable]:
-        """The same of one new token a line, whose slot is a number on the device."""
+    def attention_fns_on_device(self, filled: Tensor) -> list[Callable]:
+        """Returns what `attention_fns` returns, for one new token of each sequence, whose slot is on the device."""
         fused = use_triton(filled)
-        places = {} if fused else {slots: filled % slots for slots, _ in {*self.kinds}}
-        masks = {} if fused else {kind: self.mask(filled, 1, *kind) for kind in {*self.kinds}}
+        slot = {}
+        masks = {}
+        if not fused:
+            slot = {slots: filled % slots for slots in {slots for slots, _ in self.kinds}}
+            masks = {kind: self.mask(filled, 1, *kind) for kind in set(self.kinds)}
 
-        def attend(keys, values, kind):
-            def attention(q, k, v, scores):  # q: [lines, H, d]
+        def make_attention(keys: Tensor, values: Tensor, kind: tuple[int, int | None]) -> Callable:
+            def attention(q, k, v, scores):  # q: [B, H, d]
                 if fused:
                     return decode_attention(q, k, v, keys, values, filled, self.starts, scores)
-                keys.index_copy_(2, places[kind[0]], k[:, :, None])
-                values.index_copy_(2, places[kind[0]], v[:, :, None])
+                keys.index_copy_(2, slot[kind[0]], k[:, :, None])
+                values.index_copy_(2, slot[kind[0]], v[:, :, None])
                 return cached_attention(q, keys, values, masks[kind], scores)
 
             return attention
 
-        return [attend(*layer, kind) for layer, kind in zip(self.layers, self.kinds)]
+        return [make_attention(*layer, kind) for layer, kind in zip(self.layers, self.kinds)]
 
     def mask(self, filled: int | Tensor, n: int, slots: int, window: int | None) -> Tensor:
-        """What n new tokens a line see of a layer's slots, as cached_attention takes it."""
-        last, device = filled + (n - 1), self.starts.device
+        """Returns the mask of n new tokens of each sequence over a layer's slots, as `cached_attention` takes it."""
+        device = self.starts.device
+        last = filled + (n - 1)
         slot = torch.arange(slots, device=device)
-        holds = last - (last - slot) % slots  # the newest global slot that lies there
-        rows = filled + torch.arange(n, device=device)
-        seen = (holds >= self.starts[:, None, None]) & (holds <= rows[:, None])
+        keys = last - (last - slot) % slots  # the newest global slot that each slot holds
+        queries = filled + torch.arange(n, device=device)
+        visible = (keys >= self.starts[:, None, None]) & (keys <= queries[:, None])
         if window is not None:
-            seen &= holds > rows[:, None] - window
-        heads, kv_heads = self.model.config.num_heads, self.model.config.num_kv_heads
-        return decode_mask(seen, kv_heads, heads // kv_heads, self.model.dtype)
+            visible &= keys > queries[:, None] - window
+        kv_heads = self.model.config.num_kv_heads
+        n_rep = self.model.config.num_heads // kv_heads
+        return decode_mask(visible, kv_heads, n_rep, self.model.dtype)
 
     def rollback(self, tokens: int) -> None:
-        """Takes the last tokens back: their slots are written anew before they are seen."""
+        """Removes the last tokens. Their slots stay as they are: they are written again before any token attends to
+        them."""
         self.filled -= tokens
 
     def keep(self, alive: list[int]) -> None:
-        """Forgets all lines but these, in this order."""
+        """Removes all sequences but these, which come in this order."""
         alive = torch.tensor(alive, dtype=torch.int64, device=self.starts.device)
         self.starts = self.starts[alive]
         self.layers = [tuple(x.index_select(0, alive) for x in layer) for layer in self.layers]
 
 
-# ---- steps that a GPU takes by itself ----
+# ---- steps that a GPU takes without the host ----
 
 
 def stream_ahead(
-    model, rows: list[list[int]], ends: list[int], stop, choose: Callable[[Tensor], Tensor], captured: bool
+    model, texts: list[list[int]], ends: list[int], stop, choose: Callable[[Tensor], Tensor], captured: bool
 ) -> Iterator[list[tuple[int, int]]]:
-    """As `stream`, the GPU one step ahead: the next step is launched before the tokens of the last are read, so that
-    the host waits for those only. Lines that have ended are computed on, unread, until half of the lines have; the last
-    step of all is for nothing where a stop id ends the text.
+    """Yields what `stream` yields, with the GPU one step ahead.
 
-    rows: the prompts; ends: their texts' lengths at most. choose: ids [lines] from logits [lines, V]; captured: with
-    the step.
+    The host launches the next step before it reads the tokens of the last one, so it waits for the tokens only. A
+    sequence that has ended is still computed, and its tokens ignored, until half of the sequences have ended. If a stop
+    id ends the last text, one step was computed for nothing.
+
+    texts: the prompts.
+    ends: the length that each text may reach, in tokens.
+    choose: a function from logits [B, V] to ids [B].
+    captured: `choose` is captured in the CUDA graph, with the step.
     """
-    cache, hidden = prefill(model, rows, ends, 0, GRAPH_ROUND)
-    steps = Steps(cache, model.logits(hidden)[:, 0], choose, captured)
-    lines = going = list(range(len(rows)))  # the prompt number of each line of the cache; of those that have not ended
-    left = [end - len(row) for row, end in zip(rows, ends)]
-    arriving = PendingTokens(steps.tokens, lines)
+    kv_cache, hidden = prefill(model, texts, ends, 0, GRAPH_ROUND)
+    steps = Steps(kv_cache, model.logits(hidden)[:, 0], choose, captured)
+    in_cache = list(range(len(texts)))  # the prompt number of each sequence in the cache
+    active = in_cache  # those of them that have not ended
+    left = [end - len(text) for text, end in zip(texts, ends)]  # tokens that each text may still get
+    arriving = PendingTokens(steps.tokens, in_cache)
     while True:
-        more, ahead = max(left[i] for i in going) - 1, None  # more: tokens that may follow those that are arriving
+        ahead = None
+        more = max(left[i] for i in active) - 1  # tokens that may follow those that are arriving
         if more:
             steps.take(more)
-            ahead = PendingTokens(steps.tokens, lines)
+            ahead = PendingTokens(steps.tokens, in_cache)
         new = arriving.read()
-        yield [(i, new[i]) for i in going]
-        for i in going:
+        yield [(i, new[i]) for i in active]
+        for i in active:
             left[i] -= 1
-        going = [i for i in going if left[i] and new[i] not in stop]
-        if not going:
+        active = [i for i in active if left[i] and new[i] not in stop]
+        if not active:
             return
-        if 2 * len(going) <= len(lines) and max(left[i] for i in going) > GRAPH_STEPS:
-            steps.keep([lines.index(i) for i in going])
-            lines = going
+        if 2 * len(active) <= len(in_cache) and max(left[i] for i in active) > GRAPH_STEPS:
+            steps.keep([in_cache.index(i) for i in active])
+            in_cache = active
         arriving = ahead
 
 
 class PendingTokens:
-    """Tokens [lines] on their way to the host, as they are now: they may be overwritten on the device at once."""
+    """A copy of tokens [B] that is on its way to the host. The tokens on the device may be overwritten at once.
 
-    def __init__(self, tokens: Tensor, lines: list[int]):
-        self.tokens, self.lines = tokens.to("cpu", non_blocking=True, copy=True), lines
-        self.there = None
+    prompt_numbers: of each token.
+    """
+
+    def __init__(self, tokens: Tensor, prompt_numbers: list[int]):
+        self.tokens = tokens.to("cpu", non_blocking=True, copy=True)
+        self.prompt_numbers = prompt_numbers
+        self.arrived = None
         if tokens.is_cuda:
-            self.there = torch.cuda.Event()
-            self.there.record(torch.cuda.current_stream(tokens.device))
+            self.arrived = torch.cuda.Event()
+            self.arrived.record(torch.cuda.current_stream(tokens.device))
 
     def read(self) -> dict[int, int]:
-        """By prompt number, when they have arrived."""
-        if self.there is not None:
-            self.there.synchronize()
-        return dict(zip(self.lines, self.tokens.tolist(), strict=True))
+        """Waits until the tokens have arrived, and returns {prompt number: token}."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return dict(zip(self.prompt_numbers, self.tokens.tolist(), strict=True))
 
 
 class Steps:
-    """One token a line at a time, the newest going in, the next coming out, and all that changes on the device.
+    """Decoding steps of one token for each sequence. All that changes from step to step is on the device.
 
-    tokens: int64 [lines], the newest ones. filled: int64 [1], global slots of the cache that are filled. logits:
-    [lines, V], from which the newest tokens are chosen, where that is done outside of what is captured.
+    tokens: int64 [B], the newest ones: the input of a step, and its output.
+    filled: int64 [1], the number of global slots of the cache that are filled.
+    logits: [B, V], from which the newest tokens are chosen; None if that is part of what is captured.
     """
 
-    def __init__(self, cache: KVCache, logits: Tensor, choose: Callable[[Tensor], Tensor], captured: bool):
-        self.cache, self.choose, self.tokens = cache, choose, choose(logits)
-        self.filled = torch.full((1,), cache.filled, device=logits.device)
-        self.logits, self.graph = None if captured else logits, None
+    def __init__(self, kv_cache: KVCache, logits: Tensor, choose: Callable[[Tensor], Tensor], captured: bool):
+        self.cache = kv_cache
+        self.choose = choose
+        self.tokens = choose(logits)
+        self.filled = torch.full((1,), kv_cache.filled, device=logits.device)
+        self.logits = None if captured else logits
+        self.graph = None
 
     def launch(self) -> None:
-        """What every step launches: nothing here depends on which step it is, and all of it ends in the same memory."""
+        """Launches the kernels of a step. They are the same in every step, and write their results to the same
+        memory."""
         logits = self.cache.model.logits(self.cache.forward(self.tokens[:, None], self.filled))[:, 0]
         self.filled += 1
         if self.logits is None:
@@ -322,14 +419,17 @@ class Steps:
             self.logits.copy_(logits)
 
     def take(self, steps: int) -> None:
-        """The next step. steps: that may come, this one included. The first of a shape is launched kernel by kernel,
-        which warms up what the capture needs; those after it are replays."""
+        """Takes the next step. steps: how many may come, this one included.
+
+        The first step of a shape is launched kernel by kernel, which warms up what the capture needs. Those after it
+        are replays.
+        """
         if self.cache.lacks_room(self.cache.filled + 1):
-            self.graph = None  # before the cache is copied: a graph holds memory of its own
+            self.graph = None  # before the cache is copied, because a graph has memory of its own
             self.cache.make_room(self.cache.filled + 1)
         if self.graph is not None:
             self.graph.replay()
-        elif steps > GRAPH_STEPS and not failed:
+        elif steps > GRAPH_STEPS and not failed_graphs:
             self.graph = run_and_capture(self.launch, self.tokens.device)
         else:
             self.launch()
@@ -338,37 +438,46 @@ class Steps:
         self.cache.filled += 1
 
     def keep(self, alive: list[int]) -> None:
-        """Forgets all lines but these, in this order."""
+        """Removes all sequences but these, which come in this order."""
         self.graph = None
         self.cache.keep(alive)
         alive = torch.tensor(alive, device=self.tokens.device)
         self.tokens = self.tokens[alive]
-        self.logits = None if self.logits is None else self.logits[alive]
+        if self.logits is not None:
+            self.logits = self.logits[alive]
 
 
-failed: list["torch.cuda.CUDAGraph"] = []  # captures; kept, as torch's allocator may go on asking them
+# Graphs whose capture failed. They are never freed, because torch's allocator may still ask them.
+failed_graphs: list["torch.cuda.CUDAGraph"] = []
 
 
 def run_and_capture(launch: Callable[[], None], device: torch.device) -> "torch.cuda.CUDAGraph | None":
-    """Runs launch(), then captures what it launches, which is not run again: a graph to be replayed; or None, and a
-    NOTE on stderr, where that fails."""
-    stream, side = torch.cuda.current_stream(device), side_stream(device)
-    side.wait_stream(stream)
+    """Runs launch(), then captures what it launches, without running it again.
+
+    Returns the graph, to be replayed. If the capture fails, prints a NOTE to stderr and returns None.
+    """
+    current = torch.cuda.current_stream(device)
+    side = side_stream(device)
+    side.wait_stream(current)
     with torch.cuda.stream(side):
         launch()
-    stream.wait_stream(side)
+    current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):  # if the end of the inner one fails, its
-            launch()  # stream stays on: the outer one takes it off
+        # torch.cuda.graph selects the stream by itself. But if its end fails, it leaves the stream selected; the outer
+        # context manager takes it off.
+        with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):
+            launch()
     except RuntimeError as error:
-        failed.append(graph)
+        failed_graphs.append(graph)
+        # The end of a capture says only that something was wrong before; the first error says what.
         cause = error
-        while cause.__context__ is not None:  # the end of a capture says only that something was wrong before
+        while cause.__context__ is not None:
             cause = cause.__context__
+        reason = str(cause).strip().partition("\n")[0]
         print(
-            f"NOTE: steps can't be captured in a CUDA graph ({str(cause).strip().partition(chr(10))[0]}); their kernels"
-            " are launched one by one, which takes longer",
+            f"NOTE: steps can't be captured in a CUDA graph ({reason}); their kernels are launched one by one, which"
+            " takes longer",
             file=sys.stderr,
         )
         return None
@@ -377,112 +486,131 @@ def run_and_capture(launch: Callable[[], None], device: torch.device) -> "torch.
 
 @cache
 def side_stream(device: torch.device) -> "torch.cuda.Stream":
-    """The one that steps are captured on, for the default stream can't be: always the same one, since cuBLAS keeps a
-    workspace for each."""
+    """Returns the stream that steps are captured on, since the default stream can't be captured. It is always the same
+    one, because cuBLAS keeps a workspace for each stream."""
     return torch.cuda.Stream(device)
 
 
 def can_run_ahead(model) -> bool:
-    """Whether a model's steps can be captured on its device: not where the turns depend on the text's length, or where
-    experts get their tokens by numbers that the host reads, nor after a capture that failed."""
-    config = model.config
-    stretches = any((rope.scaling or {}).get("rope_type") in LENGTH_DEPENDENT for rope in config.ropes)
-    routed = any(layer.routed for layer in config.layers)
-    return model.device.type == "cuda" and not (failed or stretches or routed)
+    """True if a model's steps can be captured on its device.
 
-
-# ---- prompts that begin alike ----
-
-
-def shared_prefixes(rows: list[list[int]], config) -> tuple[list[int], list[int], list[int]]:
-    """(tokens to compute, for each token of all rows the one computed that it is, for each computed its first place).
-
-    Two tokens are one where everything up to them is the same. For ropes that stretch with the text, its length too.
+    They can't if the angles of a rope depend on the length of the text, or if experts get their tokens by numbers that
+    the host reads. After a capture that failed, nothing is captured any more.
     """
-    stretches = any((rope.scaling or {}).get("rope_type") in LENGTH_DEPENDENT for rope in config.ropes)
-    computed: dict[tuple[int, int], int] = {}  # (the token before, id) -> its number
-    whole, own = [], []
-    for row in rows:
-        at = -len(row) if stretches else -1  # before the first token
-        for token in row:
+    routed = any(layer.routed for layer in model.config.layers)
+    return model.device.type == "cuda" and not (failed_graphs or has_length_dependent_rope(model.config) or routed)
+
+
+def has_length_dependent_rope(config) -> bool:
+    return any(rope.scaling and rope.scaling["rope_type"] in LENGTH_DEPENDENT for rope in config.ropes)
+
+
+# ---- prompts that begin with the same tokens ----
+
+
+def shared_prefixes(texts: list[list[int]], config) -> tuple[list[int], list[int], list[int]]:
+    """Finds the tokens that need to be computed once only: two tokens are one if the same tokens stand before them.
+
+    With ropes whose angles depend on the length of the text, their texts must also be of the same length.
+
+    Returns (tokens, expand, select): the tokens to compute; for each token of all texts, the index of the computed one
+    that it is; for each computed token, the index of its first occurrence among the tokens of all texts.
+    """
+    by_length = has_length_dependent_rope(config)
+    computed: dict[tuple[int, int], int] = {}  # {(index of the token before, id): index}
+    expand = []
+    select = []
+    for text in texts:
+        index = -len(text) if by_length else -1  # stands for the beginning of a text
+        for token in text:
             count = len(computed)
-            at = computed.setdefault((at, token), count)
-            if at == count:
-                own.append(len(whole))
-            whole.append(at)
-    return [token for _, token in computed], whole, own
+            index = computed.setdefault((index, token), count)
+            if index == count:
+                select.append(len(expand))
+            expand.append(index)
+    tokens = [token for _, token in computed]
+    return tokens, expand, select
 
 
-# ---- prompt look-up ----
+# ---- speculative decoding by prompt look-up ----
 
 
-def lookup_draft(row: list[int], most: int) -> list[int]:
-    """What followed the row's last few tokens where they last stood before: a guess at what comes (Saxena 2023). The
-    model checks all of it in one pass, and what it would have chosen itself is kept (Leviathan et al. 2023)."""
-    for n in LOOKUP_NGRAMS if most > 0 else ():
-        end = row[-n:]
-        for at in range(len(row) - n - 1, -1, -1):
-            if row[at : at + n] == end:
-                return row[at + n : at + n + most]
+def lookup_draft(text: list[int], most: int) -> list[int]:
+    """Returns a guess at the next tokens, at most `most`: those that followed the last few tokens of the text where
+    these last occurred before (prompt look-up, Saxena 2023).
+
+    The model checks all of them in one pass, and those that it would have chosen itself are accepted (speculative
+    decoding, Leviathan et al. 2023).
+    """
+    if most <= 0:
+        return []
+    for n in LOOKUP_NGRAMS:
+        end = text[-n:]
+        for start in range(len(text) - n - 1, -1, -1):
+            if text[start : start + n] == end:
+                return text[start + n : start + n + most]
     return []
 
 
-# ---- choosing ----
+# ---- sampling ----
 
 
-def apply_repetition_penalty(logits: Tensor, rows: list[list[int]], penalty: float) -> Tensor:
-    """Logits with the penalty of Keskar et al. 2019 (CTRL) on ids that a row holds, then float32."""
+def apply_repetition_penalty(logits: Tensor, texts: list[list[int]], penalty: float) -> Tensor:
+    """Returns logits with the penalty of Keskar et al. 2019 (CTRL) on the ids that each text contains, in float32; with
+    a penalty of 1, the logits as they are. logits: [B, V]."""
     if penalty == 1.0:
         return logits
     logits = logits.float()
-    for line, row in zip(logits, rows, strict=True):
-        ids = torch.tensor(sorted(set(row)), device=logits.device)
-        line[ids] = torch.where(line[ids] > 0, line[ids] / penalty, line[ids] * penalty)
+    for row, text in zip(logits, texts, strict=True):
+        ids = torch.tensor(sorted(set(text)), device=logits.device)
+        row[ids] = torch.where(row[ids] > 0, row[ids] / penalty, row[ids] * penalty)
     return logits
 
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """One id a row, int64 [B], from logits [B, V]."""
+    """Returns one id for each row of logits [B, V], int64 [B]. The arguments are those of Transformer.stream."""
     if temperature == 0:
-        return logits.float().argmax(-1)  # on CPUs five times as fast as in bf16
+        return logits.float().argmax(-1)  # on CPUs, float32 is five times as fast as bf16
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     if top_p < 1:
         ordered, ids = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # the mass of all likelier tokens
-        ordered = ordered.masked_fill(before >= top_p, float("-inf"))
-        ordered[:, 0] = logits.max(-1).values  # top_p 0 still leaves the likeliest
+        mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # the probability of all likelier tokens
+        ordered = ordered.masked_fill(mass_before >= top_p, float("-inf"))
+        ordered[:, 0] = logits.max(-1).values  # with top_p 0, the likeliest token remains
         logits = torch.empty_like(logits).scatter_(1, ids, ordered)
     probs = logits.softmax(-1)
-    return (
-        sample_from(probs, generator) if probs.is_cuda else torch.multinomial(probs, 1, generator=generator).squeeze(-1)
-    )
+    if probs.is_cuda:
+        return sample_from(probs, generator)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
 
 
 def sample_from(probs: Tensor, generator: torch.Generator | None) -> Tensor:
-    """What torch.multinomial draws, one a row, by the same random numbers, but without its look at the probabilities,
-    for which the host would wait. With q from Exp(1), argmax p / q is i with probability p_i: the exponential races of
-    the Gumbel-max trick (Maddison et al. 2014)."""
+    """Draws one id for each row of probs [B, V], int64 [B]: what torch.multinomial draws, by the same random numbers.
+
+    torch.multinomial checks the probabilities first, and the host waits for that. With q from Exp(1), argmax p / q is i
+    with probability p_i: the exponential races of the Gumbel-max trick (Maddison et al. 2014).
+    """
     noise = torch.empty_like(probs).exponential_(1, generator=generator)
     return torch.div(probs, noise, out=noise).argmax(-1)
 
 
-# ---- copies of weights, in the layout that decoding wants ----
+# ---- packed weights: copies in the layout that decoding reads fastest ----
 
 
 @contextlib.contextmanager
 @torch.no_grad()
 def packed_weights(model, steps: int) -> Iterator[None]:
-    """Holds copies of weights while it is entered, in the layout that a product with few rows reads fastest.
+    """Copies weights into the layout that a product with few rows reads fastest, until the context ends.
 
-    On CPUs (see kernels/onednn_linear.py) every weight is packed, the output head included; q, k and v of a layer are
-    packed as one matrix, and so are gate and up, where no adapter is on them. On GPUs only those groups are copied,
-    each into one matrix, if twice their size is free. Nothing is copied where that does not pay or does not fit.
+    On CPUs (see kernels/onednn_linear.py) every weight is packed, the output head included. The q, k and v of a layer
+    are packed as one matrix, and so are gate and up; weights under an adapter are packed alone. On GPUs only those
+    groups are copied, each into one matrix, if twice their size is free. Nothing is copied where that does not pay or
+    does not fit.
 
-    The copies are reached by instance attributes that stand over the modules' methods (`forward`, for example), which
-    are deleted at the end. Enter it around several calls of `generate`, and they share one copy. Weights must not
-    change meanwhile.
+    Instance attributes that stand over the modules' methods (`forward`, for example) use the copies; they are deleted
+    at the end. Several calls of `generate` inside the context share the copies. Weights must not change meanwhile.
 
     model: a Transformer, with or without adapters.
     steps: the number of decoding steps to come.
@@ -490,19 +618,11 @@ def packed_weights(model, steps: int) -> Iterator[None]:
     if steps < PACK_STEPS or is_packed(model):
         yield
         return
-    linears = {module for module in model.modules() if hasattr(module, "nf4") and module is not model.head}
-    groups = {}  # {an attention or MLP module: its linears that read the same input}
-    for module in model.modules():
-        if hasattr(module, "q"):
-            groups[module] = [module.q, module.k, module.v]
-        elif hasattr(module, "gate"):
-            groups[module] = [module.gate, module.up]
-    groups = {module: group for module, group in groups.items() if linears.issuperset(group)}  # without adapted ones
     on_cpu = model.device.type == "cpu"
+    linears = {module for module in model.modules() if hasattr(module, "nf4") and module is not model.head}
+    groups = linears_by_input(model, linears)
     if on_cpu:
-        total = 2 * sum(m.in_features * m.out_features for m in linears) + 2 * model.head_weight().numel()
-        plain = [model.head_weight(), *(m.weight for m in linears if m.nf4 is None)]
-        fits = all(can_pack(weight, total) for weight in plain)
+        fits = can_pack_all(model, linears)
     else:
         groups = {module: group for module, group in groups.items() if can_concatenate(group, model.dtype)}
         fits = can_join(sum(fused_bytes(linear) for group in groups.values() for linear in group), model.device)
@@ -531,7 +651,7 @@ def packed_weights(model, steps: int) -> Iterator[None]:
             for module in model.modules():
                 if hasattr(module, "lora_A"):
                     override(module, "forward", partial(lora_packed, module))
-                    # Of a Linear, this computes layers that are no Linears one by one, each by its own forward.
+                    # That of a Linear calls the forward of each layer in turn, if not all layers are plain Linears.
                     override(module, "forward_shared", module.base.forward_shared)
             override(model, "uncapped_logits", partial(logits_packed, pack(model.head_weight())))
         yield
@@ -541,8 +661,32 @@ def packed_weights(model, steps: int) -> Iterator[None]:
 
 
 def is_packed(model) -> bool:
-    """True while `packed_weights` holds copies of weights of the model."""
+    """True inside the context of `packed_weights`, if it made copies."""
     return any("forward" in vars(module) or "uncapped_logits" in vars(module) for module in model.modules())
+
+
+def linears_by_input(model, linears: set) -> dict[nn.Module, list]:
+    """Returns {an attention module: its q, k and v, or an MLP: its gate and up}, where all of these are in `linears`
+    (a layer with an adapter is not)."""
+    groups = {}
+    for module in model.modules():
+        if hasattr(module, "q"):
+            group = [module.q, module.k, module.v]
+        elif hasattr(module, "gate"):
+            group = [module.gate, module.up]
+        else:
+            continue
+        if linears.issuperset(group):
+            groups[module] = group
+    return groups
+
+
+def can_pack_all(model, linears: set) -> bool:
+    """True if a CPU can pack all these linears and the output head."""
+    head = model.head_weight()
+    total = 2 * sum(linear.in_features * linear.out_features for linear in linears) + 2 * head.numel()
+    plain = [head] + [linear.weight for linear in linears if linear.nf4 is None]
+    return all(can_pack(weight, total) for weight in plain)
 
 
 class FusedWeights:

@@ -143,7 +143,7 @@ def test_a_capture_that_fails_is_said_once_and_the_text_goes_on(tmp_path, monkey
 
     capsys.readouterr()
     monkeypatch.setattr(decoding, "run_and_capture", record)
-    monkeypatch.setattr(decoding, "failed", [])
+    monkeypatch.setattr(decoding, "failed_graphs", [])
     monkeypatch.setattr(decoding.Steps, "launch", launch_or_raise)
     for name, fake in {
         "current_stream": FakeStream,
@@ -153,7 +153,7 @@ def test_a_capture_that_fails_is_said_once_and_the_text_goes_on(tmp_path, monkey
         "graph": graph,
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    assert model.generate(prompts, 30) == wanted and len(tried) == 1 == len(decoding.failed)
+    assert model.generate(prompts, 30) == wanted and len(tried) == 1 == len(decoding.failed_graphs)
     err = capsys.readouterr().err
     assert err.startswith("NOTE: steps can't be captured in a CUDA graph (no capture); ") and err.count("\n") == 1
     assert model.generate(prompts, 30) == wanted and len(tried) == 1 and capsys.readouterr().err == ""

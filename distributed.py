@@ -1,15 +1,18 @@
-"""One run by several processes, each with a device of its own: who is who, a model in shards, and sums over all.
+"""One run on several ranks, each a process with a device of its own.
 
-`torchrun --nproc-per-node N train.py ...` starts N processes that all run the same file. Of a step's rows each computes
-its part. How the model lies in them is --shard:
+`torchrun --nproc-per-node N train.py ...` starts N processes that run the same file. Each computes
+its part of a step's rows (data parallel). --shard says how the model lies in them:
 
-    none    every process holds all of it; gradients are added up once a step
-    full    of every tensor each process holds a block of rows, FSDP2's `fully_shard` (Zhao et al. 2023, arXiv
-            2304.11277): a block's weights are gathered just before it computes, and dropped behind it; gradients are
-            added up and scattered to whom they belong. Optimizer and clipping see the own rows alone
-    hybrid  full inside a node, and each node holds a copy: the sums across nodes are of a shard's size
+    none    Every rank has a full copy. The gradients are summed over the ranks once a step.
+    full    Every rank has a block of rows of each tensor, by FSDP2's `fully_shard` (Zhao et al.
+            2023, arXiv 2304.11277). The weights of a block are gathered just before it computes,
+            and freed after it. The gradients are summed and scattered to the ranks that have the
+            rows. Optimizer and clipping see only a rank's own rows.
+    hybrid  As full, but inside each node, and every node has a full copy. Only sums of a shard's
+            size cross nodes.
 
-A tensor in shards is a DTensor: `local` is the own rows, `whole` gathers it. With one process all of this is nothing.
+A sharded tensor is a DTensor: `to_local` returns this rank's rows, `full_tensor` gathers all rows.
+With one process all functions here do nothing, or return what they are given.
 """
 
 import contextlib
@@ -26,61 +29,78 @@ from torch import Tensor, nn
 from common.errors import UserError
 from kernels.context_parallel import ContextParallel
 
-SETUP_TIMEOUT = timedelta(hours=12)  # rank 0 may tokenise a large corpus while the others wait
-SAVE_TIMEOUT = timedelta(hours=1)  # the same while it writes a checkpoint
-BUCKET_NUMEL = 1 << 24  # elements all-reduced per message: enough for the network's full speed, little beside a model
-# A frozen base that takes less than this fraction of the device's memory is replicated rather than sharded.
+# Rank 0 may tokenise a large corpus while the others wait.
+SETUP_TIMEOUT = timedelta(hours=12)
+# Rank 0 may write a checkpoint while the others wait.
+SAVE_TIMEOUT = timedelta(hours=1)
+# Elements that are all-reduced in one message: enough for the network's full speed, little memory
+# beside a model.
+BUCKET_NUMEL = 1 << 24
+# A frozen base that takes less than this fraction of the device's memory is replicated rather than
+# sharded.
 REPLICATE_BELOW = 0.25
 
-context_parallel: ContextParallel | None = None  # where several ranks share each batch
-pg_timeout = SETUP_TIMEOUT  # the timeout of collectives at present
-process_groups: list = []  # those beside the group of all ranks
+context_parallel: ContextParallel | None = None  # set if several ranks share each batch
+pg_timeout = SETUP_TIMEOUT  # the present timeout of collectives
+process_groups: list = []  # all groups but that of all ranks
 
 
 def launched_by_torchrun() -> bool:
-    """Whether torchrun started this process, alone or among others."""
+    """True if torchrun started this process, alone or with others."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def init_distributed(device: torch.device) -> torch.device:
-    """Joins the group of processes that torchrun started; without it a group of this process alone. Returns the
-    process's own device. Only the first process prints."""
+    """Joins the process group that torchrun started, or makes a group of this process alone.
+
+    Afterwards only rank 0 prints.
+
+    device: its type must be cpu or cuda.
+    Returns this rank's own device.
+    Raises UserError on another type of device, and if there are more processes than GPUs.
+    """
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: several processes work on cpu and cuda, not on {device.type}")
     if device.type == "cuda":
         number = local_rank()
-        if number >= torch.cuda.device_count():
-            raise UserError(f"{number + 1} processes on this machine and {torch.cuda.device_count()} GPUs")
+        num_gpus = torch.cuda.device_count()
+        if number >= num_gpus:
+            raise UserError(
+                f"{number + 1} processes need a GPU each, but this machine has {num_gpus};"
+                " lower torchrun's --nproc-per-node"
+            )
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if dist.is_initialized():
-        pass  # several runs in a row, as in tests
-    elif launched_by_torchrun():
-        dist.init_process_group(backend, timeout=SETUP_TIMEOUT)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=SETUP_TIMEOUT)
+    # A process that does several runs in a row, as tests do, has its group already.
+    if not dist.is_initialized():
+        if launched_by_torchrun():
+            dist.init_process_group(backend, timeout=SETUP_TIMEOUT)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=SETUP_TIMEOUT)
     if not is_rank0():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it is open for as long as the process lives)
     return device
 
 
 def start_training_timeout(seconds: float) -> None:
-    """The long waits are over: from now on a process that hears nothing for so many seconds gives up."""
+    """Ends the long waits of the set-up: from now on a rank that waits for another gives up after
+    this time."""
     global pg_timeout
     pg_timeout = timedelta(seconds=seconds)
     set_pg_timeouts(pg_timeout)
 
 
-def set_pg_timeouts(time: timedelta) -> None:
+def set_pg_timeouts(timeout: timedelta) -> None:
+    """Sets the timeout of the collectives of all process groups."""
     if dist.is_initialized():
         for group in (None, *process_groups):
-            dist.distributed_c10d._set_pg_timeout(time, group)
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 @contextlib.contextmanager
 def extended_timeout() -> Iterator[None]:
-    """While the first process writes something large, which the others wait for."""
+    """A block in which ranks wait for each other longer, since rank 0 writes something large."""
     set_pg_timeouts(max(SAVE_TIMEOUT, pg_timeout))
     try:
         yield
@@ -89,7 +109,8 @@ def extended_timeout() -> Iterator[None]:
 
 
 def new_group(ranks: list[int] | None = None, backend: str | None = None):
-    """Of these processes; those of no others call it as well. It gives up as the group of all does."""
+    """Returns a process group of `ranks` (None: all), with the present timeout. Every rank must
+    call this, whether it is one of them or not."""
     group = dist.new_group(ranks, timeout=pg_timeout, backend=backend)
     if ranks is None or rank() in ranks:
         process_groups.append(group)
@@ -103,34 +124,42 @@ def destroy_process_group() -> None:
         process_groups.clear()
 
 
-def init_context_parallel(count: int) -> None:
-    """From now on so many neighbouring processes compute each batch together (kernels/context_parallel.py)."""
+def init_context_parallel(size: int) -> None:
+    """Lets `size` neighbouring ranks compute each batch together (kernels/context_parallel.py).
+
+    Raises UserError if the number of ranks is not a multiple of `size`.
+    """
     global context_parallel
-    if world_size() % count:
-        raise UserError(f"--context-parallel {count}: {world_size()} processes are no multiple")
+    if world_size() % size:
+        count = world_size()
+        raise UserError(f"--context-parallel {size}: {count}, the number of processes, is not a multiple of it")
     context_parallel = None
-    if count > 1:
-        starts = range(0, world_size(), count)
-        all_of_them = [new_group(list(range(start, start + count))) for start in starts]
-        context_parallel = ContextParallel(count, rank() % count, all_of_them[rank() // count])
+    if size > 1:
+        # Every rank has to call new_group for every group.
+        groups = []
+        for start in range(0, world_size(), size):
+            groups.append(new_group(list(range(start, start + size))))
+        context_parallel = ContextParallel(size, rank() % size, groups[rank() // size])
 
 
 def dp_size() -> int:
-    """Among how many a step's rows are dealt."""
+    """Returns into how many parts the rows of a step are split: one for each rank or, with
+    --context-parallel, for each group of ranks that share a batch."""
     return world_size() // (context_parallel.size if context_parallel else 1)
 
 
 def dp_rank() -> int:
+    """Returns which of the dp_size() parts of a step's rows this rank computes."""
     return rank() // (context_parallel.size if context_parallel else 1)
 
 
 def local_rank() -> int:
-    """Which of the processes of this machine this one is."""
+    """Returns this rank's number among those of its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_world_size() -> int:
-    """Processes of this machine."""
+    """Returns how many ranks this machine has."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
@@ -148,33 +177,35 @@ def is_rank0() -> bool:
 
 @contextlib.contextmanager
 def local_rank0_first() -> Iterator[None]:
-    """The first process of each machine does the block, then the others: what it leaves in the cache serves them."""
-    first = local_rank() == 0
-    if not first:
+    """A block that the first rank of each machine runs before the others: they can use what it
+    leaves in the cache."""
+    is_first = local_rank() == 0
+    if not is_first:
         all_ranks_agree(True)
     yield
-    if first:
+    if is_first:
         all_ranks_agree(True)
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """The sum over all processes, in place."""
+    """Sums x over all ranks, in place, and returns it."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
 def all_ranks_agree(fine: bool, group=None) -> bool:
-    """Whether all processes say so; waits for them. (Between CPUs: it notices at once when one of them dies.)"""
+    """True if `fine` is true on every rank. All ranks wait for each other here. (The sum is between
+    CPUs, where gloo notices at once that a rank has died.)"""
     if world_size() == 1:
         return fine
-    against = torch.tensor(int(not fine))
-    dist.all_reduce(against, group=group)
-    return int(against) == 0
+    num_against = torch.tensor(int(not fine))
+    dist.all_reduce(num_against, group=group)
+    return int(num_against) == 0
 
 
 def broadcast_object(value, group=None):
-    """What the first process has, for all: anything made of Python's own types."""
+    """Returns rank 0's value on every rank. value: anything made of Python's own types."""
     if world_size() == 1:
         return value
     box = [value]
@@ -183,14 +214,15 @@ def broadcast_object(value, group=None):
 
 
 def run_on_rank0(work: Callable):
-    """Runs work() on rank 0 and returns its result on every rank; an error there is raised on every rank."""
+    """Runs work() on rank 0 and returns its result on every rank; an error there is raised on every
+    rank."""
     with synced_errors():
         result = work() if is_rank0() else None
     return broadcast_object(result)
 
 
 class RemoteRankError(OSError):
-    """Another rank has failed, and says why."""
+    """Another rank has failed, and says why itself."""
 
     def __init__(self):
         super().__init__("another process has failed")
@@ -198,8 +230,9 @@ class RemoteRankError(OSError):
 
 @contextlib.contextmanager
 def synced_errors(group=None) -> Iterator[None]:
-    """A block in which a UserError or OSError of one rank ends the block on every rank: there as it was raised, on the
-    others as RemoteRankError. All ranks wait for each other at its end."""
+    """A block in which a UserError or OSError of one rank is raised on every rank: on that rank as
+    it is, on the others as RemoteRankError. All ranks wait for each other at the end of the
+    block."""
     error = None
     try:
         yield
@@ -214,38 +247,44 @@ def synced_errors(group=None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def rank0_context(block, group=None) -> Iterator:
-    """A context manager that rank 0 alone enters; the others get None. Where entering, leaving or the block itself
-    fails on one rank it fails on all."""
+    """A context manager that only rank 0 enters; the others get None. If entering it, leaving it or
+    the block itself fails on one rank, it fails on all."""
     with contextlib.ExitStack() as stack:
         with synced_errors(group):
             value = stack.enter_context(block) if is_rank0() else None
-        with synced_errors(group):  # its error leaves the stack, which takes away what is half done
+        # An error in the block leaves the stack too, so that `block` removes what is half done.
+        with synced_errors(group):
             yield value
         with synced_errors(group):
             stack.close()
 
 
 def all_gather_object(value, group=None) -> list:
-    """What each process has, in order of ranks."""
+    """Returns the values of all ranks, in the order of ranks."""
     if world_size() == 1:
         return [value]
-    found = [None] * world_size()
-    dist.all_gather_object(found, value, group=group)
-    return found
+    values = [None] * world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
-# ------------------------------------------------------------------------------------------------- shards
+# ---- shards ----
 
 
 def shard_model(
-    model: nn.Module, kind: str, device: torch.device, narrow: torch.dtype | None, offload: bool = False
+    model: nn.Module, kind: str, device: torch.device, gathered_dtype: torch.dtype | None, offload: bool = False
 ) -> None:
-    """Makes DTensors of the parameters of a model on the meta device: "full" or "hybrid". Every block is gathered on
-    its own; what is around them (embeddings, the last norm, the head) once, for all of a forward and backward.
+    """Turns the parameters of a model on the meta device into DTensors. Each block is gathered on
+    its own; what is around the blocks (embeddings, the last norm, the head) is gathered once for a
+    whole forward and backward.
 
-    narrow: the dtype in which weights are gathered; None: their own. Gradients are added up in fp32.
-    Tensors that have no rows to share (the second level of NF4's scales, which runs across rows) stay whole
-    everywhere. offload: shards, gradients and the optimizer's state live in the host's memory.
+    kind: "full" or "hybrid".
+    gathered_dtype: the dtype in which weights are gathered; None: their own. Gradients are summed
+        in fp32.
+    offload: shards, gradients and the optimizer's state live in the host's memory.
+
+    Tensors that have no rows to divide stay whole on every rank: the second level of NF4's scales,
+    which runs across rows.
     """
     from torch.distributed.fsdp import (
         CPUOffloadPolicy,
@@ -255,38 +294,46 @@ def shard_model(
         register_fsdp_forward_method,
     )
 
-    policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
-    whole = {p for name, p in model.named_parameters() if name.endswith((".nf4.nested", ".nf4.offset"))}
-    whole |= {p for name, p in model.named_parameters() if name.endswith("nf4.absmax") and p.is_floating_point()}
+    offload_policy = OffloadPolicy()
+    if offload:
+        offload_policy = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    replicated = set()
+    for name, p in model.named_parameters():
+        is_second_level = name.endswith((".nf4.nested", ".nf4.offset"))
+        is_single_level = name.endswith("nf4.absmax") and p.is_floating_point()
+        if is_second_level or is_single_level:
+            replicated.add(p)
     settings = {
         "mesh": device_mesh(kind, device.type),
-        "mp_policy": policy,
-        "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),
-        "ignored_params": whole,
+        "mp_policy": MixedPrecisionPolicy(gathered_dtype, torch.float32, cast_forward_inputs=False),
+        "offload_policy": offload_policy,
+        "ignored_params": replicated,
     }
     for block in model.blocks:
         fully_shard(block, **settings)
     fully_shard(model, **settings)
-    register_fsdp_forward_method(model, "flat")  # the training path, which is not forward()
+    # Training calls `flat` instead of `forward`.
+    register_fsdp_forward_method(model, "flat")
     for module in (*model.blocks, model):
-        module.set_gradient_divide_factor(1.0)  # a loss is divided by the tokens of all processes already
+        # The loss is divided by the tokens of all ranks already, so gradients are not averaged.
+        module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    for block, after in zip(model.blocks, model.blocks[1:]):
-        block.set_modules_to_forward_prefetch([after])
+    for block, next_block in zip(model.blocks, model.blocks[1:]):
+        block.set_modules_to_forward_prefetch([next_block])
 
 
 @functools.cache
 def device_mesh(kind: str, device: str):
-    """The processes as a row, or as nodes and the processes of each."""
+    """Returns the mesh of all ranks: [ranks] for "full", [nodes, ranks of a node] for "hybrid".
+    device: its type."""
     from torch.distributed.device_mesh import init_device_mesh
 
     if kind == "full":
         return init_device_mesh(device, (world_size(),), mesh_dim_names=("shard",))
-    found = init_device_mesh(
-        device, (world_size() // local_world_size(), local_world_size()), mesh_dim_names=("copies", "shard")
-    )
-    process_groups.extend(found.get_all_groups())
-    return found
+    shape = world_size() // local_world_size(), local_world_size()
+    mesh = init_device_mesh(device, shape, mesh_dim_names=("copies", "shard"))
+    process_groups.extend(mesh.get_all_groups())
+    return mesh
 
 
 def has_shards(model: nn.Module) -> bool:
@@ -294,30 +341,35 @@ def has_shards(model: nn.Module) -> bool:
 
 
 def is_sharded(x: Tensor) -> bool:
+    """True if x is a DTensor."""
     return hasattr(x, "placements")
 
 
 def to_local(x: Tensor) -> Tensor:
-    """The rows of a tensor in shards that are this process's, in their own memory; of another, all of it."""
+    """Returns this rank's rows of a sharded tensor, as a view; any other tensor as it is."""
     return x.to_local() if is_sharded(x) else x
 
 
 def full_tensor(x: Tensor) -> Tensor:
-    """All rows of a tensor in shards, on every process; of another, itself. All processes must call it."""
+    """Returns all rows of a sharded tensor on every rank; any other tensor as it is. All ranks must
+    call it."""
     return x.full_tensor() if is_sharded(x) else x
 
 
 def local_row_slice(x: Tensor) -> slice:
-    """Which rows `local` has: of R rows by W processes each has ceil(R / W), the last ones fewer."""
+    """Returns which rows of x `to_local` has."""
     if not is_sharded(x):
         return slice(0, x.shape[0])
     return shard_row_slice(x, x.device_mesh.get_local_rank("shard"))
 
 
 def shard_row_slice(x: Tensor, number: int) -> slice:
-    """Which rows shard `number` of a DTensor has."""
-    each = -(-x.shape[0] // num_shards(x))
-    return slice(min(number * each, x.shape[0]), min((number + 1) * each, x.shape[0]))
+    """Returns which rows shard `number` of a DTensor has: of R rows in W shards ceil(R / W), the
+    last ones fewer."""
+    rows_per_shard = -(-x.shape[0] // num_shards(x))
+    start = min(number * rows_per_shard, x.shape[0])
+    stop = min((number + 1) * rows_per_shard, x.shape[0])
+    return slice(start, stop)
 
 
 def num_shards(x: Tensor) -> int:
@@ -325,84 +377,106 @@ def num_shards(x: Tensor) -> int:
 
 
 def shard_group(x: Tensor):
-    """The processes among which a DTensor's rows are shared."""
+    """Returns the process group of the ranks that have the shards of a DTensor."""
     return x.device_mesh.get_group("shard")
 
 
-def dtensor_like(x: Tensor, mine: Tensor) -> Tensor:
-    """A DTensor laid out as x is, of rows of this process (with x's shape, or one number a row)."""
+def dtensor_like(x: Tensor, local_rows: Tensor) -> Tensor:
+    """Returns a DTensor that is sharded as x is. local_rows: this rank's rows, of x's shape or any
+    other width."""
     from torch.distributed.tensor import DTensor
 
-    shape = torch.Size((x.shape[0], *mine.shape[1:]))
+    shape = torch.Size((x.shape[0], *local_rows.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
-    where = x.device_mesh
-    if mine.device.type != where.device_type:  # a copy on the host: on the GPUs' mesh it would be moved there
-        where = device_mesh("full" if where.ndim == 1 else "hybrid", mine.device.type)
-    return DTensor.from_local(mine, where, x.placements, run_check=False, shape=shape, stride=stride)
+    mesh = x.device_mesh
+    # Rows on the host would be moved to the GPUs of x's mesh, so they get a mesh of CPUs.
+    if local_rows.device.type != mesh.device_type:
+        mesh = device_mesh("full" if mesh.ndim == 1 else "hybrid", local_rows.device.type)
+    return DTensor.from_local(local_rows, mesh, x.placements, run_check=False, shape=shape, stride=stride)
 
 
-def gather_rows(mine: Tensor, x: Tensor) -> Tensor:
-    """All rows of what each process has of x's rows, [own rows, ...] -> [rows, ...]."""
-    return full_tensor(dtensor_like(x, mine)) if is_sharded(x) else mine
+def gather_rows(local_rows: Tensor, x: Tensor) -> Tensor:
+    """Returns all ranks' rows, [local rows, ...] -> [rows, ...], if x is sharded; else local_rows
+    as it is."""
+    return full_tensor(dtensor_like(x, local_rows)) if is_sharded(x) else local_rows
 
 
-# ------------------------------------------------------------------------------------------------- a step
+# ---- a step ----
 
 
-def balance_across_ranks(sizes: Sequence[int], hands: int) -> list[list[int]]:
-    """The numbers of a step's rows, for so many processes: each gets as many, and about as many tokens (by size, to
-    and fro). It follows from the sizes alone, so that every process knows what all have."""
-    order = sorted(range(len(sizes)), key=lambda i: sizes[i])
-    found: list[list[int]] = [[] for _ in range(hands)]
-    for turn, i in enumerate(order):
-        lap, place = divmod(turn, hands)
-        found[place if lap % 2 == 0 else hands - 1 - place].append(i)
-    return found
+def balance_across_ranks(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Divides the rows of a step among ranks: each gets as many rows, and about as many tokens.
+
+    sizes: the tokens of each row.
+    Returns, for each rank, the numbers of its rows. Rows are given out in order of size, forwards
+    and backwards over the ranks. The result follows from the sizes alone, so that every rank knows
+    the rows of all ranks.
+    """
+    by_size = sorted(range(len(sizes)), key=lambda i: sizes[i])
+    rows: list[list[int]] = [[] for _ in range(num_ranks)]
+    for position, i in enumerate(by_size):
+        lap, place = divmod(position, num_ranks)
+        if lap % 2 == 1:
+            place = num_ranks - 1 - place
+        rows[place].append(i)
+    return rows
 
 
 def set_gradient_sync(model: nn.Module, now: bool) -> None:
-    """Before a micro-batch: whether its backward adds gradients up over the processes, or leaves them for the next."""
+    """Says, before a micro-batch, whether its backward sums the gradients over the ranks, or leaves
+    that to a later micro-batch. Does nothing without FSDP."""
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(now)
         model.set_is_last_backward(now)
 
 
 def all_reduce_gradients(parameters: list[Tensor]) -> None:
-    """Without shards: the sum of all processes' gradients, in fp32, in messages of MESSAGE numbers and more."""
+    """Sums the gradients of all ranks in fp32, in messages of about BUCKET_NUMEL elements. Does
+    nothing with FSDP, which has summed them already."""
     if world_size() == 1 or is_sharded(parameters[0]):
         return
-    waiting: list[Tensor] = []
+    bucket: list[Tensor] = []
     for number, p in enumerate(parameters, 1):
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        waiting.append(p.grad)
-        if sum(grad.numel() for grad in waiting) < BUCKET_NUMEL and number < len(parameters):
+        # A rank whose rows did not use a parameter still has to take part in its sum.
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        bucket.append(p.grad)
+        is_full = sum(grad.numel() for grad in bucket) >= BUCKET_NUMEL
+        is_last = number == len(parameters)
+        if not is_full and not is_last:
             continue
-        flat = all_reduce_sum(torch.cat([grad.flatten().float() for grad in waiting]))
-        for grad, part in zip(waiting, flat.split([grad.numel() for grad in waiting]), strict=True):
+        flat = all_reduce_sum(torch.cat([grad.flatten().float() for grad in bucket]))
+        parts = flat.split([grad.numel() for grad in bucket])
+        for grad, part in zip(bucket, parts, strict=True):
             grad.copy_(part.view_as(grad))
-        waiting = []
+        bucket = []
 
 
 @torch.no_grad()
-def clip_grad_norm_(parameters: list[Tensor], most: float) -> Tensor:
-    """Scales the gradients down to a norm of at most `most` over all parameters and processes; returns the norm before
-    that, float32 scalar."""
+def clip_grad_norm_(parameters: list[Tensor], max_norm: float) -> Tensor:
+    """Scales the gradients down so that their norm over all parameters and ranks is at most
+    max_norm.
+
+    Returns the norm before that, a float32 scalar.
+    """
     if not is_sharded(parameters[0]):
-        return nn.utils.clip_grad_norm_(parameters, most)
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
     grads = [to_local(p.grad) for p in parameters if p.grad is not None]
     squares = torch.stack([grad.float().square().sum() for grad in grads]).sum()
-    where = torch.device(parameters[0].device_mesh.device_type)  # offloaded shards lie elsewhere
-    squares = squares.to(where)
+    # Offloaded shards are on the host, but the sum is between the devices of the mesh.
+    squares = squares.to(torch.device(parameters[0].device_mesh.device_type))
     dist.all_reduce(squares, group=shard_group(parameters[0]))
     norm = squares.sqrt().to(grads[0].device)
-    torch._foreach_mul_(grads, (most / (norm + 1e-6)).clamp(max=1.0))
+    torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether an error says that another process is gone, or was waited for too long."""
-    of_a_group = isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl"))
-    return world_size() > 1 and isinstance(error, RuntimeError) and of_a_group
+    """True if an error says that another rank has died, or that waiting for it took too long."""
+    if world_size() == 1 or not isinstance(error, RuntimeError):
+        return False
+    message = str(error).lower()
+    return isinstance(error, dist.DistError) or "gloo" in message or "nccl" in message
 
 
 def lost_rank_error(error: BaseException) -> UserError:

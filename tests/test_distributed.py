@@ -311,7 +311,7 @@ def test_what_can_not_share_a_batch_is_refused(bases, runs, tmp_path, monkeypatc
         2,
     ]
     _, err, code = command(train, monkeypatch, capsys, *words)
-    assert code == 2 and "--context-parallel 2: 1 processes are no multiple" in err
+    assert code == 2 and "--context-parallel 2: 1, the number of processes, is not a multiple" in err
     said = torchrun(2, "train.py", *words, code=1)
     assert "not with routed experts" in said and 'train.py", line' not in said
 

@@ -362,21 +362,21 @@ def test_killed_or_full_in_the_middle_nothing_is_left(base, tmp_path, monkeypatc
         calls.append(arguments)
         if len(calls) > 5:
             raise OSError(28, "No space left on device")
-        return stored(*arguments)
+        return encode_tensor(*arguments)
 
-    stored = gguf_out.stored
-    monkeypatch.setattr(gguf_out, "stored", full)
+    encode_tensor = gguf_out.encode_tensor
+    monkeypatch.setattr(gguf_out, "encode_tensor", full)
     with pytest.raises(OSError):
         convert.folder_to_gguf(base, tmp_path / "x.gguf")
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(gguf_out, "stored", lambda *arguments: os._exit(9))
+    monkeypatch.setattr(gguf_out, "encode_tensor", lambda *arguments: os._exit(9))
     process = multiprocessing.get_context("fork").Process(
         target=convert.folder_to_gguf, args=(base, tmp_path / "x.gguf")
     )
     process.start()
     process.join(30)
     assert process.exitcode == 9 and not (tmp_path / "x.gguf").exists()
-    monkeypatch.setattr(gguf_out, "stored", stored)
+    monkeypatch.setattr(gguf_out, "encode_tensor", encode_tensor)
     convert.folder_to_gguf(base, tmp_path / "x.gguf")
     assert contents(tmp_path / "x.gguf")
 
@@ -401,7 +401,7 @@ def test_exporting_takes_the_memory_of_a_tensor_not_of_the_model(tmp_path):
                 return result
             return call
         from interop import gguf_export as gguf_out
-        gguf_out.stored = watched(gguf_out.stored)
+        gguf_out.encode_tensor = watched(gguf_out.encode_tensor)
         before = anonymous()
         convert.folder_to_gguf({str(tmp_path / "hf")!r}, {str(tmp_path / "x.gguf")!r}, "q8_0")
         print(peak - before)

@@ -24,7 +24,7 @@ from checkpoint import load_model
 from common.device import pick_device, pick_dtype
 from common.errors import run
 from data import BUNDLED_TASK
-from dataset.formats import read_records
+from dataset.formats import open_source
 from decoding import packed_weights
 from interop.resolve import model_folder
 from tokenizer import load_tokenizer
@@ -43,7 +43,7 @@ def main() -> None:
     tokenizer = load_tokenizer(folder)
     ours = load_model(folder, dtype, device)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    records = read_records(BUNDLED_TASK["test"][0]).records[: args.prompts]
+    records = open_source(BUNDLED_TASK["test"][0]).read_all()[: args.prompts]
     prompts = [tokenizer.render(record.messages[:-1], add_generation_prompt=True)[0] for record in records]
     longest = max(map(len, prompts))
     padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)

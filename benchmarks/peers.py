@@ -548,7 +548,7 @@ def real_job(args) -> None:
     """The first records of a file, one epoch at batch 8, LoRA rank 16 on all linears; validated on those after them."""
     sys.path.insert(0, str(ROOT))
     from checkpoint import read_json
-    from dataset.formats import read_records
+    from dataset.formats import open_source
     from interop.resolve import model_folder
 
     folder, rate = model_folder(None), 2e-4
@@ -557,7 +557,7 @@ def real_job(args) -> None:
         parts = {"train": records[: args.records], "val": records[args.records : 2 * args.records]}
         for name, part in parts.items():
             Path(work, f"{name}.json").write_text(json.dumps(part))
-        messages = [record.messages for record in read_records(Path(work, "train.json")).records]
+        messages = [record.messages for record in open_source(Path(work, "train.json")).read_all()]
         Path(work, "messages.jsonl").write_text("\n".join(map(json.dumps, messages)))
         flags = ["--data", f"{work}/train.json", "--rank", "16", "--alpha", "32", "--epochs", "1", "--lr", str(rate)]
         flags += [

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tokenizers
 
 from common.errors import run
-from dataset.formats import read_records
+from dataset.formats import open_source
 from tokenizer import load_tokenizer
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--data", default="assets/general.txt", help="texts, of any known format")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
-    records = read_records(args.data).records
+    records = open_source(args.data).read_all()
     texts = [record.text or "\n".join(turn["content"] for turn in record.messages) for record in records]
     print(
         f"{args.data}: {len(texts):,} texts, {sum(map(len, texts)):,} characters; tokenizers {tokenizers.__version__}"

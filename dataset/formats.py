@@ -80,6 +80,13 @@ class Source:
             yield from self.read(container, number, payload, stats)
         stats.complain_if_empty(self.path)
 
+    def read_all(self, stats: ReadStats | None = None) -> list[Record]:
+        """Returns all records at once, where they are few; data.py reads large files in another way.
+
+        stats: counts what is read and left out; None if it is of no interest. Raises as `records` does.
+        """
+        return list(self.records(ReadStats() if stats is None else stats))
+
     def summary(self, stats: ReadStats) -> str:
         """Returns one line: `a.json: Alpaca (JSON, 997 records), dropped 2 (empty answer), ignored keys 'id'`."""
         kinds = ", ".join(sorted({container.kind for container in self.containers}))
@@ -187,28 +194,6 @@ def open_source(path: Path | str, trees: str = "best", map_fn: Map | None = None
     if map_fn is not None:
         why = f"--map {map_fn.name} gives None for every record of it"
     raise UserError(f"{path}: {why}; nothing to train on")
-
-
-@dataclass
-class Loaded:
-    """All of a source's records at once."""
-
-    records: list[Record]
-    source: Source
-    stats: ReadStats
-
-    def summary(self) -> str:
-        return self.source.summary(self.stats)
-
-
-def read_records(path: Path | str, trees: str = "best") -> Loaded:
-    """Reads all records of a file of any known format, if they are few; data.py reads large files in another way.
-
-    Raises UserError as `open_source` and `Source.records` do.
-    """
-    source = open_source(path, trees)
-    stats = ReadStats()
-    return Loaded(list(source.records(stats)), source, stats)
 
 
 def empty_part(record: Record) -> str | None:

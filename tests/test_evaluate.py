@@ -18,7 +18,7 @@ import evaluate
 import generate
 from checkpoint import fingerprint, load_model
 from common.errors import UserError
-from dataset.formats import read_records
+from dataset.formats import open_source
 from dataset.records import Record
 from evals.exact_match import exact
 from evals.loss import loss
@@ -66,7 +66,7 @@ def file(tmp_path) -> Path:
 
 
 def read(path: Path) -> list[Record]:
-    return read_records(path).records
+    return open_source(path).read_all()
 
 
 # ---- loss ----

@@ -6,12 +6,15 @@ The container is found by content, so files here are written as bytes under name
 import json
 import random
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from common.errors import UserError
-from dataset.formats import read_records
+from dataset.formats import open_source
+from dataset.records import ReadStats
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
@@ -32,6 +35,13 @@ def write(tmp_path):
         return path
 
     return write
+
+
+def read_records(path, trees="best"):
+    """All that is read of a file: .records, .source, .stats and .summary()"""
+    source, stats = open_source(path, trees), ReadStats()
+    records = source.read_all(stats)
+    return SimpleNamespace(records=records, source=source, stats=stats, summary=partial(source.summary, stats))
 
 
 def turns(*contents):

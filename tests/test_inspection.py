@@ -18,7 +18,7 @@ from support.helpers import SHARED, needs_shared
 from common.errors import UserError
 from data import load, main, split
 from dataset import inspection
-from dataset.formats import Map, open_source, read_records
+from dataset.formats import Map, open_source
 from dataset.text_stats import near_groups, private_parts, script, signature, text_hash
 from interop.resolve import model_folder
 from tokenizer import load_tokenizer
@@ -235,7 +235,7 @@ EVERY = [
 def test_what_convert_writes_is_read_as_the_same_records(tmp_path, command, number):
     file = written(tmp_path / "a.jsonl", EVERY[number])
     command("convert", file, "--out", tmp_path / "b.jsonl")
-    records = lambda path: read_records(path).records
+    records = lambda path: open_source(path).read_all()
     bare = lambda path: [(r.messages, r.text, r.tools, r.weights, r.rejected, r.asked, r.label) for r in records(path)]
     assert bare(tmp_path / "b.jsonl") == bare(file)
     with pytest.raises(UserError, match=r"b\.jsonl: is there already"):
@@ -246,7 +246,7 @@ def test_convert_keeps_a_long_text_whole_and_kinds_apart(tmp_path, command, monk
     monkeypatch.setattr("dataset.readers.PART", 100)
     (tmp_path / "a.txt").write_text("".join(f'line "{i}" \\ é\n' for i in range(300_000)))
     said = command("convert", tmp_path / "a.txt", "--out", tmp_path / "b.jsonl")
-    (record,) = read_records(tmp_path / "b.jsonl").records
+    (record,) = open_source(tmp_path / "b.jsonl").read_all()
     assert record.text == (tmp_path / "a.txt").read_text() and "b.jsonl: 1 records" in said
     chat = written(tmp_path / "c.jsonl", [{"prompt": "q", "completion": "a"}])
     with pytest.raises(UserError, match="c.jsonl line 1: is of another kind"):

@@ -13,7 +13,7 @@ from common.console import one_line
 from common.device import peak_memory
 from data import ASSETS, BUNDLED_TASK
 from dataset.examples import Dataset, Example
-from dataset.formats import read_records
+from dataset.formats import open_source
 from evals.exact_match import exact
 from evals.loss import loss
 from model import Transformer
@@ -29,8 +29,8 @@ class Demo:
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, training_seconds: float):
         self.model, self.tokenizer = model, tokenizer
-        self.test = read_records(BUNDLED_TASK["test"][0]).records[: self.ITEMS]
-        self.examples = read_records(BUNDLED_TASK["train"][0]).records[:8]
+        self.test = open_source(BUNDLED_TASK["test"][0]).read_all()[: self.ITEMS]
+        self.examples = open_source(BUNDLED_TASK["train"][0]).read_all()[:8]
         self.general = self.general_text()
         print(
             f"before    {len(self.test)} test items by the untouched base, {self.SHOTS} with eight examples", flush=True
@@ -47,7 +47,7 @@ class Demo:
         return exact(self.model, self.tokenizer, records, shots=shots)
 
     def general_text(self) -> Dataset:
-        record = read_records(ASSETS / "general.txt").records[0]
+        record = open_source(ASSETS / "general.txt").read_all()[0]
         ids = self.tokenizer.encode(record.text)[:5000]
         pieces = [ids[i : i + 500] for i in range(0, len(ids), 500)]
         return Dataset([Example(piece, [True] * len(piece)) for piece in pieces])

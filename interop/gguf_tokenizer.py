@@ -1,9 +1,10 @@
-"""The tokenizer that a GGUF file holds under `tokenizer.*`, to and from the files of a Hugging Face folder.
+"""The tokenizer in a GGUF file (`tokenizer.*`), to and from the files of a Hugging Face folder.
 
-Two kinds exist here: "gpt2", byte-level BPE with merges, which is a tokenizer.json; and "llama", the BPE of
-sentencepiece with scores, which is a tokenizer.model. A byte-level file says how text falls into words by a name only
-(`tokenizer.ggml.pre`); `WORDS` says what the name means, in both directions. A name or a file that is not known
-exactly is refused: with another split the ids are other ids, and nothing looks wrong.
+Two kinds exist here: "gpt2", byte-level BPE with merges, which is a tokenizer.json; and "llama",
+the BPE of sentencepiece with scores, which is a tokenizer.model. A byte-level file says only by a
+name (`tokenizer.ggml.pre`) how a text is split into words. `WORDS` says what the name means, in
+both directions. A name or a file that is not known exactly is refused: with another split the ids
+are other ids, and nothing looks wrong.
 """
 
 import json
@@ -18,23 +19,36 @@ from tokenizer import Tokenizer, always_writes, load_tokenizer
 
 # tokenizer.ggml.token_type; the numbers are sentencepiece's own.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+BPE_MODEL_TYPE = 2  # of sentencepiece's trainer_spec.model_type
+# {name here: name in tokenizer.ggml.NAME_token_id}
 SPECIAL = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unk": "unknown", "pad": "padding"}
+ADDED_SCORE = -1000.0  # of an added token that sentencepiece does not know
+UNUSED_SCORE = -10_000.0  # of a row of the embedding without a token
 
 
 class Words(NamedTuple):
-    """How a text falls into words before the merges, as a tokenizer.json says it."""
+    """How a text is split into words before the merges, as a tokenizer.json says it.
 
-    steps: list[dict]  # pre-tokenizers
+    steps: the pre-tokenizers.
+    nfc: texts are brought into Unicode's form NFC first.
+    ignore_merges: a word that is a token is taken whole, as tiktoken does it.
+    bos: a text begins with bos where the file does not say.
+    differs: which texts llama.cpp splits differently; "" if none.
+    """
+
+    steps: list[dict]
     nfc: bool = False
-    ignore_merges: bool = False  # a word that is a token is taken whole, as tiktoken does it
-    bos: bool = False  # a text begins with bos where the file does not say
-    differs: str = ""  # which texts llama.cpp cuts otherwise
+    ignore_merges: bool = False
+    bos: bool = False
+    differs: str = ""
 
 
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}  # GPT-2's words
+# GPT-2's words
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
 def split(pattern: str) -> list[dict]:
+    """Returns the pre-tokenizers that split a text by a regular expression."""
     cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     return [cut, BYTE_LEVEL | {"use_regex": False}]
 
@@ -47,7 +61,8 @@ _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]*[{LOWER}]+%s|[^\r\n\p{{L}}\p{{N}}]?[
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3 = Words(split(LLAMA3_WORDS), ignore_merges=True, bos=True)
 MARKS = "words with combining marks, as in Hindi"
-WORDS = {  # by tokenizer.ggml.pre
+# {tokenizer.ggml.pre: what it means}
+WORDS = {
     "gpt-2": Words([BYTE_LEVEL]),
     "smollm": Words([DIGITS, BYTE_LEVEL]),
     "llama-bpe": LLAMA3,
@@ -59,7 +74,8 @@ WORDS = {  # by tokenizer.ggml.pre
     "gpt-4o": Words(split(_CASED % (_SUFFIX, _SUFFIX, "{1,3}") + _REST), differs=MARKS),
     "dbrx": Words(split(LLAMA3_WORDS)),
 }
-# llama.cpp knows from a model's name alone that Phi-3's control tokens take the space behind them along, all but three
+# Phi-3's control tokens, all but three, strip the spaces behind them. llama.cpp knows that from a
+# model's name alone.
 PHI3 = re.compile(r"phi-?3", re.IGNORECASE)
 PHI3_BARE = {"<unk>", "<s>", "<|endoftext|>"}
 
@@ -68,13 +84,18 @@ PHI3_BARE = {"<unk>", "<s>", "<|endoftext|>"}
 
 
 def special_ids(gguf: Gguf) -> dict[str, int]:
-    """The ids of bos, eos, eot, eom, unk and pad, as far as the file names them; eos it must name."""
-    count, ids = len(gguf.field("tokenizer.ggml.tokens", list)), {}
-    for name, key in SPECIAL.items():
-        value = gguf.fields.get(f"tokenizer.ggml.{key}_token_id")
+    """Returns the ids of bos, eos, eot, eom, unk and pad, as far as the file names them.
+
+    Raises UserError where an id is out of range, or where the file does not name eos.
+    """
+    count = len(gguf.field("tokenizer.ggml.tokens", list))
+    ids = {}
+    for name, gguf_name in SPECIAL.items():
+        key = f"tokenizer.ggml.{gguf_name}_token_id"
+        value = gguf.fields.get(key)
         if value is not None:
             if type(value) is not int or not 0 <= value < count:
-                raise UserError(f"{gguf.file}: tokenizer.ggml.{key}_token_id is {value!r}, of {count} tokens")
+                raise UserError(f"{gguf.file}: {key} is {value!r}, of {count} tokens")
             ids[name] = value
     if "eos" not in ids:
         raise UserError(f"{gguf.file}: has no tokenizer.ggml.eos_token_id, so nothing would end an answer")
@@ -82,7 +103,10 @@ def special_ids(gguf: Gguf) -> dict[str, int]:
 
 
 def tokenizer_files(gguf: Gguf) -> dict[str, dict | bytes]:
-    """{file name: content} of the tokenizer, its settings and generation_config.json."""
+    """Returns {file name: content} of the tokenizer, its settings and generation_config.json.
+
+    Raises UserError where the file's tokenizer is damaged, or not supported.
+    """
     kind = gguf.field("tokenizer.ggml.model", str)
     tokens = gguf.field("tokenizer.ggml.tokens", list)
     types = gguf.field("tokenizer.ggml.token_type", list)
@@ -93,90 +117,162 @@ def tokenizer_files(gguf: Gguf) -> dict[str, dict | bytes]:
     if len(types) != len(tokens):
         raise UserError(f"{gguf.file}: {len(tokens)} tokens but {len(types)} token types")
     ids = special_ids(gguf)
-    # llama.cpp's defaults where the keys are missing: sentencepiece models and Llama 3 start with bos
-    words = WORDS.get(str(gguf.fields.get("tokenizer.ggml.pre"))) if kind == "gpt2" else None
-    add_bos = gguf.field("tokenizer.ggml.add_bos_token", bool, words.bos if words else kind == "llama")
+
+    # llama.cpp's defaults where the keys are missing: sentencepiece models and Llama 3 begin a text
+    # with bos.
+    default_bos = kind == "llama"
+    if kind == "gpt2":
+        words = WORDS.get(str(gguf.fields.get("tokenizer.ggml.pre")))
+        default_bos = words is not None and words.bos
+    add_bos = gguf.field("tokenizer.ggml.add_bos_token", bool, default_bos)
     add_eos = gguf.field("tokenizer.ggml.add_eos_token", bool, False)
     if add_bos and "bos" not in ids:
         raise UserError(f"{gguf.file}: asks for a bos token but has no tokenizer.ggml.bos_token_id")
-    settings = {f"{name}_token": tokens[ids[name]] for name in ("bos", "eos", "unk", "pad") if name in ids}
-    settings |= {"add_bos_token": add_bos, "add_eos_token": add_eos, "clean_up_tokenization_spaces": False}
-    settings["model_max_length"] = gguf.field(f"{gguf.fields['general.architecture']}.context_length", int)
-    keys = [key for key in gguf.fields if re.fullmatch(r"tokenizer\.chat_template(\..+)?", key)]
-    templates = [{"name": key.partition("template.")[2] or "default", "template": gguf.field(key, str)} for key in keys]
-    if keys == ["tokenizer.chat_template"]:
-        settings["chat_template"] = templates[0]["template"]
-    elif keys:  # every transformers reads this list; additional_chat_templates/*.jinja only the newer ones
-        settings["chat_template"] = templates
-    ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids))
-    generation = {f"{name}_token_id": ids[name] for name in ("bos", "pad") if name in ids}
-    generation["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+
+    settings = {}
+    for name in ("bos", "eos", "unk", "pad"):
+        if name in ids:
+            settings[f"{name}_token"] = tokens[ids[name]]
+    settings["add_bos_token"] = add_bos
+    settings["add_eos_token"] = add_eos
+    settings["clean_up_tokenization_spaces"] = False
+    architecture = gguf.fields["general.architecture"]
+    settings["model_max_length"] = gguf.field(f"{architecture}.context_length", int)
+    settings |= template_settings(gguf)
     if kind == "gpt2":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        first, last = [ids["bos"]] if add_bos else [], [ids["eos"]] if add_eos else []
+        first = [ids["bos"]] if add_bos else []
+        last = [ids["eos"]] if add_eos else []
         files = {"tokenizer.json": byte_level_bpe(gguf, tokens, types, first, last)}
     else:
         prefix = gguf.field("tokenizer.ggml.add_space_prefix", bool, True)
-        gemma = gguf.fields["general.architecture"].startswith("gemma")
-        # legacy: llama.cpp, too, puts a space before each piece of text that follows a token of its own
-        settings |= {"tokenizer_class": "GemmaTokenizer" if gemma else "LlamaTokenizer", "legacy": True}
-        settings |= {"add_prefix_space": prefix, "added_tokens_decoder": added_tokens(gguf, tokens, types)}
+        is_gemma = architecture.startswith("gemma")
+        settings["tokenizer_class"] = "GemmaTokenizer" if is_gemma else "LlamaTokenizer"
+        # Like these older tokenizers, llama.cpp puts a space before the text behind each special
+        # token.
+        settings["legacy"] = True
+        settings["add_prefix_space"] = prefix
+        settings["added_tokens_decoder"] = added_tokens(gguf, tokens, types)
         files = {"tokenizer.model": sentencepiece_bpe(gguf, tokens, types, ids, prefix)}
-    return files | {"tokenizer_config.json": settings, "generation_config.json": generation}
+    files["tokenizer_config.json"] = settings
+    files["generation_config.json"] = generation_config(ids)
+    return files
+
+
+def template_settings(gguf: Gguf) -> dict:
+    """Returns `chat_template` of tokenizer_config.json: one template, or a list of them by name; {}
+    if there is none.
+
+    Every transformers reads that list; only newer ones read additional_chat_templates/*.jinja.
+    """
+    keys = [key for key in gguf.fields if re.fullmatch(r"tokenizer\.chat_template(\..+)?", key)]
+    templates = []
+    for key in keys:
+        name = key.partition("template.")[2] or "default"
+        templates.append({"name": name, "template": gguf.field(key, str)})
+    if keys == ["tokenizer.chat_template"]:
+        return {"chat_template": templates[0]["template"]}
+    return {"chat_template": templates} if templates else {}
+
+
+def generation_config(ids: dict[str, int]) -> dict:
+    """Returns generation_config.json, by which an answer ends at eos, eot or eom."""
+    ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids))
+    config = {f"{name}_token_id": ids[name] for name in ("bos", "pad") if name in ids}
+    config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    return config
 
 
 def byte_level_bpe(gguf: Gguf, tokens: list[str], types: list[int], first: list[int], last: list[int]) -> dict:
-    """tokenizer.json of GPT-2's byte-level BPE, as the tokenizers library reads it.
+    """Returns tokenizer.json of GPT-2's byte-level BPE, as the tokenizers library reads it.
 
+    tokens, types: text and type of each token, in the order of ids.
     first, last: the ids put before and after an encoded text, each none or one.
+    Raises UserError where the split into words is not known, or a merge is not of tokens.
     """
     pre = gguf.field("tokenizer.ggml.pre", str)
     if pre not in WORDS:
         raise UserError(f"{gguf.file}: tokenizer.ggml.pre {pre!r} is not supported; {', '.join(WORDS)} are")
     words = WORDS[pre]
-    # The unused ones only fill ids up to the size of the embedding. Added tokens stay in: the tokenizers library looks
-    # up their ids here.
+    # The unused tokens only fill ids up to the size of the embedding. Added tokens stay in, since
+    # the tokenizers library looks up their ids here.
     vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, types)) if kind != UNUSED}
     merges = gguf.field("tokenizer.ggml.merges", list)
     for i, merge in enumerate(merges):
         left, _, right = str(merge).partition(" ")
         if not {left, right, left + right} <= vocab.keys():
             raise UserError(f"{gguf.file}: merge {i} ({merge!r}) is not of tokens in its vocabulary")
-    before, after = ([{"SpecialToken": {"id": tokens[i], "type_id": 0}} for i in ids] for ids in (first, last))
-    one, two = ([*before, {"Sequence": {"id": part, "type_id": 0}}, *after] for part in "AB")
-    around = {tokens[i]: {"id": tokens[i], "ids": [i], "tokens": [tokens[i]]} for i in first + last}
-    template = {"type": "TemplateProcessing", "single": one, "pair": one + two, "special_tokens": around}
+    added = [{"id": int(i)} | token for i, token in added_tokens(gguf, tokens, types).items()]
     return {
         "version": "1.0",
-        "added_tokens": [{"id": int(i)} | token for i, token in added_tokens(gguf, tokens, types).items()],
+        "added_tokens": added,
         "normalizer": {"type": "NFC"} if words.nfc else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": words.steps},
-        "post_processor": template if around else None,
+        "post_processor": post_processor(tokens, first, last) if first + last else None,
         "decoder": BYTE_LEVEL,
-        "model": {"type": "BPE", "ignore_merges": words.ignore_merges, "vocab": vocab, "merges": merges},
+        "model": {
+            "type": "BPE",
+            "ignore_merges": words.ignore_merges,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
+
+
+def post_processor(tokens: list[str], first: list[int], last: list[int]) -> dict:
+    """Returns the post-processor of a tokenizer.json that puts the tokens `first` and `last` around
+    a text."""
+
+    def around(part: str) -> list[dict]:
+        before = [{"SpecialToken": {"id": tokens[i], "type_id": 0}} for i in first]
+        after = [{"SpecialToken": {"id": tokens[i], "type_id": 0}} for i in last]
+        return [*before, {"Sequence": {"id": part, "type_id": 0}}, *after]
+
+    special = {}
+    for i in first + last:
+        special[tokens[i]] = {"id": tokens[i], "ids": [i], "tokens": [tokens[i]]}
+    return {
+        "type": "TemplateProcessing",
+        "single": around("A"),
+        "pair": around("A") + around("B"),
+        "special_tokens": special,
     }
 
 
 def added_tokens(gguf: Gguf, tokens: list[str], types: list[int]) -> dict[str, dict]:
-    """{id: token} as `added_tokens_decoder` writes the tokens that are looked for in the text before anything else.
+    """Returns {id: token}, as `added_tokens_decoder` writes the tokens that a text is searched for
+    before anything else.
 
-    Of a sentencepiece model not those that hold spaces: its tokenizer finds them by itself, and no other reader of
-    tokenizer_config.json would know which token is meant.
+    Tokens of a sentencepiece model that contain spaces are left out: its tokenizer finds them by
+    itself, and no other reader of tokenizer_config.json would know which token is meant.
     """
-    phi3 = bool(PHI3.search(str(gguf.fields.get("general.name"))))
-    rules = {"single_word": False, "lstrip": False, "normalized": False}
-    spaced = ("▁", " ") if gguf.fields["tokenizer.ggml.model"] == "llama" else ()
-    return {
-        str(i): {"content": token, "rstrip": phi3 and token not in PHI3_BARE, "special": kind != USER_DEFINED} | rules
-        for i, (token, kind) in enumerate(zip(tokens, types))
-        if kind in (UNKNOWN, CONTROL, USER_DEFINED) and token and not any(space in token for space in spaced)
-    }
+    is_phi3 = bool(PHI3.search(str(gguf.fields.get("general.name"))))
+    is_sentencepiece = gguf.fields["tokenizer.ggml.model"] == "llama"
+    result = {}
+    for i, (token, kind) in enumerate(zip(tokens, types)):
+        if kind not in (UNKNOWN, CONTROL, USER_DEFINED) or not token:
+            continue
+        if is_sentencepiece and ("▁" in token or " " in token):
+            continue
+        result[str(i)] = {
+            "content": token,
+            "rstrip": is_phi3 and token not in PHI3_BARE,
+            "special": kind != USER_DEFINED,
+            "single_word": False,
+            "lstrip": False,
+            "normalized": False,
+        }
+    return result
 
 
 def sentencepiece_bpe(gguf: Gguf, tokens: list[str], types: list[int], ids: dict[str, int], prefix: bool) -> bytes:
-    """tokenizer.model: sentencepiece's protobuf of the pieces with their scores, for BPE with byte fallback.
+    """Returns tokenizer.model: sentencepiece's protobuf of the pieces with their scores, for BPE
+    with byte fallback.
 
-    prefix: whether a text gets a space before its first word.
+    tokens, types: text and type of each token, in the order of ids.
+    ids: of `special_ids`.
+    prefix: a text gets a space before its first word.
+    Raises UserError where sentencepiece does not accept the pieces.
     """
     from sentencepiece import SentencePieceProcessor
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -184,21 +280,27 @@ def sentencepiece_bpe(gguf: Gguf, tokens: list[str], types: list[int], ids: dict
     scores = gguf.field("tokenizer.ggml.scores", list)
     if len(scores) != len(tokens):
         raise UserError(f"{gguf.file}: {len(tokens)} tokens but {len(scores)} scores")
-    if UNKNOWN not in types and "unk" in ids:  # llama.cpp's converter makes Gemma's a control token; one must be
+    # One piece must be the unknown one. llama.cpp's converter makes Gemma's a control token.
+    if UNKNOWN not in types and "unk" in ids:
         types = types[: ids["unk"]] + [UNKNOWN] + types[ids["unk"] + 1 :]
-    # llama.cpp's converter writes the spaces of user-defined tokens out; sentencepiece looks for its own mark
-    pieces = [token.replace(" ", "▁") if kind == USER_DEFINED else token for token, kind in zip(tokens, types)]
-    special = {f"{name}_id": ids.get(name, -1) for name in ("unk", "bos", "eos", "pad")}
-    special |= {f"{name}_piece": pieces[ids[name]] for name in ("unk", "bos", "eos", "pad") if name in ids}
+    # llama.cpp's converter writes the spaces of user-defined tokens as spaces; sentencepiece looks
+    # for its own mark.
+    texts = []
+    for token, kind in zip(tokens, types):
+        texts.append(token.replace(" ", "▁") if kind == USER_DEFINED else token)
+    trainer = {"model_type": "BPE", "vocab_size": len(tokens), "byte_fallback": BYTE in types}
+    for name in ("unk", "bos", "eos", "pad"):
+        trainer[f"{name}_id"] = ids.get(name, -1)
+        if name in ids:
+            trainer[f"{name}_piece"] = texts[ids[name]]
+    pieces = []
+    for text, score, kind in zip(texts, scores, types):
+        pieces.append({"piece": text, "score": score, "type": kind})
+    normalizer = {"name": "identity", "add_dummy_prefix": prefix, "remove_extra_whitespaces": False}
     try:
-        content = ModelProto(
-            pieces=[
-                {"piece": piece, "score": score, "type": kind} for piece, score, kind in zip(pieces, scores, types)
-            ],
-            trainer_spec={"model_type": "BPE", "vocab_size": len(tokens), "byte_fallback": BYTE in types} | special,
-            normalizer_spec={"name": "identity", "add_dummy_prefix": prefix, "remove_extra_whitespaces": False},
-        ).SerializeToString()
-        SentencePieceProcessor(model_proto=content)  # its own judgement of the pieces
+        proto = ModelProto(pieces=pieces, trainer_spec=trainer, normalizer_spec=normalizer)
+        content = proto.SerializeToString()
+        SentencePieceProcessor(model_proto=content)  # raises where the pieces make no model
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"{gguf.file}: sentencepiece refuses its tokens ({first_line(error)})") from None
     return content
@@ -208,169 +310,254 @@ def sentencepiece_bpe(gguf: Gguf, tokens: list[str], types: list[int], ids: dict
 
 
 class Vocabulary(NamedTuple):
-    """What goes into a file, and what must be said about it."""
+    """A tokenizer as fields of a GGUF file.
 
-    fields: dict  # by key
-    phi3: bool  # its control tokens take spaces along as Phi-3's, which llama.cpp believes of models of that name only
-    notes: list[str]  # what llama.cpp does otherwise
+    fields: {key: value}.
+    phi3: its control tokens strip spaces as Phi-3's do, which llama.cpp expects of models of that
+    name only.
+    notes: what llama.cpp does differently, a line each.
+    """
+
+    fields: dict
+    phi3: bool
+    notes: list[str]
+
+
+class TokenTable(NamedTuple):
+    """The tokens of a tokenizer by id: text, type, and score. scores is empty for byte-level
+    BPE."""
+
+    texts: dict[int, str]
+    kinds: dict[int, int]
+    scores: dict[int, float]
 
 
 def vocabulary(folder: Path, rows: int) -> Vocabulary:
-    """The tokenizer of a folder as fields of a GGUF file.
+    """Returns the tokenizer of a folder as fields of a GGUF file.
 
-    rows: of the embedding; tokens beyond them are left out, and said, and rows beyond the tokens get unused ones.
-    Raises UserError where the folder's tokenizer has no equal in a GGUF file.
+    rows: of the embedding. Tokens beyond them are left out, with a note, and rows beyond the tokens
+    get unused ones.
+    Raises UserError where a GGUF file can't store the folder's tokenizer.
     """
-    tokenizer, notes = load_tokenizer(folder), []
+    tokenizer = load_tokenizer(folder)
+    notes: list[str] = []
     config = read_json_if_there(folder / "tokenizer_config.json")
     spec = read_json_if_there(folder / "tokenizer.json")
     if isinstance(tokenizer.model, BytePairs):
-        if not spec:
-            raise UserError(
-                f"{folder / 'tokenizer.model'}: tiktoken's format has no merges; save a tokenizer.json here"
-            )
-        fields = byte_level_fields(folder / "tokenizer.json", spec)
-        if differs := WORDS[fields["tokenizer.ggml.pre"]].differs:
-            notes.append(f"llama.cpp cuts {differs} into other tokens than this tokenizer")
-        texts = {id: text for text, id in spec["model"]["vocab"].items()}
-        kinds, scores = dict.fromkeys(texts, NORMAL), {}
+        fields, table = byte_level_vocabulary(folder, spec, notes)
     else:
         fields = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default"}
         fields["tokenizer.ggml.add_space_prefix"] = tokenizer.model.prefix != "never"
-        texts, kinds, scores = sentencepiece_tokens(folder, tokenizer, notes)
-    enter_added(tokenizer, texts, kinds, scores)
-    fields |= token_lists(folder, texts, kinds, scores, rows, notes)
-    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id}
-    ids["unknown"] = next((id for id, kind in kinds.items() if kind == UNKNOWN), None)
-    if ids["unknown"] is None and tokenizer.names.get("unk_token") in tokenizer.added:
-        ids["unknown"] = tokenizer.added[tokenizer.names["unk_token"]].id
-    if ids["eos"] is None:
-        raise UserError(f"{folder / 'tokenizer_config.json'}: names no eos_token, so nothing would end an answer")
-    ends = sorted(tokenizer.stop_ids - {ids["eos"]}, key=lambda id: (texts.get(id) == "<|eom_id|>", id))
-    if ends and texts.get(ends[-1]) == "<|eom_id|>":
-        ids["eom"] = ends.pop()
-    if ends:
-        ids["eot"] = ends.pop(0)
-    if ends:
-        left = ", ".join(repr(texts.get(id, id)) for id in ends)
-        notes.append(f"a GGUF file names three tokens that end an answer; {left} may end none where it is served")
-    for name, id in ids.items():
+        table = sentencepiece_tokens(folder, tokenizer, notes)
+    enter_added(tokenizer, table)
+    fields |= token_lists(folder, table, rows, notes)
+    for name, id in ids_to_name(folder, tokenizer, table, notes).items():
         if id is not None and id < rows:
             fields[f"tokenizer.ggml.{name}_token_id"] = id
     fields["tokenizer.ggml.add_bos_token"] = tokenizer.adds_bos and tokenizer.bos_id is not None
-    closes = always_writes(spec.get("post_processor"), tokenizer.names.get("eos_token"), -1)
-    fields["tokenizer.ggml.add_eos_token"] = config.get("add_eos_token", closes) is True
+    writes_eos = always_writes(spec.get("post_processor"), tokenizer.names.get("eos_token"), -1)
+    fields["tokenizer.ggml.add_eos_token"] = config.get("add_eos_token", writes_eos) is True
     phi3 = strips_like_phi3(tokenizer, notes)
     return Vocabulary(fields | chat_templates(folder, config), phi3, notes)
 
 
-def byte_level_fields(path: Path, spec: dict) -> dict:
-    """model, pre and merges of a tokenizer.json that load_tokenizer has taken."""
-    found = Words(
-        _steps(spec.get("pre_tokenizer")),
-        spec.get("normalizer") == {"type": "NFC"},
-        spec["model"].get("ignore_merges") is True,
-    )
-    names = [name for name, words in WORDS.items() if words._replace(bos=False, differs="") == found]
+def ids_to_name(folder: Path, tokenizer: Tokenizer, table: TokenTable, notes: list[str]) -> dict[str, int | None]:
+    """Returns the ids of special tokens by their names in a GGUF file, which names three that end
+    an answer: eos, eot and eom.
+
+    Raises UserError where the tokenizer has no eos.
+    """
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id}
+    ids["unknown"] = next((id for id, kind in table.kinds.items() if kind == UNKNOWN), None)
+    unknown_text = tokenizer.names.get("unk_token")
+    if ids["unknown"] is None and unknown_text in tokenizer.added:
+        ids["unknown"] = tokenizer.added[unknown_text].id
+    if ids["eos"] is None:
+        file = folder / "tokenizer_config.json"
+        raise UserError(f"{file}: names no eos_token, so nothing would end an answer")
+
+    def is_eom(id: int) -> bool:
+        return table.texts.get(id) == "<|eom_id|>"
+
+    ends = sorted(tokenizer.stop_ids - {ids["eos"]}, key=lambda id: (is_eom(id), id))
+    if ends and is_eom(ends[-1]):
+        ids["eom"] = ends.pop()
+    if ends:
+        ids["eot"] = ends.pop(0)
+    if ends:
+        left = ", ".join(repr(table.texts.get(id, id)) for id in ends)
+        notes.append(f"a GGUF file names three tokens that end an answer; {left} may end none where it is served")
+    return ids
+
+
+def byte_level_vocabulary(folder: Path, spec: dict, notes: list[str]) -> tuple[dict, TokenTable]:
+    """Returns the fields `model`, `pre` and `merges`, and the tokens, of a byte-level tokenizer.
+
+    spec: the tokenizer.json, which load_tokenizer has accepted. {}: the folder has none.
+    Raises UserError where there is none, or where it splits texts in a way that `WORDS` does not
+    have.
+    """
+    if not spec:
+        file = folder / "tokenizer.model"
+        raise UserError(f"{file}: tiktoken's format has no merges; save a tokenizer.json here")
+    is_nfc = spec.get("normalizer") == {"type": "NFC"}
+    ignore_merges = spec["model"].get("ignore_merges") is True
+    splits = Words(pre_tokenizers(spec.get("pre_tokenizer")), is_nfc, ignore_merges)
+    names = []
+    for name, words in WORDS.items():
+        if words._replace(bos=False, differs="") == splits:
+            names.append(name)
     if not names:
         raise UserError(
-            f"{path}: llama.cpp knows ways to cut a text into words by name only, and this one is not among"
-            f" {', '.join(WORDS)} ({json.dumps(spec.get('pre_tokenizer'))[:120]})"
+            f"{folder / 'tokenizer.json'}: llama.cpp knows ways to cut a text into words by name only, and this one is"
+            f" not among {', '.join(WORDS)} ({json.dumps(spec.get('pre_tokenizer'))[:120]})"
         )
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
-    return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": names[0], "tokenizer.ggml.merges": merges}
+    differs = WORDS[names[0]].differs
+    if differs:
+        notes.append(f"llama.cpp cuts {differs} into other tokens than this tokenizer")
+    merges = []
+    for merge in spec["model"]["merges"]:
+        merges.append(merge if isinstance(merge, str) else " ".join(merge))
+    fields = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": names[0],
+        "tokenizer.ggml.merges": merges,
+    }
+    texts = {id: text for text, id in spec["model"]["vocab"].items()}
+    return fields, TokenTable(texts, kinds=dict.fromkeys(texts, NORMAL), scores={})
 
 
-def _steps(pre_tokenizer: dict) -> list[dict]:
-    """A tokenizer.json's pre-tokenizers as `WORDS` writes them; trim_offsets changes no ids."""
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    return [BYTE_LEVEL | step | {"trim_offsets": True} if step["type"] == "ByteLevel" else step for step in steps]
+def pre_tokenizers(spec: dict) -> list[dict]:
+    """Returns the pre-tokenizers of a tokenizer.json as `WORDS` writes them. trim_offsets changes
+    no ids."""
+    steps = []
+    for step in spec.get("pretokenizers", [spec]):
+        if step["type"] == "ByteLevel":
+            step = BYTE_LEVEL | step | {"trim_offsets": True}
+        steps.append(step)
+    return steps
 
 
-def sentencepiece_tokens(
-    folder: Path, tokenizer: Tokenizer, notes: list[str]
-) -> tuple[dict[int, str], dict[int, int], dict[int, float]]:
-    """Text, type and score of each piece by its id. What llama.cpp would cut otherwise is refused, or said."""
+def sentencepiece_tokens(folder: Path, tokenizer: Tokenizer, notes: list[str]) -> TokenTable:
+    """Returns text, type and score of each piece.
+
+    A note is added where llama.cpp splits texts differently in some cases. Raises UserError where
+    it does so always.
+    """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     proto = ModelProto.FromString(tokenizer.model.bare.serialized_model_proto())
-    file, of_merges = folder / "tokenizer.model", not (folder / "tokenizer.model").is_file()
-    if proto.trainer_spec.model_type != 2:
+    file = folder / "tokenizer.model"
+    normalizer = proto.normalizer_spec
+    if proto.trainer_spec.model_type != BPE_MODEL_TYPE:
         raise UserError(f"{file}: its pieces are not merged by scores, as BPE's are; llama.cpp has no such tokenizer")
-    if proto.normalizer_spec.precompiled_charsmap or proto.normalizer_spec.remove_extra_whitespaces:
-        raise UserError(f"{file}: normalizes texts ({proto.normalizer_spec.name}), which llama.cpp does not do")
+    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
+        raise UserError(f"{file}: normalizes texts ({normalizer.name}), which llama.cpp does not do")
     texts = {id: text for text, id in tokenizer.model.vocab.items()}
     kinds = {id: proto.pieces[id].type for id in texts}
     scores = {id: proto.pieces[id].score for id in texts}
     if BYTE not in kinds.values():
         raise UserError(f"{file}: has no tokens for single bytes, which llama.cpp needs")
     added = {token.id for token in tokenizer.added.values()}
-    inside = tokenizer.model.prefix == "always" and any(kinds[id] == USER_DEFINED for id in kinds.keys() - added)
-    if tokenizer.model.prefix == "first" or inside:
+    has_user_defined = any(kinds[id] == USER_DEFINED for id in kinds.keys() - added)
+    prefix = tokenizer.model.prefix
+    if prefix == "first" or (prefix == "always" and has_user_defined):
         notes.append("llama.cpp puts a space before the text behind each added token, this tokenizer does not")
-    if of_merges:  # what no merge makes is a control piece there; in a file it is a token like others, made last
+    if not file.is_file():
+        # The model was made from the merges of a tokenizer.json. There, a piece that no merge makes
+        # is a control piece. In a GGUF file it is a token like others, with the lowest score, so
+        # that it is merged last.
         unmade = [id for id in texts if kinds[id] == CONTROL and id not in added]
         kinds |= dict.fromkeys(unmade, NORMAL)
         scores |= dict.fromkeys(unmade, min(scores.values()) - 1)
         if unmade:
             few = ", ".join(repr(texts[id]) for id in unmade[:3])
             notes.append(f"no merges make {len(unmade)} of the tokens ({few}); llama.cpp makes them where it can")
-    return texts, kinds, scores
+    return TokenTable(texts, kinds, scores)
 
 
-def enter_added(tokenizer: Tokenizer, texts: dict[int, str], kinds: dict[int, int], scores: dict[int, float]) -> None:
-    """Makes control and user-defined tokens of the added ones; a token found in two forms keeps the first."""
+def enter_added(tokenizer: Tokenizer, table: TokenTable) -> None:
+    """Enters the added tokens into the table as control or user-defined ones.
+
+    A token that is added in two forms keeps the first.
+    """
     entered = set()
     for text, token in tokenizer.added.items():
-        if token.id not in entered:
-            entered.add(token.id)
-            texts[token.id] = text
-            if kinds.get(token.id) != UNKNOWN:
-                kinds[token.id] = CONTROL if token.special else USER_DEFINED
-            if scores:
-                scores.setdefault(token.id, -1000.0)
+        if token.id in entered:
+            continue
+        entered.add(token.id)
+        table.texts[token.id] = text
+        if table.kinds.get(token.id) != UNKNOWN:
+            table.kinds[token.id] = CONTROL if token.special else USER_DEFINED
+        if table.scores:
+            table.scores.setdefault(token.id, ADDED_SCORE)
 
 
-def token_lists(folder: Path, texts: dict, kinds: dict, scores: dict, rows: int, notes: list[str]) -> dict:
-    """tokens, token_type and scores, one for each row of the embedding."""
-    beyond = [texts[id] for id in sorted(texts) if id >= rows]
+def token_lists(folder: Path, table: TokenTable, rows: int, notes: list[str]) -> dict:
+    """Returns the fields tokens, token_type and scores, with an item for each row of the embedding.
+
+    Raises UserError where two tokens would have the same text.
+    """
+    beyond = [table.texts[id] for id in sorted(table.texts) if id >= rows]
     if beyond:
         notes.append(f"{len(beyond)} tokens beyond the {rows:,} rows of the embedding are left out, as {beyond[0]!r}")
-    tokens = [texts.get(id, f"[PAD{id}]") for id in range(rows)]
-    types = [kinds.get(id, UNUSED) for id in range(rows)]
-    if scores:  # sentencepiece writes spaces as its own mark, llama.cpp looks for these in the text as it is
-        tokens = [text.replace("▁", " ") if kind == USER_DEFINED else text for text, kind in zip(tokens, types)]
-    seen: dict[str, int] = {}
+    tokens = [table.texts.get(id, f"[PAD{id}]") for id in range(rows)]
+    types = [table.kinds.get(id, UNUSED) for id in range(rows)]
+    if table.scores:
+        # sentencepiece writes the spaces of a user-defined token as its own mark; llama.cpp looks
+        # for the token in the text as it is.
+        for id, kind in enumerate(types):
+            if kind == USER_DEFINED:
+                tokens[id] = tokens[id].replace("▁", " ")
+    ids: dict[str, int] = {}
     for id, text in enumerate(tokens):
-        if text in seen:
-            raise UserError(
-                f"{folder}: tokens {seen[text]} and {id} are both {text!r}, which llama.cpp can't tell apart"
-            )
-        seen[text] = id
+        if text in ids:
+            both = f"tokens {ids[text]} and {id} are both {text!r}"
+            raise UserError(f"{folder}: {both}, which llama.cpp can't tell apart")
+        ids[text] = id
     lists = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
-    if scores:
-        lists["tokenizer.ggml.scores"] = [scores.get(id, -10_000.0) for id in range(rows)]
+    if table.scores:
+        lists["tokenizer.ggml.scores"] = [table.scores.get(id, UNUSED_SCORE) for id in range(rows)]
     return lists
 
 
 def strips_like_phi3(tokenizer: Tokenizer, notes: list[str]) -> bool:
-    """Whether just those added tokens take the space behind them along that llama.cpp thinks of in Phi-3."""
-    wanted = {text for text in tokenizer.added if text not in PHI3_BARE}
-    flags = {text for text, token in tokenizer.added.items() if token.lstrip or token.rstrip or token.single_word}
-    rstrip = {text for text, token in tokenizer.added.items() if token.rstrip}
-    if flags == rstrip == wanted and PHI3_BARE | {"</s>"} <= tokenizer.added.keys():
+    """True if exactly those added tokens strip the spaces behind them that llama.cpp strips for
+    Phi-3.
+
+    A note is added where other tokens do.
+    """
+    added = tokenizer.added
+    strips = set()
+    strips_right = set()
+    for text, token in added.items():
+        if token.lstrip or token.rstrip or token.single_word:
+            strips.add(text)
+        if token.rstrip:
+            strips_right.add(text)
+    of_phi3 = {text for text in added if text not in PHI3_BARE}
+    has_phi3_tokens = PHI3_BARE | {"</s>"} <= added.keys()
+    if strips == strips_right == of_phi3 and has_phi3_tokens:
         return True
-    if flags:
-        notes.append(f"{min(flags)!r} takes the space beside it along; a GGUF file can't say that, llama.cpp leaves it")
+    if strips:
+        text = f"{min(strips)!r} strips the spaces beside it"
+        notes.append(f"{text}; a GGUF file can't say that, so llama.cpp keeps them")
     return False
 
 
 def chat_templates(folder: Path, config: dict) -> dict:
-    """The keys of the folder's chat templates: none, one, or several by name."""
-    found = config.get("chat_template")
-    named = {"default": found} if isinstance(found, str) else {}
-    if isinstance(found, list):
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+    """Returns the fields of the folder's chat templates: none, one, or several by name.
+
+    config: tokenizer_config.json. Raises UserError where its chat_template is of another form.
+    """
+    template = config.get("chat_template")
+    named = {}
+    if isinstance(template, str):
+        named = {"default": template}
+    elif isinstance(template, list):
+        for entry in template:
+            if isinstance(entry, dict):
+                named[entry.get("name")] = entry.get("template")
     if not named and (folder / "chat_template.json").is_file():
         named = {"default": read_json(folder / "chat_template.json").get("chat_template")}
     for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
@@ -379,10 +566,17 @@ def chat_templates(folder: Path, config: dict) -> dict:
         named["default"] = read_text(folder / "chat_template.jinja")
     if not all(isinstance(name, str) and isinstance(text, str) for name, text in named.items()):
         raise UserError(f"{folder}: its chat_template is neither a text nor a list of names and texts")
-    keys = {}
+
+    fields = {}
+    others = []
     for name, text in named.items():
-        if text:
-            keys["tokenizer.chat_template" + (f".{name}" if name != "default" else "")] = text
-    if others := [name for name in named if name != "default" and named[name]]:
-        keys["tokenizer.chat_templates"] = others
-    return keys
+        if not text:
+            continue
+        key = "tokenizer.chat_template"
+        if name != "default":
+            key += f".{name}"
+            others.append(name)
+        fields[key] = text
+    if others:
+        fields["tokenizer.chat_templates"] = others
+    return fields

@@ -199,7 +199,7 @@ def test_a_token_that_takes_spaces_along_is_said(tmp_path):
     folder, notes = small(tmp_path / "hf"), []
     spoil(folder, lambda spec: spec["added_tokens"][2].update(lstrip=True))
     fields(folder, tmp_path, notes)
-    assert len(notes) == 1 and notes[0].startswith("NOTE: '<think>' takes the space beside it along")
+    assert len(notes) == 1 and notes[0].startswith("NOTE: '<think>' strips the spaces beside it")
 
 
 def test_tokens_beyond_the_embedding_are_left_out_and_said(tmp_path):
@@ -344,7 +344,7 @@ def test_phi3s_control_tokens_take_spaces_along_by_the_models_name(name, tmp_pat
     )
     assert expected == with_spaces
     found = fields(folder, tmp_path, notes)
-    assert not any("along" in note for note in notes)
+    assert not any("strips" in note for note in notes)
     assert found["general.name"] == {"mine": "Phi-3 mine"}.get(name, name)
     convert.gguf_to_folder(tmp_path / "x.gguf", tmp_path / "back")
     assert load_tokenizer(tmp_path / "back").encode(text, special=True) == expected

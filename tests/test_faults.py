@@ -55,7 +55,10 @@ def workers(child: subprocess.Popen) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
-@pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize(
+    "number, processes",
+    [(signal.SIGINT, 1), (signal.SIGTERM, 2), pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow)],
+)
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(job, tmp_path, number, processes):  # noqa: F811
     words = [*job("lora"), "--batch-size", str(6 // processes), "--steps", "60", "--save-every", "50"]
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -249,7 +252,7 @@ def short(job, tmp_path_factory):  # noqa: F811
     return words, whole
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", [0, 2, *(pytest.param(part, marks=pytest.mark.slow) for part in (1, 3))])
 def test_a_disk_that_is_full_for_one_write_costs_no_run(short, tmp_path, monkeypatch, capsys, part):
     """ENOSPC at each write that a run makes, one run after the other."""
     words, whole = short

@@ -230,6 +230,7 @@ def bundled_losses(data: Dataset, folder, optimizer: str, method: str, seed: int
     return run_loop(model, data, chosen, folder)
 
 
+@pytest.mark.slow
 def test_8_bits_follow_32_on_the_bundled_task(tmp_path):
     """Two curves of one order of the data, apart by less than other adapters to begin with make it."""
     data = load(BUNDLED_TASK["train"][:1], load_tokenizer(model_folder(None)), 512)

@@ -172,7 +172,13 @@ FAMILIES = {
 
 
 @needs_shared
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        "sliding windows",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "sliding windows"),
+    ],
+)
 def test_packed_equals_unpacked_on_500_real_examples(tokenizer, family):
     """Total loss and every parameter's gradient, in fp32."""
     data = load([SHARED / "alpaca_en_1k.json"], tokenizer, 2048).take(np.arange(500))

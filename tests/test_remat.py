@@ -104,7 +104,10 @@ def test_less_is_kept(tmp_path):
     assert none > 4 * tokens * (4 * 64 + 4 * 64 + 2 * 128)
 
 
-@pytest.mark.parametrize("kind, more", [("selective", []), ("full", []), ("full", ["--compile", "on"])])
+@pytest.mark.parametrize(
+    "kind, more",
+    [("selective", []), ("full", []), pytest.param("full", ["--compile", "on"], marks=pytest.mark.slow)],
+)
 def test_whole_runs(tmp_path, monkeypatch, capsys, kind, more):
     base = chat_base(tmp_path / "base", std=0.1)
     (tmp_path / "data.json").write_text(json.dumps([{"instruction": f"say {i}", "output": f"{i}!"} for i in range(40)]))

@@ -334,7 +334,13 @@ def test_other_numbers_of_processes_resume_to_rounding(by_processes, name, pair)
         )
 
 
-@pytest.mark.parametrize("words", ["--context-parallel 2 --dropout 0.2", "--shard full --targets v_proj,q_proj"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--context-parallel 2 --dropout 0.2",
+        pytest.param("--shard full --targets v_proj,q_proj", marks=pytest.mark.slow),
+    ],
+)
 def test_the_layout_of_processes_is_taken_up(job, tmp_path, words):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     processes = 2 if "context" in words else 1
@@ -413,7 +419,11 @@ def kills(job, folder: Path, method: str, processes: int, instants: list) -> int
 
 @pytest.mark.parametrize(
     "method, processes, instants",
-    [("full", 1, [(5, None)]), ("lora", 2, [(4, 0.02)]), ("qlora", 1, [(11, None)])],
+    [
+        ("full", 1, [(5, None)]),
+        ("lora", 2, [(4, 0.02)]),
+        pytest.param("qlora", 1, [(11, None)], marks=pytest.mark.slow),
+    ],
 )
 def test_killed_and_resumed(job, tmp_path, method, processes, instants):
     assert kills(job, tmp_path, method, processes, instants) >= 1

@@ -467,6 +467,7 @@ def test_the_bundled_task_is_learned_and_little_is_forgotten(tmp_path, monkeypat
 
 
 @needs_shared
+@pytest.mark.slow
 def test_alpaca_validation_loss_falls_on_the_default_base(tmp_path, monkeypatch, capsys):
     words = ["--data", SHARED / "alpaca_en_1k.json", "--val-fraction", 0.03, "--seq-len", 256, "--steps", 12]
     whole_run(monkeypatch, capsys, *words, "--eval-every", 12, "--out", tmp_path / "run")

@@ -505,9 +505,12 @@ def test_a_bad_step_of_adamw_changes_nothing_and_is_not_waited_for(dtype):
 
 @pytest.mark.parametrize(
     "shape",
-    [{}, {"num_key_value_heads": 2, "attention_bias": True}, {"head_dim": 22}, {"hidden_act": "gelu"},
-     {"hidden_act": "gelu_pytorch_tanh", "mlp_bias": True}],
-)  # fmt: skip
+    [
+        {"num_key_value_heads": 2, "attention_bias": True},
+        {"hidden_act": "gelu_pytorch_tanh", "mlp_bias": True},
+        *(pytest.param(shape, marks=pytest.mark.slow) for shape in ({}, {"head_dim": 22}, {"hidden_act": "gelu"})),
+    ],
+)
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_a_model_with_every_kernel_is_the_model(tmp_path, monkeypatch, shape, method):
     """Loss and every gradient against the plain forms."""

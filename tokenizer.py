@@ -1,13 +1,15 @@
 """Text to token ids and back, and conversations to ids with a mask of what is trained.
 
-`load_tokenizer` makes a `Tokenizer` of a Hugging Face folder; what cuts plain text into tokens is in
-tokenization/subwords.py. What would give other ids than the `tokenizers` library on any text is refused with the
-reason. A control token is one only where the program or the template writes it: in text from people `<|im_end|>` is ten
-characters, unless they ask (`special=True`).
+`load_tokenizer` makes a `Tokenizer` from a Hugging Face folder; tokenization/subwords.py cuts plain
+text into tokens. A tokenizer that would give other ids than the `tokenizers` library on any text is
+refused, with the reason. A control token is one only where the program or the template writes it:
+in text from people, `<|im_end|>` is ten characters, unless the caller asks for more
+(`special=True`).
 
-A conversation is one text, written by the folder's Jinja template (tokenization/chat_template.py) and tokenised whole,
-so that no turn is cut off from its context. Trained are the assistant's turns and what ends each; `render` says how
-that is proved.
+A conversation is one text, which the folder's Jinja template writes
+(tokenization/chat_template.py). It is tokenized as a whole, so that no message is cut off from its
+context. The assistant's messages are trained, with the token that ends each; `Tokenizer.render`
+says how that is proved.
 """
 
 import codecs
@@ -28,16 +30,35 @@ from tokenization.chat_template import NAMED, Answer, Conversation, Refused, Ren
 from tokenization.subwords import AddedToken, BytePairs, Pieces, byte_pairs, is_tiktoken, pieces, tiktoken_file
 
 Span = tuple[int, int]  # [start, end), in characters where nothing else is said
-Turn = tuple[int, int, int]  # [start, end) in ids, and the number of the message that is trained there
+TrainedSpan = tuple[int, int, int]  # [start, end) in ids, and the number of the message that is trained there
+Cut = tuple[int, int, int | None]  # [start, end) in characters, and the id of the added token there; None: plain text
+
+# The files whose contents ids and masks depend on.
+READ = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TEMPLATE_BYTES = 4 << 20  # largest chat template that is read
+MOST_ADDED = 300_000  # added tokens that are read; the pattern that finds them is made in seconds
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a UTF-16 pair
+# Unicode's White_Space, which an added token may take along. Python's own strip() takes four
+# control characters more.
+SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+WORD = ("Nd", "Nl", "Pc")  # Unicode categories of characters in words, with all letters and marks
+SHORT_TEXT = 500  # characters; the ids of shorter parts of conversations are kept from one conversation to the next
+MOST_SHORT_TEXTS = 1000  # that are kept
 
 
 class TemplateError(UserError):
-    """The chat template refuses a conversation, or changes an answer so that it can't be told where it stands."""
+    """The chat template refuses a conversation, or changes an answer so that it can't be found in
+    the text."""
 
 
 @dataclass
 class Tokenizer:
-    """What `load_tokenizer` returns. More: special_tokens (id by text), unlisted_ends, vocab_size, description."""
+    """What `load_tokenizer` returns.
+
+    Further attributes: special_tokens (id by text), vocab_size, description (a text for the user),
+    and unlisted_ends: the ids in stop_ids that no config file names, so that a server must be told
+    of them.
+    """
 
     model: "BytePairs | Pieces"
     added: dict[str, AddedToken]
@@ -45,119 +66,167 @@ class Tokenizer:
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
-    adds_bos: bool  # whether plain text begins with bos in this model's training
-    stop_ids: set[int]  # each ends generation: eos of every config file, and what ends a turn in the template
-    templates: dict[str, str]  # "default", and "tool_use" if there is another one for conversations with tools
+    adds_bos: bool  # in this model's training, plain text begins with bos
+    stop_ids: set[int]  # each ends generation: eos of every config file, and what ends an answer in the template
+    templates: dict[str, str]  # "default", and "tool_use" if conversations with tools have a template of their own
     template_name: str  # where they come from: a file's name, or "alpaca (fallback)"
     source: Path  # the folder
 
     def __post_init__(self):
         self.special_tokens = {text: token.id for text, token in self.added.items() if token.special}
         self._special_ids = frozenset(self.special_tokens.values())
-        # what the model knows of a plain one is what it says: Gemma's "▁▁" are two spaces
-        known = {token.id for token in self.added.values() if not token.special} & self.model.bytes_of.keys()
-        added = {token.id: text.encode() for text, token in self.added.items() if token.id not in known}
-        self._bytes = self.model.bytes_of | added
+        # An added token that is not special stands for the bytes that the subword model knows,
+        # where it knows it: Gemma's "▁▁" is two spaces.
+        plain_ids = {token.id for token in self.added.values() if not token.special}
+        known_ids = plain_ids & self.model.bytes_of.keys()
+        added_bytes = {token.id: text.encode() for text, token in self.added.items() if token.id not in known_ids}
+        self._bytes = self.model.bytes_of | added_bytes
         self.vocab_size = max(self._bytes) + 1
         self.description = f"{self.model.kind}, {self.vocab_size:,} tokens{self.model.details}"
+
+        # Late tokens are looked for in what the others leave, and after it is normalized.
         late = [text for text, token in self.added.items() if token.normalized]
-        self._patterns = [_any_of(self.added.keys() - {*late}), *([_any_of(late)] if late else [])]
-        self._late = None
-        if late and self.model.nfc:  # looked for in another text, and in its form
-            self._patterns.pop()
-            self.added |= {self.model.normalize(text): self.added[text] for text in late}
-            self._late = _any_of(map(self.model.normalize, late))
+        self._patterns = [_any_of(self.added.keys() - {*late})]
+        self._late_pattern = None
+        if late and self.model.nfc:
+            # They are looked for in another text, the normalized one, and so in their own
+            # normalized form.
+            normalized = {self.model.normalize(text): self.added[text] for text in late}
+            self.added |= normalized
+            self._late_pattern = _any_of(normalized)
+        elif late:
+            self._patterns.append(_any_of(late))
         self._control = _any_of(self.special_tokens)
-        self._short: dict[tuple[str, bool], list[int]] = {}  # ids of short parts of conversations
+        self._short_texts: dict[tuple[str, bool], list[int]] = {}  # ids of short parts of conversations
         self._jinja = {name: Template(source, self.names) for name, source in self.templates.items()}
-        self.unlisted_ends = self._turn_end() - self.stop_ids  # no config file names them: a server must be told
+        self.unlisted_ends = self._answer_end() - self.stop_ids
         self.stop_ids = self.stop_ids | self.unlisted_ends
 
     # ---- text ----
 
     def encode(self, text: str, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
-        """The ids of a text; bos and eos around it on request, where the tokenizer has them.
+        """Returns the ids of a text.
 
-        special: False takes the text of control tokens for plain text, as the `tokenizers` library does with its
-        `encode_special_tokens`; True makes control tokens of it. Added tokens that are not special (`<think>`) are
-        found either way. A lone surrogate, which is no character, counts as U+FFFD.
+        bos, eos: put these tokens around it, where the tokenizer has them.
+        special: False takes the text of control tokens for plain text, as the `tokenizers` library
+        does with its `encode_special_tokens`; True makes control tokens of it. Added tokens that
+        are not special (`<think>`) are found either way. A lone surrogate, which is no character,
+        counts as U+FFFD.
         """
-        text = _without_halves(text)
+        text = _replace_surrogates(text)
         ids = [self.bos_id] if bos and self.bos_id is not None else []
         for start, end, id in self._cut(text, special):
             if id is not None:
                 ids.append(id)
                 continue
             part = self.model.normalize(text[start:end])
-            if self._late is None:
+            if self._late_pattern is None:
                 ids += self.model.encode(part, start == 0)
             else:
                 ids += self._subwords(part, start == 0)[0]
-        return ids + [self.eos_id] if eos and self.eos_id is not None else ids
+        if eos and self.eos_id is not None:
+            ids.append(self.eos_id)
+        return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """The text of ids. Bytes that are not UTF-8 become U+FFFD; ids beyond the vocabulary become nothing."""
+        """Returns the text of ids. Bytes that are not UTF-8 become U+FFFD; ids beyond the
+        vocabulary become nothing.
+
+        skip_special: leave out control tokens.
+        """
         return "".join(self.stream(ids, skip_special))
 
     def stream(self, ids: Iterable[int], skip_special: bool = False, first: bool = True) -> Iterator[str]:
-        """The same text in pieces, as the ids come; none ends inside a character. first: the ids begin a text; False
-        where they go on from one, whose last word a space may part from theirs."""
+        """Yields the same text as `decode` in pieces, as the ids come; no piece ends inside a
+        character.
+
+        first: the ids begin a text. False where they continue one: then a space at the beginning
+        belongs to the text.
+        """
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         at_start = first and self.model.prefix != "never"
         for id in ids:
-            new = b"" if skip_special and id in self._special_ids else self._bytes.get(id, b"")
-            if new and at_start:  # the space that sentencepiece put before the first word
-                new, at_start = new.removeprefix(b" "), False
-            if text := utf8.decode(new):
+            if skip_special and id in self._special_ids:
+                continue
+            new = self._bytes.get(id, b"")
+            if new and at_start:
+                # sentencepiece has put a space before the first word.
+                new = new.removeprefix(b" ")
+                at_start = False
+            text = utf8.decode(new)
+            if text:
                 yield text
-        if text := utf8.decode(b"", final=True):
+        text = utf8.decode(b"", final=True)
+        if text:
             yield text
 
-    def _cut(self, text: str, special: bool, quoted: Collection[Span] = ()) -> list[tuple[int, int, int | None]]:
-        """The text cut at its added tokens: (start, end, id) of each, and (start, end, None) of what lies between; the
-        space that a token takes along is in neither. Special ones count only if `special`, and nowhere that touches a
-        `quoted` span."""
-        cuts = [(0, len(text), None)]
+    def _cut(self, text: str, special: bool, quoted: Collection[Span] = ()) -> list[Cut]:
+        """Cuts a text at its added tokens.
+
+        special: special tokens count as well, but nowhere that touches one of the `quoted` spans.
+        Returns the tokens and the plain text between them, in order. The space that a token takes
+        along is in neither.
+        """
+        cuts: list[Cut] = [(0, len(text), None)]
         for pattern in self._patterns:
-            cuts = [
-                finer
-                for cut in cuts
-                for finer in ([cut] if cut[2] is not None else self._find(pattern, text, cut[:2], special, quoted))
-            ]
+            finer = []
+            for cut in cuts:
+                start, end, id = cut
+                if id is None:
+                    finer += self._find(pattern, text, (start, end), special, quoted)
+                else:
+                    finer.append(cut)
+            cuts = finer
         return cuts
 
-    def _find(self, pattern: re.Pattern, text: str, where: Span, special: bool, quoted: Collection[Span] = ()):
-        """The same of the part `where` of the text, for the tokens that one pattern finds."""
-        done, stop = where
-        for match in pattern.finditer(text, *where):
-            token, (a, b) = self.added[match[0]], match.span()
-            if token.special and (not special or any(a < q and p < b for p, q in quoted)):
+    def _find(
+        self, pattern: re.Pattern, text: str, span: Span, special: bool, quoted: Collection[Span] = ()
+    ) -> Iterator[Cut]:
+        """Yields the same as `_cut` for a span of the text and the added tokens that one pattern
+        finds."""
+        start, end = span
+        done = start
+        for match in pattern.finditer(text, start, end):
+            token = self.added[match[0]]
+            a, b = match.span()
+            if token.special and (not special or any(a < quote_end and quote < b for quote, quote_end in quoted)):
                 continue
-            beside = text[where[0] : a][-1:], text[b:stop][:1]
-            if a < done or (token.single_word and any(map(_in_word, beside))):
+            if a < done:
                 continue
-            before = done + len(text[done:a].rstrip(SPACE)) if token.lstrip else a
-            if done < before:
-                yield done, before, None
+            if token.single_word:
+                before, after = text[max(start, a - 1) : a], text[b : min(end, b + 1)]
+                if _in_word(before) or _in_word(after):
+                    continue
+            plain_end = a
+            if token.lstrip:
+                plain_end = done + len(text[done:a].rstrip(SPACE))
+            if done < plain_end:
+                yield done, plain_end, None
             yield a, b, token.id
-            done = stop - len(text[b:stop].lstrip(SPACE)) if token.rstrip else b
-        if done < stop:
-            yield done, stop, None
+            done = b
+            if token.rstrip:
+                done = end - len(text[b:end].lstrip(SPACE))
+        if done < end:
+            yield done, end, None
 
     def _subwords(self, text: str, first: bool) -> tuple[list[int], list[int], list[int]]:
-        """Ids of a normalized text that holds no early added token, and where each begins and ends, in its bytes."""
-        if self._late is None:
+        """Encodes a normalized text in which only late added tokens are left. first: nothing stands
+        before it.
+
+        Returns the ids, and where each begins and ends, in bytes of the text.
+        """
+        if self._late_pattern is None:
             return self.model.encode_spans(text, first)
         ids, starts, ends = [], [], []
-        for start, end, id in self._find(self._late, text, (0, len(text)), False):
-            at = len(text[:start].encode())
+        for start, end, id in self._find(self._late_pattern, text, (0, len(text)), False):
             if id is None:
-                new, begin, stop = self.model.encode_spans(text[start:end], first and start == 0)
+                new, new_starts, new_ends = self.model.encode_spans(text[start:end], first and start == 0)
             else:
-                new, begin, stop = [id], [0], [len(text[start:end].encode())]
+                new, new_starts, new_ends = [id], [0], [len(text[start:end].encode())]
+            offset = len(text[:start].encode())
             ids += new
-            starts += [at + a for a in begin]
-            ends += [at + b for b in stop]
+            starts += [offset + position for position in new_starts]
+            ends += [offset + position for position in new_ends]
         return ids, starts, ends
 
     # ---- conversations ----
@@ -165,25 +234,30 @@ class Tokenizer:
     def render(
         self, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False
     ) -> tuple[list[int], list[bool]]:
-        """A conversation as the model sees it: ids, and for each whether it is trained.
+        """Encodes a conversation as the model sees it: returns the ids, and for each True if it is
+        trained.
 
-        messages: {"role", "content", "tool_calls"} each, in an order that the template accepts. add_generation_prompt:
-        end with the head of an answer. The ids are those of `render_text`, with control tokens where the template
-        writes them and none in the messages, and no bos but the template's. Trained is what the template writes for an
-        assistant's turn behind the text that asks for it, tool calls and thoughts included, and the first of
-        `stop_ids` after it, if there is nothing but space between. An answer that ends the conversation is trained up
-        to the next of `stop_ids` in any case, and where there is none eos is appended for it. An answer of nothing but
-        space is not trained.
+        messages: {"role", "content", "tool_calls"} each, in an order that the template accepts.
+        tools: what the template is told of the tools.
+        add_generation_prompt: end with the beginning of an answer.
 
-        Proof that nothing else is: the trained ids decode to just that text, and with another text in the answers'
-        places the ids that are not trained stay the same. Raises TemplateError where that fails.
+        The ids are those of `render_text`, with control tokens where the template writes them and
+        none in the messages, and with no bos but the template's. Trained is what the template
+        writes for an assistant's message behind the text that asks for it, tool calls and thoughts
+        included, and the first of `stop_ids` after it, if there is nothing but space between. An
+        answer that ends the conversation is trained up to the next of `stop_ids` in any case, and
+        where there is none, eos is appended for it. An answer of nothing but space is not trained.
+
+        Proof that nothing else is trained: the trained ids decode to just that text, and with
+        another text in the place of each answer, the ids that are not trained stay the same. Raises
+        TemplateError where that fails.
         """
         (result,) = self.render_each([(messages, tools)], add_generation_prompt)
         if isinstance(result, UserError):
             raise result
-        ids, turns = result
+        ids, spans = result
         mask = [False] * len(ids)
-        for start, end, _ in turns:
+        for start, end, _ in spans:
             mask[start:end] = [True] * (end - start)
         return ids, mask
 
@@ -192,215 +266,287 @@ class Tokenizer:
         conversations: list[tuple[list[dict], list | None]],
         add_generation_prompt: bool = False,
         roles: tuple[str, ...] = ("assistant",),
-    ) -> list["tuple[list[int], list[Turn]] | UserError"]:
-        """The same of many (messages, tools), which the template's process takes together: of each its ids and the
-        trained spans of them, in order; or why it has none. roles: whose turns are trained; of a user's the words and
-        what ends them."""
+    ) -> list["tuple[list[int], list[TrainedSpan]] | UserError"]:
+        """Encodes many conversations as `render` does, which the template's process takes together.
+
+        conversations: (messages, tools) each.
+        roles: the roles whose messages are trained; of a user's message, its words and what ends
+        them.
+        Returns for each conversation its ids and the trained spans of them, in order, or why it has
+        none.
+        """
         results: list = [None] * len(conversations)
         by_template: dict[str, list[tuple[int, Conversation]]] = {}
         for i, (messages, tools) in enumerate(conversations):
             try:
-                each = Conversation(_plain_messages(messages), tools, add_generation_prompt, roles)
-                by_template.setdefault(self.which_template(tools), []).append((i, each))
+                conversation = Conversation(_plain_messages(messages), tools, add_generation_prompt, roles)
             except TemplateError as error:
                 results[i] = error
+                continue
+            by_template.setdefault(self.which_template(tools), []).append((i, conversation))
         for name, numbered in by_template.items():
-            found = self._jinja[name].locate([each for _, each in numbered], self._control)
-            for (i, _), rendered in zip(numbered, found, strict=True):
+            rendered_conversations = self._jinja[name].locate([each for _, each in numbered], self._control)
+            for (i, _), rendered in zip(numbered, rendered_conversations, strict=True):
+                # Besides a TemplateError, it may be a limit of the tokenizer.
                 try:
-                    results[i] = self._ids_and_turns(rendered)
-                except UserError as error:  # a tokenizer's limit as well
+                    results[i] = self._ids_and_spans(rendered)
+                except UserError as error:
                     results[i] = error
         return results
 
-    def _ids_and_turns(self, found: "Rendered | Refused") -> tuple[list[int], list["Turn"]]:
-        if isinstance(found, Refused):
-            raise self._error(str(found))
-        text, other = (_without_halves(each) for each in (found.text, found.other))
-        cuts = self._cut(text, True, found.quoted)
+    def _ids_and_spans(self, rendered: "Rendered | Refused") -> tuple[list[int], list[TrainedSpan]]:
+        """Returns the ids of a conversation and the trained spans of them. Raises TemplateError
+        where the proof that `render` describes fails."""
+        if isinstance(rendered, Refused):
+            raise self._error(str(rendered))
+        text = _replace_surrogates(rendered.text)
+        other = _replace_surrogates(rendered.other)
+        cuts = self._cut(text, True, rendered.quoted)
         stops = [(start, end) for start, end, id in cuts if id in self.stop_ids]
-        last = next((a for a in found.answers if a.ends_all and not found.asked), None)
-        end = [self.eos_id] if last and not any(start >= last.last for start, _ in stops) else []
-        if end == [None]:
+        last_answer = None
+        if not rendered.has_generation_prompt:
+            last_answer = next((answer for answer in rendered.answers if answer.is_last), None)
+        needs_eos = last_answer is not None and not any(start >= last_answer.last for start, _ in stops)
+        if needs_eos and self.eos_id is None:
             raise self._error("it ends an answer with no control token, and the tokenizer has no eos_token")
-        spans = [self._extent(answer, text, cuts, stops, answer is last) for answer in found.answers]
-        seen: dict = {}
-        ids, turns, whole = self._tokens(text, cuts, spans, seen)
-        if turns and not found.asked:  # a prompt is not trained on
-            moved = lambda spans: [(found.moved(a), found.moved(b)) for a, b in spans]
-            cuts = self._cut(other, True, moved(found.quoted))
-            others = self._tokens(other, cuts, moved(spans), seen)
-            said = all(self._spells(ids[a:b], text[c:d]) for (a, b), (c, d) in zip(turns, spans, strict=True))
-            if not (whole and others[2] and said and _outside(ids, turns) == _outside(*others[:2])):
-                raise self._error("a token holds a part of an answer and of what stands around it")
-        numbered = [(a, b, answer.number) for (a, b), answer in zip(turns, found.answers, strict=True)]
-        if end:
-            numbered[-1] = (numbered[-1][0], len(ids) + 1, numbered[-1][2])
-        return ids + end, numbered
 
-    def _extent(self, answer: Answer, text: str, cuts: list, stops: list[Span], is_last: bool) -> Span:
-        """The trained part of the text: from the head of the answer to its end, the stop that ends it included."""
-        head = next((start for start, end, id in cuts if id is not None and start < answer.head < end), answer.head)
+        spans = [self._trained_text(answer, text, cuts, stops, answer is last_answer) for answer in rendered.answers]
+        cache: dict = {}
+        ids, trained, is_exact = self._tokens(text, cuts, spans, cache)
+        # A prompt is not trained on, so it needs no proof.
+        if trained and not rendered.has_generation_prompt:
+
+            def in_other(spans: list[Span]) -> list[Span]:
+                return [(rendered.position_in_other(a), rendered.position_in_other(b)) for a, b in spans]
+
+            other_cuts = self._cut(other, True, in_other(rendered.quoted))
+            other_ids, other_trained, other_is_exact = self._tokens(other, other_cuts, in_other(spans), cache)
+            decodes = all(
+                self._spells(ids[a:b], text[start:end]) for (a, b), (start, end) in zip(trained, spans, strict=True)
+            )
+            same_outside = _outside(ids, trained) == _outside(other_ids, other_trained)
+            if not (is_exact and other_is_exact and decodes and same_outside):
+                raise self._error("a token holds a part of an answer and of what stands around it")
+
+        numbered = [(a, b, answer.message) for (a, b), answer in zip(trained, rendered.answers, strict=True)]
+        if needs_eos:
+            ids.append(self.eos_id)
+            start, _, message = numbered[-1]
+            numbered[-1] = (start, len(ids), message)
+        return ids, numbered
+
+    def _trained_text(self, answer: Answer, text: str, cuts: list[Cut], stops: list[Span], is_last: bool) -> Span:
+        """Returns the trained span of the text: from the beginning of the answer to its end, with
+        the stop token that ends it."""
+        begin = answer.begin
+        for start, end, id in cuts:
+            # An added token that the answer begins inside of is trained as a whole.
+            if id is not None and start < answer.begin < end:
+                begin = start
+                break
         stop = next((stop for stop in stops if stop[0] >= answer.last), None)
         if stop is None:
-            return head, len(text) if is_last else answer.last
-        between = [(start, id) for start, _, id in cuts if answer.last <= start < stop[0]]
-        near = not text[answer.last : stop[0]].strip()
-        near |= answer.calls and not any(id in self._special_ids for _, id in between)
-        return head, stop[1] if near or is_last else answer.last
+            return begin, len(text) if is_last else answer.last
+        stop_start, stop_end = stop
+        between = [id for start, _, id in cuts if answer.last <= start < stop_start]
+        only_space = not text[answer.last : stop_start].strip()
+        # The template writes more words after a tool call, which belong to it.
+        only_words = answer.has_tool_calls and not any(id in self._special_ids for id in between)
+        if only_space or only_words or is_last:
+            return begin, stop_end
+        return begin, answer.last
 
     def _tokens(
-        self, text: str, cuts: list, spans: list[Span], seen: dict
+        self, text: str, cuts: list[Cut], spans: list[Span], cache: dict
     ) -> tuple[list[int], list[tuple[int, int]], bool]:
-        """Ids of a text cut at its added tokens; where in them each of the spans of characters begins and ends; and
-        whether no token holds a part of a span and of anything else. seen: ids of parts that came before."""
+        """Encodes a text that is cut at its added tokens.
+
+        spans: spans of characters, ascending. cache: ids of parts that came before, by (text,
+        first).
+        Returns the ids, where in them each of the spans begins and ends, and True if no token holds
+        both a part of a span and a part of anything else.
+        """
         ids: list[int] = []
-        bounds = [(at, i % 2) for i, at in enumerate(at for span in spans for at in span)]  # ascending; 1: an end
-        found, whole, next_bound = [], True, 0
+        bounds: list[tuple[int, int]] = []  # positions of beginnings (0) and ends (1) of spans, ascending
+        for start, end in spans:
+            bounds += [(start, 0), (end, 1)]
+        places: list[int] = []  # of each bound, the number of ids before it
+        is_exact = True
         for start, end, id in cuts:
-            inside = []
-            while next_bound < len(bounds) and bounds[next_bound][0] < end:
-                at, is_end = bounds[next_bound]
-                next_bound += 1
-                if at <= start:
-                    found.append(len(ids))
+            inside = []  # bounds within plain text, which are placed below
+            while len(places) < len(bounds) and bounds[len(places)][0] < end:
+                position, is_end = bounds[len(places)]
+                if position <= start:
+                    places.append(len(ids))
                 elif id is not None:
-                    found.append(len(ids) + is_end)
+                    places.append(len(ids) + is_end)
                 else:
-                    found.append(-1)
-                    inside.append((len(found) - 1, at, is_end))
+                    inside.append((len(places), position, is_end))
+                    places.append(-1)
             if id is not None:
                 ids.append(id)
                 continue
-            part, first = text[start:end], start == 0
+            part = text[start:end]
+            first = start == 0
             if not inside:
-                known = self._short if len(part) < 500 else seen  # a system turn that all conversations have, say
-                if (part, first) not in known:
-                    if len(self._short) > 1000:
-                        self._short.clear()
-                    known[part, first] = self._subwords(self.model.normalize(part), first)[0]
-                ids += known[part, first]
+                ids += self._cached_subwords(part, first, cache)
                 continue
             new, starts, ends = self._subwords(self.model.normalize(part), first)
-            for i, at, is_end in inside:
-                byte = len(self.model.normalize(text[start:at]).encode())
+            for i, position, is_end in inside:
+                byte = len(self.model.normalize(text[start:position]).encode())
                 token = bisect_right(ends, byte)
                 if token < len(new) and starts[token] < byte:
-                    whole, token = False, token + is_end
-                found[i] = len(ids) + token
+                    is_exact = False
+                    token += is_end
+                places[i] = len(ids) + token
             ids += new
-        found += [len(ids)] * (len(bounds) - next_bound)
-        return ids, list(zip(found[::2], found[1::2], strict=True)), whole
+        places += [len(ids)] * (len(bounds) - len(places))
+        return ids, list(zip(places[::2], places[1::2], strict=True)), is_exact
 
-    def _spells(self, ids: list[int], wanted: str) -> bool:
-        """Whether ids say a part of the text. Of the space that sentencepiece puts in front of a word none is asked."""
-        wanted = self.model.normalize(wanted)
+    def _cached_subwords(self, part: str, first: bool, cache: dict) -> list[int]:
+        """Returns the ids of a part of a conversation. Short ones, such as a system message that
+        all conversations have, are kept from one conversation to the next; long ones in `cache`."""
+        known = self._short_texts if len(part) < SHORT_TEXT else cache
+        if (part, first) not in known:
+            if len(self._short_texts) > MOST_SHORT_TEXTS:
+                self._short_texts.clear()
+            known[part, first] = self._subwords(self.model.normalize(part), first)[0]
+        return known[part, first]
+
+    def _spells(self, ids: list[int], text: str) -> bool:
+        """True if ids decode to a part of a text. With sentencepiece, which puts spaces in front of
+        words, spaces do not count."""
+        text = self.model.normalize(text)
         if self.model.prefix == "never":
-            return b"".join([self._bytes.get(id, b"") for id in ids]).decode("utf-8", "replace") == wanted
-        return "".join(self.stream(ids, first=False)).replace(" ", "") == wanted.replace(" ", "")
+            return b"".join([self._bytes.get(id, b"") for id in ids]).decode("utf-8", "replace") == text
+        return "".join(self.stream(ids, first=False)).replace(" ", "") == text.replace(" ", "")
 
     def render_text(self, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False) -> str:
-        """The template's text, equal to transformers' apply_chat_template(tokenize=False). Raises TemplateError."""
+        """Returns the template's text, equal to transformers' apply_chat_template(tokenize=False).
+        Raises TemplateError."""
         try:
             template = self._jinja[self.which_template(tools)]
             return template.render(_plain_messages(messages), tools, add_generation_prompt)
-        except Refused as reason:
-            raise self._error(str(reason)) from None
+        except Refused as refusal:
+            raise self._error(str(refusal)) from None
 
     def spells_control(self, text: str) -> bool:
-        """Whether a text holds that of a control token."""
+        """True if a text holds the text of a control token."""
         return self._control.search(text) is not None
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that ids and masks depend on: the folder's files, the templates, the ends."""
-        hashed = hashlib.sha256(json.dumps([self.templates, sorted(self.stop_ids), self.adds_bos]).encode())
+        """A hash of all that ids and masks depend on: the folder's files, the templates, the stop
+        tokens."""
+        digest = hashlib.sha256(json.dumps([self.templates, sorted(self.stop_ids), self.adds_bos]).encode())
         for name in READ:
-            if (self.source / name).is_file():
-                hashed.update(name.encode() + (self.source / name).read_bytes())
-        return hashed.hexdigest()
+            path = self.source / name
+            if path.is_file():
+                digest.update(name.encode() + path.read_bytes())
+        return digest.hexdigest()
 
     def forget_processes(self) -> None:
-        """In a forked process: lets go of its parent's template processes, to start its own."""
+        """Makes a forked process start template processes of its own instead of using its parent's."""
         for template in self._jinja.values():
             template.process = None
 
     def save_template(self, folder: Path) -> None:
-        """Puts a named template into a folder, so that the model is served as it was trained; one out of files comes
-        with them."""
+        """Writes a named template into a folder, so that the model is served with the template it
+        was trained with. One that came from files is copied with them."""
         if self.templates["default"] in NAMED.values():
             (Path(folder) / "chat_template.jinja").write_text(self.templates["default"], encoding="utf-8")
 
     def which_template(self, tools: list | None) -> str:
-        """The name of the one that a conversation with these tools is written by."""
+        """Returns the name of the template that writes a conversation with these tools."""
         return "tool_use" if tools is not None and "tool_use" in self._jinja else "default"
 
     def _error(self, reason: str) -> TemplateError:
+        """Returns an error of one line that names the template."""
         return TemplateError(f"chat template of {self.template_name}: {' '.join(reason.split())}")
 
-    def _turn_end(self) -> set[int]:
-        """The control token that the template writes after an answer, found by trying."""
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        (found,) = self._jinja[self.which_template(None)].locate([Conversation(turns)], self._control)
-        if isinstance(found, Refused):  # broken, or in want of other turns: said where it is used
+    def _answer_end(self) -> set[int]:
+        """Returns the control token that the template writes after an answer, found by a trial; or
+        an empty set."""
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        (rendered,) = self._jinja[self.which_template(None)].locate([Conversation(messages)], self._control)
+        # A template that is broken, or that needs other messages, is reported where it is used.
+        if isinstance(rendered, Refused) or not rendered.answers:
             return set()
-        text, end = found.text, found.answers[0].last if found.answers else 0
-        controls = [(start, id) for start, _, id in self._cut(text, True) if start >= end and id in self._special_ids]
-        return {id for start, id in controls[:1] if end and id != self.bos_id and not text[end:start].strip()}
+        answer_end = rendered.answers[0].last
+        for start, _, id in self._cut(rendered.text, True):
+            if start >= answer_end and id in self._special_ids:
+                follows_directly = not rendered.text[answer_end:start].strip()
+                return {id} if follows_directly and id != self.bos_id else set()
+        return set()
 
 
-def _without_halves(text: str) -> str:
-    """The text with U+FFFD for each lone surrogate."""
+def _replace_surrogates(text: str) -> str:
+    """Returns the text with U+FFFD for each lone surrogate."""
     return text if text.isascii() else SURROGATE.sub("\ufffd", text)
 
 
-def _outside(ids: list[int], turns: list[tuple[int, int]]) -> list[int]:
-    """The ids that are in none of the spans."""
-    edges = [0, *(at for turn in turns for at in turn), len(ids)]
-    return [id for a, b in zip(edges[::2], edges[1::2], strict=True) for id in ids[a:b]]
-
-
-READ = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a UTF-16 pair
-# Unicode's White_Space, which an added token may take along; Python's own strip() takes four control characters more
-SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+def _outside(ids: list[int], spans: list[tuple[int, int]]) -> list[int]:
+    """Returns the ids that are in none of the spans."""
+    outside = []
+    done = 0
+    for start, end in spans:
+        outside += ids[done:start]
+        done = end
+    return outside + ids[done:]
 
 
 def _in_word(character: str) -> bool:
-    return bool(character) and (unicodedata.category(character)[0] in "LM" or unicodedata.category(character) in WORD)
-
-
-WORD = ("Nd", "Nl", "Pc")  # with letters and marks
-TEMPLATE_BYTES = 4 << 20
-MOST_ADDED = 300_000  # tokens; the search for them is made in seconds
+    """True for a character of a word: a letter, a mark, a digit or a connector; False for the empty
+    string."""
+    if not character:
+        return False
+    category = unicodedata.category(character)
+    return category[0] in "LM" or category in WORD
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern:
-    """Finds any of the texts; where several begin at one place, the longest. A tree by characters, since Python tries
-    the branches of a flat list of thousands one by one."""
+    """Compiles a pattern that finds any of the texts; where several begin at one place, the
+    longest.
 
-    def tree(words: list[str], at: int) -> str:  # all begin alike, up to `at`; sorted
-        branches = []
-        for _, group in groupby((word for word in words if len(word) > at), key=lambda word: word[at]):
-            group = list(group)
-            same = len(commonprefix(group))  # of one word all of it
-            branches.append(re.escape(group[0][at:same]) + tree(group, same))
-        rest = branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
-        return (f"(?:{rest})?" if len(words[0]) == at else rest) if branches else ""
-
+    The pattern is a tree by characters, since Python tries the branches of a flat list of thousands
+    one by one.
+    Raises UserError where the tree is too deep.
+    """
     words = sorted({*texts})
     try:
-        return re.compile(tree(words, 0) if words else "(?!)")
+        return re.compile(_prefix_tree(words, 0) if words else "(?!)")
     except RecursionError:
         raise UserError(
-            "the tokenizer's added tokens are beginnings of each other, too deep to be looked for"
+            "the tokenizer's added tokens are beginnings of each other, in a chain too long to be searched for"
         ) from None
 
 
+def _prefix_tree(words: list[str], depth: int) -> str:
+    """Returns a regular expression for what follows the first `depth` characters, in which all
+    words are equal.
+
+    words: different, sorted.
+    """
+    branches = []
+    longer = [word for word in words if len(word) > depth]
+    for _, group in groupby(longer, key=lambda word: word[depth]):
+        group = list(group)
+        common = len(commonprefix(group))
+        branches.append(re.escape(group[0][depth:common]) + _prefix_tree(group, common))
+    if not branches:
+        return ""
+    rest = branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
+    if len(words[0]) == depth:
+        # The first word ends here.
+        return f"(?:{rest})?"
+    return rest
+
+
 def _plain_messages(messages: list[dict]) -> list[dict]:
-    """Messages without empty fields, and with a string for content that came as a list of text parts."""
+    """Returns messages without empty fields, and with a string for a content that is a list of text
+    parts."""
     if not messages:
-        raise TemplateError("an empty conversation; at least one message is wanted")
+        raise TemplateError("an empty conversation; at least one message is needed")
     plain = []
     for message in messages:
         content = message.get("content")
@@ -414,73 +560,134 @@ def _plain_messages(messages: list[dict]) -> list[dict]:
 
 
 def load_tokenizer(folder: Path | str, template: str | None = None, base: Path | None = None) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder: tokenizer.json or tokenizer.model, with tokenizer_config.json,
-    special_tokens_map.json, chat_template.jinja, config.json and generation_config.json where they exist. template: one
-    of templates.NAMED in place of the folder's own. base: a model's folder whose config.json and generation_config.json
-    name more ends, where `folder` is an adapter's.
+    """Loads the tokenizer of a Hugging Face folder: tokenizer.json or tokenizer.model, with
+    tokenizer_config.json, special_tokens_map.json, chat_template.jinja, config.json and
+    generation_config.json where they exist.
 
-    Raises UserError with file and reason where there is none, or none whose ids would be exactly those of the
-    `tokenizers` library (of sentencepiece, where tokenizer.model is all there is).
+    template: the name of one of chat_template.NAMED, to be used in place of the folder's own.
+    base: where `folder` is an adapter's, the folder of its base model, whose config.json and
+    generation_config.json name more stop tokens.
+
+    Raises UserError with file and reason where there is no tokenizer, or none whose ids would be
+    exactly those of the `tokenizers` library (of sentencepiece, where there is only a
+    tokenizer.model).
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; a Hugging Face model folder is wanted")
-    spec_file, config_file, model_file = (folder / f"tokenizer{end}" for end in (".json", "_config.json", ".model"))
-    spec, config = read_json_if_there(spec_file), read_json_if_there(config_file)
+        raise UserError(f"{folder}: no such folder; give a Hugging Face model folder")
+    spec_file = folder / "tokenizer.json"
+    config_file = folder / "tokenizer_config.json"
+    spec = read_json_if_there(spec_file)
+    config = read_json_if_there(config_file)
     special = read_json_if_there(folder / "special_tokens_map.json") | config
-    names, listed = _names(config_file, special), _listed(config_file, special)
-    added = _added_tokens(spec_file, spec.get("added_tokens") or [])
-    added = _added_tokens(config_file, config.get("added_tokens_decoder") or {}, added) | added
-    for text, id in read_json_if_there(
-        folder / "added_tokens.json"
-    ).items():  # of folders from before added_tokens_decoder
+    names = _names(config_file, special)
+    listed = _listed(config_file, special)
+    added = _all_added_tokens(folder, spec, config)
+    model, control, default_names = _subword_model(folder, spec, config, added)
+    added = control | added
+    names = default_names | names
+    _mark_special(config_file, model, added, names, listed)
+
+    ids = {name: added[text].id for name, text in names.items() if text in added}
+    stop_ids = set()
+    if "eos_token" in ids:
+        stop_ids.add(ids["eos_token"])
+    for place in {folder, Path(base or folder)}:
+        stop_ids |= _eos_ids(place / "config.json") | _eos_ids(place / "generation_config.json")
+    writes_bos = not spec or always_writes(spec.get("post_processor"), names.get("bos_token"), 0)
+    adds_bos = config.get("add_bos_token", writes_bos)
+    if template == "chatml" and not {"<|im_start|>", "<|im_end|>"} <= added.keys():
+        missing = "the tokenizer has no <|im_start|> and <|im_end|>"
+        raise UserError(f"{folder}: {missing}, which the template chatml writes; take alpaca or plain")
+    templates, template_name = _templates(folder, config, template)
+    return Tokenizer(
+        model,
+        added,
+        names,
+        bos_id=ids.get("bos_token"),
+        eos_id=ids.get("eos_token"),
+        pad_id=ids.get("pad_token"),
+        adds_bos=adds_bos is True,
+        stop_ids=stop_ids,
+        templates=templates,
+        template_name=template_name,
+        source=folder,
+    )
+
+
+def _all_added_tokens(folder: Path, spec: dict, config: dict) -> dict[str, AddedToken]:
+    """Returns the added tokens of a folder. tokenizer.json is believed first, then
+    tokenizer_config.json, then added_tokens.json, which is of folders from before
+    added_tokens_decoder."""
+    added = _added_tokens(folder / "tokenizer.json", spec.get("added_tokens") or [])
+    decoder = config.get("added_tokens_decoder") or {}
+    added = _added_tokens(folder / "tokenizer_config.json", decoder, added) | added
+    file = folder / "added_tokens.json"
+    for text, id in read_json_if_there(file).items():
         if type(id) is not int or id < 0:
-            raise UserError(f"{folder / 'added_tokens.json'}: {text!r} has id {id!r}, a whole number is wanted")
+            raise UserError(f"{file}: {text!r} has id {id!r}; it must be a whole number, 0 or more")
         added.setdefault(text, AddedToken(id, False, False))
+    return added
+
+
+def _subword_model(
+    folder: Path, spec: dict, config: dict, added: dict[str, AddedToken]
+) -> tuple["BytePairs | Pieces", dict[str, AddedToken], dict[str, str]]:
+    """Loads what cuts plain text into tokens. Returns it with the control tokens and the names
+    (bos_token, ...) that it brings along. Raises UserError where there is none."""
+    spec_file = folder / "tokenizer.json"
+    model_file = folder / "tokenizer.model"
     bpe = spec.get("model")
     if not spec and model_file.is_file() and is_tiktoken(model_file):
         model, control = tiktoken_file(model_file)
-        added = control | added
-        names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"} | names
-    elif isinstance(bpe, dict) and bpe.get("byte_fallback") is True or (not spec and model_file.is_file()):
+        return model, control, {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    has_byte_fallback = isinstance(bpe, dict) and bpe.get("byte_fallback") is True
+    if has_byte_fallback or (not spec and model_file.is_file()):
         model = pieces(folder, spec, config)
-        added, names = model.control | added, model.names | names
-    elif spec:
-        model = byte_pairs(spec_file, spec, added)
-    else:
-        raise UserError(f"{folder}: no tokenizer (neither tokenizer.json nor tokenizer.model); copy the model's here")
-    for name, text in [*names.items(), *(("additional_special_tokens", text) for text in listed)]:
-        if text in added or text in model.vocab:
-            added[text] = replace(added.get(text) or AddedToken(model.vocab[text], True, False), special=True)
+        return model, model.control, model.names
+    if spec:
+        return byte_pairs(spec_file, spec, added), {}, {}
+    raise UserError(f"{folder}: no tokenizer (neither tokenizer.json nor tokenizer.model); copy the model's here")
+
+
+def _mark_special(
+    config_file: Path,
+    model: "BytePairs | Pieces",
+    added: dict[str, AddedToken],
+    names: dict[str, str],
+    listed: list[str],
+) -> None:
+    """Makes special tokens of those that tokenizer_config.json names or lists. Raises UserError for
+    one that is not in the vocabulary, unless it is one that nothing here uses."""
+    named = [*names.items(), *(("additional_special_tokens", text) for text in listed)]
+    for name, text in named:
+        if text in added:
+            added[text] = replace(added[text], special=True)
+        elif text in model.vocab:
+            added[text] = AddedToken(model.vocab[text], True, False)
         elif name in ("bos_token", "eos_token", "additional_special_tokens"):
             raise UserError(f"{config_file}: {name} {text!r} is not in the vocabulary; name one that is")
-    ids = {name: added[text].id for name, text in names.items() if text in added}
-    bos, eos, pad = map(ids.get, ("bos_token", "eos_token", "pad_token"))
-    stop_ids = {eos} - {None}
-    for place in {folder, Path(base or folder)}:
-        stop_ids |= _eos_ids(place / "config.json") | _eos_ids(place / "generation_config.json")
-    opens = not spec or always_writes(spec.get("post_processor"), names.get("bos_token"), 0)
-    adds_bos = config.get("add_bos_token", opens)
-    if template == "chatml" and not {"<|im_start|>", "<|im_end|>"} <= added.keys():
-        lack = "the tokenizer has no <|im_start|> and <|im_end|>"
-        raise UserError(f"{folder}: {lack}, which the template chatml writes; take alpaca or plain")
-    chat = _templates(folder, config, template)
-    return Tokenizer(model, added, names, bos, eos, pad, adds_bos is True, stop_ids, *chat, folder)
 
 
 def _names(path: Path, config: dict) -> dict[str, str]:
-    """bos_token, eos_token and so on, each written as a string or as an object with `content`; empty is none."""
+    """Returns the texts of bos_token, eos_token and so on. In the file each is a string or an
+    object with `content`, and an empty one is none."""
     names = {}
-    for name in (f"{what}_token" for what in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")):
-        if value := config.get(name):
-            names[name] = value.get("content") if isinstance(value, dict) else value
-            if not isinstance(names[name], str):
-                raise UserError(f"{path}: {name} is neither a string nor an object with content")
+    for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
+        name = f"{kind}_token"
+        value = config.get(name)
+        if not value:
+            continue
+        text = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(text, str):
+            raise UserError(f"{path}: {name} is neither a string nor an object with content")
+        names[name] = text
     return names
 
 
 def _listed(path: Path, config: dict) -> list[str]:
-    """The texts of additional_special_tokens (transformers 4) and extra_special_tokens (5): lists, or objects."""
+    """Returns the texts of additional_special_tokens (transformers 4) and extra_special_tokens (5):
+    lists, or objects."""
     texts = []
     for key in ("additional_special_tokens", "extra_special_tokens"):
         values = config.get(key) or []
@@ -492,62 +699,79 @@ def _listed(path: Path, config: dict) -> list[str]:
 
 
 def _added_tokens(path: Path, entries: list | dict, known: Collection[str] = ()) -> dict[str, AddedToken]:
-    """The tokens, but the known, of tokenizer.json's `added_tokens` or tokenizer_config.json's `added_tokens_decoder`
-    (objects by id)."""
+    """Returns the tokens of tokenizer.json's `added_tokens`, or of tokenizer_config.json's
+    `added_tokens_decoder` (objects by id), without the `known` ones."""
     if isinstance(entries, dict) and all(isinstance(entry, dict) and id.isdecimal() for id, entry in entries.items()):
         entries = [entry | {"id": int(id)} for id, entry in entries.items()]
     if isinstance(entries, list) and len(entries) > MOST_ADDED:
         raise UserError(f"{path}: {len(entries):,} added tokens, at most {MOST_ADDED:,} are read")
+    if not isinstance(entries, list):
+        entries = [entries]
     added = {}
-    for entry in entries if isinstance(entries, list) else [entries]:
+    for entry in entries:
         match entry:
             case {"content": str(text)} if text in known:
                 continue
             case {"id": int(id), "content": str(text)} if id >= 0 and text and not SURROGATE.search(text):
                 special = entry.get("special") is True
-                strips = [entry.get(flag) is True for flag in ("lstrip", "rstrip", "single_word")]
-                added[text] = AddedToken(id, special, entry.get("normalized", not special) is True, *strips)
+                normalized = entry.get("normalized", not special) is True
+                flags = [entry.get(flag) is True for flag in ("lstrip", "rstrip", "single_word")]
+                added[text] = AddedToken(id, special, normalized, *flags)
             case _:
                 raise UserError(f"{path}: {str(entry)[:80]} is no added token; it needs an id and a content")
     return added
 
 
 def _eos_ids(file: Path) -> set[int]:
-    """`eos_token_id` of a config.json or generation_config.json: one, several or none."""
+    """Returns `eos_token_id` of a config.json or generation_config.json: one, several or none."""
     eos = read_json_if_there(file).get("eos_token_id")
-    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if eos is None:
+        return set()
+    if not isinstance(eos, list):
+        eos = [eos]
     if any(type(id) is not int for id in eos):
-        raise UserError(f"{file}: eos_token_id is {str(eos)[:40]}, integers are wanted")
+        raise UserError(f"{file}: eos_token_id is {str(eos)[:40]}; it must be an integer or a list of integers")
     return set(eos)
 
 
 def always_writes(post_processor: object, token: str | None, at: int) -> bool:
-    """Whether a tokenizer.json's post-processor puts this token before (at 0) or behind (at -1) every text."""
+    """True if a tokenizer.json's post-processor puts this token before (at 0) or behind (at -1)
+    every text."""
     match post_processor:
-        case {"type": "TemplateProcessing", "single": [_, *_] as pieces}:
-            piece = pieces[at].get("SpecialToken") if isinstance(pieces[at], dict) else None
+        case {"type": "TemplateProcessing", "single": [_, *_] as template}:
+            piece = template[at].get("SpecialToken") if isinstance(template[at], dict) else None
             return isinstance(piece, dict) and "id" in piece and piece["id"] == token
-        case {"type": "Sequence", "processors": [*parts]}:
-            return any(always_writes(part, token, at) for part in parts)
+        case {"type": "Sequence", "processors": [*processors]}:
+            return any(always_writes(processor, token, at) for processor in processors)
     return False
 
 
 def _templates(folder: Path, config: dict, named: str | None) -> tuple[dict[str, str], str]:
-    """(templates by name, where they come from). As in transformers, files come before tokenizer_config.json."""
+    """Returns (templates by name, where they come from). As in transformers, files come before
+    tokenizer_config.json.
+
+    named: the name of one of chat_template.NAMED, which comes before both.
+    """
     if named is not None:
         return {"default": NAMED[named]}, f"{named} (asked for)"
-    found, file = {}, folder / "chat_template.jinja"
+
+    templates = {}
+    file = folder / "chat_template.jinja"
     for path in [file, *sorted((folder / "additional_chat_templates").glob("*.jinja"))]:
         if path.is_file():
-            found["default" if path == file else path.stem] = read_text(path, TEMPLATE_BYTES)
-    if "default" in found:
-        return found, file.name
-    found, file = config.get("chat_template"), folder / "tokenizer_config.json"
-    if found is None:
+            name = "default" if path == file else path.stem
+            templates[name] = read_text(path, TEMPLATE_BYTES)
+    if "default" in templates:
+        return templates, file.name
+
+    value = config.get("chat_template")
+    if value is None:
         return {"default": NAMED["alpaca"]}, "alpaca (fallback)"
-    if isinstance(found, list):  # several, by name
-        found = {str(entry.get("name")): entry.get("template") for entry in found if isinstance(entry, dict)}
-    found = {"default": found} if isinstance(found, str) else found
-    if not isinstance(found, dict) or "default" not in found or not all(isinstance(t, str) for t in found.values()):
+    if isinstance(value, str):
+        value = {"default": value}
+    elif isinstance(value, list):
+        value = {str(entry.get("name")): entry.get("template") for entry in value if isinstance(entry, dict)}
+    file = folder / "tokenizer_config.json"
+    if not isinstance(value, dict) or "default" not in value or not all(isinstance(t, str) for t in value.values()):
         raise UserError(f"{file}: chat_template is no text, and no list with a 'default'")
-    return found, file.name
+    return value, file.name

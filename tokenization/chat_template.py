@@ -1,13 +1,16 @@
-"""Chat templates: conversations to text, by a stranger's Jinja program, and where in the text the answers stand.
+"""Chat templates: a Jinja program writes a conversation as text; this file finds the answers in the
+text.
 
-A template is a program out of a downloaded folder. It runs in jinja2's sandbox, which keeps it from the interpreter's
-insides but bounds neither time nor memory ('a' * 300_000_000, loops in loops), so the sandbox stands in a process of
-its own with limits: `python tokenization/chat_template.py` reads jobs as lines of JSON and answers with lines of JSON.
-`Template` is the other end. The text is that of transformers' apply_chat_template.
+A template is a program from a downloaded folder. It runs in jinja2's sandbox, which keeps it from
+the interpreter's internals but limits neither time nor memory ('a' * 300_000_000, loops in loops).
+So the sandbox runs in a process of its own with limits: `python tokenization/chat_template.py`
+reads jobs as lines of JSON and answers with lines of JSON, and `Template` is the caller's side. The
+text equals that of transformers' apply_chat_template.
 
-`locate` finds the answers without knowing the template: it renders the conversation a second time with another text in
-each answer's place, between marks that occur nowhere else. If that changes nothing but those places, they are the
-answers; where a turn begins is the end of the text that would have asked for it (add_generation_prompt).
+`Template.locate` finds the answers without knowing the template: it renders the conversation a
+second time with another text in the place of each answer, between marks that occur nowhere else. If
+only these places change, they are the answers. An answer begins where the text that asks for it
+ends (add_generation_prompt).
 """
 
 import contextlib
@@ -19,70 +22,96 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from itertools import islice
 from os.path import commonprefix
 
-SECONDS, MEMORY, LONGEST = 10, 1 << 30, 1 << 26  # of a conversation: time; address space, bytes; its text, characters
+# Limits of a conversation's rendering.
+SECONDS = 10
+MEMORY = 1 << 30  # bytes of address space
+LONGEST = 1 << 26  # characters of the text
 
 Span = tuple[int, int]  # [start, end), in characters
+Job = tuple[list[dict], list | None, bool]  # messages, tools, add_generation_prompt
 
 
 class Refused(Exception):
-    """The template raised an error, broke a limit, or changes an answer so that it can't be told where it stands."""
+    """The template raised an error, broke a limit, or changes an answer so that it can't be found
+    in the text."""
 
 
 # ---- the process that runs a template ----
 
 
 def serve() -> None:
-    """Answers jobs until its input ends. First line: {"template", "names"}; then a list of jobs a line, each
-    {"messages", "tools", "add_generation_prompt"}. Answers a list of {"text"} or {"error"}."""
-    with contextlib.suppress(ImportError, ValueError, OSError):  # not on Windows; or the limit is lower already
+    """Renders jobs until the standard input ends; the process's whole life.
+
+    The first line of the input is {"template", "names"}. Each further line is a list of jobs,
+    {"messages", "tools", "add_generation_prompt"}, and is answered with a line: a list of {"text"}
+    or {"error"}, one for each job.
+    """
+    # Windows has no module `resource`; and a limit can't be raised where it is lower already.
+    with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    setting, template, broken = json.loads(sys.stdin.readline()), None, ""
+    settings = json.loads(sys.stdin.readline())
+    template = None
+    template_error = ""
     try:
-        template = environment().from_string(setting["template"])
-    except Exception as error:  # noqa: BLE001  somebody's program may fail in any way
-        broken = reason(error)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; this process ends with its input
+        template = environment().from_string(settings["template"])
+    except Exception as error:  # noqa: BLE001  a stranger's program may fail in any way
+        template_error = error_text(error)
+    # The terminal sends Ctrl-C to all processes. This one ends with its input instead.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for line in sys.stdin:
-        if not line.endswith("\n"):  # who asks was killed in the middle of it
+        if not line.endswith("\n"):
+            # The caller was killed while it wrote the line.
             return
-        answers = []
-        for job in json.loads(line):
-            try:
-                text = template.render(**job, documents=None, **setting["names"]) if template else ""
-                answers.append({"error": broken} if broken else {"text": text})
-                if len(text) > LONGEST:
-                    answers[-1] = {"error": f"it writes over {LONGEST:,} characters"}
-            except Exception as error:  # noqa: BLE001
-                answers.append({"error": reason(error)})
+        jobs = json.loads(line)
+        if template is None:
+            results = [{"error": template_error} for _ in jobs]
+        else:
+            results = [render_job(template, job, settings["names"]) for job in jobs]
         try:
-            print(json.dumps(answers), flush=True)
-        except BrokenPipeError:  # who asked is gone
+            print(json.dumps(results), flush=True)
+        except BrokenPipeError:
+            # The caller has ended.
             os._exit(0)
 
 
-def reason(error: Exception) -> str:
+def render_job(template, job: dict, names: dict[str, str]) -> dict[str, str]:
+    """Returns {"text"} of a job, or {"error"} with the reason. names: bos_token, eos_token, ... for
+    the template."""
+    try:
+        text = template.render(**job, documents=None, **names)
+    except Exception as error:  # noqa: BLE001
+        return {"error": error_text(error)}
+    if len(text) > LONGEST:
+        return {"error": f"it writes over {LONGEST:,} characters"}
+    return {"text": text}
+
+
+def error_text(error: Exception) -> str:
+    """Returns what to tell the user about an exception of a template."""
     if isinstance(error, MemoryError):
         return f"it takes more than {MEMORY >> 20} MB of memory"
     return str(error)[:1000] or type(error).__name__
 
 
 def environment():
-    """What transformers promises to templates: a sandbox, tags and helpers."""
+    """The jinja2 environment that transformers promises to templates: a sandbox, tags and helpers."""
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %}...{% endgeneration %}, where a template itself says what an answer is: its text counts."""
+        """{% generation %}...{% endgeneration %}: a template's own marks around an answer. Only the
+        text between them is used, since `Template.locate` needs no marks."""
 
         tags = frozenset({"generation"})
 
@@ -93,214 +122,27 @@ def environment():
     def raise_exception(message: str):
         raise jinja2.TemplateError(message)
 
+    def strftime_now(format: str) -> str:
+        return datetime.now().strftime(format)
+
     jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
     jinja.globals["raise_exception"] = raise_exception
-    jinja.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    jinja.globals["strftime_now"] = strftime_now
     jinja.filters["tojson"] = to_json
     return jinja
 
 
 def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """jinja2's own filter escapes for HTML, which no model was trained on."""
+    """Replaces jinja2's own filter, which escapes for HTML: no model was trained on that."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-# ---- the other end ----
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An assistant's turn in the text: head, where what would have asked for it ends; [first, last), what is certainly
-    the message's. calls: there are tool calls in it, so that the template's own words belong to it as well."""
-
-    head: int
-    first: int
-    last: int
-    calls: bool
-    number: int  # of the message
-    ends_all: bool  # it is the conversation's last turn
-
-
-@dataclass
-class Rendered:
-    """A conversation's text; `other`, the same with another text in each answer's place; quoted: spans of the messages'
-    own words in which no control token counts; parts: spans that differ in `other`, and by how much they are longer."""
-
-    text: str
-    other: str
-    answers: list[Answer]
-    quoted: list[Span]
-    parts: list[tuple[int, int, int]]
-    asked: bool = False  # it ends with the head of an answer
-
-    def moved(self, position: int) -> int:
-        """The place in `other` of one in `text` that is not inside a part."""
-        return position + sum(growth for _, end, growth in self.parts if end <= position)
-
-
-class Template:
-    """A template in its process, which is started when it is first needed and ends with this object."""
-
-    def __init__(self, source: str, names: dict[str, str]):
-        self.source, self.names, self.process = source, names, None
-
-    def render(self, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False) -> str:
-        return self.run([(messages, tools, add_generation_prompt)])[0]
-
-    def run(self, jobs: list[tuple[list[dict], list | None, bool]]) -> list[str]:
-        """The texts of some jobs; Refused with the first one's reason."""
-        texts = self.attempt(jobs)
-        for text in texts:
-            if isinstance(text, Refused):
-                raise text
-        return texts
-
-    def attempt(self, jobs: list[tuple[list[dict], list | None, bool]]) -> list["str | Refused"]:
-        names = ("messages", "tools", "add_generation_prompt")
-        line = json.dumps([dict(zip(names, job, strict=True)) for job in jobs]).encode() + b"\n"
-        if self.process is None or self.process.poll() is not None:
-            command = [sys.executable, os.path.abspath(__file__)]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-            line = json.dumps({"template": self.source, "names": self.names}).encode() + b"\n" + line
-        try:
-            self.write(line)
-            answers = json.loads(self.read_line())
-        except (OSError, ValueError):
-            self.close()
-            raise Refused("the process that runs it ended") from None
-        except Refused:
-            self.close()
-            raise
-        return [answer["text"] if "text" in answer else Refused(answer["error"]) for answer in answers]
-
-    def write(self, line: bytes) -> None:
-        while line:
-            line = line[self.process.stdin.write(line) :]
-
-    def read_line(self) -> bytes:
-        end, pieces = time.monotonic() + SECONDS, []
-        while not (pieces and pieces[-1].endswith(b"\n")):
-            if not select.select([self.process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
-                raise Refused(f"it takes longer than {SECONDS} s")
-            pieces.append(os.read(self.process.stdout.fileno(), 1 << 20))
-            if not pieces[-1]:
-                raise Refused(f"it takes more than {MEMORY >> 20} MB of memory, or ended its process otherwise")
-        return b"".join(pieces)
-
-    def close(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process.stdin.close(), self.process.stdout.close()
-            self.process = None
-
-    def __del__(self):
-        with contextlib.suppress(Exception):  # at the interpreter's end anything may be gone
-            self.close()
-
-    # ---- where the answers are ----
-
-    @cached_property
-    def asking(self) -> str:
-        """What add_generation_prompt puts behind a user's turn, tried with one; "" where it can't be told."""
-        turn = [{"role": "user", "content": "a"}]
-        with contextlib.suppress(Refused):
-            without, asked = self.run([(turn, None, False), (turn, None, True)])
-            if asked.startswith(without):
-                return asked[len(without) :]
-        return ""
-
-    def locate(self, conversations: list["Conversation"], control: re.Pattern) -> list["Rendered | Refused"]:
-        """Of each conversation its text and where its answers are; or why the template does not render it, or changes
-        contents so that they can't be found. control: finds the texts of control tokens; contents that hold one are
-        quoted."""
-        plans = [self.plan(conversation, control) for conversation in conversations]
-        try:
-            results = iter(self.attempt([job for _, jobs in plans for job in jobs]))
-        except Refused as reason:  # one of them breaks a limit, or all together do
-            one_by_one = ([conversation] for conversation in conversations)
-            return [reason] if len(plans) == 1 else [each for one in one_by_one for each in self.locate(one, control)]
-        found = []
-        for conversation, (ways, jobs) in zip(conversations, plans, strict=True):
-            text, *marked = islice(results, len(jobs))
-            try:
-                found.append(self.find(conversation, ways, text, marked))
-            except Refused as reason:
-                found.append(reason)
-        return found
-
-    def plan(self, conversation: "Conversation", control: re.Pattern) -> tuple[list["Marks"], list[tuple]]:
-        """Ways to mark the answers, and what is to be rendered: the conversation as it is, then so marked."""
-        messages, tools, asks = conversation.messages, conversation.tools, conversation.add_generation_prompt
-        thinks = any(message["role"] == "assistant" and "</think>" in str(message.get("content"))
-                     for message in messages if "role" in message)  # fmt: skip
-        ways = [Marks(conversation, self.source, control, whole) for whole in ([True, False] if thinks else [True])]
-        jobs = [(messages, tools, asks)]
-        for marks in ways:
-            turns = [marks.message(message, i) for i, message in enumerate(messages)]
-            jobs.append((turns, marks.quote(tools), asks))
-        return ways, jobs
-
-    def find(self, conversation: "Conversation", ways: list["Marks"], text, marked: list) -> Rendered:
-        for result in (text, *marked):
-            if isinstance(result, Refused):
-                raise result
-        why = "it rewrites the content of a turn, or leaves it out, so that an answer can't be found in it"
-        if "tool_call" not in self.source and any(message.get("tool_calls") for message in conversation.messages):
-            why = "it has no place for tool calls; a model whose template has one is wanted"
-        for marks, each in zip(ways, marked, strict=True):
-            if (found := marks.read(text, each)) is not None:
-                try:
-                    return self.answers(*found, conversation)
-                except Refused as reason:
-                    why = str(reason)
-        raise Refused(why)
-
-    def answers(self, rendered: Rendered, extents: dict[int, Span], conversation: "Conversation") -> Rendered:
-        """Adds the answers. extents: of each answer's words, by its number."""
-        messages, last = conversation.messages, 0
-        rendered.asked = conversation.add_generation_prompt
-        for i, (first, end) in sorted(extents.items()):
-            calls, head = bool(messages[i].get("tool_calls")), first
-            if messages[i]["role"] != "assistant":
-                head -= rendered.text[last:first].endswith(" ")  # which the word's token takes along
-            else:
-                head = self.head(rendered.text, messages[:i], conversation.tools, first)
-                if not self.asking.strip() and not calls and rendered.text[head:first].strip():
-                    head = first  # nothing asks for an answer, so the words before it are a turn's name
-            if not last <= head <= first or (calls and head == first):
-                raise Refused("it can't be told where an answer begins")
-            rendered.answers.append(Answer(head, first, end, calls, i, i == len(messages) - 1))
-            last = end
-        return rendered
-
-    def head(self, text: str, before: list[dict], tools: list | None, first: int) -> int:
-        """Where an answer begins whose first certain word stands at `first`: behind the text that asks for it."""
-        if self.asking.strip() and text.endswith(self.asking, 0, first):
-            return first
-        asked = self.attempt([(before, tools, True)])[0] if before else None
-        if isinstance(asked, str):
-            if text.startswith(asked):
-                return len(asked)
-            words = str(before[-1].get("content")).strip()  # of the turn before, which earlier ones do not change
-            asks = asked[asked.rfind(words) :] if words in asked else asked
-            if words and (at := text.rfind(asks, 0, first)) >= 0:
-                return at + len(asks)
-        # The template asks otherwise than it writes the answer, with <think>, say
-        asking = self.asking
-        if isinstance(asked, str):
-            without = self.attempt([(before, tools, False)])[0]
-            if isinstance(without, str) and asked.startswith(without):
-                asking = asked[len(without) :]
-                if same := commonprefix([asking, text[len(without) : first]]) if text.startswith(without) else "":
-                    return len(without) + len(same)
-        at = text.rfind(asking, 0, first) if asking.strip() else -1
-        return first if at < 0 else at + len(asking)
+# ---- the caller's side ----
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What is to be rendered. roles: whose turns count as answers."""
+    """A conversation to render. roles: the roles whose messages count as answers."""
 
     messages: list[dict]
     tools: list | None = None
@@ -308,95 +150,423 @@ class Conversation:
     roles: tuple[str, ...] = ("assistant",)
 
     def is_answer(self, message: dict) -> bool:
+        """True if the message is of one of the roles and holds words or tool calls."""
         content = message.get("content")
-        written = isinstance(content, str) and bool(content.strip())
-        return message.get("role") in self.roles and (written or bool(message.get("tool_calls")))
+        has_words = isinstance(content, str) and bool(content.strip())
+        return message.get("role") in self.roles and (has_words or bool(message.get("tool_calls")))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An assistant's message in the text.
+
+    begin: where the text that asks for the answer ends, so that all from here on is the answer's.
+    [first, last): the words that are certainly the message's.
+    has_tool_calls: the template's own words for the calls belong to the answer as well.
+    message: the number of the message in the conversation.
+    is_last: it is the last message of the conversation.
+    """
+
+    begin: int
+    first: int
+    last: int
+    has_tool_calls: bool
+    message: int
+    is_last: bool
+
+
+@dataclass
+class Rendered:
+    """The text of a conversation, and where the answers are in it.
+
+    text: the text. other: the same, with another text in the place of each answer.
+    answers: the answers, in their order in the text.
+    quoted: spans of the messages' own words, in which the text of a control token is plain text.
+    parts: (start, end, growth) of each span that differs in `other`, where it is `growth`
+    characters longer.
+    has_generation_prompt: the text ends with the beginning of an answer that is still to be
+    written.
+    """
+
+    text: str
+    other: str
+    answers: list[Answer]
+    quoted: list[Span]
+    parts: list[tuple[int, int, int]]
+    has_generation_prompt: bool = False
+
+    def position_in_other(self, position: int) -> int:
+        """Returns the position in `other` of a position in `text` that is not inside one of the
+        parts."""
+        return position + sum(growth for _, end, growth in self.parts if end <= position)
+
+
+class Template:
+    """A template in a process of its own, which starts at the first use and ends with this object.
+
+    source: the Jinja program. names: bos_token, eos_token, ... as the template may write them.
+    """
+
+    def __init__(self, source: str, names: dict[str, str]):
+        self.source = source
+        self.names = names
+        self.process = None
+
+    def render(self, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False) -> str:
+        """Returns the text of a conversation. Raises Refused with the reason."""
+        return self.render_all([(messages, tools, add_generation_prompt)])[0]
+
+    def render_all(self, jobs: list[Job]) -> list[str]:
+        """Returns the texts of several jobs. Raises Refused with the reason of the first one that
+        has none."""
+        texts = self.try_all(jobs)
+        for text in texts:
+            if isinstance(text, Refused):
+                raise text
+        return texts
+
+    def try_all(self, jobs: list[Job]) -> list["str | Refused"]:
+        """Returns the text of each job, or why the template does not write it. Raises Refused where
+        a limit is broken, since the process ends then and no job has a result."""
+        line = self.encode_jobs(jobs)
+        if self.process is None or self.process.poll() is not None:
+            command = [sys.executable, os.path.abspath(__file__)]
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+            line = json.dumps({"template": self.source, "names": self.names}).encode() + b"\n" + line
+        try:
+            self.write(line)
+            results = json.loads(self.read_line())
+        except (OSError, ValueError):
+            self.close()
+            raise Refused("the process that runs it ended") from None
+        except Refused:
+            self.close()
+            raise
+        return [result["text"] if "text" in result else Refused(result["error"]) for result in results]
+
+    def encode_jobs(self, jobs: list[Job]) -> bytes:
+        """Returns the line of JSON that `serve` reads."""
+        names = ("messages", "tools", "add_generation_prompt")
+        return json.dumps([dict(zip(names, job, strict=True)) for job in jobs]).encode() + b"\n"
+
+    def write(self, line: bytes) -> None:
+        """Writes all of a line to the process: a write to a pipe may take a part of it only."""
+        while line:
+            written = self.process.stdin.write(line)
+            line = line[written:]
+
+    def read_line(self) -> bytes:
+        """Reads a line from the process. Raises Refused after SECONDS, or where the process has
+        ended."""
+        output = self.process.stdout
+        deadline = time.monotonic() + SECONDS
+        parts = []
+        while not (parts and parts[-1].endswith(b"\n")):
+            seconds_left = max(0.0, deadline - time.monotonic())
+            readable, _, _ = select.select([output], [], [], seconds_left)
+            if not readable:
+                raise Refused(f"it takes longer than {SECONDS} s")
+            part = os.read(output.fileno(), 1 << 20)
+            if not part:
+                raise Refused(f"it takes more than {MEMORY >> 20} MB of memory, or ended its process otherwise")
+            parts.append(part)
+        return b"".join(parts)
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdin.close()
+            self.process.stdout.close()
+            self.process = None
+
+    def __del__(self):
+        # When the interpreter ends, anything that `close` needs may be gone.
+        with contextlib.suppress(Exception):
+            self.close()
+
+    # ---- where the answers are ----
+
+    @cached_property
+    def generation_prompt(self) -> str:
+        """The text that add_generation_prompt appends to a user's message, found by a trial; "" if
+        it can't be told."""
+        messages = [{"role": "user", "content": "a"}]
+        with contextlib.suppress(Refused):
+            without, prompted = self.render_all([(messages, None, False), (messages, None, True)])
+            if prompted.startswith(without):
+                return prompted[len(without) :]
+        return ""
+
+    def locate(self, conversations: list[Conversation], control: re.Pattern) -> list["Rendered | Refused"]:
+        """Renders conversations and finds their answers.
+
+        control: finds the texts of control tokens; words of messages that hold one become quoted
+        spans.
+        Returns for each conversation its text with the answers, or why the template does not write
+        it or changes the messages so that they can't be found.
+        """
+        plans = [self.plan(conversation, control) for conversation in conversations]
+        try:
+            texts = iter(self.try_all([job for _, jobs in plans for job in jobs]))
+        except Refused as refusal:
+            if len(conversations) == 1:
+                return [refusal]
+            # One of them breaks a limit, or all together do: each is tried by itself.
+            return [result for each in conversations for result in self.locate([each], control)]
+        results = []
+        for conversation, (marks, jobs) in zip(conversations, plans, strict=True):
+            text, *marked_texts = islice(texts, len(jobs))
+            try:
+                results.append(self.find_answers(conversation, marks, text, marked_texts))
+            except Refused as refusal:
+                results.append(refusal)
+        return results
+
+    def plan(self, conversation: Conversation, control: re.Pattern) -> tuple[list["Marks"], list[Job]]:
+        """Returns the ways to mark the answers, best first, and what to render: the conversation as it
+        is, then, for each way, with its marks."""
+        messages = conversation.messages
+        tools = conversation.tools
+        prompted = conversation.add_generation_prompt
+        # A template may leave out a thought that is a part of the content. Then only the words
+        # after it are looked for.
+        has_thoughts = any(
+            message.get("role") == "assistant" and "</think>" in str(message.get("content")) for message in messages
+        )
+        ways = [Marks(conversation, self.source, control, whole=True)]
+        if has_thoughts:
+            ways.append(Marks(conversation, self.source, control, whole=False))
+        jobs = [(messages, tools, prompted)]
+        for marks in ways:
+            marked_messages = [marks.message(message, i) for i, message in enumerate(messages)]
+            jobs.append((marked_messages, marks.quote(tools), prompted))
+        return ways, jobs
+
+    def find_answers(
+        self,
+        conversation: Conversation,
+        ways: list["Marks"],
+        text: "str | Refused",
+        marked_texts: list["str | Refused"],
+    ) -> Rendered:
+        """Finds the answers by the first of the marked texts that allows it. Raises Refused with
+        the reason."""
+        for each in (text, *marked_texts):
+            if isinstance(each, Refused):
+                raise each
+        has_calls = any(message.get("tool_calls") for message in conversation.messages)
+        if has_calls and "tool_call" not in self.source:
+            reason = "it has no place for tool calls; use a model whose template has one"
+        else:
+            reason = "it rewrites the content of a message, or leaves it out, so that an answer can't be found in it"
+        for marks, marked in zip(ways, marked_texts, strict=True):
+            result = marks.read(text, marked)
+            if result is None:
+                continue
+            rendered, extents = result
+            try:
+                return self.add_answers(rendered, extents, conversation)
+            except Refused as refusal:
+                reason = str(refusal)
+        raise Refused(reason)
+
+    def add_answers(self, rendered: Rendered, extents: dict[int, Span], conversation: Conversation) -> Rendered:
+        """Adds the answers to a rendered conversation, and returns it.
+
+        extents: for each answer, by the number of its message, the span of its words.
+        Raises Refused where it can't be told where an answer begins.
+        """
+        messages = conversation.messages
+        rendered.has_generation_prompt = conversation.add_generation_prompt
+        previous_end = 0
+        for i, (first, last) in sorted(extents.items()):
+            has_calls = bool(messages[i].get("tool_calls"))
+            begin = first
+            if messages[i]["role"] != "assistant":
+                # The token of the first word may take the space before it along.
+                if rendered.text[previous_end:first].endswith(" "):
+                    begin -= 1
+            else:
+                begin = self.answer_begin(rendered.text, messages[:i], conversation.tools, first)
+                if not self.generation_prompt.strip() and not has_calls and rendered.text[begin:first].strip():
+                    # Nothing asks for an answer, so the words before it are the name of the role.
+                    begin = first
+            if not previous_end <= begin <= first or (has_calls and begin == first):
+                raise Refused("it can't be told where an answer begins")
+            rendered.answers.append(Answer(begin, first, last, has_calls, i, i == len(messages) - 1))
+            previous_end = last
+        return rendered
+
+    def answer_begin(self, text: str, before: list[dict], tools: list | None, first: int) -> int:
+        """Returns where an answer begins: behind the text that asks for it.
+
+        before: the messages before the answer. first: position of the first word that is certainly
+        the answer's.
+        """
+        generation_prompt = self.generation_prompt
+        if generation_prompt.strip() and text.endswith(generation_prompt, 0, first):
+            return first
+
+        # The messages before the answer, rendered with the generation prompt, are the beginning of
+        # the text.
+        prompted = self.try_all([(before, tools, True)])[0] if before else None
+        if isinstance(prompted, str):
+            if text.startswith(prompted):
+                return len(prompted)
+            # The rest of the conversation may change how earlier messages are written. The last one
+            # before the answer stays the same, so its words and what follows them are looked for.
+            words = str(before[-1].get("content")).strip()
+            ending = prompted[prompted.rfind(words) :] if words in prompted else prompted
+            position = text.rfind(ending, 0, first)
+            if words and position >= 0:
+                return position + len(ending)
+
+            # The template asks for an answer in other words than it writes before one: with
+            # <think>, for example. Then the answer begins behind what both have in common.
+            without = self.try_all([(before, tools, False)])[0]
+            if isinstance(without, str) and prompted.startswith(without):
+                generation_prompt = prompted[len(without) :]
+                if text.startswith(without):
+                    common = commonprefix([generation_prompt, text[len(without) : first]])
+                    if common:
+                        return len(without) + len(common)
+
+        position = text.rfind(generation_prompt, 0, first) if generation_prompt.strip() else -1
+        return first if position < 0 else position + len(generation_prompt)
 
 
 class Marks:
-    """Puts another text, between marks, in the place of every answer's words; and marks around whatever looks like a
-    control token elsewhere. Reads both back out of the rendered text."""
+    """Puts another text, between marks, in the place of every answer's words, and marks around any
+    other string that holds the text of a control token; then reads both back out of the rendered
+    text.
+
+    The marks are four characters of Unicode's private use area that occur neither in the
+    conversation nor in the template. source: the template. control: finds the texts of control
+    tokens. whole: a thought in the content is a part of the answer's words; False: only what
+    follows the thought is.
+    """
 
     def __init__(self, conversation: Conversation, source: str, control: re.Pattern, whole: bool):
-        taken = f"{conversation.messages}{conversation.tools}{source}"
+        used = f"{conversation.messages}{conversation.tools}{source}"
+        free = (character for character in map(chr, range(0xE000, 0xF8FF)) if character not in used)
+        self.open_answer, self.close_answer, self.open_quote, self.close_quote = islice(free, 4)
         self.is_answer = conversation.is_answer
-        self.a, self.b, self.c, self.d = islice((c for c in map(chr, range(0xE000, 0xF8FF)) if c not in taken), 4)
-        self.control, self.whole = control, whole  # is a thought in the content a part of the answer's words
-        self.parts: list[tuple[int, str]] = []  # of each: number of its message, its words
+        self.control = control
+        self.whole = whole
+        self.parts: list[tuple[int, str]] = []  # of each replaced part: the number of its message, and its words
 
     def message(self, message: dict, number: int) -> dict:
+        """Returns a message with marks. number: its place in the conversation."""
         if not self.is_answer(message):
             return self.quote(message)
-        message = self.quote({key: value for key, value in message.items() if key != "content"}) | (
-            {"content": self.words(message["content"], number)} if "content" in message else {}
-        )
-        if message.get("tool_calls"):
-            message["tool_calls"] = [self.call(call, number) for call in message["tool_calls"]]
-        return message
+        marked = self.quote({key: value for key, value in message.items() if key != "content"})
+        if "content" in message:
+            marked["content"] = self.words(message["content"], number)
+        if marked.get("tool_calls"):
+            marked["tool_calls"] = [self.call(call, number) for call in marked["tool_calls"]]
+        return marked
 
     def words(self, content: object, number: int) -> object:
-        """An answer's content; of one that thinks first, if not `whole`, what follows the thought, which templates may
-        take out. At the ends of the stripped words, since templates strip."""
+        """Returns an answer's content with another text in the place of its words; unless `whole`,
+        only the words after a thought are replaced, since templates may leave thoughts out.
+
+        Space around the words stays outside of the marks, since templates strip it.
+        """
         if not isinstance(content, str) or not content.strip():
             return self.quote(content)
-        inner = (not self.whole and content.rpartition("</think>")[2].strip()) or content.strip()
+        inner = content.strip()
+        if not self.whole:
+            inner = content.rpartition("</think>")[2].strip() or inner
         before, _, after = content.rpartition(inner)
-        self.parts.append((number, inner))
-        return self.quote(before) + self.sentinel() + self.quote(after)
+        return self.quote(before) + self.replacement(number, inner) + self.quote(after)
 
     def call(self, call: object, number: int) -> object:
+        """Returns a tool call with another text in the place of the function's name."""
         function = call.get("function") if isinstance(call, dict) else None
         target = function if isinstance(function, dict) else call
         if isinstance(target, dict) and isinstance(target.get("name"), str) and target["name"].strip():
-            self.parts.append((number, target["name"]))
-            target = target | {"name": self.sentinel()}
-        return call | {"function": target} if isinstance(function, dict) else target
+            target = target | {"name": self.replacement(number, target["name"])}
+        if isinstance(function, dict):
+            return call | {"function": target}
+        return target
 
-    def sentinel(self) -> str:
-        return f"{self.a}Other{len(self.parts) - 1}{self.b}"
+    def replacement(self, number: int, words: str) -> str:
+        """Notes a part, the words of message `number`, and returns the text with marks that takes
+        their place."""
+        self.parts.append((number, words))
+        return f"{self.open_answer}Other{len(self.parts) - 1}{self.close_answer}"
 
     def quote(self, value: object) -> object:
-        """The value with marks around the strings in it that hold a control token."""
+        """Returns a value with marks around those strings in it that hold the text of a control
+        token."""
         if isinstance(value, str):
             inner = value.strip()
-            return value.replace(inner, self.c + inner + self.d, 1) if self.control.search(inner) else value
+            if not self.control.search(inner):
+                return value
+            return value.replace(inner, self.open_quote + inner + self.close_quote, 1)
         if isinstance(value, dict):
-            return {key: value if key == "role" else self.quote(value) for key, value in value.items()}
-        return [self.quote(item) for item in value] if isinstance(value, list) else value
+            return {key: item if key == "role" else self.quote(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.quote(item) for item in value]
+        return value
 
     def read(self, text: str, marked: str) -> tuple[Rendered, dict[int, Span]] | None:
-        """Rendered, without its answers, and by message's number the extent of its words; None where the template does
-        not write every answer's words once, as they are."""
-        found = re.compile(f"{self.a}Other(\\d+){self.b}|{self.c}([^{self.c}{self.d}{self.a}{self.b}]*){self.d}")
-        rendered, extents, pieces, others, at, done = Rendered(text, "", [], [], []), {}, [], [], 0, 0
-        seen: list[int] = []
-        for match in found.finditer(marked):
-            pieces.append(marked[done : match.start()])
-            others.append(pieces[-1])
-            at, done = at + len(pieces[-1]), match.end()
-            if match[1] is None:
-                words, other = match[2], match[2]
+        """Finds the marks in a marked text, and with them the words in the text.
+
+        Returns the rendered conversation, still without its answers, and for each answer, by the
+        number of its message, the span of its words; or None where the template does not write
+        every part once and unchanged.
+        """
+        rendered = Rendered(text, "", [], [], [])
+        extents: dict[int, Span] = {}
+        texts: list[str] = []  # pieces of `text`, as it should be
+        others: list[str] = []  # the same pieces of `other`
+        parts: list[int] = []  # numbers of the parts, in the order in which they were found
+        position = 0  # in `text`
+        done = 0  # in `marked`
+        for match in self.find_marks(marked):
+            between = marked[done : match.start()]
+            position += len(between)
+            done = match.end()
+            part, quoted = match[1], match[2]
+            if part is None:
+                words = other = quoted
+                end = position + len(words)
             else:
-                number, words = self.parts[int(match[1])]
+                number, words = self.parts[int(part)]
                 other = match[0][1:-1]
-                seen.append(int(match[1]))
-                first, _ = extents.get(number, (at, at))
-                extents[number] = (first, at + len(words))
-                rendered.parts.append((at, at + len(words), len(other) - len(words)))
-            rendered.quoted.append((at, at + len(words)))
-            pieces.append(words), others.append(other)
-            at += len(words)
+                end = position + len(words)
+                parts.append(int(part))
+                first, _ = extents.get(number, (position, position))
+                extents[number] = (first, end)
+                rendered.parts.append((position, end, len(other) - len(words)))
+            rendered.quoted.append((position, end))
+            texts += [between, words]
+            others += [between, other]
+            position = end
         rendered.other = "".join([*others, marked[done:]])
-        all_there = {number for number, _ in self.parts} == extents.keys() and len(seen) == len({*seen})
-        if not all_there or "".join([*pieces, marked[done:]]) != text:  # a mark without its fellow stays, too
+        all_answers = {number for number, _ in self.parts} == extents.keys()
+        all_once = len(parts) == len({*parts})
+        # A mark without its partner stays in the marked text, so that the texts differ.
+        if not all_answers or not all_once or "".join([*texts, marked[done:]]) != text:
             return None
         return rendered, extents
 
+    def find_marks(self, marked: str) -> Iterator[re.Match]:
+        """Yields matches whose group 1 is the number of a replaced part, or whose group 2 is quoted
+        words."""
+        any_mark = f"{self.open_answer}{self.close_answer}{self.open_quote}{self.close_quote}"
+        replaced = f"{self.open_answer}Other(\\d+){self.close_answer}"
+        quoted = f"{self.open_quote}([^{any_mark}]*){self.close_quote}"
+        return re.finditer(f"{replaced}|{quoted}", marked)
 
-# ---- named ones, for models that bring none ----
 
-# The prompt of Taori et al. 2023 (Stanford Alpaca): with bos where there is one, eos after each answer, and a system
-# turn, if there is one, in the place of the first sentence.
+# ---- named templates, for models that have none ----
+
+# The prompt of Taori et al. 2023 (Stanford Alpaca), with bos where the tokenizer has one and eos
+# after each answer. A system message takes the place of the first sentence.
 ALPACA = r"""{{ bos_token }}
 {%- if messages[0].role != 'system' -%}
 Below is an instruction that describes a task. Write a response that appropriately completes the request.
@@ -409,12 +579,12 @@ Below is an instruction that describes a task. Write a response that appropriate
 {%- else -%}{{ raise_exception('it has no place for the role ' + message.role) }}{%- endif -%}
 {%- endfor -%}
 {{ '\n\n### Response:\n' if add_generation_prompt }}"""
-# OpenAI's ChatML; needs <|im_start|> and <|im_end|> among the control tokens
+# OpenAI's ChatML. The tokenizer must have the control tokens <|im_start|> and <|im_end|>.
 CHATML = r"""{%- for message in messages -%}
 {{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
 {%- endfor -%}
 {{ '<|im_start|>assistant\n' if add_generation_prompt }}"""
-# No words of its own: a prompt, a line end, the answer, eos
+# A template without words of its own: a prompt, a line end, the answer, eos.
 PLAIN = r"""{{ bos_token }}
 {%- for message in messages -%}
 {{ message.content }}{{ eos_token if message.role == 'assistant' else '\n' }}

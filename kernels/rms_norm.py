@@ -1,8 +1,11 @@
-"""RMSNorm (Zhang & Sennrich 2019): x / sqrt(mean(x^2) + eps) * (offset + weight), in fp32 inside whatever the dtype.
+"""RMSNorm (Zhang & Sennrich 2019): x / sqrt(mean(x^2) + eps) * (offset + weight).
 
-The backward is written out, so that x and one number a row are all that is kept, and every pass over the rows counts.
-That is also why `add_rms_norm` takes the residual addition before a norm: on a GPU both are one kernel forward, and
-backward the gradients that reach the sum from the residual and from the norm are added where the second is made.
+It is computed in fp32, whatever the dtype of x. The backward is written out, so that only x and one
+number a row are saved, and so that it takes few passes over the rows, which cost the time.
+
+That is also why `add_rms_norm` takes the residual addition before a norm. On a GPU, both are one
+kernel in the forward. In the backward, the sum has two gradients, one from the residual and one
+from the norm; they are added where the norm's gradient is computed.
 """
 
 import torch
@@ -11,21 +14,37 @@ from torch import Tensor
 
 from kernels.triton_utils import next_power_of_2, tl, triton, use_triton
 
-LONG = 8192  # numbers; the share of a longer row in the weight's gradient does not fit in registers
-COLUMNS = 1024  # of such rows, which a program then takes
-WARPS_AT_ONCE = 32  # on a multiprocessor: its registers are enough for so many with 64 a thread
+# Numbers in a row. The part of the weight's gradient that a longer row needs does not fit in
+# registers.
+LONG = 8192
+
+# Columns of longer rows that a program then takes.
+COLUMNS = 1024
+
+# Warps that run on a multiprocessor at a time: its registers are enough for so many, with 64
+# registers a thread.
+WARPS_AT_ONCE = 32
+
+
+# ---- RMSNorm ----
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-    """x: [..., D], weight: [D] of any float dtype. Returns x's shape and dtype. offset: 1 for Gemma's files, which hold
-    the weight less one."""
-    if x.is_cuda and torch.compiler.is_compiling():  # a compiler fuses the plain form with what is around it
+    """Computes RMSNorm over the last dimension.
+
+    x: [..., D].
+    weight: [D] of any float dtype.
+    offset: 1 for Gemma's files, which store the weight minus one.
+    Returns x's shape and dtype.
+    """
+    # torch.compile fuses the plain form with the operations around it.
+    if x.is_cuda and torch.compiler.is_compiling():
         return rms_norm_reference(x, weight, eps, offset)
-    if not torch.is_grad_enabled() and not use_triton(
-        x
-    ):  # a Function's ceremony costs as much as a short row's arithmetic
-        plain = not offset and weight.dtype == x.dtype
-        return F.rms_norm(x, weight.shape, weight, eps) if plain else normalise(x, weight, eps, offset)[0]
+    # The overhead of an autograd function is as large as the arithmetic of a short row.
+    if not torch.is_grad_enabled() and not use_triton(x):
+        if not offset and weight.dtype == x.dtype:
+            return F.rms_norm(x, weight.shape, weight, eps)
+        return normalize(x, weight, eps, offset)[0]
     return RMSNorm.apply(x, weight, eps, offset)
 
 
@@ -35,13 +54,55 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float = 0.
     return (normal * (weight.float() + offset)).to(x.dtype)
 
 
+class RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, offset):
+        out, scale = normalize(x, weight, eps, offset)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.offset = offset
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        trains_weight = ctx.needs_input_grad[1]
+        if use_triton(x):
+            return *backward_on_gpu(grad, x, weight, scale, ctx.offset, trains_weight), None, None
+        grad = grad.float()
+        normal = x.float() * scale
+        dweight = None
+        if trains_weight:
+            dweight = (grad * normal).sum(tuple(range(x.dim() - 1))).to(weight.dtype)
+        grad = grad * (weight.float() + ctx.offset if ctx.offset else weight)
+        # The part of the gradient that goes through the scale is parallel to x.
+        along = (grad * normal).mean(-1, keepdim=True)
+        dx = grad.addcmul_(normal, along, value=-1).mul_(scale).to(x.dtype)
+        return dx, dweight, None, None
+
+
+def normalize(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """Returns RMSNorm of x, and each row's 1 / sqrt(mean(x^2) + eps), float32 [..., 1]."""
+    if use_triton(x):
+        return normalize_on_gpu(x, None, weight, eps, offset)[1:]
+    x32 = x.float()
+    mean_square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    scale = mean_square.add_(eps).rsqrt_()
+    out = (x32 * scale).mul_(weight.float() + offset if offset else weight).to(x.dtype)
+    return out, scale
+
+
+# ---- the residual addition and the norm behind it ----
+
+
 def add_rms_norm(
     x: Tensor, added: Tensor | None, weight: Tensor, eps: float, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Returns x + added and `rms_norm` of that sum, which is rounded to x's dtype before.
+    """Returns x + added, and `rms_norm` of that sum after it was rounded to x's dtype.
 
-    x: [..., D]; added: the same shape and dtype, or None for nothing: then x is the sum, and what is gained is that its
-    two gradients are added in the norm's backward.
+    x: [..., D].
+    added: like x, or None for nothing. Then x itself is the sum, and what is gained is that its two
+    gradients are added in the norm's backward.
+    weight, eps, offset: of `rms_norm`.
     """
     if adds_in_norm(x):
         return AddRMSNorm.apply(x, added, weight, eps, offset)
@@ -55,41 +116,21 @@ def add_rms_norm_reference(x, added, weight, eps: float, offset: float = 0.0) ->
 
 
 def adds_in_norm(x: Tensor) -> bool:
-    """Whether `add_rms_norm` saves passes over x. A compiler fuses the plain form itself."""
+    """True if `add_rms_norm` saves passes over x. torch.compile fuses the plain form itself."""
     return not torch.compiler.is_compiling() and use_triton(x)
 
 
-class RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, eps, offset):
-        out, scale = normalise(x, weight, eps, offset)
-        ctx.save_for_backward(x, weight, scale)
-        ctx.offset = offset
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
-        if use_triton(x):
-            return *backward_on_gpu(grad, x, weight, scale, ctx.offset, ctx.needs_input_grad[1]), None, None
-        grad, normal = grad.float(), x.float() * scale
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad * normal).sum(tuple(range(x.dim() - 1))).to(weight.dtype)
-        grad = grad * (weight.float() + ctx.offset if ctx.offset else weight)
-        along = (grad * normal).mean(-1, keepdim=True)
-        return grad.addcmul_(normal, along, value=-1).mul_(scale).to(x.dtype), grad_weight, None, None
-
-
 class AddRMSNorm(torch.autograd.Function):
-    """For GPUs alone. Keeps the sum, which the residual keeps alive anyway, and one number a row."""
+    """`add_rms_norm` on GPUs. It saves one number a row, and the sum, which the residual needs too."""
 
     @staticmethod
     def forward(ctx, x, added, weight, eps, offset):
-        total, out, scale = normalise_on_gpu(x, added, weight, eps, offset)
+        total, out, scale = normalize_on_gpu(x, added, weight, eps, offset)
         ctx.save_for_backward(total, weight, scale)
-        ctx.offset, ctx.adds = offset, added is not None
-        ctx.set_materialize_grads(False)  # nothing reads the sum after a model's last norm
+        ctx.offset = offset
+        ctx.has_added = added is not None
+        # Nothing reads the sum after a model's last norm, so it may have no gradient.
+        ctx.set_materialize_grads(False)
         return total, out
 
     @staticmethod
@@ -97,25 +138,19 @@ class AddRMSNorm(torch.autograd.Function):
         total, weight, scale = ctx.saved_tensors
         dx, dweight = grad_total, None
         if grad is not None:
-            trained = ctx.needs_input_grad[2]
-            dx, dweight = backward_on_gpu(grad, total, weight, scale, ctx.offset, trained, grad_total)
-        return dx, dx if ctx.adds else None, dweight, None, None
+            trains_weight = ctx.needs_input_grad[2]
+            dx, dweight = backward_on_gpu(grad, total, weight, scale, ctx.offset, trains_weight, grad_total)
+        dadded = dx if ctx.has_added else None
+        return dx, dadded, dweight, None, None
 
 
-def normalise(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    """The normal rows, and what each was multiplied with, fp32 [..., 1]."""
-    if use_triton(x):
-        return normalise_on_gpu(x, None, weight, eps, offset)[1:]
-    x32 = x.float()
-    mean_square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-    scale = mean_square.add_(eps).rsqrt_()
-    return (x32 * scale).mul_(weight.float() + offset if offset else weight).to(x.dtype), scale
+# ---- GPUs ----
 
 
-def normalise_on_gpu(
+def normalize_on_gpu(
     x: Tensor, added: Tensor | None, weight: Tensor, eps: float, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns x + added, or x itself for None, and of that what `normalise` returns."""
+    """Returns x + added (x if added is None), and the two results of `normalize` for that sum."""
     width = x.shape[-1]
     shape = tile(width)
     numbers = x.contiguous()
@@ -141,13 +176,22 @@ def backward_on_gpu(
     trained: bool,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns the gradients of x and, where it is trained, of the weight. residual: another gradient of x, which is
-    added to the first."""
-    x, grad, width, rows = x.contiguous(), grad.contiguous(), x.shape[-1], scale.numel()
-    residual = None if residual is None else residual.contiguous()
+    """Returns the gradients of x and of the weight.
+
+    grad: the gradient of the norm's output, like x.
+    scale: the second result of `normalize`.
+    trained: compute the weight's gradient; False: it is None.
+    residual: another gradient of x, which is added to the first; or None.
+    """
+    x = x.contiguous()
+    grad = grad.contiguous()
+    width = x.shape[-1]
+    rows = scale.numel()
+    if residual is not None:
+        residual = residual.contiguous()
     shape = tile(width)
     programs = triton.cdiv(rows, shape["ROWS"])
-    sums = None  # [programs, width], of each program's rows
+    sums = None  # [programs, width], the weight's gradient from the rows of each program
     if trained and width <= LONG:
         programs = min(programs, programs_at_once(x.device, shape["num_warps"]))
         sums = x.new_empty(programs, width, dtype=torch.float32)
@@ -159,25 +203,37 @@ def backward_on_gpu(
     if not trained:
         return dx, None
     if width > LONG:
-        grid = (max(1, programs_at_once(x.device, 4) // triton.cdiv(width, COLUMNS)), triton.cdiv(width, COLUMNS))
-        sums = x.new_empty(grid[0], width, dtype=torch.float32)
+        column_blocks = triton.cdiv(width, COLUMNS)
+        row_blocks = max(1, programs_at_once(x.device, 4) // column_blocks)
+        sums = x.new_empty(row_blocks, width, dtype=torch.float32)
+        grid = (row_blocks, column_blocks)
         weight_kernel[grid](grad, x, scale, sums, rows, width, BLOCK=COLUMNS, num_warps=4)
     return dx, sums.sum(0).to(weight.dtype)
 
 
 def tile(width: int) -> dict[str, int]:
-    """The rows of this width that a program takes at once, and its warps: four at least, so short rows go together. A
-    thread gets 16 bytes in bf16; it loads rows that do not begin at multiples of these number by number."""
+    """Returns what a program takes at once: ROWS rows of BLOCK numbers (`width` or more), by
+    num_warps warps.
+
+    A program has at least four warps, so it takes several short rows together. A thread gets 16
+    bytes in bf16. If rows do not begin at multiples of 16 bytes, it loads them number by number.
+    """
     block = next_power_of_2(width)
-    numbers = 4 if width % 16 else 8  # a thread
-    rows = max(1, 128 * numbers // block)
-    threads = min(1024, rows * block // numbers)
-    return {"ROWS": rows, "BLOCK": block, "num_warps": threads // (64 if torch.version.hip else 32)}
+    numbers_per_thread = 4 if width % 16 else 8
+    rows = max(1, 128 * numbers_per_thread // block)
+    threads = min(1024, rows * block // numbers_per_thread)
+    threads_per_warp = 64 if torch.version.hip else 32
+    return {"ROWS": rows, "BLOCK": block, "num_warps": threads // threads_per_warp}
 
 
 def programs_at_once(device: torch.device, warps: int) -> int:
-    """How many programs run on the GPU at a time: that many add up a weight's gradient, each its share of the rows."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """Returns how many programs of so many warps run on the GPU at a time.
+
+    As many add up a weight's gradient, each over its part of the rows.
+    """
+    processors = 1
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
     return processors * max(1, WARPS_AT_ONCE // warps)
 
 
@@ -186,15 +242,17 @@ def forward_kernel(
     x, added, weight, total, out, scales, rows, width, eps, offset,
     ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program takes ROWS rows; each is read once."""
+    """Computes ROWS rows; each is read once."""
     first = tl.program_id(0) * ROWS
-    line, at = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
+    line = tl.arange(0, ROWS)[:, None]
+    at = tl.arange(0, BLOCK)[None, :]
     inside = (first + line < rows) & (at < width)
     start = first.to(tl.int64) * width
     here = line * width + at
     row = tl.load(x + start + here, inside, 0.0)
     if ADD:
-        row = (row.to(tl.float32) + tl.load(added + start + here, inside, 0.0).to(tl.float32)).to(row.dtype)
+        sums = row.to(tl.float32) + tl.load(added + start + here, inside, 0.0).to(tl.float32)
+        row = sums.to(row.dtype)
         tl.store(total + start + here, row, inside)
     numbers = row.to(tl.float32)
     scale = 1 / tl.sqrt(tl.sum(numbers * numbers, 1)[:, None] / width + eps)  # [ROWS, 1]
@@ -208,13 +266,17 @@ def backward_kernel(
     grad, residual, x, weight, scales, dx, sums, rows, width, offset,
     RESIDUAL: tl.constexpr, TRAINED: tl.constexpr, LATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program takes ROWS rows, and others after them where there are fewer programs: so it can add up its share of
-    the weight's gradient in registers."""
-    line, at = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
+    """Computes ROWS rows at a time, and others after them if there are fewer programs than rows.
+
+    So a program can add up its part of the weight's gradient in registers. LATE: load the weight
+    where it is used, so that it takes registers for a shorter time.
+    """
+    line = tl.arange(0, ROWS)[:, None]
+    at = tl.arange(0, BLOCK)[None, :]
     here = line * width + at
     if not LATE:
         weights = tl.load(weight + at, at < width, 0.0).to(tl.float32) + offset
-    share = tl.zeros([ROWS, BLOCK], tl.float32)
+    dweight = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         inside = (first + line < rows) & (at < width)
         start = tl.cast(first, tl.int64) * width
@@ -222,8 +284,8 @@ def backward_kernel(
         g = tl.load(grad + start + here, inside, 0.0).to(tl.float32)
         normal = tl.load(x + start + here, inside, 0.0).to(tl.float32) * scale
         if TRAINED:
-            share += g * normal
-        if LATE:  # so weights take registers for a shorter time
+            dweight += g * normal
+        if LATE:
             weights = tl.load(weight + at, at < width, 0.0).to(tl.float32) + offset
         g *= weights
         along = tl.sum(g * normal, 1)[:, None] / width
@@ -232,17 +294,17 @@ def backward_kernel(
             g += tl.load(residual + start + here, inside, 0.0).to(tl.float32)
         tl.store(dx + start + here, g, inside)
     if TRAINED:
-        tl.store(sums + tl.program_id(0) * width + at, tl.sum(share, 0)[None, :], at < width)
+        tl.store(sums + tl.program_id(0) * width + at, tl.sum(dweight, 0)[None, :], at < width)
 
 
 @triton.jit
 def weight_kernel(grad, x, scales, sums, rows, width, BLOCK: tl.constexpr):
-    """A program takes BLOCK columns of every so many rows, and adds up their share of the weight's gradient."""
+    """Adds up the weight's gradient for BLOCK columns, over every so many rows."""
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    share = tl.zeros([BLOCK], tl.float32)
+    dweight = tl.zeros([BLOCK], tl.float32)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         start = tl.cast(row, tl.int64) * width
         g = tl.load(grad + start + at, at < width, 0.0).to(tl.float32)
         numbers = tl.load(x + start + at, at < width, 0.0).to(tl.float32)
-        share += g * numbers * tl.load(scales + row)
-    tl.store(sums + tl.program_id(0) * width + at, share, at < width)
+        dweight += g * numbers * tl.load(scales + row)
+    tl.store(sums + tl.program_id(0) * width + at, dweight, at < width)

@@ -133,7 +133,7 @@ def norms(rms_norm, made: Callable) -> Iterator[tuple[str, Callable]]:
 
     def forward(*shape: int, adds: bool) -> Callable:
         x = made(*shape)
-        return lambda: rms_norm.normalise_on_gpu(x, x if adds else None, made(shape[-1]), 1e-5, 0.0)
+        return lambda: rms_norm.normalize_on_gpu(x, x if adds else None, made(shape[-1]), 1e-5, 0.0)
 
     def backward(*shape: int, adds: bool, trained: bool) -> Callable:
         x, scale = made(*shape), made(*shape[:-1], 1, dtype=fp32)

@@ -26,20 +26,20 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS = """
 import sys, time
 sys.path.insert(0, {root!r})
-from convert import model_folder
-from formats import open_source
-from rows import tokenised
+from interop.resolve import model_folder
+from dataset.formats import open_source
+from dataset.token_cache import tokenized_rows
 from tokenizer import load_tokenizer
 tokenizer = load_tokenizer(model_folder(None))
 start = time.perf_counter()
-made = tokenised(open_source({file!r}), tokenizer)
+made = tokenized_rows(open_source({file!r}), tokenizer)
 print(len(made.ids), time.perf_counter() - start)
 """
 THEIRS = """
 import sys, time
 sys.path.insert(0, {root!r})
 import datasets, transformers
-from convert import model_folder
+from interop.resolve import model_folder
 tokenizer = transformers.AutoTokenizer.from_pretrained(str(model_folder(None)))
 datasets.disable_progress_bars()
 one = lambda x: {{"input_ids": tokenizer.apply_chat_template(x["messages"], tokenize=True, return_dict=False)}}

@@ -409,12 +409,13 @@ HUGE = {  # name: (suffix, what stands before 200 MB of x, what the error says)
     "a field in zstandard": ("csv.zst", 'text\na\n"', ".*longer than 128 MB"),
 }
 LOAD = """
-import re, resource, sys, data, errors
-from convert import model_folder
+import re, resource, sys, data
+from common.errors import run
+from interop.resolve import model_folder
 from tokenizer import load_tokenizer
 
 try:
-    errors.run(lambda: data.load([sys.argv[1]], load_tokenizer(model_folder(None)), 512))
+    run(lambda: data.load([sys.argv[1]], load_tokenizer(model_folder(None)), 512))
 finally:  # kB; this process's ru_maxrss would begin with its parent's
     peak = re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]
     print(max(int(peak), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))

@@ -1,12 +1,14 @@
-"""Which examples, and when: how sources are mixed, how examples are packed, and where in all that a run stands.
+"""Which examples are trained on and when: how sources are mixed, how examples are packed, and how far a run is.
 
-Everything follows from the seed, the data and three numbers, (epoch, window, row); neither the number of processes nor
-accumulation plays a part. So a run that is resumed goes on with the very next example, without replaying what was.
+Everything follows from the seed, the data and three numbers, (epoch, window, row). Neither the number of processes nor
+gradient accumulation changes the order. So a run that is resumed goes on with the very next example, without computing
+again what came before.
 
-An epoch is a list of draws. Each source has its share of them, spread at random; what it gives are its own examples in
-shuffled order, round after round, going on in the next epoch where it stopped in this one. The list is cut into windows
-of WINDOW draws. Packed, a window's examples are put into rows of at most seq_len tokens, none cut, each row as full as
-can be (best-fit decreasing; Johnson et al. 1974), and the rows are shuffled. Not packed, an example is a row.
+An epoch is a list of samples. Each source has a fixed number of them, in random places of the list; they are its own
+examples in shuffled order, repeated as often as needed, and the next epoch goes on where this one stopped. The list is
+cut into windows of WINDOW samples. With packing, a window's examples are put into rows of at most seq_len tokens, none
+cut, each row as full as possible (best-fit decreasing; Johnson et al. 1974), and the rows are shuffled. Without
+packing, an example is a row.
 """
 
 from bisect import bisect_left, insort
@@ -24,8 +26,15 @@ WINDOW = 4096
 
 @dataclass
 class Sampler:
-    """The rows of step after step. lengths: int [examples], source after source; sizes: examples of each source;
-    samples_per_epoch: draws of each; seq_len: of a packed row, None: not packed. epoch, window, row: of the next row."""
+    """Returns the rows of step after step, deterministically, out of one or several sources.
+
+    lengths: int64 [examples], tokens of each example, source after source.
+    sizes: examples of each source.
+    samples_per_epoch: how many examples of each source an epoch takes.
+    seed: decides the order.
+    seq_len: tokens of a packed row at most; None for no packing.
+    epoch, window, row: the position of the next row, which is all that a checkpoint stores.
+    """
 
     lengths: np.ndarray
     sizes: Sequence[int]
@@ -37,130 +46,158 @@ class Sampler:
     row: int = 0
 
     def __post_init__(self):
-        self.at, self.rows = None, []  # the window whose rows are held
-        self.num_epoch_rows = None  # rows of the first epoch
+        self.loaded_window = None  # (epoch, window) of loaded_rows
+        self.loaded_rows = []
+        self.num_epoch_rows = None  # rows of the first epoch, once they were counted
 
     def step(self, rows: int) -> list[list[int]]:
-        """The example numbers of the next so many rows; fewer at the end of an epoch: no step mixes epochs, and the
-        loss counts tokens, so that a smaller step weighs what it should."""
-        taken: list[list[int]] = []
-        while len(taken) < rows:
-            found = self.load()
-            new = found[self.row : self.row + rows - len(taken)]
-            taken += new
+        """Returns the next `rows` rows, each a list of example numbers, and moves the position.
+
+        Fewer come back at the end of an epoch: no step mixes epochs. A smaller step weighs what it should, because the
+        loss counts tokens.
+        """
+        step_rows: list[list[int]] = []
+        while len(step_rows) < rows:
+            window_rows = self.load()
+            new = window_rows[self.row : self.row + rows - len(step_rows)]
+            step_rows += new
             self.row += len(new)
-            if self.row < len(found):
+            if self.row < len(window_rows):
                 continue
-            self.window, self.row = self.window + 1, 0
+            self.window += 1
+            self.row = 0
             if self.window * WINDOW >= sum(self.samples_per_epoch):
-                self.epoch, self.window = self.epoch + 1, 0
+                self.epoch += 1
+                self.window = 0
                 break
-        return taken
+        return step_rows
 
     def load(self) -> list[list[int]]:
-        """The rows of the window at hand."""
-        if self.at != (self.epoch, self.window):
-            if self.at is None or self.at[0] != self.epoch:
+        """Returns the rows of the current window, computed when the window is new."""
+        current = (self.epoch, self.window)
+        if self.loaded_window != current:
+            if self.loaded_window is None or self.loaded_window[0] != self.epoch:
                 self.order = epoch_order(self.sizes, self.samples_per_epoch, self.seed, self.epoch)
-            self.rows = self.window_rows(self.order, self.epoch, self.window)
-            self.at = (self.epoch, self.window)
-        return self.rows
+            self.loaded_rows = self.window_rows(self.order, self.epoch, self.window)
+            self.loaded_window = current
+        return self.loaded_rows
 
     def window_rows(self, order: np.ndarray, epoch: int, window: int) -> list[list[int]]:
-        chosen = order[window * WINDOW : (window + 1) * WINDOW].tolist()
+        """Returns the rows of a window. order: the example numbers of the epoch, int64."""
+        examples = order[window * WINDOW : (window + 1) * WINDOW].tolist()
         if self.seq_len is None:
-            return [[i] for i in chosen]
-        rows = pack([int(self.lengths[i]) for i in chosen], self.seq_len)
+            return [[i] for i in examples]
+        rows = pack([int(self.lengths[i]) for i in examples], self.seq_len)
         shuffled = permutation(len(rows), self.seed, epoch, window)
-        return [[chosen[k] for k in rows[j]] for j in shuffled]
+        return [[examples[k] for k in rows[j]] for j in shuffled]
 
     def epoch_rows(self) -> int:
-        """How many rows the first epoch has; others of a packed run may differ by a few."""
+        """Returns how many rows the first epoch has; other epochs of a packed run may differ by a few."""
         if self.seq_len is None:
             return sum(self.samples_per_epoch)
         if self.num_epoch_rows is None:
             order = epoch_order(self.sizes, self.samples_per_epoch, self.seed, 0)
-            windows = range(-(-len(order) // WINDOW))
-            self.num_epoch_rows = sum(len(self.window_rows(order, 0, window)) for window in windows)
+            num_windows = -(-len(order) // WINDOW)
+            self.num_epoch_rows = sum(len(self.window_rows(order, 0, window)) for window in range(num_windows))
         return self.num_epoch_rows
 
     def epoch_tokens(self) -> float:
-        """How many tokens an epoch draws, by each source's mean."""
+        """Returns how many tokens an epoch takes on average, from the mean length of each source's examples."""
         edges = np.cumsum([0, *self.sizes])
-        means = (float(self.lengths[a:b].mean()) for a, b in pairwise(edges))
-        return sum(draws * mean for draws, mean in zip(self.samples_per_epoch, means, strict=True))
+        means = [float(self.lengths[start:stop].mean()) for start, stop in pairwise(edges)]
+        return sum(samples * mean for samples, mean in zip(self.samples_per_epoch, means, strict=True))
 
 
 def allocate_samples(
     sizes: Sequence[int], weights: Sequence[float] | None, replayed: Sequence[float] = ()
 ) -> list[int]:
-    """How many draws of an epoch each source has, which are as many as the sources that are no replay have examples.
+    """Returns how many samples of an epoch each source has: in all as many as the sources without replay have examples.
 
-    sizes: examples of each source, those of the replay last. weights: of the others, relative to each other; None: by
-    their sizes, so that without replay each example comes once. replayed: shares of all draws. To whole numbers by
-    largest remainders, but none is 0: a small share is one draw, which the largest gives up.
+    sizes: examples of each source, those of the replay last.
+    weights: of the sources without replay, relative to each other; None: their sizes, so that without replay each
+        example comes once.
+    replayed: for each replay source, its share of all samples.
+
+    Rounds to whole numbers by largest remainders. None is 0: a source with a small share has one sample, which is taken
+    from the largest. Raises UserError if the epoch has fewer samples than there are sources.
     """
-    plain = len(sizes) - len(replayed)
-    total = sum(sizes[:plain])
-    weights = list(sizes[:plain]) if weights is None else list(weights)
-    parts = [(1 - sum(replayed)) * weight / sum(weights) for weight in weights] + list(replayed)
-    exact = [total * part for part in parts]
-    draws = [int(each) for each in exact]
-    for i in sorted(range(len(exact)), key=lambda i: draws[i] - exact[i])[: total - sum(draws)]:
-        draws[i] += 1
-    if total < len(draws):
-        raise UserError(f"{total:,} examples make an epoch too short for {len(draws)} files; give more of them")
-    while 0 in draws:
-        draws[draws.index(max(draws))] -= 1
-        draws[draws.index(0)] += 1
-    return draws
+    num_plain = len(sizes) - len(replayed)
+    total = sum(sizes[:num_plain])
+    weights = list(sizes[:num_plain]) if weights is None else list(weights)
+    shares = [(1 - sum(replayed)) * weight / sum(weights) for weight in weights] + list(replayed)
+    exact = [total * share for share in shares]
+    samples = [int(each) for each in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: samples[i] - exact[i])
+    for i in by_remainder[: total - sum(samples)]:
+        samples[i] += 1
+    if total < len(samples):
+        count = len(samples)
+        raise UserError(f"{total:,} examples make an epoch too short for {count} files; give more examples")
+    while 0 in samples:
+        samples[samples.index(max(samples))] -= 1
+        samples[samples.index(0)] += 1
+    return samples
 
 
-def epoch_order(sizes: Sequence[int], draws: Sequence[int], seed: int, epoch: int) -> np.ndarray:
-    """The example numbers of an epoch's draws, int64.
+def epoch_order(sizes: Sequence[int], samples_per_epoch: Sequence[int], seed: int, epoch: int) -> np.ndarray:
+    """Returns the example numbers of an epoch's samples in order, int64. Arguments: as those of `Sampler`.
 
-    Plainly shuffled: padding is never computed, so that examples of like length side by side would gain nothing, and
-    they cost: steps of short answers alone are noisier, and as long as those of many tokens (experiments/LOG.md).
+    The order is plainly shuffled. Padding is never computed, so placing examples of similar length together would gain
+    nothing, and it would cost: steps of short answers alone are noisier, and take as long as those of many tokens
+    (experiments/LOG.md).
     """
-    if list(sizes) == list(draws):
+    if list(sizes) == list(samples_per_epoch):
         return permutation(sum(sizes), seed, epoch)
-    source = np.repeat(np.arange(len(sizes)), draws)[permutation(sum(draws), seed, epoch)]
-    order, first = np.empty(len(source), np.int64), 0
-    for s, (size, count) in enumerate(zip(sizes, draws, strict=True)):
-        at, end, picks = epoch * count, (epoch + 1) * count, []  # of this source's draws since the beginning
+    source_of_sample = np.repeat(np.arange(len(sizes)), samples_per_epoch)
+    source_of_sample = source_of_sample[permutation(sum(samples_per_epoch), seed, epoch)]
+    order = np.empty(len(source_of_sample), np.int64)
+    first = 0  # number of the source's first example
+    for source, (size, count) in enumerate(zip(sizes, samples_per_epoch, strict=True)):
+        # Counted from the beginning of the run, this epoch takes the source's samples from `at` to `end`. The source's
+        # examples are shuffled anew each time that all of them were taken.
+        at = epoch * count
+        end = (epoch + 1) * count
+        picks = []
         while at < end:
-            round, begin = divmod(at, size)
-            picks.append(permutation(size, seed, round, 1 + s)[begin : begin + end - at])
+            repetition, begin = divmod(at, size)
+            shuffled = permutation(size, seed, repetition, 1 + source)
+            picks.append(shuffled[begin : begin + end - at])
             at += len(picks[-1])
         if picks:
-            order[source == s] = first + np.concatenate(picks)
+            order[source_of_sample == source] = first + np.concatenate(picks)
         first += size
     return order
 
 
-def permutation(count: int, seed: int, *of: int) -> np.ndarray:
-    """0 to count - 1 in an order that follows from the numbers."""
-    epoch, *more = of
-    mixed = seed * 1_000_003 + epoch
-    for each in more:
-        mixed = (mixed * 1_000_003 + each + 1) % 2**62
+def permutation(count: int, seed: int, first: int, *others: int) -> np.ndarray:
+    """Returns 0 to count - 1 in a random order that follows from the seed and the other numbers, int64 [count]."""
+    mixed = seed * 1_000_003 + first
+    for number in others:
+        mixed = (mixed * 1_000_003 + number + 1) % 2**62
     return torch.randperm(count, generator=torch.Generator().manual_seed(mixed)).numpy()
 
 
 def pack(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
-    """Rows of at most seq_len tokens that hold each example once: the longest first, each where least room is left
-    over. O(n log n), but for the moves in a sorted list of the open rows."""
+    """Puts each example into one row of at most seq_len tokens (best-fit decreasing; Johnson et al. 1974).
+
+    lengths: tokens of each example, at most seq_len.
+
+    The longest example goes first, each into the row that has least room left over. Returns the example numbers of each
+    row. Takes O(n log n), but for the moves within the sorted list of rows that have room.
+    """
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # of each row with any: tokens left, number; ascending
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    rows_with_room: list[tuple[int, int]] = []  # (tokens left, number of the row), ascending
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for i in longest_first:
         length = lengths[i]
-        at = bisect_left(room, (length, -1))
-        if at < len(room):
-            left, row = room.pop(at)
+        at = bisect_left(rows_with_room, (length, -1))
+        if at < len(rows_with_room):
+            room, row = rows_with_room.pop(at)
             rows[row].append(i)
         else:
-            left, row = seq_len, len(rows)
+            room = seq_len
+            row = len(rows)
             rows.append([i])
-        if left > length:
-            insort(room, (left - length, row))
+        if room > length:
+            insort(rows_with_room, (room - length, row))
     return rows

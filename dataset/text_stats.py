@@ -1,4 +1,9 @@
-"""What can be told from a text alone: a hash, what it is nearly equal to, its script, what it had better not hold."""
+"""Statistics of a text alone: its hash, the texts that are nearly equal to it, its script, its addresses and secrets.
+
+Near-duplicates are found by MinHash (Broder 1997) in memory of 128 bytes a text: `signature` makes 64 numbers of a text
+whose equality estimates the Jaccard similarity of two texts, and `near_groups` compares only texts that agree in a
+whole band of them, instead of all pairs.
+"""
 
 import hashlib
 import re
@@ -8,46 +13,57 @@ from functools import lru_cache
 
 import numpy as np
 
-BANDS, WIDTH = 16, 4  # of a signature: texts that agree in a whole band are compared
-ALIKE = 0.8  # estimated Jaccard similarity from which two texts are nearly equal
-_draw = np.random.Generator(np.random.PCG64(0))
-FACTORS, TERMS = _draw.integers(1, 2**63, (2, BANDS * WIDTH), np.uint64) | np.uint64(1)
+BANDS = 16  # of a signature: two texts are compared if all numbers of a band are equal
+BAND_WIDTH = 4  # numbers of a band
+ALIKE = 0.8  # estimated Jaccard similarity from which on two texts are nearly equal
+_generator = np.random.Generator(np.random.PCG64(0))
+# Odd multipliers and terms of 64 hash functions, one for each number of a signature.
+FACTORS, TERMS = _generator.integers(1, 2**63, (2, BANDS * BAND_WIDTH), np.uint64) | np.uint64(1)
+
+# A character of a script that writes no spaces (Thai, Lao, Burmese, Khmer, Japanese, Chinese), or a word.
+WORDS = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|[^\W_]+")
+HASHED_AT_ONCE = 4096  # word triples, so that a long text takes little memory
 
 
 def text_hash(text: str) -> int:
-    """64 bits; letter case and spaces aside."""
+    """Returns 64 bits of the text's SHA-256; letter case and the number of spaces do not count."""
     digest = hashlib.sha256(" ".join(text.lower().split()).encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:8], "big")
 
 
 def signature(text: str) -> np.ndarray:
-    """MinHash (Broder 1997) of the text's runs of three words: uint16 [64]. The share of places in which two signatures
-    are equal estimates the Jaccard similarity of their sets. Letter case, spaces and punctuation aside; a character of
-    a script without spaces counts as a word."""
+    """Returns the MinHash signature (Broder 1997) of the text's runs of three words, uint16 [64].
+
+    The share of places in which two signatures are equal estimates the Jaccard similarity of the two sets of runs.
+    Letter case, spaces and punctuation do not count. A character of a script without spaces counts as a word.
+    """
     words = WORDS.findall(text.lower()) or [text]
-    hashed = np.array([_word(word) for word in words], np.uint64)
-    if len(hashed) >= 3:
-        with np.errstate(over="ignore"):
-            hashed = hashed[:-2] * FACTORS[0] + hashed[1:-1] * FACTORS[1] + hashed[2:] * FACTORS[2]
-    least = np.full(len(FACTORS), np.iinfo(np.uint64).max, np.uint64)
+    hashes = np.array([_word_hash(word) for word in words], np.uint64)
+    # Unsigned products wrap around, which is what a hash wants.
     with np.errstate(over="ignore"):
-        for start in range(0, len(hashed), 4096):  # a long text in little memory
-            part = hashed[start : start + 4096, None] * FACTORS + TERMS
-            least = np.minimum(least, (part >> np.uint64(32)).min(0))
-    return least.astype(np.uint16)
-
-
-WORDS = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|[^\W_]+")
+        if len(hashes) >= 3:
+            hashes = hashes[:-2] * FACTORS[0] + hashes[1:-1] * FACTORS[1] + hashes[2:] * FACTORS[2]
+        smallest = np.full(len(FACTORS), np.iinfo(np.uint64).max, np.uint64)
+        for start in range(0, len(hashes), HASHED_AT_ONCE):
+            rehashed = hashes[start : start + HASHED_AT_ONCE, None] * FACTORS + TERMS  # [triples, 64]
+            smallest = np.minimum(smallest, (rehashed >> np.uint64(32)).min(0))
+    return smallest.astype(np.uint16)
 
 
 @lru_cache(1 << 16)
-def _word(word: str) -> int:
+def _word_hash(word: str) -> int:
     return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "big")
 
 
 def near_groups(signatures: np.ndarray) -> np.ndarray:
-    """Of each signature the number of the first one of its group: signatures that are linked by pairs estimated to be
-    ALIKE. int64 [N]. Memory: a few numbers a signature, a band at a time."""
+    """Groups texts that are linked by pairs whose estimated similarity is ALIKE or more.
+
+    signatures: uint16 [N, 64].
+
+    Returns int64 [N], for each text the number of the first text of its group. Memory: a few numbers a text, since one
+    band is looked at after the other.
+    """
+    # Disjoint sets: following `parent` leads to the first text of the group.
     parent = np.arange(len(signatures))
 
     def root(i: int) -> int:
@@ -57,36 +73,44 @@ def near_groups(signatures: np.ndarray) -> np.ndarray:
         return i
 
     for band in range(BANDS):
-        keys = np.ascontiguousarray(signatures[:, band * WIDTH : (band + 1) * WIDTH]).view(np.uint64)[:, 0]
+        numbers = np.ascontiguousarray(signatures[:, band * BAND_WIDTH : (band + 1) * BAND_WIDTH])
+        keys = numbers.view(np.uint64)[:, 0]
         order = np.argsort(keys, kind="stable")
-        same = np.flatnonzero(keys[order][1:] == keys[order][:-1])
-        # each with the one before it in its run, and with the run's first, which more of them resemble
-        start = end = -1
-        for k in same.tolist():
-            start, end = start if end == k else k, k + 1
-            for a in {int(order[k]), int(order[start])}:
-                b = int(order[k + 1])
-                x, y = root(a), root(b)
-                if x != y and np.mean(signatures[a] == signatures[b]) >= ALIKE:
-                    parent[max(x, y)] = min(x, y)
+        same_as_next = np.flatnonzero(keys[order][1:] == keys[order][:-1])
+        # A text is compared with the one before it in its run of equal keys, and with the first of the run, which more
+        # of them resemble.
+        run_start = run_end = -1
+        for k in same_as_next.tolist():
+            if k != run_end:
+                run_start = k
+            run_end = k + 1
+            b = int(order[k + 1])
+            for a in {int(order[k]), int(order[run_start])}:
+                root_a = root(a)
+                root_b = root(b)
+                if root_a != root_b and np.mean(signatures[a] == signatures[b]) >= ALIKE:
+                    parent[max(root_a, root_b)] = min(root_a, root_b)
     return np.array([root(i) for i in range(len(parent))], np.int64)
 
 
 def script(text: str) -> str:
-    """The script of most of its letters, as Unicode's names of them begin: LATIN, CYRILLIC, CJK, ...; "none"."""
+    """Returns the script of most letters among the first 400 characters, or "none".
+
+    It is the first word of their names in Unicode: LATIN, CYRILLIC, CJK, ...
+    """
     part = text[:400]
     if part.isascii():
         return "LATIN" if any(map(str.isalpha, part)) else "none"
-    counts = Counter(map(_script, filter(str.isalpha, part)))
+    counts = Counter(map(_script_of_letter, filter(str.isalpha, part)))
     return counts.most_common(1)[0][0] if counts else "none"
 
 
 @lru_cache(1 << 14)
-def _script(letter: str) -> str:
+def _script_of_letter(letter: str) -> str:
     return unicodedata.name(letter, "UNKNOWN").split()[0]
 
 
-PRIVATE = {
+PRIVATE_PATTERNS = {
     "e-mail address": r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+",
     "private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
     "AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
@@ -94,18 +118,24 @@ PRIVATE = {
     "token (JWT)": r"\beyJ[\w-]{10,2000}\.eyJ[\w-]{10,4000}\.[\w-]{10,}",
     "password": r"(?i)\b(?:password|passwd|secret|api_key)\s*[=:]\s*[\"'][^\s\"']{8,}[\"']",
 }
-_private = {kind: re.compile(pattern) for kind, pattern in PRIVATE.items()}
-_hints = ("@", "-----BEGIN", "AKIA", "ASIA", "sk-", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "hf_", "AIza", "xox", "eyJ")
-_hints += ("glpat-", "assw", "ASSW", "ecret", "ECRET", "pi_key", "PI_KEY")
+_private_patterns = {kind: re.compile(pattern) for kind, pattern in PRIVATE_PATTERNS.items()}
+# Each match of the patterns holds one of these; most texts hold none, and the patterns are not tried on them.
+_HINTS = ("@", "-----BEGIN", "AKIA", "ASIA", "sk-", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "hf_", "AIza", "xox", "eyJ")
+_HINTS += ("glpat-", "assw", "ASSW", "ecret", "ECRET", "pi_key", "PI_KEY")
 
 
 def private_parts(text: str) -> list[tuple[str, str]]:
-    """(kind, what was found) of what looks like somebody's address, or a secret."""
-    if not any(hint in text for hint in _hints):
+    """Returns (kind, the part of the text) of everything that looks like a person's address or a secret."""
+    if not any(hint in text for hint in _HINTS):
         return []
-    return [(kind, match[0]) for kind, pattern in _private.items() for match in pattern.finditer(text)]
+    parts = []
+    for kind, pattern in _private_patterns.items():
+        parts += [(kind, match[0]) for match in pattern.finditer(text)]
+    return parts
 
 
 def masked(secret: str) -> str:
-    """Enough of it to find it by."""
-    return secret[:4] + "..." + secret[-2:] if len(secret) > 10 else secret[:2] + "..."
+    """Returns the first and last characters of a secret: enough to find it in a file, too little to use it."""
+    if len(secret) > 10:
+        return secret[:4] + "..." + secret[-2:]
+    return secret[:2] + "..."

@@ -1,11 +1,12 @@
-"""What stands in data files, before a GPU second is spent: `python data.py inspect`, `convert` and `split`.
+"""Reports what is in data files, before any GPU time is spent: `python data.py inspect`.
 
-`inspect` reads every record once more than training does: for near-duplicates, scripts, labels and what had better not
-be there. What costs nothing is in the token rows already; `quick_checks` says that much at the start of a training.
+`inspect` reads every record once more than training does (`survey`), to find near-duplicates, scripts, labels, and
+addresses and secrets that had better not be there; with --html it also writes the report as a page
+(dataset/page.html.jinja). What costs nothing is in the token rows already: `quick_checks` reports that at the start of
+a training. `main` is the command line of all three commands; `convert` and `split` are in dataset/rewrite.py.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections import Counter
@@ -20,30 +21,33 @@ from tqdm import tqdm
 
 from common import cli, console
 from common.errors import UserError, printable
-from common.files import atomic_file, atomic_folder
+from common.files import atomic_file
 from dataset.examples import TRAIN_ON, Dataset, Example, cut
 from dataset.formats import Map, Source, open_source
 from dataset.oasst import TREES
 from dataset.records import ReadStats, Record
-from dataset.text_stats import FACTORS, masked, near_groups, private_parts, script, signature, text_hash
+from dataset.text_stats import masked, near_groups, private_parts, script, signature, text_hash
 from dataset.token_cache import (
-    CHAT,
-    CONTROL,
-    ONE_WORD,
-    PRIVATE,
+    CONTROL_TOKEN,
+    IS_CHAT,
+    ONE_WORD_ANSWER,
+    PRIVATE_PART,
     Rows,
-    chunks,
-    in_order,
-    processes_for,
     prompt_hash,
     tokenized_rows,
     words_of,
 )
+from dataset.tokenize_pool import chunks, in_order, processes_for
 from tokenizer import Tokenizer
 
-SHOWN = 3  # places that are named of each finding
-LABEL = 80  # characters: longer answers are no classes
-LABELS = 200  # more different answers are no classes
+MAX_PLACES = 3  # places that are named for each finding
+MAX_LABEL_LENGTH = 80  # characters: longer answers are no classes
+MAX_LABELS = 200  # more different answers are no classes
+MIN_LABELLED = 20  # fewer answers are not called classes
+IMBALANCE = 10  # times as many records of the most frequent label as of the rarest: from there on a warning
+MAX_HISTOGRAM_WIDTH = 40  # characters of the longest bar in the terminal
+DEFAULT_SHOWN = 3  # examples of each file
+DEFAULT_SHARE = 0.05  # of the records, for each of val.jsonl and test.jsonl
 GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
 
 
@@ -52,7 +56,18 @@ GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
 
 @dataclass
 class Survey:
-    """What a reading of all records found. places: (file, number) of each; groups: of near-duplicates."""
+    """The result of reading all N records of a source, or of a chunk of it.
+
+    hashes: uint64 [N], a hash of all that a record says.
+    prompts: uint64 [N], a hash of what is asked.
+    signatures: uint16 [N, 64], MinHash signatures.
+    places: int64 [N, 2], file and number of each record.
+    scripts: number of records in each script.
+    answers: number of times that each last answer is given; "" counts answers that are too long for a label.
+    may_be_classes: False if there are too many different answers for classes; `answers` is empty then.
+    private: number of addresses and secrets of each kind.
+    examples: for each finding up to MAX_PLACES places, with what is there.
+    """
 
     hashes: np.ndarray
     prompts: np.ndarray
@@ -60,24 +75,29 @@ class Survey:
     places: np.ndarray
     scripts: Counter[str] = field(default_factory=Counter)
     answers: Counter[str] = field(default_factory=Counter)
-    classes: bool = True
+    may_be_classes: bool = True
     private: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)  # finding: where, and what
+    examples: dict[str, list[str]] = field(default_factory=dict)
 
 
 def survey(source: Source) -> Survey:
-    """Reads a source with a process a core; memory: 160 bytes a record."""
-    parts, bar = [], tqdm(unit="record", desc="reading", disable=None, leave=False)
-    whole = Survey(*([None] * 4))
-    for part in in_order(partial(look, source), chunks(source), processes_for(source)):
+    """Reads all records of a source with a process a core. Takes 160 bytes of memory a record."""
+    parts = []
+    whole = Survey(hashes=None, prompts=None, signatures=None, places=None)
+    bar = tqdm(unit="record", desc="reading", disable=None, leave=False)
+    for part in in_order(partial(survey_chunk, source), chunks(source), processes_for(source)):
         parts.append(part)
         bar.update(len(part.hashes))
-        for name in ("scripts", "answers", "private"):
-            getattr(whole, name).update(getattr(part, name))
-        if len(whole.answers) > 2 * LABELS:  # no classes; forgotten, so that they take no memory
-            whole.answers, whole.classes = Counter(), False
-        for what, places in part.examples.items():
-            whole.examples[what] = (whole.examples.get(what, []) + places)[:SHOWN]
+        whole.scripts.update(part.scripts)
+        whole.answers.update(part.answers)
+        whole.private.update(part.private)
+        if len(whole.answers) > 2 * MAX_LABELS:
+            # They are no classes, and would take memory.
+            whole.answers = Counter()
+            whole.may_be_classes = False
+        for finding, places in part.examples.items():
+            whole.examples[finding] = (whole.examples.get(finding, []) + places)[:MAX_PLACES]
+        # These were added to `whole`, and need not be held until the end.
         part.examples = part.scripts = part.answers = None
     bar.close()
     if not parts:
@@ -87,15 +107,17 @@ def survey(source: Source) -> Survey:
     return whole
 
 
-def look(source: Source, chunk: list) -> Survey:
-    """What a process does with a chunk."""
-    stats, records, places = ReadStats(), [], []
+def survey_chunk(source: Source, chunk: list) -> Survey:
+    """Reads the records of a chunk; this runs in a worker process."""
+    stats = ReadStats()
+    records = []
+    places = []
     for container, number, payload in chunk:
         new = source.read(container, number, payload, stats)
         records += new
         places += [(container, number)] * len(new)
     part = Survey(
-        hashes=np.array([text_hash(canonical(record)) for record in records], np.uint64),
+        hashes=np.array([text_hash(full_text(record)) for record in records], np.uint64),
         prompts=np.array([prompt_hash(record) for record in records], np.uint64),
         signatures=np.array([signature(words_of(record)) for record in records], np.uint16).reshape(-1, 64),
         places=np.array(places, np.int64).reshape(-1, 2),
@@ -105,28 +127,33 @@ def look(source: Source, chunk: list) -> Survey:
         part.scripts[script(words)] += 1
         for kind, text in private_parts(words):
             part.private[kind] += 1
-            note(part, kind, f"{record.where}: {masked(text)}")
+            add_example(part, kind, f"{record.where}: {masked(text)}")
         if record.messages is not None:
-            answer = next(turn for turn in reversed(record.messages) if turn["role"] == "assistant")
-            words = answer.get("content") or ""
-            part.answers[words if len(words) <= LABEL else ""] += 1
-            if len(words.split(None, 1)) == 1 and not answer.get("tool_calls"):
-                note(part, "one word", f"{record.where}: {words.strip()[:40]!r}")
+            last_answer = next(each for each in reversed(record.messages) if each["role"] == "assistant")
+            answer = last_answer.get("content") or ""
+            part.answers[answer if len(answer) <= MAX_LABEL_LENGTH else ""] += 1
+            if len(answer.split(None, 1)) == 1 and not last_answer.get("tool_calls"):
+                add_example(part, "one word", f"{record.where}: {answer.strip()[:40]!r}")
     return part
 
 
-def canonical(record: Record) -> str:
-    """All that a record says: roles and tool calls, too."""
+def full_text(record: Record) -> str:
+    """Returns all that a record says, roles, tool calls and tools included."""
     if record.messages is None:
         return record.text
-    turns = [*record.messages, *(record.rejected or ())]
-    said = [f"{turn['role']} {turn.get('content') or ''} {turn.get('tool_calls') or ''}" for turn in turns]
-    return "\n".join([*said, str(record.tools or "")])
+    messages = [*record.messages, *(record.rejected or ())]
+    lines = [
+        f"{message['role']} {message.get('content') or ''} {message.get('tool_calls') or ''}" for message in messages
+    ]
+    lines.append(str(record.tools or ""))
+    return "\n".join(lines)
 
 
-def note(part: Survey, what: str, place_text: str) -> None:
-    if len(places := part.examples.setdefault(what, [])) < SHOWN:
-        places.append(place_text)
+def add_example(part: Survey, finding: str, place: str) -> None:
+    """Adds a place to the examples of a finding, if there are fewer than MAX_PLACES."""
+    places = part.examples.setdefault(finding, [])
+    if len(places) < MAX_PLACES:
+        places.append(place)
 
 
 # ---- findings ----
@@ -134,7 +161,7 @@ def note(part: Survey, what: str, place_text: str) -> None:
 
 @dataclass
 class Finding:
-    """A line of the report: what, how much of it, where for example."""
+    """A line of the report: its name, the amount, places as examples, and whether it is a warning."""
 
     name: str
     value: str
@@ -142,164 +169,239 @@ class Finding:
     warns: bool = False
 
 
-def duplicates(facts: Survey, where: Callable[[int], str]) -> list[Finding]:
-    """Within one source: records that stand twice, nearly twice, and questions with several answers."""
-    _, first, same = np.unique(facts.hashes, return_index=True, return_inverse=True)
-    again = np.flatnonzero(first[same] != np.arange(len(same)))
-    groups = near_groups(facts.signatures)
+def duplicates(result: Survey, where: Callable[[int], str]) -> list[Finding]:
+    """Returns the findings within one source: duplicates, near-duplicates, and questions with several answers.
+
+    where: from a record's number to its place.
+    """
+    _, first, inverse = np.unique(result.hashes, return_index=True, return_inverse=True)
+    original = first[inverse]
+    exact = np.flatnonzero(original != np.arange(len(original)))
+    groups = near_groups(result.signatures)
     near = np.flatnonzero(groups != np.arange(len(groups)))
-    near = near[~np.isin(near, again)]
-    unique = np.unique(np.stack([facts.prompts, facts.hashes], 1), axis=0)
-    _, answers = np.unique(unique[:, 0], return_counts=True)
-    pairs = lambda these, origin: [same_as(where(i), where(origin[i])) for i in these[:SHOWN].tolist()]
-    return [
-        Finding("exact duplicates", f"{len(again):,}", pairs(again, first[same]), len(again) > 0),
-        Finding("near-duplicates", f"{len(near):,}", pairs(near, groups), len(near) > 0),
-        Finding("questions with several answers", f"{int((answers > 1).sum()):,}"),
-    ]
-
-
-def same_as(one: str, other: str) -> str:
-    """ "a.json record 7 is record 5"; two files are both named."""
-    file = one.rsplit(" ", 2)[0]
-    return f"{one} is {other.removeprefix(file + ' ')}"
-
-
-def overlap(mine: Survey, other: Survey, name: str, where: Callable, where_other: Callable) -> list[Finding]:
-    """Between a source and one that validates or tests."""
-    exact = np.flatnonzero(np.isin(other.hashes, mine.hashes))
-    asked = int(np.isin(other.prompts, mine.prompts).sum())
-    groups = near_groups(np.concatenate([mine.signatures, other.signatures]))
-    split = len(mine.hashes)
-    near = np.flatnonzero(np.isin(groups[split:], groups[:split]))
     near = near[~np.isin(near, exact)]
-    of = f" of {len(other.hashes):,} in {name}"
+    distinct = np.unique(np.stack([result.prompts, result.hashes], 1), axis=0)
+    _, num_answers = np.unique(distinct[:, 0], return_counts=True)
+
+    def examples(copies: np.ndarray, originals: np.ndarray) -> list[str]:
+        return [same_as(where(i), where(originals[i])) for i in copies[:MAX_PLACES].tolist()]
+
     return [
-        Finding("exact overlap", f"{len(exact):,}{of}", [where_other(i) for i in exact[:SHOWN]], len(exact) > 0),
-        Finding("near overlap", f"{len(near):,}{of}", [where_other(i) for i in near[:SHOWN]], len(near) > 0),
-        Finding("same question", f"{asked:,}{of}", warns=asked > 0),
+        Finding("exact duplicates", f"{len(exact):,}", examples(exact, original), len(exact) > 0),
+        Finding("near-duplicates", f"{len(near):,}", examples(near, groups), len(near) > 0),
+        Finding("questions with several answers", f"{int((num_answers > 1).sum()):,}"),
     ]
 
 
-def contents(facts: Survey, rows: Rows) -> list[Finding]:
-    """Answers, labels, scripts, control tokens, addresses and secrets."""
-    dropped = {reason: count for reason, count in rows.stats.dropped.items() if reason.startswith("empty")}
-    one_word, control = (int((rows.records[:, 2] & sign > 0).sum()) for sign in (ONE_WORD, CONTROL))
-    where = [rows.where(i) for i in np.flatnonzero(rows.records[:, 2] & CONTROL)[:SHOWN]]
-    total = max(1, len(facts.hashes))
-    lines = [
-        Finding("empty, left out", f"{sum(dropped.values()):,}", warns=bool(dropped)),
-        Finding("answers of one word", f"{one_word:,}", facts.examples.get("one word", [])),
-        Finding("control tokens spelled in text", f"{control:,} (kept as plain text)", where, control > 0),
-        Finding("scripts", ", ".join(f"{s} {n / total:.1%}" for s, n in facts.scripts.most_common(6))),
+def same_as(place: str, other: str) -> str:
+    """Returns e.g. "a.json record 7 is record 5"; the other's file is named too if it is another one."""
+    file = place.rsplit(" ", 2)[0]
+    return f"{place} is {other.removeprefix(file + ' ')}"
+
+
+def overlap(mine: Survey, other: Survey, name: str, where_other: Callable[[int], str]) -> list[Finding]:
+    """Returns how many records of a file that validates or tests are in a source too.
+
+    mine: the source.
+    other, name: the other file.
+    where_other: from the number of a record of the other file to its place.
+    """
+    exact = np.flatnonzero(np.isin(other.hashes, mine.hashes))
+    num_same_prompt = int(np.isin(other.prompts, mine.prompts).sum())
+    groups = near_groups(np.concatenate([mine.signatures, other.signatures]))
+    num_mine = len(mine.hashes)
+    near = np.flatnonzero(np.isin(groups[num_mine:], groups[:num_mine]))
+    near = near[~np.isin(near, exact)]
+    total = f" of {len(other.hashes):,} in {name}"
+    exact_places = [where_other(i) for i in exact[:MAX_PLACES]]
+    near_places = [where_other(i) for i in near[:MAX_PLACES]]
+    return [
+        Finding("exact overlap", f"{len(exact):,}{total}", exact_places, len(exact) > 0),
+        Finding("near overlap", f"{len(near):,}{total}", near_places, len(near) > 0),
+        Finding("same question", f"{num_same_prompt:,}{total}", warns=num_same_prompt > 0),
     ]
-    if labels := classes(facts):
-        most, least = labels[0], labels[-1]
-        shown = ", ".join(f"{one_line(label)} {n / total:.1%}" for label, n in labels[:12])
-        more = f", ... {len(labels):,} in all" if len(labels) > 12 else ""
-        balance = f"; most to least {most[1]:,} to {least[1]:,}"
-        lines.append(Finding("labels", shown + more + balance, warns=most[1] > 10 * least[1]))
-    for kind, count in facts.private.most_common():
-        lines.append(Finding(f"looks like: {kind}", f"{count:,}", facts.examples[kind], True))
-    if not facts.private:
-        lines.append(Finding("addresses and secrets", "none found"))
-    return [line for line in lines if line.value]
 
 
-def classes(facts: Survey) -> list[tuple[str, int]]:
-    """The answers and how often each is given, the commonest first, where they look like classes."""
-    total = sum(facts.answers.values())
-    short = facts.classes and total >= 20 and not facts.answers[""]
-    return facts.answers.most_common() if short and 2 <= len(facts.answers) <= min(LABELS, total // 4) else []
+def contents(result: Survey, rows: Rows) -> list[Finding]:
+    """Returns the findings on empty and one-word answers, control tokens, scripts, labels, addresses and secrets."""
+    flags = rows.records[:, 2]
+    num_empty = sum(count for reason, count in rows.stats.dropped.items() if reason.startswith("empty"))
+    num_one_word = int((flags & ONE_WORD_ANSWER > 0).sum())
+    with_control = np.flatnonzero(flags & CONTROL_TOKEN)
+    control_places = [rows.where(i) for i in with_control[:MAX_PLACES]]
+    total = max(1, len(result.hashes))
+    scripts = ", ".join(f"{name} {count / total:.1%}" for name, count in result.scripts.most_common(6))
+    findings = [
+        Finding("empty, left out", f"{num_empty:,}", warns=num_empty > 0),
+        Finding("answers of one word", f"{num_one_word:,}", result.examples.get("one word", [])),
+        Finding(
+            "control tokens spelled in text",
+            f"{len(with_control):,} (kept as plain text)",
+            control_places,
+            len(with_control) > 0,
+        ),
+        Finding("scripts", scripts),
+    ]
+    labels = classes(result)
+    if labels:
+        findings.append(label_balance(labels, total))
+    for kind, count in result.private.most_common():
+        findings.append(Finding(f"looks like: {kind}", f"{count:,}", result.examples[kind], True))
+    if not result.private:
+        findings.append(Finding("addresses and secrets", "none found"))
+    return [finding for finding in findings if finding.value]
+
+
+def classes(result: Survey) -> list[tuple[str, int]]:
+    """Returns (answer, how often it is given), the most frequent first; nothing if the answers are no classes."""
+    total = sum(result.answers.values())
+    if not result.may_be_classes or result.answers[""] or total < MIN_LABELLED:
+        return []
+    if not 2 <= len(result.answers) <= min(MAX_LABELS, total // 4):
+        return []
+    return result.answers.most_common()
+
+
+def label_balance(labels: list[tuple[str, int]], total: int) -> Finding:
+    """Returns the finding that lists labels with their shares. labels: as of `classes`; total: number of records."""
+    _, largest = labels[0]
+    _, smallest = labels[-1]
+    value = ", ".join(f"{console.one_line(label, 30)} {count / total:.1%}" for label, count in labels[:12])
+    if len(labels) > 12:
+        value += f", ... {len(labels):,} in all"
+    value += f"; most to least {largest:,} to {smallest:,}"
+    return Finding("labels", value, warns=largest > IMBALANCE * smallest)
 
 
 def lengths(rows: Rows, seq_len: int, last_only: bool) -> list[Finding]:
-    whole = np.diff(rows.starts)
-    data = cut([rows], seq_len, last_only)
-    at = [int(each) for each in np.percentile(whole, (0, 50, 90, 99, 100))]
+    """Returns the findings on tokens: how many there are, and what does not fit into seq_len tokens."""
+    num_tokens = len(rows.ids)
+    num_trained = 0
+    if len(rows.spans):
+        span_lengths = rows.spans[:, 1] - rows.spans[:, 0]
+        num_trained = int(span_lengths[rows.weights > 0].sum())
     names = ("shortest", "median", "90 %", "99 %", "longest")
-    trained = int((rows.spans[:, 1] - rows.spans[:, 0])[rows.weights > 0].sum()) if len(rows.spans) else 0
-    lines = [
-        Finding("tokens", f"{len(rows.ids):,}, of which {trained / max(1, len(rows.ids)):.1%} trained"),
-        Finding("tokens a record", ", ".join(f"{name} {value:,}" for name, value in zip(names, at, strict=True))),
+    values = np.percentile(np.diff(rows.starts), (0, 50, 90, 99, 100))
+    quantiles = ", ".join(f"{name} {int(value):,}" for name, value in zip(names, values, strict=True))
+
+    data = cut([rows], seq_len, last_only)
+    is_chat = rows.records[:, 2] & IS_CHAT > 0
+    changes = [f"{count:,} records {reason}" for reason, count in data.dropped.items()]
+    if not is_chat.all():
+        num_pieces = len(data) - int(is_chat.sum())
+        if num_pieces:
+            changes.append(f"plain text comes in {num_pieces:,} pieces of up to {seq_len:,} tokens")
+    return [
+        Finding("tokens", f"{num_tokens:,}, of which {num_trained / max(1, num_tokens):.1%} trained"),
+        Finding("tokens a record", quantiles),
+        Finding(
+            f"--seq-len {seq_len:,}",
+            "; ".join(changes) or "holds every record whole",
+            warns=bool(data.dropped),
+        ),
     ]
-    lost = "; ".join(f"{count:,} records {reason}" for reason, count in data.dropped.items())
-    texts = int((rows.records[:, 2] & CHAT == 0).sum())
-    if pieces := len(data) - int((rows.records[:, 2] & CHAT > 0).sum()) if texts else 0:
-        lost = "; ".join(filter(None, [lost, f"plain text comes in {pieces:,} pieces of up to so many tokens"]))
-    lines.append(Finding(f"--seq-len {seq_len:,}", lost or "holds every record whole", warns=bool(data.dropped)))
-    return lines
 
 
 def histogram(values: np.ndarray, bars: int = 12) -> list[tuple[str, int]]:
-    """(label, count) of bins whose edges grow by a factor."""
-    low, high = max(1, int(values.min())), int(values.max()) + 1
+    """Returns (label, count) of each bin. The edges of the bins grow by a factor.
+
+    values: integers, at least one.
+    bars: the number of bins at most.
+    """
+    low = max(1, int(values.min()))
+    high = int(values.max()) + 1
     edges = np.unique(np.geomspace(low, high, bars + 1).round().astype(np.int64))
-    edges = edges if len(edges) > 1 else np.array([low, high])
+    if len(edges) == 1:
+        edges = np.array([low, high])
     counts, _ = np.histogram(values, edges)
-    return [(f"{a:,} to {b - 1:,}", int(n)) for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)]
-
-
-# ---- what training says at its start ----
-
-
-def quick_checks(train: Dataset, val: Dataset) -> list[str]:
-    """Three lines out of the token rows: repeats, lengths, contents."""
-    mine, other = (unique_rows(data) for data in (train, val))
-    _, copies = np.unique(mine["contents"], return_counts=True)
-    # of a text some pieces may validate and others not
-    asked = other["contents"][other["signs"] & CHAT > 0]
-    twice, shared = int((copies - 1).sum()), int(np.isin(asked, mine["contents"]).sum())
-    pairs = np.unique(np.stack([mine["prompts"], mine["contents"]], 1), axis=0)[:, 0]
-    several = int((np.unique(pairs, return_counts=True)[1] > 1).sum())
-    at = [int(each) for each in np.percentile(train.lengths, (50, 99, 100))]
-    signs = {
-        "answers of one word": ONE_WORD,
-        "control tokens spelled in text": CONTROL,
-        "addresses or secrets": PRIVATE,
-    }
-    counts = {name: int((mine["signs"] & sign > 0).sum()) for name, sign in signs.items()}
-    held = ", ".join(f"{count:,} with {name}" for name, count in counts.items() if count)
     return [
-        "WARNING: " * (shared > 0)
-        + f"{twice:,} records are repeats, {shared:,} of {len(asked):,} that validate are trained on as well, "
-        + f"{several:,} questions have several answers",
-        f"tokens an example: median {at[0]:,}, 99 % up to {at[1]:,}, longest {at[2]:,}",
-        f"records: {held or 'none with addresses, secrets or control tokens'}; `data.py inspect` says more",
+        (f"{start:,} to {stop - 1:,}", int(count)) for (start, stop), count in zip(pairwise(edges), counts, strict=True)
     ]
 
 
-def unique_rows(data: Dataset) -> dict[str, np.ndarray]:
-    """Hashes and signs of the records that examples come from, each once."""
-    pieces = data.examples
-    parts = {"contents": [], "prompts": [], "signs": []}
-    for number, rows in enumerate(pieces.rows):
-        mine = np.unique(pieces.row[pieces.source == number])
-        parts["contents"].append(rows.contents[mine])
-        parts["prompts"].append(rows.prompts[mine])
-        parts["signs"].append(rows.records[mine, 2])
-    return {name: np.concatenate(each) for name, each in parts.items()}
+# ---- what training reports at its start ----
+
+
+def quick_checks(train: Dataset, val: Dataset) -> list[str]:
+    """Returns three lines about the token rows: repeats, lengths, contents."""
+    mine = record_columns(train)
+    other = record_columns(val)
+    _, copies = np.unique(mine["contents"], return_counts=True)
+    num_repeats = int((copies - 1).sum())
+    # Only conversations: of one text some pieces may validate and others not.
+    val_chats = other["contents"][other["flags"] & IS_CHAT > 0]
+    num_shared = int(np.isin(val_chats, mine["contents"]).sum())
+    distinct = np.unique(np.stack([mine["prompts"], mine["contents"]], 1), axis=0)
+    _, num_answers = np.unique(distinct[:, 0], return_counts=True)
+    num_several = int((num_answers > 1).sum())
+    median, high, longest = (int(value) for value in np.percentile(train.lengths, (50, 99, 100)))
+    parts = []
+    for name, flag in (
+        ("answers of one word", ONE_WORD_ANSWER),
+        ("control tokens spelled in text", CONTROL_TOKEN),
+        ("addresses or secrets", PRIVATE_PART),
+    ):
+        count = int((mine["flags"] & flag > 0).sum())
+        if count:
+            parts.append(f"{count:,} with {name}")
+    flagged = ", ".join(parts) or "none with addresses, secrets or control tokens"
+    repeats = (
+        f"{num_repeats:,} records are repeats, {num_shared:,} of {len(val_chats):,} that validate are trained on as"
+        f" well, {num_several:,} questions have several answers"
+    )
+    if num_shared:
+        repeats = f"WARNING: {repeats}"
+    return [
+        repeats,
+        f"tokens an example: median {median:,}, 99 % up to {high:,}, longest {longest:,}",
+        f"records: {flagged}; `data.py inspect` says more",
+    ]
+
+
+def record_columns(data: Dataset) -> dict[str, np.ndarray]:
+    """Returns contents and prompts (hashes) and flags of the records that examples come from, each record once."""
+    index = data.examples
+    content_hashes, prompt_hashes, flags = [], [], []
+    for source, rows in enumerate(index.rows):
+        records = np.unique(index.row[index.source == source])
+        content_hashes.append(rows.contents[records])
+        prompt_hashes.append(rows.prompts[records])
+        flags.append(rows.records[records, 2])
+    return {
+        "contents": np.concatenate(content_hashes),
+        "prompts": np.concatenate(prompt_hashes),
+        "flags": np.concatenate(flags),
+    }
 
 
 # ---- how it looks ----
 
 
 def spans_of(example: Example, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
-    """The example's text in runs of trained and untrained tokens."""
+    """Yields the example's text in runs of trained and untrained tokens, as (text, True if it is trained)."""
     trained = np.asarray(example.loss_weights) > 0
-    edges = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1).tolist(), len(trained)]
-    for a, b in pairwise(edges):
-        yield "".join(tokenizer.stream([int(i) for i in example.ids[a:b]], first=a == 0)), bool(trained[a])
+    changes = np.flatnonzero(trained[1:] != trained[:-1]) + 1
+    for start, stop in pairwise([0, *changes.tolist(), len(trained)]):
+        ids = [int(i) for i in example.ids[start:stop]]
+        text = "".join(tokenizer.stream(ids, first=start == 0))
+        yield text, bool(trained[start])
 
 
-def in_terminal(example: Example, tokenizer: Tokenizer, colour: bool) -> str:
-    show = lambda text: "\n".join(printable(line) for line in text.split("\n"))
-    if colour:
-        return "".join(f"{GREEN if yes else DIM}{show(text)}{PLAIN}" for text, yes in spans_of(example, tokenizer))
-    return "".join(f"[[{show(text)}]]" if yes else show(text) for text, yes in spans_of(example, tokenizer))
+def in_terminal(example: Example, tokenizer: Tokenizer, color: bool) -> str:
+    """Returns the example's text for a terminal, with trained parts in green, or in [[brackets]] without color."""
+    parts = []
+    for text, is_trained in spans_of(example, tokenizer):
+        shown = "\n".join(printable(line) for line in text.split("\n"))
+        if color:
+            parts.append(f"{GREEN if is_trained else DIM}{shown}{PLAIN}")
+        elif is_trained:
+            parts.append(f"[[{shown}]]")
+        else:
+            parts.append(shown)
+    return "".join(parts)
 
 
-# By this line a page of this program is known: no other file is overwritten.
+# Only a file with this line in it is a page of this program, which --html may overwrite.
 PAGE_MARK = '<meta name="generator" content="plaintune">'
 
 
@@ -336,93 +438,160 @@ def page(title: str, parts: list[tuple[str, list[Finding]]], bins, examples, tok
     )
 
 
-def one_line(text: str) -> str:
-    return console.one_line(text, 30)
+def check_overwritable(file: str) -> None:
+    """Raises UserError if --html names a file that exists and is no page of this program."""
+    if not Path(file).exists():
+        return
+    beginning = Path(file).read_text(encoding="utf-8", errors="replace")[:200]
+    if PAGE_MARK not in beginning:
+        raise UserError(f"--html {file}: the file exists and is no page of this program; give another name")
+
+
+def print_report(
+    parts: list[tuple[str, list[Finding]]],
+    bins: list[tuple[str, int]],
+    examples: list[Example],
+    tokenizer: Tokenizer,
+) -> None:
+    """Prints the report. Arguments: as those of `page`."""
+    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for summary, findings in parts:
+        print(summary)
+        for finding in findings:
+            print(f"  {'!' if finding.warns else ' '} {finding.name:32} {finding.value}")
+            for example in finding.examples:
+                print(f"        {console.one_line(example, 110)}")
+    print("\ntokens a record")
+    largest_count = max(count for _, count in bins)
+    label_width = max(len(label) for label, _ in bins)
+    for label, count in bins:
+        bar = "#" * round(MAX_HISTOGRAM_WIDTH * count / largest_count)
+        print(f"  {label:>{label_width}}  {count:>9,}  {bar}")
+    if examples:
+        mark = f"{GREEN}green{PLAIN}" if color else "[[in brackets]]"
+        print(f"\nexamples as the model sees them; chat template: {tokenizer.template_name}; trained: {mark}")
+    for example in examples:
+        print(f"\n--- {printable(example.source)}, {len(example.ids):,} tokens")
+        print(in_terminal(example, tokenizer, color))
 
 
 # ---- the commands ----
 
 
 def main(load_tokenizer: Callable[[str | None, str | None], tuple[Tokenizer, int]]) -> None:
-    """Runs `data.py inspect`, `convert` or `split`. load_tokenizer: from --model and --template to a tokenizer and the
-    number of positions of its model."""
+    """Runs `data.py inspect`, `convert` or `split`.
+
+    load_tokenizer: from --model and --template to a tokenizer and the number of positions of its model.
+    """
+    # rewrite.py imports this module.
+    from dataset.rewrite import convert_files, split_files
+
     args = arguments()
     if args.command == "inspect":
         inspect(args, *load_tokenizer(args.model, args.template))
     elif args.command == "convert":
-        convert(args)
+        convert_files(args)
     else:
-        split(args)
+        split_files(args)
+
+
+# The flags that only one or two of the commands have.
+FLAGS_OF = {
+    "inspect": ("model", "template", "train_on", "seq_len", "against", "show", "html"),
+    "convert": ("out",),
+    "split": ("out", "val", "test"),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="data.py", description="Look at data, or rewrite it.", allow_abbrev=False)
+    add = parser.add_argument
+    add(
+        "command",
+        choices=["inspect", "convert", "split"],
+        help="inspect: report what is in the files; convert: write them as one JSONL file of messages;"
+        " split: write train.jsonl, val.jsonl and test.jsonl",
+    )
+    add("files", nargs="+", metavar="FILE", help="files or folders of any known format")
+    add("--trees", choices=[*TREES], default="best", help="which paths of OASST trees to read (default: best)")
+    add("--map", metavar="FILE.py:NAME", help="your function that every record goes through first")
+    add(
+        "--model",
+        metavar="M",
+        help="inspect: the model whose tokenizer and template to use (default: the default base)",
+    )
+    add("--template", help="inspect: chat template in place of the model's own")
+    add("--train-on", choices=[*TRAIN_ON], help="inspect: which messages are trained (default: answers)")
+    add("--seq-len", type=int, metavar="N", help="inspect: tokens of an example at most (default: as train.py)")
+    add("--against", nargs="+", metavar="FILE", help="inspect: validation or test files to find overlaps with")
+    add("--show", type=int, metavar="K", help=f"inspect: examples to show of each file (default: {DEFAULT_SHOWN})")
+    add("--html", metavar="PAGE", help="inspect: write the report as an HTML page as well")
+    add("--out", metavar="PATH", help="convert: the JSONL file to write; split: the folder")
+    for name, verb in (("--val", "validate"), ("--test", "test")):
+        text = f"split: share of the records that {verb}, from 0 to 1 (default: {DEFAULT_SHARE})"
+        add(name, type=float, metavar="F", help=text)
+    return parser
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="data.py", description="Look at data, or rewrite it.", allow_abbrev=False)
-    add = parser.add_argument
-    add("command", choices=["inspect", "convert", "split"], help="what stands in files; as messages; in three files")
-    add("files", nargs="+", metavar="FILE", help="files or folders of any known format")
-    add("--trees", choices=[*TREES], default="best", help="of OASST trees: which paths (default: best)")
-    add("--map", metavar="FILE.py:NAME", help="your function that every record goes through first")
-    add("--model", metavar="M", help="inspect: whose tokenizer and template (default: the default base's)")
-    add("--template", help="inspect: chat template in place of the model's own")
-    add("--train-on", choices=[*TRAIN_ON], help="inspect: whose turns are trained (default: answers)")
-    add(
-        "--seq-len",
-        type=int,
-        metavar="N",
-        help="inspect: of what is cut or dropped (default: as train.py)",
-    )
-    add("--against", nargs="+", metavar="FILE", help="inspect: files that validate or test, to find overlaps with")
-    add("--show", type=int, metavar="K", help="inspect: examples to show of each file (default: 3)")
-    add("--html", metavar="PAGE", help="inspect: write the report as an HTML page as well")
-    add("--out", metavar="PATH", help="convert: the JSONL file; split: the folder")
-    add("--val", type=float, metavar="F", help="split: share of the records that validate (default: 0.05)")
-    add("--test", type=float, metavar="F", help="split: share of the records that test (default: 0.05)")
-    args = cli.parse_args(parser, argv)
-    belongs = {"inspect": ("model", "template", "train_on", "seq_len", "against", "show", "html"),
-               "convert": ("out",), "split": ("out", "val", "test")}  # fmt: skip
-    for flag in {name for names in belongs.values() for name in names} - {*belongs[args.command]}:
-        if getattr(args, flag) is not None:
-            raise UserError(f"--{flag.replace('_', '-')}: means nothing to `{args.command}`")
-    if args.command != "inspect" and args.out is None:
-        raise UserError(f"`{args.command}` wants --out")
-    if args.command == "convert" and not args.out.endswith(".jsonl"):
-        raise UserError(f"--out {args.out}: what convert writes is JSONL; name it so")
+    """Returns the checked command line. Raises UserError that names the flag.
+
+    argv: the words, by default the process's own.
+    """
+    args = cli.parse_args(make_parser(), argv)
+    command = args.command
+    for name in {name for names in FLAGS_OF.values() for name in names} - {*FLAGS_OF[command]}:
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')}: means nothing to `{command}`")
+    if command != "inspect":
+        check_out(command, args.out)
     if args.html and not Path(args.html).resolve().parent.is_dir():
         raise UserError(f"--html {args.html}: there is no such folder")
-    if args.command != "inspect" and Path(args.out).exists():
-        raise UserError(f"--out {args.out}: is there already; name another")
     args.map = Map(args.map) if args.map else None
     if args.seq_len is not None and args.seq_len < 2:
         raise UserError(f"--seq-len {args.seq_len}: must be 2 or more")
     if args.show is not None and args.show < 0:
         raise UserError(f"--show {args.show}: must be 0 or more")
-    args.val, args.test = (0.05 if share is None else share for share in (args.val, args.test))
+    args.val = DEFAULT_SHARE if args.val is None else args.val
+    args.test = DEFAULT_SHARE if args.test is None else args.test
     if args.val < 0 or args.test < 0 or args.val + args.test >= 1:
-        raise UserError(f"--val {args.val:g} --test {args.test:g}: shares of 0 or more, together below 1")
+        raise UserError(f"--val {args.val:g} --test {args.test:g}: each share must be 0 or more, both together below 1")
     return args
 
 
+def check_out(command: str, out: str | None) -> None:
+    """Raises UserError if --out is missing, exists, or has no name for what the command writes."""
+    if out is None:
+        raise UserError(f"`{command}` needs --out")
+    if command == "convert" and not out.endswith(".jsonl"):
+        raise UserError(f"--out {out}: convert writes JSONL; give a name that ends with .jsonl")
+    if Path(out).exists():
+        raise UserError(f"--out {out}: exists already; give another name")
+
+
 def inspect(args: argparse.Namespace, tokenizer: Tokenizer, max_positions: int) -> None:
-    """Prints what stands in the files, as a model of this tokenizer and so many positions will see it."""
+    """Prints what is in the files, as a model with this tokenizer and max_positions positions will see it."""
     seq_len = args.seq_len or min(2048, max_positions)
     roles, last_only = TRAIN_ON[args.train_on or "answers"]
-    others = [(file, read_other(file, args)) for file in args.against or ()]
-    parts, all_lengths, shown, findings = [], [], [], 0
+    num_shown = DEFAULT_SHOWN if args.show is None else args.show
+    others = [(file, *survey_file(file, args)) for file in args.against or ()]
+    parts, all_lengths, shown = [], [], []
     for file in args.files:
         source = open_source(file, args.trees, args.map)
         rows = tokenized_rows(source, tokenizer, roles)
-        facts = survey(source)
-        where = partial(place, source, facts)
-        lines = [*lengths(rows, seq_len, last_only), *duplicates(facts, where), *contents(facts, rows)]
-        for name, (other, other_source) in others:
-            lines += overlap(facts, other, name, where, partial(place, other_source, other))
-        parts.append((source.summary(rows.stats), lines))
+        result = survey(source)
+        findings = lengths(rows, seq_len, last_only)
+        findings += duplicates(result, partial(place, source, result))
+        findings += contents(result, rows)
+        for name, other_source, other in others:
+            findings += overlap(result, other, name, partial(place, other_source, other))
+        parts.append((source.summary(rows.stats), findings))
         all_lengths.append(np.diff(rows.starts))
         examples = cut([rows], seq_len, last_only).examples
-        count = 3 if args.show is None else args.show
-        picks = np.linspace(0, len(examples) - 1, min(count, len(examples))).astype(int) if len(examples) else ()
-        shown += [examples[i] for i in picks]
-        findings += sum(line.warns for line in lines)
+        if len(examples):
+            # Spread evenly over the file.
+            picks = np.linspace(0, len(examples) - 1, min(num_shown, len(examples))).astype(int)
+            shown += [examples[i] for i in picks]
     bins = histogram(np.concatenate(all_lengths))
     print_report(parts, bins, shown, tokenizer)
     if args.html:
@@ -433,134 +602,13 @@ def inspect(args: argparse.Namespace, tokenizer: Tokenizer, max_positions: int) 
         print(f"page      {args.html}")
 
 
-def check_overwritable(file: str) -> None:
-    """Raises UserError if --html names a file that exists and is no page of this program."""
-    if not Path(file).exists():
-        return
-    beginning = Path(file).read_text(encoding="utf-8", errors="replace")[:200]
-    if PAGE_MARK not in beginning:
-        raise UserError(f"--html {file}: the file exists and is no page of this program; give another name")
-
-
-def read_other(file: str, args: argparse.Namespace) -> tuple[Survey, Source]:
+def survey_file(file: str, args: argparse.Namespace) -> tuple[Source, Survey]:
+    """Opens and reads a file of --against."""
     source = open_source(file, args.trees, args.map)
-    return survey(source), source
+    return source, survey(source)
 
 
-def place(source: Source, facts: Survey, i: int) -> str:
-    container, number = facts.places[i]
+def place(source: Source, result: Survey, i: int) -> str:
+    """Returns the place of record i of a survey, e.g. "a.jsonl line 3"."""
+    container, number = result.places[i]
     return source.containers[container].place(int(number))
-
-
-def print_report(parts, bins, examples, tokenizer: Tokenizer) -> None:
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for summary, findings in parts:
-        print(summary)
-        for finding in findings:
-            print(f"  {'!' if finding.warns else ' '} {finding.name:32} {finding.value}")
-            for each in finding.examples:
-                print(f"        {console.one_line(each, 110)}")
-    print("\ntokens a record")
-    most, wide = max(count for _, count in bins), max(len(name) for name, _ in bins)
-    for name, count in bins:
-        print(f"  {name:>{wide}}  {count:>9,}  {'#' * round(40 * count / most)}")
-    if examples:
-        print(f"\nas the model sees them, by the template of {tokenizer.template_name};"
-              f" trained: {f'{GREEN}green{PLAIN}' if colour else '[[in brackets]]'}")  # fmt: skip
-    for example in examples:
-        print(f"\n--- {printable(example.source)}, {len(example.ids):,} tokens")
-        print(in_terminal(example, tokenizer, colour))
-
-
-def as_json(record: Record) -> str:
-    """A record as a line of clean JSONL, of which dataset/formats.py makes the same record again; of a text's part, a
-    part.
-    """
-    if record.messages is None:
-        text = json.dumps(record.text, ensure_ascii=False)[1:-1]
-        return '{"text": "' * record.first + text + '"}\n' * record.last
-    tools = {"tools": record.tools} if record.tools else {}
-    weights = record.weights or [1.0] * len(record.messages)
-    # the record's own is what weighs turns that are no answers
-    own = next((w for w, t in zip(weights, record.messages, strict=True) if w and t["role"] != "assistant"), 1.0)
-    turns = [turn if weight == own else turn | {"weight": weight / own}
-             for turn, weight in zip(record.messages, weights, strict=True)]  # fmt: skip
-    if record.rejected is not None:
-        made = {"prompt": turns[: record.asked], "chosen": turns[record.asked :], "rejected": record.rejected}
-    else:
-        made = {"messages": turns} | ({} if record.label is None else {"label": record.label})
-    made |= {} if own == 1 else {"weight": own}
-    return json.dumps(made | tools, ensure_ascii=False) + "\n"
-
-
-def all_records(args: argparse.Namespace) -> Iterator[Record]:
-    """Of one kind, for a file of two could not be read again."""
-    first = None
-    for file in args.files:
-        source, stats = open_source(file, args.trees, args.map), ReadStats()
-        for record in source.records(stats):
-            kind = (record.messages is None, record.rejected is None, record.label is None)
-            if kind != (first := first or kind):
-                raise UserError(f"{record.where}: is of another kind than what stands before it; write two files")
-            yield record
-        print(f"data      {source.summary(stats)}")
-
-
-def convert(args: argparse.Namespace) -> None:
-    count = 0
-    with atomic_file(Path(args.out)) as tmp, open(tmp, "w", encoding="utf-8") as file:
-        for record in all_records(args):
-            file.write(as_json(record))
-            count += record.last
-    print(f"written   {args.out}: {count:,} records")
-
-
-def split(args: argparse.Namespace) -> None:
-    """A record's side follows from a hash of its group of near-duplicates and equal questions, so that neither seed nor
-    order matters, and what is alike is on one side."""
-    sources = [open_source(file, args.trees, args.map) for file in args.files]
-    surveys = [survey(source) for source in sources]
-    groups = near_groups(np.concatenate([each.signatures for each in surveys]))
-    prompts = np.concatenate([each.prompts for each in surveys])
-    hashes = np.concatenate([each.hashes for each in surveys])
-    smallest = joined(groups, prompts, hashes)
-    with np.errstate(over="ignore"):  # anew, for the smallest of several numbers is no longer any
-        drawn = smallest * FACTORS[0]
-    sides, counts = np.digitize(drawn / 2.0**64, [1 - args.val - args.test, 1 - args.test]), Counter()
-    with atomic_folder(Path(args.out)) as tmp:
-        names = ("train", "val", "test")
-        files = [open(tmp / f"{name}.jsonl", "w", encoding="utf-8") for name in names]  # noqa: SIM115
-        try:
-            drawn, side = iter(sides.tolist()), 0
-            for record in all_records(args):
-                new = next(drawn, None)
-                if new is None:
-                    raise UserError(f"{record.where}: was not there a moment ago; is the file being written?")
-                side = new if record.first else side  # a long text's parts stay together
-                files[side].write(as_json(record))
-                counts[names[side]] += record.last
-        finally:
-            for file in files:
-                file.close()
-        for name, share in zip(names, (1.0, args.val, args.test), strict=True):
-            if not counts[name] and share:
-                raise UserError(f"{name}.jsonl would be empty: {len(np.unique(smallest)):,} groups of records that are"
-                                " alike are too few to part")  # fmt: skip
-            if not counts[name]:
-                (tmp / f"{name}.jsonl").unlink()
-    print(f"written   {args.out}: " + ", ".join(f"{name}.jsonl {counts[name]:,}" for name in names if counts[name])
-          + f"; {len(np.unique(smallest)):,} groups of records that are alike")  # fmt: skip
-
-
-def joined(groups: np.ndarray, prompts: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-    """Of each record a hash that all have which are linked to it by a group or by an equal question: the smallest."""
-    smallest = hashes.copy()
-    while True:
-        before = smallest.copy()
-        for keys in (groups, prompts):
-            _, inverse = np.unique(keys, return_inverse=True)
-            least = np.full(inverse.max() + 1, np.iinfo(np.uint64).max, np.uint64)
-            np.minimum.at(least, inverse, smallest)
-            smallest = least[inverse]
-        if np.array_equal(before, smallest):
-            return smallest

@@ -20,6 +20,7 @@ from checkpoint import load_model
 from common.errors import UserError
 from data import collate, load, split
 from dataset import token_cache as rows
+from dataset import tokenize_pool
 from dataset.examples import Dataset, Example
 from dataset.formats import open_source
 from dataset.records import Record
@@ -179,7 +180,7 @@ def test_a_long_conversation_keeps_its_whole_answers(tmp_path, tokenizer):
     turns = chat(*("word " * n for n in (3, 3, 3, 99)))
     data = loaded(tmp_path, [{"messages": turns}], tokenizer, 80)
     assert trained_text(data.examples[0], tokenizer).count("<|im_end|>") == 1
-    assert data.dropped == {"cut to the turns that fit into --seq-len 80": 1}
+    assert data.dropped == {"cut to the messages that fit into --seq-len 80": 1}
     with pytest.raises(UserError, match="no record can be trained on"):
         loaded(tmp_path, [{"messages": turns}], tokenizer, 80, train_on="last-answer")
 
@@ -276,13 +277,13 @@ def test_several_processes_give_what_one_gives(tmp_path, tokenizer, cache, monke
     records = [{"instruction": f"q {i}", "output": "a " * draw.randrange(0, 60)} for i in range(4000)]
     file, results = written(tmp_path, records), []
     for alone in (0, 1 << 40):
-        monkeypatch.setattr(rows, "ALONE", alone)
+        monkeypatch.setattr(tokenize_pool, "ALONE", alone)
         monkeypatch.setattr(rows, "FORMAT", f"test {alone}")
         results.append(tokenized_rows(open_source(file), tokenizer))
     for name in ("ids", *rows.ARRAYS):
         assert np.array_equal(getattr(results[0], name), getattr(results[1], name)), name
     assert results[0].stats == results[1].stats and results[0].stats.dropped["empty answer"] > 10
-    monkeypatch.setattr(rows, "ALONE", 0)
+    monkeypatch.setattr(tokenize_pool, "ALONE", 0)
     records[2500]["output"], records[3900]["output"] = None, 7
     with pytest.raises(UserError, match="line 2501: output is null"):
         tokenized_rows(open_source(written(tmp_path, records)), tokenizer)
@@ -323,9 +324,9 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, tokenizer, ca
 
 def test_a_worker_that_dies_is_an_error_not_a_wait():
     with pytest.raises(UserError, match="ended, killed"):
-        list(rows.in_order(lambda chunk: os._exit(9), iter(range(5)), 2))
+        list(tokenize_pool.in_order(lambda chunk: os._exit(9), iter(range(5)), 2))
     with pytest.raises(UserError, match="ended, killed"):
-        list(rows.in_order(len, iter("abcdefgh"), 2, lambda: os._exit(9)))
+        list(tokenize_pool.in_order(len, iter("abcdefgh"), 2, lambda: os._exit(9)))
     with pytest.raises(UserError, match="chunk 1"):  # and of two faults the first
 
         def faulty():
@@ -336,7 +337,7 @@ def test_a_worker_that_dies_is_an_error_not_a_wait():
             if chunk == 1:
                 raise UserError("chunk 1")
 
-        list(rows.in_order(work, faulty(), 2))
+        list(tokenize_pool.in_order(work, faulty(), 2))
 
 
 # ---- the split ----

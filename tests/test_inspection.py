@@ -238,7 +238,7 @@ def test_what_convert_writes_is_read_as_the_same_records(tmp_path, command, numb
     records = lambda path: open_source(path).read_all()
     bare = lambda path: [(r.messages, r.text, r.tools, r.weights, r.rejected, r.asked, r.label) for r in records(path)]
     assert bare(tmp_path / "b.jsonl") == bare(file)
-    with pytest.raises(UserError, match=r"b\.jsonl: is there already"):
+    with pytest.raises(UserError, match=r"b\.jsonl: exists already"):
         command("convert", file, "--out", tmp_path / "b.jsonl")
 
 
@@ -386,7 +386,7 @@ def test_the_command_on_a_real_file(tmp_path):
 
 def test_flags_of_other_commands_are_refused(tmp_path):
     for words, why in (
-        (["convert", "a"], "wants --out"), (["convert", "a", "--out", "b.csv"], "is JSONL; name it so"),
+        (["convert", "a"], "needs --out"), (["convert", "a", "--out", "b.csv"], "ends with .jsonl"),
         (["inspect", "a", "--html", "no/such/page.html"], "there is no such folder"),
         (["inspect", "a", "--out", "b"], "--out: means nothing to `inspect`"),
         (["split", "a", "--out", "b", "--show", "1"], "--show: means nothing to `split`"),

@@ -103,14 +103,14 @@ class Memory:
         return self.block if self.recomputed else 0
 
 
-def meta_model(config: Config, setup: Recipe, dtype: torch.dtype, adapter: dict | None) -> Transformer:
+def meta_model(config: Config, recipe: Recipe, dtype: torch.dtype, adapter: dict | None) -> Transformer:
     """The model of a recipe without memory: shapes, dtypes and what is trained. adapter: arguments of lora.add_lora;
     None: no adapter is put on."""
     with torch.device("meta"):
         model = Transformer(config)
-    method = METHODS[setup.method]
-    has_masters = not method.freezes_base and not setup.offload and setup.weights == "fp32"
-    stored = torch.bfloat16 if setup.weights == "bf16" else dtype
+    method = METHODS[recipe.method]
+    has_masters = not method.freezes_base and not recipe.offload and recipe.weights == "fp32"
+    stored = torch.bfloat16 if recipe.weights == "bf16" else dtype
     model.to(torch.float32 if has_masters else stored)
     model.compute_dtype = dtype
     if method.quant or config.raw.get("quantization_config"):
@@ -119,27 +119,27 @@ def meta_model(config: Config, setup: Recipe, dtype: torch.dtype, adapter: dict 
                 layer.quantize(empty_nf4(layer.out_features, layer.in_features))
     if method.freezes_base and adapter is not None:
         lora.add_lora(model, **adapter)
-    model.activation_checkpointing = setup.checkpointing
+    model.activation_checkpointing = recipe.checkpointing
     return model
 
 
-def expected_memory(model: Transformer, setup: Recipe, lengths: list[int], trained: int, device: str, accumulate: int):
+def expected_memory(model: Transformer, recipe: Recipe, lengths: list[int], trained: int, device: str, accumulate: int):
     """Memory of training this model (real, or of `sketch`). lengths: of the examples of a micro-batch, the largest one;
     trained: its trained tokens."""
     c, item = model.config, model.dtype.itemsize
     parameters = list(model.parameters())
     weights = sum(p.numel() * p.element_size() for p in parameters)
     gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    moments = 0 if setup.offload else state_bytes(setup.optimizer)
+    moments = 0 if recipe.offload else state_bytes(recipe.optimizer)
     optimizer = sum(p.numel() * moments for p in parameters if p.requires_grad)
     tokens, documents = sum(lengths), Documents(sorted(lengths))
-    recomputed = setup.checkpointing in ("full", "offload")
-    layer = kept_by_a_block(model, documents, device, "none" if recomputed else setup.checkpointing)
+    recomputed = recipe.checkpointing in ("full", "offload")
+    layer = kept_by_a_block(model, documents, device, "none" if recomputed else recipe.checkpointing)
     activations = layer * c.num_layers
     if recomputed:  # the inputs, of which two are on their way to or from the host
-        activations = (c.num_layers if setup.checkpointing == "full" else 2) * tokens * c.hidden_size * item
+        activations = (c.num_layers if recipe.checkpointing == "full" else 2) * tokens * c.hidden_size * item
     activations += 2 * tokens * c.hidden_size * item  # the last norm's input and output
-    if device == "cuda" and METHODS[setup.method].freezes_base:  # adapters as products take them (lora.ModelCasts)
+    if device == "cuda" and METHODS[recipe.method].freezes_base:  # adapters as products take them (lora.ModelCasts)
         activations += item * sum(p.numel() for p in parameters if p.requires_grad)
     head = model.embed.weight if model.head is None else model.head.weight
     head_trained = head is not None and head.requires_grad
@@ -250,7 +250,9 @@ def kept_by_attention(c: Config, documents: Documents, device: str, item: int, c
     return (padded * heads * c.head_dim + more) * item
 
 
-def flops_a_token(model: Transformer, reach: float = 0.0, trained: float = 1.0, checkpointing: str = "none") -> float:
+def flops_a_token(
+    model: Transformer, mean_context: float = 0.0, trained: float = 1.0, checkpointing: str = "none"
+) -> float:
     """Operations of a training step, a token. reach: how many tokens attention looks back over, on average twice that
     (sum of squared lengths over sum of lengths); trained: the share of tokens that reach the head."""
     c, total = model.config, 0.0
@@ -263,7 +265,7 @@ def flops_a_token(model: Transformer, reach: float = 0.0, trained: float = 1.0, 
         total += share * size * ((6 if learns else 4) + again)
     shared = model.embed.weight  # the head as well, if there is none of its own
     total += trained * shared.numel() * (6 if shared.requires_grad else 4) if model.head is None else 0
-    return total + 7 * reach * c.num_heads * c.head_dim * c.num_layers
+    return total + 7 * mean_context * c.num_heads * c.head_dim * c.num_layers
 
 
 def product_rate(config: Config, device: torch.device, dtype: torch.dtype) -> float:
@@ -326,7 +328,7 @@ class Workload:
     lengths: list[int]  # of a micro-batch, the largest that there may be
     trained: int  # tokens of it
     share: float  # of tokens that are trained
-    reach: float  # sum of squared lengths over sum of lengths, of all
+    mean_context: float  # sum of squared lengths over sum of lengths, of all
     tokens: float  # of the whole training, with half of what is validated
     to_learn: int  # trained tokens of the data
     accumulate: int
@@ -345,9 +347,9 @@ class Workload:
         return replace(self, lengths=kept, trained=trained, accumulate=self.accumulate * times)
 
 
-def fitting_job(job: Workload, device: torch.device, room: float, takes: Callable[[Workload], Memory]) -> Workload:
+def fitting_job(workload: Workload, device: torch.device, room: float, takes: Callable[[Workload], Memory]) -> Workload:
     """The job in micro-batches that fit, as `tokens_at_once` has them. takes: what a job takes."""
-    return job.cut(tokens_at_once(device, room, lambda tokens: takes(job.cut(tokens)).peak))
+    return workload.cut(tokens_at_once(device, room, lambda tokens: takes(workload.cut(tokens)).peak))
 
 
 def recipes(config: Config, device: torch.device) -> list[Recipe]:
@@ -361,32 +363,32 @@ def recipes(config: Config, device: torch.device) -> list[Recipe]:
     return [*found, Recipe("qlora")]
 
 
-def print_plan(config: Config, job: Workload, device: torch.device, dtype: torch.dtype, adapter: dict) -> None:
+def print_plan(config: Config, workload: Workload, device: torch.device, dtype: torch.dtype, adapter: dict) -> None:
     """Prints the table and the recommendation."""
     room, rate = FITS * device_memory(device), product_rate(config, device, dtype)
     kinds = ("none", "selective", "full", *["offload"] * (device.type == "cuda"))
     rows = [["", "weights", "gradients", "moments", "logits", *(f"{k}: kept, peak" for k in kinds), "GFLOP", "minutes"]]
     fitting: list[tuple[Recipe, float]] = []
     smallest = None
-    for setup in recipes(config, device):
+    for recipe in recipes(config, device):
         cells, costs = [], []
         for kind in kinds:
-            setup = replace(setup, checkpointing=kind)
-            model = meta_model(config, setup, dtype, adapter)
-            takes = lambda job, model=model, setup=setup: expected_memory(
-                model, setup, job.lengths, job.trained, device.type, job.accumulate
+            recipe = replace(recipe, checkpointing=kind)
+            model = meta_model(config, recipe, dtype, adapter)
+            takes = lambda workload, model=model, recipe=recipe: expected_memory(
+                model, recipe, workload.lengths, workload.trained, device.type, workload.accumulate
             )
-            memory = takes(fitting_job(job, device, room, takes))
-            costs.append(flops_a_token(model, job.reach, job.share, kind))
+            memory = takes(fitting_job(workload, device, room, takes))
+            costs.append(flops_a_token(model, workload.mean_context, workload.share, kind))
             cells.append(
                 f"{memory.activations / 1e9:.2f}, {memory.peak / 1e9:.2f}{' ' if memory.peak <= room else '!'}"
             )
             if memory.peak <= room:
-                fitting.append((setup, memory.peak))
-            smallest = min(smallest or (memory.peak, setup), (memory.peak, setup), key=lambda pair: pair[0])
+                fitting.append((recipe, memory.peak))
+            smallest = min(smallest or (memory.peak, recipe), (memory.peak, recipe), key=lambda pair: pair[0])
         parts = (memory.weights, memory.gradients, memory.optimizer, memory.logits)
-        name = str(replace(setup, checkpointing="none")).replace("--method ", "")
-        minutes = [job.tokens * cost / (EFFICIENCY * rate) / 60 for cost in (costs[0], costs[2])]
+        name = str(replace(recipe, checkpointing="none")).replace("--method ", "")
+        minutes = [workload.tokens * cost / (EFFICIENCY * rate) / 60 for cost in (costs[0], costs[2])]
         rows.append(
             [name, *(f"{part / 1e9:.2f}" for part in parts), *cells]
             + [f"{costs[0] / 1e9:.2f}", f"{minutes[0]:.1f} to {minutes[1]:.1f}"]
@@ -401,30 +403,30 @@ def print_plan(config: Config, job: Workload, device: torch.device, dtype: torch
     if device.type != "cpu":
         print(f"micro-batches have up to {max_tokens_per_micro_batch(device):,} tokens, fewer where those do not fit;")
     print(f"minutes: none and block, at {EFFICIENCY:.0%} of the {rate / 1e9:,.0f} GFLOP/s that a product reaches here")
-    print(f"plan      {recommend(config, job, dtype, adapter, fitting, room, smallest)}")
+    print(f"plan      {recommend(config, workload, dtype, adapter, fitting, room, smallest)}")
 
 
-def recommend(config: Config, job: Workload, dtype, adapter: dict, fitting: list, room: float, smallest) -> str:
+def recommend(config: Config, workload: Workload, dtype, adapter: dict, fitting: list, room: float, smallest) -> str:
     """One line: what to take, and why.
 
     Adapters learn as well as full fine-tuning does until the data hold more than they can (Schulman et al. 2025;
     Biderman et al. 2024, arXiv 2405.09673), so the question is first how much there is to learn, then what fits.
     """
     if not fitting:
-        peak, setup = smallest
-        least = f"nothing fits: the least, {setup}, takes {peak / 1e9:.1f} of {room / 1e9:.1f} GB"
+        peak, recipe = smallest
+        least = f"nothing fits: the least, {recipe}, takes {peak / 1e9:.1f} of {room / 1e9:.1f} GB"
         return f"{least}; lower --batch-size or --seq-len"
     first = {}
-    for setup, peak in fitting:  # of each method the first that fits: the fastest, nearest to plain AdamW in fp32
-        first.setdefault(setup.method, (setup, peak))
+    for recipe, peak in fitting:  # of each method the first that fits: the fastest, nearest to plain AdamW in fp32
+        first.setdefault(recipe.method, (recipe, peak))
     drawn, rank = meta_model(config, Recipe("lora"), dtype, adapter), adapter["rank"]
     holds = CAPACITY / BITS * sum(p.numel() for p in drawn.parameters() if p.requires_grad)  # trained tokens
-    enough = math.ceil(rank * job.to_learn / holds)  # the rank that holds them all
+    enough = math.ceil(rank * workload.to_learn / holds)  # the rank that holds them all
     method = next(m for m in ("lora", "qlora", "full") if m in first)
     if enough > LARGEST_RANK and "full" in first:
         method = "full"
-    setup, peak = first[method]
-    why = f"{job.to_learn:,} trained tokens; adapters of rank {rank} hold about {holds:,.0f}"
+    recipe, peak = first[method]
+    why = f"{workload.to_learn:,} trained tokens; adapters of rank {rank} hold about {holds:,.0f}"
     if method == "full":
         why += ", and full fits"
     elif enough > rank:
@@ -434,4 +436,4 @@ def recommend(config: Config, job: Workload, dtype, adapter: dict, fitting: list
     if method == "qlora" and "lora" not in first:
         why += "; 16-bit weights do not fit"
     more = f" --rank {enough}" if rank < enough and method != "full" else ""
-    return f"{setup}{more}: {peak / 1e9:.1f} of {room / 1e9:.1f} GB; {why}"
+    return f"{recipe}{more}: {peak / 1e9:.1f} of {room / 1e9:.1f} GB; {why}"

@@ -72,30 +72,30 @@ def trained_numel(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def gathered_bytes(model: Transformer, setup: Recipe) -> tuple[list[int], int]:
+def gathered_bytes(model: Transformer, recipe: Recipe) -> tuple[list[int], int]:
     """(of each block, of what is around the blocks)."""
-    item = 4 if METHODS[setup.method].freezes_base else model.dtype.itemsize  # adapters travel as they are
+    item = 4 if METHODS[recipe.method].freezes_base else model.dtype.itemsize  # adapters travel as they are
     blocks = [gathered_size(block, item) for block in model.blocks]
     return blocks, gathered_size(model, item) - sum(blocks)
 
 
 def memory_per_process(
-    model: Transformer, setup: Recipe, layout: Layout, job: Workload, device: str = "cuda", together: int = 1
+    model: Transformer, recipe: Recipe, layout: Layout, workload: Workload, device: str = "cuda", together: int = 1
 ) -> Memory:
     """plan.Memory of one of the processes; what is gathered for a while counts as working. together: processes that
     share a batch's tokens."""
-    lengths, trained = job.lengths, job.trained
+    lengths, trained = workload.lengths, workload.trained
     if together > 1:  # as many tokens as one of them has; the keys that it gathers besides are small
         lengths, trained = [math.ceil(n / together) for n in lengths], math.ceil(trained / together)
-    whole = expected_memory(model, setup, lengths, trained, device, job.accumulate)
+    whole = expected_memory(model, recipe, lengths, trained, device, workload.accumulate)
     W = layout.shards
     if W == 1:
         return whole
-    blocks, around = gathered_bytes(model, setup)
+    blocks, around = gathered_bytes(model, recipe)
     learning = [trained_numel(module) for module in model.blocks]
     outside = trained_numel(model) - sum(learning)
     # wide, all of them, until the last micro-batch; else a block's in the products' dtype, and wide to be sent
-    waiting = 4 * (sum(learning) + outside) if job.accumulate > 1 else 6 * (max(learning) + outside)
+    waiting = 4 * (sum(learning) + outside) if workload.accumulate > 1 else 6 * (max(learning) + outside)
     return replace(
         whole,
         weights=whole.weights / W,
@@ -106,9 +106,9 @@ def memory_per_process(
     )
 
 
-def traffic(model: Transformer, setup: Recipe, layout: Layout, accumulate: int) -> tuple[float, float]:
+def traffic(model: Transformer, recipe: Recipe, layout: Layout, accumulate: int) -> tuple[float, float]:
     """Bytes that a GPU receives in a step: (from its node's others, through its card of the network)."""
-    blocks, around = gathered_bytes(model, setup)
+    blocks, around = gathered_bytes(model, recipe)
     p = sum(blocks) + around / 2  # gathered once, not again
     g = 4 * trained_numel(model)
     W, copies = layout.shards, layout.gpus // layout.shards
@@ -130,10 +130,10 @@ def print_multi_gpu_plan(
     rows = [["", "GPUs", "--shard", "--activation-checkpointing", "weights", "gradients", "moments", "kept", "peak", "inside", "across",
              "sent in", "computed in"]]  # fmt: skip
     tokens, room = seq_len * batch, FITS * (MEMORY - CONTEXT)
-    job = Workload([seq_len] * batch, tokens, 1.0, seq_len, tokens * accumulate, tokens * accumulate, accumulate)
-    for setup in recipes(config, torch.device("cpu")):
-        model = meta_model(config, setup, torch.bfloat16, adapter)
-        rows += [best_row(model, setup, count, job, room) for count in gpus]
+    workload = Workload([seq_len] * batch, tokens, 1.0, seq_len, tokens * accumulate, tokens * accumulate, accumulate)
+    for recipe in recipes(config, torch.device("cpu")):
+        model = meta_model(config, recipe, torch.bfloat16, adapter)
+        rows += [best_row(model, recipe, count, workload, room) for count in gpus]
     print(report.table(rows))
     where = f"by NVLink ({NVLINK_BYTES / 1e9:.0f} GB/s) and a card of the network ({NETWORK_BYTES / 1e9:.0f})"
     print(
@@ -146,22 +146,22 @@ def print_multi_gpu_plan(
     print(f"{room / 1e9:.0f} of {MEMORY / 1e9:.0f} GB (!: none does); planning/multi_gpu.py has the arithmetic")
 
 
-def best_row(model: Transformer, setup: Recipe, gpus: int, job: Workload, room: float) -> list:
+def best_row(model: Transformer, recipe: Recipe, gpus: int, workload: Workload, room: float) -> list:
     """The fastest of what fits, of sending and computing the longer one; where nothing fits the smallest."""
     found = []
     for layout in layouts(gpus):
         for kind in ("none", "selective", "full"):
-            way = replace(setup, checkpointing=kind)
-            takes = lambda job, way=way, layout=layout: memory_per_process(model, way, layout, job)
-            fitting = fitting_job(job, torch.device("cuda"), room, takes)
+            way = replace(recipe, checkpointing=kind)
+            takes = lambda workload, way=way, layout=layout: memory_per_process(model, way, layout, workload)
+            fitting = fitting_job(workload, torch.device("cuda"), room, takes)
             memory = takes(fitting)
             inside, across = traffic(model, way, layout, fitting.accumulate)
             sent = inside / NVLINK_BYTES + across / NETWORK_BYTES
-            computed = job.tokens * flops_a_token(model, job.reach, 1.0, kind) / (EFFICIENCY * FLOPS)
+            computed = workload.tokens * flops_a_token(model, workload.mean_context, 1.0, kind) / (EFFICIENCY * FLOPS)
             fits = memory.peak <= room
             rank = (0, max(sent, computed), sent) if fits else (1, memory.peak, sent)
             sizes = memory.weights, memory.gradients, memory.optimizer, memory.activations
-            row = [str(setup).replace("--method ", ""), f"{gpus:,}", layout.name, kind]
+            row = [str(recipe).replace("--method ", ""), f"{gpus:,}", layout.name, kind]
             row += [f"{part / 1e9:.1f}" for part in sizes] + [f"{memory.peak / 1e9:.1f}{'' if fits else '!'}"]
             row += [f"{inside / 1e9:.1f}", f"{across / 1e9:.1f}", f"{sent:.2f} s", f"{computed:.2f} s"]
             found.append((rank, row))
@@ -170,9 +170,9 @@ def best_row(model: Transformer, setup: Recipe, gpus: int, job: Workload, room: 
 
 def suggest_savings(
     config: Config,
-    setup: Recipe,
+    recipe: Recipe,
     layout: Layout,
-    job: Workload,
+    workload: Workload,
     shape: tuple[int, int, int],
     device,
     dtype,
@@ -182,26 +182,31 @@ def suggest_savings(
     --batch-size, --accumulate, --seq-len."""
     batch, accumulate, seq_len = shape
 
-    def takes(setup: Recipe, lengths: list[int] = job.lengths, times: int = job.accumulate, layout=layout) -> Memory:
-        trained = math.ceil(job.trained * sum(lengths) / sum(job.lengths))
-        one = replace(job, lengths=lengths, trained=trained, accumulate=times)
-        return memory_per_process(meta_model(config, setup, dtype, adapter), setup, layout, one, device.type)
+    def takes(
+        recipe: Recipe, lengths: list[int] = workload.lengths, times: int = workload.accumulate, layout=layout
+    ) -> Memory:
+        trained = math.ceil(workload.trained * sum(lengths) / sum(workload.lengths))
+        one = replace(workload, lengths=lengths, trained=trained, accumulate=times)
+        return memory_per_process(meta_model(config, recipe, dtype, adapter), recipe, layout, one, device.type)
 
-    half, shorter = job.lengths[: math.ceil(len(job.lengths) / 2)], [min(n, seq_len // 2) for n in job.lengths]
+    half, shorter = (
+        workload.lengths[: math.ceil(len(workload.lengths) / 2)],
+        [min(n, seq_len // 2) for n in workload.lengths],
+    )
     ways = {
-        "--activation-checkpointing full": takes(replace(setup, checkpointing="full")),
-        f"--seq-len {seq_len // 2}": takes(setup, shorter),
+        "--activation-checkpointing full": takes(replace(recipe, checkpointing="full")),
+        f"--seq-len {seq_len // 2}": takes(recipe, shorter),
     }
     if layout.shards < layout.gpus:
-        ways["--shard full"] = takes(setup, layout=Layout(layout.gpus, layout.gpus))
+        ways["--shard full"] = takes(recipe, layout=Layout(layout.gpus, layout.gpus))
     if batch > 1:
-        ways[f"--batch-size {batch // 2} --accumulate {2 * accumulate}"] = takes(setup, half, 2)
-    method = METHODS[setup.method]
+        ways[f"--batch-size {batch // 2} --accumulate {2 * accumulate}"] = takes(recipe, half, 2)
+    method = METHODS[recipe.method]
     if "weights" in method.options:
-        ways["--optimizer adamw8bit --weights bf16"] = takes(replace(setup, optimizer="adamw8bit", weights="bf16"))
+        ways["--optimizer adamw8bit --weights bf16"] = takes(replace(recipe, optimizer="adamw8bit", weights="bf16"))
     if method.lighter:
-        ways[f"--method {method.lighter}"] = takes(Recipe(method.lighter, checkpointing=setup.checkpointing))
-    expected = takes(setup)
+        ways[f"--method {method.lighter}"] = takes(Recipe(method.lighter, checkpointing=recipe.checkpointing))
+    expected = takes(recipe)
     best = sorted(ways, key=lambda way: ways[way].peak)[:3]
     parts = ("weights", "gradients", "optimizer", "activations", "logits")
     return (

@@ -69,7 +69,7 @@ def describe_workload(
         lengths=largest.documents.lengths,
         trained=len(largest.targets),
         share=train.trained_tokens / train.tokens,
-        reach=float((train.lengths.astype(float) ** 2).sum()) / train.tokens,
+        mean_context=float((train.lengths.astype(float) ** 2).sum()) / train.tokens,
         tokens=trained_steps + validations * val.tokens / 2,  # half of what is validated: without a backward
         to_learn=train.trained_tokens,
         accumulate=flags.accumulate * len(batches),

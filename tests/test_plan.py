@@ -167,7 +167,7 @@ def table(text: str) -> list[list[str]]:
 
 
 def job(**changes) -> Workload:
-    usual = {"lengths": LENGTHS, "trained": 100, "share": 0.5, "reach": 90.0, "tokens": 1e5, "to_learn": 5_000}
+    usual = {"lengths": LENGTHS, "trained": 100, "share": 0.5, "mean_context": 90.0, "tokens": 1e5, "to_learn": 5_000}
     return Workload(**(usual | {"accumulate": 1} | changes))
 
 

@@ -394,15 +394,12 @@ def print_plan(config: Config, workload: Workload, device: torch.device, dtype: 
             + [f"{costs[0] / 1e9:.2f}", f"{minutes[0]:.1f} to {minutes[1]:.1f}"]
         )
     print(report.table(rows))
-    print(
-        f"GB; ! is more than the {room / 1e9:.1f} that may be used here. kept: by the blocks for their backward, with"
-    )
-    print(
-        "that --activation-checkpointing; peak: weights, moments, and what a step adds at its height. GFLOP: a token, without --activation-checkpointing;"
-    )
+    print(f"GB; ! is more than the {room / 1e9:.1f} that may be used here. kept: activations that the blocks keep for")
+    print("their backward, with that --activation-checkpointing; peak: weights, moments, and what a step adds at its")
+    print("height. GFLOP: a token, without checkpointing;")
     if device.type != "cpu":
         print(f"micro-batches have up to {max_tokens_per_micro_batch(device):,} tokens, fewer where those do not fit;")
-    print(f"minutes: none and block, at {EFFICIENCY:.0%} of the {rate / 1e9:,.0f} GFLOP/s that a product reaches here")
+    print(f"minutes: none and full, at {EFFICIENCY:.0%} of the {rate / 1e9:,.0f} GFLOP/s that a product reaches here")
     print(f"plan      {recommend(config, workload, dtype, adapter, fitting, room, smallest)}")
 
 

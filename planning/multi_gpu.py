@@ -127,8 +127,8 @@ def print_multi_gpu_plan(
     config: Config, gpus: list[int], seq_len: int, batch: int, accumulate: int, adapter: dict
 ) -> None:
     """Prints, for each way of fine-tuning and number of GPUs, how it fits best and what it sends."""
-    rows = [["", "GPUs", "--shard", "--activation-checkpointing", "weights", "gradients", "moments", "kept", "peak", "inside", "across",
-             "sent in", "computed in"]]  # fmt: skip
+    sizes = ["weights", "gradients", "moments", "kept", "peak"]
+    rows = [["", "GPUs", "--shard", "checkpointing", *sizes, "inside", "across", "sent in", "computed in"]]
     tokens, room = seq_len * batch, FITS * (MEMORY - CONTEXT)
     workload = Workload([seq_len] * batch, tokens, 1.0, seq_len, tokens * accumulate, tokens * accumulate, accumulate)
     for recipe in recipes(config, torch.device("cpu")):
@@ -141,9 +141,11 @@ def print_multi_gpu_plan(
     )
     print(f"backward; inside, across: received in a step {where};")
     print(
-        f"computed at {EFFICIENCY:.0%} of {FLOPS / 1e12:.0f} TFLOP/s. The fastest --shard and --activation-checkpointing that fit"
+        f"computed at {EFFICIENCY:.0%} of {FLOPS / 1e12:.0f} TFLOP/s. The fastest --shard and --activation-checkpointing"
     )
-    print(f"{room / 1e9:.0f} of {MEMORY / 1e9:.0f} GB (!: none does); planning/multi_gpu.py has the arithmetic")
+    print(
+        f"that fit {room / 1e9:.0f} of {MEMORY / 1e9:.0f} GB (!: none does); planning/multi_gpu.py has the arithmetic"
+    )
 
 
 def best_row(model: Transformer, recipe: Recipe, gpus: int, workload: Workload, room: float) -> list:

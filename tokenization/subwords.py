@@ -1,10 +1,12 @@
-"""Subword models: what cuts text into tokens, with exactly the ids of the `tokenizers` library (or of sentencepiece).
+"""Subword models: they cut text into tokens, with exactly the ids of the `tokenizers` library (or
+of sentencepiece).
 
-Three kinds of file, two engines. Byte-level BPE in a tokenizer.json, and Llama 3's own tokenizer.model, become a
-tiktoken encoding (`byte_pairs`, `tiktoken_file`); sentencepiece's tokenizer.model is its own, and a tokenizer.json that
-holds such a model's merges becomes one again (`pieces`). Both engines merge by other rules than the merges in a
-tokenizer.json; `_merge_order` has the proof that the outcome is the same, and what it does not cover is refused with
-the reason: other ids would train another model, and nothing would look wrong.
+There are three kinds of file and two engines. Byte-level BPE in a tokenizer.json, and Llama 3's own
+tokenizer.model, become a tiktoken encoding (`byte_pairs`, `tiktoken_file`). sentencepiece reads its
+own tokenizer.model, and a tokenizer.json that holds the merges of such a model becomes one again
+(`pieces`). Both engines merge by other rules than a tokenizer.json; `_merge_order` has the proof
+that the outcome is the same. What the proof does not cover is refused with the reason: other ids
+would train another model, and nothing would look wrong.
 """
 
 import base64
@@ -21,21 +23,27 @@ from sentencepiece import SentencePieceProcessor
 
 from common.errors import UserError
 
-Span = tuple[int, int]  # [start, end), in bytes of the normalized text
-
 SUPPORTED = "supported are byte-level BPE as of GPT-2, Llama 3, Qwen, Mistral Nemo and SmolLM, and sentencepiece's BPE"
+
+
+LONGEST_TOKEN = 2_000  # characters; the time to spell a token grows with the square of its length
+SPELLING = 10**8  # limit of the sum of those squares over a vocabulary; about 10**7 in the largest published one
+MODEL_BYTES = 16 << 20  # limit of a tokenizer.model; Gemma's, the largest published one, has 4.7 MB
+MOST_SPACES = 900_000  # in a row; at a million, tiktoken's regex engine runs out of its stack and ends the program
+MOST_LETTERS = 8_000_000  # in a row; to cut a word of so many takes 0.4 GB
+RUNS = ((r"\s+", MOST_SPACES, "spaces or line ends"), (r"\S+", MOST_LETTERS, "characters without a space"))
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is looked for in the text before anything else is done to it."""
+    """A token that is looked for in the text before the text is cut into subwords."""
 
     id: int
     special: bool  # a control token
-    normalized: bool  # looked for only in what the others leave, after that is normalized
+    normalized: bool  # looked for only in what the other added tokens leave, and after that is normalized
     lstrip: bool = False  # takes the space before it along
-    rstrip: bool = False  # and behind it
-    single_word: bool = False  # not inside a word
+    rstrip: bool = False  # takes the space behind it along
+    single_word: bool = False  # does not count inside a word
 
 
 # ---- byte-level BPE: tokenizer.json to tiktoken ----
@@ -49,71 +57,73 @@ class BytePairs:
     encoding: tiktoken.Encoding
     ids: list[int]  # by tiktoken's rank; -1 for a byte that is no token
     bytes_of: dict[int, bytes]  # by id
-    nfc: bool
-    details: str
+    nfc: bool  # the text is normalized to Unicode's NFC
+    details: str  # a remark for the user, or ""
     kind = "byte-level BPE"
-
-    def __post_init__(self):
-        # of each id in bytes; 1 at -1, of a byte that is no token. A list where it can be one, which is faster
-        self.lengths = defaultdict(lambda: 1, {id: len(token) for id, token in self.bytes_of.items()})
-        if (size := max(self.bytes_of, default=0) + 1) < 4 * len(self.bytes_of):
-            self.lengths = [*map(self.lengths.__getitem__, range(size)), 1]
-
     prefix = "never"  # as in Pieces
 
+    def __post_init__(self):
+        # The number of bytes of each id, and 1 at -1, for a byte that is no token. A list is faster
+        # than a dictionary, and is used where the ids have few gaps.
+        self.lengths = defaultdict(lambda: 1, {id: len(token) for id, token in self.bytes_of.items()})
+        size = max(self.bytes_of, default=0) + 1
+        if size < 4 * len(self.bytes_of):
+            self.lengths = [*map(self.lengths.__getitem__, range(size)), 1]
+
     def normalize(self, text: str) -> str:
+        """Returns the text as `encode` takes it."""
         return unicodedata.normalize("NFC", text) if self.nfc else text
 
     def encode(self, text: str, first: bool) -> list[int]:
-        """Ids of a normalized text without added tokens; `first` where nothing stands before it."""
+        """Returns the ids of a normalized text without added tokens. first: nothing stands before
+        the text."""
         ids = self._ids(text)
         return [id for id in ids if id >= 0] if -1 in ids else ids
 
     def encode_spans(self, text: str, first: bool) -> tuple[list[int], list[int], list[int]]:
-        """The ids, and where each begins and ends, in bytes of the text."""
+        """Returns the ids, and where each begins and ends, in bytes of the text."""
         ids = self._ids(text)
         ends = list(accumulate(map(self.lengths.__getitem__, ids)))
         starts = [0, *ends[:-1]]
         if -1 in ids:
-            kept = [i for i, id in enumerate(ids) if id >= 0]
-            return tuple([column[i] for i in kept] for column in (ids, starts, ends))
+            indexes = [i for i, id in enumerate(ids) if id >= 0]
+            return tuple([column[i] for i in indexes] for column in (ids, starts, ends))
         return ids, starts, ends
 
     def _ids(self, text: str) -> list[int]:
+        """Returns the ids, with -1 for a byte that is no token. Raises UserError for a text that
+        tiktoken can't cut."""
         if len(text) > MOST_SPACES:
-            for pattern, most, what in RUNS:
+            for pattern, most, name in RUNS:
                 if max(map(len, re.findall(pattern, text)), default=0) > most:
-                    raise UserError(f"a text holds over {most:,} {what} in a row; shorten them")
+                    raise UserError(f"a text holds over {most:,} {name} in a row; shorten them")
         ids = self.ids
         try:
             return list(map(ids.__getitem__, self.encoding.encode_ordinary(text)))
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # how Rust's regex engine gives up, no Exception for Python
+            # Rust's regex engine gives up by a panic, which is no Exception for Python.
+            if type(error).__name__ != "PanicException":
                 raise
             raise UserError("the tokenizer's regular expression for words takes too long on a text") from None
 
 
-LONGEST_TOKEN = 2_000  # characters; to spell one takes time with the square of its length
-SPELLING = 10**8  # the sum of those squares over a vocabulary; about 10**7 in the largest published
-MODEL_BYTES = 16 << 20  # of a tokenizer.model; Gemma's, the largest published, has 4.7 MB
-MOST_SPACES = 900_000  # in a row; at a million tiktoken's regex engine runs out of its stack and ends the program
-MOST_LETTERS = 8_000_000  # to cut a word of so many takes 0.4 GB
-RUNS = ((r"\s+", MOST_SPACES, "spaces or line ends"), (r"\S+", MOST_LETTERS, "characters without a space"))
-
-
 def byte_pairs(path: Path, spec: dict, added: dict[str, AddedToken]) -> BytePairs:
-    """A byte-level BPE tokenizer.json as a tiktoken encoding that gives the same ids.
+    """Makes a tiktoken encoding of a byte-level BPE tokenizer.json, with the same ids.
 
-    A control character whose byte is no token (SmolLM2 lacks six) is dropped, as in `tokenizers`. One limit is known:
-    two signs that only such a character parts, "!\\x04!", merge there and not here.
+    path: the file, for messages. spec: what it holds. added: the added tokens. A control character
+    whose byte is no token (SmolLM2 lacks six) is dropped, as in `tokenizers`. One difference is
+    known: two signs with only such a character between them, "!\\x04!", merge there and not here.
+    Raises UserError where the ids would not be the same.
     """
-    normalizer, words = spec.get("normalizer"), spec.get("pre_tokenizer")
+    normalizer = spec.get("normalizer")
+    words = spec.get("pre_tokenizer")
     model, vocab, pairs = _read_bpe(path, spec)
     if model.get("byte_fallback"):
         raise refuse(path, "its BPE has byte_fallback = True, but no tokenizer.model stands beside it")
     if normalizer not in (None, {"type": "NFC"}):
         raise refuse(path, f"its normalizer is {json.dumps(normalizer)[:80]}")
-    if normalizer and (late := [text for text, token in added.items() if token.normalized and token.special]):
+    late = [text for text, token in added.items() if token.normalized and token.special]
+    if normalizer and late:
         raise refuse(path, f"its control token {late[0]!r} is looked for after NFC")
     pattern, details = _pattern(words)
     if pattern is None:
@@ -125,44 +135,52 @@ def byte_pairs(path: Path, spec: dict, added: dict[str, AddedToken]) -> BytePair
             bytes_of[id] = bytes(BYTE_OF[character] for character in text)
         elif text not in added:
             raise refuse(path, f"its token {text[:40]!r} is not written in GPT-2's characters for bytes")
-    ranks, whole_words = _merge_order(bytes_of, pairs)
+    ranks, unmerged = _merge_order(bytes_of, pairs)
     order = sorted(ranks, key=ranks.get)
     if model.get("ignore_merges") is True:
-        if split := [id for id, parts in whole_words.items() if parts == 2]:
-            raise refuse(path, f"its token {bytes_of[split[0]]!r} is spelled by two tokens that are no merge")
-        order += whole_words.keys() - {token.id for token in added.values()}
+        # tiktoken would merge two tokens that together spell a third, also where that is no merge.
+        mergeable = [id for id, parts in unmerged.items() if parts == 2]
+        if mergeable:
+            raise refuse(path, f"its token {bytes_of[mergeable[0]]!r} is spelled by two tokens that are no merge")
+        order += unmerged.keys() - {token.id for token in added.values()}
     missing = {bytes([byte]) for byte in range(256)} - {*bytes_of.values()}
-    if needed := missing if model.get("unk_token") is not None else missing - DISPENSABLE:
+    needed = missing if model.get("unk_token") is not None else missing - DISPENSABLE
+    if needed:
         raise refuse(path, f"it has no token for {len(needed)} of the 256 bytes, e.g. {min(needed)}")
     ranked = {token: rank for rank, token in enumerate([*map(bytes_of.get, order), *missing])}
     try:
         encoding = tiktoken.Encoding(str(path), pat_str=pattern, mergeable_ranks=ranked, special_tokens={})
     except ValueError as error:
-        raise refuse(
-            path, f"its pre-tokenizer has a regular expression unknown to tiktoken ({str(error)[:80]})"
-        ) from None
-    return BytePairs(vocab, encoding, order + [-1] * len(missing), bytes_of, normalizer is not None, details)
+        reason = f"its pre-tokenizer has a regular expression unknown to tiktoken ({str(error)[:80]})"
+        raise refuse(path, reason) from None
+    ids = order + [-1] * len(missing)
+    return BytePairs(vocab, encoding, ids, bytes_of, normalizer is not None, details)
 
 
-# GPT-2 writes each byte as one character: as itself where it is printable in Latin-1, the others as U+0100 and on.
+# GPT-2 writes each byte as one character: as itself where it is printable in Latin-1, the others
+# from U+0100 on.
 _printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _others = sorted({*range(256)} - {*_printable})
 BYTE_OF = {chr(b): b for b in _printable} | {chr(0x100 + n): b for n, b in enumerate(_others)}
-# Bytes that a vocabulary may lack: those never in UTF-8, those of the empty planes 4 to 11, ASCII's control characters.
+# Bytes that a vocabulary may lack: those that UTF-8 never uses, those of the empty Unicode planes 4
+# to 11, and ASCII's control characters.
 DISPENSABLE = {bytes([b]) for b in (*range(9), *range(14, 32), 0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100))}
 
 
 def refuse(path: Path, reason: str) -> UserError:
+    """Returns the error that names a tokenizer file and why it is refused."""
     return UserError(f"{path}: {reason}, which can't be reproduced exactly; {SUPPORTED}")
 
 
-Pairs = dict[tuple[int, int], tuple[int, int]]  # the ids of two tokens: rank of their merge, id of what it makes
+Pairs = dict[tuple[int, int], tuple[int, int]]  # the ids of two tokens: the rank of their merge, the id of the result
 
 
 def _read_bpe(path: Path, spec: dict) -> tuple[dict, dict[str, int], Pairs]:
-    """The `model` of a tokenizer.json, its vocabulary and its merges."""
+    """Returns the `model` of a tokenizer.json, its vocabulary and its merges. Raises UserError
+    where it is no BPE model that can be reproduced, or too large."""
     model = spec.get("model")
-    kind, vocab, merges = (model.get(key) if isinstance(model, dict) else None for key in ("type", "vocab", "merges"))
+    fields = model if isinstance(model, dict) else {}
+    kind, vocab, merges = fields.get("type"), fields.get("vocab"), fields.get("merges")
     well_formed = isinstance(merges, list) and isinstance(vocab, dict) and {*map(type, vocab.values())} <= {int}
     if kind != "BPE" or not well_formed or (vocab and min(vocab.values()) < 0):
         reason = f"its model, of type {str(kind)[:40]}, is no BPE with a vocab of integer ids and a list of merges"
@@ -170,8 +188,9 @@ def _read_bpe(path: Path, spec: dict) -> tuple[dict, dict[str, int], Pairs]:
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise refuse(path, f"its BPE has {key} = {str(model[key])[:40]}")
-    if vocab and (longest := max(map(len, vocab))) > LONGEST_TOKEN:
-        raise refuse(path, f"a token of it has {longest:,} characters, more than {LONGEST_TOKEN:,}")
+    longest = max(map(len, vocab), default=0)
+    if longest > LONGEST_TOKEN:
+        raise refuse(path, f"one of its tokens has {longest:,} characters, more than {LONGEST_TOKEN:,}")
     if sum(len(token) ** 2 for token in vocab) > SPELLING:
         raise refuse(path, "its tokens are too long to be spelled in reasonable time")
     pairs = {}
@@ -186,39 +205,49 @@ def _read_bpe(path: Path, spec: dict) -> tuple[dict, dict[str, int], Pairs]:
 
 
 def _merge_order(tokens: dict[int, bytes] | dict[int, str], pairs: Pairs) -> tuple[dict[int, int], dict[int, int]]:
-    """The ids of the tokens that merges make, with a rank for each by which tiktoken and sentencepiece merge as
-    `tokenizers` does (single bytes or characters first, with -1); and of the tokens that merges do not make, the number
-    of tokens that they spell instead.
+    """Finds an order of tokens by which tiktoken and sentencepiece merge as `tokenizers` does.
 
-    They merge by different rules. `tokenizers` ranks pairs of tokens (by their place in `merges`); tiktoken ranks
-    tokens, sentencepiece scores them, and any two neighbours that together spell one may merge. All merge the lowest
-    rank first, the leftmost among equals. So they agree if each token t, spelled from its bytes by `merges` alone,
-    comes out whole, and has the rank of the last pair merged. For wherever in a text two neighbours spell t, no merge
-    has crossed the ends of t; between them has happened what happens to t alone; so these two are that last pair, which
-    all rank alike. A token that does not come out whole never comes out of a longer text either, but is one where it is
-    a whole word and the file says `ignore_merges`. That is what tiktoken always does, so without `ignore_merges` it
-    must get no rank.
+    tokens: the spelling of each id, in bytes or characters. pairs: the merges.
+    Returns (ranks, unmerged). ranks: of each token that merges make, its rank; -1 for single bytes
+    or characters, which come first. unmerged: of each token that merges do not make, the number of
+    tokens that they spell instead.
+
+    They merge by different rules. `tokenizers` ranks pairs of tokens (by their place in `merges`);
+    tiktoken ranks tokens, sentencepiece scores them, and any two neighbours that together spell one
+    may merge. All merge the lowest rank first, the leftmost among equals. So they agree if each
+    token t, spelled from its bytes by `merges` alone, comes out whole, and has the rank of the last
+    pair merged. For wherever in a text two neighbours spell t, no merge has crossed the ends of t;
+    between them has happened what happens to t alone; so these two are that last pair, which all
+    rank alike. A token that does not come out whole never comes out of a longer text either, but is
+    one where it is a whole word and the file says `ignore_merges`. That is what tiktoken always
+    does, so without `ignore_merges` it must get no rank.
     """
     singles = {token[0]: id for id, token in tokens.items() if len(token) == 1}
-    ranks, unmade = dict.fromkeys(singles.values(), -1), {}
+    ranks = dict.fromkeys(singles.values(), -1)
+    unmerged = {}
     for id, token in tokens.items():
-        if len(token) > 1:
-            last = _spell([singles.get(symbol, -1) for symbol in token], pairs)
-            if tuple(last) in pairs:
-                ranks[id] = pairs[tuple(last)][0]
-            else:
-                unmade[id] = len(last)
-    return ranks, unmade
+        if len(token) <= 1:
+            continue
+        parts = _spell([singles.get(symbol, -1) for symbol in token], pairs)
+        if tuple(parts) in pairs:
+            rank, _ = pairs[tuple(parts)]
+            ranks[id] = rank
+        else:
+            unmerged[id] = len(parts)
+    return ranks, unmerged
 
 
 def _spell(parts: list[int], pairs: Pairs) -> list[int]:
-    """Merges tokens, lowest rank and leftmost first (Sennrich et al. 2016), until two are left or no two merge."""
+    """Merges tokens, lowest rank and leftmost first (Sennrich et al. 2016), until two are left or
+    no two merge."""
+    no_merge = len(pairs), -1
     while len(parts) > 2:
-        found = [pairs.get(pair, (len(pairs), -1)) for pair in pairwise(parts)]
-        rank, merged = best = min(found)
+        candidates = [pairs.get(pair, no_merge) for pair in pairwise(parts)]
+        best = min(candidates)
+        rank, merged = best
         if rank == len(pairs):
             break
-        at = found.index(best)
+        at = candidates.index(best)
         parts[at : at + 2] = [merged]
     return parts
 
@@ -227,22 +256,27 @@ GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 
 
 def _pattern(pre_tokenizer: object) -> tuple[str | None, str]:
-    """The regular expression that cuts a text into the pre-tokenizer's words, None if there is none, and a remark."""
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if isinstance(pre_tokenizer, dict) else []
+    """Returns the regular expression that cuts a text into the same words as a tokenizer.json's
+    pre-tokenizer (None if there is none), and a remark for the user."""
+    steps = []
+    if isinstance(pre_tokenizer, dict):
+        steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     match steps:
         case [*before, {"type": "ByteLevel", "add_prefix_space": False} as last]:
-            gpt2 = last.get("use_regex", True)
+            uses_gpt2_words = last.get("use_regex", True)
         case _:
             return None, ""
-    match gpt2, before:
+    match uses_gpt2_words, before:
         case True, []:
             return GPT2_WORDS, ""
         case True, [{"type": "Digits", "individual_digits": bool(single)}]:
-            # Digits are cut out first and GPT-2's pattern sees what is left: no space joins them, and spaces before one
-            # end the text. A digit is Nd, Nl or No, as in Rust's char::is_numeric, of Unicode 16 (tokenizers 0.23 has
-            # the 13 that are new in 17, tiktoken 0.14 not yet).
+            # Digits are cut out first and GPT-2's pattern sees what is left: no space joins them,
+            # and spaces before one end the text. A digit is Nd, Nl or No, as in Rust's
+            # char::is_numeric, of Unicode 16 (tokenizers 0.23 has the 13 that are new in 17,
+            # tiktoken 0.14 not yet).
             pattern = GPT2_WORDS.replace(r" ?\p{N}+", r"\p{N}" if single else r"\p{N}+")
-            return pattern.replace(r"(?!\S)", r"(?![^\s\p{N}])"), ", digits split" if single else ", numbers split off"
+            pattern = pattern.replace(r"(?!\S)", r"(?![^\s\p{N}])")
+            return pattern, ", digits split" if single else ", numbers split off"
         case False, [{"type": "Split", "pattern": {"Regex": str(split)}, "behavior": "Isolated", "invert": False}]:
             # What the pattern does not match is a word for tokenizers, and nothing for tiktoken.
             if _same_regex(split):
@@ -250,16 +284,21 @@ def _pattern(pre_tokenizer: object) -> tuple[str | None, str]:
     return None, ""
 
 
-# What Oniguruma (in tokenizers) and Rust's regex (in tiktoken) read alike; . ^ $ \w \b {2}+ && and others they do not.
+# The syntax that Oniguruma (in tokenizers) and Rust's regex (in tiktoken) read alike. They differ
+# on . ^ $ \w \b {2}+ && and others.
 _one = r"\\[sSrnt]|\\[^\w\s]|\\[pP]\{[A-Z][a-z]?\}"
 _class = rf"\[\^?(?:{_one}|(?!&&|--|~~)[^\\\[\]^])*\]"
 SAME_REGEX = re.compile(rf"(?:{_one}|{_class}|\(\?(?:i?:|!)|[()|?*+]|\{{\d+(?:,\d*)?\}}(?!\+)|[^\\\[\](){{}}|?*+.^$])*")
 
 
 def _same_regex(pattern: str) -> bool:
-    """Whether both engines take the pattern alike, and never for an empty word, which tiktoken dies of."""
+    """True if both engines read the pattern alike, and it never matches an empty word, which would
+    kill tiktoken."""
     try:
-        return bool(SAME_REGEX.fullmatch(pattern)) and not re.match(re.sub(r"\\[pP]\{\w+\}", "a", pattern), "")
+        # Python's re does not know \p{...}; a letter in its place matches as little of an empty
+        # text.
+        python_pattern = re.sub(r"\\[pP]\{\w+\}", "a", pattern)
+        return bool(SAME_REGEX.fullmatch(pattern)) and not re.match(python_pattern, "")
     except (re.error, RecursionError, OverflowError):
         return False
 
@@ -269,89 +308,113 @@ def _same_regex(pattern: str) -> bool:
 
 @dataclass
 class Pieces:
-    """A tokenizer.model, which knows all by itself but where to put a space before the text."""
+    """A sentencepiece model. It cuts text by itself; what it can't know is where to put a space
+    before the text."""
 
     vocab: dict[str, int]
     spaced: SentencePieceProcessor  # puts a space before the text
     bare: SentencePieceProcessor  # does not
-    prefix: str  # "always", "first" (only where the whole text begins) or "never" is it `spaced`
-    spare: bool  # never before a text that begins with a space
-    bytes_of: dict[int, bytes]
-    control: dict[str, AddedToken]
-    names: dict[str, str]  # bos_token and eos_token, where tokenizer_config.json says nothing of them
-    details: str
+    prefix: str  # when `spaced` is used: "always", "first" (only where the whole text begins) or "never"
+    only_if_missing: bool  # not before a text that begins with a space
+    bytes_of: dict[int, bytes]  # by id
+    control: dict[str, AddedToken]  # the model's own control tokens
+    names: dict[str, str]  # bos_token and eos_token, where tokenizer_config.json does not name them
+    details: str  # a remark for the user, or ""
     kind = "sentencepiece"
     nfc = False
 
     def normalize(self, text: str) -> str:
-        return text  # sentencepiece does it inside, and counts in the bytes of what it was given
+        """Returns the text: sentencepiece normalizes inside, and counts in the bytes of what it was
+        given."""
+        return text
 
     def encode(self, text: str, first: bool) -> list[int]:
+        """Returns the ids of a text without added tokens. first: nothing stands before the text."""
         return self._processor(text, first).encode(text)
 
     def encode_spans(self, text: str, first: bool) -> tuple[list[int], list[int], list[int]]:
-        """As of BytePairs; a piece of width 0 counts as one byte, for it belongs to what follows it."""
-        found = self._processor(text, first).encode(text.encode(), return_type="offset_mapping")
-        return found["ids"], [a for a, _ in found["offsets"]], [max(b, a + 1) for a, b in found["offsets"]]
+        """Returns the ids, and where each begins and ends, in bytes of the text. A piece of width 0
+        counts as one byte, because it belongs to what follows it."""
+        result = self._processor(text, first).encode(text.encode(), return_type="offset_mapping")
+        starts = [start for start, _ in result["offsets"]]
+        ends = [max(end, start + 1) for start, end in result["offsets"]]
+        return result["ids"], starts, ends
 
     def _processor(self, text: str, first: bool) -> SentencePieceProcessor:
-        wanted = self.prefix == "always" or (self.prefix == "first" and first)
-        return self.spaced if wanted and not (self.spare and text.startswith((" ", "▁"))) else self.bare
+        """Returns the processor that puts a space before this text, or the one that does not."""
+        needs_space = self.prefix == "always" or (self.prefix == "first" and first)
+        has_space = self.only_if_missing and text.startswith((" ", "▁"))
+        return self.spaced if needs_space and not has_space else self.bare
 
 
 def pieces(folder: Path, spec: dict, config: dict) -> Pieces:
-    """A sentencepiece model, by tokenizer.model, or by the merges in tokenizer.json where that is all there is; and,
-    for its spaces, by tokenizer.json or tokenizer_config.json.
+    """Loads a sentencepiece model: tokenizer.model, or the merges in tokenizer.json where there is
+    no other file.
 
-    Text is cut at control tokens, and each piece may get sentencepiece's space in front, or only the first: a
-    tokenizer.json says it in its normalizer or pre-tokenizer; else it is transformers' key `legacy` (each; default no).
+    spec: what tokenizer.json holds, or {}. config: what tokenizer_config.json holds, or {}. Text is
+    cut at control tokens, and sentencepiece may put a space before each part, or only before the
+    first. A tokenizer.json says which in its normalizer or pre-tokenizer; without one,
+    transformers' key `legacy` in tokenizer_config.json does (true: each part; default: false).
+    Raises UserError where the file is damaged, or where spaces are treated in another way.
     """
-    file, json_file = folder / "tokenizer.model", folder / "tokenizer.json"
+    file = folder / "tokenizer.model"
+    json_file = folder / "tokenizer.json"
     if file.is_file():
         check_size(file)
         try:
-            spaced, bare = (SentencePieceProcessor(model_file=str(file)) for _ in range(2))
+            spaced = SentencePieceProcessor(model_file=str(file))
+            bare = SentencePieceProcessor(model_file=str(file))
         except (OSError, RuntimeError):
             raise UserError(f"{file}: not a sentencepiece model; {SUPPORTED}") from None
         vocab = {bare.id_to_piece(id): id for id in range(len(bare))}
         listed = spec["model"].get("vocab") if spec else {}
         if not isinstance(listed, dict) or any(vocab.get(text, id) != id for text, id in listed.items()):
             raise UserError(f"{folder}: tokenizer.json and tokenizer.model have different vocabularies; keep one")
-        bytes_of = {id: bytes([int(piece[1:-1], 16)]) for piece, id in vocab.items() if bare.is_byte(id)}
-        control = {t for t, id in vocab.items() if bare.is_control(id) or bare.is_unknown(id)}
+        byte_tokens = {id: bytes([int(piece[1:-1], 16)]) for piece, id in vocab.items() if bare.is_byte(id)}
+        control = {text for text, id in vocab.items() if bare.is_control(id) or bare.is_unknown(id)}
         ends = {"bos_token": bare.bos_id(), "eos_token": bare.eos_id()}
         names = {name: bare.id_to_piece(id) for name, id in ends.items() if id >= 0 and name not in config}
         details = ""
     else:
-        vocab, proto, bytes_of = _json_pieces(json_file, spec)
-        spaced, bare = (SentencePieceProcessor(model_proto=proto) for _ in range(2))
+        vocab, proto, byte_tokens = _json_pieces(json_file, spec)
+        spaced = SentencePieceProcessor(model_proto=proto)
+        bare = SentencePieceProcessor(model_proto=proto)
         control, names, details = set(), {}, ", out of tokenizer.json"
-    space, spare = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}, False
-    match [spec.get("normalizer"), spec.get("pre_tokenizer")]:
-        case _ if not spec:
-            wanted = bare.normalize("a").startswith("▁")
-            prefix = "never" if not wanted else "always" if config.get("legacy") is True else "first"
-        case [{"normalizers": [{"type": "Prepend", "prepend": "▁"}, last]}, None] if last == space:
-            prefix = "always"
-        case [None, {"type": "Metaspace", "prepend_scheme": "always" | "first" | "never" as prefix, "split": False}]:
-            spare = True
-        case [normalizer, None | {"type": "Split", "pattern": {"String": " "}}] if normalizer == space:
-            prefix = "never"
-        case other:
-            raise refuse(json_file, f"it treats spaces by {json.dumps(other)[:200]}")
+    prefix, only_if_missing = _space_prefix(json_file, spec, config, bare)
     spaced.override_normalizer_spec(add_dummy_prefix=True)
     bare.override_normalizer_spec(add_dummy_prefix=False)
-    bytes_of = {id: piece.replace("▁", " ").encode() for piece, id in vocab.items()} | bytes_of
+    bytes_of = {id: piece.replace("▁", " ").encode() for piece, id in vocab.items()} | byte_tokens
     controls = {text: AddedToken(vocab[text], True, False) for text in control}
-    return Pieces(vocab, spaced, bare, prefix, spare, bytes_of, controls, names, details)
+    return Pieces(vocab, spaced, bare, prefix, only_if_missing, bytes_of, controls, names, details)
+
+
+def _space_prefix(json_file: Path, spec: dict, config: dict, model: SentencePieceProcessor) -> tuple[str, bool]:
+    """Returns `prefix` and `only_if_missing` of `Pieces`. model: as the file has it, without an
+    override."""
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    match [spec.get("normalizer"), spec.get("pre_tokenizer")]:
+        case _ if not spec:
+            if not model.normalize("a").startswith("▁"):
+                return "never", False
+            return "always" if config.get("legacy") is True else "first", False
+        case [{"normalizers": [{"type": "Prepend", "prepend": "▁"}, last]}, None] if last == space:
+            return "always", False
+        case [None, {"type": "Metaspace", "prepend_scheme": "always" | "first" | "never" as prefix, "split": False}]:
+            return prefix, True
+        case [normalizer, None | {"type": "Split", "pattern": {"String": " "}}] if normalizer == space:
+            return "never", False
+        case other:
+            raise refuse(json_file, f"it treats spaces by {json.dumps(other)[:200]}")
 
 
 def _json_pieces(path: Path, spec: dict) -> tuple[dict[str, int], bytes, dict[int, bytes]]:
-    """The vocabulary of a tokenizer.json with byte fallback, a sentencepiece model of its merges, and its byte tokens.
+    """Makes a sentencepiece model of the merges of a tokenizer.json with byte fallback.
 
-    A piece's score is minus its merge's rank, so that sentencepiece merges alike (`_merge_order`). What no merge makes
-    is a control piece here, which no text becomes. One limit is known: a text's own U+2581, sentencepiece's sign for a
-    space, may be cut otherwise.
+    Returns its vocabulary, the model as sentencepiece's protobuf, and its byte tokens by id. The
+    score of a piece is minus the rank of its merge, so that sentencepiece merges alike
+    (`_merge_order`). A token that no merge makes becomes a control piece, which no text becomes.
+    One difference is known: U+2581 in the text itself, which is sentencepiece's sign for a space,
+    may be cut otherwise.
     """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
@@ -363,23 +426,25 @@ def _json_pieces(path: Path, spec: dict) -> tuple[dict[str, int], bytes, dict[in
         raise refuse(path, "its BPE has byte_fallback, but not all of its 256 tokens")
     texts = {id: text for text, id in vocab.items()}
     ranks, _ = _merge_order({id: text for id, text in texts.items() if id not in byte_ids}, pairs)
-    size, unknown = max(texts) + 1, vocab.get(str(model.get("unk_token")))
+    size = max(texts) + 1
     if size > 2 * len(vocab) + 1000:
         raise refuse(path, f"its ids go up to {size - 1:,} with {len(vocab):,} tokens")
-    size, unknown = (size, unknown) if unknown is not None else (size + 1, size)  # sentencepiece must have one
+    unknown = vocab.get(str(model.get("unk_token")))
+    if unknown is None:
+        # sentencepiece must have an unknown token, so one is added behind the last.
+        unknown = size
+        size += 1
     Piece = ModelProto.SentencePiece
     kinds = dict.fromkeys(ranks, Piece.NORMAL) | dict.fromkeys(byte_ids, Piece.BYTE) | {unknown: Piece.UNKNOWN}
-    content = ModelProto(
-        pieces=[
-            Piece(piece=texts[id] if id in kinds and id in texts else f"<no text {id}>", score=-ranks.get(id, 0),
-                  type=kinds.get(id, Piece.CONTROL))
-            for id in range(size)
-        ],
-        trainer_spec={"model_type": "BPE", "vocab_size": size, "byte_fallback": True, "unk_id": unknown,
-                      "bos_id": -1, "eos_id": -1, "pad_id": -1},
-        normalizer_spec={"name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False},
-    ).SerializeToString()  # fmt: skip
-    return vocab, content, {id: bytes([byte]) for id, byte in byte_ids.items()}
+    entries = []
+    for id in range(size):
+        text = texts[id] if id in kinds and id in texts else f"<no text {id}>"
+        entries.append(Piece(piece=text, score=-ranks.get(id, 0), type=kinds.get(id, Piece.CONTROL)))
+    trainer = {"model_type": "BPE", "vocab_size": size, "byte_fallback": True}
+    trainer |= {"unk_id": unknown, "bos_id": -1, "eos_id": -1, "pad_id": -1}
+    normalizer = {"name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
+    proto = ModelProto(pieces=entries, trainer_spec=trainer, normalizer_spec=normalizer)
+    return vocab, proto.SerializeToString(), {id: bytes([byte]) for id, byte in byte_ids.items()}
 
 
 # ---- Llama 3's own tokenizer.model ----
@@ -390,7 +455,8 @@ LLAMA3_WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3_SIZE = 128_000
-# Llama 3.1's names; 3 had three more reserved ones in the places of finetune_right_pad_id, eom_id and python_tag
+# Llama 3.1's names. Llama 3 had reserved tokens in the places of finetune_right_pad_id, eom_id and
+# python_tag.
 LLAMA3_CONTROL = [
     *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id"),
     *("reserved_special_token_2", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"),
@@ -399,18 +465,23 @@ LLAMA3_CONTROL = [
 
 
 def check_size(file: Path) -> None:
-    if file.stat().st_size > MODEL_BYTES:
-        raise UserError(f"{file}: {file.stat().st_size / 1e6:,.0f} MB, at most {MODEL_BYTES / 1e6:.0f} are read")
+    """Raises UserError for a tokenizer.model that is too large to be one."""
+    size = file.stat().st_size
+    if size > MODEL_BYTES:
+        raise UserError(f"{file}: {size / 1e6:,.0f} MB, at most {MODEL_BYTES / 1e6:.0f} are read")
 
 
 def is_tiktoken(file: Path) -> bool:
-    """Whether a tokenizer.model is a list of base64 tokens with their ranks instead of sentencepiece's protobuf."""
+    """True if a tokenizer.model is a list of base64 tokens with their ranks instead of
+    sentencepiece's protobuf."""
     with open(file, "rb") as lines:
         return TIKTOKEN_LINE.fullmatch(lines.readline(1000)) is not None
 
 
 def tiktoken_file(file: Path) -> tuple[BytePairs, dict[str, AddedToken]]:
-    """Llama 3's tokenizer.model, and its control tokens, which the file itself does not hold."""
+    """Loads Llama 3's tokenizer.model, and returns it with its control tokens, which the file
+    itself does not hold.
+    Raises UserError for a damaged file, and for one of another model."""
     check_size(file)
     bytes_of = {}
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
@@ -420,11 +491,11 @@ def tiktoken_file(file: Path) -> tuple[BytePairs, dict[str, AddedToken]]:
         except ValueError:
             raise UserError(f"{file}: line {number} is no base64 token with its rank; copy the file again") from None
     if sorted(bytes_of) != [*range(LLAMA3_SIZE)] or len({*bytes_of.values()}) < LLAMA3_SIZE:
-        found = f"{len(bytes_of):,} tokens"
-        raise UserError(f"{file}: a tiktoken file of {found}; only Llama 3's, of {LLAMA3_SIZE:,}, is supported")
+        size = f"{len(bytes_of):,} tokens"
+        raise UserError(f"{file}: a tiktoken file of {size}; only Llama 3's, of {LLAMA3_SIZE:,}, is supported")
     ranked = {token: rank for rank, token in bytes_of.items()}
     encoding = tiktoken.Encoding(str(file), pat_str=LLAMA3_WORDS, mergeable_ranks=ranked, special_tokens={})
-    # In a text's characters where it can be, for those who look a name up
+    # Tokens are written as text where they are text, so that a name can be looked up.
     vocab = {token.decode(errors="replace"): id for id, token in bytes_of.items()}
     added = {f"<|{name}|>": AddedToken(LLAMA3_SIZE + n, True, False) for n, name in enumerate(LLAMA3_CONTROL)}
     return BytePairs(vocab, encoding, [*range(LLAMA3_SIZE)], bytes_of, False, ", in tiktoken's format"), added

@@ -112,7 +112,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return rope_reference(x, cos, sin)
     if not torch.is_grad_enabled():
         return rotate(x, cos, sin)
-    return Rope.apply(x, cos, sin)
+    return Rope.apply(cos, sin, x)[0]
 
 
 def rope_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,9 +121,11 @@ def rope_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
     It does not work in place: q and k are views of a linear's output, and autograd lets no function
     with two outputs change those. Nor would it save memory that lives longer than the next line.
     """
-    if not use_triton(q) or torch.compiler.is_compiling():
-        return rope(q, cos, sin), rope(k, cos, sin)
-    return RopeQK.apply(q, k, cos, sin)
+    if torch.compiler.is_compiling():
+        return rope_reference(q, cos, sin), rope_reference(k, cos, sin)
+    if not torch.is_grad_enabled():
+        return rotate_qk(q, k, cos, sin)
+    return Rope.apply(cos, sin, q, k)
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -133,27 +135,23 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Rope(torch.autograd.Function):
+    """Rotates one tensor (`rope`) or two (`rope_qk`) by the same angles."""
+
     @staticmethod
-    def forward(ctx, x, cos, sin):
+    def forward(ctx, cos, sin, *tensors):
         ctx.save_for_backward(cos, sin)
-        return rotate(x, cos, sin)
+        return rotate_all(tensors, cos, sin)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
         cos, sin = ctx.saved_tensors
-        return rotate(grad, cos, -sin), None, None
+        return None, None, *rotate_all(grads, cos, -sin)
 
 
-class RopeQK(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return rotate_qk(q, k, cos, sin)
-
-    @staticmethod
-    def backward(ctx, dq, dk):
-        cos, sin = ctx.saved_tensors
-        return *rotate_qk(dq, dk, cos, -sin), None, None
+def rotate_all(tensors: tuple[Tensor, ...], cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    if len(tensors) == 1:
+        return (rotate(*tensors, cos, sin),)
+    return rotate_qk(*tensors, cos, sin)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -171,6 +169,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes `rope_qk` without gradients."""
+    if use_triton(q):
+        return rotate_qk_on_gpu(q, k, cos, sin)
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def rotate_qk_on_gpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Computes `rope_qk` without gradients, by one launch of a Triton kernel."""
     tokens, heads, d = q.shape
     kv_heads = k.shape[1]

@@ -217,7 +217,7 @@ def test_named_templates_are_trained_saved_and_used_again(folder, tmp_path, monk
     data.write_text("\n".join(json.dumps({"messages": turns}) for _ in range(8)))
     words = ["--model", folder, "--data", data, "--steps", 1, "--out", tmp_path / "run", "--template", "plain"]
     out, err, code = command(train, monkeypatch, capsys, *words, "--val-fraction", 0, "--device", "cpu")
-    assert code == 0 and "turns by the template of plain (asked for)" in out, err
+    assert code == 0 and "chat template: plain (asked for)" in out, err
     final = tmp_path / "run" / "final"
     served = transformers.AutoTokenizer.from_pretrained(final)
     assert served.apply_chat_template(turns, tokenize=False) == "<|im_start|>red\nfox<|im_end|>"

@@ -46,7 +46,7 @@ class Target:
 
 
 def main() -> None:
-    args = arguments()
+    args = evaluation_arguments()
     device = pick_device(args.device)
     dtype, reason = pick_dtype(args.dtype, device)
     map_fn = Map(args.map) if args.map else None
@@ -221,7 +221,7 @@ def print_misses(name: str, result: ExactResult, show: int) -> None:
 # ---- the command line ----
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line. Raises UserError naming the flag that is wrong."""
     parser = argparse.ArgumentParser(
         prog="evaluate.py",
@@ -300,13 +300,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         " memory runs out; a higher one may be faster on a GPU",
     )
     args = cli.parse_args(parser, argv)
-    check_arguments(args)
+    check_evaluation_arguments(args)
     if args.show is None:
         args.show = SHOWN_MISSES
     return args
 
 
-def check_arguments(args: argparse.Namespace) -> None:
+def check_evaluation_arguments(args: argparse.Namespace) -> None:
     """Raises UserError for a number out of its range, and for a flag that the chosen measurement
     does not use."""
     minimum = {"limit": 1, "batch_size": 1, "seq_len": 2, "max_new_tokens": 1, "show": 0}

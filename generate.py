@@ -37,7 +37,7 @@ LOOKUP_LIMIT = 1000  # --lookup must be below it
 
 
 def main() -> None:
-    args = arguments()
+    args = generation_arguments()
     device = pick_device(args.device)
     dtype, reason = pick_dtype(args.dtype, device)
     prompt = args.prompt
@@ -70,7 +70,7 @@ class LoadedAdapter(NamedTuple):
 
 
 @dataclass
-class Adapters:
+class AdapterSet:
     """Several adapters of one base model, of which at most one is on the model."""
 
     model: Transformer
@@ -105,7 +105,7 @@ class Adapters:
 
 def load_model_and_adapters(
     args: argparse.Namespace, device: torch.device, dtype: torch.dtype, can_switch: bool
-) -> tuple[Transformer, Adapters, str]:
+) -> tuple[Transformer, AdapterSet, str]:
     """Loads the base model and the adapters of --adapter. can_switch: /adapter may ask for another
     one later.
 
@@ -116,7 +116,7 @@ def load_model_and_adapters(
     named_folders = [split_adapter_name(word) for word in args.adapter or []]
     first_name, first_folder = named_folders[0] if named_folders else ("", None)
     base = base_folder(args.model, first_folder, log)
-    adapters = Adapters(load_model(base, dtype, device, args.quant), {}, args.merge, can_switch)
+    adapters = AdapterSet(load_model(base, dtype, device, args.quant), {}, args.merge, can_switch)
     for name, folder in named_folders:
         if name in adapters.by_name:
             raise UserError(f"--adapter: two are called {name}; give them names, as red={folder}")
@@ -155,7 +155,7 @@ def log(line: str) -> None:
 # ---- conversations ----
 
 
-def chat(model: Transformer, adapters: Adapters, args: argparse.Namespace) -> None:
+def chat(model: Transformer, adapters: AdapterSet, args: argparse.Namespace) -> None:
     """Answers what is typed, with all messages before it as context; with --complete, each line
     without context."""
     log("/reset forgets, /quit or Ctrl-D ends, Ctrl-C stops an answer")
@@ -196,7 +196,7 @@ def chat(model: Transformer, adapters: Adapters, args: argparse.Namespace) -> No
         history = [] if args.complete else [*messages, {"role": "assistant", "content": text}]
 
 
-def switch_adapter(adapters: Adapters, name: str) -> None:
+def switch_adapter(adapters: AdapterSet, name: str) -> None:
     """Carries out /adapter NAME: switches, where a name is given, and says which adapter is on the
     model."""
     if name:
@@ -276,7 +276,7 @@ def check_prompt(prompt: str) -> None:
 # ---- the command line ----
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def generation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line. Raises UserError naming the flag that is wrong."""
     parser = argparse.ArgumentParser(
         prog="generate.py",
@@ -379,11 +379,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         " repeats the prompt (a corrected text, code); for --temperature 0 only",
     )
     args = cli.parse_args(parser, argv)
-    check_arguments(args)
+    check_generation_arguments(args)
     return args
 
 
-def check_arguments(args: argparse.Namespace) -> None:
+def check_generation_arguments(args: argparse.Namespace) -> None:
     """Raises UserError for a number out of its range, and for flags that exclude each other."""
     rules = {
         "--max-new-tokens": (args.max_new_tokens >= 1, "must be 1 or more"),

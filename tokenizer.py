@@ -26,10 +26,9 @@ from os.path import commonprefix
 from pathlib import Path
 
 from common.errors import UserError, read_json_if_there, read_text
-from tokenization.chat_template import NAMED, Answer, Conversation, Refused, Rendered, Template
+from tokenization.chat_template import NAMED, Answer, Conversation, Refused, Rendered, Span, Template
 from tokenization.subwords import AddedToken, BytePairs, Pieces, byte_pairs, is_tiktoken, pieces, tiktoken_file
 
-Span = tuple[int, int]  # [start, end), in characters where nothing else is said
 TrainedSpan = tuple[int, int, int]  # [start, end) in ids, and the number of the message that is trained there
 Cut = tuple[int, int, int | None]  # [start, end) in characters, and the id of the added token there; None: plain text
 
@@ -37,10 +36,10 @@ Cut = tuple[int, int, int | None]  # [start, end) in characters, and the id of t
 READ = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TEMPLATE_BYTES = 4 << 20  # largest chat template that is read
 MOST_ADDED = 300_000  # added tokens that are read; the pattern that finds them is made in seconds
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a UTF-16 pair
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a UTF-16 pair
 # Unicode's White_Space, which an added token may take along. Python's own strip() takes four
 # control characters more.
-SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+UNICODE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 WORD = ("Nd", "Nl", "Pc")  # Unicode categories of characters in words, with all letters and marks
 SHORT_TEXT = 500  # characters; the ids of shorter parts of conversations are kept from one conversation to the next
 MOST_SHORT_TEXTS = 1000  # that are kept
@@ -199,13 +198,13 @@ class Tokenizer:
                     continue
             plain_end = a
             if token.lstrip:
-                plain_end = done + len(text[done:a].rstrip(SPACE))
+                plain_end = done + len(text[done:a].rstrip(UNICODE_SPACE))
             if done < plain_end:
                 yield done, plain_end, None
             yield a, b, token.id
             done = b
             if token.rstrip:
-                done = end - len(text[b:end].lstrip(SPACE))
+                done = end - len(text[b:end].lstrip(UNICODE_SPACE))
         if done < end:
             yield done, end, None
 
@@ -482,7 +481,7 @@ class Tokenizer:
 
 def _replace_surrogates(text: str) -> str:
     """Returns the text with U+FFFD for each lone surrogate."""
-    return text if text.isascii() else SURROGATE.sub("\ufffd", text)
+    return text if text.isascii() else LONE_SURROGATE.sub("\ufffd", text)
 
 
 def _outside(ids: list[int], spans: list[tuple[int, int]]) -> list[int]:
@@ -712,7 +711,7 @@ def _added_tokens(path: Path, entries: list | dict, known: Collection[str] = ())
         match entry:
             case {"content": str(text)} if text in known:
                 continue
-            case {"id": int(id), "content": str(text)} if id >= 0 and text and not SURROGATE.search(text):
+            case {"id": int(id), "content": str(text)} if id >= 0 and text and not LONE_SURROGATE.search(text):
                 special = entry.get("special") is True
                 normalized = entry.get("normalized", not special) is True
                 flags = [entry.get(flag) is True for flag in ("lstrip", "rstrip", "single_word")]

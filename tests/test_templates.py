@@ -14,7 +14,7 @@ from test_tokenizer import CHAT, CHATML, trained_text
 import generate
 import train
 from common.errors import UserError
-from tokenization.chat_template import LONGEST, MEMORY, SECONDS
+from tokenization.chat_template import MAX_CHARACTERS, MAX_MEMORY, MAX_SECONDS
 from tokenizer import TemplateError, load_tokenizer
 
 PARAMETERS = {
@@ -262,7 +262,7 @@ HARM = {
 
 @pytest.mark.parametrize("kind", HARM)
 def test_a_hostile_template_ends_in_one_line(kind, folder, monkeypatch):
-    monkeypatch.setattr("tokenization.chat_template.SECONDS", 2)
+    monkeypatch.setattr("tokenization.chat_template.MAX_SECONDS", 2)
     template, reason = HARM[kind]
     start = time.monotonic()
     ours = load_tokenizer(write(folder, template))
@@ -274,7 +274,7 @@ def test_a_hostile_template_ends_in_one_line(kind, folder, monkeypatch):
 
 
 def test_the_bounds_are_what_the_messages_say():
-    assert (SECONDS, MEMORY, LONGEST) == (10, 2**30, 2**26)
+    assert (MAX_SECONDS, MAX_MEMORY, MAX_CHARACTERS) == (10, 2**30, 2**26)
 
 
 def test_nothing_of_a_hostile_template_is_run_when_a_folder_is_trained_on(folder, tmp_path, monkeypatch, capsys):

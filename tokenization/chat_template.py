@@ -30,9 +30,9 @@ from itertools import islice
 from os.path import commonprefix
 
 # Limits of a conversation's rendering.
-SECONDS = 10
-MEMORY = 1 << 30  # bytes of address space
-LONGEST = 1 << 26  # characters of the text
+MAX_SECONDS = 10
+MAX_MEMORY = 1 << 30  # bytes of address space
+MAX_CHARACTERS = 1 << 26  # characters of the text
 
 Span = tuple[int, int]  # [start, end), in characters
 Job = tuple[list[dict], list | None, bool]  # messages, tools, add_generation_prompt
@@ -46,7 +46,7 @@ class Refused(Exception):
 # ---- the process that runs a template ----
 
 
-def serve() -> None:
+def serve_templates() -> None:
     """Renders jobs until the standard input ends; the process's whole life.
 
     The first line of the input is {"template", "names"}. Each further line is a list of jobs,
@@ -57,7 +57,7 @@ def serve() -> None:
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     settings = json.loads(sys.stdin.readline())
     template = None
@@ -91,15 +91,15 @@ def render_job(template, job: dict, names: dict[str, str]) -> dict[str, str]:
         text = template.render(**job, documents=None, **names)
     except Exception as error:  # noqa: BLE001
         return {"error": error_text(error)}
-    if len(text) > LONGEST:
-        return {"error": f"it writes over {LONGEST:,} characters"}
+    if len(text) > MAX_CHARACTERS:
+        return {"error": f"it writes over {MAX_CHARACTERS:,} characters"}
     return {"text": text}
 
 
 def error_text(error: Exception) -> str:
     """Returns what to tell the user about an exception of a template."""
     if isinstance(error, MemoryError):
-        return f"it takes more than {MEMORY >> 20} MB of memory"
+        return f"it takes more than {MAX_MEMORY >> 20} MB of memory"
     return str(error)[:1000] or type(error).__name__
 
 
@@ -245,7 +245,7 @@ class Template:
         return [result["text"] if "text" in result else Refused(result["error"]) for result in results]
 
     def encode_jobs(self, jobs: list[Job]) -> bytes:
-        """Returns the line of JSON that `serve` reads."""
+        """Returns the line of JSON that `serve_templates` reads."""
         names = ("messages", "tools", "add_generation_prompt")
         return json.dumps([dict(zip(names, job, strict=True)) for job in jobs]).encode() + b"\n"
 
@@ -256,19 +256,19 @@ class Template:
             line = line[written:]
 
     def read_line(self) -> bytes:
-        """Reads a line from the process. Raises Refused after SECONDS, or where the process has
+        """Reads a line from the process. Raises Refused after MAX_SECONDS, or where the process has
         ended."""
         output = self.process.stdout
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + MAX_SECONDS
         parts = []
         while not (parts and parts[-1].endswith(b"\n")):
             seconds_left = max(0.0, deadline - time.monotonic())
             readable, _, _ = select.select([output], [], [], seconds_left)
             if not readable:
-                raise Refused(f"it takes longer than {SECONDS} s")
+                raise Refused(f"it takes longer than {MAX_SECONDS} s")
             part = os.read(output.fileno(), 1 << 20)
             if not part:
-                raise Refused(f"it takes more than {MEMORY >> 20} MB of memory, or ended its process otherwise")
+                raise Refused(f"it takes more than {MAX_MEMORY >> 20} MB of memory, or ended its process otherwise")
             parts.append(part)
         return b"".join(parts)
 
@@ -585,12 +585,12 @@ CHATML = r"""{%- for message in messages -%}
 {%- endfor -%}
 {{ '<|im_start|>assistant\n' if add_generation_prompt }}"""
 # A template without words of its own: a prompt, a line end, the answer, eos.
-PLAIN = r"""{{ bos_token }}
+PLAIN_TEXT = r"""{{ bos_token }}
 {%- for message in messages -%}
 {{ message.content }}{{ eos_token if message.role == 'assistant' else '\n' }}
 {%- endfor -%}"""
-NAMED = {"alpaca": ALPACA, "chatml": CHATML, "plain": PLAIN}
+NAMED = {"alpaca": ALPACA, "chatml": CHATML, "plain": PLAIN_TEXT}
 
 
 if __name__ == "__main__":
-    serve()
+    serve_templates()

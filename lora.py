@@ -182,13 +182,13 @@ class ModelCasts:
     """
 
     def __init__(self, groups: list[list[LoRALinear]]):
-        self.groups = {layer_numbers(layers): GroupCasts(layers) for layers in groups}
+        self.groups = {group_key(layers): GroupCasts(layers) for layers in groups}
         # True while a forward runs.
         self.running = False
 
     def of(self, layers: list[LoRALinear], dtype: torch.dtype) -> Casts | None:
         """Returns the casts of a group of layers; None if the layers must cast by themselves."""
-        group = self.groups.get(layer_numbers(layers))
+        group = self.groups.get(group_key(layers))
         if group is None or not group.current:
             return None
         # torch.utils.checkpoint asks in the same way whether a backward runs.
@@ -262,7 +262,8 @@ class GroupCasts:
         return True
 
 
-def layer_numbers(layers: list) -> tuple[int, ...]:
+def group_key(layers: list) -> tuple[int, ...]:
+    """Returns the numbers of layers, by which ModelCasts looks up their group."""
     return tuple(layer.number for layer in layers)
 
 

@@ -77,9 +77,10 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(job, tmp_path, n
 
 
 def test_a_second_signal_ends_it_at_once_and_a_repeated_one_does_not():
-    script = "import log, os, signal, time\nlog.TWICE = 0.5\nwith log.Stop() as stop:\n"
+    script = "import os, signal, time\nfrom training import signals\nsignals.DEBOUNCE_SECONDS = 0.5\n"
+    script += "with signals.GracefulStop() as stop:\n"
     script += "    os.kill(os.getpid(), 15)\n    time.sleep(0.1)\n    os.kill(os.getpid(), 15)\n    time.sleep(0.6)\n"
-    script += "    print(stop.asked, flush=True)\n    os.kill(os.getpid(), 2)\n    time.sleep(5)\nprint('never')"
+    script += "    print(stop.signal, flush=True)\n    os.kill(os.getpid(), 2)\n    time.sleep(5)\nprint('never')"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 130 and done.stdout == "15\n", done
 

@@ -67,7 +67,7 @@ NO_KERNEL = set(
 )  # operations that launch nothing: they look at memory that is there, or ask for some
 WAITS = ("nonzero", "masked_select", "_unique2", "unique_consecutive", "bincount", "repeat_interleave")
 PASSES = {  # of a kernel that goes over a tensor more than once: how often besides the first time
-    "triton.linear_cross_entropy.softmax_kernel": {"logits": 2},  # read twice, and the gradient is written
+    "triton.cross_entropy.softmax_kernel": {"logits": 2},  # read twice, and the gradient is written
     "triton.adamw.adamw_kernel": {"weights": 1, "m": 1, "v": 1},  # read and written
     "triton.swiglu.backward_kernel": {"grad": 1},  # the gradient of up is written where it was read
 }

@@ -28,7 +28,7 @@ from distributed import full_tensor, gather_rows, local_row_slice, rank0_context
 from kernels.nf4 import NF4
 from model import Config, Linear, Transformer, quantized_linears, stack_expert_weights
 from quant import (
-    KINDS,
+    QUANT_KINDS,
     SIDE,
     can_quantize,
     check_settings,
@@ -222,8 +222,8 @@ def load_model(
     Raises UserError naming the tensors that are missing, unknown, there twice, or of another shape
     than config.json implies, before any weight is read.
     """
-    if quant not in (None, *KINDS):
-        raise UserError(f"quant {quant!r} is not supported (supported: {', '.join(KINDS)})")
+    if quant not in (None, *QUANT_KINDS):
+        raise UserError(f"quant {quant!r} is not supported (supported: {', '.join(QUANT_KINDS)})")
     folder = Path(folder)
     device = torch.device(device)
     config = read_config(folder)

@@ -28,7 +28,7 @@ from interop.gguf_import import gguf_to_folder
 from interop.resolve import base_folder, model_folder
 from kernels.nf4 import dequantized_weight
 from model import quantized_linears
-from quant import KINDS
+from quant import QUANT_KINDS
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
             to_nf4(model_folder(args.folder), args.out, args.quant)
         case "merge":
             dtype = STORAGE_DTYPES[args.dtype] if args.dtype else None
-            merge(model_folder(args.folder), args.adapter, args.out, dtype)
+            merge_folder(model_folder(args.folder), args.adapter, args.out, dtype)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -74,7 +74,10 @@ def parse_arguments() -> argparse.Namespace:
     command.add_argument("folder", help=model_help)
     command.add_argument("out", type=Path, help="the new folder")
     command.add_argument(
-        "--quant", choices=KINDS, default="nf4", help="which linears: nf4+head takes the output head too (default: nf4)"
+        "--quant",
+        choices=QUANT_KINDS,
+        default="nf4",
+        help="which linears: nf4+head takes the output head too (default: nf4)",
     )
 
     command = commands.add_parser("merge", help="write a model with a LoRA adapter merged into it as one folder")
@@ -89,7 +92,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def merge(folder: Path, adapter: Path, out: Path, dtype: torch.dtype | None = None, print_fn: Callable = print) -> None:
+def merge_folder(
+    folder: Path, adapter: Path, out: Path, dtype: torch.dtype | None = None, print_fn: Callable = print
+) -> None:
     """Writes a Hugging Face folder of the model with the adapter's updates added to its weights.
 
     dtype: the dtype of the new folder's weights; None: that of the model's files. Sums are computed

@@ -26,7 +26,7 @@ from common.errors import UserError
 from kernels.attention import Documents, cached_attention, decode_mask, document_attention
 from kernels.decode_attention import decode_attention
 from kernels.nf4 import NF4, block_scales, dequantized_weight, nf4_linear
-from kernels.onednn_linear import can_join, can_pack, pack, packed_linear
+from kernels.onednn_linear import can_join, can_pack, pack_weight, packed_linear
 from kernels.rope import LENGTH_DEPENDENT, rope
 from kernels.triton_utils import use_triton
 
@@ -646,14 +646,14 @@ def packed_weights(model, steps: int) -> Iterator[None]:
                 override(module, "forward", partial(mlp_fused, module, weights))
         if on_cpu:
             for linear in linears.difference(*groups.values()):
-                packed = pack(dequantized_weight(linear.frozen, torch.bfloat16))
+                packed = pack_weight(dequantized_weight(linear.frozen, torch.bfloat16))
                 override(linear, "forward", partial(packed_linear, packed=packed, bias=linear.bias))
             for module in model.modules():
                 if hasattr(module, "lora_A"):
                     override(module, "forward", partial(lora_packed, module))
                     # That of a Linear calls the forward of each layer in turn, if not all layers are plain Linears.
                     override(module, "forward_shared", module.base.forward_shared)
-            override(model, "uncapped_logits", partial(logits_packed, pack(model.head_weight())))
+            override(model, "uncapped_logits", partial(logits_packed, pack_weight(model.head_weight())))
         yield
     finally:
         for module, method in overrides:
@@ -703,7 +703,7 @@ class FusedWeights:
         self.bias = None if biases[0] is None else torch.cat(biases)
         if packed:
             self.linear = packed_linear
-            self.weight = pack(torch.cat([dequantized_weight(each, torch.bfloat16) for each in frozen]))
+            self.weight = pack_weight(torch.cat([dequantized_weight(each, torch.bfloat16) for each in frozen]))
         elif linears[0].nf4 is None:
             self.linear = F.linear
             self.weight = torch.cat([linear.weight for linear in linears])

@@ -25,7 +25,7 @@ MAX_EXPERTS = 32_000
 MAX_SIZE = 10**8
 
 # {the name in config.json: the name in kernels/swiglu.py}
-ACTIVATIONS = {
+HF_ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -48,7 +48,7 @@ IGNORED_KEYS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", 
 
 
 @dataclass(frozen=True)
-class Rope:
+class RopeConfig:
     """Rotary positions of the first `dim` dimensions of each head.
 
     theta: the base of the frequencies.
@@ -77,7 +77,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Experts:
+class ExpertsConfig:
     """A mixture of experts in place of an MLP (Shazeer et al. 2017).
 
     active: the number of experts that each token uses.
@@ -117,7 +117,7 @@ class Config:
     norm_eps: float
     tied: bool
     layers: tuple[Layer, ...]
-    ropes: tuple[Rope, ...]
+    ropes: tuple[RopeConfig, ...]
     ignored_settings: tuple[str, ...]
     activation: str
     names: dict[str, str]
@@ -133,7 +133,7 @@ class Config:
     # "gated": down(act(gate x) * up x). "stacked": the same, gate and up in one matrix. "plain": down(act(up x)).
     mlp: str = "gated"
     mlp_bias: bool = False
-    experts: Experts | None = None
+    experts: ExpertsConfig | None = None
     # "rms", or "layer": LayerNorm with bias.
     norm: str = "rms"
     # Added to the norm's weight that is stored in files.
@@ -196,8 +196,8 @@ class Config:
             raise UserError(f"{where}: hidden_size {hidden} must be a multiple of num_attention_heads {heads}")
         head_dim = read.size("head_dim", hidden // heads)
         activation = read("hidden_act", str)
-        if activation not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
+        if activation not in HF_ACTIVATIONS:
+            known = ", ".join(HF_ACTIVATIONS)
             raise UserError(f"{where}: hidden_act {short_repr(activation)} is not supported (supported: {known})")
         fields = {
             "vocab_size": read.size("vocab_size"),
@@ -205,7 +205,7 @@ class Config:
             "intermediate_size": read.size("intermediate_size", 4 * hidden if family.wide_mlp else None),
             "norm_eps": read.number("rms_norm_eps"),
             "tied": read("tie_word_embeddings", bool),
-            "activation": ACTIVATIONS[activation],
+            "activation": HF_ACTIVATIONS[activation],
         }
 
         # What the family says: settings of the layers, names that differ, and fields of Config.
@@ -355,7 +355,7 @@ class Reader:
 # ---- rotary positions ----
 
 
-def read_rope(read: Reader, settings: object, head_dim: int, theta_key: str = "rope_theta") -> Rope:
+def read_rope(read: Reader, settings: object, head_dim: int, theta_key: str = "rope_theta") -> RopeConfig:
     """Returns the rotary positions of one `rope_parameters` or `rope_scaling` object.
 
     settings: that object, or {}; what it does not say is read from the keys of config.json.
@@ -379,7 +379,7 @@ def read_rope(read: Reader, settings: object, head_dim: int, theta_key: str = "r
 
     dim = rotary_dim(read, settings, head_dim)
     scaling = None if kind == "default" else read_rope_scaling(read, settings, kind, dim)
-    return Rope(float(theta), dim, scaling)
+    return RopeConfig(float(theta), dim, scaling)
 
 
 def rotary_dim(read: Reader, settings: dict, head_dim: int) -> int:
@@ -484,7 +484,7 @@ def is_list_of_factors(value: object, length: int) -> bool:
     return all(type(x) in (int, float) and 0 < x < 1e30 for x in value)
 
 
-def max_context(positions: int, ropes: tuple[Rope, ...]) -> int:
+def max_context(positions: int, ropes: tuple[RopeConfig, ...]) -> int:
     """Returns how many tokens a text may have.
 
     That is max_position_embeddings, unless rope scaling stretches it. Files differ in whether they hold the old length
@@ -638,7 +638,7 @@ def smollm3(read: Reader, depth: int) -> dict:
     return attention_biases(read) | {"mlp_bias": read("mlp_bias", bool), "rope_of": rope_of, "windows": windows}
 
 
-def read_experts(read: Reader, normalised: bool, size_key: str) -> Experts:
+def read_experts(read: Reader, normalised: bool, size_key: str) -> ExpertsConfig:
     """Returns the experts of a model. size_key: the key of an expert's intermediate_size."""
     count = read.size("num_experts")
     active = read.size("num_experts_per_tok")
@@ -653,7 +653,7 @@ def read_experts(read: Reader, normalised: bool, size_key: str) -> Experts:
         raise UserError(
             f"{read.where}: router_aux_loss_coef is {short_repr(balance)}, it must be 0 or more and below 1e9"
         )
-    return Experts(count, active, read.size(size_key), normalised, balance)
+    return ExpertsConfig(count, active, read.size(size_key), normalised, balance)
 
 
 def mixtral(read: Reader, depth: int) -> dict:
@@ -739,45 +739,45 @@ def falcon(read: Reader, depth: int) -> dict:
 # ---- names of tensors ----
 # fmt: off
 
-BLOCK = "model.layers.{}."
-LLAMA = {
+BLOCK_NAMES = "model.layers.{}."
+LLAMA_NAMES = {
     "embed": "model.embed_tokens",
-    "blocks.{}.attention_norm": BLOCK + "input_layernorm",
-    "blocks.{}.attention.q": BLOCK + "self_attn.q_proj",
-    "blocks.{}.attention.k": BLOCK + "self_attn.k_proj",
-    "blocks.{}.attention.v": BLOCK + "self_attn.v_proj",
-    "blocks.{}.attention.o": BLOCK + "self_attn.o_proj",
-    "blocks.{}.mlp_norm": BLOCK + "post_attention_layernorm",
-    "blocks.{}.mlp.gate": BLOCK + "mlp.gate_proj",
-    "blocks.{}.mlp.up": BLOCK + "mlp.up_proj",
-    "blocks.{}.mlp.down": BLOCK + "mlp.down_proj",
+    "blocks.{}.attention_norm": BLOCK_NAMES + "input_layernorm",
+    "blocks.{}.attention.q": BLOCK_NAMES + "self_attn.q_proj",
+    "blocks.{}.attention.k": BLOCK_NAMES + "self_attn.k_proj",
+    "blocks.{}.attention.v": BLOCK_NAMES + "self_attn.v_proj",
+    "blocks.{}.attention.o": BLOCK_NAMES + "self_attn.o_proj",
+    "blocks.{}.mlp_norm": BLOCK_NAMES + "post_attention_layernorm",
+    "blocks.{}.mlp.gate": BLOCK_NAMES + "mlp.gate_proj",
+    "blocks.{}.mlp.up": BLOCK_NAMES + "mlp.up_proj",
+    "blocks.{}.mlp.down": BLOCK_NAMES + "mlp.down_proj",
     "norm": "model.norm",
     "head": "lm_head",
 }
 QK_NORM = {
-    "blocks.{}.attention.q_norm": BLOCK + "self_attn.q_norm",
-    "blocks.{}.attention.k_norm": BLOCK + "self_attn.k_norm",
+    "blocks.{}.attention.q_norm": BLOCK_NAMES + "self_attn.q_norm",
+    "blocks.{}.attention.k_norm": BLOCK_NAMES + "self_attn.k_norm",
 }
 POST_NORM = {
-    "blocks.{}.attention_post_norm": BLOCK + "post_attention_layernorm",
-    "blocks.{}.mlp_norm": BLOCK + "pre_feedforward_layernorm",
-    "blocks.{}.mlp_post_norm": BLOCK + "post_feedforward_layernorm",
+    "blocks.{}.attention_post_norm": BLOCK_NAMES + "post_attention_layernorm",
+    "blocks.{}.mlp_norm": BLOCK_NAMES + "pre_feedforward_layernorm",
+    "blocks.{}.mlp_post_norm": BLOCK_NAMES + "post_feedforward_layernorm",
 }
 FUSED = {
-    "blocks.{}.attention.qkv": BLOCK + "self_attn.qkv_proj",
-    "blocks.{}.mlp.gate_up": BLOCK + "mlp.gate_up_proj",
+    "blocks.{}.attention.qkv": BLOCK_NAMES + "self_attn.qkv_proj",
+    "blocks.{}.mlp.gate_up": BLOCK_NAMES + "mlp.gate_up_proj",
 }
 MIXTRAL = {
-    "blocks.{}.mlp.router": BLOCK + "block_sparse_moe.gate",
-    "blocks.{}.mlp.experts.{}.gate": BLOCK + "block_sparse_moe.experts.{}.w1",
-    "blocks.{}.mlp.experts.{}.up": BLOCK + "block_sparse_moe.experts.{}.w3",
-    "blocks.{}.mlp.experts.{}.down": BLOCK + "block_sparse_moe.experts.{}.w2",
+    "blocks.{}.mlp.router": BLOCK_NAMES + "block_sparse_moe.gate",
+    "blocks.{}.mlp.experts.{}.gate": BLOCK_NAMES + "block_sparse_moe.experts.{}.w1",
+    "blocks.{}.mlp.experts.{}.up": BLOCK_NAMES + "block_sparse_moe.experts.{}.w3",
+    "blocks.{}.mlp.experts.{}.down": BLOCK_NAMES + "block_sparse_moe.experts.{}.w2",
 }
 QWEN_MOE = {
-    "blocks.{}.mlp.router": BLOCK + "mlp.gate",
-    "blocks.{}.mlp.experts.{}.gate": BLOCK + "mlp.experts.{}.gate_proj",
-    "blocks.{}.mlp.experts.{}.up": BLOCK + "mlp.experts.{}.up_proj",
-    "blocks.{}.mlp.experts.{}.down": BLOCK + "mlp.experts.{}.down_proj",
+    "blocks.{}.mlp.router": BLOCK_NAMES + "mlp.gate",
+    "blocks.{}.mlp.experts.{}.gate": BLOCK_NAMES + "mlp.experts.{}.gate_proj",
+    "blocks.{}.mlp.experts.{}.up": BLOCK_NAMES + "mlp.experts.{}.up_proj",
+    "blocks.{}.mlp.experts.{}.down": BLOCK_NAMES + "mlp.experts.{}.down_proj",
 }
 GPT2 = {
     "embed": "transformer.wte",
@@ -822,32 +822,32 @@ FALCON_TWO_NORMS = {
 # ---- the table ----
 
 FAMILIES = {
-    "llama": family("LlamaForCausalLM", LLAMA, llama),
-    "mistral": family("MistralForCausalLM", LLAMA, mistral,
+    "llama": family("LlamaForCausalLM", LLAMA_NAMES, llama),
+    "mistral": family("MistralForCausalLM", LLAMA_NAMES, mistral,
         num_key_value_heads=8, sliding_window=4096, max_position_embeddings=131_072),
-    "qwen2": family("Qwen2ForCausalLM", LLAMA, qwen2,
+    "qwen2": family("Qwen2ForCausalLM", LLAMA_NAMES, qwen2,
         num_key_value_heads=32, sliding_window=4096, max_position_embeddings=32_768),
-    "qwen3": family("Qwen3ForCausalLM", LLAMA | QK_NORM, qwen3,
+    "qwen3": family("Qwen3ForCausalLM", LLAMA_NAMES | QK_NORM, qwen3,
         num_key_value_heads=32, head_dim=128, sliding_window=4096, max_position_embeddings=32_768),
-    "gemma": family("GemmaForCausalLM", LLAMA, gemma,
+    "gemma": family("GemmaForCausalLM", LLAMA_NAMES, gemma,
         num_key_value_heads=16, head_dim=256, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True,
         max_position_embeddings=8192),
-    "gemma2": family("Gemma2ForCausalLM", LLAMA | POST_NORM, gemma2,
+    "gemma2": family("Gemma2ForCausalLM", LLAMA_NAMES | POST_NORM, gemma2,
         keys={"hidden_act": "hidden_activation"},
         num_key_value_heads=4, head_dim=256, sliding_window=4096, query_pre_attn_scalar=256,
         hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True, max_position_embeddings=8192,
         attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
-    "gemma3_text": family("Gemma3ForCausalLM", LLAMA | POST_NORM | QK_NORM, gemma3,
+    "gemma3_text": family("Gemma3ForCausalLM", LLAMA_NAMES | POST_NORM | QK_NORM, gemma3,
         keys={"hidden_act": "hidden_activation"},
         num_key_value_heads=4, head_dim=256, sliding_window=4096, query_pre_attn_scalar=256,
         hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True, max_position_embeddings=131_072,
         rope_theta=1_000_000.0, rope_local_base_freq=10_000.0),
-    "phi3": family("Phi3ForCausalLM", LLAMA | FUSED, phi3,
+    "phi3": family("Phi3ForCausalLM", LLAMA_NAMES | FUSED, phi3,
         partial_rope=True,
         rms_norm_eps=1e-5, max_position_embeddings=4096, original_max_position_embeddings=4096),
-    "olmo2": family("Olmo2ForCausalLM", LLAMA | POST_NORM | QK_NORM, olmo2,
+    "olmo2": family("Olmo2ForCausalLM", LLAMA_NAMES | POST_NORM | QK_NORM, olmo2,
         rms_norm_eps=1e-5),
-    "smollm3": family("SmolLM3ForCausalLM", LLAMA, smollm3,
+    "smollm3": family("SmolLM3ForCausalLM", LLAMA_NAMES, smollm3,
         num_key_value_heads=4, rope_theta=2_000_000.0, max_position_embeddings=32_768, tie_word_embeddings=True),
     "gpt2": family("GPT2LMHeadModel", GPT2, gpt2,
         keys={"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
@@ -865,11 +865,11 @@ FAMILIES = {
               "num_key_value_heads": "num_kv_heads", "intermediate_size": "ffn_hidden_size"},
         wide_mlp=True,
         rms_norm_eps=1e-5, hidden_act="gelu", tie_word_embeddings=True),
-    "mixtral": family("MixtralForCausalLM", LLAMA | MIXTRAL, mixtral,
+    "mixtral": family("MixtralForCausalLM", LLAMA_NAMES | MIXTRAL, mixtral,
         keys={"num_experts": "num_local_experts"},
         num_key_value_heads=8, num_experts=8, num_experts_per_tok=2, router_aux_loss_coef=0.001,
         rms_norm_eps=1e-5, rope_theta=1_000_000.0, max_position_embeddings=131_072),
-    "qwen3_moe": family("Qwen3MoeForCausalLM", LLAMA | QK_NORM | QWEN_MOE, qwen3_moe,
+    "qwen3_moe": family("Qwen3MoeForCausalLM", LLAMA_NAMES | QK_NORM | QWEN_MOE, qwen3_moe,
         keys={"num_experts": "num_local_experts"},
         num_key_value_heads=4, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=False,
         router_aux_loss_coef=0.001, sliding_window=4096, max_position_embeddings=32_768),

@@ -1,7 +1,7 @@
 """Every option of train.py, declared once: its type, default, range, help, and what a resumed run may change.
 
-`Flags` is what was typed. What was left open (None) is chosen by training/defaults.py, which returns `Settings`; neither
-is ever written to. An option is a line of the class `Flags`; `SECTIONS` puts them under headings in --help.
+`Flags` is what was typed. What was left open (None) is chosen by training/defaults.py, which returns `Settings`;
+neither is ever written to. An option is a line of the class `Flags`; `SECTIONS` puts them under headings in --help.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from dataset.oasst import TREES
 from kernels import activation_checkpointing, flash_versions
 from lora import ALL
 from methods import METHODS
-from quant import KINDS
+from quant import QUANT_KINDS
 from tokenization.chat_template import NAMED
 
 NEW_ADAPTER = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": ALL}  # defaults; of --adapter its own hold
 VAL_FRACTION = 0.05  # of the prompts, where --val is not given
-LARGEST = 2**31  # of any number on the command line
+MAX_NUMBER = 2**31  # of any number on the command line
 
 # The first option of each section of --help, in the order in which a user meets them.
 SECTIONS = {
@@ -74,7 +74,8 @@ class Flags:
     )
     replay: tuple[str, ...] = option(
         [],
-        "general data that is mixed in against forgetting: FILE=0.1 makes a tenth of all training examples come from it",
+        "general data that is mixed in against forgetting: FILE=0.1 makes a tenth of all training examples come from"
+        " it",
         metavar="FILE=SHARE",
         resume=FREE,
     )
@@ -131,7 +132,7 @@ class Flags:
         None,
         "4-bit format of the frozen weights, with --method lora or qlora; nf4+head: the output head as well; default:"
         " nf4 for qlora, none for lora",
-        choices=[*KINDS],
+        choices=[*QUANT_KINDS],
     )
     rank: int | None = option(
         None,
@@ -148,8 +149,8 @@ class Flags:
     )
     targets: str | None = option(
         None,
-        "lora: layers that are adapted, as names separated by commas (q_proj,v_proj); default: all, which is every linear"
-        " layer of the blocks",
+        "lora: layers that are adapted, as names separated by commas (q_proj,v_proj); default: all, which is every"
+        " linear layer of the blocks",
     )
     adapter: str | None = option(None, "lora: continue training this adapter (a PEFT folder)", metavar="DIR")
     train: str | None = option(
@@ -264,8 +265,8 @@ class Flags:
     activation_checkpointing: str = option(
         "none",
         "also called gradient checkpointing: which activations are computed again in the backward pass instead of being"
-        " kept; selective: those of norms and attention; full: whole blocks, of which only the inputs are kept; offload:"
-        " these inputs go to the host's memory",
+        " kept; selective: those of norms and attention; full: whole blocks, of which only the inputs are kept;"
+        " offload: these inputs go to the host's memory",
         choices=[*activation_checkpointing.KINDS],
         resume=FREE,
     )
@@ -386,8 +387,8 @@ def check_numbers(flags: Flags) -> None:
         value, limits = getattr(flags, name), each.metadata.get("limits")
         if limits is None or value is None:
             continue
-        if value >= LARGEST:
-            raise UserError(f"{dashed(name)} {value:g}: must be {limits} and below {LARGEST:g}")
+        if value >= MAX_NUMBER:
+            raise UserError(f"{dashed(name)} {value:g}: must be {limits} and below {MAX_NUMBER:g}")
         if not (value > 0 if limits == POSITIVE else value >= 0):
             raise UserError(f"{dashed(name)} {value:g}: must be {limits}")
     if flags.val_fraction is not None and not 0 <= flags.val_fraction < 1:
@@ -396,7 +397,7 @@ def check_numbers(flags: Flags) -> None:
         raise UserError("--seq-len 1: must be 2 or more, the first token of an example is never trained")
     if flags.steps is not None and flags.epochs is not None:
         raise UserError("--steps and --epochs: give one of them")
-    if not all(0 < count < LARGEST for count in flags.gpus):
+    if not all(0 < count < MAX_NUMBER for count in flags.gpus):
         raise UserError("--gpus: numbers above 0 are wanted")
     if flags.gpus and not flags.plan:
         raise UserError("--gpus is what --plan is to plan for; a run has as many as torchrun starts processes")

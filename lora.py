@@ -31,7 +31,7 @@ from kernels.lora_linear import Casts, LoRAWeights, lora_linears
 from kernels.nf4 import NF4, dequantized_weight
 from kernels.triton_utils import use_triton
 from model import DropoutSeeds, Experts, Linear, Transformer, forward_each, quantized_linears, stack_expert_weights
-from quant import KINDS
+from quant import QUANT_KINDS
 
 # Every linear of the blocks, but not the output head, which is the embedding table in many models.
 ALL = "all"
@@ -599,7 +599,7 @@ def put_adapter_on(model: Transformer, adapter: str | Path, print_fn: Callable[[
     load_adapter(model, adapter)
     metadata = adapter_metadata(adapter)
     quant = metadata.get("quant")
-    if quant in KINDS and not quantized_linears(model):
+    if quant in QUANT_KINDS and not quantized_linears(model):
         print_fn(f"NOTE: {adapter} was trained on its base in {quant}; --quant {quant} gives it that one")
     base_sha256 = metadata.get("base_sha256")
     if base_sha256 is not None and base_sha256 != run_on_rank0(lambda: fingerprint(model.source)):

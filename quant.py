@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from kernels.nf4 import BLOCK, NESTED_BLOCK, NF4, dynamic_codebook, nf4_codebook, nf4_dequantize
+from kernels.nf4 import NESTED_BLOCK, NF4, NF4_BLOCK, dynamic_codebook, nf4_codebook, nf4_dequantize
 
-KINDS = ("nf4", "nf4+head")
+QUANT_KINDS = ("nf4", "nf4+head")
 # Stands in for the absmax of a block of zeros, so that nothing is divided by 0.
 TINY = 1e-38
 # On CPUs bitsandbytes rounds to so many steps and looks the 8-bit code up in a table; on GPUs it
@@ -24,7 +24,7 @@ TINY = 1e-38
 CPU_STEPS = 65535
 
 
-def quantize_nf4(weight: Tensor, block_size: int = BLOCK) -> tuple[Tensor, Tensor]:
+def quantize_nf4(weight: Tensor, block_size: int = NF4_BLOCK) -> tuple[Tensor, Tensor]:
     """Returns the NF4 codes of a weight and the largest magnitude of each block.
 
     weight: [out, in] of any float dtype; `in` is a multiple of block_size.
@@ -124,11 +124,11 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def empty_nf4(out_features: int, in_features: int, double: bool = True) -> NF4:
     """Returns the tensors of a weight [out, in] in NF4 on the meta device, without memory."""
-    num_blocks = out_features * in_features // BLOCK
+    num_blocks = out_features * in_features // NF4_BLOCK
     with torch.device("meta"):
         packed = torch.empty(out_features, in_features // 2, dtype=torch.uint8)
         absmax_dtype = torch.uint8 if double else torch.float32
-        absmax = torch.empty(out_features, in_features // BLOCK, dtype=absmax_dtype)
+        absmax = torch.empty(out_features, in_features // NF4_BLOCK, dtype=absmax_dtype)
         if not double:
             return NF4(packed, absmax)
         nested = torch.empty(-(-num_blocks // NESTED_BLOCK), dtype=torch.float32)
@@ -151,13 +151,13 @@ class QuantizedWeight(nn.Module):
 
 def can_quantize(weight: Tensor) -> bool:
     """True if the rows of a weight [out, in] are whole blocks."""
-    return weight.shape[1] % BLOCK == 0
+    return weight.shape[1] % NF4_BLOCK == 0
 
 
 # ---- bitsandbytes' file layout: `X.weight` holds the codes; `X.weight.absmax` and so on, the rest ----
 
-STATE = "quant_state.bitsandbytes__nf4"  # JSON, as bytes
-SIDE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
+QUANT_STATE = "quant_state.bitsandbytes__nf4"  # JSON, as bytes
+SIDE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", QUANT_STATE)
 
 
 def settings(double: bool, dtype: str, head: bool) -> dict:
@@ -199,7 +199,7 @@ def to_files(nf4: NF4, shape: tuple[int, int], dtype: str) -> dict[str, Tensor]:
     shape: (out, in). dtype: the name of the dtype that the weight is dequantised to.
     """
     device = nf4.packed.device
-    state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": dtype, "shape": list(shape)}
+    state = {"quant_type": "nf4", "blocksize": NF4_BLOCK, "dtype": dtype, "shape": list(shape)}
     # safetensors wants memory of its own for each tensor, so codebooks are cloned.
     tensors = {
         "": nf4.packed.reshape(-1, 1),
@@ -212,7 +212,7 @@ def to_files(nf4: NF4, shape: tuple[int, int], dtype: str) -> dict[str, Tensor]:
         state["nested_offset"] = nf4.offset.item()
         tensors["nested_absmax"] = nf4.nested
         tensors["nested_quant_map"] = dynamic_codebook(device).clone()
-    tensors[STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    tensors[QUANT_STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     return tensors
 
 
@@ -229,23 +229,23 @@ def from_files(parts: dict[str, Tensor], shape: tuple[int, int], where: str) -> 
         if not fine:
             raise UserError(f"{where}: {what}, so it can't be read as bitsandbytes' NF4")
 
-    is_complete = STATE in parts and "absmax" in parts and "quant_map" in parts
-    check(is_complete, f"{STATE}, absmax or quant_map is missing")
+    is_complete = QUANT_STATE in parts and "absmax" in parts and "quant_map" in parts
+    check(is_complete, f"{QUANT_STATE}, absmax or quant_map is missing")
     try:
-        state = json.loads(bytes(parts[STATE].tolist()))
+        state = json.loads(bytes(parts[QUANT_STATE].tolist()))
         offset = float(state.get("nested_offset", 0))
     except (ValueError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{where}: its {STATE} is no JSON of bitsandbytes") from None
+        raise UserError(f"{where}: its {QUANT_STATE} is no JSON of bitsandbytes") from None
     out_features, in_features = shape
-    num_blocks = out_features * in_features // BLOCK
+    num_blocks = out_features * in_features // NF4_BLOCK
     num_bytes = out_features * in_features // 2
     codes, absmax, nested = parts[""], parts["absmax"], parts.get("nested_absmax")
 
-    is_nf4 = state.get("quant_type") == "nf4" and state.get("blocksize") == BLOCK
-    check(is_nf4, f"its blocks are not NF4 of {BLOCK}")
+    is_nf4 = state.get("quant_type") == "nf4" and state.get("blocksize") == NF4_BLOCK
+    check(is_nf4, f"its blocks are not NF4 of {NF4_BLOCK}")
     implied = [out_features, in_features]
     check(state.get("shape") == implied, f"its shape is {state.get('shape')}, config.json implies {implied}")
-    check(in_features % BLOCK == 0, f"rows of {in_features} are no whole blocks of {BLOCK}")
+    check(in_features % NF4_BLOCK == 0, f"rows of {in_features} are no whole blocks of {NF4_BLOCK}")
     # bitsandbytes may store the bytes as numbers of another dtype (bnb_4bit_quant_storage).
     if codes.dtype.itemsize * codes.numel() == num_bytes:
         codes = codes.contiguous().view(torch.uint8)

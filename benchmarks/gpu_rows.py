@@ -523,7 +523,7 @@ def kernel_times(settings: dict, device, report) -> Measurements:
     use_program()
     from kernels import bench
 
-    shape = bench.SHAPES[settings["shape"]]
+    shape = bench.BENCH_SHAPES[settings["shape"]]
     yield from bench.measurements(shape, settings["tokens"], device, torch.bfloat16, compiles=settings["compile"])
 
 

@@ -524,7 +524,8 @@ def rows_job(args, shape: str) -> None:
         for dtype in args.dtypes:
             for method in args.methods:
                 spec = {"folder": folder, "shape": shape, "method": method, "dtype": dtype, "rank": 16,
-                        "seq": args.seq, "batch": args.batch, "steps": args.steps + WARM_UP, "checkpointing": args.activation_checkpointing,
+                        "seq": args.seq, "batch": args.batch, "steps": args.steps + WARM_UP,
+                        "checkpointing": args.activation_checkpointing,
                         "compile": args.compile}  # fmt: skip
                 sides = {"plaintune": ("rows_by_plaintune", spec)}
                 if method == "full" and dtype == "bfloat16":

@@ -503,7 +503,7 @@ FLAGS_OF = {
 }
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_data_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="data.py", description="Look at data, or rewrite it.", allow_abbrev=False)
     add = parser.add_argument
     add(
@@ -538,13 +538,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     argv: the words, by default the process's own.
     """
-    args = cli.parse_args(make_parser(), argv)
+    args = cli.parse_args(make_data_parser(), argv)
     command = args.command
     for name in {name for names in FLAGS_OF.values() for name in names} - {*FLAGS_OF[command]}:
         if getattr(args, name) is not None:
             raise UserError(f"--{name.replace('_', '-')}: means nothing to `{command}`")
     if command != "inspect":
-        check_out(command, args.out)
+        check_output(command, args.out)
     if args.html and not Path(args.html).resolve().parent.is_dir():
         raise UserError(f"--html {args.html}: there is no such folder")
     args.map = Map(args.map) if args.map else None
@@ -559,7 +559,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check_out(command: str, out: str | None) -> None:
+def check_output(command: str, out: str | None) -> None:
     """Raises UserError if --out is missing, exists, or has no name for what the command writes."""
     if out is None:
         raise UserError(f"`{command}` needs --out")

@@ -194,7 +194,7 @@ def require_field(record: dict, key: str, kind: type, where: str):
         raise UserError(f"{where}: no {key}, found {quote_names(record)}")
     value = record[key]
     if not isinstance(value, kind):
-        raise UserError(f"{where}: {key} is {type_name(value)}, {KINDS[kind]} is wanted")
+        raise UserError(f"{where}: {key} is {type_name(value)}, {TYPE_NAMES[kind]} is wanted")
     if kind is str:
         return without_surrogate(value, f"{where}: {key}")
     return value
@@ -273,13 +273,13 @@ def closest_key(keys: Iterable[str], expected: Iterable[str], record: dict) -> s
 
 # ---- words for what a stranger's file holds ----
 
-KINDS = {str: "a string", list: "a list", dict: "an object", bool: "a boolean", type(None): "null", bytes: "bytes"}
-KINDS |= {Text: "plain text", int: "a number", float: "a number"}
+TYPE_NAMES = {str: "a string", list: "a list", dict: "an object", bool: "a boolean", type(None): "null", bytes: "bytes"}
+TYPE_NAMES |= {Text: "plain text", int: "a number", float: "a number"}
 
 
 def type_name(value: object) -> str:
     """Returns the name of a value's type with its article, as JSON calls it: "a string"."""
-    return KINDS.get(type(value), f"a {type(value).__name__}")
+    return TYPE_NAMES.get(type(value), f"a {type(value).__name__}")
 
 
 def quote_names(names: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ import torch
 
 from common.errors import UserError
 
-WINDOW = 4096
+WINDOW_SAMPLES = 4096
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Sampler:
                 continue
             self.window += 1
             self.row = 0
-            if self.window * WINDOW >= sum(self.samples_per_epoch):
+            if self.window * WINDOW_SAMPLES >= sum(self.samples_per_epoch):
                 self.epoch += 1
                 self.window = 0
                 break
@@ -84,10 +84,10 @@ class Sampler:
 
     def window_rows(self, order: np.ndarray, epoch: int, window: int) -> list[list[int]]:
         """Returns the rows of a window. order: the example numbers of the epoch, int64."""
-        examples = order[window * WINDOW : (window + 1) * WINDOW].tolist()
+        examples = order[window * WINDOW_SAMPLES : (window + 1) * WINDOW_SAMPLES].tolist()
         if self.seq_len is None:
             return [[i] for i in examples]
-        rows = pack([int(self.lengths[i]) for i in examples], self.seq_len)
+        rows = pack_rows([int(self.lengths[i]) for i in examples], self.seq_len)
         shuffled = permutation(len(rows), self.seed, epoch, window)
         return [[examples[k] for k in rows[j]] for j in shuffled]
 
@@ -97,7 +97,7 @@ class Sampler:
             return sum(self.samples_per_epoch)
         if self.num_epoch_rows is None:
             order = epoch_order(self.sizes, self.samples_per_epoch, self.seed, 0)
-            num_windows = -(-len(order) // WINDOW)
+            num_windows = -(-len(order) // WINDOW_SAMPLES)
             self.num_epoch_rows = sum(len(self.window_rows(order, 0, window)) for window in range(num_windows))
         return self.num_epoch_rows
 
@@ -177,7 +177,7 @@ def permutation(count: int, seed: int, first: int, *others: int) -> np.ndarray:
     return torch.randperm(count, generator=torch.Generator().manual_seed(mixed)).numpy()
 
 
-def pack(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
+def pack_rows(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
     """Puts each example into one row of at most seq_len tokens (best-fit decreasing; Johnson et al. 1974).
 
     lengths: tokens of each example, at most seq_len.

@@ -21,7 +21,7 @@ _generator = np.random.Generator(np.random.PCG64(0))
 FACTORS, TERMS = _generator.integers(1, 2**63, (2, BANDS * BAND_WIDTH), np.uint64) | np.uint64(1)
 
 # A character of a script that writes no spaces (Thai, Lao, Burmese, Khmer, Japanese, Chinese), or a word.
-WORDS = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|[^\W_]+")
+WORD_PATTERN = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|[^\W_]+")
 HASHED_AT_ONCE = 4096  # word triples, so that a long text takes little memory
 
 
@@ -37,7 +37,7 @@ def signature(text: str) -> np.ndarray:
     The share of places in which two signatures are equal estimates the Jaccard similarity of the two sets of runs.
     Letter case, spaces and punctuation do not count. A character of a script without spaces counts as a word.
     """
-    words = WORDS.findall(text.lower()) or [text]
+    words = WORD_PATTERN.findall(text.lower()) or [text]
     hashes = np.array([_word_hash(word) for word in words], np.uint64)
     # Unsigned products wrap around, which is what a hash wants.
     with np.errstate(over="ignore"):

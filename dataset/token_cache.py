@@ -42,7 +42,7 @@ from dataset.text_stats import private_parts, text_hash
 from dataset.tokenize_pool import chunks, in_order, processes_for
 from tokenizer import TemplateError, Tokenizer
 
-FORMAT = 3  # version of the folders: a higher number makes all of them anew
+ROWS_FORMAT = 3  # version of the folders: a higher number makes all of them anew
 KEPT = 20 << 30  # bytes of rows that the cache keeps; the ones unused for longest are deleted first
 ABANDONED_SECONDS = 86_400  # age from which an unfinished folder of a process that does not exist is deleted
 RENDER_BATCH = 256  # conversations that the template's process is given at a time
@@ -62,7 +62,7 @@ ARRAYS = {
     "prompts": np.uint64,
     "contents": np.uint64,
 }
-SHAPES = {"spans": (-1, 2), "records": (-1, 3)}
+ROW_SHAPES = {"spans": (-1, 2), "records": (-1, 3)}
 
 
 @dataclass
@@ -154,7 +154,7 @@ def cache_key(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...]) -> s
     today = ""
     if any("strftime_now" in template for template in tokenizer.templates.values()):
         today = time.strftime("%x")
-    parts = [FORMAT, files, source.format.name, source.trees, roles, tokenizer.fingerprint, today]
+    parts = [ROWS_FORMAT, files, source.format.name, source.trees, roles, tokenizer.fingerprint, today]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -170,7 +170,7 @@ def open_rows(folder: Path, source: Source, cached: bool) -> Rows:
 
     def open_array(name: str, dtype) -> np.ndarray:
         file = folder / f"{name}.bin"
-        shape = SHAPES.get(name, -1)
+        shape = ROW_SHAPES.get(name, -1)
         # An empty file cannot be mapped.
         if not file.stat().st_size:
             return np.empty(0, dtype).reshape(shape)

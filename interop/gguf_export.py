@@ -45,7 +45,7 @@ from interop.gguf_names import (
     ARCHITECTURES,
     UNEXPORTED,
     Architecture,
-    Place,
+    GGUFPlace,
     interleave_rows,
     places,
 )
@@ -60,7 +60,7 @@ TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 # llama.cpp needs these matrices in float32.
 ALWAYS_F32 = ("ffn_gate_inp.weight", "position_embd.weight")
 # The largest weight that a type can store.
-LARGEST = {"F16": 65_504.0, "Q8_0": 127 * 65_504.0}
+MAX_BY_TYPE = {"F16": 65_504.0, "Q8_0": 127 * 65_504.0}
 Q8_0_BLOCK = 32  # weights that share a scale
 LogFn = Callable[[str], None]
 
@@ -267,7 +267,7 @@ def rope_tensors(config: Config) -> dict[str, np.ndarray]:
 
 
 def check_read_back(
-    fields: dict, plan: dict[str, Place], factors: dict[str, np.ndarray], config: Config, folder: Path
+    fields: dict, plan: dict[str, GGUFPlace], factors: dict[str, np.ndarray], config: Config, folder: Path
 ) -> None:
     """Raises UserError if the file would be read as another model, and names the first difference.
 
@@ -374,7 +374,7 @@ class AdapterUpdates:
         return weight + self.layers[layer].scale * (b @ a)
 
 
-def stored_type(name: str, place: Place, dtype: str, notes: list[str]) -> str:
+def stored_type(name: str, place: GGUFPlace, dtype: str, notes: list[str]) -> str:
     """Returns the GGUF type of a tensor. A line is added to notes where it is not the one of
     --type."""
     if len(place.shape) == 1 or name.endswith(ALWAYS_F32):
@@ -387,7 +387,9 @@ def stored_type(name: str, place: Place, dtype: str, notes: list[str]) -> str:
     return dtype.upper()
 
 
-def encode_tensor(weights: FolderWeights, updates: AdapterUpdates | None, name: str, place: Place, kind) -> np.ndarray:
+def encode_tensor(
+    weights: FolderWeights, updates: AdapterUpdates | None, name: str, place: GGUFPlace, kind
+) -> np.ndarray:
     """Returns a tensor as the file stores it: float32, float16, or uint8 rows of blocks.
 
     Raises UserError where a weight is not finite, or too large for the type.
@@ -404,7 +406,7 @@ def encode_tensor(weights: FolderWeights, updates: AdapterUpdates | None, name: 
         rows = weight.contiguous().numpy()
         if not np.isfinite(rows).all():
             raise UserError(f"{weights.folder}: {hf} holds NaN or infinite weights")
-        if np.abs(rows).max() > LARGEST.get(kind.name, np.inf):
+        if np.abs(rows).max() > MAX_BY_TYPE.get(kind.name, np.inf):
             raise UserError(f"{weights.folder}: {hf} holds weights too large for {kind.name}; take --type bf16")
         if place.offset:
             rows = rows + np.float32(place.offset)

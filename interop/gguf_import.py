@@ -30,7 +30,7 @@ from interop.gguf_names import (
     ROPE_TENSORS,
     ROTARY,
     Architecture,
-    Place,
+    GGUFPlace,
     deinterleave_rows,
     places,
 )
@@ -374,7 +374,7 @@ def longrope_scaling(gguf: Gguf, prefix: str, dim: int, positions: int, original
 # ---- weights ----
 
 
-def plan_tensors(gguf: Gguf, config: Config) -> dict[str, Place]:
+def plan_tensors(gguf: Gguf, config: Config) -> dict[str, GGUFPlace]:
     """Returns the places of the model's tensors, after a check that the file has each in the shape
     that its keys imply.
 
@@ -402,7 +402,7 @@ def plan_tensors(gguf: Gguf, config: Config) -> dict[str, Place]:
     return plan
 
 
-def write_weights(gguf: Gguf, plan: dict[str, Place], path: Path) -> None:
+def write_weights(gguf: Gguf, plan: dict[str, GGUFPlace], path: Path) -> None:
     """Writes model.safetensors a part of a tensor at a time, since the whole model in float32 may
     not fit in memory."""
     with open(path, "wb") as out:
@@ -411,7 +411,7 @@ def write_weights(gguf: Gguf, plan: dict[str, Place], path: Path) -> None:
             out.writelines(weights.data for weights in folder_weights(gguf, name, place))
 
 
-def safetensors_header(gguf: Gguf, plan: dict[str, Place]) -> bytes:
+def safetensors_header(gguf: Gguf, plan: dict[str, GGUFPlace]) -> bytes:
     """Returns what stands before the data of a safetensors file.
 
     The format: the length of a JSON header in 8 bytes, then the header with the dtype, shape and
@@ -435,12 +435,12 @@ def safetensors_header(gguf: Gguf, plan: dict[str, Place]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def is_copied(gguf: Gguf, name: str, place: Place) -> bool:
+def is_copied(gguf: Gguf, name: str, place: GGUFPlace) -> bool:
     """True if a tensor keeps its 16 bits; else it becomes float32."""
     return gguf.tensors[name].kind in ("F16", "BF16") and not place.offset
 
 
-def folder_weights(gguf: Gguf, name: str, place: Place) -> Iterator[np.ndarray]:
+def folder_weights(gguf: Gguf, name: str, place: GGUFPlace) -> Iterator[np.ndarray]:
     """Yields a tensor of the file as the folder stores it, contiguous, in parts of whole rows.
 
     Each part is float32, or uint16 where the tensor keeps its 16 bits. Raises UserError where a

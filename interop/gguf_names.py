@@ -34,9 +34,9 @@ KEYS = {
 GROUPED = {"attention.head_count_kv": ("num_key_value_heads", int)}
 RMS = {"attention.layer_norm_rms_epsilon": ("rms_norm_eps", float)}
 ROTARY = {"rope.freq_base": ("rope_theta", float)}
-LLAMA = KEYS | GROUPED | RMS | ROTARY
+LLAMA_KEYS = KEYS | GROUPED | RMS | ROTARY
 EXPERTS = {"expert_count": ("num_experts", int), "expert_used_count": ("num_experts_per_tok", int)}
-WINDOW = {"attention.sliding_window": ("sliding_window", int)}
+WINDOW_KEY = {"attention.sliding_window": ("sliding_window", int)}
 FINAL_SOFTCAP = {"final_logit_softcapping": ("final_logit_softcapping", float)}
 # Keys of architectures with rotary positions. Code reads, writes and checks them: how many
 # dimensions are rotated, and how the angles are scaled for long texts.
@@ -75,7 +75,7 @@ class Architecture:
     """
 
     families: tuple[str, ...]
-    keys: dict[str, tuple[str, type]] = field(default_factory=lambda: LLAMA)
+    keys: dict[str, tuple[str, type]] = field(default_factory=lambda: LLAMA_KEYS)
     optional: tuple[str, ...] = ("attention.head_count_kv", "rope.freq_base")
     fixed: dict = field(default_factory=dict)
     interleaved: bool = False
@@ -92,27 +92,27 @@ GEMMA_OPTIONAL = ("attention.head_count_kv", "rope.freq_base", "attention.slidin
 
 # fmt: off
 ARCHITECTURES = {
-    "llama": Architecture(("llama", "mistral", "mixtral"), LLAMA | WINDOW | EXPERTS,
-        optional=("attention.head_count_kv", "rope.freq_base", *WINDOW, *EXPERTS),
+    "llama": Architecture(("llama", "mistral", "mixtral"), LLAMA_KEYS | WINDOW_KEY | EXPERTS,
+        optional=("attention.head_count_kv", "rope.freq_base", *WINDOW_KEY, *EXPERTS),
         fixed=SILU, interleaved=True, own_head_dim=True, windowless=True),
     "qwen2": Architecture(("qwen2",), fixed=SILU | NO_WINDOW),
     "qwen3": Architecture(("qwen3",), fixed=SILU | NO_WINDOW | {"attention_bias": False}, own_head_dim=True),
     "qwen3moe": Architecture(("qwen3_moe",),
-        LLAMA | EXPERTS | {"expert_feed_forward_length": ("moe_intermediate_size", int)},
+        LLAMA_KEYS | EXPERTS | {"expert_feed_forward_length": ("moe_intermediate_size", int)},
         fixed=SILU | NO_WINDOW | {"attention_bias": False, "norm_topk_prob": True, "decoder_sparse_step": 1,
                                   "mlp_only_layers": []},
         own_head_dim=True),
     "gemma": Architecture(("gemma",), fixed=TANH, own_head_dim=True, tied=True),
     "gemma2": Architecture(("gemma2",),
-        LLAMA | WINDOW | FINAL_SOFTCAP | {"attn_logit_softcapping": ("attn_logit_softcapping", float)},
+        LLAMA_KEYS | WINDOW_KEY | FINAL_SOFTCAP | {"attn_logit_softcapping": ("attn_logit_softcapping", float)},
         optional=(*GEMMA_OPTIONAL, "attn_logit_softcapping"),
         fixed=TANH, own_head_dim=True, tied=True, pattern=2, hidden_scaled_depths=(46,)),
     "gemma3": Architecture(("gemma3_text",),
-        LLAMA | WINDOW | FINAL_SOFTCAP | {"rope.freq_base_swa": ("rope_local_base_freq", float)},
+        LLAMA_KEYS | WINDOW_KEY | FINAL_SOFTCAP | {"rope.freq_base_swa": ("rope_local_base_freq", float)},
         optional=(*GEMMA_OPTIONAL, "rope.freq_base_swa"),
         fixed=TANH, own_head_dim=True, pattern=6, hidden_scaled_depths=(62,)),
-    "phi3": Architecture(("phi3",), LLAMA | WINDOW,
-        optional=("attention.head_count_kv", "rope.freq_base", *WINDOW),
+    "phi3": Architecture(("phi3",), LLAMA_KEYS | WINDOW_KEY,
+        optional=("attention.head_count_kv", "rope.freq_base", *WINDOW_KEY),
         fixed=SILU, windowless=True),
     "olmo2": Architecture(("olmo2",), fixed=SILU | {"attention_bias": False}, tied=False),
     "smollm3": Architecture(("smollm3",),
@@ -130,31 +130,31 @@ UNEXPORTED = {
     "falcon": "llama.cpp computes GELU in its tanh form for it, the model does not",
 }
 
-BLOCK = "blk.{}."
+GGUF_BLOCK = "blk.{}."
 # {module of model.py: its name in a file}. {} is the number of the layer; the number of an expert
 # is left out.
 MODULES = {
     "embed": "token_embd",
     "positions": "position_embd",
-    "blocks.{}.attention_norm": BLOCK + "attn_norm",
-    "blocks.{}.attention.q": BLOCK + "attn_q",
-    "blocks.{}.attention.k": BLOCK + "attn_k",
-    "blocks.{}.attention.v": BLOCK + "attn_v",
-    "blocks.{}.attention.qkv": BLOCK + "attn_qkv",
-    "blocks.{}.attention.q_norm": BLOCK + "attn_q_norm",
-    "blocks.{}.attention.k_norm": BLOCK + "attn_k_norm",
-    "blocks.{}.attention.o": BLOCK + "attn_output",
-    "blocks.{}.attention_post_norm": BLOCK + "post_attention_norm",
-    "blocks.{}.mlp_norm": BLOCK + "ffn_norm",
-    "blocks.{}.mlp.gate": BLOCK + "ffn_gate",
-    "blocks.{}.mlp.up": BLOCK + "ffn_up",
-    "blocks.{}.mlp.gate_up": BLOCK + "ffn_up",
-    "blocks.{}.mlp.down": BLOCK + "ffn_down",
-    "blocks.{}.mlp.router": BLOCK + "ffn_gate_inp",
-    "blocks.{}.mlp.experts.{}.gate": BLOCK + "ffn_gate_exps",
-    "blocks.{}.mlp.experts.{}.up": BLOCK + "ffn_up_exps",
-    "blocks.{}.mlp.experts.{}.down": BLOCK + "ffn_down_exps",
-    "blocks.{}.mlp_post_norm": BLOCK + "post_ffw_norm",
+    "blocks.{}.attention_norm": GGUF_BLOCK + "attn_norm",
+    "blocks.{}.attention.q": GGUF_BLOCK + "attn_q",
+    "blocks.{}.attention.k": GGUF_BLOCK + "attn_k",
+    "blocks.{}.attention.v": GGUF_BLOCK + "attn_v",
+    "blocks.{}.attention.qkv": GGUF_BLOCK + "attn_qkv",
+    "blocks.{}.attention.q_norm": GGUF_BLOCK + "attn_q_norm",
+    "blocks.{}.attention.k_norm": GGUF_BLOCK + "attn_k_norm",
+    "blocks.{}.attention.o": GGUF_BLOCK + "attn_output",
+    "blocks.{}.attention_post_norm": GGUF_BLOCK + "post_attention_norm",
+    "blocks.{}.mlp_norm": GGUF_BLOCK + "ffn_norm",
+    "blocks.{}.mlp.gate": GGUF_BLOCK + "ffn_gate",
+    "blocks.{}.mlp.up": GGUF_BLOCK + "ffn_up",
+    "blocks.{}.mlp.gate_up": GGUF_BLOCK + "ffn_up",
+    "blocks.{}.mlp.down": GGUF_BLOCK + "ffn_down",
+    "blocks.{}.mlp.router": GGUF_BLOCK + "ffn_gate_inp",
+    "blocks.{}.mlp.experts.{}.gate": GGUF_BLOCK + "ffn_gate_exps",
+    "blocks.{}.mlp.experts.{}.up": GGUF_BLOCK + "ffn_up_exps",
+    "blocks.{}.mlp.experts.{}.down": GGUF_BLOCK + "ffn_down_exps",
+    "blocks.{}.mlp_post_norm": GGUF_BLOCK + "post_ffw_norm",
     "norm": "output_norm",
     "head": "output",
 }
@@ -163,7 +163,7 @@ MODULES = {
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 
 
-class Place(NamedTuple):
+class GGUFPlace(NamedTuple):
     """What a tensor of a GGUF file is in the folder.
 
     names: its Hugging Face names: one, or one an expert, whose matrices follow each other in the
@@ -182,20 +182,20 @@ class Place(NamedTuple):
     transposed: bool
 
 
-def places(config: Config, row: Architecture) -> dict[str, Place]:
+def places(config: Config, row: Architecture) -> dict[str, GGUFPlace]:
     """Returns {name in the file: Place} for every tensor of the model."""
     with torch.device("meta"):
         model = Transformer(config)
     interleaved_heads = {}
     if row.interleaved:
         interleaved_heads = {"q": config.num_heads, "k": config.num_kv_heads}
-    result: dict[str, Place] = {}
+    result: dict[str, GGUFPlace] = {}
     for name, parameter in model.named_parameters():
         module, _, leaf = name.rpartition(".")
         numbers = re.findall(r"\.(\d+)", module)
         generic = re.sub(r"\.\d+", ".{}", module)
         gguf_name = f"{MODULES[generic].format(*numbers)}.{leaf}"
-        place = Place(
+        place = GGUFPlace(
             names=(hf_name(model, name),),
             shape=tuple(parameter.shape),
             heads=interleaved_heads.get(module.rpartition(".")[2], 0),

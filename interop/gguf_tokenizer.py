@@ -47,22 +47,22 @@ class Words(NamedTuple):
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
-def split(pattern: str) -> list[dict]:
+def split_pieces(pattern: str) -> list[dict]:
     """Returns the pre-tokenizers that split a text by a regular expression."""
     cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     return [cut, BYTE_LEVEL | {"use_regex": False}]
 
 
 DIGITS = {"type": "Digits", "individual_digits": True}
-QWEN2 = split(LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}"))
+QWEN2 = split_pieces(LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}"))
 UPPER, LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]*[{LOWER}]+%s|[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]+[{LOWER}]*%s|\p{{N}}%s"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-LLAMA3 = Words(split(LLAMA3_WORDS), ignore_merges=True, bos=True)
+LLAMA3 = Words(split_pieces(LLAMA3_WORDS), ignore_merges=True, bos=True)
 MARKS = "words with combining marks, as in Hindi"
 # {tokenizer.ggml.pre: what it means}
-WORDS = {
+WORD_SPLITTERS = {
     "gpt-2": Words([BYTE_LEVEL]),
     "smollm": Words([DIGITS, BYTE_LEVEL]),
     "llama-bpe": LLAMA3,
@@ -70,9 +70,9 @@ WORDS = {
     "llama-v3": LLAMA3,
     "qwen2": Words(QWEN2, nfc=True, differs="texts that are not in Unicode's form NFC"),
     "deepseek-r1-qwen": Words(QWEN2),
-    "tekken": Words(split(_CASED % ("", "", "") + _REST), ignore_merges=True, bos=True, differs=MARKS),
-    "gpt-4o": Words(split(_CASED % (_SUFFIX, _SUFFIX, "{1,3}") + _REST), differs=MARKS),
-    "dbrx": Words(split(LLAMA3_WORDS)),
+    "tekken": Words(split_pieces(_CASED % ("", "", "") + _REST), ignore_merges=True, bos=True, differs=MARKS),
+    "gpt-4o": Words(split_pieces(_CASED % (_SUFFIX, _SUFFIX, "{1,3}") + _REST), differs=MARKS),
+    "dbrx": Words(split_pieces(LLAMA3_WORDS)),
 }
 # Phi-3's control tokens, all but three, strip the spaces behind them. llama.cpp knows that from a
 # model's name alone.
@@ -122,7 +122,7 @@ def tokenizer_files(gguf: Gguf) -> dict[str, dict | bytes]:
     # with bos.
     default_bos = kind == "llama"
     if kind == "gpt2":
-        words = WORDS.get(str(gguf.fields.get("tokenizer.ggml.pre")))
+        words = WORD_SPLITTERS.get(str(gguf.fields.get("tokenizer.ggml.pre")))
         default_bos = words is not None and words.bos
     add_bos = gguf.field("tokenizer.ggml.add_bos_token", bool, default_bos)
     add_eos = gguf.field("tokenizer.ggml.add_eos_token", bool, False)
@@ -191,9 +191,9 @@ def byte_level_bpe(gguf: Gguf, tokens: list[str], types: list[int], first: list[
     Raises UserError where the split into words is not known, or a merge is not of tokens.
     """
     pre = gguf.field("tokenizer.ggml.pre", str)
-    if pre not in WORDS:
-        raise UserError(f"{gguf.file}: tokenizer.ggml.pre {pre!r} is not supported; {', '.join(WORDS)} are")
-    words = WORDS[pre]
+    if pre not in WORD_SPLITTERS:
+        raise UserError(f"{gguf.file}: tokenizer.ggml.pre {pre!r} is not supported; {', '.join(WORD_SPLITTERS)} are")
+    words = WORD_SPLITTERS[pre]
     # The unused tokens only fill ids up to the size of the embedding. Added tokens stay in, since
     # the tokenizers library looks up their ids here.
     vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, types)) if kind != UNUSED}
@@ -404,15 +404,15 @@ def byte_level_vocabulary(folder: Path, spec: dict, notes: list[str]) -> tuple[d
     ignore_merges = spec["model"].get("ignore_merges") is True
     splits = Words(pre_tokenizers(spec.get("pre_tokenizer")), is_nfc, ignore_merges)
     names = []
-    for name, words in WORDS.items():
+    for name, words in WORD_SPLITTERS.items():
         if words._replace(bos=False, differs="") == splits:
             names.append(name)
     if not names:
         raise UserError(
             f"{folder / 'tokenizer.json'}: llama.cpp knows ways to cut a text into words by name only, and this one is"
-            f" not among {', '.join(WORDS)} ({json.dumps(spec.get('pre_tokenizer'))[:120]})"
+            f" not among {', '.join(WORD_SPLITTERS)} ({json.dumps(spec.get('pre_tokenizer'))[:120]})"
         )
-    differs = WORDS[names[0]].differs
+    differs = WORD_SPLITTERS[names[0]].differs
     if differs:
         notes.append(f"llama.cpp cuts {differs} into other tokens than this tokenizer")
     merges = []

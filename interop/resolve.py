@@ -20,11 +20,11 @@ from interop import hub
 from interop.gguf_import import gguf_to_folder
 from lora import adapter_metadata, is_adapter, why_no_adapter
 from model import Transformer, quantized_linears
-from quant import KINDS
+from quant import QUANT_KINDS
 from tokenization.chat_template import NAMED
 from tokenizer import Tokenizer, load_tokenizer
 
-FORMAT = 3  # of the folders made of GGUF files: a higher number has every cached one made anew
+GGUF_CACHE_FORMAT = 3  # of the folders made of GGUF files: a higher number has every cached one made anew
 
 
 def model_folder(model: str | Path | None) -> Path:
@@ -43,7 +43,7 @@ def model_folder(model: str | Path | None) -> Path:
         if HUB_NAME.fullmatch(str(model)) and path.suffix != ".gguf":
             return hub.fetch(str(model))
         raise UserError(f"{path}: no such folder, nor a GGUF file")
-    folder = cache_folder() / f"gguf-{file_sha256(path)[:16]}-v{FORMAT}"
+    folder = cache_folder() / f"gguf-{file_sha256(path)[:16]}-v{GGUF_CACHE_FORMAT}"
     if not folder.is_dir():
         try:
             gguf_to_folder(path, folder)
@@ -155,7 +155,7 @@ def add_model_flags(parser: argparse.ArgumentParser, several: bool = False) -> N
         )
     else:
         parser.add_argument("--adapter", metavar="DIR", help="PEFT LoRA folder to apply to it")
-    parser.add_argument("--quant", choices=[*KINDS], help="store the base's linears in 4 bits a weight")
+    parser.add_argument("--quant", choices=[*QUANT_KINDS], help="store the base's linears in 4 bits a weight")
     parser.add_argument("--template", choices=[*NAMED], help="chat template to use in place of the model's own")
     parser.add_argument(
         "--dtype", choices=["auto", *DTYPES], default="auto", help="dtype to compute in (default: auto)"

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-KINDS = ("none", "selective", "full", "offload")
+CHECKPOINTING_KINDS = ("none", "selective", "full", "offload")
 MIN_OFFLOAD_NUMEL = 1024  # a tensor with fewer numbers stays on the GPU
 
 

@@ -19,8 +19,8 @@ from kernels.nf4 import NESTED_BLOCK, dynamic_codebook
 from kernels.triton_utils import tl, triton
 
 # A program takes 8 blocks of 256 numbers with 8 warps, a block for each warp.
-ROWS = 8
-WARPS = 8
+BLOCKS_PER_PROGRAM = 8
+ADAMW_WARPS = 8
 
 
 def adamw_step(
@@ -47,13 +47,14 @@ def adamw_step(
     if in_8_bits:
         m_scale, v_scale = state["m_scale"], state["v_scale"]
     found_inf_or_any = state["step"] if found_inf is None else found_inf
-    programs = -(-count // (ROWS * NESTED_BLOCK))
+    programs = -(-count // (BLOCKS_PER_PROGRAM * NESTED_BLOCK))
     adamw_kernel[(programs,)](
         weight, grad, state["m"], state["v"], m_scale, v_scale, *tables(weight.device), state["step"], seed,
         found_inf_or_any, count, float(lr), 1.0 - lr * group["weight_decay"], beta1, 1.0 - beta1, beta2, 1.0 - beta2,
         math.log(beta1), math.log(beta2), group["eps"],
-        IN_8_BITS=in_8_bits, STOCHASTIC=weight.dtype == torch.bfloat16, MAY_FAIL=found_inf is not None, ROWS=ROWS,
-        num_warps=WARPS,
+        IN_8_BITS=in_8_bits, STOCHASTIC=weight.dtype == torch.bfloat16, MAY_FAIL=found_inf is not None,
+        ROWS=BLOCKS_PER_PROGRAM,
+        num_warps=ADAMW_WARPS,
     )  # fmt: skip
 
 

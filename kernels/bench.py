@@ -36,7 +36,7 @@ from kernels.swiglu import Gated, gated_reference
 from optimizers import adamw_update, dequantize_moment, quantize_moment
 from quant import quantize
 
-SHAPES = {  # hidden, intermediate, heads, key-value heads, head_dim, vocabulary
+BENCH_SHAPES = {  # hidden, intermediate, heads, key-value heads, head_dim, vocabulary
     "rehearsal": (128, 256, 4, 2, 32, 512),  # of no real model: to try the script
     "8b": (4096, 14336, 32, 8, 128, 128256),
     "135m": (576, 1536, 9, 3, 64, 49152),
@@ -389,7 +389,9 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     default_tokens, default_shape = (4096, "8b") if on_gpu else (1024, "135m")
     parser.add_argument("--tokens", type=int, default=default_tokens, help="tokens of the inputs")
-    parser.add_argument("--shape", choices=[*SHAPES], default=default_shape, help="the model whose sizes are used")
+    parser.add_argument(
+        "--shape", choices=[*BENCH_SHAPES], default=default_shape, help="the model whose sizes are used"
+    )
     parser.add_argument("--only", default="", help="measure only the cases whose name contains this")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file as well")
     args = parser.parse_args()
@@ -403,7 +405,7 @@ def main() -> None:
     print(f"{'':20}{''.join(f'{heading:>10}' for heading in headings)}{'error':>9}")
     results = {}
     compiles = can_compile(device)
-    for name, measure in measurements(SHAPES[args.shape], args.tokens, device, dtype, args.only, compiles):
+    for name, measure in measurements(BENCH_SHAPES[args.shape], args.tokens, device, dtype, args.only, compiles):
         results[name] = measure()
         print_result(name, results[name], device)
     if args.json:

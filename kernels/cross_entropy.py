@@ -19,9 +19,9 @@ from kernels.triton_utils import tl, triton, use_triton
 # The size of a chunk of logits. On CPUs it stays under glibc's 32 MB, above which every allocation faults in new pages.
 LOGITS_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
 SOFTMAX_ROWS = 32  # on CPUs the fp32 softmax takes so many rows at a time, which stay in the cache
-BLOCK = 2048  # logits that a program of softmax_kernel takes at a time
-WARPS = 8
-TILE = 128, 256  # rows and columns of a product that one multiprocessor computes at a time
+LOGITS_PER_BLOCK = 2048  # logits that a program of softmax_kernel takes at a time
+LOGITS_WARPS = 8
+PRODUCT_TILE = 128, 256  # rows and columns of a product that one multiprocessor computes at a time
 ALIGNED = 16  # on GPUs, rows of logits are padded to a multiple of 16 numbers: 32 bytes in bf16
 
 
@@ -207,7 +207,7 @@ def rows_of_chunks(tokens: int, vocabulary: int, size: int, itemsize: int, proce
     itemsize: bytes of a logit.
     processors: multiprocessors of the GPU.
     """
-    tile_rows, tile_columns = TILE
+    tile_rows, tile_columns = PRODUCT_TILE
     tiles_in_budget = LOGITS_BYTES["cuda"] // (vocabulary * itemsize) // tile_rows
     tiles_of_tokens = -(-tokens // tile_rows)
     most = min(max(1, tiles_in_budget), tiles_of_tokens) * tile_rows
@@ -262,7 +262,8 @@ def softmax_on_gpu(
     weights_or_any = losses if loss_weights is None else loss_weights  # without weights the kernel does not read them
     softmax_kernel[(len(logits),)](
         logits, target, losses, weights_or_any, logits.stride(0), logits.shape[1], softcap or 1.0,
-        CAPPED=bool(softcap), GRAD=want_grad, WEIGHTED=loss_weights is not None, BLOCK=BLOCK, num_warps=WARPS,
+        CAPPED=bool(softcap), GRAD=want_grad, WEIGHTED=loss_weights is not None, BLOCK=LOGITS_PER_BLOCK,
+        num_warps=LOGITS_WARPS,
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ PROGRAMS = 256
 PARTS = 32
 
 # Bytes of keys that a program multiplies at a time.
-TILE = 8192
+SLOTS_PER_TILE = 8192
 
 
 def decode_attention(
@@ -49,7 +49,7 @@ def decode_attention(
     # Triton's products have at least 16 rows and columns.
     width = max(16, next_power_of_2(d))
     rows = max(16, next_power_of_2(n_rep))
-    tile = max(16, min(64, TILE // (width * q.element_size())))
+    tile = max(16, min(64, SLOTS_PER_TILE // (width * q.element_size())))
     num_parts = max(1, min(PARTS, -(-slots // tile), PROGRAMS // pairs))
     single = num_parts == 1
     out = q.new_empty(B, heads, d)

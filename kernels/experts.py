@@ -30,7 +30,7 @@ from kernels.grouped import (
 from kernels.swiglu import ACTIVATIONS, gated_backward
 from kernels.triton_utils import tl, triton, use_triton
 
-BLOCK = 1024  # numbers of a row that a program of the kernels takes at a time
+COLUMNS_PER_BLOCK = 1024  # numbers of a row that a program of the kernels takes at a time
 
 
 class Routes(NamedTuple):
@@ -105,7 +105,7 @@ class RoutedMLP(torch.autograd.Function):
         pair_weights = weights.new_empty(weights.numel())  # [M], sorted by expert
         pair_weights.scatter_(0, routes.place.flatten(), weights.flatten())
         inner, lows = multiply(x.index_select(0, routes.token), gate_up, routes.groups)  # [M, 2 F]
-        out, lows_down = multiply(gated(inner, pair_weights, activation), down, routes.groups)  # [M, D]
+        out, lows_down = multiply(gated_experts(inner, pair_weights, activation), down, routes.groups)  # [M, D]
         ctx.save_for_backward(x, pair_weights, inner, *routes, *lows, *lows_down, *tensors)
         ctx.activation, ctx.layout = activation, layout
         return sum_rows(out, routes.place)
@@ -139,7 +139,7 @@ class RoutedMLP(torch.autograd.Function):
         return dx, dweights, None, None, None, *dgate_up, *ddown
 
 
-def gated(inner: Tensor, pair_weights: Tensor, activation: str) -> Tensor:
+def gated_experts(inner: Tensor, pair_weights: Tensor, activation: str) -> Tensor:
     """Returns act(gate) * up times the weight of each row, [M, F].
 
     inner: [M, 2 F], the columns of gate and then those of up.
@@ -148,7 +148,7 @@ def gated(inner: Tensor, pair_weights: Tensor, activation: str) -> Tensor:
     if activation == "silu" and use_triton(inner):
         rows, width = inner.shape[0], inner.shape[1] // 2
         out = inner.new_empty(rows, width)
-        gated_kernel[(rows, -(-width // BLOCK))](inner, pair_weights, out, width, BLOCK=BLOCK)
+        gated_kernel[(rows, -(-width // COLUMNS_PER_BLOCK))](inner, pair_weights, out, width, BLOCK=COLUMNS_PER_BLOCK)
         return out
     gate, up = inner.chunk(2, 1)
     return (ACTIVATIONS[activation](gate).mul_(up) * pair_weights[:, None]).to(inner.dtype)
@@ -169,7 +169,7 @@ def gated_backward_with_weights(
         dpair_weights = torch.empty_like(pair_weights)
         hidden = torch.empty_like(grad)
         gated_backward_kernel[(rows,)](
-            grad, inner, pair_weights, dinner, dpair_weights, hidden, width, BLOCK=BLOCK
+            grad, inner, pair_weights, dinner, dpair_weights, hidden, width, BLOCK=COLUMNS_PER_BLOCK
         )  # fmt: skip
         return dinner, dpair_weights, hidden
     gate, up = inner.chunk(2, 1)
@@ -190,7 +190,9 @@ def sum_rows(rows: Tensor, place: Tensor) -> Tensor:
         tokens, active = place.shape
         width = rows.shape[1]
         out = rows.new_empty(tokens, width)
-        sum_rows_kernel[(tokens, -(-width // BLOCK))](rows, place, out, width, ACTIVE=active, BLOCK=BLOCK)
+        sum_rows_kernel[(tokens, -(-width // COLUMNS_PER_BLOCK))](
+            rows, place, out, width, ACTIVE=active, BLOCK=COLUMNS_PER_BLOCK
+        )
         return out
     each = rows.index_select(0, place.flatten()).view(*place.shape, -1)
     return each.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32)).to(rows.dtype)

@@ -6,6 +6,7 @@ calls. So they are used only if the flag asks for them, and only after one train
 the same loss and gradients as with version 2.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -18,7 +19,7 @@ VERSIONS = {"flash3": "FA3", "flash4": "FA4"}
 
 # The largest norm of the gradients' difference, relative to the gradients' norm, in bf16. Rounding
 # alone makes about 1e-2.
-TOLERANCE = 5e-2
+FLASH_TOLERANCE = 5e-2
 
 
 def use(name: str, device: torch.device, step: Callable[[], list[Tensor]]) -> float:
@@ -29,24 +30,24 @@ def use(name: str, device: torch.device, step: Callable[[], list[Tensor]]) -> fl
     step: computes one training step; returns its loss and its gradients.
     Returns the relative difference from version 2, as `difference` computes it.
     Raises UserError if the device is no GPU, if torch finds no such version on this machine, or if
-    the loss or the gradients differ by more than TOLERANCE.
+    the loss or the gradients differ by more than FLASH_TOLERANCE.
     """
     if device.type != "cuda":
         raise UserError(f"--attention {name}: is for GPUs, and this run computes on {device.type}; leave it out")
     before = [x.detach().cpu() for x in step()]
-    activate(name)
+    activate_version(name)
     after = [x.detach().cpu() for x in step()]
     error = difference(before, after)
     # Written so that NaN is refused as well.
-    if not error <= TOLERANCE:
+    if not error <= FLASH_TOLERANCE:
         raise UserError(
             f"--attention {name}: loss or gradients of the first step differ by {error:.1e} from FlashAttention 2's,"
-            f" and rounding makes no more than {TOLERANCE:.0e}; leave --attention out"
+            f" and rounding makes no more than {FLASH_TOLERANCE:.0e}; leave --attention out"
         )
     return error
 
 
-def activate(name: str) -> None:
+def activate_version(name: str) -> None:
     try:
         from torch.nn.attention import activate_flash_attention_impl
 
@@ -73,4 +74,7 @@ def difference(before: list[Tensor], after: list[Tensor]) -> float:
     for old, new in zip(grads_before, grads_after, strict=True):
         squared_difference += float((new.float() - old.float()).square().sum())
         squared_norm += float(old.float().square().sum())
-    return max(loss_difference, (squared_difference / max(squared_norm, 1e-30)) ** 0.5)
+    gradients_difference = (squared_difference / max(squared_norm, 1e-30)) ** 0.5
+    if math.isnan(gradients_difference):  # max() of 0 and NaN is 0
+        return gradients_difference
+    return max(loss_difference, gradients_difference)

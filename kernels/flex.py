@@ -22,17 +22,17 @@ from torch import Tensor
 from kernels.triton_utils import to_device
 
 # Queries in a block, and keys in a block.
-BLOCK = 128
+MASK_BLOCK = 128
 
 # Batches with fewer tokens are not computed here: for tables of one or two blocks, torch would
 # compile a kernel of their own.
-FEWEST_TOKENS = 2 * BLOCK + 1
+FEWEST_TOKENS = 2 * MASK_BLOCK + 1
 
 # The batches that `works` tries: (documents' lengths, window).
 TRIALS = (([200, 57, 300], None), ([130, 900, 70], 100))
 
 # The largest difference that `works` accepts, relative to the largest number: for 16 bits.
-TOLERANCE = 2e-2
+FLEX_TOLERANCE = 2e-2
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, mask) -> Tensor:
@@ -91,7 +91,7 @@ def block_mask(lengths: list[int], window: int | None, device: torch.device):
     partial_blocks, full_blocks = blocks_to_compute(first)
     tables = [*block_table(partial_blocks), *block_table(full_blocks)]
     tables = [to_device(table, device) for table in tables]
-    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=BLOCK, mask_mod=may_attend, seq_lengths=(tokens, tokens))
+    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=MASK_BLOCK, mask_mod=may_attend, seq_lengths=(tokens, tokens))
 
 
 def first_keys(lengths: list[int], window: int | None) -> np.ndarray:
@@ -110,14 +110,14 @@ def blocks_to_compute(first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     only some queries attend to some keys; in a full block all queries attend to all keys. The last
     block counts as partial if it has fewer than BLOCK tokens.
     """
-    starts = np.arange(0, len(first), BLOCK)
-    ends = np.minimum(starts + BLOCK, len(first)) - 1
+    starts = np.arange(0, len(first), MASK_BLOCK)
+    ends = np.minimum(starts + MASK_BLOCK, len(first)) - 1
     query_starts, query_ends = starts[:, None], ends[:, None]
     key_starts, key_ends = starts[None, :], ends[None, :]
     any_pair = (key_ends >= first[starts][:, None]) & (key_starts <= query_ends)
     # The first query of a block attends to the fewest later keys, the last to the fewest earlier.
     all_pairs = (key_ends <= query_starts) & (key_starts >= first[ends][:, None])
-    has_all_tokens = ends - starts == BLOCK - 1
+    has_all_tokens = ends - starts == MASK_BLOCK - 1
     all_pairs &= has_all_tokens[:, None] & has_all_tokens[None, :]
     return any_pair & ~all_pairs, all_pairs
 
@@ -156,7 +156,7 @@ def passes_trial(heads: int, kv_heads: int, head_dim: int, dtype, device: torch.
     except Exception as failure:  # noqa: BLE001 - the compiler's errors are of many kinds, and all mean the same here
         reason = str(failure).strip().partition("\n")[0][:200] or type(failure).__name__
     else:
-        if error <= TOLERANCE:
+        if error <= FLEX_TOLERANCE:
             return True
         reason = f"its numbers differ by {error:.1e}"
     print(

@@ -17,13 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.nf4 import BLOCK as NF4_BLOCK
-from kernels.nf4 import BYTES, FEW, NF4, Frozen, dynamic_codebook, nf4_codebook, nf4_dequantize, scales_of
+from kernels.nf4 import BYTES, FEW, NF4, NF4_BLOCK, Frozen, dynamic_codebook, nf4_codebook, nf4_dequantize, scales_of
 from kernels.triton_utils import next_power_of_2, tl, triton, use_triton
 
 ALIGNMENT = 8  # a grouped product wants rows of a multiple of 16 bytes, which are 8 numbers in bf16
 MOST_GROUPS = 1023  # the largest number of groups of one grouped product
-ROWS, COLUMNS = 64, 64  # the size of a tile of add_low_rank_kernel
+TILE_ROWS, TILE_COLUMNS = 64, 64  # the size of a tile of add_low_rank_kernel
 # The largest rank that add_low_rank_kernel takes, since shared memory holds a tile of so many columns. With a larger
 # rank the whole update is computed first and then added.
 MOST_RANKS = 64
@@ -365,10 +364,10 @@ def add_low_rank(out: Tensor, low: Tensor, matrices: Tensor, scale: float, rows:
         return
     count, width = out.shape
     ranks = low.shape[1]
-    add_low_rank_kernel[(-(-count // ROWS), -(-width // COLUMNS))](
+    add_low_rank_kernel[(-(-count // TILE_ROWS), -(-width // TILE_COLUMNS))](
         out, low, matrices, rows.expert, count, width, ranks, scale,
         out.stride(0), low.stride(0), *matrices.stride(),
-        RANKS=max(16, next_power_of_2(ranks)), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8,
+        RANKS=max(16, next_power_of_2(ranks)), ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, num_warps=8,
     )  # fmt: skip
 
 
@@ -499,7 +498,7 @@ def padded(tensors: list[Tensor | None], size: int, axis: int, dtype: torch.dtyp
 def dequantize(product: Product, dtype: torch.dtype) -> Tensor:
     """Returns the matrices [E * linears, out, in] of a product in NF4; on GPUs in one launch where they are `joint`."""
     if product.joint and use_triton(product.matrices[0]):
-        return dequantize_on_gpu(NF4(*product.matrices), dtype)
+        return dequantize_experts_on_gpu(NF4(*product.matrices), dtype)
     if product.joint:
         count = len(product.matrices[0])
         separate = zip(*([None] * count if t is None else t for t in product.matrices), strict=True)
@@ -509,13 +508,13 @@ def dequantize(product: Product, dtype: torch.dtype) -> Tensor:
     return torch.stack([nf4_dequantize(NF4(*matrix), dtype) for matrix in separate])
 
 
-def dequantize_on_gpu(parts: NF4, dtype: torch.dtype) -> Tensor:
+def dequantize_experts_on_gpu(parts: NF4, dtype: torch.dtype) -> Tensor:
     """Returns several matrices, [n, out, in] in dtype. parts: their NF4 with tensors [n, ...], each contiguous."""
     number, out, bytes_per_row = parts.packed.shape
     weights = torch.empty(number, out, 2 * bytes_per_row, dtype=dtype, device=parts.packed.device)
     count = out * bytes_per_row
     tables, nested_count = kernel_tables(parts, weights.device)
-    dequantize_kernel[(-(-count // BYTES), number)](
+    dequantize_experts_kernel[(-(-count // BYTES), number)](
         parts.packed, *tables, weights, count, nested_count,
         DOUBLE=parts.nested is not None, BYTES=BYTES, PER_BLOCK=NF4_BLOCK // 2, enable_fp_fusion=False,
     )  # fmt: skip
@@ -585,7 +584,7 @@ def multiply_few_kernel(
 
 
 @triton.jit
-def dequantize_kernel(
+def dequantize_experts_kernel(
     packed, absmax, code, nested, offset, numbers, out, count, nested_count,
     DOUBLE: tl.constexpr, BYTES: tl.constexpr, PER_BLOCK: tl.constexpr,
 ):  # fmt: skip

@@ -21,17 +21,17 @@ from torch import Tensor
 
 from kernels.triton_utils import next_power_of_2, tl, triton, use_triton
 
-BLOCK = 64  # values that share one absmax
+NF4_BLOCK = 64  # values that share one absmax
 NESTED_BLOCK = 256  # values of absmax that share one scale, with double quantisation
 # A program of dequantize_kernel reads 4,096 bytes with 8 warps, which is 16 bytes a thread.
 BYTES = 4096
-WARPS = 8
+NF4_WARPS = 8
 # For up to FEW rows of x, a GPU multiplies while it dequantises. Writing the whole matrix first moves 4.5 bytes a
 # weight (0.5 read, 2 written, 2 read). The fused product moves 0.5, but it computes without tensor cores: for 8 rows
 # some 40 instructions a weight, in which time an H100 moves between 4 and 5 bytes.
 FEW = 8
 # The rows of x that one program of multiply_kernel takes. More would need more registers than there are.
-ROWS = 4
+ROWS_PER_PROGRAM = 4
 # The quantiles of the normal distribution, as the paper's appendix E lists them.
 CODE = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -126,7 +126,7 @@ def block_scales(frozen: NF4) -> Tensor:
 def nf4_dequantize(frozen: NF4, dtype: torch.dtype) -> Tensor:
     """Returns the matrix [out, in] in dtype. On CPUs four numbers are looked up at a time, for speed."""
     if use_triton(frozen.packed):
-        return dequantize_on_gpu(frozen, dtype)
+        return dequantize_nf4_on_gpu(frozen, dtype)
     out = frozen.packed.shape[0]
     scales = block_scales(frozen)
     byte_pairs = frozen.packed.contiguous().view(torch.uint16).flatten().int()
@@ -204,7 +204,7 @@ def dequantize_tables(frozen: NF4) -> tuple[Tensor, ...]:
     return frozen.absmax.contiguous(), nf4_codebook(device), nested, offset, dynamic_codebook(device)
 
 
-def dequantize_on_gpu(frozen: NF4, dtype: torch.dtype) -> Tensor:
+def dequantize_nf4_on_gpu(frozen: NF4, dtype: torch.dtype) -> Tensor:
     """Returns the matrix [out, in] in dtype, by one launch of dequantize_kernel."""
     packed = frozen.packed.contiguous()
     out, bytes_per_row = packed.shape
@@ -212,10 +212,10 @@ def dequantize_on_gpu(frozen: NF4, dtype: torch.dtype) -> Tensor:
     bytes_per_block = bytes_per_row // frozen.absmax.shape[1]
     num_blocks = frozen.absmax.numel()
     programs = -(-packed.numel() // BYTES)
-    dequantize_kernel[(programs,)](
+    dequantize_nf4_kernel[(programs,)](
         packed, *dequantize_tables(frozen), weight, num_blocks,
         DOUBLE=frozen.nested is not None, BLOCKS=BYTES // bytes_per_block, PER_BLOCK=bytes_per_block,
-        num_warps=WARPS, enable_fp_fusion=False,
+        num_warps=NF4_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return weight
 
@@ -227,7 +227,7 @@ def multiply_on_gpu(x: Tensor, frozen: NF4, bias: Tensor | None) -> Tensor:
     out = frozen.packed.shape[0]
     result = x.new_empty(rows, out)
     words = frozen.packed.contiguous().view(torch.int32)
-    rows_per_program = min(ROWS, next_power_of_2(rows))
+    rows_per_program = min(ROWS_PER_PROGRAM, next_power_of_2(rows))
     columns_per_program = 4 if rows == 1 else 2
     threads = min(128, max(32, next_power_of_2(size // 32)))  # each takes 32 numbers at a time
     bias_or_any = result if bias is None else bias  # without a bias the kernel does not read it
@@ -254,7 +254,7 @@ def scales_of(absmax, nested, offset, numbers, block, inside, DOUBLE: tl.constex
 
 
 @triton.jit
-def dequantize_kernel(
+def dequantize_nf4_kernel(
     packed, absmax, code, nested, offset, numbers, out, count,
     DOUBLE: tl.constexpr, BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr,
 ):  # fmt: skip

@@ -14,14 +14,16 @@ from torch import Tensor
 
 # oneDNN chooses a layout by the number of rows of the input. The one for 512 rows is best for prompts, and as good as
 # any other for decoding steps.
-ROWS = 512
-LARGEST = 2 << 30  # bytes of the largest model whose weights are packed: the packed copy takes as much memory again
+MAX_PACKED_ROWS = 512
+MAX_PACKED_BYTES = (
+    2 << 30
+)  # bytes of the largest model whose weights are packed: the packed copy takes as much memory again
 
 
 def can_pack(weight: Tensor, total: int) -> bool:
     """True if oneDNN can pack this weight, of a model whose weights take `total` bytes."""
     is_available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and is_available and total <= LARGEST
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and is_available and total <= MAX_PACKED_BYTES
 
 
 def can_join(size: int, device: torch.device) -> bool:
@@ -32,9 +34,9 @@ def can_join(size: int, device: torch.device) -> bool:
     return free_bytes >= 2 * size
 
 
-def pack(weight: Tensor) -> Tensor:
+def pack_weight(weight: Tensor) -> Tensor:
     """Returns an opaque tensor for `packed_linear`. weight: bf16 [out, in]."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), MAX_PACKED_ROWS)
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from kernels.triton_utils import next_power_of_2, tl, triton, use_triton
 LONG = 8192
 
 # Columns of longer rows that a program then takes.
-COLUMNS = 1024
+NORM_COLUMNS = 1024
 
 # Warps that run on a multiprocessor at a time: its registers are enough for so many, with 64
 # registers a thread.
@@ -45,7 +45,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
         if not offset and weight.dtype == x.dtype:
             return F.rms_norm(x, weight.shape, weight, eps)
         return normalize(x, weight, eps, offset)[0]
-    return RMSNorm.apply(x, weight, eps, offset)
+    return RMSNormFunction.apply(x, weight, eps, offset)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -54,7 +54,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float = 0.
     return (normal * (weight.float() + offset)).to(x.dtype)
 
 
-class RMSNorm(torch.autograd.Function):
+class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, offset):
         out, scale = normalize(x, weight, eps, offset)
@@ -161,7 +161,7 @@ def normalize_on_gpu(
         added = added.contiguous()
         total = torch.empty_like(numbers)
     rows = scale.numel()
-    forward_kernel[(triton.cdiv(rows, shape["ROWS"]),)](
+    norm_forward_kernel[(triton.cdiv(rows, shape["ROWS"]),)](
         numbers, added, weight, total, out, scale, rows, width, eps, offset, ADD=added is not None, **shape
     )
     return total, out, scale
@@ -196,18 +196,18 @@ def backward_on_gpu(
         programs = min(programs, programs_at_once(x.device, shape["num_warps"]))
         sums = x.new_empty(programs, width, dtype=torch.float32)
     dx = torch.empty_like(x)
-    backward_kernel[(programs,)](
+    norm_backward_kernel[(programs,)](
         grad, residual, x, weight, scale, dx, sums, rows, width, offset,
         RESIDUAL=residual is not None, TRAINED=sums is not None, LATE=width > LONG, **shape,
     )  # fmt: skip
     if not trained:
         return dx, None
     if width > LONG:
-        column_blocks = triton.cdiv(width, COLUMNS)
+        column_blocks = triton.cdiv(width, NORM_COLUMNS)
         row_blocks = max(1, programs_at_once(x.device, 4) // column_blocks)
         sums = x.new_empty(row_blocks, width, dtype=torch.float32)
         grid = (row_blocks, column_blocks)
-        weight_kernel[grid](grad, x, scale, sums, rows, width, BLOCK=COLUMNS, num_warps=4)
+        weight_kernel[grid](grad, x, scale, sums, rows, width, BLOCK=NORM_COLUMNS, num_warps=4)
     return dx, sums.sum(0).to(weight.dtype)
 
 
@@ -238,7 +238,7 @@ def programs_at_once(device: torch.device, warps: int) -> int:
 
 
 @triton.jit
-def forward_kernel(
+def norm_forward_kernel(
     x, added, weight, total, out, scales, rows, width, eps, offset,
     ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -262,7 +262,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def norm_backward_kernel(
     grad, residual, x, weight, scales, dx, sums, rows, width, offset,
     RESIDUAL: tl.constexpr, TRAINED: tl.constexpr, LATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

@@ -112,7 +112,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return rope_reference(x, cos, sin)
     if not torch.is_grad_enabled():
         return rotate(x, cos, sin)
-    return Rope.apply(cos, sin, x)[0]
+    return RopeFunction.apply(cos, sin, x)[0]
 
 
 def rope_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ def rope_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
         return rope_reference(q, cos, sin), rope_reference(k, cos, sin)
     if not torch.is_grad_enabled():
         return rotate_qk(q, k, cos, sin)
-    return Rope.apply(cos, sin, q, k)
+    return RopeFunction.apply(cos, sin, q, k)
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), -1)
 
 
-class Rope(torch.autograd.Function):
+class RopeFunction(torch.autograd.Function):
     """Rotates one tensor (`rope`) or two (`rope_qk`) by the same angles."""
 
     @staticmethod

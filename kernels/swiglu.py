@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.triton_utils import tl, triton, use_triton
 
-BLOCK = 1024
+GATE_BLOCK = 1024
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
 
 
@@ -29,8 +29,8 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """
     if use_triton(gate):
         out = torch.empty_like(gate, memory_format=torch.contiguous_format)
-        forward_kernel[grid(gate)](
-            gate, up, out, gate.shape[1], gate.stride(0), up.stride(0), ACTIVATION=activation, BLOCK=BLOCK
+        gate_forward_kernel[grid(gate)](
+            gate, up, out, gate.shape[1], gate.stride(0), up.stride(0), ACTIVATION=activation, BLOCK=GATE_BLOCK
         )
         return out
     return ACTIVATIONS[activation](gate).mul_(up)
@@ -70,9 +70,9 @@ def gated_backward(
     if use_triton(gate):
         dgate = torch.empty_like(grad)
         out = torch.empty_like(grad) if product else None
-        backward_kernel[grid(gate)](
+        gate_backward_kernel[grid(gate)](
             grad, gate, up, dgate, out if product else grad, gate.shape[1], gate.stride(0), up.stride(0),
-            PRODUCT=product, ACTIVATION=activation, BLOCK=BLOCK,
+            PRODUCT=product, ACTIVATION=activation, BLOCK=GATE_BLOCK,
         )  # fmt: skip
         return dgate, grad, out
     out = gated(gate, up, activation) if product else None
@@ -89,14 +89,14 @@ def gated_backward(
 
 
 def grid(x: Tensor) -> tuple[int, int]:
-    return x.shape[0], -(-x.shape[1] // BLOCK)
+    return x.shape[0], -(-x.shape[1] // GATE_BLOCK)
 
 
 # ---- GPUs: a program computes BLOCK numbers of one token ----
 
 
 @triton.jit
-def activate(g, ACTIVATION: tl.constexpr):
+def activate_in_kernel(g, ACTIVATION: tl.constexpr):
     """Returns act(g) and its derivative, both fp32. If one of them is not used, it costs nothing."""
     if ACTIVATION == "silu":
         s = tl.sigmoid(g)
@@ -121,18 +121,18 @@ def activate(g, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(gate, up, out, width, gate_row, up_row, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+def gate_forward_kernel(gate, up, out, width, gate_row, up_row, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
     g = tl.load(gate + row * gate_row + at, inside, 0.0).to(tl.float32)
     u = tl.load(up + row * up_row + at, inside, 0.0).to(tl.float32)
-    value, _ = activate(g, ACTIVATION)
+    value, _ = activate_in_kernel(g, ACTIVATION)
     tl.store(out + row * width + at, value * u, inside)
 
 
 @triton.jit
-def backward_kernel(
+def gate_backward_kernel(
     grad, gate, up, dgate, product, width, gate_row, up_row,
     PRODUCT: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -143,7 +143,7 @@ def backward_kernel(
     d = tl.load(grad + row * width + at, inside, 0.0).to(tl.float32)
     g = tl.load(gate + row * gate_row + at, inside, 0.0).to(tl.float32)
     u = tl.load(up + row * up_row + at, inside, 0.0).to(tl.float32)
-    value, slope = activate(g, ACTIVATION)
+    value, slope = activate_in_kernel(g, ACTIVATION)
     tl.store(dgate + row * width + at, d * u * slope, inside)
     tl.store(grad + row * width + at, d * value, inside)
     if PRODUCT:

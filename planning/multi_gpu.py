@@ -140,9 +140,7 @@ def print_multi_gpu_plan(
         f"GB a GPU; {batch} x {accumulate} rows of {seq_len:,} tokens a step and GPU, bf16. kept: by blocks for their"
     )
     print(f"backward; inside, across: received in a step {where};")
-    print(
-        f"computed at {EFFICIENCY:.0%} of {FLOPS / 1e12:.0f} TFLOP/s. The fastest --shard and --activation-checkpointing"
-    )
+    print(f"computed at {EFFICIENCY:.0%} of {FLOPS / 1e12:.0f} TFLOP/s. The fastest --shard and checkpointing")
     print(
         f"that fit {room / 1e9:.0f} of {MEMORY / 1e9:.0f} GB (!: none does); planning/multi_gpu.py has the arithmetic"
     )
@@ -170,7 +168,7 @@ def best_row(model: Transformer, recipe: Recipe, gpus: int, workload: Workload, 
     return min(found)[1]
 
 
-def suggest_savings(
+def describe_savings(
     config: Config,
     recipe: Recipe,
     layout: Layout,

@@ -107,4 +107,4 @@ def suggest_savings(flags: Flags, config: Config, workload: Workload, device: to
     """For a run that had too little memory: what was expected to be where, and the three flags that help most."""
     recipe, layout = recipe_and_layout(flags)
     shape = flags.batch_size, flags.accumulate, flags.seq_len
-    return multi_gpu.suggest_savings(config, recipe, layout, workload, shape, device, dtype, adapter_of(flags))
+    return multi_gpu.describe_savings(config, recipe, layout, workload, shape, device, dtype, adapter_of(flags))

@@ -565,7 +565,7 @@ def test_a_file_is_converted_once(small_file, cache, monkeypatch, capsys, tmp_pa
         patch.setattr(resolve, "gguf_to_folder", lambda *_: pytest.fail("converted again"))
         assert resolve.model_folder(str(small_file)) == resolve.model_folder(tmp_path / "same bytes.gguf") == folder
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(resolve, "FORMAT", resolve.FORMAT + 1)
+    monkeypatch.setattr(resolve, "GGUF_CACHE_FORMAT", resolve.GGUF_CACHE_FORMAT + 1)
     assert resolve.model_folder(small_file) != folder
 
 

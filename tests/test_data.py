@@ -278,7 +278,7 @@ def test_several_processes_give_what_one_gives(tmp_path, tokenizer, cache, monke
     file, results = written(tmp_path, records), []
     for alone in (0, 1 << 40):
         monkeypatch.setattr(tokenize_pool, "ALONE", alone)
-        monkeypatch.setattr(rows, "FORMAT", f"test {alone}")
+        monkeypatch.setattr(rows, "ROWS_FORMAT", f"test {alone}")
         results.append(tokenized_rows(open_source(file), tokenizer))
     for name in ("ids", *rows.ARRAYS):
         assert np.array_equal(getattr(results[0], name), getattr(results[1], name)), name

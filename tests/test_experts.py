@@ -303,7 +303,7 @@ def test_a_text_is_the_same(folder, grouped, monkeypatch, quant):
     assert adapted == merged != plain
 
 
-@pytest.mark.parametrize("kind", activation_checkpointing.KINDS[1:])
+@pytest.mark.parametrize("kind", activation_checkpointing.CHECKPOINTING_KINDS[1:])
 def test_recomputed_blocks(folder, grouped, kind):
     found = []
     for each in ("none", kind):
@@ -339,8 +339,8 @@ def triton_too(monkeypatch):
     asked = []
     for module in (experts, kernel):
         monkeypatch.setattr(module, "use_triton", lambda x: asked.append(x) or True)
-    monkeypatch.setattr(experts, "BLOCK", 32)
-    for name, size in {"ROWS": 16, "COLUMNS": 32, "BYTES": 512}.items():
+    monkeypatch.setattr(experts, "COLUMNS_PER_BLOCK", 32)
+    for name, size in {"TILE_ROWS": 16, "TILE_COLUMNS": 32, "BYTES": 512}.items():
         monkeypatch.setattr(kernel, name, size)
     yield
     assert asked
@@ -362,8 +362,8 @@ def test_triton_dequantises_all_experts_in_one_launch(triton_too, monkeypatch, d
     torch.manual_seed(0)
     separate = [quantize(weight, double) for weight in torch.randn(6, 48, 192)]
     wanted = torch.stack([nf4_dequantize_reference(nf4, torch.float32) for nf4 in separate])
-    launched, launch = [], kernel.dequantize_on_gpu
-    monkeypatch.setattr(kernel, "dequantize_on_gpu", lambda *args: launched.append(args) or launch(*args))
+    launched, launch = [], kernel.dequantize_experts_on_gpu
+    monkeypatch.setattr(kernel, "dequantize_experts_on_gpu", lambda *args: launched.append(args) or launch(*args))
     together = [kernel.NF4(*(None if t is None else nn.Parameter(t, False) for t in nf4)) for nf4 in separate]
     for column in zip(*together, strict=True):
         kernel.make_contiguous(column)

@@ -21,7 +21,7 @@ from torch import nn
 import decoding
 import lora
 from checkpoint import hf_name, load_model, save_model, transposed
-from families import FAMILIES, Config, Rope
+from families import FAMILIES, Config, RopeConfig
 
 SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 4}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
@@ -102,7 +102,7 @@ def plain_rope(model):
 def whole_rope(model):
     rope = model.config.ropes[0]
     assert rope.dim < model.config.head_dim
-    model.config = dataclasses.replace(model.config, ropes=(Rope(rope.theta, model.config.head_dim, None),))
+    model.config = dataclasses.replace(model.config, ropes=(RopeConfig(rope.theta, model.config.head_dim, None),))
 
 
 def experts(**changes):

@@ -219,7 +219,7 @@ def test_an_adapter_that_does_not_fit_is_refused(base, adapter, tmp_path):
     for call in (
         lambda: convert.folder_to_gguf(tmp_path / "hf", tmp_path / "x.gguf", adapter=adapter[0]),
         lambda: convert.adapter_to_gguf(adapter[0], tmp_path / "x.gguf", tmp_path / "hf"),
-        lambda: convert.merge(tmp_path / "hf", adapter[0], tmp_path / "merged"),
+        lambda: convert.merge_folder(tmp_path / "hf", adapter[0], tmp_path / "merged"),
     ):
         assert "not used by its configuration" in refusal(call)
     assert "no such folder" in refusal(convert.adapter_to_gguf, tmp_path / "no", tmp_path / "x.gguf", base)
@@ -240,11 +240,11 @@ def test_a_merged_folder_has_pefts_logits_in_transformers(base, adapter, tmp_pat
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template.startswith("trained with")
-    assert "exists already" in refusal(convert.merge, base, adapter[0], tmp_path / "merged")
+    assert "exists already" in refusal(convert.merge_folder, base, adapter[0], tmp_path / "merged")
 
 
 def test_merging_rounds_once_to_the_dtype_that_is_asked_for(base, adapter, tmp_path, monkeypatch, capsys):
-    convert.merge(base, adapter[0], tmp_path / "exact")
+    convert.merge_folder(base, adapter[0], tmp_path / "exact")
     words = ("merge", base, adapter[0], tmp_path / "half", "--dtype", "bf16")
     out, _, _ = command(convert, monkeypatch, capsys, *words)
     assert 0.1 < float(out.splitlines()[-1].split()[-5]) < 50  # per cent of the update that bf16 has no room for

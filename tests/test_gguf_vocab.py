@@ -129,7 +129,7 @@ def test_every_token_keeps_its_text_and_kind_and_rows_without_one_are_unused(tmp
     assert (found["tokenizer.ggml.add_bos_token"], found["tokenizer.ggml.add_eos_token"]) == (False, False)
 
 
-@pytest.mark.parametrize("pre", gguf_vocab.WORDS)
+@pytest.mark.parametrize("pre", gguf_vocab.WORD_SPLITTERS)
 def test_each_name_of_a_split_goes_in_and_comes_out_under_one_that_means_the_same(pre, tmp_path):
     file = write_gguf(tmp_path / "x.gguf", llama(), fields={"tokenizer.ggml.pre": pre})
     convert.gguf_to_folder(file, tmp_path / "in")
@@ -139,7 +139,7 @@ def test_each_name_of_a_split_goes_in_and_comes_out_under_one_that_means_the_sam
         assert ours.encode(text, special=True) == library.encode(text, add_special_tokens=False).ids
     found = fields(tmp_path / "in", tmp_path, name="y.gguf")["tokenizer.ggml.pre"]
     assert found == {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}.get(pre, pre)
-    assert gguf_vocab.WORDS[found] == gguf_vocab.WORDS[pre]
+    assert gguf_vocab.WORD_SPLITTERS[found] == gguf_vocab.WORD_SPLITTERS[pre]
 
 
 @pytest.mark.parametrize("pre", ["llama-bpe", "qwen2", "tekken", "dbrx", "gpt-4o"])

@@ -16,7 +16,7 @@ from data import batches_of_rows, collate, load
 from dataset import sampler as order
 from dataset import token_cache as rows
 from dataset.examples import Example
-from dataset.sampler import Sampler, allocate_samples, epoch_order, pack
+from dataset.sampler import Sampler, allocate_samples, epoch_order, pack_rows
 from interop.resolve import model_folder
 from model import Config, Transformer
 from objectives import Losses, StepTotals, supervised_loss, token_losses
@@ -65,7 +65,7 @@ def test_an_epoch_draws_each_example_once_and_no_step_mixes_epochs():
 )
 def test_the_order_is_one_for_all_processes_and_accumulations(sizes, weights, seq_len, seed, window):
     """The steps of 1, 2 and 3 processes, each with its slice of the rows, put together again."""
-    order.WINDOW = window
+    order.WINDOW_SAMPLES = window
     try:
         draws = allocate_samples(sizes, weights[: len(sizes)])
         lengths = np.arange(sum(sizes)) * 7 % 50 + 1
@@ -84,12 +84,12 @@ def test_the_order_is_one_for_all_processes_and_accumulations(sizes, weights, se
         drawn = Counter(np.searchsorted(edges, flat(steps), side="right") - 1)
         assert [drawn[s] for s in range(len(sizes))] == draws
     finally:
-        order.WINDOW = 4096
+        order.WINDOW_SAMPLES = 4096
 
 
 def test_a_position_is_three_numbers_and_the_rest_follows(monkeypatch):
     """Wherever a run stops, one that begins there goes on alike; mixing and packing included."""
-    monkeypatch.setattr(order, "WINDOW", 64)
+    monkeypatch.setattr(order, "WINDOW_SAMPLES", 64)
     lengths = np.arange(500) * 13 % 97 + 3
     for seq_len in (None, 128):
         stream = Sampler(lengths, [400, 100], allocate_samples([400, 100], [1, 2]), 3, seq_len)
@@ -142,11 +142,11 @@ def test_a_source_gives_all_its_examples_before_any_comes_again():
 def test_rows_are_full_and_nothing_is_lost():
     draw = np.random.default_rng(0)
     lengths = draw.integers(1, 700, 3000).tolist()
-    packed = pack(lengths, 2048)
+    packed = pack_rows(lengths, 2048)
     assert sorted(i for row in packed for i in row) == list(range(3000))
     totals = [sum(lengths[i] for i in row) for row in packed]
     assert max(totals) <= 2048 and sum(totals) / (len(packed) * 2048) > 0.995
-    assert pack([], 5) == [] and pack([5, 5], 5) == [[0], [1]]
+    assert pack_rows([], 5) == [] and pack_rows([5, 5], 5) == [[0], [1]]
 
 
 def test_an_epoch_of_a_tiny_source_takes_no_square():

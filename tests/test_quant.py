@@ -265,7 +265,7 @@ def test_merging_into_four_bits_leaves_them_and_comes_back_exactly(tmp_path):
     lora.remove_lora(model)
     save_model(model, tmp_path / "4bit")
     said = []
-    convert.merge(tmp_path / "4bit", tmp_path / "adapter", tmp_path / "merged", torch.float32, said.append)
+    convert.merge_folder(tmp_path / "4bit", tmp_path / "adapter", tmp_path / "merged", torch.float32, said.append)
     assert said[0].startswith(f"NOTE: {tmp_path / '4bit'} is in NF4") and "rounding lost" in said[-1]
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
     with torch.no_grad():
@@ -334,7 +334,7 @@ def test_four_bits_are_not_trained_themselves(job, monkeypatch, capsys):
 
 
 NAME = "model.layers.0.mlp.up_proj.weight"
-STATE = f"{NAME}.{quant.STATE}"
+STATE = f"{NAME}.{quant.QUANT_STATE}"
 
 
 def change_state(found: dict, **changes) -> None:

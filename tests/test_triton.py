@@ -111,7 +111,7 @@ def test_add_rms_norm(few_programs, dtype, tolerance, shape, offset, trained, ad
 
 def test_a_long_rows_weight_is_trained_by_columns(few_programs, monkeypatch):
     monkeypatch.setattr(rms_norm, "LONG", 100)
-    monkeypatch.setattr(rms_norm, "COLUMNS", 64)
+    monkeypatch.setattr(rms_norm, "NORM_COLUMNS", 64)
     inputs = there(random(7, 150, dtype=torch.float32), random(150, dtype=torch.float32))
     compare(lambda x, w: rms_norm.rms_norm(x, w, 1e-5), lambda x, w: wide_norm(x, w, 0.0), inputs, 5e-6)
 
@@ -218,7 +218,7 @@ def test_linears_behind_a_gate(dtype, tolerance, activation, trained):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_linear_cross_entropy(monkeypatch, dtype, tolerance, rows, vocabulary, softcap, weighted):
     monkeypatch.setitem(cross_entropy.LOGITS_BYTES, "cuda", 2 * vocabulary * 4)  # several chunks, one ragged
-    monkeypatch.setattr(cross_entropy, "TILE", (2, 4))
+    monkeypatch.setattr(cross_entropy, "PRODUCT_TILE", (2, 4))
     hidden, weight = there(random(rows, 24, dtype=dtype), random(vocabulary, 24, dtype=torch.float32, seed=1))
     targets = torch.randint(0, vocabulary, (rows,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
     loss_weights = torch.rand(rows, generator=torch.Generator().manual_seed(3)).to(DEVICE) if weighted else None
@@ -298,7 +298,7 @@ def test_nf4_bit_for_bit(double, dtype, shape):
 @pytest.mark.parametrize("out, size", [(70, 192), (5, 4224)])  # rows of W of several steps, the last one short
 def test_nf4_multiplies_while_it_dequantises(monkeypatch, double, dtype, tolerance, rows, bias, out, size):
     made = []
-    monkeypatch.setattr(nf4, "nf4_dequantize", lambda *x: made.append(x) or nf4.dequantize_on_gpu(*x))
+    monkeypatch.setattr(nf4, "nf4_dequantize", lambda *x: made.append(x) or nf4.dequantize_nf4_on_gpu(*x))
     frozen = quantize(random(out, size, dtype=torch.float32, grad=False).to(DEVICE), double)
     x, b = there(random(rows, size, dtype=dtype, grad=False), random(out, dtype=dtype, grad=False))
     with torch.no_grad():
@@ -322,7 +322,7 @@ def test_adapters_of_few_rows_without_gradients(monkeypatch, rows, kind):
     """As a text is written: a matrix in NF4 is made whole for many rows alone."""
     calls.append("a plain matrix has no kernel")
     made = []
-    monkeypatch.setattr(nf4, "nf4_dequantize", lambda *x: made.append(x) or nf4.dequantize_on_gpu(*x))
+    monkeypatch.setattr(nf4, "nf4_dequantize", lambda *x: made.append(x) or nf4.dequantize_nf4_on_gpu(*x))
     x, *rest = there(*(random(*size, dtype=torch.float32) for size in ((rows, 128), (4, 128), (72, 4), (4, 128))))
     W, bias, B = there(*(random(*size, dtype=torch.float32, grad=False) for size in ((72, 128), (72,), (64, 4))))
     V = random(64, 128, dtype=torch.float32, grad=False, seed=5).to(DEVICE)
@@ -537,9 +537,9 @@ def test_a_model_with_every_kernel_is_the_model(tmp_path, monkeypatch, shape, me
     assert all(relative(grads[name], wanted[name]) < 2e-5 for name in grads)
 
 
-@pytest.mark.parametrize("kind", activation_checkpointing.KINDS[1:])
+@pytest.mark.parametrize("kind", activation_checkpointing.CHECKPOINTING_KINDS[1:])
 def test_blocks_that_hand_sums_over_are_computed_again(tmp_path, kind):
-    """Every --activation-checkpointing, with the kernels: a sum that is left to the next block is made before that is computed again."""
+    """With the kernels: a sum that is left to the next block is made before that is computed again."""
     llama(tmp_path, std=0.1, intermediate_size=128, num_key_value_heads=2)
 
     def run(kind):
@@ -614,7 +614,7 @@ def test_decoding_attends_to_what_the_cache_holds(
     starts = torch.tensor([0, 3, max(0, filled - 70)])
     if filled >= slots and window is None:
         slots = 200
-    monkeypatch.setattr("kernels.decode_attention.TILE", 1)
+    monkeypatch.setattr("kernels.decode_attention.SLOTS_PER_TILE", 1)
     monkeypatch.setattr("kernels.decode_attention.PROGRAMS", programs)
     q, k, v = (
         random(lines, n, size, dtype=dtype, seed=i, grad=False) for i, n in enumerate((heads, kv_heads, kv_heads))

@@ -40,7 +40,7 @@ from flags import FORMER_NAMES, OPTIONS, PER_LAUNCH, Flags, as_dict, dashed
 from optimizers import dequantize_moment, quantize_moment
 from training.state import TrainState
 
-FOLDER, STATE, MANIFEST, LATEST = "checkpoints", "state.json", "manifest.json", "latest"
+FOLDER, STATE_FILE, MANIFEST, LATEST = "checkpoints", "state.json", "manifest.json", "latest"
 LEFTOVER = re.compile(
     r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-\d+"
 )  # of files.atomic_folder, in a process that died
@@ -177,7 +177,7 @@ class CheckpointWriter:
     def __init__(self, out: Path, keep: int, asynchronous: bool, print_fn: Callable[[str], None]):
         self.folder, self.keep, self.print_fn = out / FOLDER, keep, print_fn
         self.thread, self.newest, self.failed, self.broken = None, None, None, None
-        # A group of its own: its messages must not mix with those of the training, which another thread sends meanwhile.
+        # A group of its own, since its messages must not mix with those of the training, which another thread sends.
         own_group = asynchronous and distributed.world_size() > 1
         self.asynchronous, self.group = asynchronous, distributed.new_group(backend="gloo") if own_group else None
 
@@ -221,8 +221,8 @@ class CheckpointWriter:
                 if tmp:
                     if lacking := sorted(name for name in hashes if not (tmp / name).is_file()):
                         raise OSError(0, f"{lacking[0]} is missing, not all machines see this folder", str(tmp))
-                    write_json(state, tmp / STATE)
-                    write_json(hashes | {STATE: file_sha256(tmp / STATE)}, tmp / MANIFEST)
+                    write_json(state, tmp / STATE_FILE)
+                    write_json(hashes | {STATE_FILE: file_sha256(tmp / STATE_FILE)}, tmp / MANIFEST)
             self.newest = name
             if is_rank0():
                 with contextlib.suppress(OSError):  # the older one it leads to is whole as well
@@ -234,7 +234,7 @@ class CheckpointWriter:
     def prune(self, step: int) -> None:
         """Keeps the newest ones and the one with the lowest validation loss."""
         there = [path for path in list_checkpoints(self.folder) if step_of(path) <= step]
-        losses = {path: validation_loss(path) for path in there}
+        losses = {path: stored_validation_loss(path) for path in there}
         validated = [path for path in there if losses[path] is not None]
         best = min(validated, key=losses.get, default=None)
         for path in there[: -self.keep]:
@@ -250,9 +250,9 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(tmp, ignore_errors=True)
 
 
-def validation_loss(folder: Path) -> float | None:
+def stored_validation_loss(folder: Path) -> float | None:
     with contextlib.suppress(UserError, OSError):  # a damaged one has none
-        return read_json(folder / STATE).get("val_loss")
+        return read_json(folder / STATE_FILE).get("val_loss")
 
 
 def copy_to_host(tensor: Tensor) -> Tensor:
@@ -345,7 +345,7 @@ def newest_checkpoint(out: Path) -> Checkpoint | None:
     for folder in reversed(list_checkpoints(out / FOLDER)):
         fault = find_corruption(folder)
         if fault is None:
-            return Checkpoint(folder, read_json(folder / STATE), notes)
+            return Checkpoint(folder, read_json(folder / STATE_FILE), notes)
         notes.append(f"{fault}; the checkpoint before it is taken")
     if notes:
         raise UserError(f"{out / FOLDER}: no checkpoint is whole ({notes[0].partition(';')[0]})")
@@ -358,8 +358,8 @@ def find_corruption(folder: Path) -> str | None:
         manifest = read_json(folder / MANIFEST)
     except (UserError, OSError) as error:
         return str(error)
-    if STATE not in manifest:
-        return f"{folder / MANIFEST}: names no {STATE}"
+    if STATE_FILE not in manifest:
+        return f"{folder / MANIFEST}: names no {STATE_FILE}"
     if strange := sorted(file.name for file in folder.glob("*.safetensors") if file.name not in manifest):
         return f"{folder / strange[0]}: is not in the manifest"
     for name, wanted in manifest.items():

@@ -69,7 +69,7 @@ WAITS = ("nonzero", "masked_select", "_unique2", "unique_consecutive", "bincount
 PASSES = {  # of a kernel that goes over a tensor more than once: how often besides the first time
     "triton.cross_entropy.softmax_kernel": {"logits": 2},  # read twice, and the gradient is written
     "triton.adamw.adamw_kernel": {"weights": 1, "m": 1, "v": 1},  # read and written
-    "triton.swiglu.backward_kernel": {"grad": 1},  # the gradient of up is written where it was read
+    "triton.swiglu.gate_backward_kernel": {"grad": 1},  # the gradient of up is written where it was read
 }
 
 

@@ -82,14 +82,14 @@ def cases(device: str = "cuda") -> Iterator[tuple[str, Callable]]:
         nested = (made(F * D // 64 // 256, dtype=fp32), made(1, dtype=fp32)) if double else (None, None)
         frozen = nf4.NF4(made(F, D // 2, dtype=uint8), absmax, *nested)
         name = f"nf4{', double quantisation' if double else ''}"
-        yield name, lambda frozen=frozen: nf4.dequantize_on_gpu(frozen, bf16)
+        yield name, lambda frozen=frozen: nf4.dequantize_nf4_on_gpu(frozen, bf16)
         for rows in (1, 2, 8):
             times = lambda rows=rows, frozen=frozen: nf4.multiply_on_gpu(made(rows, D), frozen, None)
             yield f"{name}, times {rows} rows", times
     E, active, inner = 128, 8, 768  # Qwen3-30B-A3B
     token, share = made(N * active, dtype=int64), made(N * active, dtype=fp32)
     wide, narrow = made(N * active, 2 * inner), made(N * active, inner)
-    yield "experts, gate and up", lambda: experts.gated(wide, share, "silu")
+    yield "experts, gate and up", lambda: experts.gated_experts(wide, share, "silu")
     yield "experts, gate and up, backward", lambda: experts.gated_backward_with_weights(narrow, wide, share, "silu")
     yield "experts, sum", lambda: experts.sum_rows(made(N * active, 2048), made(N, active, dtype=int64))
     rows_of = grouped.Groups(token, made(E, dtype=torch.int32))
@@ -105,7 +105,7 @@ def cases(device: str = "cuda") -> Iterator[tuple[str, Callable]]:
         nested = (made(E, inner * 2048 // 64 // 256, dtype=fp32), made(E, 1, dtype=fp32)) if double else (None, None)
         frozen = nf4.NF4(made(E, inner, 1024, dtype=uint8), absmax, *nested)
         name = f"nf4 of experts{', double quantisation' if double else ''}"
-        yield name, lambda frozen=frozen: grouped.dequantize_on_gpu(frozen, bf16)
+        yield name, lambda frozen=frozen: grouped.dequantize_experts_on_gpu(frozen, bf16)
         product = grouped.Product([*frozen], 4, True, E // 2, [None, None])  # gate and up of half as many
         few = grouped.Groups(made(64, dtype=int64), made(E // 2, dtype=torch.int32))
         times = lambda product=product, few=few: grouped.multiply_few_on_gpu(made(64, 2048), product, few)

@@ -1,6 +1,7 @@
 """What a training step holds of a GPU's memory at its height, against what planning/memory.py foretells. No GPU.
 
-    python tests/support/memory_oracle.py [--models llama-8b ...] [--methods lora ...] [--activation-checkpointing none ...]
+    python tests/support/memory_oracle.py [--models llama-8b ...] [--methods lora ...]
+        [--activation-checkpointing none ...]
 
 Two steps run on fake CUDA tensors (fake_cuda.py), and every storage is counted from its making to its end, rounded as
 torch's allocator rounds. Prints a line a set-up, or with --json a list.

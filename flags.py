@@ -15,7 +15,8 @@ from common.cli import parse_args
 from common.errors import UserError
 from dataset.examples import TRAIN_ON
 from dataset.oasst import TREES
-from kernels import activation_checkpointing, flash_versions
+from kernels import flash_versions
+from kernels.activation_checkpointing import CHECKPOINTING_KINDS
 from lora import ALL
 from methods import METHODS
 from quant import QUANT_KINDS
@@ -267,7 +268,7 @@ class Flags:
         "also called gradient checkpointing: which activations are computed again in the backward pass instead of being"
         " kept; selective: those of norms and attention; full: whole blocks, of which only the inputs are kept;"
         " offload: these inputs go to the host's memory",
-        choices=[*activation_checkpointing.KINDS],
+        choices=[*CHECKPOINTING_KINDS],
         resume=FREE,
     )
     deterministic: bool = option(

@@ -3,7 +3,6 @@ models that the small files here are made of (with the gguf package's writer), a
 one core.
 """
 
-import io
 import json
 import multiprocessing
 import os
@@ -12,7 +11,6 @@ import struct
 import subprocess
 import sys
 import tracemalloc
-import warnings
 from pathlib import Path
 
 import gguf
@@ -22,8 +20,23 @@ import sentencepiece
 import tokenizers
 import torch
 from safetensors.torch import load_file
-from sentencepiece import sentencepiece_model_pb2
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from support.gguf_files import (
+    FIELDS,
+    ORDINARY,
+    SENTENCES,
+    SMALL,
+    TEXT,
+    UNUSED,
+    blob,
+    bpe_fields,
+    byte_level_tokenizer,
+    llama,
+    refusal,
+    sentencepiece_fields,
+    sentencepiece_model,
+    write_gguf,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import convert
 from common.errors import UserError
@@ -35,159 +48,9 @@ from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
-TEXT = "On 12.03.2023 she'll pay 1. rent  2. tea — naïve 東京 🙂\n\tdef f(x): return x**2\r\n   the the other"
-SENTENCES = [
-    TEXT,
-    "the other day there were 365 days",
-    "they gather the feathers together",
-    "a<|im_end|>b <think> c",
-    "",
-]
-ORDINARY, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 # --- small files ------------------------------------------------------------------------------------------------------
-
-
-def byte_level_tokenizer(digits=True):
-    """A BPE of 300 tokens trained here: 2 control tokens, 1 user-defined one, the 256 bytes, merges."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    words = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alone = tokenizers.pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([alone, words] if digits else [words])
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    special = [tokenizers.AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>")]
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=299,
-        special_tokens=special,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SENTENCES * 3 + ["2023 2024 1999"] * 9, trainer)
-    tokenizer.add_tokens([tokenizers.AddedToken("<think>", normalized=False)])
-    assert tokenizer.get_vocab_size() == 300
-    return tokenizer
-
-
-def bpe_fields(tokenizer, pre="smollm"):
-    tokens = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
-    kinds = {"<|im_start|>": CONTROL, "<|im_end|>": CONTROL, "<think>": USER_DEFINED}
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [kinds.get(token, ORDINARY) for token in tokens],
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]],
-        "tokenizer.ggml.bos_token_id": 0,
-        "tokenizer.ggml.eos_token_id": 1,
-        "tokenizer.ggml.padding_token_id": 1,
-        "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
-    }
-
-
-FIELDS = bpe_fields(byte_level_tokenizer())
-SMALL = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-}
-
-
-def llama(**changes):
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SMALL | changes)).eval()
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.15) if parameter.dim() > 1 else parameter.data.uniform_(0.5, 1.5)
-    return model
-
-
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def encoded(weight, kind):
-    """A matrix in a GGUF type. The package can't quantise the K types: those are random blocks with small scales."""
-    kind = gguf.GGMLQuantizationType[kind]
-    try:
-        return gguf.quantize(weight, kind)
-    except NotImplementedError:
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        blocks = np.random.default_rng(0).integers(0, 256, (weight.size // block, size), dtype=np.uint8)
-        scale = np.array([2e-4, 3e-4], np.float16).view(np.uint8)
-        where = {"Q4_K": [0, 1, 2, 3], "Q5_K": [0, 1, 2, 3], "Q2_K": [-4, -3, -2, -1]}.get(kind.name, [-2, -1])
-        blocks[:, where] = scale[: len(where)]
-        return blocks.reshape(weight.shape[0], -1)
-
-
-def write_gguf(path, model, kind="F32", fields=None, tensors=None, name="small"):
-    """A Hugging Face Llama as a GGUF file, with llama.cpp's names and its order of q and k rows.
-
-    kind: the type of the matrices. fields, tensors: put beside the usual ones, or left out where None.
-    """
-    config = model.config
-    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    header = {
-        "general.name": name,
-        "llama.block_count": config.num_hidden_layers,
-        "llama.context_length": config.max_position_embeddings,
-        "llama.embedding_length": config.hidden_size,
-        "llama.feed_forward_length": config.intermediate_size,
-        "llama.attention.head_count": heads,
-        "llama.attention.head_count_kv": kv_heads,
-        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "llama.attention.key_length": head_dim,
-        "llama.attention.value_length": head_dim,
-        "llama.rope.dimension_count": head_dim,
-        "llama.rope.freq_base": float(config.rope_parameters["rope_theta"]),
-    }
-    header |= FIELDS | (fields or {})
-    writer = gguf.GGUFWriter(path, header.pop("general.architecture", "llama"))
-    for key, value in header.items():
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        elif value is not None:
-            add = {str: writer.add_string, bool: writer.add_bool, float: writer.add_float32}.get(type(value))
-            (add or writer.add_uint32)(key, value)
-    rows = {}
-    for published, weight in model.state_dict().items():
-        if published == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        prefix, _, stem = published.removesuffix(".weight").partition("model.layers.")
-        block, _, stem = stem.partition(".") if stem else ("", "", prefix)
-        weight = weight.float().numpy()
-        for projection, count in (("q_proj", heads), ("k_proj", kv_heads)):
-            if stem.endswith(projection):  # halves of a head interleaved, as llama.cpp's converter does it
-                weight = weight.reshape(count, 2, head_dim // 2, -1).swapaxes(1, 2).reshape(weight.shape)
-        rows[(f"blk.{block}." if block else "") + NAMES[stem] + ".weight"] = weight
-    for tensor, weight in (rows | (tensors or {})).items():
-        if weight is not None:
-            raw = kind if weight.ndim > 1 else "F32"
-            data = encoded(np.ascontiguousarray(weight), raw)
-            writer.add_tensor(tensor, data, raw_dtype=gguf.GGMLQuantizationType[raw])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -204,13 +67,6 @@ def logits(model, stride=1):
 
 def load(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
-
-
-def refusal(call, *arguments):
-    with pytest.raises(UserError) as caught, warnings.catch_warnings(action="error", category=RuntimeWarning):
-        call(*arguments)  # a warning would be a second line
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # --- weights and shapes -----------------------------------------------------------------------------------------------
@@ -428,42 +284,6 @@ def test_llama3_words_start_with_bos_and_take_whole_tokens_first(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "folder")("a zebra").input_ids == tokenizer.encode("a zebra").ids
 
 
-def sentencepiece_model(prefix):
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 4),
-        model_writer=out,
-        model_type="bpe",
-        vocab_size=330,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=prefix,
-        user_defined_symbols=["<think>", "▁▁▁"],
-        minloglevel=2,
-    )
-    return out.getvalue()
-
-
-def sentencepiece_fields(content, prefix=True):
-    """The header's account of a sentencepiece model; llama.cpp's converter spells user-defined spaces as spaces."""
-    pieces = sentencepiece_model_pb2.ModelProto.FromString(content).pieces
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": None,
-        "tokenizer.ggml.merges": None,
-        "tokenizer.ggml.tokens": [p.piece.replace("▁", " ") if p.type == USER_DEFINED else p.piece for p in pieces],
-        "tokenizer.ggml.scores": [p.score for p in pieces],
-        "tokenizer.ggml.token_type": [p.type for p in pieces],
-        "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.padding_token_id": None,
-        "tokenizer.ggml.add_bos_token": None,
-        "tokenizer.ggml.add_space_prefix": prefix,
-    }
-
-
 @pytest.mark.parametrize("prefix", [True, False])
 def test_sentencepiece_ids_equal_those_of_the_model_in_the_file(prefix, tmp_path):
     content = sentencepiece_model(prefix)
@@ -623,20 +443,6 @@ def test_a_kill_in_the_middle_leaves_no_folder_and_the_next_call_converts(small_
 
 
 # --- bad files --------------------------------------------------------------------------------------------------------
-
-
-def blob(*fields, tensors=()):
-    """A GGUF header by hand: fields as (key, type, packed value), tensors as (name, dims backwards, type, offset)."""
-
-    def string(text):
-        return struct.pack("<Q", len(text)) + text.encode()
-
-    out = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(fields))
-    for key, kind, value in fields:
-        out += string(key) + struct.pack("<I", kind) + value
-    for name, dims, kind, offset in tensors:
-        out += string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
-    return out
 
 
 HOSTILE = {

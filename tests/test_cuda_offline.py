@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from test_families import CASES, IDS, SIZES
+from support.family_cases import CASES, IDS, SIZES
 
 SUPPORT = Path(__file__).resolve().parent / "support"
 REGISTERS = 128  # a thread; with more, too few threads run at a time to hide the memory's latency

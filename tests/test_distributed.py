@@ -1,7 +1,6 @@
 """1, 2 and 3 processes (gloo, CPU) compute the same run; shards take their share of memory; refusals."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from support.helpers import chat_base, command, llama, sentence
+from support.helpers import chat_base, command, llama
+from support.runs import ROOT, lines, records, torchrun
 from support.training_runs import run_loop, settings
 
 import checkpoint
@@ -23,7 +23,6 @@ from methods import load_trainable
 from planning import multi_gpu as cluster
 from planning.memory import Recipe, Workload, expected_memory, meta_model
 
-ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 # name: (base, words; ACC: accumulate 2; worst relative difference of losses and norms, absolute one of final weights)
 JOBS = {
@@ -66,25 +65,6 @@ JOBS = {
 
 
 BY_THREE = ("full", "lora", "qlora", "full, packed, mixed", "full, tied", "gpt2", "muon", "adamw8bit")
-
-
-def records(path: Path, count: int, seed: int) -> Path:
-    lengths = torch.randint(1, 25, (count, 2), generator=torch.Generator().manual_seed(seed)).tolist()
-    texts = [
-        {"prompt": sentence(seed + 2 * i, a // 2 + 1), "completion": sentence(seed + 2 * i + 1, b)}
-        for i, (a, b) in enumerate(lengths)
-    ]
-    path.write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
-    return path
-
-
-def torchrun(processes: int, *words, seconds: float = 300, code: int = 0, **environment) -> str:
-    """What N processes print; their exit code must be this one."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *map(str, words)]
-    into = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    done = subprocess.run(line, check=False, **into, timeout=seconds, cwd=ROOT, env=os.environ | environment)
-    assert done.returncode == code, done.stdout[:3000] + done.stdout[-3000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +128,6 @@ def runs(bases, tmp_path_factory) -> Path:
             )
         torchrun(processes, "tests/support/run_jobs.py", json.dumps(jobs, default=str))
     return folder
-
-
-def lines(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("name, processes", [(name, 2) for name in JOBS] + [(name, 3) for name in BY_THREE])

@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.helpers import command, llama
-from test_distributed import ROOT, lines, torchrun
-from test_resume import after_lines, assert_same, descendants, exact, final, job  # noqa: F401 (a fixture)
+from support.runs import ROOT, after_lines, assert_same, descendants, exact, final, job, lines, torchrun  # noqa: F401 (a fixture)
 
 import checkpoint
 import train

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_convert import blob, llama, sentencepiece_fields, sentencepiece_model, write_gguf
-from test_gguf_families import CASES, checkpoint
+from support.gguf_files import CASES, blob, checkpoint, llama, sentencepiece_fields, sentencepiece_model, write_gguf
 
 import convert
 from common.errors import UserError

@@ -17,9 +17,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support.gguf_files import LLAMA3, TEMPLATE, checkpoint, refusal, tokens
 from support.helpers import command, relative
-from test_convert import refusal
-from test_gguf_families import LLAMA3, TEMPLATE, checkpoint, tokens
 
 import checkpoint as ours
 import convert

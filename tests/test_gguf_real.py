@@ -17,10 +17,18 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from support.gguf_files import (
+    CASES,
+    SENTENCES,
+    checkpoint,
+    phi3_model,
+    pieces,
+    real,
+    sentencepiece_model,
+    texts,
+    tokens,
+)
 from support.helpers import SHARED, needs_shared, relative
-from test_convert import SENTENCES, sentencepiece_model
-from test_gguf_families import CASES, checkpoint, tokens
-from test_gguf_vocab import phi3_model, pieces, real, texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convert

@@ -3,7 +3,6 @@ and what transformers' own GGUF loader makes of our files. test_gguf_real.py ask
 
 import io
 import json
-import random
 import re
 import shutil
 
@@ -13,9 +12,23 @@ import sentencepiece
 import tokenizers
 import transformers
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
-from support.helpers import SHARED, needs_shared
-from test_convert import FIELDS, SENTENCES, byte_level_tokenizer, llama, refusal, sentencepiece_model, write_gguf
-from test_gguf_families import checkpoint
+from support.gguf_files import (
+    FIELDS,
+    ROWS,
+    SENTENCES,
+    SMALLEST,
+    byte_level_tokenizer,
+    checkpoint,
+    llama,
+    phi3_model,
+    pieces,
+    real,
+    refusal,
+    sentencepiece_model,
+    texts,
+    write_gguf,
+)
+from support.helpers import needs_shared
 from transformers import AutoTokenizer
 
 import convert
@@ -23,52 +36,10 @@ from interop import gguf_tokenizer as gguf_vocab
 from tokenizer import load_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-ROWS = {"gpt2": 50_257, "llama3_1": 128_256, "qwen2_5": 151_936, "qwen3": 151_936, "mistral_nemo": 131_072}
-ROWS |= {"gemma3": 262_144, "llama2": 32_000}
+
+
 SLOW = ("llama3_1", "qwen2_5", "qwen3", "mistral_nemo", "gemma3")  # 15 s each
 PRE = {"gpt2": "gpt-2", "llama3_1": "llama-bpe", "qwen2_5": "qwen2", "qwen3": "qwen2", "mistral_nemo": "tekken"}
-
-
-def texts(count, special):
-    """Random texts of what tells tokenizers apart, with special tokens inside."""
-    pool = [
-        "the",
-        "  ",
-        "    ",
-        " ",
-        "\n",
-        "\n\n\n",
-        "\t\t",
-        "é",
-        "e\u0301",
-        "東京",
-        "🙂",
-        " YYY",
-        "12345",
-        "ing",
-        "It's",
-    ]
-    pool += ["I'LL", "CamelCase", "...", "/", "ſ", "_", "नमस्ते", "\u200d", "\r\n", *special]
-    rng = random.Random(0)
-    for _ in range(count):
-        yield "".join(rng.choice(pool) if rng.random() < 0.9 else chr(rng.randrange(32, 0x3000)) for _ in range(8))
-
-
-def real(name, folder):
-    """A folder with a real tokenizer and a model of one layer that has its number of rows."""
-    checkpoint(folder, "llama", SMALLEST | {"vocab_size": ROWS[name], "torch_dtype": "bfloat16"})
-    if name == "llama2":
-        (folder / "tokenizer.json").unlink()
-        shutil.copy(SHARED / "tokenizers" / "llama2_sentencepiece.model", folder / "tokenizer.model")
-        settings = {"legacy": True, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    else:
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(SHARED / "tokenizers" / name / file, folder / file)
-    return folder
-
-
-SMALLEST = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "tie_word_embeddings": True}
 
 
 @needs_shared
@@ -246,16 +217,6 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path):
 # ---- sentencepiece ----
 
 
-def pieces(folder, content, rows=None, **settings):
-    """A folder with a sentencepiece model and a checkpoint of as many rows, or of more."""
-    checkpoint(folder, "llama", SMALLEST | {"vocab_size": rows or len(ModelProto.FromString(content).pieces)})
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer.model").write_bytes(content)
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": True}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names | settings))
-    return folder
-
-
 @pytest.mark.parametrize("prefix", [True, False])
 def test_pieces_come_back_with_their_scores_and_kinds(prefix, tmp_path):
     content = sentencepiece_model(prefix)
@@ -318,18 +279,6 @@ def unigram(**settings):
 def test_sentencepiece_models_that_llama_cpp_would_cut_otherwise_are_refused(settings, message, tmp_path):
     folder = pieces(tmp_path / "hf", unigram(**settings))
     assert message in refusal(convert.folder_to_gguf, folder, tmp_path / "x.gguf")
-
-
-def phi3_model():
-    """A sentencepiece model with Phi-3's control tokens behind the pieces, and their settings."""
-    content = sentencepiece_model(True)
-    first = len(ModelProto.FromString(content).pieces)
-    added = {str(i): text for i, text in enumerate(["<unk>", "<s>", "</s>"])}
-    added |= {str(first + i): text for i, text in enumerate(["<|endoftext|>", "<|user|>", "<|end|>"])}
-    bare = ("<unk>", "<s>", "<|endoftext|>")
-    rules = {"lstrip": False, "normalized": False, "single_word": False, "special": True}
-    decoder = {i: {"content": text, "rstrip": text not in bare} | rules for i, text in added.items()}
-    return content, first + 3, decoder
 
 
 @pytest.mark.parametrize("name", ["phi-3-tiny", "mine"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.helpers import relative
+from support.kernel_checks import compare, random
 
 from kernels import cross_entropy
 from kernels.attention import (
@@ -23,31 +24,6 @@ from kernels.onednn_linear import can_pack, pack_weight, packed_linear, packed_l
 from kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from kernels.rope import rope
 from kernels.swiglu import Gated, gated_reference
-
-
-def compare(ours, reference, inputs, tolerance):
-    """Outputs and gradients of all floating inputs that want one, ours in the inputs' dtype, reference in float64."""
-
-    def run(function, arguments):
-        leaves = [x.detach().requires_grad_(x.requires_grad) if torch.is_tensor(x) else x for x in arguments]
-        out = function(*leaves)
-        torch.manual_seed(9)
-        out.backward(torch.randn(out.shape, dtype=torch.float64).to(out.dtype))
-        return [out.detach(), *(x.grad for x in leaves if torch.is_tensor(x) and x.requires_grad)]
-
-    wide = [
-        x.detach().double().requires_grad_(x.requires_grad) if torch.is_tensor(x) and x.is_floating_point() else x
-        for x in inputs
-    ]
-    for got, wanted in zip(run(ours, inputs), run(reference, wide), strict=True):
-        assert got.shape == wanted.shape
-        assert float((got.double() - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
-
-
-def random(*shape, dtype, grad=True, seed=0):
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, generator=generator).to(dtype).requires_grad_(grad)
-
 
 DTYPES = [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)]
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.helpers import chat_base, command, llama
+from support.kernel_checks import give_gradients
 from support.training_runs import run_loop, settings
 from torch import nn
 
@@ -27,17 +28,6 @@ def twins(*shapes, dtype=torch.float32, seed=0) -> tuple[list, list]:
     generator = torch.Generator().manual_seed(seed)
     ours = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
     return ours, [nn.Parameter(p.detach().clone()) for p in ours]
-
-
-def give_gradients(step: int, *sides) -> None:
-    """The same to each: of wild sizes, some zero, as embeddings have them."""
-    generator = torch.Generator().manual_seed(1000 + step)
-    for parameters in zip(*sides, strict=True):
-        grad = torch.randn(parameters[0].shape, generator=generator)
-        grad *= 10 ** (3 * torch.randn(grad.shape[:1], generator=generator)).view(-1, *[1] * (grad.dim() - 1))
-        grad[torch.rand(grad.shape, generator=generator) < 0.1] = 0
-        for p in parameters:
-            p.grad = grad.to(p.dtype)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])

@@ -12,69 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from support.helpers import chat_base, command
-from test_distributed import ROOT, lines, records, torchrun
+from support.runs import METHODS, ROOT, after_lines, assert_same, descendants, lines, records, torchrun
 
 import train
 from common.errors import UserError
 from flags import Flags
 from training import checkpointer as resume
 from training import metrics
-
-EXACT = ("step", "loss", "val_loss", "replay_val_loss", "replay_loss", "grad_norm", "lr", "tokens", "trained_tokens")
-METHODS = {
-    "full": "--method full --lr 1e-3",
-    "lora": "--rank 4 --dropout 0.2",
-    "qlora": "--method qlora --rank 4",
-    "packed, mixed, accumulated": "--rank 4 --pack --seq-len 96 --accumulate 2 MIXED",
-    "muon": "--method full --optimizer muon",
-    "adamw8bit": "--method full --optimizer adamw8bit",
-    "bf16 weights": "--method full --weights bf16 --dtype bf16",
-    "8 bits, bf16": "--method full --weights bf16 --optimizer adamw8bit",
-    "some": "--method full --train layers.1",
-    "going on": "--adapter ADAPTER",
-    "asynchronous": "--method full --save-async",
-}
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    """words(method): the flags of a job of 14 steps in two epochs, checkpoints every 3."""
-    folder = tmp_path_factory.mktemp("job")
-    base = chat_base(folder / "base", num_key_value_heads=2)
-    data, more, val = (records(folder / f"{name}.jsonl", n, seed) for name, n, seed in
-                       (("data", 40, 0), ("more", 20, 200), ("val", 9, 500)))  # fmt: skip
-
-    def words(method: str, *more_words) -> list[str]:
-        found = METHODS[method].replace("ADAPTER", str(folder / "adapter/final")).split()
-        mixed = [f"{data}=3", f"{more}=1", "--replay", f"{val}=0.2"] if "MIXED" in found else [data]
-        found = [word for word in found if word != "MIXED"]
-        found += [] if "--dtype" in found else ["--dtype", "fp32"]
-        found += ["--model", base, "--data", *mixed, "--val", val, "--batch-size", 6, "--steps", 14]
-        return [str(word) for word in (*found, "--save-every", 3, "--eval-every", 4, *more_words)]
-
-    first = [*words("lora"), "--steps", "2", "--save-every", "0", "--out", str(folder / "adapter")]
-    subprocess.run([sys.executable, "train.py", *first], cwd=ROOT, check=True, capture_output=True)
-    return words
-
-
-def exact(run: Path) -> list[list]:
-    return [[line.get(key) for key in EXACT] for line in lines(run)]
-
-
-def final(run: Path) -> dict:
-    (file,) = (run / "final").glob("*.safetensors")
-    return load_file(file)
-
-
-def assert_same(a: Path, b: Path) -> None:
-    assert exact(a) == exact(b)
-    mine, theirs = final(a), final(b)
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
-    (best,) = (a / "best").glob("*.safetensors")
-    best_a, best_b = load_file(best), load_file(b / "best" / best.name)
-    assert all(torch.equal(best_a[name], best_b[name]) for name in best_a)
 
 
 def cut_back(run: Path, step: int) -> None:
@@ -355,18 +300,6 @@ def test_the_layout_of_processes_is_taken_up(job, tmp_path, words):
 # ----------------------------------------------------------------------------------------------- kill -9
 
 
-def descendants(pid: int) -> list[int]:
-    found = [pid]
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        if parent == pid:
-            found += descendants(int(path.parent.name))
-    return found
-
-
 def run_and_kill(words: list[str], processes: int, out: Path, when) -> bool:
     """Starts a run and kills all its processes as soon as when() says so; False where it ended before."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
@@ -382,19 +315,6 @@ def run_and_kill(words: list[str], processes: int, out: Path, when) -> bool:
     error = child.communicate()[1]
     assert killed or child.returncode == 0, error[-3000:]
     return killed
-
-
-def after_lines(out: Path, count: int, more: float):
-    """True once metrics.jsonl has so many lines, and so many seconds later."""
-    seen = []
-
-    def when() -> bool:
-        file = out / "metrics.jsonl"
-        if not seen and file.is_file() and file.read_bytes().count(b"\n") >= count:
-            seen.append(time.time())
-        return bool(seen) and time.time() >= seen[0] + more
-
-    return when
 
 
 def while_saving(out: Path, count: int):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import transformers
+from support.chat_cases import CHAT, CHATML, trained_text
 from support.helpers import SHARED, chat_base, command, needs_shared
-from test_tokenizer import CHAT, CHATML, trained_text
 
 import generate
 import train

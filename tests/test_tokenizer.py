@@ -15,6 +15,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
+from support.chat_cases import CHAT, CHATML, trained_text
 from support.helpers import SHARED, needs_shared
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -46,23 +47,13 @@ LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN = LLAMA3.replace("{1,3}", "")
-CHATML = (
-    "{% for message in messages %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+
+
 # As Llama 3's: writes bos, strips the contents.
 STRIPPING = (
     "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message.role + '\n\n' + message.content | trim }}"
     "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
 )
-CHAT = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "What is 12 + 7?"},
-    {"role": "assistant", "content": "It is 19 🦊."},
-    {"role": "user", "content": "And in German?"},
-    {"role": "assistant", "content": "Neunzehn, größer als 12.\n\n- Ende"},
-]
 
 
 def fuzz(count: int, pieces: list[str], seed: int = 0, without: str = "") -> list[str]:
@@ -457,12 +448,6 @@ def test_decode_equals_tokenizers_on_random_ids(tmp_path):
 
 
 # ---- conversations ----
-
-
-def trained_text(ours, ids: list[int], mask: list[bool]) -> list[str]:
-    """The text of each run of trained tokens."""
-    runs = itertools.groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
-    return [ours.decode([id for id, _ in run]) for trained, run in runs if trained]
 
 
 @pytest.fixture(scope="module")

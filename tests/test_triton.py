@@ -11,8 +11,7 @@ import pytest
 import torch
 import transformers
 from support.helpers import llama, relative
-from test_kernels import compare, random
-from test_optimizers import give_gradients
+from support.kernel_checks import compare, give_gradients, random
 
 import decoding
 import lora

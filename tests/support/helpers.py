@@ -18,7 +18,7 @@ from common.errors import run
 from data import batches_of_rows
 from objectives import Losses, StepTotals, supervised_loss
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
 
 LLAMA3 = {

@@ -1,0 +1,120 @@
+"""Runs of train.py in processes of their own: torchrun, what they wrote, and how two runs are compared."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.helpers import chat_base, sentence
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def records(path: Path, count: int, seed: int) -> Path:
+    lengths = torch.randint(1, 25, (count, 2), generator=torch.Generator().manual_seed(seed)).tolist()
+    texts = [
+        {"prompt": sentence(seed + 2 * i, a // 2 + 1), "completion": sentence(seed + 2 * i + 1, b)}
+        for i, (a, b) in enumerate(lengths)
+    ]
+    path.write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def torchrun(processes: int, *words, seconds: float = 300, code: int = 0, **environment) -> str:
+    """What N processes print; their exit code must be this one."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *map(str, words)]
+    into = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(line, check=False, **into, timeout=seconds, cwd=ROOT, env=os.environ | environment)
+    assert done.returncode == code, done.stdout[:3000] + done.stdout[-3000:]
+    return done.stdout
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+EXACT = ("step", "loss", "val_loss", "replay_val_loss", "replay_loss", "grad_norm", "lr", "tokens", "trained_tokens")
+
+
+METHODS = {
+    "full": "--method full --lr 1e-3",
+    "lora": "--rank 4 --dropout 0.2",
+    "qlora": "--method qlora --rank 4",
+    "packed, mixed, accumulated": "--rank 4 --pack --seq-len 96 --accumulate 2 MIXED",
+    "muon": "--method full --optimizer muon",
+    "adamw8bit": "--method full --optimizer adamw8bit",
+    "bf16 weights": "--method full --weights bf16 --dtype bf16",
+    "8 bits, bf16": "--method full --weights bf16 --optimizer adamw8bit",
+    "some": "--method full --train layers.1",
+    "going on": "--adapter ADAPTER",
+    "asynchronous": "--method full --save-async",
+}
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """words(method): the flags of a job of 14 steps in two epochs, checkpoints every 3."""
+    folder = tmp_path_factory.mktemp("job")
+    base = chat_base(folder / "base", num_key_value_heads=2)
+    data, more, val = (records(folder / f"{name}.jsonl", n, seed) for name, n, seed in
+                       (("data", 40, 0), ("more", 20, 200), ("val", 9, 500)))  # fmt: skip
+
+    def words(method: str, *more_words) -> list[str]:
+        found = METHODS[method].replace("ADAPTER", str(folder / "adapter/final")).split()
+        mixed = [f"{data}=3", f"{more}=1", "--replay", f"{val}=0.2"] if "MIXED" in found else [data]
+        found = [word for word in found if word != "MIXED"]
+        found += [] if "--dtype" in found else ["--dtype", "fp32"]
+        found += ["--model", base, "--data", *mixed, "--val", val, "--batch-size", 6, "--steps", 14]
+        return [str(word) for word in (*found, "--save-every", 3, "--eval-every", 4, *more_words)]
+
+    first = [*words("lora"), "--steps", "2", "--save-every", "0", "--out", str(folder / "adapter")]
+    subprocess.run([sys.executable, "train.py", *first], cwd=ROOT, check=True, capture_output=True)
+    return words
+
+
+def exact(run: Path) -> list[list]:
+    return [[line.get(key) for key in EXACT] for line in lines(run)]
+
+
+def final(run: Path) -> dict:
+    (file,) = (run / "final").glob("*.safetensors")
+    return load_file(file)
+
+
+def assert_same(a: Path, b: Path) -> None:
+    assert exact(a) == exact(b)
+    mine, theirs = final(a), final(b)
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    (best,) = (a / "best").glob("*.safetensors")
+    best_a, best_b = load_file(best), load_file(b / "best" / best.name)
+    assert all(torch.equal(best_a[name], best_b[name]) for name in best_a)
+
+
+def descendants(pid: int) -> list[int]:
+    found = [pid]
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if parent == pid:
+            found += descendants(int(path.parent.name))
+    return found
+
+
+def after_lines(out: Path, count: int, more: float):
+    """True once metrics.jsonl has so many lines, and so many seconds later."""
+    seen = []
+
+    def when() -> bool:
+        file = out / "metrics.jsonl"
+        if not seen and file.is_file() and file.read_bytes().count(b"\n") >= count:
+            seen.append(time.time())
+        return bool(seen) and time.time() >= seen[0] + more
+
+    return when

@@ -145,7 +145,7 @@ def train(flags: Flags) -> None:
     print_end(state, metrics, out, peak_memory(device))
     if demo:
         with eager_mode(settings):
-            demo.finish(out / "metrics.jsonl")
+            demo.finish(out)
     print_next_command(settings, out / best_or_final(state), data)
 
 

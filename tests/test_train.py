@@ -441,7 +441,7 @@ def test_wandb_logs_the_steps_offline(base, numbers, tmp_path, monkeypatch, caps
 def test_without_flags_the_bundled_task_is_run_and_compared(tmp_path, monkeypatch, capsys):
     """The whole path on the real base, with few steps and items."""
     monkeypatch.setattr(train.Demo, "ITEMS", 4)
-    monkeypatch.setattr(train.Demo, "SHOTS", 2)
+    monkeypatch.setattr(train.Demo, "FEW_SHOT_ITEMS", 2)
     said = whole_run(monkeypatch, capsys, "--steps", 2, "--out", tmp_path / "run")
     for words in (
         "Q4_1",

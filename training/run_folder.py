@@ -23,7 +23,17 @@ from training.checkpointer import Checkpoint
 from training.defaults import Settings, sizes_on_disk
 
 # What a run writes; the last is the last to be removed, for by it a run is known.
-RUN_FILES = ("config.json", "loss.png", "trace.json", "bad_batch.jsonl", "best", "final", "wandb", "checkpoints")
+RUN_FILES = (
+    "config.json",
+    "loss.png",
+    "trace.json",
+    "bad_batch.jsonl",
+    "comparison.json",
+    "best",
+    "final",
+    "wandb",
+    "checkpoints",
+)
 RUN_FILES = (*RUN_FILES, "metrics.jsonl")
 
 

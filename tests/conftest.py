@@ -9,6 +9,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from support.runs import job  # noqa: F401 (a fixture of two files; after the line above, since it imports triton)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def rows_elsewhere(tmp_path_factory):

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.helpers import command, llama
-from support.runs import ROOT, after_lines, assert_same, descendants, exact, final, job, lines, torchrun  # noqa: F401 (a fixture)
+from support.runs import ROOT, after_lines, assert_same, descendants, exact, final, lines, torchrun
 
 import checkpoint
 import train
@@ -58,7 +58,7 @@ def workers(child: subprocess.Popen) -> list[int]:
     "number, processes",
     [(signal.SIGINT, 1), (signal.SIGTERM, 2), pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow)],
 )
-def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(job, tmp_path, number, processes):  # noqa: F811
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(job, tmp_path, number, processes):
     words = [*job("lora"), "--batch-size", str(6 // processes), "--steps", "60", "--save-every", "50"]
     whole, out = tmp_path / "whole", tmp_path / "out"
     said, _ = start(words, whole, processes).communicate()
@@ -94,7 +94,7 @@ def test_signals_are_as_before_afterwards():
 # ----------------------------------------------------------------------------------------------- processes
 
 
-def test_a_dead_process_stops_the_others_within_seconds(job, tmp_path):  # noqa: F811
+def test_a_dead_process_stops_the_others_within_seconds(job, tmp_path):
     words = [*job("lora"), "--batch-size", "3", "--steps", "200", "--save-every", "5", "--shard", "full"]
     child = start(words, tmp_path / "out", 2)
     wait_for(after_lines(tmp_path / "out", 20, 0.0), child)
@@ -108,7 +108,7 @@ def test_a_dead_process_stops_the_others_within_seconds(job, tmp_path):  # noqa:
     assert resume.newest_checkpoint(tmp_path / "out") is not None
 
 
-def test_a_process_that_hangs_is_waited_for_so_long(job, tmp_path):  # noqa: F811
+def test_a_process_that_hangs_is_waited_for_so_long(job, tmp_path):
     words = [*job("full"), "--batch-size", "3", "--steps", "400", "--save-every", "100", "--timeout", "4"]
     words += ["--eval-every", "0"]  # while something is saved, processes wait longer: it is stopped in between
     child = start(words, tmp_path / "out", 2)
@@ -145,7 +145,7 @@ def scale_losses(monkeypatch, factor) -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "muon", "adamw8bit", "bf16 weights"])
-def test_a_step_without_a_finite_loss_is_skipped_and_counted(job, tmp_path, monkeypatch, capsys, method):  # noqa: F811
+def test_a_step_without_a_finite_loss_is_skipped_and_counted(job, tmp_path, monkeypatch, capsys, method):
     calls, moved = [], []
 
     def factor(model) -> float:
@@ -184,7 +184,7 @@ def test_a_skipped_step_changes_nothing(tmp_path, kind, dtype):
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
 
 
-def test_ten_in_a_row_end_the_run_and_their_examples_are_kept(job, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_ten_in_a_row_end_the_run_and_their_examples_are_kept(job, tmp_path, monkeypatch, capsys):
     calls = []
 
     def factor(_) -> float:
@@ -244,7 +244,7 @@ class Disk:
 
 
 @pytest.fixture(scope="module")
-def short(job, tmp_path_factory):  # noqa: F811
+def short(job, tmp_path_factory):
     """The flags of a run of 6 steps with one checkpoint, and that run."""
     words = [*job("lora"), "--steps", "6", "--eval-every", "3", "--keep", "1"]
     whole = tmp_path_factory.mktemp("short") / "whole"
@@ -282,7 +282,7 @@ def test_a_disk_that_is_full_for_one_write_costs_no_run(short, tmp_path, monkeyp
     assert number > 12 and warned > 2
 
 
-def test_a_disk_that_stays_full_keeps_the_older_checkpoint(job, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_disk_that_stays_full_keeps_the_older_checkpoint(job, tmp_path, monkeypatch, capsys):
     words = [*job("lora"), "--out", tmp_path / "out"]
     whole = [*job("lora"), "--out", tmp_path / "whole"]
     assert command(train, monkeypatch, capsys, *whole)[2] == 0
@@ -298,7 +298,7 @@ def test_a_disk_that_stays_full_keeps_the_older_checkpoint(job, tmp_path, monkey
     assert_same(tmp_path / "whole", tmp_path / "out")
 
 
-def test_a_full_disk_of_the_first_process_stops_no_other(job, tmp_path):  # noqa: F811
+def test_a_full_disk_of_the_first_process_stops_no_other(job, tmp_path):
     words = [*job("full"), "--batch-size", "3", "--shard", "full", "--timeout", "20"]
     torchrun(2, "tests/support/run_jobs.py", json.dumps([[*words, "--out", str(tmp_path / "whole")]]))
     said = torchrun(
@@ -309,7 +309,7 @@ def test_a_full_disk_of_the_first_process_stops_no_other(job, tmp_path):  # noqa
 
 
 @pytest.mark.slow
-def test_a_small_disk_in_earnest(job, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_small_disk_in_earnest(job, tmp_path, monkeypatch, capsys):
     """A file system of its own, in memory, of a size that holds some checkpoints."""
     place = tmp_path / "disk"
     place.mkdir()
@@ -329,7 +329,7 @@ def test_a_small_disk_in_earnest(job, tmp_path, monkeypatch, capsys):  # noqa: F
         subprocess.run(["umount", place], check=True)
 
 
-def test_too_little_room_is_found_before_training(job, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_too_little_room_is_found_before_training(job, tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
     _, err, code = command(train, monkeypatch, capsys, *job("lora"), "--out", tmp_path / "run")
@@ -341,7 +341,7 @@ def test_too_little_room_is_found_before_training(job, tmp_path, monkeypatch, ca
     assert code == 0 and "no checkpoints, the disk has no room for 4" in out, out + err
 
 
-def test_a_folder_that_takes_no_file_is_found_before_training(job, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_folder_that_takes_no_file_is_found_before_training(job, tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
@@ -355,7 +355,7 @@ def test_a_folder_that_takes_no_file_is_found_before_training(job, tmp_path, mon
 
 
 @pytest.mark.parametrize("method, helps", [("lora", "--method qlora"), ("full", "--activation-checkpointing full")])
-def test_out_of_memory_says_what_helps(job, tmp_path, monkeypatch, capsys, method, helps):  # noqa: F811
+def test_out_of_memory_says_what_helps(job, tmp_path, monkeypatch, capsys, method, helps):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...")
 
@@ -407,7 +407,7 @@ def on_hosts(hosts: list[str], words: list[str], out: Path) -> list[subprocess.P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method, shard", [("full", "full"), ("lora", "none"), ("full", "hybrid")])
-def test_two_hosts_of_which_one_is_cut_off(job, hosts, tmp_path, method, shard):  # noqa: F811
+def test_two_hosts_of_which_one_is_cut_off(job, hosts, tmp_path, method, shard):
     words = [*job(method), "--batch-size", "3", "--shard", shard, "--timeout", "8", "--steps", "40"]
     whole, out = tmp_path / "whole", tmp_path / "out"
     for child in on_hosts(hosts, words, whole):

@@ -17,6 +17,7 @@ from support.runs import METHODS, ROOT, after_lines, assert_same, descendants, l
 
 import train
 from common.errors import UserError
+from common.files import file_sha256
 from flags import Flags
 from training import checkpointer as resume
 from training import metrics
@@ -187,6 +188,44 @@ def test_what_is_typed_as_auto_is_no_difference_and_a_map_is_typed_again(stopped
     assert code == 0, err
     with pytest.raises(UserError, match="give it again"):
         resume.restore_flags(Flags(), state | {"flags": state["flags"] | {"map": "x.py:f"}}, stopped)
+
+
+def test_a_checkpoint_with_the_names_that_flags_had_before_is_resumed(stopped, tmp_path, monkeypatch, capsys):
+    for folder in resume.list_checkpoints(stopped / "checkpoints"):
+        state = json.loads((folder / "state.json").read_text())
+        assert state["flags"].pop("activation_checkpointing") == "none"
+        state["flags"]["remat"] = "block"
+        (folder / "state.json").write_text(json.dumps(state))
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["state.json"] = file_sha256(folder / "state.json")
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    out, err, code = command(train, monkeypatch, capsys, "--out", stopped, "--resume")
+    assert code == 0 and "--activation-checkpointing full" in out, err  # among what is printed at the start
+    assert_same(tmp_path / "whole", stopped)  # what is computed again is equal to the bit
+    assert json.loads((stopped / "config.json").read_text())["activation_checkpointing"] == "full"
+
+
+def test_a_flag_s_former_name_is_answered_with_the_new_one(tmp_path, monkeypatch, capsys):
+    for word in ("--remat", "--remat=block"):
+        _, err, code = command(train, monkeypatch, capsys, word, "block", "--out", tmp_path / "run")
+        assert code == 2 and "--remat: is now called --activation-checkpointing" in err and "block is now full" in err
+
+
+@pytest.mark.slow
+def test_a_run_that_version_2478adc_wrote_is_resumed(job, tmp_path):
+    """That version's files are checked out of git; its run is cut back to a checkpoint, and goes on here."""
+    old = tmp_path / "old"
+    subprocess.run(["git", "worktree", "add", "--quiet", "--detach", old, "2478adc"], cwd=ROOT, check=True)
+    try:
+        words = [*job("lora"), "--remat", "block", "--keep", "9", "--out", tmp_path / "whole"]
+        subprocess.run([sys.executable, "train.py", *map(str, words)], cwd=old, check=True, capture_output=True)
+        shutil.copytree(tmp_path / "whole", tmp_path / "cut", symlinks=True)
+        cut_back(tmp_path / "cut", 6)
+        words = [sys.executable, "train.py", "--out", str(tmp_path / "cut"), "--resume"]
+        subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+        assert_same(tmp_path / "whole", tmp_path / "cut")
+    finally:
+        subprocess.run(["git", "worktree", "remove", "--force", old], cwd=ROOT, check=True)
 
 
 def test_where_all_are_damaged_nothing_is_begun(stopped, monkeypatch, capsys):

@@ -59,54 +59,61 @@ class Checkpoint:
     notes: list[str]
 
 
-# ------------------------------------------------------------------------------------------------- what is kept
+# ---- what a checkpoint holds ----
 
 
-def trainable_state(model: nn.Module, steppers: list) -> dict[str, Tensor]:
-    """Everything that training changes, by name: `weight NAME` and `KEY NAME` of an optimizer's state. Tensors in
-    shards are DTensors. What is cut into blocks within a shard (moments in 8 bits) is named by shard as well."""
+def trainable_state(model: nn.Module, optimizers: list) -> dict[str, Tensor]:
+    """Returns everything that training changes, by name: `weight NAME`, and `KEY NAME` of an optimizer's state.
+
+    Tensors of sharded parameters are DTensors. What is cut into blocks within a shard, as moments in 8 bits are, has
+    the shard's number in its name as well.
+    """
     names = {p: name for name, p in model.named_parameters() if p.requires_grad}
-    found = {f"weight {name}": p.detach() for p, name in names.items()}
-    for optimizer in steppers:
+    tensors = {f"weight {name}": p.detach() for p, name in names.items()}
+    for optimizer in optimizers:
         for p, state in optimizer.states():
             for key, value in state.items():
                 if value.dtype == torch.uint8 or key.endswith("_scale"):
-                    found[f"{key} {names[p]} {shard_name(p)}"] = value
+                    tensors[f"{key} {names[p]} {shard_name(p)}"] = value
                 elif value.dim():
                     value = value.view(to_local(p).shape)
-                    found[f"{key} {names[p]}"] = dtensor_like(p, value) if is_sharded(p) else value
+                    tensors[f"{key} {names[p]}"] = dtensor_like(p, value) if is_sharded(p) else value
                 else:
-                    found[f"{key} {names[p]}"] = value
-    return found
+                    tensors[f"{key} {names[p]}"] = value
+    return tensors
 
 
 def shard_name(p: Tensor) -> str:
+    """NUMBER/COUNT of this rank's shard of a parameter."""
     count = distributed.num_shards(p)
-    return f"{p.device_mesh.get_local_rank('shard') if count > 1 else 0}/{count}"
+    number = p.device_mesh.get_local_rank("shard") if count > 1 else 0
+    return f"{number}/{count}"
 
 
 def random_state() -> list[str]:
-    """Of this process's generators."""
-    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+    """Returns the states of this rank's random number generators, of the CPU and of its GPU, as base64."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available():
+        states.append(torch.cuda.get_rng_state())
     return [base64.b64encode(state.numpy().tobytes()).decode() for state in states]
 
 
 def set_random_state(states: list[str]) -> None:
-    found = [torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8) for state in states]
-    torch.set_rng_state(found[0])
-    if torch.cuda.is_available() and len(found) > 1:
-        torch.cuda.set_rng_state(found[1])
+    tensors = [torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8) for state in states]
+    torch.set_rng_state(tensors[0])
+    if torch.cuda.is_available() and len(tensors) > 1:
+        torch.cuda.set_rng_state(tensors[1])
 
 
 def data_digest(*parts) -> str:
-    """Of arrays and whatever else decides which examples come when."""
+    """Returns the SHA-256 of arrays, and of whatever else decides which examples come when."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.tobytes() if hasattr(part, "tobytes") else repr(part).encode())
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------- writing
+# ---- writing ----
 
 
 class Checkpointer:
@@ -176,40 +183,45 @@ class CheckpointWriter:
 
     def __init__(self, out: Path, keep: int, asynchronous: bool, print_fn: Callable[[str], None]):
         self.folder, self.keep, self.print_fn = out / FOLDER, keep, print_fn
-        self.thread, self.newest, self.failed, self.broken = None, None, None, None
-        # A group of its own, since its messages must not mix with those of the training, which another thread sends.
-        own_group = asynchronous and distributed.world_size() > 1
-        self.asynchronous, self.group = asynchronous, distributed.new_group(backend="gloo") if own_group else None
+        self.newest: str | None = None  # the name of the newest whole checkpoint
+        self.thread: threading.Thread | None = None  # that writes
+        self.failed: str | None = None  # why the newest could not be written
+        self.broken: BaseException | None = None  # what the thread ended with
+        self.asynchronous, self.group = asynchronous, None
+        if asynchronous and distributed.world_size() > 1:
+            # A group of its own, since its messages must not mix with those of the training in another thread.
+            self.group = distributed.new_group(backend="gloo")
 
     def save(self, state: dict, tensors: dict[str, Tensor]) -> None:
-        """All processes call it, after the same step. state: for state.json, of which "step" is the number."""
+        """Writes a checkpoint. All ranks call it, after the same step. state: of state.json."""
         self.wait()
         if not self.asynchronous:
             self.write(state, tensors)
             self.wait()
             return
-        copied = {name: copy_to_host(tensor) for name, tensor in tensors.items()}
-        self.thread = threading.Thread(target=self.write_beside, args=(state, copied), daemon=True)
+        copies = {name: copy_to_host(tensor) for name, tensor in tensors.items()}
+        self.thread = threading.Thread(target=self.write_in_thread, args=(state, copies), daemon=True)
         self.thread.start()
 
-    def write_beside(self, state: dict, tensors: dict[str, Tensor]) -> None:
+    def write_in_thread(self, state: dict, tensors: dict[str, Tensor]) -> None:
         try:
             self.write(state, tensors)
         except BaseException as error:  # noqa: BLE001 (the training's thread raises it)
             self.broken = error
 
     def wait(self) -> None:
-        """For a write that is under way; says how it went."""
+        """Waits for a write that is under way, and prints why it failed if it did."""
         if self.thread:
             self.thread.join()
         if self.broken:
             raise self.broken
         if self.failed:
-            kept = f"; {self.newest} is the newest that is whole" if self.newest else ""
-            self.print_fn(f"WARNING   no checkpoint: {self.failed}{kept}; training goes on")
+            older = f"; {self.newest} is the newest that is whole" if self.newest else ""
+            self.print_fn(f"WARNING   no checkpoint: {self.failed}{older}; training goes on")
         self.thread = self.failed = None
 
     def write(self, state: dict, tensors: dict[str, Tensor]) -> None:
+        """Writes a checkpoint under another name, renames it, and removes old ones; an OSError is kept for `wait`."""
         name = f"step-{state['step']}"
         try:
             with distributed.rank0_context(atomic_folder(self.folder / name, replace=True), self.group) as tmp:
@@ -217,33 +229,36 @@ class CheckpointWriter:
                 write_shards(tensors, path, self.group)
                 with distributed.synced_errors(self.group):
                     mine = {file.name: file_sha256(file) for file in path.glob(f"shard-{distributed.rank() + 1:05}-*")}
-                hashes = {k: v for part in distributed.all_gather_object(mine, self.group) for k, v in part.items()}
+                hashes: dict[str, str] = {}
+                for part in distributed.all_gather_object(mine, self.group):
+                    hashes |= part
                 if tmp:
-                    if lacking := sorted(name for name in hashes if not (tmp / name).is_file()):
-                        raise OSError(0, f"{lacking[0]} is missing, not all machines see this folder", str(tmp))
+                    missing = sorted(name for name in hashes if not (tmp / name).is_file())
+                    if missing:
+                        raise OSError(0, f"{missing[0]} is missing, not all machines see this folder", str(tmp))
                     write_json(state, tmp / STATE_FILE)
                     write_json(hashes | {STATE_FILE: file_sha256(tmp / STATE_FILE)}, tmp / MANIFEST)
             self.newest = name
             if is_rank0():
-                with contextlib.suppress(OSError):  # the older one it leads to is whole as well
+                with contextlib.suppress(OSError):  # the older one that it leads to is whole as well
                     update_symlink(self.folder / LATEST, name)
                 self.prune(state["step"])
         except OSError as error:
             self.failed = describe_os_error(error, self.folder)
 
     def prune(self, step: int) -> None:
-        """Keeps the newest ones and the one with the lowest validation loss."""
-        there = [path for path in list_checkpoints(self.folder) if step_of(path) <= step]
-        losses = {path: stored_validation_loss(path) for path in there}
-        validated = [path for path in there if losses[path] is not None]
+        """Removes all but the newest `keep` checkpoints and the one with the lowest validation loss."""
+        folders = [path for path in list_checkpoints(self.folder) if step_of(path) <= step]
+        losses = {path: stored_validation_loss(path) for path in folders}
+        validated = [path for path in folders if losses[path] is not None]
         best = min(validated, key=losses.get, default=None)
-        for path in there[: -self.keep]:
+        for path in folders[: -self.keep]:
             if path != best:
                 remove_checkpoint(path)
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Takes a checkpoint away, which is whole or has another name."""
+    """Removes a checkpoint; whenever it is interrupted, the folder is whole or has another name."""
     tmp = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     with contextlib.suppress(OSError):
         folder.rename(tmp)
@@ -256,16 +271,17 @@ def stored_validation_loss(folder: Path) -> float | None:
 
 
 def copy_to_host(tensor: Tensor) -> Tensor:
-    """The same in the host's memory, of its own."""
+    """Returns a copy in the host's memory, sharded as the tensor is."""
     mine = to_local(tensor).detach().to("cpu", copy=True)
     return dtensor_like(tensor, mine) if is_sharded(tensor) else mine
 
 
 def distributed_checkpoint():
-    """The module, imported where it is used: half a second."""
+    """Returns the module torch.distributed.checkpoint, whose import takes half a second."""
     import torch.distributed.checkpoint as dcp
 
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process, which is meant
+    # Without a process group it warns that it writes for one process, which is what is meant.
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")
     return dcp
 
 
@@ -274,7 +290,7 @@ def write_shards(tensors: dict[str, Tensor], folder: Path, group) -> None:
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
-    except dcp.api.CheckpointException as error:  # of one process or more; no Exception, as torch has it
+    except dcp.api.CheckpointException as error:  # with the errors of all ranks; torch derives it from BaseException
         for cause in error.failures.values():
             cause = cause[0] if isinstance(cause, tuple) else cause
             if isinstance(cause, OSError):
@@ -283,7 +299,7 @@ def write_shards(tensors: dict[str, Tensor], folder: Path, group) -> None:
 
 
 def update_symlink(link: Path, name: str) -> None:
-    """Makes a link, in one go."""
+    """Makes a link, or lets it point elsewhere, in one step."""
     tmp = link.parent / f".{link.name}.partial-{os.getpid()}"
     tmp.unlink(missing_ok=True)
     tmp.symlink_to(name)
@@ -291,9 +307,9 @@ def update_symlink(link: Path, name: str) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints under a folder, the oldest first."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
+    """Returns the checkpoints under a folder, the oldest first."""
+    named = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted((path for path in named if path.is_dir()), key=step_of)
 
 
 def step_of(folder: Path) -> int:
@@ -301,15 +317,19 @@ def step_of(folder: Path) -> int:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Takes away what a process that died was writing; what it was replacing gets its name back."""
+    """Removes what a process that died was writing; what it was replacing gets its name back."""
     if not folder.is_dir():
         return
     for path in folder.iterdir():
-        found = LEFTOVER.fullmatch(path.name)
-        if found and found["kind"] == "replaced" and not (folder / found["name"]).exists():
-            path.rename(folder / found["name"])
-        elif found:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        match = LEFTOVER.fullmatch(path.name)
+        if match is None:
+            continue
+        if match["kind"] == "replaced" and not (folder / match["name"]).exists():
+            path.rename(folder / match["name"])
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def format_bytes(size: float) -> str:
@@ -317,14 +337,21 @@ def format_bytes(size: float) -> str:
 
 
 def check_disk_space(out: Path, size: float, what: str) -> None:
-    """UserError where the disk has no room for so many bytes, or takes none."""
-    there = sum(path.lstat().st_size for path in out.rglob("*"))  # of the run that goes on, which will be replaced
-    free, trial, size = shutil.disk_usage(out).free, out / f".trial.partial-{os.getpid()}", max(0.0, size - there)
+    """Raises UserError where the disk under `out` has no room for `size` bytes, or takes none.
+
+    what: names what takes that room. Files that are under `out` already belong to the run that is resumed, and will be
+    replaced.
+    """
+    existing = sum(path.lstat().st_size for path in out.rglob("*"))
+    size = max(0.0, size - existing)
+    free = shutil.disk_usage(out).free
     if free < size:
         raise UserError(f"{out}: {what} take {format_bytes(size)}, and {format_bytes(free)} are free")
+    trial = out / f".trial.partial-{os.getpid()}"
     try:
         with open(trial, "wb") as stream:
-            left, zeros = min(int(size), TRIAL_BYTES), bytes(1 << 20)
+            left = min(int(size), TRIAL_BYTES)
+            zeros = bytes(1 << 20)
             while left > 0:
                 left -= stream.write(zeros[:left])
             stream.flush()
@@ -336,11 +363,14 @@ def check_disk_space(out: Path, size: float, what: str) -> None:
             trial.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------- reading
+# ---- reading ----
 
 
 def newest_checkpoint(out: Path) -> Checkpoint | None:
-    """The newest checkpoint under --out whose files are what the manifest says; None where there is none."""
+    """Returns the newest checkpoint under --out whose files are what its manifest says; None where there is none.
+
+    Its notes name those that are damaged. Raises UserError where all are.
+    """
     notes = []
     for folder in reversed(list_checkpoints(out / FOLDER)):
         fault = find_corruption(folder)
@@ -353,45 +383,47 @@ def newest_checkpoint(out: Path) -> Checkpoint | None:
 
 
 def find_corruption(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files."""
+    """Returns what is wrong with a checkpoint's files, or None."""
     try:
         manifest = read_json(folder / MANIFEST)
     except (UserError, OSError) as error:
         return str(error)
     if STATE_FILE not in manifest:
         return f"{folder / MANIFEST}: names no {STATE_FILE}"
-    if strange := sorted(file.name for file in folder.glob("*.safetensors") if file.name not in manifest):
-        return f"{folder / strange[0]}: is not in the manifest"
-    for name, wanted in manifest.items():
+    unknown = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in manifest)
+    if unknown:
+        return f"{folder / unknown[0]}: is not in the manifest"
+    for name, sha256 in manifest.items():
         file = folder / Path(name).name
         if not file.is_file():
             return f"{file}: is missing"
-        if file_sha256(file) != wanted:
+        if file_sha256(file) != sha256:
             return f"{file}: is damaged, its SHA-256 is not the manifest's"
     return None
 
 
-def read_checkpoint(found: Checkpoint, model: nn.Module, steppers: list) -> None:
-    """Gives model and optimizers what a checkpoint holds."""
+def read_checkpoint(found: Checkpoint, model: nn.Module, optimizers: list) -> None:
+    """Gives model and optimizers the tensors that a checkpoint holds. Raises UserError where one is missing."""
     dcp = distributed_checkpoint()
-    wanted, stored = trainable_state(model, steppers), stored_tensors(found.folder)
-    apart = {name for name in wanted if name.count(" ") == 2}
-    if apart <= stored.keys():  # as many shards as then
-        apart = set()
-    whole = {name: tensor for name, tensor in wanted.items() if name not in apart}
-    missing = sorted(whole.keys() - stored.keys())
+    own = trainable_state(model, optimizers)
+    stored = stored_tensors(found.folder)
+    by_shard = {name for name in own if name.count(" ") == 2}  # moments in 8 bits, cut into blocks within a shard
+    if by_shard <= stored.keys():  # there are as many shards as when they were written
+        by_shard = set()
+    loaded = {name: tensor for name, tensor in own.items() if name not in by_shard}
+    missing = sorted(loaded.keys() - stored.keys())
     if missing:
         raise UserError(f"{found.folder}: holds no {missing[0]!r}; it is of another method or optimizer")
     reader = dcp.HuggingFaceStorageReader(str(found.folder))
-    dcp.load(whole, storage_reader=reader, no_dist=not dist.is_initialized())
+    dcp.load(loaded, storage_reader=reader, no_dist=not dist.is_initialized())
     for name, p in model.named_parameters():
-        parts = {part for part in apart if part.split(" ")[1] == name}
+        parts = {part: own[part] for part in by_shard if part.split(" ")[1] == name}
         if parts:
-            requantize_moments(name, p, {part: wanted[part] for part in parts}, stored, found.folder)
+            requantize_moments(name, p, parts, stored, found.folder)
 
 
 def check_same_run(found: Checkpoint, base: dict) -> None:
-    """UserError where base or data of a run that goes on are others than they were."""
+    """Raises UserError where the base or the data of a resumed run are not those of its checkpoint."""
     if found.state["base_sha256"] != base["base_sha256"]:
         raise UserError(f"--resume: {base['base']} holds other weights than when {found.folder} was made")
     if found.state["data"] != base["data"]:
@@ -399,72 +431,86 @@ def check_same_run(found: Checkpoint, base: dict) -> None:
 
 
 def stored_tensors(folder: Path) -> dict[str, Path]:
-    """{name: file} of all tensors; of one that lies in several files, any of them."""
-    found = {}
+    """Returns {name: file} of all tensors in a folder; of one that lies in several files, any of them."""
+    files: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with open_safetensors(file) as shard:
-            found |= dict.fromkeys(shard.keys(), file)
-    return found
+            files |= dict.fromkeys(shard.keys(), file)
+    return files
 
 
-def requantize_moments(name: str, p: Tensor, mine: dict[str, Tensor], stored: dict, folder: Path) -> None:
-    """Moments in 8 bits, of which other shards than today's were cut into blocks: made whole, and cut again."""
+def requantize_moments(name: str, p: Tensor, parts: dict[str, Tensor], stored: dict[str, Path], folder: Path) -> None:
+    """Fills this rank's moments in 8 bits from those of another number of shards, which were cut into other blocks.
+
+    name, p: of the parameter. parts: this rank's tensors by their names, to be filled. stored: of `stored_tensors`.
+    """
     for key in ("m", "v"):
         pieces = [part for part in stored if part.startswith(f"{key} {name} ")]
         if not pieces:
             raise UserError(f"{folder}: holds no {key} of {name}; it is of another optimizer")
         pieces.sort(key=lambda part: int(part.rpartition(" ")[2].partition("/")[0]))
-        parts = []
+        moments = []
         for piece in pieces:
-            codes, scales = (read_tensor(stored[n], n) for n in (piece, f"{key}_scale{piece.removeprefix(key)}"))
-            parts.append(dequantize_moment(codes, scales, key))
-        flat = torch.cat(parts).view(p.shape)[distributed.local_row_slice(p)].flatten()
-        for end, new in zip(("", "_scale"), quantize_moment(flat, key), strict=True):
-            mine[f"{key}{end} {name} {shard_name(p)}"].copy_(new)
+            scale_name = f"{key}_scale{piece.removeprefix(key)}"
+            codes = read_tensor(stored[piece], piece)
+            scales = read_tensor(stored[scale_name], scale_name)
+            moments.append(dequantize_moment(codes, scales, key))
+        flat = torch.cat(moments).view(p.shape)[distributed.local_row_slice(p)].flatten()
+        for suffix, values in zip(("", "_scale"), quantize_moment(flat, key), strict=True):
+            parts[f"{key}{suffix} {name} {shard_name(p)}"].copy_(values)
 
 
 def truncate_metrics(file: Path, step: int) -> None:
-    """Leaves the lines of steps up to this one, each of which stands there whole."""
-    kept = []
+    """Leaves only the whole lines of steps up to this one in metrics.jsonl."""
+    lines = []
     if file.is_file():
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 if line.endswith("\n") and json.loads(line)["step"] <= step:
-                    kept.append(line)
+                    lines.append(line)
     with atomic_file(file) as tmp:
-        tmp.write_text("".join(kept), encoding="utf-8")
+        tmp.write_text("".join(lines), encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------------------- flags
+# ---- flags ----
 
 
 def restore_flags(flags: Flags, state: dict, where: Path) -> tuple[Flags, list[str]]:
-    """Completes what was typed by the flags of the checkpoint that is resumed; with it lines about what changes.
-    UserError lists the flags that would change what is computed."""
-    saved, given, notes, refused, taken = current_names(state["flags"]), flags.given, [], [], {}
+    """Returns the flags of a resumed run, what was typed completed by those of its checkpoint, and lines about what
+    changes.
+
+    state: of state.json. where: the checkpoint's folder, for messages. Raises UserError with a list of the flags that
+    would change what is computed.
+    """
+    saved, given = current_names(state["flags"]), flags.given
     if saved["map"] and "map" not in given:
         raise UserError(f"--resume: the run goes through --map {saved['map']}; give it again, it is code to be run")
+    taken, refused, notes = {}, [], []
     for name, before in saved.items():
         if name in PER_LAUNCH_OPTIONS:
             continue
         now = getattr(flags, name)
         before = tuple(before) if isinstance(before, list) else before
+        was_open = name == "epochs" and before is None
         if name not in given or now == "auto":
             taken[name] = before
-        elif name not in SAFE_TO_CHANGE and now != before and not (name == "epochs" and before is None):
+        elif name not in SAFE_TO_CHANGE and now != before and not was_open:
             refused.append(f"{dashed(name)} {now} (it was {before})")
     if refused:
         raise UserError(f"--resume: {where} was made with other flags: {', '.join(refused)}; leave them out")
     flags = dataclasses.replace(flags, **taken)
     for name in ("shard", "context_parallel", "compile", "activation_checkpointing", "attention"):
-        now, before = getattr(flags, name), saved.get(name, "auto")  # a run of before --attention has none
+        now = getattr(flags, name)
+        before = saved.get(name, "auto")  # a run of before --attention has none
         if now not in (None, before):
             notes.append(f"{dashed(name)} {now}, {before} before: equal to rounding, not to the bit")
     flags, note = keep_step_size(flags, saved, state["processes"])
-    notes += [note] if note else []
-    if distributed.world_size() != len(state["random"]):
-        before = len(state["random"])
-        notes.append(f"{before} processes before, {distributed.world_size()} now: equal to rounding, not to the bit")
+    if note:
+        notes.append(note)
+    ranks_before = len(state["random"])
+    if distributed.world_size() != ranks_before:
+        count = distributed.world_size()
+        notes.append(f"{ranks_before} processes before, {count} now: equal to rounding, not to the bit")
     return flags, notes
 
 

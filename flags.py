@@ -47,8 +47,9 @@ FREE, PER_LAUNCH = "free", "launch"
 
 def option(default, text: str, **more):
     """A field of Flags. More of its metadata: choices, metavar, nargs, const for argparse; `limits`, POSITIVE or
-    NOT_NEGATIVE; `resume`: FREE if a resumed run may have another value, since no number of the run changes or only how
-    it is computed; PER_LAUNCH if it belongs to one start of the program and not to the run."""
+    NOT_NEGATIVE; `resume`: FREE if it may differ when a run is resumed, because it does not change what is trained on
+    or with (data and model are compared by hashes of what they hold); PER_LAUNCH if it belongs to one start of the
+    program and not to the run."""
     metadata = {"help": text, **more}
     if isinstance(default, list):
         return field(default=tuple(default), metadata=metadata)
@@ -173,12 +174,10 @@ class Flags:
     )
     steps: int | None = option(None, "optimizer steps; default: as --epochs says", limits=POSITIVE)
     epochs: float | None = option(
-        None, "passes over the data; default: 3 for small data, 1 from 1,500 examples on", limits=POSITIVE
+        None, "passes over the data; default: 3, or 2 from 500 examples on and 1 from 1,500 on", limits=POSITIVE
     )
     lr: float | None = option(None, "peak learning rate; default: by the method and the model's width", limits=POSITIVE)
-    schedule: str = option(
-        "cosine", "how the learning rate falls after the warm-up", choices=["cosine", "linear", "constant"]
-    )
+    schedule: str = option("cosine", "how the learning rate falls after the warm-up", choices=[*optimizers.SCHEDULES])
     warmup: int | None = option(
         None, "steps in which the learning rate rises from 0; default: 5 %% of the steps", limits=NOT_NEGATIVE
     )
@@ -266,8 +265,8 @@ class Flags:
     activation_checkpointing: str = option(
         "none",
         "also called gradient checkpointing: which activations are computed again in the backward pass instead of being"
-        " kept; selective: those of norms and attention; full: whole blocks, of which only the inputs are kept;"
-        " offload: these inputs go to the host's memory",
+        " kept; selective: outputs of norms, and attention probabilities; full: whole blocks, of which only the inputs are"
+        " kept; offload: these inputs go to the host's memory",
         choices=[*CHECKPOINTING_KINDS],
         resume=FREE,
     )

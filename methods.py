@@ -1,7 +1,7 @@
 """The ways to fine-tune, a row each: what --method means, and the only place that knows.
 
-A method leaves an ordinary nn.Module behind; the loop never asks which it is. To add one: its file, or a function in
-lora.py or adapters.py, and a row of `METHODS`.
+A method leaves an ordinary nn.Module behind; the loop never asks which it is. To add one: its functions and a row of
+`METHODS`.
 """
 
 import re
@@ -24,7 +24,7 @@ class Method(NamedTuple):
 
     attach(model, settings): freezes what is not trained and adds what is, on a model with weights or on the meta
         device.
-    start(model, settings): gives what was added on the meta device its first numbers.
+    start(model, settings): gives what was added on the meta device its first numbers; elsewhere attach does it.
     save(model, folder, write_extra): writes final/ or best/.
     lr_factor: of the default learning rate. weight_decay: the default.
     freezes_base: the base may then be in 4 bits, may be replicated on all ranks, and is not saved.

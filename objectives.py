@@ -5,10 +5,10 @@ tokens, over the whole optimizer step (or file), whatever the micro-batches, gra
 of 8 is 2 x 4 to rounding, and a short answer weighs by its tokens, never by its place in a batch. Where records or
 messages have weights, both sums are weighted, as torch's own weighted cross-entropy is.
 
-An objective is a function and a row of `OBJECTIVES`.
+An objective is a function of (model, batch, totals, losses), as `supervised_loss`, and a row of `OBJECTIVES`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -120,14 +120,7 @@ def balance_loss(loads: list[tuple[Tensor, Tensor]]) -> Tensor:
     return len(chosen) * (chosen * probability).sum()
 
 
-class Objective(NamedTuple):
-    """loss(model, batch, totals, losses): as `supervised_loss`. batches: the kind that it wants."""
-
-    loss: Callable[[Transformer, Batch, StepTotals, Losses], Tensor]
-    batches: str
-
-
-OBJECTIVES = {"supervised": Objective(supervised_loss, "tokens")}
+OBJECTIVES = {"supervised": supervised_loss}
 
 
 @torch.no_grad()

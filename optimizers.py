@@ -31,6 +31,12 @@ MIN_8BIT_NUMEL = 4096
 # Elements that are fp32 at a time while 8-bit moments or bf16 weights are updated: a multiple of
 # NESTED_BLOCK.
 CHUNK_NUMEL = {"cpu": 1 << 18, "cuda": 1 << 24}
+# The learning rate after the warm-up, as a share of its peak, by progress: 0 at the peak, 1 a step after the last.
+SCHEDULES = {
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1 - progress,
+    "constant": lambda progress: 1.0,
+}
 DESCRIPTIONS = {
     "adamw": "AdamW",
     "adamw8bit": "AdamW with moments in 8 bits",

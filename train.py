@@ -15,7 +15,10 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+from torch import Tensor
 
 import distributed
 from checkpoint import copy_tokenizer, read_config
@@ -27,8 +30,8 @@ from flags import Flags, as_dict, parse_flags
 from interop.resolve import base_folder, pick_tokenizer
 from methods import load_trainable, method_of
 from model import Transformer
-from objectives import OBJECTIVES, Losses, Objective, StepTotals
-from optimizers import make_optimizers
+from objectives import OBJECTIVES, Losses, StepTotals
+from optimizers import SCHEDULES, make_optimizers
 from planning import report
 from tokenizer import Tokenizer
 from training.attention_trial import use_flash_version
@@ -152,7 +155,7 @@ def train(flags: Flags) -> None:
 def train_loop(
     settings: Settings,
     model: Transformer,
-    objective: Objective,
+    objective: Callable[..., Tensor],
     optimizers: list,
     loader: MicroBatches,
     state: TrainState,
@@ -177,7 +180,7 @@ def train_loop(
         for i, batch in enumerate(micro_batches):  # gradient accumulation
             is_last = i == len(micro_batches) - 1
             distributed.set_gradient_sync(model, is_last or settings.reduce == "each")
-            objective.loss(model, batch, totals, losses).backward()
+            objective(model, batch, totals, losses).backward()
         distributed.all_reduce_gradients(trained)  # data parallel without FSDP; with it they are reduced already
         grad_norm = distributed.clip_grad_norm_(trained, settings.clip or math.inf)
         losses.all_reduce()
@@ -193,11 +196,14 @@ def train_loop(
 
         state.step = step + 1
         examples = [example for batch in micro_batches for example in batch.examples]
-        metrics.log_step(state.step, losses, grad_norm, lr, totals, examples)  # read one step late, for the same reason
+        metrics.log_step(state.step, losses, grad_norm, lr, totals, examples)  # read one step late: nothing waits here
 
         stop_signal = totals.stop_signal or (stop.signal if distributed.world_size() == 1 else 0)
         interrupted = bool(stop_signal) and state.step < settings.steps
-        out_of_patience = bool(evaluator) and evaluator.due(state) and evaluator.run(state)  # validates, keeps best/
+        out_of_patience = False
+        if evaluator and evaluator.due(state):
+            out_of_patience = evaluator.run(state)  # validates, keeps best/, counts for early stopping
+        # Early stopping ends the run: it goes straight to final/, and needs no checkpoint.
         if checkpointer and not out_of_patience and (checkpointer.due(state) or interrupted):
             with metrics.paused():
                 metrics.sync()
@@ -211,12 +217,11 @@ def train_loop(
 
 
 def lr_at(step: int, settings: Settings) -> float:
-    """Learning rate of step 0, 1, ...: linear warm-up, above 0 from the first step, then the schedule down to 0."""
+    """Learning rate of step 0, 1, ...: linear warm-up, above 0 from the first step, then --schedule."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / (settings.warmup + 1)
     progress = (step - settings.warmup) / (settings.steps - settings.warmup)  # 0 at the peak, 1 a step after the last
-    shape = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-    return settings.lr * shape[settings.schedule]
+    return settings.lr * SCHEDULES[settings.schedule](progress)
 
 
 def is_bundled_task(settings: Settings) -> bool:

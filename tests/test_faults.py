@@ -21,7 +21,7 @@ from support.runs import ROOT, after_lines, assert_same, descendants, exact, fin
 
 import checkpoint
 import train
-from objectives import Objective, supervised_loss
+from objectives import supervised_loss
 from optimizers import make_optimizers
 from training import checkpointer as resume
 from training import metrics as log
@@ -141,7 +141,7 @@ def scale_losses(monkeypatch, factor) -> None:
         losses.loss = before + (losses.loss - before) * times
         return loss * times
 
-    monkeypatch.setitem(train.OBJECTIVES, "supervised", Objective(scaled, "tokens"))
+    monkeypatch.setitem(train.OBJECTIVES, "supervised", scaled)
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "muon", "adamw8bit", "bf16 weights"])
@@ -359,7 +359,7 @@ def test_out_of_memory_says_what_helps(job, tmp_path, monkeypatch, capsys, metho
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...")
 
-    monkeypatch.setitem(train.OBJECTIVES, "supervised", Objective(full, "tokens"))
+    monkeypatch.setitem(train.OBJECTIVES, "supervised", full)
     _, err, code = command(train, monkeypatch, capsys, *job(method), "--out", tmp_path / "run")
     assert code == 2 and err.startswith("error: out of memory: CUDA out of memory. Expected were")
     assert helps in err and ("--seq-len" in err or "--batch-size 3 --accumulate 2" in err)

@@ -1,17 +1,18 @@
 """--attention flash3 or flash4: another version of FlashAttention, held against version 2 in one step first."""
 
 import dataclasses
+from collections.abc import Callable
 
-import torch
+from torch import Tensor
 
 import distributed
 from data import MicroBatches, collate
 from kernels import flash_versions
 from model import Transformer
-from objectives import Losses, Objective, StepTotals
+from objectives import Losses, StepTotals
 
 
-def use_flash_version(name: str, model: Transformer, objective: Objective, loader: MicroBatches) -> str:
+def use_flash_version(name: str, model: Transformer, objective: Callable[..., Tensor], loader: MicroBatches) -> str:
     """Puts that version in place and returns a line about it. UserError where loss or gradients of the run's first
     micro-batch are not those of version 2."""
     trial = MicroBatches(loader.dataset, dataclasses.replace(loader.sampler), loader.device, loader.batch_size)
@@ -21,8 +22,8 @@ def use_flash_version(name: str, model: Transformer, objective: Objective, loade
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()
 
-    def step() -> list[torch.Tensor]:
-        loss = objective.loss(model, batch, totals, Losses(loader.device))
+    def step() -> list[Tensor]:
+        loss = objective(model, batch, totals, Losses(loader.device))
         loss.backward()
         results = [loss, *(distributed.to_local(p.grad) for p in parameters if p.grad is not None)]
         for p in parameters:

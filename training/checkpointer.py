@@ -4,7 +4,7 @@
 
     shard-*.safetensors   trained weights and the optimizer's moments, by torch.distributed.checkpoint: each process
                           writes its rows; fewer or more processes may read them
-    state.json            the step, the position in the data, random numbers, flags, what was best so far
+    state.json            the step, the position in the data, the states of the random generators, flags, losses so far
     manifest.json         each file's SHA-256
 
 A folder is written under another name, synced to the disk and renamed, so it is there whole or not at all. When it is

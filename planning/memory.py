@@ -1,17 +1,18 @@
-"""What a run will take, before it is begun: memory at the peak by part, floating point operations, time; and which way
-of fine-tuning fits the machine.
+"""Predicts what a run will take, before it begins: memory at the peak by part, floating point operations and time; and
+recommends the method of fine-tuning that fits the machine.
 
-`train.py --plan` asks for each method from config.json alone: the model is built of tensors without memory (the meta
-device), so counts of weights are those of the real one. Everything else is arithmetic, which stands here to be read:
+`train.py --plan` asks this for each method. The model is built from config.json alone, of tensors without memory (the
+meta device), so the counts of weights are those of the real model. Everything else is arithmetic:
 
-- memory at the peak: weights + the optimizer's moments + the largest of four moments in a step: at the head (what the
-  blocks keep, a chunk of logits and its gradient), when the blocks' backward begins, when it ends, and when the
-  embedding table's gradient is made, which is the last (all gradients);
-- operations: 2 a weight and token forward, 2 for the inputs' gradient, 2 for the weight's own where it is trained, and
-  7 T H d a layer for causal attention over T tokens (2 forward, 5 backward);
-- time: operations over the rate of a product on this machine, timed now, times EFFICIENCY, which was measured.
+- memory at the peak: weights + the optimizer's moments + the largest of four points in a step: at the head (what the
+  blocks keep, a chunk of logits and its gradient), when the backward of the blocks begins, when it ends, and when the
+  gradient of the embedding table is made, which is the last one (all gradients exist then);
+- operations: 2 per weight and token in the forward, 2 for the gradient of the inputs, 2 for the gradient of the weight
+  where it is trained, and 7 T H d per layer for causal attention over T tokens (2 forward, 5 backward);
+- time: operations divided by the rate of a matrix product on this machine (timed now) times EFFICIENCY (measured).
 """
 
+import functools
 import math
 import os
 import time
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 import lora
-from common import console as report
+from common import console
 from data import max_tokens_per_micro_batch
 from kernels.attention import (
     FLASH_HEAD_DIM,
@@ -40,78 +41,124 @@ from model import Config, Linear, Transformer, quantized_linears
 from optimizers import state_bytes
 from quant import can_quantize, empty_nf4
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, published
-EFFICIENCY = 0.45  # of a training step, against products alone; measured
-RUNTIME = {"cpu": 1.5e9, "cuda": 0.0}  # bytes: Python, torch, oneDNN's products, freed memory that is not given back
-CONTEXT = 1.0e9  # bytes of a GPU that torch does not count: CUDA's context, cuBLAS' workspace, fragments
-FITS = 0.9  # of a device's memory: the figures are right to 10 %
-CAPACITY = 2  # bits that a trained weight can hold (Allen-Zhu & Li 2024, arXiv 2404.05405)
-LARGEST_RANK = 256  # beyond it full fine-tuning is the simpler way
-BITS = 1  # that a trained token may teach, about (Schulman et al. 2025, "LoRA without regret")
+# FLOP/s of dense bf16 products, as the vendor publishes them.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+# The rate of a training step, as a share of the rate of a matrix product; measured.
+EFFICIENCY = 0.45
+
+# Bytes of the process itself: Python, torch, oneDNN's products, freed memory that is not returned to the system.
+RUNTIME = {"cpu": 1.5e9, "cuda": 0.0}
+
+# Bytes of a GPU that torch does not count: CUDA's context, the workspace of cuBLAS, fragments.
+CONTEXT = 1.0e9
+
+# The share of a device's memory that a plan may use: the figures are right to 10 %.
+FITS = 0.9
+
+# Bits that a trained weight can hold (Allen-Zhu & Li 2024, arXiv 2404.05405).
+CAPACITY = 2
+
+# The largest rank that is recommended: beyond it, full fine-tuning is simpler.
+LARGEST_RANK = 256
+
+# Bits that a trained token may teach, about (Schulman et al. 2025, "LoRA without regret").
+BITS = 1
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to fine-tune."""
+    """One way to fine-tune.
 
-    method: str  # full, lora, qlora
+    method: a key of METHODS, for example "full", "lora" or "qlora".
+    optimizer: the value of --optimizer.
+    weights: the dtype that trained weights are stored in by full fine-tuning.
+    offload: whether the state of the optimizer is on the host.
+    checkpointing: the value of --activation-checkpointing.
+    """
+
+    method: str
     optimizer: str = "adamw"
-    weights: str = "fp32"  # of trained weights, in full
-    offload: bool = False  # of the optimizer's state to the host
+    weights: str = "fp32"
+    offload: bool = False
     checkpointing: str = "none"
 
     def __str__(self) -> str:
+        """Returns the flags of train.py that ask for this recipe."""
         words = [f"--method {self.method}"]
-        words += [f"--optimizer {self.optimizer}"] * (self.optimizer != "adamw")
-        words += [f"--weights {self.weights}"] * (self.weights != "fp32") + ["--optimizer-offload"] * self.offload
-        return " ".join(words + [f"--activation-checkpointing {self.checkpointing}"] * (self.checkpointing != "none"))
+        if self.optimizer != "adamw":
+            words.append(f"--optimizer {self.optimizer}")
+        if self.weights != "fp32":
+            words.append(f"--weights {self.weights}")
+        if self.offload:
+            words.append("--optimizer-offload")
+        if self.checkpointing != "none":
+            words.append(f"--activation-checkpointing {self.checkpointing}")
+        return " ".join(words)
 
 
 @dataclass
 class Memory:
-    """Bytes at the peak of training, by part."""
+    """Bytes that training takes, by part.
+
+    weights, gradients, optimizer: of all parameters. Only trained ones have gradients and optimizer state.
+    activations: what all blocks keep for their backward.
+    block: what one block keeps when it is computed; with checkpointing, when it is computed again.
+    logits: the head: a chunk of logits, its rows and their gradient, and the head's own gradient if it is trained.
+    working: what the backward of one block takes, and a matrix that is restored in full for a product.
+    runtime: the process itself.
+    table: the gradient of the embedding table, which is the last to be made; 0 if the table is not trained.
+    tied: whether the head is the embedding table. Then its gradient is added to that of the head, which is the first.
+    recomputed: whether the backward computes the blocks again.
+    accumulated: whether the gradients of an earlier micro-batch exist during the whole step.
+    """
 
     weights: float
     gradients: float
     optimizer: float
-    activations: float  # kept by the blocks for their backward
-    block: float  # by one of them, when it is computed (again, with checkpointing)
-    logits: float  # of the head: a chunk of logits, its rows and their gradient, its own gradient where it is trained
-    working: float  # of one block's backward, and a matrix made whole for a product
+    activations: float
+    block: float
+    logits: float
+    working: float
     runtime: float
-    table: float  # the gradient of the embedding table, which is the last; 0 where it is not trained
-    tied: bool  # it is added to the head's, which is the first
-    recomputed: bool  # blocks are, in the backward
-    accumulated: bool  # gradients of an earlier micro-batch are there all the while
+    table: float
+    tied: bool
+    recomputed: bool
+    accumulated: bool
 
     @property
     def peak(self) -> float:
-        kept, grown = self.activations, 0 if self.accumulated else self.gradients
-        last = 0 if self.accumulated or self.tied else self.table  # of `grown`, what is not there before the end
-        beside = self.table if self.accumulated or self.tied else 0  # made beside what it is added to
-        passing = max(
-            kept + self.logits,
-            kept + self.again + self.working,
-            grown - last + self.block + self.working,
-            grown + beside,
-        )
-        there = self.gradients if self.accumulated else 0
-        return self.weights + self.optimizer + there + passing + self.runtime
+        """The most bytes that a step takes: the largest of four points in it, and what is there all the time."""
+        new_gradients = 0 if self.accumulated else self.gradients
+        # The part of `new_gradients` that does not exist before the end of the backward.
+        last_gradient = 0 if self.accumulated or self.tied else self.table
+        # A gradient that is added to another one is a tensor of its own until it is added.
+        unadded_gradient = self.table if self.accumulated or self.tied else 0
+        at_the_head = self.activations + self.logits
+        backward_begins = self.activations + self.again + self.working
+        backward_ends = new_gradients - last_gradient + self.block + self.working
+        all_gradients = new_gradients + unadded_gradient
+        step = max(at_the_head, backward_begins, backward_ends, all_gradients)
+        old_gradients = self.gradients if self.accumulated else 0
+        return self.weights + self.optimizer + old_gradients + step + self.runtime
 
     @property
     def again(self) -> float:
+        """Bytes that a block keeps when the backward computes it again; 0 without activation checkpointing."""
         return self.block if self.recomputed else 0
 
 
 def meta_model(config: Config, recipe: Recipe, dtype: torch.dtype, adapter: dict | None) -> Transformer:
-    """The model of a recipe without memory: shapes, dtypes and what is trained. adapter: arguments of lora.add_lora;
-    None: no adapter is put on."""
+    """Returns the model of a recipe, without memory: shapes, dtypes and what is trained.
+
+    dtype: the dtype of the products. adapter: the arguments of lora.add_lora; None adds no adapter.
+    """
     with torch.device("meta"):
         model = Transformer(config)
     method = METHODS[recipe.method]
     has_masters = not method.freezes_base and not recipe.offload and recipe.weights == "fp32"
-    stored = torch.bfloat16 if recipe.weights == "bf16" else dtype
-    model.to(torch.float32 if has_masters else stored)
+    storage_dtype = torch.bfloat16 if recipe.weights == "bf16" else dtype
+    model.to(torch.float32 if has_masters else storage_dtype)
     model.compute_dtype = dtype
     if method.quant or config.raw.get("quantization_config"):
         for name, layer in model.named_modules():
@@ -123,174 +170,279 @@ def meta_model(config: Config, recipe: Recipe, dtype: torch.dtype, adapter: dict
     return model
 
 
-def expected_memory(model: Transformer, recipe: Recipe, lengths: list[int], trained: int, device: str, accumulate: int):
-    """Memory of training this model (real, or of `sketch`). lengths: of the examples of a micro-batch, the largest one;
-    trained: its trained tokens."""
-    c, item = model.config, model.dtype.itemsize
+def expected_memory(
+    model: Transformer, recipe: Recipe, lengths: list[int], trained: int, device: str, accumulate: int
+) -> Memory:
+    """Returns the memory that training this model is expected to take.
+
+    model: a real model, or one of `meta_model`.
+    lengths: the lengths in tokens of the examples of the largest micro-batch.
+    trained: the trained tokens of that micro-batch.
+    device: "cpu", "cuda" or "mps".
+    accumulate: micro-batches of a step.
+    """
+    config = model.config
+    item = model.dtype.itemsize
     parameters = list(model.parameters())
+    trained_parameters = [p for p in parameters if p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in parameters)
-    gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    gradients = sum(p.numel() * p.element_size() for p in trained_parameters)
     moments = 0 if recipe.offload else state_bytes(recipe.optimizer)
-    optimizer = sum(p.numel() * moments for p in parameters if p.requires_grad)
-    tokens, documents = sum(lengths), Documents(sorted(lengths))
+    optimizer = sum(p.numel() * moments for p in trained_parameters)
+
+    # What all blocks keep. With checkpointing these are their inputs only; with offloading two of the inputs, which are
+    # on their way to or from the host.
+    tokens = sum(lengths)
+    documents = Documents(sorted(lengths))
+    hidden_states = tokens * config.hidden_size * item
     recomputed = recipe.checkpointing in ("full", "offload")
-    layer = kept_by_a_block(model, documents, device, "none" if recomputed else recipe.checkpointing)
-    activations = layer * c.num_layers
-    if recomputed:  # the inputs, of which two are on their way to or from the host
-        activations = (c.num_layers if recipe.checkpointing == "full" else 2) * tokens * c.hidden_size * item
-    activations += 2 * tokens * c.hidden_size * item  # the last norm's input and output
-    if device == "cuda" and METHODS[recipe.method].freezes_base:  # adapters as products take them (lora.ModelCasts)
-        activations += item * sum(p.numel() for p in parameters if p.requires_grad)
+    block = kept_by_a_block(model, documents, device, "none" if recomputed else recipe.checkpointing)
+    if recomputed:
+        inputs = config.num_layers if recipe.checkpointing == "full" else 2
+        activations = inputs * hidden_states
+    else:
+        activations = block * config.num_layers
+    # The input and the output of the last norm.
+    activations += 2 * hidden_states
+    if device == "cuda" and METHODS[recipe.method].freezes_base:
+        # The adapters in the dtype of the products (lora.ModelCasts).
+        activations += item * sum(p.numel() for p in trained_parameters)
+
     head = model.embed.weight if model.head is None else model.head.weight
-    head_trained = head is not None and head.requires_grad
     budget = LOGITS_BYTES.get(device, LOGITS_BYTES["cuda"])
-    logits = min(budget, trained * c.vocab_size * item) + 2 * trained * c.hidden_size * item
-    logits += c.vocab_size * c.hidden_size * (4 + item) if head_trained else 0
-    working = working_bytes(model, documents, device)
-    runtime = RUNTIME.get(device, RUNTIME["cpu"])
-    table = model.embed.weight.nbytes if model.embed.weight.requires_grad else 0
-    tied = model.head is None
+    logits = min(budget, trained * config.vocab_size * item) + 2 * trained * config.hidden_size * item
+    if head is not None and head.requires_grad:
+        logits += config.vocab_size * config.hidden_size * (4 + item)
     return Memory(
-        weights, gradients, optimizer, activations, layer, logits, working, runtime, table, tied, recomputed,
-        accumulate > 1,
-    )  # fmt: skip
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+        block=block,
+        logits=logits,
+        working=working_bytes(model, documents, device),
+        runtime=RUNTIME.get(device, RUNTIME["cpu"]),
+        table=model.embed.weight.nbytes if model.embed.weight.requires_grad else 0,
+        tied=model.head is None,
+        recomputed=recomputed,
+        accumulated=accumulate > 1,
+    )
 
 
 def by_flash(config: Config, device: str, item: int) -> bool:
-    """Whether attention is one kernel over all documents: FlashAttention, or FlexAttention for soft-caps."""
+    """True if attention is one kernel over all documents: FlashAttention, or FlexAttention for soft-caps.
+
+    item: bytes of a number in the dtype of the products.
+    """
     return device == "cuda" and item == 2 and config.head_dim <= FLASH_HEAD_DIM
 
 
 def in_chunks(config: Config, device: str, item: int) -> bool:
-    """Whether documents are attended to in slices whose scores are not kept."""
+    """True if attention computes documents in slices whose scores are not kept."""
     return config.attention_softcap is not None and not by_flash(config, device, item)
 
 
 def in_groups(config: Config, device: str, item: int) -> bool:
-    """Whether all routed experts of a layer are computed at once (kernels/experts.py)."""
+    """True if all routed experts of a layer are computed in one product (kernels/experts.py)."""
     return config.experts is not None and device == "cuda" and item == 2
 
 
 def working_bytes(model: Transformer, documents: Documents, device: str) -> float:
-    """What a block's backward makes for a while: gradients inside its MLP, matrices that are made for a product."""
-    c, item, tokens = model.config, model.dtype.itemsize, sum(documents.lengths)
-    wide = c.experts.intermediate_size if c.experts else c.intermediate_size  # experts take turns
-    mlp = tokens * (3 * wide + c.hidden_size) * item
+    """Returns the bytes that the backward of a block needs for a while: gradients inside its MLP, and matrices that are
+    converted for a product."""
+    config = model.config
+    item = model.dtype.itemsize
+    tokens = sum(documents.lengths)
+    # Experts are computed one after the other, except in groups (below).
+    width = config.experts.intermediate_size if config.experts else config.intermediate_size
+    mlp = tokens * (3 * width + config.hidden_size) * item
     scores = 0
-    if in_chunks(c, device, item):
-        scores = sum(group.documents * group.length**2 * c.num_heads for group in documents.groups)
+    if in_chunks(config, device, item):
+        scores = sum(group.documents * group.length**2 * config.num_heads for group in documents.groups)
     mlp = max(mlp, (12 if item == 4 else 16) * min(scores, MAX_SCORES))
-    made = item if device == "cuda" else 6  # bytes a number: in the dtype, and first in fp32 where no kernel does it
-    matrices = [made * m.in_features * m.out_features for m in quantized_linears(model).values()]
-    cast = [p for p in model.parameters() if p.requires_grad and p.dtype != model.dtype and p.dim() == 2]
-    matrix = max([*matrices, *(p.numel() * item for p in cast)], default=0)
+
+    # The largest matrix that is dequantized or cast. Without a kernel, a number is computed in fp32 first: 6 bytes.
+    dequantized_item = item if device == "cuda" else 6
+    matrices = [dequantized_item * m.in_features * m.out_features for m in quantized_linears(model).values()]
+    for p in model.parameters():
+        if p.requires_grad and p.dtype != model.dtype and p.dim() == 2:
+            matrices.append(p.numel() * item)
+    largest_matrix = max(matrices, default=0)
     if device != "cuda":
-        return mlp + matrix
-    # The kernel of the gate's backward needs no matrix, and the products before and behind it fewer tensors
-    products = tokens * 2 * (wide + c.hidden_size) * item + matrix
-    return max(mlp, products, working_of_experts(model, tokens) if in_groups(c, device, item) else 0)
+        return mlp + largest_matrix
+
+    # The kernel of the gate's backward needs no matrix, and the products before and after it need fewer tensors.
+    products = tokens * 2 * (width + config.hidden_size) * item + largest_matrix
+    experts = working_of_experts(model, tokens) if in_groups(config, device, item) else 0
+    return max(mlp, products, experts)
 
 
 def working_of_experts(model: Transformer, tokens: int) -> float:
-    """The same of routed experts that are computed at once."""
-    c, item = model.config, model.dtype.itemsize
-    pairs, inner = tokens * c.experts.active, c.experts.intermediate_size
-    gate_up = 2 * c.experts.count * inner * c.hidden_size * item
-    of_experts = {name: p for name, p in model.named_parameters() if ".experts." in name and ".lora_" not in name}
-    made = any(p.dtype != model.dtype for p in of_experts.values())  # of codes, or of masters in fp32
+    """Returns the same as `working_bytes`, for routed experts that are computed in one product."""
+    config = model.config
+    item = model.dtype.itemsize
+    pairs = tokens * config.experts.active
+    width = config.experts.intermediate_size
+    weights = [p for name, p in model.named_parameters() if ".experts." in name and ".lora_" not in name]
+    # The matrices of NF4 codes, or of masters in fp32, are converted for the product.
+    if any(p.dtype != model.dtype for p in weights):
+        gate_and_up = 2 * config.experts.count * width * config.hidden_size * item
+    else:
+        gate_and_up = 0
     return max(
-        pairs * (4 * inner + c.hidden_size) * item,
-        pairs * (2 * inner + c.hidden_size) * item + gate_up * made,
+        pairs * (4 * width + config.hidden_size) * item,
+        pairs * (2 * width + config.hidden_size) * item + gate_and_up,
     )
 
 
 def inner_width(config: Config) -> int:
-    """Of what a token passes through in an MLP."""
+    """Returns the numbers that an MLP computes for a token between its two products."""
     if config.experts is None:
         return config.intermediate_size
     return config.experts.active * config.experts.intermediate_size
 
 
 def kept_by_a_block(model: Transformer, documents: Documents, device: str, checkpointing: str) -> float:
-    """Bytes that a block keeps for its backward (kernels/activation_checkpointing.py says what)."""
-    c, item, D = model.config, model.dtype.itemsize, model.config.hidden_size
+    """Returns the bytes that a block keeps for its backward (kernels/activation_checkpointing.py says which)."""
+    config = model.config
+    item = model.dtype.itemsize
+    hidden = config.hidden_size
     tokens = sum(documents.lengths)
-    inputs = 1 if c.parallel else 2  # of norms, or of attention and MLP where norms stand behind
-    normal = (1 if c.shared_norm else 2) if c.pre_norm else 0
-    numbers = inputs * D + (normal * D if checkpointing == "none" else 0) + 2 * D * c.post_norm
-    numbers += c.num_heads * c.head_dim  # attention's output
-    numbers += (c.num_heads + c.num_kv_heads) * c.head_dim * (c.qk_norm is not None)  # q and k before their norms
-    numbers += 2 * inner_width(c)
-    numbers += 2 * c.experts.active * D if c.experts and not in_groups(c, device, item) else 0
-    adapted = lora.lora_layers(model)
-    numbers += sum(layer.rank for layer in adapted.values()) / c.num_layers  # x A^T
-    rows = (inputs + 2 * (c.qk_norm is not None)) * 4  # a norm's own number, fp32
-    return tokens * (numbers * item + rows) + kept_by_attention(c, documents, device, item, checkpointing)
+
+    # `numbers` counts the numbers of a token that are kept in the dtype of the products.
+    # The inputs of the norms, or of attention and MLP if the norms come after them.
+    inputs = 1 if config.parallel else 2
+    numbers = inputs * hidden
+    if config.pre_norm and checkpointing == "none":
+        norm_outputs = 1 if config.shared_norm else 2
+        numbers += norm_outputs * hidden
+    if config.post_norm:
+        numbers += 2 * hidden
+    # The output of attention.
+    numbers += config.num_heads * config.head_dim
+    # q and k before their norms.
+    if config.qk_norm is not None:
+        numbers += (config.num_heads + config.num_kv_heads) * config.head_dim
+    numbers += 2 * inner_width(config)
+    if config.experts and not in_groups(config, device, item):
+        numbers += 2 * config.experts.active * hidden
+    # x A^T of the adapters.
+    numbers += sum(layer.rank for layer in lora.lora_layers(model).values()) / config.num_layers
+
+    # A norm keeps one fp32 number of its own for each token.
+    norms = inputs
+    if config.qk_norm is not None:
+        norms += 2
+    attention = kept_by_attention(config, documents, device, item, checkpointing)
+    return tokens * (numbers * item + norms * 4) + attention
 
 
 def kept_by_attention(c: Config, documents: Documents, device: str, item: int, checkpointing: str) -> float:
-    """Bytes: q, k and v, and what attention needs besides; its output is kept by the product behind it."""
+    """Returns the bytes of q, k and v, and of what else attention keeps for its backward.
+
+    The output of attention is not counted: the product after it keeps it. item: bytes of a number.
+    """
     heads = c.num_heads + 2 * c.num_kv_heads
     if by_flash(c, device, item):
         size = flash_head_dim(c.head_dim) if c.attention_softcap is None else c.head_dim
-        wide = heads + c.num_heads * (size > c.head_dim)  # where heads are padded, the output is kept padded as well
-        return sum(documents.lengths) * (wide * size * item + c.num_heads * 4)  # and a number a query, fp32
-    padded, more = 0, 0.0
-    for group in documents.groups:  # documents padded to one length
-        padded += group.documents * group.length
+        # If the heads are padded, the padded output is kept as well.
+        if size > c.head_dim:
+            heads += c.num_heads
+        # And one fp32 number for each query and head.
+        return sum(documents.lengths) * (heads * size * item + c.num_heads * 4)
+
+    padded_tokens = 0
+    other_numbers = 0.0
+    for group in documents.groups:
+        padded_tokens += group.documents * group.length
         if in_chunks(c, device, item):
             continue
-        if device == "cpu" and group.length <= KEEP_PROBS_UP_TO:
-            seen = sum(
-                (rows.stop - rows.start) * seen.stop for rows, seen in query_slices(group.length, SLICE_QUERIES, None)
-            )
-            more += group.documents * seen * c.num_heads * (checkpointing == "none")
-        else:
-            more += group.documents * group.length * c.num_heads * c.head_dim  # its output, before it lies flat
-    return (padded * heads * c.head_dim + more) * item
+        if device != "cpu" or group.length > KEEP_PROBS_UP_TO:
+            # The output as a padded tensor, before it is made flat.
+            other_numbers += group.documents * group.length * c.num_heads * c.head_dim
+        elif checkpointing == "none":
+            # The probabilities: every slice of queries keeps those of the keys that it attends to.
+            probs = 0
+            for queries, keys in query_slices(group.length, SLICE_QUERIES, None):
+                probs += (queries.stop - queries.start) * keys.stop
+            other_numbers += group.documents * probs * c.num_heads
+    return (padded_tokens * heads * c.head_dim + other_numbers) * item
 
 
 def flops_a_token(
     model: Transformer, mean_context: float = 0.0, trained: float = 1.0, checkpointing: str = "none"
 ) -> float:
-    """Operations of a training step, a token. reach: how many tokens attention looks back over, on average twice that
-    (sum of squared lengths over sum of lengths); trained: the share of tokens that reach the head."""
-    c, total = model.config, 0.0
-    sizes = [(name, p.numel(), p.requires_grad) for name, p in model.named_parameters() if p.dim() == 2]
-    sizes = [each for each in sizes if not each[0].startswith(("embed.", "positions.")) and ".nf4." not in each[0]]
-    sizes += [(name, m.in_features * m.out_features, False) for name, m in quantized_linears(model).items()]
-    for name, size, learns in sizes:
-        share = c.experts.active / c.experts.count if ".experts." in name else trained if name == "head.weight" else 1
-        again = 2 if checkpointing in ("full", "offload") and name.startswith("blocks.") else 0
-        total += share * size * ((6 if learns else 4) + again)
-    shared = model.embed.weight  # the head as well, if there is none of its own
-    total += trained * shared.numel() * (6 if shared.requires_grad else 4) if model.head is None else 0
-    return total + 7 * mean_context * c.num_heads * c.head_dim * c.num_layers
+    """Returns the floating point operations of a training step, per token.
+
+    mean_context: the sum of squared document lengths over the sum of lengths: twice the number of tokens that causal
+        attention looks back over, on average.
+    trained: the share of tokens that reach the head.
+    checkpointing: the value of --activation-checkpointing.
+    """
+    config = model.config
+    # Every matrix that is multiplied: (name, numbers, whether it is trained). Embeddings are looked up.
+    matrices = []
+    for name, p in model.named_parameters():
+        is_looked_up = name.startswith(("embed.", "positions."))
+        if p.dim() == 2 and not is_looked_up and ".nf4." not in name:
+            matrices.append((name, p.numel(), p.requires_grad))
+    for name, layer in quantized_linears(model).items():
+        matrices.append((name, layer.in_features * layer.out_features, False))
+
+    total = 0.0
+    for name, size, is_trained in matrices:
+        # The share of the tokens that this matrix is multiplied with.
+        if ".experts." in name:
+            share = config.experts.active / config.experts.count
+        elif name == "head.weight":
+            share = trained
+        else:
+            share = 1
+        operations = 6 if is_trained else 4
+        if checkpointing in ("full", "offload") and name.startswith("blocks."):
+            operations += 2
+        total += share * size * operations
+    if model.head is None:
+        # The embedding table is the head as well.
+        embedding = model.embed.weight
+        total += trained * embedding.numel() * (6 if embedding.requires_grad else 4)
+    return total + 7 * mean_context * config.num_heads * config.head_dim * config.num_layers
 
 
 def product_rate(config: Config, device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s in a product of the model's own shape; takes about a tenth of a second."""
-    rows = 8192 if device.type == "cuda" else 512  # fewer leave a GPU's multiprocessors without work
+    """Returns the FLOP/s of a matrix product with the shape of the model's MLP. Takes about a tenth of a second."""
+    # Fewer rows leave multiprocessors of a GPU without work.
+    rows = 8192 if device.type == "cuda" else 512
     x = torch.randn(rows, config.hidden_size, device=device).to(dtype)
     w = torch.randn(config.hidden_size, config.intermediate_size, device=device).to(dtype)
-    seconds = seconds_on_gpu if device.type == "cuda" else seconds_on_host
-    return 2 * x.numel() * w.shape[1] / seconds(lambda: x @ w)
+
+    def product() -> Tensor:
+        return x @ w
+
+    seconds = seconds_on_gpu(product) if device.type == "cuda" else seconds_on_host(product)
+    return 2 * x.numel() * w.shape[1] / seconds
 
 
 def seconds_on_host(product: Callable[[], Tensor]) -> float:
+    """Returns the shortest time in seconds of eight products, by the host's clock."""
     times = []
     for _ in range(8):
         start = time.perf_counter()
-        float(product()[0, 0])  # waits for the device
+        # Reading a number waits for the device.
+        float(product()[0, 0])
         times.append(time.perf_counter() - start)
     return min(times)
 
 
 def seconds_on_gpu(product: Callable[[], Tensor], times: int = 16) -> float:
-    """Of one of several products that follow each other, by the GPU's own clock: what the host takes to ask for one,
-    and to hear that it is done, is not counted."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(4):  # the library chooses its kernel, the card raises its clock
+    """Returns the time in seconds of one product, as the mean of `times` products in a row, by the GPU's own clock.
+
+    The time that the host needs to launch a product, and to hear that it is done, is not counted.
+    """
+    begin = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    # In the first products the library chooses its kernel and the GPU raises its clock.
+    for _ in range(4):
         product()
     begin.record()
     for _ in range(times):
@@ -301,136 +453,211 @@ def seconds_on_gpu(product: Callable[[], Tensor], times: int = 16) -> float:
 
 
 def tokens_at_once(device: torch.device, room: float, peak: Callable[[int], float]) -> int:
-    """Tokens of a micro-batch, the most that are of use and fit. peak(tokens): bytes that training with so many takes;
-    room: bytes that it may take. On CPUs memory is never the reason for fewer."""
+    """Returns the tokens of a micro-batch: as many as are of use and fit.
+
+    On CPUs memory is never the reason for fewer. If nothing fits, the smallest choice comes back.
+
+    room: bytes that training may take.
+    peak: a function from the tokens of a micro-batch to the bytes that training takes with them.
+    """
     most = max_tokens_per_micro_batch(device)
     if device.type == "cpu":
         return most
     choices = [n for n in (16384, 12288, 8192, 6144, 4096, 3072, 2048, 1024) if n <= most]
-    return next((tokens for tokens in choices if peak(tokens) <= room), choices[-1])
+    for tokens in choices:
+        if peak(tokens) <= room:
+            return tokens
+    return choices[-1]
 
 
 def device_memory(device: torch.device) -> float:
-    """Bytes that a run can have: of the GPU, or of the machine, or of what a container is allowed."""
+    """Returns the bytes that a run can use: of the GPU, or of the machine, or the limit of the container."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)  # others may have some of it; what torch holds is this run's
+        # Other processes may use some of the GPU. What torch has reserved belongs to this run.
+        free, total = torch.cuda.mem_get_info(device)
         return min(total - CONTEXT, free + torch.cuda.memory_reserved(device))
-    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(found, int(text)) if text.isdigit() else found
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit_file = Path("/sys/fs/cgroup/memory.max")
+    limit = limit_file.read_text().strip() if limit_file.is_file() else "max"
+    return min(physical, int(limit)) if limit.isdigit() else physical
 
 
 @dataclass
 class Workload:
-    """What is to be trained on: examples' lengths, trained tokens, and how many pass through in all."""
+    """What a run trains on.
 
-    lengths: list[int]  # of a micro-batch, the largest that there may be
-    trained: int  # tokens of it
-    share: float  # of tokens that are trained
-    mean_context: float  # sum of squared lengths over sum of lengths, of all
-    tokens: float  # of the whole training, with half of what is validated
-    to_learn: int  # trained tokens of the data
+    lengths: the lengths in tokens of the examples of the largest micro-batch.
+    trained: trained tokens of that micro-batch.
+    share: the share of all tokens that are trained.
+    mean_context: the sum of squared lengths over the sum of lengths, of all examples.
+    tokens: tokens of the whole training, with half of the tokens that are validated.
+    to_learn: trained tokens of the data.
+    accumulate: micro-batches of a step.
+    """
+
+    lengths: list[int]
+    trained: int
+    share: float
+    mean_context: float
+    tokens: float
+    to_learn: int
     accumulate: int
 
     def cut(self, tokens: int) -> "Workload":
-        """The same with micro-batches of at most so many tokens, but for an example that is longer: the longest ones
-        together, and more micro-batches a step."""
-        kept: list[int] = []
+        """Returns this workload in micro-batches of at most `tokens` tokens, and with more micro-batches in a step.
+
+        The micro-batch that counts has the longest examples. One example that is longer than `tokens` is never cut.
+        """
+        lengths: list[int] = []
         for length in sorted(self.lengths, reverse=True):
-            if not kept or sum(kept) + length <= tokens:
-                kept.append(length)
-        if len(kept) == len(self.lengths):
+            if not lengths or sum(lengths) + length <= tokens:
+                lengths.append(length)
+        if len(lengths) == len(self.lengths):
             return self
-        trained = math.ceil(self.trained * sum(kept) / sum(self.lengths))
-        times = math.ceil(sum(self.lengths) / sum(kept))
-        return replace(self, lengths=kept, trained=trained, accumulate=self.accumulate * times)
+        trained = math.ceil(self.trained * sum(lengths) / sum(self.lengths))
+        micro_batches = math.ceil(sum(self.lengths) / sum(lengths))
+        return replace(self, lengths=lengths, trained=trained, accumulate=self.accumulate * micro_batches)
 
 
 def fitting_job(workload: Workload, device: torch.device, room: float, takes: Callable[[Workload], Memory]) -> Workload:
-    """The job in micro-batches that fit, as `tokens_at_once` has them. takes: what a job takes."""
-    return workload.cut(tokens_at_once(device, room, lambda tokens: takes(workload.cut(tokens)).peak))
+    """Returns the workload in micro-batches that fit, of a size that `tokens_at_once` chooses.
+
+    room: bytes that training may take. takes: a function from a workload to the memory that it takes.
+    """
+
+    def peak(tokens: int) -> float:
+        return takes(workload.cut(tokens)).peak
+
+    return workload.cut(tokens_at_once(device, room, peak))
+
+
+def memory_of_workload(model: Transformer, recipe: Recipe, device: str, workload: Workload) -> Memory:
+    """Returns `expected_memory` for a workload."""
+    return expected_memory(model, recipe, workload.lengths, workload.trained, device, workload.accumulate)
 
 
 def recipes(config: Config, device: torch.device) -> list[Recipe]:
-    found = [] if config.raw.get("quantization_config") else [
-        Recipe("full"),
-        Recipe("full", "adamw8bit"),
-        Recipe("full", "adamw8bit", "bf16"),
-        *[Recipe("full", offload=True)] * (device.type == "cuda"),
-        Recipe("lora"),
-    ]  # fmt: skip
-    return [*found, Recipe("qlora")]
+    """Returns the recipes that a plan compares, without checkpointing; for a quantized base, QLoRA alone."""
+    qlora = Recipe("qlora")
+    if config.raw.get("quantization_config"):
+        return [qlora]
+    full = [Recipe("full"), Recipe("full", "adamw8bit"), Recipe("full", "adamw8bit", "bf16")]
+    if device.type == "cuda":
+        full.append(Recipe("full", offload=True))
+    return [*full, Recipe("lora"), qlora]
 
 
 def print_plan(config: Config, workload: Workload, device: torch.device, dtype: torch.dtype, adapter: dict) -> None:
-    """Prints the table and the recommendation."""
-    room, rate = FITS * device_memory(device), product_rate(config, device, dtype)
-    kinds = ("none", "selective", "full", *["offload"] * (device.type == "cuda"))
-    rows = [["", "weights", "gradients", "moments", "logits", *(f"{k}: kept, peak" for k in kinds), "GFLOP", "minutes"]]
+    """Prints a table of recipes with what each one takes on this machine, and a recommendation.
+
+    dtype: the dtype of the products. adapter: the arguments of lora.add_lora.
+    """
+    room = FITS * device_memory(device)
+    rate = product_rate(config, device, dtype)
+    kinds = ["none", "selective", "full"]
+    if device.type == "cuda":
+        kinds.append("offload")
+    columns = [f"{kind}: kept, peak" for kind in kinds]
+    rows = [["", "weights", "gradients", "moments", "logits", *columns, "GFLOP", "minutes"]]
     fitting: list[tuple[Recipe, float]] = []
-    smallest = None
-    for recipe in recipes(config, device):
-        cells, costs = [], []
+    smallest: tuple[float, Recipe] | None = None
+
+    # A row for each recipe, with a column for each kind of activation checkpointing.
+    for plain_recipe in recipes(config, device):
+        cells = []
+        flops = {}
         for kind in kinds:
-            recipe = replace(recipe, checkpointing=kind)
+            recipe = replace(plain_recipe, checkpointing=kind)
             model = meta_model(config, recipe, dtype, adapter)
-            takes = lambda workload, model=model, recipe=recipe: expected_memory(
-                model, recipe, workload.lengths, workload.trained, device.type, workload.accumulate
-            )
+            takes = functools.partial(memory_of_workload, model, recipe, device.type)
             memory = takes(fitting_job(workload, device, room, takes))
-            costs.append(flops_a_token(model, workload.mean_context, workload.share, kind))
-            cells.append(
-                f"{memory.activations / 1e9:.2f}, {memory.peak / 1e9:.2f}{' ' if memory.peak <= room else '!'}"
-            )
-            if memory.peak <= room:
+            flops[kind] = flops_a_token(model, workload.mean_context, workload.share, kind)
+            fits = memory.peak <= room
+            mark = " " if fits else "!"
+            cells.append(f"{memory.activations / 1e9:.2f}, {memory.peak / 1e9:.2f}{mark}")
+            if fits:
                 fitting.append((recipe, memory.peak))
-            smallest = min(smallest or (memory.peak, recipe), (memory.peak, recipe), key=lambda pair: pair[0])
+            if smallest is None or memory.peak < smallest[0]:
+                smallest = (memory.peak, recipe)
+        # These parts are those of the last kind.
         parts = (memory.weights, memory.gradients, memory.optimizer, memory.logits)
-        name = str(replace(recipe, checkpointing="none")).replace("--method ", "")
-        minutes = [workload.tokens * cost / (EFFICIENCY * rate) / 60 for cost in (costs[0], costs[2])]
+        name = str(plain_recipe).replace("--method ", "")
+        minutes = {kind: workload.tokens * flops[kind] / (EFFICIENCY * rate) / 60 for kind in ("none", "full")}
         rows.append(
-            [name, *(f"{part / 1e9:.2f}" for part in parts), *cells]
-            + [f"{costs[0] / 1e9:.2f}", f"{minutes[0]:.1f} to {minutes[1]:.1f}"]
+            [
+                name,
+                *(f"{part / 1e9:.2f}" for part in parts),
+                *cells,
+                f"{flops['none'] / 1e9:.2f}",
+                f"{minutes['none']:.1f} to {minutes['full']:.1f}",
+            ]
         )
-    print(report.table(rows))
-    print(f"GB; ! is more than the {room / 1e9:.1f} that may be used here. kept: activations that the blocks keep for")
-    print("their backward, with that --activation-checkpointing; peak: weights, moments, and what a step adds at its")
-    print("height. GFLOP: a token, without checkpointing;")
+
+    print(console.table(rows))
+    print(f"All sizes are GB; a peak with ! is more than the {room / 1e9:.1f} GB that a run may use here.")
+    print("kept: activations that the blocks keep for their backward, with that --activation-checkpointing.")
+    print("peak: weights, moments, and the most that a step adds to them.")
+    print("GFLOP: operations of one token, without checkpointing.")
     if device.type != "cpu":
-        print(f"micro-batches have up to {max_tokens_per_micro_batch(device):,} tokens, fewer where those do not fit;")
-    print(f"minutes: none and full, at {EFFICIENCY:.0%} of the {rate / 1e9:,.0f} GFLOP/s that a product reaches here")
+        most = max_tokens_per_micro_batch(device)
+        print(f"Micro-batches have up to {most:,} tokens, and fewer if so many do not fit.")
+    print(
+        f"minutes: without checkpointing and with full, at {EFFICIENCY:.0%} of the {rate / 1e9:,.0f} GFLOP/s that a"
+        " matrix product reaches here."
+    )
     print(f"plan      {recommend(config, workload, dtype, adapter, fitting, room, smallest)}")
 
 
-def recommend(config: Config, workload: Workload, dtype, adapter: dict, fitting: list, room: float, smallest) -> str:
-    """One line: what to take, and why.
+def recommend(
+    config: Config,
+    workload: Workload,
+    dtype: torch.dtype,
+    adapter: dict,
+    fitting: list[tuple[Recipe, float]],
+    room: float,
+    smallest: tuple[float, Recipe],
+) -> str:
+    """Returns one line: which recipe to take, and why.
 
     Adapters learn as well as full fine-tuning does until the data hold more than they can (Schulman et al. 2025;
     Biderman et al. 2024, arXiv 2405.09673), so the question is first how much there is to learn, then what fits.
+
+    fitting: the recipes that fit, each with its peak in bytes, in the order of the table.
+    room: bytes that training may take.
+    smallest: the smallest peak of all, and its recipe.
     """
     if not fitting:
         peak, recipe = smallest
-        least = f"nothing fits: the least, {recipe}, takes {peak / 1e9:.1f} of {room / 1e9:.1f} GB"
-        return f"{least}; lower --batch-size or --seq-len"
+        return (
+            f"nothing fits: the least, {recipe}, takes {peak / 1e9:.1f} of {room / 1e9:.1f} GB; lower --batch-size or"
+            " --seq-len"
+        )
+    # Of each method, the first recipe that fits: it is the fastest, and the nearest to plain AdamW in fp32.
     first = {}
-    for recipe, peak in fitting:  # of each method the first that fits: the fastest, nearest to plain AdamW in fp32
+    for recipe, peak in fitting:
         first.setdefault(recipe.method, (recipe, peak))
-    drawn, rank = meta_model(config, Recipe("lora"), dtype, adapter), adapter["rank"]
-    holds = CAPACITY / BITS * sum(p.numel() for p in drawn.parameters() if p.requires_grad)  # trained tokens
-    enough = math.ceil(rank * workload.to_learn / holds)  # the rank that holds them all
+
+    # How many trained tokens the adapters can hold, and which rank would hold all of the data.
+    rank = adapter["rank"]
+    lora_model = meta_model(config, Recipe("lora"), dtype, adapter)
+    adapter_numel = sum(p.numel() for p in lora_model.parameters() if p.requires_grad)
+    capacity = CAPACITY / BITS * adapter_numel
+    sufficient_rank = math.ceil(rank * workload.to_learn / capacity)
+
     method = next(m for m in ("lora", "qlora", "full") if m in first)
-    if enough > LARGEST_RANK and "full" in first:
+    if sufficient_rank > LARGEST_RANK and "full" in first:
         method = "full"
     recipe, peak = first[method]
-    why = f"{workload.to_learn:,} trained tokens; adapters of rank {rank} hold about {holds:,.0f}"
+    why = f"{workload.to_learn:,} trained tokens; adapters of rank {rank} hold about {capacity:,.0f}"
     if method == "full":
         why += ", and full fits"
-    elif enough > rank:
-        why += f", of rank {enough} all of them"
+    elif sufficient_rank > rank:
+        why += f", of rank {sufficient_rank} all of them"
     else:
         why += ", so full would learn no more"
     if method == "qlora" and "lora" not in first:
         why += "; 16-bit weights do not fit"
-    more = f" --rank {enough}" if rank < enough and method != "full" else ""
-    return f"{recipe}{more}: {peak / 1e9:.1f} of {room / 1e9:.1f} GB; {why}"
+    flags = str(recipe)
+    if rank < sufficient_rank and method != "full":
+        flags += f" --rank {sufficient_rank}"
+    return f"{flags}: {peak / 1e9:.1f} of {room / 1e9:.1f} GB; {why}"

@@ -1,26 +1,28 @@
-"""What a run takes on many GPUs: memory a GPU, bytes that a step sends, and whether computing hides them.
+"""Predicts what a run takes on many GPUs: memory per GPU, bytes sent in a step, and whether computing hides them.
 
-`train.py --plan --gpus 8 64 512` asks, from config.json alone. The arithmetic, of a model with W shards:
+`train.py --plan --gpus 8 64 512` asks for it, from config.json alone. The arithmetic of a model with W shards:
 
-- a GPU holds 1/W of weights, gradients and moments; two blocks and what is around the blocks whole, in the dtype of the
-  products, while they compute; one block's gradients whole, until they are added up and scattered; and what
-  planning/memory.py says of activations and logits. Where gradients wait for a step's last micro-batch (--reduce last),
-  all of them whole.
-- with p bytes of weights as they are gathered and g bytes of gradients, A micro-batches a step, a GPU receives
+- a GPU holds 1/W of weights, gradients and moments; two whole blocks, and what is around the blocks, in the dtype of
+  the products while they compute; the whole gradients of one block, until they are added up and scattered; and the
+  activations and logits of planning/memory.py. If gradients wait for the last micro-batch of a step (--reduce last), it
+  holds all of them whole.
+- with p bytes of weights as they are gathered, g bytes of gradients and A micro-batches in a step, a GPU receives
   (W-1)/W * (2 A p + g): every block is gathered for the forward and again for the backward, gradients are scattered
-  once. Without shards 2 (N-1)/N * g over N GPUs: the ring all-reduce (Patarasuk & Yuan 2009). Hybrid: the first within
-  a node of W GPUs, and 2 (M-1)/M * g/W across M nodes.
-- rings through several nodes bring each byte into a node once, by the cards of all its GPUs: an eighth a card.
-- what goes within a node takes NVLink's time, what goes across the network's; computing that takes longer hides both.
+  once. Without shards it receives 2 (N-1)/N * g on N GPUs: the ring all-reduce (Patarasuk & Yuan 2009). Hybrid: the
+  first formula within a node of W GPUs, and 2 (M-1)/M * g/W across M nodes.
+- a ring through several nodes brings each byte into a node once, through the network cards of all its GPUs: an eighth
+  per card.
+- bytes within a node take NVLink's time, bytes between nodes the network's. Computing that takes longer hides both.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from common import console as report
+from common import console
 from methods import METHODS
 from model import Config, Transformer
 from planning.memory import (
@@ -38,43 +40,58 @@ from planning.memory import (
     recipes,
 )
 
-GPUS_PER_NODE = 8  # GPUs
-MEMORY, FLOPS = 80e9, PEAK_FLOPS["H100"]  # of an H100 SXM: bytes, operations a second
-NVLINK_BYTES, NETWORK_BYTES = 450e9, 50e9  # bytes a second and GPU, one way: NVLink 4; InfiniBand of 400 Gbit/s
+GPUS_PER_NODE = 8
+
+# An H100 SXM: bytes of memory, FLOP/s.
+MEMORY, FLOPS = 80e9, PEAK_FLOPS["H100"]
+
+# Bytes per second and GPU, one way: NVLink 4; InfiniBand of 400 Gbit/s.
+NVLINK_BYTES, NETWORK_BYTES = 450e9, 50e9
 
 
 @dataclass(frozen=True)
 class Layout:
-    """gpus in all, of which so many share a copy of the model."""
+    """How a model is spread over GPUs. gpus: all of them; shards: the GPUs that share one copy of the model."""
 
     gpus: int
     shards: int
 
     @property
     def name(self) -> str:
-        return "none" if self.shards == 1 else "full" if self.shards == self.gpus else "hybrid"
+        """The value of --shard."""
+        if self.shards == 1:
+            return "none"
+        return "full" if self.shards == self.gpus else "hybrid"
 
 
 def layouts(gpus: int) -> list[Layout]:
-    """From the least traffic to the least memory."""
-    found = [Layout(gpus, 1), Layout(gpus, gpus)] + [Layout(gpus, GPUS_PER_NODE)] * (gpus % GPUS_PER_NODE == 0)
-    return list(dict.fromkeys(found))
+    """Returns the different layouts of so many GPUs."""
+    choices = [Layout(gpus, 1), Layout(gpus, gpus)]
+    if gpus % GPUS_PER_NODE == 0:
+        choices.append(Layout(gpus, GPUS_PER_NODE))
+    # With one GPU, or with one node, two of them are the same.
+    return list(dict.fromkeys(choices))
 
 
 def gathered_size(module: nn.Module, itemsize: int) -> int:
-    """Bytes of a module's parameters as they are gathered; itemsize: of matrices that are trained."""
-    size = lambda p: itemsize if p.requires_grad and p.dim() > 1 else p.element_size()
-    return sum(p.numel() * size(p) for p in module.parameters())
+    """Returns the bytes of a module's parameters as they are gathered. itemsize: bytes of a number in a trained matrix;
+    all other parameters are gathered in the dtype that they have."""
+    size = 0
+    for p in module.parameters():
+        is_trained_matrix = p.requires_grad and p.dim() > 1
+        size += p.numel() * (itemsize if is_trained_matrix else p.element_size())
+    return size
 
 
 def trained_numel(module: nn.Module) -> int:
-    """Of its parameters that are trained."""
+    """Returns the number of a module's trained parameters."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def gathered_bytes(model: Transformer, recipe: Recipe) -> tuple[list[int], int]:
-    """(of each block, of what is around the blocks)."""
-    item = 4 if METHODS[recipe.method].freezes_base else model.dtype.itemsize  # adapters travel as they are
+    """Returns the bytes that are gathered: (a list with those of each block, those of what is around the blocks)."""
+    # Adapters are sent in fp32, as they are stored.
+    item = 4 if METHODS[recipe.method].freezes_base else model.dtype.itemsize
     blocks = [gathered_size(block, item) for block in model.blocks]
     return blocks, gathered_size(model, item) - sum(blocks)
 
@@ -82,90 +99,139 @@ def gathered_bytes(model: Transformer, recipe: Recipe) -> tuple[list[int], int]:
 def memory_per_process(
     model: Transformer, recipe: Recipe, layout: Layout, workload: Workload, device: str = "cuda", together: int = 1
 ) -> Memory:
-    """plan.Memory of one of the processes; what is gathered for a while counts as working. together: processes that
-    share a batch's tokens."""
-    lengths, trained = workload.lengths, workload.trained
-    if together > 1:  # as many tokens as one of them has; the keys that it gathers besides are small
-        lengths, trained = [math.ceil(n / together) for n in lengths], math.ceil(trained / together)
-    whole = expected_memory(model, recipe, lengths, trained, device, workload.accumulate)
+    """Returns the memory of one process. What is gathered for a while counts as `working`.
+
+    together: processes that share the tokens of a batch (--context-parallel).
+    """
+    lengths = workload.lengths
+    trained = workload.trained
+    if together > 1:
+        # A process computes its part of the tokens. The keys that it also gathers are small.
+        lengths = [math.ceil(n / together) for n in lengths]
+        trained = math.ceil(trained / together)
+    unsharded = expected_memory(model, recipe, lengths, trained, device, workload.accumulate)
     W = layout.shards
     if W == 1:
-        return whole
+        return unsharded
     blocks, around = gathered_bytes(model, recipe)
-    learning = [trained_numel(module) for module in model.blocks]
-    outside = trained_numel(model) - sum(learning)
-    # wide, all of them, until the last micro-batch; else a block's in the products' dtype, and wide to be sent
-    waiting = 4 * (sum(learning) + outside) if workload.accumulate > 1 else 6 * (max(learning) + outside)
+    trained_in_blocks = [trained_numel(block) for block in model.blocks]
+    trained_around = trained_numel(model) - sum(trained_in_blocks)
+    if workload.accumulate > 1:
+        # All gradients in fp32, until the last micro-batch.
+        gradients = 4 * (sum(trained_in_blocks) + trained_around)
+    else:
+        # Those of one block in the dtype of the products, and in fp32 to be sent.
+        gradients = 6 * (max(trained_in_blocks) + trained_around)
     return replace(
-        whole,
-        weights=whole.weights / W,
-        gradients=whole.gradients / W,
-        optimizer=whole.optimizer / W,
-        table=whole.table / W,
-        working=whole.working + 2 * max(blocks) + around + waiting,
+        unsharded,
+        weights=unsharded.weights / W,
+        gradients=unsharded.gradients / W,
+        optimizer=unsharded.optimizer / W,
+        table=unsharded.table / W,
+        working=unsharded.working + 2 * max(blocks) + around + gradients,
     )
 
 
 def traffic(model: Transformer, recipe: Recipe, layout: Layout, accumulate: int) -> tuple[float, float]:
-    """Bytes that a GPU receives in a step: (from its node's others, through its card of the network)."""
+    """Returns the bytes that a GPU receives in a step: (from other GPUs of its node, through its network card).
+
+    accumulate: micro-batches of a step.
+    """
     blocks, around = gathered_bytes(model, recipe)
-    p = sum(blocks) + around / 2  # gathered once, not again
+    # What is around the blocks is gathered once, not again for the backward.
+    p = sum(blocks) + around / 2
     g = 4 * trained_numel(model)
-    W, copies = layout.shards, layout.gpus // layout.shards
-    shared = (W - 1) / W * (2 * accumulate * p + g)
-    copied = 2 * (copies - 1) / copies * g / W
-    if (
-        layout.shards > GPUS_PER_NODE
-    ):  # rings through all nodes: what is for a node comes in once, through all its cards
-        return shared, shared / GPUS_PER_NODE
+    W = layout.shards
+    copies = layout.gpus // layout.shards
+    sharded = (W - 1) / W * (2 * accumulate * p + g)
+    replicated = 2 * (copies - 1) / copies * g / W
+    if layout.shards > GPUS_PER_NODE:
+        # The ring passes through all nodes: a byte enters a node once, through the network cards of all its GPUs.
+        return sharded, sharded / GPUS_PER_NODE
     if W == 1:
-        return copied, copied / GPUS_PER_NODE if layout.gpus > GPUS_PER_NODE else 0.0
-    return shared, copied
+        return replicated, replicated / GPUS_PER_NODE if layout.gpus > GPUS_PER_NODE else 0.0
+    return sharded, replicated
 
 
 def print_multi_gpu_plan(
     config: Config, gpus: list[int], seq_len: int, batch: int, accumulate: int, adapter: dict
 ) -> None:
-    """Prints, for each way of fine-tuning and number of GPUs, how it fits best and what it sends."""
+    """Prints, for each recipe and number of GPUs, the layout and checkpointing that fit best, and what is sent.
+
+    gpus: the numbers of GPUs to plan for.
+    seq_len: tokens of a row.
+    batch: rows of a micro-batch on each GPU.
+    accumulate: micro-batches of a step.
+    adapter: the arguments of lora.add_lora.
+    """
     sizes = ["weights", "gradients", "moments", "kept", "peak"]
-    rows = [["", "GPUs", "--shard", "checkpointing", *sizes, "inside", "across", "sent in", "computed in"]]
-    tokens, room = seq_len * batch, FITS * (MEMORY - CONTEXT)
-    workload = Workload([seq_len] * batch, tokens, 1.0, seq_len, tokens * accumulate, tokens * accumulate, accumulate)
+    rows = [["", "GPUs", "--shard", "checkpointing", *sizes, "intra-node", "inter-node", "sent in", "computed in"]]
+    tokens = seq_len * batch
+    room = FITS * (MEMORY - CONTEXT)
+    workload = Workload(
+        lengths=[seq_len] * batch,
+        trained=tokens,
+        share=1.0,
+        mean_context=seq_len,
+        tokens=tokens * accumulate,
+        to_learn=tokens * accumulate,
+        accumulate=accumulate,
+    )
     for recipe in recipes(config, torch.device("cpu")):
         model = meta_model(config, recipe, torch.bfloat16, adapter)
         rows += [best_row(model, recipe, count, workload, room) for count in gpus]
-    print(report.table(rows))
-    where = f"by NVLink ({NVLINK_BYTES / 1e9:.0f} GB/s) and a card of the network ({NETWORK_BYTES / 1e9:.0f})"
+    print(console.table(rows))
     print(
-        f"GB a GPU; {batch} x {accumulate} rows of {seq_len:,} tokens a step and GPU, bf16. kept: by blocks for their"
+        f"All sizes are GB per GPU. A step of a GPU is {batch} x {accumulate} rows of {seq_len:,} tokens, computed in"
+        " bf16."
     )
-    print(f"backward; inside, across: received in a step {where};")
-    print(f"computed at {EFFICIENCY:.0%} of {FLOPS / 1e12:.0f} TFLOP/s. The fastest --shard and checkpointing")
+    print("kept: activations that the blocks keep for their backward.")
+    print(f"intra-node: GB that a GPU receives in a step by NVLink ({NVLINK_BYTES / 1e9:.0f} GB/s).")
+    print(f"inter-node: GB that it receives through its network card ({NETWORK_BYTES / 1e9:.0f} GB/s).")
+    print(f"computed in: at {EFFICIENCY:.0%} of {FLOPS / 1e12:.0f} TFLOP/s.")
     print(
-        f"that fit {room / 1e9:.0f} of {MEMORY / 1e9:.0f} GB (!: none does); planning/multi_gpu.py has the arithmetic"
+        f"--shard and checkpointing are the fastest that fit in {room / 1e9:.0f} of {MEMORY / 1e9:.0f} GB; a peak with"
+        " ! means that none fits."
     )
+    print("The arithmetic is explained in planning/multi_gpu.py.")
 
 
-def best_row(model: Transformer, recipe: Recipe, gpus: int, workload: Workload, room: float) -> list:
-    """The fastest of what fits, of sending and computing the longer one; where nothing fits the smallest."""
-    found = []
+def best_row(model: Transformer, recipe: Recipe, gpus: int, workload: Workload, room: float) -> list[str]:
+    """Returns the row of the table for the fastest layout and checkpointing that fit, or the smallest if none fits.
+
+    A step takes as long as sending or computing, whichever takes longer. room: bytes that training may take.
+    """
+    candidates = []
     for layout in layouts(gpus):
         for kind in ("none", "selective", "full"):
-            way = replace(recipe, checkpointing=kind)
-            takes = lambda workload, way=way, layout=layout: memory_per_process(model, way, layout, workload)
+            candidate = replace(recipe, checkpointing=kind)
+            takes = functools.partial(memory_per_process, model, candidate, layout)
             fitting = fitting_job(workload, torch.device("cuda"), room, takes)
             memory = takes(fitting)
-            inside, across = traffic(model, way, layout, fitting.accumulate)
-            sent = inside / NVLINK_BYTES + across / NETWORK_BYTES
+            intra_node, inter_node = traffic(model, candidate, layout, fitting.accumulate)
+            sent = intra_node / NVLINK_BYTES + inter_node / NETWORK_BYTES
             computed = workload.tokens * flops_a_token(model, workload.mean_context, 1.0, kind) / (EFFICIENCY * FLOPS)
-            fits = memory.peak <= room
-            rank = (0, max(sent, computed), sent) if fits else (1, memory.peak, sent)
-            sizes = memory.weights, memory.gradients, memory.optimizer, memory.activations
-            row = [str(recipe).replace("--method ", ""), f"{gpus:,}", layout.name, kind]
-            row += [f"{part / 1e9:.1f}" for part in sizes] + [f"{memory.peak / 1e9:.1f}{'' if fits else '!'}"]
-            row += [f"{inside / 1e9:.1f}", f"{across / 1e9:.1f}", f"{sent:.2f} s", f"{computed:.2f} s"]
-            found.append((rank, row))
-    return min(found)[1]
+            if memory.peak <= room:
+                order = (0, max(sent, computed), sent)
+                mark = ""
+            else:
+                order = (1, memory.peak, sent)
+                mark = "!"
+            sizes = (memory.weights, memory.gradients, memory.optimizer, memory.activations)
+            row = [
+                str(recipe).replace("--method ", ""),
+                f"{gpus:,}",
+                layout.name,
+                kind,
+                *(f"{size / 1e9:.1f}" for size in sizes),
+                f"{memory.peak / 1e9:.1f}{mark}",
+                f"{intra_node / 1e9:.1f}",
+                f"{inter_node / 1e9:.1f}",
+                f"{sent:.2f} s",
+                f"{computed:.2f} s",
+            ]
+            candidates.append((order, row))
+    return min(candidates)[1]
 
 
 def describe_savings(
@@ -174,44 +240,47 @@ def describe_savings(
     layout: Layout,
     workload: Workload,
     shape: tuple[int, int, int],
-    device,
-    dtype,
+    device: torch.device,
+    dtype: torch.dtype,
     adapter: dict,
 ) -> str:
-    """For a run that had too little memory: what was expected to be where, and the three flags that help most. shape:
-    --batch-size, --accumulate, --seq-len."""
+    """Returns a sentence for a run that had too little memory: the sizes that were expected, and the three changes of
+    flags that help most.
+
+    shape: (--batch-size, --accumulate, --seq-len). dtype: the dtype of the products.
+    adapter: the arguments of lora.add_lora.
+    """
     batch, accumulate, seq_len = shape
 
     def takes(
-        recipe: Recipe, lengths: list[int] = workload.lengths, times: int = workload.accumulate, layout=layout
+        recipe: Recipe,
+        lengths: list[int] = workload.lengths,
+        accumulate: int = workload.accumulate,
+        layout: Layout = layout,
     ) -> Memory:
         trained = math.ceil(workload.trained * sum(lengths) / sum(workload.lengths))
-        one = replace(workload, lengths=lengths, trained=trained, accumulate=times)
-        return memory_per_process(meta_model(config, recipe, dtype, adapter), recipe, layout, one, device.type)
+        changed = replace(workload, lengths=lengths, trained=trained, accumulate=accumulate)
+        model = meta_model(config, recipe, dtype, adapter)
+        return memory_per_process(model, recipe, layout, changed, device.type)
 
-    half, shorter = (
-        workload.lengths[: math.ceil(len(workload.lengths) / 2)],
-        [min(n, seq_len // 2) for n in workload.lengths],
-    )
-    ways = {
+    half = workload.lengths[: math.ceil(len(workload.lengths) / 2)]
+    shorter = [min(n, seq_len // 2) for n in workload.lengths]
+    savings = {
         "--activation-checkpointing full": takes(replace(recipe, checkpointing="full")),
         f"--seq-len {seq_len // 2}": takes(recipe, shorter),
     }
     if layout.shards < layout.gpus:
-        ways["--shard full"] = takes(recipe, layout=Layout(layout.gpus, layout.gpus))
+        savings["--shard full"] = takes(recipe, layout=Layout(layout.gpus, layout.gpus))
     if batch > 1:
-        ways[f"--batch-size {batch // 2} --accumulate {2 * accumulate}"] = takes(recipe, half, 2)
+        savings[f"--batch-size {batch // 2} --accumulate {2 * accumulate}"] = takes(recipe, half, 2)
     method = METHODS[recipe.method]
     if "weights" in method.options:
-        ways["--optimizer adamw8bit --weights bf16"] = takes(replace(recipe, optimizer="adamw8bit", weights="bf16"))
+        savings["--optimizer adamw8bit --weights bf16"] = takes(replace(recipe, optimizer="adamw8bit", weights="bf16"))
     if method.lighter:
-        ways[f"--method {method.lighter}"] = takes(Recipe(method.lighter, checkpointing=recipe.checkpointing))
+        savings[f"--method {method.lighter}"] = takes(Recipe(method.lighter, checkpointing=recipe.checkpointing))
     expected = takes(recipe)
-    best = sorted(ways, key=lambda way: ways[way].peak)[:3]
+    best = sorted(savings, key=lambda flags: savings[flags].peak)[:3]
     parts = ("weights", "gradients", "optimizer", "activations", "logits")
-    return (
-        f"Expected were {expected.peak / 1e9:.2f} GB: "
-        + ", ".join(f"{part} {getattr(expected, part) / 1e9:.2f}" for part in parts)
-        + "; what helps most: "
-        + ", ".join(f"{way} ({ways[way].peak / 1e9:.2f})" for way in best)
-    )
+    sizes = ", ".join(f"{part} {getattr(expected, part) / 1e9:.2f}" for part in parts)
+    advice = ", ".join(f"{flags} ({savings[flags].peak / 1e9:.2f})" for flags in best)
+    return f"The plan expected {expected.peak / 1e9:.2f} GB: {sizes}; what helps most: {advice}"

@@ -361,7 +361,7 @@ def test_out_of_memory_says_what_helps(job, tmp_path, monkeypatch, capsys, metho
 
     monkeypatch.setitem(train.OBJECTIVES, "supervised", full)
     _, err, code = command(train, monkeypatch, capsys, *job(method), "--out", tmp_path / "run")
-    assert code == 2 and err.startswith("error: out of memory: CUDA out of memory. Expected were")
+    assert code == 2 and err.startswith("error: out of memory: CUDA out of memory. The plan expected")
     assert helps in err and ("--seq-len" in err or "--batch-size 3 --accumulate 2" in err)
     assert len(err.partition("what helps most: ")[2].split("), ")) == 3 and "weights 0.00" in err
 

@@ -1,4 +1,9 @@
-"""What --plan prints, and what a run is expected to take."""
+"""Brings flags and data to the predictions of this folder: what --plan prints, and what a run is expected to take.
+
+planning/memory.py and planning/multi_gpu.py know neither flags nor data. They count with a `Recipe` (the method of
+fine-tuning), a `Layout` (how the model is spread over GPUs) and a `Workload` (what is trained on), which the functions
+of this file build from the flags.
+"""
 
 import dataclasses
 import math
@@ -19,13 +24,13 @@ from planning.multi_gpu import Layout
 
 
 def needs_data(flags: Flags, folder: Path) -> bool:
-    """False where --plan can be answered from config.json alone: for --gpus, and for a folder without a tokenizer."""
+    """False if --plan can be answered from config.json alone: for --gpus, and for a folder without a tokenizer."""
     has_tokenizer = any((folder / f"tokenizer.{kind}").is_file() for kind in ("json", "model"))
     return has_tokenizer and not flags.gpus
 
 
 def print_plan_of_config(flags: Flags, config: Config, device: torch.device) -> None:
-    """Prints the plan that needs no data: of --gpus, else of rows of --seq-len tokens on this machine."""
+    """Prints the plan that needs no data: for --gpus, else for rows of --seq-len tokens on this machine."""
     if flags.gpus:
         seq_len = min(flags.seq_len or 2048, config.max_positions)
         rows = rows_at_once(flags, seq_len, "cuda")
@@ -38,73 +43,109 @@ def print_plan_of_config(flags: Flags, config: Config, device: torch.device) -> 
 def print_plan_of_data(
     flags: Flags, steps_per_epoch: int, config: Config, data: TrainingData, device: torch.device
 ) -> None:
-    """Prints the plan for these data. flags: with their steps chosen."""
+    """Prints the plan for these data. flags: with the number of steps chosen."""
     dtype, _ = pick_dtype(flags.dtype, device)
     workload = describe_workload(flags, data, steps_per_epoch, device)
     memory.print_plan(config, workload, device, dtype, adapter_of(flags))
 
 
 def adapter_of(flags: Flags) -> dict:
-    """The arguments of lora.add_lora: as typed, else the defaults."""
-    typed = {name: getattr(flags, name) for name in NEW_ADAPTER}
-    return {name: NEW_ADAPTER[name] if value is None else value for name, value in typed.items()}
+    """Returns the arguments of lora.add_lora: those on the command line, else the defaults."""
+    arguments = {}
+    for name, default in NEW_ADAPTER.items():
+        value = getattr(flags, name)
+        arguments[name] = default if value is None else value
+    return arguments
 
 
 def describe_workload(
     flags: Flags, data: TrainingData, steps_per_epoch: int, device: torch.device, max_tokens: int | None = None
 ) -> Workload:
-    """What planning/memory.py counts with. max_tokens: of a micro-batch."""
+    """Returns the workload of a run on these data.
+
+    flags: with the number of steps chosen.
+    steps_per_epoch: the steps of one epoch.
+    max_tokens: the most tokens of a micro-batch; None: the default of the device.
+    """
     train, val, sampler = data.train, data.val, data.sampler
-    validations = 1 + math.ceil(flags.steps / flags.eval_every) if flags.eval_every else 1
+    validations = 1
+    if flags.eval_every:
+        validations += math.ceil(flags.steps / flags.eval_every)
+
+    # The rows that stand for the largest step: the next packed ones, or those of the longest examples.
     if data.pack:
-        longest = dataclasses.replace(sampler).step(flags.batch_size)  # a sampler of its own
+        # A copy of the sampler, since a step moves its position.
+        row_indices = dataclasses.replace(sampler).step(flags.batch_size)
     else:
-        longest = [[i] for i in np.argsort(-train.lengths, kind="stable")[: flags.batch_size]]
-    rows = [[train.examples[i] for i in row] for row in longest]
-    max_tokens = max_tokens or max_tokens_per_micro_batch(device)
+        row_indices = [[i] for i in np.argsort(-train.lengths, kind="stable")[: flags.batch_size]]
+    rows = [[train.examples[i] for i in row] for row in row_indices]
+    if not max_tokens:
+        max_tokens = max_tokens_per_micro_batch(device)
     batches = batches_of_rows(rows, flags.batch_size, "cpu", max_tokens)
     largest = max(batches, key=lambda batch: len(batch.tokens))
-    trained_steps = sampler.epoch_tokens() / steps_per_epoch * flags.steps
+
+    trained_tokens = sampler.epoch_tokens() / steps_per_epoch * flags.steps
     return Workload(
         lengths=largest.documents.lengths,
         trained=len(largest.targets),
         share=train.trained_tokens / train.tokens,
         mean_context=float((train.lengths.astype(float) ** 2).sum()) / train.tokens,
-        tokens=trained_steps + validations * val.tokens / 2,  # half of what is validated: without a backward
+        # A validated token counts half, since it has no backward.
+        tokens=trained_tokens + validations * val.tokens / 2,
         to_learn=train.trained_tokens,
         accumulate=flags.accumulate * len(batches),
     )
 
 
 def rows_at_once(flags: Flags, length: int, device: torch.device | str) -> int:
-    """Rows of so many tokens that make a micro-batch."""
+    """Returns the number of rows of `length` tokens in a micro-batch; at least 1."""
     return max(1, min(flags.batch_size, max_tokens_per_micro_batch(device) // length))
 
 
 def workload_of_full_rows(flags: Flags, config: Config, device: torch.device) -> Workload:
-    """Rows of --seq-len tokens, all trained."""
-    length, steps = flags.seq_len or min(2048, config.max_positions), flags.steps or 1000
+    """Returns a workload of rows with --seq-len tokens that are all trained, and prints what it assumes."""
+    length = flags.seq_len or min(2048, config.max_positions)
+    steps = flags.steps or 1000
     rows = rows_at_once(flags, length, device)
     tokens = length * flags.batch_size * flags.accumulate * steps
     print(
-        f"plan      no tokenizer here: for {steps:,} steps of {flags.batch_size} x {flags.accumulate} rows of"
-        f" {length:,} tokens, all trained, of new text"
+        "plan      the folder of the model has no tokenizer, so the data are not read; the plan is for"
+        f" {steps:,} steps of {flags.batch_size} x {flags.accumulate} rows of {length:,} tokens, all trained, of new"
+        " text"
     )
-    micro_batches = flags.accumulate * math.ceil(flags.batch_size / rows)
-    return Workload([length] * rows, length * rows, 1.0, length, tokens, tokens, micro_batches)
+    return Workload(
+        lengths=[length] * rows,
+        trained=length * rows,
+        share=1.0,
+        mean_context=length,
+        tokens=tokens,
+        to_learn=tokens,
+        accumulate=flags.accumulate * math.ceil(flags.batch_size / rows),
+    )
 
 
 def recipe_and_layout(flags: Flags) -> tuple[Recipe, Layout]:
-    """What planning/memory.py and planning/multi_gpu.py call this run."""
+    """Returns the recipe and the layout of this run."""
     recipe = Recipe(
-        method_name(flags), flags.optimizer, flags.weights, flags.optimizer_offload, flags.activation_checkpointing
+        method=method_name(flags),
+        optimizer=flags.optimizer,
+        weights=flags.weights,
+        offload=flags.optimizer_offload,
+        checkpointing=flags.activation_checkpointing,
     )
-    shards = {"none": 1, "hybrid": distributed.local_world_size()}.get(flags.shard, distributed.world_size())
-    return recipe, Layout(distributed.world_size(), shards)
+    gpus = distributed.world_size()
+    if flags.shard == "none":
+        shards = 1
+    elif flags.shard == "hybrid":
+        shards = distributed.local_world_size()
+    else:
+        shards = gpus
+    return recipe, Layout(gpus, shards)
 
 
 def suggest_savings(flags: Flags, config: Config, workload: Workload, device: torch.device, dtype: torch.dtype) -> str:
-    """For a run that had too little memory: what was expected to be where, and the three flags that help most."""
+    """Returns a sentence for a run that had too little memory: the sizes that were expected, and the three changes of
+    flags that help most. dtype: the dtype of the products."""
     recipe, layout = recipe_and_layout(flags)
-    shape = flags.batch_size, flags.accumulate, flags.seq_len
+    shape = (flags.batch_size, flags.accumulate, flags.seq_len)
     return multi_gpu.describe_savings(config, recipe, layout, workload, shape, device, dtype, adapter_of(flags))

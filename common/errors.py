@@ -1,8 +1,8 @@
-"""What a user's mistake looks like: one line that says what is wrong, where, and what to do.
+"""How a user's mistake is reported: one line that says what is wrong, where, and what to do.
 
 Everything that a user can get wrong (a flag, a file, a record in it, a folder of weights) raises `UserError`; `run`
-catches it once, at the top of each script, prints the line and leaves with exit code 2. Anything else that escapes is
-a bug of ours and shows its traceback. `assert` is for our own invariants, never for a user's input.
+catches it once, at the top of each script, prints the line and exits with code 2. Any other error that reaches the top
+is a bug of this program and shows its traceback. `assert` checks invariants of the program, never a user's input.
 """
 
 import json
@@ -10,32 +10,42 @@ import os
 import sys
 from pathlib import Path
 
-# A JSON file is read whole, and what it holds may take 25 times its size in memory. Gemma's tokenizer.json, the largest
-# published, has 33 MB and 2 million values; at these bounds Python needs 0.8 GB.
+# A JSON file is read whole, and its values may take 25 times its size in memory. The largest published one, the
+# tokenizer.json of Gemma, has 33 MB and 2 million values. At these limits Python needs 0.8 GB.
 JSON_BYTES = 64 << 20
 JSON_VALUES = 8_000_000
-LONGEST_MESSAGE = 2_000  # characters: a name in a stranger's file may have millions
+
+# Characters. A name in a file from an unknown source may have millions, and would be part of the message.
+LONGEST_MESSAGE = 2_000
 
 
 class UserError(Exception):
-    """A mistake that its maker can mend. The message is one line: what is wrong, where, what to do."""
+    """A mistake that the user can correct. The message is one line: what is wrong, where, what to do."""
 
     def __str__(self) -> str:
         return super().__str__()[:LONGEST_MESSAGE]
 
 
 def run(main) -> None:
-    """Calls main() as a script's whole life: exit code 0, or one line on stderr and 2 (mistake) or 130 (Ctrl-C)."""
+    """Runs main() as a script.
+
+    A mistake of the user, or an error of input or output, is one line on stderr and exit code 2; Ctrl-C is exit code
+    130; a closed pipe on stdout is exit code 1.
+    """
     try:
         main()
     except UserError as error:
         print(f"{rank_prefix()}error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # `python evaluate.py ... | head`: the reader has left, nobody is there to be told
+    except BrokenPipeError:
+        # As in `python evaluate.py ... | head`: nobody reads stdout any more. Without this, Python would fail again
+        # when it flushes stdout at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:  # a full disk, a folder without permission: the file's name is all there is to say
-        print(rank_prefix() + printable(f"error: {describe_os_error(error, 'input/output')}"), file=sys.stderr)
+    except OSError as error:
+        # As from a full disk, or a folder without permission. The name of the file says all that is known.
+        message = describe_os_error(error, "input/output")
+        print(f"{rank_prefix()}error: {printable(message)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -43,35 +53,50 @@ def run(main) -> None:
 
 
 def describe_os_error(error: OSError, where: object) -> str:
-    """Which file, and what is the matter with it. where: in place of a file that is not named."""
+    """Returns the file and what is wrong with it. where: stands for the file if the error does not name one."""
     return f"{error.filename or where}: {error.strerror or error}"
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 200 characters; the name of its type where it has no message."""
+    """Returns the first line of an error's message, or the name of its type if it has no message; at most 200
+    characters."""
     lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]
+    text = lines[0] if lines else type(error).__name__
+    return text[:200]
 
 
 def rank_prefix() -> str:
-    """Of several processes that torchrun started, which one this is."""
-    return f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    """Returns "rank N: " if torchrun has started several processes, else ""."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return ""
+    return f"rank {os.environ['RANK']}: "
 
 
 def printable(text: str) -> str:
-    """The text with what does not print escaped: a stranger's file must move no cursor and end no line."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """Returns the text with all characters that are not printable escaped, so that text from a file can neither move
+    the cursor nor start a new line."""
+    result = []
+    for character in text:
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode()
+        result.append(character)
+    return "".join(result)
 
 
 def read_text(path: Path, most: int | None = None) -> str:
-    """A UTF-8 text file, byte order mark dropped and line ends as `\\n`. UserError naming the file, else the byte; also
-    where it has over `most` bytes, before it is read."""
+    """Returns the text of a UTF-8 file, without a byte order mark and with line ends as `\\n`.
+
+    Raises UserError if there is no such file, if it has more than `most` bytes (before it is read), or if it is not
+    UTF-8 (with the byte's number).
+    """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder, a file is wanted")
     try:
-        if most is not None and (size := path.stat().st_size) > most:
-            raise UserError(f"{path}: {size / 1e6:,.0f} MB, at most {most / 1e6:.0f} are read")
+        if most is not None:
+            size = path.stat().st_size
+            if size > most:
+                raise UserError(f"{path}: has {size / 1e6:,.0f} MB, at most {most / 1e6:.0f} MB are read")
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -80,15 +105,21 @@ def read_text(path: Path, most: int | None = None) -> str:
 
 
 def read_json_if_there(path: Path) -> dict:
-    """As read_json; {} where there is no such file."""
-    return read_json(path) if Path(path).is_file() else {}
+    """Returns the JSON object in a file as `read_json` does, or {} if there is no such file."""
+    if not Path(path).is_file():
+        return {}
+    return read_json(path)
 
 
 def read_json(path: Path, kind: type = dict):
-    """The JSON value in a file, of type `kind`. UserError names the file and, for bad JSON, line and column; also where
-    it is beyond JSON_BYTES or JSON_VALUES, before it is read or parsed."""
+    """Returns the JSON value in a file, of type `kind`.
+
+    Raises UserError that names the file, and for bad JSON the line and column. A file beyond JSON_BYTES is refused
+    before it is read, one beyond JSON_VALUES before it is parsed.
+    """
     text = read_text(path, JSON_BYTES)
-    if sum(map(text.count, ",[{")) > JSON_VALUES:  # no fewer than there are values
+    # A text has at least as many of these characters as values, less one.
+    if sum(text.count(character) for character in ",[{") > JSON_VALUES:
         raise UserError(f"{path}: holds more than {JSON_VALUES:,} values, too many for a file of this kind")
     try:
         value = json.loads(text)
@@ -96,7 +127,8 @@ def read_json(path: Path, kind: type = dict):
         raise UserError(f"{path}: not JSON at line {error.lineno} column {error.colno} ({error.msg})") from None
     except RecursionError:
         raise UserError(f"{path}: JSON nested too deep") from None
-    except ValueError as error:  # an integer of more digits than Python converts
+    except ValueError as error:
+        # An integer with more digits than Python converts.
         raise UserError(f"{path}: {error}") from None
     if not isinstance(value, kind):
         raise UserError(f"{path}: holds a JSON {type(value).__name__}, {kind.__name__} is wanted")

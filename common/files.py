@@ -1,4 +1,8 @@
-"""Files and folders that are there whole or not at all, JSON, hashes, and where things are kept between runs."""
+"""Writes files and folders so that each exists whole or not at all; also JSON, hashes, and the cache folder.
+
+A crash or a full disk must not leave half a file under its final name. So `atomic_file` and `atomic_folder` write under
+a temporary name in the same folder, wait until the disk has the bytes (fsync), and then rename.
+"""
 
 import contextlib
 import errno
@@ -10,49 +14,63 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w./-]*))?", re.ASCII)  # org/model@revision
+# org/model or org/model@revision
+HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w./-]*))?", re.ASCII)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
-    """Yields an empty folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
+    """Yields an empty folder next to `path`, which is renamed to `path` if the block ends without an error, and deleted
+    if not.
 
-    An existing `path` is replaced if asked for; else FileExistsError, and what was written is dropped.
-    NotADirectoryError where `path` is a file. A crash leaves the old folder whole, but for the instant between the two
-    renames that swap it: then it stands beside, as `.NAME.replaced-PID`.
+    replace: whether an existing `path` is replaced.
+    Raises FileExistsError if `path` exists and is not replaced; what the block has written is deleted. Raises
+    NotADirectoryError if `path` is a file.
+
+    A crash leaves the old folder whole, except in the instant between the two renames that swap the folders: then the
+    old one is next to `path`, as `.NAME.replaced-PID`.
     """
-    path = Path(path).resolve()  # a link keeps pointing at the folder, "." has a name
+    # Resolved, so that a link keeps pointing at the folder and "." has a name.
+    path = Path(path).resolve()
     if path.is_file():
         raise NotADirectoryError(errno.ENOTDIR, "is a file, a folder is to be written there", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp, old = (path.parent / f".{path.name}.{state}-{os.getpid()}" for state in ("partial", "replaced"))
+    tmp = path.parent / f".{path.name}.partial-{os.getpid()}"
+    old = path.parent / f".{path.name}.replaced-{os.getpid()}"
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir()
     try:
         yield tmp
         for file in (*tmp.rglob("*"), tmp):
-            if file.is_file():  # the safetensors package makes files that only their owner reads
+            if file.is_file():
+                # The safetensors package makes files that only their owner can read.
                 file.chmod(tmp.stat().st_mode & 0o666)
             fsync_path(file)
         if path.exists() and not replace:
             raise FileExistsError(f"{path} exists")
         if path.exists():
-            shutil.rmtree(old, ignore_errors=True)  # of a crashed process that had this number
+            # A crashed process with the same process id may have left one.
+            shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
         tmp.rename(path)
-        with contextlib.suppress(OSError):  # it is there; a power cut might bring the old one back
+        # The new folder is in place. If this fails, a power cut might bring the old one back.
+        with contextlib.suppress(OSError):
             fsync_path(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
-        if old.exists() and not path.exists():  # stopped between the renames
+        if old.exists() and not path.exists():
+            # The block was stopped between the two renames.
             old.rename(path)
         shutil.rmtree(tmp, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields the name of a file beside `path` that becomes `path`, in the place of what stands there, when the block
-    ends well, and vanishes when it does not. The block writes and closes it."""
+    """Yields the name of a file next to `path`, which is renamed to `path` if the block ends without an error, and
+    deleted if not.
+
+    The block writes the file and closes it. An existing `path` is replaced.
+    """
     tmp = path.parent / f".{path.name}.partial-{os.getpid()}"
     try:
         yield tmp
@@ -65,6 +83,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def fsync_path(path: Path) -> None:
+    """Waits until the disk has a file, or the entries of a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -73,36 +92,49 @@ def fsync_path(path: Path) -> None:
 
 
 def write_json(value, path: Path) -> None:
+    """Writes a value as indented JSON in UTF-8."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save_tensors(tensors: dict, path: Path) -> None:
-    """A safetensors file. OSError where it can't be written, as every other writer has it."""
+    """Writes a safetensors file. Raises OSError if it can't be written, as all other writers do."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
-        if not found:
+        # The package reports a full disk as an error of its own, with the number of the system's error in its text.
+        match = re.search(r"os error (\d+)", str(error))
+        if not match:
             raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
+        code = int(match[1])
+        raise OSError(code, os.strerror(code), str(path)) from None
 
 
 def file_sha256(file: Path) -> str:
+    """Returns the SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def hub_origin(folder: Path) -> tuple[str, str] | None:
-    """(org/model, commit) of a folder in huggingface_hub's cache, `models--org--model/snapshots/commit`; else None."""
+    """Returns (org/model, commit) for a folder in the cache of huggingface_hub, else None.
+
+    Such a folder is `models--org--model/snapshots/commit`.
+    """
+    # The empty strings are for a path of fewer than three parts.
     *_, repo, snapshots, commit = ("", "", *folder.resolve().parts)
     name = repo.removeprefix("models--").replace("--", "/")
-    return (name, commit) if snapshots == "snapshots" and repo != name and HUB_NAME.fullmatch(name) else None
+    if snapshots != "snapshots" or repo == name or not HUB_NAME.fullmatch(name):
+        return None
+    return name, commit
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: $PLAINTUNE_CACHE, else `plaintune` in the user's cache folder."""
-    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("PLAINTUNE_CACHE") or Path(user_cache, "plaintune")).expanduser()
+    """Returns the folder for converted models: $PLAINTUNE_CACHE, else `plaintune` in the user's cache folder."""
+    folder = os.environ.get("PLAINTUNE_CACHE")
+    if not folder:
+        user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        folder = Path(user_cache, "plaintune")
+    return Path(folder).expanduser()

@@ -1,7 +1,7 @@
-"""What this machine can compute with: devices, dtypes, how much memory a process has taken.
+"""Chooses the device and the dtype that this machine computes with, and measures the memory of the process.
 
-A choice that the user did not make is returned with its reason, to be printed. Importing this file also sets how oneDNN
-and glibc keep memory, which has to happen before torch computes anything.
+A dtype that the user did not choose is returned with the reason for it, which is printed. Importing this file also sets
+how much memory oneDNN and glibc keep, which has to happen before torch computes anything.
 """
 
 import ctypes
@@ -13,43 +13,62 @@ import torch
 
 from common.errors import UserError
 
-# oneDNN (torch's products on CPU) keeps what it prepared for the last 1,024 shapes, and every batch brings new ones: a
-# gigabyte after 200 steps. A step has fewer than 128. Read when the first product runs.
+# oneDNN (torch's products on CPU) caches what it prepares for the last 1,024 shapes, and every batch brings new shapes:
+# a gigabyte after 200 steps. A step has fewer than 128 shapes. oneDNN reads the variable when the first product runs.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
-# glibc hands freed memory back to the system, which zeroes it anew, page by page, for the next tensor of the same size:
-# two fifths of the time of answering 32 prompts of 600 tokens on CPU. Two numbers make it keep a gigabyte: mallopt(3).
-if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-    libc.mallopt(-1, 1 << 30), libc.mallopt(-3, 1 << 30)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+# glibc returns freed memory to the system, which zeroes it again, page by page, for the next tensor of the same size:
+# two fifths of the time of answering 32 prompts of 600 tokens on CPU. These two settings make glibc keep a gigabyte:
+# see mallopt(3); the numbers are those of malloc.h.
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+if sys.platform == "linux":
+    libc = ctypes.CDLL(None)
+    # Other C libraries for Linux have no mallopt.
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
 
-# The values of --dtype in scripts that compute. convert.py, which only stores weights, knows float16 as well.
+# The values of --dtype in scripts that compute. convert.py, which only stores weights, has float16 as well.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STORAGE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """auto: the first of CUDA, MPS and CPU that there is."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """Returns the device to compute on. Raises UserError if this machine does not have it.
+
+    name: "cuda", "mps", "cpu", or "auto" for the first of these that this machine has.
+    """
+    available = []
+    if torch.cuda.is_available():
+        available.append("cuda")
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    available.append("cpu")
     if name == "auto":
-        name = next(kind for kind, yes in there.items() if yes)
-    if not there.get(name, False):
-        raise UserError(
-            f"--device {name}: not on this machine (there is {', '.join(k for k, yes in there.items() if yes)})"
-        )
+        name = available[0]
+    if name not in available:
+        raise UserError(f"--device {name}: this machine does not have it, only {', '.join(available)}")
     if name == "cuda":
         use_expandable_segments()
     return torch.device(name)
 
 
 def use_expandable_segments() -> None:
-    """Has torch's allocator extend the memory that it holds of a GPU in place of asking for new segments: batches are
-    of all sizes, and what is left between tensors of other sizes would add up. What the user has set stays."""
-    if sys.platform == "linux" and not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+    """Makes torch's allocator extend its segments of GPU memory instead of asking for new ones.
+
+    Batches are of all sizes, and the gaps between tensors of different sizes would add up. A setting of the user stays.
+    """
+    is_set_by_user = "PYTORCH_CUDA_ALLOC_CONF" in os.environ or "PYTORCH_ALLOC_CONF" in os.environ
+    if sys.platform == "linux" and not is_set_by_user:
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype to compute in, and why. auto: bf16 where the hardware has it, elsewhere it is slower than fp32."""
+    """Returns the dtype to compute in, and the reason for it.
+
+    name: a key of DTYPES, or "auto": bf16 if the hardware has it; without such hardware it is slower than fp32.
+    """
     if name != "auto":
         return DTYPES[name], f"asked for with --dtype {name}"
     if device.type == "cuda":
@@ -62,24 +81,35 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def cpu_features() -> set[str]:
-    if hasattr(torch.cpu, "get_capabilities"):  # not in every torch from 2.11 on
-        return {feature for feature, yes in torch.cpu.get_capabilities().items() if yes is True}
-    cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere nothing is known, so nothing is promised
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    return {feature for line in lines if line.startswith("flags") for feature in line.split()}
+    """Returns the names of the CPU's instruction sets, as in "avx512_bf16"; an empty set if they are not known."""
+    # Not every torch from 2.11 on has this function.
+    if hasattr(torch.cpu, "get_capabilities"):
+        return {feature for feature, value in torch.cpu.get_capabilities().items() if value is True}
+    # Only Linux has this file.
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
+        return set()
+    features = set()
+    for line in cpuinfo.read_text().splitlines():
+        if line.startswith("flags"):
+            features.update(line.split())
+    return features
 
 
 def peak_memory(device: torch.device) -> float:
-    """Bytes: the most that torch has held on a GPU, or that this process has had in memory."""
+    """Returns the most bytes that torch has allocated on a GPU or, for other devices, that this process has had in
+    memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path(
-        "/proc/self/status"
-    )  # Linux; getrusage's figure begins with that of the process that started this one
-    lines = status.read_text().splitlines() if status.is_file() else []
-    for line in lines:
-        if line.startswith("VmHWM"):
-            return 1024.0 * int(line.split()[1])
-    import resource  # not on Windows, where this file does not run
+    # On Linux. The number of getrusage begins with that of the process that started this one.
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return 1024.0 * int(line.split()[1])
+    # Windows has no such module; this line does not run there.
+    import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    # macOS counts bytes, other systems KiB.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,4 +1,8 @@
-"""Command lines: every complaint about one is a line that names the flag."""
+"""Parses command lines, with every error as one line that names the flag.
+
+argparse by itself prints the usage text with every error, which is long for a script with many flags. Here the user
+sees the error alone and, for an unknown flag, the nearest right one.
+"""
 
 import argparse
 import difflib
@@ -8,20 +12,30 @@ from common.errors import UserError
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """parser.parse_args (argv: default the process's own), with every complaint a UserError of one line.
+    """Returns what parser.parse_args returns. Raises UserError, with a message of one line, for every error.
 
-    An unknown flag is looked for first and answered with the nearest right one: argparse itself would rather complain
-    that the flag which was meant is missing. The parser wants allow_abbrev=False.
+    Unknown flags are looked for first: argparse itself would rather report that the flag which was meant is missing.
+
+    parser: made with allow_abbrev=False.
+    argv: the words of the command line; default: those of this process.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    known = [option for action in parser._actions for option in action.option_strings]
-    for typed in (word.partition("=")[0] for word in argv if word.startswith("--")):
-        if typed not in known:
-            near = [option for option in known if option.startswith(typed)] or difflib.get_close_matches(typed, known)
-            raise UserError(f"{typed}: no such flag" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    if argv is None:
+        argv = sys.argv[1:]
+    known = []
+    for action in parser._actions:
+        known += action.option_strings
+    for word in argv:
+        flag = word.partition("=")[0]
+        if not word.startswith("--") or flag in known:
+            continue
+        similar = [option for option in known if option.startswith(flag)]
+        if not similar:
+            similar = difflib.get_close_matches(flag, known)
+        hint = f"did you mean {similar[0]}?" if similar else "see --help"
+        raise UserError(f"{flag}: no such flag; {hint}")
 
-    def complain(message: str):
+    def raise_user_error(message: str):
         raise UserError(message.removeprefix("argument ") + "; see --help")
 
-    parser.error = complain
+    parser.error = raise_user_error
     return parser.parse_args(argv)

@@ -1,6 +1,7 @@
-"""What reaches the terminal: aligned tables, and text of strangers on one line.
+"""Prints to the terminal: aligned tables, and text from unknown sources on one line.
 
-Text out of a stranger's file, or out of a model, is printed as characters that move no cursor.
+Text that comes from a file of an unknown source, or from a model, may have control characters. They are escaped, so
+that they can't move the cursor.
 """
 
 import sys
@@ -14,18 +15,24 @@ def print_stderr(line: str) -> None:
 
 
 def table(rows: list[list[str]]) -> str:
-    """Rows of cells as aligned text: the first row is the heading, the first column is left-aligned, numbers right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
-        )
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    """Returns rows of cells as aligned text. The first row is the heading; the first column is aligned left, all others
+    right."""
+    widths = []
+    for column in range(len(rows[0])):
+        widths.append(max(len(row[column]) for row in rows))
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        for cell, width in zip(row[1:], widths[1:]):
+            cells.append(cell.rjust(width))
+        lines.append("  ".join(cells))
+    heading, *body = lines
+    return "\n".join([heading, "-" * len(heading), *body])
 
 
 def one_line(text: str, width: int = 100) -> str:
-    """The text on one line of at most `width` characters, whatever it holds: what does not print is escaped."""
-    shown = printable(text[:width])
-    return shown if len(shown) <= width and len(text) <= width else shown[: width - 3] + "..."
+    """Returns the text on one line of at most `width` characters, with what is not printable escaped."""
+    line = printable(text[:width])
+    if len(text) > width or len(line) > width:
+        return line[: width - 3] + "..."
+    return line

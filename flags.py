@@ -265,8 +265,8 @@ class Flags:
     activation_checkpointing: str = option(
         "none",
         "also called gradient checkpointing: which activations are computed again in the backward pass instead of being"
-        " kept; selective: outputs of norms, and attention probabilities; full: whole blocks, of which only the inputs are"
-        " kept; offload: these inputs go to the host's memory",
+        " kept; selective: outputs of norms, and attention probabilities; full: whole blocks, of which only the inputs"
+        " are kept; offload: these inputs go to the host's memory",
         choices=[*CHECKPOINTING_KINDS],
         resume=FREE,
     )

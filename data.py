@@ -60,7 +60,6 @@ class TrainingData:
     seq_len: int
     val_fraction: float | None
     pack: bool
-    pack_reason: str = ""
 
 
 def load_training_data(

@@ -118,7 +118,7 @@ def train(flags: Flags) -> None:
             write_json(as_dict(settings) | {"given": sorted(settings.given)}, tmp)
     distributed.start_training_timeout(settings.timeout)
     save = lambda name: save_weights(settings, model, tokenizer, origin, out / name)
-    evaluator = Evaluator(settings, out, model, data, metrics, lambda: save("best"), settings.max_tokens)
+    evaluator = Evaluator(settings, out, model, data, metrics, device, lambda: save("best"), settings.max_tokens)
     checkpointer = Checkpointer(settings, out, model, optimizers, data.sampler, origin, metrics.bar.write)
     if resumed:
         checkpointer.restore(resumed, state)
@@ -169,7 +169,8 @@ def train_loop(
     if evaluator and state.step == 0 and evaluator.due(state):
         evaluator.run(state)  # the untouched base, to compare with
     model.train()
-    for step in range(state.step, settings.profile or settings.steps):
+    last_step = min(settings.profile or settings.steps, settings.steps)
+    for step in range(state.step, last_step):
         micro_batches = loader.step(step)  # this rank's share; every rank has as many
 
         # The loss of a step is the sum over its trained tokens, on all ranks, divided by their number. So 1 x 8 = 2 x 4
@@ -198,11 +199,12 @@ def train_loop(
         examples = [example for batch in micro_batches for example in batch.examples]
         metrics.log_step(state.step, losses, grad_norm, lr, totals, examples)  # read one step late: nothing waits here
 
-        stop_signal = totals.stop_signal or (stop.signal if distributed.world_size() == 1 else 0)
-        interrupted = bool(stop_signal) and state.step < settings.steps
         out_of_patience = False
         if evaluator and evaluator.due(state):
             out_of_patience = evaluator.run(state)  # validates, keeps best/, counts for early stopping
+        # A single rank need not wait for the next step's totals to know of a signal, also one during the validation.
+        stop_signal = totals.stop_signal or (stop.signal if distributed.world_size() == 1 else 0)
+        interrupted = bool(stop_signal) and state.step < settings.steps
         # Early stopping ends the run: it goes straight to final/, and needs no checkpoint.
         if checkpointer and not out_of_patience and (checkpointer.due(state) or interrupted):
             with metrics.paused():

@@ -148,10 +148,13 @@ class Memory:
         return self.block if self.recomputed else 0
 
 
-def meta_model(config: Config, recipe: Recipe, dtype: torch.dtype, adapter: dict | None) -> Transformer:
+def meta_model(
+    config: Config, recipe: Recipe, dtype: torch.dtype, adapter: dict | None, quant: str | None = None
+) -> Transformer:
     """Returns the model of a recipe, without memory: shapes, dtypes and what is trained.
 
-    dtype: the dtype of the products. adapter: the arguments of lora.add_lora; None adds no adapter.
+    dtype: the dtype of the products. adapter: the arguments of lora.add_lora; None adds no adapter. quant: the 4-bit
+    format, as checkpoint.load_model takes it, where it is another than the method's own.
     """
     with torch.device("meta"):
         model = Transformer(config)
@@ -160,9 +163,11 @@ def meta_model(config: Config, recipe: Recipe, dtype: torch.dtype, adapter: dict
     storage_dtype = torch.bfloat16 if recipe.weights == "bf16" else dtype
     model.to(torch.float32 if has_masters else storage_dtype)
     model.compute_dtype = dtype
-    if method.quant or config.raw.get("quantization_config"):
+    quant = quant or method.quant
+    if quant or config.raw.get("quantization_config"):
+        with_head = quant is not None and "head" in quant
         for name, layer in model.named_modules():
-            if isinstance(layer, Linear) and name != "head" and can_quantize(layer.weight):
+            if isinstance(layer, Linear) and (name != "head" or with_head) and can_quantize(layer.weight):
                 layer.quantize(empty_nf4(layer.out_features, layer.in_features))
     if method.freezes_base and adapter is not None:
         lora.add_lora(model, **adapter)
@@ -413,8 +418,10 @@ def product_rate(config: Config, device: torch.device, dtype: torch.dtype) -> fl
     """Returns the FLOP/s of a matrix product with the shape of the model's MLP. Takes about a tenth of a second."""
     # Fewer rows leave multiprocessors of a GPU without work.
     rows = 8192 if device.type == "cuda" else 512
-    x = torch.randn(rows, config.hidden_size, device=device).to(dtype)
-    w = torch.randn(config.hidden_size, config.intermediate_size, device=device).to(dtype)
+    # Random numbers of its own, so that the run's do not depend on what is timed before it.
+    generator = torch.Generator(device=device).manual_seed(0)
+    x = torch.randn(rows, config.hidden_size, device=device, generator=generator).to(dtype)
+    w = torch.randn(config.hidden_size, config.intermediate_size, device=device, generator=generator).to(dtype)
 
     def product() -> Tensor:
         return x @ w

@@ -277,7 +277,8 @@ def describe_savings(
     if "weights" in method.options:
         savings["--optimizer adamw8bit --weights bf16"] = takes(replace(recipe, optimizer="adamw8bit", weights="bf16"))
     if method.lighter:
-        savings[f"--method {method.lighter}"] = takes(Recipe(method.lighter, checkpointing=recipe.checkpointing))
+        kept = recipe if method.freezes_base else Recipe(recipe.method, checkpointing=recipe.checkpointing)
+        savings[f"--method {method.lighter}"] = takes(replace(kept, method=method.lighter))
     expected = takes(recipe)
     best = sorted(savings, key=lambda flags: savings[flags].peak)[:3]
     parts = ("weights", "gradients", "optimizer", "activations", "logits")

@@ -2,6 +2,7 @@
 step, the moments; its counts against the model; the recommendation; and `train.py --plan`, which reads no weights.
 """
 
+import gc
 import json
 import re
 
@@ -49,8 +50,13 @@ def write(folder, family: str):
 
 def measure(run):
     """What run() returns, the bytes that it leaves behind, and the most that it had."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        out = run()
+    gc.collect()  # what earlier tests left in cycles must not be freed while this is counted
+    gc.disable()
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            out = run()
+    finally:
+        gc.enable()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     total = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

@@ -122,7 +122,7 @@ def test_dropout_is_on_in_training_and_off_in_validation(tmp_path):
         lora.add_lora(model, 4, 8.0, dropout=0.5)
         torch.nn.init.normal_(next(iter(lora.lora_layers(model).values())).lora_B)
         model.train()
-        checks.append([evaluator.validation_loss(model, rows()) for _ in range(2)])
+        checks.append([evaluator.validation_loss(model, rows(), CPU) for _ in range(2)])
         assert model.training  # as it was
         torch.manual_seed(seed)
         found.append(run_loop(model, rows(), settings(steps=1), tmp_path)[0])
@@ -209,7 +209,7 @@ def test_patience_stops_a_run_that_gets_worse_and_best_is_kept(base, numbers, tm
     assert "3 validations without a new best" in said and said.rstrip().endswith(f"--model {tmp_path / 'run' / 'best'}")
     sources = [load([file], load_tokenizer(base), 512) for file in (tmp_path / "others.json",)]
     model = load_model(tmp_path / "run" / "best")
-    assert evaluator.validation_loss(model, sources[0]) == pytest.approx(min(losses), abs=1e-4)
+    assert evaluator.validation_loss(model, sources[0], CPU) == pytest.approx(min(losses), abs=1e-4)
 
 
 def test_a_run_that_only_gets_worse_says_so(base, numbers, tmp_path, monkeypatch, capsys):

@@ -41,6 +41,9 @@ from optimizers import dequantize_moment, quantize_moment
 from training.state import TrainState
 
 FOLDER, STATE_FILE, MANIFEST, LATEST = "checkpoints", "state.json", "manifest.json", "latest"
+# What a run writes; the last is the last to be removed, for by it a run is known.
+RUN_FILES = ("config.json", "loss.png", "trace.json", "bad_batch.jsonl", "comparison.json", "best", "final", "wandb")
+RUN_FILES = (*RUN_FILES, FOLDER, "metrics.jsonl")
 LEFTOVER = re.compile(
     r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-\d+"
 )  # of files.atomic_folder, in a process that died

@@ -17,7 +17,7 @@ import torch
 import distributed
 import lora
 import optimizers
-from checkpoint import read_config, weight_files
+from checkpoint import read_config, stored_dtype, weight_files
 from common.device import DTYPES, pick_dtype
 from common.errors import UserError
 from data import TrainingData
@@ -28,7 +28,7 @@ from model import Config, Transformer
 from planning import memory, multi_gpu
 from planning.memory import Workload
 from planning.report import adapter_of, describe_workload, recipe_and_layout
-from training.checkpointer import format_bytes
+from training.checkpointer import RUN_FILES, format_bytes
 
 COMPILE_SECONDS = 20  # to compile a block; measured on 2 cores
 COMPILE_SAVES = 0.05  # share of a step's time that it saves there
@@ -141,14 +141,17 @@ def meta_model_of_run(flags: Flags, folder: Path, config: Config) -> Transformer
     recipe, _ = recipe_and_layout(flags)
     dtype = DTYPES[flags.dtype]
     if continues_adapter(flags):
-        model = memory.meta_model(config, recipe, dtype, None)
+        model = memory.meta_model(config, recipe, dtype, None, flags.quant)
         model.source = folder
         lora.load_adapter(model, flags.adapter)
         return model
-    model = memory.meta_model(config, recipe, dtype, adapter_of(flags))
+    model = memory.meta_model(config, recipe, dtype, adapter_of(flags), flags.quant)
     model.source = folder
     if not method_of(flags).freezes_base:
         select_weights(model, flags)
+        for parameter in model.parameters():  # frozen weights that were stored in 16 bits are held so
+            if not parameter.requires_grad and stored_dtype(config).itemsize == 2:
+                parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -224,8 +227,11 @@ def sizes_on_disk(flags: Flags, model: Transformer) -> tuple[float, float, int]:
 
 
 def free_on_disk(flags: Flags) -> int:
-    """Bytes that are free where the run will be written, with those of the run that it replaces."""
+    """Bytes that are free where the run will be written, with those of an earlier run that it removes."""
     out = Path(flags.out or "runs").resolve()
     existing = next(folder for folder in (out, *out.parents) if folder.exists())
-    replaced = sum(path.lstat().st_size for path in out.rglob("*")) if flags.overwrite else 0
-    return shutil.disk_usage(existing).free + replaced
+    removed = 0
+    for path in (out / name for name in RUN_FILES if flags.out):
+        files = path.rglob("*") if path.is_dir() else [path] if path.exists() else []
+        removed += sum(file.lstat().st_size for file in files)
+    return shutil.disk_usage(existing).free + removed

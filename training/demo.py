@@ -5,12 +5,13 @@ prompt, and by the tuned model. The loss on `assets/general.txt`, which is never
 forgotten. The loop knows nothing of this task.
 """
 
+import contextlib
 import time
 from pathlib import Path
 
 from common.console import one_line, table
 from common.device import peak_memory
-from common.files import write_json
+from common.files import atomic_file, write_json
 from data import ASSETS, BUNDLED_TASK
 from dataset.examples import Dataset, Example
 from dataset.formats import open_source
@@ -99,7 +100,8 @@ class Demo:
             "exact": {name: [result.right, result.total] for name, result in zip(names, results, strict=True)},
             "loss_on_general_text": {"base": self.base_loss, "tuned": tuned_loss},
         }
-        write_json(comparison, out / "comparison.json")
+        with contextlib.suppress(OSError), atomic_file(out / "comparison.json") as tmp:  # a full disk costs no run
+            write_json(comparison, tmp)
 
 
 def print_answers(question: str, base: str, tuned: str) -> None:

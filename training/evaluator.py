@@ -23,7 +23,8 @@ VALIDATION_BATCH = 8  # examples
 class Evaluator:
     """Computes the validation loss where it is due, keeps the best weights in best/, and counts for --patience.
 
-    save_best: writes the model to best/. max_tokens: of a batch.
+    device: where the run computes, which offloaded weights don't tell. save_best: writes the model to best/.
+    max_tokens: of a batch.
     """
 
     def __init__(
@@ -33,11 +34,13 @@ class Evaluator:
         model: Transformer,
         data: TrainingData,
         metrics: MetricsLogger,
+        device: torch.device,
         save_best: Callable[[], None],
         max_tokens: int | None = None,
     ):
         self.settings, self.out, self.model, self.data = settings, out, model, data
-        self.metrics, self.save_best, self.max_tokens = metrics, save_best, max_tokens
+        self.metrics, self.device = metrics, device
+        self.save_best, self.max_tokens = save_best, max_tokens
 
     def due(self, state: TrainState) -> bool:
         every = self.settings.eval_every
@@ -58,8 +61,10 @@ class Evaluator:
     def validate(self, state: TrainState) -> None:
         val, replay_val = self.data.val, self.data.replay_val
         with eager_mode(self.settings):
-            loss = validation_loss(self.model, val, self.max_tokens)
-            replay_loss = validation_loss(self.model, replay_val, self.max_tokens) if replay_val else None
+            loss = validation_loss(self.model, val, self.device, self.max_tokens)
+            replay_loss = None
+            if replay_val:
+                replay_loss = validation_loss(self.model, replay_val, self.device, self.max_tokens)
         if not math.isfinite(loss):
             raise UserError(f"step {state.step}: the validation loss is {loss:g}; stopped, try a lower --lr")
         line = {"step": state.step, "val_loss": loss}
@@ -105,11 +110,11 @@ def eager_mode(settings: Flags):
     return torch.compiler.set_stance("force_eager") if settings.compile == "on" else contextlib.nullcontext()
 
 
-def validation_loss(model: Transformer, val: Dataset, max_tokens: int | None = None) -> float:
+def validation_loss(model: Transformer, val: Dataset, device: torch.device, max_tokens: int | None = None) -> float:
     """The loss per trained token, over all ranks. max_tokens: of a batch."""
     ranks = distributed.dp_size(), distributed.dp_rank(), distributed.context_parallel
     with eval_mode(model):
-        loss = mean_loss(model, batches_by_length(val, VALIDATION_BATCH, model.device, *ranks, max_tokens))
+        loss = mean_loss(model, batches_by_length(val, VALIDATION_BATCH, device, *ranks, max_tokens))
     if distributed.has_shards(model):
         model.reshard()  # what is around the blocks waits for a backward, which does not come
     return loss

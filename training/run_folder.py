@@ -19,22 +19,8 @@ from data import TrainingData
 from flags import Flags
 from model import Transformer
 from training import checkpointer
-from training.checkpointer import Checkpoint
+from training.checkpointer import RUN_FILES, Checkpoint
 from training.defaults import Settings, sizes_on_disk
-
-# What a run writes; the last is the last to be removed, for by it a run is known.
-RUN_FILES = (
-    "config.json",
-    "loss.png",
-    "trace.json",
-    "bad_batch.jsonl",
-    "comparison.json",
-    "best",
-    "final",
-    "wandb",
-    "checkpoints",
-)
-RUN_FILES = (*RUN_FILES, "metrics.jsonl")
 
 
 @dataclass

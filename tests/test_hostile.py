@@ -463,9 +463,8 @@ def put(value, path, new):
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
 def test_any_value_at_any_place_of_a_tokenizers_files_is_a_tokenizer_or_one_line(name, folder, monkeypatch):
-    monkeypatch.setattr(
-        Tokenizer, "_turn_end", lambda self: set()
-    )  # a process for each: templates have their own tests
+    # A template runs in a process of its own for each tokenizer, and has its own tests.
+    monkeypatch.setattr(Tokenizer, "_answer_end", lambda self: set())
     good, taken = read_json(folder / name), 0
     for path, value in itertools.product(places(good), [None, -1, math.nan, "x", [], {"a": {}}, 10**9, [1]]):
         (folder / name).write_text(json.dumps(put(good, path, value)))

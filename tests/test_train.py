@@ -345,7 +345,7 @@ def test_a_mixed_packed_run_with_replay(base, numbers, tmp_path, monkeypatch, ca
     assert draws["general.txt"] == pytest.approx(0.25 * total, abs=1)
     assert draws["numbers.json"] == pytest.approx(3 * draws["other.jsonl"], abs=3)
     assert re.search(r"packed +[\d,]+ examples in [\d,]+ rows of 128 tokens, \d\d\.\d% full", said)
-    assert "6 steps of 2 x 1 rows" in said and ", of the replay " in said
+    assert "6 steps of 2 x 1 rows" in said and ", replay loss " in said
     lines = plots.read_metrics(tmp_path / "run" / "metrics.jsonl")
     steps, validations = [x for x in lines if "loss" in x], [x for x in lines if "val_loss" in x]
     assert all(128 < x["tokens"] <= 256 for x in steps) and all("replay_val_loss" in x for x in validations)

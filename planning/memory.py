@@ -16,10 +16,11 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -375,12 +376,11 @@ def kept_by_attention(c: Config, documents: Documents, device: str, item: int, c
 
 
 def flops_a_token(
-    model: Transformer, mean_context: float = 0.0, trained: float = 1.0, checkpointing: str = "none"
+    model: Transformer, lengths: Sequence[int] | np.ndarray = (), trained: float = 1.0, checkpointing: str = "none"
 ) -> float:
     """Returns the floating point operations of a training step, per token.
 
-    mean_context: the sum of squared document lengths over the sum of lengths: twice the number of tokens that causal
-        attention looks back over, on average.
+    lengths: of the documents, in tokens; attention is counted over them. None of them: attention is not counted.
     trained: the share of tokens that reach the head.
     checkpointing: the value of --activation-checkpointing.
     """
@@ -411,7 +411,21 @@ def flops_a_token(
         # The embedding table is the head as well.
         embedding = model.embed.weight
         total += trained * embedding.numel() * (6 if embedding.requires_grad else 4)
-    return total + 7 * mean_context * config.num_heads * config.head_dim * config.num_layers
+    if len(lengths):
+        contexts = {window: mean_context(lengths, window) for window in {layer.window for layer in config.layers}}
+        for layer in config.layers:
+            total += 7 * contexts[layer.window] * config.num_heads * config.head_dim
+    return total
+
+
+def mean_context(lengths: Sequence[int] | np.ndarray, window: int | None) -> float:
+    """Returns twice the number of tokens that a token attends to, on average over documents of these lengths.
+
+    The tokens of a document of T attend to T^2 / 2 tokens in all, and with a window of w < T tokens to w T - w^2 / 2.
+    """
+    lengths = np.asarray(lengths, dtype=float)
+    reach = lengths if window is None else np.minimum(lengths, window)
+    return float((reach * (2 * lengths - reach)).sum() / lengths.sum())
 
 
 def product_rate(config: Config, device: torch.device, dtype: torch.dtype) -> float:
@@ -496,7 +510,7 @@ class Workload:
     lengths: the lengths in tokens of the examples of the largest micro-batch.
     trained: trained tokens of that micro-batch.
     share: the share of all tokens that are trained.
-    mean_context: the sum of squared lengths over the sum of lengths, of all examples.
+    all_lengths: the lengths in tokens of all examples.
     tokens: tokens of the whole training, with half of the tokens that are validated.
     to_learn: trained tokens of the data.
     accumulate: micro-batches of a step.
@@ -505,7 +519,7 @@ class Workload:
     lengths: list[int]
     trained: int
     share: float
-    mean_context: float
+    all_lengths: Sequence[int] | np.ndarray
     tokens: float
     to_learn: int
     accumulate: int
@@ -578,7 +592,7 @@ def print_plan(config: Config, workload: Workload, device: torch.device, dtype: 
             model = meta_model(config, recipe, dtype, adapter)
             takes = functools.partial(memory_of_workload, model, recipe, device.type)
             memory = takes(fitting_job(workload, device, room, takes))
-            flops[kind] = flops_a_token(model, workload.mean_context, workload.share, kind)
+            flops[kind] = flops_a_token(model, workload.all_lengths, workload.share, kind)
             fits = memory.peak <= room
             mark = " " if fits else "!"
             cells.append(f"{memory.activations / 1e9:.2f}, {memory.peak / 1e9:.2f}{mark}")

@@ -172,7 +172,7 @@ def print_multi_gpu_plan(
         lengths=[seq_len] * batch,
         trained=tokens,
         share=1.0,
-        mean_context=seq_len,
+        all_lengths=[seq_len],
         tokens=tokens * accumulate,
         to_learn=tokens * accumulate,
         accumulate=accumulate,
@@ -210,7 +210,7 @@ def best_row(model: Transformer, recipe: Recipe, gpus: int, workload: Workload, 
             memory = takes(fitting)
             intra_node, inter_node = traffic(model, candidate, layout, fitting.accumulate)
             sent = intra_node / NVLINK_BYTES + inter_node / NETWORK_BYTES
-            computed = workload.tokens * flops_a_token(model, workload.mean_context, 1.0, kind) / (EFFICIENCY * FLOPS)
+            computed = workload.tokens * flops_a_token(model, workload.all_lengths, 1.0, kind) / (EFFICIENCY * FLOPS)
             if memory.peak <= room:
                 order = (0, max(sent, computed), sent)
                 mark = ""

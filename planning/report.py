@@ -89,7 +89,7 @@ def describe_workload(
         lengths=largest.documents.lengths,
         trained=len(largest.targets),
         share=train.trained_tokens / train.tokens,
-        mean_context=float((train.lengths.astype(float) ** 2).sum()) / train.tokens,
+        all_lengths=train.lengths,
         # A validated token counts half, since it has no backward.
         tokens=trained_tokens + validations * val.tokens / 2,
         to_learn=train.trained_tokens,
@@ -117,7 +117,7 @@ def workload_of_full_rows(flags: Flags, config: Config, device: torch.device) ->
         lengths=[length] * rows,
         trained=length * rows,
         share=1.0,
-        mean_context=length,
+        all_lengths=[length],
         tokens=tokens,
         to_learn=tokens,
         accumulate=flags.accumulate * math.ceil(flags.batch_size / rows),

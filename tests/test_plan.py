@@ -155,7 +155,7 @@ def test_operations_are_those_of_the_products(tmp_path):
             batch_loss(model, one, 1).backward()
         c, tokens = model.config, sum(LENGTHS)
         padded = sum(group.documents * group.length**2 for group in one.documents.groups)
-        told = flops_a_token(model, 0.0, len(one.targets) / tokens) * tokens
+        told = flops_a_token(model, [], len(one.targets) / tokens) * tokens
         told += (
             12 * padded * c.num_heads * c.head_dim * c.num_layers
         )  # two products forward, four backward, 2 FLOP each
@@ -166,6 +166,26 @@ def test_operations_are_those_of_the_products(tmp_path):
         assert counter.get_total_flops() == pytest.approx(told, rel=0.02)
 
 
+def test_windows_take_from_the_operations_of_attention(tmp_path):
+    """Long documents with a window of 7 tokens, against a count of all pairs."""
+    lengths = [3, 500, 41]
+    for window in (None, 7):
+        pairs = 0
+        for length in lengths:
+            for place in range(length):
+                pairs += place + 1 if window is None else min(place + 1, window)
+        # T (T + 1) / 2 pairs in truth, T^2 / 2 in the formula; w T - w (w - 1) / 2 and w T - w^2 / 2 with a window.
+        halves = sum(length if window is None else min(length, window) for length in lengths)
+        assert plan.mean_context(lengths, window) == pytest.approx((2 * pairs - halves) / sum(lengths))
+    model = load_model(write(tmp_path, "gemma2"))
+    config = model.config
+    windows = [layer.window for layer in config.layers]
+    assert len(set(windows)) == 2  # every other layer looks back over all
+    told = flops_a_token(model, lengths) - flops_a_token(model)
+    contexts = [plan.mean_context(lengths, window) for window in windows]
+    assert told == pytest.approx(7 * sum(contexts) * config.num_heads * config.head_dim)
+
+
 def table(text: str) -> list[list[str]]:
     lines = text.splitlines()
     start = next(i for i, line in enumerate(lines) if set(line) == {"-"})
@@ -173,7 +193,7 @@ def table(text: str) -> list[list[str]]:
 
 
 def job(**changes) -> Workload:
-    usual = {"lengths": LENGTHS, "trained": 100, "share": 0.5, "mean_context": 90.0, "tokens": 1e5, "to_learn": 5_000}
+    usual = {"lengths": LENGTHS, "trained": 100, "share": 0.5, "all_lengths": [90], "tokens": 1e5, "to_learn": 5_000}
     return Workload(**(usual | {"accumulate": 1} | changes))
 
 

@@ -73,7 +73,7 @@ def resolve_defaults(flags: Flags, folder: Path, data: TrainingData, device: tor
         flags = dataclasses.replace(flags, **adapter_shape(model))
     max_tokens = choose_max_tokens(flags, model, device)
     workload = describe_workload(flags, data, steps_per_epoch, device, max_tokens)
-    flops = memory.flops_a_token(model, workload.mean_context, workload.share, flags.activation_checkpointing)
+    flops = memory.flops_a_token(model, workload.all_lengths, workload.share, flags.activation_checkpointing)
     rate = distributed.broadcast_object(memory.product_rate(config, device, dtype))
     seconds = workload.tokens * flops / (memory.EFFICIENCY * rate * distributed.world_size())
     compiled, reasons["compile"] = choose_compile(flags, device, seconds)

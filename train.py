@@ -138,6 +138,7 @@ def train(flags: Flags) -> None:
     checkpointer.wait()
     metrics.close()
     if state.interrupted_by:
+        distributed.destroy_process_group()
         sys.exit(128 + state.interrupted_by)
 
     # ---- final/, the picture of the losses, and what the bundled task has taught

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from support.helpers import chat_base, command, llama
-from support.runs import ROOT, lines, records, torchrun
+from support.runs import ROOT, lines, records, selected_parameters, torchrun
 from support.training_runs import run_loop, settings
 
 import checkpoint
@@ -65,6 +65,24 @@ JOBS = {
 
 
 BY_THREE = ("full", "lora", "qlora", "full, packed, mixed", "full, tied", "gpt2", "muon", "adamw8bit")
+# The rest of the jobs, which differ less from one another, run with the slow tests alone.
+SLOW_JOBS = (
+    "full, replicated",
+    "full, reduced each time",
+    "full, norms twice",
+    "full, some",
+    "qlora, packed, mixed",
+    "qlora with head",
+    "routed experts, lora",
+    "gpt2, qlora",
+    "bf16",
+)
+SLOW_BY_THREE = ("full, tied", "gpt2", "muon", "adamw8bit")
+COMPARED = [
+    *(pytest.param(name, 2, marks=[pytest.mark.slow] * (name in SLOW_JOBS)) for name in JOBS),
+    *(pytest.param(name, 3, marks=[pytest.mark.slow] * (name in SLOW_BY_THREE)) for name in BY_THREE),
+]
+USED_BY_OTHERS = ("full", "lora", "lora, packed, mixed")
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +119,11 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def runs(bases, tmp_path_factory) -> Path:
-    """Every job by 1, 2 and 3 processes, in NAME/PROCESSES."""
+def runs(request, bases, tmp_path_factory) -> Path:
+    """The jobs of the tests at hand by 1, 2 and 3 processes, in NAME/PROCESSES."""
     folder = tmp_path_factory.mktemp("runs")
+    wanted = selected_parameters(request, "name", "processes")
+    wanted |= {(name, count) for name, _ in wanted for count in (1, 2)} | {(name, 1) for name in USED_BY_OTHERS}
     data, more, val = (records(folder / f"{name}.jsonl", n, seed) for name, n, seed in
                        (("data", 50, 0), ("more", 20, 200), ("val", 9, 500)))  # fmt: skip
     first = ["--model", bases["llama"], "--data", data, "--val", val, "--steps", 2, "--rank", 4, "--dtype", "fp32"]
@@ -113,7 +133,7 @@ def runs(bases, tmp_path_factory) -> Path:
     for processes in (1, 2, 3):
         jobs = []
         for name, (base, words, _, _) in JOBS.items():
-            if processes == 3 and name not in BY_THREE:
+            if (name, processes) not in wanted:
                 continue
             batch = 12 // processes // (2 if "ACC" in words.split() else 1)
             words = words.replace("ACC", "--accumulate 2").replace("ADAPTER", str(folder / "adapter/final")).split()
@@ -126,11 +146,12 @@ def runs(bases, tmp_path_factory) -> Path:
                 ["--model", bases[base], "--val", val, "--batch-size", batch, "--steps", 6, *words]
                 + ["--out", folder / name / str(processes)]
             )
-        torchrun(processes, "tests/support/run_jobs.py", json.dumps(jobs, default=str))
+        if jobs:
+            torchrun(processes, "tests/support/run_jobs.py", json.dumps(jobs, default=str))
     return folder
 
 
-@pytest.mark.parametrize("name, processes", [(name, 2) for name in JOBS] + [(name, 3) for name in BY_THREE])
+@pytest.mark.parametrize("name, processes", COMPARED)
 def test_as_many_processes_compute_what_one_does(runs, name, processes):
     _, words, loss, weight = JOBS[name]
     one, several = lines(runs / name / "1"), lines(runs / name / str(processes))
@@ -152,10 +173,9 @@ def test_as_many_processes_compute_what_one_does(runs, name, processes):
 
 
 def test_the_jobs_moved_the_weights_by_far_more_than_they_differ(runs):
-    for name in JOBS:
-        found = lines(runs / name / "1")
-        losses = [line["loss"] for line in found if "loss" in line]
-        assert max(losses) - min(losses) > 0.05, name
+    for run in runs.glob("*/1"):
+        losses = [line["loss"] for line in lines(run) if "loss" in line]
+        assert max(losses) - min(losses) > 0.05, run
 
 
 def test_dropout_is_there_and_follows_the_seed(runs):
@@ -244,11 +264,18 @@ CONTEXT = {  # name: base, words, processes, of which so many share a batch
 }
 
 
+SLOW_CONTEXT = ("lora, dropout, two times two", "qlora, blocks twice")
+
+
 @pytest.fixture(scope="module")
-def context_runs(bases, runs, tmp_path_factory) -> Path:
+def context_runs(request, bases, runs, tmp_path_factory) -> Path:
+    """The jobs of the tests at hand, in NAME/one by one process and in NAME/several by those that share a batch."""
     folder, jobs = tmp_path_factory.mktemp("context"), {}
+    wanted = {name for (name,) in selected_parameters(request, "name")}
     data, more, val = (runs / f"{name}.jsonl" for name in ("data", "more", "val"))
     for name, (base, words, processes, together) in CONTEXT.items():
+        if name not in wanted:
+            continue
         words = words.split()
         mixed = [f"{data}=3", f"{more}=1", "--replay", f"{val}=0.2"] if "MIXED" in words else [data]
         words = [word for word in words if word != "MIXED"] + ["--rank", 4] * ("full" not in words[:2])
@@ -262,7 +289,9 @@ def context_runs(bases, runs, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", CONTEXT)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_CONTEXT)) for name in CONTEXT]
+)
 def test_processes_that_share_a_batch_compute_what_one_does(context_runs, name):
     one, several = (lines(context_runs / name / which) for which in ("one", "several"))
     assert len(one) == len(several) > 4

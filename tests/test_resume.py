@@ -13,7 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 from support.helpers import chat_base, command
-from support.runs import METHODS, ROOT, after_lines, assert_same, descendants, lines, records, torchrun
+from support.runs import (
+    METHODS,
+    ROOT,
+    after_lines,
+    assert_same,
+    descendants,
+    lines,
+    records,
+    selected_parameters,
+    torchrun,
+)
 
 import train
 from common.errors import UserError
@@ -41,13 +51,12 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(job, tmp_path, monkeypatc
     assert "every 3 steps; the last 9 are kept" in out
     shutil.copytree(whole, cut, symlinks=True)
     names = {path.name for path in (cut / resume.FOLDER).iterdir()}
-    assert names == {"latest", "step-3", "step-6", "step-9", "step-12"}
+    assert names == {"step-3", "step-6", "step-9", "step-12"}
     cut_back(cut, 6)
     out, err, code = command(train, monkeypatch, capsys, "--out", cut, "--resume")  # its flags are those of the run
     assert code == 0, err
     assert f"resumed   after step 6 of 14, from {cut / 'checkpoints/step-6'}" in out
     assert_same(whole, cut)
-    assert os.readlink(cut / "checkpoints/latest") == "step-12"
     cut_back(cut, 9)
     out, err, code = command(train, monkeypatch, capsys, *job(method), "--out", cut, "--resume", "auto")
     assert code == 0, err
@@ -157,10 +166,13 @@ def test_a_damaged_newer_one_costs_no_whole_one(stopped, monkeypatch, capsys):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.2)
 
+    destroyed = []
     with monkeypatch.context() as patch:
         patch.setattr(metrics.MetricsLogger, "log_step", log_and_stop)
+        patch.setattr(train.distributed, "destroy_process_group", lambda: destroyed.append(True))
         out, _, code = command(train, patch, capsys, "--out", stopped, "--resume", "--keep", "1")
     assert code == 143 and "stopped   after step 8" in out
+    assert destroyed  # a signal ends the process group as the last step does
     assert resume.newest_checkpoint(stopped).state["step"] == 8
     assert {path.name for path in resume.list_checkpoints(stopped / "checkpoints")} <= {"step-6", "step-8"}
 
@@ -276,13 +288,19 @@ def test_the_last_ones_and_the_best_are_kept(job, tmp_path, monkeypatch, capsys)
 # ----------------------------------------------------------------------------------------------- processes
 
 
-BY_PROCESSES = ("full", "lora", "qlora", "adamw8bit", "muon", "asynchronous")
+BY_PROCESSES = (
+    "full",
+    "lora",
+    "asynchronous",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qlora", "adamw8bit", "muon")),
+)
 
 
 @pytest.fixture(scope="module")
-def by_processes(job, tmp_path_factory) -> Path:
-    """NAME/N: jobs by N processes, and NAME/N-M: cut back to step 6 and resumed by M."""
-    folder, names = tmp_path_factory.mktemp("processes"), BY_PROCESSES
+def by_processes(request, job, tmp_path_factory) -> Path:
+    """NAME/N: the jobs of the tests at hand by N processes, and NAME/N-M: cut back to step 6 and resumed by M."""
+    folder = tmp_path_factory.mktemp("processes")
+    names = sorted(name for (name,) in selected_parameters(request, "name"))
     extra = {name: ["--shard", "none" if name == "lora" else "full", "--keep", 9] for name in names}
     for n in (1, 2):
         size = ["--batch-size", 6 // n]

@@ -9,7 +9,7 @@
 
 A folder is written under another name, synced to the disk and renamed, so it is there whole or not at all. When it is
 read, each file's hash is compared; where one differs the folder is left aside, and the one before it is taken. Nothing
-is ever unpickled. `latest` is a link to the newest.
+is ever unpickled.
 """
 
 import base64
@@ -40,7 +40,7 @@ from flags import FORMER_NAMES, OPTIONS, PER_LAUNCH, Flags, as_dict, dashed
 from optimizers import dequantize_moment, quantize_moment
 from training.state import TrainState
 
-FOLDER, STATE_FILE, MANIFEST, LATEST = "checkpoints", "state.json", "manifest.json", "latest"
+FOLDER, STATE_FILE, MANIFEST = "checkpoints", "state.json", "manifest.json"
 # What a run writes; the last is the last to be removed, for by it a run is known.
 RUN_FILES = ("config.json", "loss.png", "trace.json", "bad_batch.jsonl", "comparison.json", "best", "final", "wandb")
 RUN_FILES = (*RUN_FILES, FOLDER, "metrics.jsonl")
@@ -243,8 +243,6 @@ class CheckpointWriter:
                     write_json(hashes | {STATE_FILE: file_sha256(tmp / STATE_FILE)}, tmp / MANIFEST)
             self.newest = name
             if is_rank0():
-                with contextlib.suppress(OSError):  # the older one that it leads to is whole as well
-                    update_symlink(self.folder / LATEST, name)
                 self.prune(state["step"])
         except OSError as error:
             self.failed = describe_os_error(error, self.folder)
@@ -299,14 +297,6 @@ def write_shards(tensors: dict[str, Tensor], folder: Path, group) -> None:
             if isinstance(cause, OSError):
                 raise OSError(cause.errno, cause.strerror, cause.filename or str(folder)) from None
         raise
-
-
-def update_symlink(link: Path, name: str) -> None:
-    """Makes a link, or lets it point elsewhere, in one step."""
-    tmp = link.parent / f".{link.name}.partial-{os.getpid()}"
-    tmp.unlink(missing_ok=True)
-    tmp.symlink_to(name)
-    tmp.replace(link)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

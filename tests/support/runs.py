@@ -34,6 +34,16 @@ def torchrun(processes: int, *words, seconds: float = 300, code: int = 0, **envi
     return done.stdout
 
 
+def selected_parameters(request, *names: str) -> set[tuple]:
+    """The values of these parameters in the tests that were selected to run and use the fixture that asks."""
+    found = set()
+    for item in request.session.items:
+        values = item.callspec.params if hasattr(item, "callspec") else {}
+        if request.fixturename in item.fixturenames and values.keys() >= set(names):
+            found.add(tuple(values[name] for name in names))
+    return found
+
+
 def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 

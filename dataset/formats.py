@@ -156,13 +156,14 @@ class Map:
                 )
             return [value._replace(text=result["text"])]
 
-        if result is None:
+        if result is None or result == []:
             stats.dropped["left out by --map"] += 1
             return []
         records = result if isinstance(result, list) else [result]
-        if not all(isinstance(each, dict) for each in records):
+        wrong = [each for each in records if not isinstance(each, dict)]
+        if wrong:
             raise UserError(
-                f"{where}: --map {self.name} gives {type_name(records[0])}; a dict, a list of them, or None is wanted"
+                f"{where}: --map {self.name} gives {type_name(wrong[0])}; a dict, a list of them, or None is wanted"
             )
         return records
 

@@ -342,6 +342,8 @@ def quick_checks(train: Dataset, val: Dataset) -> list[str]:
         ("addresses or secrets", PRIVATE_PART),
     ):
         count = int((mine["flags"] & flag > 0).sum())
+        if flag == ONE_WORD_ANSWER and 2 * count > len(mine["flags"]):
+            continue  # one word is what this task asks for, as a label; `data.py inspect` lists the labels
         if count:
             parts.append(f"{count:,} with {name}")
     flagged = ", ".join(parts) or "none with addresses, secrets or control tokens"

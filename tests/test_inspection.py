@@ -312,19 +312,21 @@ def test_a_users_function_maps_records(tmp_path, tokenizer):
     (tmp_path / "m.py").write_text(
         "def f(record):\n"
         "    if record['n'] == 1: return None\n"
+        "    if record['n'] == 4: return []\n"
         "    made = {'prompt': record['ask'], 'completion': str(record['n'])}\n"
         "    return [made, made] if record['n'] == 2 else made\n"
         "def wrong(record): return record['no']\n"
+        "def mixed(record): return [record, 'text']\n"
         "three = 3\n"
     )
-    file = written(tmp_path / "a.jsonl", [{"ask": f"q{n}", "n": n} for n in range(4)])
+    file = written(tmp_path / "a.jsonl", [{"ask": f"q{n}", "n": n} for n in range(5)])
     said = []
     data = load([file], tokenizer, 99, print_fn=said.append, map_fn=Map(f"{tmp_path}/m.py:f"))
     texts = [tokenizer.decode(e.ids[e.loss_weights > 0].tolist()) for e in data.examples]
     assert texts == ["0<|im_end|>", "2<|im_end|>", "2<|im_end|>", "3<|im_end|>"]
-    assert "through" in said[0] and "dropped 1 (left out by --map)" in said[0]
+    assert "through" in said[0] and "dropped 2 (left out by --map)" in said[0]
     for name, why in (("wrong", "line 1: --map .*wrong: KeyError: 'no'"), ("none", "has no function none"),
-                      ("three", "has no function three")):  # fmt: skip
+                      ("three", "has no function three"), ("mixed", "mixed gives a string; a dict")):  # fmt: skip
         with pytest.raises(UserError, match=why):
             load([file], tokenizer, 99, map_fn=Map(f"{tmp_path}/m.py:{name}"))
     for name in ("m.py", f"{tmp_path}/none.py:f", f"{tmp_path}/m.py"):
@@ -343,7 +345,7 @@ def test_a_users_function_maps_records(tmp_path, tokenizer):
     )
     for _ in range(2):
         data = load([file], tokenizer, 99, map_fn=Map(f"{tmp_path}/m.py:f"))
-        assert not data.examples.rows[0].cached and len(data) == 4
+        assert not data.examples.rows[0].cached and len(data) == 5
 
 
 # ---- at the start of a training ----
@@ -362,6 +364,10 @@ def test_quick_checks_count_repeats_overlap_and_contents(tmp_path, tokenizer):
     assert third.startswith("records: 1 with answers of one word, 1 with addresses or secrets; ")
     parted = inspection.quick_checks(*split(train, 0.2))
     assert " 0 of " in parted[0]
+    # Where most answers are one word, the task asks for one word: nothing to report.
+    labels = [{"prompt": f"question {i}", "completion": "yes" if i % 2 else "no"} for i in range(30)]
+    train = load([written(tmp_path / "labels.jsonl", labels)], tokenizer, 99)
+    assert inspection.quick_checks(train, val)[2].startswith("records: none with addresses, secrets or control tokens")
 
 
 @needs_shared

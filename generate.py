@@ -136,10 +136,13 @@ def load_model_and_adapters(
 def split_adapter_name(word: str) -> tuple[str, str]:
     """Returns (name, folder) of NAME=DIR, or of DIR alone.
 
-    DIR alone is called like its folder; final/ and best/ of a run are called like the run's folder.
+    DIR alone is called like its folder; final/ and best/ of a run are called like the run's folder. Raises UserError
+    where either side of the equals sign is empty.
     """
     name, equals, folder = word.partition("=")
     if equals and not Path(word).exists():
+        if not name or not folder:
+            raise UserError(f"--adapter {word}: NAME=DIR or DIR is wanted")
         return name, folder
     path = Path(word).resolve()
     if path.name in ("final", "best"):

@@ -86,8 +86,8 @@ def in_order(work: Callable, chunks: Iterable, processes: int, prepare: Callable
             parent_end, worker_end = context.Pipe()
             pipes.append(parent_end)
             worker = context.Process(target=serve, args=(work, worker_end, list(pipes), prepare), daemon=True)
-            workers.append(worker)
             worker.start()
+            workers.append(worker)
             worker_end.close()
         yield from exchange(work, chunks, pipes)
     finally:

@@ -9,7 +9,6 @@ GPUs have no such layout. There it is enough to concatenate matrices that read t
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # oneDNN chooses a layout by the number of rows of the input. The one for 512 rows is best for prompts, and as good as
@@ -40,9 +39,5 @@ def pack_weight(weight: Tensor) -> Tensor:
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Returns x W^T + b, [rows, out], without gradients. x: bf16 [rows, in]. packed: what `pack` returned for W."""
+    """Returns x W^T + b, [rows, out], without gradients. x: bf16 [rows, in]. packed: of W, by `pack_weight`."""
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-
-
-def packed_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(x, weight, bias)

@@ -2,6 +2,7 @@
 batches.
 """
 
+import errno
 import gzip
 import json
 import multiprocessing
@@ -338,6 +339,15 @@ def test_a_worker_that_dies_is_an_error_not_a_wait():
                 raise UserError("chunk 1")
 
         list(tokenize_pool.in_order(work, faulty(), 2))
+
+
+def test_where_no_process_can_be_started_the_reason_is_said(monkeypatch):
+    def start(self):
+        raise OSError(errno.EAGAIN, "no more processes")
+
+    monkeypatch.setattr(multiprocessing.get_context("fork").Process, "start", start)
+    with pytest.raises(OSError, match="no more processes"):
+        list(tokenize_pool.in_order(len, iter("abc"), 2))
 
 
 # ---- the split ----

@@ -291,6 +291,8 @@ def test_a_model_trained_here_is_compared_with_the_base_it_names(base, file, tmp
         (generate, ["--prompt", "a", "--temperature", "nan"], "--temperature nan: must be 0 or more"),
         (generate, ["--prompt", "a", "--top-p", "0"], "--top-p 0.0: must be above 0 and at most 1"),
         (generate, ["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0: must be 1 or more"),
+        (generate, ["--prompt", "a", "--adapter", "=red"], "--adapter =red: NAME=DIR or DIR is wanted"),
+        (generate, ["--prompt", "a", "--adapter", "red="], "--adapter red=: NAME=DIR or DIR is wanted"),
         (generate, ["--prompt", "a", "--top-k", "5"], "--top-k: is for sampling"),
         (generate, ["--prompt", "a", "--seed", "5"], "--seed: is for sampling"),
         (generate, ["--prompt", "a", "--top-k", "x"], "--top-k: invalid int value: 'x'"),

@@ -243,7 +243,7 @@ NORM, MOE = "model.norm.weight", {"model_type": "qwen3_moe", "architectures": No
 EMPTY = '"a#":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
 BESIDE = "names of .safetensors files beside it"
 FOLDERS = {  # what is wrong: (the damage, words of the line)
-    "config of 1 GB": (sparse("config.json", 1 << 30), "config.json: 1,074 MB"),
+    "config of 1 GB": (sparse("config.json", 1 << 30), "config.json: has 1,074 MB"),
     "config nested deep": (written("config.json", lambda: '{"a":' * 10**6 + "1" + "}" * 10**6), "nested too deep"),
     "config of brackets": (written("config.json", lambda: "[" * 10**7), "config.json: holds more than"),
     "config of empty lists": (written("config.json", lambda: "[" + "[]," * 12_000_000 + "0]"), "holds more than"),

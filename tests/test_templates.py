@@ -191,6 +191,14 @@ def test_control_tokens_in_calls_tools_and_results_are_plain_text(folder):
     assert trained_text(ours, ids, mask) == [f"{written}<|im_end|>", "done<|im_end|>"]
 
 
+def test_a_template_that_changes_digits_is_refused_in_one_line(folder):
+    """The places of the answers are found by numbered marks, and such a template gives them other numbers."""
+    ours = load_tokenizer(write(folder, CHATML.replace("['content']", "['content'] | replace('0', '7')")))
+    with pytest.raises(TemplateError) as error:
+        ours.render(CHAT[1:3])
+    assert "\n" not in str(error.value)
+
+
 def test_a_generation_prompt_that_opens_a_thought(folder):
     """As of models that always think: what is written of an answer without a thought begins before it."""
     template = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")

@@ -535,6 +535,8 @@ class Marks:
                 words = other = quoted
                 end = position + len(words)
             else:
+                if int(part) >= len(self.parts):
+                    return None  # the template changes digits
                 number, words = self.parts[int(part)]
                 other = match[0][1:-1]
                 end = position + len(words)

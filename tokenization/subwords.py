@@ -11,6 +11,7 @@ would train another model, and nothing would look wrong.
 
 import base64
 import json
+import math
 import re
 import unicodedata
 from collections import defaultdict
@@ -240,12 +241,12 @@ def _merge_order(tokens: dict[int, bytes] | dict[int, str], pairs: Pairs) -> tup
 def _spell(parts: list[int], pairs: Pairs) -> list[int]:
     """Merges tokens, lowest rank and leftmost first (Sennrich et al. 2016), until two are left or
     no two merge."""
-    no_merge = len(pairs), -1
+    no_merge = math.inf, -1
     while len(parts) > 2:
         candidates = [pairs.get(pair, no_merge) for pair in pairwise(parts)]
         best = min(candidates)
         rank, merged = best
-        if rank == len(pairs):
+        if rank == math.inf:
             break
         at = candidates.index(best)
         parts[at : at + 2] = [merged]

@@ -362,7 +362,7 @@ def test_default_base_ids_equal_those_of_tokenizers():
 @pytest.mark.parametrize("ignore_merges", [False, True])
 def test_any_merges_are_reproduced_or_refused(ignore_merges, tmp_path):
     """Merges nobody trained, in random order, under random ids, several making one token, some tokens made by none."""
-    rng, loaded = random.Random(1), 0
+    rng, doubling, loaded = random.Random(1), random.Random(2), 0
     texts = ["".join(letters) for n in range(1, 7) for letters in itertools.product("abc", repeat=n)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     for _ in range(60):
@@ -373,8 +373,8 @@ def test_any_merges_are_reproduced_or_refused(ignore_merges, tmp_path):
             tokens += ["".join(pair)] * ("".join(pair) not in tokens)
         merges = rng.sample(merges, len(merges))
         merges = merges[: rng.randrange(len(merges) + 1)] if rng.random() < 0.3 else merges
-        if merges and rng.random() < 0.3:
-            merges += rng.choices(merges, k=3)  # listed twice: the last place counts
+        if merges and doubling.random() < 0.15:
+            merges += doubling.choices(merges, k=3)  # listed twice: the last place counts
         vocab = [*alphabet, *(token for token in tokens if len(token) > 1)]
         vocab = {token: id for id, token in enumerate(rng.sample(vocab, len(vocab)))}
         theirs = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore_merges))
@@ -388,7 +388,7 @@ def test_any_merges_are_reproduced_or_refused(ignore_merges, tmp_path):
         loaded += 1
         for text in rng.sample(texts, 200) + ["".join(rng.choices("abc", k=700))]:
             assert ours.encode(text) == theirs.encode(text).ids, (vocab, merges, text)
-    assert loaded >= 30 if ignore_merges else loaded == 60
+    assert loaded >= 30 if ignore_merges else loaded == 60, loaded
 
 
 def test_a_pad_token_that_is_an_ordinary_token_stays_one(tmp_path):

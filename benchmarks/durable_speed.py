@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from peers import RATE, SHAPES, WARM_UP, raw_config
+from peers import RATE, SHAPES, WARM_UP, GivenSteps, raw_config
 
 from common.device import pick_device, pick_dtype
 
@@ -33,7 +33,7 @@ def side(spec: dict) -> dict:
 
     import distributed
     import train
-    from data import collate, max_tokens_per_micro_batch, split_micro_batches
+    from data import max_tokens_per_micro_batch, split_micro_batches
     from dataset.examples import Example
     from objectives import OBJECTIVES
     from optimizers import make_optimizers
@@ -71,12 +71,6 @@ def side(spec: dict) -> dict:
     steps = [[[Example(rows[i], trained) for i in cut] for cut in cuts] for rows in ids]
     times, beside, last = [], [], time.perf_counter()
 
-    class Rows:
-        """In place of data.MicroBatches."""
-
-        def step(self, number: int) -> list:
-            return [collate(examples, device) for examples in steps[number]]
-
     class EveryStep:
         """In place of the evaluator: writes a checkpoint every fourth step, and takes the time of each."""
 
@@ -98,8 +92,7 @@ def side(spec: dict) -> dict:
             last = now
             return False
 
-    loader = Rows()
-    loader.device = device
+    loader = GivenSteps(steps, device)
     with tempfile.TemporaryDirectory(dir=spec["where"]) as out:
         state = TrainState()
         metrics = MetricsLogger(settings, Path(out), 1.0, device, state)

@@ -188,11 +188,27 @@ def adapter(spec) -> dict:
     return {"rank": spec["rank"], "alpha": 2.0 * spec["rank"]}
 
 
+class GivenSteps:
+    """In place of data.MicroBatches: steps that are the same for every side.
+
+    steps: for each step its micro-batches, for each of those its examples.
+    """
+
+    def __init__(self, steps: list, device):
+        self.steps = steps
+        self.device = device
+
+    def step(self, number: int) -> list:
+        from data import collate
+
+        return [collate(examples, self.device) for examples in self.steps[number]]
+
+
 def train_by_plaintune(torch, model, spec, rows: list, device, before: float) -> tuple[dict, list[float]]:
     """Trains a model of ours by train.py's loop. rows: [steps][batch][documents][tokens], all trained but each
     document's first token. Returns the outcome, and the loss of every step."""
     import train
-    from data import collate, max_tokens_per_micro_batch, split_micro_batches
+    from data import max_tokens_per_micro_batch, split_micro_batches
     from dataset.examples import Example
     from objectives import OBJECTIVES
     from optimizers import make_optimizers
@@ -215,12 +231,6 @@ def train_by_plaintune(torch, model, spec, rows: list, device, before: float) ->
         steps.append([[Example(ids, [False] + [True] * (len(ids) - 1)) for ids in cut] for cut in documents])
     clock = Clock(torch, device, len(rows))
 
-    class Rows:
-        """In place of data.MicroBatches."""
-
-        def step(self, number: int) -> list:
-            return [collate(examples, device) for examples in steps[number]]
-
     class EveryStep:
         """In place of the evaluator."""
 
@@ -231,8 +241,7 @@ def train_by_plaintune(torch, model, spec, rows: list, device, before: float) ->
             clock.after_step(state.step)
             return False
 
-    loader = Rows()
-    loader.device = device
+    loader = GivenSteps(steps, device)
     optimizers = make_optimizers(model, "adamw", settings.lr, 0.0, settings.optimizer_offload)
     with tempfile.TemporaryDirectory() as folder:
         state = TrainState()

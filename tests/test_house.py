@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from support.figures import public_names
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOT_FILES = {
@@ -124,14 +125,3 @@ def test_a_public_name_is_defined_once():
         for name in public_names(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
             places[name].append(str(path))
     assert {name: files for name, files in places.items() if len(files) > 1} == {}
-
-
-def public_names(tree: ast.Module) -> set[str]:
-    names = set()
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names.add(node.name)
-        elif isinstance(node, ast.Assign):
-            targets = [each for target in node.targets for each in getattr(target, "elts", [target])]
-            names.update(each.id for each in targets if isinstance(each, ast.Name))
-    return {name for name in names if not name.startswith("_") and name != "main"}

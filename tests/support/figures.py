@@ -49,16 +49,15 @@ def code_lines(source: str) -> set[int]:
 
 
 def public_names(tree: ast.Module) -> set[str]:
+    """The names without a leading underscore that a file defines at its top: functions, classes, constants."""
     names = set()
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Assign):
-            names.update(target.id for target in node.targets if isinstance(target, ast.Name))
-            for target in node.targets:
-                if isinstance(target, ast.Tuple):
-                    names.update(each.id for each in target.elts if isinstance(each, ast.Name))
-    return {name for name in names if not name.startswith("_")} - {"main"}
+            targets = [each for target in node.targets for each in getattr(target, "elts", [target])]
+            names.update(each.id for each in targets if isinstance(each, ast.Name))
+    return {name for name in names if not name.startswith("_") and name != "main"}
 
 
 def writes_to_settings(tree: ast.Module) -> int:

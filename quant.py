@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from kernels.nf4 import NESTED_BLOCK, NF4, NF4_BLOCK, dynamic_codebook, nf4_codebook, nf4_dequantize
+from kernels.nf4 import NESTED_BLOCK, NF4, NF4_BLOCK, dynamic_codebook, nf4_codebook
 
 QUANT_KINDS = ("nf4", "nf4+head")
 # Stands in for the absmax of a block of zeros, so that nothing is divided by 0.
@@ -39,11 +39,6 @@ def quantize_nf4(weight: Tensor, block_size: int = NF4_BLOCK) -> tuple[Tensor, T
     codes = codes.view(out_features, -1, 2)
     packed = codes[..., 0] << 4 | codes[..., 1]
     return packed, absmax.view(out_features, -1)
-
-
-def dequantize_nf4(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the weight [out, in] of `quantize_nf4` in dtype: computed in fp32, rounded once."""
-    return nf4_dequantize(NF4(packed, absmax), dtype)
 
 
 def nearest(blocks: Tensor, codebook: Tensor, lookup: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -118,7 +118,7 @@ def train(flags: Flags) -> None:
             write_json(as_dict(settings) | {"given": sorted(settings.given)}, tmp)
     distributed.start_training_timeout(settings.timeout)
     save = lambda name: save_weights(settings, model, tokenizer, origin, out / name)
-    evaluator = Evaluator(settings, out, model, data, metrics, device, lambda: save("best"), settings.max_tokens)
+    evaluator = Evaluator(settings, out, model, data, metrics, device, lambda: save("best"))
     checkpointer = Checkpointer(settings, out, model, optimizers, data.sampler, origin, metrics.bar.write)
     if resumed:
         checkpointer.restore(resumed, state)

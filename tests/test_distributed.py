@@ -195,7 +195,7 @@ def test_a_rank_of_two_holds_and_reads_half(bases, tmp_path, method):
     adapter = {"rank": 16, "alpha": 16.0, "dropout": 0.0, "targets": "all"}
     setup, layout = Recipe(method), cluster.Layout(2, 2)
     model = meta_model(checkpoint.read_config(tmp_path / "base"), setup, torch.bfloat16, adapter)
-    memory = cluster.memory_per_process(model, setup, layout, Workload([80], 60, 1.0, 20, 80, 60, 1))
+    memory = cluster.memory_per_process(model, setup, layout, Workload([80], 60, 1.0, [20], 80, 60, 1))
     sent = sum(cluster.traffic(model, setup, layout, 1))
     one = expected_memory(model, setup, [80], 60, "cpu", 1)
     stored = (tmp_path / "base" / "model.safetensors").stat().st_size

@@ -65,7 +65,7 @@ def test_codes_scales_and_numbers_are_those_of_bitsandbytes(kind, double):
         assert ours.absmax.dtype == torch.uint8
     else:
         assert torch.equal(quant.quantize_nf4(weight)[0], ours.packed)
-        assert torch.equal(quant.dequantize_nf4(*ours[:2], torch.float32), nf4_dequantize(ours, torch.float32))
+        assert torch.equal(nf4_dequantize(quant.NF4(*ours[:2]), torch.float32), nf4_dequantize(ours, torch.float32))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         state.dtype = dtype
         wanted = bnb.dequantize_4bit(packed, state)
@@ -79,7 +79,7 @@ def test_blocks_of_other_sizes(size):
     packed, state = bnb.quantize_4bit(weight, blocksize=size, quant_type="nf4")
     ours = quant.quantize_nf4(weight, size)
     assert torch.equal(ours[0].flatten(), packed.flatten()) and torch.equal(ours[1].flatten(), state.absmax)
-    assert torch.equal(quant.dequantize_nf4(*ours, torch.bfloat16), bnb.dequantize_4bit(packed, state))
+    assert torch.equal(nf4_dequantize(quant.NF4(*ours), torch.bfloat16), bnb.dequantize_4bit(packed, state))
 
 
 def test_the_numbers_of_double_quantisation():

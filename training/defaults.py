@@ -169,7 +169,7 @@ def choose_max_tokens(flags: Flags, model: Transformer, device: torch.device) ->
 
     def peak(tokens: int) -> float:
         tokens *= flags.context_parallel
-        job = Workload([tokens], tokens, 1.0, tokens, tokens, tokens, accumulate=2)
+        job = Workload([tokens], tokens, 1.0, [tokens], tokens, tokens, accumulate=2)
         return multi_gpu.memory_per_process(model, recipe, layout, job, device.type, flags.context_parallel).peak
 
     room = memory.FITS * memory.device_memory(device)

@@ -11,9 +11,9 @@ import distributed
 from common.errors import UserError, describe_os_error
 from data import TrainingData, batches_by_length
 from dataset.examples import Dataset
-from flags import Flags
 from model import Transformer, eval_mode
 from objectives import mean_loss
+from training.defaults import Settings
 from training.metrics import MetricsLogger
 from training.state import TrainState
 
@@ -24,23 +24,21 @@ class Evaluator:
     """Computes the validation loss where it is due, keeps the best weights in best/, and counts for --patience.
 
     device: where the run computes, which offloaded weights don't tell. save_best: writes the model to best/.
-    max_tokens: of a batch.
     """
 
     def __init__(
         self,
-        settings: Flags,
+        settings: Settings,
         out: Path,
         model: Transformer,
         data: TrainingData,
         metrics: MetricsLogger,
         device: torch.device,
         save_best: Callable[[], None],
-        max_tokens: int | None = None,
     ):
         self.settings, self.out, self.model, self.data = settings, out, model, data
         self.metrics, self.device = metrics, device
-        self.save_best, self.max_tokens = save_best, max_tokens
+        self.save_best = save_best
 
     def due(self, state: TrainState) -> bool:
         every = self.settings.eval_every
@@ -59,12 +57,12 @@ class Evaluator:
         return stop
 
     def validate(self, state: TrainState) -> None:
-        val, replay_val = self.data.val, self.data.replay_val
+        val, replay_val, max_tokens = self.data.val, self.data.replay_val, self.settings.max_tokens
         with eager_mode(self.settings):
-            loss = validation_loss(self.model, val, self.device, self.max_tokens)
+            loss = validation_loss(self.model, val, self.device, max_tokens)
             replay_loss = None
             if replay_val:
-                replay_loss = validation_loss(self.model, replay_val, self.device, self.max_tokens)
+                replay_loss = validation_loss(self.model, replay_val, self.device, max_tokens)
         if not math.isfinite(loss):
             raise UserError(f"step {state.step}: the validation loss is {loss:g}; stopped, try a lower --lr")
         line = {"step": state.step, "val_loss": loss}
@@ -105,7 +103,7 @@ def best_or_final(state: TrainState) -> str:
     return "best"
 
 
-def eager_mode(settings: Flags):
+def eager_mode(settings: Settings):
     """Without compiled blocks: for work whose graphs would not pay, or whose shapes would each be compiled."""
     return torch.compiler.set_stance("force_eager") if settings.compile == "on" else contextlib.nullcontext()
 

@@ -1,7 +1,7 @@
 # `make test` is what CI runs; `make fast` is for the minutes between two edits.
 PYTHON ?= python
 
-.PHONY: test fast slow golden lint format figures bench
+.PHONY: test fast slow golden lint types format figures bench
 
 test:
 	$(PYTHON) -m pytest
@@ -20,6 +20,9 @@ lint:
 	ruff check .
 	ruff format --check .
 	codespell
+
+types:  # mypy over the root and kernels/, as .ci/run does
+	$(PYTHON) -m mypy
 
 format:
 	ruff check --fix .

@@ -24,7 +24,14 @@ from torch import Tensor, nn
 
 from common.errors import UserError, read_json
 from common.files import atomic_folder, file_sha256, save_tensors, write_json
-from distributed import full_tensor, gather_rows, local_row_slice, rank0_context, synced_errors, to_local
+from distributed import (
+    full_tensor,
+    gather_rows,
+    local_row_slice,
+    rank0_context,
+    synced_errors,
+    to_local,
+)
 from kernels.nf4 import NF4
 from model import Config, Linear, Transformer, quantized_linears, stack_expert_weights
 from quant import (
@@ -136,7 +143,9 @@ def shard_names(index: Path) -> list[str]:
     weight_map = read_json(index).get("weight_map")
     names = weight_map.values() if isinstance(weight_map, dict) else [None]
     if not all(isinstance(name, str) and SHARD_NAME.fullmatch(name) for name in names):
-        raise UserError(f"{index}: weight_map must map tensor names to names of .safetensors files beside it")
+        raise UserError(
+            f"{index}: weight_map must map tensor names to names of .safetensors files beside it"
+        )
     return sorted(set(names))
 
 
@@ -162,15 +171,21 @@ def open_safetensors(file: Path) -> Iterator[safe_open]:
     # The package itself refuses a header that is longer than the file.
     if HEADER_BYTES < header_bytes <= file.stat().st_size:
         size, limit = header_bytes / 1e6, HEADER_BYTES / 1e6
-        raise UserError(f"{file}: a header of {size:,.0f} MB is too long; at most {limit:.0f} MB are read")
+        raise UserError(
+            f"{file}: a header of {size:,.0f} MB is too long; at most {limit:.0f} MB are read"
+        )
     try:
         with safe_open(file, framework="pt") as shard:
             yield shard
     except SafetensorError as error:
-        raise UserError(f"{file}: damaged or cut off, not readable as safetensors ({str(error)[:200]})") from None
+        raise UserError(
+            f"{file}: damaged or cut off, not readable as safetensors ({str(error)[:200]})"
+        ) from None
 
 
-def iterate_tensors(files: list[Path], kept_dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+def iterate_tensors(
+    files: list[Path], kept_dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Yields (published name, tensor) of all tensors of safetensors files. Each tensor is a view of
     its file's pages.
 
@@ -229,7 +244,9 @@ def load_model(
     config = read_config(folder)
     files = weight_files(folder)
     if quant == "nf4+head" and config.tied:
-        raise UserError(f"--quant {quant}: this model's output head is its embedding table, which stays as it is")
+        raise UserError(
+            f"--quant {quant}: this model's output head is its embedding table, which stays as it is"
+        )
 
     # The model on the meta device, and where each stored tensor goes.
     with torch.device("meta"):
@@ -307,7 +324,9 @@ class Place(NamedTuple):
         return from_files(parts, (self.owner.out_features, self.owner.in_features), self.label)
 
 
-def find_places(model: Transformer, folder: Path, files: list[Path], quant: str | None) -> dict[str, Place]:
+def find_places(
+    model: Transformer, folder: Path, files: list[Path], quant: str | None
+) -> dict[str, Place]:
     """Returns {tensor in the files: Place} of a model on the meta device; fills model.unquantized.
 
     quant: as for load_model.
@@ -330,11 +349,15 @@ def find_places(model: Transformer, folder: Path, files: list[Path], quant: str 
             if not quantize:
                 model.unquantized.append(name)
         is_transposed = transposed(model, parameter_name)
-        places[name] = Place(owner, leaf, is_transposed, quantize, quantized.get(name), f"{folder}: {name}")
+        places[name] = Place(
+            owner, leaf, is_transposed, quantize, quantized.get(name), f"{folder}: {name}"
+        )
     return places
 
 
-def place_tensor(place: Place, tensor: Tensor, dtype: torch.dtype, device: torch.device, copy: bool) -> None:
+def place_tensor(
+    place: Place, tensor: Tensor, dtype: torch.dtype, device: torch.device, copy: bool
+) -> None:
     """Fills a parameter with this rank's rows of a stored tensor.
 
     A parameter on the meta device gets its memory here; it is there if load_model has no on_meta.
@@ -385,7 +408,9 @@ def copy_local_nf4(owner: Linear, nf4: NF4) -> None:
             copy_local_rows(getattr(owner.nf4, name), tensor)
 
 
-def check_tied_head(model: Transformer, stored_head: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+def check_tied_head(
+    model: Transformer, stored_head: Tensor, dtype: torch.dtype, device: torch.device
+) -> None:
     """Raises UserError if a stored output head differs from the embedding that it is tied to."""
     embedding = model.embed.weight.detach()
     table = to_local(embedding)
@@ -394,7 +419,9 @@ def check_tied_head(model: Transformer, stored_head: Tensor, dtype: torch.dtype,
     for stored, ours in zip(stored_rows.split(4096), table.split(4096), strict=True):
         if not torch.equal(stored.to(device, dtype), ours):
             head = head_name(model.config)
-            raise UserError(f"{model.source}: config.json ties the output head to the embedding, but {head} differs")
+            raise UserError(
+                f"{model.source}: config.json ties the output head to the embedding, but {head} differs"
+            )
 
 
 def quantized_parts(files: list[Path]) -> dict[str, dict[str, tuple[Path, str]]]:
@@ -421,7 +448,9 @@ def head_name(config: Config) -> str:
     return config.names["head"] + ".weight"
 
 
-def match_tensors(model: Transformer, folder: Path, files: list[Path], quantized: dict[str, dict]) -> dict[str, str]:
+def match_tensors(
+    model: Transformer, folder: Path, files: list[Path], quantized: dict[str, dict]
+) -> dict[str, str]:
     """Returns {tensor in the files: parameter of ours}. Reads only the headers of the files.
 
     The files must have each parameter once, in the shape that it has here, and nothing else but
@@ -454,12 +483,16 @@ def match_tensors(model: Transformer, folder: Path, files: list[Path], quantized
                     continue
                 if full_name in file_of:
                     first = file_of[full_name]
-                    raise UserError(f"{folder}: {full_name} is there twice, in {first} and in {file.name}")
+                    raise UserError(
+                        f"{folder}: {full_name} is there twice, in {first} and in {file.name}"
+                    )
                 file_of[full_name] = file.name
                 matches[name] = expected[full_name]
                 # quant.from_files checks a quantised weight: one of its side tensors has the shape.
                 if name not in quantized:
-                    check_shape_and_dtype(model, expected[full_name], shard.get_slice(name), f"{folder}: {name}")
+                    check_shape_and_dtype(
+                        model, expected[full_name], shard.get_slice(name), f"{folder}: {name}"
+                    )
     missing = sorted(expected.keys() - file_of.keys() - optional)
     if missing:
         raise UserError(f"{folder}: tensors missing: {abbreviate(missing)}")
@@ -503,7 +536,9 @@ def save_model(
     from is gone.
     """
     if any(getattr(module, "merged", True) is False for module in model.modules()):
-        raise UserError("the model has a LoRA adapter that is not merged; call lora.merge or lora.remove_lora first")
+        raise UserError(
+            "the model has a LoRA adapter that is not merged; call lora.merge or lora.remove_lora first"
+        )
     if not model.source.is_dir():
         raise UserError(f"{folder}: tokenizer and settings come from {model.source}, which is gone")
     weights = tensors_to_store(model, dtype)
@@ -548,7 +583,9 @@ def tensors_to_store(model: Transformer, dtype: torch.dtype | None) -> list[Stor
     weights = []
     for name, parameter in model.named_parameters():
         if is_stored_as_it_is(name):
-            weights.append(Stored(hf_name(model, name), parameter.detach(), dtype, transposed(model, name)))
+            weights.append(
+                Stored(hf_name(model, name), parameter.detach(), dtype, transposed(model, name))
+            )
     computed = config_dtype(dtype or model.dtype)
     for name, layer in quantized_linears(model).items():
         shape = layer.out_features, layer.in_features
@@ -570,8 +607,14 @@ def config_to_store(model: Transformer, dtype: torch.dtype | None) -> dict:
     quantized = list(quantized_linears(model).values())
     if quantized:
         is_double = quantized[-1].nf4.nested is not None
-        config["quantization_config"] = settings(is_double, config_dtype(dtype or model.dtype), model.head in quantized)
-    dtypes = {config_dtype(dtype or p.dtype) for name, p in model.named_parameters() if is_stored_as_it_is(name)}
+        config["quantization_config"] = settings(
+            is_double, config_dtype(dtype or model.dtype), model.head in quantized
+        )
+    dtypes = {
+        config_dtype(dtype or p.dtype)
+        for name, p in model.named_parameters()
+        if is_stored_as_it_is(name)
+    }
     if len(dtypes) == 1:
         config["dtype" if "dtype" in raw else "torch_dtype"] = dtypes.pop()
     return config
@@ -613,7 +656,10 @@ def save_shards(weights: list[Stored], folder: Path | None) -> None:
         metadata = {"total_size": sum(weight.nbytes for weight in weights)}
         with synced_errors():
             if folder:
-                write_json({"metadata": metadata, "weight_map": file_of}, folder / "model.safetensors.index.json")
+                write_json(
+                    {"metadata": metadata, "weight_map": file_of},
+                    folder / "model.safetensors.index.json",
+                )
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

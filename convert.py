@@ -49,7 +49,9 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Returns the command and its arguments."""
-    parser = argparse.ArgumentParser(description="Turns models from one format into another.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Turns models from one format into another.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     model_help = "the model: a folder, a GGUF file or a name on the Hub"
 
@@ -60,17 +62,25 @@ def parse_arguments() -> argparse.Namespace:
     command = commands.add_parser("to-gguf", help="write a model as a GGUF file, for llama.cpp")
     command.add_argument("folder", help=model_help)
     command.add_argument("file", type=Path, help="the new file")
-    command.add_argument("--adapter", type=Path, metavar="DIR", help="PEFT LoRA folder to merge into it first")
-    command.add_argument("--type", choices=TYPES, default="f32", help="type of the matrices (default: f32)")
+    command.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="PEFT LoRA folder to merge into it first"
+    )
+    command.add_argument(
+        "--type", choices=TYPES, default="f32", help="type of the matrices (default: f32)"
+    )
 
     command = commands.add_parser(
         "adapter-to-gguf", help="write a LoRA adapter alone as a GGUF file, for llama.cpp's --lora"
     )
     command.add_argument("adapter", type=Path, help="PEFT LoRA folder")
     command.add_argument("file", type=Path, help="the new file")
-    command.add_argument("--model", metavar="M", help="its base (default: the one that it was made on)")
+    command.add_argument(
+        "--model", metavar="M", help="its base (default: the one that it was made on)"
+    )
 
-    command = commands.add_parser("to-nf4", help="write a model as a folder with its linears in 4 bits a weight")
+    command = commands.add_parser(
+        "to-nf4", help="write a model as a folder with its linears in 4 bits a weight"
+    )
     command.add_argument("folder", help=model_help)
     command.add_argument("out", type=Path, help="the new folder")
     command.add_argument(
@@ -80,7 +90,9 @@ def parse_arguments() -> argparse.Namespace:
         help="which linears: nf4+head takes the output head too (default: nf4)",
     )
 
-    command = commands.add_parser("merge", help="write a model with a LoRA adapter merged into it as one folder")
+    command = commands.add_parser(
+        "merge", help="write a model with a LoRA adapter merged into it as one folder"
+    )
     command.add_argument("folder", help=model_help)
     command.add_argument("adapter", type=Path, help="PEFT LoRA folder")
     command.add_argument("out", type=Path, help="the new folder")
@@ -93,7 +105,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def merge_folder(
-    folder: Path, adapter: Path, out: Path, dtype: torch.dtype | None = None, print_fn: Callable = print
+    folder: Path,
+    adapter: Path,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    print_fn: Callable = print,
 ) -> None:
     """Writes a Hugging Face folder of the model with the adapter's updates added to its weights.
 
@@ -121,9 +137,13 @@ def merge_folder(
     lora.remove_lora(model)
     for layer in quantized_linears(model).values():
         layer.dequantize(dequantized_weight(layer.frozen, model.dtype))
-    checkpoint.save_model(model, out, dtype, lambda tmp: checkpoint.copy_tokenizer(Path(adapter), tmp))
+    checkpoint.save_model(
+        model, out, dtype, lambda tmp: checkpoint.copy_tokenizer(Path(adapter), tmp)
+    )
     name = str(dtype).removeprefix("torch.")
-    print_fn(f"merged    {adapter} into {out}, {name}: rounding lost {100 * lost:.2g} % of the update")
+    print_fn(
+        f"merged    {adapter} into {out}, {name}: rounding lost {100 * lost:.2g} % of the update"
+    )
 
 
 def to_nf4(folder: Path, out: Path, quant: str = "nf4") -> None:

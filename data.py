@@ -76,7 +76,9 @@ def load_training_data(
         largest = max(rows.largest for rows in dataset.examples.rows)
         if largest >= vocab_size:
             names = ", ".join(map(str, paths))
-            raise UserError(f"{names}: token {largest} of the tokenizer is beyond the model's {vocab_size}")
+            raise UserError(
+                f"{names}: token {largest} of the tokenizer is beyond the model's {vocab_size}"
+            )
         return dataset
 
     files, weights = parse_weights(flags.data)
@@ -91,9 +93,13 @@ def load_training_data(
         val_fraction = VAL_FRACTION if val_fraction is None else val_fraction
         train, val = split(dataset, val_fraction)
     if not len(val) and flags.patience:
-        raise UserError("--patience counts validations, and there is nothing to validate with; give --val FILE")
+        raise UserError(
+            "--patience counts validations, and there is nothing to validate with; give --val FILE"
+        )
     if not len(val) and val_fraction:
-        print("          WARNING: no validation, the prompts are too alike to part them; give --val FILE")
+        print(
+            "          WARNING: no validation, the prompts are too alike to part them; give --val FILE"
+        )
     print_counts(train, val, tokenizer)
     formats, replay_val, replay_shares = dataset.formats, None, []
     if flags.replay:
@@ -113,13 +119,19 @@ def load_training_data(
     pack, reason = flags.pack, ""
     if pack is None:
         pack = device.type == "cuda" and packed.epoch_rows() >= PACK_FROM_STEPS * per_step
-        reason = f"; an epoch of {PACK_FROM_STEPS} steps and more, --no-pack for batches of examples"
+        reason = (
+            f"; an epoch of {PACK_FROM_STEPS} steps and more, --no-pack for batches of examples"
+        )
     if pack:
         rows = packed.epoch_rows()
         fill = sampler.epoch_tokens() / (rows * seq_len)
         examples = sum(sampler.samples_per_epoch)
-        print(f"packed    {examples:,} examples in {rows:,} rows of {seq_len:,} tokens, {fill:.1%} full{reason}")
-    return TrainingData(train, val, replay_val, packed if pack else sampler, seq_len, val_fraction, pack)
+        print(
+            f"packed    {examples:,} examples in {rows:,} rows of {seq_len:,} tokens, {fill:.1%} full{reason}"
+        )
+    return TrainingData(
+        train, val, replay_val, packed if pack else sampler, seq_len, val_fraction, pack
+    )
 
 
 def print_counts(train: Dataset, val: Dataset, tokenizer: Tokenizer) -> None:
@@ -142,7 +154,11 @@ def make_sampler(seed: int, train: Dataset, files: list, weights, replay_shares)
     if weights or replay_shares:
         total = sum(sampler.samples_per_epoch)
         for file, size, samples in zip(files, sizes, sampler.samples_per_epoch, strict=True):
-            repeats = f"; runs out after {size * total // samples:,} draws, and begins again" if samples > size else ""
+            repeats = (
+                f"; runs out after {size * total // samples:,} draws, and begins again"
+                if samples > size
+                else ""
+            )
             print(
                 f"          of {total:,} draws an epoch {samples:,} of {file}: {samples / size:.2f} times each{repeats}"
             )
@@ -171,13 +187,19 @@ def load(
         print_fn(f"data      {source.summary(rows[-1].stats)}{cached}")
         if source.format.name in ("preferences", "KTO"):
             good = "chosen" if source.format.name == "preferences" else "good"
-            print_fn(f"          trained on the {good} answers alone; an objective for the others there is not yet")
+            print_fn(
+                f"          trained on the {good} answers alone; an objective for the others there is not yet"
+            )
     dataset = cut(rows, seq_len, last_only)
     dataset.formats = tuple(source.format.name for source in sources)
     if train_on != "answers" and not dataset.chat:
-        raise UserError(f"--train-on {train_on}: plain text is trained whole, and there is no conversation")
+        raise UserError(
+            f"--train-on {train_on}: plain text is trained whole, and there is no conversation"
+        )
     for reason, count in dataset.dropped.items():
-        print_fn(f"          {'shortened' if reason.startswith('cut') else 'left out'}: {count:,} records {reason}")
+        print_fn(
+            f"          {'shortened' if reason.startswith('cut') else 'left out'}: {count:,} records {reason}"
+        )
     if not len(dataset):
         reasons = "; ".join(f"{count} {reason}" for reason, count in dataset.dropped.items())
         raise UserError(f"{', '.join(map(str, paths))}: no record can be trained on ({reasons})")
@@ -194,7 +216,9 @@ def split(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     everything = np.ones(len(dataset), bool)
     if fraction == 0:
         return dataset, dataset.take(~everything)
-    prompts, group, size = np.unique(dataset.prompts, return_inverse=True, return_counts=True)  # ascending
+    prompts, group, size = np.unique(
+        dataset.prompts, return_inverse=True, return_counts=True
+    )  # ascending
     chosen, room = np.zeros(len(prompts), bool), max(1.0, 2 * fraction * len(dataset))
     for i, prompt in enumerate(prompts):
         if int(prompt) / 2**64 > fraction and chosen.any():
@@ -203,7 +227,9 @@ def split(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
             chosen[i] = True
             room -= size[i]
     if chosen.all() and len(prompts) > 1:
-        raise UserError(f"--val-fraction {fraction:g}: leaves none of {len(prompts)} prompts to train on; take less")
+        raise UserError(
+            f"--val-fraction {fraction:g}: leaves none of {len(prompts)} prompts to train on; take less"
+        )
     if chosen.all():
         chosen[:] = False  # a single prompt
     train = dataset.take(~chosen[group])
@@ -282,7 +308,8 @@ class MicroBatches:
         ]
         mine, my_cuts = row_numbers[distributed.dp_rank()], cuts[distributed.dp_rank()]
         micro_batches = [
-            [example for k in cut for example in self.row_examples(rows, mine[k], step)] for cut in my_cuts
+            [example for k in cut for example in self.row_examples(rows, mine[k], step)]
+            for cut in my_cuts
         ]
         most = max(map(len, cuts))
         return micro_batches + [[DUMMY_EXAMPLE]] * (most - len(micro_batches))
@@ -293,8 +320,14 @@ class MicroBatches:
         if not self.dropout:
             return examples
         places = (f"{self.seed} {step} {number} {place}".encode() for place in range(len(examples)))
-        seeds = [int.from_bytes(hashlib.blake2b(place, digest_size=7).digest(), "little") for place in places]
-        return [dataclasses.replace(example, dropout_seed=seed) for example, seed in zip(examples, seeds, strict=True)]
+        seeds = [
+            int.from_bytes(hashlib.blake2b(place, digest_size=7).digest(), "little")
+            for place in places
+        ]
+        return [
+            dataclasses.replace(example, dropout_seed=seed)
+            for example, seed in zip(examples, seeds, strict=True)
+        ]
 
 
 def batches_by_length(
@@ -311,7 +344,9 @@ def batches_by_length(
     Of several ranks each gets every dp_size-th batch, and as many as the others. max_tokens: of a batch; default:
     `max_tokens_per_micro_batch`.
     """
-    cuts = split_micro_batches(dataset.lengths.tolist(), batch_size, max_tokens or max_tokens_per_micro_batch(device))
+    cuts = split_micro_batches(
+        dataset.lengths.tolist(), batch_size, max_tokens or max_tokens_per_micro_batch(device)
+    )
     for start in range(0, len(cuts), dp_size):
         mine = cuts[start + dp_rank] if start + dp_rank < len(cuts) else None
         examples = [DUMMY_EXAMPLE] if mine is None else [dataset.examples[i] for i in mine]
@@ -319,7 +354,10 @@ def batches_by_length(
 
 
 def batches_of_rows(
-    rows: Sequence[list[Example]], batch_size: int, device: torch.device | str = "cpu", max_tokens: int | None = None
+    rows: Sequence[list[Example]],
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    max_tokens: int | None = None,
 ) -> list[Batch]:
     """Rows of examples, sorted by length, in flat batches of at most batch_size rows and, where these are long, of
     about max_tokens tokens (default: `max_tokens_per_micro_batch`): what a step computes is the same, and its memory is
@@ -351,13 +389,17 @@ def max_tokens_per_micro_batch(device: torch.device | str) -> int:
 
 
 def collate(
-    examples: Sequence[Example], device: torch.device | str = "cpu", context: ContextParallel | None = None
+    examples: Sequence[Example],
+    device: torch.device | str = "cpu",
+    context: ContextParallel | None = None,
 ) -> Batch:
     """The flat batch of some examples. context: of ranks that share each batch; of it, this rank's tokens are made."""
     lengths = [len(example.ids) for example in examples]
     tokens = np.concatenate([np.asarray(example.ids, np.int64) for example in examples])
     weights = np.concatenate([np.asarray(example.loss_weights, np.float32) for example in examples])
-    weights[np.cumsum([0, *lengths[:-1]])] = 0  # an example's first token has no row before it: never trained
+    weights[np.cumsum([0, *lengths[:-1]])] = (
+        0  # an example's first token has no row before it: never trained
+    )
     predicted = np.flatnonzero(weights)
     weights = weights[predicted]
     rows, targets, replay_weights = predicted - 1, tokens[predicted], None
@@ -374,9 +416,13 @@ def collate(
         seeds = seeds and [*seeds, 0]
     documents = Documents(lengths, device)
     if seeds is not None:
-        documents.dropout_seeds = to_device(np.repeat(seeds, lengths), device) + documents.positions * 0x9E3779B1
+        documents.dropout_seeds = (
+            to_device(np.repeat(seeds, lengths), device) + documents.positions * 0x9E3779B1
+        )
     if context:
-        num_tokens = sum(max(0, min(part.stop, num_tokens) - part.start) for part in context.mine(len(tokens)))
+        num_tokens = sum(
+            max(0, min(part.stop, num_tokens) - part.start) for part in context.mine(len(tokens))
+        )
         rows = context.local(rows, len(tokens))
         here = rows >= 0
         rows, targets, weights = rows[here], targets[here], weights[here]

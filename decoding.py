@@ -59,18 +59,29 @@ def stream(
     lookup: int = 0,
 ) -> Iterator[list[tuple[int, int]]]:
     """Yields what Transformer.stream documents, for a model in evaluation mode."""
-    texts = [list(map(int, prompt)) for prompt in prompts]  # of each prompt number, what is written included
+    texts = [
+        list(map(int, prompt)) for prompt in prompts
+    ]  # of each prompt number, what is written included
     if not texts or max_new_tokens < 1:
         return
     max_positions = model.config.max_positions
     for text in texts:
         if not 0 < len(text) < max_positions:
-            raise UserError(f"a prompt has {len(text)} tokens; the model takes 1 to {max_positions - 1}")
-    assert not lookup or (len(texts) == 1 and temperature == 0), "look-up is for one prompt, greedily"
+            raise UserError(
+                f"a prompt has {len(text)} tokens; the model takes 1 to {max_positions - 1}"
+            )
+    assert not lookup or (len(texts) == 1 and temperature == 0), (
+        "look-up is for one prompt, greedily"
+    )
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
     choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     ends = [min(len(text) + max_new_tokens, max_positions) for text in texts]
-    if not lookup and repetition_penalty == 1 and max_new_tokens > GRAPH_STEPS and can_run_ahead(model):
+    if (
+        not lookup
+        and repetition_penalty == 1
+        and max_new_tokens > GRAPH_STEPS
+        and can_run_ahead(model)
+    ):
         yield from stream_ahead(model, texts, ends, stop, choose, captured=temperature == 0)
         return
 
@@ -121,7 +132,9 @@ def stream(
         hidden = kv_cache.run(torch.tensor(tokens, device=model.device))
 
 
-def prefill(model, texts: list[list[int]], ends: list[int], lookup: int, multiple: int) -> tuple["KVCache", Tensor]:
+def prefill(
+    model, texts: list[list[int]], ends: list[int], lookup: int, multiple: int
+) -> tuple["KVCache", Tensor]:
     """Returns a cache that holds the texts, and the hidden state of each text's last token, [B, 1, D].
 
     ends: the length that each text may reach, in tokens.
@@ -159,7 +172,9 @@ class KVCache:
             slots = min(needed, window + at_once) if window else needed
             self.max_slots.append(self.round_up(slots))
         shape = (len(lengths), model.config.num_kv_heads, 0, model.config.head_dim)
-        self.layers = [(torch.empty(shape, dtype=model.dtype, device=model.device),) * 2 for _ in windows]
+        self.layers = [
+            (torch.empty(shape, dtype=model.dtype, device=model.device),) * 2 for _ in windows
+        ]
         # The number of slots of each layer, and its window. Layers of one kind share masks.
         self.kinds = [(0, window) for window in windows]
         self.make_room(self.filled)
@@ -220,14 +235,18 @@ class KVCache:
 
             return attention
 
-        attention_fns = [make_attention(*layer, slots) for layer, (slots, _) in zip(self.layers, self.kinds)]
+        attention_fns = [
+            make_attention(*layer, slots) for layer, (slots, _) in zip(self.layers, self.kinds)
+        ]
         doc_lengths = self.documents.doc_lengths
         ends = lengths.cumsum(0) - 1  # the index of each prompt's last token
         if expand is not None:
             positions = positions[select]
             doc_lengths = doc_lengths[select]
             ends = expand[ends]
-        hidden = self.model.hidden(torch.tensor(tokens, device=device), positions, doc_lengths, attention_fns)
+        hidden = self.model.hidden(
+            torch.tensor(tokens, device=device), positions, doc_lengths, attention_fns
+        )
         return hidden[ends]
 
     def run(self, tokens: Tensor) -> Tensor:
@@ -333,7 +352,12 @@ class KVCache:
 
 
 def stream_ahead(
-    model, texts: list[list[int]], ends: list[int], stop, choose: Callable[[Tensor], Tensor], captured: bool
+    model,
+    texts: list[list[int]],
+    ends: list[int],
+    stop,
+    choose: Callable[[Tensor], Tensor],
+    captured: bool,
 ) -> Iterator[list[tuple[int, int]]]:
     """Yields what `stream` yields, with the GPU one step ahead.
 
@@ -350,7 +374,9 @@ def stream_ahead(
     steps = Steps(kv_cache, model.logits(hidden)[:, 0], choose, captured)
     in_cache = list(range(len(texts)))  # the prompt number of each sequence in the cache
     active = in_cache  # those of them that have not ended
-    left = [end - len(text) for text, end in zip(texts, ends)]  # tokens that each text may still get
+    left = [
+        end - len(text) for text, end in zip(texts, ends)
+    ]  # tokens that each text may still get
     arriving = PendingTokens(steps.tokens, in_cache)
     while True:
         ahead = None
@@ -400,7 +426,9 @@ class Steps:
     logits: [B, V], from which the newest tokens are chosen; None if that is part of what is captured.
     """
 
-    def __init__(self, kv_cache: KVCache, logits: Tensor, choose: Callable[[Tensor], Tensor], captured: bool):
+    def __init__(
+        self, kv_cache: KVCache, logits: Tensor, choose: Callable[[Tensor], Tensor], captured: bool
+    ):
         self.cache = kv_cache
         self.choose = choose
         self.tokens = choose(logits)
@@ -411,7 +439,9 @@ class Steps:
     def launch(self) -> None:
         """Launches the kernels of a step. They are the same in every step, and write their results to the same
         memory."""
-        logits = self.cache.model.logits(self.cache.forward(self.tokens[:, None], self.filled))[:, 0]
+        logits = self.cache.model.logits(self.cache.forward(self.tokens[:, None], self.filled))[
+            :, 0
+        ]
         self.filled += 1
         if self.logits is None:
             self.tokens.copy_(self.choose(logits))
@@ -451,7 +481,9 @@ class Steps:
 failed_graphs: list["torch.cuda.CUDAGraph"] = []
 
 
-def run_and_capture(launch: Callable[[], None], device: torch.device) -> "torch.cuda.CUDAGraph | None":
+def run_and_capture(
+    launch: Callable[[], None], device: torch.device
+) -> "torch.cuda.CUDAGraph | None":
     """Runs launch(), then captures what it launches, without running it again.
 
     Returns the graph, to be replayed. If the capture fails, prints a NOTE to stderr and returns None.
@@ -498,11 +530,15 @@ def can_run_ahead(model) -> bool:
     the host reads. After a capture that failed, nothing is captured any more.
     """
     routed = any(layer.routed for layer in model.config.layers)
-    return model.device.type == "cuda" and not (failed_graphs or has_length_dependent_rope(model.config) or routed)
+    return model.device.type == "cuda" and not (
+        failed_graphs or has_length_dependent_rope(model.config) or routed
+    )
 
 
 def has_length_dependent_rope(config) -> bool:
-    return any(rope.scaling and rope.scaling["rope_type"] in LENGTH_DEPENDENT for rope in config.ropes)
+    return any(
+        rope.scaling and rope.scaling["rope_type"] in LENGTH_DEPENDENT for rope in config.ropes
+    )
 
 
 # ---- prompts that begin with the same tokens ----
@@ -567,7 +603,9 @@ def apply_repetition_penalty(logits: Tensor, texts: list[list[int]], penalty: fl
     return logits
 
 
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
+def sample(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
+) -> Tensor:
     """Returns one id for each row of logits [B, V], int64 [B]. The arguments are those of Transformer.stream."""
     if temperature == 0:
         return logits.float().argmax(-1)  # on CPUs, float32 is five times as fast as bf16
@@ -576,7 +614,9 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     if top_p < 1:
         ordered, ids = logits.sort(descending=True)
-        mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # the probability of all likelier tokens
+        mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(
+            -1
+        )  # the probability of all likelier tokens
         ordered = ordered.masked_fill(mass_before >= top_p, float("-inf"))
         ordered[:, 0] = logits.max(-1).values  # with top_p 0, the likeliest token remains
         logits = torch.empty_like(logits).scatter_(1, ids, ordered)
@@ -619,13 +659,19 @@ def packed_weights(model, steps: int) -> Iterator[None]:
         yield
         return
     on_cpu = model.device.type == "cpu"
-    linears = {module for module in model.modules() if hasattr(module, "nf4") and module is not model.head}
+    linears = {
+        module for module in model.modules() if hasattr(module, "nf4") and module is not model.head
+    }
     groups = linears_by_input(model, linears)
     if on_cpu:
         fits = can_pack_all(model, linears)
     else:
-        groups = {module: group for module, group in groups.items() if can_concatenate(group, model.dtype)}
-        fits = can_join(sum(fused_bytes(linear) for group in groups.values() for linear in group), model.device)
+        groups = {
+            module: group for module, group in groups.items() if can_concatenate(group, model.dtype)
+        }
+        fits = can_join(
+            sum(fused_bytes(linear) for group in groups.values() for linear in group), model.device
+        )
     if not fits:
         yield
         return
@@ -653,7 +699,9 @@ def packed_weights(model, steps: int) -> Iterator[None]:
                     override(module, "forward", partial(lora_packed, module))
                     # That of a Linear calls the forward of each layer in turn, if not all layers are plain Linears.
                     override(module, "forward_shared", module.base.forward_shared)
-            override(model, "uncapped_logits", partial(logits_packed, pack_weight(model.head_weight())))
+            override(
+                model, "uncapped_logits", partial(logits_packed, pack_weight(model.head_weight()))
+            )
         yield
     finally:
         for module, method in overrides:
@@ -662,7 +710,9 @@ def packed_weights(model, steps: int) -> Iterator[None]:
 
 def is_packed(model) -> bool:
     """True inside the context of `packed_weights`, if it made copies."""
-    return any("forward" in vars(module) or "uncapped_logits" in vars(module) for module in model.modules())
+    return any(
+        "forward" in vars(module) or "uncapped_logits" in vars(module) for module in model.modules()
+    )
 
 
 def linears_by_input(model, linears: set) -> dict[nn.Module, list]:
@@ -684,7 +734,9 @@ def linears_by_input(model, linears: set) -> dict[nn.Module, list]:
 def can_pack_all(model, linears: set) -> bool:
     """True if a CPU can pack all these linears and the output head."""
     head = model.head_weight()
-    total = 2 * sum(linear.in_features * linear.out_features for linear in linears) + 2 * head.numel()
+    total = (
+        2 * sum(linear.in_features * linear.out_features for linear in linears) + 2 * head.numel()
+    )
     plain = [head] + [linear.weight for linear in linears if linear.nf4 is None]
     return all(can_pack(weight, total) for weight in plain)
 
@@ -703,7 +755,9 @@ class FusedWeights:
         self.bias = None if biases[0] is None else torch.cat(biases)
         if packed:
             self.linear = packed_linear
-            self.weight = pack_weight(torch.cat([dequantized_weight(each, torch.bfloat16) for each in frozen]))
+            self.weight = pack_weight(
+                torch.cat([dequantized_weight(each, torch.bfloat16) for each in frozen])
+            )
         elif linears[0].nf4 is None:
             self.linear = F.linear
             self.weight = torch.cat([linear.weight for linear in linears])

@@ -60,7 +60,9 @@ def init_distributed(device: torch.device) -> torch.device:
     Raises UserError on another type of device, and if there are more processes than GPUs.
     """
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {device}: several processes work on cpu and cuda, not on {device.type}")
+        raise UserError(
+            f"--device {device}: several processes work on cpu and cuda, not on {device.type}"
+        )
     if device.type == "cuda":
         number = local_rank()
         num_gpus = torch.cuda.device_count()
@@ -77,7 +79,9 @@ def init_distributed(device: torch.device) -> torch.device:
         if launched_by_torchrun():
             dist.init_process_group(backend, timeout=SETUP_TIMEOUT)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=SETUP_TIMEOUT)
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=SETUP_TIMEOUT
+            )
     if not is_rank0():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it is open for as long as the process lives)
     return device
@@ -132,7 +136,9 @@ def init_context_parallel(size: int) -> None:
     global context_parallel
     if world_size() % size:
         count = world_size()
-        raise UserError(f"--context-parallel {size}: {count}, the number of processes, is not a multiple of it")
+        raise UserError(
+            f"--context-parallel {size}: {count}, the number of processes, is not a multiple of it"
+        )
     context_parallel = None
     if size > 1:
         # Every rank has to call new_group for every group.
@@ -272,7 +278,11 @@ def all_gather_object(value, group=None) -> list:
 
 
 def shard_model(
-    model: nn.Module, kind: str, device: torch.device, gathered_dtype: torch.dtype | None, offload: bool = False
+    model: nn.Module,
+    kind: str,
+    device: torch.device,
+    gathered_dtype: torch.dtype | None,
+    offload: bool = False,
 ) -> None:
     """Turns the parameters of a model on the meta device into DTensors. Each block is gathered on
     its own; what is around the blocks (embeddings, the last norm, the head) is gathered once for a
@@ -392,7 +402,9 @@ def dtensor_like(x: Tensor, local_rows: Tensor) -> Tensor:
     # Rows on the host would be moved to the GPUs of x's mesh, so they get a mesh of CPUs.
     if local_rows.device.type != mesh.device_type:
         mesh = device_mesh("full" if mesh.ndim == 1 else "hybrid", local_rows.device.type)
-    return DTensor.from_local(local_rows, mesh, x.placements, run_check=False, shape=shape, stride=stride)
+    return DTensor.from_local(
+        local_rows, mesh, x.placements, run_check=False, shape=shape, stride=stride
+    )
 
 
 def gather_rows(local_rows: Tensor, x: Tensor) -> Tensor:

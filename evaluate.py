@@ -55,7 +55,9 @@ def main() -> None:
     if args.what == "exact":
         records = records_with_references(source, args.limit)
     targets = pick_targets(args)
-    print(f"compute   {args.what} in {str(dtype).removeprefix('torch.')} on {device.type}: {reason}")
+    print(
+        f"compute   {args.what} in {str(dtype).removeprefix('torch.')} on {device.type}: {reason}"
+    )
 
     batch_size = args.batch_size or BATCH_SIZE[args.what]
     model = None
@@ -86,7 +88,9 @@ def main() -> None:
         print_exact(results, args.show)
         return
     if len(set(digests)) > 1:
-        print("WARNING: the two models read the file as different tokens, so their losses per token don't compare")
+        print(
+            "WARNING: the two models read the file as different tokens, so their losses per token don't compare"
+        )
     print_table(results, {"loss": ".4f", "perplexity": ".3f", "tokens": ",.0f"})
 
 
@@ -118,7 +122,9 @@ def pick_targets(args: argparse.Namespace) -> list[Target]:
         # Without an adapter, the base is the one that a model trained here names.
         base = folder if args.adapter else Path(str(adapter_metadata(folder).get("base")))
         if not (base / "config.json").is_file():
-            raise UserError("--versus base: needs --adapter, or a --model trained here whose base is still in place")
+            raise UserError(
+                "--versus base: needs --adapter, or a --model trained here whose base is still in place"
+            )
         return [Target("base", base, None), mine]
     if is_adapter(args.versus):
         return [Target("versus", base_folder(args.model, args.versus), args.versus), mine]
@@ -126,7 +132,12 @@ def pick_targets(args: argparse.Namespace) -> list[Target]:
 
 
 def encode_file(
-    file: str, tokenizer: Tokenizer, limit: int, seq_len: int | None, num_records: int | None, map_fn: Map | None
+    file: str,
+    tokenizer: Tokenizer,
+    limit: int,
+    seq_len: int | None,
+    num_records: int | None,
+    map_fn: Map | None,
 ) -> Dataset:
     """Reads a file as examples of at most `seq_len` tokens.
 
@@ -199,7 +210,9 @@ def print_table(results: dict[str, dict[str, float]], columns: dict[str, str]) -
         rows.append([name, *(format(result[column], spec) for column, spec in columns.items())])
     if len(results) == 2:
         first, second = results.values()
-        changes = [format(second[column] - first[column], "+" + spec) for column, spec in columns.items()]
+        changes = [
+            format(second[column] - first[column], "+" + spec) for column, spec in columns.items()
+        ]
         rows.append(["change", *changes])
     print("\n" + console.table(rows))
 
@@ -253,7 +266,12 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         " record to a record of a known format, to a list of them, or to None to leave the record"
         " out; default: none. Give the one that you gave to train.py",
     )
-    add("--limit", type=int, metavar="N", help="use only the first N records, for a quick look; default: all of them")
+    add(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="use only the first N records, for a quick look; default: all of them",
+    )
     add(
         "--seq-len",
         type=int,

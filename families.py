@@ -44,7 +44,14 @@ REQUIRED_VALUES = {
 }
 
 # Settings that are random in training and have no effect elsewhere. Fine-tuning ignores them and prints them.
-IGNORED_KEYS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "router_jitter_noise")
+IGNORED_KEYS = (
+    "attention_dropout",
+    "attn_pdrop",
+    "embd_pdrop",
+    "resid_pdrop",
+    "hidden_dropout",
+    "router_jitter_noise",
+)
 
 
 @dataclass(frozen=True)
@@ -191,25 +198,39 @@ class Config:
         hidden = read.size("hidden_size")
         heads = read.size("num_attention_heads")
         if depth > MAX_LAYERS:
-            raise UserError(f"{where}: num_hidden_layers is {depth}, it must be at most {MAX_LAYERS}")
+            raise UserError(
+                f"{where}: num_hidden_layers is {depth}, it must be at most {MAX_LAYERS}"
+            )
         if hidden % heads and not raw.get("head_dim"):
-            raise UserError(f"{where}: hidden_size {hidden} must be a multiple of num_attention_heads {heads}")
+            raise UserError(
+                f"{where}: hidden_size {hidden} must be a multiple of num_attention_heads {heads}"
+            )
         head_dim = read.size("head_dim", hidden // heads)
         activation = read("hidden_act", str)
         if activation not in HF_ACTIVATIONS:
             known = ", ".join(HF_ACTIVATIONS)
-            raise UserError(f"{where}: hidden_act {short_repr(activation)} is not supported (supported: {known})")
+            raise UserError(
+                f"{where}: hidden_act {short_repr(activation)} is not supported (supported: {known})"
+            )
         fields = {
             "vocab_size": read.size("vocab_size"),
             "num_kv_heads": read.size("num_key_value_heads", heads),
-            "intermediate_size": read.size("intermediate_size", 4 * hidden if family.wide_mlp else None),
+            "intermediate_size": read.size(
+                "intermediate_size", 4 * hidden if family.wide_mlp else None
+            ),
             "norm_eps": read.number("rms_norm_eps"),
             "tied": read("tie_word_embeddings", bool),
             "activation": HF_ACTIVATIONS[activation],
         }
 
         # What the family says: settings of the layers, names that differ, and fields of Config.
-        switches = {"windows": None, "rope_of": 0, "scale": head_dim**-0.5, "routed": False, "ropes": None}
+        switches = {
+            "windows": None,
+            "rope_of": 0,
+            "scale": head_dim**-0.5,
+            "routed": False,
+            "ropes": None,
+        }
         switches |= family.switches(read, depth)
         columns = []
         for key in ("windows", "rope_of", "scale", "routed"):
@@ -256,7 +277,9 @@ def find_family(raw: dict, where: str) -> "Family":
         if name == "gemma3":
             hint = "; of Gemma 3 only the text models (gemma3_text) are"
         known = ", ".join(FAMILIES)
-        raise UserError(f"{where}: model_type {short_repr(name)} is not supported{hint} (supported: {known})")
+        raise UserError(
+            f"{where}: model_type {short_repr(name)} is not supported{hint} (supported: {known})"
+        )
     if raw.get("architectures") not in (None, [], [family.architecture]):
         architectures = short_repr(raw["architectures"])
         raise UserError(
@@ -288,7 +311,9 @@ class Reader:
         self.family = family
         self.where = where
         # {Llama's key: the key in this file}. A file of another family may use Llama's key all the same.
-        self.keys = {key: name for key, name in family.keys.items() if name in raw or key not in raw}
+        self.keys = {
+            key: name for key, name in family.keys.items() if name in raw or key not in raw
+        }
 
     def __call__(self, key: str, kind: type, default=None):
         """Returns the value; `default` if it is null or missing without a default of the family.
@@ -304,7 +329,9 @@ class Reader:
             value = default
         if value is None or type(value) is kind or (kind is float and type(value) is int):
             return value
-        raise UserError(f"{self.where}: {name} is {short_repr(value)}, it must be of type {kind.__name__}")
+        raise UserError(
+            f"{self.where}: {name} is {short_repr(value)}, it must be of type {kind.__name__}"
+        )
 
     def size(self, key: str, default: int | None = None) -> int:
         """Returns a positive integer; raises UserError if it is missing or anything else."""
@@ -320,7 +347,9 @@ class Reader:
         if value is None:
             raise UserError(f"{self.where}: {name} is missing")
         if not 0 < value <= MAX_SIZE:
-            raise UserError(f"{self.where}: {name} is {short_repr(value)}, it must be above 0 and at most {MAX_SIZE:,}")
+            raise UserError(
+                f"{self.where}: {name} is {short_repr(value)}, it must be above 0 and at most {MAX_SIZE:,}"
+            )
         return value
 
     def softcap(self, key: str) -> float | None:
@@ -336,7 +365,10 @@ class Reader:
         types = self("layer_types", list)
         if types is None:
             slides = [sliding(i) for i in range(depth)]
-        elif len(types) != depth or not {*map(str, types)} <= {"full_attention", "sliding_attention"}:
+        elif len(types) != depth or not {*map(str, types)} <= {
+            "full_attention",
+            "sliding_attention",
+        }:
             raise UserError(
                 f"{self.where}: layer_types must be a list of {depth} entries, each full_attention or sliding_attention"
             )
@@ -355,7 +387,9 @@ class Reader:
 # ---- rotary positions ----
 
 
-def read_rope(read: Reader, settings: object, head_dim: int, theta_key: str = "rope_theta") -> RopeConfig:
+def read_rope(
+    read: Reader, settings: object, head_dim: int, theta_key: str = "rope_theta"
+) -> RopeConfig:
     """Returns the rotary positions of one `rope_parameters` or `rope_scaling` object.
 
     settings: that object, or {}; what it does not say is read from the keys of config.json.
@@ -363,7 +397,9 @@ def read_rope(read: Reader, settings: object, head_dim: int, theta_key: str = "r
     Raises UserError on an impossible value and on an unknown kind of scaling.
     """
     where = read.where
-    if not isinstance(settings, dict) or any(isinstance(value, dict) for value in settings.values()):
+    if not isinstance(settings, dict) or any(
+        isinstance(value, dict) for value in settings.values()
+    ):
         raise UserError(
             f"{where}: rope_parameters or rope_scaling is {short_repr(settings)}, it must be an object of plain values"
         )
@@ -393,7 +429,9 @@ def rotary_dim(read: Reader, settings: dict, head_dim: int) -> int:
         dim = int(head_dim * part)
     if dim != head_dim and not read.family.partial_rope:
         model_type = read.raw["model_type"]
-        raise UserError(f"{where}: partial_rotary_factor {short_repr(part)} is not supported for {model_type}")
+        raise UserError(
+            f"{where}: partial_rotary_factor {short_repr(part)} is not supported for {model_type}"
+        )
     if dim < 2 or dim % 2:
         raise UserError(
             f"{where}: rotary positions would rotate {dim} dimensions of head_dim {head_dim}; that number must be even"
@@ -436,12 +474,16 @@ def read_rope_scaling(read: Reader, settings: dict, kind: object, dim: int) -> d
             scaling["factor"] = need("factor")
             scaling["max_positions"] = positions
             if dim <= 2:
-                raise UserError(f"{where}: rope scaling dynamic must rotate more than 2 dimensions of a head")
+                raise UserError(
+                    f"{where}: rope scaling dynamic must rotate more than 2 dimensions of a head"
+                )
         case "llama3":
             for key in ("factor", "low_freq_factor", "high_freq_factor"):
                 scaling[key] = need(key)
             if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-                raise UserError(f"{where}: rope scaling llama3 needs low_freq_factor below high_freq_factor")
+                raise UserError(
+                    f"{where}: rope scaling llama3 needs low_freq_factor below high_freq_factor"
+                )
         case "yarn":
             factor = need("factor", positions / original)
             scaling["factor"] = factor
@@ -463,10 +505,14 @@ def read_rope_scaling(read: Reader, settings: dict, kind: object, dim: int) -> d
             for key in ("short_factor", "long_factor"):
                 scaling[key] = settings.get(key)
                 if not is_list_of_factors(scaling[key], dim // 2):
-                    raise UserError(f"{where}: rope scaling longrope needs {dim // 2} positive numbers as {key}")
+                    raise UserError(
+                        f"{where}: rope scaling longrope needs {dim // 2} positive numbers as {key}"
+                    )
         case _:
             known = "linear, dynamic, llama3, yarn, longrope"
-            raise UserError(f"{where}: rope scaling {short_repr(kind)} is not supported (supported: {known})")
+            raise UserError(
+                f"{where}: rope scaling {short_repr(kind)} is not supported (supported: {known})"
+            )
     return scaling
 
 
@@ -494,7 +540,11 @@ def max_context(positions: int, ropes: tuple[RopeConfig, ...]) -> int:
         match rope.scaling:
             case {"rope_type": "linear" | "dynamic", "factor": factor}:
                 positions = max(positions, int(positions * factor))
-            case {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}:
+            case {
+                "rope_type": "yarn",
+                "factor": factor,
+                "original_max_position_embeddings": original,
+            }:
                 positions = max(positions, int(original * factor))
     return positions
 
@@ -526,7 +576,9 @@ class Family:
     wide_mlp: bool
 
 
-def family(architecture, names, switches, keys=(), partial_rope=False, wide_mlp=False, **defaults) -> Family:
+def family(
+    architecture, names, switches, keys=(), partial_rope=False, wide_mlp=False, **defaults
+) -> Family:
     return Family(architecture, names, switches, defaults, dict(keys), partial_rope, wide_mlp)
 
 
@@ -581,7 +633,10 @@ def gemma(read: Reader, depth: int) -> dict:
 
 def gemma_basics(read: Reader) -> dict:
     """Returns the switches that all generations of Gemma share."""
-    return attention_biases(read) | {"norm_offset": 1.0, "embed_scale": read.size("hidden_size") ** 0.5}
+    return attention_biases(read) | {
+        "norm_offset": 1.0,
+        "embed_scale": read.size("hidden_size") ** 0.5,
+    }
 
 
 def gemma2(read: Reader, depth: int) -> dict:
@@ -607,7 +662,10 @@ def gemma3(read: Reader, depth: int) -> dict:
     if isinstance(full, dict):
         full = full | older
     head_dim = read.size("head_dim")
-    ropes = (read_rope(read, full, head_dim), read_rope(read, local, head_dim, "rope_local_base_freq"))
+    ropes = (
+        read_rope(read, full, head_dim),
+        read_rope(read, local, head_dim, "rope_local_base_freq"),
+    )
     return gemma2(read, depth) | {
         "windows": windows,
         "qk_norm": "head",
@@ -635,7 +693,11 @@ def smollm3(read: Reader, depth: int) -> dict:
     if read("use_sliding_window", bool, False):
         windows = read.windows(lambda i: not has_rope[i], depth)
     rope_of = [0 if flag else None for flag in has_rope]
-    return attention_biases(read) | {"mlp_bias": read("mlp_bias", bool), "rope_of": rope_of, "windows": windows}
+    return attention_biases(read) | {
+        "mlp_bias": read("mlp_bias", bool),
+        "rope_of": rope_of,
+        "windows": windows,
+    }
 
 
 def read_experts(read: Reader, normalised: bool, size_key: str) -> ExpertsConfig:
@@ -645,7 +707,9 @@ def read_experts(read: Reader, normalised: bool, size_key: str) -> ExpertsConfig
     depth = read.size("num_hidden_layers")
     if count * depth > MAX_EXPERTS or active > count:
         limit = f"at most {MAX_EXPERTS} in all layers together"
-        raise UserError(f"{read.where}: {active} of {count} experts in {depth} layers is not possible here ({limit})")
+        raise UserError(
+            f"{read.where}: {active} of {count} experts in {depth} layers is not possible here ({limit})"
+        )
     balance = read("router_aux_loss_coef", float)
     if balance is None:
         balance = 0.0
@@ -667,11 +731,18 @@ def qwen3_moe(read: Reader, depth: int) -> dict:
     step = read.size("decoder_sparse_step", 1)
     without_experts = read("mlp_only_layers", list, [])
     if len(without_experts) > depth:
-        raise UserError(f"{read.where}: mlp_only_layers names {len(without_experts)} layers, the model has {depth}")
+        raise UserError(
+            f"{read.where}: mlp_only_layers names {len(without_experts)} layers, the model has {depth}"
+        )
     window = read.window() if read("use_sliding_window", bool, False) else None
     experts = read_experts(read, read("norm_topk_prob", bool), "moe_intermediate_size")
     routed = [(i + 1) % step == 0 and i not in without_experts for i in range(depth)]
-    return attention_biases(read) | {"qk_norm": "head", "windows": window, "experts": experts, "routed": routed}
+    return attention_biases(read) | {
+        "qk_norm": "head",
+        "windows": window,
+        "experts": experts,
+        "routed": routed,
+    }
 
 
 def gpt2(read: Reader, depth: int) -> dict:

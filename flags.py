@@ -22,7 +22,12 @@ from methods import METHODS
 from quant import QUANT_KINDS
 from tokenization.chat_template import NAMED
 
-NEW_ADAPTER = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": ALL}  # defaults; of --adapter its own hold
+NEW_ADAPTER = {
+    "rank": 8,
+    "alpha": 16.0,
+    "dropout": 0.0,
+    "targets": ALL,
+}  # defaults; of --adapter its own hold
 VAL_FRACTION = 0.05  # of the prompts, where --val is not given
 MAX_NUMBER = 2**31  # of any number on the command line
 
@@ -82,7 +87,10 @@ class Flags:
         resume=FREE,
     )
     val: str | None = option(
-        None, "file of validation examples; default: some of --data is held out", metavar="FILE", resume=FREE
+        None,
+        "file of validation examples; default: some of --data is held out",
+        metavar="FILE",
+        resume=FREE,
     )
     val_fraction: float | None = option(
         None,
@@ -91,7 +99,9 @@ class Flags:
         resume=FREE,
     )
     template: str | None = option(
-        None, "chat template to use in place of the model's own, for a model without one", choices=[*NAMED]
+        None,
+        "chat template to use in place of the model's own, for a model without one",
+        choices=[*NAMED],
     )
     train_on: str = option(
         "answers",
@@ -110,7 +120,9 @@ class Flags:
         metavar="FILE.py:NAME",
     )
     trees: str = option(
-        "best", "of OASST message trees: train the path of best-ranked replies, or every path", choices=[*TREES]
+        "best",
+        "of OASST message trees: train the path of best-ranked replies, or every path",
+        choices=[*TREES],
     )
     seq_len: int | None = option(
         None,
@@ -142,7 +154,9 @@ class Flags:
         limits=POSITIVE,
     )
     alpha: float | None = option(
-        None, f"lora: the update is scaled by alpha / rank; default: {NEW_ADAPTER['alpha']:g}", limits=POSITIVE
+        None,
+        f"lora: the update is scaled by alpha / rank; default: {NEW_ADAPTER['alpha']:g}",
+        limits=POSITIVE,
     )
     dropout: float | None = option(
         None,
@@ -154,7 +168,9 @@ class Flags:
         "lora: layers that are adapted, as names separated by commas (q_proj,v_proj); default: all, which is every"
         " linear layer of the blocks",
     )
-    adapter: str | None = option(None, "lora: continue training this adapter (a PEFT folder)", metavar="DIR")
+    adapter: str | None = option(
+        None, "lora: continue training this adapter (a PEFT folder)", metavar="DIR"
+    )
     train: str | None = option(
         None,
         "full: train only the parameters whose published name matches, e.g. 'layers.2[0-9]'",
@@ -163,7 +179,10 @@ class Flags:
 
     # ---- optimization
     batch_size: int = option(
-        8, "examples (packed: rows) that one process takes at a time, a micro-batch", limits=POSITIVE, resume=FREE
+        8,
+        "examples (packed: rows) that one process takes at a time, a micro-batch",
+        limits=POSITIVE,
+        resume=FREE,
     )
     accumulate: int = option(
         1,
@@ -174,12 +193,20 @@ class Flags:
     )
     steps: int | None = option(None, "optimizer steps; default: as --epochs says", limits=POSITIVE)
     epochs: float | None = option(
-        None, "passes over the data; default: 3, or 2 from 500 examples on and 1 from 1,500 on", limits=POSITIVE
+        None,
+        "passes over the data; default: 3, or 2 from 500 examples on and 1 from 1,500 on",
+        limits=POSITIVE,
     )
-    lr: float | None = option(None, "peak learning rate; default: by the method and the model's width", limits=POSITIVE)
-    schedule: str = option("cosine", "how the learning rate falls after the warm-up", choices=[*optimizers.SCHEDULES])
+    lr: float | None = option(
+        None, "peak learning rate; default: by the method and the model's width", limits=POSITIVE
+    )
+    schedule: str = option(
+        "cosine", "how the learning rate falls after the warm-up", choices=[*optimizers.SCHEDULES]
+    )
     warmup: int | None = option(
-        None, "steps in which the learning rate rises from 0; default: 5 %% of the steps", limits=NOT_NEGATIVE
+        None,
+        "steps in which the learning rate rises from 0; default: 5 %% of the steps",
+        limits=NOT_NEGATIVE,
     )
     weight_decay: float | None = option(
         None,
@@ -204,9 +231,13 @@ class Flags:
         choices=["fp32", "bf16"],
     )
     clip: float = option(
-        1.0, "largest norm of the gradient; a larger one is scaled down to it; 0: no clipping", limits=NOT_NEGATIVE
+        1.0,
+        "largest norm of the gradient; a larger one is scaled down to it; 0: no clipping",
+        limits=NOT_NEGATIVE,
     )
-    seed: int = option(0, "seed of the examples' order, of new weights and of dropout", limits=NOT_NEGATIVE)
+    seed: int = option(
+        0, "seed of the examples' order, of new weights and of dropout", limits=NOT_NEGATIVE
+    )
 
     # ---- evaluation and saving
     eval_every: int | None = option(
@@ -227,7 +258,10 @@ class Flags:
         resume=FREE,
     )
     keep: int = option(
-        2, "checkpoints that are kept: the newest so many, and the best validated one", limits=POSITIVE, resume=FREE
+        2,
+        "checkpoints that are kept: the newest so many, and the best validated one",
+        limits=POSITIVE,
+        resume=FREE,
     )
     save_async: bool = option(
         False, "write checkpoints in the background, from a copy in the host's memory", resume=FREE
@@ -241,10 +275,14 @@ class Flags:
         choices=["on", "auto"],
         resume=PER_LAUNCH,
     )
-    wandb: str | None = option(None, "log to this Weights & Biases project as well", metavar="PROJECT", resume=FREE)
+    wandb: str | None = option(
+        None, "log to this Weights & Biases project as well", metavar="PROJECT", resume=FREE
+    )
 
     # ---- machine and memory
-    device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"], resume=PER_LAUNCH)
+    device: str = option(
+        "auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"], resume=PER_LAUNCH
+    )
     dtype: str = option(
         "auto",
         "mixed precision: dtype of activations and matrix products; adapters, optimizer state and loss stay fp32; auto:"
@@ -286,7 +324,9 @@ class Flags:
         resume=PER_LAUNCH,
     )
     shard_offload: bool = option(
-        False, "keep shards of weights, gradients and optimizer state in the host's memory", resume=FREE
+        False,
+        "keep shards of weights, gradients and optimizer state in the host's memory",
+        resume=FREE,
     )
     reduce: str = option(
         "last",
@@ -303,13 +343,21 @@ class Flags:
         resume=PER_LAUNCH,
     )
     timeout: float = option(
-        600.0, "seconds that a rank waits for another one before it gives up", limits=POSITIVE, resume=PER_LAUNCH
+        600.0,
+        "seconds that a rank waits for another one before it gives up",
+        limits=POSITIVE,
+        resume=PER_LAUNCH,
     )
 
     # ---- looking and debugging
-    plan: bool = option(False, "print the memory and time that each method would take, and stop", resume=PER_LAUNCH)
+    plan: bool = option(
+        False, "print the memory and time that each method would take, and stop", resume=PER_LAUNCH
+    )
     gpus: tuple[int, ...] = option(
-        [], "--plan: for these numbers of GPUs of 80 GB, in nodes of 8", metavar="N", resume=PER_LAUNCH
+        [],
+        "--plan: for these numbers of GPUs of 80 GB, in nodes of 8",
+        metavar="N",
+        resume=PER_LAUNCH,
     )
     profile: int = option(
         0,
@@ -351,12 +399,16 @@ def parse_flags(argv: list[str]) -> Flags:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("train.py", allow_abbrev=False, description="Fine-tunes a language model.")
+    parser = argparse.ArgumentParser(
+        "train.py", allow_abbrev=False, description="Fine-tunes a language model."
+    )
     section = None
     for name, each in OPTIONS.items():
         if name in SECTIONS:
             section = parser.add_argument_group(SECTIONS[name])
-        more = {key: value for key, value in each.metadata.items() if key not in ("limits", "resume")}
+        more = {
+            key: value for key, value in each.metadata.items() if key not in ("limits", "resume")
+        }
         if not (each.default is None or each.default is False or each.default == ()):
             more["help"] += f"; default: {each.default}"
         kind = str(each.type)
@@ -394,19 +446,25 @@ def check_numbers(flags: Flags) -> None:
     if flags.val_fraction is not None and not 0 <= flags.val_fraction < 1:
         raise UserError(f"--val-fraction {flags.val_fraction:g}: must be at least 0 and below 1")
     if flags.seq_len == 1:
-        raise UserError("--seq-len 1: must be 2 or more, the first token of an example is never trained")
+        raise UserError(
+            "--seq-len 1: must be 2 or more, the first token of an example is never trained"
+        )
     if flags.steps is not None and flags.epochs is not None:
         raise UserError("--steps and --epochs: give one of them")
     if not all(0 < count < MAX_NUMBER for count in flags.gpus):
         raise UserError("--gpus: numbers above 0 are wanted")
     if flags.gpus and not flags.plan:
-        raise UserError("--gpus is what --plan is to plan for; a run has as many as torchrun starts processes")
+        raise UserError(
+            "--gpus is what --plan is to plan for; a run has as many as torchrun starts processes"
+        )
 
 
 def check_data(flags: Flags) -> None:
     parse_weights(flags.data), parse_replay(flags.replay)
     if flags.val_fraction is not None and (flags.val or not flags.data):
-        raise UserError("--val-fraction parts the files of --data; with --val or without --data it means nothing")
+        raise UserError(
+            "--val-fraction parts the files of --data; with --val or without --data it means nothing"
+        )
     if flags.patience and flags.eval_every == 0:
         raise UserError("--patience counts validations, and --eval-every 0 has one, at the end")
 
@@ -416,7 +474,9 @@ def check_method(flags: Flags) -> None:
         typed = getattr(flags, name) != OPTIONS[name].default
         owners = [method for method, row in METHODS.items() if name in row.options]
         if typed and name not in METHODS[flags.method].options:
-            raise UserError(f"{dashed(name)}: is for --method {' or '.join(owners)}, not for --method {flags.method}")
+            raise UserError(
+                f"{dashed(name)}: is for --method {' or '.join(owners)}, not for --method {flags.method}"
+            )
     shape = [dashed(name) for name in NEW_ADAPTER if getattr(flags, name) is not None]
     if shape and flags.adapter:
         raise UserError(f"{shape[0]}: the adapter that --adapter names has its own")
@@ -435,13 +495,21 @@ def check_memory(flags: Flags) -> None:
             " itself"
         )
     if flags.optimizer == "muon" and flags.weights == "bf16":
-        raise UserError("--weights bf16: Muon rounds to the nearest, which loses small steps; take adamw or adamw8bit")
+        raise UserError(
+            "--weights bf16: Muon rounds to the nearest, which loses small steps; take adamw or adamw8bit"
+        )
     if flags.shard_offload and (flags.optimizer != "adamw" or flags.optimizer_offload):
-        raise UserError("--shard-offload: the host steps by AdamW, and has the optimizer's state already")
+        raise UserError(
+            "--shard-offload: the host steps by AdamW, and has the optimizer's state already"
+        )
     if flags.optimizer_offload and flags.optimizer != "adamw":
-        raise UserError(f"--optimizer-offload: the host steps by AdamW, not by --optimizer {flags.optimizer}")
+        raise UserError(
+            f"--optimizer-offload: the host steps by AdamW, not by --optimizer {flags.optimizer}"
+        )
     if flags.optimizer_offload and flags.weights == "bf16":
-        raise UserError("--optimizer-offload: keeps fp32 masters on the host, which --weights bf16 is to do without")
+        raise UserError(
+            "--optimizer-offload: keeps fp32 masters on the host, which --weights bf16 is to do without"
+        )
 
 
 def check_out(flags: Flags) -> None:
@@ -460,14 +528,26 @@ def check_out(flags: Flags) -> None:
     if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
         return
     if not (out / "metrics.jsonl").is_file():
-        raise UserError(f"--out {flags.out}: holds something that is no run of train.py; name another folder")
+        raise UserError(
+            f"--out {flags.out}: holds something that is no run of train.py; name another folder"
+        )
     if not (flags.overwrite or flags.resume):
-        raise UserError(f"--out {flags.out}: holds a run already; name another folder, or add --resume or --overwrite")
-    inputs = [flags.model, flags.adapter, flags.val, *parse_weights(flags.data)[0], *parse_replay(flags.replay)[0]]
+        raise UserError(
+            f"--out {flags.out}: holds a run already; name another folder, or add --resume or --overwrite"
+        )
+    inputs = [
+        flags.model,
+        flags.adapter,
+        flags.val,
+        *parse_weights(flags.data)[0],
+        *parse_replay(flags.replay)[0],
+    ]
     for file in filter(None, inputs):
         if out.resolve() in (Path(file).resolve(), *Path(file).resolve().parents):
             word = "resume" if flags.resume else "overwrite"
-            raise UserError(f"--{word}: {file} lies in --out {flags.out}, and would be gone before it is used")
+            raise UserError(
+                f"--{word}: {file} lies in --out {flags.out}, and would be gone before it is used"
+            )
 
 
 def parse_weights(words: tuple[str, ...]) -> tuple[list[str], list[float] | None]:
@@ -477,7 +557,9 @@ def parse_weights(words: tuple[str, ...]) -> tuple[list[str], list[float] | None
     for word, weight in zip(words, weights, strict=True):
         if not 0 < weight < 1e9:
             raise UserError(f"--data {word}: a weight must be above 0")
-    return [file for file, _ in parts], None if all(weight is None for _, weight in parts) else weights
+    return [file for file, _ in parts], None if all(
+        weight is None for _, weight in parts
+    ) else weights
 
 
 def parse_replay(words: tuple[str, ...]) -> tuple[list[str], list[float]]:

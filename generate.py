@@ -47,7 +47,11 @@ def main() -> None:
         check_prompt(prompt)
     model, adapters, name = load_model_and_adapters(args, device, dtype, can_switch=prompt is None)
     tokenizer = adapters.tokenizer
-    template = "no chat template, raw text" if args.complete else f"chat template {tokenizer.template_name}"
+    template = (
+        "no chat template, raw text"
+        if args.complete
+        else f"chat template {tokenizer.template_name}"
+    )
     log(f"{name}, {str(dtype).removeprefix('torch.')} on {device.type} ({reason}), {template}")
     if prompt is None:
         chat(model, adapters, args)
@@ -93,7 +97,9 @@ class AdapterSet:
         """Takes the active adapter off the model and puts the one called `name` on; "" means none."""
         if name not in self.by_name:
             choices = ", ".join([*self.names, "none"])
-            raise UserError(f"/adapter {name}: there is no adapter with this name; choose one of {choices}")
+            raise UserError(
+                f"/adapter {name}: there is no adapter with this name; choose one of {choices}"
+            )
         if self.merge and self.active:
             lora.unmerge(self.model)
         lora.remove_lora(self.model)
@@ -122,7 +128,9 @@ def load_model_and_adapters(
             raise UserError(f"--adapter: two are called {name}; give them names, as red={folder}")
         lora.put_adapter_on(adapters.model, folder, log)
         layers = lora.remove_lora(adapters.model)
-        adapters.by_name[name] = LoadedAdapter(layers, resolve.pick_tokenizer(base, folder, args.template))
+        adapters.by_name[name] = LoadedAdapter(
+            layers, resolve.pick_tokenizer(base, folder, args.template)
+        )
     # A tokenizer takes seconds to load, and a single answer needs only one.
     if can_switch or not named_folders:
         adapters.by_name[""] = LoadedAdapter({}, resolve.pick_tokenizer(base, None, args.template))
@@ -219,7 +227,10 @@ def first_messages(args: argparse.Namespace, prompt: str) -> list[dict[str, str]
 
 
 def answer(
-    model: Transformer, tokenizer: Tokenizer, messages: list[dict[str, str]] | str, args: argparse.Namespace
+    model: Transformer,
+    tokenizer: Tokenizer,
+    messages: list[dict[str, str]] | str,
+    args: argparse.Namespace,
 ) -> Iterator[str]:
     """Yields the answer in parts while it is generated; no part ends inside a character.
 
@@ -393,7 +404,10 @@ def check_generation_arguments(args: argparse.Namespace) -> None:
         "--temperature": (0 <= args.temperature < math.inf, "must be 0 or more"),
         "--top-k": (args.top_k >= 0, "must be 0 (all) or more"),
         "--top-p": (0 < args.top_p <= 1, "must be above 0 and at most 1"),
-        "--lookup": (0 <= args.lookup < LOOKUP_LIMIT, f"must be 0 (no guesses) or more, and below {LOOKUP_LIMIT}"),
+        "--lookup": (
+            0 <= args.lookup < LOOKUP_LIMIT,
+            f"must be 0 (no guesses) or more, and below {LOOKUP_LIMIT}",
+        ),
         "--repetition-penalty": (0 < args.repetition_penalty < math.inf, "must be above 0"),
     }
     for flag, (is_valid, rule) in rules.items():
@@ -401,7 +415,11 @@ def check_generation_arguments(args: argparse.Namespace) -> None:
             value = getattr(args, flag.removeprefix("--").replace("-", "_"))
             raise UserError(f"{flag} {value}: {rule}")
 
-    only_for_sampling = {"--top-k": args.top_k != 0, "--top-p": args.top_p != 1, "--seed": args.seed is not None}
+    only_for_sampling = {
+        "--top-k": args.top_k != 0,
+        "--top-p": args.top_p != 1,
+        "--seed": args.seed is not None,
+    }
     for flag, is_given in only_for_sampling.items():
         if is_given and args.temperature == 0:
             raise UserError(f"{flag}: is for sampling; add --temperature 1")

@@ -30,7 +30,15 @@ from kernels.grouped import Member
 from kernels.lora_linear import Casts, LoRAWeights, lora_linears
 from kernels.nf4 import NF4, dequantized_weight
 from kernels.triton_utils import use_triton
-from model import DropoutSeeds, Experts, Linear, Transformer, forward_each, quantized_linears, stack_expert_weights
+from model import (
+    DropoutSeeds,
+    Experts,
+    Linear,
+    Transformer,
+    forward_each,
+    quantized_linears,
+    stack_expert_weights,
+)
 from quant import QUANT_KINDS
 
 # Every linear of the blocks, but not the output head, which is the embedding table in many models.
@@ -71,7 +79,15 @@ class LoRALinear(nn.Module):
     number: which of the model's adapted layers this is, from 0.
     """
 
-    def __init__(self, base: Linear, rank: int, alpha: float, dropout: float, dropout_seeds: DropoutSeeds, number: int):
+    def __init__(
+        self,
+        base: Linear,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        dropout_seeds: DropoutSeeds,
+        number: int,
+    ):
         super().__init__()
         self.base = base
         self.rank = rank
@@ -126,7 +142,9 @@ class LoRALinear(nn.Module):
         low = F.linear(dropped, self.lora_A.to(x.dtype))
         return self.base(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
 
-    def forward_shared(self, x: Tensor, layers: list, up: Tensor | None = None, activation: str = "") -> list[Tensor]:
+    def forward_shared(
+        self, x: Tensor, layers: list, up: Tensor | None = None, activation: str = ""
+    ) -> list[Tensor]:
         """Returns the outputs of several layers that read the same input, of which this one is the
         first: as one autograd function, if all are adapted and none has an input of its own.
 
@@ -331,7 +349,11 @@ def hash_int32(x: Tensor) -> Tensor:
 
 
 def add_lora(
-    model: Transformer, rank: int, alpha: float, dropout: float = 0.0, targets: str | list[str] = ALL
+    model: Transformer,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    targets: str | list[str] = ALL,
 ) -> list[str]:
     """Freezes the model and puts LoRA on the linears that `targets` name.
 
@@ -352,7 +374,9 @@ def add_lora(
     if not 0 <= dropout < 1:
         raise UserError(f"--dropout {dropout:g}: must be at least 0 and below 1")
     if has_lora(model):
-        raise UserError("the model has a LoRA adapter already; remove it first (lora.merge keeps its update)")
+        raise UserError(
+            "the model has a LoRA adapter already; remove it first (lora.merge keeps its update)"
+        )
     linears = {}
     for name, module in model.named_modules():
         if isinstance(module, Linear) and "blocks." in name:
@@ -364,7 +388,11 @@ def add_lora(
         raise UserError(f"--rank {rank}: no layer here is larger than {largest}")
     model.requires_grad_(False)
     for number, (name, layer) in enumerate(zip(names, layers, strict=True)):
-        set_submodule(model, linears[name], LoRALinear(layer, rank, alpha, dropout, model.dropout_seeds, number))
+        set_submodule(
+            model,
+            linears[name],
+            LoRALinear(layer, rank, alpha, dropout, model.dropout_seeds, number),
+        )
     set_casts(model)
     stack_expert_weights(model)
     return names
@@ -378,10 +406,16 @@ def match_targets(targets: str | list[str], linears: list[str]) -> list[str]:
     matched = set()
     for target in targets.split(","):
         target = target.strip()
-        names = [name for name in linears if target == ALL or name == target or name.endswith("." + target)]
+        names = [
+            name
+            for name in linears
+            if target == ALL or name == target or name.endswith("." + target)
+        ]
         if not names:
             kinds = sorted({name.rpartition(".")[2] for name in linears})
-            raise UserError(f"--targets {target}: matches no linear layer (the model has {', '.join(kinds)})")
+            raise UserError(
+                f"--targets {target}: matches no linear layer (the model has {', '.join(kinds)})"
+            )
         matched.update(names)
     return [name for name in linears if name in matched]
 
@@ -394,7 +428,9 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def lora_layers(model: Transformer) -> dict[str, LoRALinear]:
     """Returns the LoRA layers by published name."""
-    return {hf_name(model, name): m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    return {
+        hf_name(model, name): m for name, m in model.named_modules() if isinstance(m, LoRALinear)
+    }
 
 
 def has_lora(model: Transformer) -> bool:
@@ -455,7 +491,9 @@ def remove_lora(model: Transformer) -> dict[str, LoRALinear]:
 
     Returns the layers that were removed, by our names of them, for `restore_lora`.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
+    }
     for name, layer in layers.items():
         set_submodule(model, name, layer.base)
     if model.lora_casts is not None:
@@ -476,14 +514,18 @@ def restore_lora(model: Transformer, layers: dict[str, LoRALinear]) -> None:
 # ---- PEFT's files ----
 
 
-def save_adapter(model: Transformer, folder, write_extra: Callable[[Path], None] | None = None) -> None:
+def save_adapter(
+    model: Transformer, folder, write_extra: Callable[[Path], None] | None = None
+) -> None:
     """Writes a PEFT adapter folder, in place of what is there.
 
     write_extra: writes more files into the new folder, before that gets its name.
     Raises UserError if the folder holds a model.
     """
     if (Path(folder) / "config.json").is_file():
-        raise UserError(f"{folder}: holds a model, which an adapter would replace; name another folder")
+        raise UserError(
+            f"{folder}: holds a model, which an adapter would replace; name another folder"
+        )
     layers = lora_layers(model)
     assert layers, "the model has no adapter"
     first = next(iter(layers.values()))
@@ -524,7 +566,9 @@ def adapter_parameters(model: Transformer) -> dict[str, Tensor]:
 
 def linear_names(model: Transformer) -> list[str]:
     """Returns the published names of all linears of a model."""
-    return [hf_name(model, name) for name, module in model.named_modules() if isinstance(module, Linear)]
+    return [
+        hf_name(model, name) for name, module in model.named_modules() if isinstance(module, Linear)
+    ]
 
 
 def target_modules(model: Transformer, names: list[str]) -> list[str]:
@@ -591,7 +635,9 @@ def load_adapter(model: Transformer, folder) -> None:
         raise
 
 
-def put_adapter_on(model: Transformer, adapter: str | Path, print_fn: Callable[[str], None] = print) -> None:
+def put_adapter_on(
+    model: Transformer, adapter: str | Path, print_fn: Callable[[str], None] = print
+) -> None:
     """Loads an adapter, and says so if its metadata names another base than this model.
 
     print_fn: is called with each line to print.
@@ -600,7 +646,9 @@ def put_adapter_on(model: Transformer, adapter: str | Path, print_fn: Callable[[
     metadata = adapter_metadata(adapter)
     quant = metadata.get("quant")
     if quant in QUANT_KINDS and not quantized_linears(model):
-        print_fn(f"NOTE: {adapter} was trained on its base in {quant}; --quant {quant} gives it that one")
+        print_fn(
+            f"NOTE: {adapter} was trained on its base in {quant}; --quant {quant} gives it that one"
+        )
     base_sha256 = metadata.get("base_sha256")
     if base_sha256 is not None and base_sha256 != run_on_rank0(lambda: fingerprint(model.source)):
         print_fn(
@@ -626,41 +674,59 @@ def copy_tensors(model: Transformer, tensors: dict[str, Tensor], file: Path) -> 
     if missing:
         raise UserError(f"{file}: {len(missing)} of its tensors missing, the first: {missing[0]}")
     if extra:
-        raise UserError(f"{file}: {len(extra)} of its tensors not used by its configuration, the first: {extra[0]}")
+        raise UserError(
+            f"{file}: {len(extra)} of its tensors not used by its configuration, the first: {extra[0]}"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             tensor = tensors[name]
             if tensor.shape != parameter.shape:
                 expected = list(parameter.shape)
-                raise UserError(f"{file}: {name} has shape {list(tensor.shape)}, this model needs {expected}")
+                raise UserError(
+                    f"{file}: {name} has shape {list(tensor.shape)}, this model needs {expected}"
+                )
             if not tensor.is_floating_point():
-                raise UserError(f"{file}: {name} holds {tensor.dtype}, floating point numbers are needed")
+                raise UserError(
+                    f"{file}: {name} holds {tensor.dtype}, floating point numbers are needed"
+                )
             copy_local_rows(parameter, tensor)
 
 
-def adapter_settings(config: dict, where: Path, model: Transformer) -> tuple[int, float, float, str | list[str]]:
+def adapter_settings(
+    config: dict, where: Path, model: Transformer
+) -> tuple[int, float, float, str | list[str]]:
     """Returns rank, alpha, dropout and targets of an adapter_config.json.
 
     where: the file, for messages.
     Raises UserError on settings that this program would have to ignore.
     """
     if config.get("peft_type") != "LORA":
-        raise UserError(f"{where}: peft_type {config.get('peft_type')!r} is not supported (supported: LORA)")
+        raise UserError(
+            f"{where}: peft_type {config.get('peft_type')!r} is not supported (supported: LORA)"
+        )
     for key in UNSUPPORTED:
         if config.get(key) not in (None, False, [], {}):
             raise UserError(f"{where}: {key} is set, which is not supported")
     # peft corrects a wrong value with a warning, but then it is unclear what the file means.
     if bool(config.get("fan_in_fan_out")) != model.config.conv1d:
-        raise UserError(f"{where}: fan_in_fan_out is {config.get('fan_in_fan_out')}, which is wrong for this model")
+        raise UserError(
+            f"{where}: fan_in_fan_out is {config.get('fan_in_fan_out')}, which is wrong for this model"
+        )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower() not in PLAIN_STARTS:
-        raise UserError(f"{where}: init_lora_weights {start!r} changes the base, which is not supported")
+        raise UserError(
+            f"{where}: init_lora_weights {start!r} changes the base, which is not supported"
+        )
     if config.get("bias", "none") != "none":
         raise UserError(f"{where}: bias {config['bias']!r} is not supported")
     rank = config.get("r")
     alpha = config.get("lora_alpha")
     dropout = config.get("lora_dropout", 0.0)
-    if type(rank) is not int or type(alpha) not in (int, float) or type(dropout) not in (int, float):
+    if (
+        type(rank) is not int
+        or type(alpha) not in (int, float)
+        or type(dropout) not in (int, float)
+    ):
         raise UserError(f"{where}: r, lora_alpha and lora_dropout must be numbers")
     targets = config.get("target_modules")
     if targets == "all-linear":
@@ -672,6 +738,10 @@ def adapter_settings(config: dict, where: Path, model: Transformer) -> tuple[int
         except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"{where}: target_modules is no regular expression ({error})") from None
         targets = [name for name in linear_names(model) if pattern.fullmatch(name)]
-    if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
+    if (
+        not isinstance(targets, list)
+        or not targets
+        or not all(isinstance(target, str) for target in targets)
+    ):
         raise UserError(f"{where}: target_modules names no layer of this model")
     return rank, alpha, dropout, targets

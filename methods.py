@@ -68,7 +68,9 @@ def continues_adapter(settings) -> bool:
 def select_weights(model: Transformer, settings) -> None:
     """Marks the model's own weights as trained, those alone that --train names if it is given."""
     if quantized_linears(model):
-        raise UserError(f"{model.source}: its weights are in 4 bits, which can't be trained; use --method qlora")
+        raise UserError(
+            f"{model.source}: its weights are in 4 bits, which can't be trained; use --method qlora"
+        )
     compute_dtype = DTYPES[settings.dtype]
     model.compute_dtype = compute_dtype
     if not settings.train:
@@ -77,7 +79,9 @@ def select_weights(model: Transformer, settings) -> None:
     selected = {name for name in names if re.search(settings.train, names[name])}
     if not selected:
         example = names["norm.weight"]
-        raise UserError(f"--train {settings.train}: matches no parameter (they are named like {example})")
+        raise UserError(
+            f"--train {settings.train}: matches no parameter (they are named like {example})"
+        )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in selected)
         # Frozen means: not even rounded. On the meta device, before it is sharded, whether that is so is not known yet.
@@ -143,7 +147,9 @@ def load_trainable(settings, folder: Path, device: torch.device) -> Transformer:
     return model
 
 
-def load_sharded(method: Method, settings, folder: Path, stored: torch.dtype, device: torch.device) -> Transformer:
+def load_sharded(
+    method: Method, settings, folder: Path, stored: torch.dtype, device: torch.device
+) -> Transformer:
     """As `load_trainable`: the model is made trainable and sharded on the meta device, then each rank reads its own
     rows. stored: dtype of the weights."""
     dtype = DTYPES[settings.dtype]

@@ -61,14 +61,18 @@ class Linear(nn.Module):
             return linears(x, [self.weight], [self.bias])[0]
         return linears_reference(x, [self.weight], [self.bias])[0]
 
-    def forward_shared(self, x: Tensor, layers: list, up: Tensor | None = None, activation: str = "") -> list[Tensor]:
+    def forward_shared(
+        self, x: Tensor, layers: list, up: Tensor | None = None, activation: str = ""
+    ) -> list[Tensor]:
         """Returns the outputs of several layers that read the same input, as one autograd function where that saves
         memory or time.
 
         layers: this one and others.
         The input is x [N, in], or with `up` [N, in], act(x) * up. activation: the name of act.
         """
-        if torch.is_grad_enabled() and all(type(layer) is Linear and layer.nf4 is None for layer in layers):
+        if torch.is_grad_enabled() and all(
+            type(layer) is Linear and layer.nf4 is None for layer in layers
+        ):
             weights = [layer.weight for layer in layers]
             biases = [layer.bias for layer in layers]
             return linears(x, weights, biases, up, activation)
@@ -103,7 +107,9 @@ class Embedding(nn.Module):
         return F.embedding(ids, self.weight)
 
 
-def forward_each(x: Tensor, layers: list[nn.Module], up: Tensor | None, activation: str) -> list[Tensor]:
+def forward_each(
+    x: Tensor, layers: list[nn.Module], up: Tensor | None, activation: str
+) -> list[Tensor]:
     """Returns what `Linear.forward_shared` returns, computed layer by layer."""
     if up is not None:
         x = Gated.apply(x, up, activation) if torch.is_grad_enabled() else gated(x, up, activation)
@@ -119,7 +125,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.offset = offset
 
-    def forward(self, x: Tensor, added: Tensor | None = None, pair: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, added: Tensor | None = None, pair: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Returns the norm of x. If `pair`, returns x + added (x itself if `added` is None) and the norm of that."""
         if pair:
             return add_rms_norm(x, added, self.weight, self.eps, self.offset)
@@ -136,7 +144,9 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return F.layer_norm(
+            x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
+        )
 
 
 def make_norm(config: Config, enabled: bool = True) -> nn.Module:
@@ -178,7 +188,9 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(k_size, config.norm_eps, config.norm_offset)
         self.scores = Scores(layer.scale, layer.window, config.attention_softcap)
 
-    def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, attention_fn: Callable) -> Tensor:
+    def forward(
+        self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, attention_fn: Callable
+    ) -> Tensor:
         """Returns what the layer adds to the residual, [N, D].
 
         x: [N, D].
@@ -195,7 +207,9 @@ class Attention(nn.Module):
             q, k = rope_qk(q, k, *cos_sin)
         return self.o(attention_fn(q, k, v, self.scores).flatten(1))
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [N, D] -> [N, H, d], [N, G, d], [N, G, d]
+    def project(
+        self, x: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:  # [N, D] -> [N, H, d], [N, G, d], [N, G, d]
         H, G, d = self.heads, self.kv_heads, self.head_dim
         if self.layout == "split":
             q, k, v = self.q.forward_shared(x, [self.q, self.k, self.v])
@@ -257,7 +271,9 @@ class Experts(nn.Module):
         super().__init__()
         self.rules = config.experts
         self.router = Router(config.hidden_size, self.rules.count)
-        self.experts = nn.ModuleList(MLP(config, self.rules.intermediate_size) for _ in range(self.rules.count))
+        self.experts = nn.ModuleList(
+            MLP(config, self.rules.intermediate_size) for _ in range(self.rules.count)
+        )
         self.dropout_seeds = DropoutSeeds()  # Transformer puts its own here
         self.cached_products: list[Product | None] | None = None  # see products()
         # Of a batch in training, for the balance loss: the fraction of choices and the mean probability of each expert,
@@ -282,7 +298,9 @@ class Experts(nn.Module):
         is_gated = self.experts[0].kind == "gated"
         return is_gated and can_group(like, self.rules.count, self.rules.intermediate_size)
 
-    def forward_grouped(self, x: Tensor, probs: Tensor, weights: Tensor, chosen: Tensor) -> Tensor | None:
+    def forward_grouped(
+        self, x: Tensor, probs: Tensor, weights: Tensor, chosen: Tensor
+    ) -> Tensor | None:
         """Computes all experts together, without waiting for the GPU. Returns None if the experts' linears are not
         alike."""
         products = self.products()
@@ -291,7 +309,9 @@ class Experts(nn.Module):
         routes = sort_pairs(chosen, self.rules.count)
         if self.training and self.load is None:
             self.load = routes.groups.counts / len(x), probs.mean(0)
-        return routed_mlp(x, weights, routes, *products, self.experts[0].activation, self.dropout_seeds.seeds)
+        return routed_mlp(
+            x, weights, routes, *products, self.experts[0].activation, self.dropout_seeds.seeds
+        )
 
     def products(self) -> list[Product | None]:
         """Returns the product of gate and up, and that of down. They are kept in inference mode, because with 128
@@ -301,7 +321,9 @@ class Experts(nn.Module):
             return self.cached_products
         products = []
         for names in (("gate", "up"), ("down",)):
-            members = [[getattr(expert, name).member() for expert in self.experts] for name in names]
+            members = [
+                [getattr(expert, name).member() for expert in self.experts] for name in names
+            ]
             products.append(make_product(members))
         self.cached_products = products if is_inference else None
         return products
@@ -316,7 +338,9 @@ class Experts(nn.Module):
         self.cached_products = None
         return super()._apply(*args, **named)
 
-    def forward_each_expert(self, x: Tensor, probs: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    def forward_each_expert(
+        self, x: Tensor, probs: Tensor, weights: Tensor, chosen: Tensor
+    ) -> Tensor:
         """Computes one expert after the other."""
         E = self.rules.count
         order = chosen.flatten().argsort(stable=True)  # token-expert pairs, sorted by expert
@@ -385,7 +409,11 @@ class Block(nn.Module):
         self.mlp_post_norm = make_norm(config, config.post_norm)
 
     def forward(
-        self, x: Tensor, added: Tensor | None, cos_sin: tuple[Tensor, Tensor] | None, attention_fn: Callable
+        self,
+        x: Tensor,
+        added: Tensor | None,
+        cos_sin: tuple[Tensor, Tensor] | None,
+        attention_fn: Callable,
     ) -> tuple[Tensor, Tensor | None]:
         """Takes and returns the residual, [N, D], and what the next norm still has to add to it: [N, D] or None (see
         `residual_pair`)."""
@@ -441,10 +469,16 @@ class Transformer(nn.Module):
         # {the index in config.ropes: its frequencies}, on the device where they were used last.
         self.inv_freqs: dict[int, Tensor] = {}
         self.embed = Embedding(config.vocab_size, config.hidden_size)
-        self.positions = Embedding(config.max_positions, config.hidden_size) if config.learned_positions else None
+        self.positions = (
+            Embedding(config.max_positions, config.hidden_size)
+            if config.learned_positions
+            else None
+        )
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = make_norm(config)
-        self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = (
+            None if config.tied else Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
         for block in self.blocks:
             if isinstance(block.mlp, Experts):
                 block.mlp.dropout_seeds = self.dropout_seeds
@@ -462,7 +496,9 @@ class Transformer(nn.Module):
     def size(self) -> int:
         """The number of parameters. A weight in NF4 counts with all the numbers that it stands for."""
         plain = sum(p.numel() for name, p in self.named_parameters() if ".nf4." not in name)
-        return plain + sum(layer.in_features * layer.out_features for layer in quantized_linears(self).values())
+        return plain + sum(
+            layer.in_features * layer.out_features for layer in quantized_linears(self).values()
+        )
 
     def head_weight(self) -> Tensor:
         """Returns the weight of the output head, [V, D]. One in NF4 is dequantized at each call."""
@@ -473,7 +509,9 @@ class Transformer(nn.Module):
         return dequantized_weight(self.head.frozen, self.dtype)
 
     @with_fresh_casts
-    def hidden(self, tokens: Tensor, positions: Tensor, lengths: Tensor, attention_fns: list[Callable]) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, lengths: Tensor, attention_fns: list[Callable]
+    ) -> Tensor:
         """Returns the normed hidden states, [N, D].
 
         tokens, positions: int64 [N].
@@ -491,7 +529,9 @@ class Transformer(nn.Module):
         if self.activation_checkpointing != "none" and torch.is_grad_enabled():
             checkpointing = ActivationCheckpointing(self.activation_checkpointing, x.device)
         added = None  # what the next norm still has to add to x (Block.residual_pair)
-        for block, layer, attention_fn in zip(self.blocks, self.config.layers, attention_fns, strict=True):
+        for block, layer, attention_fn in zip(
+            self.blocks, self.config.layers, attention_fns, strict=True
+        ):
             cos_sin = None if layer.rope is None else tables[layer.rope]
             if checkpointing:
                 is_last = block is self.blocks[-1]
@@ -514,7 +554,9 @@ class Transformer(nn.Module):
             if inv_freq is None or inv_freq.device != positions.device:
                 # The table outlives the decoding that may need it first, and serves training then.
                 with torch.inference_mode(False):
-                    inv_freq = rope_inv_freq(rope.theta, rope.dim, rope.scaling).to(positions.device)
+                    inv_freq = rope_inv_freq(rope.theta, rope.dim, rope.scaling).to(
+                        positions.device
+                    )
                 self.inv_freqs[number] = inv_freq
         angles = positions[:, None].float() * inv_freq
         factor = scaling.get("attention_factor", 1.0)
@@ -527,12 +569,16 @@ class Transformer(nn.Module):
         training calls. tokens: int64 [N]."""
         self.dropout_seeds.seeds = documents.dropout_seeds
         if isinstance(documents, ShardedDocuments):
-            attention_fn = torch.compiler.disable(documents.attend) if self.compiled else documents.attend
+            attention_fn = (
+                torch.compiler.disable(documents.attend) if self.compiled else documents.attend
+            )
         else:
             attention_fn = partial(self.attention_fn, documents=documents)
         # Selective checkpointing computes the attention probabilities again in the backward.
         attention_fn = partial(attention_fn, keep=self.activation_checkpointing != "selective")
-        return self.hidden(tokens, documents.positions, documents.doc_lengths, [attention_fn] * len(self.blocks))
+        return self.hidden(
+            tokens, documents.positions, documents.doc_lengths, [attention_fn] * len(self.blocks)
+        )
 
     def compile_blocks(self) -> None:
         """Compiles the blocks with torch.compile: one graph for all of them, with the number of tokens left open.
@@ -592,14 +638,18 @@ class Transformer(nn.Module):
         hidden = self.flat(tokens.flatten()[real], documents)  # [N, D]
         if keep is None:
             logits = self.logits(hidden)
-            return logits.new_zeros(B * T, logits.shape[-1]).index_copy(0, real, logits).view(B, T, -1)
+            return (
+                logits.new_zeros(B * T, logits.shape[-1]).index_copy(0, real, logits).view(B, T, -1)
+            )
         # The place of each position among the real tokens; -1 at padding.
         place = torch.full((B * T,), -1, device=tokens.device)
         place = place.index_copy(0, real, torch.arange(len(real), device=real.device))
         assert bool((place[keep] >= 0).all()), "keep names a padding position"
         return self.logits(hidden[place[keep]])
 
-    def generate(self, prompts, max_new_tokens: int, mask: Tensor | None = None, **settings) -> list[list[int]]:
+    def generate(
+        self, prompts, max_new_tokens: int, mask: Tensor | None = None, **settings
+    ) -> list[list[int]]:
         """Returns the new ids of each prompt, with the stop id that ended it.
 
         prompts: int64 [B, T], or lists of ids of any lengths, none of them empty.
@@ -610,7 +660,10 @@ class Transformer(nn.Module):
             prompts = [row[is_real.bool()] for row, is_real in zip(prompts, mask, strict=True)]
         if settings.get("lookup"):
             # Look-up takes one prompt at a time.
-            return [[step[0][1] for step in self.stream([p], max_new_tokens, **settings)] for p in prompts]
+            return [
+                [step[0][1] for step in self.stream([p], max_new_tokens, **settings)]
+                for p in prompts
+            ]
         answers: list[list[int]] = [[] for _ in prompts]
         for step in self.stream(prompts, max_new_tokens, **settings):
             for i, token in step:
@@ -640,7 +693,9 @@ class Transformer(nn.Module):
 
 def quantized_linears(model: nn.Module) -> dict[str, Linear]:
     """Returns {name: linear} of the linears whose weight is in NF4."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.nf4 is not None}
+    return {
+        name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.nf4 is not None
+    }
 
 
 @contextlib.contextmanager

@@ -38,7 +38,13 @@ class StepTotals(NamedTuple):
     def of(cls, batches: list[Batch], stop_signal: int = 0) -> "StepTotals":
         """Sums over this rank's micro-batches, then over all ranks."""
         columns = [
-            [len(batch.targets), batch.loss_weight_sum, batch.num_tokens, batch.replay_weight_sum, 0]
+            [
+                len(batch.targets),
+                batch.loss_weight_sum,
+                batch.num_tokens,
+                batch.replay_weight_sum,
+                0,
+            ]
             for batch in batches
         ]
         columns[0][-1] = stop_signal
@@ -128,7 +134,9 @@ def mean_loss(model: Transformer, batches: Iterable[Batch]) -> float:
     """Loss per trained token over all batches, of all ranks: independent of how they were cut."""
     losses, weights = [], []
     for batch in batches:
-        losses.append(token_losses(model, batch)[0])  # read when all are asked for: a GPU need not wait in between
+        losses.append(
+            token_losses(model, batch)[0]
+        )  # read when all are asked for: a GPU need not wait in between
         weights.append(batch.loss_weight_sum)
     sums = torch.tensor([sum(torch.stack(losses).tolist()), sum(weights)], dtype=torch.float64)
     loss, weight = all_reduce_sum(sums).tolist()

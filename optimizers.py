@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from distributed import all_reduce_sum, is_sharded, num_shards, shard_group, shard_row_slice, to_local
+from distributed import (
+    all_reduce_sum,
+    is_sharded,
+    num_shards,
+    shard_group,
+    shard_row_slice,
+    to_local,
+)
 from kernels.adamw import adamw_step
 from kernels.nf4 import NESTED_BLOCK, dequantize_8bit, dynamic_codebook
 from kernels.triton_utils import use_triton
@@ -103,7 +110,9 @@ class AdamW(Optimizer):
     """
 
     def __init__(self, groups, lr: float, bits: int = 32, weight_decay: float = 0.0):
-        super().__init__(groups, lr=lr, bits=bits, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
+        super().__init__(
+            groups, lr=lr, bits=bits, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay
+        )
 
     @torch.no_grad()
     def step(self, found_inf: Tensor | None = None) -> None:
@@ -174,7 +183,9 @@ class AdamW(Optimizer):
             found_inf=found_inf,
         )
 
-    def update_on_gpu(self, parameters: list[Tensor], group: dict, found_inf: Tensor | None) -> None:
+    def update_on_gpu(
+        self, parameters: list[Tensor], group: dict, found_inf: Tensor | None
+    ) -> None:
         """Updates 8-bit moments or bf16 weights by the kernel, without waiting for the GPU: the GPU
         itself counts the steps, and skips the update if found_inf is 1."""
         device = to_local(parameters[0]).device
@@ -191,7 +202,9 @@ class AdamW(Optimizer):
         # another one for all others.
         seeds = torch.randint(1 << 62, (len(parameters), 2), device=device)
         for p, state, seed in zip(parameters, states, seeds.unbind(), strict=True):
-            adamw_step(to_local(p).view(-1), to_local(p.grad).reshape(-1), state, group, seed, found_inf)
+            adamw_step(
+                to_local(p).view(-1), to_local(p.grad).reshape(-1), state, group, seed, found_inf
+            )
 
     def update(self, p: Tensor, group: dict) -> None:
         """Updates one parameter with plain PyTorch operations, CHUNK_NUMEL elements at a time."""
@@ -211,7 +224,9 @@ class AdamW(Optimizer):
             if is_8bit:
                 m = dequantize_moment(m, state["m_scale"][blocks], "m")
                 v = dequantize_moment(v, state["v_scale"][blocks], "v")
-            new_weights = adamw_update(weights[chunk].float(), grads[chunk].float(), m, v, step, group)
+            new_weights = adamw_update(
+                weights[chunk].float(), grads[chunk].float(), m, v, step, group
+            )
             if p.dtype == torch.bfloat16:
                 new_weights = round_stochastically(new_weights)
             weights[chunk] = new_weights
@@ -414,7 +429,9 @@ def newton_schulz(matrix: Tensor) -> Tensor:
     return x.t() if is_tall else x
 
 
-def make_optimizers(model: nn.Module, kind: str, lr: float, weight_decay: float, offload: bool = False) -> list:
+def make_optimizers(
+    model: nn.Module, kind: str, lr: float, weight_decay: float, offload: bool = False
+) -> list:
     """Returns the optimizers of all trainable parameters, which the loop steps one after the other.
 
     kind: a key of DESCRIPTIONS. "muon": Muon trains the matrices of the blocks, AdamW the

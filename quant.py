@@ -41,7 +41,9 @@ def quantize_nf4(weight: Tensor, block_size: int = NF4_BLOCK) -> tuple[Tensor, T
     return packed, absmax.view(out_features, -1)
 
 
-def nearest(blocks: Tensor, codebook: Tensor, lookup: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def nearest(
+    blocks: Tensor, codebook: Tensor, lookup: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Blockwise quantisation: each value becomes the index of the nearest codebook entry, after its
     block is divided by its absmax. Of two equally near entries the lower one is taken.
 
@@ -184,7 +186,9 @@ def check_settings(config: object, where: str) -> None:
         what = f"bitsandbytes {config.get('bnb_4bit_quant_type')!r}"
     else:
         return
-    raise UserError(f"{where}: quantised by {what[:60]}; of quantised bases, bitsandbytes' NF4 can be read")
+    raise UserError(
+        f"{where}: quantised by {what[:60]}; of quantised bases, bitsandbytes' NF4 can be read"
+    )
 
 
 def to_files(nf4: NF4, shape: tuple[int, int], dtype: str) -> dict[str, Tensor]:
@@ -239,14 +243,21 @@ def from_files(parts: dict[str, Tensor], shape: tuple[int, int], where: str) -> 
     is_nf4 = state.get("quant_type") == "nf4" and state.get("blocksize") == NF4_BLOCK
     check(is_nf4, f"its blocks are not NF4 of {NF4_BLOCK}")
     implied = [out_features, in_features]
-    check(state.get("shape") == implied, f"its shape is {state.get('shape')}, config.json implies {implied}")
+    check(
+        state.get("shape") == implied,
+        f"its shape is {state.get('shape')}, config.json implies {implied}",
+    )
     check(in_features % NF4_BLOCK == 0, f"rows of {in_features} are no whole blocks of {NF4_BLOCK}")
     # bitsandbytes may store the bytes as numbers of another dtype (bnb_4bit_quant_storage).
     if codes.dtype.itemsize * codes.numel() == num_bytes:
         codes = codes.contiguous().view(torch.uint8)
     has_all_codes = codes.numel() == num_bytes and codes.dtype == torch.uint8
-    check(has_all_codes, f"it has {codes.numel():,} codes of {codes.dtype}, not {num_bytes:,} bytes")
-    check(absmax.numel() == num_blocks, f"it has {absmax.numel():,} scales for {num_blocks:,} blocks")
+    check(
+        has_all_codes, f"it has {codes.numel():,} codes of {codes.dtype}, not {num_bytes:,} bytes"
+    )
+    check(
+        absmax.numel() == num_blocks, f"it has {absmax.numel():,} scales for {num_blocks:,} blocks"
+    )
     quant_map = parts["quant_map"].float().flatten()
     check(torch.equal(quant_map, nf4_codebook(torch.device("cpu"))), "its quant_map is not NF4's")
     packed = codes.view(out_features, -1)
@@ -262,5 +273,8 @@ def from_files(parts: dict[str, Tensor], shape: tuple[int, int], where: str) -> 
     is_known = codebook is not None and torch.equal(codebook.float().flatten(), known_codebook)
     check(is_known, "its nested_quant_map is not bitsandbytes' own")
     has_all_scales = nested.numel() == -(-num_blocks // NESTED_BLOCK) and nested.is_floating_point()
-    check(has_all_scales, f"its {nested.numel():,} nested scales of {nested.dtype} do not fit {num_blocks:,} blocks")
+    check(
+        has_all_scales,
+        f"its {nested.numel():,} nested scales of {nested.dtype} do not fit {num_blocks:,} blocks",
+    )
     return NF4(packed, absmax, nested.float().flatten(), torch.tensor([offset]))

@@ -26,20 +26,48 @@ from os.path import commonprefix
 from pathlib import Path
 
 from common.errors import UserError, read_json_if_there, read_text
-from tokenization.chat_template import NAMED, Answer, Conversation, Refused, Rendered, Span, Template
-from tokenization.subwords import AddedToken, BytePairs, Pieces, byte_pairs, is_tiktoken, pieces, tiktoken_file
+from tokenization.chat_template import (
+    NAMED,
+    Answer,
+    Conversation,
+    Refused,
+    Rendered,
+    Span,
+    Template,
+)
+from tokenization.subwords import (
+    AddedToken,
+    BytePairs,
+    Pieces,
+    byte_pairs,
+    is_tiktoken,
+    pieces,
+    tiktoken_file,
+)
 
-TrainedSpan = tuple[int, int, int]  # [start, end) in ids, and the number of the message that is trained there
-Cut = tuple[int, int, int | None]  # [start, end) in characters, and the id of the added token there; None: plain text
+TrainedSpan = tuple[
+    int, int, int
+]  # [start, end) in ids, and the number of the message that is trained there
+Cut = tuple[
+    int, int, int | None
+]  # [start, end) in characters, and the id of the added token there; None: plain text
 
 # The files whose contents ids and masks depend on.
-READ = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+READ = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 TEMPLATE_BYTES = 4 << 20  # largest chat template that is read
 MOST_ADDED = 300_000  # added tokens that are read; the pattern that finds them is made in seconds
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a UTF-16 pair
 # Unicode's White_Space, which an added token may take along. Python's own strip() takes four
 # control characters more.
-UNICODE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+UNICODE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
 WORD = ("Nd", "Nl", "Pc")  # Unicode categories of characters in words, with all letters and marks
 SHORT_TEXT = 500  # characters; the ids of shorter parts of conversations are kept from one conversation to the next
 MOST_SHORT_TEXTS = 1000  # that are kept
@@ -66,19 +94,29 @@ class Tokenizer:
     eos_id: int | None
     pad_id: int | None
     adds_bos: bool  # in this model's training, plain text begins with bos
-    stop_ids: set[int]  # each ends generation: eos of every config file, and what ends an answer in the template
-    templates: dict[str, str]  # "default", and "tool_use" if conversations with tools have a template of their own
+    stop_ids: set[
+        int
+    ]  # each ends generation: eos of every config file, and what ends an answer in the template
+    templates: dict[
+        str, str
+    ]  # "default", and "tool_use" if conversations with tools have a template of their own
     template_name: str  # where they come from: a file's name, or "alpaca (fallback)"
     source: Path  # the folder
 
     def __post_init__(self):
-        self.special_tokens = {text: token.id for text, token in self.added.items() if token.special}
+        self.special_tokens = {
+            text: token.id for text, token in self.added.items() if token.special
+        }
         self._special_ids = frozenset(self.special_tokens.values())
         # An added token that is not special stands for the bytes that the subword model knows,
         # where it knows it: Gemma's "▁▁" is two spaces.
         plain_ids = {token.id for token in self.added.values() if not token.special}
         known_ids = plain_ids & self.model.bytes_of.keys()
-        added_bytes = {token.id: text.encode() for text, token in self.added.items() if token.id not in known_ids}
+        added_bytes = {
+            token.id: text.encode()
+            for text, token in self.added.items()
+            if token.id not in known_ids
+        }
         self._bytes = self.model.bytes_of | added_bytes
         self.vocab_size = max(self._bytes) + 1
         self.description = f"{self.model.kind}, {self.vocab_size:,} tokens{self.model.details}"
@@ -96,14 +134,20 @@ class Tokenizer:
         elif late:
             self._patterns.append(_any_of(late))
         self._control = _any_of(self.special_tokens)
-        self._short_texts: dict[tuple[str, bool], list[int]] = {}  # ids of short parts of conversations
-        self._jinja = {name: Template(source, self.names) for name, source in self.templates.items()}
+        self._short_texts: dict[
+            tuple[str, bool], list[int]
+        ] = {}  # ids of short parts of conversations
+        self._jinja = {
+            name: Template(source, self.names) for name, source in self.templates.items()
+        }
         self.unlisted_ends = self._answer_end() - self.stop_ids
         self.stop_ids = self.stop_ids | self.unlisted_ends
 
     # ---- text ----
 
-    def encode(self, text: str, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
+    def encode(
+        self, text: str, bos: bool = False, eos: bool = False, special: bool = False
+    ) -> list[int]:
         """Returns the ids of a text.
 
         bos, eos: put these tokens around it, where the tokenizer has them.
@@ -135,7 +179,9 @@ class Tokenizer:
         """
         return "".join(self.stream(ids, skip_special))
 
-    def stream(self, ids: Iterable[int], skip_special: bool = False, first: bool = True) -> Iterator[str]:
+    def stream(
+        self, ids: Iterable[int], skip_special: bool = False, first: bool = True
+    ) -> Iterator[str]:
         """Yields the same text as `decode` in pieces, as the ids come; no piece ends inside a
         character.
 
@@ -179,7 +225,12 @@ class Tokenizer:
         return cuts
 
     def _find(
-        self, pattern: re.Pattern, text: str, span: Span, special: bool, quoted: Collection[Span] = ()
+        self,
+        pattern: re.Pattern,
+        text: str,
+        span: Span,
+        special: bool,
+        quoted: Collection[Span] = (),
     ) -> Iterator[Cut]:
         """Yields the same as `_cut` for a span of the text and the added tokens that one pattern
         finds."""
@@ -188,7 +239,9 @@ class Tokenizer:
         for match in pattern.finditer(text, start, end):
             token = self.added[match[0]]
             a, b = match.span()
-            if token.special and (not special or any(a < quote_end and quote < b for quote, quote_end in quoted)):
+            if token.special and (
+                not special or any(a < quote_end and quote < b for quote, quote_end in quoted)
+            ):
                 continue
             if a < done:
                 continue
@@ -219,7 +272,9 @@ class Tokenizer:
         ids, starts, ends = [], [], []
         for start, end, id in self._find(self._late_pattern, text, (0, len(text)), False):
             if id is None:
-                new, new_starts, new_ends = self.model.encode_spans(text[start:end], first and start == 0)
+                new, new_starts, new_ends = self.model.encode_spans(
+                    text[start:end], first and start == 0
+                )
             else:
                 new, new_starts, new_ends = [id], [0], [len(text[start:end].encode())]
             offset = len(text[:start].encode())
@@ -278,13 +333,17 @@ class Tokenizer:
         by_template: dict[str, list[tuple[int, Conversation]]] = {}
         for i, (messages, tools) in enumerate(conversations):
             try:
-                conversation = Conversation(_plain_messages(messages), tools, add_generation_prompt, roles)
+                conversation = Conversation(
+                    _plain_messages(messages), tools, add_generation_prompt, roles
+                )
             except TemplateError as error:
                 results[i] = error
                 continue
             by_template.setdefault(self.which_template(tools), []).append((i, conversation))
         for name, numbered in by_template.items():
-            rendered_conversations = self._jinja[name].locate([each for _, each in numbered], self._control)
+            rendered_conversations = self._jinja[name].locate(
+                [each for _, each in numbered], self._control
+            )
             for (i, _), rendered in zip(numbered, rendered_conversations, strict=True):
                 # Besides a TemplateError, it may be a limit of the tokenizer.
                 try:
@@ -305,36 +364,52 @@ class Tokenizer:
         last_answer = None
         if not rendered.has_generation_prompt:
             last_answer = next((answer for answer in rendered.answers if answer.is_last), None)
-        needs_eos = last_answer is not None and not any(start >= last_answer.last for start, _ in stops)
+        needs_eos = last_answer is not None and not any(
+            start >= last_answer.last for start, _ in stops
+        )
         if needs_eos and self.eos_id is None:
-            raise self._error("it ends an answer with no control token, and the tokenizer has no eos_token")
+            raise self._error(
+                "it ends an answer with no control token, and the tokenizer has no eos_token"
+            )
 
-        spans = [self._trained_text(answer, text, cuts, stops, answer is last_answer) for answer in rendered.answers]
+        spans = [
+            self._trained_text(answer, text, cuts, stops, answer is last_answer)
+            for answer in rendered.answers
+        ]
         cache: dict = {}
         ids, trained, is_exact = self._tokens(text, cuts, spans, cache)
         # A prompt is not trained on, so it needs no proof.
         if trained and not rendered.has_generation_prompt:
 
             def in_other(spans: list[Span]) -> list[Span]:
-                return [(rendered.position_in_other(a), rendered.position_in_other(b)) for a, b in spans]
+                return [
+                    (rendered.position_in_other(a), rendered.position_in_other(b)) for a, b in spans
+                ]
 
             other_cuts = self._cut(other, True, in_other(rendered.quoted))
-            other_ids, other_trained, other_is_exact = self._tokens(other, other_cuts, in_other(spans), cache)
+            other_ids, other_trained, other_is_exact = self._tokens(
+                other, other_cuts, in_other(spans), cache
+            )
             decodes = all(
-                self._spells(ids[a:b], text[start:end]) for (a, b), (start, end) in zip(trained, spans, strict=True)
+                self._spells(ids[a:b], text[start:end])
+                for (a, b), (start, end) in zip(trained, spans, strict=True)
             )
             same_outside = _outside(ids, trained) == _outside(other_ids, other_trained)
             if not (is_exact and other_is_exact and decodes and same_outside):
                 raise self._error("a token holds a part of an answer and of what stands around it")
 
-        numbered = [(a, b, answer.message) for (a, b), answer in zip(trained, rendered.answers, strict=True)]
+        numbered = [
+            (a, b, answer.message) for (a, b), answer in zip(trained, rendered.answers, strict=True)
+        ]
         if needs_eos:
             ids.append(self.eos_id)
             start, _, message = numbered[-1]
             numbered[-1] = (start, len(ids), message)
         return ids, numbered
 
-    def _trained_text(self, answer: Answer, text: str, cuts: list[Cut], stops: list[Span], is_last: bool) -> Span:
+    def _trained_text(
+        self, answer: Answer, text: str, cuts: list[Cut], stops: list[Span], is_last: bool
+    ) -> Span:
         """Returns the trained span of the text: from the beginning of the answer to its end, with
         the stop token that ends it."""
         begin = answer.begin
@@ -366,7 +441,9 @@ class Tokenizer:
         both a part of a span and a part of anything else.
         """
         ids: list[int] = []
-        bounds: list[tuple[int, int]] = []  # positions of beginnings (0) and ends (1) of spans, ascending
+        bounds: list[
+            tuple[int, int]
+        ] = []  # positions of beginnings (0) and ends (1) of spans, ascending
         for start, end in spans:
             bounds += [(start, 0), (end, 1)]
         places: list[int] = []  # of each bound, the number of ids before it
@@ -417,10 +494,15 @@ class Tokenizer:
         words, spaces do not count."""
         text = self.model.normalize(text)
         if self.model.prefix == "never":
-            return b"".join([self._bytes.get(id, b"") for id in ids]).decode("utf-8", "replace") == text
+            return (
+                b"".join([self._bytes.get(id, b"") for id in ids]).decode("utf-8", "replace")
+                == text
+            )
         return "".join(self.stream(ids, first=False)).replace(" ", "") == text.replace(" ", "")
 
-    def render_text(self, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False) -> str:
+    def render_text(
+        self, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False
+    ) -> str:
         """Returns the template's text, equal to transformers' apply_chat_template(tokenize=False).
         Raises TemplateError."""
         try:
@@ -437,7 +519,9 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """A hash of all that ids and masks depend on: the folder's files, the templates, the stop
         tokens."""
-        digest = hashlib.sha256(json.dumps([self.templates, sorted(self.stop_ids), self.adds_bos]).encode())
+        digest = hashlib.sha256(
+            json.dumps([self.templates, sorted(self.stop_ids), self.adds_bos]).encode()
+        )
         for name in READ:
             path = self.source / name
             if path.is_file():
@@ -453,7 +537,9 @@ class Tokenizer:
         """Writes a named template into a folder, so that the model is served with the template it
         was trained with. One that came from files is copied with them."""
         if self.templates["default"] in NAMED.values():
-            (Path(folder) / "chat_template.jinja").write_text(self.templates["default"], encoding="utf-8")
+            (Path(folder) / "chat_template.jinja").write_text(
+                self.templates["default"], encoding="utf-8"
+            )
 
     def which_template(self, tools: list | None) -> str:
         """Returns the name of the template that writes a conversation with these tools."""
@@ -467,7 +553,9 @@ class Tokenizer:
         """Returns the control token that the template writes after an answer, found by a trial; or
         an empty set."""
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        (rendered,) = self._jinja[self.which_template(None)].locate([Conversation(messages)], self._control)
+        (rendered,) = self._jinja[self.which_template(None)].locate(
+            [Conversation(messages)], self._control
+        )
         # A template that is broken, or that needs other messages, is reported where it is used.
         if isinstance(rendered, Refused) or not rendered.answers:
             return set()
@@ -549,7 +637,9 @@ def _plain_messages(messages: list[dict]) -> list[dict]:
     plain = []
     for message in messages:
         content = message.get("content")
-        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        if isinstance(content, list) and all(
+            isinstance(part, dict) and part.get("type") == "text" for part in content
+        ):
             message = message | {"content": "".join(str(part.get("text", "")) for part in content)}
         plain.append({key: value for key, value in message.items() if value is not None})
     return plain
@@ -558,7 +648,9 @@ def _plain_messages(messages: list[dict]) -> list[dict]:
 # ---- from a folder ----
 
 
-def load_tokenizer(folder: Path | str, template: str | None = None, base: Path | None = None) -> Tokenizer:
+def load_tokenizer(
+    folder: Path | str, template: str | None = None, base: Path | None = None
+) -> Tokenizer:
     """Loads the tokenizer of a Hugging Face folder: tokenizer.json or tokenizer.model, with
     tokenizer_config.json, special_tokens_map.json, chat_template.jinja, config.json and
     generation_config.json where they exist.
@@ -597,7 +689,9 @@ def load_tokenizer(folder: Path | str, template: str | None = None, base: Path |
     adds_bos = config.get("add_bos_token", writes_bos)
     if template == "chatml" and not {"<|im_start|>", "<|im_end|>"} <= added.keys():
         missing = "the tokenizer has no <|im_start|> and <|im_end|>"
-        raise UserError(f"{folder}: {missing}, which the template chatml writes; take alpaca or plain")
+        raise UserError(
+            f"{folder}: {missing}, which the template chatml writes; take alpaca or plain"
+        )
     templates, template_name = _templates(folder, config, template)
     return Tokenizer(
         model,
@@ -646,7 +740,9 @@ def _subword_model(
         return model, model.control, model.names
     if spec:
         return byte_pairs(spec_file, spec, added), {}, {}
-    raise UserError(f"{folder}: no tokenizer (neither tokenizer.json nor tokenizer.model); copy the model's here")
+    raise UserError(
+        f"{folder}: no tokenizer (neither tokenizer.json nor tokenizer.model); copy the model's here"
+    )
 
 
 def _mark_special(
@@ -665,7 +761,9 @@ def _mark_special(
         elif text in model.vocab:
             added[text] = AddedToken(model.vocab[text], True, False)
         elif name in ("bos_token", "eos_token", "additional_special_tokens"):
-            raise UserError(f"{config_file}: {name} {text!r} is not in the vocabulary; name one that is")
+            raise UserError(
+                f"{config_file}: {name} {text!r} is not in the vocabulary; name one that is"
+            )
 
 
 def _names(path: Path, config: dict) -> dict[str, str]:
@@ -693,14 +791,20 @@ def _listed(path: Path, config: dict) -> list[str]:
         for value in values.values() if isinstance(values, dict) else values:
             texts.append(value.get("content") if isinstance(value, dict) else value)
     if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{path}: additional_special_tokens holds what is neither a string nor an object with content")
+        raise UserError(
+            f"{path}: additional_special_tokens holds what is neither a string nor an object with content"
+        )
     return texts
 
 
-def _added_tokens(path: Path, entries: list | dict, known: Collection[str] = ()) -> dict[str, AddedToken]:
+def _added_tokens(
+    path: Path, entries: list | dict, known: Collection[str] = ()
+) -> dict[str, AddedToken]:
     """Returns the tokens of tokenizer.json's `added_tokens`, or of tokenizer_config.json's
     `added_tokens_decoder` (objects by id), without the `known` ones."""
-    if isinstance(entries, dict) and all(isinstance(entry, dict) and id.isdecimal() for id, entry in entries.items()):
+    if isinstance(entries, dict) and all(
+        isinstance(entry, dict) and id.isdecimal() for id, entry in entries.items()
+    ):
         entries = [entry | {"id": int(id)} for id, entry in entries.items()]
     if isinstance(entries, list) and len(entries) > MOST_ADDED:
         raise UserError(f"{path}: {len(entries):,} added tokens, at most {MOST_ADDED:,} are read")
@@ -711,13 +815,17 @@ def _added_tokens(path: Path, entries: list | dict, known: Collection[str] = ())
         match entry:
             case {"content": str(text)} if text in known:
                 continue
-            case {"id": int(id), "content": str(text)} if id >= 0 and text and not LONE_SURROGATE.search(text):
+            case {"id": int(id), "content": str(text)} if (
+                id >= 0 and text and not LONE_SURROGATE.search(text)
+            ):
                 special = entry.get("special") is True
                 normalized = entry.get("normalized", not special) is True
                 flags = [entry.get(flag) is True for flag in ("lstrip", "rstrip", "single_word")]
                 added[text] = AddedToken(id, special, normalized, *flags)
             case _:
-                raise UserError(f"{path}: {str(entry)[:80]} is no added token; it needs an id and a content")
+                raise UserError(
+                    f"{path}: {str(entry)[:80]} is no added token; it needs an id and a content"
+                )
     return added
 
 
@@ -729,7 +837,9 @@ def _eos_ids(file: Path) -> set[int]:
     if not isinstance(eos, list):
         eos = [eos]
     if any(type(id) is not int for id in eos):
-        raise UserError(f"{file}: eos_token_id is {str(eos)[:40]}; it must be an integer or a list of integers")
+        raise UserError(
+            f"{file}: eos_token_id is {str(eos)[:40]}; it must be an integer or a list of integers"
+        )
     return set(eos)
 
 
@@ -769,8 +879,16 @@ def _templates(folder: Path, config: dict, named: str | None) -> tuple[dict[str,
     if isinstance(value, str):
         value = {"default": value}
     elif isinstance(value, list):
-        value = {str(entry.get("name")): entry.get("template") for entry in value if isinstance(entry, dict)}
+        value = {
+            str(entry.get("name")): entry.get("template")
+            for entry in value
+            if isinstance(entry, dict)
+        }
     file = folder / "tokenizer_config.json"
-    if not isinstance(value, dict) or "default" not in value or not all(isinstance(t, str) for t in value.values()):
+    if (
+        not isinstance(value, dict)
+        or "default" not in value
+        or not all(isinstance(t, str) for t in value.values())
+    ):
         raise UserError(f"{file}: chat_template is no text, and no list with a 'default'")
     return value, file.name

@@ -71,7 +71,9 @@ def train(flags: Flags) -> None:
     if flags.plan and not report.needs_data(flags, folder):
         return report.print_plan_of_config(flags, config, device)
     if config.experts and distributed.context_parallel:
-        raise UserError("--context-parallel: not with routed experts, whose balance is of whole batches")
+        raise UserError(
+            "--context-parallel: not with routed experts, whose balance is of whole batches"
+        )
     tokenizer = pick_tokenizer(folder, flags.adapter, flags.template)
     with distributed.local_rank0_first():
         data = load_training_data(flags, tokenizer, config.max_positions, config.vocab_size, device)
@@ -91,7 +93,9 @@ def train(flags: Flags) -> None:
     print_summary(settings, model, tokenizer, device)
     print_processes(settings)
     if resumed:
-        print(f"resumed   after step {resumed.state['step']:,} of {settings.steps:,}, from {resumed.folder}")
+        print(
+            f"resumed   after step {resumed.state['step']:,} of {settings.steps:,}, from {resumed.folder}"
+        )
     demo = Demo(model, tokenizer, settings.expected_seconds) if is_bundled_task(settings) else None
     if settings.compile == "on":
         model.compile_blocks()
@@ -119,7 +123,9 @@ def train(flags: Flags) -> None:
     distributed.start_training_timeout(settings.timeout)
     save = lambda name: save_weights(settings, model, tokenizer, origin, out / name)
     evaluator = Evaluator(settings, out, model, data, metrics, device, lambda: save("best"))
-    checkpointer = Checkpointer(settings, out, model, optimizers, data.sampler, origin, metrics.bar.write)
+    checkpointer = Checkpointer(
+        settings, out, model, optimizers, data.sampler, origin, metrics.bar.write
+    )
     if resumed:
         checkpointer.restore(resumed, state)
 
@@ -129,7 +135,9 @@ def train(flags: Flags) -> None:
         with profiled(settings.profile, device, out):
             train_loop(*loop, GracefulStop())
         return metrics.close()
-    suggest = lambda: report.suggest_savings(settings, config, settings.workload, device, DTYPES[settings.dtype])
+    suggest = lambda: report.suggest_savings(
+        settings, config, settings.workload, device, DTYPES[settings.dtype]
+    )
     try:
         with training_failures(out, checkpointer, suggest), GracefulStop() as stop:
             train_loop(*loop, stop, evaluator, checkpointer)
@@ -183,7 +191,9 @@ def train_loop(
             is_last = i == len(micro_batches) - 1
             distributed.set_gradient_sync(model, is_last or settings.reduce == "each")
             objective(model, batch, totals, losses).backward()
-        distributed.all_reduce_gradients(trained)  # data parallel without FSDP; with it they are reduced already
+        distributed.all_reduce_gradients(
+            trained
+        )  # data parallel without FSDP; with it they are reduced already
         grad_norm = distributed.clip_grad_norm_(trained, settings.clip or math.inf)
         losses.all_reduce()
 
@@ -198,11 +208,15 @@ def train_loop(
 
         state.step = step + 1
         examples = [example for batch in micro_batches for example in batch.examples]
-        metrics.log_step(state.step, losses, grad_norm, lr, totals, examples)  # read one step late: nothing waits here
+        metrics.log_step(
+            state.step, losses, grad_norm, lr, totals, examples
+        )  # read one step late: nothing waits here
 
         out_of_patience = False
         if evaluator and evaluator.due(state):
-            out_of_patience = evaluator.run(state)  # validates, keeps best/, counts for early stopping
+            out_of_patience = evaluator.run(
+                state
+            )  # validates, keeps best/, counts for early stopping
         # A single rank need not wait for the next step's totals to know of a signal, also one during the validation.
         stop_signal = totals.stop_signal or (stop.signal if distributed.world_size() == 1 else 0)
         interrupted = bool(stop_signal) and state.step < settings.steps
@@ -212,7 +226,9 @@ def train_loop(
                 metrics.sync()
                 checkpointer.save(state)
         if checkpointer and interrupted:
-            state.interrupted_by = stop.signal or signal.SIGTERM  # of another rank, the number is not known here
+            state.interrupted_by = (
+                stop.signal or signal.SIGTERM
+            )  # of another rank, the number is not known here
             print_interruption(settings, state, checkpointer, metrics)
             return
         if out_of_patience:
@@ -223,7 +239,9 @@ def lr_at(step: int, settings: Settings) -> float:
     """Learning rate of step 0, 1, ...: linear warm-up, above 0 from the first step, then --schedule."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / (settings.warmup + 1)
-    progress = (step - settings.warmup) / (settings.steps - settings.warmup)  # 0 at the peak, 1 a step after the last
+    progress = (step - settings.warmup) / (
+        settings.steps - settings.warmup
+    )  # 0 at the peak, 1 a step after the last
     return settings.lr * SCHEDULES[settings.schedule](progress)
 
 
@@ -233,7 +251,9 @@ def is_bundled_task(settings: Settings) -> bool:
     return not (settings.data or settings.model or settings.adapter or settings.profile or sharded)
 
 
-def save_weights(settings: Settings, model: Transformer, tokenizer: Tokenizer, origin: dict, folder: Path) -> None:
+def save_weights(
+    settings: Settings, model: Transformer, tokenizer: Tokenizer, origin: dict, folder: Path
+) -> None:
     """Writes final/ or best/: a Hugging Face folder, or a PEFT adapter folder with the tokenizer and chat template it
     was trained with; beside it plaintune.json, which names the base and its weights' hash."""
 
@@ -241,16 +261,27 @@ def save_weights(settings: Settings, model: Transformer, tokenizer: Tokenizer, o
         if method_of(settings).freezes_base:  # save_model carries them over by itself
             copy_tokenizer(tokenizer.source, tmp)
         tokenizer.save_template(tmp)
-        write_json({**origin, "method": settings.method, "quant": settings.quant}, tmp / "plaintune.json")
+        write_json(
+            {**origin, "method": settings.method, "quant": settings.quant}, tmp / "plaintune.json"
+        )
 
     method_of(settings).save(model, folder, write_extra)
 
 
-def save_final(settings: Settings, model: Transformer, state: TrainState, checkpointer: Checkpointer, save, out: Path):
+def save_final(
+    settings: Settings,
+    model: Transformer,
+    state: TrainState,
+    checkpointer: Checkpointer,
+    save,
+    out: Path,
+):
     """Writes final/. UserError where the weights are no numbers any more, or where it can't be written."""
     trained = [distributed.to_local(p) for p in model.parameters() if p.requires_grad]
     if not distributed.all_ranks_agree(all(bool(p.isfinite().all()) for p in trained)):
-        raise UserError(f"step {settings.steps}: weights are no numbers any more; nothing saved, try a lower --lr")
+        raise UserError(
+            f"step {settings.steps}: weights are no numbers any more; nothing saved, try a lower --lr"
+        )
     newest = checkpointer.newest
     again = f"--out {out} --resume goes on from {newest}"
     try:
@@ -262,7 +293,9 @@ def save_final(settings: Settings, model: Transformer, state: TrainState, checkp
         raise UserError(f"{distributed.lost_rank_error(error)}; {again}") from None
     except OSError as error:
         advice = f"; make room, then {again}" if newest else ""
-        raise UserError(f"final/ could not be written, {describe_os_error(error, out)}{advice}") from None
+        raise UserError(
+            f"final/ could not be written, {describe_os_error(error, out)}{advice}"
+        ) from None
 
 
 def print_interruption(
@@ -272,7 +305,9 @@ def print_interruption(
     newest = checkpointer.newest
     since = f", from {newest}" if newest != f"step-{state.step}" else ""
     resume = f"python train.py --out {shlex.quote(settings.out)} --resume goes on{since}"
-    metrics.bar.write(f"stopped   after step {state.step}; {resume if newest else 'nothing is saved'}")
+    metrics.bar.write(
+        f"stopped   after step {state.step}; {resume if newest else 'nothing is saved'}"
+    )
 
 
 def print_end(state: TrainState, metrics: MetricsLogger, out: Path, memory: float) -> None:

@@ -31,7 +31,9 @@ NAMES = (
     " Russo Sanders Santos Sato Schmidt Shah Silva Singh Soto Stone Suzuki Tanaka Taylor Torres Tran Turner Ueda"
     " Vargas Virtanen Wagner Walsh Weber Wilson Wolf Wong Xu Yilmaz Young Zimmer"
 ).split()
-MONTHS = "January February March April May June July August September October November December".split()
+MONTHS = (
+    "January February March April May June July August September October November December".split()
+)
 WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
@@ -77,7 +79,13 @@ def say_guests(n: int, pick: random.Random) -> str:
     if n == 1:
         return pick.choice(["table for one", "table for 1", "1 person", "one guest", "just me"])
     word = NUMBERS[n]
-    forms = [f"table for {word}", f"table for {n}", f"{n} people", f"party of {word}", f"{word} guests"]
+    forms = [
+        f"table for {word}",
+        f"table for {n}",
+        f"{n} people",
+        f"party of {word}",
+        f"{word} guests",
+    ]
     return pick.choice(forms + (["a couple"] if n == 2 else []))
 
 
@@ -102,7 +110,11 @@ def record(when: datetime, name: str, guests: int, pick: random.Random) -> dict:
     )  # fmt: skip
     answer = {"name": name, "guests": guests, "time": when.isoformat(timespec="minutes")}
     assert datetime.fromisoformat(answer["time"]) == when
-    turns = (("system", SYSTEM), ("user", note), ("assistant", json.dumps(answer, separators=(",", ":"))))
+    turns = (
+        ("system", SYSTEM),
+        ("user", note),
+        ("assistant", json.dumps(answer, separators=(",", ":"))),
+    )
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 

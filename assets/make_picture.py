@@ -20,10 +20,16 @@ def draw_losses(axes, lines: list[dict]) -> None:
     steps = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     checks = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
     axes.plot(*zip(*steps, strict=True), color=BLUE, linewidth=0.9, alpha=0.6, label="training")
-    axes.plot(*zip(*checks, strict=True), color=ORANGE, marker="o", markersize=4, label="validation")
+    axes.plot(
+        *zip(*checks, strict=True), color=ORANGE, marker="o", markersize=4, label="validation"
+    )
     axes.set_xlabel("step")
     axes.set_ylabel("loss per trained token")
-    axes.set_title("213 steps of LoRA on a laptop's CPU" if len(steps) == 213 else f"{len(steps)} steps of LoRA")
+    axes.set_title(
+        "213 steps of LoRA on a laptop's CPU"
+        if len(steps) == 213
+        else f"{len(steps)} steps of LoRA"
+    )
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
 
@@ -34,7 +40,9 @@ def draw_answers(axes, exact: dict[str, list[int]]) -> None:
     bars = axes.bar(names, shares, color=[GRAY, GRAY, BLUE], width=0.6)
     for bar, share, (_, total) in zip(bars, shares, exact.values(), strict=True):
         height = bar.get_height()
-        axes.text(bar.get_x() + bar.get_width() / 2, height + 2, f"{share:.1f} %\nof {total}", ha="center")
+        axes.text(
+            bar.get_x() + bar.get_width() / 2, height + 2, f"{share:.1f} %\nof {total}", ha="center"
+        )
     axes.set_ylim(0, 118)
     axes.set_yticks(range(0, 101, 25))
     axes.set_ylabel("exact answers, %")
@@ -42,7 +50,10 @@ def draw_answers(axes, exact: dict[str, list[int]]) -> None:
 
 
 def main(run: Path) -> None:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     comparison = json.loads((run / "comparison.json").read_text(encoding="utf-8"))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.6), dpi=110)
     draw_losses(left, lines)

@@ -11,7 +11,9 @@ import sys
 from common.errors import UserError
 
 
-def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(
+    parser: argparse.ArgumentParser, argv: list[str] | None = None
+) -> argparse.Namespace:
     """Returns what parser.parse_args returns. Raises UserError, with a message of one line, for every error.
 
     Unknown flags are looked for first: argparse itself would rather report that the flag which was meant is missing.

@@ -48,7 +48,9 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = available[0]
     if name not in available:
-        raise UserError(f"--device {name}: this machine does not have it, only {', '.join(available)}")
+        raise UserError(
+            f"--device {name}: this machine does not have it, only {', '.join(available)}"
+        )
     if name == "cuda":
         use_expandable_segments()
     return torch.device(name)

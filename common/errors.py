@@ -96,7 +96,9 @@ def read_text(path: Path, most: int | None = None) -> str:
         if most is not None:
             size = path.stat().st_size
             if size > most:
-                raise UserError(f"{path}: has {size / 1e6:,.0f} MB, at most {most / 1e6:.0f} MB are read")
+                raise UserError(
+                    f"{path}: has {size / 1e6:,.0f} MB, at most {most / 1e6:.0f} MB are read"
+                )
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -120,11 +122,15 @@ def read_json(path: Path, kind: type = dict):
     text = read_text(path, JSON_BYTES)
     # A text has at least as many of these characters as values, less one.
     if sum(text.count(character) for character in ",[{") > JSON_VALUES:
-        raise UserError(f"{path}: holds more than {JSON_VALUES:,} values, too many for a file of this kind")
+        raise UserError(
+            f"{path}: holds more than {JSON_VALUES:,} values, too many for a file of this kind"
+        )
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON at line {error.lineno} column {error.colno} ({error.msg})") from None
+        raise UserError(
+            f"{path}: not JSON at line {error.lineno} column {error.colno} ({error.msg})"
+        ) from None
     except RecursionError:
         raise UserError(f"{path}: JSON nested too deep") from None
     except ValueError as error:

@@ -33,7 +33,9 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     # Resolved, so that a link keeps pointing at the folder and "." has a name.
     path = Path(path).resolve()
     if path.is_file():
-        raise NotADirectoryError(errno.ENOTDIR, "is a file, a folder is to be written there", str(path))
+        raise NotADirectoryError(
+            errno.ENOTDIR, "is a file, a folder is to be written there", str(path)
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.parent / f".{path.name}.partial-{os.getpid()}"
     old = path.parent / f".{path.name}.replaced-{os.getpid()}"

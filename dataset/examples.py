@@ -57,7 +57,9 @@ class ExampleIndex(Sequence):
     replays: how many of the last sources are replays.
     """
 
-    def __init__(self, rows: list[Rows], source, row, start, stop, last_only: bool = False, replays: int = 0):
+    def __init__(
+        self, rows: list[Rows], source, row, start, stop, last_only: bool = False, replays: int = 0
+    ):
         self.rows = rows
         self.source = source
         self.row = row
@@ -158,7 +160,9 @@ class Dataset:
         stop = np.concatenate([mine.stop, theirs.stop])
         rows = mine.rows + theirs.rows
         return Dataset(
-            examples=ExampleIndex(rows, source, row, start, stop, mine.last_only, replays=len(theirs.rows)),
+            examples=ExampleIndex(
+                rows, source, row, start, stop, mine.last_only, replays=len(theirs.rows)
+            ),
             dropped=self.dropped,
             lengths=np.concatenate([self.lengths, replay.lengths]),
             num_trained=np.concatenate([self.num_trained, replay.num_trained]),
@@ -181,7 +185,9 @@ def cut(rows: list[Rows], seq_len: int, last_only: bool = False) -> Dataset:
     dropped = Counter()
     for number, source_rows in enumerate(rows):
         is_chat = (source_rows.records[:, 2] & IS_CHAT) > 0
-        chat_row, chat_stop, chat_trained = cut_chats(source_rows, np.flatnonzero(is_chat), seq_len, last_only, dropped)
+        chat_row, chat_stop, chat_trained = cut_chats(
+            source_rows, np.flatnonzero(is_chat), seq_len, last_only, dropped
+        )
         text_row, text_start, text_stop = cut_texts(source_rows, np.flatnonzero(~is_chat), seq_len)
         row = np.concatenate([chat_row, text_row])
         start = np.concatenate([np.zeros(len(chat_row), np.int64), text_start])
@@ -191,9 +197,15 @@ def cut(rows: list[Rows], seq_len: int, last_only: bool = False) -> Dataset:
         # The order of the file.
         order = np.lexsort((start, row))
         columns.append([column[order] for column in (source, row, start, stop, trained)])
-    source, row, start, stop, trained = (np.concatenate(column) for column in zip(*columns, strict=True))
-    examples = ExampleIndex(rows, source.astype(np.int16), row.astype(np.int32), start, stop, last_only)
-    prompts = np.concatenate([r.prompts[column[1]] for r, column in zip(rows, columns, strict=True)])
+    source, row, start, stop, trained = (
+        np.concatenate(column) for column in zip(*columns, strict=True)
+    )
+    examples = ExampleIndex(
+        rows, source.astype(np.int16), row.astype(np.int32), start, stop, last_only
+    )
+    prompts = np.concatenate(
+        [r.prompts[column[1]] for r, column in zip(rows, columns, strict=True)]
+    )
     # The pieces of a text that is much of the whole get a hash each, so that a split may separate them. Those of a
     # short text keep the hash that they share, and stay together.
     _, text, num_pieces = np.unique(source * 2**32 + row, return_inverse=True, return_counts=True)
@@ -254,7 +266,9 @@ def cut_chats(
     return fitting_chats, stop[fitting_chats], trained[fitting_chats]
 
 
-def cut_texts(rows: Rows, texts: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def cut_texts(
+    rows: Rows, texts: np.ndarray, seq_len: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cuts plain texts into pieces of seq_len tokens.
 
     rows: the token rows of a source.
@@ -266,7 +280,9 @@ def cut_texts(rows: Rows, texts: np.ndarray, seq_len: int) -> tuple[np.ndarray, 
     lengths = np.diff(rows.starts)[texts]
     num_pieces = -(-lengths // seq_len)
     record = np.repeat(texts, num_pieces)
-    piece = np.arange(len(record)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)  # 0, 1, ... in a text
+    piece = np.arange(len(record)) - np.repeat(
+        np.cumsum(num_pieces) - num_pieces, num_pieces
+    )  # 0, 1, ... in a text
     length = np.repeat(lengths, num_pieces)
     start = piece * seq_len
     end = np.minimum((piece + 1) * seq_len, length)

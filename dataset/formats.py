@@ -22,7 +22,14 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from common.errors import UserError, printable
-from dataset.messages import closest_key, quote_names, require_field, require_object, type_name, without_surrogate
+from dataset.messages import (
+    closest_key,
+    quote_names,
+    require_field,
+    require_object,
+    type_name,
+    without_surrogate,
+)
 from dataset.oasst import OASST_MESSAGES, oasst_tree
 from dataset.preferences import kto, preference
 from dataset.readers import Container, Text, open_containers
@@ -92,7 +99,9 @@ class Source:
         kinds = ", ".join(sorted({container.kind for container in self.containers}))
         files = f"{len(self.containers):,} files of " if Path(self.path).is_dir() else ""
         unit = "record" if stats.records == 1 else "records"
-        line = f"{printable(self.path)}: {self.format.name} ({files}{kinds}, {stats.records:,} {unit})"
+        line = (
+            f"{printable(self.path)}: {self.format.name} ({files}{kinds}, {stats.records:,} {unit})"
+        )
         if self.map:
             line += f", through {self.map.name}"
         if "OASST" in self.format.name:
@@ -123,13 +132,17 @@ class Map:
         if Path(name).is_file():
             raise UserError(f"--map {name}: names no function of the file; FILE.py:NAME is wanted")
         if not Path(file).is_file():
-            raise UserError(f"--map {name}: FILE.py:NAME is wanted, and there is no file {file or name}")
+            raise UserError(
+                f"--map {name}: FILE.py:NAME is wanted, and there is no file {file or name}"
+            )
         spec = spec_from_file_location("user_map", file)
         if spec is None:
             raise UserError(f"--map {name}: {file} is no Python file")
         module = module_from_spec(spec)
         sys.modules["user_map"] = module
-        sys.path.append(str(Path(file).resolve().parent))  # so that it can import the files next to it
+        sys.path.append(
+            str(Path(file).resolve().parent)
+        )  # so that it can import the files next to it
         try:
             spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:  # noqa: BLE001  a user's program may fail in any way
@@ -145,11 +158,17 @@ class Map:
         try:
             result = self.function(argument)
         except (Exception, SystemExit) as error:  # noqa: BLE001
-            raise UserError(f"{where}: --map {self.name}: {type(error).__name__}: {error}") from None
+            raise UserError(
+                f"{where}: --map {self.name}: {type(error).__name__}: {error}"
+            ) from None
 
         # The parts of a long text are put together again, so each must stay a text.
         if is_text and not (value.first and value.last):
-            if not (isinstance(result, dict) and result.keys() == {"text"} and isinstance(result["text"], str)):
+            if not (
+                isinstance(result, dict)
+                and result.keys() == {"text"}
+                and isinstance(result["text"], str)
+            ):
                 raise UserError(
                     f'{where}: --map {self.name}: a text this long is read in parts; of each part {{"text": string}} is'
                     " wanted"
@@ -189,7 +208,9 @@ def open_source(path: Path | str, trees: str = "best", map_fn: Map | None = None
                 continue
             format = _format_of(values[0], place)
             if map_fn and format.group:
-                raise UserError(f"{path}: --map sees one message of {format.name} at a time; convert the file first")
+                raise UserError(
+                    f"{path}: --map sees one message of {format.name} at a time; convert the file first"
+                )
             return Source(str(path), format, containers, num_others, trees, map_fn)
     why = "is an empty list"
     if map_fn is not None:
@@ -225,7 +246,9 @@ def _is_empty_answer(message: dict) -> bool:
 
 def _messages(reading: Reading) -> list[Record]:
     """Reads OpenAI's {"messages"}; the weight of an answer may be 0 or any number."""
-    messages, weights = reading.read_messages(require_field(reading.record, "messages", list, reading.where))
+    messages, weights = reading.read_messages(
+        require_field(reading.record, "messages", list, reading.where)
+    )
     messages, weights = reading.with_system(messages, weights)
     return reading.answered_conversation(messages, weights)
 
@@ -259,7 +282,9 @@ def _alpaca(reading: Reading) -> list[Record]:
     history = require_field(record, "history", list, where) if record.get("history") else []
     for number, pair in enumerate(history, 1):
         if not isinstance(pair, list) or [type(part) for part in pair] != [str, str]:
-            raise UserError(f"{where}: history holds {type_name(pair)}, [question, answer] pairs of strings are wanted")
+            raise UserError(
+                f"{where}: history holds {type_name(pair)}, [question, answer] pairs of strings are wanted"
+            )
         question, answer = (without_surrogate(part, f"{where} history {number}") for part in pair)
         messages += _question_and_answer(question, answer)
     question = _join_parts(reading.text("instruction"), reading.optional_text("input"))
@@ -305,7 +330,9 @@ def _context(reading: Reading) -> list[Record]:
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list) or not all(isinstance(each, (str, dict)) for each in value):
-        raise UserError(f"{reading.where}: answer is {type_name(value)}, a string or a list of strings is wanted")
+        raise UserError(
+            f"{reading.where}: answer is {type_name(value)}, a string or a list of strings is wanted"
+        )
     if not value:
         reading.stats.dropped["without an answer"] += 1
         return []
@@ -378,12 +405,22 @@ PAIRS = (
     ("input", "output"), ("problem", "solution"), ("document", "summary"), ("dialogue", "summary"),
     ("article", "highlights"), ("source", "target"), ("text", "code"),
 )  # fmt: skip
-CLASSES = (("text", "label"), ("sentence", "label"), ("text", "category"), ("text", "intent"))  # columns of classes
+CLASSES = (
+    ("text", "label"),
+    ("sentence", "label"),
+    ("text", "category"),
+    ("text", "intent"),
+)  # columns of classes
 CHAT = ("system", "tools", "functions", "weight")  # optional keys of conversations
 # The first row that fits wins: Stanford's own Alpaca file has a rendered "text" in each record, next to instruction and
 # output, and is no plain text.
 FORMATS = (
-    Format("preferences", ("chosen", "rejected"), ("prompt", "conversations", "messages", *CHAT), preference),
+    Format(
+        "preferences",
+        ("chosen", "rejected"),
+        ("prompt", "conversations", "messages", *CHAT),
+        preference,
+    ),
     Format("KTO", ("messages", "label"), CHAT, kto),
     Format("KTO", ("conversations", "label"), CHAT, kto),
     Format("KTO", ("prompt", "completion", "label"), CHAT, kto),
@@ -402,7 +439,15 @@ FORMATS = (
     Format("plain text", ("text",), (), _plain, kind=(dict, Text)),
 )
 # The formats that the error about an unknown one lists.
-COMMON = ("messages", "ShareGPT", "Alpaca", "prompt and completion", "text and its label", "preferences", "plain text")
+COMMON = (
+    "messages",
+    "ShareGPT",
+    "Alpaca",
+    "prompt and completion",
+    "text and its label",
+    "preferences",
+    "plain text",
+)
 
 
 def _format_of(value: object, where: str) -> Format:
@@ -413,7 +458,9 @@ def _format_of(value: object, where: str) -> Format:
     record = require_object(value, where)
     all_keys = [key for format in FORMATS for key in format.keys]
     hint = closest_key(record, all_keys, record)
-    known = ", ".join(f"{format.name} ({', '.join(format.keys)})" for format in FORMATS if format.name in COMMON)
+    known = ", ".join(
+        f"{format.name} ({', '.join(format.keys)})" for format in FORMATS if format.name in COMMON
+    )
     raise UserError(
         f"{where}: keys {quote_names(record)}: no known format; known: {known}, and more at the head of"
         f" dataset/formats.py; --map FILE.py:NAME makes one of them{hint}"

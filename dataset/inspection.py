@@ -44,7 +44,9 @@ MAX_PLACES = 3  # places that are named for each finding
 MAX_LABEL_LENGTH = 80  # characters: longer answers are no classes
 MAX_LABELS = 200  # more different answers are no classes
 MIN_LABELLED = 20  # fewer answers are not called classes
-IMBALANCE = 10  # times as many records of the most frequent label as of the rarest: from there on a warning
+IMBALANCE = (
+    10  # times as many records of the most frequent label as of the rarest: from there on a warning
+)
 MAX_HISTOGRAM_WIDTH = 40  # characters of the longest bar in the terminal
 DEFAULT_SHOWN = 3  # examples of each file
 DEFAULT_SHARE = 0.05  # of the records, for each of val.jsonl and test.jsonl
@@ -119,7 +121,9 @@ def survey_chunk(source: Source, chunk: list) -> Survey:
     part = Survey(
         hashes=np.array([text_hash(full_text(record)) for record in records], np.uint64),
         prompts=np.array([prompt_hash(record) for record in records], np.uint64),
-        signatures=np.array([signature(words_of(record)) for record in records], np.uint16).reshape(-1, 64),
+        signatures=np.array([signature(words_of(record)) for record in records], np.uint16).reshape(
+            -1, 64
+        ),
         places=np.array(places, np.int64).reshape(-1, 2),
     )
     for record in records:
@@ -129,7 +133,9 @@ def survey_chunk(source: Source, chunk: list) -> Survey:
             part.private[kind] += 1
             add_example(part, kind, f"{record.where}: {masked(text)}")
         if record.messages is not None:
-            last_answer = next(each for each in reversed(record.messages) if each["role"] == "assistant")
+            last_answer = next(
+                each for each in reversed(record.messages) if each["role"] == "assistant"
+            )
             answer = last_answer.get("content") or ""
             part.answers[answer if len(answer) <= MAX_LABEL_LENGTH else ""] += 1
             if len(answer.split(None, 1)) == 1 and not last_answer.get("tool_calls"):
@@ -143,7 +149,8 @@ def full_text(record: Record) -> str:
         return record.text
     messages = [*record.messages, *(record.rejected or ())]
     lines = [
-        f"{message['role']} {message.get('content') or ''} {message.get('tool_calls') or ''}" for message in messages
+        f"{message['role']} {message.get('content') or ''} {message.get('tool_calls') or ''}"
+        for message in messages
     ]
     lines.append(str(record.tools or ""))
     return "\n".join(lines)
@@ -199,7 +206,9 @@ def same_as(place: str, other: str) -> str:
     return f"{place} is {other.removeprefix(file + ' ')}"
 
 
-def overlap(mine: Survey, other: Survey, name: str, where_other: Callable[[int], str]) -> list[Finding]:
+def overlap(
+    mine: Survey, other: Survey, name: str, where_other: Callable[[int], str]
+) -> list[Finding]:
     """Returns how many records of a file that validates or tests are in a source too.
 
     mine: the source.
@@ -225,12 +234,16 @@ def overlap(mine: Survey, other: Survey, name: str, where_other: Callable[[int],
 def contents(result: Survey, rows: Rows) -> list[Finding]:
     """Returns the findings on empty and one-word answers, control tokens, scripts, labels, addresses and secrets."""
     flags = rows.records[:, 2]
-    num_empty = sum(count for reason, count in rows.stats.dropped.items() if reason.startswith("empty"))
+    num_empty = sum(
+        count for reason, count in rows.stats.dropped.items() if reason.startswith("empty")
+    )
     num_one_word = int((flags & ONE_WORD_ANSWER > 0).sum())
     with_control = np.flatnonzero(flags & CONTROL_TOKEN)
     control_places = [rows.where(i) for i in with_control[:MAX_PLACES]]
     total = max(1, len(result.hashes))
-    scripts = ", ".join(f"{name} {count / total:.1%}" for name, count in result.scripts.most_common(6))
+    scripts = ", ".join(
+        f"{name} {count / total:.1%}" for name, count in result.scripts.most_common(6)
+    )
     findings = [
         Finding("empty, left out", f"{num_empty:,}", warns=num_empty > 0),
         Finding("answers of one word", f"{num_one_word:,}", result.examples.get("one word", [])),
@@ -266,7 +279,9 @@ def label_balance(labels: list[tuple[str, int]], total: int) -> Finding:
     """Returns the finding that lists labels with their shares. labels: as of `classes`; total: number of records."""
     _, largest = labels[0]
     _, smallest = labels[-1]
-    value = ", ".join(f"{console.one_line(label, 30)} {count / total:.1%}" for label, count in labels[:12])
+    value = ", ".join(
+        f"{console.one_line(label, 30)} {count / total:.1%}" for label, count in labels[:12]
+    )
     if len(labels) > 12:
         value += f", ... {len(labels):,} in all"
     value += f"; most to least {largest:,} to {smallest:,}"
@@ -282,7 +297,9 @@ def lengths(rows: Rows, seq_len: int, last_only: bool) -> list[Finding]:
         num_trained = int(span_lengths[rows.weights > 0].sum())
     names = ("shortest", "median", "90 %", "99 %", "longest")
     values = np.percentile(np.diff(rows.starts), (0, 50, 90, 99, 100))
-    quantiles = ", ".join(f"{name} {int(value):,}" for name, value in zip(names, values, strict=True))
+    quantiles = ", ".join(
+        f"{name} {int(value):,}" for name, value in zip(names, values, strict=True)
+    )
 
     data = cut([rows], seq_len, last_only)
     is_chat = rows.records[:, 2] & IS_CHAT > 0
@@ -292,7 +309,9 @@ def lengths(rows: Rows, seq_len: int, last_only: bool) -> list[Finding]:
         if num_pieces:
             changes.append(f"plain text comes in {num_pieces:,} pieces of up to {seq_len:,} tokens")
     return [
-        Finding("tokens", f"{num_tokens:,}, of which {num_trained / max(1, num_tokens):.1%} trained"),
+        Finding(
+            "tokens", f"{num_tokens:,}, of which {num_trained / max(1, num_tokens):.1%} trained"
+        ),
         Finding("tokens a record", quantiles),
         Finding(
             f"--seq-len {seq_len:,}",
@@ -315,7 +334,8 @@ def histogram(values: np.ndarray, bars: int = 12) -> list[tuple[str, int]]:
         edges = np.array([low, high])
     counts, _ = np.histogram(values, edges)
     return [
-        (f"{start:,} to {stop - 1:,}", int(count)) for (start, stop), count in zip(pairwise(edges), counts, strict=True)
+        (f"{start:,} to {stop - 1:,}", int(count))
+        for (start, stop), count in zip(pairwise(edges), counts, strict=True)
     ]
 
 
@@ -407,7 +427,9 @@ def in_terminal(example: Example, tokenizer: Tokenizer, color: bool) -> str:
 PAGE_MARK = '<meta name="generator" content="plaintune">'
 
 
-def page(title: str, parts: list[tuple[str, list[Finding]]], bins, examples, tokenizer: Tokenizer) -> str:
+def page(
+    title: str, parts: list[tuple[str, list[Finding]]], bins, examples, tokenizer: Tokenizer
+) -> str:
     """Returns the whole report as one HTML file that loads nothing, rendered from dataset/page.html.jinja.
 
     title: the heading.
@@ -446,7 +468,9 @@ def check_overwritable(file: str) -> None:
         return
     beginning = Path(file).read_text(encoding="utf-8", errors="replace")[:200]
     if PAGE_MARK not in beginning:
-        raise UserError(f"--html {file}: the file exists and is no page of this program; give another name")
+        raise UserError(
+            f"--html {file}: the file exists and is no page of this program; give another name"
+        )
 
 
 def print_report(
@@ -471,7 +495,9 @@ def print_report(
         print(f"  {label:>{label_width}}  {count:>9,}  {bar}")
     if examples:
         mark = f"{GREEN}green{PLAIN}" if color else "[[in brackets]]"
-        print(f"\nexamples as the model sees them; chat template: {tokenizer.template_name}; trained: {mark}")
+        print(
+            f"\nexamples as the model sees them; chat template: {tokenizer.template_name}; trained: {mark}"
+        )
     for example in examples:
         print(f"\n--- {printable(example.source)}, {len(example.ids):,} tokens")
         print(in_terminal(example, tokenizer, color))
@@ -506,7 +532,9 @@ FLAGS_OF = {
 
 
 def make_data_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="data.py", description="Look at data, or rewrite it.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="data.py", description="Look at data, or rewrite it.", allow_abbrev=False
+    )
     add = parser.add_argument
     add(
         "command",
@@ -515,7 +543,12 @@ def make_data_parser() -> argparse.ArgumentParser:
         " split: write train.jsonl, val.jsonl and test.jsonl",
     )
     add("files", nargs="+", metavar="FILE", help="files or folders of any known format")
-    add("--trees", choices=[*TREES], default="best", help="which paths of OASST trees to read (default: best)")
+    add(
+        "--trees",
+        choices=[*TREES],
+        default="best",
+        help="which paths of OASST trees to read (default: best)",
+    )
     add("--map", metavar="FILE.py:NAME", help="your function that every record goes through first")
     add(
         "--model",
@@ -523,10 +556,29 @@ def make_data_parser() -> argparse.ArgumentParser:
         help="inspect: the model whose tokenizer and template to use (default: the default base)",
     )
     add("--template", help="inspect: chat template in place of the model's own")
-    add("--train-on", choices=[*TRAIN_ON], help="inspect: which messages are trained (default: answers)")
-    add("--seq-len", type=int, metavar="N", help="inspect: tokens of an example at most (default: as train.py)")
-    add("--against", nargs="+", metavar="FILE", help="inspect: validation or test files to find overlaps with")
-    add("--show", type=int, metavar="K", help=f"inspect: examples to show of each file (default: {DEFAULT_SHOWN})")
+    add(
+        "--train-on",
+        choices=[*TRAIN_ON],
+        help="inspect: which messages are trained (default: answers)",
+    )
+    add(
+        "--seq-len",
+        type=int,
+        metavar="N",
+        help="inspect: tokens of an example at most (default: as train.py)",
+    )
+    add(
+        "--against",
+        nargs="+",
+        metavar="FILE",
+        help="inspect: validation or test files to find overlaps with",
+    )
+    add(
+        "--show",
+        type=int,
+        metavar="K",
+        help=f"inspect: examples to show of each file (default: {DEFAULT_SHOWN})",
+    )
     add("--html", metavar="PAGE", help="inspect: write the report as an HTML page as well")
     add("--out", metavar="PATH", help="convert: the JSONL file to write; split: the folder")
     for name, verb in (("--val", "validate"), ("--test", "test")):
@@ -557,7 +609,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.val = DEFAULT_SHARE if args.val is None else args.val
     args.test = DEFAULT_SHARE if args.test is None else args.test
     if args.val < 0 or args.test < 0 or args.val + args.test >= 1:
-        raise UserError(f"--val {args.val:g} --test {args.test:g}: each share must be 0 or more, both together below 1")
+        raise UserError(
+            f"--val {args.val:g} --test {args.test:g}: each share must be 0 or more, both together below 1"
+        )
     return args
 
 
@@ -598,7 +652,9 @@ def inspect(args: argparse.Namespace, tokenizer: Tokenizer, max_positions: int) 
     print_report(parts, bins, shown, tokenizer)
     if args.html:
         check_overwritable(args.html)
-        html = page(", ".join(Path(file).name for file in args.files), parts, bins, shown, tokenizer)
+        html = page(
+            ", ".join(Path(file).name for file in args.files), parts, bins, shown, tokenizer
+        )
         with atomic_file(Path(args.html)) as tmp:
             tmp.write_text(html, encoding="utf-8")
         print(f"page      {args.html}")

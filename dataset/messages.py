@@ -56,7 +56,9 @@ def read_message(message: object, where: str, ignored: dict, source: str) -> tup
     content_is_call = role == "function_call"
     role = SAME_ROLE.get(role, role)
     if role not in ROLES:
-        raise UserError(f"{where}: role {quote_names([role])} is unknown; known: {', '.join(ROLES)}")
+        raise UserError(
+            f"{where}: role {quote_names([role])} is unknown; known: {', '.join(ROLES)}"
+        )
 
     # The content is a tool call in JSON, or a list of typed parts, or a string. It may be null beside tool calls.
     result = {"role": role}
@@ -78,7 +80,9 @@ def read_message(message: object, where: str, ignored: dict, source: str) -> tup
         what = "a tool call" if calls else "a thought"
         raise UserError(f"{where}: {what} of the {role}; only the assistant can have one")
     if thought:
-        result["reasoning_content"] = require_field({"reasoning_content": thought}, "reasoning_content", str, where)
+        result["reasoning_content"] = require_field(
+            {"reasoning_content": thought}, "reasoning_content", str, where
+        )
     if calls:
         result.setdefault("content", "")  # chat templates read it
         if not isinstance(calls, list):
@@ -94,7 +98,9 @@ def read_message(message: object, where: str, ignored: dict, source: str) -> tup
 
     weight = weight_of(message, where)
     if role != "assistant" and weight not in (0.0, 1.0):
-        raise UserError(f"{where}: a weight on a message of the {role}, which is not trained; put it on an answer")
+        raise UserError(
+            f"{where}: a weight on a message of the {role}, which is not trained; put it on an answer"
+        )
     return result, weight
 
 
@@ -115,7 +121,9 @@ def read_parts(parts: list, where: str) -> tuple[str, list, str]:
             calls.append(value)
         elif kind in ("text", "reasoning", "thinking"):
             if not isinstance(value, str):
-                raise UserError(f"{where}: a {kind} part of content holds {type_name(value)}, a string is wanted")
+                raise UserError(
+                    f"{where}: a {kind} part of content holds {type_name(value)}, a string is wanted"
+                )
             without_surrogate(value, f"{where}: content")
             if kind == "text":
                 texts.append(value)
@@ -177,7 +185,9 @@ def weight_of(record: dict, where: str) -> float:
         except ValueError:
             number = None
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number <= 1e6:
-        raise UserError(f"{where}: weight is {str(weight)[:40]}, a number from 0 to 1,000,000 is wanted")
+        raise UserError(
+            f"{where}: weight is {str(weight)[:40]}, a number from 0 to 1,000,000 is wanted"
+        )
     return float(number)
 
 
@@ -216,7 +226,9 @@ def without_surrogate(value, what: str):
         return value
     half = SURROGATE.search(text)
     if half:
-        raise UserError(f"{what} holds a lone surrogate {half[0]!a} at character {half.start() + 1}; correct it")
+        raise UserError(
+            f"{what} holds a lone surrogate {half[0]!a} at character {half.start() + 1}; correct it"
+        )
     return value
 
 
@@ -237,7 +249,9 @@ def check_depth(value: object, what: str) -> None:
         depth += 1
 
 
-def note_extra_keys(record: dict, known: tuple[str, ...], where: str, ignored: dict, prefix: str = "") -> None:
+def note_extra_keys(
+    record: dict, known: tuple[str, ...], where: str, ignored: dict, prefix: str = ""
+) -> None:
     """Adds the keys of a record that are not in `known` to `ignored`, each with the prefix.
 
     Raises UserError for a key that changes what is trained, and for one that looks like a known key mistyped.
@@ -245,7 +259,11 @@ def note_extra_keys(record: dict, known: tuple[str, ...], where: str, ignored: d
     for key, value in record.items():
         if key in known:
             continue
-        if key in CHANGES_MEANING and value not in (None, "", "[]", [], {}) and (key, value) != ("weight", 1):
+        if (
+            key in CHANGES_MEANING
+            and value not in (None, "", "[]", [], {})
+            and (key, value) != ("weight", 1)
+        ):
             raise UserError(
                 f"{where}: key {key!r} changes what is trained, and is not supported here; remove it to train without"
             )
@@ -273,7 +291,14 @@ def closest_key(keys: Iterable[str], expected: Iterable[str], record: dict) -> s
 
 # ---- words for what a stranger's file holds ----
 
-TYPE_NAMES = {str: "a string", list: "a list", dict: "an object", bool: "a boolean", type(None): "null", bytes: "bytes"}
+TYPE_NAMES = {
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+    bool: "a boolean",
+    type(None): "null",
+    bytes: "bytes",
+}
 TYPE_NAMES |= {Text: "plain text", int: "a number", float: "a number"}
 
 

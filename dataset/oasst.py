@@ -39,9 +39,13 @@ def oasst_tree(reading: Reading) -> list[Record]:
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()
             weights.pop()
-        new_answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and weights[i]]
+        new_answers = [
+            i for i, message in enumerate(messages) if message["role"] == "assistant" and weights[i]
+        ]
         if not new_answers:
-            reason = "a path without an answer of its own" if messages else "a path without an answer"
+            reason = (
+                "a path without an answer of its own" if messages else "a path without an answer"
+            )
             reading.stats.dropped[reason] += 1
             continue
         trained_nodes.update(id(path[i]) for i in new_answers)
@@ -73,7 +77,9 @@ def _replies(node: dict, reading: Reading) -> list[dict]:
     """Returns the replies to a message, the best-ranked first, without the deleted ones, which are counted."""
     replies = node.get("replies") or []
     if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
-        raise UserError(f"{reading.where}: replies is {type_name(replies)}, a list of messages is wanted")
+        raise UserError(
+            f"{reading.where}: replies is {type_name(replies)}, a list of messages is wanted"
+        )
     remaining = [reply for reply in replies if reply.get("deleted") is not True]
     if len(remaining) < len(replies):
         reading.stats.dropped["a deleted reply"] += len(replies) - len(remaining)
@@ -86,7 +92,9 @@ def _rank(reply: dict, where: str) -> float:
     if rank is None:
         return math.inf
     if isinstance(rank, bool) or not isinstance(rank, (int, float)):
-        raise UserError(f"{reply.get(WHERE, where)}: rank is {type_name(rank)}, a number or null is wanted")
+        raise UserError(
+            f"{reply.get(WHERE, where)}: rank is {type_name(rank)}, a number or null is wanted"
+        )
     return math.inf if math.isnan(rank) else rank
 
 
@@ -94,7 +102,9 @@ def _message(node: dict, reading: Reading) -> dict:
     where = node.get(WHERE, reading.where)
     role = OASST_ROLES.get(require_field(node, "role", str, where))
     if role is None:
-        raise UserError(f"{where}: role {quote_names([node['role']])} is unknown; prompter or assistant")
+        raise UserError(
+            f"{where}: role {quote_names([node['role']])} is unknown; prompter or assistant"
+        )
     return {"role": role, "content": require_field(node, "text", str, where)}
 
 
@@ -114,7 +124,9 @@ def _flat_tree(reading: Reading) -> list[Record]:
         nodes[id] = message | {"replies": []}
         parent = message["parent_id"]
         if parent is not None and not isinstance(parent, str):
-            raise UserError(f"{where}: parent_id is {type_name(parent)}, a string or null is wanted")
+            raise UserError(
+                f"{where}: parent_id is {type_name(parent)}, a string or null is wanted"
+            )
         if parent is None:
             roots.append(id)
         else:
@@ -136,7 +148,9 @@ def _flat_tree(reading: Reading) -> list[Record]:
 
     records = []
     for id in roots:
-        records += oasst_tree(Reading({"prompt": nodes[id]}, reading.where, reading.stats, reading.trees))
+        records += oasst_tree(
+            Reading({"prompt": nodes[id]}, reading.where, reading.stats, reading.trees)
+        )
     return records
 
 
@@ -151,7 +165,9 @@ def _group_by_tree(container: Container, payloads: Iterable) -> Iterator[tuple[i
         numbered = list(numbered)
         first_number = numbered[0][0]
         if tree in finished_trees:
-            raise UserError(f"{container.place(first_number)}: tree {str(tree)[:40]!r} again; sort the file by tree")
+            raise UserError(
+                f"{container.place(first_number)}: tree {str(tree)[:40]!r} again; sort the file by tree"
+            )
         finished_trees.add(tree)
         # The keys of the format are there so that the group is recognized as one of it.
         keys = dict.fromkeys(OASST_MESSAGES.keys)
@@ -177,4 +193,6 @@ def _tree_of(numbered: tuple[int, dict]) -> str:
     return message.get("message_tree_id") or message["message_id"]
 
 
-OASST_MESSAGES = Format("OASST messages", ("message_id", "parent_id", "text", "role"), (), _flat_tree, _group_by_tree)
+OASST_MESSAGES = Format(
+    "OASST messages", ("message_id", "parent_id", "text", "role"), (), _flat_tree, _group_by_tree
+)

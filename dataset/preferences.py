@@ -39,13 +39,19 @@ def preference(reading: Reading) -> list[Record]:
         num_same += 1
     prompt = [*prompt, *chosen[:num_same]]
     weights = prompt_weights(prompt, [*weights, *chosen_weights[:num_same]])
-    chosen, chosen_weights, rejected = chosen[num_same:], chosen_weights[num_same:], rejected[num_same:]
+    chosen, chosen_weights, rejected = (
+        chosen[num_same:],
+        chosen_weights[num_same:],
+        rejected[num_same:],
+    )
 
     if not chosen and not rejected:
         reading.stats.dropped["chosen and rejected do not differ"] += 1
         return []
     if not prompt:
-        raise UserError(f"{reading.where}: nothing is asked before chosen and rejected; a prompt is wanted")
+        raise UserError(
+            f"{reading.where}: nothing is asked before chosen and rejected; a prompt is wanted"
+        )
     for key, messages in (("chosen", chosen), ("rejected", rejected)):
         if not any(message["role"] == "assistant" for message in messages):
             raise UserError(f"{reading.where}: {key} has no assistant message of its own")
@@ -86,11 +92,16 @@ def kto(reading: Reading) -> list[Record]:
         messages, weights = [*prompt, *completion], [*weights, *completion_weights]
     else:
         key = "messages" if "messages" in reading.record else "conversations"
-        messages, weights = reading.read_messages(require_field(reading.record, key, list, reading.where), key)
+        messages, weights = reading.read_messages(
+            require_field(reading.record, key, list, reading.where), key
+        )
     messages, weights = reading.with_system(messages, weights)
     last_answer = 0
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             last_answer = i
-    weights = [*prompt_weights(messages[:last_answer], weights[:last_answer]), *weights[last_answer:]]
+    weights = [
+        *prompt_weights(messages[:last_answer], weights[:last_answer]),
+        *weights[last_answer:],
+    ]
     return reading.answered_conversation(messages, weights, label=label)

@@ -70,7 +70,13 @@ class Container:
         if kind == "Parquet":
             yield from _parquet_rows(self.path)
             return
-        readers = {"JSONL": _lines, "JSON": _json_values, "CSV": _table_rows, "TSV": _table_rows, "TXT": _text_parts}
+        readers = {
+            "JSONL": _lines,
+            "JSON": _json_values,
+            "CSV": _table_rows,
+            "TSV": _table_rows,
+            "TXT": _text_parts,
+        }
         stream, _ = _open(self.path)
         with stream, _report_damage(self.path):
             yield from readers[kind](stream, self)
@@ -83,12 +89,17 @@ class Container:
         if not isinstance(payload, bytes):
             return payload
         place = self.place(number)
-        if len(payload) > COUNT_VALUES_FROM and sum(map(payload.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        if (
+            len(payload) > COUNT_VALUES_FROM
+            and sum(map(payload.count, (b",", b"[", b"{"))) > MAX_VALUES
+        ):
             raise _too_many_values(place)
         try:
             line = payload.decode("utf-8").strip()
         except UnicodeDecodeError as error:
-            raise UserError(f"{place}: not UTF-8 at byte {error.start + 1} of the line; save it as UTF-8") from None
+            raise UserError(
+                f"{place}: not UTF-8 at byte {error.start + 1} of the line; save it as UTF-8"
+            ) from None
         value, end = decode(line, 0, place)
         if end < len(line):
             rest = SPACE.match(line, end).end()
@@ -124,14 +135,18 @@ def open_containers(path: Path | str) -> tuple[list[Container], int]:
         has_tables = any(_suffix(Path(name)) in (".csv", ".tsv") for name in names)
         for name in names:
             is_class_names = name == CLASS_NAMES and has_tables
-            is_about_data = name.upper().startswith(("README", "LICENSE", "LICENCE")) or is_class_names
+            is_about_data = (
+                name.upper().startswith(("README", "LICENSE", "LICENCE")) or is_class_names
+            )
             if _suffix(Path(name)) in KNOWN_SUFFIXES and not is_about_data:
                 paths.append(Path(folder, name))
             else:
                 num_others += 1
     if not paths:
         suffixes = ", ".join(KNOWN_SUFFIXES)
-        raise UserError(f"{path}: holds no file of a known kind ({suffixes}, each also with .gz or .zst)")
+        raise UserError(
+            f"{path}: holds no file of a known kind ({suffixes}, each also with .gz or .zst)"
+        )
     return [_recognize(each) for each in paths], num_others
 
 
@@ -153,14 +168,18 @@ def _recognize(path: Path) -> Container:
     # Binary files, which are recognized by their first bytes.
     if head[:4] == b"PAR1":
         if compression:
-            raise UserError(f"{path}: Parquet{in_compression}; Parquet is compressed itself, unpack the file")
+            raise UserError(
+                f"{path}: Parquet{in_compression}; Parquet is compressed itself, unpack the file"
+            )
         return Container(path, "Parquet", "row")
     if compression:
         inner = _compression(head[:4])
         if inner:
             raise UserError(f"{path}: compressed twice, {inner}{in_compression}; unpack it once")
     if head[:4] == b"PK\x03\x04":
-        raise UserError(f"{path}: a zip archive, or an Excel workbook; unpack it, or export it as CSV")
+        raise UserError(
+            f"{path}: a zip archive, or an Excel workbook; unpack it, or export it as CSV"
+        )
 
     # Text that is not UTF-8, or is none.
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -171,7 +190,9 @@ def _recognize(path: Path) -> Container:
     # UTF-16 without a byte order mark has a NUL at every other place.
     if "\0" in text:
         _check_utf8(path, head)
-        raise UserError(f"{path}: holds a NUL at character {text.index(chr(0)) + 1}; save it as UTF-8 text")
+        raise UserError(
+            f"{path}: holds a NUL at character {text.index(chr(0)) + 1}; save it as UTF-8 text"
+        )
 
     # Tables and plain text go by the name, JSON and JSONL by the first characters.
     suffix = _suffix(path)
@@ -185,7 +206,9 @@ def _recognize(path: Path) -> Container:
     if text[start] == "{":
         line, line_end, rest = text[start:].partition("\n")
         is_only_line = not rest.strip() and len(head) < HEAD_BYTES
-        if (line_end and _continues_on_next_line(line)) or (is_only_line and _is_object_of_objects(line)):
+        if (line_end and _continues_on_next_line(line)) or (
+            is_only_line and _is_object_of_objects(line)
+        ):
             return Container(path, "JSON" + in_compression, "record")
         return Container(path, "JSONL" + in_compression, "line")
 
@@ -201,7 +224,9 @@ def _read_head(path: Path) -> tuple[bytes, str | None]:
     """Returns the first bytes of a file, decompressed, and its compression. The head of a file that begins with blanks
     is longer, up to the first bytes that are not blank."""
     if path.exists() and not path.is_file():
-        raise UserError(f"{path}: is no regular file, and would have to be read more than once; save it first")
+        raise UserError(
+            f"{path}: is no regular file, and would have to be read more than once; save it first"
+        )
     try:
         stream, compression = _open(path)
     except FileNotFoundError:
@@ -477,19 +502,25 @@ def _table_rows(stream: BinaryIO, container: Container) -> Iterator[tuple[int, d
                 names = [name.strip() for name in row]
                 _refuse_duplicate_columns(container.path, names)
                 if len(names) == 1 and ";" in names[0]:
-                    raise UserError(f"{container.path}: its columns are separated by semicolons; commas are wanted")
+                    raise UserError(
+                        f"{container.path}: its columns are separated by semicolons; commas are wanted"
+                    )
                 continue
 
         number += 1
         if len(row) != len(names):
-            raise UserError(f"{container.place(number)}: has {len(row)} columns, {len(names)} are wanted")
+            raise UserError(
+                f"{container.place(number)}: has {len(row)} columns, {len(names)} are wanted"
+            )
         if classes is None:
             yield number, dict(zip(names, row, strict=True))
             continue
         label = row[0]
         if classes:
             if not (label.isdecimal() and 1 <= int(label[:9]) <= len(classes)):
-                raise UserError(f"{container.place(number)}: class {label[:40]!r}, classes.txt names {len(classes)}")
+                raise UserError(
+                    f"{container.place(number)}: class {label[:40]!r}, classes.txt names {len(classes)}"
+                )
             label = classes[int(label) - 1]
         yield number, {"label": label, "text": "\n".join(row[1:])}
 
@@ -531,14 +562,18 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
                             row[column] = classes[row[column]]
                     yield number, row
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: no whole Parquet file after row {number}, {_one_line(error)}") from None
+        raise UserError(
+            f"{path}: no whole Parquet file after row {number}, {_one_line(error)}"
+        ) from None
 
 
 def _class_columns(metadata: dict) -> dict[str, list[str]]:
     """Returns {column: names of its classes}, from the metadata that `datasets` writes into Parquet files."""
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
-        return {name: list(f["names"]) for name, f in features.items() if f.get("_type") == "ClassLabel"}
+        return {
+            name: list(f["names"]) for name, f in features.items() if f.get("_type") == "ClassLabel"
+        }
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
 
@@ -553,7 +588,9 @@ def _text_parts(stream: BinaryIO, container: Container) -> Iterator[tuple[int, T
         # UTF-16 without a byte order mark is valid UTF-8, with a NUL at every other place.
         if "\0" in chunk:
             at = num_characters + chunk.index("\0") + 1
-            raise UserError(f"{container.path}: holds a NUL at character {at}; save it as UTF-8 text")
+            raise UserError(
+                f"{container.path}: holds a NUL at character {at}; save it as UTF-8 text"
+            )
         num_characters += len(chunk)
         unread += chunk
         if len(unread) > PART:
@@ -632,7 +669,9 @@ def decode(text: str, at: int, place: str) -> tuple[object, int]:
         raise UserError(f"{place}: {error}") from None
 
 
-def _not_json(place: str, text: str, at: int, why: str, lines: int = 0, column: int = 0) -> UserError:
+def _not_json(
+    place: str, text: str, at: int, why: str, lines: int = 0, column: int = 0
+) -> UserError:
     """Returns the error for JSON that is wrong at position `at` of `text`.
 
     lines, column: line ends before `text`, and characters between the last of them and `text`.
@@ -650,7 +689,9 @@ def _not_json(place: str, text: str, at: int, why: str, lines: int = 0, column: 
 
 def _too_long(place: str) -> UserError:
     megabytes = MAX_RECORD_BYTES >> 20
-    return UserError(f"{place}: longer than {megabytes} MB, too much for a record; put each on a line of its own")
+    return UserError(
+        f"{place}: longer than {megabytes} MB, too much for a record; put each on a line of its own"
+    )
 
 
 def _too_many_values(place: str) -> UserError:

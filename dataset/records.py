@@ -180,7 +180,9 @@ class Reading:
         if not value:
             return None
         if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-            raise UserError(f"{self.where}: tools is {type_name(value)}, a list of objects is wanted")
+            raise UserError(
+                f"{self.where}: tools is {type_name(value)}, a list of objects is wanted"
+            )
         without_surrogate(value, f"{self.where}: tools")
         tools = []
         for tool in value:
@@ -192,7 +194,9 @@ class Reading:
         """Reads a list of messages of any dialect. key: the record's key that holds them."""
         messages, weights = [], []
         for number, value in enumerate(values, 1):
-            message, weight = read_message(value, f"{self.where} message {number}", self.stats.ignored, key)
+            message, weight = read_message(
+                value, f"{self.where} message {number}", self.stats.ignored, key
+            )
             messages.append(message)
             weights.append(weight)
         return messages, weights
@@ -201,9 +205,13 @@ class Reading:
         """Reads the messages at a key: a list of them, a single one, or a string, which is a message of `role`."""
         value = self.record.get(key)
         if isinstance(value, str):
-            return [{"role": role, "content": without_surrogate(value, f"{self.where}: {key}")}], [1.0]
+            return [{"role": role, "content": without_surrogate(value, f"{self.where}: {key}")}], [
+                1.0
+            ]
         if not isinstance(value, (list, dict)):
-            raise UserError(f"{self.where}: {key} is {type_name(value)}, a string or a list of messages is wanted")
+            raise UserError(
+                f"{self.where}: {key} is {type_name(value)}, a string or a list of messages is wanted"
+            )
         return self.read_messages(value if isinstance(value, list) else [value], key)
 
     def with_system(self, messages: list[dict], weights: list[float]) -> WeightedMessages:
@@ -212,7 +220,9 @@ class Reading:
             return messages, weights
         return [{"role": "system", "content": self.record["system"]}, *messages], [1.0, *weights]
 
-    def conversation(self, messages: list[dict], weights: list[float] | None = None, **more) -> list[Record]:
+    def conversation(
+        self, messages: list[dict], weights: list[float] | None = None, **more
+    ) -> list[Record]:
         """Returns a list of one record with these messages.
 
         weights: of each message, by default 1; they are multiplied by the record's own. more: other fields of `Record`.
@@ -226,13 +236,17 @@ class Reading:
             weights = [record_weight * weight for weight in weights]
         return [Record(messages, None, self.where, weights=weights, **more)]
 
-    def answered_conversation(self, messages: list[dict], weights: list[float], **more) -> list[Record]:
+    def answered_conversation(
+        self, messages: list[dict], weights: list[float], **more
+    ) -> list[Record]:
         """Returns a list of one record with these messages and the record's tools.
 
         Raises UserError if there is no message of the assistant. more: other fields of `Record`.
         """
         if not any(message["role"] == "assistant" for message in messages):
-            raise UserError(f"{self.where}: no assistant message among {len(messages)}; nothing to train on")
+            raise UserError(
+                f"{self.where}: no assistant message among {len(messages)}; nothing to train on"
+            )
         return self.conversation(messages, weights, tools=self.tools(), **more)
 
 

@@ -110,7 +110,9 @@ def write_sides(args: argparse.Namespace, sides: np.ndarray, folder: Path) -> Co
         for record in all_records(args):
             side_of_record = next(remaining, None)
             if side_of_record is None:
-                raise UserError(f"{record.where}: was not there a moment ago; is the file being written?")
+                raise UserError(
+                    f"{record.where}: was not there a moment ago; is the file being written?"
+                )
             # The parts of a long text stay together.
             if record.first:
                 side = side_of_record
@@ -136,7 +138,9 @@ def all_records(args: argparse.Namespace) -> Iterator[Record]:
             if first_kind is None:
                 first_kind = kind
             if kind != first_kind:
-                raise UserError(f"{record.where}: is of another kind than the records before it; write two files")
+                raise UserError(
+                    f"{record.where}: is of another kind than the records before it; write two files"
+                )
             yield record
         print(f"data      {source.summary(stats)}")
 

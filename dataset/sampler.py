@@ -98,14 +98,18 @@ class Sampler:
         if self.num_epoch_rows is None:
             order = epoch_order(self.sizes, self.samples_per_epoch, self.seed, 0)
             num_windows = -(-len(order) // WINDOW_SAMPLES)
-            self.num_epoch_rows = sum(len(self.window_rows(order, 0, window)) for window in range(num_windows))
+            self.num_epoch_rows = sum(
+                len(self.window_rows(order, 0, window)) for window in range(num_windows)
+            )
         return self.num_epoch_rows
 
     def epoch_tokens(self) -> float:
         """Returns how many tokens an epoch takes on average, from the mean length of each source's examples."""
         edges = np.cumsum([0, *self.sizes])
         means = [float(self.lengths[start:stop].mean()) for start, stop in pairwise(edges)]
-        return sum(samples * mean for samples, mean in zip(self.samples_per_epoch, means, strict=True))
+        return sum(
+            samples * mean for samples, mean in zip(self.samples_per_epoch, means, strict=True)
+        )
 
 
 def allocate_samples(
@@ -132,14 +136,18 @@ def allocate_samples(
         samples[i] += 1
     if total < len(samples):
         count = len(samples)
-        raise UserError(f"{total:,} examples make an epoch too short for {count} files; give more examples")
+        raise UserError(
+            f"{total:,} examples make an epoch too short for {count} files; give more examples"
+        )
     while 0 in samples:
         samples[samples.index(max(samples))] -= 1
         samples[samples.index(0)] += 1
     return samples
 
 
-def epoch_order(sizes: Sequence[int], samples_per_epoch: Sequence[int], seed: int, epoch: int) -> np.ndarray:
+def epoch_order(
+    sizes: Sequence[int], samples_per_epoch: Sequence[int], seed: int, epoch: int
+) -> np.ndarray:
     """Returns the example numbers of an epoch's samples in order, int64. Arguments: as those of `Sampler`.
 
     The order is plainly shuffled. Padding is never computed, so placing examples of similar length together would gain

@@ -21,7 +21,9 @@ _generator = np.random.Generator(np.random.PCG64(0))
 FACTORS, TERMS = _generator.integers(1, 2**63, (2, BANDS * BAND_WIDTH), np.uint64) | np.uint64(1)
 
 # A character of a script that writes no spaces (Thai, Lao, Burmese, Khmer, Japanese, Chinese), or a word.
-WORD_PATTERN = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|[^\W_]+")
+WORD_PATTERN = re.compile(
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|[^\W_]+"
+)
 HASHED_AT_ONCE = 4096  # word triples, so that a long text takes little memory
 
 
@@ -45,14 +47,18 @@ def signature(text: str) -> np.ndarray:
             hashes = hashes[:-2] * FACTORS[0] + hashes[1:-1] * FACTORS[1] + hashes[2:] * FACTORS[2]
         smallest = np.full(len(FACTORS), np.iinfo(np.uint64).max, np.uint64)
         for start in range(0, len(hashes), HASHED_AT_ONCE):
-            rehashed = hashes[start : start + HASHED_AT_ONCE, None] * FACTORS + TERMS  # [triples, 64]
+            rehashed = (
+                hashes[start : start + HASHED_AT_ONCE, None] * FACTORS + TERMS
+            )  # [triples, 64]
             smallest = np.minimum(smallest, (rehashed >> np.uint64(32)).min(0))
     return smallest.astype(np.uint16)
 
 
 @lru_cache(1 << 16)
 def _word_hash(word: str) -> int:
-    return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "big"
+    )
 
 
 def near_groups(signatures: np.ndarray) -> np.ndarray:
@@ -120,7 +126,22 @@ PRIVATE_PATTERNS = {
 }
 _private_patterns = {kind: re.compile(pattern) for kind, pattern in PRIVATE_PATTERNS.items()}
 # Each match of the patterns holds one of these; most texts hold none, and the patterns are not tried on them.
-_HINTS = ("@", "-----BEGIN", "AKIA", "ASIA", "sk-", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "hf_", "AIza", "xox", "eyJ")
+_HINTS = (
+    "@",
+    "-----BEGIN",
+    "AKIA",
+    "ASIA",
+    "sk-",
+    "ghp_",
+    "gho_",
+    "ghu_",
+    "ghs_",
+    "ghr_",
+    "hf_",
+    "AIza",
+    "xox",
+    "eyJ",
+)
 _HINTS += ("glpat-", "assw", "ASSW", "ecret", "ECRET", "pi_key", "PI_KEY")
 
 

@@ -44,7 +44,9 @@ from tokenizer import TemplateError, Tokenizer
 
 ROWS_FORMAT = 3  # version of the folders: a higher number makes all of them anew
 KEPT = 20 << 30  # bytes of rows that the cache keeps; the ones unused for longest are deleted first
-ABANDONED_SECONDS = 86_400  # age from which an unfinished folder of a process that does not exist is deleted
+ABANDONED_SECONDS = (
+    86_400  # age from which an unfinished folder of a process that does not exist is deleted
+)
 RENDER_BATCH = 256  # conversations that the template's process is given at a time
 
 # Flags of a record, the third column of `records`.
@@ -97,7 +99,9 @@ class Rows:
         return f"{self.units[file]} {number}"
 
 
-def tokenized_rows(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...] = ("assistant",)) -> Rows:
+def tokenized_rows(
+    source: Source, tokenizer: Tokenizer, roles: tuple[str, ...] = ("assistant",)
+) -> Rows:
     """Returns the rows of a source, out of the cache if they are there, else made and put into it.
 
     source: the files and their format.
@@ -128,14 +132,20 @@ def tokenized_rows(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...] 
 
 
 def make_folder(
-    source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], stamps: list[tuple[int, int]], folder: Path
+    source: Source,
+    tokenizer: Tokenizer,
+    roles: tuple[str, ...],
+    stamps: list[tuple[int, int]],
+    folder: Path,
 ) -> None:
     """Writes the rows of a source to `folder`. stamps: the `file_stamps` from before the files were read."""
     try:
         with atomic_folder(folder) as tmp:
             write(source, tokenizer, roles, tmp)
             if file_stamps(source) != stamps:
-                raise UserError(f"{source.path}: changed while it was read; start again when it is whole")
+                raise UserError(
+                    f"{source.path}: changed while it was read; start again when it is whole"
+                )
     except OSError:
         # On a system without locks another process may have made the folder first.
         if not folder.is_dir():
@@ -154,7 +164,15 @@ def cache_key(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...]) -> s
     today = ""
     if any("strftime_now" in template for template in tokenizer.templates.values()):
         today = time.strftime("%x")
-    parts = [ROWS_FORMAT, files, source.format.name, source.trees, roles, tokenizer.fingerprint, today]
+    parts = [
+        ROWS_FORMAT,
+        files,
+        source.format.name,
+        source.trees,
+        roles,
+        tokenizer.fingerprint,
+        today,
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -272,7 +290,9 @@ def write(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], folder: 
     num_tokens = num_spans = largest = 0
     files = {name: open(folder / f"{name}.bin", "wb") for name in ("ids", *ARRAYS)}  # noqa: SIM115
     # One process alone is given little to do, which needs no bar; None shows the bar in a terminal only.
-    bar = tqdm(unit="record", desc="tokenising", disable=None if processes > 1 else True, leave=False)
+    bar = tqdm(
+        unit="record", desc="tokenising", disable=None if processes > 1 else True, leave=False
+    )
     try:
         files["starts"].write(np.zeros(1, np.int64))
         files["span_starts"].write(np.zeros(1, np.int64))
@@ -301,10 +321,14 @@ def write(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], folder: 
             file.close()
     stats.complain_if_empty(source.path)
     meta = vars(stats) | {"ignored": [*stats.ignored]}
-    write_json(meta | {"largest": largest, "dtype": dtype.name, "tokens": num_tokens}, folder / "meta.json")
+    write_json(
+        meta | {"largest": largest, "dtype": dtype.name, "tokens": num_tokens}, folder / "meta.json"
+    )
 
 
-def encode(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], dtype: np.dtype, chunk: list) -> EncodedChunk:
+def encode(
+    source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], dtype: np.dtype, chunk: list
+) -> EncodedChunk:
     """Reads, renders and tokenises the payloads of a chunk. dtype: of the ids."""
     stats = ReadStats()
     records = []
@@ -382,7 +406,9 @@ def encode_record(
     return ids, spans
 
 
-def encode_text(record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int, float]]] | str:
+def encode_text(
+    record: Record, tokenizer: Tokenizer
+) -> tuple[list[int], list[tuple[int, int, float]]] | str:
     """As `encode_record`, for a text, all of whose tokens are trained."""
     bos = record.first and tokenizer.bos_id is not None and tokenizer.adds_bos
     try:
@@ -411,8 +437,14 @@ def prompt_hash(record: Record) -> int:
     messages = record.messages
     if messages is None:
         return text_hash(record.text)
-    first_question = next((i for i, message in enumerate(messages) if message["role"] == "user"), len(messages))
-    answers = (i for i, message in enumerate(messages) if message["role"] == "assistant" and i > first_question)
+    first_question = next(
+        (i for i, message in enumerate(messages) if message["role"] == "user"), len(messages)
+    )
+    answers = (
+        i
+        for i, message in enumerate(messages)
+        if message["role"] == "assistant" and i > first_question
+    )
     first_answer = next(answers, len(messages))
     return text_hash("\n".join(message.get("content") or "" for message in messages[:first_answer]))
 

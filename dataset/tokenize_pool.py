@@ -24,7 +24,9 @@ from dataset.formats import Source
 # A chunk ends at this many records or at this many bytes, whichever comes first.
 CHUNK_RECORDS = 1024
 CHUNK_BYTES = 1 << 20
-ALONE = 1 << 20  # bytes of a source up to which one process reads it, since starting others would not pay
+ALONE = (
+    1 << 20
+)  # bytes of a source up to which one process reads it, since starting others would not pay
 MAX_CHUNKS_PER_PROCESS = 4  # chunks that were sent and whose results were not yielded yet
 WORKER_ENDED = "a process that read the data ended, killed perhaps because memory ran out"
 
@@ -61,7 +63,9 @@ def nothing() -> None:
     """Does nothing: the default of `prepare`."""
 
 
-def in_order(work: Callable, chunks: Iterable, processes: int, prepare: Callable = nothing) -> Iterator:
+def in_order(
+    work: Callable, chunks: Iterable, processes: int, prepare: Callable = nothing
+) -> Iterator:
     """Yields work(chunk) of each chunk, in the order of the chunks, computed by forked processes.
 
     work: the function of a chunk.
@@ -85,7 +89,9 @@ def in_order(work: Callable, chunks: Iterable, processes: int, prepare: Callable
         for _ in range(processes):
             parent_end, worker_end = context.Pipe()
             pipes.append(parent_end)
-            worker = context.Process(target=serve, args=(work, worker_end, list(pipes), prepare), daemon=True)
+            worker = context.Process(
+                target=serve, args=(work, worker_end, list(pipes), prepare), daemon=True
+            )
             worker.start()
             workers.append(worker)
             worker_end.close()
@@ -105,11 +111,15 @@ def exchange(work: Callable, chunks: Iterable, pipes: list[Connection]) -> Itera
     chunks = iter(chunks)
     idle = list(pipes)
     busy: dict[Connection, int] = {}  # pipe: number of the chunk that its worker has
-    answers: dict[int, tuple[bool, object]] = {}  # number of a chunk: (True, result) or (False, exception)
+    answers: dict[
+        int, tuple[bool, object]
+    ] = {}  # number of a chunk: (True, result) or (False, exception)
     num_sent = num_yielded = 0
     exhausted = False
     while busy or not exhausted:
-        while not exhausted and idle and num_sent - num_yielded < MAX_CHUNKS_PER_PROCESS * len(pipes):
+        while (
+            not exhausted and idle and num_sent - num_yielded < MAX_CHUNKS_PER_PROCESS * len(pipes)
+        ):
             try:
                 chunk = next(chunks, None)
             except UserError as error:
@@ -153,7 +163,9 @@ def result_of(answer: tuple[bool, object]) -> object:
     return result
 
 
-def serve(work: Callable, pipe: Connection, parent_ends: list[Connection], prepare: Callable) -> None:
+def serve(
+    work: Callable, pipe: Connection, parent_ends: list[Connection], prepare: Callable
+) -> None:
     """Runs a worker: receives chunks and sends back (True, work(chunk)) or (False, exception) until the pipe closes.
 
     parent_ends: the parent's ends of all pipes so far, inherited by the fork.

@@ -85,7 +85,9 @@ def exact(
     for record, messages in zip(records, questions, strict=True):
         prompts.append(prompt_ids(model, tokenizer, record, messages))
     if max_new_tokens is None:
-        lengths = [len(tokenizer.encode(reference, bos=False, eos=False)) for reference in references]
+        lengths = [
+            len(tokenizer.encode(reference, bos=False, eos=False)) for reference in references
+        ]
         max_new_tokens = EXTRA_TOKENS + max(lengths)
 
     answers = [""] * len(prompts)
@@ -96,7 +98,9 @@ def exact(
     with bar, packed_weights(model, max_new_tokens):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            generated = model.generate([prompts[i] for i in batch], max_new_tokens, stop=tokenizer.stop_ids)
+            generated = model.generate(
+                [prompts[i] for i in batch], max_new_tokens, stop=tokenizer.stop_ids
+            )
             for i, ids in zip(batch, generated, strict=True):
                 if ids[-1] in tokenizer.stop_ids:
                     ids = ids[:-1]
@@ -106,7 +110,9 @@ def exact(
     return ExactResult(list(records), references, answers, prompt_tokens)
 
 
-def prompt_ids(model: Transformer, tokenizer: Tokenizer, record: Record, messages: list[dict]) -> list[int]:
+def prompt_ids(
+    model: Transformer, tokenizer: Tokenizer, record: Record, messages: list[dict]
+) -> list[int]:
     """Returns the ids of `messages` with the beginning of an answer. record: names the place in an
     error message."""
     try:
@@ -115,7 +121,9 @@ def prompt_ids(model: Transformer, tokenizer: Tokenizer, record: Record, message
         raise UserError(f"{record.where}: {console.one_line(str(error), 200)}") from None
     limit = model.config.max_positions
     if len(ids) >= limit:
-        raise UserError(f"{record.where}: {len(ids):,} tokens before the answer; the model takes {limit:,}")
+        raise UserError(
+            f"{record.where}: {len(ids):,} tokens before the answer; the model takes {limit:,}"
+        )
     return ids
 
 
@@ -131,16 +139,24 @@ def split_reference(record: Record, shots: Sequence[Record] = ()) -> tuple[list[
     """
     for each in (record, *shots):
         if each.messages is None:
-            raise UserError(f"{each.where}: plain text has no reference answer to compare with; use `evaluate.py loss`")
+            raise UserError(
+                f"{each.where}: plain text has no reference answer to compare with; use `evaluate.py loss`"
+            )
     last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
     before = record.messages[:last]
     if not any(message["role"] == "user" for message in before):
-        raise UserError(f"{record.where}: no user message before its last assistant message, so there is no question")
+        raise UserError(
+            f"{record.where}: no user message before its last assistant message, so there is no question"
+        )
     system_messages = 0
     while system_messages < len(before) and before[system_messages]["role"] == "system":
         system_messages += 1
     if record.messages[last].get("tool_calls"):
-        raise UserError(f"{record.where}: its last answer is a tool call; exact match compares words only")
-    examples = [message for shot in shots for message in shot.messages if message["role"] != "system"]
+        raise UserError(
+            f"{record.where}: its last answer is a tool call; exact match compares words only"
+        )
+    examples = [
+        message for shot in shots for message in shot.messages if message["role"] != "system"
+    ]
     messages = [*before[:system_messages], *examples, *before[system_messages:]]
     return messages, record.messages[last]["content"]

@@ -23,6 +23,8 @@ def loss(model: Transformer, dataset: Dataset, batch_size: int = 8) -> dict[str,
     can't hold it) and "tokens" (the number of trained tokens).
     """
     with eval_mode(model):
-        value = objectives.mean_loss(model, data.batches_by_length(dataset, batch_size, model.device))
+        value = objectives.mean_loss(
+            model, data.batches_by_length(dataset, batch_size, model.device)
+        )
     perplexity = math.exp(value) if value < LARGEST_EXPONENT else math.inf
     return {"loss": value, "perplexity": perplexity, "tokens": dataset.trained_tokens}

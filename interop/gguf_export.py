@@ -65,7 +65,9 @@ Q8_0_BLOCK = 32  # weights that share a scale
 LogFn = Callable[[str], None]
 
 
-def folder_to_gguf(folder, file, dtype: str = "f32", adapter=None, log: LogFn = print_stderr) -> None:
+def folder_to_gguf(
+    folder, file, dtype: str = "f32", adapter=None, log: LogFn = print_stderr
+) -> None:
     """Writes a Hugging Face model folder as a GGUF file, with its tokenizer and chat template.
 
     dtype: of the matrices, one of TYPES. Vectors, routers and tables of positions are float32 in
@@ -85,7 +87,9 @@ def folder_to_gguf(folder, file, dtype: str = "f32", adapter=None, log: LogFn = 
         raise UserError(f"--type {dtype}: is not known; {', '.join(TYPES)} are")
     config = read_config(folder)
     if config.raw.get("quantization_config") is not None:
-        raise UserError(f"{folder}: its weights are quantised already; give the folder that they were made from")
+        raise UserError(
+            f"{folder}: its weights are quantised already; give the folder that they were made from"
+        )
     row, architecture = find_architecture(config, folder)
     plan = places(config, row)
     weights = FolderWeights(folder, config)
@@ -133,7 +137,9 @@ def find_architecture(config: Config, where) -> tuple[Architecture, str]:
     if config.family in UNEXPORTED:
         raise UserError(f"{where}: {config.family} can't be exported: {UNEXPORTED[config.family]}")
     if config.family not in ARCHITECTURE_OF:
-        raise UserError(f"{where}: {config.family} can't be exported ({', '.join(ARCHITECTURE_OF)} can)")
+        raise UserError(
+            f"{where}: {config.family} can't be exported ({', '.join(ARCHITECTURE_OF)} can)"
+        )
     architecture = ARCHITECTURE_OF[config.family]
     return ARCHITECTURES[architecture], architecture
 
@@ -162,7 +168,9 @@ def attention_notes(config: Config, row: Architecture, architecture: str) -> lis
             f" it computes texts over {windows[0]} tokens differently from this model"
         )
     if any((rope.scaling or {}).get("rope_type") == "longrope" for rope in config.ropes):
-        notes.append("llama.cpp picks LongRoPE's factors by the size of its context (-c), not by the text's own length")
+        notes.append(
+            "llama.cpp picks LongRoPE's factors by the size of its context (-c), not by the text's own length"
+        )
     return notes
 
 
@@ -182,9 +190,14 @@ def shape_keys(config: Config, row: Architecture, architecture: str, folder: Pat
         if value is not None:
             result[suffix] = kind(value)
         elif suffix not in row.optional:
-            raise UserError(f"{folder}: its config.json has no {name}, which a GGUF file of {architecture} needs")
+            raise UserError(
+                f"{folder}: its config.json has no {name}, which a GGUF file of {architecture} needs"
+            )
     if row.own_head_dim or config.ropes:
-        result |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
+        result |= {
+            "attention.key_length": config.head_dim,
+            "attention.value_length": config.head_dim,
+        }
     if row.pattern:
         slides = [layer.window is not None for layer in config.layers]
         usual = [bool((i + 1) % row.pattern) for i in range(config.num_layers)]
@@ -226,7 +239,9 @@ def rope_keys(config: Config, folder: Path) -> dict:
     scaling = rope.scaling or {}
     keys = {"rope.dimension_count": rope.dim}
     if "original_max_position_embeddings" in scaling and scaling["rope_type"] != "llama3":
-        keys["rope.scaling.original_context_length"] = int(scaling["original_max_position_embeddings"])
+        keys["rope.scaling.original_context_length"] = int(
+            scaling["original_max_position_embeddings"]
+        )
     match scaling:
         case {} if not scaling:
             pass
@@ -243,7 +258,10 @@ def rope_keys(config: Config, folder: Path) -> dict:
             if not close(attention_factor, usual):
                 keys["rope.scaling.attn_factor"] = attention_factor / usual
         case {"rope_type": "longrope", "attention_factor": attention_factor}:
-            keys |= {"rope.scaling.type": "longrope", "rope.scaling.attn_factor": float(attention_factor)}
+            keys |= {
+                "rope.scaling.type": "longrope",
+                "rope.scaling.attn_factor": float(attention_factor),
+            }
         case {"rope_type": kind}:
             raise UserError(f"{folder}: llama.cpp has no rope scaling {kind!r}")
     return keys
@@ -267,13 +285,19 @@ def rope_tensors(config: Config) -> dict[str, np.ndarray]:
 
 
 def check_read_back(
-    fields: dict, plan: dict[str, GGUFPlace], factors: dict[str, np.ndarray], config: Config, folder: Path
+    fields: dict,
+    plan: dict[str, GGUFPlace],
+    factors: dict[str, np.ndarray],
+    config: Config,
+    folder: Path,
 ) -> None:
     """Raises UserError if the file would be read as another model, and names the first difference.
 
     factors: the tensors of `rope_tensors`.
     """
-    no_bytes = np.empty((0, 0), np.uint8)  # Of the other tensors only names and shapes are looked at.
+    no_bytes = np.empty(
+        (0, 0), np.uint8
+    )  # Of the other tensors only names and shapes are looked at.
     tensors = {name: GgufTensor(place.shape, "F32", no_bytes) for name, place in plan.items()}
     for name, values in factors.items():
         tensors[name] = GgufTensor(values.shape, "F32", values.view(np.uint8)[None])
@@ -281,7 +305,9 @@ def check_read_back(
     for entry in dataclasses.fields(Config):
         if entry.name in ("family", "raw", "ignored_settings", "names"):
             continue
-        difference = first_difference(getattr(config, entry.name), getattr(again, entry.name), entry.name)
+        difference = first_difference(
+            getattr(config, entry.name), getattr(again, entry.name), entry.name
+        )
         if difference:
             architecture = fields["general.architecture"]
             raise UserError(f"{folder}: as {architecture}, a GGUF file can't say {difference}")
@@ -298,7 +324,11 @@ def first_difference(ours, theirs, name: str) -> str:
         pairs = [(getattr(ours, key), getattr(theirs, key), f"{name}.{key}") for key in keys]
     elif isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
         pairs = [(ours[key], theirs[key], f"{name}.{key}") for key in ours]
-    elif isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)) and len(ours) == len(theirs):
+    elif (
+        isinstance(ours, (list, tuple))
+        and isinstance(theirs, (list, tuple))
+        and len(ours) == len(theirs)
+    ):
         pairs = [(a, b, f"{name}[{i}]") for i, (a, b) in enumerate(zip(ours, theirs, strict=True))]
     else:
         are_numbers = type(ours) in (int, float) and type(theirs) in (int, float)
@@ -407,7 +437,9 @@ def encode_tensor(
         if not np.isfinite(rows).all():
             raise UserError(f"{weights.folder}: {hf} holds NaN or infinite weights")
         if np.abs(rows).max() > MAX_BY_TYPE.get(kind.name, np.inf):
-            raise UserError(f"{weights.folder}: {hf} holds weights too large for {kind.name}; take --type bf16")
+            raise UserError(
+                f"{weights.folder}: {hf} holds weights too large for {kind.name}; take --type bf16"
+            )
         if place.offset:
             rows = rows + np.float32(place.offset)
         if place.heads:
@@ -441,7 +473,9 @@ def adapter_to_gguf(adapter, file, folder) -> None:
     content: dict[str, np.ndarray] = {}
     for layer in updates.layers:
         if f"{layer}.weight" not in by_hf_name:
-            raise UserError(f"{adapter}: adapts {layer}, one of many experts, which is not supported in a LoRA file")
+            raise UserError(
+                f"{adapter}: adapts {layer}, one of many experts, which is not supported in a LoRA file"
+            )
         name, place = by_hf_name[f"{layer}.weight"]
         a, b = (factor.numpy() for factor in updates.factors(layer))
         if place.heads:

@@ -92,7 +92,9 @@ def config_json(gguf: Gguf) -> dict:
     row = ARCHITECTURES.get(architecture)
     if row is None:
         known = ", ".join(ARCHITECTURES)
-        raise UserError(f"{gguf.file}: its architecture is {architecture!r}; those that can be converted are {known}")
+        raise UserError(
+            f"{gguf.file}: its architecture is {architecture!r}; those that can be converted are {known}"
+        )
     is_rotary = "rope.freq_base" in row.keys
     check_supported(gguf, architecture, row, is_rotary)
 
@@ -103,7 +105,9 @@ def config_json(gguf: Gguf) -> dict:
     config |= settings_of_keys(gguf, architecture, row, name)
     hidden = config["hidden_size"]
     heads = config["num_attention_heads"]
-    config.setdefault("num_key_value_heads", heads)  # llama.cpp's default, which is not every family's
+    config.setdefault(
+        "num_key_value_heads", heads
+    )  # llama.cpp's default, which is not every family's
     head_dim = head_size(gguf, architecture, row, hidden, heads)
     if row.own_head_dim:
         config["head_dim"] = head_dim
@@ -121,7 +125,9 @@ def config_json(gguf: Gguf) -> dict:
     if row.pattern:
         config |= gemma_layers(gguf, architecture, row, config, head_dim)
     if is_rotary:
-        thetas = [key for key, _ in row.keys.values() if key in ("rope_theta", "rope_local_base_freq")]
+        thetas = [
+            key for key, _ in row.keys.values() if key in ("rope_theta", "rope_local_base_freq")
+        ]
         # llama.cpp's default, which is not every family's
         config = dict.fromkeys(thetas, 10_000.0) | config
         config |= rope_settings(gguf, architecture, config, head_dim)
@@ -145,7 +151,9 @@ def check_supported(gguf: Gguf, architecture: str, row: Architecture, is_rotary:
     if gguf.fields.get("general.type", "model") != "model":
         raise UserError(f"{gguf.file}: holds {gguf.fields['general.type']!r}, not a model")
     if gguf.fields.get("split.count", 1) != 1:
-        raise UserError(f"{gguf.file}: is a part of a model; join the parts first (llama-gguf-split --merge)")
+        raise UserError(
+            f"{gguf.file}: is a part of a model; join the parts first (llama-gguf-split --merge)"
+        )
     known = {*row.keys, *OTHER_KEYS}
     if is_rotary:
         known |= {*ROPE_KEYS}
@@ -202,7 +210,9 @@ def head_size(gguf: Gguf, architecture: str, row: Architecture, hidden: int, hea
     return key_length
 
 
-def gemma_layers(gguf: Gguf, architecture: str, row: Architecture, config: dict, head_dim: int) -> dict:
+def gemma_layers(
+    gguf: Gguf, architecture: str, row: Architecture, config: dict, head_dim: int
+) -> dict:
     """Returns what llama.cpp's code fixes for Gemma 2 and 3: which layers have a window, and what
     divides the scores."""
     depth = config["num_hidden_layers"]
@@ -229,7 +239,11 @@ def gemma_layers(gguf: Gguf, architecture: str, row: Architecture, config: dict,
 
 # ---- rotary positions ----
 
-LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def rope_settings(gguf: Gguf, architecture: str, config: dict, head_dim: int) -> dict:
@@ -246,7 +260,9 @@ def rope_settings(gguf: Gguf, architecture: str, config: dict, head_dim: int) ->
         # exactly.
         is_exact = dim <= head_dim and int(head_dim * (dim / head_dim)) == dim
         if not FAMILIES[config["model_type"]].partial_rope or not is_exact:
-            raise UserError(f"{gguf.file}: RoPE over {dim} of {head_dim} dimensions is not supported in {architecture}")
+            raise UserError(
+                f"{gguf.file}: RoPE over {dim} of {head_dim} dimensions is not supported in {architecture}"
+            )
         settings["partial_rotary_factor"] = dim / head_dim
     positions = config["max_position_embeddings"]
     original = gguf.field(f"{prefix}original_context_length", int, positions)
@@ -281,13 +297,21 @@ def rope_kind(gguf: Gguf, prefix: str) -> str:
     if has_short and has_long and kind in ("none", "longrope") and not has_freqs:
         kind = "longrope"
     elif has_short or has_long:
-        raise UserError(f"{gguf.file}: RoPE scaling {kind!r} and factors for LongRoPE are not supported together")
+        raise UserError(
+            f"{gguf.file}: RoPE scaling {kind!r} and factors for LongRoPE are not supported together"
+        )
     if has_freqs and kind != "none":
-        raise UserError(f"{gguf.file}: RoPE scaling {kind!r} and rope_freqs.weight are not supported together")
+        raise UserError(
+            f"{gguf.file}: RoPE scaling {kind!r} and rope_freqs.weight are not supported together"
+        )
     if kind not in ("yarn", "longrope") and f"{prefix}attn_factor" in gguf.fields:
-        raise UserError(f"{gguf.file}: uses '{prefix}attn_factor' without YaRN or LongRoPE, which is not supported")
+        raise UserError(
+            f"{gguf.file}: uses '{prefix}attn_factor' without YaRN or LongRoPE, which is not supported"
+        )
     if kind == "longrope" and (has_factor or not has_short):
-        raise UserError(f"{gguf.file}: LongRoPE without two lists of factors, or with one factor, is not supported")
+        raise UserError(
+            f"{gguf.file}: LongRoPE without two lists of factors, or with one factor, is not supported"
+        )
     return kind
 
 
@@ -301,7 +325,9 @@ def rope_factors(gguf: Gguf, name: str, dim: int) -> list[float]:
     allows."""
     tensor = gguf.tensors[name]
     if (tensor.kind, tensor.shape) != ("F32", (dim // 2,)):
-        raise UserError(f"{gguf.file}: {name} is {tensor.kind} {list(tensor.shape)}, not F32 [{dim // 2}]")
+        raise UserError(
+            f"{gguf.file}: {name} is {tensor.kind} {list(tensor.shape)}, not F32 [{dim // 2}]"
+        )
     return [float(str(factor)) for factor in tensor.rows.view("<f4")[0]]
 
 
@@ -317,15 +343,21 @@ def llama3_scaling(gguf: Gguf, dim: int, theta: float) -> dict | None:
     if (factors == 1).all():
         return None
     low, high, length = LLAMA3_ROPE.values()
-    rotations = length / (2 * math.pi * theta ** (np.arange(0, dim, 2) / dim))  # in the original context
-    unscaled = np.clip((rotations - low) / (high - low), 0, 1)  # the share of the unscaled frequency
+    rotations = length / (
+        2 * math.pi * theta ** (np.arange(0, dim, 2) / dim)
+    )  # in the original context
+    unscaled = np.clip(
+        (rotations - low) / (high - low), 0, 1
+    )  # the share of the unscaled frequency
     factor = float(factors.max())
     is_possible = 1 <= factor < math.inf
     if is_possible:
         scales = (1 - unscaled) / factor + unscaled
         is_possible = np.allclose(factors * scales, 1, rtol=0, atol=1e-4)
     if not is_possible:
-        raise UserError(f"{gguf.file}: rope_freqs.weight is not Llama 3's scaling of 8192 positions; not supported")
+        raise UserError(
+            f"{gguf.file}: rope_freqs.weight is not Llama 3's scaling of 8192 positions; not supported"
+        )
     return {"rope_type": "llama3", "factor": factor} | LLAMA3_ROPE
 
 
@@ -347,7 +379,9 @@ def yarn_scaling(gguf: Gguf, prefix: str, original: int) -> dict:
     for key, numbers in supported.items():
         value = gguf.fields.get(prefix + key, numbers[0])
         if type(value) is not float or not any(close(value, number) for number in numbers):
-            raise UserError(f"{gguf.file}: {prefix}{key} is {str(value)[:40]}, {numbers[-1]:g} is supported")
+            raise UserError(
+                f"{gguf.file}: {prefix}{key} is {str(value)[:40]}, {numbers[-1]:g} is supported"
+            )
     scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     extra = gguf.field(f"{prefix}attn_factor", float, 1.0)
     if not close(extra, 1.0):
@@ -384,11 +418,15 @@ def plan_tensors(gguf: Gguf, config: Config) -> dict[str, GGUFPlace]:
     row = ARCHITECTURES[architecture]
     # Checked first, so that no time goes into building a model that is not there.
     if config.num_layers > len(gguf.tensors):
-        raise UserError(f"{gguf.file}: holds {len(gguf.tensors)} tensors, too few for {config.num_layers} layers")
+        raise UserError(
+            f"{gguf.file}: holds {len(gguf.tensors)} tensors, too few for {config.num_layers} layers"
+        )
     plan = places(config, row)
     missing = [name for name in plan if name not in gguf.tensors]
     if missing:
-        raise UserError(f"{gguf.file}: {len(missing)} tensors are missing, the first is {missing[0]}")
+        raise UserError(
+            f"{gguf.file}: {len(missing)} tensors are missing, the first is {missing[0]}"
+        )
     extra = gguf.tensors.keys() - plan.keys()
     if ROTARY.items() <= row.keys.items():
         extra -= {*ROPE_TENSORS}
@@ -398,7 +436,9 @@ def plan_tensors(gguf: Gguf, config: Config) -> dict[str, GGUFPlace]:
     for name, place in plan.items():
         shape = gguf.tensors[name].shape
         if shape != place.shape:
-            raise UserError(f"{gguf.file}: {name} has shape {list(shape)}; its header asks for {list(place.shape)}")
+            raise UserError(
+                f"{gguf.file}: {name} has shape {list(shape)}; its header asks for {list(place.shape)}"
+            )
     return plan
 
 
@@ -462,7 +502,9 @@ def folder_weights(gguf: Gguf, name: str, place: GGUFPlace) -> Iterator[np.ndarr
         with np.errstate(invalid="ignore"):
             weights = dequantize(part, GGMLQuantizationType[kind])  # float32
         if not np.isfinite(weights).all():
-            raise UserError(f"{gguf.file}: {name!r} holds NaN or infinite weights; take another copy of it")
+            raise UserError(
+                f"{gguf.file}: {name!r} holds NaN or infinite weights; take another copy of it"
+            )
         if is_copied(gguf, name, place):
             weights = part.view("<u2")
         if place.offset:

@@ -88,7 +88,12 @@ class Architecture:
 
 SILU, TANH = {"hidden_act": "silu"}, {"hidden_act": "gelu_pytorch_tanh"}
 NO_WINDOW = {"use_sliding_window": False}
-GEMMA_OPTIONAL = ("attention.head_count_kv", "rope.freq_base", "attention.sliding_window", "final_logit_softcapping")
+GEMMA_OPTIONAL = (
+    "attention.head_count_kv",
+    "rope.freq_base",
+    "attention.sliding_window",
+    "final_logit_softcapping",
+)
 
 # fmt: off
 ARCHITECTURES = {

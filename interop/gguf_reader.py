@@ -27,9 +27,35 @@ import numpy as np
 
 from common.errors import UserError
 
-TENSOR_TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+TENSOR_TYPES = [
+    "F32",
+    "F16",
+    "BF16",
+    "Q8_0",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+]
 # The struct codes of GGUF's numbers, by type.
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 STRING, ARRAY = 8, 9
 # The largest headers so far have 3 lists of 262,144 items (Gemma 3), 280,147 merges (Llama 3),
 # 1,000 tensors, 100 fields. A header beyond these limits is refused.
@@ -81,7 +107,9 @@ class Gguf(NamedTuple):
         if value is ...:
             raise UserError(f"{self.file}: has no {key}")
         if type(value) is not kind:
-            raise UserError(f"{self.file}: {key} is of type {type(value).__name__}, {kind.__name__} is needed")
+            raise UserError(
+                f"{self.file}: {key} is of type {type(value).__name__}, {kind.__name__} is needed"
+            )
         if kind in (int, float) and not 0 < value < 2**31:
             raise UserError(f"{self.file}: {key} can't be {value}")
         return value
@@ -148,7 +176,9 @@ class HeaderReader:
         code = SCALARS[kind]
         (number,) = self.take(code)
         if code == "f":
-            return float(str(np.float32(number)))  # as short as float32 allows: 1e-05, not 9.99999975e-06
+            return float(
+                str(np.float32(number))
+            )  # as short as float32 allows: 1e-05, not 9.99999975e-06
         return number
 
     def value(self, kind: int):
@@ -167,7 +197,9 @@ class HeaderReader:
 
     def check_limit(self, before: str, count: int, unit: str, limit: int) -> None:
         if count > limit:
-            raise UserError(f"{self.file}: claims {before}{count:,} {unit}; no model needs over {limit:,}")
+            raise UserError(
+                f"{self.file}: claims {before}{count:,} {unit}; no model needs over {limit:,}"
+            )
 
 
 def parse_header(file: Path, data: np.ndarray) -> tuple[dict, dict[str, TensorInfo], int]:
@@ -182,7 +214,9 @@ def parse_header(file: Path, data: np.ndarray) -> tuple[dict, dict[str, TensorIn
     try:
         (version,) = header.take("I")
         if version not in (2, 3):
-            raise UserError(f"{file}: GGUF version {version} is not supported; little-endian 2 and 3 are")
+            raise UserError(
+                f"{file}: GGUF version {version} is not supported; little-endian 2 and 3 are"
+            )
         num_tensors, num_fields = header.take("Q", 2)
         header.check_limit("", num_tensors, "tensors", MAX_TENSORS)
         header.check_limit("", num_fields, "fields", MAX_FIELDS)
@@ -210,9 +244,13 @@ def map_tensor(file: Path, data: np.ndarray, name: str, info: TensorInfo, start:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     shape = info.shape
-    label = next((member.name for member in GGMLQuantizationType if member == info.kind), f"type {info.kind}")
+    label = next(
+        (member.name for member in GGMLQuantizationType if member == info.kind), f"type {info.kind}"
+    )
     if label not in TENSOR_TYPES:
-        raise UserError(f"{file}: {name!r} is stored as {label}; supported are {' '.join(TENSOR_TYPES)}")
+        raise UserError(
+            f"{file}: {name!r} is stored as {label}; supported are {' '.join(TENSOR_TYPES)}"
+        )
     block_weights, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[label]]
     if not 1 <= len(shape) <= 3 or 0 in shape or shape[-1] % block_weights:
         raise UserError(f"{file}: {name!r} has shape {list(shape)}; {label} can't hold that")

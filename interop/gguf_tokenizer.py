@@ -21,7 +21,14 @@ from tokenizer import Tokenizer, always_writes, load_tokenizer
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 BPE_MODEL_TYPE = 2  # of sentencepiece's trainer_spec.model_type
 # {name here: name in tokenizer.ggml.NAME_token_id}
-SPECIAL = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unk": "unknown", "pad": "padding"}
+SPECIAL = {
+    "bos": "bos",
+    "eos": "eos",
+    "eot": "eot",
+    "eom": "eom",
+    "unk": "unknown",
+    "pad": "padding",
+}
 ADDED_SCORE = -1000.0  # of an added token that sentencepiece does not know
 UNUSED_SCORE = -10_000.0  # of a row of the embedding without a token
 
@@ -44,7 +51,12 @@ class Words(NamedTuple):
 
 
 # GPT-2's words
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
 
 
 def split_pieces(pattern: str) -> list[dict]:
@@ -70,7 +82,9 @@ WORD_SPLITTERS = {
     "llama-v3": LLAMA3,
     "qwen2": Words(QWEN2, nfc=True, differs="texts that are not in Unicode's form NFC"),
     "deepseek-r1-qwen": Words(QWEN2),
-    "tekken": Words(split_pieces(_CASED % ("", "", "") + _REST), ignore_merges=True, bos=True, differs=MARKS),
+    "tekken": Words(
+        split_pieces(_CASED % ("", "", "") + _REST), ignore_merges=True, bos=True, differs=MARKS
+    ),
     "gpt-4o": Words(split_pieces(_CASED % (_SUFFIX, _SUFFIX, "{1,3}") + _REST), differs=MARKS),
     "dbrx": Words(split_pieces(LLAMA3_WORDS)),
 }
@@ -98,7 +112,9 @@ def special_ids(gguf: Gguf) -> dict[str, int]:
                 raise UserError(f"{gguf.file}: {key} is {value!r}, of {count} tokens")
             ids[name] = value
     if "eos" not in ids:
-        raise UserError(f"{gguf.file}: has no tokenizer.ggml.eos_token_id, so nothing would end an answer")
+        raise UserError(
+            f"{gguf.file}: has no tokenizer.ggml.eos_token_id, so nothing would end an answer"
+        )
     return ids
 
 
@@ -111,7 +127,9 @@ def tokenizer_files(gguf: Gguf) -> dict[str, dict | bytes]:
     tokens = gguf.field("tokenizer.ggml.tokens", list)
     types = gguf.field("tokenizer.ggml.token_type", list)
     if kind not in ("gpt2", "llama"):
-        raise UserError(f"{gguf.file}: tokenizer {kind!r} is not supported; 'gpt2' (BPE) and 'llama' (SPM) are")
+        raise UserError(
+            f"{gguf.file}: tokenizer {kind!r} is not supported; 'gpt2' (BPE) and 'llama' (SPM) are"
+        )
     if not all(isinstance(token, str) for token in tokens) or len(set(tokens)) != len(tokens):
         raise UserError(f"{gguf.file}: tokenizer.ggml.tokens is not a list of different strings")
     if len(types) != len(tokens):
@@ -183,7 +201,9 @@ def generation_config(ids: dict[str, int]) -> dict:
     return config
 
 
-def byte_level_bpe(gguf: Gguf, tokens: list[str], types: list[int], first: list[int], last: list[int]) -> dict:
+def byte_level_bpe(
+    gguf: Gguf, tokens: list[str], types: list[int], first: list[int], last: list[int]
+) -> dict:
     """Returns tokenizer.json of GPT-2's byte-level BPE, as the tokenizers library reads it.
 
     tokens, types: text and type of each token, in the order of ids.
@@ -192,7 +212,9 @@ def byte_level_bpe(gguf: Gguf, tokens: list[str], types: list[int], first: list[
     """
     pre = gguf.field("tokenizer.ggml.pre", str)
     if pre not in WORD_SPLITTERS:
-        raise UserError(f"{gguf.file}: tokenizer.ggml.pre {pre!r} is not supported; {', '.join(WORD_SPLITTERS)} are")
+        raise UserError(
+            f"{gguf.file}: tokenizer.ggml.pre {pre!r} is not supported; {', '.join(WORD_SPLITTERS)} are"
+        )
     words = WORD_SPLITTERS[pre]
     # The unused tokens only fill ids up to the size of the embedding. Added tokens stay in, since
     # the tokenizers library looks up their ids here.
@@ -201,7 +223,9 @@ def byte_level_bpe(gguf: Gguf, tokens: list[str], types: list[int], first: list[
     for i, merge in enumerate(merges):
         left, _, right = str(merge).partition(" ")
         if not {left, right, left + right} <= vocab.keys():
-            raise UserError(f"{gguf.file}: merge {i} ({merge!r}) is not of tokens in its vocabulary")
+            raise UserError(
+                f"{gguf.file}: merge {i} ({merge!r}) is not of tokens in its vocabulary"
+            )
     added = [{"id": int(i)} | token for i, token in added_tokens(gguf, tokens, types).items()]
     return {
         "version": "1.0",
@@ -265,7 +289,9 @@ def added_tokens(gguf: Gguf, tokens: list[str], types: list[int]) -> dict[str, d
     return result
 
 
-def sentencepiece_bpe(gguf: Gguf, tokens: list[str], types: list[int], ids: dict[str, int], prefix: bool) -> bytes:
+def sentencepiece_bpe(
+    gguf: Gguf, tokens: list[str], types: list[int], ids: dict[str, int], prefix: bool
+) -> bytes:
     """Returns tokenizer.model: sentencepiece's protobuf of the pieces with their scores, for BPE
     with byte fallback.
 
@@ -302,7 +328,9 @@ def sentencepiece_bpe(gguf: Gguf, tokens: list[str], types: list[int], ids: dict
         content = proto.SerializeToString()
         SentencePieceProcessor(model_proto=content)  # raises where the pieces make no model
     except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"{gguf.file}: sentencepiece refuses its tokens ({first_line(error)})") from None
+        raise UserError(
+            f"{gguf.file}: sentencepiece refuses its tokens ({first_line(error)})"
+        ) from None
     return content
 
 
@@ -361,7 +389,9 @@ def vocabulary(folder: Path, rows: int) -> Vocabulary:
     return Vocabulary(fields | chat_templates(folder, config), phi3, notes)
 
 
-def ids_to_name(folder: Path, tokenizer: Tokenizer, table: TokenTable, notes: list[str]) -> dict[str, int | None]:
+def ids_to_name(
+    folder: Path, tokenizer: Tokenizer, table: TokenTable, notes: list[str]
+) -> dict[str, int | None]:
     """Returns the ids of special tokens by their names in a GGUF file, which names three that end
     an answer: eos, eot and eom.
 
@@ -386,7 +416,9 @@ def ids_to_name(folder: Path, tokenizer: Tokenizer, table: TokenTable, notes: li
         ids["eot"] = ends.pop(0)
     if ends:
         left = ", ".join(repr(table.texts.get(id, id)) for id in ends)
-        notes.append(f"a GGUF file names three tokens that end an answer; {left} may end none where it is served")
+        notes.append(
+            f"a GGUF file names three tokens that end an answer; {left} may end none where it is served"
+        )
     return ids
 
 
@@ -450,9 +482,13 @@ def sentencepiece_tokens(folder: Path, tokenizer: Tokenizer, notes: list[str]) -
     file = folder / "tokenizer.model"
     normalizer = proto.normalizer_spec
     if proto.trainer_spec.model_type != BPE_MODEL_TYPE:
-        raise UserError(f"{file}: its pieces are not merged by scores, as BPE's are; llama.cpp has no such tokenizer")
+        raise UserError(
+            f"{file}: its pieces are not merged by scores, as BPE's are; llama.cpp has no such tokenizer"
+        )
     if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
-        raise UserError(f"{file}: normalizes texts ({normalizer.name}), which llama.cpp does not do")
+        raise UserError(
+            f"{file}: normalizes texts ({normalizer.name}), which llama.cpp does not do"
+        )
     texts = {id: text for text, id in tokenizer.model.vocab.items()}
     kinds = {id: proto.pieces[id].type for id in texts}
     scores = {id: proto.pieces[id].score for id in texts}
@@ -462,7 +498,9 @@ def sentencepiece_tokens(folder: Path, tokenizer: Tokenizer, notes: list[str]) -
     has_user_defined = any(kinds[id] == USER_DEFINED for id in kinds.keys() - added)
     prefix = tokenizer.model.prefix
     if prefix == "first" or (prefix == "always" and has_user_defined):
-        notes.append("llama.cpp puts a space before the text behind each added token, this tokenizer does not")
+        notes.append(
+            "llama.cpp puts a space before the text behind each added token, this tokenizer does not"
+        )
     if not file.is_file():
         # The model was made from the merges of a tokenizer.json. There, a piece that no merge makes
         # is a control piece. In a GGUF file it is a token like others, with the lowest score, so
@@ -472,7 +510,9 @@ def sentencepiece_tokens(folder: Path, tokenizer: Tokenizer, notes: list[str]) -
         scores |= dict.fromkeys(unmade, min(scores.values()) - 1)
         if unmade:
             few = ", ".join(repr(texts[id]) for id in unmade[:3])
-            notes.append(f"no merges make {len(unmade)} of the tokens ({few}); llama.cpp makes them where it can")
+            notes.append(
+                f"no merges make {len(unmade)} of the tokens ({few}); llama.cpp makes them where it can"
+            )
     return TokenTable(texts, kinds, scores)
 
 
@@ -500,7 +540,9 @@ def token_lists(folder: Path, table: TokenTable, rows: int, notes: list[str]) ->
     """
     beyond = [table.texts[id] for id in sorted(table.texts) if id >= rows]
     if beyond:
-        notes.append(f"{len(beyond)} tokens beyond the {rows:,} rows of the embedding are left out, as {beyond[0]!r}")
+        notes.append(
+            f"{len(beyond)} tokens beyond the {rows:,} rows of the embedding are left out, as {beyond[0]!r}"
+        )
     tokens = [table.texts.get(id, f"[PAD{id}]") for id in range(rows)]
     types = [table.kinds.get(id, UNUSED) for id in range(rows)]
     if table.scores:
@@ -565,7 +607,9 @@ def chat_templates(folder: Path, config: dict) -> dict:
     if (folder / "chat_template.jinja").is_file():
         named["default"] = read_text(folder / "chat_template.jinja")
     if not all(isinstance(name, str) and isinstance(text, str) for name, text in named.items()):
-        raise UserError(f"{folder}: its chat_template is neither a text nor a list of names and texts")
+        raise UserError(
+            f"{folder}: its chat_template is neither a text nor a list of names and texts"
+        )
 
     fields = {}
     others = []

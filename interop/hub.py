@@ -106,7 +106,9 @@ def fetch_online(repo: str, revision: str | None, print_fn: Callable) -> Path:
         print_fn(f"{title}, is in the cache")
 
     # With disable=None tqdm draws the bar on a terminal only.
-    with tqdm(total=size, unit="B", unit_scale=True, desc=repo, disable=None if missing else True) as bar:
+    with tqdm(
+        total=size, unit="B", unit_scale=True, desc=repo, disable=None if missing else True
+    ) as bar:
         for name in names:
             download(repo, name, commit, bar)
     return folder
@@ -151,7 +153,9 @@ def download(repo: str, name: str, revision: str | None, bar: tqdm | None = None
 
         __exit__ = close = set_postfix_str = update_transfer = set_transfer_postfix_str = ignore
 
-    path = hf_hub_download(repo, name, revision=revision, etag_timeout=TIMEOUT_SECONDS, tqdm_class=ForwardToBar)
+    path = hf_hub_download(
+        repo, name, revision=revision, etag_timeout=TIMEOUT_SECONDS, tqdm_class=ForwardToBar
+    )
     return Path(path)
 
 
@@ -166,7 +170,9 @@ def list_files(repo: str, revision: str | None) -> tuple[str, dict]:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS)
+        info = HfApi().model_info(
+            repo, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS
+        )
         files = {file.rfilename: file for file in info.siblings}
         has_commit = re.fullmatch("[0-9a-f]{40}", info.sha) is not None
         if has_commit and all(isinstance(file.size, int) for file in info.siblings):

@@ -24,7 +24,9 @@ from quant import QUANT_KINDS
 from tokenization.chat_template import NAMED
 from tokenizer import Tokenizer, load_tokenizer
 
-GGUF_CACHE_FORMAT = 3  # of the folders made of GGUF files: a higher number has every cached one made anew
+GGUF_CACHE_FORMAT = (
+    3  # of the folders made of GGUF files: a higher number has every cached one made anew
+)
 
 
 def model_folder(model: str | Path | None) -> Path:
@@ -155,13 +157,23 @@ def add_model_flags(parser: argparse.ArgumentParser, several: bool = False) -> N
         )
     else:
         parser.add_argument("--adapter", metavar="DIR", help="PEFT LoRA folder to apply to it")
-    parser.add_argument("--quant", choices=[*QUANT_KINDS], help="store the base's linears in 4 bits a weight")
-    parser.add_argument("--template", choices=[*NAMED], help="chat template to use in place of the model's own")
     parser.add_argument(
-        "--dtype", choices=["auto", *DTYPES], default="auto", help="dtype to compute in (default: auto)"
+        "--quant", choices=[*QUANT_KINDS], help="store the base's linears in 4 bits a weight"
     )
     parser.add_argument(
-        "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute (default: auto)"
+        "--template", choices=[*NAMED], help="chat template to use in place of the model's own"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", *DTYPES],
+        default="auto",
+        help="dtype to compute in (default: auto)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda", "mps"],
+        default="auto",
+        help="where to compute (default: auto)",
     )
 
 

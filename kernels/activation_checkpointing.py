@@ -52,7 +52,11 @@ def recompute_norms(block, *inputs) -> tuple[Tensor, Tensor | None]:
         with torch.enable_grad():
             return packed().detach()
 
-    norms = [norm for norm in (block.attention_norm, block.mlp_norm) if not isinstance(norm, torch.nn.Identity)]
+    norms = [
+        norm
+        for norm in (block.attention_norm, block.mlp_norm)
+        if not isinstance(norm, torch.nn.Identity)
+    ]
     handles = [norm.register_forward_hook(record_output) for norm in norms]
     try:
         with saved_tensors_hooks(pack, unpack):
@@ -123,7 +127,9 @@ class ActivationCheckpointing:
         if kind == "offload" and device.type == "cuda":
             self.stream = offload_stream(device)
 
-    def run(self, block, last: bool, x: Tensor, added: Tensor | None, *rest) -> tuple[Tensor, Tensor | None]:
+    def run(
+        self, block, last: bool, x: Tensor, added: Tensor | None, *rest
+    ) -> tuple[Tensor, Tensor | None]:
         """Returns block(x, added, *rest). last: whether it is the model's last block."""
         if self.kind == "selective":
             return recompute_norms(block, x, added, *rest)

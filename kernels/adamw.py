@@ -24,7 +24,12 @@ ADAMW_WARPS = 8
 
 
 def adamw_step(
-    weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict, seed: Tensor, found_inf: Tensor | None
+    weight: Tensor,
+    grad: Tensor,
+    state: dict[str, Tensor],
+    group: dict,
+    seed: Tensor,
+    found_inf: Tensor | None,
 ) -> None:
     """Updates weight and state in place, or changes nothing where found_inf is 1. All tensors are on one GPU.
 

@@ -102,7 +102,9 @@ class PaddedGroup:
             return x
         return x.index_select(0, self.slots)
 
-    def mask(self, like: Tensor, n_rep: int, rows: slice, key_slice: slice, window: int | None) -> Tensor:
+    def mask(
+        self, like: Tensor, n_rep: int, rows: slice, key_slice: slice, window: int | None
+    ) -> Tensor:
         """Returns the mask of a slice of queries, [n_rep * rows, keys] of 0 and -inf.
 
         It has the dtype of `like`. A small mask is computed once for all layers with the same
@@ -230,12 +232,16 @@ def document_attention(
     return group_attention(q, k, v, scores, documents, keep)
 
 
-def group_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, documents: Documents, keep: bool = True) -> Tensor:
+def group_attention(
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, documents: Documents, keep: bool = True
+) -> Tensor:
     """Computes the same as `document_attention`, one group of documents after the other."""
     groups = documents.groups
     sizes = [group.tokens for group in groups]
     outputs = []
-    for q_part, k_part, v_part, group in zip(q.split(sizes), k.split(sizes), v.split(sizes), groups, strict=True):
+    for q_part, k_part, v_part, group in zip(
+        q.split(sizes), k.split(sizes), v.split(sizes), groups, strict=True
+    ):
         outputs.append(padded_group_attention(q_part, k_part, v_part, group, scores, keep))
     if len(outputs) == 1:
         return outputs[0]
@@ -243,7 +249,13 @@ def group_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, documents: 
 
 
 def sliced_reference(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, window: int | None, lengths: list[int]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    softcap: float,
+    window: int | None,
+    lengths: list[int],
 ):
     """Computes the same as `flex.attention`, by groups. `flex.works` compares the two."""
     return group_attention(q, k, v, Scores(scale, window, softcap), Documents(lengths, q.device))
@@ -258,7 +270,9 @@ def suffix_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, piece: Que
     """
     queries, heads, _ = q.shape
     if queries > 1 and flash_supports(q) and not scores.softcap:
-        return flash_attention(q, k, v, scores, piece.cu_seqlens_q, piece.cu_seqlens_k, queries, len(k))
+        return flash_attention(
+            q, k, v, scores, piece.cu_seqlens_q, piece.cu_seqlens_k, queries, len(k)
+        )
     keys_per_query = min(len(k), scores.window or len(k))
     queries_per_slice = max(16, MAX_SCORES // (heads * keys_per_query))
     return SlicedAttention.apply(q, k, v, piece, scores, queries_per_slice, False)
@@ -269,7 +283,11 @@ def suffix_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, piece: Que
 
 def flash_supports(q: Tensor) -> bool:
     """True if torch's FlashAttention takes tensors like q: 16 bits, on an NVIDIA GPU of 2020 or later."""
-    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > FLASH_HEAD_DIM:
+    if (
+        not q.is_cuda
+        or q.dtype not in (torch.float16, torch.bfloat16)
+        or q.shape[-1] > FLASH_HEAD_DIM
+    ):
         return False
     return has_flash(q.device)
 
@@ -332,16 +350,22 @@ def flash_head_dim(head_dim: int) -> int:
 # ---- groups of documents ----
 
 
-def padded_group_attention(q: Tensor, k: Tensor, v: Tensor, group: PaddedGroup, scores: Scores, keep: bool) -> Tensor:
+def padded_group_attention(
+    q: Tensor, k: Tensor, v: Tensor, group: PaddedGroup, scores: Scores, keep: bool
+) -> Tensor:
     """Computes the same as `document_attention`, for the tokens of one group."""
     if scores.window and scores.window >= group.length:
         scores = scores._replace(window=None)
     short = q.device.type == "cpu" and group.length <= KEEP_PROBS_UP_TO and not scores.softcap
     if short or scores.softcap or scores.window:
-        scores_per_query = group.documents * q.shape[1] * min(group.length, scores.window or group.length)
+        scores_per_query = (
+            group.documents * q.shape[1] * min(group.length, scores.window or group.length)
+        )
         queries_per_slice = SLICE_QUERIES if short else max(16, MAX_SCORES // scores_per_query)
         return SlicedAttention.apply(q, k, v, group, scores, queries_per_slice, short and keep)
-    q, k, v = (group.pad(x).transpose(1, 2) for x in (q, k, v))  # [documents, heads, length, head_dim]
+    q, k, v = (
+        group.pad(x).transpose(1, 2) for x in (q, k, v)
+    )  # [documents, heads, length, head_dim]
     heads, kv_heads = q.shape[1], k.shape[1]
     enable_gqa = heads != kv_heads
     if enable_gqa and q.is_cuda:
@@ -350,7 +374,9 @@ def padded_group_attention(q: Tensor, k: Tensor, v: Tensor, group: PaddedGroup, 
         enable_gqa = False
     if q.is_cuda:
         disable_cudnn_attention()
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale, enable_gqa=enable_gqa)
+    out = F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scores.scale, enable_gqa=enable_gqa
+    )
     return group.unpad(out.transpose(1, 2))
 
 
@@ -388,7 +414,9 @@ class SlicedAttention(torch.autograd.Function):
         ctx.group = group
         ctx.n_rep = n_rep
         ctx.scores = scores
-        ctx.slices = list(query_slices(group.length, queries_per_slice, scores.window, group.offset))
+        ctx.slices = list(
+            query_slices(group.length, queries_per_slice, scores.window, group.offset)
+        )
         out = torch.empty_like(queries)
         kept_probs = []
         for rows, key_slice in ctx.slices:
@@ -496,7 +524,9 @@ def view_by_row(x: Tensor, n_rep: int) -> Tensor:
     return x.unflatten(1, (n_rep, -1))
 
 
-def causal_window_mask(like: Tensor, first_query: int, first_key: int, end: int, window: int | None) -> Tensor:
+def causal_window_mask(
+    like: Tensor, first_query: int, first_key: int, end: int, window: int | None
+) -> Tensor:
     """Returns an additive causal mask with a sliding window, [end - first_query, end - first_key].
 
     It is 0 where the query at position i in [first_query, end) may attend to the key at position j
@@ -526,7 +556,9 @@ def unstack_heads(x: Tensor, documents: int, n_rep: int) -> Tensor:
 # ---- attention over a cache, for decoding ----
 
 
-def cached_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scores: Scores) -> Tensor:
+def cached_attention(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scores: Scores
+) -> Tensor:
     """Computes attention of n new tokens of each of B sequences over its cache, without gradients.
 
     The cache holds the new tokens already.
@@ -563,6 +595,8 @@ def decode_mask(visible: Tensor, kv_heads: int, n_rep: int, dtype: torch.dtype) 
     Returns [B * kv_heads, n_rep * n, length] in dtype.
     """
     B, n, length = visible.shape
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+        ~visible, float("-inf")
+    )
     mask = mask[:, None, None].expand(B, kv_heads, n_rep, n, length)
     return mask.reshape(B * kv_heads, n_rep * n, length)

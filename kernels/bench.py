@@ -81,7 +81,9 @@ def cases(shape: tuple, tokens: int, device: torch.device, dtype: torch.dtype) -
     return all_cases
 
 
-def random_tensor(*size: int, device: torch.device, dtype: torch.dtype, grad: bool = True) -> Tensor:
+def random_tensor(
+    *size: int, device: torch.device, dtype: torch.dtype, grad: bool = True
+) -> Tensor:
     return (0.02 * torch.randn(size, device=device)).to(dtype).requires_grad_(grad)
 
 
@@ -102,7 +104,10 @@ def norm_cases(shape: tuple, x: Tensor, make: Callable[..., Tensor]) -> dict[str
     def add_plain(x, y):
         return torch.cat(add_rms_norm_reference(x, y, weight, EPS), 1)
 
-    return {"rms_norm": Case(ours, plain, [x]), "sum and rms_norm": Case(add_ours, add_plain, [x, y])}
+    return {
+        "rms_norm": Case(ours, plain, [x]),
+        "sum and rms_norm": Case(add_ours, add_plain, [x, y]),
+    }
 
 
 def rope_cases(shape: tuple, tokens: int, make: Callable[..., Tensor]) -> dict[str, Case]:
@@ -184,7 +189,9 @@ def lora_cases(shape: tuple, x: Tensor, make: Callable[..., Tensor]) -> dict[str
 
     return {
         "LoRA q, k, v": Case(qkv_ours, qkv_plain, [x, *adapters(qkv)]),
-        "LoRA MLP": Case(mlp(lora_linears), mlp(lora_linears_reference), [x, *adapters(gate_up + down)]),
+        "LoRA MLP": Case(
+            mlp(lora_linears), mlp(lora_linears_reference), [x, *adapters(gate_up + down)]
+        ),
     }
 
 
@@ -209,9 +216,13 @@ def nf4_cases(shape: tuple, make: Callable[..., Tensor], dtype: torch.dtype) -> 
 
     def product_case(rows: int) -> Case:
         x = make(rows, D, grad=False)
-        return Case(partial(nf4_linear, x, frozen, None), partial(nf4_linear_reference, x, frozen, None), [])
+        return Case(
+            partial(nf4_linear, x, frozen, None), partial(nf4_linear_reference, x, frozen, None), []
+        )
 
-    dequantize = Case(partial(nf4_dequantize, frozen, dtype), partial(nf4_dequantize_reference, frozen, dtype), [])
+    dequantize = Case(
+        partial(nf4_dequantize, frozen, dtype), partial(nf4_dequantize_reference, frozen, dtype), []
+    )
     return {
         "NF4 dequantise": dequantize,
         "NF4 linear, 8 rows": product_case(8),
@@ -276,7 +287,9 @@ def clock(run, device: torch.device) -> tuple[float, float]:
     return seconds, torch.cuda.max_memory_allocated() - before
 
 
-def compare(ways: dict[str, Callable], inputs: list[Tensor], device: torch.device) -> dict[str, dict[str, float]]:
+def compare(
+    ways: dict[str, Callable], inputs: list[Tensor], device: torch.device
+) -> dict[str, dict[str, float]]:
     """Returns for each way {"seconds": median, "peak": bytes, "error": ...}.
 
     error: the largest difference from the plain way, of output and gradients, as a fraction of its largest value.
@@ -298,7 +311,11 @@ def compare(ways: dict[str, Callable], inputs: list[Tensor], device: torch.devic
     result = {}
     for name, pairs in clocked.items():
         seconds = statistics.median(seconds for seconds, _ in pairs)
-        result[name] = {"seconds": seconds, "peak": max(peak for _, peak in pairs), "error": errors[name]}
+        result[name] = {
+            "seconds": seconds,
+            "peak": max(peak for _, peak in pairs),
+            "error": errors[name],
+        }
     return result
 
 
@@ -333,7 +350,12 @@ def rate_of_copy(shape: tuple, dtype: torch.dtype, device: torch.device) -> tupl
 
 
 def measurements(
-    shape: tuple, tokens: int, device: torch.device, dtype: torch.dtype, only: str = "", compiles: bool = True
+    shape: tuple,
+    tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    only: str = "",
+    compiles: bool = True,
 ) -> Iterator[tuple[str, Callable[[], dict]]]:
     """Yields (name, a function that measures the case) for each case whose name contains `only`.
 
@@ -390,13 +412,22 @@ def main() -> None:
     default_tokens, default_shape = (4096, "8b") if on_gpu else (1024, "135m")
     parser.add_argument("--tokens", type=int, default=default_tokens, help="tokens of the inputs")
     parser.add_argument(
-        "--shape", choices=[*BENCH_SHAPES], default=default_shape, help="the model whose sizes are used"
+        "--shape",
+        choices=[*BENCH_SHAPES],
+        default=default_shape,
+        help="the model whose sizes are used",
     )
-    parser.add_argument("--only", default="", help="measure only the cases whose name contains this")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file as well")
+    parser.add_argument(
+        "--only", default="", help="measure only the cases whose name contains this"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the results to this file as well"
+    )
     args = parser.parse_args()
     dtype, _ = pick_dtype("auto", device)
-    hardware = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads of a CPU"
+    hardware = (
+        torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads of a CPU"
+    )
     print(
         f"{hardware}, torch {torch.__version__}, {dtype}, {args.tokens} tokens, shape {args.shape};"
         " forward and backward"
@@ -405,7 +436,9 @@ def main() -> None:
     print(f"{'':20}{''.join(f'{heading:>10}' for heading in headings)}{'error':>9}")
     results = {}
     compiles = can_compile(device)
-    for name, measure in measurements(BENCH_SHAPES[args.shape], args.tokens, device, dtype, args.only, compiles):
+    for name, measure in measurements(
+        BENCH_SHAPES[args.shape], args.tokens, device, dtype, args.only, compiles
+    ):
         results[name] = measure()
         print_result(name, results[name], device)
     if args.json:

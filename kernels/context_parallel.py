@@ -78,7 +78,9 @@ class ShardedDocuments:
     def add_part(self, part: slice, whole: Documents) -> None:
         """Adds the attention of the tokens in `part` of the batch."""
         start = 0  # of the document
-        run: list[int] = []  # lengths of documents that follow each other and are in the part as a whole
+        run: list[
+            int
+        ] = []  # lengths of documents that follow each other and are in the part as a whole
         run_start = part.start
         for length in whole.lengths:
             stop = start + length
@@ -126,7 +128,9 @@ class AllGatherTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, context):
         ctx.context = context
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(context.size)]
+        parts = [
+            torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(context.size)
+        ]
         dist.all_gather(parts, x.contiguous(), group=context.group)
         fronts, backs = [], []
         for part in parts:

@@ -51,7 +51,11 @@ def linear_cross_entropy(
 
 
 def linear_cross_entropy_reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None, loss_weights: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap: float | None = None,
+    loss_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     logits = F.linear(hidden, weight.to(hidden.dtype)).float()
     if softcap:
@@ -90,7 +94,12 @@ class LinearCrossEntropy(torch.autograd.Function):
             chunk_losses = losses[part]
             # From here on `logits` holds the gradient of the logits.
             softmax_minus_one_hot_(
-                logits, targets[part], chunk_losses, need_hidden or need_weight, softcap, chunk_weights
+                logits,
+                targets[part],
+                chunk_losses,
+                need_hidden or need_weight,
+                softcap,
+                chunk_weights,
             )
             loss += chunk_losses.sum() if chunk_weights is None else chunk_losses @ chunk_weights
             if need_hidden:
@@ -134,7 +143,9 @@ def softmax_minus_one_hot_(
         weights = [None] * len(target)
     else:
         weights = loss_weights[:, None].split(slices)
-    for part, index, weight, loss in zip(logits.split(slices), target.split(slices), weights, losses.split(slices)):
+    for part, index, weight, loss in zip(
+        logits.split(slices), target.split(slices), weights, losses.split(slices)
+    ):
         if softcap:
             capped = part.float().div_(softcap).tanh_()
             logprobs = (capped * softcap).log_softmax(-1, dtype=torch.float32)
@@ -188,7 +199,9 @@ def forward_on_gpu(
         logits = buffer[: len(chunk), :vocabulary]
         torch.mm(chunk, head.t(), out=logits)
         # From here on `logits` holds the gradient of the logits.
-        softmax_on_gpu(logits, targets[part], losses[part], need_hidden or need_weight, softcap, chunk_weights)
+        softmax_on_gpu(
+            logits, targets[part], losses[part], need_hidden or need_weight, softcap, chunk_weights
+        )
         if need_hidden:
             torch.mm(logits, head, out=grad_hidden[part])
         if need_weight:
@@ -253,13 +266,20 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def softmax_on_gpu(
-    logits: Tensor, target: Tensor, losses: Tensor, want_grad: bool, softcap: float | None, loss_weights: Tensor | None
+    logits: Tensor,
+    target: Tensor,
+    losses: Tensor,
+    want_grad: bool,
+    softcap: float | None,
+    loss_weights: Tensor | None,
 ) -> None:
     """Does what `softmax_minus_one_hot_` does, by one launch of softmax_kernel.
 
     logits: [rows, V], a view of padded rows or not; the padding is overwritten.
     """
-    weights_or_any = losses if loss_weights is None else loss_weights  # without weights the kernel does not read them
+    weights_or_any = (
+        losses if loss_weights is None else loss_weights
+    )  # without weights the kernel does not read them
     softmax_kernel[(len(logits),)](
         logits, target, losses, weights_or_any, logits.stride(0), logits.shape[1], softcap or 1.0,
         CAPPED=bool(softcap), GRAD=want_grad, WEIGHTED=loss_weights is not None, BLOCK=LOGITS_PER_BLOCK,

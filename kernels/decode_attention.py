@@ -28,7 +28,14 @@ SLOTS_PER_TILE = 8192
 
 
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, filled: Tensor, starts: Tensor, scores: Scores
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    filled: Tensor,
+    starts: Tensor,
+    scores: Scores,
 ) -> Tensor:
     """Writes k and v into the cache and computes attention over it. Has no gradients.
 
@@ -67,7 +74,15 @@ def decode_attention(
     )  # fmt: skip
     if not single:
         combine_kernel[(B * heads,)](
-            parts, tops, sums, out, n_rep, d, num_parts, PARTS=next_power_of_2(num_parts), WIDTH=width
+            parts,
+            tops,
+            sums,
+            out,
+            n_rep,
+            d,
+            num_parts,
+            PARTS=next_power_of_2(num_parts),
+            WIDTH=width,
         )
     return out
 
@@ -122,7 +137,9 @@ def part_kernel(
         new_score = capped(new_score, cap)
     top = tl.where(has_new, new_score, float("-inf"))
     total = tl.zeros([ROWS], tl.float32) + tl.where(has_new, 1.0, 0.0)
-    out = tl.zeros([ROWS, WIDTH], tl.float32) + tl.where(has_new, new_v.to(tl.float32), 0.0)[None, :]
+    out = (
+        tl.zeros([ROWS, WIDTH], tl.float32) + tl.where(has_new, new_v.to(tl.float32), 0.0)[None, :]
+    )
 
     for tile in range(begin, end):
         slot = tile * TILE + tl.arange(0, TILE)
@@ -144,7 +161,12 @@ def part_kernel(
         rescale = tl.exp(top - shift)
         total = total * rescale + tl.sum(weights, 1)
         tile_values = tl.load(values + offsets, is_visible, 0.0)
-        out = tl.dot(weights.to(tile_values.dtype), tile_values, out * rescale[:, None], input_precision="ieee")
+        out = tl.dot(
+            weights.to(tile_values.dtype),
+            tile_values,
+            out * rescale[:, None],
+            input_precision="ieee",
+        )
         top = new_top
 
     first_row = (pair * tl.num_programs(1) + part) * n_rep
@@ -163,7 +185,9 @@ def capped(score, cap):
 
 
 @triton.jit
-def combine_kernel(parts, tops, sums, out, n_rep, d, num_parts, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+def combine_kernel(
+    parts, tops, sums, out, n_rep, d, num_parts, PARTS: tl.constexpr, WIDTH: tl.constexpr
+):
     """Combines the parts of one sequence and query head: each has a largest score of its own."""
     head = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)

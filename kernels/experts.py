@@ -105,7 +105,9 @@ class RoutedMLP(torch.autograd.Function):
         pair_weights = weights.new_empty(weights.numel())  # [M], sorted by expert
         pair_weights.scatter_(0, routes.place.flatten(), weights.flatten())
         inner, lows = multiply(x.index_select(0, routes.token), gate_up, routes.groups)  # [M, 2 F]
-        out, lows_down = multiply(gated_experts(inner, pair_weights, activation), down, routes.groups)  # [M, D]
+        out, lows_down = multiply(
+            gated_experts(inner, pair_weights, activation), down, routes.groups
+        )  # [M, D]
         ctx.save_for_backward(x, pair_weights, inner, *routes, *lows, *lows_down, *tensors)
         ctx.activation, ctx.layout = activation, layout
         return sum_rows(out, routes.place)
@@ -123,8 +125,12 @@ class RoutedMLP(torch.autograd.Function):
 
         grad = grad.contiguous().index_select(0, routes.token)  # [M, D]
         dhidden, dlows_down = input_gradient(grad, down, rows)
-        dinner, dpair_weights, hidden = gated_backward_with_weights(dhidden, inner, pair_weights, ctx.activation)
-        ddown = tensor_gradients(grad, hidden, down, lows_down, dlows_down, needs_grad[num_gate_up:], rows)
+        dinner, dpair_weights, hidden = gated_backward_with_weights(
+            dhidden, inner, pair_weights, ctx.activation
+        )
+        ddown = tensor_gradients(
+            grad, hidden, down, lows_down, dlows_down, needs_grad[num_gate_up:], rows
+        )
         # Freed here, so that their memory is there for the gradients of gate and up.
         del grad, dhidden, hidden
 
@@ -134,7 +140,9 @@ class RoutedMLP(torch.autograd.Function):
         sorted_x = None
         if any(needs_grad[:num_gate_up]):
             sorted_x = x.index_select(0, routes.token)
-        dgate_up = tensor_gradients(dinner, sorted_x, gate_up, lows, dlows, needs_grad[:num_gate_up], rows)
+        dgate_up = tensor_gradients(
+            dinner, sorted_x, gate_up, lows, dlows, needs_grad[:num_gate_up], rows
+        )
         dweights = dpair_weights.index_select(0, routes.place.flatten()).view_as(routes.place)
         return dx, dweights, None, None, None, *dgate_up, *ddown
 
@@ -148,7 +156,9 @@ def gated_experts(inner: Tensor, pair_weights: Tensor, activation: str) -> Tenso
     if activation == "silu" and use_triton(inner):
         rows, width = inner.shape[0], inner.shape[1] // 2
         out = inner.new_empty(rows, width)
-        gated_kernel[(rows, -(-width // COLUMNS_PER_BLOCK))](inner, pair_weights, out, width, BLOCK=COLUMNS_PER_BLOCK)
+        gated_kernel[(rows, -(-width // COLUMNS_PER_BLOCK))](
+            inner, pair_weights, out, width, BLOCK=COLUMNS_PER_BLOCK
+        )
         return out
     gate, up = inner.chunk(2, 1)
     return (ACTIVATIONS[activation](gate).mul_(up) * pair_weights[:, None]).to(inner.dtype)
@@ -175,7 +185,9 @@ def gated_backward_with_weights(
     gate, up = inner.chunk(2, 1)
     hidden = ACTIVATIONS[activation](gate).mul_(up)
     dpair_weights = (grad * hidden).sum(1, dtype=pair_weights.dtype)
-    dgate, dup, _ = gated_backward((grad * pair_weights[:, None]).to(grad.dtype), gate, up, activation)
+    dgate, dup, _ = gated_backward(
+        (grad * pair_weights[:, None]).to(grad.dtype), gate, up, activation
+    )
     torch.cat([dgate, dup], 1, out=dinner)
     return dinner, dpair_weights, (hidden * pair_weights[:, None]).to(inner.dtype)
 

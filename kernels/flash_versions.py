@@ -33,7 +33,9 @@ def use(name: str, device: torch.device, step: Callable[[], list[Tensor]]) -> fl
     the loss or the gradients differ by more than FLASH_TOLERANCE.
     """
     if device.type != "cuda":
-        raise UserError(f"--attention {name}: is for GPUs, and this run computes on {device.type}; leave it out")
+        raise UserError(
+            f"--attention {name}: is for GPUs, and this run computes on {device.type}; leave it out"
+        )
     before = [x.detach().cpu() for x in step()]
     activate_version(name)
     after = [x.detach().cpu() for x in step()]

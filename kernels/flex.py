@@ -91,7 +91,9 @@ def block_mask(lengths: list[int], window: int | None, device: torch.device):
     partial_blocks, full_blocks = blocks_to_compute(first)
     tables = [*block_table(partial_blocks), *block_table(full_blocks)]
     tables = [to_device(table, device) for table in tables]
-    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=MASK_BLOCK, mask_mod=may_attend, seq_lengths=(tokens, tokens))
+    return BlockMask.from_kv_blocks(
+        *tables, BLOCK_SIZE=MASK_BLOCK, mask_mod=may_attend, seq_lengths=(tokens, tokens)
+    )
 
 
 def first_keys(lengths: list[int], window: int | None) -> np.ndarray:
@@ -148,11 +150,15 @@ def works(q: Tensor, k: Tensor, reference: Callable) -> bool:
 
 
 @cache
-def passes_trial(heads: int, kv_heads: int, head_dim: int, dtype, device: torch.device, reference: Callable) -> bool:
+def passes_trial(
+    heads: int, kv_heads: int, head_dim: int, dtype, device: torch.device, reference: Callable
+) -> bool:
     shapes = heads, kv_heads, head_dim
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            error = max(largest_difference(*trial, shapes, dtype, device, reference) for trial in TRIALS)
+            error = max(
+                largest_difference(*trial, shapes, dtype, device, reference) for trial in TRIALS
+            )
     except Exception as failure:  # noqa: BLE001 - the compiler's errors are of many kinds, and all mean the same here
         reason = str(failure).strip().partition("\n")[0][:200] or type(failure).__name__
     else:
@@ -167,7 +173,9 @@ def passes_trial(heads: int, kv_heads: int, head_dim: int, dtype, device: torch.
     return False
 
 
-def largest_difference(lengths: list[int], window, shapes: tuple, dtype, device, reference: Callable) -> float:
+def largest_difference(
+    lengths: list[int], window, shapes: tuple, dtype, device, reference: Callable
+) -> float:
     """Compares `attention` with the reference on random numbers.
 
     shapes: (heads, kv_heads, head_dim).

@@ -17,7 +17,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.nf4 import BYTES, FEW, NF4, NF4_BLOCK, Frozen, dynamic_codebook, nf4_codebook, nf4_dequantize, scales_of
+from kernels.nf4 import (
+    BYTES,
+    FEW,
+    NF4,
+    NF4_BLOCK,
+    Frozen,
+    dynamic_codebook,
+    nf4_codebook,
+    nf4_dequantize,
+    scales_of,
+)
 from kernels.triton_utils import next_power_of_2, tl, triton, use_triton
 
 ALIGNMENT = 8  # a grouped product wants rows of a multiple of 16 bytes, which are 8 numbers in bf16
@@ -68,15 +78,21 @@ class Member(NamedTuple):
     A: Tensor | None = None  # [rank, in], of its adapter
     B: Tensor | None = None  # [out, rank], of its adapter
     scale: float = 1.0
-    drop: Callable | None = None  # drop(x, keys=, layer=): dropout of the adapter's input, as lora.seeded_dropout
+    drop: Callable | None = (
+        None  # drop(x, keys=, layer=): dropout of the adapter's input, as lora.seeded_dropout
+    )
     number: int = 0  # the layer that drop wants
 
 
 class Adapters(NamedTuple):
     """The adapters of one linear, of all experts."""
 
-    A: list[Tensor | None]  # [rank, in] of each expert, None where it has none; or one tensor [E, rank, in]
-    B: list[Tensor | None]  # [out, rank] of each expert, None where it has none; or one tensor [E, out, rank]
+    A: list[
+        Tensor | None
+    ]  # [rank, in] of each expert, None where it has none; or one tensor [E, rank, in]
+    B: list[
+        Tensor | None
+    ]  # [out, rank] of each expert, None where it has none; or one tensor [E, out, rank]
     rank: int
     scale: float
     # As a Member's; after `bind_dropout` a function of x alone. It is linear, and its own transpose.
@@ -162,7 +178,10 @@ def make_product(linears: list[list[Member | None]]) -> Product | None:
         members += of_one_expert
     if any(member is None for member in members):
         return None
-    formats = {(len(member.frozen), member.frozen[0].dtype, member.frozen[-1] is None) for member in members}
+    formats = {
+        (len(member.frozen), member.frozen[0].dtype, member.frozen[-1] is None)
+        for member in members
+    }
     if len(formats) > 1 or any(len(adapter_kinds(each)) > 1 for each in linears):
         return None
     columns = [*zip(*(member.frozen for member in members), strict=True)]
@@ -194,7 +213,11 @@ def join_columns(columns: list[tuple[Tensor | None, ...]]) -> list[Tensor | None
 
 def adapter_kinds(members: list[Member]) -> set:
     """Returns the different (rank, scale, whether there is no dropout) of the adapters."""
-    return {(member.A.shape[0], member.scale, member.drop is None) for member in members if member.A is not None}
+    return {
+        (member.A.shape[0], member.scale, member.drop is None)
+        for member in members
+        if member.A is not None
+    }
 
 
 def make_adapters(members: list[Member]) -> Adapters | None:
@@ -268,12 +291,20 @@ def multiply(x: Tensor, product: Product, rows: Groups) -> tuple[Tensor, list[Te
         ranks = [each.padded_rank for each in adapters]
         for i, own_low in zip(numbers, low.split(ranks, 1), strict=True):
             B = stacked_B(product.adapters[i], x.dtype, product.experts)
-            add_low_rank(columns(out, i, product), own_low, B.transpose(1, 2), product.adapters[i].scale, rows)
+            add_low_rank(
+                columns(out, i, product),
+                own_low,
+                B.transpose(1, 2),
+                product.adapters[i].scale,
+                rows,
+            )
             lows[i] = own_low
     return out, lows
 
 
-def input_gradient(grad: Tensor, product: Product, rows: Groups) -> tuple[Tensor, list[Tensor | None]]:
+def input_gradient(
+    grad: Tensor, product: Product, rows: Groups
+) -> tuple[Tensor, list[Tensor | None]]:
     """Returns the gradient of x [M, in], and for each linear that of x A^T of its adapters, times their scale.
 
     grad: [M, out of all linears], the gradient of the outputs of `multiply`.
@@ -391,7 +422,12 @@ def add_low_rank_kernel(
     target = out + row[:, None].to(tl.int64) * out_row + column[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for number in range(first, last + 1):
-        at = matrices + number * matrix_stride + rank[:, None] * rank_stride + column[None, :] * column_stride
+        at = (
+            matrices
+            + number * matrix_stride
+            + rank[:, None] * rank_stride
+            + column[None, :] * column_stride
+        )
         matrix = tl.load(at, (rank[:, None] < ranks) & (column[None, :] < width), 0.0)
         own = tl.where((expert == number)[:, None], values, 0.0).to(values.dtype)
         total = tl.dot(own, matrix, total, input_precision="ieee")
@@ -465,7 +501,9 @@ def stacked_B(adapters: Adapters, dtype: torch.dtype, experts: int) -> Tensor:
     return padded(adapters.B, adapters.padded_rank, 2, dtype, experts)
 
 
-def padded(tensors: list[Tensor | None], size: int, axis: int, dtype: torch.dtype, experts: int) -> Tensor:
+def padded(
+    tensors: list[Tensor | None], size: int, axis: int, dtype: torch.dtype, experts: int
+) -> Tensor:
     """Returns the tensors as one contiguous tensor [E, ...] in dtype, with zeros up to `size` along the axis of ranks.
 
     tensors: one of each expert, None where it has none; or one tensor [E, ...].
@@ -530,7 +568,13 @@ def kernel_tables(parts: NF4, device: torch.device) -> tuple[tuple[Tensor, ...],
     nested, offset, nested_count = parts.absmax, parts.absmax, 0
     if parts.nested is not None:
         nested, offset, nested_count = parts.nested, parts.offset, parts.nested.shape[1]
-    return (parts.absmax, nf4_codebook(device), nested, offset, dynamic_codebook(device)), nested_count
+    return (
+        parts.absmax,
+        nf4_codebook(device),
+        nested,
+        offset,
+        dynamic_codebook(device),
+    ), nested_count
 
 
 def multiply_few_on_gpu(x: Tensor, product: Product, rows: Groups) -> Tensor:

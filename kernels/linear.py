@@ -14,7 +14,11 @@ from kernels.swiglu import gated, gated_backward, gated_reference
 
 
 def linears(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], up: Tensor | None = None, activation: str = ""
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    up: Tensor | None = None,
+    activation: str = "",
 ) -> list[Tensor]:
     """Computes several linears that read the same input.
 
@@ -89,7 +93,9 @@ def mm_as(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     being rounded to their dtype and cast afterwards. ROCm and CPUs have no such product.
     """
     is_half = a.dtype in (torch.bfloat16, torch.float16)
-    has_fp32_product = a.is_cuda and is_half and not torch.version.hip and not torch.compiler.is_compiling()
+    has_fp32_product = (
+        a.is_cuda and is_half and not torch.version.hip and not torch.compiler.is_compiling()
+    )
     if has_fp32_product and dtype == torch.float32:
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)

@@ -44,7 +44,11 @@ class Casts(NamedTuple):
 
 
 def lora_linears(
-    x: Tensor, linears: list[LoRAWeights], up: Tensor | None = None, activation: str = "", casts: Casts | None = None
+    x: Tensor,
+    linears: list[LoRAWeights],
+    up: Tensor | None = None,
+    activation: str = "",
+    casts: Casts | None = None,
 ) -> list[Tensor]:
     """Returns the output of each linear, [tokens, out].
 
@@ -66,7 +70,9 @@ def lora_linears(
     return list(LoRALinears.apply(x, up, activation, layout, *tensors))
 
 
-def lora_linears_reference(x, linears: list[LoRAWeights], up=None, activation: str = "") -> list[Tensor]:
+def lora_linears_reference(
+    x, linears: list[LoRAWeights], up=None, activation: str = ""
+) -> list[Tensor]:
     if up is not None:
         x = gated_reference(x, up, activation)
     outs = []
@@ -85,7 +91,9 @@ class LoRALinears(torch.autograd.Function):
         linears = unflatten(layout, tensors)
         ranks = [linear.A.shape[0] for linear in linears]
         inputs = x if up is None else gated(x, up, activation)
-        s = F.linear(inputs, torch.cat([linear.A for linear in linears]).to(x.dtype))  # [tokens, ranks]
+        s = F.linear(
+            inputs, torch.cat([linear.A for linear in linears]).to(x.dtype)
+        )  # [tokens, ranks]
         outs = []
         for linear, low in zip(linears, s.split(ranks, 1), strict=True):
             y = F.linear(inputs, dequantized_weight(linear.frozen, x.dtype), linear.bias)
@@ -157,7 +165,9 @@ class LoRALinearsOnGPU(torch.autograd.Function):
         return dx, dup, None, None, None, *tensor_grads
 
 
-def without_gradients(inputs: Tensor, linears: list[LoRAWeights], casts: Casts | None) -> list[Tensor]:
+def without_gradients(
+    inputs: Tensor, linears: list[LoRAWeights], casts: Casts | None
+) -> list[Tensor]:
     """Returns the output of each linear for inputs [tokens, in], as a text is generated.
 
     For few rows, a matrix in NF4 is never written as a whole (`frozen_product`).
@@ -190,7 +200,13 @@ def scaled_low(inputs: Tensor, A: Tensor, linears: list[LoRAWeights]) -> Tensor:
 
 
 def input_gradients(
-    x: Tensor, up: Tensor | None, activation: str, linears: list[LoRAWeights], grads, ds: Tensor, A: Tensor
+    x: Tensor,
+    up: Tensor | None,
+    activation: str,
+    linears: list[LoRAWeights],
+    grads,
+    ds: Tensor,
+    A: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Returns the gradients of x and up (None without up), and the input that the linears read, [tokens, in].
 

@@ -201,7 +201,13 @@ def dequantize_tables(frozen: NF4) -> tuple[Tensor, ...]:
     device = frozen.packed.device
     nested = frozen.absmax if frozen.nested is None else frozen.nested
     offset = frozen.absmax if frozen.offset is None else frozen.offset
-    return frozen.absmax.contiguous(), nf4_codebook(device), nested, offset, dynamic_codebook(device)
+    return (
+        frozen.absmax.contiguous(),
+        nf4_codebook(device),
+        nested,
+        offset,
+        dynamic_codebook(device),
+    )
 
 
 def dequantize_nf4_on_gpu(frozen: NF4, dtype: torch.dtype) -> Tensor:
@@ -276,7 +282,16 @@ def dequantize_nf4_kernel(
 
 @triton.jit
 def half_scales(
-    absmax, nested, offset, numbers, starts, start, per_row, there, DOUBLE: tl.constexpr, THREADS: tl.constexpr
+    absmax,
+    nested,
+    offset,
+    numbers,
+    starts,
+    start,
+    per_row,
+    there,
+    DOUBLE: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     """Returns the scales of half blocks, 16 bytes of codes each, fp32 [columns, THREADS].
 

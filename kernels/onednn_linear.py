@@ -21,8 +21,15 @@ MAX_PACKED_BYTES = (
 
 def can_pack(weight: Tensor, total: int) -> bool:
     """True if oneDNN can pack this weight, of a model whose weights take `total` bytes."""
-    is_available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and is_available and total <= MAX_PACKED_BYTES
+    is_available = torch.backends.mkldnn.is_available() and hasattr(
+        torch.ops.mkldnn, "_linear_pointwise"
+    )
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and is_available
+        and total <= MAX_PACKED_BYTES
+    )
 
 
 def can_join(size: int, device: torch.device) -> bool:

@@ -110,7 +110,9 @@ def add_rms_norm(
     return total, rms_norm(total, weight, eps, offset)
 
 
-def add_rms_norm_reference(x, added, weight, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+def add_rms_norm_reference(
+    x, added, weight, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
     total = x if added is None else x + added
     return total, rms_norm_reference(total, weight, eps, offset)
 
@@ -139,7 +141,9 @@ class AddRMSNorm(torch.autograd.Function):
         dx, dweight = grad_total, None
         if grad is not None:
             trains_weight = ctx.needs_input_grad[2]
-            dx, dweight = backward_on_gpu(grad, total, weight, scale, ctx.offset, trains_weight, grad_total)
+            dx, dweight = backward_on_gpu(
+                grad, total, weight, scale, ctx.offset, trains_weight, grad_total
+            )
         dadded = dx if ctx.has_added else None
         return dx, dadded, dweight, None, None
 
@@ -162,7 +166,18 @@ def normalize_on_gpu(
         total = torch.empty_like(numbers)
     rows = scale.numel()
     norm_forward_kernel[(triton.cdiv(rows, shape["ROWS"]),)](
-        numbers, added, weight, total, out, scale, rows, width, eps, offset, ADD=added is not None, **shape
+        numbers,
+        added,
+        weight,
+        total,
+        out,
+        scale,
+        rows,
+        width,
+        eps,
+        offset,
+        ADD=added is not None,
+        **shape,
     )
     return total, out, scale
 

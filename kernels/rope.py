@@ -20,7 +20,9 @@ LENGTH_DEPENDENT = ("dynamic", "longrope")
 # ---- angles ----
 
 
-def rope_inv_freq(theta: float, dim: int, scaling: dict | None, lengths: Tensor | None = None) -> Tensor:
+def rope_inv_freq(
+    theta: float, dim: int, scaling: dict | None, lengths: Tensor | None = None
+) -> Tensor:
     """Returns the angle per position of each pair of dimensions.
 
     theta: the base of the angles.
@@ -45,7 +47,9 @@ def rope_inv_freq(theta: float, dim: int, scaling: dict | None, lengths: Tensor 
     if kind == "dynamic":
         max_positions, factor = scaling["max_positions"], scaling["factor"]
         # The stretch of a text of up to max_positions tokens is 1.
-        stretch = (factor * lengths.clamp(min=max_positions)[:, None] / max_positions) - (factor - 1)
+        stretch = (factor * lengths.clamp(min=max_positions)[:, None] / max_positions) - (
+            factor - 1
+        )
         return 1.0 / (theta * stretch ** (dim / (dim - 2))) ** exponents
     if kind == "longrope":
         short = torch.tensor(scaling["short_factor"], device=exponents.device)
@@ -75,7 +79,9 @@ def llama3_inv_freq(inv_freq: Tensor, scaling: dict) -> Tensor:
     return (1 - unscaled) * inv_freq / scaling["factor"] + unscaled * inv_freq
 
 
-def yarn_inv_freq(inv_freq: Tensor, wavelengths: Tensor, theta: float, dim: int, scaling: dict) -> Tensor:
+def yarn_inv_freq(
+    inv_freq: Tensor, wavelengths: Tensor, theta: float, dim: int, scaling: dict
+) -> Tensor:
     """Stretches long wavelengths by `factor` and leaves short ones as they are (YaRN, Peng et al. 2023).
 
     Unlike Llama 3.1's, the blend is linear in the index of the pair, between the pairs that make
@@ -206,16 +212,51 @@ def rotate_kernel(
     s = tl.load(sin + token * half + pair, pair < half, 0.0).to(tl.float32)
     head = tl.arange(0, HEADS)[:, None]
     rotate_heads(
-        q + token * q_token, q_out + token * qo_token, q_head, qo_head, head, heads, c, s, half, rest, HALF, REST
+        q + token * q_token,
+        q_out + token * qo_token,
+        q_head,
+        qo_head,
+        head,
+        heads,
+        c,
+        s,
+        half,
+        rest,
+        HALF,
+        REST,
     )
     head = tl.arange(0, KV)[:, None]
     rotate_heads(
-        k + token * k_token, k_out + token * ko_token, k_head, ko_head, head, kv_heads, c, s, half, rest, HALF, REST
+        k + token * k_token,
+        k_out + token * ko_token,
+        k_head,
+        ko_head,
+        head,
+        kv_heads,
+        c,
+        s,
+        half,
+        rest,
+        HALF,
+        REST,
     )
 
 
 @triton.jit
-def rotate_heads(x, out, stride, out_stride, head, heads, c, s, half, rest, HALF: tl.constexpr, REST: tl.constexpr):
+def rotate_heads(
+    x,
+    out,
+    stride,
+    out_stride,
+    head,
+    heads,
+    c,
+    s,
+    half,
+    rest,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+):
     pair = tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (pair < half)
     first = tl.load(x + head * stride + pair, inside, 0.0).to(tl.float32)
@@ -227,4 +268,8 @@ def rotate_heads(x, out, stride, out_stride, head, heads, c, s, half, rest, HALF
     if REST > 0:
         column = 2 * half + tl.arange(0, REST)[None, :]
         is_rest = (head < heads) & (column < 2 * half + rest)
-        tl.store(out + head * out_stride + column, tl.load(x + head * stride + column, is_rest, 0.0), is_rest)
+        tl.store(
+            out + head * out_stride + column,
+            tl.load(x + head * stride + column, is_rest, 0.0),
+            is_rest,
+        )

@@ -17,7 +17,12 @@ from torch import Tensor
 from kernels.triton_utils import tl, triton, use_triton
 
 GATE_BLOCK = 1024
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -30,7 +35,14 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if use_triton(gate):
         out = torch.empty_like(gate, memory_format=torch.contiguous_format)
         gate_forward_kernel[grid(gate)](
-            gate, up, out, gate.shape[1], gate.stride(0), up.stride(0), ACTIVATION=activation, BLOCK=GATE_BLOCK
+            gate,
+            up,
+            out,
+            gate.shape[1],
+            gate.stride(0),
+            up.stride(0),
+            ACTIVATION=activation,
+            BLOCK=GATE_BLOCK,
         )
         return out
     return ACTIVATIONS[activation](gate).mul_(up)
@@ -121,7 +133,9 @@ def activate_in_kernel(g, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def gate_forward_kernel(gate, up, out, width, gate_row, up_row, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+def gate_forward_kernel(
+    gate, up, out, width, gate_row, up_row, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width

@@ -150,7 +150,11 @@ class Memory:
 
 
 def meta_model(
-    config: Config, recipe: Recipe, dtype: torch.dtype, adapter: dict | None, quant: str | None = None
+    config: Config,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    adapter: dict | None,
+    quant: str | None = None,
 ) -> Transformer:
     """Returns the model of a recipe, without memory: shapes, dtypes and what is trained.
 
@@ -168,7 +172,11 @@ def meta_model(
     if quant or config.raw.get("quantization_config"):
         with_head = quant is not None and "head" in quant
         for name, layer in model.named_modules():
-            if isinstance(layer, Linear) and (name != "head" or with_head) and can_quantize(layer.weight):
+            if (
+                isinstance(layer, Linear)
+                and (name != "head" or with_head)
+                and can_quantize(layer.weight)
+            ):
                 layer.quantize(empty_nf4(layer.out_features, layer.in_features))
     if method.freezes_base and adapter is not None:
         lora.add_lora(model, **adapter)
@@ -177,7 +185,12 @@ def meta_model(
 
 
 def expected_memory(
-    model: Transformer, recipe: Recipe, lengths: list[int], trained: int, device: str, accumulate: int
+    model: Transformer,
+    recipe: Recipe,
+    lengths: list[int],
+    trained: int,
+    device: str,
+    accumulate: int,
 ) -> Memory:
     """Returns the memory that training this model is expected to take.
 
@@ -202,7 +215,9 @@ def expected_memory(
     documents = Documents(sorted(lengths))
     hidden_states = tokens * config.hidden_size * item
     recomputed = recipe.checkpointing in ("full", "offload")
-    block = kept_by_a_block(model, documents, device, "none" if recomputed else recipe.checkpointing)
+    block = kept_by_a_block(
+        model, documents, device, "none" if recomputed else recipe.checkpointing
+    )
     if recomputed:
         inputs = config.num_layers if recipe.checkpointing == "full" else 2
         activations = inputs * hidden_states
@@ -216,7 +231,9 @@ def expected_memory(
 
     head = model.embed.weight if model.head is None else model.head.weight
     budget = LOGITS_BYTES.get(device, LOGITS_BYTES["cuda"])
-    logits = min(budget, trained * config.vocab_size * item) + 2 * trained * config.hidden_size * item
+    logits = (
+        min(budget, trained * config.vocab_size * item) + 2 * trained * config.hidden_size * item
+    )
     if head is not None and head.requires_grad:
         logits += config.vocab_size * config.hidden_size * (4 + item)
     return Memory(
@@ -264,12 +281,16 @@ def working_bytes(model: Transformer, documents: Documents, device: str) -> floa
     mlp = tokens * (3 * width + config.hidden_size) * item
     scores = 0
     if in_chunks(config, device, item):
-        scores = sum(group.documents * group.length**2 * config.num_heads for group in documents.groups)
+        scores = sum(
+            group.documents * group.length**2 * config.num_heads for group in documents.groups
+        )
     mlp = max(mlp, (12 if item == 4 else 16) * min(scores, MAX_SCORES))
 
     # The largest matrix that is dequantized or cast. Without a kernel, a number is computed in fp32 first: 6 bytes.
     dequantized_item = item if device == "cuda" else 6
-    matrices = [dequantized_item * m.in_features * m.out_features for m in quantized_linears(model).values()]
+    matrices = [
+        dequantized_item * m.in_features * m.out_features for m in quantized_linears(model).values()
+    ]
     for p in model.parameters():
         if p.requires_grad and p.dtype != model.dtype and p.dim() == 2:
             matrices.append(p.numel() * item)
@@ -289,7 +310,9 @@ def working_of_experts(model: Transformer, tokens: int) -> float:
     item = model.dtype.itemsize
     pairs = tokens * config.experts.active
     width = config.experts.intermediate_size
-    weights = [p for name, p in model.named_parameters() if ".experts." in name and ".lora_" not in name]
+    weights = [
+        p for name, p in model.named_parameters() if ".experts." in name and ".lora_" not in name
+    ]
     # The matrices of NF4 codes, or of masters in fp32, are converted for the product.
     if any(p.dtype != model.dtype for p in weights):
         gate_and_up = 2 * config.experts.count * width * config.hidden_size * item
@@ -308,7 +331,9 @@ def inner_width(config: Config) -> int:
     return config.experts.active * config.experts.intermediate_size
 
 
-def kept_by_a_block(model: Transformer, documents: Documents, device: str, checkpointing: str) -> float:
+def kept_by_a_block(
+    model: Transformer, documents: Documents, device: str, checkpointing: str
+) -> float:
     """Returns the bytes that a block keeps for its backward (kernels/activation_checkpointing.py says which)."""
     config = model.config
     item = model.dtype.itemsize
@@ -343,7 +368,9 @@ def kept_by_a_block(model: Transformer, documents: Documents, device: str, check
     return tokens * (numbers * item + norms * 4) + attention
 
 
-def kept_by_attention(c: Config, documents: Documents, device: str, item: int, checkpointing: str) -> float:
+def kept_by_attention(
+    c: Config, documents: Documents, device: str, item: int, checkpointing: str
+) -> float:
     """Returns the bytes of q, k and v, and of what else attention keeps for its backward.
 
     The output of attention is not counted: the product after it keeps it. item: bytes of a number.
@@ -376,7 +403,10 @@ def kept_by_attention(c: Config, documents: Documents, device: str, item: int, c
 
 
 def flops_a_token(
-    model: Transformer, lengths: Sequence[int] | np.ndarray = (), trained: float = 1.0, checkpointing: str = "none"
+    model: Transformer,
+    lengths: Sequence[int] | np.ndarray = (),
+    trained: float = 1.0,
+    checkpointing: str = "none",
 ) -> float:
     """Returns the floating point operations of a training step, per token.
 
@@ -412,7 +442,10 @@ def flops_a_token(
         embedding = model.embed.weight
         total += trained * embedding.numel() * (6 if embedding.requires_grad else 4)
     if len(lengths):
-        contexts = {window: mean_context(lengths, window) for window in {layer.window for layer in config.layers}}
+        contexts = {
+            window: mean_context(lengths, window)
+            for window in {layer.window for layer in config.layers}
+        }
         for layer in config.layers:
             total += 7 * contexts[layer.window] * config.num_heads * config.head_dim
     return total
@@ -435,7 +468,9 @@ def product_rate(config: Config, device: torch.device, dtype: torch.dtype) -> fl
     # Random numbers of its own, so that the run's do not depend on what is timed before it.
     generator = torch.Generator(device=device).manual_seed(0)
     x = torch.randn(rows, config.hidden_size, device=device, generator=generator).to(dtype)
-    w = torch.randn(config.hidden_size, config.intermediate_size, device=device, generator=generator).to(dtype)
+    w = torch.randn(
+        config.hidden_size, config.intermediate_size, device=device, generator=generator
+    ).to(dtype)
 
     def product() -> Tensor:
         return x @ w
@@ -537,10 +572,14 @@ class Workload:
             return self
         trained = math.ceil(self.trained * sum(lengths) / sum(self.lengths))
         micro_batches = math.ceil(sum(self.lengths) / sum(lengths))
-        return replace(self, lengths=lengths, trained=trained, accumulate=self.accumulate * micro_batches)
+        return replace(
+            self, lengths=lengths, trained=trained, accumulate=self.accumulate * micro_batches
+        )
 
 
-def fitting_job(workload: Workload, device: torch.device, room: float, takes: Callable[[Workload], Memory]) -> Workload:
+def fitting_job(
+    workload: Workload, device: torch.device, room: float, takes: Callable[[Workload], Memory]
+) -> Workload:
     """Returns the workload in micro-batches that fit, of a size that `tokens_at_once` chooses.
 
     room: bytes that training may take. takes: a function from a workload to the memory that it takes.
@@ -552,9 +591,13 @@ def fitting_job(workload: Workload, device: torch.device, room: float, takes: Ca
     return workload.cut(tokens_at_once(device, room, peak))
 
 
-def memory_of_workload(model: Transformer, recipe: Recipe, device: str, workload: Workload) -> Memory:
+def memory_of_workload(
+    model: Transformer, recipe: Recipe, device: str, workload: Workload
+) -> Memory:
     """Returns `expected_memory` for a workload."""
-    return expected_memory(model, recipe, workload.lengths, workload.trained, device, workload.accumulate)
+    return expected_memory(
+        model, recipe, workload.lengths, workload.trained, device, workload.accumulate
+    )
 
 
 def recipes(config: Config, device: torch.device) -> list[Recipe]:
@@ -568,7 +611,9 @@ def recipes(config: Config, device: torch.device) -> list[Recipe]:
     return [*full, Recipe("lora"), qlora]
 
 
-def print_plan(config: Config, workload: Workload, device: torch.device, dtype: torch.dtype, adapter: dict) -> None:
+def print_plan(
+    config: Config, workload: Workload, device: torch.device, dtype: torch.dtype, adapter: dict
+) -> None:
     """Prints a table of recipes with what each one takes on this machine, and a recommendation.
 
     dtype: the dtype of the products. adapter: the arguments of lora.add_lora.
@@ -603,7 +648,10 @@ def print_plan(config: Config, workload: Workload, device: torch.device, dtype: 
         # These parts are those of the last kind.
         parts = (memory.weights, memory.gradients, memory.optimizer, memory.logits)
         name = str(plain_recipe).replace("--method ", "")
-        minutes = {kind: workload.tokens * flops[kind] / (EFFICIENCY * rate) / 60 for kind in ("none", "full")}
+        minutes = {
+            kind: workload.tokens * flops[kind] / (EFFICIENCY * rate) / 60
+            for kind in ("none", "full")
+        }
         rows.append(
             [
                 name,
@@ -615,8 +663,12 @@ def print_plan(config: Config, workload: Workload, device: torch.device, dtype: 
         )
 
     print(console.table(rows))
-    print(f"All sizes are GB; a peak with ! is more than the {room / 1e9:.1f} GB that a run may use here.")
-    print("kept: activations that the blocks keep for their backward, with that --activation-checkpointing.")
+    print(
+        f"All sizes are GB; a peak with ! is more than the {room / 1e9:.1f} GB that a run may use here."
+    )
+    print(
+        "kept: activations that the blocks keep for their backward, with that --activation-checkpointing."
+    )
     print("peak: weights, moments, and the most that a step adds to them.")
     print("GFLOP: operations of one token, without checkpointing.")
     if device.type != "cpu":
@@ -669,7 +721,9 @@ def recommend(
     if sufficient_rank > LARGEST_RANK and "full" in first:
         method = "full"
     recipe, peak = first[method]
-    why = f"{workload.to_learn:,} trained tokens; adapters of rank {rank} hold about {capacity:,.0f}"
+    why = (
+        f"{workload.to_learn:,} trained tokens; adapters of rank {rank} hold about {capacity:,.0f}"
+    )
     if method == "full":
         why += ", and full fits"
     elif sufficient_rank > rank:

@@ -97,7 +97,12 @@ def gathered_bytes(model: Transformer, recipe: Recipe) -> tuple[list[int], int]:
 
 
 def memory_per_process(
-    model: Transformer, recipe: Recipe, layout: Layout, workload: Workload, device: str = "cuda", together: int = 1
+    model: Transformer,
+    recipe: Recipe,
+    layout: Layout,
+    workload: Workload,
+    device: str = "cuda",
+    together: int = 1,
 ) -> Memory:
     """Returns the memory of one process. What is gathered for a while counts as `working`.
 
@@ -132,7 +137,9 @@ def memory_per_process(
     )
 
 
-def traffic(model: Transformer, recipe: Recipe, layout: Layout, accumulate: int) -> tuple[float, float]:
+def traffic(
+    model: Transformer, recipe: Recipe, layout: Layout, accumulate: int
+) -> tuple[float, float]:
     """Returns the bytes that a GPU receives in a step: (from other GPUs of its node, through its network card).
 
     accumulate: micro-batches of a step.
@@ -165,7 +172,19 @@ def print_multi_gpu_plan(
     adapter: the arguments of lora.add_lora.
     """
     sizes = ["weights", "gradients", "moments", "kept", "peak"]
-    rows = [["", "GPUs", "--shard", "checkpointing", *sizes, "intra-node", "inter-node", "sent in", "computed in"]]
+    rows = [
+        [
+            "",
+            "GPUs",
+            "--shard",
+            "checkpointing",
+            *sizes,
+            "intra-node",
+            "inter-node",
+            "sent in",
+            "computed in",
+        ]
+    ]
     tokens = seq_len * batch
     room = FITS * (MEMORY - CONTEXT)
     workload = Workload(
@@ -186,8 +205,12 @@ def print_multi_gpu_plan(
         " bf16."
     )
     print("kept: activations that the blocks keep for their backward.")
-    print(f"intra-node: GB that a GPU receives in a step by NVLink ({NVLINK_BYTES / 1e9:.0f} GB/s).")
-    print(f"inter-node: GB that it receives through its network card ({NETWORK_BYTES / 1e9:.0f} GB/s).")
+    print(
+        f"intra-node: GB that a GPU receives in a step by NVLink ({NVLINK_BYTES / 1e9:.0f} GB/s)."
+    )
+    print(
+        f"inter-node: GB that it receives through its network card ({NETWORK_BYTES / 1e9:.0f} GB/s)."
+    )
     print(f"computed in: at {EFFICIENCY:.0%} of {FLOPS / 1e12:.0f} TFLOP/s.")
     print(
         f"--shard and checkpointing are the fastest that fit in {room / 1e9:.0f} of {MEMORY / 1e9:.0f} GB; a peak with"
@@ -196,7 +219,9 @@ def print_multi_gpu_plan(
     print("The arithmetic is explained in planning/multi_gpu.py.")
 
 
-def best_row(model: Transformer, recipe: Recipe, gpus: int, workload: Workload, room: float) -> list[str]:
+def best_row(
+    model: Transformer, recipe: Recipe, gpus: int, workload: Workload, room: float
+) -> list[str]:
     """Returns the row of the table for the fastest layout and checkpointing that fit, or the smallest if none fits.
 
     A step takes as long as sending or computing, whichever takes longer. room: bytes that training may take.
@@ -210,7 +235,11 @@ def best_row(model: Transformer, recipe: Recipe, gpus: int, workload: Workload, 
             memory = takes(fitting)
             intra_node, inter_node = traffic(model, candidate, layout, fitting.accumulate)
             sent = intra_node / NVLINK_BYTES + inter_node / NETWORK_BYTES
-            computed = workload.tokens * flops_a_token(model, workload.all_lengths, 1.0, kind) / (EFFICIENCY * FLOPS)
+            computed = (
+                workload.tokens
+                * flops_a_token(model, workload.all_lengths, 1.0, kind)
+                / (EFFICIENCY * FLOPS)
+            )
             if memory.peak <= room:
                 order = (0, max(sent, computed), sent)
                 mark = ""
@@ -275,9 +304,15 @@ def describe_savings(
         savings[f"--batch-size {batch // 2} --accumulate {2 * accumulate}"] = takes(recipe, half, 2)
     method = METHODS[recipe.method]
     if "weights" in method.options:
-        savings["--optimizer adamw8bit --weights bf16"] = takes(replace(recipe, optimizer="adamw8bit", weights="bf16"))
+        savings["--optimizer adamw8bit --weights bf16"] = takes(
+            replace(recipe, optimizer="adamw8bit", weights="bf16")
+        )
     if method.lighter:
-        kept = recipe if method.freezes_base else Recipe(recipe.method, checkpointing=recipe.checkpointing)
+        kept = (
+            recipe
+            if method.freezes_base
+            else Recipe(recipe.method, checkpointing=recipe.checkpointing)
+        )
         savings[f"--method {method.lighter}"] = takes(replace(kept, method=method.lighter))
     expected = takes(recipe)
     best = sorted(savings, key=lambda flags: savings[flags].peak)[:3]

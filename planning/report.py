@@ -34,10 +34,14 @@ def print_plan_of_config(flags: Flags, config: Config, device: torch.device) -> 
     if flags.gpus:
         seq_len = min(flags.seq_len or 2048, config.max_positions)
         rows = rows_at_once(flags, seq_len, "cuda")
-        multi_gpu.print_multi_gpu_plan(config, flags.gpus, seq_len, rows, flags.accumulate, adapter_of(flags))
+        multi_gpu.print_multi_gpu_plan(
+            config, flags.gpus, seq_len, rows, flags.accumulate, adapter_of(flags)
+        )
         return
     dtype, _ = pick_dtype(flags.dtype, device)
-    memory.print_plan(config, workload_of_full_rows(flags, config, device), device, dtype, adapter_of(flags))
+    memory.print_plan(
+        config, workload_of_full_rows(flags, config, device), device, dtype, adapter_of(flags)
+    )
 
 
 def print_plan_of_data(
@@ -59,7 +63,11 @@ def adapter_of(flags: Flags) -> dict:
 
 
 def describe_workload(
-    flags: Flags, data: TrainingData, steps_per_epoch: int, device: torch.device, max_tokens: int | None = None
+    flags: Flags,
+    data: TrainingData,
+    steps_per_epoch: int,
+    device: torch.device,
+    max_tokens: int | None = None,
 ) -> Workload:
     """Returns the workload of a run on these data.
 
@@ -143,9 +151,13 @@ def recipe_and_layout(flags: Flags) -> tuple[Recipe, Layout]:
     return recipe, Layout(gpus, shards)
 
 
-def suggest_savings(flags: Flags, config: Config, workload: Workload, device: torch.device, dtype: torch.dtype) -> str:
+def suggest_savings(
+    flags: Flags, config: Config, workload: Workload, device: torch.device, dtype: torch.dtype
+) -> str:
     """Returns a sentence for a run that had too little memory: the sizes that were expected, and the three changes of
     flags that help most. dtype: the dtype of the products."""
     recipe, layout = recipe_and_layout(flags)
     shape = (flags.batch_size, flags.accumulate, flags.seq_len)
-    return multi_gpu.describe_savings(config, recipe, layout, workload, shape, device, dtype, adapter_of(flags))
+    return multi_gpu.describe_savings(
+        config, recipe, layout, workload, shape, device, dtype, adapter_of(flags)
+    )

@@ -125,7 +125,9 @@ def environment():
     def strftime_now(format: str) -> str:
         return datetime.now().strftime(format)
 
-    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
+    jinja = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+    )
     jinja.globals["raise_exception"] = raise_exception
     jinja.globals["strftime_now"] = strftime_now
     jinja.filters["tojson"] = to_json
@@ -134,7 +136,9 @@ def environment():
 
 def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     """Replaces jinja2's own filter, which escapes for HTML: no model was trained on that."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 # ---- the caller's side ----
@@ -212,7 +216,9 @@ class Template:
         self.names = names
         self.process = None
 
-    def render(self, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False
+    ) -> str:
         """Returns the text of a conversation. Raises Refused with the reason."""
         return self.render_all([(messages, tools, add_generation_prompt)])[0]
 
@@ -231,8 +237,12 @@ class Template:
         line = self.encode_jobs(jobs)
         if self.process is None or self.process.poll() is not None:
             command = [sys.executable, os.path.abspath(__file__)]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-            line = json.dumps({"template": self.source, "names": self.names}).encode() + b"\n" + line
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+            )
+            line = (
+                json.dumps({"template": self.source, "names": self.names}).encode() + b"\n" + line
+            )
         try:
             self.write(line)
             results = json.loads(self.read_line())
@@ -242,7 +252,9 @@ class Template:
         except Refused:
             self.close()
             raise
-        return [result["text"] if "text" in result else Refused(result["error"]) for result in results]
+        return [
+            result["text"] if "text" in result else Refused(result["error"]) for result in results
+        ]
 
     def encode_jobs(self, jobs: list[Job]) -> bytes:
         """Returns the line of JSON that `serve_templates` reads."""
@@ -268,7 +280,9 @@ class Template:
                 raise Refused(f"it takes longer than {MAX_SECONDS} s")
             part = os.read(output.fileno(), 1 << 20)
             if not part:
-                raise Refused(f"it takes more than {MAX_MEMORY >> 20} MB of memory, or ended its process otherwise")
+                raise Refused(
+                    f"it takes more than {MAX_MEMORY >> 20} MB of memory, or ended its process otherwise"
+                )
             parts.append(part)
         return b"".join(parts)
 
@@ -299,7 +313,9 @@ class Template:
                 return prompted[len(without) :]
         return ""
 
-    def locate(self, conversations: list[Conversation], control: re.Pattern) -> list["Rendered | Refused"]:
+    def locate(
+        self, conversations: list[Conversation], control: re.Pattern
+    ) -> list["Rendered | Refused"]:
         """Renders conversations and finds their answers.
 
         control: finds the texts of control tokens; words of messages that hold one become quoted
@@ -324,7 +340,9 @@ class Template:
                 results.append(refusal)
         return results
 
-    def plan(self, conversation: Conversation, control: re.Pattern) -> tuple[list["Marks"], list[Job]]:
+    def plan(
+        self, conversation: Conversation, control: re.Pattern
+    ) -> tuple[list["Marks"], list[Job]]:
         """Returns the ways to mark the answers, best first, and what to render: the conversation as it
         is, then, for each way, with its marks."""
         messages = conversation.messages
@@ -333,7 +351,8 @@ class Template:
         # A template may leave out a thought that is a part of the content. Then only the words
         # after it are looked for.
         has_thoughts = any(
-            message.get("role") == "assistant" and "</think>" in str(message.get("content")) for message in messages
+            message.get("role") == "assistant" and "</think>" in str(message.get("content"))
+            for message in messages
         )
         ways = [Marks(conversation, self.source, control, whole=True)]
         if has_thoughts:
@@ -372,7 +391,9 @@ class Template:
                 reason = str(refusal)
         raise Refused(reason)
 
-    def add_answers(self, rendered: Rendered, extents: dict[int, Span], conversation: Conversation) -> Rendered:
+    def add_answers(
+        self, rendered: Rendered, extents: dict[int, Span], conversation: Conversation
+    ) -> Rendered:
         """Adds the answers to a rendered conversation, and returns it.
 
         extents: for each answer, by the number of its message, the span of its words.
@@ -390,12 +411,18 @@ class Template:
                     begin -= 1
             else:
                 begin = self.answer_begin(rendered.text, messages[:i], conversation.tools, first)
-                if not self.generation_prompt.strip() and not has_calls and rendered.text[begin:first].strip():
+                if (
+                    not self.generation_prompt.strip()
+                    and not has_calls
+                    and rendered.text[begin:first].strip()
+                ):
                     # Nothing asks for an answer, so the words before it are the name of the role.
                     begin = first
             if not previous_end <= begin <= first or (has_calls and begin == first):
                 raise Refused("it can't be told where an answer begins")
-            rendered.answers.append(Answer(begin, first, last, has_calls, i, i == len(messages) - 1))
+            rendered.answers.append(
+                Answer(begin, first, last, has_calls, i, i == len(messages) - 1)
+            )
             previous_end = last
         return rendered
 
@@ -455,7 +482,9 @@ class Marks:
         self.is_answer = conversation.is_answer
         self.control = control
         self.whole = whole
-        self.parts: list[tuple[int, str]] = []  # of each replaced part: the number of its message, and its words
+        self.parts: list[
+            tuple[int, str]
+        ] = []  # of each replaced part: the number of its message, and its words
 
     def message(self, message: dict, number: int) -> dict:
         """Returns a message with marks. number: its place in the conversation."""
@@ -486,7 +515,11 @@ class Marks:
         """Returns a tool call with another text in the place of the function's name."""
         function = call.get("function") if isinstance(call, dict) else None
         target = function if isinstance(function, dict) else call
-        if isinstance(target, dict) and isinstance(target.get("name"), str) and target["name"].strip():
+        if (
+            isinstance(target, dict)
+            and isinstance(target.get("name"), str)
+            and target["name"].strip()
+        ):
             target = target | {"name": self.replacement(number, target["name"])}
         if isinstance(function, dict):
             return call | {"function": target}

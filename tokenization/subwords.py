@@ -28,11 +28,16 @@ SUPPORTED = "supported are byte-level BPE as of GPT-2, Llama 3, Qwen, Mistral Ne
 
 
 LONGEST_TOKEN = 2_000  # characters; the time to spell a token grows with the square of its length
-SPELLING = 10**8  # limit of the sum of those squares over a vocabulary; about 10**7 in the largest published one
+SPELLING = (
+    10**8
+)  # limit of the sum of those squares over a vocabulary; about 10**7 in the largest published one
 MODEL_BYTES = 16 << 20  # limit of a tokenizer.model; Gemma's, the largest published one, has 4.7 MB
 MOST_SPACES = 900_000  # in a row; at a million, tiktoken's regex engine runs out of its stack and ends the program
 MOST_LETTERS = 8_000_000  # in a row; to cut a word of so many takes 0.4 GB
-RUNS = ((r"\s+", MOST_SPACES, "spaces or line ends"), (r"\S+", MOST_LETTERS, "characters without a space"))
+RUNS = (
+    (r"\s+", MOST_SPACES, "spaces or line ends"),
+    (r"\S+", MOST_LETTERS, "characters without a space"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,9 @@ class AddedToken:
 
     id: int
     special: bool  # a control token
-    normalized: bool  # looked for only in what the other added tokens leave, and after that is normalized
+    normalized: (
+        bool  # looked for only in what the other added tokens leave, and after that is normalized
+    )
     lstrip: bool = False  # takes the space before it along
     rstrip: bool = False  # takes the space behind it along
     single_word: bool = False  # does not count inside a word
@@ -66,7 +73,9 @@ class BytePairs:
     def __post_init__(self):
         # The number of bytes of each id, and 1 at -1, for a byte that is no token. A list is faster
         # than a dictionary, and is used where the ids have few gaps.
-        self.lengths = defaultdict(lambda: 1, {id: len(token) for id, token in self.bytes_of.items()})
+        self.lengths = defaultdict(
+            lambda: 1, {id: len(token) for id, token in self.bytes_of.items()}
+        )
         size = max(self.bytes_of, default=0) + 1
         if size < 4 * len(self.bytes_of):
             self.lengths = [*map(self.lengths.__getitem__, range(size)), 1]
@@ -105,7 +114,9 @@ class BytePairs:
             # Rust's regex engine gives up by a panic, which is no Exception for Python.
             if type(error).__name__ != "PanicException":
                 raise
-            raise UserError("the tokenizer's regular expression for words takes too long on a text") from None
+            raise UserError(
+                "the tokenizer's regular expression for words takes too long on a text"
+            ) from None
 
 
 def byte_pairs(path: Path, spec: dict, added: dict[str, AddedToken]) -> BytePairs:
@@ -120,7 +131,9 @@ def byte_pairs(path: Path, spec: dict, added: dict[str, AddedToken]) -> BytePair
     words = spec.get("pre_tokenizer")
     model, vocab, pairs = _read_bpe(path, spec)
     if model.get("byte_fallback"):
-        raise refuse(path, "its BPE has byte_fallback = True, but no tokenizer.model stands beside it")
+        raise refuse(
+            path, "its BPE has byte_fallback = True, but no tokenizer.model stands beside it"
+        )
     if normalizer not in (None, {"type": "NFC"}):
         raise refuse(path, f"its normalizer is {json.dumps(normalizer)[:80]}")
     late = [text for text, token in added.items() if token.normalized and token.special]
@@ -135,24 +148,35 @@ def byte_pairs(path: Path, spec: dict, added: dict[str, AddedToken]) -> BytePair
         if BYTE_OF.keys() >= set(text):
             bytes_of[id] = bytes(BYTE_OF[character] for character in text)
         elif text not in added:
-            raise refuse(path, f"its token {text[:40]!r} is not written in GPT-2's characters for bytes")
+            raise refuse(
+                path, f"its token {text[:40]!r} is not written in GPT-2's characters for bytes"
+            )
     ranks, unmerged = _merge_order(bytes_of, pairs)
     order = sorted(ranks, key=ranks.get)
     if model.get("ignore_merges") is True:
         # tiktoken would merge two tokens that together spell a third, also where that is no merge.
         mergeable = [id for id, parts in unmerged.items() if parts == 2]
         if mergeable:
-            raise refuse(path, f"its token {bytes_of[mergeable[0]]!r} is spelled by two tokens that are no merge")
+            raise refuse(
+                path,
+                f"its token {bytes_of[mergeable[0]]!r} is spelled by two tokens that are no merge",
+            )
         order += unmerged.keys() - {token.id for token in added.values()}
     missing = {bytes([byte]) for byte in range(256)} - {*bytes_of.values()}
     needed = missing if model.get("unk_token") is not None else missing - DISPENSABLE
     if needed:
-        raise refuse(path, f"it has no token for {len(needed)} of the 256 bytes, e.g. {min(needed)}")
+        raise refuse(
+            path, f"it has no token for {len(needed)} of the 256 bytes, e.g. {min(needed)}"
+        )
     ranked = {token: rank for rank, token in enumerate([*map(bytes_of.get, order), *missing])}
     try:
-        encoding = tiktoken.Encoding(str(path), pat_str=pattern, mergeable_ranks=ranked, special_tokens={})
+        encoding = tiktoken.Encoding(
+            str(path), pat_str=pattern, mergeable_ranks=ranked, special_tokens={}
+        )
     except ValueError as error:
-        reason = f"its pre-tokenizer has a regular expression unknown to tiktoken ({str(error)[:80]})"
+        reason = (
+            f"its pre-tokenizer has a regular expression unknown to tiktoken ({str(error)[:80]})"
+        )
         raise refuse(path, reason) from None
     ids = order + [-1] * len(missing)
     return BytePairs(vocab, encoding, ids, bytes_of, normalizer is not None, details)
@@ -165,7 +189,10 @@ _others = sorted({*range(256)} - {*_printable})
 BYTE_OF = {chr(b): b for b in _printable} | {chr(0x100 + n): b for n, b in enumerate(_others)}
 # Bytes that a vocabulary may lack: those that UTF-8 never uses, those of the empty Unicode planes 4
 # to 11, and ASCII's control characters.
-DISPENSABLE = {bytes([b]) for b in (*range(9), *range(14, 32), 0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100))}
+DISPENSABLE = {
+    bytes([b])
+    for b in (*range(9), *range(14, 32), 0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100))
+}
 
 
 def refuse(path: Path, reason: str) -> UserError:
@@ -173,7 +200,9 @@ def refuse(path: Path, reason: str) -> UserError:
     return UserError(f"{path}: {reason}, which can't be reproduced exactly; {SUPPORTED}")
 
 
-Pairs = dict[tuple[int, int], tuple[int, int]]  # the ids of two tokens: the rank of their merge, the id of the result
+Pairs = dict[
+    tuple[int, int], tuple[int, int]
+]  # the ids of two tokens: the rank of their merge, the id of the result
 
 
 def _read_bpe(path: Path, spec: dict) -> tuple[dict, dict[str, int], Pairs]:
@@ -182,7 +211,11 @@ def _read_bpe(path: Path, spec: dict) -> tuple[dict, dict[str, int], Pairs]:
     model = spec.get("model")
     fields = model if isinstance(model, dict) else {}
     kind, vocab, merges = fields.get("type"), fields.get("vocab"), fields.get("merges")
-    well_formed = isinstance(merges, list) and isinstance(vocab, dict) and {*map(type, vocab.values())} <= {int}
+    well_formed = (
+        isinstance(merges, list)
+        and isinstance(vocab, dict)
+        and {*map(type, vocab.values())} <= {int}
+    )
     if kind != "BPE" or not well_formed or (vocab and min(vocab.values()) < 0):
         reason = f"its model, of type {str(kind)[:40]}, is no BPE with a vocab of integer ids and a list of merges"
         raise refuse(path, reason)
@@ -191,7 +224,9 @@ def _read_bpe(path: Path, spec: dict) -> tuple[dict, dict[str, int], Pairs]:
             raise refuse(path, f"its BPE has {key} = {str(model[key])[:40]}")
     longest = max(map(len, vocab), default=0)
     if longest > LONGEST_TOKEN:
-        raise refuse(path, f"one of its tokens has {longest:,} characters, more than {LONGEST_TOKEN:,}")
+        raise refuse(
+            path, f"one of its tokens has {longest:,} characters, more than {LONGEST_TOKEN:,}"
+        )
     if sum(len(token) ** 2 for token in vocab) > SPELLING:
         raise refuse(path, "its tokens are too long to be spelled in reasonable time")
     pairs = {}
@@ -200,12 +235,16 @@ def _read_bpe(path: Path, spec: dict) -> tuple[dict, dict[str, int], Pairs]:
             left, right = merge.split(" ") if isinstance(merge, str) else merge
             pairs[vocab[left], vocab[right]] = rank, vocab[left + right]
         except (KeyError, TypeError, ValueError):
-            reason = f"its merge number {rank}, {str(merge)[:40]!r}, is not two tokens that make a third"
+            reason = (
+                f"its merge number {rank}, {str(merge)[:40]!r}, is not two tokens that make a third"
+            )
             raise refuse(path, reason) from None
     return model, vocab, pairs
 
 
-def _merge_order(tokens: dict[int, bytes] | dict[int, str], pairs: Pairs) -> tuple[dict[int, int], dict[int, int]]:
+def _merge_order(
+    tokens: dict[int, bytes] | dict[int, str], pairs: Pairs
+) -> tuple[dict[int, int], dict[int, int]]:
     """Finds an order of tokens by which tiktoken and sentencepiece merge as `tokenizers` does.
 
     tokens: the spelling of each id, in bytes or characters. pairs: the merges.
@@ -278,7 +317,14 @@ def _pattern(pre_tokenizer: object) -> tuple[str | None, str]:
             pattern = GPT2_WORDS.replace(r" ?\p{N}+", r"\p{N}" if single else r"\p{N}+")
             pattern = pattern.replace(r"(?!\S)", r"(?![^\s\p{N}])")
             return pattern, ", digits split" if single else ", numbers split off"
-        case False, [{"type": "Split", "pattern": {"Regex": str(split)}, "behavior": "Isolated", "invert": False}]:
+        case False, [
+            {
+                "type": "Split",
+                "pattern": {"Regex": str(split)},
+                "behavior": "Isolated",
+                "invert": False,
+            }
+        ]:
             # What the pattern does not match is a word for tokenizers, and nothing for tiktoken.
             if _same_regex(split):
                 return rf"{split}|(?:(?!{split})[\s\S])+", ""
@@ -289,7 +335,9 @@ def _pattern(pre_tokenizer: object) -> tuple[str | None, str]:
 # on . ^ $ \w \b {2}+ && and others.
 _one = r"\\[sSrnt]|\\[^\w\s]|\\[pP]\{[A-Z][a-z]?\}"
 _class = rf"\[\^?(?:{_one}|(?!&&|--|~~)[^\\\[\]^])*\]"
-SAME_REGEX = re.compile(rf"(?:{_one}|{_class}|\(\?(?:i?:|!)|[()|?*+]|\{{\d+(?:,\d*)?\}}(?!\+)|[^\\\[\](){{}}|?*+.^$])*")
+SAME_REGEX = re.compile(
+    rf"(?:{_one}|{_class}|\(\?(?:i?:|!)|[()|?*+]|\{{\d+(?:,\d*)?\}}(?!\+)|[^\\\[\](){{}}|?*+.^$])*"
+)
 
 
 def _same_regex(pattern: str) -> bool:
@@ -369,12 +417,22 @@ def pieces(folder: Path, spec: dict, config: dict) -> Pieces:
             raise UserError(f"{file}: not a sentencepiece model; {SUPPORTED}") from None
         vocab = {bare.id_to_piece(id): id for id in range(len(bare))}
         listed = spec["model"].get("vocab") if spec else {}
-        if not isinstance(listed, dict) or any(vocab.get(text, id) != id for text, id in listed.items()):
-            raise UserError(f"{folder}: tokenizer.json and tokenizer.model have different vocabularies; keep one")
-        byte_tokens = {id: bytes([int(piece[1:-1], 16)]) for piece, id in vocab.items() if bare.is_byte(id)}
+        if not isinstance(listed, dict) or any(
+            vocab.get(text, id) != id for text, id in listed.items()
+        ):
+            raise UserError(
+                f"{folder}: tokenizer.json and tokenizer.model have different vocabularies; keep one"
+            )
+        byte_tokens = {
+            id: bytes([int(piece[1:-1], 16)]) for piece, id in vocab.items() if bare.is_byte(id)
+        }
         control = {text for text, id in vocab.items() if bare.is_control(id) or bare.is_unknown(id)}
         ends = {"bos_token": bare.bos_id(), "eos_token": bare.eos_id()}
-        names = {name: bare.id_to_piece(id) for name, id in ends.items() if id >= 0 and name not in config}
+        names = {
+            name: bare.id_to_piece(id)
+            for name, id in ends.items()
+            if id >= 0 and name not in config
+        }
         details = ""
     else:
         vocab, proto, byte_tokens = _json_pieces(json_file, spec)
@@ -389,7 +447,9 @@ def pieces(folder: Path, spec: dict, config: dict) -> Pieces:
     return Pieces(vocab, spaced, bare, prefix, only_if_missing, bytes_of, controls, names, details)
 
 
-def _space_prefix(json_file: Path, spec: dict, config: dict, model: SentencePieceProcessor) -> tuple[str, bool]:
+def _space_prefix(
+    json_file: Path, spec: dict, config: dict, model: SentencePieceProcessor
+) -> tuple[str, bool]:
     """Returns `prefix` and `only_if_missing` of `Pieces`. model: as the file has it, without an
     override."""
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -400,9 +460,18 @@ def _space_prefix(json_file: Path, spec: dict, config: dict, model: SentencePiec
             return "always" if config.get("legacy") is True else "first", False
         case [{"normalizers": [{"type": "Prepend", "prepend": "▁"}, last]}, None] if last == space:
             return "always", False
-        case [None, {"type": "Metaspace", "prepend_scheme": "always" | "first" | "never" as prefix, "split": False}]:
+        case [
+            None,
+            {
+                "type": "Metaspace",
+                "prepend_scheme": "always" | "first" | "never" as prefix,
+                "split": False,
+            },
+        ]:
             return prefix, True
-        case [normalizer, None | {"type": "Split", "pattern": {"String": " "}}] if normalizer == space:
+        case [normalizer, None | {"type": "Split", "pattern": {"String": " "}}] if (
+            normalizer == space
+        ):
             return "never", False
         case other:
             raise refuse(json_file, f"it treats spaces by {json.dumps(other)[:200]}")
@@ -436,11 +505,17 @@ def _json_pieces(path: Path, spec: dict) -> tuple[dict[str, int], bytes, dict[in
         unknown = size
         size += 1
     Piece = ModelProto.SentencePiece
-    kinds = dict.fromkeys(ranks, Piece.NORMAL) | dict.fromkeys(byte_ids, Piece.BYTE) | {unknown: Piece.UNKNOWN}
+    kinds = (
+        dict.fromkeys(ranks, Piece.NORMAL)
+        | dict.fromkeys(byte_ids, Piece.BYTE)
+        | {unknown: Piece.UNKNOWN}
+    )
     entries = []
     for id in range(size):
         text = texts[id] if id in kinds and id in texts else f"<no text {id}>"
-        entries.append(Piece(piece=text, score=-ranks.get(id, 0), type=kinds.get(id, Piece.CONTROL)))
+        entries.append(
+            Piece(piece=text, score=-ranks.get(id, 0), type=kinds.get(id, Piece.CONTROL))
+        )
     trainer = {"model_type": "BPE", "vocab_size": size, "byte_fallback": True}
     trainer |= {"unk_id": unknown, "bos_id": -1, "eos_id": -1, "pad_id": -1}
     normalizer = {"name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
@@ -459,8 +534,21 @@ LLAMA3_SIZE = 128_000
 # Llama 3.1's names. Llama 3 had reserved tokens in the places of finetune_right_pad_id, eom_id and
 # python_tag.
 LLAMA3_CONTROL = [
-    *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id"),
-    *("reserved_special_token_2", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"),
+    *(
+        "begin_of_text",
+        "end_of_text",
+        "reserved_special_token_0",
+        "reserved_special_token_1",
+        "finetune_right_pad_id",
+    ),
+    *(
+        "reserved_special_token_2",
+        "start_header_id",
+        "end_header_id",
+        "eom_id",
+        "eot_id",
+        "python_tag",
+    ),
     *(f"reserved_special_token_{n}" for n in range(3, 248)),
 ]
 
@@ -490,13 +578,24 @@ def tiktoken_file(file: Path) -> tuple[BytePairs, dict[str, AddedToken]]:
         try:
             bytes_of[int(rank)] = base64.b64decode(token, validate=True)
         except ValueError:
-            raise UserError(f"{file}: line {number} is no base64 token with its rank; copy the file again") from None
+            raise UserError(
+                f"{file}: line {number} is no base64 token with its rank; copy the file again"
+            ) from None
     if sorted(bytes_of) != [*range(LLAMA3_SIZE)] or len({*bytes_of.values()}) < LLAMA3_SIZE:
         size = f"{len(bytes_of):,} tokens"
-        raise UserError(f"{file}: a tiktoken file of {size}; only Llama 3's, of {LLAMA3_SIZE:,}, is supported")
+        raise UserError(
+            f"{file}: a tiktoken file of {size}; only Llama 3's, of {LLAMA3_SIZE:,}, is supported"
+        )
     ranked = {token: rank for rank, token in bytes_of.items()}
-    encoding = tiktoken.Encoding(str(file), pat_str=LLAMA3_WORDS, mergeable_ranks=ranked, special_tokens={})
+    encoding = tiktoken.Encoding(
+        str(file), pat_str=LLAMA3_WORDS, mergeable_ranks=ranked, special_tokens={}
+    )
     # Tokens are written as text where they are text, so that a name can be looked up.
     vocab = {token.decode(errors="replace"): id for id, token in bytes_of.items()}
-    added = {f"<|{name}|>": AddedToken(LLAMA3_SIZE + n, True, False) for n, name in enumerate(LLAMA3_CONTROL)}
-    return BytePairs(vocab, encoding, [*range(LLAMA3_SIZE)], bytes_of, False, ", in tiktoken's format"), added
+    added = {
+        f"<|{name}|>": AddedToken(LLAMA3_SIZE + n, True, False)
+        for n, name in enumerate(LLAMA3_CONTROL)
+    }
+    return BytePairs(
+        vocab, encoding, [*range(LLAMA3_SIZE)], bytes_of, False, ", in tiktoken's format"
+    ), added

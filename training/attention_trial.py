@@ -12,14 +12,20 @@ from model import Transformer
 from objectives import Losses, StepTotals
 
 
-def use_flash_version(name: str, model: Transformer, objective: Callable[..., Tensor], loader: MicroBatches) -> str:
+def use_flash_version(
+    name: str, model: Transformer, objective: Callable[..., Tensor], loader: MicroBatches
+) -> str:
     """Puts that version in place and returns a line about it. UserError where loss or gradients of the run's first
     micro-batch are not those of version 2."""
-    trial = MicroBatches(loader.dataset, dataclasses.replace(loader.sampler), loader.device, loader.batch_size)
+    trial = MicroBatches(
+        loader.dataset, dataclasses.replace(loader.sampler), loader.device, loader.batch_size
+    )
     trial.max_tokens, trial.seed, trial.dropout = loader.max_tokens, loader.seed, loader.dropout
     trial.rows_per_rank = loader.rows_per_rank
     batch = collate(trial.examples_of_step(0)[0], loader.device, distributed.context_parallel)
-    totals = StepTotals(len(batch.targets), max(batch.loss_weight_sum, 1.0), max(batch.num_tokens, 1))
+    totals = StepTotals(
+        len(batch.targets), max(batch.loss_weight_sum, 1.0), max(batch.num_tokens, 1)
+    )
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()
 

@@ -42,12 +42,23 @@ from training.state import TrainState
 
 FOLDER, STATE_FILE, MANIFEST = "checkpoints", "state.json", "manifest.json"
 # What a run writes; the last is the last to be removed, for by it a run is known.
-RUN_FILES = ("config.json", "loss.png", "trace.json", "bad_batch.jsonl", "comparison.json", "best", "final", "wandb")
+RUN_FILES = (
+    "config.json",
+    "loss.png",
+    "trace.json",
+    "bad_batch.jsonl",
+    "comparison.json",
+    "best",
+    "final",
+    "wandb",
+)
 RUN_FILES = (*RUN_FILES, FOLDER, "metrics.jsonl")
 LEFTOVER = re.compile(
     r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-\d+"
 )  # of files.atomic_folder, in a process that died
-TRIAL_BYTES = 64 << 20  # that are written to see whether a disk takes them; beyond, its word is believed
+TRIAL_BYTES = (
+    64 << 20
+)  # that are written to see whether a disk takes them; beyond, its word is believed
 RESUME_RULES = {name: each.metadata.get("resume") for name, each in OPTIONS.items()}
 PER_LAUNCH_OPTIONS = {name for name, rule in RESUME_RULES.items() if rule == PER_LAUNCH}
 SAFE_TO_CHANGE = {name for name, rule in RESUME_RULES.items() if rule is not None}
@@ -80,7 +91,9 @@ def trainable_state(model: nn.Module, optimizers: list) -> dict[str, Tensor]:
                     tensors[f"{key} {names[p]} {shard_name(p)}"] = value
                 elif value.dim():
                     value = value.view(to_local(p).shape)
-                    tensors[f"{key} {names[p]}"] = dtensor_like(p, value) if is_sharded(p) else value
+                    tensors[f"{key} {names[p]}"] = (
+                        dtensor_like(p, value) if is_sharded(p) else value
+                    )
                 else:
                     tensors[f"{key} {names[p]}"] = value
     return tensors
@@ -102,7 +115,9 @@ def random_state() -> list[str]:
 
 
 def set_random_state(states: list[str]) -> None:
-    tensors = [torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8) for state in states]
+    tensors = [
+        torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8) for state in states
+    ]
     torch.set_rng_state(tensors[0])
     if torch.cuda.is_available() and len(tensors) > 1:
         torch.cuda.set_rng_state(tensors[1])
@@ -135,7 +150,12 @@ class Checkpointer:
         origin: dict,
         print_fn: Callable[[str], None],
     ):
-        self.settings, self.model, self.optimizers, self.sampler = settings, model, optimizers, sampler
+        self.settings, self.model, self.optimizers, self.sampler = (
+            settings,
+            model,
+            optimizers,
+            sampler,
+        )
         self.origin, self.out = origin, out
         self.writer = CheckpointWriter(out, settings.keep, settings.save_async, print_fn)
 
@@ -151,14 +171,17 @@ class Checkpointer:
     def save(self, state: TrainState) -> None:
         """Writes a checkpoint of this step. All ranks call it."""
         sampler = self.sampler
-        stored = state.as_dict() | {
-            "position": [sampler.epoch, sampler.window, sampler.row],
-            "random": distributed.all_gather_object(random_state()),
-            "processes": distributed.dp_size(),  # among which rows are dealt; "random" has one of each rank
-            "flags": as_dict(self.settings),
-            "torch": torch.__version__,
-            **self.origin,
-        }
+        stored = (
+            state.as_dict()
+            | {
+                "position": [sampler.epoch, sampler.window, sampler.row],
+                "random": distributed.all_gather_object(random_state()),
+                "processes": distributed.dp_size(),  # among which rows are dealt; "random" has one of each rank
+                "flags": as_dict(self.settings),
+                "torch": torch.__version__,
+                **self.origin,
+            }
+        )
         with distributed.extended_timeout():
             self.writer.save(stored, trainable_state(self.model, self.optimizers))
 
@@ -203,7 +226,9 @@ class CheckpointWriter:
             self.wait()
             return
         copies = {name: copy_to_host(tensor) for name, tensor in tensors.items()}
-        self.thread = threading.Thread(target=self.write_in_thread, args=(state, copies), daemon=True)
+        self.thread = threading.Thread(
+            target=self.write_in_thread, args=(state, copies), daemon=True
+        )
         self.thread.start()
 
     def write_in_thread(self, state: dict, tensors: dict[str, Tensor]) -> None:
@@ -227,18 +252,27 @@ class CheckpointWriter:
         """Writes a checkpoint under another name, renames it, and removes old ones; an OSError is kept for `wait`."""
         name = f"step-{state['step']}"
         try:
-            with distributed.rank0_context(atomic_folder(self.folder / name, replace=True), self.group) as tmp:
+            with distributed.rank0_context(
+                atomic_folder(self.folder / name, replace=True), self.group
+            ) as tmp:
                 path = Path(distributed.broadcast_object(str(tmp), self.group))
                 write_shards(tensors, path, self.group)
                 with distributed.synced_errors(self.group):
-                    mine = {file.name: file_sha256(file) for file in path.glob(f"shard-{distributed.rank() + 1:05}-*")}
+                    mine = {
+                        file.name: file_sha256(file)
+                        for file in path.glob(f"shard-{distributed.rank() + 1:05}-*")
+                    }
                 hashes: dict[str, str] = {}
                 for part in distributed.all_gather_object(mine, self.group):
                     hashes |= part
                 if tmp:
                     missing = sorted(name for name in hashes if not (tmp / name).is_file())
                     if missing:
-                        raise OSError(0, f"{missing[0]} is missing, not all machines see this folder", str(tmp))
+                        raise OSError(
+                            0,
+                            f"{missing[0]} is missing, not all machines see this folder",
+                            str(tmp),
+                        )
                     write_json(state, tmp / STATE_FILE)
                     write_json(hashes | {STATE_FILE: file_sha256(tmp / STATE_FILE)}, tmp / MANIFEST)
             self.newest = name
@@ -290,8 +324,12 @@ def write_shards(tensors: dict[str, Tensor], folder: Path, group) -> None:
     dcp = distributed_checkpoint()
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
-    except dcp.api.CheckpointException as error:  # with the errors of all ranks; torch derives it from BaseException
+        dcp.save(
+            tensors, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized()
+        )
+    except (
+        dcp.api.CheckpointException
+    ) as error:  # with the errors of all ranks; torch derives it from BaseException
         for cause in error.failures.values():
             cause = cause[0] if isinstance(cause, tuple) else cause
             if isinstance(cause, OSError):
@@ -339,7 +377,9 @@ def check_disk_space(out: Path, size: float, what: str) -> None:
     size = max(0.0, size - existing)
     free = shutil.disk_usage(out).free
     if free < size:
-        raise UserError(f"{out}: {what} take {format_bytes(size)}, and {format_bytes(free)} are free")
+        raise UserError(
+            f"{out}: {what} take {format_bytes(size)}, and {format_bytes(free)} are free"
+        )
     trial = out / f".trial.partial-{os.getpid()}"
     try:
         with open(trial, "wb") as stream:
@@ -350,7 +390,9 @@ def check_disk_space(out: Path, size: float, what: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
-        raise UserError(f"{out}: can't be written to ({error.strerror}); {what} take {format_bytes(size)}") from None
+        raise UserError(
+            f"{out}: can't be written to ({error.strerror}); {what} take {format_bytes(size)}"
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             trial.unlink(missing_ok=True)
@@ -383,7 +425,9 @@ def find_corruption(folder: Path) -> str | None:
         return str(error)
     if STATE_FILE not in manifest:
         return f"{folder / MANIFEST}: names no {STATE_FILE}"
-    unknown = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in manifest)
+    unknown = sorted(
+        file.name for file in folder.glob("*.safetensors") if file.name not in manifest
+    )
     if unknown:
         return f"{folder / unknown[0]}: is not in the manifest"
     for name, sha256 in manifest.items():
@@ -400,13 +444,17 @@ def read_checkpoint(found: Checkpoint, model: nn.Module, optimizers: list) -> No
     dcp = distributed_checkpoint()
     own = trainable_state(model, optimizers)
     stored = stored_tensors(found.folder)
-    by_shard = {name for name in own if name.count(" ") == 2}  # moments in 8 bits, cut into blocks within a shard
+    by_shard = {
+        name for name in own if name.count(" ") == 2
+    }  # moments in 8 bits, cut into blocks within a shard
     if by_shard <= stored.keys():  # there are as many shards as when they were written
         by_shard = set()
     loaded = {name: tensor for name, tensor in own.items() if name not in by_shard}
     missing = sorted(loaded.keys() - stored.keys())
     if missing:
-        raise UserError(f"{found.folder}: holds no {missing[0]!r}; it is of another method or optimizer")
+        raise UserError(
+            f"{found.folder}: holds no {missing[0]!r}; it is of another method or optimizer"
+        )
     reader = dcp.HuggingFaceStorageReader(str(found.folder))
     dcp.load(loaded, storage_reader=reader, no_dist=not dist.is_initialized())
     for name, p in model.named_parameters():
@@ -418,9 +466,13 @@ def read_checkpoint(found: Checkpoint, model: nn.Module, optimizers: list) -> No
 def check_same_run(found: Checkpoint, base: dict) -> None:
     """Raises UserError where the base or the data of a resumed run are not those of its checkpoint."""
     if found.state["base_sha256"] != base["base_sha256"]:
-        raise UserError(f"--resume: {base['base']} holds other weights than when {found.folder} was made")
+        raise UserError(
+            f"--resume: {base['base']} holds other weights than when {found.folder} was made"
+        )
     if found.state["data"] != base["data"]:
-        raise UserError(f"--resume: the examples are others, or in another order, than when {found.folder} was made")
+        raise UserError(
+            f"--resume: the examples are others, or in another order, than when {found.folder} was made"
+        )
 
 
 def stored_tensors(folder: Path) -> dict[str, Path]:
@@ -432,7 +484,9 @@ def stored_tensors(folder: Path) -> dict[str, Path]:
     return files
 
 
-def requantize_moments(name: str, p: Tensor, parts: dict[str, Tensor], stored: dict[str, Path], folder: Path) -> None:
+def requantize_moments(
+    name: str, p: Tensor, parts: dict[str, Tensor], stored: dict[str, Path], folder: Path
+) -> None:
     """Fills this rank's moments in 8 bits from those of another number of shards, which were cut into other blocks.
 
     name, p: of the parameter. parts: this rank's tensors by their names, to be filled. stored: of `stored_tensors`.
@@ -477,7 +531,9 @@ def restore_flags(flags: Flags, state: dict, where: Path) -> tuple[Flags, list[s
     """
     saved, given = current_names(state["flags"]), flags.given
     if saved["map"] and "map" not in given:
-        raise UserError(f"--resume: the run goes through --map {saved['map']}; give it again, it is code to be run")
+        raise UserError(
+            f"--resume: the run goes through --map {saved['map']}; give it again, it is code to be run"
+        )
     taken, refused, notes = {}, [], []
     for name, before in saved.items():
         if name in PER_LAUNCH_OPTIONS:
@@ -490,20 +546,26 @@ def restore_flags(flags: Flags, state: dict, where: Path) -> tuple[Flags, list[s
         elif name not in SAFE_TO_CHANGE and now != before and not was_open:
             refused.append(f"{dashed(name)} {now} (it was {before})")
     if refused:
-        raise UserError(f"--resume: {where} was made with other flags: {', '.join(refused)}; leave them out")
+        raise UserError(
+            f"--resume: {where} was made with other flags: {', '.join(refused)}; leave them out"
+        )
     flags = dataclasses.replace(flags, **taken)
     for name in ("shard", "context_parallel", "compile", "activation_checkpointing", "attention"):
         now = getattr(flags, name)
         before = saved.get(name, "auto")  # a run of before --attention has none
         if now not in (None, before):
-            notes.append(f"{dashed(name)} {now}, {before} before: equal to rounding, not to the bit")
+            notes.append(
+                f"{dashed(name)} {now}, {before} before: equal to rounding, not to the bit"
+            )
     flags, note = keep_step_size(flags, saved, state["processes"])
     if note:
         notes.append(note)
     ranks_before = len(state["random"])
     if distributed.world_size() != ranks_before:
         count = distributed.world_size()
-        notes.append(f"{ranks_before} processes before, {count} now: equal to rounding, not to the bit")
+        notes.append(
+            f"{ranks_before} processes before, {count} now: equal to rounding, not to the bit"
+        )
     return flags, notes
 
 
@@ -520,7 +582,10 @@ def current_names(saved: dict) -> dict:
 def keep_step_size(flags: Flags, saved: dict, dp_size_before: int) -> tuple[Flags, str]:
     """Sets --accumulate so that a step has as many examples as before, on another number of ranks too; with it a line
     that says so. UserError where that doesn't divide."""
-    product, dp_size = saved["batch_size"] * saved["accumulate"] * dp_size_before, distributed.dp_size()
+    product, dp_size = (
+        saved["batch_size"] * saved["accumulate"] * dp_size_before,
+        distributed.dp_size(),
+    )
     if flags.batch_size * flags.accumulate * dp_size == product:
         return flags, ""
     accumulate, rest = divmod(product, flags.batch_size * dp_size)
@@ -538,7 +603,10 @@ def restore_layout(flags: Flags, state: dict) -> Flags:
     that is possible."""
     saved, taken = current_names(state["flags"]), {}
     as_many = len(state["random"]) == distributed.world_size()
-    if "context_parallel" not in flags.given and distributed.world_size() % saved["context_parallel"] == 0:
+    if (
+        "context_parallel" not in flags.given
+        and distributed.world_size() % saved["context_parallel"] == 0
+    ):
         taken["context_parallel"] = saved["context_parallel"]
     if "shard" not in flags.given and (as_many or saved["shard"] == "none"):
         taken["shard"] = saved["shard"]

@@ -52,7 +52,9 @@ class Settings(Flags):
     workload: Workload | None = None
 
 
-def resolve_defaults(flags: Flags, folder: Path, data: TrainingData, device: torch.device) -> Settings:
+def resolve_defaults(
+    flags: Flags, folder: Path, data: TrainingData, device: torch.device
+) -> Settings:
     """Returns the run's settings. folder: of the base model. UserError where what was typed can't be had here."""
     config = read_config(folder)
     dtype, why_dtype = pick_dtype(flags.dtype, device)
@@ -73,7 +75,9 @@ def resolve_defaults(flags: Flags, folder: Path, data: TrainingData, device: tor
         flags = dataclasses.replace(flags, **adapter_shape(model))
     max_tokens = choose_max_tokens(flags, model, device)
     workload = describe_workload(flags, data, steps_per_epoch, device, max_tokens)
-    flops = memory.flops_a_token(model, workload.all_lengths, workload.share, flags.activation_checkpointing)
+    flops = memory.flops_a_token(
+        model, workload.all_lengths, workload.share, flags.activation_checkpointing
+    )
     rate = distributed.broadcast_object(memory.product_rate(config, device, dtype))
     seconds = workload.tokens * flops / (memory.EFFICIENCY * rate * distributed.world_size())
     compiled, reasons["compile"] = choose_compile(flags, device, seconds)
@@ -97,8 +101,12 @@ def choose_shard(flags: Flags, folder: Path, device: torch.device) -> tuple[str,
     if shard == "none" and flags.shard_offload:
         raise UserError("--shard-offload: keeps shards on the host, and --shard is none")
     if shard == "hybrid" and count == distributed.local_world_size():
-        raise UserError("--shard hybrid: shards inside a node and copies across nodes, and there is one node")
-    if shard == "hybrid" and not distributed.all_ranks_agree(count % distributed.local_world_size() == 0):
+        raise UserError(
+            "--shard hybrid: shards inside a node and copies across nodes, and there is one node"
+        )
+    if shard == "hybrid" and not distributed.all_ranks_agree(
+        count % distributed.local_world_size() == 0
+    ):
         raise UserError("--shard hybrid: the nodes must have equally many processes")
     return shard, reason
 
@@ -115,7 +123,9 @@ def choose_steps(flags: Flags, sampler: Sampler) -> tuple[Flags, int]:
         steps = max(1, round(epochs * steps_per_epoch))
     if eval_every is None:
         eval_every = math.ceil(steps / 5)
-    return dataclasses.replace(flags, steps=steps, epochs=epochs, eval_every=eval_every), steps_per_epoch
+    return dataclasses.replace(
+        flags, steps=steps, epochs=epochs, eval_every=eval_every
+    ), steps_per_epoch
 
 
 def choose_optimization(flags: Flags, config: Config) -> Flags:
@@ -149,7 +159,9 @@ def meta_model_of_run(flags: Flags, folder: Path, config: Config) -> Transformer
     model.source = folder
     if not method_of(flags).freezes_base:
         select_weights(model, flags)
-        for parameter in model.parameters():  # frozen weights that were stored in 16 bits are held so
+        for (
+            parameter
+        ) in model.parameters():  # frozen weights that were stored in 16 bits are held so
             if not parameter.requires_grad and stored_dtype(config).itemsize == 2:
                 parameter.data = parameter.data.to(dtype)
     return model
@@ -170,7 +182,9 @@ def choose_max_tokens(flags: Flags, model: Transformer, device: torch.device) ->
     def peak(tokens: int) -> float:
         tokens *= flags.context_parallel
         job = Workload([tokens], tokens, 1.0, [tokens], tokens, tokens, accumulate=2)
-        return multi_gpu.memory_per_process(model, recipe, layout, job, device.type, flags.context_parallel).peak
+        return multi_gpu.memory_per_process(
+            model, recipe, layout, job, device.type, flags.context_parallel
+        ).peak
 
     room = memory.FITS * memory.device_memory(device)
     return distributed.broadcast_object(memory.tokens_at_once(device, room, peak))
@@ -178,9 +192,13 @@ def choose_max_tokens(flags: Flags, model: Transformer, device: torch.device) ->
 
 def choose_compile(flags: Flags, device: torch.device, seconds: float) -> tuple[str, str]:
     """--compile on or off, and why. seconds: what training is expected to take."""
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # what torch.compile calls
+    compiler = os.environ.get("CXX") or (
+        "clang++" if sys.platform == "darwin" else "g++"
+    )  # what torch.compile calls
     available = shutil.which(compiler) is not None
-    available = available and (device.type != "cuda" or importlib.util.find_spec("triton") is not None)
+    available = available and (
+        device.type != "cuda" or importlib.util.find_spec("triton") is not None
+    )
     if flags.compile == "on" and not available:
         raise UserError(
             f"--compile on: needs {compiler}{' and triton' if device.type == 'cuda' else ''}, not found here"
@@ -188,9 +206,15 @@ def choose_compile(flags: Flags, device: torch.device, seconds: float) -> tuple[
     if flags.compile != "auto":
         return flags.compile, f"compiled blocks {flags.compile}, asked for with --compile"
     if device.type == "cuda":
-        return "off", "compiled blocks off: what they save on GPUs is not measured yet, --compile on tries them"
+        return (
+            "off",
+            "compiled blocks off: what they save on GPUs is not measured yet, --compile on tries them",
+        )
     if flags.deterministic:
-        return "off", "compiled blocks off: --deterministic, and whether it pays is a matter of the clock"
+        return (
+            "off",
+            "compiled blocks off: --deterministic, and whether it pays is a matter of the clock",
+        )
     if flags.activation_checkpointing == "selective":
         return "off", "compiled blocks off: --activation-checkpointing selective"
     if not available:
@@ -210,17 +234,25 @@ def choose_save_every(flags: Flags, model: Transformer, seconds: float) -> tuple
     needed = count * checkpoint_size + 3 * weights_size
     has_room = lambda: free_on_disk(flags) >= needed
     if flags.save_every is None and not flags.resume and not distributed.run_on_rank0(has_room):
-        return 0, f"no checkpoints, the disk has no room for {count} of {format_bytes(checkpoint_size)}"
+        return (
+            0,
+            f"no checkpoints, the disk has no room for {count} of {format_bytes(checkpoint_size)}",
+        )
     if not save_every:
         return 0, "no checkpoints"
     size = format_bytes(checkpoint_size)
-    return save_every, f"a checkpoint of {size} every {save_every:,} steps; the last {flags.keep} are kept"
+    return (
+        save_every,
+        f"a checkpoint of {size} every {save_every:,} steps; the last {flags.keep} are kept",
+    )
 
 
 def sizes_on_disk(flags: Flags, model: Transformer) -> tuple[float, float, int]:
     """(bytes of a checkpoint, bytes of best/ or final/, checkpoints that may be there at a time)."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    checkpoint = trained * (4 if flags.weights == "fp32" else 2) + trained * optimizers.state_bytes(flags.optimizer)
+    checkpoint = trained * (4 if flags.weights == "fp32" else 2) + trained * optimizers.state_bytes(
+        flags.optimizer
+    )
     checkpoint += 4 * trained if flags.optimizer_offload else 0
     weights = 4 * trained if method_of(flags).freezes_base else 2 * model.size
     return checkpoint, weights, flags.keep + 2  # the best one, and the one that is being written

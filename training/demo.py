@@ -23,7 +23,10 @@ from tokenizer import Tokenizer
 from training.plots import read_metrics
 
 FEW_SHOTS = 8  # examples in the prompt
-GENERAL_TOKENS, GENERAL_LENGTH = 5000, 500  # how much general text is read, in pieces of this length
+GENERAL_TOKENS, GENERAL_LENGTH = (
+    5000,
+    500,
+)  # how much general text is read, in pieces of this length
 QUESTION = "What is the capital of France?"
 
 
@@ -51,7 +54,10 @@ class Demo:
         self.base_loss = self.general_loss()
         self.base_answer = self.answer(QUESTION)
         spent = time.perf_counter() - start
-        print(f"          {spent:.0f} s; from here about {(training_seconds + answering) / 60:.1f} min", flush=True)
+        print(
+            f"          {spent:.0f} s; from here about {(training_seconds + answering) / 60:.1f} min",
+            flush=True,
+        )
 
     def score(self, records: list[Record], shots: list[Record] = ()) -> ExactResult:
         return exact(self.model, self.tokenizer, records, shots=shots)
@@ -66,7 +72,9 @@ class Demo:
         return loss(self.model, self.general)["loss"]
 
     def answer(self, question: str) -> str:
-        prompt, _ = self.tokenizer.render([{"role": "user", "content": question}], add_generation_prompt=True)
+        prompt, _ = self.tokenizer.render(
+            [{"role": "user", "content": question}], add_generation_prompt=True
+        )
         ids = self.model.generate([prompt], 48, stop=self.tokenizer.stop_ids)[0]
         return self.tokenizer.decode([i for i in ids if i not in self.tokenizer.stop_ids])
 
@@ -78,12 +86,22 @@ class Demo:
         results = (self.base, self.few_shot, tuned)
         change = tuned_loss - self.base_loss
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        speeds = sorted(line["tokens_per_s"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line)
+        speeds = sorted(
+            line["tokens_per_s"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line
+        )
         memory = peak_memory(self.model.device)
         rows = [
             ["", "base", "base, 8 examples in the prompt", "tuned"],
-            ["exact answers", *(f"{100 * result.accuracy:.1f} % of {result.total}" for result in results)],
-            ["loss on general text", f"{self.base_loss:.3f}", "", f"{tuned_loss:.3f} ({change:+.3f})"],
+            [
+                "exact answers",
+                *(f"{100 * result.accuracy:.1f} % of {result.total}" for result in results),
+            ],
+            [
+                "loss on general text",
+                f"{self.base_loss:.3f}",
+                "",
+                f"{tuned_loss:.3f} ({change:+.3f})",
+            ],
             ["prompt tokens an answer", *(f"{result.prompt_tokens:.0f}" for result in results)],
             ["trained parameters", "0", "0", f"{trained:,}"],
             ["training tokens/s", "", "", f"{speeds[len(speeds) // 2]:,.0f}"],
@@ -97,10 +115,16 @@ class Demo:
         print()
         names = ("base", "base, 8 examples in the prompt", "tuned")
         comparison = {
-            "exact": {name: [result.right, result.total] for name, result in zip(names, results, strict=True)},
+            "exact": {
+                name: [result.right, result.total]
+                for name, result in zip(names, results, strict=True)
+            },
             "loss_on_general_text": {"base": self.base_loss, "tuned": tuned_loss},
         }
-        with contextlib.suppress(OSError), atomic_file(out / "comparison.json") as tmp:  # a full disk costs no run
+        with (
+            contextlib.suppress(OSError),
+            atomic_file(out / "comparison.json") as tmp,
+        ):  # a full disk costs no run
             write_json(comparison, tmp)
 
 

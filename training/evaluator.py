@@ -53,7 +53,9 @@ class Evaluator:
         out_of_patience = 0 < self.settings.patience <= state.since_best
         stop = out_of_patience and state.step < self.settings.steps
         if stop:
-            self.metrics.bar.write(f"stopped   {state.since_best} validations without a new best (--patience)")
+            self.metrics.bar.write(
+                f"stopped   {state.since_best} validations without a new best (--patience)"
+            )
         return stop
 
     def validate(self, state: TrainState) -> None:
@@ -64,7 +66,9 @@ class Evaluator:
             if replay_val:
                 replay_loss = validation_loss(self.model, replay_val, self.device, max_tokens)
         if not math.isfinite(loss):
-            raise UserError(f"step {state.step}: the validation loss is {loss:g}; stopped, try a lower --lr")
+            raise UserError(
+                f"step {state.step}: the validation loss is {loss:g}; stopped, try a lower --lr"
+            )
         line = {"step": state.step, "val_loss": loss}
         replay = ""
         if replay_loss is not None:
@@ -89,30 +93,44 @@ class Evaluator:
         except OSError as error:
             older = "; the one before it stays" if state.has_best else ""
             why = describe_os_error(error, self.out)
-            self.metrics.bar.write(f"WARNING   best/ was not written: {why}{older}; training goes on")
+            self.metrics.bar.write(
+                f"WARNING   best/ was not written: {why}{older}; training goes on"
+            )
 
 
 def best_or_final(state: TrainState) -> str:
     """Which of best/ and final/ is the one to use; prints why where the end is not the best of the run."""
     if state.first_val_loss <= state.best_val_loss:
         before = f"{state.first_val_loss:.4f}"
-        print(f"WARNING   no validation was better than the {before} before training; try a lower --lr")
+        print(
+            f"WARNING   no validation was better than the {before} before training; try a lower --lr"
+        )
     if not (state.has_best and state.best_val_loss < state.val_loss):
         return "final"
-    print(f"          best/ has validation loss {state.best_val_loss:.4f}, final/ {state.val_loss:.4f}")
+    print(
+        f"          best/ has validation loss {state.best_val_loss:.4f}, final/ {state.val_loss:.4f}"
+    )
     return "best"
 
 
 def eager_mode(settings: Settings):
     """Without compiled blocks: for work whose graphs would not pay, or whose shapes would each be compiled."""
-    return torch.compiler.set_stance("force_eager") if settings.compile == "on" else contextlib.nullcontext()
+    return (
+        torch.compiler.set_stance("force_eager")
+        if settings.compile == "on"
+        else contextlib.nullcontext()
+    )
 
 
-def validation_loss(model: Transformer, val: Dataset, device: torch.device, max_tokens: int | None = None) -> float:
+def validation_loss(
+    model: Transformer, val: Dataset, device: torch.device, max_tokens: int | None = None
+) -> float:
     """The loss per trained token, over all ranks. max_tokens: of a batch."""
     ranks = distributed.dp_size(), distributed.dp_rank(), distributed.context_parallel
     with eval_mode(model):
-        loss = mean_loss(model, batches_by_length(val, VALIDATION_BATCH, device, *ranks, max_tokens))
+        loss = mean_loss(
+            model, batches_by_length(val, VALIDATION_BATCH, device, *ranks, max_tokens)
+        )
     if distributed.has_shards(model):
         model.reshard()  # what is around the blocks waits for a backward, which does not come
     return loss

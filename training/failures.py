@@ -27,7 +27,9 @@ def reported_failures() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def training_failures(out: Path, checkpoints: Checkpointer, suggest: Callable[[], str]) -> Iterator[None]:
+def training_failures(
+    out: Path, checkpoints: Checkpointer, suggest: Callable[[], str]
+) -> Iterator[None]:
     """Around the loop: the same, with the checkpoint that is whole. suggest: returns what would have taken less
     memory."""
     try:

@@ -33,7 +33,9 @@ class MetricsLogger:
     flops: floating point operations a token, for the model FLOPs utilisation (mfu).
     """
 
-    def __init__(self, flags: Flags, out: Path, flops: float, device: torch.device, state: TrainState):
+    def __init__(
+        self, flags: Flags, out: Path, flops: float, device: torch.device, state: TrainState
+    ):
         resumed = state.step > 0
         file = out / "metrics.jsonl" if is_rank0() else None
         self.file = DurableJSONL(file, resumed, lambda line: self.bar.write(line))
@@ -41,7 +43,13 @@ class MetricsLogger:
         state.wandb = self.wandb.id if self.wandb else state.wandb
         self.state, self.out, self.flops, self.device = state, out, flops, device
         shown = is_rank0() and sys.stderr.isatty()
-        self.bar = tqdm(total=flags.steps, initial=state.step, unit="step", disable=not shown, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=flags.steps,
+            initial=state.step,
+            unit="step",
+            disable=not shown,
+            dynamic_ncols=True,
+        )
         self.pending = None  # the step whose numbers are on their way
         self.last = time.perf_counter()  # when the newest step had been launched
         self.start = self.last - state.seconds
@@ -49,11 +57,19 @@ class MetricsLogger:
         self.peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in chip), None)
 
     def log_step(
-        self, step: int, losses: Losses, grad_norm: torch.Tensor, lr: float, totals: StepTotals, examples: list[Example]
+        self,
+        step: int,
+        losses: Losses,
+        grad_norm: torch.Tensor,
+        lr: float,
+        totals: StepTotals,
+        examples: list[Example],
     ) -> None:
         """Takes a step's numbers; writes those of the step before."""
         extra = losses.extra(totals)
-        values = PendingScalars(torch.stack([losses.loss, grad_norm, *extra.values()]).detach().float())
+        values = PendingScalars(
+            torch.stack([losses.loss, grad_norm, *extra.values()]).detach().float()
+        )
         self.flush()  # waits for the step before this one, so the clock below ticks at the device's pace
         now = time.perf_counter()
         self.pending = (step, values, [*extra], lr, totals, examples, now - self.last)
@@ -76,7 +92,12 @@ class MetricsLogger:
         tokens = int(totals.num_tokens)
         speed = tokens / seconds
         state.tokens += tokens
-        line = {"step": step, "loss": loss if finite else None, "lr": lr, "grad_norm": grad_norm if finite else None}
+        line = {
+            "step": step,
+            "loss": loss if finite else None,
+            "lr": lr,
+            "grad_norm": grad_norm if finite else None,
+        }
         line |= {"tokens": tokens, "trained_tokens": int(totals.num_trained)}
         if not finite:
             line["skipped"] = state.skipped
@@ -94,16 +115,27 @@ class MetricsLogger:
     def give_up(self, problem: str, examples: list[Example]) -> None:
         """Names the examples of a step, of all ranks, writes them to bad_batch.jsonl and ends the run."""
         mine = [
-            (example.source, np.asarray(example.ids).tolist(), np.asarray(example.loss_weights, float).tolist())
+            (
+                example.source,
+                np.asarray(example.ids).tolist(),
+                np.asarray(example.loss_weights, float).tolist(),
+            )
             for example in examples
         ]
         gathered = [example for part in all_gather_object(mine) for example in part if example[0]]
-        unique = {source: (ids, weights) for source, ids, weights in gathered}  # ranks may share a batch
+        unique = {
+            source: (ids, weights) for source, ids, weights in gathered
+        }  # ranks may share a batch
         file = self.out / "bad_batch.jsonl"
-        lines = [{"where": source, "ids": ids, "trained": weights} for source, (ids, weights) in unique.items()]
+        lines = [
+            {"where": source, "ids": ids, "trained": weights}
+            for source, (ids, weights) in unique.items()
+        ]
         if is_rank0():
             with contextlib.suppress(OSError):
-                file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+                file.write_text(
+                    "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+                )
         names = [*unique]
         named = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         raise UserError(
@@ -114,7 +146,9 @@ class MetricsLogger:
     def write(self, line: dict) -> None:
         self.file.write(json.dumps(line, allow_nan=False) + "\n")
         if self.wandb:
-            self.wandb.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
+            self.wandb.log(
+                {key: value for key, value in line.items() if key != "step"}, step=line["step"]
+            )
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -179,7 +213,9 @@ class DurableJSONL:
             self.warned = False
         except OSError as error:
             if not self.warned:
-                self.print_fn(f"WARNING   {self.path}: {error.strerror}; its lines wait in memory, training goes on")
+                self.print_fn(
+                    f"WARNING   {self.path}: {error.strerror}; its lines wait in memory, training goes on"
+                )
             self.warned = True
 
     def sync(self) -> None:

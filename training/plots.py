@@ -18,10 +18,14 @@ def loss_curve(metrics: Path, picture: Path, title: str) -> None:
     from matplotlib import pyplot, ticker
 
     lines = read_metrics(metrics)
-    steps = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]  # None: a step skipped
+    steps = [
+        (line["step"], line["loss"]) for line in lines if line.get("loss") is not None
+    ]  # None: a step skipped
     checks = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
-    window = max(1, len(steps) // 20)  # a mean over the steps just before: a longer memory would lag behind the curve
+    window = max(
+        1, len(steps) // 20
+    )  # a mean over the steps just before: a longer memory would lag behind the curve
     losses = [loss for _, loss in steps]
     sums = [0.0, *accumulate(losses)]
     starts = [max(0, i - window) for i in range(len(losses))]

@@ -21,4 +21,6 @@ def profiled(steps: int, device: torch.device, out: Path) -> Iterator[None]:
     print(profiler.key_averages().table(sort_by=sort_by, row_limit=25))
     if is_rank0():
         profiler.export_chrome_trace(str(out / "trace.json"))
-        print(f"profiled  {steps} steps; {out / 'trace.json'} opens in chrome://tracing or ui.perfetto.dev")
+        print(
+            f"profiled  {steps} steps; {out / 'trace.json'} opens in chrome://tracing or ui.perfetto.dev"
+        )

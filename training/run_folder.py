@@ -46,7 +46,9 @@ def open_run(flags: Flags) -> Run:
     if run.checkpoint is None:
         distributed.init_context_parallel(run.flags.context_parallel)
     if run.flags.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of two sizes, cuBLAS chooses as it likes
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # of two sizes, cuBLAS chooses as it likes
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     check_offload(run.flags, run.device)
@@ -61,7 +63,9 @@ def check_offload(flags: Flags, device: torch.device) -> None:
     }
     names = [name for name, wanted in asked.items() if wanted]
     if names and device.type != "cuda":
-        raise UserError(f"{names[0]}: is for GPUs; on {device.type} everything is in the host's memory as it is")
+        raise UserError(
+            f"{names[0]}: is for GPUs; on {device.type} everything is in the host's memory as it is"
+        )
 
 
 def find_run(flags: Flags, device: torch.device) -> Run:
@@ -73,7 +77,9 @@ def find_run(flags: Flags, device: torch.device) -> Run:
         return Run(flags, device, is_complete=True)
     found = distributed.run_on_rank0(lambda: checkpointer.newest_checkpoint(out))
     if found is None and flags.resume == "on":
-        raise UserError(f"--resume: no checkpoint under {out / checkpointer.FOLDER}; --resume auto would begin")
+        raise UserError(
+            f"--resume: no checkpoint under {out / checkpointer.FOLDER}; --resume auto would begin"
+        )
     if found is None:
         print(f"resume    nothing to go on from under {out}; beginning")
         return Run(dataclasses.replace(flags, resume=None), device)
@@ -149,5 +155,7 @@ def identify_run(flags: Flags, folder: Path, data: TrainingData) -> dict:
     )
     first = distributed.broadcast_object((sha, digest))
     if not distributed.all_ranks_agree(sha in (None, first[0]) and digest == first[1]):
-        raise UserError("the processes do not have the same base or the same examples (a --map that draws at random?)")
+        raise UserError(
+            "the processes do not have the same base or the same examples (a --map that draws at random?)"
+        )
     return {"base": str(folder.resolve()), "base_sha256": first[0], "data": digest}

@@ -9,7 +9,9 @@ from typing import Self
 from distributed import is_rank0
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-DEBOUNCE_SECONDS = 1.0  # signals within it count as one: torchrun passes on what the terminal has sent already
+DEBOUNCE_SECONDS = (
+    1.0  # signals within it count as one: torchrun passes on what the terminal has sent already
+)
 
 
 class GracefulStop:
@@ -29,7 +31,9 @@ class GracefulStop:
         self.read_end, self.write_end = os.pipe()
         os.set_blocking(self.write_end, False)
         self.wakeup_before = signal.set_wakeup_fd(self.write_end, warn_on_full_buffer=False)
-        self.handlers_before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self.handlers_before = {
+            number: signal.signal(number, lambda *_: None) for number in SIGNALS
+        }
         threading.Thread(target=self.listen, daemon=True).start()
         return self
 
@@ -41,7 +45,10 @@ class GracefulStop:
             if not self.signal:
                 self.signal, self.since = number, now
                 if is_rank0():
-                    os.write(2, b"\nstopping  after this step, with a checkpoint; once more to stop at once\n")
+                    os.write(
+                        2,
+                        b"\nstopping  after this step, with a checkpoint; once more to stop at once\n",
+                    )
             elif now - self.since > DEBOUNCE_SECONDS:
                 os._exit(128 + number)
         os.close(self.read_end)

@@ -31,14 +31,27 @@ class TrainState:
         """What a checkpoint's state.json holds of it."""
         values = {stored: getattr(self, name) for stored, name in STORED_NAMES.items()}
         watch = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        counts = {"step": self.step, "seconds": self.seconds, "tokens": self.tokens, "skipped": self.skipped}
-        counts |= {"in_a_row": self.skipped_in_a_row} | ({"wandb": self.wandb} if self.wandb else {})
+        counts = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "skipped": self.skipped,
+        }
+        counts |= {"in_a_row": self.skipped_in_a_row} | (
+            {"wandb": self.wandb} if self.wandb else {}
+        )
         validated_now = self.validated_at == self.step
         return counts | {"val_loss": self.val_loss if validated_now else None, "watch": watch}
 
     @classmethod
     def from_dict(cls, stored: dict) -> Self:
-        state = cls(stored["step"], stored["tokens"], stored["seconds"], stored["skipped"], stored["in_a_row"])
+        state = cls(
+            stored["step"],
+            stored["tokens"],
+            stored["seconds"],
+            stored["skipped"],
+            stored["in_a_row"],
+        )
         state.wandb = stored.get("wandb")
         for name, value in stored["watch"].items():
             if value is not None:

@@ -27,7 +27,9 @@ STUCK = 0.5  # the share of the weights that a step can't move from which on tha
 INDENT = " " * 10
 
 
-def print_summary(settings: Settings, model: Transformer, tokenizer: Tokenizer, device: torch.device) -> None:
+def print_summary(
+    settings: Settings, model: Transformer, tokenizer: Tokenizer, device: torch.device
+) -> None:
     """What is trained, on what, how, and what it will take."""
     print_model(model, tokenizer)
     print_method(settings, model)
@@ -38,20 +40,32 @@ def print_summary(settings: Settings, model: Transformer, tokenizer: Tokenizer, 
         model, recipe, layout, settings.workload, device.type, settings.context_parallel
     )
     minutes = settings.expected_seconds / 60
-    print(f"expected  {memory.peak / 1e9:.1f} GB of memory, {minutes:.1f} min of training", flush=True)
+    print(
+        f"expected  {memory.peak / 1e9:.1f} GB of memory, {minutes:.1f} min of training", flush=True
+    )
 
 
 def print_model(model: Transformer, tokenizer: Tokenizer) -> None:
     folder = model.source
     size = base_size(model)
-    print(f"model     {folder}: {model.config.family}, {size:,} parameters; tokenizer: {tokenizer.description}")
+    print(
+        f"model     {folder}: {model.config.family}, {size:,} parameters; tokenizer: {tokenizer.description}"
+    )
     if (folder / "source.json").is_file():  # written by the conversion of a GGUF file
         source = checkpoint.read_json(folder / "source.json")
-        kinds = ", ".join(f"{count} {kind}" for kind, count in source.get("tensor_types", {}).items())
-        print(f"{INDENT}made of {one_line(str(source.get('file')))}, dequantised; its tensors are {kinds}")
+        kinds = ", ".join(
+            f"{count} {kind}" for kind, count in source.get("tensor_types", {}).items()
+        )
+        print(
+            f"{INDENT}made of {one_line(str(source.get('file')))}, dequantised; its tensors are {kinds}"
+        )
     for end in sorted(tokenizer.unlisted_ends):
-        print(f"{INDENT}NOTE: answers end with {tokenizer.decode([end])!r}, id {end}, which neither config.json nor")
-        print(f"{INDENT}generation_config.json lists as an end; tell the server that will run the model to stop there")
+        print(
+            f"{INDENT}NOTE: answers end with {tokenizer.decode([end])!r}, id {end}, which neither config.json nor"
+        )
+        print(
+            f"{INDENT}generation_config.json lists as an end; tell the server that will run the model to stop there"
+        )
 
 
 def base_size(model: Transformer) -> int:
@@ -74,9 +88,15 @@ def print_method(settings: Settings, model: Transformer) -> None:
     print(f"method    {settings.method} ({how}): {trained:,} parameters trained, {share}")
     if layers:
         adapted = sum(layer.base.in_features * layer.base.out_features for layer in layers)
-        print(f"{INDENT}the {len(layers):,} adapted layers hold {100 * adapted / total:.1f} % of the model")
+        print(
+            f"{INDENT}the {len(layers):,} adapted layers hold {100 * adapted / total:.1f} % of the model"
+        )
     if experts := model.config.experts:
-        inside = [layer for name, layer in model.named_modules() if ".experts." in name and isinstance(layer, Linear)]
+        inside = [
+            layer
+            for name, layer in model.named_modules()
+            if ".experts." in name and isinstance(layer, Linear)
+        ]
         share = 100 * sum(layer.in_features * layer.out_features for layer in inside) / total
         trains = any(p.requires_grad for name, p in model.named_parameters() if ".experts." in name)
         print(
@@ -88,7 +108,9 @@ def print_method(settings: Settings, model: Transformer) -> None:
 def print_base(settings: Settings, model: Transformer) -> None:
     """The frozen base, where it is in 4 bits, and what of config.json is not heeded."""
     if layers := quantized_linears(model).values():
-        share = 100 * sum(layer.in_features * layer.out_features for layer in layers) / base_size(model)
+        share = (
+            100 * sum(layer.in_features * layer.out_features for layer in layers) / base_size(model)
+        )
         size = sum(p.nbytes for layer in layers for p in layer.nf4.parameters())
         rest = "embeddings and norms" if model.head in layers else "embeddings, norms and head"
         print(
@@ -98,12 +120,16 @@ def print_base(settings: Settings, model: Transformer) -> None:
         for name in model.unquantized:
             print(f"{INDENT}NOTE: {name} stays in 16 bits, its rows are no whole blocks of 64")
     if model.config.ignored_settings:
-        print(f"{INDENT}NOTE: config.json's {', '.join(model.config.ignored_settings)} is ignored in training")
+        print(
+            f"{INDENT}NOTE: config.json's {', '.join(model.config.ignored_settings)} is ignored in training"
+        )
 
 
 def print_run(settings: Settings, model: Transformer, device: torch.device) -> None:
     reasons, ranks = settings.reasons, distributed.dp_size()
-    print(f"machine   {device}, {dtype_name(model.dtype)}: {reasons['dtype']}; {reasons['compile']}")
+    print(
+        f"machine   {device}, {dtype_name(model.dtype)}: {reasons['dtype']}; {reasons['compile']}"
+    )
     print(
         f"run       {settings.steps:,} steps of {settings.batch_size} x {settings.accumulate}"
         f"{f' x {ranks}' if ranks > 1 else ''} {'rows' if settings.pack else 'examples'}"
@@ -113,17 +139,27 @@ def print_run(settings: Settings, model: Transformer, device: torch.device) -> N
         f" clip {settings.clip:g}, seed {settings.seed}"
     )
     if settings.max_tokens < max_tokens_per_micro_batch(device):
-        print(f"{INDENT}in micro-batches of at most {settings.max_tokens:,} tokens; more do not fit")
+        print(
+            f"{INDENT}in micro-batches of at most {settings.max_tokens:,} tokens; more do not fit"
+        )
     if settings.activation_checkpointing != "none":
-        print(f"{INDENT}kept for the backward: {KEPT_ACTIVATIONS[settings.activation_checkpointing]}")
+        print(
+            f"{INDENT}kept for the backward: {KEPT_ACTIVATIONS[settings.activation_checkpointing]}"
+        )
     if settings.weights == "bf16":
-        print(f"{INDENT}trained weights in bfloat16, rounded up or down at random, right on average")
+        print(
+            f"{INDENT}trained weights in bfloat16, rounded up or down at random, right on average"
+        )
     if settings.optimizer_offload:
-        print(f"{INDENT}masters and moments in fp32 on the host; weights on the GPU in {dtype_name(model.dtype)}")
+        print(
+            f"{INDENT}masters and moments in fp32 on the host; weights on the GPU in {dtype_name(model.dtype)}"
+        )
     trained = [p for p in model.parameters() if p.requires_grad]
     stuck = optimizers.share_too_small_to_move(trained, settings.lr)
     if stuck > STUCK:
-        fate = "they move at random, right on average" if settings.weights == "bf16" else "raise --lr"
+        fate = (
+            "they move at random, right on average" if settings.weights == "bf16" else "raise --lr"
+        )
         print(
             f"{INDENT}NOTE: steps of --lr {settings.lr:g} are too small for {100 * stuck:.0f} % of the weights; {fate}"
         )

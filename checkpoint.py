@@ -37,6 +37,7 @@ from model import Config, Linear, Transformer, quantized_linears, stack_expert_w
 from quant import (
     QUANT_KINDS,
     SIDE,
+    QuantizedWeight,
     can_quantize,
     check_settings,
     empty_nf4,
@@ -78,13 +79,16 @@ RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bi
 def hf_name(model: Transformer, name: str) -> str:
     """Returns the published name of one of our modules or parameters, without adapters around
     it."""
+    # An adapter holds the layer that it adapts as its submodule `base`.
     name = name.replace(".base.", ".").removesuffix(".base")
     table = model.config.names
-    # The numbers of the layer and of the expert.
+    # The numbers of the layer and of the expert, and the name with {} in their place, as in the
+    # table.
     numbers = re.findall(r"\.(\d+)", name)
     generic = re.sub(r"\.\d+", ".{}", name)
     if generic in table:
         return table[generic].format(*numbers)
+    # It is a parameter, and the table has its module.
     module, _, leaf = generic.rpartition(".")
     return table[module].format(*numbers) + "." + leaf
 
@@ -141,12 +145,17 @@ def shard_names(index: Path) -> list[str]:
     anywhere.
     """
     weight_map = read_json(index).get("weight_map")
-    names = weight_map.values() if isinstance(weight_map, dict) else [None]
-    if not all(isinstance(name, str) and SHARD_NAME.fullmatch(name) for name in names):
+    is_valid = isinstance(weight_map, dict) and all(map(is_shard_name, weight_map.values()))
+    if not is_valid:
         raise UserError(
             f"{index}: weight_map must map tensor names to names of .safetensors files beside it"
         )
-    return sorted(set(names))
+    return sorted(set(weight_map.values()))
+
+
+def is_shard_name(name: object) -> bool:
+    """True for the plain name of a safetensors file, without a folder."""
+    return isinstance(name, str) and SHARD_NAME.fullmatch(name) is not None
 
 
 def abbreviate(names: list[str]) -> str:
@@ -170,7 +179,8 @@ def open_safetensors(file: Path) -> Iterator[safe_open]:
         header_bytes = int.from_bytes(stream.read(8), "little")
     # The package itself refuses a header that is longer than the file.
     if HEADER_BYTES < header_bytes <= file.stat().st_size:
-        size, limit = header_bytes / 1e6, HEADER_BYTES / 1e6
+        size = header_bytes / 1e6
+        limit = HEADER_BYTES / 1e6
         raise UserError(
             f"{file}: a header of {size:,.0f} MB is too long; at most {limit:.0f} MB are read"
         )
@@ -178,8 +188,9 @@ def open_safetensors(file: Path) -> Iterator[safe_open]:
         with safe_open(file, framework="pt") as shard:
             yield shard
     except SafetensorError as error:
+        reason = str(error)[:200]
         raise UserError(
-            f"{file}: damaged or cut off, not readable as safetensors ({str(error)[:200]})"
+            f"{file}: damaged or cut off, not readable as safetensors ({reason})"
         ) from None
 
 
@@ -195,7 +206,7 @@ def iterate_tensors(
     for file in files:
         with open_safetensors(file) as shard:
             names = list(shard.keys())
-        names.reverse()
+        names.reverse()  # pop() takes the last one, so they come in the file's order
         while names:
             # The file is opened anew, which unmaps the pages that nobody uses any more.
             mapped = 0
@@ -206,6 +217,7 @@ def iterate_tensors(
                     if tensor.dtype != kept_dtype:
                         mapped += tensor.nbytes
                     yield name, tensor
+                    # It must not keep the file's pages alive while the file is opened anew.
                     del tensor
 
 
@@ -238,7 +250,8 @@ def load_model(
     than config.json implies, before any weight is read.
     """
     if quant not in (None, *QUANT_KINDS):
-        raise UserError(f"quant {quant!r} is not supported (supported: {', '.join(QUANT_KINDS)})")
+        known = ", ".join(QUANT_KINDS)
+        raise UserError(f"quant {quant!r} is not supported (supported: {known})")
     folder = Path(folder)
     device = torch.device(device)
     config = read_config(folder)
@@ -254,17 +267,21 @@ def load_model(
     model.source = folder
     places = find_places(model, folder, files, quant)
     model.to(dtype)
+    # After model.to(), which would change the dtype of their scales.
     for place in places.values():
         if place.is_nf4:
-            owner = place.owner
+            # What is quantised here gets scales in 8 bits; what is so in the file stays as it is.
             is_double = place.quantize or "nested_absmax" in place.quant_state
-            owner.quantize(empty_nf4(owner.out_features, owner.in_features, is_double))
+            linear = place.linear
+            linear.quantize(empty_nf4(linear.out_features, linear.in_features, is_double))
     if on_meta is not None:
         on_meta(model)
         model.to_empty(device=device)
 
-    # The tensors, file by file.
-    kept_dtype = dtype if device.type == "cpu" and not config.conv1d else None
+    # The tensors, file by file. A matrix that is stored transposed is always copied.
+    kept_dtype = None
+    if device.type == "cpu" and not config.conv1d:
+        kept_dtype = dtype
     stored_head = None
 
     @torch.no_grad()
@@ -275,13 +292,16 @@ def load_model(
                 # A view, which reads nothing yet.
                 stored_head = tensor
             elif name in places:
-                place_tensor(places[name], tensor, dtype, device, kept_dtype is None)
+                copy = kept_dtype is None
+                place_tensor(places[name], tensor, dtype, device, copy)
             # Any other is one of RECOMPUTED, or belongs to a quantised weight.
 
     # Most of the time goes into getting new memory, and two threads get it sooner. With on_meta
     # there is one thread: ranks quantise a weight together, so they must fill the weights in the
     # same order.
-    with ThreadPoolExecutor(2 if on_meta is None else 1) as pool:
+    num_threads = 2 if on_meta is None else 1
+    with ThreadPoolExecutor(num_threads) as pool:
+        # map() raises what a thread has raised only where its results are taken.
         for _ in pool.map(fill, files):
             pass
     if stored_head is not None:
@@ -299,7 +319,7 @@ class Place(NamedTuple):
     transposed: the tensor is stored as [in, out] (GPT-2's Conv1D).
     quantize: it is converted to NF4 on load.
     quant_state: {end of the name: (file, tensor)} of bitsandbytes' other tensors of this weight, if
-        the file has it in NF4 already.
+        the file has it in NF4 already; else empty.
     label: folder and tensor, for messages.
     """
 
@@ -307,7 +327,7 @@ class Place(NamedTuple):
     leaf: str
     transposed: bool
     quantize: bool
-    quant_state: dict[str, tuple[Path, str]] | None
+    quant_state: dict[str, tuple[Path, str]]
     label: str
 
     @property
@@ -315,13 +335,26 @@ class Place(NamedTuple):
         """True if the parameter is in NF4 once it is loaded."""
         return self.quantize or bool(self.quant_state)
 
+    @property
+    def linear(self) -> Linear:
+        """The owner of a weight in NF4: only linears have one."""
+        assert isinstance(self.owner, Linear), f"{self.label}: not the weight of a linear"
+        return self.owner
+
+    @property
+    def nf4(self) -> QuantizedWeight:
+        """The parameters of a weight in NF4, which `load_model` makes before it reads a tensor."""
+        assert self.linear.nf4 is not None, f"{self.label}: has no parameters in NF4"
+        return self.linear.nf4
+
     def stored_nf4(self, codes: Tensor) -> NF4:
         """Returns a weight that the file has in NF4, on the CPU. codes: the tensor of its own
         name."""
         parts = {"": codes}
         for end, (file, name) in self.quant_state.items():
             parts[end] = read_tensor(file, name)
-        return from_files(parts, (self.owner.out_features, self.owner.in_features), self.label)
+        shape = self.linear.out_features, self.linear.in_features
+        return from_files(parts, shape, self.label)
 
 
 def find_places(
@@ -333,7 +366,7 @@ def find_places(
     Raises UserError as match_tensors does, and if the folder is quantised, but not as bitsandbytes'
     NF4.
     """
-    quantized = {}
+    quantized: dict[str, dict[str, tuple[Path, str]]] = {}
     method = model.config.raw.get("quantization_config")
     if method is not None:
         check_settings(method, str(folder / "config.json"))
@@ -343,14 +376,19 @@ def find_places(
         module_name, _, leaf = parameter_name.rpartition(".")
         owner = model.get_submodule(module_name)
         quantize = False
-        is_weight = leaf == "weight" and isinstance(owner, Linear) and name not in quantized
-        if quant is not None and is_weight and (owner is not model.head or "head" in quant):
-            quantize = can_quantize(owner.weight)
-            if not quantize:
-                model.unquantized.append(name)
-        is_transposed = transposed(model, parameter_name)
+        if isinstance(owner, Linear) and leaf == "weight" and name not in quantized:
+            is_head = owner is model.head
+            if quant is not None and (not is_head or "head" in quant):
+                quantize = can_quantize(owner.weight)
+                if not quantize:
+                    model.unquantized.append(name)
         places[name] = Place(
-            owner, leaf, is_transposed, quantize, quantized.get(name), f"{folder}: {name}"
+            owner,
+            leaf,
+            transposed=transposed(model, parameter_name),
+            quantize=quantize,
+            quant_state=quantized.get(name, {}),
+            label=f"{folder}: {name}",
         )
     return places
 
@@ -363,18 +401,17 @@ def place_tensor(
     A parameter on the meta device gets its memory here; it is there if load_model has no on_meta.
     copy: a weight that is not quantised never shares the tensor's memory.
     """
-    owner = place.owner
     if place.is_nf4:
-        if to_local(owner.nf4.packed).is_meta:
-            owner.nf4.to_empty(device=device)
+        if to_local(place.nf4.packed).is_meta:
+            place.nf4.to_empty(device=device)
         fill_nf4(place, tensor, device)
         return
     if place.transposed:
         tensor = tensor.t()
-    parameter = getattr(owner, place.leaf)
+    parameter = getattr(place.owner, place.leaf)
     if to_local(parameter).is_meta:
         value = tensor.to(device, dtype, copy=copy).contiguous()
-        setattr(owner, place.leaf, nn.Parameter(value))
+        setattr(place.owner, place.leaf, nn.Parameter(value))
     else:
         copy_local_rows(parameter, tensor)
 
@@ -382,30 +419,32 @@ def place_tensor(
 def fill_nf4(place: Place, tensor: Tensor, device: torch.device) -> None:
     """Fills a weight in NF4. All ranks must call it, since they quantise together: the second level
     of scales runs across all rows."""
-    owner = place.owner
+    parameters = place.nf4
     if place.quant_state:
-        copy_local_nf4(owner, place.stored_nf4(tensor))
+        stored = place.stored_nf4(tensor)
+        for name, value in zip(stored._fields, stored, strict=True):
+            if value is not None:
+                copy_local_rows(getattr(parameters, name), value)
         return
     if place.transposed:
         tensor = tensor.t()
-    packed = owner.nf4.packed
-    rows = tensor[local_row_slice(packed)].to(device).contiguous()
-    local_packed, absmax = quantize_nf4(rows)
-    to_local(packed).copy_(local_packed)
-    scales = quantize_scales(gather_rows(absmax, packed))
-    copy_local_nf4(owner, NF4(None, *scales))
+
+    # The first level lies within rows, so each rank quantises its own.
+    rows = tensor[local_row_slice(parameters.packed)].to(device).contiguous()
+    local_packed, local_absmax = quantize_nf4(rows)
+    to_local(parameters.packed).copy_(local_packed)
+    # The second level: every rank computes all of it, and keeps its part.
+    all_absmax = gather_rows(local_absmax, parameters.packed)
+    absmax, nested, offset = quantize_scales(all_absmax)
+    copy_local_rows(parameters.absmax, absmax)
+    assert parameters.nested is not None and parameters.offset is not None
+    copy_local_rows(parameters.nested, nested)
+    copy_local_rows(parameters.offset, offset)
 
 
 def copy_local_rows(parameter: Tensor, tensor: Tensor) -> None:
     """Copies this rank's rows of a whole tensor into a parameter."""
     to_local(parameter).copy_(tensor[local_row_slice(parameter)])
-
-
-def copy_local_nf4(owner: Linear, nf4: NF4) -> None:
-    """Copies this rank's rows of a whole NF4 into a linear. None in it is left as it is."""
-    for name, tensor in zip(nf4._fields, nf4, strict=True):
-        if tensor is not None:
-            copy_local_rows(getattr(owner.nf4, name), tensor)
 
 
 def check_tied_head(
@@ -434,11 +473,13 @@ def quantized_parts(files: list[Path]) -> dict[str, dict[str, tuple[Path, str]]]
                 for end in SIDE:
                     if name.endswith(f".weight.{end}"):
                         weight = name.removesuffix("." + end)
-                        parts.setdefault(weight, {})[end] = file, name
+                        parts.setdefault(weight, {})
+                        parts[weight][end] = file, name
     return parts
 
 
 def read_tensor(file: Path, name: str) -> Tensor:
+    """Returns one tensor of a safetensors file: a view of the file's pages."""
     with open_safetensors(file) as shard:
         return shard.get_tensor(name)
 
@@ -467,16 +508,20 @@ def match_tensors(
         optional.add(head_name(config))
     # Files of the bare model lack this prefix, as GPT-2's on the Hub do.
     prefix = config.names["embed"].partition(".")[0] + "."
-    side_tensors = {name for parts in quantized.values() for _, name in parts.values()}
+    side_tensors = set()
+    for parts in quantized.values():
+        side_tensors |= {name for _, name in parts.values()}
     matches = {}
     unknown = []
-    file_of = {}
+    file_of: dict[str, str] = {}
     for file in files:
         with open_safetensors(file) as shard:
             for name in shard.keys():  # noqa: SIM118 (it is no dict)
                 if name in side_tensors:
                     continue
-                full_name = name if name in expected else prefix + name
+                full_name = name
+                if name not in expected:
+                    full_name = prefix + name
                 if full_name not in expected:
                     if not RECOMPUTED.search(name):
                         unknown.append(name)
@@ -490,9 +535,9 @@ def match_tensors(
                 matches[name] = expected[full_name]
                 # quant.from_files checks a quantised weight: one of its side tensors has the shape.
                 if name not in quantized:
-                    check_shape_and_dtype(
-                        model, expected[full_name], shard.get_slice(name), f"{folder}: {name}"
-                    )
+                    stored = shard.get_slice(name)
+                    label = f"{folder}: {name}"
+                    check_shape_and_dtype(model, expected[full_name], stored, label)
     missing = sorted(expected.keys() - file_of.keys() - optional)
     if missing:
         raise UserError(f"{folder}: tensors missing: {abbreviate(missing)}")
@@ -510,7 +555,8 @@ def check_shape_and_dtype(model: Transformer, parameter_name: str, stored, label
     if stored.get_shape() != shape:
         raise UserError(f"{label} has shape {stored.get_shape()}, config.json implies {shape}")
     if stored.get_dtype() not in FLOATS:
-        raise UserError(f"{label} holds {stored.get_dtype()}, {', '.join(FLOATS)} can be read")
+        readable = ", ".join(FLOATS)
+        raise UserError(f"{label} holds {stored.get_dtype()}, {readable} can be read")
 
 
 def stored_dtype(config: Config) -> torch.dtype:
@@ -535,19 +581,22 @@ def save_model(
     Raises UserError if the model has an adapter that is not merged, or if the folder that it came
     from is gone.
     """
-    if any(getattr(module, "merged", True) is False for module in model.modules()):
+    # Only a LoRA layer has `merged`.
+    if any(getattr(module, "merged", None) is False for module in model.modules()):
         raise UserError(
             "the model has a LoRA adapter that is not merged; call lora.merge or lora.remove_lora first"
         )
-    if not model.source.is_dir():
-        raise UserError(f"{folder}: tokenizer and settings come from {model.source}, which is gone")
+    source = model.source
+    if not source.is_dir():
+        raise UserError(f"{folder}: tokenizer and settings come from {source}, which is gone")
     weights = tensors_to_store(model, dtype)
     config = config_to_store(model, dtype)
+    # `tmp` is None on all ranks but the first, which only help to gather.
     with rank0_context(atomic_folder(folder, replace=True)) as tmp:
         with synced_errors():
             if tmp:
                 write_json(config, tmp / "config.json")
-                copy_tokenizer(model.source, tmp)
+                copy_tokenizer(source, tmp)
                 if write_extra:
                     write_extra(tmp)
         save_shards(weights, tmp)
@@ -563,7 +612,9 @@ class Stored(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return self.tensor.numel() * (self.dtype or self.tensor.dtype).itemsize
+        """The size in the file."""
+        dtype = self.dtype or self.tensor.dtype
+        return self.tensor.numel() * dtype.itemsize
 
     def value(self) -> Tensor:
         """Returns the tensor as it is stored, on the CPU. All ranks must call this."""
@@ -583,15 +634,18 @@ def tensors_to_store(model: Transformer, dtype: torch.dtype | None) -> list[Stor
     weights = []
     for name, parameter in model.named_parameters():
         if is_stored_as_it_is(name):
-            weights.append(
-                Stored(hf_name(model, name), parameter.detach(), dtype, transposed(model, name))
-            )
+            is_transposed = transposed(model, name)
+            weight = Stored(hf_name(model, name), parameter.detach(), dtype, is_transposed)
+            weights.append(weight)
     computed = config_dtype(dtype or model.dtype)
     for name, layer in quantized_linears(model).items():
+        assert layer.nf4 is not None  # by which quantized_linears chooses
         shape = layer.out_features, layer.in_features
         weight_name = hf_name(model, name) + ".weight"
         for end, tensor in to_files(layer.nf4.tensors, shape, computed).items():
-            full_name = f"{weight_name}.{end}" if end else weight_name
+            full_name = weight_name
+            if end:
+                full_name = f"{weight_name}.{end}"
             weights.append(Stored(full_name, tensor.detach()))
     return weights
 
@@ -606,17 +660,20 @@ def config_to_store(model: Transformer, dtype: torch.dtype | None) -> dict:
             config[key] = value
     quantized = list(quantized_linears(model).values())
     if quantized:
-        is_double = quantized[-1].nf4.nested is not None
-        config["quantization_config"] = settings(
-            is_double, config_dtype(dtype or model.dtype), model.head in quantized
-        )
-    dtypes = {
-        config_dtype(dtype or p.dtype)
-        for name, p in model.named_parameters()
-        if is_stored_as_it_is(name)
-    }
+        nf4 = quantized[-1].nf4
+        is_double = nf4 is not None and nf4.nested is not None
+        compute_dtype = config_dtype(dtype or model.dtype)
+        has_head = model.head in quantized
+        config["quantization_config"] = settings(is_double, compute_dtype, has_head)
+    dtypes = set()
+    for name, parameter in model.named_parameters():
+        if is_stored_as_it_is(name):
+            dtypes.add(config_dtype(dtype or parameter.dtype))
+    # A model of several dtypes has no name for them.
     if len(dtypes) == 1:
-        config["dtype" if "dtype" in raw else "torch_dtype"] = dtypes.pop()
+        # transformers 5 calls it dtype, transformers 4 torch_dtype.
+        key = "dtype" if "dtype" in raw else "torch_dtype"
+        config[key] = dtypes.pop()
     return config
 
 
@@ -631,41 +688,45 @@ def save_shards(weights: list[Stored], folder: Path | None) -> None:
 
     folder: None on ranks that only help to gather.
     """
-    shards, size = [[]], 0
+    shards: list[list[Stored]] = [[]]
+    size = 0  # of the last shard, in bytes
     for weight in weights:
         if shards[-1] and size + weight.nbytes > SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(weight)
         size += weight.nbytes
+    num_shards = len(shards)
     names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    file_of = {}
+    if num_shards > 1:
+        names = [f"model-{i:05}-of-{num_shards:05}.safetensors" for i in range(1, num_shards + 1)]
+
+    file_of: dict[str, str] = {}
     for file_name, shard in zip(names, shards, strict=True):
-        values = {}
+        values: dict[str, Tensor] = {}
         for weight in shard:
             file_of[weight.name] = file_name
+            # On every rank, also where the value is not wanted: it is gathered.
             value = weight.value()
             if folder:
                 values[weight.name] = value
         with synced_errors():
-            if values:
+            if folder and values:
                 save_tensors(values, folder / file_name)
-    if len(shards) > 1:
-        metadata = {"total_size": sum(weight.nbytes for weight in weights)}
+    if num_shards > 1:
+        total_size = sum(weight.nbytes for weight in weights)
+        index = {"metadata": {"total_size": total_size}, "weight_map": file_of}
         with synced_errors():
             if folder:
-                write_json(
-                    {"metadata": metadata, "weight_map": file_of},
-                    folder / "model.safetensors.index.json",
-                )
+                write_json(index, folder / "model.safetensors.index.json")
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copies tokenizer files, chat templates and generation_config.json, byte for byte."""
-    templates = [f"{TEMPLATES}/{file.name}" for file in (source / TEMPLATES).glob("*.jinja")]
-    for name in (*TOKENIZER_FILES, *templates):
+    names = list(TOKENIZER_FILES)
+    for file in (source / TEMPLATES).glob("*.jinja"):
+        names.append(f"{TEMPLATES}/{file.name}")
+    for name in names:
         if (source / name).is_file():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)

@@ -37,9 +37,11 @@ def main() -> None:
         case "to-folder":
             gguf_to_folder(args.file, args.folder)
         case "to-gguf":
-            folder_to_gguf(model_folder(args.folder), args.file, args.type, args.adapter)
+            folder = model_folder(args.folder)
+            folder_to_gguf(folder, args.file, args.type, args.adapter)
         case "adapter-to-gguf":
-            adapter_to_gguf(args.adapter, args.file, base_folder(args.model, args.adapter))
+            base = base_folder(args.model, args.adapter)
+            adapter_to_gguf(args.adapter, args.file, base)
         case "to-nf4":
             to_nf4(model_folder(args.folder), args.out, args.quant)
         case "merge":
@@ -50,7 +52,8 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """Returns the command and its arguments."""
     parser = argparse.ArgumentParser(
-        description="Turns models from one format into another.", allow_abbrev=False
+        description="Turns models from one format into another.",
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     model_help = "the model: a folder, a GGUF file or a name on the Hub"
@@ -115,17 +118,22 @@ def merge_folder(
 
     dtype: the dtype of the new folder's weights; None: that of the model's files. Sums are computed
         in float32 and rounded once, and a line says how much of the update that loses.
-    print_fn: is called with each line for the user. An adapter of QLoRA is best merged into the
-    weights that its base was quantised from. If the folder itself is in NF4, all weights are
-    written in `dtype`, as the numbers that the 4 bits stand for. The adapter's own tokenizer, chat
-    template and generation_config.json take precedence over the model's.
+    print_fn: is called with each line for the user.
+
+    An adapter of QLoRA is best merged into the weights that its base was quantised from. If the
+    folder itself is in NF4, all weights are written in `dtype`, as the numbers that the 4 bits
+    stand for. The adapter's own tokenizer, chat template and generation_config.json take precedence
+    over the model's.
     Raises UserError where `out` exists, or the adapter does not fit the model.
     """
     if Path(out).exists():
         raise UserError(f"{out}: exists already; name a new folder")
     stored_dtype = checkpoint.stored_dtype(checkpoint.read_config(folder))
     dtype = dtype or stored_dtype
-    compute_dtype = dtype if dtype == stored_dtype else torch.float32
+    # Weights that get another dtype are rounded once, after the sum.
+    compute_dtype = torch.float32
+    if dtype == stored_dtype:
+        compute_dtype = dtype
     model = checkpoint.load_model(folder, compute_dtype)
     lora.load_adapter(model, adapter)
     if quantized_linears(model):
@@ -135,15 +143,18 @@ def merge_folder(
         )
     lost = lora.merge(model, stored=dtype)
     lora.remove_lora(model)
+    # Those that the adapter is not on are still in 4 bits.
     for layer in quantized_linears(model).values():
-        layer.dequantize(dequantized_weight(layer.frozen, model.dtype))
-    checkpoint.save_model(
-        model, out, dtype, lambda tmp: checkpoint.copy_tokenizer(Path(adapter), tmp)
-    )
+        weight = dequantized_weight(layer.frozen, model.dtype)
+        layer.dequantize(weight)
+
+    def copy_adapters_tokenizer(new_folder: Path) -> None:
+        checkpoint.copy_tokenizer(Path(adapter), new_folder)
+
+    checkpoint.save_model(model, out, dtype, copy_adapters_tokenizer)
     name = str(dtype).removeprefix("torch.")
-    print_fn(
-        f"merged    {adapter} into {out}, {name}: rounding lost {100 * lost:.2g} % of the update"
-    )
+    percent = f"{100 * lost:.2g} %"
+    print_fn(f"merged    {adapter} into {out}, {name}: rounding lost {percent} of the update")
 
 
 def to_nf4(folder: Path, out: Path, quant: str = "nf4") -> None:
@@ -158,7 +169,9 @@ def to_nf4(folder: Path, out: Path, quant: str = "nf4") -> None:
     config = checkpoint.read_config(folder)
     if config.raw.get("quantization_config") is not None:
         raise UserError(f"{folder}: is quantised already")
-    model = checkpoint.load_model(folder, checkpoint.stored_dtype(config), quant=quant)
+    # In the dtype of the files, so that what stays in it (embeddings, norms) is not rounded.
+    dtype = checkpoint.stored_dtype(config)
+    model = checkpoint.load_model(folder, dtype, quant=quant)
     checkpoint.save_model(model, out)
 
 

@@ -1,15 +1,18 @@
-"""From files to micro-batches: the examples of some files, a validation split, their order, and flat batches of them.
+"""From files to micro-batches: the examples of some files, a validation split, their order, and
+flat batches of them.
 
-A token is trained where the mask says so: the answers and the token that ends each, of which the tokenizer's template
-decides where they lie; in plain text every token. Whatever cannot be trained as it stands (an answer beyond --seq-len,
-a record that the template refuses) is left out, counted and said, never cut in silence.
+A token is trained where the mask says so. In a conversation these are the answers and the token
+that ends each; the tokenizer's template decides where they lie. In plain text it is every token.
+Whatever cannot be trained as it stands (an answer beyond --seq-len, a record that the template
+refuses) is left out, counted and said, never cut in silence.
 
     python data.py inspect FILES --model DIR     what stands in them, as the model will see it
     python data.py convert FILES --out OUT.jsonl any format as messages
     python data.py split FILES --out DIR         train.jsonl, val.jsonl and test.jsonl, near-duplicates kept together
 
-A batch is flat: `tokens` [N], one example after another without padding, the documents' lengths, and the rows whose
-next token is trained, so that nothing else ever reaches the output head. Row r predicts token r + 1 of its example.
+A batch is flat: `tokens` [N], one example after another without padding, the documents' lengths,
+and the rows whose next token is trained, so that nothing else ever reaches the output head. Row r
+predicts token r + 1 of its example.
 """
 
 import dataclasses
@@ -24,7 +27,7 @@ from torch import Tensor
 
 import distributed
 from common.errors import UserError
-from dataset.examples import DUMMY_EXAMPLE, TRAIN_ON, Dataset, Example, cut
+from dataset.examples import DUMMY_EXAMPLE, TRAIN_ON, Dataset, Example, ExampleIndex, cut
 from dataset.formats import Map, open_source
 from dataset.inspection import quick_checks
 from dataset.sampler import Sampler, allocate_samples
@@ -36,11 +39,17 @@ from kernels.triton_utils import to_device
 from tokenizer import Tokenizer
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-# The bundled task; among its training files a few ordinary questions and answers, against forgetting.
-BUNDLED_TASK = {part: [ASSETS / f"booking_{part}.jsonl"] for part in ("train", "val", "test")}
+BUNDLED_TASK: dict[str, list[str | Path]] = {
+    part: [ASSETS / f"booking_{part}.jsonl"] for part in ("train", "val", "test")
+}
+# A few ordinary questions and answers, so that the model does not forget how to answer them.
 BUNDLED_TASK["train"].append(ASSETS / "general_chat.jsonl")
-PACK_FROM_STEPS = 100  # steps of a packed epoch from which packing is the default on a GPU: with fewer, small data
-# learns too little
+# Steps of a packed epoch from which packing is the default on a GPU. With fewer, small data learns
+# too little.
+PACK_FROM_STEPS = 100
+# Preference data whose good answers are trained on as if they were plain conversations: the name of
+# the format, and what it calls these answers.
+GOOD_ANSWERS = {"preferences": "chosen", "KTO": "good"}
 
 
 # ---- a run's data ----
@@ -48,8 +57,9 @@ PACK_FROM_STEPS = 100  # steps of a packed epoch from which packing is the defau
 
 @dataclass
 class TrainingData:
-    """What is trained on, in which order, and what validates: examples like these, and some of the replayed data.
+    """What a run trains on, in which order, and what validates it.
 
+    val: examples like the trained ones. replay_val: some of the replayed data; None without.
     seq_len, val_fraction, pack: the settings that were chosen while the files were read.
     """
 
@@ -65,15 +75,19 @@ class TrainingData:
 def load_training_data(
     flags: Flags, tokenizer: Tokenizer, max_positions: int, vocab_size: int, device: torch.device
 ) -> TrainingData:
-    """Reads the files of --data, --val and --replay as token rows and decides their order; prints what was found,
-    chosen and left out. max_positions, vocab_size: of the model."""
+    """Reads the files of --data, --val and --replay as token rows and decides their order.
+
+    Prints what was found, chosen and left out. max_positions, vocab_size: of the model.
+    """
     seq_len = flags.seq_len or min(2048, max_positions)
     if seq_len > max_positions:
         raise UserError(f"--seq-len {seq_len}: the model has {max_positions} positions")
 
-    def read(paths: list, map_fn: Map | None = None) -> Dataset:
+    def read(paths: Sequence[str | Path], map_fn: Map | None = None) -> Dataset:
         dataset = load(paths, tokenizer, seq_len, flags.train_on, flags.trees, print, map_fn)
+        assert isinstance(dataset.examples, ExampleIndex)
         largest = max(rows.largest for rows in dataset.examples.rows)
+        # On a GPU the embedding would end the run at this token, without naming it.
         if largest >= vocab_size:
             names = ", ".join(map(str, paths))
             raise UserError(
@@ -81,92 +95,132 @@ def load_training_data(
             )
         return dataset
 
-    files, weights = parse_weights(flags.data)
-    files = files or BUNDLED_TASK["train"]
+    named_files, weights = parse_weights(flags.data)
+    files: list[str | Path] = list(named_files or BUNDLED_TASK["train"])
     map_fn = Map(flags.map) if flags.map else None
     dataset = read(files, map_fn)
-    val_files = [flags.val] if flags.val else [] if flags.data else BUNDLED_TASK["val"]
+
+    val_files: list[str | Path] = []
+    if flags.val:
+        val_files = [flags.val]
+    elif not flags.data:
+        val_files = BUNDLED_TASK["val"]
     val_fraction = flags.val_fraction
     if val_files:
-        train, val = dataset, read(val_files, map_fn)
+        train = dataset
+        val = read(val_files, map_fn)
     else:
-        val_fraction = VAL_FRACTION if val_fraction is None else val_fraction
+        if val_fraction is None:
+            val_fraction = VAL_FRACTION
         train, val = split(dataset, val_fraction)
     if not len(val) and flags.patience:
         raise UserError(
             "--patience counts validations, and there is nothing to validate with; give --val FILE"
         )
     if not len(val) and val_fraction:
-        print(
-            "          WARNING: no validation, the prompts are too alike to part them; give --val FILE"
-        )
+        warning = "no validation, the prompts are too alike to part them; give --val FILE"
+        print(f"          WARNING: {warning}")
     print_counts(train, val, tokenizer)
-    formats, replay_val, replay_shares = dataset.formats, None, []
+
+    formats = dataset.formats
+    replay_val = None
+    replay_shares: list[float] = []
     if flags.replay:
         replay_files, replay_shares = parse_replay(flags.replay)
         general = read(replay_files)
-        # Where nothing validates, nothing of the replay is held out either.
-        held_out = VAL_FRACTION if val_fraction is None else val_fraction
-        replay, replay_val = split(general, held_out if len(val) else 0.0)
         formats += general.formats
-        replay_val = replay_val if len(replay_val) else None
-        train, files = train.with_replay(replay), [*files, *replay_files]
+        held_out = VAL_FRACTION if val_fraction is None else val_fraction
+        # Where nothing validates, nothing of the replay is held out either.
+        if not len(val):
+            held_out = 0.0
+        replay, replay_held_out = split(general, held_out)
+        if len(replay_held_out):
+            replay_val = replay_held_out
+        train = train.with_replay(replay)
+        files = [*files, *replay_files]
     if flags.trees == "all" and not any("OASST" in each for each in formats):
         raise UserError("--trees all: no file holds OASST trees")
+
     sampler = make_sampler(flags.seed, train, files, weights, replay_shares)
-    packed = dataclasses.replace(sampler, seq_len=seq_len)
-    per_step = flags.batch_size * flags.accumulate * distributed.dp_size()
-    pack, reason = flags.pack, ""
-    if pack is None:
-        pack = device.type == "cuda" and packed.epoch_rows() >= PACK_FROM_STEPS * per_step
-        reason = (
-            f"; an epoch of {PACK_FROM_STEPS} steps and more, --no-pack for batches of examples"
-        )
-    if pack:
-        rows = packed.epoch_rows()
-        fill = sampler.epoch_tokens() / (rows * seq_len)
-        examples = sum(sampler.samples_per_epoch)
-        print(
-            f"packed    {examples:,} examples in {rows:,} rows of {seq_len:,} tokens, {fill:.1%} full{reason}"
-        )
-    return TrainingData(
-        train, val, replay_val, packed if pack else sampler, seq_len, val_fraction, pack
-    )
+    sampler = choose_packing(sampler, flags, seq_len, device)
+    pack = sampler.seq_len is not None
+    return TrainingData(train, val, replay_val, sampler, seq_len, val_fraction, pack)
 
 
 def print_counts(train: Dataset, val: Dataset, tokenizer: Tokenizer) -> None:
+    """Prints how much there is to train on and to validate with, and what looks wrong about it."""
     template = f"; chat template: {tokenizer.template_name}" if train.chat else ""
     print(
         f"          {len(train):,} examples to train on, {train.tokens:,} tokens of which"
         f" {train.trained_tokens:,} trained; {len(val):,} to validate{template}"
     )
-    for i, line in enumerate(quick_checks(train, val)):
-        print(f"{'' if i else 'checked':10}{line}")
+    label = "checked"  # before the first line only
+    for line in quick_checks(train, val):
+        print(f"{label:10}{line}")
+        label = ""
 
 
-def make_sampler(seed: int, train: Dataset, files: list, weights, replay_shares) -> Sampler:
-    """The order of the examples, not packed; prints how often each file is drawn from where that is not once."""
+def make_sampler(
+    seed: int,
+    train: Dataset,
+    files: Sequence[str | Path],
+    weights: Sequence[float] | None,
+    replay_shares: Sequence[float],
+) -> Sampler:
+    """Returns the order of the examples, not packed.
+
+    Prints how often each file is drawn from where that is not once.
+    """
+    assert isinstance(train.examples, ExampleIndex)
     sizes = train.examples.sizes
     if 0 in sizes:
         why = "all of it validates; give --val FILE, or --val-fraction 0"
         raise UserError(f"{files[sizes.index(0)]}: no example of it is left to train on, {why}")
-    sampler = Sampler(train.lengths, sizes, allocate_samples(sizes, weights, replay_shares), seed)
+    samples_per_epoch = allocate_samples(sizes, weights, replay_shares)
     if weights or replay_shares:
-        total = sum(sampler.samples_per_epoch)
-        for file, size, samples in zip(files, sizes, sampler.samples_per_epoch, strict=True):
-            repeats = (
-                f"; runs out after {size * total // samples:,} draws, and begins again"
-                if samples > size
-                else ""
-            )
+        total = sum(samples_per_epoch)
+        for file, size, samples in zip(files, sizes, samples_per_epoch, strict=True):
+            repeats = ""
+            if samples > size:
+                first_repeat = size * total // samples
+                repeats = f"; runs out after {first_repeat:,} draws, and begins again"
             print(
-                f"          of {total:,} draws an epoch {samples:,} of {file}: {samples / size:.2f} times each{repeats}"
+                f"          of {total:,} draws an epoch {samples:,} of {file}:"
+                f" {samples / size:.2f} times each{repeats}"
             )
-    return sampler
+    return Sampler(train.lengths, sizes, samples_per_epoch, seed)
+
+
+def choose_packing(sampler: Sampler, flags: Flags, seq_len: int, device: torch.device) -> Sampler:
+    """Returns the sampler as it is, or one that packs examples into rows of seq_len tokens.
+
+    --pack and --no-pack decide. With neither, a run on a GPU packs if its epoch has
+    PACK_FROM_STEPS steps even so. Prints how full the rows are.
+    """
+    packed = dataclasses.replace(sampler, seq_len=seq_len)
+    pack = flags.pack
+    reason = ""
+    if pack is None:
+        rows_per_step = flags.batch_size * flags.accumulate * distributed.dp_size()
+        # On a CPU the rows are not even counted: that would pack an epoch for nothing.
+        pack = device.type == "cuda" and packed.epoch_rows() >= PACK_FROM_STEPS * rows_per_step
+        reason = (
+            f"; an epoch of {PACK_FROM_STEPS} steps and more, --no-pack for batches of examples"
+        )
+    if not pack:
+        return sampler
+    rows = packed.epoch_rows()
+    fill = sampler.epoch_tokens() / (rows * seq_len)
+    examples = sum(sampler.samples_per_epoch)
+    print(
+        f"packed    {examples:,} examples in {rows:,} rows of {seq_len:,} tokens,"
+        f" {fill:.1%} full{reason}"
+    )
+    return packed
 
 
 def load(
-    paths: list[str | Path],
+    paths: Sequence[str | Path],
     tokenizer: Tokenizer,
     seq_len: int,
     train_on: str = "answers",
@@ -174,21 +228,28 @@ def load(
     print_fn: Callable[[str], None] = lambda line: None,
     map_fn: Map | None = None,
 ) -> Dataset:
-    """The examples of some files, at most seq_len tokens long.
+    """Returns the examples of some files, at most seq_len tokens long.
 
-    train_on, trees: as the flags of those names. print_fn: is given lines about what was found and left out. map_fn: a
-    user's function that each record goes through. Raises UserError where nothing is left to train on.
+    train_on, trees: as the flags of those names.
+    print_fn: is given lines about what was found and left out.
+    map_fn: a user's function that each record goes through.
+
+    Raises UserError where nothing is left to train on.
     """
     roles, last_only = TRAIN_ON[train_on]
-    rows, sources = [], [open_source(path, trees, map_fn) for path in paths]
+    # All files are opened before the first is tokenised: a wrong name ends the run at once.
+    sources = [open_source(path, trees, map_fn) for path in paths]
+    rows = []
     for source in sources:
-        rows.append(tokenized_rows(source, tokenizer, roles))
-        cached = ", tokenised before" if rows[-1].cached else ""
-        print_fn(f"data      {source.summary(rows[-1].stats)}{cached}")
-        if source.format.name in ("preferences", "KTO"):
-            good = "chosen" if source.format.name == "preferences" else "good"
+        source_rows = tokenized_rows(source, tokenizer, roles)
+        rows.append(source_rows)
+        cached = ", tokenised before" if source_rows.cached else ""
+        print_fn(f"data      {source.summary(source_rows.stats)}{cached}")
+        good = GOOD_ANSWERS.get(source.format.name)
+        if good is not None:
             print_fn(
-                f"          trained on the {good} answers alone; an objective for the others there is not yet"
+                f"          trained on the {good} answers alone; an objective for the others there"
+                " is not yet"
             )
     dataset = cut(rows, seq_len, last_only)
     dataset.formats = tuple(source.format.name for source in sources)
@@ -197,44 +258,52 @@ def load(
             f"--train-on {train_on}: plain text is trained whole, and there is no conversation"
         )
     for reason, count in dataset.dropped.items():
-        print_fn(
-            f"          {'shortened' if reason.startswith('cut') else 'left out'}: {count:,} records {reason}"
-        )
+        what = "shortened" if reason.startswith("cut") else "left out"
+        print_fn(f"          {what}: {count:,} records {reason}")
     if not len(dataset):
+        names = ", ".join(map(str, paths))
         reasons = "; ".join(f"{count} {reason}" for reason, count in dataset.dropped.items())
-        raise UserError(f"{', '.join(map(str, paths))}: no record can be trained on ({reasons})")
+        raise UserError(f"{names}: no record can be trained on ({reasons})")
     return dataset
 
 
 def split(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
-    """(training, validation), the latter about `fraction` of the examples and never over twice that, or one.
+    """Returns (training, validation), the latter about `fraction` of the examples.
 
-    An example's side is decided by a hash of its prompt, so that it depends on neither seed nor order, and examples
-    with one prompt, letter case and spaces aside, stay together: a prompt that very many share is trained on.
-    Validation is empty where no prompt is rare enough; UserError where all prompts would be in it.
+    Validation has never over twice that, unless it is one example. An example's side is decided by
+    a hash of its prompt, so that it depends on neither seed nor order, and examples with one
+    prompt, letter case and spaces aside, stay together. A prompt that very many share is trained
+    on. Validation is empty where no prompt is rare enough.
+
+    Raises UserError where all prompts would be in validation.
     """
-    everything = np.ones(len(dataset), bool)
     if fraction == 0:
-        return dataset, dataset.take(~everything)
-    prompts, group, size = np.unique(
-        dataset.prompts, return_inverse=True, return_counts=True
-    )  # ascending
-    chosen, room = np.zeros(len(prompts), bool), max(1.0, 2 * fraction * len(dataset))
+        nothing = np.zeros(len(dataset), bool)
+        return dataset, dataset.take(nothing)
+    # prompts: the different hashes, ascending. group: of each example, the number of its prompt.
+    prompts, group, sizes = np.unique(dataset.prompts, return_inverse=True, return_counts=True)
+    chosen = np.zeros(len(prompts), bool)
+    room = max(1.0, 2 * fraction * len(dataset))  # examples that validation still takes
     for i, prompt in enumerate(prompts):
-        if int(prompt) / 2**64 > fraction and chosen.any():
+        # Hashes are uniform in [0, 2^64), so that a share `fraction` of the prompts is chosen.
+        is_below = int(prompt) / 2**64 <= fraction
+        if not is_below and chosen.any():
             break
-        if size[i] <= room:
+        if sizes[i] <= room:
             chosen[i] = True
-            room -= size[i]
+            room -= sizes[i]
     if chosen.all() and len(prompts) > 1:
         raise UserError(
-            f"--val-fraction {fraction:g}: leaves none of {len(prompts)} prompts to train on; take less"
+            f"--val-fraction {fraction:g}: leaves none of {len(prompts)} prompts to train on;"
+            " take less"
         )
+    # A single prompt is trained on.
     if chosen.all():
-        chosen[:] = False  # a single prompt
-    train = dataset.take(~chosen[group])
+        chosen[:] = False
+    is_validation = chosen[group]  # of each example
+    train = dataset.take(~is_validation)
     train.dropped = dataset.dropped
-    return train, dataset.take(chosen[group])
+    return train, dataset.take(is_validation)
 
 
 # ---- batches ----
@@ -244,9 +313,13 @@ def split(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
 class Batch:
     """Whole examples, one after the other, without padding.
 
-    tokens: int64 [N]. rows: int64 [K], the rows whose next token is trained; targets: int64 [K], that token.
-    loss_weights: float32 [K], or None if all are 1. replay_weights: float32 [K], the loss weights of replayed examples
-    and 0 for others, or None if there are none. loss_weight_sum, replay_weight_sum: their sums over this batch.
+    tokens: int64 [N].
+    rows: int64 [K], the rows whose next token is trained.
+    targets: int64 [K], that token.
+    loss_weights: float32 [K], or None if all are 1.
+    replay_weights: float32 [K], the loss weights of replayed examples and 0 for others, or None if
+        there are none.
+    loss_weight_sum, replay_weight_sum: their sums over this batch.
     num_tokens: tokens in the batch, excluding the padding that keeps ranks in step.
     """
 
@@ -261,17 +334,21 @@ class Batch:
     num_tokens: int = 0
     examples: Sequence[Example] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.loss_weights is None:
             self.loss_weight_sum = float(len(self.targets))
 
 
 class MicroBatches:
-    """Yields, for each step, this rank's micro-batches, which `gradient accumulation` adds up to one step.
+    """Yields, for each step, this rank's micro-batches, which `gradient accumulation` adds up to
+    one step.
 
-    All ranks get equally many, because collectives must match: a rank with fewer rows is given DUMMY_EXAMPLE.
-    max_tokens: of a micro-batch; default: `max_tokens_per_micro_batch`. context_parallel: ranks that share a batch.
+    All ranks get equally many, because collectives must match: a rank with fewer rows is given
+    DUMMY_EXAMPLE.
+
+    max_tokens: of a micro-batch; default: `max_tokens_per_micro_batch`.
     dropout: whether each example gets a seed for its dropout.
+    context_parallel: how many ranks share a batch.
     """
 
     def __init__(
@@ -286,48 +363,62 @@ class MicroBatches:
         dropout: bool = False,
         context_parallel: int = 1,
     ):
-        self.dataset, self.sampler, self.device = dataset, sampler, device
-        self.batch_size, self.rows_per_rank = batch_size, batch_size * accumulate
+        self.dataset = dataset
+        self.sampler = sampler
+        self.device = device
+        self.batch_size = batch_size
+        self.rows_per_rank = batch_size * accumulate
         self.max_tokens = (max_tokens or max_tokens_per_micro_batch(device)) * context_parallel
-        self.seed, self.dropout = seed, dropout
+        self.seed = seed
+        self.dropout = dropout
 
     def step(self, step: int) -> list[Batch]:
-        """The micro-batches of optimizer step `step`, counted from 0. Steps have to be asked for in order: the sampler
-        goes on to its next rows."""
+        """Returns the micro-batches of optimizer step `step`, counted from 0.
+
+        Steps have to be asked for in order: the sampler goes on to its next rows.
+        """
         context = distributed.context_parallel
         return [collate(examples, self.device, context) for examples in self.examples_of_step(step)]
 
     def examples_of_step(self, step: int) -> list[list[Example]]:
-        """As `step`, before the batches are made."""
+        """Returns the examples of each micro-batch that `step` makes."""
+        rank = distributed.dp_rank()
         rows = self.sampler.step(self.rows_per_rank * distributed.dp_size())
         sizes = [int(self.dataset.lengths[row].sum()) for row in rows]
-        row_numbers = distributed.balance_across_ranks(sizes, distributed.dp_size())
-        cuts = [
-            split_micro_batches([sizes[i] for i in numbers], self.batch_size, self.max_tokens)
-            for numbers in row_numbers
-        ]
-        mine, my_cuts = row_numbers[distributed.dp_rank()], cuts[distributed.dp_rank()]
-        micro_batches = [
-            [example for k in cut for example in self.row_examples(rows, mine[k], step)]
-            for cut in my_cuts
-        ]
-        most = max(map(len, cuts))
-        return micro_batches + [[DUMMY_EXAMPLE]] * (most - len(micro_batches))
+        # Each rank computes what all of them get, in place of a message, so that it knows how many
+        # micro-batches the rank with most of them has.
+        rows_of_ranks = distributed.balance_across_ranks(sizes, distributed.dp_size())
+        groups_of_ranks = []
+        for row_numbers in rows_of_ranks:
+            own_sizes = [sizes[i] for i in row_numbers]
+            groups_of_ranks.append(split_micro_batches(own_sizes, self.batch_size, self.max_tokens))
+        micro_batches = []
+        for group in groups_of_ranks[rank]:
+            examples: list[Example] = []
+            for k in group:
+                examples += self.row_examples(rows, rows_of_ranks[rank][k], step)
+            micro_batches.append(examples)
+        most = max(len(groups) for groups in groups_of_ranks)
+        missing = most - len(micro_batches)
+        return micro_batches + [[DUMMY_EXAMPLE]] * missing
 
     def row_examples(self, rows: list[list[int]], number: int, step: int) -> list[Example]:
-        """The examples of a row, each with a dropout seed that follows from the run's seed and its place in the run."""
+        """Returns the examples of row `number` of the step's rows.
+
+        With dropout each has a seed that follows from the run's seed and the example's place in the
+        run, so that neither the number of ranks nor gradient accumulation changes what is dropped.
+        """
         examples = [self.dataset.examples[i] for i in rows[number]]
         if not self.dropout:
             return examples
-        places = (f"{self.seed} {step} {number} {place}".encode() for place in range(len(examples)))
-        seeds = [
-            int.from_bytes(hashlib.blake2b(place, digest_size=7).digest(), "little")
-            for place in places
-        ]
-        return [
-            dataclasses.replace(example, dropout_seed=seed)
-            for example, seed in zip(examples, seeds, strict=True)
-        ]
+        seeded = []
+        for place, example in enumerate(examples):
+            key = f"{self.seed} {step} {number} {place}".encode()
+            # 7 bytes leave room in int64 for what `collate` adds to tell the tokens apart.
+            digest = hashlib.blake2b(key, digest_size=7).digest()
+            seed = int.from_bytes(digest, "little")
+            seeded.append(dataclasses.replace(example, dropout_seed=seed))
+        return seeded
 
 
 def batches_by_length(
@@ -341,15 +432,18 @@ def batches_by_length(
 ) -> Iterator[Batch]:
     """Yields all examples of a dataset in flat batches, each made when it is asked for.
 
-    Of several ranks each gets every dp_size-th batch, and as many as the others. max_tokens: of a batch; default:
-    `max_tokens_per_micro_batch`.
+    Of several ranks each gets every dp_size-th batch, and as many as the others.
+    max_tokens: of a batch; default: `max_tokens_per_micro_batch`.
     """
-    cuts = split_micro_batches(
-        dataset.lengths.tolist(), batch_size, max_tokens or max_tokens_per_micro_batch(device)
-    )
-    for start in range(0, len(cuts), dp_size):
-        mine = cuts[start + dp_rank] if start + dp_rank < len(cuts) else None
-        examples = [DUMMY_EXAMPLE] if mine is None else [dataset.examples[i] for i in mine]
+    if not max_tokens:
+        max_tokens = max_tokens_per_micro_batch(device)
+    groups = split_micro_batches(dataset.lengths.tolist(), batch_size, max_tokens)
+    for start in range(0, len(groups), dp_size):
+        number = start + dp_rank
+        # At the end some ranks have no batch left; collectives must match all the same.
+        examples = [DUMMY_EXAMPLE]
+        if number < len(groups):
+            examples = [dataset.examples[i] for i in groups[number]]
         yield collate(examples, device, context)
 
 
@@ -359,33 +453,54 @@ def batches_of_rows(
     device: torch.device | str = "cpu",
     max_tokens: int | None = None,
 ) -> list[Batch]:
-    """Rows of examples, sorted by length, in flat batches of at most batch_size rows and, where these are long, of
-    about max_tokens tokens (default: `max_tokens_per_micro_batch`): what a step computes is the same, and its memory is
-    bounded."""
+    """Returns rows of examples, sorted by length, in flat batches of at most batch_size rows.
+
+    Where rows are long, a batch has about max_tokens tokens (default:
+    `max_tokens_per_micro_batch`). What a step computes is the same, and its memory is bounded.
+    """
+    if not max_tokens:
+        max_tokens = max_tokens_per_micro_batch(device)
     sizes = [sum(len(example.ids) for example in row) for row in rows]
-    cuts = split_micro_batches(sizes, batch_size, max_tokens or max_tokens_per_micro_batch(device))
-    return [collate([example for i in cut for example in rows[i]], device) for cut in cuts]
+    batches = []
+    for group in split_micro_batches(sizes, batch_size, max_tokens):
+        examples: list[Example] = []
+        for i in group:
+            examples += rows[i]
+        batches.append(collate(examples, device))
+    return batches
 
 
 def split_micro_batches(sizes: Sequence[int], batch_size: int, max_tokens: int) -> list[list[int]]:
-    """The numbers of rows of these sizes in tokens, sorted by size, in groups of at most batch_size rows and max_tokens
-    tokens; a longer row is a group of its own."""
-    order, groups = sorted(range(len(sizes)), key=lambda i: sizes[i]), []
-    for start in range(0, len(order), batch_size):
-        tokens = max_tokens
-        for i in order[start : start + batch_size]:
-            if i == order[start] or tokens + sizes[i] > max_tokens:
-                groups.append([])
+    """Returns the numbers of rows, sorted by size, in groups of at most batch_size rows.
+
+    sizes: tokens of each row.
+    max_tokens: of a group. A longer row is a group of its own.
+    """
+    # Rows of similar length stand together: attention computes adjacent documents in one call.
+    by_size = sorted(range(len(sizes)), key=lambda i: sizes[i])
+    groups: list[list[int]] = []
+    for start in range(0, len(by_size), batch_size):
+        group: list[int] = []
+        tokens = 0
+        for i in by_size[start : start + batch_size]:
+            if group and tokens + sizes[i] > max_tokens:
+                groups.append(group)
+                group = []
                 tokens = 0
-            groups[-1].append(i)
+            group.append(i)
             tokens += sizes[i]
+        groups.append(group)
     return groups
 
 
 def max_tokens_per_micro_batch(device: torch.device | str) -> int:
-    """The number of tokens of a flat batch from which on no product gets faster. On a GPU planning/memory.py chooses
-    fewer where these do not fit."""
-    return 2048 if torch.device(device).type == "cpu" else 16384
+    """Returns the number of tokens of a flat batch from which on no product gets faster.
+
+    On a GPU planning/memory.py chooses fewer where these do not fit.
+    """
+    if torch.device(device).type == "cpu":
+        return 2048
+    return 16384
 
 
 def collate(
@@ -393,17 +508,23 @@ def collate(
     device: torch.device | str = "cpu",
     context: ContextParallel | None = None,
 ) -> Batch:
-    """The flat batch of some examples. context: of ranks that share each batch; of it, this rank's tokens are made."""
+    """Returns the flat batch of some examples.
+
+    context: of ranks that share each batch; of it, this rank's tokens are made.
+    """
     lengths = [len(example.ids) for example in examples]
-    tokens = np.concatenate([np.asarray(example.ids, np.int64) for example in examples])
+    tokens = np.concatenate([np.asarray(example.ids, np.int64) for example in examples])  # [N]
     weights = np.concatenate([np.asarray(example.loss_weights, np.float32) for example in examples])
-    weights[np.cumsum([0, *lengths[:-1]])] = (
-        0  # an example's first token has no row before it: never trained
-    )
-    predicted = np.flatnonzero(weights)
+    # An example's first token has no row before it that predicts it: it is never trained.
+    starts = np.cumsum([0, *lengths[:-1]])
+    weights[starts] = 0
+    predicted = np.flatnonzero(weights)  # [K]
+    rows = predicted - 1
+    targets = tokens[predicted]
     weights = weights[predicted]
-    rows, targets, replay_weights = predicted - 1, tokens[predicted], None
+    # Over the whole batch, before a rank takes its part of it.
     all_ones = bool((weights == 1).all())
+    replay_weights = None
     if any(example.is_replay for example in examples):
         is_replay = np.array([example.is_replay for example in examples], np.float32)
         replay_weights = weights * np.repeat(is_replay, lengths)[predicted]
@@ -411,23 +532,33 @@ def collate(
     if examples[0].dropout_seed is not None:
         seeds = [example.dropout_seed or 0 for example in examples]
     num_tokens = 0 if examples[0] is DUMMY_EXAMPLE else len(tokens)
-    if context and (padding := context.padding(len(tokens))):
-        lengths, tokens = [*lengths, padding], np.pad(tokens, (0, padding))
-        seeds = seeds and [*seeds, 0]
-    documents = Documents(lengths, device)
+
+    padding = context.padding(len(tokens)) if context else 0
+    if padding:
+        lengths.append(padding)
+        tokens = np.pad(tokens, (0, padding))
+        if seeds is not None:
+            seeds.append(0)
+    whole = Documents(lengths, device)
     if seeds is not None:
-        documents.dropout_seeds = (
-            to_device(np.repeat(seeds, lengths), device) + documents.positions * 0x9E3779B1
-        )
+        # Knuth's constant of multiplicative hashing, a prime near 2^32 / golden ratio, tells the
+        # tokens of an example apart.
+        token_seeds = to_device(np.repeat(seeds, lengths), device)
+        whole.dropout_seeds = token_seeds + whole.positions * 0x9E3779B1
+    documents: Documents | ShardedDocuments = whole
     if context:
-        num_tokens = sum(
-            max(0, min(part.stop, num_tokens) - part.start) for part in context.mine(len(tokens))
-        )
+        parts = context.mine(len(tokens))
+        num_tokens = sum(max(0, min(part.stop, num_tokens) - part.start) for part in parts)
         rows = context.local(rows, len(tokens))
-        here = rows >= 0
-        rows, targets, weights = rows[here], targets[here], weights[here]
-        replay_weights = None if replay_weights is None else replay_weights[here]
-        tokens, documents = context.take(tokens), ShardedDocuments(documents, context)
+        is_here = rows >= 0
+        rows = rows[is_here]
+        targets = targets[is_here]
+        weights = weights[is_here]
+        if replay_weights is not None:
+            replay_weights = replay_weights[is_here]
+        tokens = context.take(tokens)
+        documents = ShardedDocuments(whole, context)
+
     batch = Batch(
         tokens=to_device(tokens, device),
         documents=documents,

@@ -21,6 +21,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from itertools import pairwise
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -28,6 +30,14 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from kernels.context_parallel import ContextParallel
+
+if TYPE_CHECKING:
+    # Importing these takes a while, and a run on one device needs none of them.
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 # Rank 0 may tokenise a large corpus while the others wait.
 SETUP_TIMEOUT = timedelta(hours=12)
@@ -42,7 +52,7 @@ REPLICATE_BELOW = 0.25
 
 context_parallel: ContextParallel | None = None  # set if several ranks share each batch
 pg_timeout = SETUP_TIMEOUT  # the present timeout of collectives
-process_groups: list = []  # all groups but that of all ranks
+process_groups: list["ProcessGroup"] = []  # all groups but that of all ranks
 
 
 def launched_by_torchrun() -> bool:
@@ -73,6 +83,7 @@ def init_distributed(device: torch.device) -> torch.device:
             )
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
+    # Also on GPUs there are messages between CPUs: objects, and whether all ranks agree.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # A process that does several runs in a row, as tests do, has its group already.
     if not dist.is_initialized():
@@ -83,7 +94,8 @@ def init_distributed(device: torch.device) -> torch.device:
                 backend, store=dist.HashStore(), rank=0, world_size=1, timeout=SETUP_TIMEOUT
             )
     if not is_rank0():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it is open for as long as the process lives)
+        # It stays open for as long as the process lives.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
 
 
@@ -112,7 +124,7 @@ def extended_timeout() -> Iterator[None]:
         set_pg_timeouts(pg_timeout)
 
 
-def new_group(ranks: list[int] | None = None, backend: str | None = None):
+def new_group(ranks: list[int] | None = None, backend: str | None = None) -> "ProcessGroup":
     """Returns a process group of `ranks` (None: all), with the present timeout. Every rank must
     call this, whether it is one of them or not."""
     group = dist.new_group(ranks, timeout=pg_timeout, backend=backend)
@@ -151,12 +163,16 @@ def init_context_parallel(size: int) -> None:
 def dp_size() -> int:
     """Returns into how many parts the rows of a step are split: one for each rank or, with
     --context-parallel, for each group of ranks that share a batch."""
-    return world_size() // (context_parallel.size if context_parallel else 1)
+    if context_parallel is None:
+        return world_size()
+    return world_size() // context_parallel.size
 
 
 def dp_rank() -> int:
     """Returns which of the dp_size() parts of a step's rows this rank computes."""
-    return rank() // (context_parallel.size if context_parallel else 1)
+    if context_parallel is None:
+        return rank()
+    return rank() // context_parallel.size
 
 
 def local_rank() -> int:
@@ -201,10 +217,10 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def all_ranks_agree(fine: bool, group=None) -> bool:
-    """True if `fine` is true on every rank. All ranks wait for each other here. (The sum is between
-    CPUs, where gloo notices at once that a rank has died.)"""
+    """True if `fine` is true on every rank. All ranks wait for each other here."""
     if world_size() == 1:
         return fine
+    # A tensor on the CPU, since gloo notices at once that a rank has died.
     num_against = torch.tensor(int(not fine))
     dist.all_reduce(num_against, group=group)
     return int(num_against) == 0
@@ -239,7 +255,7 @@ def synced_errors(group=None) -> Iterator[None]:
     """A block in which a UserError or OSError of one rank is raised on every rank: on that rank as
     it is, on the others as RemoteRankError. All ranks wait for each other at the end of the
     block."""
-    error = None
+    error: Exception | None = None
     try:
         yield
     except (UserError, OSError) as caught:
@@ -269,7 +285,7 @@ def all_gather_object(value, group=None) -> list:
     """Returns the values of all ranks, in the order of ranks."""
     if world_size() == 1:
         return [value]
-    values = [None] * world_size()
+    values: list = [None] * world_size()
     dist.all_gather_object(values, value, group=group)
     return values
 
@@ -284,9 +300,10 @@ def shard_model(
     gathered_dtype: torch.dtype | None,
     offload: bool = False,
 ) -> None:
-    """Turns the parameters of a model on the meta device into DTensors. Each block is gathered on
-    its own; what is around the blocks (embeddings, the last norm, the head) is gathered once for a
-    whole forward and backward.
+    """Turns the parameters of a model on the meta device into DTensors.
+
+    Each block is gathered on its own. What is around the blocks (embeddings, the last norm, the
+    head) is gathered once for a whole forward and backward.
 
     kind: "full" or "hybrid".
     gathered_dtype: the dtype in which weights are gathered; None: their own. Gradients are summed
@@ -307,33 +324,37 @@ def shard_model(
     offload_policy = OffloadPolicy()
     if offload:
         offload_policy = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-    replicated = set()
+    replicated: set[nn.Parameter] = set()
     for name, p in model.named_parameters():
         is_second_level = name.endswith((".nf4.nested", ".nf4.offset"))
         is_single_level = name.endswith("nf4.absmax") and p.is_floating_point()
         if is_second_level or is_single_level:
             replicated.add(p)
-    settings = {
-        "mesh": device_mesh(kind, device.type),
-        "mp_policy": MixedPrecisionPolicy(gathered_dtype, torch.float32, cast_forward_inputs=False),
-        "offload_policy": offload_policy,
-        "ignored_params": replicated,
-    }
-    for block in model.blocks:
-        fully_shard(block, **settings)
-    fully_shard(model, **settings)
+    shard = functools.partial(
+        fully_shard,
+        mesh=device_mesh(kind, device.type),
+        mp_policy=MixedPrecisionPolicy(gathered_dtype, torch.float32, cast_forward_inputs=False),
+        offload_policy=offload_policy,
+        ignored_params=replicated,
+    )
+    # fully_shard changes the class of a module in place, and returns the module.
+    assert isinstance(model.blocks, nn.ModuleList)
+    blocks: list[FSDPModule] = [shard(block) for block in model.blocks]
+    # What the blocks have taken is not sharded again.
+    whole: FSDPModule = shard(model)
     # Training calls `flat` instead of `forward`.
     register_fsdp_forward_method(model, "flat")
-    for module in (*model.blocks, model):
+    for module in (*blocks, whole):
         # The loss is divided by the tokens of all ranks already, so gradients are not averaged.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    for block, next_block in zip(model.blocks, model.blocks[1:]):
+    # The next block is gathered while this one computes.
+    for block, next_block in pairwise(blocks):
         block.set_modules_to_forward_prefetch([next_block])
 
 
 @functools.cache
-def device_mesh(kind: str, device: str):
+def device_mesh(kind: str, device: str) -> "DeviceMesh":
     """Returns the mesh of all ranks: [ranks] for "full", [nodes, ranks of a node] for "hybrid".
     device: its type."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -350,8 +371,9 @@ def has_shards(model: nn.Module) -> bool:
     return any(is_sharded(p) for p in model.parameters())
 
 
-def is_sharded(x: Tensor) -> bool:
+def is_sharded(x: Tensor) -> "TypeIs[DTensor]":
     """True if x is a DTensor."""
+    # isinstance would import DTensor, also in a run that has none.
     return hasattr(x, "placements")
 
 
@@ -376,9 +398,10 @@ def local_row_slice(x: Tensor) -> slice:
 def shard_row_slice(x: Tensor, number: int) -> slice:
     """Returns which rows shard `number` of a DTensor has: of R rows in W shards ceil(R / W), the
     last ones fewer."""
-    rows_per_shard = -(-x.shape[0] // num_shards(x))
-    start = min(number * rows_per_shard, x.shape[0])
-    stop = min((number + 1) * rows_per_shard, x.shape[0])
+    num_rows = x.shape[0]
+    rows_per_shard = -(-num_rows // num_shards(x))
+    start = min(number * rows_per_shard, num_rows)
+    stop = min((number + 1) * rows_per_shard, num_rows)
     return slice(start, stop)
 
 
@@ -386,17 +409,18 @@ def num_shards(x: Tensor) -> int:
     return x.device_mesh["shard"].size() if is_sharded(x) else 1
 
 
-def shard_group(x: Tensor):
+def shard_group(x: Tensor) -> "ProcessGroup":
     """Returns the process group of the ranks that have the shards of a DTensor."""
-    return x.device_mesh.get_group("shard")
+    return cast("DTensor", x).device_mesh.get_group("shard")
 
 
-def dtensor_like(x: Tensor, local_rows: Tensor) -> Tensor:
+def dtensor_like(x: "DTensor", local_rows: Tensor) -> "DTensor":
     """Returns a DTensor that is sharded as x is. local_rows: this rank's rows, of x's shape or any
     other width."""
     from torch.distributed.tensor import DTensor
 
     shape = torch.Size((x.shape[0], *local_rows.shape[1:]))
+    # The stride of a contiguous tensor of this shape.
     stride = torch.empty(shape, device="meta").stride()
     mesh = x.device_mesh
     # Rows on the host would be moved to the GPUs of x's mesh, so they get a mesh of CPUs.
@@ -437,12 +461,14 @@ def balance_across_ranks(sizes: Sequence[int], num_ranks: int) -> list[list[int]
 def set_gradient_sync(model: nn.Module, now: bool) -> None:
     """Says, before a micro-batch, whether its backward sums the gradients over the ranks, or leaves
     that to a later micro-batch. Does nothing without FSDP."""
-    if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(now)
-        model.set_is_last_backward(now)
+    if not hasattr(model, "set_requires_gradient_sync"):
+        return
+    sharded_model = cast("FSDPModule", model)
+    sharded_model.set_requires_gradient_sync(now)
+    sharded_model.set_is_last_backward(now)
 
 
-def all_reduce_gradients(parameters: list[Tensor]) -> None:
+def all_reduce_gradients(parameters: Sequence[Tensor]) -> None:
     """Sums the gradients of all ranks in fp32, in messages of about BUCKET_NUMEL elements. Does
     nothing with FSDP, which has summed them already."""
     if world_size() == 1 or is_sharded(parameters[0]):
@@ -453,33 +479,38 @@ def all_reduce_gradients(parameters: list[Tensor]) -> None:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
         bucket.append(p.grad)
-        is_full = sum(grad.numel() for grad in bucket) >= BUCKET_NUMEL
+        sizes = [grad.numel() for grad in bucket]
+        is_full = sum(sizes) >= BUCKET_NUMEL
         is_last = number == len(parameters)
         if not is_full and not is_last:
             continue
-        flat = all_reduce_sum(torch.cat([grad.flatten().float() for grad in bucket]))
-        parts = flat.split([grad.numel() for grad in bucket])
+        # One long fp32 vector: many small messages would each wait for the network.
+        flat = torch.cat([grad.flatten().float() for grad in bucket])
+        parts = all_reduce_sum(flat).split(sizes)
         for grad, part in zip(bucket, parts, strict=True):
             grad.copy_(part.view_as(grad))
         bucket = []
 
 
 @torch.no_grad()
-def clip_grad_norm_(parameters: list[Tensor], max_norm: float) -> Tensor:
+def clip_grad_norm_(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
     """Scales the gradients down so that their norm over all parameters and ranks is at most
     max_norm.
 
     Returns the norm before that, a float32 scalar.
     """
-    if not is_sharded(parameters[0]):
+    first = parameters[0]
+    if not is_sharded(first):
         return nn.utils.clip_grad_norm_(parameters, max_norm)
     grads = [to_local(p.grad) for p in parameters if p.grad is not None]
     squares = torch.stack([grad.float().square().sum() for grad in grads]).sum()
     # Offloaded shards are on the host, but the sum is between the devices of the mesh.
-    squares = squares.to(torch.device(parameters[0].device_mesh.device_type))
-    dist.all_reduce(squares, group=shard_group(parameters[0]))
+    squares = squares.to(torch.device(first.device_mesh.device_type))
+    dist.all_reduce(squares, group=shard_group(first))
     norm = squares.sqrt().to(grads[0].device)
-    torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    # The same 1e-6 as in torch's clip_grad_norm_. A factor on the device: nothing waits for it.
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(grads, scale)
     return norm
 
 
@@ -487,9 +518,14 @@ def is_lost_rank(error: BaseException) -> bool:
     """True if an error says that another rank has died, or that waiting for it took too long."""
     if world_size() == 1 or not isinstance(error, RuntimeError):
         return False
+    if isinstance(error, dist.DistError):
+        return True
+    # The backends also raise plain RuntimeErrors, which only their text tells apart.
     message = str(error).lower()
-    return isinstance(error, dist.DistError) or "gloo" in message or "nccl" in message
+    return "gloo" in message or "nccl" in message
 
 
 def lost_rank_error(error: BaseException) -> UserError:
-    return UserError(f"another process has ended, or was waited for too long ({str(error)[:200]})")
+    """Returns what the user is told when `is_lost_rank(error)`."""
+    detail = str(error)[:200]
+    return UserError(f"another process has ended, or was waited for too long ({detail})")

@@ -22,7 +22,7 @@ from checkpoint import load_model, read_config
 from common import cli, console
 from common.device import pick_device, pick_dtype
 from common.errors import UserError, run
-from dataset.examples import Dataset
+from dataset.examples import Dataset, ExampleIndex
 from dataset.formats import Map, Source, open_source
 from dataset.records import ReadStats, Record
 from evals.exact_match import EXTRA_TOKENS, ExactResult, exact, split_reference
@@ -30,6 +30,7 @@ from evals.loss import loss
 from interop import resolve
 from interop.resolve import base_folder
 from lora import adapter_metadata, has_lora, is_adapter, remove_lora
+from model import Transformer
 from tokenizer import Tokenizer
 
 BATCH_SIZE = {"loss": 8, "exact": 32}  # defaults of --batch-size
@@ -55,13 +56,14 @@ def main() -> None:
     if args.what == "exact":
         records = records_with_references(source, args.limit)
     targets = pick_targets(args)
-    print(
-        f"compute   {args.what} in {str(dtype).removeprefix('torch.')} on {device.type}: {reason}"
-    )
+    dtype_name = str(dtype).removeprefix("torch.")
+    print(f"compute   {args.what} in {dtype_name} on {device.type}: {reason}")
 
     batch_size = args.batch_size or BATCH_SIZE[args.what]
     model = None
-    results, digests = {}, []
+    exact_results: dict[str, ExactResult] = {}
+    losses: dict[str, dict[str, float]] = {}
+    digests = set()
     for target in targets:
         tokenizer = resolve.pick_tokenizer(target.folder, target.adapter, args.template)
         if args.what == "loss":
@@ -69,7 +71,8 @@ def main() -> None:
             limit = read_config(target.folder).max_positions
             dataset = encode_file(args.data, tokenizer, limit, args.seq_len, args.limit, map_fn)
             if len(targets) == 2:
-                digests.append(digest_of_ids(dataset))
+                digests.add(digest_of_ids(dataset))
+        # Two targets may share a base, which is then loaded once.
         if model is None or model.source != target.folder:
             # The memory of the first model is free before the second one is loaded.
             model = None
@@ -80,18 +83,20 @@ def main() -> None:
             lora.put_adapter_on(model, target.adapter)
         print_target(target, model, tokenizer)
         if args.what == "exact":
-            results[target.name] = exact(model, tokenizer, records, args.max_new_tokens, batch_size)
+            result = exact(model, tokenizer, records, args.max_new_tokens, batch_size)
+            exact_results[target.name] = result
         else:
-            results[target.name] = loss(model, dataset, batch_size)
+            losses[target.name] = loss(model, dataset, batch_size)
 
     if args.what == "exact":
-        print_exact(results, args.show)
+        print_exact(exact_results, args.show)
         return
-    if len(set(digests)) > 1:
+    if len(digests) > 1:
         print(
-            "WARNING: the two models read the file as different tokens, so their losses per token don't compare"
+            "WARNING: the two models read the file as different tokens, so their losses per token"
+            " don't compare"
         )
-    print_table(results, {"loss": ".4f", "perplexity": ".3f", "tokens": ",.0f"})
+    print_table(losses, {"loss": ".4f", "perplexity": ".3f", "tokens": ",.0f"})
 
 
 def records_with_references(source: Source, limit: int | None) -> list[Record]:
@@ -115,15 +120,20 @@ def pick_targets(args: argparse.Namespace) -> list[Target]:
     """Returns what is measured, in order: what --versus names, if it is given, then what --model
     and --adapter name."""
     folder = base_folder(args.model, args.adapter)
-    mine = Target("adapter" if args.adapter else "model", folder, args.adapter)
+    name = "adapter" if args.adapter else "model"
+    mine = Target(name, folder, args.adapter)
     if args.versus is None:
         return [mine]
     if args.versus == "base":
-        # Without an adapter, the base is the one that a model trained here names.
-        base = folder if args.adapter else Path(str(adapter_metadata(folder).get("base")))
+        base = folder
+        if not args.adapter:
+            # Then it is the one that a model trained here names. (None becomes a folder "None",
+            # which holds no model either.)
+            base = Path(str(adapter_metadata(folder).get("base")))
         if not (base / "config.json").is_file():
             raise UserError(
-                "--versus base: needs --adapter, or a --model trained here whose base is still in place"
+                "--versus base: needs --adapter, or a --model trained here whose base is still in"
+                " place"
             )
         return [Target("base", base, None), mine]
     if is_adapter(args.versus):
@@ -153,6 +163,8 @@ def encode_file(
     if num_records is None:
         return dataset
     print(f"          of which the first {num_records:,}")
+    # Examples that are read from a file know the number of their record.
+    assert isinstance(dataset.examples, ExampleIndex)
     dataset = dataset.take(dataset.examples.row < num_records)
     if not len(dataset):
         raise UserError(f"--limit {num_records}: none of the first {num_records} records fits")
@@ -164,15 +176,16 @@ def digest_of_ids(dataset: Dataset) -> str:
     vocabulary's size asks for."""
     digest = hashlib.sha256()
     for example in dataset.examples:
-        digest.update(np.int64(len(example.ids)))
-        digest.update(example.ids.astype(np.int64))
+        # The length first, so that the ends of examples count.
+        digest.update(np.int64(len(example.ids)).tobytes())
+        digest.update(np.asarray(example.ids, np.int64).tobytes())
     return digest.hexdigest()
 
 
 # ---- what is printed ----
 
 
-def print_target(target: Target, model, tokenizer: Tokenizer) -> None:
+def print_target(target: Target, model: Transformer, tokenizer: Tokenizer) -> None:
     """Prints a line that says what is measured: folder, adapter, size, chat template."""
     adapter = f" + {target.adapter}" if target.adapter else ""
     size = f"{model.size / 1e6:,.1f} M parameters{resolve.quantized_suffix(model)}"
@@ -207,26 +220,31 @@ def print_table(results: dict[str, dict[str, float]], columns: dict[str, str]) -
     """
     rows = [["", *columns]]
     for name, result in results.items():
-        rows.append([name, *(format(result[column], spec) for column, spec in columns.items())])
+        row = [name]
+        for column, spec in columns.items():
+            row.append(format(result[column], spec))
+        rows.append(row)
     if len(results) == 2:
         first, second = results.values()
-        changes = [
-            format(second[column] - first[column], "+" + spec) for column, spec in columns.items()
-        ]
-        rows.append(["change", *changes])
+        changes = ["change"]
+        for column, spec in columns.items():
+            changes.append(format(second[column] - first[column], "+" + spec))
+        rows.append(changes)
     print("\n" + console.table(rows))
 
 
 def print_misses(name: str, result: ExactResult, show: int) -> None:
     """Prints the first `show` wrong answers of a target, each with its question and its reference,
     on a line each."""
-    misses = [i for i, hit in enumerate(result.hits) if not hit][:show]
-    if misses:
-        print(f"\n{name}: {len(misses)} of {result.total - result.right:,} wrong answers")
-    for i in misses:
+    misses = [i for i, hit in enumerate(result.hits) if not hit]
+    shown = misses[:show]
+    if shown:
+        print(f"\n{name}: {len(shown)} of {len(misses):,} wrong answers")
+    for i in shown:
         messages, _ = split_reference(result.records[i])
         questions = [message["content"] for message in messages if message["role"] == "user"]
-        print(f"  question   {console.one_line(questions[-1] if questions else '')}")
+        question = questions[-1] if questions else ""
+        print(f"  question   {console.one_line(question)}")
         print(f"  reference  {console.one_line(result.references[i].strip())}")
         print(f"  answer     {console.one_line(result.answers[i].strip())}\n")
 
@@ -241,7 +259,21 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description="Measures a model on a file of examples, or two models side by side (--versus).",
         allow_abbrev=False,
     )
-    add = parser.add_argument_group("what is measured").add_argument
+    add_data_flags(parser.add_argument_group("what is measured"))
+    add_target_flags(parser.add_argument_group("the model"))
+    add_answer_flags(parser.add_argument_group("answers of exact"))
+    add_batch_flags(parser.add_argument_group("speed and memory"))
+    args = cli.parse_args(parser, argv)
+    check_evaluation_arguments(args)
+    # Only now, since the check has to know whether it was typed.
+    if args.show is None:
+        args.show = SHOWN_MISSES
+    return args
+
+
+def add_data_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags that say what is measured, and on what."""
+    add = group.add_argument
     add(
         "what",
         choices=["loss", "exact"],
@@ -281,8 +313,11 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         " out, or give the value that train.py had",
     )
 
-    group = parser.add_argument_group("the model")
-    resolve.add_model_flags(group)
+
+def add_target_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags of the model, and of a second one to compare it with."""
+    # It only adds arguments, which a group can do as well as a parser.
+    resolve.add_model_flags(group)  # type: ignore[arg-type]
     group.add_argument(
         "--versus",
         metavar="X",
@@ -292,15 +327,17 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         " from it to your model; default: no comparison",
     )
 
-    add = parser.add_argument_group("answers of exact").add_argument
-    add(
+
+def add_answer_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags of the answers that `exact` generates and prints."""
+    group.add_argument(
         "--max-new-tokens",
         type=int,
         metavar="N",
         help="exact: longest answer, in tokens; default: the tokens of the longest reference, and"
         f" {EXTRA_TOKENS} more. Change it to allow longer answers, or to save time",
     )
-    add(
+    group.add_argument(
         "--show",
         type=int,
         metavar="K",
@@ -308,8 +345,10 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         f" reference; 0: none; default: {SHOWN_MISSES}",
     )
 
-    add = parser.add_argument_group("speed and memory").add_argument
-    add(
+
+def add_batch_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds the flag that trades memory for speed."""
+    group.add_argument(
         "--batch-size",
         type=int,
         metavar="N",
@@ -317,11 +356,6 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         f" default: {BATCH_SIZE['loss']} for loss, {BATCH_SIZE['exact']} for exact. Lower it if"
         " memory runs out; a higher one may be faster on a GPU",
     )
-    args = cli.parse_args(parser, argv)
-    check_evaluation_arguments(args)
-    if args.show is None:
-        args.show = SHOWN_MISSES
-    return args
 
 
 def check_evaluation_arguments(args: argparse.Namespace) -> None:
@@ -336,8 +370,10 @@ def check_evaluation_arguments(args: argparse.Namespace) -> None:
         flag = "--" + option.replace("_", "-")
         if value < least:
             raise UserError(f"{flag} {value}: must be {least} or more")
-        if belongs_to.get(option, args.what) != args.what:
-            raise UserError(f"{flag}: is for `{belongs_to[option]}`; `{args.what}` does not use it")
+        # An option of both measurements is in no way wrong.
+        owner = belongs_to.get(option, args.what)
+        if owner != args.what:
+            raise UserError(f"{flag}: is for `{owner}`; `{args.what}` does not use it")
 
 
 if __name__ == "__main__":

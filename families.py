@@ -1,17 +1,20 @@
-"""The families of models: what config.json means, as switches of one decoder, and the names of tensors in files.
+"""The families of models: what config.json means, as switches of one decoder, and the names of
+tensors in files.
 
-`FAMILIES` is the table. A row holds the published names of a family's tensors, the values that its config.json may
-leave out (those of transformers' configuration class), and its switches: how it differs from Llama, as fields of
-`Config`. To add a family that differs only by switches that exist, add a row.
+`FAMILIES` is the table. A row holds the published names of a family's tensors, the values that its
+config.json may leave out (those of transformers' configuration class), and its switches: how it
+differs from Llama, as fields of `Config`. To add a family that differs only by switches that exist,
+add a row.
 
-`Config.from_hf` reads config.json as transformers 4 (`rope_theta`, `rope_scaling`) and transformers 5
-(`rope_parameters`, `layer_types`) write it. It refuses what model.py does not compute, because a setting that is
-ignored would silently change the model.
+`Config.from_hf` reads config.json as transformers 4 (`rope_theta`, `rope_scaling`) and transformers
+5 (`rope_parameters`, `layer_types`) write it. It refuses what model.py does not compute, because a
+setting that is ignored would silently change the model.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from common.errors import UserError
 
@@ -43,7 +46,8 @@ REQUIRED_VALUES = {
     "alibi": False,
 }
 
-# Settings that are random in training and have no effect elsewhere. Fine-tuning ignores them and prints them.
+# Settings that are random in training and have no effect elsewhere. Fine-tuning ignores them and
+# prints them.
 IGNORED_KEYS = (
     "attention_dropout",
     "attn_pdrop",
@@ -71,7 +75,8 @@ class RopeConfig:
 class Layer:
     """The settings that may differ from layer to layer.
 
-    window: a token attends to itself and to the window - 1 tokens before it; None: to all tokens before it.
+    window: a token attends to itself and to the window - 1 tokens before it; None: to all tokens
+        before it.
     rope: the index in Config.ropes; None: q and k are not rotated.
     scale: the factor of the scores q k^T.
     routed: the MLP is a mixture of experts.
@@ -107,7 +112,8 @@ class Config:
     tied: the output head is the embedding table.
     ignored_settings: settings of raw that training here ignores, such as "attention_dropout 0.1".
     activation: one of the values of ACTIVATIONS.
-    names: {a module of ours: its published name}; {} stands for the number of a layer or of an expert.
+    names: {a module of ours: its published name}; {} stands for the number of a layer or of an
+        expert.
 
     The fields with defaults are the switches; the defaults are Llama's values.
     """
@@ -129,8 +135,8 @@ class Config:
     activation: str
     names: dict[str, str]
 
-    # "split": three matrices. "stacked": one matrix, the rows of q, then k, then v. "grouped": one matrix, for each
-    # key-value head the rows of its q heads, its k and its v.
+    # "split": three matrices. "stacked": one matrix, the rows of q, then k, then v. "grouped": one
+    # matrix, for each key-value head the rows of its q heads, its k and its v.
     qkv: str = "split"
     qkv_bias: bool = False
     o_bias: bool = False
@@ -166,7 +172,8 @@ class Config:
 
     @property
     def rope_switch_length(self) -> int | None:
-        """The length from which on a growing text is rotated by another table, so that all cached keys become wrong.
+        """The length from which on a growing text is rotated by another table, so that all cached
+        keys become wrong.
 
         None for models without longrope.
         """
@@ -181,17 +188,12 @@ class Config:
 
         raw: the parsed file.
         where: the start of error messages.
-        Raises UserError on an unknown family, on a missing or impossible value, and on a feature that is not computed
-        here.
+        Raises UserError on an unknown family, on a missing or impossible value, and on a feature
+        that is not computed here.
         """
-        name = raw.get("model_type")
         family = find_family(raw, where)
+        check_required_values(raw, where)
         read = Reader(raw, family, where)
-        for key, required in REQUIRED_VALUES.items():
-            if raw.get(key) not in (None, required):
-                raise UserError(
-                    f"{where}: {key} {short_repr(raw[key])} is not supported; delete the key to train without it"
-                )
 
         # Sizes, with the checks that later ones rely on.
         depth = read.size("num_hidden_layers")
@@ -206,45 +208,35 @@ class Config:
                 f"{where}: hidden_size {hidden} must be a multiple of num_attention_heads {heads}"
             )
         head_dim = read.size("head_dim", hidden // heads)
-        activation = read("hidden_act", str)
-        if activation not in HF_ACTIVATIONS:
-            known = ", ".join(HF_ACTIVATIONS)
-            raise UserError(
-                f"{where}: hidden_act {short_repr(activation)} is not supported (supported: {known})"
-            )
+        default_intermediate = 4 * hidden if family.wide_mlp else None
         fields = {
+            "activation": read_activation(read),
             "vocab_size": read.size("vocab_size"),
             "num_kv_heads": read.size("num_key_value_heads", heads),
-            "intermediate_size": read.size(
-                "intermediate_size", 4 * hidden if family.wide_mlp else None
-            ),
+            "intermediate_size": read.size("intermediate_size", default_intermediate),
             "norm_eps": read.number("rms_norm_eps"),
             "tied": read("tie_word_embeddings", bool),
-            "activation": HF_ACTIVATIONS[activation],
         }
 
-        # What the family says: settings of the layers, names that differ, and fields of Config.
-        switches = {
-            "windows": None,
-            "rope_of": 0,
-            "scale": head_dim**-0.5,
-            "routed": False,
-            "ropes": None,
-        }
-        switches |= family.switches(read, depth)
-        columns = []
-        for key in ("windows", "rope_of", "scale", "routed"):
-            value = switches.pop(key)
-            columns.append(value if isinstance(value, list) else [value] * depth)
-        layers = tuple(Layer(*row) for row in zip(*columns, strict=True))
+        # What the family says: settings of the layers, names that differ, and fields of Config. The
+        # family goes last, since it may replace a field that was read above.
+        switches: dict = family.switches(read, depth)
+        layers = make_layers(
+            depth,
+            windows=switches.pop("windows", None),
+            rope_of=switches.pop("rope_of", 0),
+            scale=switches.pop("scale", head_dim**-0.5),
+            routed=switches.pop("routed", False),
+        )
         names = family.names | switches.pop("names", {})
-        ropes = switches.pop("ropes")
+        ropes = switches.pop("ropes", None)
         if ropes is None:
             settings = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
             ropes = (read_rope(read, settings, head_dim),)
+        fields |= switches
 
         config = Config(
-            family=name,
+            family=raw["model_type"],
             raw=raw,
             hidden_size=hidden,
             num_heads=heads,
@@ -254,22 +246,35 @@ class Config:
             ropes=ropes,
             ignored_settings=ignored_settings(raw, family),
             names=names,
-            **fields | switches,
+            **fields,
         )
         if heads % config.num_kv_heads:
             raise UserError(
-                f"{where}: {heads} attention heads do not divide over {config.num_kv_heads} key-value heads"
+                f"{where}: {heads} attention heads do not divide over {config.num_kv_heads}"
+                " key-value heads"
             )
         if heads * head_dim > MAX_SIZE:
             raise UserError(
-                f"{where}: num_attention_heads {heads} x head_dim {head_dim} is too wide; the most is {MAX_SIZE:,}"
+                f"{where}: num_attention_heads {heads} x head_dim {head_dim} is too wide;"
+                f" the most is {MAX_SIZE:,}"
             )
         return config
 
 
+def make_layers(depth: int, windows, rope_of, scale, routed) -> tuple[Layer, ...]:
+    """Returns the layers. Each argument but `depth` is a value for all of them, or a list with a
+    value for each."""
+    columns = []
+    for values in (windows, rope_of, scale, routed):
+        if not isinstance(values, list):
+            values = [values] * depth
+        columns.append(values)
+    return tuple(Layer(*row) for row in zip(*columns, strict=True))
+
+
 def find_family(raw: dict, where: str) -> "Family":
-    """Returns the row of FAMILIES that `model_type` names. Raises UserError if there is none, or if `architectures`
-    names another model than the decoder of that family."""
+    """Returns the row of FAMILIES that `model_type` names. Raises UserError if there is none, or if
+    `architectures` names another model than the decoder of that family."""
     name = raw.get("model_type")
     family = FAMILIES.get(str(name))
     if family is None:
@@ -283,13 +288,37 @@ def find_family(raw: dict, where: str) -> "Family":
     if raw.get("architectures") not in (None, [], [family.architecture]):
         architectures = short_repr(raw["architectures"])
         raise UserError(
-            f"{where}: architectures {architectures} is not supported for {name} (supported: {family.architecture})"
+            f"{where}: architectures {architectures} is not supported for {name}"
+            f" (supported: {family.architecture})"
         )
     return family
 
 
+def check_required_values(raw: dict, where: str) -> None:
+    """Raises UserError if a key of REQUIRED_VALUES has a value that is not computed here."""
+    for key, required in REQUIRED_VALUES.items():
+        if raw.get(key) not in (None, required):
+            raise UserError(
+                f"{where}: {key} {short_repr(raw[key])} is not supported;"
+                " delete the key to train without it"
+            )
+
+
+def read_activation(read: "Reader") -> str:
+    """Returns our name of the MLP's activation. Raises UserError if it is not computed here."""
+    activation = read("hidden_act", str)
+    if activation not in HF_ACTIVATIONS:
+        known = ", ".join(HF_ACTIVATIONS)
+        raise UserError(
+            f"{read.where}: hidden_act {short_repr(activation)} is not supported"
+            f" (supported: {known})"
+        )
+    return HF_ACTIVATIONS[activation]
+
+
 def ignored_settings(raw: dict, family: "Family") -> tuple[str, ...]:
-    """The settings of IGNORED_KEYS that are not zero, with their values, as "attention_dropout 0.1"."""
+    """Returns the settings of IGNORED_KEYS that are not zero, with their values, as
+    "attention_dropout 0.1"."""
     settings = []
     for key in IGNORED_KEYS:
         value = raw.get(key, family.defaults.get(key))
@@ -304,16 +333,21 @@ def short_repr(value: object) -> str:
 
 
 class Reader:
-    """Typed look-ups in a config.json, by Llama's names of the keys. A key that is missing has the family's default."""
+    """Typed look-ups in a config.json, by Llama's names of the keys.
+
+    A key that is missing has the family's default.
+    """
 
     def __init__(self, raw: dict, family: "Family", where: str):
         self.raw = raw
         self.family = family
         self.where = where
-        # {Llama's key: the key in this file}. A file of another family may use Llama's key all the same.
-        self.keys = {
-            key: name for key, name in family.keys.items() if name in raw or key not in raw
-        }
+        # {Llama's key: the key in this file}. A file of another family may use Llama's key all the
+        # same.
+        self.keys: dict[str, str] = {}
+        for key, name in family.keys.items():
+            if name in raw or key not in raw:
+                self.keys[key] = name
 
     def __call__(self, key: str, kind: type, default=None):
         """Returns the value; `default` if it is null or missing without a default of the family.
@@ -327,7 +361,9 @@ class Reader:
             value = self.family.defaults.get(key, DEFAULTS.get(key))
         if value is None:
             value = default
-        if value is None or type(value) is kind or (kind is float and type(value) is int):
+        # type() and not isinstance(): a bool is also an int, and no size.
+        is_int_as_float = kind is float and type(value) is int
+        if value is None or type(value) is kind or is_int_as_float:
             return value
         raise UserError(
             f"{self.where}: {name} is {short_repr(value)}, it must be of type {kind.__name__}"
@@ -342,39 +378,47 @@ class Reader:
         return float(self.positive(key, float, default))
 
     def positive(self, key: str, kind: type, default):
+        """Returns a number above 0 and up to MAX_SIZE, of type `kind`; raises UserError if it is
+        missing or anything else."""
         value = self(key, kind, default)
         name = self.keys.get(key, key)
         if value is None:
             raise UserError(f"{self.where}: {name} is missing")
         if not 0 < value <= MAX_SIZE:
             raise UserError(
-                f"{self.where}: {name} is {short_repr(value)}, it must be above 0 and at most {MAX_SIZE:,}"
+                f"{self.where}: {name} is {short_repr(value)},"
+                f" it must be above 0 and at most {MAX_SIZE:,}"
             )
         return value
 
     def softcap(self, key: str) -> float | None:
+        """Returns a positive number, or None if the key is null or missing."""
         if self(key, float) is None:
             return None
         return self.number(key)
 
     def windows(self, sliding: Callable[[int], bool], depth: int) -> list[int | None]:
-        """Returns the window of each layer: `sliding_window` for sliding layers, None for the others.
+        """Returns the window of each layer: `sliding_window` for sliding layers, None for the
+        others.
 
-        `layer_types` says which layers slide. Without it, `sliding` says it: the family's rule, of the layer's index.
+        `layer_types` says which layers slide. Without it, `sliding` says it: the family's rule, of
+        the layer's index.
         """
         types = self("layer_types", list)
         if types is None:
             slides = [sliding(i) for i in range(depth)]
-        elif len(types) != depth or not {*map(str, types)} <= {
-            "full_attention",
-            "sliding_attention",
-        }:
-            raise UserError(
-                f"{self.where}: layer_types must be a list of {depth} entries, each full_attention or sliding_attention"
-            )
         else:
+            are_known = all(kind in ("full_attention", "sliding_attention") for kind in types)
+            if len(types) != depth or not are_known:
+                raise UserError(
+                    f"{self.where}: layer_types must be a list of {depth} entries,"
+                    " each full_attention or sliding_attention"
+                )
             slides = [kind == "sliding_attention" for kind in types]
-        window = self.size("sliding_window") if any(slides) else None
+        # A model none of whose layers slides may leave sliding_window out.
+        if not any(slides):
+            return [None] * depth
+        window = self.size("sliding_window")
         return [window if slide else None for slide in slides]
 
     def window(self) -> int | None:
@@ -397,25 +441,34 @@ def read_rope(
     Raises UserError on an impossible value and on an unknown kind of scaling.
     """
     where = read.where
-    if not isinstance(settings, dict) or any(
-        isinstance(value, dict) for value in settings.values()
-    ):
+    if not isinstance(settings, dict) or has_object(settings):
         raise UserError(
-            f"{where}: rope_parameters or rope_scaling is {short_repr(settings)}, it must be an object of plain values"
+            f"{where}: rope_parameters or rope_scaling is {short_repr(settings)},"
+            " it must be an object of plain values"
         )
+    # "type" is what transformers 4 called it at first.
     kind = settings.get("rope_type", settings.get("type", "default"))
-    if kind == "su" or (kind == "yarn" and "long_factor" in settings):  # Phi-3's earlier names
+    is_early_longrope = kind == "su" or (kind == "yarn" and "long_factor" in settings)
+    if is_early_longrope:  # Phi-3's earlier names
         kind = "longrope"
 
-    theta = settings.get("rope_theta", read.raw.get(read.keys.get(theta_key, theta_key)))
+    key_in_file = read.keys.get(theta_key, theta_key)
+    theta = settings.get("rope_theta", read.raw.get(key_in_file))
     if theta is None:
         theta = read.family.defaults.get(theta_key, DEFAULTS["rope_theta"])
     if type(theta) not in (int, float) or not 1 < theta < 1e30:
         raise UserError(f"{where}: rope_theta is {short_repr(theta)}, it must be a number above 1")
 
     dim = rotary_dim(read, settings, head_dim)
-    scaling = None if kind == "default" else read_rope_scaling(read, settings, kind, dim)
+    scaling = None
+    if kind != "default":
+        scaling = read_rope_scaling(read, settings, kind, dim)
     return RopeConfig(float(theta), dim, scaling)
+
+
+def has_object(settings: dict) -> bool:
+    """True if a value is an object, as where transformers 5 writes one for each kind of layer."""
+    return any(isinstance(value, dict) for value in settings.values())
 
 
 def rotary_dim(read: Reader, settings: dict, head_dim: int) -> int:
@@ -434,90 +487,135 @@ def rotary_dim(read: Reader, settings: dict, head_dim: int) -> int:
         )
     if dim < 2 or dim % 2:
         raise UserError(
-            f"{where}: rotary positions would rotate {dim} dimensions of head_dim {head_dim}; that number must be even"
-            " and at least 2"
+            f"{where}: rotary positions would rotate {dim} dimensions of head_dim {head_dim};"
+            " that number must be even and at least 2"
         )
     return dim
+
+
+class RopeKind(NamedTuple):
+    """A row of ROPE_KINDS: the positive numbers that the object of one kind of rope scaling holds.
+
+    required: the keys of those that must be there.
+    optional: {key: its value where it is missing}.
+    has_original: original_max_position_embeddings, the longest text before it was stretched, is
+        another; where it is missing, it is max_position_embeddings.
+    """
+
+    required: tuple[str, ...]
+    optional: dict[str, float | None]
+    has_original: bool
+
+
+# As an optional value, None stands for max_position_embeddings / original_max_position_embeddings.
+ROPE_KINDS = {
+    "linear": RopeKind(required=("factor",), optional={}, has_original=False),
+    "dynamic": RopeKind(required=("factor",), optional={}, has_original=False),
+    "llama3": RopeKind(
+        required=("factor", "low_freq_factor", "high_freq_factor"),
+        optional={},
+        has_original=True,
+    ),
+    "yarn": RopeKind(
+        required=(),
+        optional={"factor": None, "beta_fast": 32, "beta_slow": 1},
+        has_original=True,
+    ),
+    "longrope": RopeKind(required=(), optional={"factor": None}, has_original=True),
+}
 
 
 def read_rope_scaling(read: Reader, settings: dict, kind: object, dim: int) -> dict:
     """Returns the dict that kernels/rope.py takes as `scaling`.
 
-    settings: the object that says it. kind: its rope_type. dim: the number of dimensions of a head that are rotated.
+    settings: the object that says it.
+    kind: its rope_type.
+    dim: the number of dimensions of a head that are rotated.
+    Raises UserError on a kind that is not in ROPE_KINDS and on an impossible value.
     """
     where = read.where
 
-    def need(key: str, default=None) -> float:
+    def number(key: str, default: float | None = None) -> float:
         value = settings.get(key)
         if value is None:
             value = default
-        if type(value) not in (int, float) or not 0 < value < 1e30:
+        # A bool is an int to Python, and no number of a config.json.
+        is_bool = isinstance(value, bool)
+        if is_bool or not isinstance(value, int | float) or not 0 < value < 1e30:
             raise UserError(
-                f"{where}: rope scaling {short_repr(kind)} needs a positive number as {key}, not {short_repr(value)}"
+                f"{where}: rope scaling {short_repr(kind)} needs a positive number as {key},"
+                f" not {short_repr(value)}"
             )
         return value
 
     positions = read.size("max_position_embeddings")
-    scaling = {"rope_type": kind}
-    original = None
-    if kind in ("llama3", "yarn", "longrope"):
+    row = ROPE_KINDS.get(str(kind))
+    if row is None:
+        known = ", ".join(ROPE_KINDS)
+        raise UserError(
+            f"{where}: rope scaling {short_repr(kind)} is not supported (supported: {known})"
+        )
+
+    # The numbers of the table.
+    scaling: dict = {"rope_type": kind}
+    original: float = positions
+    if row.has_original:
         # A key of config.json itself wins over the key inside the object.
         if read("original_max_position_embeddings", int) is not None:
             original = read.size("original_max_position_embeddings")
         else:
-            original = need("original_max_position_embeddings", positions)
+            original = number("original_max_position_embeddings", positions)
         scaling["original_max_position_embeddings"] = original
+    for key in row.required:
+        scaling[key] = number(key)
+    for key, value_if_missing in row.optional.items():
+        if value_if_missing is None:
+            value_if_missing = positions / original
+        scaling[key] = number(key, value_if_missing)
+
+    # What a kind has besides, and what its numbers must fulfil.
     match kind:
-        case "linear":
-            scaling["factor"] = need("factor")
         case "dynamic":
-            scaling["factor"] = need("factor")
             scaling["max_positions"] = positions
+            # The stretch of its base is raised to the power dim / (dim - 2).
             if dim <= 2:
                 raise UserError(
                     f"{where}: rope scaling dynamic must rotate more than 2 dimensions of a head"
                 )
         case "llama3":
-            for key in ("factor", "low_freq_factor", "high_freq_factor"):
-                scaling[key] = need(key)
             if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
                 raise UserError(
                     f"{where}: rope scaling llama3 needs low_freq_factor below high_freq_factor"
                 )
         case "yarn":
-            factor = need("factor", positions / original)
-            scaling["factor"] = factor
-            scaling["beta_fast"] = need("beta_fast", 32)
-            scaling["beta_slow"] = need("beta_slow", 1)
             scaling["truncate"] = settings.get("truncate", True) is not False
+            default = yarn_attention_factor(scaling["factor"], 1)
+            # DeepSeek's form of YaRN: a quotient in place of the paper's factor.
             if settings.get("mscale") and settings.get("mscale_all_dim"):
-                numerator = yarn_attention_factor(factor, need("mscale"))
-                default = numerator / yarn_attention_factor(factor, need("mscale_all_dim"))
-            else:
-                default = yarn_attention_factor(factor, 1)
-            scaling["attention_factor"] = need("attention_factor", default)
+                numerator = yarn_attention_factor(scaling["factor"], number("mscale"))
+                divisor = yarn_attention_factor(scaling["factor"], number("mscale_all_dim"))
+                default = numerator / divisor
+            scaling["attention_factor"] = number("attention_factor", default)
         case "longrope":
-            factor = need("factor", positions / original)
+            # Only the factor of cosines and sines depends on it: the angles have lists of factors.
+            factor = scaling.pop("factor")
             default = 1.0
-            if min(factor, original) > 1:
+            if factor > 1 and original > 1:
                 default = math.sqrt(1 + math.log(factor) / math.log(original))
-            scaling["attention_factor"] = need("attention_factor", default)
+            scaling["attention_factor"] = number("attention_factor", default)
             for key in ("short_factor", "long_factor"):
-                scaling[key] = settings.get(key)
-                if not is_list_of_factors(scaling[key], dim // 2):
+                factors = settings.get(key)
+                if not is_list_of_factors(factors, dim // 2):
                     raise UserError(
                         f"{where}: rope scaling longrope needs {dim // 2} positive numbers as {key}"
                     )
-        case _:
-            known = "linear, dynamic, llama3, yarn, longrope"
-            raise UserError(
-                f"{where}: rope scaling {short_repr(kind)} is not supported (supported: {known})"
-            )
+                scaling[key] = factors
     return scaling
 
 
 def yarn_attention_factor(factor: float, mscale: float) -> float:
-    """Returns the factor of cosines and sines that YaRN recommends for a stretch of `factor` (Peng et al. 2023)."""
+    """Returns the factor of cosines and sines that YaRN recommends for a stretch of `factor` (Peng
+    et al. 2023)."""
     if factor <= 1:
         return 1.0
     return 0.1 * mscale * math.log(factor) + 1.0
@@ -533,19 +631,19 @@ def is_list_of_factors(value: object, length: int) -> bool:
 def max_context(positions: int, ropes: tuple[RopeConfig, ...]) -> int:
     """Returns how many tokens a text may have.
 
-    That is max_position_embeddings, unless rope scaling stretches it. Files differ in whether they hold the old length
-    or the new one; like vLLM, this takes the larger reading.
+    That is max_position_embeddings, unless rope scaling stretches it. Files differ in whether they
+    hold the old length or the new one; like vLLM, this takes the larger reading.
     """
     for rope in ropes:
-        match rope.scaling:
-            case {"rope_type": "linear" | "dynamic", "factor": factor}:
-                positions = max(positions, int(positions * factor))
-            case {
-                "rope_type": "yarn",
-                "factor": factor,
-                "original_max_position_embeddings": original,
-            }:
-                positions = max(positions, int(original * factor))
+        scaling = rope.scaling
+        if scaling is None:
+            continue
+        stretched = positions
+        if scaling["rope_type"] in ("linear", "dynamic"):
+            stretched = int(positions * scaling["factor"])
+        elif scaling["rope_type"] == "yarn":
+            stretched = int(scaling["original_max_position_embeddings"] * scaling["factor"])
+        positions = max(positions, stretched)
     return positions
 
 
@@ -557,10 +655,11 @@ class Family:
     """A row of FAMILIES.
 
     architecture: the only value of `architectures` that is supported.
-    names: {a module of ours: its published name}; {} stands for the number of a layer or of an expert.
-    switches: a function of a Reader and the number of layers. It returns the fields of Config that differ from Llama's,
-    and may return `windows`, `rope_of`, `scale` and `routed`, the fields of Layer: each a value for all layers, or a
-    list with a value for each layer.
+    names: {a module of ours: its published name}; {} stands for the number of a layer or of an
+        expert.
+    switches: a function of a Reader and the number of layers. It returns the fields of Config that
+        differ from Llama's, and may return `windows`, `rope_of`, `scale` and `routed`, the fields
+        of Layer: each a value for all layers, or a list with a value for each layer.
     defaults: {Llama's key: the value that this family's config.json may leave out}.
     keys: {Llama's key: this family's key}.
     partial_rope: a part of the dimensions of each head may be rotated.
@@ -579,9 +678,11 @@ class Family:
 def family(
     architecture, names, switches, keys=(), partial_rope=False, wide_mlp=False, **defaults
 ) -> Family:
+    """Returns a row of FAMILIES: the fields of `Family`, with the defaults as keyword arguments."""
     return Family(architecture, names, switches, defaults, dict(keys), partial_rope, wide_mlp)
 
 
+# Of a family that does not say otherwise: the values that config.json may leave out.
 DEFAULTS = {
     "hidden_act": "silu",
     "max_position_embeddings": 2048,
@@ -595,6 +696,7 @@ DEFAULTS = {
 
 
 def attention_biases(read: Reader) -> dict:
+    """Returns the switches of `attention_bias`, one setting for the biases of q, k, v and o."""
     bias = read("attention_bias", bool)
     return {"qkv_bias": bias, "o_bias": bias}
 
@@ -617,6 +719,7 @@ def qwen3(read: Reader, depth: int) -> dict:
 
 def qwen_windows(read: Reader, depth: int) -> list[int | None]:
     """Returns the windows of a model whose layers from `max_window_layers` on slide, if any do."""
+    # Qwen's files name a sliding_window also where it is switched off.
     if not read("use_sliding_window", bool, False):
         return [None] * depth
     first = read("max_window_layers", int, 28)
@@ -650,11 +753,13 @@ def gemma2(read: Reader, depth: int) -> dict:
 
 
 def gemma3(read: Reader, depth: int) -> dict:
-    """Layers of full attention rotate with rope_theta, scaled; sliding layers with rope_local_base_freq."""
+    """Layers of full attention rotate with rope_theta, scaled; sliding layers with
+    rope_local_base_freq. Every sixth layer (sliding_window_pattern) has full attention."""
     pattern = read.size("sliding_window_pattern", 6)
-    windows = read.windows(lambda i: bool((i + 1) % pattern), depth)
+    windows = read.windows(lambda i: (i + 1) % pattern != 0, depth)
 
-    # transformers 5 writes one object for each kind of layer, transformers 4 one for full attention alone.
+    # transformers 5 writes one object for each kind of layer, transformers 4 one for full attention
+    # alone.
     by_kind = read("rope_parameters", dict, {})
     full = by_kind.get("full_attention") or {}
     local = by_kind.get("sliding_attention") or {}
@@ -683,11 +788,14 @@ def olmo2(read: Reader, depth: int) -> dict:
 
 
 def smollm3(read: Reader, depth: int) -> dict:
-    """The layers with a 0 in no_rope_layers have no rotary positions; by default each layer whose number, from 1, is a
-    multiple of no_rope_layer_interval."""
+    """The layers with a 0 in no_rope_layers have no rotary positions; by default each layer whose
+    number, from 1, is a multiple of no_rope_layer_interval."""
     interval = read.size("no_rope_layer_interval", 4)
-    has_rope = read("no_rope_layers", list) or [int((i + 1) % interval != 0) for i in range(depth)]
-    if len(has_rope) != depth or not all(type(flag) is int and flag in (0, 1) for flag in has_rope):
+    has_rope = read("no_rope_layers", list)
+    if not has_rope:
+        has_rope = [int((i + 1) % interval != 0) for i in range(depth)]
+    are_flags = all(type(flag) is int and flag in (0, 1) for flag in has_rope)
+    if len(has_rope) != depth or not are_flags:
         raise UserError(f"{read.where}: no_rope_layers must be a list of {depth} zeros and ones")
     windows = None
     if read("use_sliding_window", bool, False):
@@ -708,16 +816,19 @@ def read_experts(read: Reader, normalised: bool, size_key: str) -> ExpertsConfig
     if count * depth > MAX_EXPERTS or active > count:
         limit = f"at most {MAX_EXPERTS} in all layers together"
         raise UserError(
-            f"{read.where}: {active} of {count} experts in {depth} layers is not possible here ({limit})"
+            f"{read.where}: {active} of {count} experts in {depth} layers is not possible here"
+            f" ({limit})"
         )
     balance = read("router_aux_loss_coef", float)
     if balance is None:
         balance = 0.0
     elif not 0 <= balance < 1e9:
         raise UserError(
-            f"{read.where}: router_aux_loss_coef is {short_repr(balance)}, it must be 0 or more and below 1e9"
+            f"{read.where}: router_aux_loss_coef is {short_repr(balance)},"
+            " it must be 0 or more and below 1e9"
         )
-    return ExpertsConfig(count, active, read.size(size_key), normalised, balance)
+    intermediate_size = read.size(size_key)
+    return ExpertsConfig(count, active, intermediate_size, normalised, balance)
 
 
 def mixtral(read: Reader, depth: int) -> dict:
@@ -726,16 +837,20 @@ def mixtral(read: Reader, depth: int) -> dict:
 
 
 def qwen3_moe(read: Reader, depth: int) -> dict:
-    """A layer has experts if its number, from 1, is a multiple of decoder_sparse_step and mlp_only_layers does not name
-    its index."""
+    """A layer has experts if its number, from 1, is a multiple of decoder_sparse_step and
+    mlp_only_layers does not name its index."""
     step = read.size("decoder_sparse_step", 1)
     without_experts = read("mlp_only_layers", list, [])
     if len(without_experts) > depth:
         raise UserError(
-            f"{read.where}: mlp_only_layers names {len(without_experts)} layers, the model has {depth}"
+            f"{read.where}: mlp_only_layers names {len(without_experts)} layers,"
+            f" the model has {depth}"
         )
-    window = read.window() if read("use_sliding_window", bool, False) else None
-    experts = read_experts(read, read("norm_topk_prob", bool), "moe_intermediate_size")
+    window = None
+    if read("use_sliding_window", bool, False):
+        window = read.window()
+    normalised = read("norm_topk_prob", bool)
+    experts = read_experts(read, normalised, "moe_intermediate_size")
     routed = [(i + 1) % step == 0 and i not in without_experts for i in range(depth)]
     return attention_biases(read) | {
         "qk_norm": "head",
@@ -746,8 +861,13 @@ def qwen3_moe(read: Reader, depth: int) -> dict:
 
 
 def gpt2(read: Reader, depth: int) -> dict:
-    head_dim = read.size("head_dim", read.size("hidden_size") // read.size("num_attention_heads"))
-    scale = head_dim**-0.5 if read("scale_attn_weights", bool, True) else 1.0
+    """Positions are learned, and q, k and v are one matrix. The factor of the scores may fall with
+    the layer's number, from 1."""
+    heads = read.size("num_attention_heads")
+    head_dim = read.size("head_dim", read.size("hidden_size") // heads)
+    scale = 1.0
+    if read("scale_attn_weights", bool, True):
+        scale = head_dim**-0.5
     scales = [scale] * depth
     if read("scale_attn_by_inverse_layer_idx", bool, False):
         scales = [scale / (i + 1) for i in range(depth)]
@@ -756,7 +876,7 @@ def gpt2(read: Reader, depth: int) -> dict:
         "o_bias": True,
         "mlp_bias": True,
         "norm": "layer",
-        "num_kv_heads": read.size("num_attention_heads"),
+        "num_kv_heads": heads,
         "qkv": "stacked",
         "mlp": "plain",
         "learned_positions": True,
@@ -779,20 +899,23 @@ def neox(read: Reader, depth: int) -> dict:
 
 
 def falcon(read: Reader, depth: int) -> dict:
-    """7B style: one key-value head, one norm for attention and MLP. 40B style (new_decoder_architecture): groups of
-    heads, two norms."""
+    """7B style: one key-value head, one norm for attention and MLP. 40B style
+    (new_decoder_architecture): groups of heads, two norms."""
     heads = read.size("num_attention_heads")
     bias = read("bias", bool, False)
+    names: dict[str, str] = {}
     if read("new_decoder_architecture", bool, False):
         parallel = True
         num_norms = read("num_ln_in_parallel_attn", int, 2)
         num_kv_heads = read.size("num_key_value_heads", heads)
-        names = FALCON_TWO_NORMS if num_norms == 2 else {}
+        if num_norms == 2:
+            names = FALCON_TWO_NORMS
     else:
         parallel = read("parallel_attn", bool, True)
         num_norms = 1
-        num_kv_heads = 1 if read("multi_query", bool, True) else heads
-        names = {}
+        num_kv_heads = heads
+        if read("multi_query", bool, True):
+            num_kv_heads = 1
     return {
         "qkv_bias": bias,
         "o_bias": bias,

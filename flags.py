@@ -1,7 +1,8 @@
-"""Every option of train.py, declared once: its type, default, range, help, and what a resumed run may change.
+"""Every option of train.py, declared once: type, default, range, help, what a resume may change.
 
-`Flags` is what was typed. What was left open (None) is chosen by training/defaults.py, which returns `Settings`;
-neither is ever written to. An option is a line of the class `Flags`; `SECTIONS` puts them under headings in --help.
+`Flags` is what was typed. What was left open (None) is chosen by training/defaults.py, which
+returns `Settings`; neither is ever written to. An option is a line of the class `Flags`; `SECTIONS`
+puts them under headings in --help.
 """
 
 import argparse
@@ -22,14 +23,14 @@ from methods import METHODS
 from quant import QUANT_KINDS
 from tokenization.chat_template import NAMED
 
-NEW_ADAPTER = {
-    "rank": 8,
-    "alpha": 16.0,
-    "dropout": 0.0,
-    "targets": ALL,
-}  # defaults; of --adapter its own hold
-VAL_FRACTION = 0.05  # of the prompts, where --val is not given
-MAX_NUMBER = 2**31  # of any number on the command line
+# The defaults of a new adapter. One that --adapter names has values of its own.
+NEW_ADAPTER = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": ALL}
+# The share of the prompts that validate, where --val is not given.
+VAL_FRACTION = 0.05
+# Any number on the command line must be below this.
+MAX_NUMBER = 2**31
+# A weight in --data must be below this.
+MAX_WEIGHT = 1e9
 
 # The first option of each section of --help, in the order in which a user meets them.
 SECTIONS = {
@@ -42,22 +43,32 @@ SECTIONS = {
     "plan": "looking and debugging",
 }
 
-# The names that options had in earlier versions: {old: (new, {old value: new value})}. They are answered with the new
-# name, and read in the checkpoints of runs that had them.
+# The names that options had in earlier versions: {old: (new, {old value: new value})}. They are
+# answered with the new name, and read in the checkpoints of runs that had them.
 FORMER_NAMES = {"remat": ("activation_checkpointing", {"block": "full"})}
 
-POSITIVE, NOT_NEGATIVE = "above 0", "0 or more"
-FREE, PER_LAUNCH = "free", "launch"
+# The limits of an option, as the error message says them.
+POSITIVE = "above 0"
+NOT_NEGATIVE = "0 or more"
+# What a resumed run may do with an option: see `option`.
+FREE = "free"
+PER_LAUNCH = "launch"
 
 
 def option(default, text: str, **more):
-    """A field of Flags. More of its metadata: choices, metavar, nargs, const for argparse; `limits`, POSITIVE or
-    NOT_NEGATIVE; `resume`: FREE if it may differ when a run is resumed, because it does not change what is trained on
-    or with (data and model are compared by hashes of what they hold); PER_LAUNCH if it belongs to one start of the
-    program and not to the run."""
+    """Returns a field of Flags.
+
+    default: a list becomes a tuple, as Flags are frozen.
+    text: the help.
+    more: choices, metavar, nargs and const for argparse;
+        limits: POSITIVE or NOT_NEGATIVE;
+        resume: FREE if the option may differ when a run is resumed, because it does not change what
+        is trained on or with (data and model are compared by hashes of what they hold); PER_LAUNCH
+        if it belongs to one start of the program and not to the run. Others must not differ.
+    """
     metadata = {"help": text, **more}
     if isinstance(default, list):
-        return field(default=tuple(default), metadata=metadata)
+        default = tuple(default)
     return field(default=default, metadata=metadata)
 
 
@@ -68,21 +79,22 @@ class Flags:
     # ---- model and data
     model: str | None = option(
         None,
-        "the model to fine-tune: a Hugging Face folder, a GGUF file, or a name on the Hub (org/model); default: the"
-        " model that --adapter was trained on, else SmolLM2-135M-Instruct",
+        "the model to fine-tune: a Hugging Face folder, a GGUF file, or a name on the Hub"
+        " (org/model); default: the model that --adapter was trained on, else"
+        " SmolLM2-135M-Instruct",
         resume=FREE,
     )
     data: tuple[str, ...] = option(
         [],
-        "files or folders of training examples in any known format; FILE=W gives a file the weight W when several are"
-        " mixed; default: the bundled task",
+        "files or folders of training examples in any known format; FILE=W gives a file the"
+        " weight W when several are mixed; default: the bundled task",
         metavar="FILE[=W]",
         resume=FREE,
     )
     replay: tuple[str, ...] = option(
         [],
-        "general data that is mixed in against forgetting: FILE=0.1 makes a tenth of all training examples come from"
-        " it",
+        "general data that is mixed in against forgetting: FILE=0.1 makes a tenth of all training"
+        " examples come from it",
         metavar="FILE=SHARE",
         resume=FREE,
     )
@@ -94,8 +106,8 @@ class Flags:
     )
     val_fraction: float | None = option(
         None,
-        "without --val: the share of the prompts in --data that is held out for validation; 0: no validation; default:"
-        f" {VAL_FRACTION}",
+        "without --val: the share of the prompts in --data that is held out for validation; 0: no"
+        f" validation; default: {VAL_FRACTION}",
         resume=FREE,
     )
     template: str | None = option(
@@ -105,14 +117,14 @@ class Flags:
     )
     train_on: str = option(
         "answers",
-        "the parts of a conversation that are trained: every answer of the assistant, only its last one, or the user's"
-        " messages as well",
+        "the parts of a conversation that are trained: every answer of the assistant, only its"
+        " last one, or the user's messages as well",
         choices=[*TRAIN_ON],
     )
     pack: bool | None = option(
         None,
-        "put several whole examples into one row of --seq-len tokens; no example sees another; default: on a GPU, if an"
-        " epoch then still has 100 steps",
+        "put several whole examples into one row of --seq-len tokens; no example sees another;"
+        " default: on a GPU, if an epoch then still has 100 steps",
     )
     map: str | None = option(
         None,
@@ -126,8 +138,8 @@ class Flags:
     )
     seq_len: int | None = option(
         None,
-        "longest example in tokens; what is longer is cut at a turn or left out, and counted; default: 2048, or the"
-        " model's own limit",
+        "longest example in tokens; what is longer is cut at a turn or left out, and counted;"
+        " default: 2048, or the model's own limit",
         limits=POSITIVE,
     )
     out: str | None = option(
@@ -138,14 +150,15 @@ class Flags:
     # ---- method
     method: str = option(
         "lora",
-        "what is trained: lora: small low-rank matrices beside the frozen weights; qlora: the same, with the frozen"
-        " weights in 4 bits, for a quarter of their memory; full: the weights themselves",
+        "what is trained: lora: small low-rank matrices beside the frozen weights; qlora: the"
+        " same, with the frozen weights in 4 bits, for a quarter of their memory; full: the"
+        " weights themselves",
         choices=[*METHODS],
     )
     quant: str | None = option(
         None,
-        "4-bit format of the frozen weights, with --method lora or qlora; nf4+head: the output head as well; default:"
-        " nf4 for qlora, none for lora",
+        "4-bit format of the frozen weights, with --method lora or qlora; nf4+head: the output"
+        " head as well; default: nf4 for qlora, none for lora",
         choices=[*QUANT_KINDS],
     )
     rank: int | None = option(
@@ -160,13 +173,14 @@ class Flags:
     )
     dropout: float | None = option(
         None,
-        f"lora: share of the adapters' inputs that is dropped in training; default: {NEW_ADAPTER['dropout']:g}",
+        "lora: share of the adapters' inputs that is dropped in training; default:"
+        f" {NEW_ADAPTER['dropout']:g}",
         limits=NOT_NEGATIVE,
     )
     targets: str | None = option(
         None,
-        "lora: layers that are adapted, as names separated by commas (q_proj,v_proj); default: all, which is every"
-        " linear layer of the blocks",
+        "lora: layers that are adapted, as names separated by commas (q_proj,v_proj); default:"
+        " all, which is every linear layer of the blocks",
     )
     adapter: str | None = option(
         None, "lora: continue training this adapter (a PEFT folder)", metavar="DIR"
@@ -186,8 +200,8 @@ class Flags:
     )
     accumulate: int = option(
         1,
-        "gradient accumulation: micro-batches that make one optimizer step; a step is batch size x accumulate x"
-        " processes, however it is cut",
+        "gradient accumulation: micro-batches that make one optimizer step; a step is batch size"
+        " x accumulate x processes, however it is cut",
         limits=POSITIVE,
         resume=FREE,
     )
@@ -215,19 +229,19 @@ class Flags:
     )
     optimizer: str = option(
         "adamw",
-        "adamw8bit: AdamW with moments in 8 bits, a quarter of their memory; muon: Muon on the blocks' matrices, AdamW"
-        " on the rest",
+        "adamw8bit: AdamW with moments in 8 bits, a quarter of their memory; muon: Muon on the"
+        " blocks' matrices, AdamW on the rest",
         choices=[*optimizers.DESCRIPTIONS],
     )
     optimizer_offload: bool = option(
         False,
-        "keep fp32 weights and moments in the host's memory and compute the optimizer step there: a GPU then holds 4"
-        " bytes a trained weight in place of 16",
+        "keep fp32 weights and moments in the host's memory and compute the optimizer step there:"
+        " a GPU then holds 4 bytes a trained weight in place of 16",
     )
     weights: str = option(
         "fp32",
-        "full: dtype of the trained weights; bf16 takes half the memory and rounds up or down at random, so that small"
-        " steps are not lost",
+        "full: dtype of the trained weights; bf16 takes half the memory and rounds up or down at"
+        " random, so that small steps are not lost",
         choices=["fp32", "bf16"],
     )
     clip: float = option(
@@ -241,9 +255,11 @@ class Flags:
 
     # ---- evaluation and saving
     eval_every: int | None = option(
-        None, "steps between validations; 0: only at the end; default: a fifth of the run", limits=NOT_NEGATIVE,
+        None,
+        "steps between validations; 0: only at the end; default: a fifth of the run",
+        limits=NOT_NEGATIVE,
         resume=FREE,
-    )  # fmt: skip
+    )
     patience: int = option(
         0,
         "early stopping: stop after so many validations in a row without a new best; 0: never",
@@ -252,8 +268,8 @@ class Flags:
     )
     save_every: int | None = option(
         None,
-        "steps between checkpoints, from which a stopped run is resumed; 0: none; default: a fifth of the run, at most"
-        " half an hour",
+        "steps between checkpoints, from which a stopped run is resumed; 0: none; default: a"
+        " fifth of the run, at most half an hour",
         limits=NOT_NEGATIVE,
         resume=FREE,
     )
@@ -268,8 +284,8 @@ class Flags:
     )
     resume: str | None = option(
         None,
-        "continue the run in --out from its newest whole checkpoint, with its flags; auto: or start it, where there is"
-        " no checkpoint yet",
+        "continue the run in --out from its newest whole checkpoint, with its flags; auto: or"
+        " start it, where there is no checkpoint yet",
         nargs="?",
         const="on",
         choices=["on", "auto"],
@@ -285,41 +301,45 @@ class Flags:
     )
     dtype: str = option(
         "auto",
-        "mixed precision: dtype of activations and matrix products; adapters, optimizer state and loss stay fp32; auto:"
-        " bf16 where the hardware has it",
+        "mixed precision: dtype of activations and matrix products; adapters, optimizer state and"
+        " loss stay fp32; auto: bf16 where the hardware has it",
         choices=["auto", "fp32", "bf16"],
     )
     compile: str = option(
-        "auto", "run the blocks through torch.compile; auto: on a CPU, in long runs", choices=["auto", "on", "off"],
+        "auto",
+        "run the blocks through torch.compile; auto: on a CPU, in long runs",
+        choices=["auto", "on", "off"],
         resume=FREE,
-    )  # fmt: skip
+    )
     attention: str = option(
         "auto",
-        "flash3, flash4: use that version of FlashAttention on a GPU, where its package is installed and its results"
-        " agree with version 2 in a first step",
+        "flash3, flash4: use that version of FlashAttention on a GPU, where its package is"
+        " installed and its results agree with version 2 in a first step",
         choices=["auto", *flash_versions.VERSIONS],
         resume=FREE,
     )
     activation_checkpointing: str = option(
         "none",
-        "also called gradient checkpointing: which activations are computed again in the backward pass instead of being"
-        " kept; selective: outputs of norms, and attention probabilities; full: whole blocks, of which only the inputs"
-        " are kept; offload: these inputs go to the host's memory",
+        "also called gradient checkpointing: which activations are computed again in the backward"
+        " pass instead of being kept; selective: outputs of norms, and attention probabilities;"
+        " full: whole blocks, of which only the inputs are kept; offload: these inputs go to the"
+        " host's memory",
         choices=[*CHECKPOINTING_KINDS],
         resume=FREE,
     )
     deterministic: bool = option(
         False,
-        "bit for bit equal runs on one machine: only operations with a fixed order, no choice by the clock; slower on a"
-        " GPU",
+        "bit for bit equal runs on one machine: only operations with a fixed order, no choice by"
+        " the clock; slower on a GPU",
         resume=FREE,
     )
 
     # ---- several processes
     shard: str | None = option(
         None,
-        "data parallel: how FSDP2 shards the model: none (every rank holds a full copy), full (sharded over all ranks),"
-        " hybrid (sharded within a node, replicated across nodes); default: full, or none for adapters on a small base",
+        "data parallel: how FSDP2 shards the model: none (every rank holds a full copy), full"
+        " (sharded over all ranks), hybrid (sharded within a node, replicated across nodes);"
+        " default: full, or none for adapters on a small base",
         choices=["none", "full", "hybrid"],
         resume=PER_LAUNCH,
     )
@@ -330,14 +350,15 @@ class Flags:
     )
     reduce: str = option(
         "last",
-        "when the gradients of shards are summed over ranks: once, after a step's last micro-batch, or after each"
-        " micro-batch, which takes less memory and more time",
+        "when the gradients of shards are summed over ranks: once, after a step's last"
+        " micro-batch, or after each micro-batch, which takes less memory and more time",
         choices=["last", "each"],
         resume=FREE,
     )
     context_parallel: int = option(
         1,
-        "ranks that share the tokens of each batch, for sequences too long for one GPU (experimental)",
+        "ranks that share the tokens of each batch, for sequences too long for one GPU"
+        " (experimental)",
         metavar="N",
         limits=POSITIVE,
         resume=PER_LAUNCH,
@@ -374,59 +395,85 @@ OPTIONS = {each.name: each for each in dataclasses.fields(Flags) if each.name !=
 
 
 def as_dict(flags: Flags) -> dict:
-    """{option: value}, as it is saved in config.json and checkpoints."""
+    """Returns {option: value}, as it is saved in config.json and checkpoints."""
     return {name: getattr(flags, name) for name in OPTIONS}
 
 
 def dashed(name: str) -> str:
-    """--batch-size of batch_size."""
+    """Returns --batch-size of batch_size."""
     return "--" + name.replace("_", "-")
 
 
 def parse_flags(argv: list[str]) -> Flags:
-    """The Flags of a command line. UserError names the option that is wrong, before any file is opened."""
-    for word in argv:
-        old = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if word.startswith("--") and old in FORMER_NAMES:
-            new, values = FORMER_NAMES[old]
-            changed = "".join(f"; its value {a} is now {b}" for a, b in values.items())
-            raise UserError(f"{dashed(old)}: is now called {dashed(new)}{changed}")
+    """Returns the Flags of a command line.
+
+    Raises UserError naming the option that is wrong, before any file is opened.
+    """
+    refuse_former_names(argv)
     given = vars(parse_args(make_parser(), argv))
     flags = Flags(**given, given=frozenset(given))
-    flags = dataclasses.replace(flags, quant=flags.quant or METHODS[flags.method].quant)
+    quant = flags.quant or METHODS[flags.method].quant
+    flags = dataclasses.replace(flags, quant=quant)
     check(flags)
     return flags
 
 
+def refuse_former_names(argv: list[str]) -> None:
+    """Raises UserError with today's name, if an option is called as in an earlier version."""
+    for word in argv:
+        if not word.startswith("--"):
+            continue
+        flag = word.partition("=")[0]
+        old = flag.removeprefix("--").replace("-", "_")
+        if old in FORMER_NAMES:
+            new, values = FORMER_NAMES[old]
+            message = f"{dashed(old)}: is now called {dashed(new)}"
+            for old_value, new_value in values.items():
+                message += f"; its value {old_value} is now {new_value}"
+            raise UserError(message)
+
+
 def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of train.py. An option that was not typed is missing from its result."""
     parser = argparse.ArgumentParser(
         "train.py", allow_abbrev=False, description="Fine-tunes a language model."
     )
-    section = None
+    section: argparse._ActionsContainer = parser
     for name, each in OPTIONS.items():
         if name in SECTIONS:
             section = parser.add_argument_group(SECTIONS[name])
-        more = {
-            key: value for key, value in each.metadata.items() if key not in ("limits", "resume")
-        }
-        if not (each.default is None or each.default is False or each.default == ()):
-            more["help"] += f"; default: {each.default}"
-        kind = str(each.type)
-        number = int if "int" in kind else float if "float" in kind else str
-        if kind == "bool | None":
-            more["action"] = argparse.BooleanOptionalAction
-        elif each.type is bool:
-            more["action"] = "store_true"
-        elif "tuple" in kind:
-            more |= {"nargs": "+", "action": "extend", "type": number}
-        else:
-            more["type"] = number
-        section.add_argument(dashed(name), default=argparse.SUPPRESS, **more)
+        arguments = dict(each.metadata)
+        arguments.pop("limits", None)
+        arguments.pop("resume", None)
+        # Of an open option the help says itself what is chosen, and False and () mean nothing.
+        if each.default is not None and each.default is not False and each.default != ():
+            arguments["help"] += f"; default: {each.default}"
+        arguments |= type_arguments(each)
+        section.add_argument(dashed(name), default=argparse.SUPPRESS, **arguments)
     return parser
 
 
+def type_arguments(each: dataclasses.Field) -> dict:
+    """Returns argparse's arguments for an option's type, as bool, int | None, tuple[str, ...]."""
+    kind = str(each.type)
+    if kind == "bool | None":
+        # --pack and --no-pack.
+        return {"action": argparse.BooleanOptionalAction}
+    if each.type is bool:
+        return {"action": "store_true"}
+    converter: type = str
+    if "int" in kind:
+        converter = int
+    elif "float" in kind:
+        converter = float
+    if "tuple" in kind:
+        # Several values, and several times: --data a.json b.json --data c.json.
+        return {"nargs": "+", "action": "extend", "type": converter}
+    return {"type": converter}
+
+
 def check(flags: Flags) -> None:
-    """Raises UserError on everything about the options that can be said before a file is opened."""
+    """Raises UserError for what can be said to be wrong before a file is opened."""
     check_numbers(flags)
     check_data(flags)
     check_method(flags)
@@ -435,20 +482,23 @@ def check(flags: Flags) -> None:
 
 
 def check_numbers(flags: Flags) -> None:
+    """Raises UserError for a number out of its range."""
     for name, each in OPTIONS.items():
-        value, limits = getattr(flags, name), each.metadata.get("limits")
+        value = getattr(flags, name)
+        limits = each.metadata.get("limits")
         if limits is None or value is None:
             continue
         if value >= MAX_NUMBER:
             raise UserError(f"{dashed(name)} {value:g}: must be {limits} and below {MAX_NUMBER:g}")
-        if not (value > 0 if limits == POSITIVE else value >= 0):
+        # Asked this way round, NaN is refused as well.
+        in_range = value > 0 if limits == POSITIVE else value >= 0
+        if not in_range:
             raise UserError(f"{dashed(name)} {value:g}: must be {limits}")
     if flags.val_fraction is not None and not 0 <= flags.val_fraction < 1:
         raise UserError(f"--val-fraction {flags.val_fraction:g}: must be at least 0 and below 1")
     if flags.seq_len == 1:
-        raise UserError(
-            "--seq-len 1: must be 2 or more, the first token of an example is never trained"
-        )
+        why = "the first token of an example is never trained"
+        raise UserError(f"--seq-len 1: must be 2 or more, {why}")
     if flags.steps is not None and flags.epochs is not None:
         raise UserError("--steps and --epochs: give one of them")
     if not all(0 < count < MAX_NUMBER for count in flags.gpus):
@@ -460,22 +510,32 @@ def check_numbers(flags: Flags) -> None:
 
 
 def check_data(flags: Flags) -> None:
-    parse_weights(flags.data), parse_replay(flags.replay)
+    """Raises UserError for options of the data that can't be read or exclude each other."""
+    # These raise it. What they return is asked for again when the files are read.
+    parse_weights(flags.data)
+    parse_replay(flags.replay)
     if flags.val_fraction is not None and (flags.val or not flags.data):
         raise UserError(
-            "--val-fraction parts the files of --data; with --val or without --data it means nothing"
+            "--val-fraction parts the files of --data; with --val or without --data it means"
+            " nothing"
         )
     if flags.patience and flags.eval_every == 0:
         raise UserError("--patience counts validations, and --eval-every 0 has one, at the end")
 
 
 def check_method(flags: Flags) -> None:
-    for name in dict.fromkeys(name for row in METHODS.values() for name in row.options):
-        typed = getattr(flags, name) != OPTIONS[name].default
-        owners = [method for method, row in METHODS.items() if name in row.options]
-        if typed and name not in METHODS[flags.method].options:
+    """Raises UserError for options that --method or --adapter does not use."""
+    # For each option that only some methods have: these methods.
+    owners: dict[str, list[str]] = {}
+    for method, row in METHODS.items():
+        for name in row.options:
+            owners.setdefault(name, []).append(method)
+    for name, methods in owners.items():
+        was_changed = getattr(flags, name) != OPTIONS[name].default
+        if was_changed and flags.method not in methods:
+            names = " or ".join(methods)
             raise UserError(
-                f"{dashed(name)}: is for --method {' or '.join(owners)}, not for --method {flags.method}"
+                f"{dashed(name)}: is for --method {names}, not for --method {flags.method}"
             )
     shape = [dashed(name) for name in NEW_ADAPTER if getattr(flags, name) is not None]
     if shape and flags.adapter:
@@ -488,15 +548,16 @@ def check_method(flags: Flags) -> None:
 
 
 def check_memory(flags: Flags) -> None:
-    """Ways to save memory that exclude each other."""
+    """Raises UserError for ways to save memory that exclude each other."""
     if flags.activation_checkpointing == "selective" and flags.compile == "on":
         raise UserError(
-            "--activation-checkpointing selective with --compile on: the compiler chooses what to compute again by"
-            " itself"
+            "--activation-checkpointing selective with --compile on: the compiler chooses what to"
+            " compute again by itself"
         )
     if flags.optimizer == "muon" and flags.weights == "bf16":
         raise UserError(
-            "--weights bf16: Muon rounds to the nearest, which loses small steps; take adamw or adamw8bit"
+            "--weights bf16: Muon rounds to the nearest, which loses small steps; take adamw or"
+            " adamw8bit"
         )
     if flags.shard_offload and (flags.optimizer != "adamw" or flags.optimizer_offload):
         raise UserError(
@@ -508,7 +569,8 @@ def check_memory(flags: Flags) -> None:
         )
     if flags.optimizer_offload and flags.weights == "bf16":
         raise UserError(
-            "--optimizer-offload: keeps fp32 masters on the host, which --weights bf16 is to do without"
+            "--optimizer-offload: keeps fp32 masters on the host, which --weights bf16 is to do"
+            " without"
         )
 
 
@@ -525,56 +587,75 @@ def check_out(flags: Flags) -> None:
     out = Path(flags.out)
     if out.is_file():
         raise UserError(f"--out {out}: is a file; name a folder")
+    # Hidden files, such as a file manager's, do not make a folder a used one.
     if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
         return
     if not (out / "metrics.jsonl").is_file():
-        raise UserError(
-            f"--out {flags.out}: holds something that is no run of train.py; name another folder"
-        )
+        problem = "holds something that is no run of train.py"
+        raise UserError(f"--out {flags.out}: {problem}; name another folder")
     if not (flags.overwrite or flags.resume):
-        raise UserError(
-            f"--out {flags.out}: holds a run already; name another folder, or add --resume or --overwrite"
-        )
-    inputs = [
-        flags.model,
-        flags.adapter,
-        flags.val,
-        *parse_weights(flags.data)[0],
-        *parse_replay(flags.replay)[0],
-    ]
-    for file in filter(None, inputs):
-        if out.resolve() in (Path(file).resolve(), *Path(file).resolve().parents):
-            word = "resume" if flags.resume else "overwrite"
+        advice = "name another folder, or add --resume or --overwrite"
+        raise UserError(f"--out {flags.out}: holds a run already; {advice}")
+    check_inputs_outside(flags, out)
+
+
+def check_inputs_outside(flags: Flags, out: Path) -> None:
+    """Raises UserError if an input lies in --out, of which an earlier run's files are removed."""
+    files, _ = parse_weights(flags.data)
+    replay_files, _ = parse_replay(flags.replay)
+    folder = out.resolve()
+    for file in (flags.model, flags.adapter, flags.val, *files, *replay_files):
+        if not file:
+            continue
+        path = Path(file).resolve()
+        if path == folder or folder in path.parents:
+            flag = "--resume" if flags.resume else "--overwrite"
             raise UserError(
-                f"--{word}: {file} lies in --out {flags.out}, and would be gone before it is used"
+                f"{flag}: {file} lies in --out {flags.out}, and would be gone before it is used"
             )
 
 
 def parse_weights(words: tuple[str, ...]) -> tuple[list[str], list[float] | None]:
-    """The files of --data and their weights: 1 where only others have one; None where none has."""
+    """Returns the files of --data and their weights, or None for these where no file has one.
+
+    Where only some files have a weight, that of the others is 1.
+    """
     parts = [split_number(word) for word in words]
-    weights = [1.0 if weight is None else weight for _, weight in parts]
-    for word, weight in zip(words, weights, strict=True):
-        if not 0 < weight < 1e9:
+    files = []
+    weights = []
+    has_weights = False
+    for word, (file, weight) in zip(words, parts, strict=True):
+        if weight is None:
+            weight = 1.0
+        else:
+            has_weights = True
+        if not 0 < weight < MAX_WEIGHT:
             raise UserError(f"--data {word}: a weight must be above 0")
-    return [file for file, _ in parts], None if all(
-        weight is None for _, weight in parts
-    ) else weights
+        files.append(file)
+        weights.append(weight)
+    return files, weights if has_weights else None
 
 
 def parse_replay(words: tuple[str, ...]) -> tuple[list[str], list[float]]:
-    """The files of --replay and their shares of all training examples."""
+    """Returns the files of --replay and their shares of all training examples."""
     parts = [split_number(word) for word in words]
-    for word, (_, share) in zip(words, parts, strict=True):
+    files = []
+    shares = []
+    for word, (file, share) in zip(words, parts, strict=True):
         if share is None or not 0 < share < 1:
             raise UserError(f"--replay {word}: FILE=SHARE is wanted, a share above 0 and below 1")
-    if sum(share for _, share in parts) >= 1:
+        files.append(file)
+        shares.append(share)
+    if sum(shares) >= 1:
         raise UserError("--replay: the shares leave no draw to --data")
-    return [file for file, _ in parts], [share for _, share in parts]
+    return files, shares
 
 
 def split_number(word: str) -> tuple[str, float | None]:
-    """(a.json, 3.0) of a.json=3; a file whose own name ends so is itself."""
+    """Returns (a.json, 3.0) of a.json=3; and (a.json=3, None) if there is a file of that name.
+
+    Raises UserError if it names no file, or if what follows an existing file is no number.
+    """
     file, sign, number = word.rpartition("=")
     if not word or (sign and not file):
         raise UserError(f"{word!r}: names no file")

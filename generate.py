@@ -42,21 +42,26 @@ def main() -> None:
     dtype, reason = pick_dtype(args.dtype, device)
     prompt = args.prompt
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.buffer.read().decode(errors="surrogateescape").removesuffix("\n")
+        # Bytes that are not UTF-8 become surrogates, which check_prompt refuses in one line.
+        piped = sys.stdin.buffer.read().decode(errors="surrogateescape")
+        prompt = piped.removesuffix("\n")
+    # Before the model is loaded, which takes longer.
     if prompt is not None:
         check_prompt(prompt)
-    model, adapters, name = load_model_and_adapters(args, device, dtype, can_switch=prompt is None)
+
+    is_chat = prompt is None
+    model, adapters, name = load_model_and_adapters(args, device, dtype, can_switch=is_chat)
     tokenizer = adapters.tokenizer
-    template = (
-        "no chat template, raw text"
-        if args.complete
-        else f"chat template {tokenizer.template_name}"
-    )
-    log(f"{name}, {str(dtype).removeprefix('torch.')} on {device.type} ({reason}), {template}")
-    if prompt is None:
+    template = f"chat template {tokenizer.template_name}"
+    if args.complete:
+        template = "no chat template, raw text"
+    dtype_name = str(dtype).removeprefix("torch.")
+    log(f"{name}, {dtype_name} on {device.type} ({reason}), {template}")
+    if is_chat:
         chat(model, adapters, args)
     else:
-        print_answer(answer(model, tokenizer, first_messages(args, prompt), args))
+        messages = first_messages(args, prompt)
+        print_answer(answer(model, tokenizer, messages, args))
 
 
 # ---- the model and its adapters ----
@@ -65,8 +70,8 @@ def main() -> None:
 class LoadedAdapter(NamedTuple):
     """An adapter in memory, off the model.
 
-    layers: its layers by name, as lora.remove_lora returns them. tokenizer: the one that it was
-    trained with.
+    layers: its layers by name, as lora.remove_lora returns them.
+    tokenizer: the one that it was trained with.
     """
 
     layers: dict
@@ -94,12 +99,16 @@ class AdapterSet:
         return [name for name in self.by_name if name]
 
     def switch(self, name: str) -> None:
-        """Takes the active adapter off the model and puts the one called `name` on; "" means none."""
+        """Takes the active adapter off the model and puts the one called `name` on; "" means none.
+
+        Raises UserError where there is no such adapter.
+        """
         if name not in self.by_name:
             choices = ", ".join([*self.names, "none"])
             raise UserError(
                 f"/adapter {name}: there is no adapter with this name; choose one of {choices}"
             )
+        # The base gets its own weights back before another adapter is added to them.
         if self.merge and self.active:
             lora.unmerge(self.model)
         lora.remove_lora(self.model)
@@ -119,35 +128,45 @@ def load_model_and_adapters(
     loaded.
     Raises UserError where two adapters have the same name.
     """
-    named_folders = [split_adapter_name(word) for word in args.adapter or []]
-    first_name, first_folder = named_folders[0] if named_folders else ("", None)
+    words = args.adapter or []
+    named_folders = [split_adapter_name(word) for word in words]
+    first_name = ""
+    first_folder = None
+    if named_folders:
+        first_name, first_folder = named_folders[0]
+    # Without --model, the first adapter brings the base.
     base = base_folder(args.model, first_folder, log)
-    adapters = AdapterSet(load_model(base, dtype, device, args.quant), {}, args.merge, can_switch)
+    model = load_model(base, dtype, device, args.quant)
+    adapters = AdapterSet(model, {}, args.merge, can_switch)
     for name, folder in named_folders:
         if name in adapters.by_name:
             raise UserError(f"--adapter: two are called {name}; give them names, as red={folder}")
-        lora.put_adapter_on(adapters.model, folder, log)
-        layers = lora.remove_lora(adapters.model)
-        adapters.by_name[name] = LoadedAdapter(
-            layers, resolve.pick_tokenizer(base, folder, args.template)
-        )
+        lora.put_adapter_on(model, folder, log)
+        layers = lora.remove_lora(model)
+        tokenizer = resolve.pick_tokenizer(base, folder, args.template)
+        adapters.by_name[name] = LoadedAdapter(layers, tokenizer)
     # A tokenizer takes seconds to load, and a single answer needs only one.
     if can_switch or not named_folders:
-        adapters.by_name[""] = LoadedAdapter({}, resolve.pick_tokenizer(base, None, args.template))
+        tokenizer = resolve.pick_tokenizer(base, None, args.template)
+        adapters.by_name[""] = LoadedAdapter({}, tokenizer)
     adapters.switch(first_name)
+
     description = str(base)
     if first_folder is not None:
-        description += f" + {first_folder}{' (merged)' if args.merge else ''}"
-    return adapters.model, adapters, description
+        description += f" + {first_folder}"
+        if args.merge:
+            description += " (merged)"
+    return model, adapters, description
 
 
 def split_adapter_name(word: str) -> tuple[str, str]:
     """Returns (name, folder) of NAME=DIR, or of DIR alone.
 
-    DIR alone is called like its folder; final/ and best/ of a run are called like the run's folder. Raises UserError
-    where either side of the equals sign is empty.
+    DIR alone is called like its folder; final/ and best/ of a run are called like the run's folder.
+    Raises UserError where either side of the equals sign is empty.
     """
     name, equals, folder = word.partition("=")
+    # A folder may have an equals sign in its own name.
     if equals and not Path(word).exists():
         if not name or not folder:
             raise UserError(f"--adapter {word}: NAME=DIR or DIR is wanted")
@@ -171,7 +190,8 @@ def chat(model: Transformer, adapters: AdapterSet, args: argparse.Namespace) -> 
     without context."""
     log("/reset forgets, /quit or Ctrl-D ends, Ctrl-C stops an answer")
     if args.adapter:
-        log(f"/adapter NAME switches to another adapter: {', '.join(adapters.names)} or none")
+        choices = ", ".join(adapters.names)
+        log(f"/adapter NAME switches to another adapter: {choices} or none")
     history: list[dict[str, str]] = []
     while True:
         try:
@@ -184,11 +204,12 @@ def chat(model: Transformer, adapters: AdapterSet, args: argparse.Namespace) -> 
             print()
             continue
         command, _, argument = typed.partition(" ")
+        if typed == "":
+            continue
         if typed == "/quit":
             return
         if typed == "/reset":
             history = []
-        if typed in ("/reset", ""):
             continue
         try:
             if command == "/adapter":
@@ -199,20 +220,26 @@ def chat(model: Transformer, adapters: AdapterSet, args: argparse.Namespace) -> 
                 messages = first_messages(args, typed)
             else:
                 messages = [*history, {"role": "user", "content": typed}]
-            text = print_answer(answer(model, adapters.tokenizer, messages, args), stoppable=True)
+            parts = answer(model, adapters.tokenizer, messages, args)
+            text = print_answer(parts, stoppable=True)
         except UserError as error:
             # The conversation may have become too long. It stays as it was, and /reset helps.
             log(f"error: {error}")
             continue
-        history = [] if args.complete else [*messages, {"role": "assistant", "content": text}]
+        # With --complete, each line is a text by itself.
+        if isinstance(messages, list):
+            history = [*messages, {"role": "assistant", "content": text}]
 
 
 def switch_adapter(adapters: AdapterSet, name: str) -> None:
     """Carries out /adapter NAME: switches, where a name is given, and says which adapter is on the
     model."""
-    if name:
-        adapters.switch("" if name == "none" else name)
-    log(f"adapter: {adapters.active or 'none'}; the conversation continues")
+    if name == "none":
+        adapters.switch("")
+    elif name:
+        adapters.switch(name)
+    active = adapters.active or "none"
+    log(f"adapter: {active}; the conversation continues")
 
 
 def first_messages(args: argparse.Namespace, prompt: str) -> list[dict[str, str]] | str:
@@ -236,11 +263,13 @@ def answer(
 
     messages: a conversation whose last message is the user's, or a text to continue.
     """
-    is_text = isinstance(messages, str)
-    if is_text:
+    if isinstance(messages, str):
         prompt = tokenizer.encode(messages, bos=tokenizer.adds_bos)
+        # A space at the beginning of a continuation belongs to the text.
+        begins_text = False
     else:
         prompt, _ = tokenizer.render(messages, add_generation_prompt=True)
+        begins_text = True
     steps = model.stream(
         [prompt],
         args.max_new_tokens,
@@ -252,30 +281,40 @@ def answer(
         stop=tokenizer.stop_ids,
         lookup=args.lookup,
     )
-    # A step holds (number of the prompt, id) of each prompt that is not finished; here there is one
-    # prompt.
-    new_ids = (step[0][1] for step in steps)
-    ids = (id for id in new_ids if id not in tokenizer.stop_ids)
-    return tokenizer.stream(ids, skip_special=True, first=not is_text)
+
+    def answer_ids() -> Iterator[int]:
+        for step in steps:
+            # A step holds (number of the prompt, id) of each prompt that is not finished; here
+            # there is one prompt.
+            _, id = step[0]
+            if id not in tokenizer.stop_ids:
+                yield id
+
+    return tokenizer.stream(answer_ids(), skip_special=True, first=begins_text)
 
 
 def print_answer(parts: Iterator[str], stoppable: bool = False) -> str:
-    """Prints the parts as they come, and a line end. stoppable: Ctrl-C ends the answer and not the
-    program.
+    """Prints the parts as they come, and a line end.
 
+    stoppable: Ctrl-C ends the answer and not the program.
     Returns the text, up to Ctrl-C, with the control characters that are not printed.
     """
     text = ""
     try:
         for part in parts:
             text += part
-            shown = "".join(c for c in part if c in "\n\t" or unicodedata.category(c) != "Cc")
-            print(shown, end="", flush=True)
+            printed = "".join(c for c in part if is_printed(c))
+            print(printed, end="", flush=True)
     except KeyboardInterrupt:
         if not stoppable:
             raise
     print()
     return text
+
+
+def is_printed(character: str) -> bool:
+    """False for a control character that could move the cursor or send codes to the terminal."""
+    return character in "\n\t" or unicodedata.category(character) != "Cc"
 
 
 def check_prompt(prompt: str) -> None:
@@ -298,8 +337,20 @@ def generation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         " (--complete).",
         allow_abbrev=False,
     )
+    add_base_flags(parser)
+    add_prompt_flags(parser)
+    add_sampling_flags(parser)
+    add_speed_flags(parser)
+    args = cli.parse_args(parser, argv)
+    check_generation_arguments(args)
+    return args
+
+
+def add_base_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the help group of the model and its adapters."""
     group = parser.add_argument_group("the model")
-    resolve.add_model_flags(group, several=True)
+    # It only adds arguments, which a group can do as well as a parser.
+    resolve.add_model_flags(group, several=True)  # type: ignore[arg-type]
     group.add_argument(
         "--merge",
         action="store_true",
@@ -308,20 +359,23 @@ def generation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         " and take its memory; default: the adapter is computed beside the weights",
     )
 
-    add = parser.add_argument_group("what is answered").add_argument
-    add(
+
+def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the help group of what is answered."""
+    group = parser.add_argument_group("what is answered")
+    group.add_argument(
         "--prompt",
         metavar="TEXT",
         help="answer this text, and end; default: the text that is piped in, all of it as one"
         " prompt; without one, a chat, where each answer sees what was said before",
     )
-    add(
+    group.add_argument(
         "--system",
         metavar="TEXT",
         help="system message: instructions before the conversation, such as the ones that the"
         " model was trained with; default: that of the chat template, if it has one",
     )
-    add(
+    group.add_argument(
         "--complete",
         action="store_true",
         help="continue the text as it stands, without a chat template, for models that were"
@@ -329,15 +383,18 @@ def generation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         " text is the message of a user",
     )
 
-    add = parser.add_argument_group("how it is answered").add_argument
-    add(
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the help group of how an answer's tokens are chosen, and how many."""
+    group = parser.add_argument_group("how it is answered")
+    group.add_argument(
         "--max-new-tokens",
         type=int,
         default=MAX_NEW_TOKENS,
         metavar="N",
         help="longest answer, in tokens; default: %(default)s. Raise it if answers break off",
     )
-    add(
+    group.add_argument(
         "--temperature",
         type=float,
         default=0.0,
@@ -347,7 +404,7 @@ def generation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         " predictable texts, higher values more varied ones; default: 0. Raise it (0.7 is common)"
         " where several answers are good",
     )
-    add(
+    group.add_argument(
         "--top-k",
         type=int,
         default=0,
@@ -355,7 +412,7 @@ def generation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="draw from the K most probable tokens only, which avoids odd words; 0: from all;"
         " needs --temperature above 0; default: 0",
     )
-    add(
+    group.add_argument(
         "--top-p",
         type=float,
         default=1.0,
@@ -364,7 +421,7 @@ def generation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         " (nucleus sampling); above 0 and at most 1, which is all tokens; needs --temperature"
         " above 0; default: 1",
     )
-    add(
+    group.add_argument(
         "--repetition-penalty",
         type=float,
         default=1.0,
@@ -373,7 +430,7 @@ def generation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         " divided by R, negative ones multiplied; 1: no change; default: 1. Raise it a little if"
         " the model repeats itself",
     )
-    add(
+    group.add_argument(
         "--seed",
         type=int,
         metavar="N",
@@ -381,8 +438,11 @@ def generation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         " --temperature above 0; default: none, other draws each time",
     )
 
-    add = parser.add_argument_group("speed").add_argument
-    add(
+
+def add_speed_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the help group of what changes the speed alone."""
+    group = parser.add_argument_group("speed")
+    group.add_argument(
         "--lookup",
         type=int,
         default=0,
@@ -392,27 +452,24 @@ def generation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         f" {LOOKUP_LIMIT - 1}; default: 0. The answer is the same, and comes faster where it"
         " repeats the prompt (a corrected text, code); for --temperature 0 only",
     )
-    args = cli.parse_args(parser, argv)
-    check_generation_arguments(args)
-    return args
 
 
 def check_generation_arguments(args: argparse.Namespace) -> None:
     """Raises UserError for a number out of its range, and for flags that exclude each other."""
-    rules = {
-        "--max-new-tokens": (args.max_new_tokens >= 1, "must be 1 or more"),
-        "--temperature": (0 <= args.temperature < math.inf, "must be 0 or more"),
-        "--top-k": (args.top_k >= 0, "must be 0 (all) or more"),
-        "--top-p": (0 < args.top_p <= 1, "must be above 0 and at most 1"),
-        "--lookup": (
-            0 <= args.lookup < LOOKUP_LIMIT,
-            f"must be 0 (no guesses) or more, and below {LOOKUP_LIMIT}",
-        ),
-        "--repetition-penalty": (0 < args.repetition_penalty < math.inf, "must be above 0"),
-    }
-    for flag, (is_valid, rule) in rules.items():
+    penalty = args.repetition_penalty
+    lookup_is_valid = 0 <= args.lookup < LOOKUP_LIMIT
+    lookup_rule = f"must be 0 (no guesses) or more, and below {LOOKUP_LIMIT}"
+    # The comparisons are also false for NaN, which argparse takes for a float.
+    rules = [
+        ("--max-new-tokens", args.max_new_tokens, args.max_new_tokens >= 1, "must be 1 or more"),
+        ("--temperature", args.temperature, 0 <= args.temperature < math.inf, "must be 0 or more"),
+        ("--top-k", args.top_k, args.top_k >= 0, "must be 0 (all) or more"),
+        ("--top-p", args.top_p, 0 < args.top_p <= 1, "must be above 0 and at most 1"),
+        ("--lookup", args.lookup, lookup_is_valid, lookup_rule),
+        ("--repetition-penalty", penalty, 0 < penalty < math.inf, "must be above 0"),
+    ]
+    for flag, value, is_valid, rule in rules:
         if not is_valid:
-            value = getattr(args, flag.removeprefix("--").replace("-", "_"))
             raise UserError(f"{flag} {value}: {rule}")
 
     only_for_sampling = {
@@ -427,7 +484,8 @@ def check_generation_arguments(args: argparse.Namespace) -> None:
         raise UserError("--lookup: is for greedy answers, at --temperature 0")
     if args.merge and not args.adapter:
         raise UserError("--merge: there is no --adapter to merge")
-    for flag, value in {"--template": args.template, "--system": args.system}.items():
+    only_for_conversations = {"--template": args.template, "--system": args.system}
+    for flag, value in only_for_conversations.items():
         if args.complete and value:
             raise UserError(f"{flag}: is for conversations; --complete continues plain text")
 

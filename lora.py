@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -71,9 +72,11 @@ PLAIN_STARTS = ("gaussian", "orthogonal", "eva")
 
 
 class LoRALinear(nn.Module):
-    """Stands in for a Linear: `base` is frozen; lora_A [rank, in] and lora_B [out, rank] are
-    trained, in fp32.
+    """A Linear with its update: `base` is frozen, A and B are trained.
 
+    base: the linear that this module takes the place of.
+    rank: lora_A is fp32 [rank, in], lora_B is fp32 [out, rank].
+    alpha: the update is scaled by alpha / rank.
     dropout: of the adapter's input, from 0 to 1.
     dropout_seeds: the model's, shared by all of its adapted layers.
     number: which of the model's adapted layers this is, from 0.
@@ -95,9 +98,11 @@ class LoRALinear(nn.Module):
         self.dropout = dropout
         self.dropout_seeds = dropout_seeds
         self.number = number
-        fp32 = {"dtype": torch.float32, "device": base.frozen[0].device}
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **fp32))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **fp32))
+        device = base.frozen[0].device
+        A = torch.empty(rank, base.in_features, dtype=torch.float32, device=device)
+        B = torch.zeros(base.out_features, rank, dtype=torch.float32, device=device)
+        self.lora_A = nn.Parameter(A)
+        self.lora_B = nn.Parameter(B)
         self.start()
         self.merged = False
         # While it is merged: the base's weight before, or None if `merge` did not keep it.
@@ -109,8 +114,8 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def start(self) -> None:
-        """Fills A with U(-1/sqrt(in), 1/sqrt(in)), as the paper's own code does, and B with zeros.
-        Shards get the same numbers as a whole tensor would."""
+        """Fills A with U(-1/sqrt(in), 1/sqrt(in)), as the paper's own code does, and B with zeros."""
+        # Every rank draws the whole of A and keeps its rows, so that sharding changes no number.
         A = torch.empty(self.lora_A.shape, device=self.lora_A.device)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         copy_local_rows(self.lora_A, A)
@@ -129,18 +134,23 @@ class LoRALinear(nn.Module):
             return self.base(x)
         if self.uses_dropout:
             return self.forward_with_dropout(x)
-        return lora_linears(x, [self.adapted(x.dtype)], casts=self.group_casts([self], x.dtype))[0]
+        linears = [self.adapted(x.dtype)]
+        casts = self.group_casts([self], x.dtype)
+        return lora_linears(x, linears, casts=casts)[0]
 
     def forward_with_dropout(self, x: Tensor) -> Tensor:
-        """As `forward`. Dropout is on the adapter's input only. So base and adapter have two
-        inputs, and the backward is autograd's instead of `lora_linears`'."""
+        """Computes `forward` where the adapter's input is dropped out, and the base's is not.
+
+        So the two have different inputs, and the backward is autograd's instead of `lora_linears`'.
+        """
         seeds = self.dropout_seeds.seeds
         if seeds is None:
             dropped = F.dropout(x, self.dropout)
         else:
             dropped = seeded_dropout(x, self.dropout, seeds, self.number)
-        low = F.linear(dropped, self.lora_A.to(x.dtype))
-        return self.base(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
+        low = F.linear(dropped, self.lora_A.to(x.dtype))  # [tokens, rank]
+        y = self.base(x)  # [tokens, out]
+        return y + self.scale * F.linear(low, self.lora_B.to(x.dtype))
 
     def forward_shared(
         self, x: Tensor, layers: list, up: Tensor | None = None, activation: str = ""
@@ -151,19 +161,22 @@ class LoRALinear(nn.Module):
         x: [tokens, in], the input; or with `up`, [tokens, in], the input is act(x) * up.
         """
         for layer in layers:
-            if type(layer) is not LoRALinear or layer.merged or layer.uses_dropout:
+            is_adapted = type(layer) is LoRALinear and not layer.merged
+            if not is_adapted or layer.uses_dropout:
                 return forward_each(x, layers, up, activation)
         linears = [layer.adapted(x.dtype) for layer in layers]
-        return lora_linears(x, linears, up, activation, self.group_casts(layers, x.dtype))
+        casts = self.group_casts(layers, x.dtype)
+        return lora_linears(x, linears, up, activation, casts)
 
     def adapted(self, dtype: torch.dtype) -> LoRAWeights:
         """Returns base and update as `lora_linears` takes them. dtype: of the activations."""
-        bias = None if self.base.bias is None else self.base.bias.to(dtype)
+        bias: Tensor | None = self.base.bias
+        if bias is not None:
+            bias = bias.to(dtype)
         return LoRAWeights(self.base.frozen, bias, self.lora_A, self.lora_B, self.scale)
 
     def group_casts(self, layers: list, dtype: torch.dtype) -> Casts | None:
-        """Returns the casts of layers that read the same input; None if the layers must cast
-        them."""
+        """Returns the casts of layers that read the same input; None if they must cast themselves."""
         # Compiled blocks share one graph, and a graph that looks at the numbers of layers fits only
         # one block.
         if self.casts is None or torch.compiler.is_compiling():
@@ -186,8 +199,9 @@ class LoRALinear(nn.Module):
 
 
 class ModelCasts:
-    """A and B of all of a model's adapters in the dtype of the activations, as the products on a
-    GPU take them. The A of layers that read the same input are stacked.
+    """A and B of all adapters of a model, cast to the dtype of the activations.
+
+    The products on a GPU take them so. The A of layers that read the same input are stacked.
 
     All are written by one call when a forward begins: a handful of launches instead of 30 in each
     layer's forward and backward. They take 2 bytes a number, beside the 16 of a master weight, its
@@ -215,7 +229,10 @@ class ModelCasts:
             # A layer is called outside of a forward. Its backward must not use old casts either.
             group.current = False
             return None
-        return group.casts if group.casts.A.dtype == dtype else None
+        assert group.casts is not None, "current casts are there"
+        if group.casts.A.dtype != dtype:
+            return None
+        return group.casts
 
     @contextlib.contextmanager
     def fresh(self, dtype: torch.dtype) -> Iterator[None]:
@@ -229,6 +246,7 @@ class ModelCasts:
                 if group.prepare(dtype):
                     copies += group.views
                     masters += group.masters()
+            # One call for all: launched one by one, so many small copies would take longer.
             if copies:
                 torch._foreach_copy_(copies, masters)
         self.running = True
@@ -258,21 +276,31 @@ class GroupCasts:
         self.current = False
 
     def masters(self) -> list[Tensor]:
-        return [layer.lora_A for layer in self.layers] + [layer.lora_B for layer in self.layers]
+        """Returns the fp32 weights that are cast: A of all layers, then B of all layers."""
+        masters: list[Tensor] = [layer.lora_A for layer in self.layers]
+        masters += [layer.lora_B for layer in self.layers]
+        return masters
 
-    def prepare(self, dtype: torch.dtype) -> bool:
-        """Returns True if the coming forward needs these casts. Then they have memory, not yet
-        filled."""
+    def needed(self) -> bool:
+        """True if the layers read these casts in the coming forward."""
         first = self.layers[0].lora_A
         # A sharded tensor is gathered only while its block computes, so the layers of the block
         # cast it there.
-        cast_by_layers = is_sharded(first) or not use_triton(first)
-        if cast_by_layers or any(layer.merged or layer.uses_dropout for layer in self.layers):
+        if is_sharded(first) or not use_triton(first):
+            return False
+        # A merged layer needs no casts, and one that drops out makes its own.
+        return not any(layer.merged or layer.uses_dropout for layer in self.layers)
+
+    def prepare(self, dtype: torch.dtype) -> bool:
+        """True if the coming forward needs these casts. Then they have memory, not yet filled."""
+        if not self.needed():
             self.clear()
             return False
-        if self.casts is None or self.casts.A.dtype != dtype or self.casts.A.device != first.device:
+        first = self.layers[0].lora_A
+        casts = self.casts
+        if casts is None or casts.A.dtype != dtype or casts.A.device != first.device:
             ranks = [layer.rank for layer in self.layers]
-            A = first.new_empty(sum(ranks), first.shape[1], dtype=dtype)
+            A = first.new_empty(sum(ranks), first.shape[1], dtype=dtype)  # [ranks, in]
             B = [torch.empty_like(layer.lora_B, dtype=dtype) for layer in self.layers]
             self.casts = Casts(A, B)
             self.views = [*A.split(ranks), *B]
@@ -286,21 +314,25 @@ def group_key(layers: list) -> tuple[int, ...]:
 
 
 def layers_by_input(model: Transformer) -> list[list[LoRALinear]]:
-    """Returns the adapted layers in groups that read the same input: q, k and v, or gate and up, if
-    all of them are adapted; any other layer alone. Experts that are multiplied together are left
-    out: kernels/grouped.py casts their adapters."""
-    grouped_modules = set()
+    """Returns the adapted layers in groups that read the same input.
+
+    These are q, k and v, or gate and up, if all of them are adapted; any other layer is alone.
+    Experts that are multiplied together are left out: kernels/grouped.py casts their adapters.
+    """
+    grouped_modules: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, Experts) and module.can_group():
             grouped_modules.update(module.modules())
     modules = [module for module in model.modules() if module not in grouped_modules]
-    groups = []
+    groups: list[list[LoRALinear]] = []
+    in_a_group: set[nn.Module] = set()
     for module in modules:
         for names in (("q", "k", "v"), ("gate", "up")):
             layers = [getattr(module, name, None) for name in names]
-            if all(isinstance(layer, LoRALinear) for layer in layers):
-                groups.append(layers)
-    in_a_group = {layer for layers in groups for layer in layers}
+            adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
+            if len(adapted) == len(names):
+                groups.append(adapted)
+                in_a_group.update(adapted)
     for module in modules:
         if isinstance(module, LoRALinear) and module not in in_a_group:
             groups.append([module])
@@ -309,13 +341,15 @@ def layers_by_input(model: Transformer) -> list[list[LoRALinear]]:
 
 def set_casts(model: Transformer) -> None:
     """Makes one ModelCasts for all adapters of a model. Call it after layers were added."""
-    model.lora_casts = ModelCasts(layers_by_input(model))
+    casts = ModelCasts(layers_by_input(model))
+    # model.py cannot name the type, since this file imports it.
+    model.lora_casts = casts  # type: ignore[assignment]
     for layer in lora_layers(model).values():
-        layer.casts = model.lora_casts
+        layer.casts = casts
 
 
 def seeded_dropout(x: Tensor, probability: float, keys: Tensor, layer: int) -> Tensor:
-    """Dropout (Srivastava et al. 2014) of x by hashes instead of drawn numbers.
+    """Returns the dropout (Srivastava et al. 2014) of x, by hashes instead of drawn numbers.
 
     What is dropped follows from a token's key, the layer and the column. So it is the same on
     whichever rank and in whichever batch a token is computed, and again when a run is resumed or a
@@ -326,18 +360,25 @@ def seeded_dropout(x: Tensor, probability: float, keys: Tensor, layer: int) -> T
     keys: int64 [tokens].
     layer: the number of the adapted layer.
     """
-    rows = hash_int32((keys + layer * 0x9E3779B9).to(torch.int32))
-    columns = hash_int32(torch.arange(x.shape[1], dtype=torch.int32, device=x.device))
-    # Evenly spread over all int32 numbers.
+    # 2^32 divided by the golden ratio, whose multiples are spread over all int32 numbers.
+    layer_keys = (keys + layer * 0x9E3779B9).to(torch.int32)
+    rows = hash_int32(layer_keys)  # [tokens]
+    columns = hash_int32(torch.arange(x.shape[1], dtype=torch.int32, device=x.device))  # [in]
+    # Evenly spread over all int32 numbers, [tokens, in].
     numbers = hash_int32(rows[:, None] ^ columns)
+    # int32 has negative numbers: half of them are below 0.
     threshold = int((probability - 0.5) * 2**32)
-    return torch.where(numbers >= threshold, x / (1 - probability), 0.0)
+    kept = numbers >= threshold
+    return torch.where(kept, x / (1 - probability), 0.0)
 
 
 def hash_int32(x: Tensor) -> Tensor:
-    """Hashes int32 to int32, so that each bit of the result depends on all bits of x:
-    multiplications by odd numbers, of which torch drops the carry, between shifts to the right (as
-    in MurmurHash3's last lines, Appleby 2011)."""
+    """Hashes int32 to int32, so that each bit of the result depends on all bits of x.
+
+    Multiplications by odd numbers, of which torch drops the carry, alternate with shifts to the
+    right, as in MurmurHash3's last lines (Appleby 2011).
+    """
+    # 0x85EBCA6B and 0xC2B2AE35, as signed numbers.
     for shift, factor in ((16, -2048144789), (13, -1028477387)):
         # The mask makes the shift unsigned.
         unsigned_mask = (1 << (32 - shift)) - 1
@@ -377,45 +418,49 @@ def add_lora(
         raise UserError(
             "the model has a LoRA adapter already; remove it first (lora.merge keeps its update)"
         )
-    linears = {}
+    linears: dict[str, Linear] = {}  # by published name
+    our_names: dict[str, str] = {}  # likewise
     for name, module in model.named_modules():
         if isinstance(module, Linear) and "blocks." in name:
-            linears[hf_name(model, name)] = name
+            published = hf_name(model, name)
+            linears[published] = module
+            our_names[published] = name
     names = match_targets(targets, list(linears))
-    layers = [model.get_submodule(linears[name]) for name in names]
+    layers = [linears[name] for name in names]
+    # A rank above both sides of a matrix adds nothing to what its update can be.
     largest = max(max(layer.in_features, layer.out_features) for layer in layers)
     if rank > largest:
         raise UserError(f"--rank {rank}: no layer here is larger than {largest}")
     model.requires_grad_(False)
     for number, (name, layer) in enumerate(zip(names, layers, strict=True)):
-        set_submodule(
-            model,
-            linears[name],
-            LoRALinear(layer, rank, alpha, dropout, model.dropout_seeds, number),
-        )
+        adapted = LoRALinear(layer, rank, alpha, dropout, model.dropout_seeds, number)
+        set_submodule(model, our_names[name], adapted)
     set_casts(model)
     stack_expert_weights(model)
     return names
 
 
 def match_targets(targets: str | list[str], linears: list[str]) -> list[str]:
-    """Returns the linears that `targets` name (see `add_lora`), in the order of `linears`. Raises
-    UserError if a target matches none of them."""
+    """Returns the linears that `targets` name (see `add_lora`), in the order of `linears`.
+
+    linears: published names.
+    Raises UserError if a target matches none of them.
+    """
     if not isinstance(targets, str):
         targets = ",".join(targets)
     matched = set()
     for target in targets.split(","):
         target = target.strip()
-        names = [
-            name
-            for name in linears
-            if target == ALL or name == target or name.endswith("." + target)
-        ]
+        if target == ALL:
+            names = linears
+        else:
+            # The dot keeps "v_proj" from matching "kv_proj".
+            ending = "." + target
+            names = [name for name in linears if name == target or name.endswith(ending)]
         if not names:
-            kinds = sorted({name.rpartition(".")[2] for name in linears})
-            raise UserError(
-                f"--targets {target}: matches no linear layer (the model has {', '.join(kinds)})"
-            )
+            short_names = {name.rpartition(".")[2] for name in linears}
+            kinds = ", ".join(sorted(short_names))
+            raise UserError(f"--targets {target}: matches no linear layer (the model has {kinds})")
         matched.update(names)
     return [name for name in linears if name in matched]
 
@@ -428,9 +473,11 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def lora_layers(model: Transformer) -> dict[str, LoRALinear]:
     """Returns the LoRA layers by published name."""
-    return {
-        hf_name(model, name): m for name, m in model.named_modules() if isinstance(m, LoRALinear)
-    }
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            layers[hf_name(model, name)] = module
+    return layers
 
 
 def has_lora(model: Transformer) -> bool:
@@ -450,29 +497,39 @@ def merge(model: Transformer, keep: bool = False, stored: torch.dtype | None = N
     Returns the fraction of the update that rounding loses: the length of what rounding changes,
     over the length of the update.
     """
-    lost = update = 0.0
+    # Sums of squares. They stay on the device, so that the layers need not wait for each other.
+    lost: float | Tensor = 0.0
+    update: float | Tensor = 0.0
     for layer in lora_layers(model).values():
         assert not layer.merged, "merged already"
         base = layer.base
         delta = layer.delta()
+        # In fp32 from end to end: rounded twice, small updates would be lost.
         exact = dequantized_weight(base.frozen, torch.float32) + delta
+        # NF4 would lose the update, so the linear becomes a plain one.
         if base.nf4 is not None:
             layer.original = base.nf4.tensors
             base.dequantize(exact.to(model.dtype))
         else:
             layer.original = base.weight.clone() if keep else None
             base.weight.copy_(exact)
-        rounded = base.weight.to(stored or base.weight.dtype)
+        rounded = base.weight if stored is None else base.weight.to(stored)
         lost += (rounded - exact).square().sum()
         update += delta.square().sum()
         layer.merged = True
-    return math.sqrt(lost / update) if update else 0.0
+    # An adapter that was never trained has no update: B is zero.
+    if not update:
+        return 0.0
+    return math.sqrt(lost / update)
 
 
 @torch.no_grad()
 def unmerge(model: Transformer) -> None:
-    """Takes the updates out of the base weights again. The result is exact if `merge` kept the
-    weights, as it always does for NF4; else up to its rounding to the base's dtype."""
+    """Takes the updates out of the base weights again.
+
+    The result is exact if `merge` kept the weights, as it always does for NF4; else up to its
+    rounding to the base's dtype.
+    """
     for layer in lora_layers(model).values():
         assert layer.merged, "not merged"
         base = layer.base
@@ -491,9 +548,11 @@ def remove_lora(model: Transformer) -> dict[str, LoRALinear]:
 
     Returns the layers that were removed, by our names of them, for `restore_lora`.
     """
-    layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
-    }
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            layers[name] = module
+    # In a loop of its own, because nothing may change while named_modules() walks over it.
     for name, layer in layers.items():
         set_submodule(model, name, layer.base)
     if model.lora_casts is not None:
@@ -503,8 +562,10 @@ def remove_lora(model: Transformer) -> dict[str, LoRALinear]:
 
 
 def restore_lora(model: Transformer, layers: dict[str, LoRALinear]) -> None:
-    """Puts layers back that `remove_lora` removed from this model: several adapters can use one
-    base, one after the other."""
+    """Puts layers back that `remove_lora` removed from this model.
+
+    So several adapters can use one base, one after the other.
+    """
     assert not has_lora(model), "one adapter at a time"
     for name, layer in layers.items():
         set_submodule(model, name, layer)
@@ -528,8 +589,15 @@ def save_adapter(
         )
     layers = lora_layers(model)
     assert layers, "the model has no adapter"
+    # Rank, alpha and dropout are the same for all layers of an adapter.
     first = next(iter(layers.values()))
-    base_name, revision = hub_origin(model.source) or (str(model.source.resolve()), None)
+    source = model.source
+    origin = hub_origin(source)
+    if origin is None:
+        base_name, revision = str(source.resolve()), None
+    else:
+        base_name, revision = origin
+    # Every rank gathers, because the shards of a tensor are on all of them.
     weights = {}
     for name, parameter in adapter_parameters(model).items():
         weights[name] = full_tensor(parameter.detach()).cpu().contiguous()
@@ -547,6 +615,7 @@ def save_adapter(
         "inference_mode": True,
     }
     with rank0_context(atomic_folder(folder, replace=True)) as tmp:
+        # None on the other ranks.
         if not tmp:
             return
         write_json(config, tmp / CONFIG_FILE)
@@ -557,7 +626,7 @@ def save_adapter(
 
 def adapter_parameters(model: Transformer) -> dict[str, Tensor]:
     """Returns the parameters of a model's adapter by their names in PEFT's file."""
-    parameters = {}
+    parameters: dict[str, Tensor] = {}
     for name, layer in lora_layers(model).items():
         parameters[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
         parameters[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
@@ -566,18 +635,27 @@ def adapter_parameters(model: Transformer) -> dict[str, Tensor]:
 
 def linear_names(model: Transformer) -> list[str]:
     """Returns the published names of all linears of a model."""
-    return [
-        hf_name(model, name) for name, module in model.named_modules() if isinstance(module, Linear)
-    ]
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            names.append(hf_name(model, name))
+    return names
 
 
 def target_modules(model: Transformer, names: list[str]) -> list[str]:
-    """Returns what PEFT's target_modules must be for the adapted layers `names`. It is their short
-    names (q_proj), if no other layers have these, because peft adapts all layers that match; else
-    their full names."""
-    short = sorted({name.rpartition(".")[2] for name in names})
-    matching = {name for name in linear_names(model) if name.rpartition(".")[2] in short}
-    return short if matching == set(names) else sorted(names)
+    """Returns what PEFT's target_modules must be for the adapted layers `names`.
+
+    It is their short names (q_proj) if no other layers have these, because peft adapts all layers
+    that match; else their full names.
+    """
+    short_names = {name.rpartition(".")[2] for name in names}
+    matching = set()
+    for name in linear_names(model):
+        if name.rpartition(".")[2] in short_names:
+            matching.add(name)
+    if matching == set(names):
+        return sorted(short_names)
+    return sorted(names)
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -588,16 +666,19 @@ def why_no_adapter(folder: Path) -> str:
     """Returns what a path is that should have been an adapter folder, for messages."""
     if not folder.is_dir():
         return "no such folder"
-    if is_adapter(folder / "final"):
-        return f"is the folder of a run; its adapter is {folder / 'final'}"
+    final = folder / "final"
+    if is_adapter(final):
+        return f"is the folder of a run; its adapter is {final}"
     if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
         return "is a whole model, not an adapter; give it as --model"
     return f"no {CONFIG_FILE} in it, so it is no PEFT adapter folder"
 
 
 def adapter_metadata(folder: str | Path) -> dict:
-    """Reads plaintune.json, which train.py writes beside the weights about the base; {} if it is
-    not there."""
+    """Returns what plaintune.json says of the adapter's base; {} if there is no such file.
+
+    train.py writes it beside the weights.
+    """
     return read_json_if_there(Path(folder) / "plaintune.json")
 
 
@@ -612,7 +693,8 @@ def load_adapter(model: Transformer, folder) -> None:
     config_file = folder / CONFIG_FILE
     if not is_adapter(folder):
         raise UserError(f"{folder}: {why_no_adapter(folder)}")
-    rank, alpha, dropout, targets = adapter_settings(read_json(config_file), config_file, model)
+    config = read_json(config_file)
+    rank, alpha, dropout, targets = adapter_settings(config, config_file, model)
     file = folder / ADAPTER_FILE
     if not file.is_file():
         message = f"{file}: no such file"
@@ -620,6 +702,7 @@ def load_adapter(model: Transformer, folder) -> None:
             message += " (adapter_model.bin is a pickle, which can run code and is not read)"
         raise UserError(message)
     tensors = dict(iterate_tensors([file]))
+    # To leave the model as it was if the tensors do not fit.
     trainable = {p for p in model.parameters() if p.requires_grad}
     try:
         names = add_lora(model, rank, alpha, dropout, targets)
@@ -650,9 +733,14 @@ def put_adapter_on(
             f"NOTE: {adapter} was trained on its base in {quant}; --quant {quant} gives it that one"
         )
     base_sha256 = metadata.get("base_sha256")
-    if base_sha256 is not None and base_sha256 != run_on_rank0(lambda: fingerprint(model.source)):
+    if base_sha256 is None:
+        return
+    source = model.source
+    # One rank reads the base's files, which takes a second a GB, and tells the others.
+    if base_sha256 != run_on_rank0(lambda: fingerprint(source)):
         print_fn(
-            f"WARNING: {adapter} was trained on other weights than those of {model.source}; its answers will suffer"
+            f"WARNING: {adapter} was trained on other weights than those of {source};"
+            " its answers will suffer"
         )
 
 
@@ -675,16 +763,16 @@ def copy_tensors(model: Transformer, tensors: dict[str, Tensor], file: Path) -> 
         raise UserError(f"{file}: {len(missing)} of its tensors missing, the first: {missing[0]}")
     if extra:
         raise UserError(
-            f"{file}: {len(extra)} of its tensors not used by its configuration, the first: {extra[0]}"
+            f"{file}: {len(extra)} of its tensors not used by its configuration, the first:"
+            f" {extra[0]}"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
             tensor = tensors[name]
             if tensor.shape != parameter.shape:
+                shape = list(tensor.shape)
                 expected = list(parameter.shape)
-                raise UserError(
-                    f"{file}: {name} has shape {list(tensor.shape)}, this model needs {expected}"
-                )
+                raise UserError(f"{file}: {name} has shape {shape}, this model needs {expected}")
             if not tensor.is_floating_point():
                 raise UserError(
                     f"{file}: {name} holds {tensor.dtype}, floating point numbers are needed"
@@ -700,37 +788,47 @@ def adapter_settings(
     where: the file, for messages.
     Raises UserError on settings that this program would have to ignore.
     """
-    if config.get("peft_type") != "LORA":
-        raise UserError(
-            f"{where}: peft_type {config.get('peft_type')!r} is not supported (supported: LORA)"
-        )
+    method = config.get("peft_type")
+    if method != "LORA":
+        raise UserError(f"{where}: peft_type {method!r} is not supported (supported: LORA)")
     for key in UNSUPPORTED:
+        # peft writes keys that are not used as well, with one of these values.
         if config.get(key) not in (None, False, [], {}):
             raise UserError(f"{where}: {key} is set, which is not supported")
     # peft corrects a wrong value with a warning, but then it is unclear what the file means.
-    if bool(config.get("fan_in_fan_out")) != model.config.conv1d:
-        raise UserError(
-            f"{where}: fan_in_fan_out is {config.get('fan_in_fan_out')}, which is wrong for this model"
-        )
+    transposed = config.get("fan_in_fan_out")
+    if bool(transposed) != model.config.conv1d:
+        raise UserError(f"{where}: fan_in_fan_out is {transposed}, which is wrong for this model")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower() not in PLAIN_STARTS:
         raise UserError(
             f"{where}: init_lora_weights {start!r} changes the base, which is not supported"
         )
-    if config.get("bias", "none") != "none":
-        raise UserError(f"{where}: bias {config['bias']!r} is not supported")
+    bias = config.get("bias", "none")
+    if bias != "none":
+        raise UserError(f"{where}: bias {bias!r} is not supported")
     rank = config.get("r")
     alpha = config.get("lora_alpha")
     dropout = config.get("lora_dropout", 0.0)
-    if (
-        type(rank) is not int
-        or type(alpha) not in (int, float)
-        or type(dropout) not in (int, float)
-    ):
+    if type(rank) is not int or not is_number(alpha) or not is_number(dropout):
         raise UserError(f"{where}: r, lora_alpha and lora_dropout must be numbers")
-    targets = config.get("target_modules")
+    targets = adapter_targets(config.get("target_modules"), where, model)
+    return rank, alpha, dropout, targets
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """True if a value of a JSON file is a number. isinstance() would take true and false for one."""
+    return type(value) in (int, float)
+
+
+def adapter_targets(targets: object, where: Path, model: Transformer) -> str | list[str]:
+    """Returns target_modules of an adapter_config.json as `add_lora` takes it.
+
+    targets: the value in the file `where`: "all-linear", a regular expression, or a list of names.
+    Raises UserError if it is none of these, or matches no layer.
+    """
     if targets == "all-linear":
-        return rank, alpha, dropout, ALL
+        return ALL
     # peft takes a string as a regular expression over whole module names.
     if isinstance(targets, str):
         try:
@@ -738,10 +836,7 @@ def adapter_settings(
         except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"{where}: target_modules is no regular expression ({error})") from None
         targets = [name for name in linear_names(model) if pattern.fullmatch(name)]
-    if (
-        not isinstance(targets, list)
-        or not targets
-        or not all(isinstance(target, str) for target in targets)
-    ):
+    names = targets if isinstance(targets, list) else []
+    if not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: target_modules names no layer of this model")
-    return rank, alpha, dropout, targets
+    return names

@@ -1,7 +1,7 @@
 """The ways to fine-tune, a row each: what --method means, and the only place that knows.
 
-A method leaves an ordinary nn.Module behind; the loop never asks which it is. To add one: its functions and a row of
-`METHODS`.
+A method leaves an ordinary nn.Module behind; the loop never asks which it is. To add one: its
+functions and a row of `METHODS`.
 """
 
 import re
@@ -22,11 +22,13 @@ from model import Transformer, quantized_linears
 class Method(NamedTuple):
     """A way to fine-tune.
 
-    attach(model, settings): freezes what is not trained and adds what is, on a model with weights or on the meta
-        device.
-    start(model, settings): gives what was added on the meta device its first numbers; elsewhere attach does it.
+    attach(model, settings): freezes what is not trained and adds what is, on a model with weights
+        or on the meta device.
+    start(model, settings): gives what was added on the meta device its first numbers; elsewhere
+        attach does it.
     save(model, folder, write_extra): writes final/ or best/.
-    lr_factor: of the default learning rate. weight_decay: the default.
+    lr_factor: of the default learning rate.
+    weight_decay: the default.
     freezes_base: the base may then be in 4 bits, may be replicated on all ranks, and is not saved.
     options: names of the options that this method reads, and others don't.
     quant: the 4-bit format of the base where --quant is not given.
@@ -53,6 +55,8 @@ def attach_lora(model: Transformer, settings) -> None:
 
 
 def start_lora(model: Transformer, settings) -> None:
+    """Gives a LoRA that was put on a model without memory its first numbers: those of --adapter, or
+    new ones."""
     if continues_adapter(settings):
         lora.load_lora_weights(model, settings.adapter)
         return
@@ -61,12 +65,16 @@ def start_lora(model: Transformer, settings) -> None:
 
 
 def continues_adapter(settings) -> bool:
-    """True if the run begins with the numbers of --adapter; a run that is resumed has its own by now."""
+    """True if the run begins with the numbers of --adapter; a run that is resumed has its own by
+    now."""
     return bool(settings.adapter) and not settings.resume
 
 
 def select_weights(model: Transformer, settings) -> None:
-    """Marks the model's own weights as trained, those alone that --train names if it is given."""
+    """Marks the model's own weights as trained, those alone that --train names if it is given.
+
+    Raises UserError if the model is in 4 bits, or if --train matches no parameter.
+    """
     if quantized_linears(model):
         raise UserError(
             f"{model.source}: its weights are in 4 bits, which can't be trained; use --method qlora"
@@ -75,6 +83,7 @@ def select_weights(model: Transformer, settings) -> None:
     model.compute_dtype = compute_dtype
     if not settings.train:
         return
+    # Users know the published names, so --train is matched with those.
     names = {name: checkpoint.hf_name(model, name) for name, _ in model.named_parameters()}
     selected = {name for name in names if re.search(settings.train, names[name])}
     if not selected:
@@ -84,20 +93,28 @@ def select_weights(model: Transformer, settings) -> None:
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in selected)
-        # Frozen means: not even rounded. On the meta device, before it is sharded, whether that is so is not known yet.
+        # A frozen weight needs no float32 master, which saves memory where the narrow dtype holds
+        # the same number. Frozen means: not even rounded. On the meta device, before it is sharded,
+        # whether that is so is not known yet.
         if name not in selected and not parameter.is_meta:
             narrow = parameter.data.to(compute_dtype)
             if torch.equal(narrow.float(), parameter.data):
                 parameter.data = narrow
 
 
+def start_nothing(model: Transformer, settings) -> None:
+    """Does nothing: full fine-tuning adds no parameters, and loading fills those of the model."""
+
+
 def save_full(model: Transformer, folder: Path, write_extra: Callable[[Path], None]) -> None:
-    checkpoint.save_model(model, folder, checkpoint.stored_dtype(model.config), write_extra)
+    """Writes a Hugging Face folder, in the dtype of the base's files."""
+    dtype = checkpoint.stored_dtype(model.config)
+    checkpoint.save_model(model, folder, dtype, write_extra)
 
 
 FULL = Method(
     attach=select_weights,
-    start=lambda *_: None,
+    start=start_nothing,
     save=save_full,
     lr_factor=1,
     weight_decay=0.01,
@@ -121,23 +138,30 @@ METHODS = {"full": FULL, "lora": LORA, "qlora": QLORA}
 
 
 def method_name(settings) -> str:
-    """The name of the row of a run: --method lora on a quantized base is QLoRA by another name."""
-    return "qlora" if settings.quant else settings.method
+    """Returns the name of a run's row: --method lora on a quantized base is QLoRA by another name."""
+    if settings.quant:
+        return "qlora"
+    return settings.method
 
 
 def method_of(settings) -> Method:
-    """The row of a run."""
+    """Returns the row of a run."""
     return METHODS[method_name(settings)]
 
 
 def load_trainable(settings, folder: Path, device: torch.device) -> Transformer:
-    """Loads the base model and makes it trainable by the run's method; sharded over the ranks where --shard asks."""
+    """Loads the base model and makes it trainable by the run's method; sharded over the ranks where
+    --shard asks."""
+    # LoRA's first numbers are random.
     torch.manual_seed(settings.seed)
-    method, dtype = method_of(settings), DTYPES[settings.dtype]
+    method = method_of(settings)
     if method.freezes_base or settings.optimizer_offload:
-        stored = dtype
-    else:  # fp32 masters: rounded to the nearest bf16 number, small updates would be lost
-        stored = torch.bfloat16 if settings.weights == "bf16" else torch.float32
+        stored = DTYPES[settings.dtype]
+    elif settings.weights == "bf16":
+        stored = torch.bfloat16
+    else:
+        # fp32 masters: rounded to the nearest bf16 number, small updates would be lost.
+        stored = torch.float32
     if settings.shard == "none":
         model = checkpoint.load_model(folder, stored, device, settings.quant)
         method.attach(model, settings)
@@ -150,19 +174,27 @@ def load_trainable(settings, folder: Path, device: torch.device) -> Transformer:
 def load_sharded(
     method: Method, settings, folder: Path, stored: torch.dtype, device: torch.device
 ) -> Transformer:
-    """As `load_trainable`: the model is made trainable and sharded on the meta device, then each rank reads its own
-    rows. stored: dtype of the weights."""
-    dtype = DTYPES[settings.dtype]
-    gathered = None if method.freezes_base or dtype == stored else dtype
+    """Returns what `load_trainable` does: the model is made trainable and sharded on the meta
+    device, then each rank reads its own rows.
 
-    def arrange(model: Transformer) -> None:
+    stored: the dtype of the weights.
+    """
+    # Masters are cast before they are gathered for a layer, which sends half the bytes.
+    dtype = DTYPES[settings.dtype]
+    gathered = None
+    if not method.freezes_base and dtype != stored:
+        gathered = dtype
+
+    def attach_and_shard(model: Transformer) -> None:
         method.attach(model, settings)
         distributed.shard_model(model, settings.shard, device, gathered, settings.shard_offload)
 
-    memory = "cpu" if settings.shard_offload else device
-    model = checkpoint.load_model(folder, stored, memory, settings.quant, arrange)
-    if settings.shard_offload:  # what is not sharded is not brought to the device when it is needed
-        for p in model.parameters():
-            p.data = p.data if distributed.is_sharded(p) else p.data.to(device)
+    memory = torch.device("cpu") if settings.shard_offload else device
+    model = checkpoint.load_model(folder, stored, memory, settings.quant, attach_and_shard)
+    if settings.shard_offload:
+        # What is not sharded is not brought to the device when it is needed.
+        for parameter in model.parameters():
+            if not distributed.is_sharded(parameter):
+                parameter.data = parameter.data.to(device)
     method.start(model, settings)
     return model

@@ -1,20 +1,23 @@
-"""One decoder-only transformer that computes every supported family (families.py), by configuration.
+"""One decoder-only transformer, which computes every supported family (families.py).
 
-A family is a row of switches in `Config`, never a subclass: which norms there are and where, how the matrices of q, k
-and v are stored, their rotary positions and sliding windows, which MLP, whether it is a mixture of experts, and whether
-attention and MLP run one after the other or in parallel. What a switch does is explained where it is read.
+A family is a configuration: a row of switches in `Config`, never a subclass: which norms there are
+and where, how the matrices of q, k and v are stored, their rotary positions and sliding windows,
+which MLP, whether it is a mixture of experts, and whether attention and MLP run one after the other
+or in parallel. What a switch does is explained where it is read.
 
-Inside, a batch is one row of real tokens, [tokens, hidden], one document after another, and only attention knows where
-a document ends (kernels/attention.py). So padding is never computed, and packing is batching. `Transformer.forward` is
-the entry point for batches of shape [B, T].
+Inside, a batch is one row of real tokens, [tokens, hidden], one document after another, and only
+attention knows where a document ends (kernels/attention.py). So padding is never computed, and
+packing is batching. `Transformer.forward` is the entry point for batches of shape [B, T].
 
-Shapes in comments: N tokens of a flat batch, B sequences, T positions, D hidden, H heads, G key-value heads, d
-head_dim, V vocabulary, E experts.
+Shapes in comments: N tokens of a flat batch, B sequences, T positions, D hidden, H heads, G
+key-value heads, d head_dim, V vocabulary, E experts.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
+from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +42,10 @@ from quant import QuantizedWeight
 
 
 class Linear(nn.Module):
-    """x W^T + b. A float32 weight (a trained master weight) is cast to x's dtype for the product; its gradient is
-    float32.
+    """x W^T + b.
+
+    Mixed precision: a float32 weight (a trained master weight) is cast to x's dtype for the
+    product; its gradient is float32.
 
     nf4: stands in place of the weight, which is frozen then.
     """
@@ -57,38 +62,44 @@ class Linear(nn.Module):
         if self.nf4 is not None:
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return nf4_linear(x, self.nf4.tensors, bias)
+        # Autograd would keep the cast weight until the backward; `linears` casts it again there.
         if torch.is_grad_enabled():
-            return linears(x, [self.weight], [self.bias])[0]
-        return linears_reference(x, [self.weight], [self.bias])[0]
+            outputs = linears(x, [self.weight], [self.bias])
+        else:
+            outputs = linears_reference(x, [self.weight], [self.bias])
+        return outputs[0]
 
     def forward_shared(
         self, x: Tensor, layers: list, up: Tensor | None = None, activation: str = ""
     ) -> list[Tensor]:
-        """Returns the outputs of several layers that read the same input, as one autograd function where that saves
-        memory or time.
+        """Returns the outputs of several layers that read the same input, as one autograd function
+        where that saves memory or time.
 
         layers: this one and others.
         The input is x [N, in], or with `up` [N, in], act(x) * up. activation: the name of act.
         """
-        if torch.is_grad_enabled() and all(
-            type(layer) is Linear and layer.nf4 is None for layer in layers
-        ):
-            weights = [layer.weight for layer in layers]
-            biases = [layer.bias for layer in layers]
-            return linears(x, weights, biases, up, activation)
-        return forward_each(x, layers, up, activation)
+        if not torch.is_grad_enabled() or not are_plain(layers):
+            return forward_each(x, layers, up, activation)
+        weights = [layer.weight for layer in layers]
+        biases = [layer.bias for layer in layers]
+        return linears(x, weights, biases, up, activation)
 
     @property
     def frozen(self) -> Frozen:
         """The weight as the kernels take it that do not train it."""
-        return (self.weight,) if self.nf4 is None else self.nf4.tensors
+        if self.nf4 is None:
+            return (self.weight,)
+        return self.nf4.tensors
 
     def member(self) -> Member | None:
-        """Returns this linear of an expert as kernels/grouped.py takes it; None if it has a bias."""
-        return None if self.bias is not None else Member(self.frozen)
+        """Returns this linear of an expert as kernels/grouped.py takes it; None if it has a
+        bias."""
+        if self.bias is not None:
+            return None
+        return Member(self.frozen)
 
     def quantize(self, nf4: NF4) -> None:
-        self.weight = None
+        self.register_parameter("weight", None)
         self.nf4 = QuantizedWeight(nf4)
 
     def dequantize(self, weight: Tensor) -> None:
@@ -107,17 +118,29 @@ class Embedding(nn.Module):
         return F.embedding(ids, self.weight)
 
 
+def are_plain(layers: list[nn.Module]) -> bool:
+    """True if all layers are Linears themselves, not adapted ones, and have a weight that is not
+    in NF4."""
+    return all(type(layer) is Linear and layer.nf4 is None for layer in layers)
+
+
 def forward_each(
     x: Tensor, layers: list[nn.Module], up: Tensor | None, activation: str
 ) -> list[Tensor]:
     """Returns what `Linear.forward_shared` returns, computed layer by layer."""
     if up is not None:
-        x = Gated.apply(x, up, activation) if torch.is_grad_enabled() else gated(x, up, activation)
+        if torch.is_grad_enabled():
+            x = Gated.apply(x, up, activation)
+        else:
+            x = gated(x, up, activation)
     return [layer(x) for layer in layers]
 
 
 class RMSNorm(nn.Module):
-    """Zhang and Sennrich 2019. offset: added to the weight."""
+    """Zhang and Sennrich 2019.
+
+    offset: added to the weight. Gemma's published weights are the distances from 1.
+    """
 
     def __init__(self, size: int, eps: float, offset: float = 0.0):
         super().__init__()
@@ -128,7 +151,8 @@ class RMSNorm(nn.Module):
     def forward(
         self, x: Tensor, added: Tensor | None = None, pair: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Returns the norm of x. If `pair`, returns x + added (x itself if `added` is None) and the norm of that."""
+        """Returns the norm of x. If `pair`, returns x + added (x itself if `added` is None) and the
+        norm of that."""
         if pair:
             return add_rms_norm(x, added, self.weight, self.eps, self.offset)
         return rms_norm(x, self.weight, self.eps, self.offset)
@@ -144,9 +168,9 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(
-            x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
-        )
+        weight = self.weight.to(x.dtype)
+        bias = self.bias.to(x.dtype)
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
 def make_norm(config: Config, enabled: bool = True) -> nn.Module:
@@ -158,18 +182,27 @@ def make_norm(config: Config, enabled: bool = True) -> nn.Module:
 
 
 def add_then_norm(x: Tensor, added: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Returns x + added (x itself if `added` is None), and the norm of that. An RMSNorm on a GPU does both in one
-    kernel."""
+    """Returns x + added (x itself if `added` is None), and the norm of that. An RMSNorm on a GPU
+    does both in one kernel."""
     if isinstance(norm, RMSNorm):
         return norm(x, added, pair=True)
-    total = x if added is None else x + added
-    return total, norm(total)
+    if added is not None:
+        x = x + added
+    return x, norm(x)
 
 
 class Attention(nn.Module):
+    """The matrices and norms of attention with grouped queries (Ainslie et al. 2023).
+
+    `forward` is given the function that attends, since training and decoding differ in it.
+    """
+
     def __init__(self, config: Config, layer: Layer):
         super().__init__()
-        D, H, G, d = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        D = config.hidden_size
+        H = config.num_heads
+        G = config.num_kv_heads
+        d = config.head_dim
         self.heads = H
         self.kv_heads = G
         self.head_dim = d
@@ -182,10 +215,12 @@ class Attention(nn.Module):
             self.qkv = Linear(D, (H + 2 * G) * d, config.qkv_bias)
         self.o = Linear(H * d, D, config.o_bias)
         self.qk_norm = config.qk_norm
-        if self.qk_norm:
-            q_size, k_size = (d, d) if self.qk_norm == "head" else (H * d, G * d)
-            self.q_norm = RMSNorm(q_size, config.norm_eps, config.norm_offset)
-            self.k_norm = RMSNorm(k_size, config.norm_eps, config.norm_offset)
+        if self.qk_norm == "head":
+            self.q_norm = RMSNorm(d, config.norm_eps, config.norm_offset)
+            self.k_norm = RMSNorm(d, config.norm_eps, config.norm_offset)
+        elif self.qk_norm:  # "whole": over all heads together
+            self.q_norm = RMSNorm(H * d, config.norm_eps, config.norm_offset)
+            self.k_norm = RMSNorm(G * d, config.norm_eps, config.norm_offset)
         self.scores = Scores(layer.scale, layer.window, config.attention_softcap)
 
     def forward(
@@ -194,36 +229,50 @@ class Attention(nn.Module):
         """Returns what the layer adds to the residual, [N, D].
 
         x: [N, D].
-        cos_sin: cosines and sines of the positions, [N, 1, r / 2] each; None: q and k are not rotated.
+        cos_sin: cosines and sines of the positions, [N, 1, r / 2] each; None: q and k are not
+        rotated.
         attention_fn: a function of q, k, v and self.scores.
         """
         q, k, v = self.project(x)
+        # The norm comes before the rotation, as in the published models.
         if self.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         elif self.qk_norm == "whole":
             q = self.q_norm(q.flatten(1)).view_as(q)
             k = self.k_norm(k.flatten(1)).view_as(k)
         if cos_sin is not None:
-            q, k = rope_qk(q, k, *cos_sin)
-        return self.o(attention_fn(q, k, v, self.scores).flatten(1))
+            cos, sin = cos_sin
+            q, k = rope_qk(q, k, cos, sin)
+        out = attention_fn(q, k, v, self.scores)  # [N, H, d]
+        return self.o(out.flatten(1))
 
-    def project(
-        self, x: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:  # [N, D] -> [N, H, d], [N, G, d], [N, G, d]
-        H, G, d = self.heads, self.kv_heads, self.head_dim
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[N, D] -> q [N, H, d], k [N, G, d] and v [N, G, d]"""
+        H = self.heads
+        G = self.kv_heads
+        d = self.head_dim
         if self.layout == "split":
-            q, k, v = self.q.forward_shared(x, [self.q, self.k, self.v])
+            layers = [self.q, self.k, self.v]
+            q, k, v = self.q.forward_shared(x, layers)
         elif self.layout == "stacked":
-            q, k, v = self.qkv(x).split((H * d, G * d, G * d), -1)
+            sizes = (H * d, G * d, G * d)
+            q, k, v = self.qkv(x).split(sizes, -1)
         else:  # grouped: for each key-value head its q heads, its k and its v
-            groups = self.qkv(x).view(-1, G, H // G + 2, d)
-            q, k, v = groups[:, :, :-2], groups[:, :, -2], groups[:, :, -1]
-        return q.reshape(-1, H, d), k.reshape(-1, G, d), v.reshape(-1, G, d)
+            n_rep = H // G
+            groups = self.qkv(x).view(-1, G, n_rep + 2, d)
+            q = groups[:, :, :-2]  # [N, G, n_rep, d]
+            k = groups[:, :, -2]  # [N, G, d]
+            v = groups[:, :, -1]
+        q = q.reshape(-1, H, d)
+        k = k.reshape(-1, G, d)
+        v = v.reshape(-1, G, d)
+        return q, k, v
 
 
 class MLP(nn.Module):
-    """kind "gated": down(act(gate x) * up x) (Shazeer 2020). "stacked": the same, with the rows of gate above those of
-    up in one matrix. "plain": down(act(up x)).
+    """kind "gated": down(act(gate x) * up x) (Shazeer 2020). "stacked": the same, with the rows of
+    gate above those of up in one matrix. "plain": down(act(up x)).
 
     inner: the intermediate size.
     """
@@ -243,11 +292,13 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [N, D] -> [N, D]
         if self.kind == "plain":
-            return self.down(ACTIVATIONS[self.activation](self.up(x)))
+            activation = ACTIVATIONS[self.activation]
+            return self.down(activation(self.up(x)))
         if self.kind == "stacked":
             gate, up = self.gate_up(x).chunk(2, -1)
         else:
             gate, up = self.gate.forward_shared(x, [self.gate, self.up])
+        # `down` gets gate and up, so that act(gate) * up need not be saved for the backward.
         return self.down.forward_shared(gate, [self.down], up, self.activation)[0]
 
 
@@ -264,27 +315,34 @@ class DropoutSeeds:
 
 
 class Experts(nn.Module):
-    """Many MLPs, of which each token uses a few: those that a router finds likeliest, weighted by its probabilities
-    (Shazeer et al. 2017; Jiang et al. 2024, Mixtral). The router is no Linear, so adapters leave it as it is."""
+    """Many MLPs, of which each token uses a few: those that a router finds likeliest, weighted by
+    its probabilities (Shazeer et al. 2017; Jiang et al. 2024, Mixtral). The router is no Linear, so
+    adapters leave it as it is."""
 
     def __init__(self, config: Config):
         super().__init__()
-        self.rules = config.experts
-        self.router = Router(config.hidden_size, self.rules.count)
+        rules = config.experts
+        assert rules is not None, "a layer is routed only if the configuration has experts"
+        self.rules = rules
+        self.router = Router(config.hidden_size, rules.count)
         self.experts = nn.ModuleList(
-            MLP(config, self.rules.intermediate_size) for _ in range(self.rules.count)
+            MLP(config, rules.intermediate_size) for _ in range(rules.count)
         )
         self.dropout_seeds = DropoutSeeds()  # Transformer puts its own here
         self.cached_products: list[Product | None] | None = None  # see products()
-        # Of a batch in training, for the balance loss: the fraction of choices and the mean probability of each expert,
-        # float32 [E]. () once they are used, so that a block that is computed again does not set them anew.
-        self.load = None
+        # Of a batch in training, for the balance loss: the fraction of choices and the mean
+        # probability of each expert, float32 [E]. () once they are used, so that a block that is
+        # computed again does not set them anew.
+        self.load: tuple[Tensor, Tensor] | tuple[()] | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # [N, D] -> [N, D]
-        probs = self.router(x).softmax(-1, dtype=torch.float32)  # [N, E]
+        # In float32, as the published models do: in bf16, more experts would be equally likely.
+        logits = self.router(x)
+        probs = logits.softmax(-1, dtype=torch.float32)  # [N, E]
         weights, chosen = probs.topk(self.rules.active)  # [N, active]
         if self.rules.normalised:
             weights = weights / weights.sum(-1, keepdim=True)
+        # One after the other is the general way: it takes any linears, on any device.
         if self.can_group(x):
             out = self.forward_grouped(x, probs, weights, chosen)
             if out is not None:
@@ -292,48 +350,50 @@ class Experts(nn.Module):
         return self.forward_each_expert(x, probs, weights, chosen)
 
     def can_group(self, x: Tensor | None = None) -> bool:
-        """True if all experts can be computed together for x [N, D]. Without x, activations with the dtype and device
-        of the weights are meant."""
+        """True if all experts can be computed together for x [N, D]. Without x, activations with
+        the dtype and device of the weights are meant."""
+        if self.experts[0].kind != "gated":
+            return False
         like = self.router.weight if x is None else x
-        is_gated = self.experts[0].kind == "gated"
-        return is_gated and can_group(like, self.rules.count, self.rules.intermediate_size)
+        return can_group(like, self.rules.count, self.rules.intermediate_size)
 
     def forward_grouped(
         self, x: Tensor, probs: Tensor, weights: Tensor, chosen: Tensor
     ) -> Tensor | None:
-        """Computes all experts together, without waiting for the GPU. Returns None if the experts' linears are not
-        alike."""
-        products = self.products()
-        if None in products:
+        """Computes all experts together, without waiting for the GPU. Returns None if the experts'
+        linears are not alike."""
+        gate_up, down = self.products()
+        if gate_up is None or down is None:
             return None
         routes = sort_pairs(chosen, self.rules.count)
         if self.training and self.load is None:
-            self.load = routes.groups.counts / len(x), probs.mean(0)
-        return routed_mlp(
-            x, weights, routes, *products, self.experts[0].activation, self.dropout_seeds.seeds
-        )
+            chosen_fraction = routes.groups.counts / len(x)
+            self.load = (chosen_fraction, probs.mean(0))
+        first = cast(MLP, self.experts[0])  # all have the same activation
+        seeds = self.dropout_seeds.seeds
+        return routed_mlp(x, weights, routes, gate_up, down, first.activation, seeds)
 
     def products(self) -> list[Product | None]:
-        """Returns the product of gate and up, and that of down. They are kept in inference mode, because with 128
-        experts making them takes longer than the products of a decoding step."""
+        """Returns the product of gate and up, and that of down. They are kept in inference mode,
+        because with 128 experts making them takes longer than the products of a decoding step."""
         is_inference = torch.is_inference_mode_enabled()
         if self.cached_products is not None and is_inference:
             return self.cached_products
-        products = []
-        for names in (("gate", "up"), ("down",)):
-            members = [
-                [getattr(expert, name).member() for expert in self.experts] for name in names
-            ]
-            products.append(make_product(members))
-        self.cached_products = products if is_inference else None
-        return products
+        gate_up = make_product([self.members("gate"), self.members("up")])
+        down = make_product([self.members("down")])
+        self.cached_products = [gate_up, down] if is_inference else None
+        return [gate_up, down]
 
-    def train(self, mode: bool = True) -> nn.Module:
+    def members(self, name: str) -> list[Member | None]:
+        """Returns the linear `name` of every expert, as kernels/grouped.py takes it."""
+        return [getattr(expert, name).member() for expert in self.experts]
+
+    def train(self, mode: bool = True) -> "Experts":
         # Decoding begins with a call of this, and adapters may have changed before.
         self.cached_products = None
         return super().train(mode)
 
-    def _apply(self, *args, **named) -> nn.Module:
+    def _apply(self, *args, **named) -> "Experts":
         # The parameters are about to move to other memory.
         self.cached_products = None
         return super()._apply(*args, **named)
@@ -343,38 +403,51 @@ class Experts(nn.Module):
     ) -> Tensor:
         """Computes one expert after the other."""
         E = self.rules.count
-        order = chosen.flatten().argsort(stable=True)  # token-expert pairs, sorted by expert
-        counts = torch.bincount(chosen.flatten(), minlength=E)
+        # Each token makes `active` pairs with its experts. Sorted by expert, the pairs of an expert
+        # are adjacent.
+        experts = chosen.flatten()  # [pairs]
+        order = experts.argsort(stable=True)
+        counts = torch.bincount(experts, minlength=E)  # [E]
         # Not when a block is computed again: the load would keep all that this computation saves.
         if self.training and self.load is None:
-            self.load = counts / len(x), probs.mean(0)
-        token = order // self.rules.active
+            chosen_fraction = counts / len(x)
+            self.load = (chosen_fraction, probs.mean(0))
+        token = order // self.rules.active  # [pairs]
         sizes = counts.tolist()  # the host waits for the GPU here, and nowhere else
         parts = x.index_select(0, token).split(sizes)
         seeds = self.dropout_seeds.seeds
-        part_seeds = [None] * E if seeds is None else seeds[token].split(sizes)
+        part_seeds: Sequence[Tensor | None] = [None] * E
+        if seeds is not None:
+            part_seeds = seeds[token].split(sizes)
         outs = []
         for expert, part, expert_seeds in zip(self.experts, parts, part_seeds, strict=True):
-            # In training, an expert that no token chose is computed too: without a gradient, even one of zeros, Adam's
-            # momentum would not move its weights.
+            # In training, an expert that no token chose is computed too: without a gradient, even
+            # one of zeros, Adam's momentum would not move its weights.
             if len(part) or self.training:
                 self.dropout_seeds.seeds = expert_seeds
                 outs.append(expert(part))
         self.dropout_seeds.seeds = seeds
-        out = torch.cat(outs) * weights.flatten()[order, None].to(x.dtype)
+        out = torch.cat(outs)  # [pairs, D]
+        pair_weights = weights.flatten()[order, None].to(x.dtype)  # [pairs, 1]
+        out = out * pair_weights
         return torch.zeros_like(x).index_add(0, token, out)
 
     def make_weights_contiguous(self) -> None:
-        """Moves the weights and adapters of all experts into a few tensors, of which the parameters become views: see
-        kernels/grouped.py."""
+        """Moves the weights and adapters of all experts into a few tensors, of which the parameters
+        become views: see kernels/grouped.py."""
         self.cached_products = None
-        for names in (("gate", "up"), ("down",)):
-            members = [getattr(expert, name).member() for expert in self.experts for name in names]
-            if None in members:
+        gate_up = []  # in the order of a Product: gate, up, gate, up
+        for gate, up in zip(self.members("gate"), self.members("up"), strict=True):
+            gate_up += [gate, up]
+        for linears_of_product in (gate_up, self.members("down")):
+            rows: list[list[Tensor | None]] = []  # the tensors of each linear
+            for member in linears_of_product:
+                if member is not None:
+                    rows.append([*member.frozen, member.A, member.B])
+            if len(rows) < len(linears_of_product):
                 continue
-            rows = [[*member.frozen, member.A, member.B] for member in members]
             for column in zip(*rows, strict=True):
-                make_contiguous(column)
+                make_contiguous(list(column))
 
 
 def stack_expert_weights(model: nn.Module) -> None:
@@ -397,6 +470,8 @@ class Router(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer of the decoder: attention, then an MLP or experts; or both beside each other."""
+
     def __init__(self, config: Config, layer: Layer):
         super().__init__()
         self.parallel = config.parallel
@@ -415,15 +490,19 @@ class Block(nn.Module):
         cos_sin: tuple[Tensor, Tensor] | None,
         attention_fn: Callable,
     ) -> tuple[Tensor, Tensor | None]:
-        """Takes and returns the residual, [N, D], and what the next norm still has to add to it: [N, D] or None (see
-        `residual_pair`)."""
+        """Takes and returns the residual, [N, D], and what the next norm still has to add to it:
+        [N, D] or None (see `residual_pair`)."""
         x, normed = add_then_norm(x, added, self.attention_norm)
-        attended = self.attention_post_norm(self.attention(normed, cos_sin, attention_fn))
+        attended = self.attention(normed, cos_sin, attention_fn)
+        attended = self.attention_post_norm(attended)
         if self.parallel:
-            out = self.mlp(normed if self.shared else self.mlp_norm(x))
+            # Both read the residual as it was before attention.
+            mlp_input = normed if self.shared else self.mlp_norm(x)
+            out = self.mlp(mlp_input)
             return self.residual_pair(x + attended, out)
         x, normed = add_then_norm(x, attended, self.mlp_norm)
-        return self.residual_pair(x, self.mlp_post_norm(self.mlp(normed)))
+        out = self.mlp_post_norm(self.mlp(normed))
+        return self.residual_pair(x, out)
 
     def residual_pair(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns (x, added) if the next norm adds in its kernel, else (x + added, None)."""
@@ -433,8 +512,8 @@ class Block(nn.Module):
 
 
 def with_fresh_casts(hidden: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorates Transformer.hidden: meanwhile, casts of the adapters' matrices to the model's dtype are at hand
-    (lora.ModelCasts). Compiled blocks cast by themselves."""
+    """Decorates Transformer.hidden: meanwhile, casts of the adapters' matrices to the model's dtype
+    are at hand (lora.ModelCasts). Compiled blocks cast by themselves."""
 
     @wraps(hidden)
     def run(model: "Transformer", *inputs, **named) -> Tensor:
@@ -447,14 +526,19 @@ def with_fresh_casts(hidden: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Transformer(nn.Module):
-    """The weights are not initialized: checkpoint.load_model builds the model on the meta device and fills it.
+    """The weights are not initialized: checkpoint.load_model builds the model on the meta device
+    and fills it.
 
-    compute_dtype: the dtype of activations; None: that of the embedding table. Full fine-tuning sets it, to keep
-    float32 weights and compute in bf16.
-    activation_checkpointing: one of KINDS in kernels/activation_checkpointing.py, what is saved for the backward.
+    compute_dtype: the dtype of activations; None: that of the embedding table. Full fine-tuning
+    sets it, to keep float32 weights and compute in bf16.
+    activation_checkpointing: one of CHECKPOINTING_KINDS in kernels/activation_checkpointing.py, what
+    is saved for the backward.
     lora_casts: a lora.ModelCasts if there is an adapter.
     unquantized: names of linears that should have been quantized and could not be.
+    source: the folder that weights, tokenizer and settings come from; set by whoever loads them.
     """
+
+    source: Path
 
     def __init__(self, config: Config):
         super().__init__()
@@ -466,19 +550,18 @@ class Transformer(nn.Module):
         self.compiled = False
         self.lora_casts = None
         self.unquantized: list[str] = []
-        # {the index in config.ropes: its frequencies}, on the device where they were used last.
+        # {the index in config.ropes: its frequencies}, on the device where they were used last. No
+        # buffers, since the model is built on the meta device and filled from files.
         self.inv_freqs: dict[int, Tensor] = {}
         self.embed = Embedding(config.vocab_size, config.hidden_size)
-        self.positions = (
-            Embedding(config.max_positions, config.hidden_size)
-            if config.learned_positions
-            else None
-        )
+        self.positions = None
+        if config.learned_positions:
+            self.positions = Embedding(config.max_positions, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = make_norm(config)
-        self.head = (
-            None if config.tied else Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.head = None
+        if not config.tied:
+            self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         for block in self.blocks:
             if isinstance(block.mlp, Experts):
                 block.mlp.dropout_seeds = self.dropout_seeds
@@ -494,11 +577,15 @@ class Transformer(nn.Module):
 
     @property
     def size(self) -> int:
-        """The number of parameters. A weight in NF4 counts with all the numbers that it stands for."""
-        plain = sum(p.numel() for name, p in self.named_parameters() if ".nf4." not in name)
-        return plain + sum(
-            layer.in_features * layer.out_features for layer in quantized_linears(self).values()
-        )
+        """The number of parameters. A weight in NF4 counts with all the numbers that it stands
+        for."""
+        size = 0
+        for name, parameter in self.named_parameters():
+            if ".nf4." not in name:
+                size += parameter.numel()
+        for linear in quantized_linears(self).values():
+            size += linear.in_features * linear.out_features
+        return size
 
     def head_weight(self) -> Tensor:
         """Returns the weight of the output head, [V, D]. One in NF4 is dequantized at each call."""
@@ -518,94 +605,116 @@ class Transformer(nn.Module):
         lengths: int64 [N], the length of the document that each token is in, as far as it is known.
         attention_fns: for each block, a function of q, k, v and its Scores.
         """
-        tables = [self.cos_sin(i, positions, lengths) for i in range(len(self.config.ropes))]
+        # Layers share ropes, so the cosines and sines of each rope are computed once.
+        num_ropes = len(self.config.ropes)
+        tables = [self.cos_sin(i, positions, lengths) for i in range(num_ropes)]
         x = self.embed(tokens).to(self.dtype)
         if self.config.embed_scale != 1.0:
-            # The published models round the scale to the dtype of the activations before they multiply.
-            x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype).item()
+            # The published models round the scale to the dtype of the activations before they
+            # multiply.
+            scale = torch.tensor(self.config.embed_scale, dtype=x.dtype)
+            x = x * scale.item()
         if self.positions is not None:
             x = x + self.positions(positions).to(x.dtype)
         checkpointing = None
         if self.activation_checkpointing != "none" and torch.is_grad_enabled():
             checkpointing = ActivationCheckpointing(self.activation_checkpointing, x.device)
         added = None  # what the next norm still has to add to x (Block.residual_pair)
-        for block, layer, attention_fn in zip(
-            self.blocks, self.config.layers, attention_fns, strict=True
-        ):
+        layers = self.config.layers
+        for block, layer, attention_fn in zip(self.blocks, layers, attention_fns, strict=True):
             cos_sin = None if layer.rope is None else tables[layer.rope]
             if checkpointing:
                 is_last = block is self.blocks[-1]
                 x, added = checkpointing.run(block, is_last, x, added, cos_sin, attention_fn)
             else:
                 x, added = block(x, added, cos_sin, attention_fn)
-        return add_then_norm(x, added, self.norm)[1]
+        _, normed = add_then_norm(x, added, self.norm)
+        return normed
 
     def cos_sin(self, number: int, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the cosines and sines of rope `number` of the configuration, [N, 1, r / 2] in the model's dtype.
+        """Returns the cosines and sines of rope `number` of the configuration, [N, 1, r / 2] in the
+        model's dtype.
 
         positions, lengths: as in `hidden`.
         """
         rope = self.config.ropes[number]
         scaling = rope.scaling or {}
         if scaling.get("rope_type") in LENGTH_DEPENDENT:
-            inv_freq = rope_inv_freq(rope.theta, rope.dim, scaling, lengths)
+            inv_freq = rope_inv_freq(rope.theta, rope.dim, scaling, lengths)  # [N, r / 2]
         else:
-            inv_freq = self.inv_freqs.get(number)
-            if inv_freq is None or inv_freq.device != positions.device:
-                # The table outlives the decoding that may need it first, and serves training then.
-                with torch.inference_mode(False):
-                    inv_freq = rope_inv_freq(rope.theta, rope.dim, rope.scaling).to(
-                        positions.device
-                    )
-                self.inv_freqs[number] = inv_freq
+            inv_freq = self.fixed_inv_freq(number, positions.device)  # [r / 2]
+        # In float32: in bf16, large positions would not be distinct.
         angles = positions[:, None].float() * inv_freq
         factor = scaling.get("attention_factor", 1.0)
-        cos = (angles.cos() * factor).to(self.dtype).unsqueeze(1)
-        sin = (angles.sin() * factor).to(self.dtype).unsqueeze(1)
+        cos = angles.cos() * factor
+        sin = angles.sin() * factor
+        # One head, which stands for all.
+        cos = cos.to(self.dtype).unsqueeze(1)  # [N, 1, r / 2]
+        sin = sin.to(self.dtype).unsqueeze(1)
         return cos, sin
 
-    def flat(self, tokens: Tensor, documents: Documents) -> Tensor:
-        """Returns the hidden states of a flat batch of whole documents, [N, D], ready for the head. This is what
-        training calls. tokens: int64 [N]."""
+    def fixed_inv_freq(self, number: int, device: torch.device) -> Tensor:
+        """Returns the frequencies of a rope that does not depend on lengths, float32 [r / 2]."""
+        inv_freq = self.inv_freqs.get(number)
+        if inv_freq is not None and inv_freq.device == device:
+            return inv_freq
+        rope = self.config.ropes[number]
+        # The table outlives the decoding that may need it first, and serves training then.
+        with torch.inference_mode(False):
+            inv_freq = rope_inv_freq(rope.theta, rope.dim, rope.scaling).to(device)
+        self.inv_freqs[number] = inv_freq
+        return inv_freq
+
+    def flat(self, tokens: Tensor, documents: Documents | ShardedDocuments) -> Tensor:
+        """Returns the hidden states of a flat batch of whole documents, [N, D], ready for the head.
+        This is what training calls. tokens: int64 [N]."""
         self.dropout_seeds.seeds = documents.dropout_seeds
-        if isinstance(documents, ShardedDocuments):
-            attention_fn = (
-                torch.compiler.disable(documents.attend) if self.compiled else documents.attend
-            )
-        else:
+        attention_fn: Callable
+        if not isinstance(documents, ShardedDocuments):
             attention_fn = partial(self.attention_fn, documents=documents)
+        elif self.compiled:
+            attention_fn = torch.compiler.disable(documents.attend)
+        else:
+            attention_fn = documents.attend
         # Selective checkpointing computes the attention probabilities again in the backward.
-        attention_fn = partial(attention_fn, keep=self.activation_checkpointing != "selective")
-        return self.hidden(
-            tokens, documents.positions, documents.doc_lengths, [attention_fn] * len(self.blocks)
-        )
+        keep_probs = self.activation_checkpointing != "selective"
+        attention_fns = [partial(attention_fn, keep=keep_probs)] * len(self.blocks)
+        return self.hidden(tokens, documents.positions, documents.doc_lengths, attention_fns)
 
     def compile_blocks(self) -> None:
-        """Compiles the blocks with torch.compile: one graph for all of them, with the number of tokens left open.
+        """Compiles the blocks with torch.compile: one graph for all of them, with the number of
+        tokens left open.
 
-        Attention stays outside, because its shapes differ in every batch. So do grouped products, which are of as many
-        weights as there are experts. Raises UserError for soft-capped attention on a GPU.
+        Attention stays outside, because its shapes differ in every batch. So do grouped products,
+        which are of as many weights as there are experts. Raises UserError for soft-capped
+        attention on a GPU.
         """
         if self.device.type == "cuda" and self.config.attention_softcap:
             raise UserError(
-                "--compile on is not possible with this model: on a GPU, its soft-capped attention is compiled by"
-                " itself; use --compile off"
+                "--compile on is not possible with this model: on a GPU, its soft-capped attention"
+                " is compiled by itself; use --compile off"
             )
         self.compiled = True
         # Not as a decorator where it is defined: that would import the compiler in every run.
         self.attention_fn = torch.compiler.disable(document_attention)
         for block in self.blocks:
-            if isinstance(block.mlp, Experts):
-                block.mlp.forward_grouped = torch.compiler.disable(block.mlp.forward_grouped)
+            experts = block.mlp
+            if isinstance(experts, Experts):
+                # The instance's own function, over the class's method.
+                forward_grouped = torch.compiler.disable(experts.forward_grouped)
+                experts.forward_grouped = forward_grouped  # type: ignore[method-assign]
             block.compile(dynamic=True)
 
     def logits(self, hidden: Tensor) -> Tensor:  # [..., D] -> [..., V]
         logits = self.uncapped_logits(hidden)
         cap = self.config.logit_softcap
-        return logits if cap is None else cap * (logits / cap).tanh()
+        if cap is None:
+            return logits
+        return cap * (logits / cap).tanh()
 
     def uncapped_logits(self, hidden: Tensor) -> Tensor:  # [..., D] -> [..., V]
-        return F.linear(hidden, self.head_weight().to(hidden.dtype))
+        weight = self.head_weight().to(hidden.dtype)
+        return F.linear(hidden, weight)
 
     def forward(
         self,
@@ -617,10 +726,12 @@ class Transformer(nn.Module):
         """Returns logits of a batch of shape [B, T]. Every row is whole sequences from their start.
 
         tokens: int64 [B, T].
-        segments: int64 [B, T], the example that each token belongs to, numbered from 0 within a row; the tokens of an
-        example are adjacent. A negative number is padding, which is not computed. None: a row is one example.
+        segments: int64 [B, T], the example that each token belongs to, numbered from 0 within a
+        row; the tokens of an example are adjacent. A negative number is padding, which is not
+        computed. None: a row is one example.
         positions: int64 [B, T]; None: counted from 0 in each example.
-        keep: int64 [K], indices into the B * T positions whose logits are wanted; none may be padding.
+        keep: int64 [K], indices into the B * T positions whose logits are wanted; none may be
+        padding.
 
         Returns [B, T, V], zeros at padding; or [K, V] in the order of `keep`.
         """
@@ -628,24 +739,30 @@ class Transformer(nn.Module):
         if segments is None:
             segments = torch.zeros_like(tokens)
         is_real = segments >= 0
+        # One number for each example of the batch: a row has at most T of them.
         rows = torch.arange(B, device=segments.device)[:, None]
-        examples = (segments + T * rows)[is_real]  # one number for each example of the batch
-        lengths = torch.unique_consecutive(examples, return_counts=True)[1].tolist()
-        real = is_real.flatten().nonzero().flatten()  # [N]
-        documents = Documents(lengths, tokens.device)
+        examples = (segments + T * rows)[is_real]  # [N]
+        _, lengths = torch.unique_consecutive(examples, return_counts=True)
+        documents = Documents(lengths.tolist(), tokens.device)
+
+        # The flat batch: the tokens that are no padding, row after row.
+        real = is_real.flatten().nonzero().flatten()  # [N], indices into the B * T positions
         if positions is not None:
             documents.positions = positions.flatten()[real]
         hidden = self.flat(tokens.flatten()[real], documents)  # [N, D]
         if keep is None:
-            logits = self.logits(hidden)
-            return (
-                logits.new_zeros(B * T, logits.shape[-1]).index_copy(0, real, logits).view(B, T, -1)
-            )
+            logits = self.logits(hidden)  # [N, V]
+            V = logits.shape[-1]
+            padded = logits.new_zeros(B * T, V).index_copy(0, real, logits)
+            return padded.view(B, T, V)
+
         # The place of each position among the real tokens; -1 at padding.
         place = torch.full((B * T,), -1, device=tokens.device)
-        place = place.index_copy(0, real, torch.arange(len(real), device=real.device))
-        assert bool((place[keep] >= 0).all()), "keep names a padding position"
-        return self.logits(hidden[place[keep]])
+        numbers = torch.arange(len(real), device=real.device)
+        place = place.index_copy(0, real, numbers)
+        wanted = place[keep]  # [K]
+        assert bool((wanted >= 0).all()), "keep names a padding position"
+        return self.logits(hidden[wanted])
 
     def generate(
         self, prompts, max_new_tokens: int, mask: Tensor | None = None, **settings
@@ -658,13 +775,17 @@ class Transformer(nn.Module):
         """
         if mask is not None:
             prompts = [row[is_real.bool()] for row, is_real in zip(prompts, mask, strict=True)]
+        answers: list[list[int]] = []
         if settings.get("lookup"):
             # Look-up takes one prompt at a time.
-            return [
-                [step[0][1] for step in self.stream([p], max_new_tokens, **settings)]
-                for p in prompts
-            ]
-        answers: list[list[int]] = [[] for _ in prompts]
+            for prompt in prompts:
+                answer = []
+                for step in self.stream([prompt], max_new_tokens, **settings):
+                    _, token = step[0]
+                    answer.append(token)
+                answers.append(answer)
+            return answers
+        answers = [[] for _ in prompts]
         for step in self.stream(prompts, max_new_tokens, **settings):
             for i, token in step:
                 answers[i].append(token)
@@ -674,18 +795,20 @@ class Transformer(nn.Module):
     def stream(self, prompts, max_new_tokens: int, **settings) -> Iterator[list[tuple[int, int]]]:
         """Yields, for each step, (prompt number, new id) of every prompt that has not ended.
 
-        A prompt ends with an id in `stop`, after max_new_tokens, or at the model's last position. No prompt depends on
-        the others, except that what is sampled with a seed depends on the whole batch.
+        A prompt ends with an id in `stop`, after max_new_tokens, or at the model's last position.
+        No prompt depends on the others, except that what is sampled with a seed depends on the
+        whole batch.
 
         prompts: int64 [B, T], or lists of ids of any lengths, none of them empty.
-        repetition_penalty: that of Keskar et al. 2019 (CTRL), on ids that occur in the prompt or the answer. It comes
-        first, then the others in the order in which they stand here.
-        temperature: divides the logits. 0, the default, takes the likeliest id, and the next three have no effect.
+        repetition_penalty: that of Keskar et al. 2019 (CTRL), on ids that occur in the prompt or
+        the answer. It comes first, then the others in the order in which they stand here.
+        temperature: divides the logits. 0, the default, takes the likeliest id, and the next three
+        have no effect.
         top_k: only the top_k likeliest ids; 0: all.
         top_p: only the smallest set of ids with probability top_p (Holtzman et al. 2020).
         seed: of the random numbers.
-        lookup: for one prompt and temperature 0: speculative decoding, which drafts so many tokens at a time from the
-        text so far. The answer is the same, but for rounding.
+        lookup: for one prompt and temperature 0: speculative decoding, which drafts so many tokens
+        at a time from the text so far. The answer is the same, but for rounding.
         """
         with eval_mode(self), decoding.packed_weights(self, steps=max_new_tokens):
             yield from decoding.stream(self, prompts, max_new_tokens, **settings)
@@ -693,14 +816,17 @@ class Transformer(nn.Module):
 
 def quantized_linears(model: nn.Module) -> dict[str, Linear]:
     """Returns {name: linear} of the linears whose weight is in NF4."""
-    return {
-        name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.nf4 is not None
-    }
+    quantized = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and module.nf4 is not None:
+            quantized[name] = module
+    return quantized
 
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts the model into evaluation mode (no dropout) until the context ends, and then into the mode of before."""
+    """Puts the model into evaluation mode (no dropout) until the context ends, and then into the
+    mode of before."""
     before = model.training
     model.eval()
     try:

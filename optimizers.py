@@ -13,6 +13,7 @@ The training loop gets a list of optimizers. It sets their learning rates and ca
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,8 @@ MIN_8BIT_NUMEL = 4096
 # Elements that are fp32 at a time while 8-bit moments or bf16 weights are updated: a multiple of
 # NESTED_BLOCK.
 CHUNK_NUMEL = {"cpu": 1 << 18, "cuda": 1 << 24}
-# The learning rate after the warm-up, as a share of its peak, by progress: 0 at the peak, 1 a step after the last.
+# The learning rate after the warm-up, as a share of its peak, by progress: 0 at the peak, 1 a step
+# after the last.
 SCHEDULES = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "linear": lambda progress: 1 - progress,
@@ -54,14 +56,21 @@ DESCRIPTIONS = {
 class Optimizer:
     """A minimal torch.optim.Optimizer. (To construct torch's own imports the compiler: 150 MB, 1 s.)
 
-    A subclass has `step(found_inf)`. found_inf: float32 scalar, 1 = skip this update, 0 or None =
-    take it. On a GPU AdamW reads it on the device; the other optimizers wait until the host knows
-    its value.
+    groups: dicts of "params" and of settings for these parameters.
+    settings: for the groups that have none of their own.
     """
 
     def __init__(self, groups: list[dict], **settings):
         self.param_groups = [settings | group for group in groups]
         self.state: dict[Tensor, dict] = {}
+
+    def step(self, found_inf: Tensor | None = None) -> None:
+        """Updates every parameter that has a gradient.
+
+        found_inf: float32 scalar, 1 = skip this update, 0 or None = take it. On a GPU AdamW reads
+            it on the device; the other optimizers wait until the host knows its value.
+        """
+        raise NotImplementedError
 
     def zero_grad(self) -> None:
         for group in self.param_groups:
@@ -94,9 +103,24 @@ class Optimizer:
         return pairs
 
 
+def must_skip(found_inf: Tensor | None) -> bool:
+    """True if a step must change nothing (see `Optimizer.step`). It waits for the device."""
+    return found_inf is not None and bool(found_inf)
+
+
+def local_grad(p: Tensor) -> Tensor:
+    """Returns this rank's rows of the gradient of a parameter that has one."""
+    assert p.grad is not None
+    return to_local(p.grad)
+
+
+# ---- AdamW ----
+
+
 class AdamW(Optimizer):
-    """AdamW (Loshchilov & Hutter 2019): torch's fused step for fp32 weights with fp32 moments, and
-    two more forms.
+    """AdamW (Loshchilov & Hutter 2019).
+
+    fp32 weights with fp32 moments are updated by torch's fused step. There are two more forms.
 
     bits=8: the moments are stored in 8 bits, in blocks of 256 numbers (Dettmers et al. 2022, arXiv
     2110.02861), in the layout of bitsandbytes: the first moment is signed, the second is unsigned.
@@ -119,7 +143,7 @@ class AdamW(Optimizer):
         for group, parameters in self.with_gradients():
             fused, on_gpu, in_chunks = [], [], []
             for p in parameters:
-                if group["bits"] == 32 and p.dtype == torch.float32:
+                if has_fused_step(p, group):
                     fused.append(p)
                 elif use_triton(to_local(p)):
                     on_gpu.append(p)
@@ -129,15 +153,14 @@ class AdamW(Optimizer):
                 self.fused(fused, group, found_inf)
             if on_gpu:
                 self.update_on_gpu(on_gpu, group, found_inf)
-            if in_chunks:
-                skip = found_inf is not None and bool(found_inf)
-                if not skip:
-                    for p in in_chunks:
-                        self.update(p, group)
+            # Only these parameters wait for the device: the other two forms read found_inf there.
+            if in_chunks and not must_skip(found_inf):
+                for p in in_chunks:
+                    self.update(p, group)
 
     def init_state(self, p: Tensor, group: dict) -> dict[str, Tensor]:
         rows = to_local(p)
-        if group["bits"] == 32 and p.dtype == torch.float32:
+        if has_fused_step(p, group):
             return {
                 "m": torch.zeros_like(rows, memory_format=torch.preserve_format),
                 "v": torch.zeros_like(rows, memory_format=torch.preserve_format),
@@ -147,13 +170,16 @@ class AdamW(Optimizer):
         if not is_sharded(p):
             p.data = p.data.contiguous()
         # The kernel counts steps on the GPU; the CPU form needs the count on the host.
-        state = {"step": torch.zeros((), device=rows.device if use_triton(rows) else None)}
+        step_device = rows.device if use_triton(rows) else None
+        state = {"step": torch.zeros((), device=step_device)}
         numel = rows.numel()
         is_8bit = group["bits"] == 8 and p.numel() >= MIN_8BIT_NUMEL
         for name in ("m", "v"):
             if is_8bit:
+                # Whatever the codes are, a scale of 0 makes all numbers 0.
+                num_blocks = -(-numel // NESTED_BLOCK)
                 state[name] = torch.zeros(numel, dtype=torch.uint8, device=p.device)
-                state[f"{name}_scale"] = torch.zeros(-(-numel // NESTED_BLOCK), device=p.device)
+                state[f"{name}_scale"] = torch.zeros(num_blocks, device=p.device)
             else:
                 state[name] = torch.zeros(numel, dtype=torch.float32, device=p.device)
         return state
@@ -167,7 +193,7 @@ class AdamW(Optimizer):
         beta1, beta2 = group["betas"]
         adamw(
             params=[to_local(p) for p in parameters],
-            grads=[to_local(p.grad) for p in parameters],
+            grads=[local_grad(p) for p in parameters],
             exp_avgs=[state["m"] for state in states],
             exp_avg_sqs=[state["v"] for state in states],
             max_exp_avg_sqs=[],
@@ -186,8 +212,10 @@ class AdamW(Optimizer):
     def update_on_gpu(
         self, parameters: list[Tensor], group: dict, found_inf: Tensor | None
     ) -> None:
-        """Updates 8-bit moments or bf16 weights by the kernel, without waiting for the GPU: the GPU
-        itself counts the steps, and skips the update if found_inf is 1."""
+        """Updates 8-bit moments or bf16 weights by the kernel, without waiting for the GPU.
+
+        The GPU itself counts the steps, and skips the update if found_inf is 1.
+        """
         device = to_local(parameters[0]).device
         if found_inf is None:
             steps_taken = torch.ones((), device=device)
@@ -196,15 +224,16 @@ class AdamW(Optimizer):
             steps_taken = 1 - found_inf
         states = [self.state_of(p, group) for p in parameters]
         # A list of tensors is added: a single tensor would be read by the host, as a number.
-        torch._foreach_add_([state["step"] for state in states], [steps_taken] * len(states))
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, [steps_taken] * len(steps))
         # The seeds come from the device's generator, whose state is part of a checkpoint. Each has
         # 16 bytes, because Triton compiles one kernel for addresses that are multiples of 16, and
         # another one for all others.
         seeds = torch.randint(1 << 62, (len(parameters), 2), device=device)
         for p, state, seed in zip(parameters, states, seeds.unbind(), strict=True):
-            adamw_step(
-                to_local(p).view(-1), to_local(p.grad).reshape(-1), state, group, seed, found_inf
-            )
+            weights = to_local(p).view(-1)
+            grads = local_grad(p).reshape(-1)
+            adamw_step(weights, grads, state, group, seed, found_inf)
 
     def update(self, p: Tensor, group: dict) -> None:
         """Updates one parameter with plain PyTorch operations, CHUNK_NUMEL elements at a time."""
@@ -212,7 +241,7 @@ class AdamW(Optimizer):
         state["step"] += 1
         step = int(state["step"])
         weights = to_local(p).view(-1)
-        grads = to_local(p.grad).reshape(-1)
+        grads = local_grad(p).reshape(-1)
         is_8bit = state["m"].dtype == torch.uint8
         chunk_numel = CHUNK_NUMEL.get(p.device.type, CHUNK_NUMEL["cuda"])
         for start in range(0, len(weights), chunk_numel):
@@ -224,6 +253,7 @@ class AdamW(Optimizer):
             if is_8bit:
                 m = dequantize_moment(m, state["m_scale"][blocks], "m")
                 v = dequantize_moment(v, state["v_scale"][blocks], "v")
+            # The fp32 copies have no names, so that their memory is free again after the update.
             new_weights = adamw_update(
                 weights[chunk].float(), grads[chunk].float(), m, v, step, group
             )
@@ -234,6 +264,11 @@ class AdamW(Optimizer):
             if is_8bit:
                 state["m"][chunk], state["m_scale"][blocks] = quantize_moment(m, "m")
                 state["v"][chunk], state["v_scale"][blocks] = quantize_moment(v, "v")
+
+
+def has_fused_step(p: Tensor, group: dict) -> bool:
+    """True if torch's fused step updates a parameter: weight and moments are fp32."""
+    return group["bits"] == 32 and p.dtype == torch.float32
 
 
 def dequantize_moment(codes: Tensor, scales: Tensor, name: str) -> Tensor:
@@ -252,7 +287,7 @@ def quantize_moment(values: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 def adamw_update(w: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, group: dict) -> Tensor:
-    """Returns the new weights and changes the moments in place.
+    """Returns the new weights and changes the moments in place (Loshchilov & Hutter 2019, alg. 2).
 
     w, g, m, v: weight, gradient, first and second moment, each float32 [n].
     step: the number of steps, this one included.
@@ -262,24 +297,41 @@ def adamw_update(w: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, group: d
     beta1, beta2 = group["betas"]
     m.mul_(beta1).add_(g, alpha=1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    denominator = v.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
+    # The moments start at zero, so that early ones are too small by these factors.
+    correction1 = 1 - beta1**step
+    correction2 = 1 - beta2**step
+    denominator = v.sqrt().div_(math.sqrt(correction2)).add_(group["eps"])
     decayed = w * (1 - lr * group["weight_decay"])
-    return decayed.addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
+    return decayed.addcdiv_(m, denominator, value=-lr / correction1)
 
 
 def round_stochastically(x: Tensor) -> Tensor:
-    """Rounds float32 to one of the two neighbouring bf16 numbers, to the nearer one with the higher
-    probability, so that the result is right on average. Infinity and NaN are kept: the carry would
-    turn them into other numbers."""
+    """Rounds float32 to one of the two neighbouring bf16 numbers, right on average.
+
+    The nearer of the two has the higher probability.
+    """
+    # bf16 is the upper half of the bits of fp32. Noise in the lower half carries into the upper one
+    # as often as the lower half is large.
     bits = x.view(torch.int32)
     noise = torch.randint(1 << 16, x.shape, dtype=torch.int32, device=x.device)
-    rounded = ((bits + noise) & -(1 << 16)).view(torch.float32)
+    upper_half = -(1 << 16)
+    rounded = ((bits + noise) & upper_half).view(torch.float32)
+    # The carry would turn infinity and NaN into other numbers.
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
+class HostWeight(NamedTuple):
+    """What the host holds of a parameter on the device."""
+
+    master: nn.Parameter  # the rows of this rank, fp32
+    staging: Tensor  # gradients and weights travel between device and host through this buffer
+    optimizer: AdamW  # of the master weight
+
+
 class OffloadedAdamW(Optimizer):
-    """AdamW whose fp32 master weights and moments live in the host's memory, and whose steps the
-    CPU computes (Ren et al. 2021, ZeRO-Offload).
+    """AdamW in the host's memory (Ren et al. 2021, ZeRO-Offload).
+
+    fp32 master weights and moments live there, and the CPU computes the steps.
 
     The device holds the weights, in any dtype, and their gradients. The gradient of a tensor is
     copied to the host while the CPU computes the step of the tensor before it.
@@ -288,33 +340,33 @@ class OffloadedAdamW(Optimizer):
     def __init__(self, groups, lr: float, weight_decay: float = 0.0):
         super().__init__(groups, lr=lr, weight_decay=weight_decay)
         pin_memory = torch.cuda.is_available()
-        # {parameter: (master weight, staging buffer, optimizer of the master weight)}
-        self.hosts = {}
+        self.hosts: dict[Tensor, HostWeight] = {}
         for group in self.param_groups:
             for p in group["params"]:
                 rows = to_local(p.detach())
                 master = nn.Parameter(rows.to("cpu", torch.float32, copy=True))
-                # Gradients and weights travel between device and host through this buffer.
+                # Only copies from and to pinned memory run while the host goes on.
                 staging = torch.empty(rows.shape, dtype=p.dtype, pin_memory=pin_memory)
-                self.hosts[p] = master, staging, AdamW([{"params": [master]}], lr)
+                optimizer = AdamW([{"params": [master]}], lr)
+                self.hosts[p] = HostWeight(master, staging, optimizer)
 
     def states(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
         pairs = []
-        for p, (master, _, optimizer) in self.hosts.items():
-            ((_, state),) = optimizer.states()
-            pairs.append((p, {"master": master.detach(), **state}))
+        for p, host in self.hosts.items():
+            # This optimizer has one parameter.
+            _, state = host.optimizer.states()[0]
+            pairs.append((p, {"master": host.master.detach(), **state}))
         return pairs
 
     @torch.no_grad()
     def step(self, found_inf: Tensor | None = None) -> None:
-        if found_inf is not None and bool(found_inf):
+        if must_skip(found_inf):
             return
         # All copies to the host are queued first, each with an event that says when it is complete.
         copies = []
         for group, parameters in self.with_gradients():
             for p in parameters:
-                _, staging, _ = self.hosts[p]
-                staging.copy_(to_local(p.grad), non_blocking=True)
+                self.hosts[p].staging.copy_(local_grad(p), non_blocking=True)
                 copied = None
                 if p.is_cuda:
                     copied = torch.cuda.Event()
@@ -328,14 +380,20 @@ class OffloadedAdamW(Optimizer):
             optimizer.param_groups[0].update(lr=group["lr"], weight_decay=group["weight_decay"])
             optimizer.step()
             master.grad = None
+            # The gradient has been read, so the buffer is free to take the weights back.
             staging.copy_(master)
             to_local(p).copy_(staging, non_blocking=True)
 
 
+# ---- Muon ----
+
+
 class Muon(Optimizer):
-    """Muon (Jordan et al. 2024): the momentum of a matrix, with Nesterov's look-ahead, is brought
-    to singular values of about 1. The updates are scaled to the length of AdamW's (Liu et al. 2025,
-    arXiv 2502.16982), so that AdamW's learning rates and weight decay fit Muon too.
+    """Muon (Jordan et al. 2024).
+
+    The momentum of a matrix, with Nesterov's look-ahead, is brought to singular values of about 1.
+    The updates are scaled to the length of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that
+    AdamW's learning rates and weight decay fit Muon too.
 
     Sharded matrices are computed several at a time, one for each rank: each rank gathers one whole
     matrix, and scatters the result.
@@ -349,14 +407,14 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, found_inf: Tensor | None = None) -> None:
-        if found_inf is not None and bool(found_inf):
+        if must_skip(found_inf):
             return
         for group, parameters in self.with_gradients():
             lr = group["lr"]
             momentum = group["momentum"]
             lookahead = []
             for p in parameters:
-                grad = to_local(p.grad)
+                grad = local_grad(p)
                 m = self.state_of(p, group)["m"]
                 m.lerp_(grad, 1 - momentum)
                 lookahead.append(grad.lerp(m, momentum))
@@ -368,6 +426,8 @@ class Muon(Optimizer):
                 for p, update in zip(matrices, updates, strict=True):
                     rows = to_local(p)
                     rows.mul_(1 - lr * group["weight_decay"])
+                    # With singular values of 1, the root mean square of the numbers of a matrix is
+                    # 1 / sqrt(max(p.shape)). That of AdamW's updates is about 0.2.
                     rows.add_(update, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
 
 
@@ -388,30 +448,38 @@ def newton_schulz_sharded(parameters: list[Tensor], local_rows: list[Tensor]) ->
         rows_per_rank = -(-p.shape[0] // len(ranks))
         return F.pad(rows, (0, 0, 0, rows_per_rank - rows.shape[0])).contiguous()
 
-    # Matrix number i goes to rank number i of the group.
-    matrix = None
+    # Matrix number i goes to rank number i of the group. A rank gets none if there are fewer
+    # matrices than ranks.
+    own_matrix = None
     for i, (p, rows) in enumerate(zip(parameters, local_rows, strict=True)):
         sent = padded(rows, p)
-        received = [torch.empty_like(sent) for _ in ranks] if i == group_rank else None
-        dist.gather(sent, received, ranks[i], group)
-        if received:
-            matrix = torch.cat(received)[: p.shape[0]]
-    # A rank gets no matrix if there are fewer of them than ranks.
-    result = None if matrix is None else newton_schulz(matrix)
+        parts = None
+        if i == group_rank:
+            parts = [torch.empty_like(sent) for _ in ranks]
+        dist.gather(sent, parts, ranks[i], group)
+        if parts is not None:
+            own_matrix = torch.cat(parts)[: p.shape[0]]  # [out, in]
+    own_update = None
+    if own_matrix is not None:
+        own_update = newton_schulz(own_matrix)
+    # The way back: rank number i sends every rank its rows of update number i.
     updates = []
     for i, (p, rows) in enumerate(zip(parameters, local_rows, strict=True)):
         received = torch.empty_like(padded(rows, p), dtype=torch.bfloat16)
-        sent = None
+        parts = None
         if i == group_rank:
-            sent = [padded(result[shard_row_slice(p, shard)], p) for shard in range(len(ranks))]
-        dist.scatter(received, sent, ranks[i], group)
+            assert own_update is not None, "matrix number i came to this rank"
+            shards = [own_update[shard_row_slice(p, shard)] for shard in range(len(ranks))]
+            parts = [padded(shard, p) for shard in shards]
+        dist.scatter(received, parts, ranks[i], group)
         updates.append(received[: len(rows)])
     return updates
 
 
 def newton_schulz(matrix: Tensor) -> Tensor:
-    """Returns bf16 [out, in]: the singular vectors of a matrix [out, in] with singular values
-    between about 0.7 and 1.2.
+    """Returns a matrix [out, in] with all singular values between about 0.7 and 1.2, in bf16.
+
+    Its singular vectors stay as they are.
 
     Five steps of an odd polynomial, with the coefficients of Jordan et al. 2024: they rise steeply
     at 0 instead of meeting 1 exactly.
@@ -420,18 +488,23 @@ def newton_schulz(matrix: Tensor) -> Tensor:
     x = matrix.to(torch.bfloat16)
     # x @ x.t() is smaller for a wide matrix.
     x = x.t() if is_tall else x
+    # The polynomial converges for singular values up to 1, and no singular value exceeds the norm.
     x = x / x.norm().clamp(min=1e-7)
     a, b, c = 3.4445, -4.775, 2.0315
     for _ in range(5):
+        # a x + (b s + c s^2) x, with s = x x^T
         square = x @ x.t()
         polynomial = torch.addmm(square, square, square, beta=b, alpha=c)
         x = torch.addmm(x, polynomial, x, beta=a)
     return x.t() if is_tall else x
 
 
+# ---- the optimizers of a run ----
+
+
 def make_optimizers(
     model: nn.Module, kind: str, lr: float, weight_decay: float, offload: bool = False
-) -> list:
+) -> list[Optimizer]:
     """Returns the optimizers of all trainable parameters, which the loop steps one after the other.
 
     kind: a key of DESCRIPTIONS. "muon": Muon trains the matrices of the blocks, AdamW the
@@ -448,9 +521,10 @@ def make_optimizers(
             matrices.append(p)
         else:
             others.append(p)
-    optimizers = []
+    optimizers: list[Optimizer] = []
     if matrices:
-        optimizers.append(Muon([{"params": matrices, "weight_decay": weight_decay}], lr))
+        group = {"params": matrices, "weight_decay": weight_decay}
+        optimizers.append(Muon([group], lr))
     groups = [
         {"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
@@ -459,24 +533,32 @@ def make_optimizers(
     if groups and offload:
         optimizers.append(OffloadedAdamW(groups, lr))
     elif groups:
-        optimizers.append(AdamW(groups, lr, bits=8 if kind == "adamw8bit" else 32))
+        bits = 8 if kind == "adamw8bit" else 32
+        optimizers.append(AdamW(groups, lr, bits=bits))
     return optimizers
 
 
 def state_bytes(kind: str) -> float:
     """Returns the bytes of optimizer state for each trained number."""
-    return {"adamw": 8, "adamw8bit": 2 + 8 / NESTED_BLOCK, "muon": 4}[kind]
+    # Two codes of a byte, and two fp32 scales for every block of them.
+    adamw8bit = 2 + 8 / NESTED_BLOCK
+    by_kind = {"adamw": 8, "adamw8bit": adamw8bit, "muon": 4}
+    return by_kind[kind]
 
 
 @torch.no_grad()
 def share_too_small_to_move(parameters: list[Tensor], lr: float) -> float:
-    """Returns the fraction of the weights, over all ranks, that a step of length `lr` would not
-    change if it were rounded to the nearest number: the step is below half of the distance to the
-    next number of the weight's dtype. A step of Adam is about as long as its learning rate."""
+    """Returns the fraction of the weights, over all ranks, that rounding would keep where they are.
+
+    A step of length `lr`, rounded to the nearest number, changes nothing if it is below half of the
+    distance to the next number of the weight's dtype. A step of Adam is about as long as its
+    learning rate.
+    """
     counts = []
     for p in parameters:
         magnitude = to_local(p).abs()
         unmoved = int((magnitude + lr == magnitude).sum())
         counts.append([unmoved, magnitude.numel()])
-    unmoved, numel = all_reduce_sum(torch.tensor(counts, dtype=torch.float64).sum(0)).tolist()
-    return unmoved / numel
+    local_counts = torch.tensor(counts, dtype=torch.float64).sum(0)
+    total_unmoved, total_numel = all_reduce_sum(local_counts).tolist()
+    return total_unmoved / total_numel

@@ -36,8 +36,9 @@ def quantize_nf4(weight: Tensor, block_size: int = NF4_BLOCK) -> tuple[Tensor, T
     assert fits, f"rows of {in_features} are no whole blocks of {block_size}"
     blocks = weight.reshape(-1, block_size).float()
     codes, absmax = nearest(blocks, nf4_codebook(weight.device))
-    codes = codes.view(out_features, -1, 2)
-    packed = codes[..., 0] << 4 | codes[..., 1]
+    pairs = codes.view(out_features, -1, 2)
+    # Shifts come before `|`: the earlier code of a pair goes to the high four bits.
+    packed = pairs[..., 0] << 4 | pairs[..., 1]  # (out, in / 2)
     return packed, absmax.view(out_features, -1)
 
 
@@ -53,15 +54,22 @@ def nearest(
         to CPU_STEPS steps first, and a block of zeros gets entry 0.
     Returns codes uint8 [n, block size] and absmax float32 [n].
     """
-    absmax = blocks.abs().amax(-1)
+    absmax = blocks.abs().amax(-1)  # (n,)
     if lookup is None:
         scale = 1 / absmax.clamp(min=TINY)
+        # 1 / absmax is rounded, so that absmax times it may be a little over 1.
         scaled = (blocks * scale[:, None]).clamp_(-1, 1)
         return nearest_index(scaled, codebook), absmax
-    # A block of zeros is 0 * inf here, which is no number.
-    scaled = (blocks * (1 / absmax)[:, None]).nan_to_num_(-1.0).clamp_(-1, 1)
-    steps = scaled.add_(1).mul_(0.5).mul_(CPU_STEPS).add_(0.5).int()
-    return lookup.index_select(0, steps.flatten()).view(blocks.shape), absmax
+
+    scale = 1 / absmax
+    scaled = blocks * scale[:, None]
+    # A block of zeros is 0 * inf here, which is no number; -1 makes it step 0.
+    scaled.nan_to_num_(-1.0).clamp_(-1, 1)
+    # From -1 to 1, to 0 to CPU_STEPS. int() cuts off, so adding a half makes it round.
+    scaled.add_(1).mul_(0.5).mul_(CPU_STEPS).add_(0.5)
+    steps = scaled.int()
+    codes = lookup.index_select(0, steps.flatten())
+    return codes.view(blocks.shape), absmax
 
 
 def nearest_index(values: Tensor, codebook: Tensor) -> Tensor:
@@ -74,8 +82,10 @@ def nearest_index(values: Tensor, codebook: Tensor) -> Tensor:
 def cpu_lookup(signed: bool) -> Tensor:
     """Returns uint8 [CPU_STEPS + 1]: the index of the nearest entry of `dynamic_codebook` for each
     step from -1 to 1."""
-    steps = torch.arange(CPU_STEPS + 1).float() / CPU_STEPS * 2 - 1
-    return nearest_index(steps, dynamic_codebook(torch.device("cpu"), signed))
+    steps = torch.arange(CPU_STEPS + 1).float()
+    values = steps / CPU_STEPS * 2 - 1  # from 0 ... CPU_STEPS to -1 ... 1
+    codebook = dynamic_codebook(torch.device("cpu"), signed)
+    return nearest_index(values, codebook)
 
 
 def quantize_8bit(values: Tensor, signed: bool = True) -> tuple[Tensor, Tensor]:
@@ -85,26 +95,41 @@ def quantize_8bit(values: Tensor, signed: bool = True) -> tuple[Tensor, Tensor]:
     Returns codes uint8 [n] and scales float32 [ceil(n / 256)]. The inverse is
     kernels.nf4.dequantize_8bit.
     """
-    codebook = dynamic_codebook(values.device, signed)
-    lookup = cpu_lookup(signed) if values.device.type == "cpu" else None
     # A rank may have no rows of a tensor.
-    if not len(values):
+    if len(values) == 0:
         return values.to(torch.uint8), values
-    whole = len(values) // NESTED_BLOCK * NESTED_BLOCK
-    all_codes, all_scales = [], []
-    for blocks in (values[:whole].view(-1, NESTED_BLOCK), values[whole:].view(1, -1)):
-        if blocks.numel():
-            codes, scales = nearest(blocks, codebook, lookup)
-            all_codes.append(codes.flatten())
-            all_scales.append(scales)
+    codebook = dynamic_codebook(values.device, signed)
+    lookup = None
+    if values.device.type == "cpu":
+        lookup = cpu_lookup(signed)
+
+    num_full_blocks = len(values) // NESTED_BLOCK
+    split = num_full_blocks * NESTED_BLOCK
+    full_blocks = values[:split].view(-1, NESTED_BLOCK)  # (num_full_blocks, 256)
+    short_block = values[split:].view(1, -1)
+    all_codes = []
+    all_scales = []
+    # Either of the two may be empty, and nothing is the largest of no values.
+    for blocks in (full_blocks, short_block):
+        if blocks.numel() == 0:
+            continue
+        codes, scales = nearest(blocks, codebook, lookup)
+        all_codes.append(codes.flatten())
+        all_scales.append(scales)
     return torch.cat(all_codes), torch.cat(all_scales)
 
 
 def quantize(weight: Tensor, double: bool = True) -> NF4:
-    """Quantises a weight [out, in] to NF4. double: the scales of its blocks are stored in 8 bits as
-    well, which takes 4.127 bits a weight instead of 4.5."""
+    """Quantises a weight [out, in] to NF4.
+
+    double: the scales of its blocks are stored in 8 bits as well, which takes 4.127 bits a weight
+        instead of 4.5.
+    """
     packed, absmax = quantize_nf4(weight)
-    return NF4(packed, *quantize_scales(absmax)) if double else NF4(packed, absmax)
+    if not double:
+        return NF4(packed, absmax)
+    absmax_codes, nested, offset = quantize_scales(absmax)
+    return NF4(packed, absmax_codes, nested, offset)
 
 
 def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,6 +139,8 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns absmax uint8 in the same shape, nested and offset, as NF4 holds them.
     """
     flat = absmax.flatten()
+    # Half of the 256 numbers are negative, and magnitudes never are. Less their mean, they use both
+    # halves.
     offset = flat.mean()
     codes, nested = quantize_8bit(flat - offset)
     return codes.view(absmax.shape), nested, offset.view(1)
@@ -121,28 +148,47 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def empty_nf4(out_features: int, in_features: int, double: bool = True) -> NF4:
     """Returns the tensors of a weight [out, in] in NF4 on the meta device, without memory."""
-    num_blocks = out_features * in_features // NF4_BLOCK
+    blocks_per_row = in_features // NF4_BLOCK
     with torch.device("meta"):
         packed = torch.empty(out_features, in_features // 2, dtype=torch.uint8)
-        absmax_dtype = torch.uint8 if double else torch.float32
-        absmax = torch.empty(out_features, in_features // NF4_BLOCK, dtype=absmax_dtype)
         if not double:
+            absmax = torch.empty(out_features, blocks_per_row, dtype=torch.float32)
             return NF4(packed, absmax)
-        nested = torch.empty(-(-num_blocks // NESTED_BLOCK), dtype=torch.float32)
-        return NF4(packed, absmax, nested, torch.empty(1, dtype=torch.float32))
+        absmax_codes = torch.empty(out_features, blocks_per_row, dtype=torch.uint8)
+        nested = torch.empty(num_nested_blocks(out_features, in_features), dtype=torch.float32)
+        offset = torch.empty(1, dtype=torch.float32)
+        return NF4(packed, absmax_codes, nested, offset)
+
+
+def num_nested_blocks(out_features: int, in_features: int) -> int:
+    """Returns the number of second-level scales of a weight [out, in]: one for each 256 blocks of
+    64, and one for the rest."""
+    num_blocks = out_features * in_features // NF4_BLOCK
+    return -(-num_blocks // NESTED_BLOCK)  # rounded up
 
 
 class QuantizedWeight(nn.Module):
-    """The NF4 tensors that replace a Linear's weight, as parameters that are never trained."""
+    """The NF4 tensors that replace a Linear's weight, as parameters that are never trained.
+
+    They are parameters and not buffers, so that FSDP shards them as it shards weights.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested: Tensor | None
+    offset: Tensor | None
 
     def __init__(self, nf4: NF4):
         super().__init__()
         for name, tensor in zip(nf4._fields, nf4):
-            parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+            parameter = None
+            if tensor is not None:
+                parameter = nn.Parameter(tensor, requires_grad=False)
             self.register_parameter(name, parameter)
 
     @property
     def tensors(self) -> NF4:
+        """The tensors as the kernels take them."""
         return NF4(self.packed, self.absmax, self.nested, self.offset)
 
 
@@ -179,9 +225,10 @@ def settings(double: bool, dtype: str, head: bool) -> dict:
 
 def check_settings(config: object, where: str) -> None:
     """Raises UserError if a quantization_config is not bitsandbytes' NF4. where: names the file."""
-    method = config.get("quant_method") if isinstance(config, dict) else config
-    if method != "bitsandbytes":
-        what = str(method)
+    if not isinstance(config, dict):
+        what = str(config)
+    elif config.get("quant_method") != "bitsandbytes":
+        what = str(config.get("quant_method"))
     elif not config.get("load_in_4bit") or config.get("bnb_4bit_quant_type") != "nf4":
         what = f"bitsandbytes {config.get('bnb_4bit_quant_type')!r}"
     else:
@@ -198,7 +245,12 @@ def to_files(nf4: NF4, shape: tuple[int, int], dtype: str) -> dict[str, Tensor]:
     shape: (out, in). dtype: the name of the dtype that the weight is dequantised to.
     """
     device = nf4.packed.device
-    state = {"quant_type": "nf4", "blocksize": NF4_BLOCK, "dtype": dtype, "shape": list(shape)}
+    state = {
+        "quant_type": "nf4",
+        "blocksize": NF4_BLOCK,
+        "dtype": dtype,
+        "shape": list(shape),
+    }
     # safetensors wants memory of its own for each tensor, so codebooks are cloned.
     tensors = {
         "": nf4.packed.reshape(-1, 1),
@@ -206,12 +258,15 @@ def to_files(nf4: NF4, shape: tuple[int, int], dtype: str) -> dict[str, Tensor]:
         "quant_map": nf4_codebook(device).clone(),
     }
     if nf4.nested is not None:
+        assert nf4.offset is not None, "nested scales come with an offset"
         state["nested_blocksize"] = NESTED_BLOCK
         state["nested_dtype"] = "float32"
         state["nested_offset"] = nf4.offset.item()
         tensors["nested_absmax"] = nf4.nested
         tensors["nested_quant_map"] = dynamic_codebook(device).clone()
-    tensors[QUANT_STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    # A safetensors file holds tensors only, so the JSON text is one, of bytes.
+    state_bytes = json.dumps(state).encode()
+    tensors[QUANT_STATE] = torch.tensor(list(state_bytes), dtype=torch.uint8)
     return tensors
 
 
@@ -223,58 +278,85 @@ def from_files(parts: dict[str, Tensor], shape: tuple[int, int], where: str) -> 
     where: file and tensor, for the message.
     Raises UserError if the tensors are not a whole NF4 weight of this shape.
     """
-
-    def check(fine: bool, what: str) -> None:
-        if not fine:
-            raise UserError(f"{where}: {what}, so it can't be read as bitsandbytes' NF4")
-
     is_complete = QUANT_STATE in parts and "absmax" in parts and "quant_map" in parts
-    check(is_complete, f"{QUANT_STATE}, absmax or quant_map is missing")
-    try:
-        state = json.loads(bytes(parts[QUANT_STATE].tolist()))
-        offset = float(state.get("nested_offset", 0))
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{where}: its {QUANT_STATE} is no JSON of bitsandbytes") from None
+    check_part(is_complete, where, f"{QUANT_STATE}, absmax or quant_map is missing")
+    state, offset = read_quant_state(parts[QUANT_STATE], where)
+    check_layout(state, shape, where)
+    packed = packed_from_file(parts[""], shape, where)
+
     out_features, in_features = shape
     num_blocks = out_features * in_features // NF4_BLOCK
-    num_bytes = out_features * in_features // 2
-    codes, absmax, nested = parts[""], parts["absmax"], parts.get("nested_absmax")
-
-    is_nf4 = state.get("quant_type") == "nf4" and state.get("blocksize") == NF4_BLOCK
-    check(is_nf4, f"its blocks are not NF4 of {NF4_BLOCK}")
-    implied = [out_features, in_features]
-    check(
-        state.get("shape") == implied,
-        f"its shape is {state.get('shape')}, config.json implies {implied}",
-    )
-    check(in_features % NF4_BLOCK == 0, f"rows of {in_features} are no whole blocks of {NF4_BLOCK}")
-    # bitsandbytes may store the bytes as numbers of another dtype (bnb_4bit_quant_storage).
-    if codes.dtype.itemsize * codes.numel() == num_bytes:
-        codes = codes.contiguous().view(torch.uint8)
-    has_all_codes = codes.numel() == num_bytes and codes.dtype == torch.uint8
-    check(
-        has_all_codes, f"it has {codes.numel():,} codes of {codes.dtype}, not {num_bytes:,} bytes"
-    )
-    check(
-        absmax.numel() == num_blocks, f"it has {absmax.numel():,} scales for {num_blocks:,} blocks"
-    )
-    quant_map = parts["quant_map"].float().flatten()
-    check(torch.equal(quant_map, nf4_codebook(torch.device("cpu"))), "its quant_map is not NF4's")
-    packed = codes.view(out_features, -1)
+    absmax = parts["absmax"]
+    what = f"it has {absmax.numel():,} scales for {num_blocks:,} blocks"
+    check_part(absmax.numel() == num_blocks, where, what)
     absmax = absmax.view(out_features, -1)
+    quant_map = parts["quant_map"].float().flatten()
+    is_nf4_map = torch.equal(quant_map, nf4_codebook(torch.device("cpu")))
+    check_part(is_nf4_map, where, "its quant_map is not NF4's")
+    nested = parts.get("nested_absmax")
     if nested is None:
-        check(absmax.is_floating_point(), f"its absmax holds {absmax.dtype}")
+        check_part(absmax.is_floating_point(), where, f"its absmax holds {absmax.dtype}")
         return NF4(packed, absmax.float())
 
     is_nested = absmax.dtype == torch.uint8 and state.get("nested_blocksize") == NESTED_BLOCK
-    check(is_nested, f"its nested scales are not 8-bit in blocks of {NESTED_BLOCK}")
-    codebook = parts.get("nested_quant_map")
-    known_codebook = dynamic_codebook(torch.device("cpu"))
-    is_known = codebook is not None and torch.equal(codebook.float().flatten(), known_codebook)
-    check(is_known, "its nested_quant_map is not bitsandbytes' own")
-    has_all_scales = nested.numel() == -(-num_blocks // NESTED_BLOCK) and nested.is_floating_point()
-    check(
-        has_all_scales,
-        f"its {nested.numel():,} nested scales of {nested.dtype} do not fit {num_blocks:,} blocks",
+    what = f"its nested scales are not 8-bit in blocks of {NESTED_BLOCK}"
+    check_part(is_nested, where, what)
+    is_known = False
+    if "nested_quant_map" in parts:
+        nested_map = parts["nested_quant_map"].float().flatten()
+        is_known = torch.equal(nested_map, dynamic_codebook(torch.device("cpu")))
+    check_part(is_known, where, "its nested_quant_map is not bitsandbytes' own")
+    has_all_scales = nested.numel() == num_nested_blocks(out_features, in_features)
+    what = (
+        f"its {nested.numel():,} nested scales of {nested.dtype} do not fit {num_blocks:,} blocks"
     )
+    check_part(has_all_scales and nested.is_floating_point(), where, what)
     return NF4(packed, absmax, nested.float().flatten(), torch.tensor([offset]))
+
+
+def check_part(fine: bool, where: str, what: str) -> None:
+    """Raises UserError if a part of a weight is not fine. what: a clause that says what is wrong."""
+    if not fine:
+        raise UserError(f"{where}: {what}, so it can't be read as bitsandbytes' NF4")
+
+
+def read_quant_state(stored: Tensor, where: str) -> tuple[dict, float]:
+    """Returns the JSON object of a QUANT_STATE tensor, and the offset of the nested scales in it.
+
+    stored: uint8 [bytes of the text].
+    where: as in `from_files`.
+    Raises UserError if it is no such object.
+    """
+    try:
+        state = json.loads(bytes(stored.tolist()))
+        return state, float(state.get("nested_offset", 0))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{where}: its {QUANT_STATE} is no JSON of bitsandbytes") from None
+
+
+def check_layout(state: dict, shape: tuple[int, int], where: str) -> None:
+    """Raises UserError if the quant state is of other blocks or of another shape than wanted."""
+    is_nf4 = state.get("quant_type") == "nf4" and state.get("blocksize") == NF4_BLOCK
+    check_part(is_nf4, where, f"its blocks are not NF4 of {NF4_BLOCK}")
+    implied = list(shape)
+    what = f"its shape is {state.get('shape')}, config.json implies {implied}"
+    check_part(state.get("shape") == implied, where, what)
+    in_features = shape[1]
+    what = f"rows of {in_features} are no whole blocks of {NF4_BLOCK}"
+    check_part(in_features % NF4_BLOCK == 0, where, what)
+
+
+def packed_from_file(codes: Tensor, shape: tuple[int, int], where: str) -> Tensor:
+    """Returns the codes of a weight as uint8 [out, in / 2]. Raises UserError if some are missing.
+
+    codes: the stored tensor, whose shape is bitsandbytes' own, [out * in / 2, 1].
+    """
+    out_features, in_features = shape
+    num_bytes = out_features * in_features // 2
+    # bitsandbytes may store the bytes as numbers of another dtype (bnb_4bit_quant_storage).
+    if codes.nbytes == num_bytes:
+        codes = codes.contiguous().view(torch.uint8)
+    has_all_codes = codes.numel() == num_bytes and codes.dtype == torch.uint8
+    what = f"it has {codes.numel():,} codes of {codes.dtype}, not {num_bytes:,} bytes"
+    check_part(has_all_codes, where, what)
+    return codes.view(out_features, -1)

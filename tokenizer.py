@@ -24,6 +24,7 @@ from functools import cached_property
 from itertools import groupby
 from os.path import commonprefix
 from pathlib import Path
+from typing import NamedTuple
 
 from common.errors import UserError, read_json_if_there, read_text
 from tokenization.chat_template import (
@@ -45,12 +46,10 @@ from tokenization.subwords import (
     tiktoken_file,
 )
 
-TrainedSpan = tuple[
-    int, int, int
-]  # [start, end) in ids, and the number of the message that is trained there
-Cut = tuple[
-    int, int, int | None
-]  # [start, end) in characters, and the id of the added token there; None: plain text
+# [start, end) in ids, and the number of the message that is trained there.
+TrainedSpan = tuple[int, int, int]
+# [start, end) in characters, and the id of the added token there; None: plain text.
+Cut = tuple[int, int, int | None]
 
 # The files whose contents ids and masks depend on.
 READ = (
@@ -65,17 +64,30 @@ MOST_ADDED = 300_000  # added tokens that are read; the pattern that finds them 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a UTF-16 pair
 # Unicode's White_Space, which an added token may take along. Python's own strip() takes four
 # control characters more.
-UNICODE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
-    map(chr, range(0x2000, 0x200B))
-)
+TYPOGRAPHIC_SPACES = "".join(chr(code) for code in range(0x2000, 0x200B))
+UNICODE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + TYPOGRAPHIC_SPACES
 WORD = ("Nd", "Nl", "Pc")  # Unicode categories of characters in words, with all letters and marks
-SHORT_TEXT = 500  # characters; the ids of shorter parts of conversations are kept from one conversation to the next
+# Of parts of conversations with fewer characters, the ids are kept from one conversation to the
+# next.
+SHORT_TEXT = 500
 MOST_SHORT_TEXTS = 1000  # that are kept
 
 
 class TemplateError(UserError):
     """The chat template refuses a conversation, or changes an answer so that it can't be found in
     the text."""
+
+
+class Encoded(NamedTuple):
+    """A text with spans, as ids.
+
+    spans: [start, end) of each span in the ids.
+    is_exact: no token holds both a part of a span and a part of anything else.
+    """
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    is_exact: bool
 
 
 @dataclass
@@ -94,16 +106,14 @@ class Tokenizer:
     eos_id: int | None
     pad_id: int | None
     adds_bos: bool  # in this model's training, plain text begins with bos
-    stop_ids: set[
-        int
-    ]  # each ends generation: eos of every config file, and what ends an answer in the template
-    templates: dict[
-        str, str
-    ]  # "default", and "tool_use" if conversations with tools have a template of their own
+    # Each ends generation: eos of every config file, and what ends an answer in the template.
+    stop_ids: set[int]
+    # "default", and "tool_use" if conversations with tools have a template of their own.
+    templates: dict[str, str]
     template_name: str  # where they come from: a file's name, or "alpaca (fallback)"
     source: Path  # the folder
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.special_tokens = {
             text: token.id for text, token in self.added.items() if token.special
         }
@@ -112,19 +122,17 @@ class Tokenizer:
         # where it knows it: Gemma's "▁▁" is two spaces.
         plain_ids = {token.id for token in self.added.values() if not token.special}
         known_ids = plain_ids & self.model.bytes_of.keys()
-        added_bytes = {
-            token.id: text.encode()
-            for text, token in self.added.items()
-            if token.id not in known_ids
-        }
-        self._bytes = self.model.bytes_of | added_bytes
+        self._bytes = dict(self.model.bytes_of)
+        for text, token in self.added.items():
+            if token.id not in known_ids:
+                self._bytes[token.id] = text.encode()
         self.vocab_size = max(self._bytes) + 1
         self.description = f"{self.model.kind}, {self.vocab_size:,} tokens{self.model.details}"
 
         # Late tokens are looked for in what the others leave, and after it is normalized.
         late = [text for text, token in self.added.items() if token.normalized]
         self._patterns = [_any_of(self.added.keys() - {*late})]
-        self._late_pattern = None
+        self._late_pattern: re.Pattern | None = None
         if late and self.model.nfc:
             # They are looked for in another text, the normalized one, and so in their own
             # normalized form.
@@ -134,12 +142,12 @@ class Tokenizer:
         elif late:
             self._patterns.append(_any_of(late))
         self._control = _any_of(self.special_tokens)
-        self._short_texts: dict[
-            tuple[str, bool], list[int]
-        ] = {}  # ids of short parts of conversations
+        # {(a short part of a conversation, True if it begins one): its ids}
+        self._short_texts: dict[tuple[str, bool], list[int]] = {}
         self._jinja = {
             name: Template(source, self.names) for name, source in self.templates.items()
         }
+        # The trial needs all that is above.
         self.unlisted_ends = self._answer_end() - self.stop_ids
         self.stop_ids = self.stop_ids | self.unlisted_ends
 
@@ -157,16 +165,20 @@ class Tokenizer:
         counts as U+FFFD.
         """
         text = _replace_surrogates(text)
-        ids = [self.bos_id] if bos and self.bos_id is not None else []
+        ids: list[int] = []
+        if bos and self.bos_id is not None:
+            ids.append(self.bos_id)
         for start, end, id in self._cut(text, special):
             if id is not None:
                 ids.append(id)
                 continue
             part = self.model.normalize(text[start:end])
             if self._late_pattern is None:
-                ids += self.model.encode(part, start == 0)
+                # The common case, without the work for where each token begins and ends.
+                new = self.model.encode(part, start == 0)
             else:
-                ids += self._subwords(part, start == 0)[0]
+                new, _, _ = self._subwords(part, start == 0)
+            ids += new
         if eos and self.eos_id is not None:
             ids.append(self.eos_id)
         return ids
@@ -198,6 +210,7 @@ class Tokenizer:
                 # sentencepiece has put a space before the first word.
                 new = new.removeprefix(b" ")
                 at_start = False
+            # The decoder keeps bytes at the end that only begin a character for the next token.
             text = utf8.decode(new)
             if text:
                 yield text
@@ -214,7 +227,7 @@ class Tokenizer:
         """
         cuts: list[Cut] = [(0, len(text), None)]
         for pattern in self._patterns:
-            finer = []
+            finer: list[Cut] = []
             for cut in cuts:
                 start, end, id = cut
                 if id is None:
@@ -235,18 +248,20 @@ class Tokenizer:
         """Yields the same as `_cut` for a span of the text and the added tokens that one pattern
         finds."""
         start, end = span
-        done = start
+        done = start  # up to where the text is yielded
         for match in pattern.finditer(text, start, end):
             token = self.added[match[0]]
             a, b = match.span()
-            if token.special and (
-                not special or any(a < quote_end and quote < b for quote, quote_end in quoted)
-            ):
+            if token.special and not special:
                 continue
+            if token.special and _touches((a, b), quoted):
+                continue
+            # The token before it has taken along the space that it begins with.
             if a < done:
                 continue
             if token.single_word:
-                before, after = text[max(start, a - 1) : a], text[b : min(end, b + 1)]
+                before = text[max(start, a - 1) : a]
+                after = text[b : min(end, b + 1)]
                 if _in_word(before) or _in_word(after):
                     continue
             plain_end = a
@@ -269,14 +284,15 @@ class Tokenizer:
         """
         if self._late_pattern is None:
             return self.model.encode_spans(text, first)
-        ids, starts, ends = [], [], []
+        ids: list[int] = []
+        starts: list[int] = []
+        ends: list[int] = []
         for start, end, id in self._find(self._late_pattern, text, (0, len(text)), False):
+            part = text[start:end]
             if id is None:
-                new, new_starts, new_ends = self.model.encode_spans(
-                    text[start:end], first and start == 0
-                )
+                new, new_starts, new_ends = self.model.encode_spans(part, first and start == 0)
             else:
-                new, new_starts, new_ends = [id], [0], [len(text[start:end].encode())]
+                new, new_starts, new_ends = [id], [0], [len(part.encode())]
             offset = len(text[:start].encode())
             ids += new
             starts += [offset + position for position in new_starts]
@@ -333,18 +349,18 @@ class Tokenizer:
         by_template: dict[str, list[tuple[int, Conversation]]] = {}
         for i, (messages, tools) in enumerate(conversations):
             try:
-                conversation = Conversation(
-                    _plain_messages(messages), tools, add_generation_prompt, roles
-                )
+                plain = _plain_messages(messages)
             except TemplateError as error:
                 results[i] = error
                 continue
-            by_template.setdefault(self.which_template(tools), []).append((i, conversation))
+            conversation = Conversation(plain, tools, add_generation_prompt, roles)
+            name = self.which_template(tools)
+            by_template.setdefault(name, []).append((i, conversation))
+        # Each template has a process of its own, which renders all its conversations in one go.
         for name, numbered in by_template.items():
-            rendered_conversations = self._jinja[name].locate(
-                [each for _, each in numbered], self._control
-            )
-            for (i, _), rendered in zip(numbered, rendered_conversations, strict=True):
+            same_template = [conversation for _, conversation in numbered]
+            located = self._jinja[name].locate(same_template, self._control)
+            for (i, _), rendered in zip(numbered, located, strict=True):
                 # Besides a TemplateError, it may be a limit of the tokenizer.
                 try:
                     results[i] = self._ids_and_spans(rendered)
@@ -358,54 +374,74 @@ class Tokenizer:
         if isinstance(rendered, Refused):
             raise self._error(str(rendered))
         text = _replace_surrogates(rendered.text)
-        other = _replace_surrogates(rendered.other)
         cuts = self._cut(text, True, rendered.quoted)
         stops = [(start, end) for start, end, id in cuts if id in self.stop_ids]
+        # The answer that ends the conversation. With a generation prompt, that is still to come.
         last_answer = None
         if not rendered.has_generation_prompt:
             last_answer = next((answer for answer in rendered.answers if answer.is_last), None)
-        needs_eos = last_answer is not None and not any(
-            start >= last_answer.last for start, _ in stops
-        )
+        needs_eos = False
+        if last_answer is not None:
+            needs_eos = not any(start >= last_answer.last for start, _ in stops)
         if needs_eos and self.eos_id is None:
             raise self._error(
                 "it ends an answer with no control token, and the tokenizer has no eos_token"
             )
 
-        spans = [
-            self._trained_text(answer, text, cuts, stops, answer is last_answer)
-            for answer in rendered.answers
-        ]
+        spans = []
+        for answer in rendered.answers:
+            is_last = answer is last_answer
+            spans.append(self._trained_text(answer, text, cuts, stops, is_last))
         cache: dict = {}
-        ids, trained, is_exact = self._tokens(text, cuts, spans, cache)
+        encoded = self._tokens(text, cuts, spans, cache)
         # A prompt is not trained on, so it needs no proof.
-        if trained and not rendered.has_generation_prompt:
+        is_proved = True
+        if encoded.spans and not rendered.has_generation_prompt:
+            is_proved = self._only_answers_are_trained(rendered, text, spans, encoded, cache)
+        if not is_proved:
+            raise self._error("a token holds a part of an answer and of what stands around it")
 
-            def in_other(spans: list[Span]) -> list[Span]:
-                return [
-                    (rendered.position_in_other(a), rendered.position_in_other(b)) for a, b in spans
-                ]
-
-            other_cuts = self._cut(other, True, in_other(rendered.quoted))
-            other_ids, other_trained, other_is_exact = self._tokens(
-                other, other_cuts, in_other(spans), cache
-            )
-            decodes = all(
-                self._spells(ids[a:b], text[start:end])
-                for (a, b), (start, end) in zip(trained, spans, strict=True)
-            )
-            same_outside = _outside(ids, trained) == _outside(other_ids, other_trained)
-            if not (is_exact and other_is_exact and decodes and same_outside):
-                raise self._error("a token holds a part of an answer and of what stands around it")
-
-        numbered = [
-            (a, b, answer.message) for (a, b), answer in zip(trained, rendered.answers, strict=True)
-        ]
-        if needs_eos:
+        ids = encoded.ids
+        trained = []
+        for (start, end), answer in zip(encoded.spans, rendered.answers, strict=True):
+            trained.append((start, end, answer.message))
+        if needs_eos and self.eos_id is not None:
             ids.append(self.eos_id)
-            start, _, message = numbered[-1]
-            numbered[-1] = (start, len(ids), message)
-        return ids, numbered
+            # The answer that ends the conversation is the last of them.
+            start, _, message = trained[-1]
+            trained[-1] = (start, len(ids), message)
+        return ids, trained
+
+    def _only_answers_are_trained(
+        self, rendered: Rendered, text: str, spans: list[Span], encoded: Encoded, cache: dict
+    ) -> bool:
+        """True if the proof that `render` describes succeeds.
+
+        text: that of `rendered`, without lone surrogates.
+        spans: the trained spans of the text.
+        encoded: what `_tokens` has made of them.
+        cache: as in `_tokens`.
+        """
+
+        def in_other(spans: list[Span]) -> list[Span]:
+            moved = []
+            for start, end in spans:
+                other_start = rendered.position_in_other(start)
+                other_end = rendered.position_in_other(end)
+                moved.append((other_start, other_end))
+            return moved
+
+        # The same conversation with another text in the place of each answer.
+        other = _replace_surrogates(rendered.other)
+        other_cuts = self._cut(other, True, in_other(rendered.quoted))
+        other_encoded = self._tokens(other, other_cuts, in_other(spans), cache)
+        if not (encoded.is_exact and other_encoded.is_exact):
+            return False
+        for (a, b), (start, end) in zip(encoded.spans, spans, strict=True):
+            if not self._spells(encoded.ids[a:b], text[start:end]):
+                return False
+        outside = _outside(encoded.ids, encoded.spans)
+        return outside == _outside(other_encoded.ids, other_encoded.spans)
 
     def _trained_text(
         self, answer: Answer, text: str, cuts: list[Cut], stops: list[Span], is_last: bool
@@ -420,7 +456,8 @@ class Tokenizer:
                 break
         stop = next((stop for stop in stops if stop[0] >= answer.last), None)
         if stop is None:
-            return begin, len(text) if is_last else answer.last
+            end = len(text) if is_last else answer.last
+            return begin, end
         stop_start, stop_end = stop
         between = [id for start, _, id in cuts if answer.last <= start < stop_start]
         only_space = not text[answer.last : stop_start].strip()
@@ -430,23 +467,19 @@ class Tokenizer:
             return begin, stop_end
         return begin, answer.last
 
-    def _tokens(
-        self, text: str, cuts: list[Cut], spans: list[Span], cache: dict
-    ) -> tuple[list[int], list[tuple[int, int]], bool]:
+    def _tokens(self, text: str, cuts: list[Cut], spans: list[Span], cache: dict) -> Encoded:
         """Encodes a text that is cut at its added tokens.
 
-        spans: spans of characters, ascending. cache: ids of parts that came before, by (text,
-        first).
-        Returns the ids, where in them each of the spans begins and ends, and True if no token holds
-        both a part of a span and a part of anything else.
+        spans: spans of characters, ascending.
+        cache: ids of parts that came before, by (text, first).
         """
         ids: list[int] = []
-        bounds: list[
-            tuple[int, int]
-        ] = []  # positions of beginnings (0) and ends (1) of spans, ascending
+        # The positions of beginnings (0) and ends (1) of spans, ascending.
+        bounds: list[tuple[int, int]] = []
         for start, end in spans:
             bounds += [(start, 0), (end, 1)]
-        places: list[int] = []  # of each bound, the number of ids before it
+        # The number of ids before each bound. The first len(places) bounds are placed so far.
+        places: list[int] = []
         is_exact = True
         for start, end, id in cuts:
             inside = []  # bounds within plain text, which are placed below
@@ -455,6 +488,7 @@ class Tokenizer:
                 if position <= start:
                     places.append(len(ids))
                 elif id is not None:
+                    # A span that begins or ends inside an added token takes it as a whole.
                     places.append(len(ids) + is_end)
                 else:
                     inside.append((len(places), position, is_end))
@@ -469,15 +503,19 @@ class Tokenizer:
                 continue
             new, starts, ends = self._subwords(self.model.normalize(part), first)
             for i, position, is_end in inside:
-                byte = len(self.model.normalize(text[start:position]).encode())
-                token = bisect_right(ends, byte)
+                before = self.model.normalize(text[start:position])
+                byte = len(before.encode())
+                token = bisect_right(ends, byte)  # the first one that ends behind the bound
                 if token < len(new) and starts[token] < byte:
                     is_exact = False
                     token += is_end
                 places[i] = len(ids) + token
             ids += new
-        places += [len(ids)] * (len(bounds) - len(places))
-        return ids, list(zip(places[::2], places[1::2], strict=True)), is_exact
+        # The bounds at the end of the text.
+        while len(places) < len(bounds):
+            places.append(len(ids))
+        id_spans = list(zip(places[::2], places[1::2], strict=True))
+        return Encoded(ids, id_spans, is_exact)
 
     def _cached_subwords(self, part: str, first: bool, cache: dict) -> list[int]:
         """Returns the ids of a part of a conversation. Short ones, such as a system message that
@@ -486,7 +524,8 @@ class Tokenizer:
         if (part, first) not in known:
             if len(self._short_texts) > MOST_SHORT_TEXTS:
                 self._short_texts.clear()
-            known[part, first] = self._subwords(self.model.normalize(part), first)[0]
+            ids, _, _ = self._subwords(self.model.normalize(part), first)
+            known[part, first] = ids
         return known[part, first]
 
     def _spells(self, ids: list[int], text: str) -> bool:
@@ -494,11 +533,10 @@ class Tokenizer:
         words, spaces do not count."""
         text = self.model.normalize(text)
         if self.model.prefix == "never":
-            return (
-                b"".join([self._bytes.get(id, b"") for id in ids]).decode("utf-8", "replace")
-                == text
-            )
-        return "".join(self.stream(ids, first=False)).replace(" ", "") == text.replace(" ", "")
+            spelled = b"".join([self._bytes.get(id, b"") for id in ids])
+            return spelled.decode("utf-8", "replace") == text
+        decoded = "".join(self.stream(ids, first=False))
+        return decoded.replace(" ", "") == text.replace(" ", "")
 
     def render_text(
         self, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False
@@ -519,9 +557,8 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """A hash of all that ids and masks depend on: the folder's files, the templates, the stop
         tokens."""
-        digest = hashlib.sha256(
-            json.dumps([self.templates, sorted(self.stop_ids), self.adds_bos]).encode()
-        )
+        settings = [self.templates, sorted(self.stop_ids), self.adds_bos]
+        digest = hashlib.sha256(json.dumps(settings).encode())
         for name in READ:
             path = self.source / name
             if path.is_file():
@@ -529,33 +566,35 @@ class Tokenizer:
         return digest.hexdigest()
 
     def forget_processes(self) -> None:
-        """Makes a forked process start template processes of its own instead of using its parent's."""
+        """Makes a forked process start template processes of its own instead of using its
+        parent's."""
         for template in self._jinja.values():
             template.process = None
 
     def save_template(self, folder: Path) -> None:
         """Writes a named template into a folder, so that the model is served with the template it
         was trained with. One that came from files is copied with them."""
-        if self.templates["default"] in NAMED.values():
-            (Path(folder) / "chat_template.jinja").write_text(
-                self.templates["default"], encoding="utf-8"
-            )
+        template = self.templates["default"]
+        if template in NAMED.values():
+            (Path(folder) / "chat_template.jinja").write_text(template, encoding="utf-8")
 
     def which_template(self, tools: list | None) -> str:
         """Returns the name of the template that writes a conversation with these tools."""
-        return "tool_use" if tools is not None and "tool_use" in self._jinja else "default"
+        if tools is not None and "tool_use" in self._jinja:
+            return "tool_use"
+        return "default"
 
     def _error(self, reason: str) -> TemplateError:
         """Returns an error of one line that names the template."""
-        return TemplateError(f"chat template of {self.template_name}: {' '.join(reason.split())}")
+        one_line = " ".join(reason.split())
+        return TemplateError(f"chat template of {self.template_name}: {one_line}")
 
     def _answer_end(self) -> set[int]:
         """Returns the control token that the template writes after an answer, found by a trial; or
         an empty set."""
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        (rendered,) = self._jinja[self.which_template(None)].locate(
-            [Conversation(messages)], self._control
-        )
+        template = self._jinja[self.which_template(None)]
+        (rendered,) = template.locate([Conversation(messages)], self._control)
         # A template that is broken, or that needs other messages, is reported where it is used.
         if isinstance(rendered, Refused) or not rendered.answers:
             return set()
@@ -563,13 +602,24 @@ class Tokenizer:
         for start, _, id in self._cut(rendered.text, True):
             if start >= answer_end and id in self._special_ids:
                 follows_directly = not rendered.text[answer_end:start].strip()
-                return {id} if follows_directly and id != self.bos_id else set()
+                # A bos there begins what follows, and does not end the answer.
+                if id is not None and id != self.bos_id and follows_directly:
+                    return {id}
+                return set()
         return set()
 
 
 def _replace_surrogates(text: str) -> str:
     """Returns the text with U+FFFD for each lone surrogate."""
-    return text if text.isascii() else LONE_SURROGATE.sub("\ufffd", text)
+    if text.isascii():
+        return text
+    return LONE_SURROGATE.sub("\ufffd", text)
+
+
+def _touches(span: Span, others: Collection[Span]) -> bool:
+    """True if a span has a character in common with one of the others."""
+    start, end = span
+    return any(start < other_end and other_start < end for other_start, other_end in others)
 
 
 def _outside(ids: list[int], spans: list[tuple[int, int]]) -> list[int]:
@@ -616,13 +666,17 @@ def _prefix_tree(words: list[str], depth: int) -> str:
     """
     branches = []
     longer = [word for word in words if len(word) > depth]
+    # The words are sorted, so that those with the same next character stand together.
     for _, group in groupby(longer, key=lambda word: word[depth]):
-        group = list(group)
-        common = len(commonprefix(group))
-        branches.append(re.escape(group[0][depth:common]) + _prefix_tree(group, common))
+        same_start = list(group)
+        common = len(commonprefix(same_start))
+        shared = same_start[0][depth:common]
+        branches.append(re.escape(shared) + _prefix_tree(same_start, common))
     if not branches:
         return ""
-    rest = branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
+    rest = branches[0]
+    if len(branches) > 1:
+        rest = f"(?:{'|'.join(branches)})"
     if len(words[0]) == depth:
         # The first word ends here.
         return f"(?:{rest})?"
@@ -637,12 +691,16 @@ def _plain_messages(messages: list[dict]) -> list[dict]:
     plain = []
     for message in messages:
         content = message.get("content")
-        if isinstance(content, list) and all(
-            isinstance(part, dict) and part.get("type") == "text" for part in content
-        ):
-            message = message | {"content": "".join(str(part.get("text", "")) for part in content)}
+        if isinstance(content, list) and all(_is_text_part(part) for part in content):
+            text = "".join(str(part.get("text", "")) for part in content)
+            message = message | {"content": text}
         plain.append({key: value for key, value in message.items() if value is not None})
     return plain
+
+
+def _is_text_part(part: object) -> bool:
+    """True for a part of a content that is text, and no image or sound."""
+    return isinstance(part, dict) and part.get("type") == "text"
 
 
 # ---- from a folder ----
@@ -684,8 +742,12 @@ def load_tokenizer(
     if "eos_token" in ids:
         stop_ids.add(ids["eos_token"])
     for place in {folder, Path(base or folder)}:
-        stop_ids |= _eos_ids(place / "config.json") | _eos_ids(place / "generation_config.json")
-    writes_bos = not spec or always_writes(spec.get("post_processor"), names.get("bos_token"), 0)
+        stop_ids |= _eos_ids(place / "config.json")
+        stop_ids |= _eos_ids(place / "generation_config.json")
+    # A tokenizer.json says it in its post-processor. Without one, bos is the rule.
+    writes_bos = True
+    if spec:
+        writes_bos = always_writes(spec.get("post_processor"), names.get("bos_token"), 0)
     adds_bos = config.get("add_bos_token", writes_bos)
     if template == "chatml" and not {"<|im_start|>", "<|im_end|>"} <= added.keys():
         missing = "the tokenizer has no <|im_start|> and <|im_end|>"
@@ -734,10 +796,11 @@ def _subword_model(
     if not spec and model_file.is_file() and is_tiktoken(model_file):
         model, control = tiktoken_file(model_file)
         return model, control, {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    # Byte fallback is of tokenizers that were converted from sentencepiece.
     has_byte_fallback = isinstance(bpe, dict) and bpe.get("byte_fallback") is True
     if has_byte_fallback or (not spec and model_file.is_file()):
-        model = pieces(folder, spec, config)
-        return model, model.control, model.names
+        sentencepiece = pieces(folder, spec, config)
+        return sentencepiece, sentencepiece.control, sentencepiece.names
     if spec:
         return byte_pairs(spec_file, spec, added), {}, {}
     raise UserError(
@@ -754,7 +817,8 @@ def _mark_special(
 ) -> None:
     """Makes special tokens of those that tokenizer_config.json names or lists. Raises UserError for
     one that is not in the vocabulary, unless it is one that nothing here uses."""
-    named = [*names.items(), *(("additional_special_tokens", text) for text in listed)]
+    named = list(names.items())
+    named += [("additional_special_tokens", text) for text in listed]
     for name, text in named:
         if text in added:
             added[text] = replace(added[text], special=True)
@@ -788,12 +852,16 @@ def _listed(path: Path, config: dict) -> list[str]:
     texts = []
     for key in ("additional_special_tokens", "extra_special_tokens"):
         values = config.get(key) or []
-        for value in values.values() if isinstance(values, dict) else values:
-            texts.append(value.get("content") if isinstance(value, dict) else value)
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(
-            f"{path}: additional_special_tokens holds what is neither a string nor an object with content"
-        )
+        if isinstance(values, dict):
+            values = values.values()
+        for value in values:
+            text = value.get("content") if isinstance(value, dict) else value
+            if not isinstance(text, str):
+                raise UserError(
+                    f"{path}: additional_special_tokens holds what is neither a string nor an"
+                    " object with content"
+                )
+            texts.append(text)
     return texts
 
 
@@ -802,14 +870,13 @@ def _added_tokens(
 ) -> dict[str, AddedToken]:
     """Returns the tokens of tokenizer.json's `added_tokens`, or of tokenizer_config.json's
     `added_tokens_decoder` (objects by id), without the `known` ones."""
-    if isinstance(entries, dict) and all(
-        isinstance(entry, dict) and id.isdecimal() for id, entry in entries.items()
-    ):
+    if isinstance(entries, dict) and _is_decoder(entries):
         entries = [entry | {"id": int(id)} for id, entry in entries.items()]
-    if isinstance(entries, list) and len(entries) > MOST_ADDED:
-        raise UserError(f"{path}: {len(entries):,} added tokens, at most {MOST_ADDED:,} are read")
+    # Anything else counts as one entry, which is refused below unless it is a token.
     if not isinstance(entries, list):
         entries = [entries]
+    if len(entries) > MOST_ADDED:
+        raise UserError(f"{path}: {len(entries):,} added tokens, at most {MOST_ADDED:,} are read")
     added = {}
     for entry in entries:
         match entry:
@@ -820,13 +887,24 @@ def _added_tokens(
             ):
                 special = entry.get("special") is True
                 normalized = entry.get("normalized", not special) is True
-                flags = [entry.get(flag) is True for flag in ("lstrip", "rstrip", "single_word")]
-                added[text] = AddedToken(id, special, normalized, *flags)
+                added[text] = AddedToken(
+                    id,
+                    special,
+                    normalized,
+                    lstrip=entry.get("lstrip") is True,
+                    rstrip=entry.get("rstrip") is True,
+                    single_word=entry.get("single_word") is True,
+                )
             case _:
                 raise UserError(
                     f"{path}: {str(entry)[:80]} is no added token; it needs an id and a content"
                 )
     return added
+
+
+def _is_decoder(entries: dict) -> bool:
+    """True if an object is an `added_tokens_decoder`: objects by decimal number."""
+    return all(isinstance(entry, dict) and id.isdecimal() for id, entry in entries.items())
 
 
 def _eos_ids(file: Path) -> set[int]:
@@ -848,8 +926,10 @@ def always_writes(post_processor: object, token: str | None, at: int) -> bool:
     every text."""
     match post_processor:
         case {"type": "TemplateProcessing", "single": [_, *_] as template}:
-            piece = template[at].get("SpecialToken") if isinstance(template[at], dict) else None
-            return isinstance(piece, dict) and "id" in piece and piece["id"] == token
+            match template[at]:
+                case {"SpecialToken": {"id": id}}:
+                    return id == token
+            return False
         case {"type": "Sequence", "processors": [*processors]}:
             return any(always_writes(processor, token, at) for processor in processors)
     return False
@@ -864,31 +944,31 @@ def _templates(folder: Path, config: dict, named: str | None) -> tuple[dict[str,
     if named is not None:
         return {"default": NAMED[named]}, f"{named} (asked for)"
 
-    templates = {}
     file = folder / "chat_template.jinja"
-    for path in [file, *sorted((folder / "additional_chat_templates").glob("*.jinja"))]:
+    others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    templates = {}
+    for path in [file, *others]:
         if path.is_file():
             name = "default" if path == file else path.stem
             templates[name] = read_text(path, TEMPLATE_BYTES)
     if "default" in templates:
         return templates, file.name
 
+    file = folder / "tokenizer_config.json"
     value = config.get("chat_template")
     if value is None:
         return {"default": NAMED["alpaca"]}, "alpaca (fallback)"
     if isinstance(value, str):
-        value = {"default": value}
+        return {"default": value}, file.name
+    # transformers 4 wrote several templates as a list of {"name", "template"}.
+    by_name: dict = {}
+    if isinstance(value, dict):
+        by_name = value
     elif isinstance(value, list):
-        value = {
-            str(entry.get("name")): entry.get("template")
-            for entry in value
-            if isinstance(entry, dict)
-        }
-    file = folder / "tokenizer_config.json"
-    if (
-        not isinstance(value, dict)
-        or "default" not in value
-        or not all(isinstance(t, str) for t in value.values())
-    ):
+        for entry in value:
+            if isinstance(entry, dict):
+                by_name[str(entry.get("name"))] = entry.get("template")
+    are_texts = all(isinstance(template, str) for template in by_name.values())
+    if "default" not in by_name or not are_texts:
         raise UserError(f"{file}: chat_template is no text, and no list with a 'default'")
-    return value, file.name
+    return by_name, file.name

@@ -1,13 +1,16 @@
-"""Makes the bundled task: a booking note as people write it, and the JSON record that a calendar can read.
+"""Makes the bundled task: a booking note as people write it, and the JSON record that a calendar
+can read.
 
-    python assets/make_booking.py            rewrites booking_train.jsonl, booking_val.jsonl, booking_test.jsonl
+    python assets/make_booking.py            rewrites booking_train.jsonl, booking_val.jsonl,
+    booking_test.jsonl
 
-Each record is a datetime, a name and a number of guests, drawn first; the note is then written from them in one of
-many forms, and the answer is their JSON, so that Python's datetime and json are the judges. Nothing is relative to
-today and no date is ambiguous (a numeric day before its month only where the day is above 12). The split is by meaning:
-whole dates belong to one side, and a fifth of the names are never seen in training. The forms are shared: what is
-measured is whether the model reads an unseen date, time and name, not whether it guesses an unseen kind of sentence.
-Fixed seed, same bytes.
+Each record is a datetime, a name and a number of guests, drawn first; the note is then written from
+them in one of many forms, and the answer is their JSON, so that Python's datetime and json are the
+judges. Nothing is relative to today and no date is ambiguous (a numeric day before its month only
+where the day is above 12). The split is by meaning: whole dates belong to one side, and a fifth of
+the names are never seen in training. The forms are shared: what is measured is whether the model
+reads an unseen date, time and name, not whether it guesses an unseen kind of sentence. Fixed seed,
+same bytes.
 """
 
 import json
@@ -17,8 +20,9 @@ from pathlib import Path
 
 SYSTEM = "Booking note to JSON."
 SIZES = {"train": 1600, "val": 60, "test": 200}
-FIRST, DAYS = date(2026, 1, 1), 1461  # four years of dates
-MINUTES = (0, 0, 0, 15, 30, 30, 45)
+FIRST = date(2026, 1, 1)
+DAYS = 1461  # four years of dates
+MINUTES = (0, 0, 0, 15, 30, 30, 45)  # the full hour is asked for most often
 HOURS = range(10, 22)  # the house is open from ten to ten
 
 NAMES = (
@@ -39,11 +43,17 @@ NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".
 
 
 def ordinal(n: int) -> str:
-    return f"{n}{'th' if 10 < n % 100 < 14 else {1: 'st', 2: 'nd', 3: 'rd'}.get(n % 10, 'th')}"
+    """Returns a number as one says the day of a month: 1st, 2nd, 11th."""
+    suffix = {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+    if 10 < n % 100 < 14:
+        suffix = "th"
+    return f"{n}{suffix}"
 
 
 def say_date(d: date, pick: random.Random) -> str:
-    month, weekday = MONTHS[d.month - 1], WEEKDAYS[d.weekday()]
+    """Returns a date in one of the ways in which people write it."""
+    month = MONTHS[d.month - 1]
+    weekday = WEEKDAYS[d.weekday()]
     forms = [
         f"{d.day} {month} {d.year}",
         f"{month} {d.day}, {d.year}",
@@ -54,39 +64,47 @@ def say_date(d: date, pick: random.Random) -> str:
         f"{d.day} {month[:3]} {d.year}",
         f"{d.year}-{d.month:02}-{d.day:02}",
     ]
+    # Up to the twelfth, such a date could be read as another one.
     if d.day > 12:
-        forms += [f"{d.day}.{d.month}.{d.year}", f"{d.month}/{d.day}/{d.year}"]
+        forms.append(f"{d.day}.{d.month}.{d.year}")
+        forms.append(f"{d.month}/{d.day}/{d.year}")
     return pick.choice(forms)
 
 
 def say_time(hour: int, minute: int, pick: random.Random) -> str:
-    twelve, half = (hour - 1) % 12 + 1, "am" if hour < 12 else "pm"
-    part = "in the morning" if hour < 12 else "in the afternoon" if hour < 18 else "in the evening"
+    """Returns a time of day in one of the ways in which people write it."""
+    if hour == 12 and minute == 0:
+        # Not "12 pm", which means midnight to many.
+        return pick.choice(["noon", "12 noon", "12:00"])
+    twelve = (hour - 1) % 12 + 1
+    word = NUMBERS[twelve]
+    if hour < 12:
+        half, part = "am", "in the morning"
+    elif hour < 18:
+        half, part = "pm", "in the afternoon"
+    else:
+        half, part = "pm", "in the evening"
     colon = f"{twelve}:{minute:02}"
     forms = [f"{hour:02}:{minute:02}", f"{colon} {half}", f"{colon}{half}", f"{colon} {part}"]
-    if hour == 12 and minute == 0:
-        return pick.choice(["noon", "12 noon", "12:00"])  # 12 pm means either to many
     if minute == 0:
-        forms += [f"{twelve} {half}", f"{twelve} o'clock {part}", f"{NUMBERS[twelve]} {part}"]
+        forms += [f"{twelve} {half}", f"{twelve} o'clock {part}", f"{word} {part}"]
     if minute == 15:
-        forms.append(f"quarter past {NUMBERS[twelve]} {part}")
+        forms.append(f"quarter past {word} {part}")
     if minute == 30:
-        forms.append(f"half past {NUMBERS[twelve]} {part}")
+        forms.append(f"half past {word} {part}")
     return pick.choice(forms)
 
 
 def say_guests(n: int, pick: random.Random) -> str:
+    """Returns a number of guests in one of the ways in which people write it."""
     if n == 1:
         return pick.choice(["table for one", "table for 1", "1 person", "one guest", "just me"])
     word = NUMBERS[n]
-    forms = [
-        f"table for {word}",
-        f"table for {n}",
-        f"{n} people",
-        f"party of {word}",
-        f"{word} guests",
-    ]
-    return pick.choice(forms + (["a couple"] if n == 2 else []))
+    forms = [f"table for {word}", f"table for {n}", f"{n} people"]
+    forms += [f"party of {word}", f"{word} guests"]
+    if n == 2:
+        forms.append("a couple")
+    return pick.choice(forms)
 
 
 FORMS = (
@@ -102,36 +120,57 @@ FORMS = (
 
 
 def record(when: datetime, name: str, guests: int, pick: random.Random) -> dict:
-    """One line of a file: the turns of a conversation in the `messages` form."""
-    said = say_guests(guests, pick)
-    note = pick.choice(FORMS).format(
-        guests=said, Guests=said[0].upper() + said[1:], name=name,
-        date=say_date(when.date(), pick), time=say_time(when.hour, when.minute, pick),
-    )  # fmt: skip
-    answer = {"name": name, "guests": guests, "time": when.isoformat(timespec="minutes")}
-    assert datetime.fromisoformat(answer["time"]) == when
-    turns = (
-        ("system", SYSTEM),
-        ("user", note),
-        ("assistant", json.dumps(answer, separators=(",", ":"))),
+    """Returns one line of a file: a conversation in the `messages` format."""
+    # The order in which these are drawn decides the bytes of the files.
+    said_guests = say_guests(guests, pick)
+    form = pick.choice(FORMS)
+    said_date = say_date(when.date(), pick)
+    said_time = say_time(when.hour, when.minute, pick)
+    note = form.format(
+        guests=said_guests,
+        Guests=said_guests[0].upper() + said_guests[1:],
+        name=name,
+        date=said_date,
+        time=said_time,
     )
-    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+    time = when.isoformat(timespec="minutes")
+    assert datetime.fromisoformat(time) == when
+    booking = {"name": name, "guests": guests, "time": time}
+    answer = json.dumps(booking, separators=(",", ":"))
+    messages = [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": note},
+        {"role": "assistant", "content": answer},
+    ]
+    return {"messages": messages}
 
 
 def make(folder: Path) -> None:
+    """Writes the three files into a folder."""
     pick = random.Random(2026)
     days = list(range(DAYS))
     pick.shuffle(days)
+    # Whole dates belong to one side.
     dates = {"test": days[:200], "val": days[200:300], "train": days[300:]}
     unseen = set(pick.sample(NAMES, len(NAMES) // 5))
     for part, size in SIZES.items():
-        names = [n for n in NAMES if part != "train" or n not in unseen]
+        names = NAMES
+        if part == "train":
+            names = [name for name in NAMES if name not in unseen]
         lines = []
         for i in range(size):
-            day = FIRST + timedelta(days=dates[part][i % len(dates[part])])
-            when = datetime(day.year, day.month, day.day, pick.choice(HOURS), pick.choice(MINUTES))
-            lines.append(json.dumps(record(when, pick.choice(names), pick.randint(1, 12), pick)))
-        (folder / f"booking_{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            # There are more records than dates in training: each date comes again, as another note.
+            days_after = dates[part][i % len(dates[part])]
+            day = FIRST + timedelta(days=days_after)
+            hour = pick.choice(HOURS)
+            minute = pick.choice(MINUTES)
+            when = datetime(day.year, day.month, day.day, hour, minute)
+            name = pick.choice(names)
+            guests = pick.randint(1, 12)
+            line = record(when, name, guests, pick)
+            lines.append(json.dumps(line))
+        content = "\n".join(lines) + "\n"
+        (folder / f"booking_{part}.jsonl").write_text(content, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Draws assets/result.png from a run of the bundled task: the loss, and exact answers before, with examples in the
-prompt, and after.
+"""Draws assets/result.png from a run of the bundled task: the loss, and exact answers before, with
+examples in the prompt, and after.
 
     python train.py --out runs/task && python assets/make_picture.py runs/task
 """
@@ -17,32 +17,48 @@ GRAY, BLUE, ORANGE = "#9aa5b1", "#2b6cb0", "#dd6b20"
 
 
 def draw_losses(axes, lines: list[dict]) -> None:
-    steps = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    checks = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
-    axes.plot(*zip(*steps, strict=True), color=BLUE, linewidth=0.9, alpha=0.6, label="training")
-    axes.plot(
-        *zip(*checks, strict=True), color=ORANGE, marker="o", markersize=4, label="validation"
-    )
+    """Draws the losses of a run over its steps. lines: of metrics.jsonl."""
+    steps = []
+    losses = []
+    val_steps = []
+    val_losses = []
+    for line in lines:
+        # A validation has a line of its own, and a step that was left out has no loss.
+        if line.get("loss") is not None:
+            steps.append(line["step"])
+            losses.append(line["loss"])
+        if "val_loss" in line:
+            val_steps.append(line["step"])
+            val_losses.append(line["val_loss"])
+    axes.plot(steps, losses, color=BLUE, linewidth=0.9, alpha=0.6, label="training")
+    axes.plot(val_steps, val_losses, color=ORANGE, marker="o", markersize=4, label="validation")
     axes.set_xlabel("step")
     axes.set_ylabel("loss per trained token")
-    axes.set_title(
-        "213 steps of LoRA on a laptop's CPU"
-        if len(steps) == 213
-        else f"{len(steps)} steps of LoRA"
-    )
+    title = f"{len(steps)} steps of LoRA"
+    # The run of the README, which has so many steps, was made on a laptop.
+    if len(steps) == 213:
+        title += " on a laptop's CPU"
+    axes.set_title(title)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
 
 
 def draw_answers(axes, exact: dict[str, list[int]]) -> None:
-    shares = [100 * right / total for right, total in exact.values()]
-    names = [name.replace(", ", "\n") for name in exact]
+    """Draws a bar for each way to answer. exact: {way: [exact answers, all answers]}."""
+    names = []
+    shares = []
+    labels = []
+    for name, (right, total) in exact.items():
+        share = 100 * right / total
+        names.append(name.replace(", ", "\n"))
+        shares.append(share)
+        labels.append(f"{share:.1f} %\nof {total}")
+    # The two bars without training are gray.
     bars = axes.bar(names, shares, color=[GRAY, GRAY, BLUE], width=0.6)
-    for bar, share, (_, total) in zip(bars, shares, exact.values(), strict=True):
-        height = bar.get_height()
-        axes.text(
-            bar.get_x() + bar.get_width() / 2, height + 2, f"{share:.1f} %\nof {total}", ha="center"
-        )
+    for bar, label in zip(bars, labels, strict=True):
+        middle = bar.get_x() + bar.get_width() / 2
+        axes.text(middle, bar.get_height() + 2, label, ha="center")
+    # Over 100 %, so that the label of a full bar has room.
     axes.set_ylim(0, 118)
     axes.set_yticks(range(0, 101, 25))
     axes.set_ylabel("exact answers, %")
@@ -50,10 +66,9 @@ def draw_answers(axes, exact: dict[str, list[int]]) -> None:
 
 
 def main(run: Path) -> None:
-    lines = [
-        json.loads(line)
-        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    """Draws the picture of a run. run: the folder that train.py --out named."""
+    metrics = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in metrics.splitlines()]
     comparison = json.loads((run / "comparison.json").read_text(encoding="utf-8"))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.6), dpi=110)
     draw_losses(left, lines)
@@ -61,7 +76,8 @@ def main(run: Path) -> None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(Path(__file__).resolve().parent / "result.png")
+    assets = Path(__file__).resolve().parent
+    figure.savefig(assets / "result.png")
 
 
 if __name__ == "__main__":

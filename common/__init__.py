@@ -1,1 +1,1 @@
-"""What every other file may use: errors of one line, safe writing of files, devices, command lines, the terminal."""
+"""What every other file may use: one-line errors, safe writes, devices, flags, the terminal."""

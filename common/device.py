@@ -1,7 +1,9 @@
-"""Chooses the device and the dtype that this machine computes with, and measures the memory of the process.
+"""Chooses the device and the dtype that this machine computes with, and measures the memory of the
+process.
 
-A dtype that the user did not choose is returned with the reason for it, which is printed. Importing this file also sets
-how much memory oneDNN and glibc keep, which has to happen before torch computes anything.
+A dtype that the user did not choose is returned with the reason for it, which is printed. Importing
+this file also sets how much memory oneDNN and glibc keep, which has to happen before torch computes
+anything.
 """
 
 import ctypes
@@ -13,13 +15,14 @@ import torch
 
 from common.errors import UserError
 
-# oneDNN (torch's products on CPU) caches what it prepares for the last 1,024 shapes, and every batch brings new shapes:
-# a gigabyte after 200 steps. A step has fewer than 128 shapes. oneDNN reads the variable when the first product runs.
+# oneDNN (torch's products on CPU) caches what it prepares for the last 1,024 shapes, and every
+# batch brings new shapes: a gigabyte after 200 steps. A step has fewer than 128 shapes. oneDNN
+# reads the variable when the first product runs.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
-# glibc returns freed memory to the system, which zeroes it again, page by page, for the next tensor of the same size:
-# two fifths of the time of answering 32 prompts of 600 tokens on CPU. These two settings make glibc keep a gigabyte:
-# see mallopt(3); the numbers are those of malloc.h.
+# glibc returns freed memory to the system, which zeroes it again, page by page, for the next tensor
+# of the same size: two fifths of the time of answering 32 prompts of 600 tokens on CPU. These two
+# settings make glibc keep a gigabyte: see mallopt(3); the numbers are those of malloc.h.
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 if sys.platform == "linux":
@@ -29,7 +32,8 @@ if sys.platform == "linux":
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
 
-# The values of --dtype in scripts that compute. convert.py, which only stores weights, has float16 as well.
+# The values of --dtype in scripts that compute. convert.py, which only stores weights, has float16
+# as well.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STORAGE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -48,9 +52,8 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = available[0]
     if name not in available:
-        raise UserError(
-            f"--device {name}: this machine does not have it, only {', '.join(available)}"
-        )
+        present = ", ".join(available)
+        raise UserError(f"--device {name}: this machine does not have it, only {present}")
     if name == "cuda":
         use_expandable_segments()
     return torch.device(name)
@@ -59,7 +62,8 @@ def pick_device(name: str = "auto") -> torch.device:
 def use_expandable_segments() -> None:
     """Makes torch's allocator extend its segments of GPU memory instead of asking for new ones.
 
-    Batches are of all sizes, and the gaps between tensors of different sizes would add up. A setting of the user stays.
+    Batches are of all sizes, and the gaps between tensors of different sizes would add up. A
+    setting of the user stays.
     """
     is_set_by_user = "PYTORCH_CUDA_ALLOC_CONF" in os.environ or "PYTORCH_ALLOC_CONF" in os.environ
     if sys.platform == "linux" and not is_set_by_user:
@@ -69,7 +73,8 @@ def use_expandable_segments() -> None:
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """Returns the dtype to compute in, and the reason for it.
 
-    name: a key of DTYPES, or "auto": bf16 if the hardware has it; without such hardware it is slower than fp32.
+    name: a key of DTYPES, or "auto": bf16 if the hardware has it; without such hardware it is
+    slower than fp32.
     """
     if name != "auto":
         return DTYPES[name], f"asked for with --dtype {name}"
@@ -83,10 +88,13 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def cpu_features() -> set[str]:
-    """Returns the names of the CPU's instruction sets, as in "avx512_bf16"; an empty set if they are not known."""
+    """Returns the names of the CPU's instruction sets, as in "avx512_bf16"; an empty set if they
+    are not known."""
     # Not every torch from 2.11 on has this function.
     if hasattr(torch.cpu, "get_capabilities"):
-        return {feature for feature, value in torch.cpu.get_capabilities().items() if value is True}
+        # Some values are no booleans, as the number of cores.
+        capabilities = torch.cpu.get_capabilities()
+        return {feature for feature, value in capabilities.items() if value is True}
     # Only Linux has this file.
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.is_file():
@@ -99,8 +107,8 @@ def cpu_features() -> set[str]:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Returns the most bytes that torch has allocated on a GPU or, for other devices, that this process has had in
-    memory."""
+    """Returns the most bytes that torch has allocated on a GPU or, for other devices, that this
+    process has had in memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # On Linux. The number of getrusage begins with that of the process that started this one.

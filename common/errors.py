@@ -1,8 +1,9 @@
 """How a user's mistake is reported: one line that says what is wrong, where, and what to do.
 
-Everything that a user can get wrong (a flag, a file, a record in it, a folder of weights) raises `UserError`; `run`
-catches it once, at the top of each script, prints the line and exits with code 2. Any other error that reaches the top
-is a bug of this program and shows its traceback. `assert` checks invariants of the program, never a user's input.
+Everything that a user can get wrong (a flag, a file, a record in it, a folder of weights) raises
+`UserError`; `run` catches it once, at the top of each script, prints the line and exits with code
+2. Any other error that reaches the top is a bug of this program and shows its traceback. `assert`
+checks invariants of the program, never a user's input.
 """
 
 import json
@@ -10,17 +11,20 @@ import os
 import sys
 from pathlib import Path
 
-# A JSON file is read whole, and its values may take 25 times its size in memory. The largest published one, the
-# tokenizer.json of Gemma, has 33 MB and 2 million values. At these limits Python needs 0.8 GB.
+# A JSON file is read whole, and its values may take 25 times its size in memory. The largest
+# published one, the tokenizer.json of Gemma, has 33 MB and 2 million values. At these limits Python
+# needs 0.8 GB.
 JSON_BYTES = 64 << 20
 JSON_VALUES = 8_000_000
 
-# Characters. A name in a file from an unknown source may have millions, and would be part of the message.
+# Characters. A name in a file from an unknown source may have millions, and would be part of the
+# message.
 LONGEST_MESSAGE = 2_000
 
 
 class UserError(Exception):
-    """A mistake that the user can correct. The message is one line: what is wrong, where, what to do."""
+    """A mistake that the user can correct. The message is one line: what is wrong, where, what to
+    do."""
 
     def __str__(self) -> str:
         return super().__str__()[:LONGEST_MESSAGE]
@@ -29,8 +33,8 @@ class UserError(Exception):
 def run(main) -> None:
     """Runs main() as a script.
 
-    A mistake of the user, or an error of input or output, is one line on stderr and exit code 2; Ctrl-C is exit code
-    130; a closed pipe on stdout is exit code 1.
+    A mistake of the user, or an error of input or output, is one line on stderr and exit code 2;
+    Ctrl-C is exit code 130; a closed pipe on stdout is exit code 1.
     """
     try:
         main()
@@ -38,12 +42,13 @@ def run(main) -> None:
         print(f"{rank_prefix()}error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
-        # As in `python evaluate.py ... | head`: nobody reads stdout any more. Without this, Python would fail again
-        # when it flushes stdout at its exit.
+        # As in `python evaluate.py ... | head`: nobody reads stdout any more. Without this, Python
+        # would fail again when it flushes stdout at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        # As from a full disk, or a folder without permission. The name of the file says all that is known.
+        # As from a full disk, or a folder without permission. The name of the file says all that is
+        # known.
         message = describe_os_error(error, "input/output")
         print(f"{rank_prefix()}error: {printable(message)}", file=sys.stderr)
         sys.exit(2)
@@ -53,13 +58,14 @@ def run(main) -> None:
 
 
 def describe_os_error(error: OSError, where: object) -> str:
-    """Returns the file and what is wrong with it. where: stands for the file if the error does not name one."""
+    """Returns the file and what is wrong with it. where: stands for the file if the error does not
+    name one."""
     return f"{error.filename or where}: {error.strerror or error}"
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, or the name of its type if it has no message; at most 200
-    characters."""
+    """Returns the first line of an error's message, or the name of its type if it has no message;
+    at most 200 characters."""
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else type(error).__name__
     return text[:200]
@@ -73,8 +79,8 @@ def rank_prefix() -> str:
 
 
 def printable(text: str) -> str:
-    """Returns the text with all characters that are not printable escaped, so that text from a file can neither move
-    the cursor nor start a new line."""
+    """Returns the text with all characters that are not printable escaped, so that text from a file
+    can neither move the cursor nor start a new line."""
     result = []
     for character in text:
         if not character.isprintable():
@@ -86,8 +92,8 @@ def printable(text: str) -> str:
 def read_text(path: Path, most: int | None = None) -> str:
     """Returns the text of a UTF-8 file, without a byte order mark and with line ends as `\\n`.
 
-    Raises UserError if there is no such file, if it has more than `most` bytes (before it is read), or if it is not
-    UTF-8 (with the byte's number).
+    Raises UserError if there is no such file, if it has more than `most` bytes (before it is read),
+    or if it is not UTF-8 (with the byte's number).
     """
     path = Path(path)
     if path.is_dir():
@@ -96,9 +102,8 @@ def read_text(path: Path, most: int | None = None) -> str:
         if most is not None:
             size = path.stat().st_size
             if size > most:
-                raise UserError(
-                    f"{path}: has {size / 1e6:,.0f} MB, at most {most / 1e6:.0f} MB are read"
-                )
+                limit = f"at most {most / 1e6:.0f} MB are read"
+                raise UserError(f"{path}: has {size / 1e6:,.0f} MB, {limit}")
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -116,21 +121,20 @@ def read_json_if_there(path: Path) -> dict:
 def read_json(path: Path, kind: type = dict):
     """Returns the JSON value in a file, of type `kind`.
 
-    Raises UserError that names the file, and for bad JSON the line and column. A file beyond JSON_BYTES is refused
-    before it is read, one beyond JSON_VALUES before it is parsed.
+    Raises UserError that names the file, and for bad JSON the line and column. A file beyond
+    JSON_BYTES is refused before it is read, one beyond JSON_VALUES before it is parsed.
     """
     text = read_text(path, JSON_BYTES)
     # A text has at least as many of these characters as values, less one.
-    if sum(text.count(character) for character in ",[{") > JSON_VALUES:
-        raise UserError(
-            f"{path}: holds more than {JSON_VALUES:,} values, too many for a file of this kind"
-        )
+    most_values = sum(text.count(character) for character in ",[{")
+    if most_values > JSON_VALUES:
+        problem = f"holds more than {JSON_VALUES:,} values, too many for a file of this kind"
+        raise UserError(f"{path}: {problem}")
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}: not JSON at line {error.lineno} column {error.colno} ({error.msg})"
-        ) from None
+        where = f"line {error.lineno} column {error.colno}"
+        raise UserError(f"{path}: not JSON at {where} ({error.msg})") from None
     except RecursionError:
         raise UserError(f"{path}: JSON nested too deep") from None
     except ValueError as error:

@@ -1,7 +1,9 @@
-"""Writes files and folders so that each exists whole or not at all; also JSON, hashes, and the cache folder.
+"""Writes files and folders so that each exists whole or not at all; also JSON, hashes, and the
+cache folder.
 
-A crash or a full disk must not leave half a file under its final name. So `atomic_file` and `atomic_folder` write under
-a temporary name in the same folder, wait until the disk has the bytes (fsync), and then rename.
+A crash or a full disk must not leave half a file under its final name. So `atomic_file` and
+`atomic_folder` write under a temporary name in the same folder, wait until the disk has the bytes
+(fsync), and then rename.
 """
 
 import contextlib
@@ -20,22 +22,21 @@ HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w./-]*))?", re.AS
 
 @contextlib.contextmanager
 def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
-    """Yields an empty folder next to `path`, which is renamed to `path` if the block ends without an error, and deleted
-    if not.
+    """Yields an empty folder next to `path`, which is renamed to `path` if the block ends without
+    an error, and deleted if not.
 
     replace: whether an existing `path` is replaced.
-    Raises FileExistsError if `path` exists and is not replaced; what the block has written is deleted. Raises
-    NotADirectoryError if `path` is a file.
+    Raises FileExistsError if `path` exists and is not replaced; what the block has written is
+    deleted. Raises NotADirectoryError if `path` is a file.
 
-    A crash leaves the old folder whole, except in the instant between the two renames that swap the folders: then the
-    old one is next to `path`, as `.NAME.replaced-PID`.
+    A crash leaves the old folder whole, except in the instant between the two renames that swap the
+    folders: then the old one is next to `path`, as `.NAME.replaced-PID`.
     """
     # Resolved, so that a link keeps pointing at the folder and "." has a name.
     path = Path(path).resolve()
     if path.is_file():
-        raise NotADirectoryError(
-            errno.ENOTDIR, "is a file, a folder is to be written there", str(path)
-        )
+        problem = "is a file, a folder is to be written there"
+        raise NotADirectoryError(errno.ENOTDIR, problem, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.parent / f".{path.name}.partial-{os.getpid()}"
     old = path.parent / f".{path.name}.replaced-{os.getpid()}"
@@ -68,8 +69,8 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields the name of a file next to `path`, which is renamed to `path` if the block ends without an error, and
-    deleted if not.
+    """Yields the name of a file next to `path`, which is renamed to `path` if the block ends
+    without an error, and deleted if not.
 
     The block writes the file and closes it. An existing `path` is replaced.
     """
@@ -106,7 +107,8 @@ def save_tensors(tensors: dict, path: Path) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        # The package reports a full disk as an error of its own, with the number of the system's error in its text.
+        # The package reports a full disk as an error of its own, with the number of the system's
+        # error in its text.
         match = re.search(r"os error (\d+)", str(error))
         if not match:
             raise
@@ -134,7 +136,8 @@ def hub_origin(folder: Path) -> tuple[str, str] | None:
 
 
 def cache_folder() -> Path:
-    """Returns the folder for converted models: $PLAINTUNE_CACHE, else `plaintune` in the user's cache folder."""
+    """Returns the folder for converted models: $PLAINTUNE_CACHE, else `plaintune` in the user's
+    cache folder."""
     folder = os.environ.get("PLAINTUNE_CACHE")
     if not folder:
         user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

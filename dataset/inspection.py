@@ -1,9 +1,10 @@
 """Reports what is in data files, before any GPU time is spent: `python data.py inspect`.
 
-`inspect` reads every record once more than training does (`survey`), to find near-duplicates, scripts, labels, and
-addresses and secrets that had better not be there; with --html it also writes the report as a page
-(dataset/page.html.jinja). What costs nothing is in the token rows already: `quick_checks` reports that at the start of
-a training. `main` is the command line of all three commands; `convert` and `split` are in dataset/rewrite.py.
+`inspect` reads every record once more than training does (`survey`), to find near-duplicates,
+scripts, labels, and addresses and secrets that had better not be there; with --html it also writes
+the report as a page (dataset/page.html.jinja). What costs nothing is in the token rows already:
+`quick_checks` reports that at the start of a training. `main` is the command line of all three
+commands; `convert` and `split` are in dataset/rewrite.py.
 """
 
 import argparse
@@ -44,13 +45,16 @@ MAX_PLACES = 3  # places that are named for each finding
 MAX_LABEL_LENGTH = 80  # characters: longer answers are no classes
 MAX_LABELS = 200  # more different answers are no classes
 MIN_LABELLED = 20  # fewer answers are not called classes
-IMBALANCE = (
-    10  # times as many records of the most frequent label as of the rarest: from there on a warning
-)
+# How many times as many records the most frequent label has as the rarest, from where on that is a
+# warning.
+IMBALANCE = 10
 MAX_HISTOGRAM_WIDTH = 40  # characters of the longest bar in the terminal
 DEFAULT_SHOWN = 3  # examples of each file
 DEFAULT_SHARE = 0.05  # of the records, for each of val.jsonl and test.jsonl
-GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
+# Codes that set a terminal's color.
+GREEN = "\033[32m"
+DIM = "\033[2m"
+PLAIN = "\033[0m"
 
 
 # ---- a second reading ----
@@ -65,8 +69,10 @@ class Survey:
     signatures: uint16 [N, 64], MinHash signatures.
     places: int64 [N, 2], file and number of each record.
     scripts: number of records in each script.
-    answers: number of times that each last answer is given; "" counts answers that are too long for a label.
-    may_be_classes: False if there are too many different answers for classes; `answers` is empty then.
+    answers: number of times that each last answer is given; "" counts answers that are too long for
+        a label.
+    may_be_classes: False if there are too many different answers for classes; `answers` is empty
+        then.
     private: number of addresses and secrets of each kind.
     examples: for each finding up to MAX_PLACES places, with what is there.
     """
@@ -85,9 +91,11 @@ class Survey:
 def survey(source: Source) -> Survey:
     """Reads all records of a source with a process a core. Takes 160 bytes of memory a record."""
     parts = []
+    # The arrays are set at the end, when all parts are there.
     whole = Survey(hashes=None, prompts=None, signatures=None, places=None)
     bar = tqdm(unit="record", desc="reading", disable=None, leave=False)
-    for part in in_order(partial(survey_chunk, source), chunks(source), processes_for(source)):
+    work = partial(survey_chunk, source)
+    for part in in_order(work, chunks(source), processes_for(source)):
         parts.append(part)
         bar.update(len(part.hashes))
         whole.scripts.update(part.scripts)
@@ -98,14 +106,19 @@ def survey(source: Source) -> Survey:
             whole.answers = Counter()
             whole.may_be_classes = False
         for finding, places in part.examples.items():
-            whole.examples[finding] = (whole.examples.get(finding, []) + places)[:MAX_PLACES]
+            all_places = whole.examples.get(finding, []) + places
+            whole.examples[finding] = all_places[:MAX_PLACES]
         # These were added to `whole`, and need not be held until the end.
-        part.examples = part.scripts = part.answers = None
+        part.examples = None
+        part.scripts = None
+        part.answers = None
     bar.close()
     if not parts:
         raise UserError(f"{source.path}: is an empty list")
-    for name in ("hashes", "prompts", "signatures", "places"):
-        setattr(whole, name, np.concatenate([getattr(part, name) for part in parts]))
+    whole.hashes = np.concatenate([part.hashes for part in parts])
+    whole.prompts = np.concatenate([part.prompts for part in parts])
+    whole.signatures = np.concatenate([part.signatures for part in parts])
+    whole.places = np.concatenate([part.places for part in parts])
     return whole
 
 
@@ -118,12 +131,14 @@ def survey_chunk(source: Source, chunk: list) -> Survey:
         new = source.read(container, number, payload, stats)
         records += new
         places += [(container, number)] * len(new)
+    hashes = [text_hash(full_text(record)) for record in records]
+    prompts = [prompt_hash(record) for record in records]
+    signatures = [signature(words_of(record)) for record in records]
+    # The shapes are given, since a chunk may have no record.
     part = Survey(
-        hashes=np.array([text_hash(full_text(record)) for record in records], np.uint64),
-        prompts=np.array([prompt_hash(record) for record in records], np.uint64),
-        signatures=np.array([signature(words_of(record)) for record in records], np.uint16).reshape(
-            -1, 64
-        ),
+        hashes=np.array(hashes, np.uint64),
+        prompts=np.array(prompts, np.uint64),
+        signatures=np.array(signatures, np.uint16).reshape(-1, 64),
         places=np.array(places, np.int64).reshape(-1, 2),
     )
     for record in records:
@@ -133,12 +148,13 @@ def survey_chunk(source: Source, chunk: list) -> Survey:
             part.private[kind] += 1
             add_example(part, kind, f"{record.where}: {masked(text)}")
         if record.messages is not None:
-            last_answer = next(
-                each for each in reversed(record.messages) if each["role"] == "assistant"
-            )
+            answers = [each for each in record.messages if each["role"] == "assistant"]
+            last_answer = answers[-1]
             answer = last_answer.get("content") or ""
-            part.answers[answer if len(answer) <= MAX_LABEL_LENGTH else ""] += 1
-            if len(answer.split(None, 1)) == 1 and not last_answer.get("tool_calls"):
+            label = answer if len(answer) <= MAX_LABEL_LENGTH else ""
+            part.answers[label] += 1
+            is_one_word = len(answer.split(None, 1)) == 1
+            if is_one_word and not last_answer.get("tool_calls"):
                 add_example(part, "one word", f"{record.where}: {answer.strip()[:40]!r}")
     return part
 
@@ -147,11 +163,14 @@ def full_text(record: Record) -> str:
     """Returns all that a record says, roles, tool calls and tools included."""
     if record.messages is None:
         return record.text
-    messages = [*record.messages, *(record.rejected or ())]
-    lines = [
-        f"{message['role']} {message.get('content') or ''} {message.get('tool_calls') or ''}"
-        for message in messages
-    ]
+    messages = list(record.messages)
+    if record.rejected:
+        messages += record.rejected
+    lines = []
+    for message in messages:
+        content = message.get("content") or ""
+        calls = message.get("tool_calls") or ""
+        lines.append(f"{message['role']} {content} {calls}")
     lines.append(str(record.tools or ""))
     return "\n".join(lines)
 
@@ -168,7 +187,7 @@ def add_example(part: Survey, finding: str, place: str) -> None:
 
 @dataclass
 class Finding:
-    """A line of the report: its name, the amount, places as examples, and whether it is a warning."""
+    """A line of the report: its name, the amount, example places, and whether it is a warning."""
 
     name: str
     value: str
@@ -177,31 +196,53 @@ class Finding:
 
 
 def duplicates(result: Survey, where: Callable[[int], str]) -> list[Finding]:
-    """Returns the findings within one source: duplicates, near-duplicates, and questions with several answers.
+    """Returns the findings within one source.
+
+    They are duplicates, near-duplicates, and questions with several answers.
 
     where: from a record's number to its place.
     """
+    numbers = np.arange(len(result.hashes))
+    # A record is a duplicate if it is not the first one with its hash.
     _, first, inverse = np.unique(result.hashes, return_index=True, return_inverse=True)
     original = first[inverse]
-    exact = np.flatnonzero(original != np.arange(len(original)))
+    exact = np.flatnonzero(original != numbers)
+    # A group has the number of its first record.
     groups = near_groups(result.signatures)
-    near = np.flatnonzero(groups != np.arange(len(groups)))
+    near = np.flatnonzero(groups != numbers)
     near = near[~np.isin(near, exact)]
-    distinct = np.unique(np.stack([result.prompts, result.hashes], 1), axis=0)
-    _, num_answers = np.unique(distinct[:, 0], return_counts=True)
+    num_several = count_several_answers(result.prompts, result.hashes)
 
     def examples(copies: np.ndarray, originals: np.ndarray) -> list[str]:
-        return [same_as(where(i), where(originals[i])) for i in copies[:MAX_PLACES].tolist()]
+        lines = []
+        for i in copies[:MAX_PLACES].tolist():
+            lines.append(same_as(where(i), where(originals[i])))
+        return lines
 
     return [
         Finding("exact duplicates", f"{len(exact):,}", examples(exact, original), len(exact) > 0),
         Finding("near-duplicates", f"{len(near):,}", examples(near, groups), len(near) > 0),
-        Finding("questions with several answers", f"{int((num_answers > 1).sum()):,}"),
+        Finding("questions with several answers", f"{num_several:,}"),
     ]
 
 
+def count_several_answers(prompts: np.ndarray, contents: np.ndarray) -> int:
+    """Returns how many questions come with more than one content.
+
+    prompts, contents: uint64 [N], hashes of each record's question, and of all that it says.
+    """
+    pairs = np.stack([prompts, contents], 1)
+    distinct = np.unique(pairs, axis=0)
+    _, num_answers = np.unique(distinct[:, 0], return_counts=True)
+    return int((num_answers > 1).sum())
+
+
 def same_as(place: str, other: str) -> str:
-    """Returns e.g. "a.json record 7 is record 5"; the other's file is named too if it is another one."""
+    """Returns e.g. "a.json record 7 is record 5".
+
+    The other's file is named too if it is another one.
+    """
+    # A place is "FILE unit number", and a file's name may have spaces.
     file = place.rsplit(" ", 2)[0]
     return f"{place} is {other.removeprefix(file + ' ')}"
 
@@ -217,6 +258,7 @@ def overlap(
     """
     exact = np.flatnonzero(np.isin(other.hashes, mine.hashes))
     num_same_prompt = int(np.isin(other.prompts, mine.prompts).sum())
+    # Both together, since groups are of one set of signatures.
     groups = near_groups(np.concatenate([mine.signatures, other.signatures]))
     num_mine = len(mine.hashes)
     near = np.flatnonzero(np.isin(groups[num_mine:], groups[:num_mine]))
@@ -232,27 +274,27 @@ def overlap(
 
 
 def contents(result: Survey, rows: Rows) -> list[Finding]:
-    """Returns the findings on empty and one-word answers, control tokens, scripts, labels, addresses and secrets."""
+    """Returns the findings on what records say.
+
+    They are on empty and one-word answers, control tokens, scripts, labels, addresses and secrets.
+    """
     flags = rows.records[:, 2]
-    num_empty = sum(
-        count for reason, count in rows.stats.dropped.items() if reason.startswith("empty")
-    )
+    num_empty = 0
+    for reason, count in rows.stats.dropped.items():
+        if reason.startswith("empty"):
+            num_empty += count
     num_one_word = int((flags & ONE_WORD_ANSWER > 0).sum())
     with_control = np.flatnonzero(flags & CONTROL_TOKEN)
     control_places = [rows.where(i) for i in with_control[:MAX_PLACES]]
     total = max(1, len(result.hashes))
-    scripts = ", ".join(
-        f"{name} {count / total:.1%}" for name, count in result.scripts.most_common(6)
-    )
+    scripts = shares(result.scripts.most_common(6), total)
+    one_word_places = result.examples.get("one word", [])
+    num_control = len(with_control)
+    control = f"{num_control:,} (kept as plain text)"
     findings = [
         Finding("empty, left out", f"{num_empty:,}", warns=num_empty > 0),
-        Finding("answers of one word", f"{num_one_word:,}", result.examples.get("one word", [])),
-        Finding(
-            "control tokens spelled in text",
-            f"{len(with_control):,} (kept as plain text)",
-            control_places,
-            len(with_control) > 0,
-        ),
+        Finding("answers of one word", f"{num_one_word:,}", one_word_places),
+        Finding("control tokens spelled in text", control, control_places, num_control > 0),
         Finding("scripts", scripts),
     ]
     labels = classes(result)
@@ -265,23 +307,35 @@ def contents(result: Survey, rows: Rows) -> list[Finding]:
     return [finding for finding in findings if finding.value]
 
 
+def shares(counts: list[tuple[str, int]], total: int) -> str:
+    """Returns e.g. "Latin 90.0%, Greek 10.0%". counts: (name, count) of each."""
+    return ", ".join(f"{name} {count / total:.1%}" for name, count in counts)
+
+
 def classes(result: Survey) -> list[tuple[str, int]]:
-    """Returns (answer, how often it is given), the most frequent first; nothing if the answers are no classes."""
+    """Returns (answer, how often it is given), the most frequent first.
+
+    Returns nothing if the answers are no classes.
+    """
     total = sum(result.answers.values())
     if not result.may_be_classes or result.answers[""] or total < MIN_LABELLED:
         return []
+    # Classes have at least four records each, on average.
     if not 2 <= len(result.answers) <= min(MAX_LABELS, total // 4):
         return []
     return result.answers.most_common()
 
 
 def label_balance(labels: list[tuple[str, int]], total: int) -> Finding:
-    """Returns the finding that lists labels with their shares. labels: as of `classes`; total: number of records."""
+    """Returns the finding that lists labels with their shares.
+
+    labels: what `classes` returned.
+    total: number of records.
+    """
     _, largest = labels[0]
     _, smallest = labels[-1]
-    value = ", ".join(
-        f"{console.one_line(label, 30)} {count / total:.1%}" for label, count in labels[:12]
-    )
+    listed = [(console.one_line(label, 30), count) for label, count in labels[:12]]
+    value = shares(listed, total)
     if len(labels) > 12:
         value += f", ... {len(labels):,} in all"
     value += f"; most to least {largest:,} to {smallest:,}"
@@ -289,17 +343,18 @@ def label_balance(labels: list[tuple[str, int]], total: int) -> Finding:
 
 
 def lengths(rows: Rows, seq_len: int, last_only: bool) -> list[Finding]:
-    """Returns the findings on tokens: how many there are, and what does not fit into seq_len tokens."""
+    """Returns the findings on tokens: how many there are, and what seq_len tokens do not hold."""
     num_tokens = len(rows.ids)
     num_trained = 0
     if len(rows.spans):
         span_lengths = rows.spans[:, 1] - rows.spans[:, 0]
         num_trained = int(span_lengths[rows.weights > 0].sum())
+    share = num_trained / max(1, num_tokens)
     names = ("shortest", "median", "90 %", "99 %", "longest")
     values = np.percentile(np.diff(rows.starts), (0, 50, 90, 99, 100))
-    quantiles = ", ".join(
-        f"{name} {int(value):,}" for name, value in zip(names, values, strict=True)
-    )
+    quantiles = []
+    for name, value in zip(names, values, strict=True):
+        quantiles.append(f"{name} {int(value):,}")
 
     data = cut([rows], seq_len, last_only)
     is_chat = rows.records[:, 2] & IS_CHAT > 0
@@ -308,16 +363,12 @@ def lengths(rows: Rows, seq_len: int, last_only: bool) -> list[Finding]:
         num_pieces = len(data) - int(is_chat.sum())
         if num_pieces:
             changes.append(f"plain text comes in {num_pieces:,} pieces of up to {seq_len:,} tokens")
+    if not changes:
+        changes.append("holds every record whole")
     return [
-        Finding(
-            "tokens", f"{num_tokens:,}, of which {num_trained / max(1, num_tokens):.1%} trained"
-        ),
-        Finding("tokens a record", quantiles),
-        Finding(
-            f"--seq-len {seq_len:,}",
-            "; ".join(changes) or "holds every record whole",
-            warns=bool(data.dropped),
-        ),
+        Finding("tokens", f"{num_tokens:,}, of which {share:.1%} trained"),
+        Finding("tokens a record", ", ".join(quantiles)),
+        Finding(f"--seq-len {seq_len:,}", "; ".join(changes), warns=bool(data.dropped)),
     ]
 
 
@@ -329,14 +380,16 @@ def histogram(values: np.ndarray, bars: int = 12) -> list[tuple[str, int]]:
     """
     low = max(1, int(values.min()))
     high = int(values.max()) + 1
-    edges = np.unique(np.geomspace(low, high, bars + 1).round().astype(np.int64))
+    exact_edges = np.geomspace(low, high, bars + 1)
+    # Whole numbers, of which small ones may come twice.
+    edges = np.unique(exact_edges.round().astype(np.int64))
     if len(edges) == 1:
         edges = np.array([low, high])
     counts, _ = np.histogram(values, edges)
-    return [
-        (f"{start:,} to {stop - 1:,}", int(count))
-        for (start, stop), count in zip(pairwise(edges), counts, strict=True)
-    ]
+    bins = []
+    for (start, stop), count in zip(pairwise(edges), counts, strict=True):
+        bins.append((f"{start:,} to {stop - 1:,}", int(count)))
+    return bins
 
 
 # ---- what training reports at its start ----
@@ -349,43 +402,52 @@ def quick_checks(train: Dataset, val: Dataset) -> list[str]:
     _, copies = np.unique(mine["contents"], return_counts=True)
     num_repeats = int((copies - 1).sum())
     # Only conversations: of one text some pieces may validate and others not.
-    val_chats = other["contents"][other["flags"] & IS_CHAT > 0]
+    is_chat = other["flags"] & IS_CHAT > 0
+    val_chats = other["contents"][is_chat]
     num_shared = int(np.isin(val_chats, mine["contents"]).sum())
-    distinct = np.unique(np.stack([mine["prompts"], mine["contents"]], 1), axis=0)
-    _, num_answers = np.unique(distinct[:, 0], return_counts=True)
-    num_several = int((num_answers > 1).sum())
-    median, high, longest = (int(value) for value in np.percentile(train.lengths, (50, 99, 100)))
-    parts = []
-    for name, flag in (
-        ("answers of one word", ONE_WORD_ANSWER),
-        ("control tokens spelled in text", CONTROL_TOKEN),
-        ("addresses or secrets", PRIVATE_PART),
-    ):
-        count = int((mine["flags"] & flag > 0).sum())
-        if flag == ONE_WORD_ANSWER and 2 * count > len(mine["flags"]):
-            continue  # one word is what this task asks for, as a label; `data.py inspect` lists the labels
-        if count:
-            parts.append(f"{count:,} with {name}")
-    flagged = ", ".join(parts) or "none with addresses, secrets or control tokens"
+    num_several = count_several_answers(mine["prompts"], mine["contents"])
     repeats = (
-        f"{num_repeats:,} records are repeats, {num_shared:,} of {len(val_chats):,} that validate are trained on as"
-        f" well, {num_several:,} questions have several answers"
+        f"{num_repeats:,} records are repeats, {num_shared:,} of {len(val_chats):,} that validate"
+        f" are trained on as well, {num_several:,} questions have several answers"
     )
     if num_shared:
         repeats = f"WARNING: {repeats}"
+    median, high, longest = np.percentile(train.lengths, (50, 99, 100)).astype(int).tolist()
     return [
         repeats,
         f"tokens an example: median {median:,}, 99 % up to {high:,}, longest {longest:,}",
-        f"records: {flagged}; `data.py inspect` says more",
+        f"records: {flagged_records(mine['flags'])}; `data.py inspect` says more",
     ]
 
 
+def flagged_records(flags: np.ndarray) -> str:
+    """Returns how many records have which flags. flags: int64 [records]."""
+    names = {
+        ONE_WORD_ANSWER: "answers of one word",
+        CONTROL_TOKEN: "control tokens spelled in text",
+        PRIVATE_PART: "addresses or secrets",
+    }
+    parts = []
+    for flag, name in names.items():
+        count = int((flags & flag > 0).sum())
+        # Then one word is what this task asks for, as a label; `data.py inspect` lists the labels.
+        if flag == ONE_WORD_ANSWER and 2 * count > len(flags):
+            continue
+        if count:
+            parts.append(f"{count:,} with {name}")
+    return ", ".join(parts) or "none with addresses, secrets or control tokens"
+
+
 def record_columns(data: Dataset) -> dict[str, np.ndarray]:
-    """Returns contents and prompts (hashes) and flags of the records that examples come from, each record once."""
+    """Returns contents and prompts (hashes) and flags of the records that examples come from.
+
+    Each record comes once, of however many pieces it has been cut into.
+    """
     index = data.examples
     content_hashes, prompt_hashes, flags = [], [], []
     for source, rows in enumerate(index.rows):
-        records = np.unique(index.row[index.source == source])
+        is_here = index.source == source
+        records = np.unique(index.row[is_here])
         content_hashes.append(rows.contents[records])
         prompt_hashes.append(rows.prompts[records])
         flags.append(rows.records[records, 2])
@@ -400,22 +462,28 @@ def record_columns(data: Dataset) -> dict[str, np.ndarray]:
 
 
 def spans_of(example: Example, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
-    """Yields the example's text in runs of trained and untrained tokens, as (text, True if it is trained)."""
+    """Yields the example's text in runs of tokens, as (text, True if it is trained)."""
     trained = np.asarray(example.loss_weights) > 0
     changes = np.flatnonzero(trained[1:] != trained[:-1]) + 1
-    for start, stop in pairwise([0, *changes.tolist(), len(trained)]):
+    edges = [0, *changes.tolist(), len(trained)]
+    for start, stop in pairwise(edges):
         ids = [int(i) for i in example.ids[start:stop]]
+        # Only where a text begins, the tokenizer may have put a space in front of it.
         text = "".join(tokenizer.stream(ids, first=start == 0))
         yield text, bool(trained[start])
 
 
 def in_terminal(example: Example, tokenizer: Tokenizer, color: bool) -> str:
-    """Returns the example's text for a terminal, with trained parts in green, or in [[brackets]] without color."""
+    """Returns the example's text for a terminal.
+
+    Trained parts are in green, or in [[brackets]] without color.
+    """
     parts = []
     for text, is_trained in spans_of(example, tokenizer):
         shown = "\n".join(printable(line) for line in text.split("\n"))
         if color:
-            parts.append(f"{GREEN if is_trained else DIM}{shown}{PLAIN}")
+            code = GREEN if is_trained else DIM
+            parts.append(f"{code}{shown}{PLAIN}")
         elif is_trained:
             parts.append(f"[[{shown}]]")
         else:
@@ -428,9 +496,15 @@ PAGE_MARK = '<meta name="generator" content="plaintune">'
 
 
 def page(
-    title: str, parts: list[tuple[str, list[Finding]]], bins, examples, tokenizer: Tokenizer
+    title: str,
+    parts: list[tuple[str, list[Finding]]],
+    bins: list[tuple[str, int]],
+    examples: list[Example],
+    tokenizer: Tokenizer,
 ) -> str:
-    """Returns the whole report as one HTML file that loads nothing, rendered from dataset/page.html.jinja.
+    """Returns the whole report as one HTML file that loads nothing.
+
+    It is rendered from dataset/page.html.jinja.
 
     title: the heading.
     parts: for each source, its summary and its findings.
@@ -452,13 +526,18 @@ def page(
     )
     environment.filters["printable"] = printable
     environment.filters["thousands"] = "{:,}".format
-    return environment.get_template("page.html.jinja").render(
+    template = environment.get_template("page.html.jinja")
+    examples_with_spans = []
+    for example in examples:
+        spans = list(spans_of(example, tokenizer))
+        examples_with_spans.append((example, spans))
+    return template.render(
         title=title,
         tokenizer=tokenizer,
         parts=parts,
         bins=bins,
         largest_count=max(count for _, count in bins),
-        examples=[(example, list(spans_of(example, tokenizer))) for example in examples],
+        examples=examples_with_spans,
     )
 
 
@@ -484,7 +563,8 @@ def print_report(
     for summary, findings in parts:
         print(summary)
         for finding in findings:
-            print(f"  {'!' if finding.warns else ' '} {finding.name:32} {finding.value}")
+            mark = "!" if finding.warns else " "
+            print(f"  {mark} {finding.name:32} {finding.value}")
             for example in finding.examples:
                 print(f"        {console.one_line(example, 110)}")
     print("\ntokens a record")
@@ -494,9 +574,10 @@ def print_report(
         bar = "#" * round(MAX_HISTOGRAM_WIDTH * count / largest_count)
         print(f"  {label:>{label_width}}  {count:>9,}  {bar}")
     if examples:
-        mark = f"{GREEN}green{PLAIN}" if color else "[[in brackets]]"
+        trained = f"{GREEN}green{PLAIN}" if color else "[[in brackets]]"
         print(
-            f"\nexamples as the model sees them; chat template: {tokenizer.template_name}; trained: {mark}"
+            f"\nexamples as the model sees them; chat template: {tokenizer.template_name};"
+            f" trained: {trained}"
         )
     for example in examples:
         print(f"\n--- {printable(example.source)}, {len(example.ids):,} tokens")
@@ -509,7 +590,8 @@ def print_report(
 def main(load_tokenizer: Callable[[str | None, str | None], tuple[Tokenizer, int]]) -> None:
     """Runs `data.py inspect`, `convert` or `split`.
 
-    load_tokenizer: from --model and --template to a tokenizer and the number of positions of its model.
+    load_tokenizer: from --model and --template to a tokenizer and the number of positions of its
+        model. It is an argument, since this folder imports nothing that knows of models.
     """
     # rewrite.py imports this module.
     from dataset.rewrite import convert_files, split_files
@@ -532,53 +614,31 @@ FLAGS_OF = {
 
 
 def make_data_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all three commands."""
     parser = argparse.ArgumentParser(
         prog="data.py", description="Look at data, or rewrite it.", allow_abbrev=False
     )
     add = parser.add_argument
-    add(
-        "command",
-        choices=["inspect", "convert", "split"],
-        help="inspect: report what is in the files; convert: write them as one JSONL file of messages;"
-        " split: write train.jsonl, val.jsonl and test.jsonl",
+    commands = (
+        "inspect: report what is in the files; convert: write them as one JSONL file of messages;"
+        " split: write train.jsonl, val.jsonl and test.jsonl"
     )
+    add("command", choices=["inspect", "convert", "split"], help=commands)
     add("files", nargs="+", metavar="FILE", help="files or folders of any known format")
-    add(
-        "--trees",
-        choices=[*TREES],
-        default="best",
-        help="which paths of OASST trees to read (default: best)",
-    )
+    trees = "which paths of OASST trees to read (default: best)"
+    add("--trees", choices=[*TREES], default="best", help=trees)
     add("--map", metavar="FILE.py:NAME", help="your function that every record goes through first")
-    add(
-        "--model",
-        metavar="M",
-        help="inspect: the model whose tokenizer and template to use (default: the default base)",
-    )
+    model = "inspect: the model whose tokenizer and template to use (default: the default base)"
+    add("--model", metavar="M", help=model)
     add("--template", help="inspect: chat template in place of the model's own")
-    add(
-        "--train-on",
-        choices=[*TRAIN_ON],
-        help="inspect: which messages are trained (default: answers)",
-    )
-    add(
-        "--seq-len",
-        type=int,
-        metavar="N",
-        help="inspect: tokens of an example at most (default: as train.py)",
-    )
-    add(
-        "--against",
-        nargs="+",
-        metavar="FILE",
-        help="inspect: validation or test files to find overlaps with",
-    )
-    add(
-        "--show",
-        type=int,
-        metavar="K",
-        help=f"inspect: examples to show of each file (default: {DEFAULT_SHOWN})",
-    )
+    train_on = "inspect: which messages are trained (default: answers)"
+    add("--train-on", choices=[*TRAIN_ON], help=train_on)
+    seq_len = "inspect: tokens of an example at most (default: as train.py)"
+    add("--seq-len", type=int, metavar="N", help=seq_len)
+    against = "inspect: validation or test files to find overlaps with"
+    add("--against", nargs="+", metavar="FILE", help=against)
+    show = f"inspect: examples to show of each file (default: {DEFAULT_SHOWN})"
+    add("--show", type=int, metavar="K", help=show)
     add("--html", metavar="PAGE", help="inspect: write the report as an HTML page as well")
     add("--out", metavar="PATH", help="convert: the JSONL file to write; split: the folder")
     for name, verb in (("--val", "validate"), ("--test", "test")):
@@ -594,9 +654,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """
     args = cli.parse_args(make_data_parser(), argv)
     command = args.command
-    for name in {name for names in FLAGS_OF.values() for name in names} - {*FLAGS_OF[command]}:
+    foreign = set()  # the flags of other commands alone
+    for names in FLAGS_OF.values():
+        foreign.update(names)
+    foreign.difference_update(FLAGS_OF[command])
+    for name in foreign:
         if getattr(args, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')}: means nothing to `{command}`")
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag}: means nothing to `{command}`")
     if command != "inspect":
         check_output(command, args.out)
     if args.html and not Path(args.html).resolve().parent.is_dir():
@@ -606,11 +671,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--seq-len {args.seq_len}: must be 2 or more")
     if args.show is not None and args.show < 0:
         raise UserError(f"--show {args.show}: must be 0 or more")
-    args.val = DEFAULT_SHARE if args.val is None else args.val
-    args.test = DEFAULT_SHARE if args.test is None else args.test
+    # Not defaults of the parser, which could not tell whether the flag was given.
+    if args.val is None:
+        args.val = DEFAULT_SHARE
+    if args.test is None:
+        args.test = DEFAULT_SHARE
     if args.val < 0 or args.test < 0 or args.val + args.test >= 1:
         raise UserError(
-            f"--val {args.val:g} --test {args.test:g}: each share must be 0 or more, both together below 1"
+            f"--val {args.val:g} --test {args.test:g}: each share must be 0 or more,"
+            " both together below 1"
         )
     return args
 
@@ -626,12 +695,20 @@ def check_output(command: str, out: str | None) -> None:
 
 
 def inspect(args: argparse.Namespace, tokenizer: Tokenizer, max_positions: int) -> None:
-    """Prints what is in the files, as a model with this tokenizer and max_positions positions will see it."""
+    """Prints what is in the files, as a model with this tokenizer will see it.
+
+    max_positions: of the model.
+    """
     seq_len = args.seq_len or min(2048, max_positions)
     roles, last_only = TRAIN_ON[args.train_on or "answers"]
     num_shown = DEFAULT_SHOWN if args.show is None else args.show
-    others = [(file, *survey_file(file, args)) for file in args.against or ()]
-    parts, all_lengths, shown = [], [], []
+    others = []
+    for file in args.against or ():
+        other_source, other = survey_file(file, args)
+        others.append((file, other_source, other))
+    parts = []
+    all_lengths = []
+    shown = []
     for file in args.files:
         source = open_source(file, args.trees, args.map)
         rows = tokenized_rows(source, tokenizer, roles)
@@ -646,15 +723,15 @@ def inspect(args: argparse.Namespace, tokenizer: Tokenizer, max_positions: int) 
         examples = cut([rows], seq_len, last_only).examples
         if len(examples):
             # Spread evenly over the file.
-            picks = np.linspace(0, len(examples) - 1, min(num_shown, len(examples))).astype(int)
+            num_picks = min(num_shown, len(examples))
+            picks = np.linspace(0, len(examples) - 1, num_picks).astype(int)
             shown += [examples[i] for i in picks]
     bins = histogram(np.concatenate(all_lengths))
     print_report(parts, bins, shown, tokenizer)
     if args.html:
         check_overwritable(args.html)
-        html = page(
-            ", ".join(Path(file).name for file in args.files), parts, bins, shown, tokenizer
-        )
+        title = ", ".join(Path(file).name for file in args.files)
+        html = page(title, parts, bins, shown, tokenizer)
         with atomic_file(Path(args.html)) as tmp:
             tmp.write_text(html, encoding="utf-8")
         print(f"page      {args.html}")

@@ -1,9 +1,11 @@
-"""Reads the trees of OpenAssistant (Koepf et al. 2023): a prompt at the root, and ranked replies below each message.
+"""Reads the trees of OpenAssistant (Koepf et al. 2023): a prompt at the root, and ranked replies
+below each message.
 
-A tree is one nested object, {"message_tree_id", "prompt": {"role", "text", "replies": [...]}}, or several objects one
-after another, {"message_id", "parent_id", "role", "text"}, as in the released flat files. A path from the root to a
-message without replies is a conversation. `--trees` decides which paths are trained: only that of the best-ranked
-replies, or all. An answer that several paths share is trained in the first of them.
+A tree is one nested object, {"message_tree_id", "prompt": {"role", "text", "replies": [...]}}, or
+several objects one after another, {"message_id", "parent_id", "role", "text"}, as in the released
+flat files. A path from the root to a message without replies is a conversation. `--trees` decides
+which paths are trained: only that of the best-ranked replies, or all. An answer that several paths
+share is trained in the first of them.
 
 A path ends with an answer. Deleted messages, and all messages below them, are left out.
 """
@@ -17,14 +19,17 @@ from dataset.messages import quote_names, require_field, require_object, type_na
 from dataset.readers import Container
 from dataset.records import Format, Reading, Record
 
-TREES = ("best", "all")  # the path of best-ranked replies, or every path
+# The values of --trees: the path of best-ranked replies, or every path.
+TREES = ("best", "all")
 OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 MAX_PATH = 1000  # messages of a path
-WHERE = "\0where"  # a key that no file has: the place of a message of a flat file, for errors
+# A key that no file has: under it a message of a flat file keeps its place, for errors.
+WHERE = "\0where"
 
 
 def oasst_tree(reading: Reading) -> list[Record]:
-    """Reads a nested tree. Returns a record for each path with an answer of its own, in the order of their ranks."""
+    """Reads a nested tree. Returns a record for each path with an answer of its own, in the order
+    of their ranks."""
     root = require_object(reading.record["prompt"], reading.where)
     if root.get("deleted") is True:
         reading.stats.dropped["a deleted prompt"] += 1
@@ -32,31 +37,37 @@ def oasst_tree(reading: Reading) -> list[Record]:
     records = []
     trained_nodes = set()  # the answers of earlier paths, as id() of their objects
     for path in _paths(root, reading):
-        messages, weights = [], []
+        messages = []
+        weights = []
         for node in path:
+            is_trained_already = id(node) in trained_nodes
             messages.append(_message(node, reading))
-            weights.append(0.0 if id(node) in trained_nodes else 1.0)
+            weights.append(0.0 if is_trained_already else 1.0)
+        # Nothing is learned from a prompt that nobody has answered.
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()
             weights.pop()
-        new_answers = [
-            i for i, message in enumerate(messages) if message["role"] == "assistant" and weights[i]
-        ]
-        if not new_answers:
-            reason = (
-                "a path without an answer of its own" if messages else "a path without an answer"
-            )
-            reading.stats.dropped[reason] += 1
-            continue
-        trained_nodes.update(id(path[i]) for i in new_answers)
-        records += reading.conversation(messages, weights)
+
+        num_new_answers = 0
+        for node, message, weight in zip(path, messages, weights):
+            if message["role"] == "assistant" and weight:
+                num_new_answers += 1
+                trained_nodes.add(id(node))
+        if num_new_answers:
+            records += reading.conversation(messages, weights)
+        elif messages:
+            reading.stats.dropped["a path without an answer of its own"] += 1
+        else:
+            reading.stats.dropped["a path without an answer"] += 1
     return records
 
 
 def _paths(root: dict, reading: Reading) -> list[tuple[dict, ...]]:
-    """Returns the paths from the root to messages without replies; with --trees best only the best-ranked one."""
+    """Returns the paths from the root to messages without replies; with --trees best only the
+    best-ranked one."""
     paths = []
-    stack = [(root, ())]
+    # A stack and no recursion, since a file may nest its replies deeper than Python calls.
+    stack: list[tuple[dict, tuple[dict, ...]]] = [(root, ())]
     while stack:
         node, path = stack.pop()
         path = (*path, node)
@@ -74,15 +85,19 @@ def _paths(root: dict, reading: Reading) -> list[tuple[dict, ...]]:
 
 
 def _replies(node: dict, reading: Reading) -> list[dict]:
-    """Returns the replies to a message, the best-ranked first, without the deleted ones, which are counted."""
-    replies = node.get("replies") or []
-    if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
-        raise UserError(
-            f"{reading.where}: replies is {type_name(replies)}, a list of messages is wanted"
-        )
+    """Returns the replies to a message, the best-ranked first, without the deleted ones, which are
+    counted."""
+    replies = node.get("replies")
+    if not replies:
+        return []
+    is_list = isinstance(replies, list)
+    if not is_list or not all(isinstance(reply, dict) for reply in replies):
+        actual = type_name(replies)
+        raise UserError(f"{reading.where}: replies is {actual}, a list of messages is wanted")
     remaining = [reply for reply in replies if reply.get("deleted") is not True]
-    if len(remaining) < len(replies):
-        reading.stats.dropped["a deleted reply"] += len(replies) - len(remaining)
+    num_deleted = len(replies) - len(remaining)
+    if num_deleted:
+        reading.stats.dropped["a deleted reply"] += num_deleted
     return sorted(remaining, key=lambda reply: _rank(reply, reading.where))
 
 
@@ -92,19 +107,21 @@ def _rank(reply: dict, where: str) -> float:
     if rank is None:
         return math.inf
     if isinstance(rank, bool) or not isinstance(rank, (int, float)):
-        raise UserError(
-            f"{reply.get(WHERE, where)}: rank is {type_name(rank)}, a number or null is wanted"
-        )
-    return math.inf if math.isnan(rank) else rank
+        where = reply.get(WHERE, where)
+        raise UserError(f"{where}: rank is {type_name(rank)}, a number or null is wanted")
+    # Nothing is smaller or larger than NaN, so the order of the replies would depend on chance.
+    if math.isnan(rank):
+        return math.inf
+    return rank
 
 
 def _message(node: dict, reading: Reading) -> dict:
+    """Returns a message of a tree as a message of a conversation."""
     where = node.get(WHERE, reading.where)
     role = OASST_ROLES.get(require_field(node, "role", str, where))
     if role is None:
-        raise UserError(
-            f"{where}: role {quote_names([node['role']])} is unknown; prompter or assistant"
-        )
+        unknown = quote_names([node["role"]])
+        raise UserError(f"{where}: role {unknown} is unknown; prompter or assistant")
     return {"role": role, "content": require_field(node, "text", str, where)}
 
 
@@ -113,9 +130,9 @@ def _message(node: dict, reading: Reading) -> dict:
 
 def _flat_tree(reading: Reading) -> list[Record]:
     """Reads the messages of one tree of a flat file, which `_group_by_tree` collected."""
-    nodes = {}  # by message_id
-    roots = []
-    children = {}  # parent_id: ids of its replies
+    nodes: dict[str, dict] = {}  # by message_id
+    roots: list[str] = []  # ids
+    children: dict[str, list[str]] = {}  # parent_id: ids of its replies
     for message in reading.record["messages"]:
         where = message[WHERE]
         id = message["message_id"]
@@ -124,9 +141,8 @@ def _flat_tree(reading: Reading) -> list[Record]:
         nodes[id] = message | {"replies": []}
         parent = message["parent_id"]
         if parent is not None and not isinstance(parent, str):
-            raise UserError(
-                f"{where}: parent_id is {type_name(parent)}, a string or null is wanted"
-            )
+            actual = type_name(parent)
+            raise UserError(f"{where}: parent_id is {actual}, a string or null is wanted")
         if parent is None:
             roots.append(id)
         else:
@@ -135,7 +151,8 @@ def _flat_tree(reading: Reading) -> list[Record]:
         if parent in nodes:
             nodes[parent]["replies"] = [nodes[id] for id in ids]
 
-    # Messages whose parent is missing are not below a root, and neither are those whose parents form a cycle.
+    # Messages whose parent is missing are not below a root, and neither are those whose parents
+    # form a cycle.
     reached = set()
     stack = list(roots)
     while stack:
@@ -148,34 +165,34 @@ def _flat_tree(reading: Reading) -> list[Record]:
 
     records = []
     for id in roots:
-        records += oasst_tree(
-            Reading({"prompt": nodes[id]}, reading.where, reading.stats, reading.trees)
-        )
+        tree = {"prompt": nodes[id]}
+        records += oasst_tree(Reading(tree, reading.where, reading.stats, reading.trees))
     return records
 
 
 def _group_by_tree(container: Container, payloads: Iterable) -> Iterator[tuple[int, object]]:
     """Yields (number of the first message, {"messages": [...]}) for each tree of a flat file.
 
-    The messages of a tree must follow each other, so that one tree is in memory and not the file. Raises UserError if
-    they do not, or if a record is no message.
+    The messages of a tree must follow each other, so that one tree is in memory and not the file.
+    Raises UserError if they do not, or if a record is no message.
     """
     finished_trees = set()
     for tree, numbered in groupby(_flat_messages(container, payloads), _tree_of):
         numbered = list(numbered)
         first_number = numbered[0][0]
         if tree in finished_trees:
-            raise UserError(
-                f"{container.place(first_number)}: tree {str(tree)[:40]!r} again; sort the file by tree"
-            )
+            place = container.place(first_number)
+            raise UserError(f"{place}: tree {str(tree)[:40]!r} again; sort the file by tree")
         finished_trees.add(tree)
         # The keys of the format are there so that the group is recognized as one of it.
-        keys = dict.fromkeys(OASST_MESSAGES.keys)
-        yield first_number, {"messages": [message for _, message in numbered], **keys}
+        group: dict[str, object] = {"messages": [message for _, message in numbered]}
+        group.update(dict.fromkeys(OASST_MESSAGES.keys))
+        yield first_number, group
 
 
 def _flat_messages(container: Container, payloads: Iterable) -> Iterator[tuple[int, dict]]:
-    """Yields (number, message) for each record of a flat file, with the message's place at the key WHERE."""
+    """Yields (number, message) for each record of a flat file, with the message's place at the key
+    WHERE."""
     for number, payload in payloads:
         where = container.place(number)
         message = require_object(container.value(number, payload), where)

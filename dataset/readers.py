@@ -1,11 +1,13 @@
-"""Reads files record by record: JSON, JSONL, CSV, TSV, Parquet and plain text, also compressed by gzip or zstandard.
+"""Reads files record by record: JSON, JSONL, CSV, TSV, Parquet and plain text, also compressed by
+gzip or zstandard.
 
-The kind of a file is recognized by its first bytes; only CSV and TSV, which look like any other text, are recognized by
-the file's name. No more than one record is in memory at a time (of Parquet and plain text one batch or part), so memory
-does not grow with the file.
+The kind of a file is recognized by its first bytes; only CSV and TSV, which look like any other
+text, are recognized by the file's name. No more than one record is in memory at a time (of Parquet
+and plain text one batch or part), so memory does not grow with the file.
 
-A `Container` is a file whose kind is known. Its `payloads` yields every record undecoded, with its number; its `value`
-decodes one payload. The two are separate so that another process can do the second.
+A `Container` is a file whose kind is known. Its `payloads` yields every record undecoded, with its
+number; its `value` decodes one payload. The two are separate so that another process can do the
+second.
 """
 
 import codecs
@@ -27,8 +29,8 @@ from typing import BinaryIO, NamedTuple
 from common.errors import UserError, read_text
 
 MAX_RECORD_BYTES = 128 << 20  # of one record, or of a JSON file that is one object
-# As Python objects the values of a record take 30 times its bytes, so their number is limited as well. They are counted
-# only in records of more than COUNT_VALUES_FROM bytes.
+# As Python objects the values of a record take 30 times its bytes, so their number is limited as
+# well. They are counted only in records of more than COUNT_VALUES_FROM bytes.
 MAX_VALUES = 3_000_000
 COUNT_VALUES_FROM = 1 << 20
 PART = 4 << 20  # characters of a plain text that are read at a time
@@ -39,7 +41,8 @@ KNOWN_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".tx
 
 
 class Text(NamedTuple):
-    """One part of a plain-text file. A long file is read as several parts, cut at the start of a line if it has any.
+    """One part of a plain-text file. A long file is read as several parts, cut at the start of a
+    line if it has any.
 
     first, last: whether this is the first or the last part of its file.
     """
@@ -53,7 +56,8 @@ class Text(NamedTuple):
 class Container:
     """A file whose kind is known.
 
-    kind: JSON, JSONL, CSV, TSV, Parquet or TXT; of a compressed file with the compression, as in "JSONL in gzip".
+    kind: JSON, JSONL, CSV, TSV, Parquet or TXT; of a compressed file with the compression, as in
+    "JSONL in gzip".
     unit: what the numbers of `payloads` count: "line", "record" or "row".
     """
 
@@ -82,24 +86,24 @@ class Container:
             yield from readers[kind](stream, self)
 
     def value(self, number: int, payload: object) -> object:
-        """Returns the value of a payload: for a line of JSONL the decoded JSON, for other kinds the payload itself.
+        """Returns the value of a payload: for a line of JSONL the decoded JSON, for other kinds the
+        payload itself.
 
         Raises UserError that names the record: not UTF-8, not JSON, or too many values.
         """
         if not isinstance(payload, bytes):
             return payload
         place = self.place(number)
-        if (
-            len(payload) > COUNT_VALUES_FROM
-            and sum(map(payload.count, (b",", b"[", b"{"))) > MAX_VALUES
-        ):
-            raise _too_many_values(place)
+        if len(payload) > COUNT_VALUES_FROM:
+            # A text has at least as many of these characters as values, less one.
+            most_values = sum(payload.count(character) for character in (b",", b"[", b"{"))
+            if most_values > MAX_VALUES:
+                raise _too_many_values(place)
         try:
             line = payload.decode("utf-8").strip()
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{place}: not UTF-8 at byte {error.start + 1} of the line; save it as UTF-8"
-            ) from None
+            where = f"byte {error.start + 1} of the line"
+            raise UserError(f"{place}: not UTF-8 at {where}; save it as UTF-8") from None
         value, end = decode(line, 0, place)
         if end < len(line):
             rest = SPACE.match(line, end).end()
@@ -114,8 +118,9 @@ class Container:
 def open_containers(path: Path | str) -> tuple[list[Container], int]:
     """Recognizes a file, or all files of a folder and its subfolders.
 
-    Returns the containers, in the order of the files' names, and the number of other files in the folder, which are of
-    no known kind. Raises UserError if a file can't be recognized, or a folder holds no file of a known kind.
+    Returns the containers, in the order of the files' names, and the number of other files in the
+    folder, which are of no known kind. Raises UserError if a file can't be recognized, or a folder
+    holds no file of a known kind.
     """
     path = Path(path)
     if not path.is_dir():
@@ -124,6 +129,7 @@ def open_containers(path: Path | str) -> tuple[list[Container], int]:
     num_others = 0
     visited = set()
     for folder, folders, names in os.walk(path, followlinks=True):
+        # os.walk goes on into what is left in this list, in its order.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         # A symbolic link may lead back to a folder that was visited already.
         real_folder = os.path.realpath(folder)
@@ -134,19 +140,16 @@ def open_containers(path: Path | str) -> tuple[list[Container], int]:
         names = sorted(name for name in names if not name.startswith("."))
         has_tables = any(_suffix(Path(name)) in (".csv", ".tsv") for name in names)
         for name in names:
+            is_documentation = name.upper().startswith(("README", "LICENSE", "LICENCE"))
             is_class_names = name == CLASS_NAMES and has_tables
-            is_about_data = (
-                name.upper().startswith(("README", "LICENSE", "LICENCE")) or is_class_names
-            )
-            if _suffix(Path(name)) in KNOWN_SUFFIXES and not is_about_data:
+            is_known = _suffix(Path(name)) in KNOWN_SUFFIXES
+            if is_known and not is_documentation and not is_class_names:
                 paths.append(Path(folder, name))
             else:
                 num_others += 1
     if not paths:
-        suffixes = ", ".join(KNOWN_SUFFIXES)
-        raise UserError(
-            f"{path}: holds no file of a known kind ({suffixes}, each also with .gz or .zst)"
-        )
+        kinds = f"{', '.join(KNOWN_SUFFIXES)}, each also with .gz or .zst"
+        raise UserError(f"{path}: holds no file of a known kind ({kinds})")
     return [_recognize(each) for each in paths], num_others
 
 
@@ -161,25 +164,24 @@ def _suffix(path: Path) -> str:
 
 
 def _recognize(path: Path) -> Container:
-    """Returns the container of a file. Raises UserError if it is missing, empty or of no known kind."""
+    """Returns the container of a file. Raises UserError if it is missing, empty or of no known
+    kind."""
     head, compression = _read_head(path)
     in_compression = f" in {compression}" if compression else ""
 
     # Binary files, which are recognized by their first bytes.
     if head[:4] == b"PAR1":
         if compression:
-            raise UserError(
-                f"{path}: Parquet{in_compression}; Parquet is compressed itself, unpack the file"
-            )
+            advice = "Parquet is compressed itself, unpack the file"
+            raise UserError(f"{path}: Parquet{in_compression}; {advice}")
         return Container(path, "Parquet", "row")
     if compression:
         inner = _compression(head[:4])
         if inner:
             raise UserError(f"{path}: compressed twice, {inner}{in_compression}; unpack it once")
     if head[:4] == b"PK\x03\x04":
-        raise UserError(
-            f"{path}: a zip archive, or an Excel workbook; unpack it, or export it as CSV"
-        )
+        advice = "unpack it, or export it as CSV"
+        raise UserError(f"{path}: a zip archive, or an Excel workbook; {advice}")
 
     # Text that is not UTF-8, or is none.
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -190,9 +192,8 @@ def _recognize(path: Path) -> Container:
     # UTF-16 without a byte order mark has a NUL at every other place.
     if "\0" in text:
         _check_utf8(path, head)
-        raise UserError(
-            f"{path}: holds a NUL at character {text.index(chr(0)) + 1}; save it as UTF-8 text"
-        )
+        position = text.index("\0") + 1
+        raise UserError(f"{path}: holds a NUL at character {position}; save it as UTF-8 text")
 
     # Tables and plain text go by the name, JSON and JSONL by the first characters.
     suffix = _suffix(path)
@@ -204,29 +205,33 @@ def _recognize(path: Path) -> Container:
     if text[start] == "[":
         return Container(path, "JSON" + in_compression, "record")
     if text[start] == "{":
+        # JSONL has a whole object in its first line. A JSON file has only a part of one there, or
+        # it is one line that holds all the records.
         line, line_end, rest = text[start:].partition("\n")
         is_only_line = not rest.strip() and len(head) < HEAD_BYTES
-        if (line_end and _continues_on_next_line(line)) or (
-            is_only_line and _is_object_of_objects(line)
-        ):
+        is_json = False
+        if line_end:
+            is_json = _continues_on_next_line(line)
+        if is_only_line and not is_json:
+            is_json = _is_object_of_objects(line)
+        if is_json:
             return Container(path, "JSON" + in_compression, "record")
         return Container(path, "JSONL" + in_compression, "line")
 
     _check_utf8(path, head)
     line_number = text.count("\n", 0, start) + 1
-    raise UserError(
-        f"{path} line {line_number}: found {text[start : start + 10]!r}; not JSON (a list), nor JSONL (an object a"
-        " line), nor a .txt, .md, .csv or .tsv"
-    )
+    beginning = text[start : start + 10]
+    known = "not JSON (a list), nor JSONL (an object a line), nor a .txt, .md, .csv or .tsv"
+    raise UserError(f"{path} line {line_number}: found {beginning!r}; {known}")
 
 
 def _read_head(path: Path) -> tuple[bytes, str | None]:
-    """Returns the first bytes of a file, decompressed, and its compression. The head of a file that begins with blanks
-    is longer, up to the first bytes that are not blank."""
+    """Returns the first bytes of a file, decompressed, and its compression. The head of a file that
+    begins with blanks is longer, up to the first bytes that are not blank."""
     if path.exists() and not path.is_file():
-        raise UserError(
-            f"{path}: is no regular file, and would have to be read more than once; save it first"
-        )
+        # A pipe, for example.
+        reason = "is no regular file, and would have to be read more than once"
+        raise UserError(f"{path}: {reason}; save it first")
     try:
         stream, compression = _open(path)
     except FileNotFoundError:
@@ -243,7 +248,9 @@ def _read_head(path: Path) -> tuple[bytes, str | None]:
 
 
 def _check_utf8(path: Path, head: bytes) -> None:
+    """Raises UserError if the first bytes of a file are not UTF-8."""
     try:
+        # Incremental, because the last character may be cut.
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
@@ -254,6 +261,7 @@ def _continues_on_next_line(line: str) -> bool:
     try:
         json.loads(line)
     except json.JSONDecodeError as error:
+        # The decoder fails behind the last character if nothing is wrong but the end.
         return error.pos >= len(line.rstrip())
     except (RecursionError, ValueError):
         pass
@@ -261,7 +269,8 @@ def _continues_on_next_line(line: str) -> bool:
 
 
 def _is_object_of_objects(line: str) -> bool:
-    """True if a file's only line is a JSON object whose values are all objects: records by an id."""
+    """True if a file's only line is a JSON object whose values are all objects: records by an
+    id."""
     try:
         value = json.loads(line)
     except (RecursionError, ValueError):
@@ -270,6 +279,7 @@ def _is_object_of_objects(line: str) -> bool:
 
 
 def _all_objects(value: dict) -> bool:
+    """True if the values of an object are objects, of which there is at least one."""
     return bool(value) and all(isinstance(each, dict) for each in value.values())
 
 
@@ -286,7 +296,8 @@ def _compression(start: bytes) -> str | None:
 
 @contextlib.contextmanager
 def _report_damage(path: Path) -> Iterator[None]:
-    """Turns the errors of a decompressor (an early end, a wrong checksum) into a UserError of one line."""
+    """Turns the errors of a decompressor (an early end, a wrong checksum) into a UserError of one
+    line."""
     try:
         yield
     except (EOFError, zlib.error, OSError) as error:
@@ -297,7 +308,8 @@ def _report_damage(path: Path) -> Iterator[None]:
 
 
 def _open(path: Path) -> tuple[BinaryIO, str | None]:
-    """Opens a file for reading its decompressed bytes. Returns the stream, and the compression or None."""
+    """Opens a file for reading its decompressed bytes. Returns the stream, and the compression or
+    None."""
     with open(path, "rb") as file:
         compression = _compression(file.read(4))
     if compression == "gzip":
@@ -349,8 +361,8 @@ def _lines(stream: BinaryIO, container: Container) -> Iterator[tuple[int, bytes]
 def _json_values(stream: BinaryIO, container: Container) -> Iterator[tuple[int, object]]:
     """Yields the values of a JSON file.
 
-    Of a list each element, decoded one at a time, so that an error names the record that caused it. Of an object its
-    values if all of them are objects (records by an id), else the object itself.
+    Of a list each element, decoded one at a time, so that an error names the record that caused it.
+    Of an object its values if all of them are objects (records by an id), else the object itself.
     """
     text = _JSONWindow(stream, container.path)
     text.skip_space()
@@ -380,10 +392,12 @@ def _json_values(stream: BinaryIO, container: Container) -> Iterator[tuple[int, 
 
 
 class _JSONWindow:
-    """A window that moves over the text of a JSON file, so that the file is never in memory as a whole.
+    """A window that moves over the text of a JSON file, so that the file is never in memory as a
+    whole.
 
     text: the part of the file in memory. at: the position in it up to which it has been decoded.
-    lines, column: line ends before `text`, and characters between the last of them and `text`; for messages.
+    lines, column: line ends before `text`, and characters between the last of them and `text`; for
+    messages.
     """
 
     def __init__(self, stream: BinaryIO, path: Path):
@@ -398,8 +412,8 @@ class _JSONWindow:
     def read_more(self) -> None:
         """Drops the text before `at` and reads on.
 
-        It reads as many characters as are left, so that the time for a long record, which is decoded anew after each
-        call, does not grow with the square of its length.
+        It reads as many characters as are left, so that the time for a long record, which is
+        decoded anew after each call, does not grow with the square of its length.
         """
         self.check_size()
         passed = self.text[: self.at]
@@ -408,8 +422,9 @@ class _JSONWindow:
             self.column = len(passed) - passed.rfind("\n") - 1
         else:
             self.column += len(passed)
-        parts = [self.text[self.at :]]
-        missing = max(1, len(self.text) - self.at)
+        rest = self.text[self.at :]
+        parts = [rest]
+        missing = max(1, len(rest))
         while missing > 0 and not self.ended:
             chunk = next(self.chunks, None)
             if chunk is None:
@@ -426,8 +441,11 @@ class _JSONWindow:
         size = (len(self.text) - self.at) * bytes_per_character
         if size > MAX_RECORD_BYTES:
             raise _too_long(self.place)
-        if size > COUNT_VALUES_FROM and sum(map(self.text.count, ",[{")) > MAX_VALUES:
-            raise _too_many_values(self.place)
+        if size > COUNT_VALUES_FROM:
+            # A text has at least as many of these characters as values, less one.
+            most_values = sum(self.text.count(character) for character in ",[{")
+            if most_values > MAX_VALUES:
+                raise _too_many_values(self.place)
 
     def peek(self) -> str:
         """Returns the next character, or "" at the end of what has been read."""
@@ -442,7 +460,8 @@ class _JSONWindow:
             self.read_more()
 
     def decode(self, place: str) -> object:
-        """Returns the JSON value that begins here, and moves behind it. place: the record's name, for messages."""
+        """Returns the JSON value that begins here, and moves behind it. place: the record's name,
+        for messages."""
         self.place = place
         while True:
             try:
@@ -452,10 +471,11 @@ class _JSONWindow:
                 self.at = end
                 return value
             except json.JSONDecodeError as error:
-                # A value that the window's end cuts off fails near that end, except that an unterminated string is
-                # reported at its start.
-                near_end = error.pos >= len(self.text) - 12 or error.msg.startswith("Unterminated")
-                if self.ended or not near_end:
+                # A value that the window's end cuts off fails near that end, except that an
+                # unterminated string is reported at its start.
+                near_end = error.pos >= len(self.text) - 12
+                is_cut = near_end or error.msg.startswith("Unterminated")
+                if self.ended or not is_cut:
                     self.at = error.pos
                     raise self.error(place, error.msg) from None
                 self.read_more()
@@ -470,10 +490,12 @@ class _JSONWindow:
 
 
 def _table_rows(stream: BinaryIO, container: Container) -> Iterator[tuple[int, dict]]:
-    """Yields the rows of CSV (RFC 4180) or TSV as objects of strings, with the names in the first row as keys.
+    """Yields the rows of CSV (RFC 4180) or TSV as objects of strings, with the names in the first
+    row as keys.
 
-    A file whose first row begins with a number has no names. It is read as one of Zhang et al. 2015: the number of a
-    class, then texts; the names of the classes are read from a classes.txt in the same folder, if there is one.
+    A file whose first row begins with a number has no names. It is read as one of Zhang et al.
+    2015: the number of a class, then texts; the names of the classes are read from a classes.txt in
+    the same folder, if there is one.
     """
     csv.field_size_limit(MAX_RECORD_BYTES)
     delimiter = "\t" if container.kind.startswith("TSV") else ","
@@ -488,7 +510,8 @@ def _table_rows(stream: BinaryIO, container: Container) -> Iterator[tuple[int, d
             return
         except csv.Error as error:
             raise UserError(f"{container.place(number + 1)}: {_one_line(error)}") from None
-        # A row of one blank field is a blank line, except in a table of one column, where it is an empty text.
+        # A row of one blank field is a blank line, except in a table of one column, where it is an
+        # empty text.
         one_blank_field = len(row) == 1 and not row[0].strip()
         if not row or (one_blank_field and (names is None or len(names) > 1)):
             continue
@@ -502,26 +525,25 @@ def _table_rows(stream: BinaryIO, container: Container) -> Iterator[tuple[int, d
                 names = [name.strip() for name in row]
                 _refuse_duplicate_columns(container.path, names)
                 if len(names) == 1 and ";" in names[0]:
-                    raise UserError(
-                        f"{container.path}: its columns are separated by semicolons; commas are wanted"
-                    )
+                    problem = "its columns are separated by semicolons; commas are wanted"
+                    raise UserError(f"{container.path}: {problem}")
                 continue
 
         number += 1
         if len(row) != len(names):
-            raise UserError(
-                f"{container.place(number)}: has {len(row)} columns, {len(names)} are wanted"
-            )
+            counts = f"has {len(row)} columns, {len(names)} are wanted"
+            raise UserError(f"{container.place(number)}: {counts}")
         if classes is None:
             yield number, dict(zip(names, row, strict=True))
             continue
         label = row[0]
         if classes:
-            if not (label.isdecimal() and 1 <= int(label[:9]) <= len(classes)):
-                raise UserError(
-                    f"{container.place(number)}: class {label[:40]!r}, classes.txt names {len(classes)}"
-                )
-            label = classes[int(label) - 1]
+            # Nine digits are enough for any class, and int() refuses thousands of them.
+            is_known = label.isdecimal() and 1 <= int(label[:9]) <= len(classes)
+            if not is_known:
+                problem = f"class {label[:40]!r}, classes.txt names {len(classes)}"
+                raise UserError(f"{container.place(number)}: {problem}")
+            label = classes[int(label) - 1]  # the numbers begin at 1
         yield number, {"label": label, "text": "\n".join(row[1:])}
 
 
@@ -534,6 +556,7 @@ def _class_names(path: Path) -> list[str]:
 
 
 def _refuse_duplicate_columns(path: Path, names: list[str]) -> None:
+    """Raises UserError if two columns have the same name, for one of them would be lost."""
     if not names:
         return
     name, occurrences = Counter(names).most_common(1)[0]
@@ -558,28 +581,34 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
                 for row in batch.to_pylist():
                     number += 1
                     for column, classes in class_columns.items():
-                        if type(row.get(column)) is int and 0 <= row[column] < len(classes):
-                            row[column] = classes[row[column]]
+                        label = row.get(column)
+                        # A missing label is None, or -1 in test sets.
+                        if type(label) is int and 0 <= label < len(classes):
+                            row[column] = classes[label]
                     yield number, row
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise UserError(
-            f"{path}: no whole Parquet file after row {number}, {_one_line(error)}"
-        ) from None
+        problem = f"no whole Parquet file after row {number}, {_one_line(error)}"
+        raise UserError(f"{path}: {problem}") from None
 
 
 def _class_columns(metadata: dict) -> dict[str, list[str]]:
-    """Returns {column: names of its classes}, from the metadata that `datasets` writes into Parquet files."""
+    """Returns {column: names of its classes}, from the metadata that `datasets` writes into Parquet
+    files."""
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
-        return {
-            name: list(f["names"]) for name, f in features.items() if f.get("_type") == "ClassLabel"
-        }
+        columns = {}
+        for name, feature in features.items():
+            if feature.get("_type") == "ClassLabel":
+                columns[name] = list(feature["names"])
+        return columns
     except (ValueError, KeyError, TypeError, AttributeError):
+        # Written by another library, or damaged: then the rows are read as they are.
         return {}
 
 
 def _text_parts(stream: BinaryIO, container: Container) -> Iterator[tuple[int, Text]]:
-    """Yields the text of a plain-text file; in several parts if it is longer than PART characters."""
+    """Yields the text of a plain-text file; in several parts if it is longer than PART
+    characters."""
     unread = ""
     num_characters = 0
     first = True
@@ -588,13 +617,16 @@ def _text_parts(stream: BinaryIO, container: Container) -> Iterator[tuple[int, T
         # UTF-16 without a byte order mark is valid UTF-8, with a NUL at every other place.
         if "\0" in chunk:
             at = num_characters + chunk.index("\0") + 1
-            raise UserError(
-                f"{container.path}: holds a NUL at character {at}; save it as UTF-8 text"
-            )
+            problem = f"holds a NUL at character {at}"
+            raise UserError(f"{container.path}: {problem}; save it as UTF-8 text")
         num_characters += len(chunk)
         unread += chunk
         if len(unread) > PART:
-            cut = unread.rfind("\n", 0, -1) + 1 or len(unread) - 1
+            # Behind the last line end that something follows, so that the next part is not empty.
+            cut = unread.rfind("\n", 0, -1) + 1
+            if cut == 0:
+                # There is none. One character stays, for the same reason.
+                cut = len(unread) - 1
             yield number, Text(_normalize_line_ends(unread[:cut]), first, False)
             unread = unread[cut:]
             first = False
@@ -603,6 +635,7 @@ def _text_parts(stream: BinaryIO, container: Container) -> Iterator[tuple[int, T
 
 
 def _normalize_line_ends(text: str) -> str:
+    """Returns the text with `\\n` for the line ends of Windows and of old Macs."""
     if "\r" not in text:
         return text
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -618,7 +651,8 @@ def _decoded(stream: BinaryIO, path: Path) -> Iterator[str]:
     first = True
     while True:
         data = stream.read(1 << 20)
-        pending = decoder.getstate()[0]  # bytes of a character that the previous chunk began
+        # Bytes of a character that the previous chunk began.
+        pending, _ = decoder.getstate()
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
@@ -679,22 +713,26 @@ def _not_json(
     is_cut = at >= len(text.rstrip()) or why.startswith("Unterminated string")
     fault = "JSON cut off" if is_cut else "not JSON"
     line = lines + text.count("\n", 0, at) + 1
-    column_in_text = at - text.rfind("\n", 0, at)
     if "\n" in text[:at]:
+        # The line begins in this text; what stands before the text is on earlier lines.
         column = 0
-    column += column_in_text
-    where = f"line {line} column {column}" if lines or "\n" in text else f"column {column}"
+    column += at - text.rfind("\n", 0, at)
+    where = f"column {column}"
+    # The place of a record of JSONL names its line already.
+    if lines or "\n" in text:
+        where = f"line {line} {where}"
     return UserError(f"{place}: {fault} at {where} ({why})")
 
 
 def _too_long(place: str) -> UserError:
-    megabytes = MAX_RECORD_BYTES >> 20
-    return UserError(
-        f"{place}: longer than {megabytes} MB, too much for a record; put each on a line of its own"
-    )
+    """Returns the error for a record of more than MAX_RECORD_BYTES."""
+    limit = f"{MAX_RECORD_BYTES >> 20} MB"
+    advice = "put each on a line of its own"
+    return UserError(f"{place}: longer than {limit}, too much for a record; {advice}")
 
 
 def _too_many_values(place: str) -> UserError:
+    """Returns the error for a record of more than MAX_VALUES."""
     return UserError(f"{place}: holds more than {MAX_VALUES:,} values, too many for a record")
 
 
@@ -709,17 +747,22 @@ def _refuse_constant(name: str):
 
 
 def _refuse_duplicate_keys(pairs: list[tuple[str, object]]) -> dict:
-    """Returns the object of these pairs. Raises ValueError if a key occurs twice, for one value would be lost."""
+    """Returns the object of these pairs. Raises ValueError if a key occurs twice, for one value
+    would be lost."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        occurrences = Counter(key for key, _ in pairs)
+        key, _ = occurrences.most_common(1)[0]
         raise ValueError(f"key {key[:40]!r} stands twice in an object")
     return value
 
 
 def _parse_int(digits: str) -> int | float:
-    """Returns the number; a float if it has 20 characters or more, because int() itself raises beyond 4,300 digits."""
-    return int(digits) if len(digits) < 20 else float(digits)
+    """Returns the number; a float if it has 20 characters or more, because int() itself raises
+    beyond 4,300 digits."""
+    if len(digits) < 20:
+        return int(digits)
+    return float(digits)
 
 
 SPACE = re.compile(r"\s*")

@@ -1,11 +1,13 @@
-"""What all record formats share: the record that they are read into, the counts, and the format itself.
+"""What all record formats share: the record that they are read into, the counts, and the format
+itself.
 
-A `Format` is a name, the keys of an object in a file, and a function that makes `Record`s of it. The function receives
-a `Reading`: the object, its place, and the `ReadStats` in which it counts what it leaves out. The functions are defined
-in formats.py, preferences.py and oasst.py; the table of all formats is `FORMATS` in formats.py.
+A `Format` is a name, the keys of an object in a file, and a function that makes `Record`s of it.
+The function receives a `Reading`: the object, its place, and the `ReadStats` in which it counts
+what it leaves out. The functions are defined in formats.py, preferences.py and oasst.py; the table
+of all formats is `FORMATS` in formats.py.
 
-Nothing is lost in silence. What can't be read is a UserError that names the record; what was left out (empty answers,
-unknown keys) is counted in `ReadStats`, to be printed.
+Nothing is lost in silence. What can't be read is a UserError that names the record; what was left
+out (empty answers, unknown keys) is counted in `ReadStats`, to be printed.
 """
 
 from collections import Counter
@@ -27,24 +29,29 @@ from dataset.messages import (
 )
 from dataset.readers import Container, Text
 
-MAX_REASONS = 12  # different reasons that are counted each by itself
-WeightedMessages = tuple[list[dict], list[float]]  # messages, and the weight of each
+# How many different reasons are counted each by itself.
+MAX_REASONS = 12
+# Messages, and the weight of each.
+WeightedMessages = tuple[list[dict], list[float]]
 
 
 @dataclass(slots=True)
 class Record:
     """One example: a conversation in which the assistant's messages are the answers, or a text.
 
-    messages: [{"role", "content"}, ...]; a message may also have "tool_calls" [{"type", "function": {"name",
-        "arguments": object}}], "reasoning_content", "name" and "tool_call_id". None for a text.
+    messages: [{"role", "content"}, ...]; a message may also have "tool_calls" [{"type", "function":
+        {"name", "arguments": object}}], "reasoning_content", "name" and "tool_call_id". None for a
+        text.
     text: the text; None for a conversation.
     where: the record's place, as in "FILE line 3"; for messages to the user.
     tools: JSON schemas of the functions that the assistant can call.
     weights: the loss weight of each message; None if all are 1.
-    rejected: for a preference, the messages that the rejected answer has where `messages` has the chosen one.
+    rejected: for a preference, the messages that the rejected answer has where `messages` has the
+        chosen one.
     asked: for a preference, the number of messages in the prompt, before both answers.
     label: for KTO, whether the last answer is a good one.
-    first, last: whether a text is the first or the last part of its file; long files are read in parts.
+    first, last: whether a text is the first or the last part of its file; long files are read in
+        parts.
     """
 
     messages: list[dict] | None
@@ -66,7 +73,8 @@ class ReadStats:
     records: the number of records that were read.
     dropped: {reason: number of records that were left out for it}.
     altered: {what was changed or can't be shown: number of records}.
-    ignored: the keys that have no meaning here, as a dict in the order of their appearance; of messages "messages.KEY".
+    ignored: the keys that have no meaning here, as a dict in the order of their appearance; of
+        messages "messages.KEY".
     """
 
     records: int = 0
@@ -75,14 +83,20 @@ class ReadStats:
     ignored: dict[str, bool] = field(default_factory=dict)
 
     def drop(self, reason: str, count: int = 1) -> None:
-        """Counts records that were left out. Of many different reasons, as a chat template may give, only the first
-        MAX_REASONS are counted each by itself."""
-        is_known = reason in self.dropped or len(self.dropped) < MAX_REASONS
-        self.dropped[reason if is_known else "for other reasons"] += count
+        """Counts records that were left out.
+
+        Of many different reasons, as a chat template may give, only the first MAX_REASONS are
+        counted each by itself.
+        """
+        is_known = reason in self.dropped
+        if not is_known and len(self.dropped) >= MAX_REASONS:
+            reason = "for other reasons"
+        self.dropped[reason] += count
 
     def add(self, other: "ReadStats") -> None:
         """Adds the counts of another part of the same data."""
         self.records += other.records
+        # One by one, so that there are no more than MAX_REASONS of all parts together.
         for reason, count in other.dropped.items():
             self.drop(reason, count)
         self.altered += other.altered
@@ -105,7 +119,8 @@ class Format:
     keys: a record that has all of them has this format.
     optional: keys that are read if they are present; all other keys are ignored and reported.
     read: makes the records of one value in the file.
-    group: for a format whose records extend over several values, joins a container's payloads to groups; else None.
+    group: for a format whose records extend over several values, joins a container's payloads to
+        groups; else None.
     kind: the type of the value, or several.
     """
 
@@ -117,7 +132,10 @@ class Format:
     kind: type | tuple = dict
 
     def fits(self, record: dict) -> bool:
-        """True if a record has this format: all of its keys, and a label that is neither null nor empty."""
+        """True if a record has this format: all of its keys, and a label that says something.
+
+        A null or an empty label says nothing.
+        """
         if isinstance(record, Text):
             return True
         for key in self.keys:
@@ -128,7 +146,11 @@ class Format:
         return True
 
     def misfit(self, record: dict, where: str) -> UserError:
-        """Returns the error for a record that does not have this format, while the first record of its file has."""
+        """Returns the error for a record that does not have this format.
+
+        The first record of its file has it.
+        """
+        # All keys are there, so the label is at fault: see `fits`.
         if all(key in record for key in self.keys):
             fault = "null" if record.get("label") is None else "empty"
             return UserError(f"{where}: label is {fault}")
@@ -139,22 +161,29 @@ class Format:
     def records(self, value: object, where: str, stats: ReadStats, trees: str) -> Iterable[Record]:
         """Returns the records of one value.
 
-        where: its place, for errors. stats: counts what is left out. trees: which paths of OASST trees, of oasst.TREES.
+        where: its place, for errors.
+        stats: counts what is left out.
+        trees: which paths of OASST trees, of oasst.TREES.
+
         Raises UserError if the value has another format, or a fault.
         """
         if not isinstance(value, self.kind) or not self.fits(value):
             raise self.misfit(require_object(value, where), where)
         # The keys of grouped values were made by `group`, not by the user.
         if isinstance(value, dict) and not self.group:
-            note_extra_keys(value, (*self.keys, *self.optional), where, stats.ignored)
+            known_keys = self.keys + self.optional
+            note_extra_keys(value, known_keys, where, stats.ignored)
         return self.read(Reading(value, where, stats, trees))
 
 
 @dataclass
 class Reading:
-    """One value that is being read, with what a format's function needs: the argument of `Format.read`.
+    """One value that is being read, with what a format's function needs.
 
-    record: the value of the file, an object or a `Text`. where, stats, trees: as for `Format.records`.
+    It is the argument of `Format.read`.
+
+    record: the value of the file, an object or a `Text`.
+    where, stats, trees: as for `Format.records`.
     """
 
     record: dict
@@ -173,10 +202,15 @@ class Reading:
         return self.text(key)
 
     def tools(self) -> list[dict] | None:
-        """Returns the record's tools as JSON schemas in OpenAI's form; the record has a list, or JSON in a string."""
+        """Returns the record's tools as JSON schemas in OpenAI's form, or None without.
+
+        The record has a list, or JSON in a string.
+        """
         value = self.record.get("tools") or self.record.get("functions")
-        if isinstance(value, str):
-            value = json_in(value, f"{self.where}: tools") if value.strip() else None
+        if isinstance(value, str) and value.strip():
+            value = json_in(value, f"{self.where}: tools")
+        elif isinstance(value, str):
+            value = None
         if not value:
             return None
         if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
@@ -187,50 +221,59 @@ class Reading:
         tools = []
         for tool in value:
             has_openai_form = isinstance(tool.get("function"), dict)
-            tools.append(tool if has_openai_form else {"type": "function", "function": tool})
+            if not has_openai_form:
+                tool = {"type": "function", "function": tool}
+            tools.append(tool)
         return tools
 
     def read_messages(self, values: list, key: str = "messages") -> WeightedMessages:
         """Reads a list of messages of any dialect. key: the record's key that holds them."""
-        messages, weights = [], []
+        messages = []
+        weights = []
         for number, value in enumerate(values, 1):
-            message, weight = read_message(
-                value, f"{self.where} message {number}", self.stats.ignored, key
-            )
+            place = f"{self.where} message {number}"
+            message, weight = read_message(value, place, self.stats.ignored, key)
             messages.append(message)
             weights.append(weight)
         return messages, weights
 
     def messages_at(self, key: str, role: str) -> WeightedMessages:
-        """Reads the messages at a key: a list of them, a single one, or a string, which is a message of `role`."""
+        """Reads the messages at a key: a list of them, a single one, or a string.
+
+        A string is a message of `role`.
+        """
         value = self.record.get(key)
         if isinstance(value, str):
-            return [{"role": role, "content": without_surrogate(value, f"{self.where}: {key}")}], [
-                1.0
-            ]
-        if not isinstance(value, (list, dict)):
-            raise UserError(
-                f"{self.where}: {key} is {type_name(value)}, a string or a list of messages is wanted"
-            )
-        return self.read_messages(value if isinstance(value, list) else [value], key)
+            content = without_surrogate(value, f"{self.where}: {key}")
+            return [{"role": role, "content": content}], [1.0]
+        if isinstance(value, dict):
+            value = [value]
+        if not isinstance(value, list):
+            fault = f"{key} is {type_name(value)}, a string or a list of messages is wanted"
+            raise UserError(f"{self.where}: {fault}")
+        return self.read_messages(value, key)
 
     def with_system(self, messages: list[dict], weights: list[float]) -> WeightedMessages:
         """Returns the messages with the record's "system" in front, if it has one."""
         if not self.optional_text("system").strip():
             return messages, weights
-        return [{"role": "system", "content": self.record["system"]}, *messages], [1.0, *weights]
+        system = {"role": "system", "content": self.record["system"]}
+        return [system, *messages], [1.0, *weights]
 
     def conversation(
         self, messages: list[dict], weights: list[float] | None = None, **more
     ) -> list[Record]:
         """Returns a list of one record with these messages.
 
-        weights: of each message, by default 1; they are multiplied by the record's own. more: other fields of `Record`.
+        weights: of each message, by default 1; they are multiplied by the record's own.
+        more: other fields of `Record`.
         """
         record_weight = weight_of(self.record, self.where)
         if weights is None:
             weights = [1.0] * len(messages)
-        if {record_weight, *weights} == {1.0}:
+        all_are_1 = record_weight == 1 and all(weight == 1 for weight in weights)
+        if all_are_1:
+            # None says the same, and takes no memory.
             weights = None
         else:
             weights = [record_weight * weight for weight in weights]
@@ -241,7 +284,8 @@ class Reading:
     ) -> list[Record]:
         """Returns a list of one record with these messages and the record's tools.
 
-        Raises UserError if there is no message of the assistant. more: other fields of `Record`.
+        more: other fields of `Record`.
+        Raises UserError if there is no message of the assistant.
         """
         if not any(message["role"] == "assistant" for message in messages):
             raise UserError(
@@ -251,7 +295,10 @@ class Reading:
 
 
 def prompt_weights(messages: list[dict], weights: list[float]) -> list[float]:
-    """Returns the weights of a prompt's messages, with 0 for its answers: only the answer to the prompt is trained."""
+    """Returns the weights of a prompt's messages, with 0 for its answers.
+
+    Only the answer to the prompt is trained.
+    """
     result = []
     for message, weight in zip(messages, weights, strict=True):
         result.append(0.0 if message["role"] == "assistant" else weight)

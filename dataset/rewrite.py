@@ -1,8 +1,10 @@
-"""The commands `data.py convert` and `data.py split`: data files of any known format, written anew as JSONL.
+"""The commands `data.py convert` and `data.py split`: data files of any known format, written anew
+as JSONL.
 
-`convert` writes one file of messages, texts, preferences or labelled answers. `split` writes train.jsonl, val.jsonl and
-test.jsonl; which of them a record goes to follows from a hash of the records that are like it, so that near-duplicates
-and equal questions stay on one side, whatever the order of the files. Both leave nothing behind when they fail.
+`convert` writes one file of messages, texts, preferences or labelled answers. `split` writes
+train.jsonl, val.jsonl and test.jsonl; which of them a record goes to follows from a hash of the
+records that are like it, so that near-duplicates and equal questions stay on one side, whatever the
+order of the files. Both leave nothing behind when they fail.
 """
 
 import argparse
@@ -30,33 +32,43 @@ def convert_files(args: argparse.Namespace) -> None:
         for record in all_records(args):
             file.write(as_json(record))
             # A long text comes in parts, and counts with its last one.
-            count += record.last
+            if record.last:
+                count += 1
     print(f"written   {args.out}: {count:,} records")
 
 
 def split_files(args: argparse.Namespace) -> None:
-    """Runs `data.py split`: writes the records of args.files to train.jsonl, val.jsonl and test.jsonl in args.out.
+    """Runs `data.py split`: writes the records of args.files to three files in args.out.
+
+    The files are train.jsonl, val.jsonl and test.jsonl.
 
     args.val, args.test: about which share of the records goes to val.jsonl and test.jsonl.
 
-    Which file a record goes to follows from a hash of all records that are linked to it, as near-duplicates or by equal
-    questions. So neither a seed nor the order of the records matters, and similar records are in one file. Raises
-    UserError if a file with a share above 0 would be empty.
+    Which file a record goes to follows from a hash of all records that are linked to it, as
+    near-duplicates or by equal questions. So neither a seed nor the order of the records matters,
+    and similar records are in one file. Raises UserError if a file with a share above 0 would be
+    empty.
     """
     hashes = linked_hashes(args)
     num_groups = len(np.unique(hashes))
-    # Hashed once more, for the smallest of several hashes is not uniform any more.
+    # Hashed once more, for the smallest of several hashes is not uniform any more. The product
+    # overflows, and is meant to.
     with np.errstate(over="ignore"):
         uniform = hashes * FACTORS[0]
-    sides = np.digitize(uniform / 2.0**64, [1 - args.val - args.test, 1 - args.test])
+    fraction = uniform / 2.0**64
+    val_from = 1 - args.val - args.test
+    test_from = 1 - args.test
+    sides = np.digitize(fraction, [val_from, test_from])
+    shares_of_sides = {"train": 1.0, "val": args.val, "test": args.test}
     with atomic_folder(Path(args.out)) as tmp:
         counts = write_sides(args, sides, tmp)
-        for name, share in zip(SIDES, (1.0, args.val, args.test), strict=True):
+        for name, share in shares_of_sides.items():
             if counts[name]:
                 continue
             if share:
                 raise UserError(
-                    f"{name}.jsonl would be empty: {num_groups:,} groups of records that are alike are too few to split"
+                    f"{name}.jsonl would be empty: {num_groups:,} groups of records that are alike"
+                    " are too few to split"
                 )
             (tmp / f"{name}.jsonl").unlink()
     written = ", ".join(f"{name}.jsonl {counts[name]:,}" for name in SIDES if counts[name])
@@ -64,9 +76,12 @@ def split_files(args: argparse.Namespace) -> None:
 
 
 def linked_hashes(args: argparse.Namespace) -> np.ndarray:
-    """Returns for each record of args.files a hash that all records linked to it share, uint64 [records].
+    """Returns for each record of args.files a hash that all records linked to it share.
 
-    A record is linked to its near-duplicates, to records with the same question, and to what those are linked to.
+    The hashes are uint64 [records].
+
+    A record is linked to its near-duplicates, to records with the same question, and to what those
+    are linked to.
     """
     sources = [open_source(file, args.trees, args.map) for file in args.files]
     surveys = [survey(source) for source in sources]
@@ -84,12 +99,14 @@ def smallest_linked(groups: np.ndarray, prompts: np.ndarray, hashes: np.ndarray)
     hashes: uint64 [N], the hash of each record.
     """
     smallest = hashes.copy()
-    # Each round takes the smallest within groups, then within equal questions, until nothing changes any more.
+    largest_possible = np.iinfo(np.uint64).max
+    # Each round takes the smallest within groups, then within equal questions, until nothing
+    # changes any more. Links that lead over several records take several rounds.
     while True:
         before = smallest.copy()
         for keys in (groups, prompts):
             _, inverse = np.unique(keys, return_inverse=True)
-            of_key = np.full(inverse.max() + 1, np.iinfo(np.uint64).max, np.uint64)
+            of_key = np.full(inverse.max() + 1, largest_possible, np.uint64)
             np.minimum.at(of_key, inverse, smallest)
             smallest = of_key[inverse]
         if np.array_equal(before, smallest):
@@ -97,12 +114,14 @@ def smallest_linked(groups: np.ndarray, prompts: np.ndarray, hashes: np.ndarray)
 
 
 def write_sides(args: argparse.Namespace, sides: np.ndarray, folder: Path) -> Counter[str]:
-    """Writes each record of args.files to the file of its side; returns how many records each file got.
+    """Writes each record of args.files to the file of its side.
+
+    Returns how many records each file got.
 
     sides: int64 [records], 0 for train.jsonl, 1 for val.jsonl, 2 for test.jsonl.
     folder: where the files are written.
     """
-    counts = Counter()
+    counts: Counter[str] = Counter()
     files = [open(folder / f"{name}.jsonl", "w", encoding="utf-8") for name in SIDES]  # noqa: SIM115
     try:
         remaining = iter(sides.tolist())
@@ -117,7 +136,8 @@ def write_sides(args: argparse.Namespace, sides: np.ndarray, folder: Path) -> Co
             if record.first:
                 side = side_of_record
             files[side].write(as_json(record))
-            counts[SIDES[side]] += record.last
+            if record.last:
+                counts[SIDES[side]] += 1
     finally:
         for file in files:
             file.close()
@@ -134,12 +154,14 @@ def all_records(args: argparse.Namespace) -> Iterator[Record]:
         source = open_source(file, args.trees, args.map)
         stats = ReadStats()
         for record in source.records(stats):
+            # A text, a preference, a labelled answer, or an ordinary conversation.
             kind = (record.messages is None, record.rejected is None, record.label is None)
             if first_kind is None:
                 first_kind = kind
             if kind != first_kind:
                 raise UserError(
-                    f"{record.where}: is of another kind than the records before it; write two files"
+                    f"{record.where}: is of another kind than the records before it;"
+                    " write two files"
                 )
             yield record
         print(f"data      {source.summary(stats)}")
@@ -148,29 +170,32 @@ def all_records(args: argparse.Namespace) -> Iterator[Record]:
 def as_json(record: Record) -> str:
     """Returns a record as a line of JSONL, of which dataset/formats.py makes the same record again.
 
-    A long text's record is a part of it, and so is what comes back: the line begins with the first part and ends with
-    the last.
+    A long text's record is a part of it, and so is what comes back: the line begins with the first
+    part and ends with the last.
     """
     if record.messages is None:
-        text = json.dumps(record.text, ensure_ascii=False)[1:-1]
-        before = '{"text": "' if record.first else ""
-        after = '"}\n' if record.last else ""
-        return before + text + after
+        quoted = json.dumps(record.text, ensure_ascii=False)
+        line = quoted[1:-1]
+        if record.first:
+            line = '{"text": "' + line
+        if record.last:
+            line += '"}\n'
+        return line
     weights = record.weights or [1.0] * len(record.messages)
     record_weight = weight_of_record(record, weights)
     messages = []
     for message, weight in zip(record.messages, weights, strict=True):
+        # The reader multiplies a message's weight by the record's.
         if weight != record_weight:
             message = message | {"weight": weight / record_weight}
         messages.append(message)
+    fields = {}
     if record.rejected is not None:
-        fields = {
-            "prompt": messages[: record.asked],
-            "chosen": messages[record.asked :],
-            "rejected": record.rejected,
-        }
+        fields["prompt"] = messages[: record.asked]
+        fields["chosen"] = messages[record.asked :]
+        fields["rejected"] = record.rejected
     else:
-        fields = {"messages": messages}
+        fields["messages"] = messages
         if record.label is not None:
             fields["label"] = record.label
     if record_weight != 1:
@@ -181,7 +206,9 @@ def as_json(record: Record) -> str:
 
 
 def weight_of_record(record: Record, weights: list[float]) -> float:
-    """Returns the weight of the record as a whole, which its messages share unless they have their own.
+    """Returns the weight of the record as a whole.
+
+    Its messages share it unless they have their own.
 
     A message that is no answer has no weight of its own but 0, so its weight is the record's.
     """

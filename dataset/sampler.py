@@ -1,27 +1,32 @@
-"""Which examples are trained on and when: how sources are mixed, how examples are packed, and how far a run is.
+"""Which examples are trained on and when: how sources are mixed, how examples are packed, and how
+far a run is.
 
-Everything follows from the seed, the data and three numbers, (epoch, window, row). Neither the number of processes nor
-gradient accumulation changes the order. So a run that is resumed goes on with the very next example, without computing
-again what came before.
+Everything follows from the seed, the data and three numbers, (epoch, window, row). Neither the
+number of processes nor gradient accumulation changes the order. So a run that is resumed goes on
+with the very next example, without computing again what came before.
 
-An epoch is a list of samples. Each source has a fixed number of them, in random places of the list; they are its own
-examples in shuffled order, repeated as often as needed, and the next epoch goes on where this one stopped. The list is
-cut into windows of WINDOW samples. With packing, a window's examples are put into rows of at most seq_len tokens, none
-cut, each row as full as possible (best-fit decreasing; Johnson et al. 1974), and the rows are shuffled. Without
-packing, an example is a row.
+An epoch is a list of samples. Each source has a fixed number of them, in random places of the list.
+They are the source's own examples in shuffled order, repeated as often as needed, and the next
+epoch goes on where this one stopped. The list is cut into windows of WINDOW_SAMPLES samples. With
+packing, a window's examples are put into rows of at most seq_len tokens, none cut, each row as full
+as possible (best-fit decreasing; Johnson et al. 1974), and the rows are shuffled. Without packing,
+an example is a row.
 """
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
 
 from common.errors import UserError
 
+# Samples that are packed together, and again when a run is resumed among them.
 WINDOW_SAMPLES = 4096
+# A prime, by which `permutation` mixes the numbers of its seed.
+SEED_FACTOR = 1_000_003
 
 
 @dataclass
@@ -45,21 +50,22 @@ class Sampler:
     window: int = 0
     row: int = 0
 
-    def __post_init__(self):
-        self.loaded_window = None  # (epoch, window) of loaded_rows
-        self.loaded_rows = []
-        self.num_epoch_rows = None  # rows of the first epoch, once they were counted
+    def __post_init__(self) -> None:
+        self.loaded_window: tuple[int, int] | None = None  # (epoch, window) of loaded_rows
+        self.loaded_rows: list[list[int]] = []
+        self.num_epoch_rows: int | None = None  # rows of the first epoch, once they were counted
 
     def step(self, rows: int) -> list[list[int]]:
         """Returns the next `rows` rows, each a list of example numbers, and moves the position.
 
-        Fewer come back at the end of an epoch: no step mixes epochs. A smaller step weighs what it should, because the
-        loss counts tokens.
+        Fewer come back at the end of an epoch: no step mixes epochs. A smaller step weighs what it
+        should, because the loss counts tokens.
         """
         step_rows: list[list[int]] = []
         while len(step_rows) < rows:
             window_rows = self.load()
-            new = window_rows[self.row : self.row + rows - len(step_rows)]
+            missing = rows - len(step_rows)
+            new = window_rows[self.row : self.row + missing]
             step_rows += new
             self.row += len(new)
             if self.row < len(window_rows):
@@ -75,69 +81,95 @@ class Sampler:
     def load(self) -> list[list[int]]:
         """Returns the rows of the current window, computed when the window is new."""
         current = (self.epoch, self.window)
-        if self.loaded_window != current:
-            if self.loaded_window is None or self.loaded_window[0] != self.epoch:
-                self.order = epoch_order(self.sizes, self.samples_per_epoch, self.seed, self.epoch)
-            self.loaded_rows = self.window_rows(self.order, self.epoch, self.window)
-            self.loaded_window = current
+        if self.loaded_window == current:
+            return self.loaded_rows
+        is_new_epoch = self.loaded_window is None or self.loaded_window[0] != self.epoch
+        if is_new_epoch:
+            self.order = epoch_order(self.sizes, self.samples_per_epoch, self.seed, self.epoch)
+        self.loaded_rows = self.window_rows(self.order, self.epoch, self.window)
+        self.loaded_window = current
         return self.loaded_rows
 
     def window_rows(self, order: np.ndarray, epoch: int, window: int) -> list[list[int]]:
         """Returns the rows of a window. order: the example numbers of the epoch, int64."""
-        examples = order[window * WINDOW_SAMPLES : (window + 1) * WINDOW_SAMPLES].tolist()
+        start = window * WINDOW_SAMPLES
+        examples = order[start : start + WINDOW_SAMPLES].tolist()
         if self.seq_len is None:
             return [[i] for i in examples]
-        rows = pack_rows([int(self.lengths[i]) for i in examples], self.seq_len)
-        shuffled = permutation(len(rows), self.seed, epoch, window)
-        return [[examples[k] for k in rows[j]] for j in shuffled]
+        lengths = [int(self.lengths[i]) for i in examples]
+        rows = pack_rows(lengths, self.seq_len)  # of places in the window
+        # Packing puts the longest examples into the first rows.
+        shuffled_rows = []
+        for j in permutation(len(rows), self.seed, epoch, window):
+            shuffled_rows.append([examples[k] for k in rows[j]])
+        return shuffled_rows
 
     def epoch_rows(self) -> int:
-        """Returns how many rows the first epoch has; other epochs of a packed run may differ by a few."""
+        """Returns how many rows the first epoch has.
+
+        Other epochs of a packed run may differ by a few.
+        """
         if self.seq_len is None:
             return sum(self.samples_per_epoch)
         if self.num_epoch_rows is None:
             order = epoch_order(self.sizes, self.samples_per_epoch, self.seed, 0)
-            num_windows = -(-len(order) // WINDOW_SAMPLES)
-            self.num_epoch_rows = sum(
-                len(self.window_rows(order, 0, window)) for window in range(num_windows)
-            )
+            num_windows = math.ceil(len(order) / WINDOW_SAMPLES)
+            num_rows = 0
+            for window in range(num_windows):
+                num_rows += len(self.window_rows(order, 0, window))
+            self.num_epoch_rows = num_rows
         return self.num_epoch_rows
 
     def epoch_tokens(self) -> float:
-        """Returns how many tokens an epoch takes on average, from the mean length of each source's examples."""
-        edges = np.cumsum([0, *self.sizes])
-        means = [float(self.lengths[start:stop].mean()) for start, stop in pairwise(edges)]
-        return sum(
-            samples * mean for samples, mean in zip(self.samples_per_epoch, means, strict=True)
-        )
+        """Returns how many tokens an epoch takes on average.
+
+        Computed from the mean length of each source's examples, since which of them an epoch
+        takes differs from epoch to epoch.
+        """
+        tokens_of_sources = []
+        start = 0
+        for size, samples in zip(self.sizes, self.samples_per_epoch, strict=True):
+            mean_length = float(self.lengths[start : start + size].mean())
+            tokens_of_sources.append(samples * mean_length)
+            start += size
+        return sum(tokens_of_sources)
 
 
 def allocate_samples(
     sizes: Sequence[int], weights: Sequence[float] | None, replayed: Sequence[float] = ()
 ) -> list[int]:
-    """Returns how many samples of an epoch each source has: in all as many as the sources without replay have examples.
+    """Returns how many samples of an epoch each source has.
+
+    In all they are as many as the sources without replay have examples.
 
     sizes: examples of each source, those of the replay last.
-    weights: of the sources without replay, relative to each other; None: their sizes, so that without replay each
-        example comes once.
+    weights: of the sources without replay, relative to each other; None: their sizes, so that
+        without replay each example comes once.
     replayed: for each replay source, its share of all samples.
 
-    Rounds to whole numbers by largest remainders. None is 0: a source with a small share has one sample, which is taken
-    from the largest. Raises UserError if the epoch has fewer samples than there are sources.
+    Rounds to whole numbers by largest remainders. None is 0: a source with a small share has one
+    sample, which is taken from the largest. Raises UserError if the epoch has fewer samples than
+    there are sources.
     """
     num_plain = len(sizes) - len(replayed)
-    total = sum(sizes[:num_plain])
-    weights = list(sizes[:num_plain]) if weights is None else list(weights)
-    shares = [(1 - sum(replayed)) * weight / sum(weights) for weight in weights] + list(replayed)
+    plain_sizes = sizes[:num_plain]
+    total = sum(plain_sizes)
+    if weights is None:
+        weights = plain_sizes
+    plain_share = 1 - sum(replayed)
+    shares = [plain_share * weight / sum(weights) for weight in weights]
+    shares += replayed
     exact = [total * share for share in shares]
-    samples = [int(each) for each in exact]
+    # Rounded down, and what is missing goes to the sources that lost most by it.
+    samples = [int(number) for number in exact]
+    missing = total - sum(samples)
     by_remainder = sorted(range(len(exact)), key=lambda i: samples[i] - exact[i])
-    for i in by_remainder[: total - sum(samples)]:
+    for i in by_remainder[:missing]:
         samples[i] += 1
     if total < len(samples):
-        count = len(samples)
         raise UserError(
-            f"{total:,} examples make an epoch too short for {count} files; give more examples"
+            f"{total:,} examples make an epoch too short for {len(samples)} files;"
+            " give more examples"
         )
     while 0 in samples:
         samples[samples.index(max(samples))] -= 1
@@ -148,29 +180,34 @@ def allocate_samples(
 def epoch_order(
     sizes: Sequence[int], samples_per_epoch: Sequence[int], seed: int, epoch: int
 ) -> np.ndarray:
-    """Returns the example numbers of an epoch's samples in order, int64. Arguments: as those of `Sampler`.
+    """Returns the example numbers of an epoch's samples in order, int64.
 
-    The order is plainly shuffled. Padding is never computed, so placing examples of similar length together would gain
-    nothing, and it would cost: steps of short answers alone are noisier, and take as long as those of many tokens
-    (experiments/LOG.md).
+    sizes, samples_per_epoch, seed: as those of `Sampler`.
+
+    The order is plainly shuffled. Padding is never computed, so placing examples of similar length
+    together would gain nothing, and it would cost: steps of short answers alone are noisier, and
+    take as long as those of many tokens (experiments/LOG.md).
     """
     if list(sizes) == list(samples_per_epoch):
         return permutation(sum(sizes), seed, epoch)
-    source_of_sample = np.repeat(np.arange(len(sizes)), samples_per_epoch)
-    source_of_sample = source_of_sample[permutation(sum(samples_per_epoch), seed, epoch)]
+    # First only which source each place of the epoch takes its example from, then which example.
+    sorted_sources = np.repeat(np.arange(len(sizes)), samples_per_epoch)
+    source_of_sample = sorted_sources[permutation(sum(samples_per_epoch), seed, epoch)]
     order = np.empty(len(source_of_sample), np.int64)
     first = 0  # number of the source's first example
     for source, (size, count) in enumerate(zip(sizes, samples_per_epoch, strict=True)):
-        # Counted from the beginning of the run, this epoch takes the source's samples from `at` to `end`. The source's
-        # examples are shuffled anew each time that all of them were taken.
+        # Counted from the beginning of the run, this epoch takes the source's samples from `at` to
+        # `end`. The source's examples are shuffled anew each time that all of them were taken.
         at = epoch * count
-        end = (epoch + 1) * count
+        end = at + count
         picks = []
         while at < end:
             repetition, begin = divmod(at, size)
             shuffled = permutation(size, seed, repetition, 1 + source)
-            picks.append(shuffled[begin : begin + end - at])
-            at += len(picks[-1])
+            missing = end - at
+            pick = shuffled[begin : begin + missing]
+            picks.append(pick)
+            at += len(pick)
         if picks:
             order[source_of_sample == source] = first + np.concatenate(picks)
         first += size
@@ -178,26 +215,33 @@ def epoch_order(
 
 
 def permutation(count: int, seed: int, first: int, *others: int) -> np.ndarray:
-    """Returns 0 to count - 1 in a random order that follows from the seed and the other numbers, int64 [count]."""
-    mixed = seed * 1_000_003 + first
+    """Returns 0 to count - 1 in a random order, int64 [count].
+
+    The order follows from the seed and the other numbers.
+    """
+    mixed = seed * SEED_FACTOR + first
     for number in others:
-        mixed = (mixed * 1_000_003 + number + 1) % 2**62
-    return torch.randperm(count, generator=torch.Generator().manual_seed(mixed)).numpy()
+        # torch takes seeds of 64 bits. `+ 1` makes (first, 0) another seed than (first) alone.
+        mixed = (mixed * SEED_FACTOR + number + 1) % 2**62
+    generator = torch.Generator().manual_seed(mixed)
+    return torch.randperm(count, generator=generator).numpy()
 
 
 def pack_rows(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
-    """Puts each example into one row of at most seq_len tokens (best-fit decreasing; Johnson et al. 1974).
+    """Puts each example into one row of at most seq_len tokens.
 
     lengths: tokens of each example, at most seq_len.
 
-    The longest example goes first, each into the row that has least room left over. Returns the example numbers of each
-    row. Takes O(n log n), but for the moves within the sorted list of rows that have room.
+    Best-fit decreasing (Johnson et al. 1974): the longest example goes first, each into the row
+    that has least room left over. Returns the example numbers of each row. Takes O(n log n), but
+    for the moves within the sorted list of rows that have room.
     """
     rows: list[list[int]] = []
     rows_with_room: list[tuple[int, int]] = []  # (tokens left, number of the row), ascending
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for i in longest_first:
         length = lengths[i]
+        # The first row with at least `length` tokens left; -1 is before all numbers of rows.
         at = bisect_left(rows_with_room, (length, -1))
         if at < len(rows_with_room):
             room, row = rows_with_room.pop(at)

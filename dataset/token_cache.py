@@ -1,18 +1,23 @@
-"""Token rows on disk: the tokenised records of a source, as a folder of plain arrays that are mapped into memory.
+"""Token rows on disk: the tokenised records of a source, as a folder of plain arrays that are
+mapped into memory.
 
-`tokenized_rows(source, tokenizer)` returns them out of the cache, or makes them first: a process a core reads, renders
-and tokenises records (dataset/tokenize_pool.py), and this one writes them in the order of the file as they come, so
-that memory does not grow with the file. The folder's name is a hash of everything that its content depends on, the
-bytes of the files included. It appears whole or not at all; a process that needs what another one is making waits for
-it. Nothing is cut here to --seq-len: dataset/examples.py does that.
+`tokenized_rows(source, tokenizer)` returns them out of the cache, or makes them first: a process a
+core reads, renders and tokenises records (dataset/tokenize_pool.py), and this one writes them in
+the order of the file as they come, so that memory does not grow with the file. The folder's name is
+a hash of everything that its content depends on, the bytes of the files included. It appears whole
+or not at all; a process that needs what another one is making waits for it. Nothing is cut here to
+--seq-len: dataset/examples.py does that.
 
-    ids.bin      uint16 or uint32 [T]   tokens, record after record        starts.bin       int64 [N + 1]
-    spans.bin    int32 [S, 2]           trained: [start, end) in a record  span_starts.bin  int64 [N + 1]
-    weights.bin  float32 [S]            loss weight of each span
-    records.bin  int64 [N, 3]           file and number, to name the record; its flags (IS_CHAT and others)
-    prompts.bin  uint64 [N]             hash of the text before the first answer
-    contents.bin uint64 [N]             hash of the record's ids
-    meta.json                           what was read and what was left out
+    ids.bin          uint16 or uint32 [T]  tokens, record after record
+    starts.bin       int64 [N + 1]         where each record starts in them
+    spans.bin        int32 [S, 2]          trained: [start, end) in a record
+    span_starts.bin  int64 [N + 1]         where each record's spans start
+    weights.bin      float32 [S]           loss weight of each span
+    records.bin      int64 [N, 3]          file and number, to name the record; its flags (IS_CHAT
+                                           and others)
+    prompts.bin      uint64 [N]            hash of the text before the first answer
+    contents.bin     uint64 [N]            hash of the record's ids
+    meta.json                              what was read and what was left out
 """
 
 import atexit
@@ -42,12 +47,14 @@ from dataset.text_stats import private_parts, text_hash
 from dataset.tokenize_pool import chunks, in_order, processes_for
 from tokenizer import TemplateError, Tokenizer
 
-ROWS_FORMAT = 3  # version of the folders: a higher number makes all of them anew
-KEPT = 20 << 30  # bytes of rows that the cache keeps; the ones unused for longest are deleted first
-ABANDONED_SECONDS = (
-    86_400  # age from which an unfinished folder of a process that does not exist is deleted
-)
-RENDER_BATCH = 256  # conversations that the template's process is given at a time
+# The version of the folders: a higher number makes all of them anew.
+ROWS_FORMAT = 3
+# Bytes of rows that the cache keeps; the ones unused for longest are deleted first.
+KEPT = 20 << 30
+# The age, a day, from which an unfinished folder of a process that does not exist is deleted.
+ABANDONED_SECONDS = 86_400
+# Conversations that the template's process is given at a time.
+RENDER_BATCH = 256
 
 # Flags of a record, the third column of `records`.
 IS_CHAT = 1  # a conversation, not a text
@@ -108,13 +115,14 @@ def tokenized_rows(
     tokenizer: makes ids of texts, and of conversations by its chat template.
     roles: the roles whose messages are trained.
 
-    Raises UserError that names the record if one cannot be read; also if no record can be trained on, or if a file
-    changes while it is read.
+    Raises UserError that names the record if one cannot be read; also if no record can be trained
+    on, or if a file changes while it is read.
     """
     stamps = file_stamps(source)
     folder = cache_folder() / f"rows-{cache_key(source, tokenizer, roles)[:32]}"
     if source.map:
-        # What the user's function reads besides the record cannot be known, so its rows serve this run alone.
+        # What the user's function reads besides the record cannot be known, so its rows serve this
+        # run alone.
         folder = folder.with_name(f"rows-map-{uuid.uuid4().hex}")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     cached = folder.is_dir()
@@ -138,7 +146,10 @@ def make_folder(
     stamps: list[tuple[int, int]],
     folder: Path,
 ) -> None:
-    """Writes the rows of a source to `folder`. stamps: the `file_stamps` from before the files were read."""
+    """Writes the rows of a source to `folder`.
+
+    stamps: the `file_stamps` from before the files were read.
+    """
     try:
         with atomic_folder(folder) as tmp:
             write(source, tokenizer, roles, tmp)
@@ -157,27 +168,26 @@ def cache_key(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...]) -> s
     files = []
     for container in source.containers:
         class_names = container.path.parent / CLASS_NAMES
-        has_class_names = container.kind.startswith(("CSV", "TSV")) and class_names.is_file()
-        class_names_hash = file_sha256(class_names) if has_class_names else ""
+        # Labels of a CSV may be numbers, whose names are in a file next to it.
+        is_table = container.kind.startswith(("CSV", "TSV"))
+        class_names_hash = ""
+        if is_table and class_names.is_file():
+            class_names_hash = file_sha256(class_names)
         files.append((container.kind, file_sha256(container.path), class_names_hash))
     # A template that asks for the date makes other rows every day.
     today = ""
     if any("strftime_now" in template for template in tokenizer.templates.values()):
         today = time.strftime("%x")
-    parts = [
-        ROWS_FORMAT,
-        files,
-        source.format.name,
-        source.trees,
-        roles,
-        tokenizer.fingerprint,
-        today,
-    ]
+    reading = [source.format.name, source.trees, roles]
+    parts = [ROWS_FORMAT, files, *reading, tokenizer.fingerprint, today]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def file_stamps(source: Source) -> list[tuple[int, int]]:
-    """Returns (size in bytes, time of change in ns) of each file, by which a change of a file is noticed."""
+    """Returns (size in bytes, time of change in ns) of each file.
+
+    By these a change of a file is noticed.
+    """
     stats = [container.path.stat() for container in source.containers]
     return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
@@ -225,17 +235,19 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # A process that waits still has this file open, and looks for the folder first when it gets the lock.
+            # A process that waits still has this file open, and looks for the folder first when it
+            # gets the lock.
             with contextlib.suppress(OSError):
                 os.unlink(file.name)
 
 
 def make_room(cache: Path) -> None:
-    """Deletes unfinished folders that crashed processes left, and beyond KEPT bytes the rows unused for longest."""
+    """Deletes what crashed processes left, and beyond KEPT bytes the rows unused for longest."""
     for tmp in cache.glob(".rows-*.partial-*"):
         pid = tmp.name.rpartition("-")[2]
         with contextlib.suppress(OSError):
-            # The process may be alive on another machine, or in another container, that has this cache too.
+            # The process may be alive on another machine, or in another container, that has this
+            # cache too.
             is_old = time.time() - tmp.stat().st_mtime > ABANDONED_SECONDS
             if pid.isdecimal() and is_old and not process_exists(int(pid)):
                 shutil.rmtree(tmp, ignore_errors=True)
@@ -266,7 +278,10 @@ def process_exists(pid: int) -> bool:
 
 @dataclass
 class EncodedChunk:
-    """The tokenised records of a chunk: the arrays of `Rows`, with lengths and counts in place of starts."""
+    """The tokenised records of a chunk: the arrays of `Rows`.
+
+    They have lengths and counts in place of starts, which depend on the chunks before.
+    """
 
     ids: np.ndarray
     lengths: np.ndarray
@@ -283,16 +298,19 @@ def write(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], folder: 
     """Writes the arrays and meta.json of a source into `folder`, chunk after chunk."""
     if tokenizer.vocab_size > 1 << 32:
         raise UserError(f"{tokenizer.source}: the tokenizer has an id beyond 32 bits")
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    dtype = np.dtype(np.uint32)
+    if tokenizer.vocab_size <= 1 << 16:
+        dtype = np.dtype(np.uint16)
     work = partial(encode, source, tokenizer, roles, dtype)
     processes = processes_for(source)
     stats = ReadStats()
-    num_tokens = num_spans = largest = 0
+    num_tokens = 0
+    num_spans = 0
+    largest = 0
     files = {name: open(folder / f"{name}.bin", "wb") for name in ("ids", *ARRAYS)}  # noqa: SIM115
-    # One process alone is given little to do, which needs no bar; None shows the bar in a terminal only.
-    bar = tqdm(
-        unit="record", desc="tokenising", disable=None if processes > 1 else True, leave=False
-    )
+    # One process alone is given little to do, which needs no bar. None shows it in a terminal only.
+    hides_bar = None if processes > 1 else True
+    bar = tqdm(unit="record", desc="tokenising", disable=hides_bar, leave=False)
     try:
         files["starts"].write(np.zeros(1, np.int64))
         files["span_starts"].write(np.zeros(1, np.int64))
@@ -308,7 +326,9 @@ def write(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], folder: 
                 "contents": part.contents,
             }
             for name, file in files.items():
-                file.write(np.ascontiguousarray(arrays[name], ARRAYS.get(name)).data)
+                # The ids are in their dtype already, which is not in the table.
+                values = np.ascontiguousarray(arrays[name], ARRAYS.get(name))
+                file.write(values.data)
             num_tokens += len(part.ids)
             num_spans += len(part.weights)
             largest = max(largest, int(part.ids.max(initial=0)))
@@ -320,16 +340,21 @@ def write(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], folder: 
         for file in files.values():
             file.close()
     stats.complain_if_empty(source.path)
-    meta = vars(stats) | {"ignored": [*stats.ignored]}
-    write_json(
-        meta | {"largest": largest, "dtype": dtype.name, "tokens": num_tokens}, folder / "meta.json"
-    )
+    meta = dict(vars(stats))
+    meta["ignored"] = list(stats.ignored)
+    meta["largest"] = largest
+    meta["dtype"] = dtype.name
+    meta["tokens"] = num_tokens
+    write_json(meta, folder / "meta.json")
 
 
 def encode(
     source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], dtype: np.dtype, chunk: list
 ) -> EncodedChunk:
-    """Reads, renders and tokenises the payloads of a chunk. dtype: of the ids."""
+    """Reads, renders and tokenises the payloads of a chunk; this runs in a worker process.
+
+    dtype: of the ids.
+    """
     stats = ReadStats()
     records = []
     places = []  # (file, number) of each record
@@ -339,22 +364,28 @@ def encode(
         places += [(container, number)] * len(new)
 
     rendered = iter(render(records, tokenizer, roles))
-    lengths, span_counts, spans, weights, rows, prompts, hashes = [], [], [], [], [], [], []
+    # Of each record that can be trained on; spans and weights of each span of those.
+    lengths, span_counts, rows, prompts, hashes = [], [], [], [], []
+    spans, weights = [], []
+    # An array takes 2 or 4 bytes a token, where a list takes 8 and more.
     all_ids = array(dtype.char)
-    for record, place in zip(records, places, strict=True):
-        conversation = next(rendered) if record.messages is not None else None
+    for record, (container, number) in zip(records, places, strict=True):
+        conversation = None
+        if record.messages is not None:
+            conversation = next(rendered)
         encoded = encode_record(record, tokenizer, conversation)
         if isinstance(encoded, str):
             stats.drop(encoded)
             continue
-        ids = array(dtype.char, encoded[0])
+        token_ids, record_spans = encoded
+        ids = array(dtype.char, token_ids)
         all_ids.extend(ids)
         lengths.append(len(ids))
-        span_counts.append(len(encoded[1]))
-        for start, end, weight in encoded[1]:
+        span_counts.append(len(record_spans))
+        for start, end, weight in record_spans:
             spans.append((start, end))
             weights.append(weight)
-        rows.append((*place, flags_of(record, tokenizer)))
+        rows.append((container, number, flags_of(record, tokenizer)))
         prompts.append(prompt_hash(record))
         hashes.append(hashlib.blake2b(ids, digest_size=8).digest())
         if record.messages is not None:
@@ -374,20 +405,26 @@ def encode(
 
 
 def render(records: list[Record], tokenizer: Tokenizer, roles: tuple[str, ...]) -> list:
-    """Returns what `Tokenizer.render_each` makes of each record that is a conversation, RENDER_BATCH at a time."""
-    chats = [(record.messages, record.tools) for record in records if record.messages is not None]
+    """Returns what `Tokenizer.render_each` makes of each record that is a conversation."""
+    chats = []
+    for record in records:
+        if record.messages is not None:
+            chats.append((record.messages, record.tools))
     rendered = []
     for i in range(0, len(chats), RENDER_BATCH):
-        rendered += tokenizer.render_each(chats[i : i + RENDER_BATCH], roles=roles)
+        batch = chats[i : i + RENDER_BATCH]
+        rendered += tokenizer.render_each(batch, roles=roles)
     return rendered
 
 
 def encode_record(
     record: Record, tokenizer: Tokenizer, rendered: tuple | UserError | None
 ) -> tuple[list[int], list[tuple[int, int, float]]] | str:
-    """Returns ids and spans, [(start, end, loss weight), ...], or the reason why the record cannot be trained on.
+    """Returns ids and spans, [(start, end, loss weight), ...], of a record.
 
     rendered: of a conversation, what `Tokenizer.render_each` made of it; None for a text.
+
+    Returns the reason instead, a string, if the record cannot be trained on.
     """
     if record.messages is None:
         return encode_text(record, tokenizer)
@@ -399,9 +436,14 @@ def encode_record(
         return "labelled as a bad answer"
     ids, trained = rendered
     weights = record.weights or [1.0] * len(record.messages)
-    # Rounded to float32 first: a weight that rounds to 0 trains nothing.
-    spans = [(start, end, float(np.float32(weights[message]))) for start, end, message in trained]
-    if not any(weight for _, _, weight in spans):
+    spans = []
+    has_weight = False
+    for start, end, message in trained:
+        # Rounded to float32 first: a weight that rounds to 0 trains nothing.
+        weight = float(np.float32(weights[message]))
+        spans.append((start, end, weight))
+        has_weight = has_weight or weight != 0
+    if not has_weight:
         return "without a trained token"
     return ids, spans
 
@@ -409,7 +451,8 @@ def encode_record(
 def encode_text(
     record: Record, tokenizer: Tokenizer
 ) -> tuple[list[int], list[tuple[int, int, float]]] | str:
-    """As `encode_record`, for a text, all of whose tokens are trained."""
+    """Returns what `encode_record` does, for a text, all of whose tokens are trained."""
+    # Long files come in parts: the tokens of begin and end only stand around the whole.
     bos = record.first and tokenizer.bos_id is not None and tokenizer.adds_bos
     try:
         ids = tokenizer.encode(record.text, bos=bos, eos=record.last)
@@ -421,7 +464,10 @@ def encode_text(
 
 
 def hidden_by_template(record: Record, tokenizer: Tokenizer) -> list[str]:
-    """Returns a line for each part of a conversation that its chat template never reads: tools, thoughts."""
+    """Returns a line for each part of a conversation that its chat template never reads.
+
+    The parts are tools and thoughts.
+    """
     template = tokenizer.templates[tokenizer.which_template(record.tools)]
     has_thoughts = any("reasoning_content" in message for message in record.messages)
     hidden = []
@@ -437,34 +483,43 @@ def prompt_hash(record: Record) -> int:
     messages = record.messages
     if messages is None:
         return text_hash(record.text)
-    first_question = next(
-        (i for i, message in enumerate(messages) if message["role"] == "user"), len(messages)
-    )
-    answers = (
-        i
-        for i, message in enumerate(messages)
-        if message["role"] == "assistant" and i > first_question
-    )
-    first_answer = next(answers, len(messages))
-    return text_hash("\n".join(message.get("content") or "" for message in messages[:first_answer]))
+    # An answer before any question belongs to the prompt: some data begins with a greeting.
+    has_question = False
+    first_answer = len(messages)
+    for i, message in enumerate(messages):
+        if message["role"] == "user":
+            has_question = True
+        if message["role"] == "assistant" and has_question:
+            first_answer = i
+            break
+    contents = [message.get("content") or "" for message in messages[:first_answer]]
+    return text_hash("\n".join(contents))
 
 
 def words_of(record: Record) -> str:
     """Returns the text of a record, or the contents of its messages, one after the other."""
     if record.messages is None:
         return record.text
-    return "\n".join(message.get("content") or "" for message in record.messages)
+    contents = [message.get("content") or "" for message in record.messages]
+    return "\n".join(contents)
 
 
 def flags_of(record: Record, tokenizer: Tokenizer) -> int:
-    """Returns the sum of the flags that hold for a record: IS_CHAT, ONE_WORD_ANSWER, CONTROL_TOKEN, PRIVATE_PART."""
+    """Returns the sum of the flags that hold for a record.
+
+    They are IS_CHAT, ONE_WORD_ANSWER, CONTROL_TOKEN and PRIVATE_PART.
+    """
     flags = 0
     if record.messages is not None:
         flags |= IS_CHAT
-        answers = (message for message in record.messages if message["role"] == "assistant")
-        texts = (answer["content"] for answer in answers if not answer.get("tool_calls"))
-        if any(len(text.split(None, 1)) == 1 for text in texts):
-            flags |= ONE_WORD_ANSWER
+        for message in record.messages:
+            # An answer that calls a tool need not say anything.
+            if message["role"] != "assistant" or message.get("tool_calls"):
+                continue
+            # Split once: whether there is a second word is all that matters.
+            if len(message["content"].split(None, 1)) == 1:
+                flags |= ONE_WORD_ANSWER
+                break
     words = words_of(record)
     if tokenizer.spells_control(words):
         flags |= CONTROL_TOKEN

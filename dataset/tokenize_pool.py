@@ -1,12 +1,14 @@
 """Worker processes that read and tokenise records: one a core, each with a pipe to the parent.
 
-`in_order` applies a function to chunks of records and yields the results in the order of the chunks, as if a single
-process had done it; errors come in that order too. Few chunks are under way at a time, so that memory is bounded.
+`in_order` applies a function to chunks of records and yields the results in the order of the
+chunks, as if a single process had done it; errors come in that order too. Few chunks are under way
+at a time, so that memory is bounded.
 
-Workers are forked and may not outlive their parent. A worker that waits for work sees the end of its pipe when the
-parent is gone, even if the parent was killed. That needs every other copy of the parent's end to be closed: a fork
-inherits the ends of all workers that were started before it, so each worker closes those first.
-(concurrent.futures.ProcessPoolExecutor does not promise that orphans end.)
+Workers are forked and may not outlive their parent. A worker that waits for work sees the end of
+its pipe when the parent is gone, even if the parent was killed. That needs every other copy of the
+parent's end to be closed: a fork inherits the ends of all workers that were started before it, so
+each worker closes those first. (concurrent.futures.ProcessPoolExecutor does not promise that
+orphans end.)
 """
 
 import contextlib
@@ -17,6 +19,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
+from typing import Any
 
 from common.errors import UserError
 from dataset.formats import Source
@@ -24,11 +27,13 @@ from dataset.formats import Source
 # A chunk ends at this many records or at this many bytes, whichever comes first.
 CHUNK_RECORDS = 1024
 CHUNK_BYTES = 1 << 20
-ALONE = (
-    1 << 20
-)  # bytes of a source up to which one process reads it, since starting others would not pay
-MAX_CHUNKS_PER_PROCESS = 4  # chunks that were sent and whose results were not yielded yet
+# Bytes of a source up to which one process reads it, since starting others would not pay.
+ALONE = 1 << 20
+# Chunks that were sent and whose results were not yielded yet.
+MAX_CHUNKS_PER_PROCESS = 4
 WORKER_ENDED = "a process that read the data ended, killed perhaps because memory ran out"
+
+WorkerAnswer = tuple[bool, Any]  # of a worker to a chunk: (True, result) or (False, exception)
 
 
 def processes_for(source: Source) -> int:
@@ -43,14 +48,18 @@ def processes_for(source: Source) -> int:
 
 
 def chunks(source: Source) -> Iterator[list[tuple[int, int, object]]]:
-    """Yields the payloads of a source, (container, number, payload), in lists of CHUNK_RECORDS or CHUNK_BYTES."""
+    """Yields the payloads of a source, (container, number, payload), in lists of CHUNK_RECORDS or
+    CHUNK_BYTES."""
     chunk = []
     size = 0
     for payload in source.payloads():
         content = payload[2]
         chunk.append(payload)
-        # The size of a record that is no bytes is not known; it counts as one of CHUNK_RECORDS.
-        size += len(content) if isinstance(content, bytes) else CHUNK_BYTES // CHUNK_RECORDS
+        if isinstance(content, bytes):
+            size += len(content)
+        else:
+            # The size of a decoded record is not known; it counts as one of CHUNK_RECORDS.
+            size += CHUNK_BYTES // CHUNK_RECORDS
         if len(chunk) >= CHUNK_RECORDS or size >= CHUNK_BYTES:
             yield chunk
             chunk = []
@@ -73,8 +82,8 @@ def in_order(
     processes: the number of workers; 1 means that this process does the work itself.
     prepare: a function that each worker calls first.
 
-    Raises here what `work` raised, for the first chunk that failed; a UserError of `chunks` after the results of the
-    chunks before it; UserError if a worker ends.
+    Raises here what `work` raised, for the first chunk that failed; a UserError of `chunks` after
+    the results of the chunks before it; UserError if a worker ends.
     """
     if processes == 1:
         yield from map(work, chunks)
@@ -89,15 +98,16 @@ def in_order(
         for _ in range(processes):
             parent_end, worker_end = context.Pipe()
             pipes.append(parent_end)
-            worker = context.Process(
-                target=serve, args=(work, worker_end, list(pipes), prepare), daemon=True
-            )
+            arguments = (work, worker_end, list(pipes), prepare)
+            worker = context.Process(target=serve, args=arguments, daemon=True)
             worker.start()
             workers.append(worker)
+            # The worker has its own copy. With this one open, its end would go unnoticed here.
             worker_end.close()
         yield from exchange(work, chunks, pipes)
     finally:
-        # A worker that waits for work ends by itself when its pipe is closed, and ends its template's process.
+        # A worker that waits for work ends by itself when its pipe is closed, and ends its
+        # template's process.
         for pipe in pipes:
             pipe.close()
         for worker in workers:
@@ -107,19 +117,19 @@ def in_order(
 
 
 def exchange(work: Callable, chunks: Iterable, pipes: list[Connection]) -> Iterator:
-    """Sends chunks to the workers behind the pipes, and yields their results in the order of the chunks."""
+    """Sends chunks to the workers behind the pipes, and yields their results in the order of the
+    chunks."""
     chunks = iter(chunks)
     idle = list(pipes)
     busy: dict[Connection, int] = {}  # pipe: number of the chunk that its worker has
-    answers: dict[
-        int, tuple[bool, object]
-    ] = {}  # number of a chunk: (True, result) or (False, exception)
-    num_sent = num_yielded = 0
+    answers: dict[int, WorkerAnswer] = {}  # by the number of the chunk
+    num_sent = 0
+    num_yielded = 0
+    max_under_way = MAX_CHUNKS_PER_PROCESS * len(pipes)
     exhausted = False
     while busy or not exhausted:
-        while (
-            not exhausted and idle and num_sent - num_yielded < MAX_CHUNKS_PER_PROCESS * len(pipes)
-        ):
+        # Every idle worker gets a chunk, unless a slow one holds up too many results of others.
+        while idle and not exhausted and num_sent - num_yielded < max_under_way:
             try:
                 chunk = next(chunks, None)
             except UserError as error:
@@ -131,6 +141,7 @@ def exchange(work: Callable, chunks: Iterable, pipes: list[Connection]) -> Itera
                 break
             try:
                 idle[-1].send(chunk)
+                # Only now, since a worker that could not be sent the chunk is still idle.
                 busy[idle.pop()] = num_sent
             except RecursionError:
                 # A record that is nested so deep cannot be sent, so this process does the work.
@@ -140,14 +151,16 @@ def exchange(work: Callable, chunks: Iterable, pipes: list[Connection]) -> Itera
             num_sent += 1
         if busy:
             for pipe in wait([*busy]):
-                answers[busy.pop(pipe)] = receive(pipe)
+                number = busy[pipe]
+                answers[number] = receive(pipe)
+                del busy[pipe]
                 idle.append(pipe)
         while num_yielded in answers:
             yield result_of(answers.pop(num_yielded))
             num_yielded += 1
 
 
-def receive(pipe: Connection) -> tuple[bool, object]:
+def receive(pipe: Connection) -> WorkerAnswer:
     """Returns a worker's answer. Raises UserError if the worker has ended."""
     try:
         return pipe.recv()
@@ -155,7 +168,7 @@ def receive(pipe: Connection) -> tuple[bool, object]:
         raise UserError(WORKER_ENDED) from None
 
 
-def result_of(answer: tuple[bool, object]) -> object:
+def result_of(answer: WorkerAnswer) -> object:
     """Returns the result in a worker's answer, or raises the exception in it."""
     succeeded, result = answer
     if not succeeded:
@@ -166,7 +179,8 @@ def result_of(answer: tuple[bool, object]) -> object:
 def serve(
     work: Callable, pipe: Connection, parent_ends: list[Connection], prepare: Callable
 ) -> None:
-    """Runs a worker: receives chunks and sends back (True, work(chunk)) or (False, exception) until the pipe closes.
+    """Runs a worker: receives chunks and sends back (True, work(chunk)) or (False, exception) until
+    the pipe closes.
 
     parent_ends: the parent's ends of all pipes so far, inherited by the fork.
     """

@@ -85,9 +85,9 @@ def exact(
     for record, messages in zip(records, questions, strict=True):
         prompts.append(prompt_ids(model, tokenizer, record, messages))
     if max_new_tokens is None:
-        lengths = [
-            len(tokenizer.encode(reference, bos=False, eos=False)) for reference in references
-        ]
+        lengths = []
+        for reference in references:
+            lengths.append(len(tokenizer.encode(reference, bos=False, eos=False)))
         max_new_tokens = EXTRA_TOKENS + max(lengths)
 
     answers = [""] * len(prompts)
@@ -102,11 +102,12 @@ def exact(
                 [prompts[i] for i in batch], max_new_tokens, stop=tokenizer.stop_ids
             )
             for i, ids in zip(batch, generated, strict=True):
+                # An answer that was cut at max_new_tokens has no end token.
                 if ids[-1] in tokenizer.stop_ids:
                     ids = ids[:-1]
                 answers[i] = tokenizer.decode(ids, skip_special=True)
             bar.update(len(batch))
-    prompt_tokens = sum(map(len, prompts)) / len(prompts)
+    prompt_tokens = sum(len(prompt) for prompt in prompts) / len(prompts)
     return ExactResult(list(records), references, answers, prompt_tokens)
 
 
@@ -120,6 +121,7 @@ def prompt_ids(
     except TemplateError as error:
         raise UserError(f"{record.where}: {console.one_line(str(error), 200)}") from None
     limit = model.config.max_positions
+    # The answer needs a position of its own.
     if len(ids) >= limit:
         raise UserError(
             f"{record.where}: {len(ids):,} tokens before the answer; the model takes {limit:,}"
@@ -139,24 +141,24 @@ def split_reference(record: Record, shots: Sequence[Record] = ()) -> tuple[list[
     """
     for each in (record, *shots):
         if each.messages is None:
-            raise UserError(
-                f"{each.where}: plain text has no reference answer to compare with; use `evaluate.py loss`"
-            )
+            problem = "plain text has no reference answer to compare with"
+            raise UserError(f"{each.where}: {problem}; use `evaluate.py loss`")
     last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
     before = record.messages[:last]
     if not any(message["role"] == "user" for message in before):
-        raise UserError(
-            f"{record.where}: no user message before its last assistant message, so there is no question"
-        )
-    system_messages = 0
-    while system_messages < len(before) and before[system_messages]["role"] == "system":
-        system_messages += 1
-    if record.messages[last].get("tool_calls"):
-        raise UserError(
-            f"{record.where}: its last answer is a tool call; exact match compares words only"
-        )
-    examples = [
-        message for shot in shots for message in shot.messages if message["role"] != "system"
-    ]
-    messages = [*before[:system_messages], *examples, *before[system_messages:]]
-    return messages, record.messages[last]["content"]
+        problem = "no user message before its last assistant message, so there is no question"
+        raise UserError(f"{record.where}: {problem}")
+    answer = record.messages[last]
+    if answer.get("tool_calls"):
+        problem = "its last answer is a tool call; exact match compares words only"
+        raise UserError(f"{record.where}: {problem}")
+
+    # The shots come after the system message, as if they were the conversation so far.
+    num_system = 0
+    while num_system < len(before) and before[num_system]["role"] == "system":
+        num_system += 1
+    messages = before[:num_system]
+    for shot in shots:
+        messages += [message for message in shot.messages if message["role"] != "system"]
+    messages += before[num_system:]
+    return messages, answer["content"]

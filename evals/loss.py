@@ -12,7 +12,8 @@ import objectives
 from dataset.examples import Dataset
 from model import Transformer, eval_mode
 
-LARGEST_EXPONENT = 700  # the exponential of 710 is beyond a float
+# The exponential of 710 is beyond a float.
+LARGEST_EXPONENT = 700
 
 
 def loss(model: Transformer, dataset: Dataset, batch_size: int = 8) -> dict[str, float]:
@@ -22,9 +23,8 @@ def loss(model: Transformer, dataset: Dataset, batch_size: int = 8) -> dict[str,
     Returns "loss" (nats per trained token), "perplexity" (its exponential, infinite where a float
     can't hold it) and "tokens" (the number of trained tokens).
     """
+    batches = data.batches_by_length(dataset, batch_size, model.device)
     with eval_mode(model):
-        value = objectives.mean_loss(
-            model, data.batches_by_length(dataset, batch_size, model.device)
-        )
+        value = objectives.mean_loss(model, batches)
     perplexity = math.exp(value) if value < LARGEST_EXPONENT else math.inf
     return {"loss": value, "perplexity": perplexity, "tokens": dataset.trained_tokens}

@@ -19,12 +19,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 import lora
 from checkpoint import (
+    check_tied_head,
     copy_tokenizer,
     head_name,
     hf_name,
@@ -66,7 +68,11 @@ LogFn = Callable[[str], None]
 
 
 def folder_to_gguf(
-    folder, file, dtype: str = "f32", adapter=None, log: LogFn = print_stderr
+    folder: str | Path,
+    file: str | Path,
+    dtype: str = "f32",
+    adapter: str | Path | None = None,
+    log: LogFn = print_stderr,
 ) -> None:
     """Writes a Hugging Face model folder as a GGUF file, with its tokenizer and chat template.
 
@@ -78,18 +84,18 @@ def folder_to_gguf(
     log: is called with a line for each thing that llama.cpp does differently from the folder's own
     model.
     Raises UserError, and leaves nothing behind, for a model, a tokenizer or a weight that a GGUF
-    file can't store.
+    file can't store, and for a folder that load_model refuses.
     """
     from gguf import GGMLQuantizationType
 
-    folder, file = Path(folder), Path(file)
+    folder = Path(folder)
+    file = Path(file)
     if dtype not in TYPES:
         raise UserError(f"--type {dtype}: is not known; {', '.join(TYPES)} are")
     config = read_config(folder)
     if config.raw.get("quantization_config") is not None:
-        raise UserError(
-            f"{folder}: its weights are quantised already; give the folder that they were made from"
-        )
+        problem = "its weights are quantised already; give the folder that they were made from"
+        raise UserError(f"{folder}: {problem}")
     row, architecture = find_architecture(config, folder)
     plan = places(config, row)
     weights = FolderWeights(folder, config)
@@ -101,7 +107,7 @@ def folder_to_gguf(
 
     # The keys, read back before anything is written.
     factors = rope_tensors(config)
-    fields = {"general.architecture": architecture, "general.type": "model"}
+    fields: dict[str, Any] = {"general.architecture": architecture, "general.type": "model"}
     fields |= shape_keys(config, row, architecture, folder)
     fields |= words.fields
     check_read_back(fields, plan, factors, config, folder)
@@ -109,12 +115,13 @@ def folder_to_gguf(
     if dtype == "q8_0":
         fields["general.quantization_version"] = 2
 
-    # The table of tensors.
+    # The table of tensors, which the file has before the first of them.
     notes = words.notes + attention_notes(config, row, architecture)
     kinds = {}
     table = {}
     for name, place in plan.items():
-        kinds[name] = GGMLQuantizationType[stored_type(name, place, dtype, notes)]
+        label = stored_type(name, place, dtype, notes)
+        kinds[name] = GGMLQuantizationType[label]
         table[name] = (place.shape, kinds[name])
     for name, values in factors.items():
         table[name] = ((len(values),), GGMLQuantizationType.F32)
@@ -122,6 +129,7 @@ def folder_to_gguf(
         log(f"NOTE: {note}")
 
     def content() -> Iterator[np.ndarray]:
+        """Yields the tensors in the order of the table, each made when it is written."""
         for name, place in plan.items():
             yield encode_tensor(weights, updates, name, place, kinds[name])
         yield from factors.values()
@@ -135,11 +143,11 @@ def find_architecture(config: Config, where) -> tuple[Architecture, str]:
     where: for messages. Raises UserError where llama.cpp does not compute the family.
     """
     if config.family in UNEXPORTED:
-        raise UserError(f"{where}: {config.family} can't be exported: {UNEXPORTED[config.family]}")
+        reason = UNEXPORTED[config.family]
+        raise UserError(f"{where}: {config.family} can't be exported: {reason}")
     if config.family not in ARCHITECTURE_OF:
-        raise UserError(
-            f"{where}: {config.family} can't be exported ({', '.join(ARCHITECTURE_OF)} can)"
-        )
+        supported = ", ".join(ARCHITECTURE_OF)
+        raise UserError(f"{where}: {config.family} can't be exported ({supported} can)")
     architecture = ARCHITECTURE_OF[config.family]
     return ARCHITECTURES[architecture], architecture
 
@@ -163,14 +171,13 @@ def attention_notes(config: Config, row: Architecture, architecture: str) -> lis
     notes = []
     windows = [layer.window for layer in config.layers if layer.window]
     if row.windowless and windows:
-        notes.append(
-            f"llama.cpp has no sliding window for {architecture}:"
-            f" it computes texts over {windows[0]} tokens differently from this model"
-        )
-    if any((rope.scaling or {}).get("rope_type") == "longrope" for rope in config.ropes):
-        notes.append(
-            "llama.cpp picks LongRoPE's factors by the size of its context (-c), not by the text's own length"
-        )
+        reason = f"llama.cpp has no sliding window for {architecture}"
+        effect = f"it computes texts over {windows[0]} tokens differently from this model"
+        notes.append(f"{reason}: {effect}")
+    scalings = [rope.scaling for rope in config.ropes if rope.scaling]
+    if any(scaling.get("rope_type") == "longrope" for scaling in scalings):
+        difference = "by the size of its context (-c), not by the text's own length"
+        notes.append(f"llama.cpp picks LongRoPE's factors {difference}")
     return notes
 
 
@@ -184,23 +191,21 @@ def shape_keys(config: Config, row: Architecture, architecture: str, folder: Pat
     """
     read = Reader(config.raw, FAMILIES[config.family], str(folder / "config.json"))
     settings = known_settings(config)
-    result = {"vocab_size": config.vocab_size}
+    result: dict[str, Any] = {"vocab_size": config.vocab_size}
     for suffix, (name, kind) in row.keys.items():
         value = settings[name] if name in settings else read(name, kind)
         if value is not None:
             result[suffix] = kind(value)
         elif suffix not in row.optional:
-            raise UserError(
-                f"{folder}: its config.json has no {name}, which a GGUF file of {architecture} needs"
-            )
+            problem = f"its config.json has no {name}"
+            raise UserError(f"{folder}: {problem}, which a GGUF file of {architecture} needs")
     if row.own_head_dim or config.ropes:
-        result |= {
-            "attention.key_length": config.head_dim,
-            "attention.value_length": config.head_dim,
-        }
+        result["attention.key_length"] = config.head_dim
+        result["attention.value_length"] = config.head_dim
     if row.pattern:
         slides = [layer.window is not None for layer in config.layers]
         usual = [bool((i + 1) % row.pattern) for i in range(config.num_layers)]
+        # llama.cpp knows the usual pattern by itself.
         if any(slides) and slides != usual:
             result["attention.sliding_window_pattern"] = slides
     if config.ropes:
@@ -211,20 +216,25 @@ def shape_keys(config: Config, row: Architecture, architecture: str, folder: Pat
 def known_settings(config: Config) -> dict:
     """Returns the settings that a Config has, by Llama's names in config.json. Others are read from
     the file itself."""
-    experts = config.experts
-    settings = {
+    windows = [layer.window for layer in config.layers if layer.window]
+    settings: dict[str, Any] = {
         "num_key_value_heads": config.num_kv_heads,
         "num_hidden_layers": config.num_layers,
         "intermediate_size": config.intermediate_size,
         "rms_norm_eps": config.norm_eps,
-        "sliding_window": next((layer.window for layer in config.layers if layer.window), None),
+        "sliding_window": windows[0] if windows else None,
         "final_logit_softcapping": config.logit_softcap,
         "attn_logit_softcapping": config.attention_softcap,
-        "num_experts": experts and experts.count,
-        "num_experts_per_tok": experts and experts.active,
-        "moe_intermediate_size": experts and experts.intermediate_size,
+        "num_experts": None,
+        "num_experts_per_tok": None,
+        "moe_intermediate_size": None,
     }
+    if config.experts is not None:
+        settings["num_experts"] = config.experts.count
+        settings["num_experts_per_tok"] = config.experts.active
+        settings["moe_intermediate_size"] = config.experts.intermediate_size
     if config.ropes:
+        # Gemma 3 has two: the first is of the layers that attend to everything.
         settings["rope_theta"] = config.ropes[0].theta
         settings["rope_local_base_freq"] = config.ropes[-1].theta
     return settings
@@ -237,11 +247,11 @@ def rope_keys(config: Config, folder: Path) -> dict:
     """
     rope = config.ropes[0]
     scaling = rope.scaling or {}
-    keys = {"rope.dimension_count": rope.dim}
-    if "original_max_position_embeddings" in scaling and scaling["rope_type"] != "llama3":
-        keys["rope.scaling.original_context_length"] = int(
-            scaling["original_max_position_embeddings"]
-        )
+    keys: dict[str, Any] = {"rope.dimension_count": rope.dim}
+    has_original = "original_max_position_embeddings" in scaling
+    if has_original and scaling["rope_type"] != "llama3":
+        original = int(scaling["original_max_position_embeddings"])
+        keys["rope.scaling.original_context_length"] = original
     match scaling:
         case {} if not scaling:
             pass
@@ -250,18 +260,20 @@ def rope_keys(config: Config, folder: Path) -> dict:
         case {"rope_type": "linear", "factor": factor}:
             keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(factor)}
         case {"rope_type": "yarn", "factor": factor, "attention_factor": attention_factor}:
-            if (scaling["beta_fast"], scaling["beta_slow"], scaling["truncate"]) != (32, 1, True):
+            # The numbers of YaRN's paper, which llama.cpp takes whatever a file says.
+            betas = scaling["beta_fast"], scaling["beta_slow"]
+            if betas != (32, 1) or not scaling["truncate"]:
                 supported = "beta_fast 32, beta_slow 1 and truncate"
                 raise UserError(f"{folder}: llama.cpp computes YaRN with {supported} only")
             keys |= {"rope.scaling.type": "yarn", "rope.scaling.factor": float(factor)}
-            usual = 0.1 * float(np.log(factor)) + 1.0 if factor > 1 else 1.0
+            usual = 1.0
+            if factor > 1:
+                usual = 0.1 * float(np.log(factor)) + 1.0
             if not close(attention_factor, usual):
                 keys["rope.scaling.attn_factor"] = attention_factor / usual
         case {"rope_type": "longrope", "attention_factor": attention_factor}:
-            keys |= {
-                "rope.scaling.type": "longrope",
-                "rope.scaling.attn_factor": float(attention_factor),
-            }
+            keys["rope.scaling.type"] = "longrope"
+            keys["rope.scaling.attn_factor"] = float(attention_factor)
         case {"rope_type": kind}:
             raise UserError(f"{folder}: llama.cpp has no rope scaling {kind!r}")
     return keys
@@ -270,8 +282,10 @@ def rope_keys(config: Config, folder: Path) -> dict:
 def rope_tensors(config: Config) -> dict[str, np.ndarray]:
     """Returns the scaling of rotary positions that a file stores as tensors and not as keys: {name:
     float32 [dim / 2]}."""
-    rope = config.ropes[0] if config.ropes else None
-    match rope and rope.scaling:
+    if not config.ropes:
+        return {}
+    rope = config.ropes[0]
+    match rope.scaling:
         case {"rope_type": "llama3"}:
             unscaled = rope_inv_freq(rope.theta, rope.dim, None)
             scaled = rope_inv_freq(rope.theta, rope.dim, rope.scaling)
@@ -295,19 +309,23 @@ def check_read_back(
 
     factors: the tensors of `rope_tensors`.
     """
-    no_bytes = np.empty(
-        (0, 0), np.uint8
-    )  # Of the other tensors only names and shapes are looked at.
-    tensors = {name: GgufTensor(place.shape, "F32", no_bytes) for name, place in plan.items()}
+    # Of the model's tensors only names and shapes are looked at.
+    no_bytes = np.empty((0, 0), np.uint8)
+    tensors = {}
+    for name, place in plan.items():
+        tensors[name] = GgufTensor(place.shape, "F32", no_bytes)
     for name, values in factors.items():
-        tensors[name] = GgufTensor(values.shape, "F32", values.view(np.uint8)[None])
-    again = Config.from_hf(config_json(Gguf(folder, fields, tensors)), str(folder))
+        row = values.view(np.uint8)[None]  # [1, bytes]
+        tensors[name] = GgufTensor(values.shape, "F32", row)
+    config_read_back = config_json(Gguf(folder, fields, tensors))
+    again = Config.from_hf(config_read_back, str(folder))
     for entry in dataclasses.fields(Config):
+        # These say how a folder writes the model, not which model it is.
         if entry.name in ("family", "raw", "ignored_settings", "names"):
             continue
-        difference = first_difference(
-            getattr(config, entry.name), getattr(again, entry.name), entry.name
-        )
+        ours = getattr(config, entry.name)
+        theirs = getattr(again, entry.name)
+        difference = first_difference(ours, theirs, entry.name)
         if difference:
             architecture = fields["general.architecture"]
             raise UserError(f"{folder}: as {architecture}, a GGUF file can't say {difference}")
@@ -318,24 +336,29 @@ def first_difference(ours, theirs, name: str) -> str:
 
     name: what the values are called. The difference reads "NAME OURS; it would be read as THEIRS".
     """
+    pairs: list[tuple[Any, Any, str]] = []  # the parts of both values, with the name of each
+    are_lists = isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple))
+    are_dicts = isinstance(ours, dict) and isinstance(theirs, dict)
     if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
-        # `balance` is a setting of training only.
-        keys = [entry.name for entry in dataclasses.fields(ours) if entry.name != "balance"]
-        pairs = [(getattr(ours, key), getattr(theirs, key), f"{name}.{key}") for key in keys]
-    elif isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
-        pairs = [(ours[key], theirs[key], f"{name}.{key}") for key in ours]
-    elif (
-        isinstance(ours, (list, tuple))
-        and isinstance(theirs, (list, tuple))
-        and len(ours) == len(theirs)
-    ):
-        pairs = [(a, b, f"{name}[{i}]") for i, (a, b) in enumerate(zip(ours, theirs, strict=True))]
+        for entry in dataclasses.fields(ours):
+            if entry.name == "balance":  # a setting of training only
+                continue
+            our_part = getattr(ours, entry.name)
+            their_part = getattr(theirs, entry.name)
+            pairs.append((our_part, their_part, f"{name}.{entry.name}"))
+    elif are_dicts and ours.keys() == theirs.keys():
+        for key in ours:
+            pairs.append((ours[key], theirs[key], f"{name}.{key}"))
+    elif are_lists and len(ours) == len(theirs):
+        for i in range(len(ours)):
+            pairs.append((ours[i], theirs[i], f"{name}[{i}]"))
     else:
         are_numbers = type(ours) in (int, float) and type(theirs) in (int, float)
+        # A file has float32 where config.json has float64.
         is_same = close(ours, theirs) if are_numbers else ours == theirs
         return "" if is_same else f"{name} {ours!r}; it would be read as {theirs!r}"
-    for pair in pairs:
-        difference = first_difference(*pair)
+    for our_part, their_part, part_name in pairs:
+        difference = first_difference(our_part, their_part, part_name)
         if difference:
             return difference
     return ""
@@ -348,25 +371,33 @@ class FolderWeights:
     """The weights of a model folder by their Hugging Face names, read one at a time.
 
     They are matched with the model as checkpoint.load_model matches them, so that both read the
-    same folders and refuse the same ones, by the files' headers alone.
+    same folders and refuse the same ones: by the files' headers, and by the values of a tied head
+    that is stored beside the embedding.
     """
 
     def __init__(self, folder: Path, config: Config):
         with torch.device("meta"):
             model = Transformer(config)
+        model.source = folder
         files = weight_files(folder)
         parameters = match_tensors(model, folder, files, {})
         self.folder = folder
         self.stored: dict[str, tuple[Path, str]] = {}  # {Hugging Face name: (file, name in it)}
+        tied_head = None  # the file of a tied head that is stored all the same
         for file in files:
             with open_safetensors(file) as shard:
                 names = list(shard.keys())
             for name in names:
-                # A tied head that is stored all the same is the embedding again, which has its own
-                # name.
-                is_tied_head = config.tied and name == head_name(config)
-                if name in parameters and not is_tied_head:
+                if config.tied and name == head_name(config):
+                    tied_head = file
+                elif name in parameters:
                     self.stored[hf_name(model, parameters[name])] = file, name
+        if tied_head is not None:
+            # A GGUF file would lack this head, so it must be the embedding, as load_model demands.
+            embedding = self.read(hf_name(model, "embed.weight"))
+            model.embed.weight = torch.nn.Parameter(embedding, requires_grad=False)
+            head = read_tensor(tied_head, head_name(config))
+            check_tied_head(model, head, torch.float32, torch.device("cpu"))
 
     def read(self, name: str) -> torch.Tensor:
         """Reads a tensor as float32, into memory of its own."""
@@ -378,7 +409,7 @@ class AdapterUpdates:
     """What a LoRA adapter adds to a folder's weights, checked against the model as
     lora.load_adapter checks it."""
 
-    def __init__(self, config: Config, adapter):
+    def __init__(self, config: Config, adapter: str | Path):
         # The adapter is loaded into tensors without memory: only the checks of load_adapter are
         # needed.
         with torch.device("meta"):
@@ -409,7 +440,7 @@ def stored_type(name: str, place: GGUFPlace, dtype: str, notes: list[str]) -> st
     --type."""
     if len(place.shape) == 1 or name.endswith(ALWAYS_F32):
         return "F32"
-    width = place.shape[-1]
+    width = place.shape[-1]  # weights of a row; a block may not extend over two
     if dtype == "q8_0" and width % Q8_0_BLOCK:
         reason = f"its rows of {width} weights are no whole blocks of {Q8_0_BLOCK}"
         notes.append(f"{name} is stored in f16: {reason}")
@@ -426,9 +457,10 @@ def encode_tensor(
     """
     from gguf import quantize
 
-    parts = []
+    parts = []  # of each expert, or one
     for hf in place.names:
         weight = weights.read(hf)
+        # [out, in], as adapters and GGUF files have it; a bias or a norm's weight is [out].
         if place.transposed:
             weight = weight.t()
         if updates:
@@ -436,23 +468,25 @@ def encode_tensor(
         rows = weight.contiguous().numpy()
         if not np.isfinite(rows).all():
             raise UserError(f"{weights.folder}: {hf} holds NaN or infinite weights")
-        if np.abs(rows).max() > MAX_BY_TYPE.get(kind.name, np.inf):
-            raise UserError(
-                f"{weights.folder}: {hf} holds weights too large for {kind.name}; take --type bf16"
-            )
+        limit = MAX_BY_TYPE.get(kind.name, np.inf)
+        if np.abs(rows).max() > limit:
+            problem = f"holds weights too large for {kind.name}"
+            raise UserError(f"{weights.folder}: {hf} {problem}; take --type bf16")
         if place.offset:
             rows = rows + np.float32(place.offset)
         if place.heads:
             rows = interleave_rows(rows, place.heads)
         parts.append(quantize(np.ascontiguousarray(rows), kind))
     has_experts = len(place.shape) > 2
-    return np.stack(parts) if has_experts else parts[0]
+    if has_experts:
+        return np.stack(parts)  # [experts, out, in]
+    return parts[0]
 
 
 # ---- an adapter alone ----
 
 
-def adapter_to_gguf(adapter, file, folder) -> None:
+def adapter_to_gguf(adapter: str | Path, file: str | Path, folder: str | Path) -> None:
     """Writes a PEFT LoRA adapter as a GGUF file that llama.cpp loads together with its base
     (`--lora`).
 
@@ -472,16 +506,18 @@ def adapter_to_gguf(adapter, file, folder) -> None:
             by_hf_name[place.names[0]] = name, place
     content: dict[str, np.ndarray] = {}
     for layer in updates.layers:
-        if f"{layer}.weight" not in by_hf_name:
-            raise UserError(
-                f"{adapter}: adapts {layer}, one of many experts, which is not supported in a LoRA file"
-            )
-        name, place = by_hf_name[f"{layer}.weight"]
-        a, b = (factor.numpy() for factor in updates.factors(layer))
+        weight = f"{layer}.weight"
+        if weight not in by_hf_name:
+            problem = f"adapts {layer}, one of many experts, which is not supported in a LoRA file"
+            raise UserError(f"{adapter}: {problem}")
+        name, place = by_hf_name[weight]
+        a, b = updates.factors(layer)
+        # The rows of B are those of the weight, and stand in its order.
+        rows_b = b.numpy()
         if place.heads:
-            b = interleave_rows(b, place.heads)
-        content[f"{name}.lora_a"] = np.ascontiguousarray(a)
-        content[f"{name}.lora_b"] = np.ascontiguousarray(b)
+            rows_b = interleave_rows(rows_b, place.heads)
+        content[f"{name}.lora_a"] = np.ascontiguousarray(a.numpy())
+        content[f"{name}.lora_b"] = np.ascontiguousarray(rows_b)
     first_layer = next(iter(updates.layers.values()))
     fields = {
         "general.architecture": architecture,
@@ -491,7 +527,9 @@ def adapter_to_gguf(adapter, file, folder) -> None:
         "general.name": Path(adapter).resolve().name,
         "general.file_type": TYPES["f32"],
     }
-    table = {name: (array.shape, GGMLQuantizationType.F32) for name, array in content.items()}
+    table = {}
+    for name, array in content.items():
+        table[name] = (array.shape, GGMLQuantizationType.F32)
     write_gguf(Path(file), fields, table, iter(content.values()))
 
 
@@ -499,7 +537,7 @@ def adapter_to_gguf(adapter, file, folder) -> None:
 
 
 @contextlib.contextmanager
-def tokenizer_folder(folder: Path, adapter) -> Iterator[Path]:
+def tokenizer_folder(folder: Path, adapter: str | Path | None) -> Iterator[Path]:
     """Yields a folder with the tokenizer's files.
 
     Without an adapter it is the model's. Else it is a temporary one, in which the adapter's files
@@ -510,6 +548,7 @@ def tokenizer_folder(folder: Path, adapter) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as name:
         tmp = Path(name)
+        # It may name stop tokens that the tokenizer's own files do not.
         shutil.copyfile(folder / "config.json", tmp / "config.json")
         copy_tokenizer(folder, tmp)
         copy_tokenizer(Path(adapter), tmp)
@@ -529,8 +568,10 @@ def write_gguf(file: Path, fields: dict, table: dict, content: Iterator[np.ndarr
     if file.exists():
         raise UserError(f"{file}: exists already; name a new file")
     if not file.parent.is_dir():
+        # As the system would say it, and before any tensor is computed.
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file.parent))
     writer = GGUFWriter(None, fields["general.architecture"])  # which writes this key by itself
+    # By the exact type: a bool is an int for Python, and another type for GGUF.
     add_value = {
         bool: writer.add_bool,
         int: writer.add_uint32,

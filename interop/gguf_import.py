@@ -15,6 +15,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,16 +55,21 @@ def gguf_to_folder(file: str | Path, folder: str | Path) -> None:
     Raises UserError, and leaves nothing behind, for a file that is damaged, cut, no GGUF file or
     not supported, or whose weights are not all finite.
     """
-    file, folder = Path(file), Path(folder)
+    file = Path(file)
+    folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder}: exists already; name a new folder")
     gguf = read_gguf(file)
     config = config_json(gguf)
     plan = plan_tensors(gguf, Config.from_hf(config, str(file)))
-    source = {"file": file.name, "sha256": file_sha256(file)}
-    for key in ("name", "license"):
-        source[key] = gguf.fields.get(f"general.{key}")
-    source["tensor_types"] = Counter(sorted(tensor.kind for tensor in gguf.tensors.values()))
+    tensor_types = sorted(tensor.kind for tensor in gguf.tensors.values())
+    source = {
+        "file": file.name,
+        "sha256": file_sha256(file),
+        "name": gguf.fields.get("general.name"),
+        "license": gguf.fields.get("general.license"),
+        "tensor_types": Counter(tensor_types),
+    }
     documents = {"config.json": config, "source.json": source} | tokenizer_files(gguf)
     print_stderr(f"converting {file} into {folder}")
     with atomic_folder(folder) as tmp:
@@ -79,6 +85,8 @@ def gguf_to_folder(file: str | Path, folder: str | Path) -> None:
 
 # Keys for which 0 means that there is no such thing. Gemma 2 always has a window and a soft-cap.
 NONE_AT_ZERO = ("attention.sliding_window", "expert_count", "final_logit_softcapping")
+# Settings of config.json: the base of the angles, and Gemma 3's for layers with a window.
+ROPE_THETAS = ("rope_theta", "rope_local_base_freq")
 
 
 def config_json(gguf: Gguf) -> dict:
@@ -91,31 +99,29 @@ def config_json(gguf: Gguf) -> dict:
     architecture = gguf.field("general.architecture", str)
     row = ARCHITECTURES.get(architecture)
     if row is None:
-        known = ", ".join(ARCHITECTURES)
-        raise UserError(
-            f"{gguf.file}: its architecture is {architecture!r}; those that can be converted are {known}"
-        )
+        known = f"those that can be converted are {', '.join(ARCHITECTURES)}"
+        raise UserError(f"{gguf.file}: its architecture is {architecture!r}; {known}")
     is_rotary = "rope.freq_base" in row.keys
     check_supported(gguf, architecture, row, is_rotary)
 
     name = family_of(gguf, row)
     family = FAMILIES[name]
-    config = {"architectures": [family.architecture], "model_type": name}
+    config: dict[str, Any] = {"architectures": [family.architecture], "model_type": name}
     config["vocab_size"] = len(gguf.field("tokenizer.ggml.tokens", list))
     config |= settings_of_keys(gguf, architecture, row, name)
     hidden = config["hidden_size"]
     heads = config["num_attention_heads"]
-    config.setdefault(
-        "num_key_value_heads", heads
-    )  # llama.cpp's default, which is not every family's
+    # llama.cpp's default, which is not every family's.
+    config.setdefault("num_key_value_heads", heads)
     head_dim = head_size(gguf, architecture, row, hidden, heads)
     if row.own_head_dim:
         config["head_dim"] = head_dim
     config |= row.fixed
 
     # What only the tensors say.
-    config["tie_word_embeddings"] = "output.weight" not in gguf.tensors
-    if row.tied is not None and config["tie_word_embeddings"] is not row.tied:
+    is_tied = "output.weight" not in gguf.tensors
+    config["tie_word_embeddings"] = is_tied
+    if row.tied is not None and is_tied is not row.tied:
         verb = "has" if row.tied else "lacks"
         raise UserError(f"{gguf.file}: {verb} output.weight, unlike {architecture} models")
     if name == "llama":
@@ -125,10 +131,9 @@ def config_json(gguf: Gguf) -> dict:
     if row.pattern:
         config |= gemma_layers(gguf, architecture, row, config, head_dim)
     if is_rotary:
-        thetas = [
-            key for key, _ in row.keys.values() if key in ("rope_theta", "rope_local_base_freq")
-        ]
-        # llama.cpp's default, which is not every family's
+        settings = [setting for setting, _ in row.keys.values()]
+        thetas = [setting for setting in settings if setting in ROPE_THETAS]
+        # llama.cpp's default, which is not every family's.
         config = dict.fromkeys(thetas, 10_000.0) | config
         config |= rope_settings(gguf, architecture, config, head_dim)
 
@@ -136,24 +141,31 @@ def config_json(gguf: Gguf) -> dict:
     # No pad_token_id: transformers would make it the embedding's padding_idx, whose row gets no
     # gradient, and chat models often pad with their end token. It is in generation_config.json.
     config |= {"bos_token_id": ids.get("bos"), "eos_token_id": ids["eos"]}
-    matrix_types = {tensor.kind for tensor in gguf.tensors.values() if len(tensor.shape) > 1}
+    # Vectors are float32 in nearly every file, whatever the matrices are.
+    matrices = [tensor for tensor in gguf.tensors.values() if len(tensor.shape) > 1]
+    matrix_types = {tensor.kind for tensor in matrices}
     config["torch_dtype"] = "float32"
     if matrix_types == {"F16"}:
         config["torch_dtype"] = "float16"
     if matrix_types == {"BF16"}:
         config["torch_dtype"] = "bfloat16"
-    return {family.keys.get(key, key): value for key, value in config.items()}
+    # Some families have names of their own for Llama's settings, as GPT-2's n_embd.
+    renamed = {}
+    for key, value in config.items():
+        own_name = family.keys.get(key, key)
+        renamed[own_name] = value
+    return renamed
 
 
 def check_supported(gguf: Gguf, architecture: str, row: Architecture, is_rotary: bool) -> None:
     """Raises UserError if a file is no whole model, or has a key of its architecture that is not
     known here."""
-    if gguf.fields.get("general.type", "model") != "model":
-        raise UserError(f"{gguf.file}: holds {gguf.fields['general.type']!r}, not a model")
+    content = gguf.fields.get("general.type", "model")
+    if content != "model":
+        raise UserError(f"{gguf.file}: holds {content!r}, not a model")
     if gguf.fields.get("split.count", 1) != 1:
-        raise UserError(
-            f"{gguf.file}: is a part of a model; join the parts first (llama-gguf-split --merge)"
-        )
+        advice = "join the parts first (llama-gguf-split --merge)"
+        raise UserError(f"{gguf.file}: is a part of a model; {advice}")
     known = {*row.keys, *OTHER_KEYS}
     if is_rotary:
         known |= {*ROPE_KEYS}
@@ -188,8 +200,9 @@ def settings_of_keys(gguf: Gguf, architecture: str, row: Architecture, family: s
     for suffix, (name, kind) in row.keys.items():
         key = f"{architecture}.{suffix}"
         value = gguf.fields.get(key)
-        is_none = value == 0 and suffix in NONE_AT_ZERO and architecture != "gemma2"
-        if suffix in optional and (value is None or is_none):
+        is_zero = value == 0 and suffix in NONE_AT_ZERO and architecture != "gemma2"
+        is_absent = value is None or is_zero
+        if is_absent and suffix in optional:
             continue
         settings[name] = gguf.field(key, kind)
     return settings
@@ -200,13 +213,15 @@ def head_size(gguf: Gguf, architecture: str, row: Architecture, hidden: int, hea
 
     Raises UserError where those of keys and values differ, or llama.cpp would not load such heads.
     """
-    key_length = gguf.field(f"{architecture}.attention.key_length", int, max(1, hidden // heads))
+    # At least 1, since the header may claim more heads than dimensions.
+    usual = max(1, hidden // heads)
+    key_length = gguf.field(f"{architecture}.attention.key_length", int, usual)
     value_length = gguf.field(f"{architecture}.attention.value_length", int, key_length)
-    if key_length != value_length or (not row.own_head_dim and key_length * heads != hidden):
-        raise UserError(
-            f"{gguf.file}: {heads} heads with keys of {key_length} and values of {value_length} in {hidden} dimensions"
-            f" do not make a model of {architecture}"
-        )
+    fits = row.own_head_dim or key_length * heads == hidden
+    if key_length != value_length or not fits:
+        shape = f"{heads} heads with keys of {key_length} and values of {value_length}"
+        problem = f"{shape} in {hidden} dimensions do not make a model of {architecture}"
+        raise UserError(f"{gguf.file}: {problem}")
     return key_length
 
 
@@ -217,24 +232,28 @@ def gemma_layers(
     divides the scores."""
     depth = config["num_hidden_layers"]
     if depth > MAX_LAYERS:
-        return {}  # Config.from_hf refuses it
+        # Config.from_hf refuses it. A list of so many layers might not fit in memory.
+        return {}
     key = f"{architecture}.attention.sliding_window_pattern"
     pattern = gguf.fields.get(key, row.pattern)
     if type(pattern) is list:
-        if len(pattern) != depth or {*map(type, pattern)} != {bool}:
+        types = {type(item) for item in pattern}
+        if len(pattern) != depth or types != {bool}:
             raise UserError(f"{gguf.file}: {key} is no list of {depth} booleans")
         slides = pattern
     elif type(pattern) is int and 0 < pattern < 2**31:
         slides = [bool((i + 1) % pattern) for i in range(depth)]
     else:
-        raise UserError(f"{gguf.file}: {key} can't be {str(pattern)[:40]}")
+        actual = str(pattern)[:40]
+        raise UserError(f"{gguf.file}: {key} can't be {actual}")
     if architecture == "gemma3" and "sliding_window" not in config:
         slides = [False] * depth
+    # Scores are divided by the root of this.
     divisor = head_dim
     if depth in row.hidden_scaled_depths:
         divisor = config["hidden_size"] // config["num_attention_heads"]
-    types = ["sliding_attention" if slide else "full_attention" for slide in slides]
-    return {"layer_types": types, "query_pre_attn_scalar": divisor}
+    layer_types = ["sliding_attention" if slide else "full_attention" for slide in slides]
+    return {"layer_types": layer_types, "query_pre_attn_scalar": divisor}
 
 
 # ---- rotary positions ----
@@ -254,16 +273,16 @@ def rope_settings(gguf: Gguf, architecture: str, config: dict, head_dim: int) ->
     prefix = f"{architecture}.rope.scaling."
     theta = config["rope_theta"]
     dim = gguf.field(f"{architecture}.rope.dimension_count", int, head_dim)
-    settings: dict = {"rope_scaling": None}
+    settings: dict[str, Any] = {"rope_scaling": None}
     if dim != head_dim:
         # A configuration says the share of the dimensions, from which the number must come back
         # exactly.
-        is_exact = dim <= head_dim and int(head_dim * (dim / head_dim)) == dim
+        share = dim / head_dim
+        is_exact = dim <= head_dim and int(head_dim * share) == dim
         if not FAMILIES[config["model_type"]].partial_rope or not is_exact:
-            raise UserError(
-                f"{gguf.file}: RoPE over {dim} of {head_dim} dimensions is not supported in {architecture}"
-            )
-        settings["partial_rotary_factor"] = dim / head_dim
+            problem = f"RoPE over {dim} of {head_dim} dimensions"
+            raise UserError(f"{gguf.file}: {problem} is not supported in {architecture}")
+        settings["partial_rotary_factor"] = share
     positions = config["max_position_embeddings"]
     original = gguf.field(f"{prefix}original_context_length", int, positions)
     if config["model_type"] == "phi3":
@@ -292,26 +311,27 @@ def rope_kind(gguf: Gguf, prefix: str) -> str:
     Raises UserError where keys and tensors contradict each other.
     """
     has_factor = f"{prefix}factor" in gguf.fields
-    kind = gguf.field(f"{prefix}type", str, "linear" if has_factor else "none")
+    has_attn_factor = f"{prefix}attn_factor" in gguf.fields
+    # Files from before the key `type` was there have a factor alone.
+    usual = "linear" if has_factor else "none"
+    kind = gguf.field(f"{prefix}type", str, usual)
     has_freqs, has_short, has_long = (name in gguf.tensors for name in ROPE_TENSORS)
+    scaling = f"RoPE scaling {kind!r}"
     if has_short and has_long and kind in ("none", "longrope") and not has_freqs:
+        # The tensors say it; the key may be missing.
         kind = "longrope"
     elif has_short or has_long:
-        raise UserError(
-            f"{gguf.file}: RoPE scaling {kind!r} and factors for LongRoPE are not supported together"
-        )
+        problem = f"{scaling} and factors for LongRoPE are not supported together"
+        raise UserError(f"{gguf.file}: {problem}")
     if has_freqs and kind != "none":
-        raise UserError(
-            f"{gguf.file}: RoPE scaling {kind!r} and rope_freqs.weight are not supported together"
-        )
-    if kind not in ("yarn", "longrope") and f"{prefix}attn_factor" in gguf.fields:
-        raise UserError(
-            f"{gguf.file}: uses '{prefix}attn_factor' without YaRN or LongRoPE, which is not supported"
-        )
+        problem = f"{scaling} and rope_freqs.weight are not supported together"
+        raise UserError(f"{gguf.file}: {problem}")
+    if has_attn_factor and kind not in ("yarn", "longrope"):
+        problem = f"uses '{prefix}attn_factor' without YaRN or LongRoPE, which is not supported"
+        raise UserError(f"{gguf.file}: {problem}")
     if kind == "longrope" and (has_factor or not has_short):
-        raise UserError(
-            f"{gguf.file}: LongRoPE without two lists of factors, or with one factor, is not supported"
-        )
+        problem = "LongRoPE without two lists of factors, or with one factor, is not supported"
+        raise UserError(f"{gguf.file}: {problem}")
     return kind
 
 
@@ -324,11 +344,12 @@ def rope_factors(gguf: Gguf, name: str, dim: int) -> list[float]:
     """Returns a tensor of factors, F32 [dim / 2], each as the shortest decimal that float32
     allows."""
     tensor = gguf.tensors[name]
-    if (tensor.kind, tensor.shape) != ("F32", (dim // 2,)):
-        raise UserError(
-            f"{gguf.file}: {name} is {tensor.kind} {list(tensor.shape)}, not F32 [{dim // 2}]"
-        )
-    return [float(str(factor)) for factor in tensor.rows.view("<f4")[0]]
+    count = dim // 2
+    if tensor.kind != "F32" or tensor.shape != (count,):
+        actual = f"{tensor.kind} {list(tensor.shape)}"
+        raise UserError(f"{gguf.file}: {name} is {actual}, not F32 [{count}]")
+    factors = tensor.rows.view("<f4")[0]  # [dim / 2]
+    return [float(str(factor)) for factor in factors]
 
 
 def llama3_scaling(gguf: Gguf, dim: int, theta: float) -> dict | None:
@@ -343,21 +364,20 @@ def llama3_scaling(gguf: Gguf, dim: int, theta: float) -> dict | None:
     if (factors == 1).all():
         return None
     low, high, length = LLAMA3_ROPE.values()
-    rotations = length / (
-        2 * math.pi * theta ** (np.arange(0, dim, 2) / dim)
-    )  # in the original context
-    unscaled = np.clip(
-        (rotations - low) / (high - low), 0, 1
-    )  # the share of the unscaled frequency
+    exponents = np.arange(0, dim, 2) / dim  # [dim / 2]
+    wavelengths = 2 * math.pi * theta**exponents  # [dim / 2], in positions
+    # How often each pair of dimensions turns around in the original context. Above `high` its
+    # frequency stays, below `low` it is divided by the factor, and between it is a mean of both.
+    rotations = length / wavelengths
+    unscaled = np.clip((rotations - low) / (high - low), 0, 1)  # the share that stays
     factor = float(factors.max())
     is_possible = 1 <= factor < math.inf
     if is_possible:
         scales = (1 - unscaled) / factor + unscaled
         is_possible = np.allclose(factors * scales, 1, rtol=0, atol=1e-4)
     if not is_possible:
-        raise UserError(
-            f"{gguf.file}: rope_freqs.weight is not Llama 3's scaling of 8192 positions; not supported"
-        )
+        problem = "rope_freqs.weight is not Llama 3's scaling of 8192 positions; not supported"
+        raise UserError(f"{gguf.file}: {problem}")
     return {"rope_type": "llama3", "factor": factor} | LLAMA3_ROPE
 
 
@@ -369,7 +389,10 @@ def yarn_scaling(gguf: Gguf, prefix: str, original: int) -> dict:
     number.
     """
     factor = gguf.field(f"{prefix}factor", float)
-    usual = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    # The factor of queries and keys that YaRN's paper takes (Peng et al. 2023, section 3.4).
+    usual = 1.0
+    if factor > 1:
+        usual = 0.1 * math.log(factor) + 1.0
     supported = {
         "yarn_ext_factor": (1.0,),
         "yarn_beta_fast": (32.0,),
@@ -378,10 +401,12 @@ def yarn_scaling(gguf: Gguf, prefix: str, original: int) -> dict:
     }
     for key, numbers in supported.items():
         value = gguf.fields.get(prefix + key, numbers[0])
-        if type(value) is not float or not any(close(value, number) for number in numbers):
-            raise UserError(
-                f"{gguf.file}: {prefix}{key} is {str(value)[:40]}, {numbers[-1]:g} is supported"
-            )
+        is_supported = False
+        if type(value) is float:
+            is_supported = any(close(value, number) for number in numbers)
+        if not is_supported:
+            actual = f"{prefix}{key} is {str(value)[:40]}"
+            raise UserError(f"{gguf.file}: {actual}, {numbers[-1]:g} is supported")
     scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     extra = gguf.field(f"{prefix}attn_factor", float, 1.0)
     if not close(extra, 1.0):
@@ -392,13 +417,16 @@ def yarn_scaling(gguf: Gguf, prefix: str, original: int) -> dict:
 def longrope_scaling(gguf: Gguf, prefix: str, dim: int, positions: int, original: int) -> dict:
     """Returns LongRoPE's `rope_scaling`. positions, original: the context now, and before it was
     made longer."""
-    scaling = {"rope_type": "longrope", "type": "longrope"}
+    # Older transformers read the kind at "type", newer ones at "rope_type".
+    scaling: dict[str, Any] = {"rope_type": "longrope", "type": "longrope"}
     scaling["short_factor"] = rope_factors(gguf, "rope_factors_short.weight", dim)
     scaling["long_factor"] = rope_factors(gguf, "rope_factors_long.weight", dim)
+    # The factor of queries and keys that transformers takes where config.json names none.
     ratio = positions / original
     usual = 1.0
     if min(ratio, original) > 1:
-        usual = math.sqrt(1 + math.log(ratio) / math.log(original))
+        stretch = math.log(ratio) / math.log(original)
+        usual = math.sqrt(1 + stretch)
     attention_factor = gguf.field(f"{prefix}attn_factor", float, 1.0)
     if not close(attention_factor, usual):
         scaling["attention_factor"] = attention_factor
@@ -418,27 +446,26 @@ def plan_tensors(gguf: Gguf, config: Config) -> dict[str, GGUFPlace]:
     row = ARCHITECTURES[architecture]
     # Checked first, so that no time goes into building a model that is not there.
     if config.num_layers > len(gguf.tensors):
-        raise UserError(
-            f"{gguf.file}: holds {len(gguf.tensors)} tensors, too few for {config.num_layers} layers"
-        )
+        counts = f"holds {len(gguf.tensors)} tensors, too few for {config.num_layers} layers"
+        raise UserError(f"{gguf.file}: {counts}")
     plan = places(config, row)
     missing = [name for name in plan if name not in gguf.tensors]
     if missing:
-        raise UserError(
-            f"{gguf.file}: {len(missing)} tensors are missing, the first is {missing[0]}"
-        )
+        counts = f"{len(missing)} tensors are missing"
+        raise UserError(f"{gguf.file}: {counts}, the first is {missing[0]}")
     extra = gguf.tensors.keys() - plan.keys()
-    if ROTARY.items() <= row.keys.items():
+    is_rotary = ROTARY.items() <= row.keys.items()
+    if is_rotary:
         extra -= {*ROPE_TENSORS}
     if extra:
+        first = min(extra)
         model = f"a model of {architecture} of {config.num_layers} layers"
-        raise UserError(f"{gguf.file}: holds {min(extra)!r}, which {model} does not have")
+        raise UserError(f"{gguf.file}: holds {first!r}, which {model} does not have")
     for name, place in plan.items():
         shape = gguf.tensors[name].shape
         if shape != place.shape:
-            raise UserError(
-                f"{gguf.file}: {name} has shape {list(shape)}; its header asks for {list(place.shape)}"
-            )
+            wanted = f"its header asks for {list(place.shape)}"
+            raise UserError(f"{gguf.file}: {name} has shape {list(shape)}; {wanted}")
     return plan
 
 
@@ -448,7 +475,8 @@ def write_weights(gguf: Gguf, plan: dict[str, GGUFPlace], path: Path) -> None:
     with open(path, "wb") as out:
         out.write(safetensors_header(gguf, plan))
         for name, place in plan.items():
-            out.writelines(weights.data for weights in folder_weights(gguf, name, place))
+            parts = folder_weights(gguf, name, place)
+            out.writelines(weights.data for weights in parts)
 
 
 def safetensors_header(gguf: Gguf, plan: dict[str, GGUFPlace]) -> bytes:
@@ -457,27 +485,36 @@ def safetensors_header(gguf: Gguf, plan: dict[str, GGUFPlace]) -> bytes:
     The format: the length of a JSON header in 8 bytes, then the header with the dtype, shape and
     place of each tensor, filled up with spaces to a multiple of 8 bytes.
     """
-    header = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, place in plan.items():
-        dtype, width = "F32", 4
+        dtype = "F32"
+        bytes_per_weight = 4
         if is_copied(gguf, name, place):
-            dtype, width = gguf.tensors[name].kind, 2
+            dtype = gguf.tensors[name].kind
+            bytes_per_weight = 2
+        # A folder has a matrix for each expert, one after the other in the file.
+        shape = place.shape
         is_of_experts = len(place.names) > 1 or len(place.shape) > 2
-        shape = place.shape[1:] if is_of_experts else place.shape
+        if is_of_experts:
+            shape = place.shape[1:]
+        hf_shape = shape[::-1] if place.transposed else shape
+        num_bytes = bytes_per_weight * math.prod(shape)
         for hf_name in place.names:
             start = end
-            end += width * math.prod(shape)
-            hf_shape = shape[::-1] if place.transposed else shape
+            end += num_bytes
             header[hf_name] = {"dtype": dtype, "shape": hf_shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    padding = -len(text) % 8
+    text += b" " * padding
     return struct.pack("<Q", len(text)) + text
 
 
 def is_copied(gguf: Gguf, name: str, place: GGUFPlace) -> bool:
-    """True if a tensor keeps its 16 bits; else it becomes float32."""
-    return gguf.tensors[name].kind in ("F16", "BF16") and not place.offset
+    """True if a tensor keeps its 16 bits; else it becomes float32, as a norm does from which 1 is
+    taken away."""
+    has_16_bits = gguf.tensors[name].kind in ("F16", "BF16")
+    return has_16_bits and not place.offset
 
 
 def folder_weights(gguf: Gguf, name: str, place: GGUFPlace) -> Iterator[np.ndarray]:
@@ -493,18 +530,18 @@ def folder_weights(gguf: Gguf, name: str, place: GGUFPlace) -> Iterator[np.ndarr
     if place.heads and not is_bias:
         # Whole rows move, so the blocks inside them stay whole.
         rows = deinterleave_rows(rows, place.heads)
-    # Rows that change places can only be written all together.
-    moves = place.heads or place.transposed
-    num_parts = 1 if moves else -(-math.prod(place.shape) // CHUNK)
+    # Weights that change places can only be written all together.
+    num_parts = 1
+    if not place.heads and not place.transposed:
+        num_parts = math.ceil(math.prod(place.shape) / CHUNK)
     for part in np.array_split(rows, min(num_parts, len(rows))):
         part = np.ascontiguousarray(part)
         # 0 times an infinite scale would warn; the check below refuses it with our own message.
         with np.errstate(invalid="ignore"):
             weights = dequantize(part, GGMLQuantizationType[kind])  # float32
         if not np.isfinite(weights).all():
-            raise UserError(
-                f"{gguf.file}: {name!r} holds NaN or infinite weights; take another copy of it"
-            )
+            problem = f"{name!r} holds NaN or infinite weights"
+            raise UserError(f"{gguf.file}: {problem}; take another copy of it")
         if is_copied(gguf, name, place):
             weights = part.view("<u2")
         if place.offset:

@@ -5,8 +5,8 @@ A GGUF file names an architecture, which llama.cpp computes, and says its sizes 
 families of families.py that it stands for, the keys that it has besides those of all (`KEYS`), and
 what llama.cpp's code takes for granted, so that no key can change it. `MODULES` has the names of
 modules, which all architectures share. Three things make a tensor of a file differ from the one in
-the folder (`Place`): rows of q and k in another order, a norm that is stored with 1 added, and a
-matrix of GPT-2's, which the folder stores as [in, out].
+the folder (`GGUFPlace`): rows of q and k in another order, a norm that is stored with 1 added, and
+a matrix of GPT-2's, which the folder stores as [in, out].
 
 interop/gguf_import.py reads by these tables. interop/gguf_export.py writes by them, reads what it
 would write, and refuses what comes back as another model.
@@ -23,21 +23,26 @@ from checkpoint import hf_name, transposed
 from families import Config
 from model import Transformer
 
-# Keys of every architecture, without its name and the dot: (Llama's name in config.json, type).
-KEYS = {
+# {key without the architecture's name and the dot: (Llama's name in config.json, type)}
+KeyTable = dict[str, tuple[str, type]]
+# Keys of every architecture.
+KEYS: KeyTable = {
     "context_length": ("max_position_embeddings", int),
     "embedding_length": ("hidden_size", int),
     "block_count": ("num_hidden_layers", int),
     "feed_forward_length": ("intermediate_size", int),
     "attention.head_count": ("num_attention_heads", int),
 }
-GROUPED = {"attention.head_count_kv": ("num_key_value_heads", int)}
-RMS = {"attention.layer_norm_rms_epsilon": ("rms_norm_eps", float)}
-ROTARY = {"rope.freq_base": ("rope_theta", float)}
+GROUPED: KeyTable = {"attention.head_count_kv": ("num_key_value_heads", int)}
+RMS: KeyTable = {"attention.layer_norm_rms_epsilon": ("rms_norm_eps", float)}
+ROTARY: KeyTable = {"rope.freq_base": ("rope_theta", float)}
 LLAMA_KEYS = KEYS | GROUPED | RMS | ROTARY
-EXPERTS = {"expert_count": ("num_experts", int), "expert_used_count": ("num_experts_per_tok", int)}
-WINDOW_KEY = {"attention.sliding_window": ("sliding_window", int)}
-FINAL_SOFTCAP = {"final_logit_softcapping": ("final_logit_softcapping", float)}
+EXPERTS: KeyTable = {
+    "expert_count": ("num_experts", int),
+    "expert_used_count": ("num_experts_per_tok", int),
+}
+WINDOW_KEY: KeyTable = {"attention.sliding_window": ("sliding_window", int)}
+FINAL_SOFTCAP: KeyTable = {"final_logit_softcapping": ("final_logit_softcapping", float)}
 # Keys of architectures with rotary positions. Code reads, writes and checks them: how many
 # dimensions are rotated, and how the angles are scaled for long texts.
 ROPE_KEYS = (
@@ -61,7 +66,7 @@ class Architecture:
 
     families: model types. A file means the first one, unless gguf_import.family_of decides
     otherwise.
-    keys: {key in the file: (Llama's name in config.json, type)}.
+    keys: what config.json's settings are called in the file.
     optional: keys that a file may lack. Then the family's default holds, which is llama.cpp's too.
     fixed: settings of config.json, by Llama's names, that llama.cpp computes with in any case.
     interleaved: rows of q and k are in the order of the original Llama code (`interleave_rows`).
@@ -75,7 +80,7 @@ class Architecture:
     """
 
     families: tuple[str, ...]
-    keys: dict[str, tuple[str, type]] = field(default_factory=lambda: LLAMA_KEYS)
+    keys: KeyTable = field(default_factory=lambda: LLAMA_KEYS)
     optional: tuple[str, ...] = ("attention.head_count_kv", "rope.freq_base")
     fixed: dict = field(default_factory=dict)
     interleaved: bool = False
@@ -86,7 +91,8 @@ class Architecture:
     windowless: bool = False
 
 
-SILU, TANH = {"hidden_act": "silu"}, {"hidden_act": "gelu_pytorch_tanh"}
+SILU = {"hidden_act": "silu"}
+TANH = {"hidden_act": "gelu_pytorch_tanh"}
 NO_WINDOW = {"use_sliding_window": False}
 GEMMA_OPTIONAL = (
     "attention.head_count_kv",
@@ -128,7 +134,11 @@ ARCHITECTURES = {
         fixed={"hidden_act": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}),
 }
 # fmt: on
-ARCHITECTURE_OF = {family: name for name, row in ARCHITECTURES.items() for family in row.families}
+# {family of families.py: its architecture}
+ARCHITECTURE_OF: dict[str, str] = {}
+for _name, _row in ARCHITECTURES.items():
+    for _family in _row.families:
+        ARCHITECTURE_OF[_family] = _name
 # Families that llama.cpp has under a name and computes in another way, with the difference.
 UNEXPORTED = {
     "gpt_neox": "llama.cpp computes GELU in its tanh form for it, the model does not",
@@ -188,7 +198,8 @@ class GGUFPlace(NamedTuple):
 
 
 def places(config: Config, row: Architecture) -> dict[str, GGUFPlace]:
-    """Returns {name in the file: Place} for every tensor of the model."""
+    """Returns {name in the file: GGUFPlace} for every tensor of the model."""
+    # The model has the names and shapes of its parameters; on the meta device they take no memory.
     with torch.device("meta"):
         model = Transformer(config)
     interleaved_heads = {}
@@ -197,19 +208,22 @@ def places(config: Config, row: Architecture) -> dict[str, GGUFPlace]:
     result: dict[str, GGUFPlace] = {}
     for name, parameter in model.named_parameters():
         module, _, leaf = name.rpartition(".")
+        # blocks.3.mlp.experts.5.up: the numbers 3 and 5, of which a file's name takes the first.
         numbers = re.findall(r"\.(\d+)", module)
         generic = re.sub(r"\.\d+", ".{}", module)
+        _, _, last_part = module.rpartition(".")
         gguf_name = f"{MODULES[generic].format(*numbers)}.{leaf}"
         place = GGUFPlace(
             names=(hf_name(model, name),),
             shape=tuple(parameter.shape),
-            heads=interleaved_heads.get(module.rpartition(".")[2], 0),
+            heads=interleaved_heads.get(last_part, 0),
             offset=config.norm_offset if "norm" in module else 0.0,
             transposed=transposed(model, name),
         )
         if ".experts." in name:
             place = place._replace(shape=(config.experts.count, *place.shape))
-        if gguf_name in result:  # another expert of the same matrix
+        if gguf_name in result:
+            # Another expert of the same matrix.
             place = place._replace(names=result[gguf_name].names + place.names)
         result[gguf_name] = place
     return result

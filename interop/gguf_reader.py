@@ -27,35 +27,9 @@ import numpy as np
 
 from common.errors import UserError
 
-TENSOR_TYPES = [
-    "F32",
-    "F16",
-    "BF16",
-    "Q8_0",
-    "Q4_0",
-    "Q4_1",
-    "Q5_0",
-    "Q5_1",
-    "Q2_K",
-    "Q3_K",
-    "Q4_K",
-    "Q5_K",
-    "Q6_K",
-]
-# The struct codes of GGUF's numbers, by type.
-SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+TENSOR_TYPES = "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K".split()
+# {GGUF's number of a type: its code for Python's struct}; 8 and 9 are no scalars.
+SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 # The largest headers so far have 3 lists of 262,144 items (Gemma 3), 280,147 merges (Llama 3),
 # 1,000 tensors, 100 fields. A header beyond these limits is refused.
@@ -106,10 +80,10 @@ class Gguf(NamedTuple):
         value = self.fields.get(key, default)
         if value is ...:
             raise UserError(f"{self.file}: has no {key}")
+        # Not isinstance: a bool is an int for Python, and another type for GGUF.
         if type(value) is not kind:
-            raise UserError(
-                f"{self.file}: {key} is of type {type(value).__name__}, {kind.__name__} is needed"
-            )
+            actual = type(value).__name__
+            raise UserError(f"{self.file}: {key} is of type {actual}, {kind.__name__} is needed")
         if kind in (int, float) and not 0 < value < 2**31:
             raise UserError(f"{self.file}: {key} can't be {value}")
         return value
@@ -130,7 +104,7 @@ def read_gguf(file: Path) -> Gguf:
     fields, table, end = parse_header(file, data)
     gguf = Gguf(file, fields, {})
     alignment = gguf.field("general.alignment", int, 32)
-    start = -(-end // alignment) * alignment
+    start = -(-end // alignment) * alignment  # rounded up
     for name, info in table.items():
         gguf.tensors[name] = map_tensor(file, data, name, info, start + info.offset)
 
@@ -167,18 +141,19 @@ class HeaderReader:
         return values
 
     def string(self) -> str:
+        """Reads a string. Raises UnicodeDecodeError where it is not UTF-8."""
         (length,) = self.take("Q")
         self.text_bytes += length
         self.check_limit("texts of ", self.text_bytes, "bytes", MAX_TEXT_BYTES)
         return self.take("s", length)[0].decode()
 
     def scalar(self, kind: int):
+        """Reads a number of GGUF type `kind`. Raises KeyError where that is none."""
         code = SCALARS[kind]
         (number,) = self.take(code)
         if code == "f":
-            return float(
-                str(np.float32(number))
-            )  # as short as float32 allows: 1e-05, not 9.99999975e-06
+            # As short as float32 allows: 1e-05, not 9.99999975e-06.
+            return float(str(np.float32(number)))
         return number
 
     def value(self, kind: int):
@@ -196,10 +171,10 @@ class HeaderReader:
         return list(self.take(SCALARS[item_kind], count))
 
     def check_limit(self, before: str, count: int, unit: str, limit: int) -> None:
+        """Raises UserError if the header claims more of something than any model needs."""
         if count > limit:
-            raise UserError(
-                f"{self.file}: claims {before}{count:,} {unit}; no model needs over {limit:,}"
-            )
+            claim = f"claims {before}{count:,} {unit}"
+            raise UserError(f"{self.file}: {claim}; no model needs over {limit:,}")
 
 
 def parse_header(file: Path, data: np.ndarray) -> tuple[dict, dict[str, TensorInfo], int]:
@@ -214,9 +189,8 @@ def parse_header(file: Path, data: np.ndarray) -> tuple[dict, dict[str, TensorIn
     try:
         (version,) = header.take("I")
         if version not in (2, 3):
-            raise UserError(
-                f"{file}: GGUF version {version} is not supported; little-endian 2 and 3 are"
-            )
+            supported = "little-endian 2 and 3 are"
+            raise UserError(f"{file}: GGUF version {version} is not supported; {supported}")
         num_tensors, num_fields = header.take("Q", 2)
         header.check_limit("", num_tensors, "tensors", MAX_TENSORS)
         header.check_limit("", num_fields, "fields", MAX_FIELDS)
@@ -227,6 +201,7 @@ def parse_header(file: Path, data: np.ndarray) -> tuple[dict, dict[str, TensorIn
         for _ in range(num_tensors):
             name = header.string()
             (dimensions,) = header.take("I")
+            # PyTorch names the slowest dimension first, GGUF the fastest.
             shape = header.take("Q", min(dimensions, MAX_DIMENSIONS_READ))[::-1]
             kind, offset = header.take("IQ")
             table[name] = TensorInfo(shape, kind, offset)
@@ -244,19 +219,22 @@ def map_tensor(file: Path, data: np.ndarray, name: str, info: TensorInfo, start:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     shape = info.shape
-    label = next(
-        (member.name for member in GGMLQuantizationType if member == info.kind), f"type {info.kind}"
-    )
+    label = f"type {info.kind}"
+    for member in GGMLQuantizationType:
+        if member == info.kind:
+            label = member.name
     if label not in TENSOR_TYPES:
-        raise UserError(
-            f"{file}: {name!r} is stored as {label}; supported are {' '.join(TENSOR_TYPES)}"
-        )
+        supported = " ".join(TENSOR_TYPES)
+        raise UserError(f"{file}: {name!r} is stored as {label}; supported are {supported}")
     block_weights, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[label]]
-    if not 1 <= len(shape) <= 3 or 0 in shape or shape[-1] % block_weights:
+    # A vector, a matrix, or the matrices of all experts; a block may not extend over two rows.
+    is_usual = 1 <= len(shape) <= 3 and 0 not in shape
+    if not is_usual or shape[-1] % block_weights:
         raise UserError(f"{file}: {name!r} has shape {list(shape)}; {label} can't hold that")
     # Python's integers don't overflow, whatever the header claims.
     end = start + math.prod(shape) // block_weights * block_bytes
     if end > len(data):
         raise UserError(f"{file}: is cut: {name!r} should end at byte {end} of {len(data)}")
-    rows = data[start:end].reshape(math.prod(shape[:-1]), -1)
+    num_rows = math.prod(shape[:-1])  # 1 for a vector
+    rows = data[start:end].reshape(num_rows, -1)  # [rows, bytes of a row]
     return Tensor(shape, label, rows)

@@ -2,15 +2,15 @@
 
 Two kinds exist here: "gpt2", byte-level BPE with merges, which is a tokenizer.json; and "llama",
 the BPE of sentencepiece with scores, which is a tokenizer.model. A byte-level file says only by a
-name (`tokenizer.ggml.pre`) how a text is split into words. `WORDS` says what the name means, in
-both directions. A name or a file that is not known exactly is refused: with another split the ids
-are other ids, and nothing looks wrong.
+name (`tokenizer.ggml.pre`) how a text is split into words. `WORD_SPLITTERS` says what the name
+means, in both directions. A name or a file that is not known exactly is refused: with another split
+the ids are other ids, and nothing looks wrong.
 """
 
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.errors import UserError, first_line, read_json, read_json_if_there, read_text
 from interop.gguf_reader import Gguf
@@ -18,7 +18,12 @@ from tokenization.subwords import LLAMA3_WORDS, BytePairs
 from tokenizer import Tokenizer, always_writes, load_tokenizer
 
 # tokenizer.ggml.token_type; the numbers are sentencepiece's own.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+NORMAL = 1
+UNKNOWN = 2
+CONTROL = 3
+USER_DEFINED = 4
+UNUSED = 5  # fills a row of the embedding
+BYTE = 6
 BPE_MODEL_TYPE = 2  # of sentencepiece's trainer_spec.model_type
 # {name here: name in tokenizer.ggml.NAME_token_id}
 SPECIAL = {
@@ -68,9 +73,13 @@ def split_pieces(pattern: str) -> list[dict]:
 DIGITS = {"type": "Digits", "individual_digits": True}
 QWEN2 = split_pieces(LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}"))
 UPPER, LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+# A word's capitals come first, so "plainTune" is two words. The gaps of _CASED: what may follow a
+# word of either kind, as in "it's", and how many digits make a number.
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]*[{LOWER}]+%s|[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]+[{LOWER}]*%s|\p{{N}}%s"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TEKKEN = _CASED % ("", "", "") + _REST
+GPT_4O = _CASED % (_SUFFIX, _SUFFIX, "{1,3}") + _REST
 LLAMA3 = Words(split_pieces(LLAMA3_WORDS), ignore_merges=True, bos=True)
 MARKS = "words with combining marks, as in Hindi"
 # {tokenizer.ggml.pre: what it means}
@@ -82,10 +91,8 @@ WORD_SPLITTERS = {
     "llama-v3": LLAMA3,
     "qwen2": Words(QWEN2, nfc=True, differs="texts that are not in Unicode's form NFC"),
     "deepseek-r1-qwen": Words(QWEN2),
-    "tekken": Words(
-        split_pieces(_CASED % ("", "", "") + _REST), ignore_merges=True, bos=True, differs=MARKS
-    ),
-    "gpt-4o": Words(split_pieces(_CASED % (_SUFFIX, _SUFFIX, "{1,3}") + _REST), differs=MARKS),
+    "tekken": Words(split_pieces(TEKKEN), ignore_merges=True, bos=True, differs=MARKS),
+    "gpt-4o": Words(split_pieces(GPT_4O), differs=MARKS),
     "dbrx": Words(split_pieces(LLAMA3_WORDS)),
 }
 # Phi-3's control tokens, all but three, strip the spaces behind them. llama.cpp knows that from a
@@ -112,9 +119,8 @@ def special_ids(gguf: Gguf) -> dict[str, int]:
                 raise UserError(f"{gguf.file}: {key} is {value!r}, of {count} tokens")
             ids[name] = value
     if "eos" not in ids:
-        raise UserError(
-            f"{gguf.file}: has no tokenizer.ggml.eos_token_id, so nothing would end an answer"
-        )
+        problem = "has no tokenizer.ggml.eos_token_id, so nothing would end an answer"
+        raise UserError(f"{gguf.file}: {problem}")
     return ids
 
 
@@ -127,10 +133,10 @@ def tokenizer_files(gguf: Gguf) -> dict[str, dict | bytes]:
     tokens = gguf.field("tokenizer.ggml.tokens", list)
     types = gguf.field("tokenizer.ggml.token_type", list)
     if kind not in ("gpt2", "llama"):
-        raise UserError(
-            f"{gguf.file}: tokenizer {kind!r} is not supported; 'gpt2' (BPE) and 'llama' (SPM) are"
-        )
-    if not all(isinstance(token, str) for token in tokens) or len(set(tokens)) != len(tokens):
+        supported = "'gpt2' (BPE) and 'llama' (SPM) are"
+        raise UserError(f"{gguf.file}: tokenizer {kind!r} is not supported; {supported}")
+    are_strings = all(isinstance(token, str) for token in tokens)
+    if not are_strings or len(set(tokens)) != len(tokens):
         raise UserError(f"{gguf.file}: tokenizer.ggml.tokens is not a list of different strings")
     if len(types) != len(tokens):
         raise UserError(f"{gguf.file}: {len(tokens)} tokens but {len(types)} token types")
@@ -147,7 +153,7 @@ def tokenizer_files(gguf: Gguf) -> dict[str, dict | bytes]:
     if add_bos and "bos" not in ids:
         raise UserError(f"{gguf.file}: asks for a bos token but has no tokenizer.ggml.bos_token_id")
 
-    settings = {}
+    settings: dict[str, Any] = {}
     for name in ("bos", "eos", "unk", "pad"):
         if name in ids:
             settings[f"{name}_token"] = tokens[ids[name]]
@@ -157,11 +163,12 @@ def tokenizer_files(gguf: Gguf) -> dict[str, dict | bytes]:
     architecture = gguf.fields["general.architecture"]
     settings["model_max_length"] = gguf.field(f"{architecture}.context_length", int)
     settings |= template_settings(gguf)
+    files: dict[str, dict | bytes] = {}
     if kind == "gpt2":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         first = [ids["bos"]] if add_bos else []
         last = [ids["eos"]] if add_eos else []
-        files = {"tokenizer.json": byte_level_bpe(gguf, tokens, types, first, last)}
+        files["tokenizer.json"] = byte_level_bpe(gguf, tokens, types, first, last)
     else:
         prefix = gguf.field("tokenizer.ggml.add_space_prefix", bool, True)
         is_gemma = architecture.startswith("gemma")
@@ -171,7 +178,7 @@ def tokenizer_files(gguf: Gguf) -> dict[str, dict | bytes]:
         settings["legacy"] = True
         settings["add_prefix_space"] = prefix
         settings["added_tokens_decoder"] = added_tokens(gguf, tokens, types)
-        files = {"tokenizer.model": sentencepiece_bpe(gguf, tokens, types, ids, prefix)}
+        files["tokenizer.model"] = sentencepiece_bpe(gguf, tokens, types, ids, prefix)
     files["tokenizer_config.json"] = settings
     files["generation_config.json"] = generation_config(ids)
     return files
@@ -186,17 +193,28 @@ def template_settings(gguf: Gguf) -> dict:
     keys = [key for key in gguf.fields if re.fullmatch(r"tokenizer\.chat_template(\..+)?", key)]
     templates = []
     for key in keys:
-        name = key.partition("template.")[2] or "default"
+        _, _, name = key.partition("template.")
+        if not name:
+            name = "default"
         templates.append({"name": name, "template": gguf.field(key, str)})
     if keys == ["tokenizer.chat_template"]:
         return {"chat_template": templates[0]["template"]}
-    return {"chat_template": templates} if templates else {}
+    if templates:
+        return {"chat_template": templates}
+    return {}
 
 
 def generation_config(ids: dict[str, int]) -> dict:
     """Returns generation_config.json, by which an answer ends at eos, eot or eom."""
-    ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids))
-    config = {f"{name}_token_id": ids[name] for name in ("bos", "pad") if name in ids}
+    config: dict[str, int | list[int]] = {}
+    for name in ("bos", "pad"):
+        if name in ids:
+            config[f"{name}_token_id"] = ids[name]
+    ends = []
+    for name in ("eos", "eot", "eom"):
+        # Two names may stand for the same token.
+        if name in ids and ids[name] not in ends:
+            ends.append(ids[name])
     config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     return config
 
@@ -212,34 +230,35 @@ def byte_level_bpe(
     """
     pre = gguf.field("tokenizer.ggml.pre", str)
     if pre not in WORD_SPLITTERS:
-        raise UserError(
-            f"{gguf.file}: tokenizer.ggml.pre {pre!r} is not supported; {', '.join(WORD_SPLITTERS)} are"
-        )
+        known = ", ".join(WORD_SPLITTERS)
+        raise UserError(f"{gguf.file}: tokenizer.ggml.pre {pre!r} is not supported; {known} are")
     words = WORD_SPLITTERS[pre]
     # The unused tokens only fill ids up to the size of the embedding. Added tokens stay in, since
     # the tokenizers library looks up their ids here.
-    vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, types)) if kind != UNUSED}
+    vocab = {}
+    for id, (token, kind) in enumerate(zip(tokens, types)):
+        if kind != UNUSED:
+            vocab[token] = id
     merges = gguf.field("tokenizer.ggml.merges", list)
     for i, merge in enumerate(merges):
         left, _, right = str(merge).partition(" ")
         if not {left, right, left + right} <= vocab.keys():
-            raise UserError(
-                f"{gguf.file}: merge {i} ({merge!r}) is not of tokens in its vocabulary"
-            )
-    added = [{"id": int(i)} | token for i, token in added_tokens(gguf, tokens, types).items()]
+            problem = f"merge {i} ({merge!r}) is not of tokens in its vocabulary"
+            raise UserError(f"{gguf.file}: {problem}")
+    added = []
+    for id_text, settings in added_tokens(gguf, tokens, types).items():
+        added.append({"id": int(id_text)} | settings)
+    normalizer = {"type": "NFC"} if words.nfc else None
+    ends = post_processor(tokens, first, last) if first or last else None
+    model = {"type": "BPE", "ignore_merges": words.ignore_merges, "vocab": vocab, "merges": merges}
     return {
         "version": "1.0",
         "added_tokens": added,
-        "normalizer": {"type": "NFC"} if words.nfc else None,
+        "normalizer": normalizer,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": words.steps},
-        "post_processor": post_processor(tokens, first, last) if first + last else None,
+        "post_processor": ends,
         "decoder": BYTE_LEVEL,
-        "model": {
-            "type": "BPE",
-            "ignore_merges": words.ignore_merges,
-            "vocab": vocab,
-            "merges": merges,
-        },
+        "model": model,
     }
 
 
@@ -247,14 +266,18 @@ def post_processor(tokens: list[str], first: list[int], last: list[int]) -> dict
     """Returns the post-processor of a tokenizer.json that puts the tokens `first` and `last` around
     a text."""
 
+    def special_tokens(ids: list[int]) -> list[dict]:
+        return [{"SpecialToken": {"id": tokens[id], "type_id": 0}} for id in ids]
+
     def around(part: str) -> list[dict]:
-        before = [{"SpecialToken": {"id": tokens[i], "type_id": 0}} for i in first]
-        after = [{"SpecialToken": {"id": tokens[i], "type_id": 0}} for i in last]
-        return [*before, {"Sequence": {"id": part, "type_id": 0}}, *after]
+        """Returns the pieces of an encoded text. part: "A", the text, or "B", that of a pair."""
+        sequence = {"Sequence": {"id": part, "type_id": 0}}
+        return [*special_tokens(first), sequence, *special_tokens(last)]
 
     special = {}
-    for i in first + last:
-        special[tokens[i]] = {"id": tokens[i], "ids": [i], "tokens": [tokens[i]]}
+    for id in first + last:
+        token = tokens[id]
+        special[token] = {"id": token, "ids": [id], "tokens": [token]}
     return {
         "type": "TemplateProcessing",
         "single": around("A"),
@@ -308,7 +331,8 @@ def sentencepiece_bpe(
         raise UserError(f"{gguf.file}: {len(tokens)} tokens but {len(scores)} scores")
     # One piece must be the unknown one. llama.cpp's converter makes Gemma's a control token.
     if UNKNOWN not in types and "unk" in ids:
-        types = types[: ids["unk"]] + [UNKNOWN] + types[ids["unk"] + 1 :]
+        types = list(types)
+        types[ids["unk"]] = UNKNOWN
     # llama.cpp's converter writes the spaces of user-defined tokens as spaces; sentencepiece looks
     # for its own mark.
     texts = []
@@ -328,9 +352,8 @@ def sentencepiece_bpe(
         content = proto.SerializeToString()
         SentencePieceProcessor(model_proto=content)  # raises where the pieces make no model
     except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{gguf.file}: sentencepiece refuses its tokens ({first_line(error)})"
-        ) from None
+        problem = f"sentencepiece refuses its tokens ({first_line(error)})"
+        raise UserError(f"{gguf.file}: {problem}") from None
     return content
 
 
@@ -383,7 +406,8 @@ def vocabulary(folder: Path, rows: int) -> Vocabulary:
         if id is not None and id < rows:
             fields[f"tokenizer.ggml.{name}_token_id"] = id
     fields["tokenizer.ggml.add_bos_token"] = tokenizer.adds_bos and tokenizer.bos_id is not None
-    writes_eos = always_writes(spec.get("post_processor"), tokenizer.names.get("eos_token"), -1)
+    eos_token = tokenizer.names.get("eos_token")
+    writes_eos = always_writes(spec.get("post_processor"), eos_token, -1)
     fields["tokenizer.ggml.add_eos_token"] = config.get("add_eos_token", writes_eos) is True
     phi3 = strips_like_phi3(tokenizer, notes)
     return Vocabulary(fields | chat_templates(folder, config), phi3, notes)
@@ -398,27 +422,28 @@ def ids_to_name(
     Raises UserError where the tokenizer has no eos.
     """
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id}
-    ids["unknown"] = next((id for id, kind in table.kinds.items() if kind == UNKNOWN), None)
+    unknown = [id for id, kind in table.kinds.items() if kind == UNKNOWN]
     unknown_text = tokenizer.names.get("unk_token")
-    if ids["unknown"] is None and unknown_text in tokenizer.added:
+    if unknown:
+        ids["unknown"] = unknown[0]
+    elif unknown_text in tokenizer.added:
         ids["unknown"] = tokenizer.added[unknown_text].id
     if ids["eos"] is None:
         file = folder / "tokenizer_config.json"
         raise UserError(f"{file}: names no eos_token, so nothing would end an answer")
 
-    def is_eom(id: int) -> bool:
-        return table.texts.get(id) == "<|eom_id|>"
-
-    ends = sorted(tokenizer.stop_ids - {ids["eos"]}, key=lambda id: (is_eom(id), id))
-    if ends and is_eom(ends[-1]):
-        ids["eom"] = ends.pop()
+    # Llama 3's, which stands for the end of a message after which a tool answers.
+    ends = sorted(tokenizer.stop_ids - {ids["eos"]})
+    eoms = [id for id in ends if table.texts.get(id) == "<|eom_id|>"]
+    if eoms:
+        ids["eom"] = eoms[-1]
+        ends.remove(eoms[-1])
     if ends:
         ids["eot"] = ends.pop(0)
     if ends:
         left = ", ".join(repr(table.texts.get(id, id)) for id in ends)
-        notes.append(
-            f"a GGUF file names three tokens that end an answer; {left} may end none where it is served"
-        )
+        problem = f"{left} may end none where it is served"
+        notes.append(f"a GGUF file names three tokens that end an answer; {problem}")
     return ids
 
 
@@ -426,24 +451,28 @@ def byte_level_vocabulary(folder: Path, spec: dict, notes: list[str]) -> tuple[d
     """Returns the fields `model`, `pre` and `merges`, and the tokens, of a byte-level tokenizer.
 
     spec: the tokenizer.json, which load_tokenizer has accepted. {}: the folder has none.
-    Raises UserError where there is none, or where it splits texts in a way that `WORDS` does not
-    have.
+    Raises UserError where there is none, or where it splits texts in a way that
+    `WORD_SPLITTERS` does not have.
     """
     if not spec:
         file = folder / "tokenizer.model"
         raise UserError(f"{file}: tiktoken's format has no merges; save a tokenizer.json here")
-    is_nfc = spec.get("normalizer") == {"type": "NFC"}
-    ignore_merges = spec["model"].get("ignore_merges") is True
-    splits = Words(pre_tokenizers(spec.get("pre_tokenizer")), is_nfc, ignore_merges)
+    splits = Words(
+        steps=pre_tokenizers(spec.get("pre_tokenizer")),
+        nfc=spec.get("normalizer") == {"type": "NFC"},
+        ignore_merges=spec["model"].get("ignore_merges") is True,
+    )
     names = []
     for name, words in WORD_SPLITTERS.items():
+        # What remains decides how a text is split; the others are said by fields of their own.
         if words._replace(bos=False, differs="") == splits:
             names.append(name)
     if not names:
-        raise UserError(
-            f"{folder / 'tokenizer.json'}: llama.cpp knows ways to cut a text into words by name only, and this one is"
-            f" not among {', '.join(WORD_SPLITTERS)} ({json.dumps(spec.get('pre_tokenizer'))[:120]})"
-        )
+        file = folder / "tokenizer.json"
+        problem = "llama.cpp knows ways to cut a text into words by name only"
+        known = ", ".join(WORD_SPLITTERS)
+        actual = json.dumps(spec.get("pre_tokenizer"))[:120]
+        raise UserError(f"{file}: {problem}, and this one is not among {known} ({actual})")
     differs = WORD_SPLITTERS[names[0]].differs
     if differs:
         notes.append(f"llama.cpp cuts {differs} into other tokens than this tokenizer")
@@ -460,9 +489,10 @@ def byte_level_vocabulary(folder: Path, spec: dict, notes: list[str]) -> tuple[d
 
 
 def pre_tokenizers(spec: dict) -> list[dict]:
-    """Returns the pre-tokenizers of a tokenizer.json as `WORDS` writes them. trim_offsets changes
-    no ids."""
+    """Returns the pre-tokenizers of a tokenizer.json as `WORD_SPLITTERS` writes them.
+    trim_offsets changes no ids."""
     steps = []
+    # A pre-tokenizer alone, or a sequence of them.
     for step in spec.get("pretokenizers", [spec]):
         if step["type"] == "ByteLevel":
             step = BYTE_LEVEL | step | {"trim_offsets": True}
@@ -482,25 +512,26 @@ def sentencepiece_tokens(folder: Path, tokenizer: Tokenizer, notes: list[str]) -
     file = folder / "tokenizer.model"
     normalizer = proto.normalizer_spec
     if proto.trainer_spec.model_type != BPE_MODEL_TYPE:
-        raise UserError(
-            f"{file}: its pieces are not merged by scores, as BPE's are; llama.cpp has no such tokenizer"
-        )
+        problem = "its pieces are not merged by scores, as BPE's are"
+        raise UserError(f"{file}: {problem}; llama.cpp has no such tokenizer")
     if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
-        raise UserError(
-            f"{file}: normalizes texts ({normalizer.name}), which llama.cpp does not do"
-        )
+        problem = f"normalizes texts ({normalizer.name})"
+        raise UserError(f"{file}: {problem}, which llama.cpp does not do")
     texts = {id: text for text, id in tokenizer.model.vocab.items()}
     kinds = {id: proto.pieces[id].type for id in texts}
     scores = {id: proto.pieces[id].score for id in texts}
     if BYTE not in kinds.values():
         raise UserError(f"{file}: has no tokens for single bytes, which llama.cpp needs")
     added = {token.id for token in tokenizer.added.values()}
-    has_user_defined = any(kinds[id] == USER_DEFINED for id in kinds.keys() - added)
+    kinds_of_others = [kind for id, kind in kinds.items() if id not in added]
+    has_user_defined = USER_DEFINED in kinds_of_others
+    # llama.cpp puts a space before each part of a text that special tokens cut. This tokenizer puts
+    # one at the beginning only ("first"), or none behind the user-defined tokens that sentencepiece
+    # finds by itself ("always").
     prefix = tokenizer.model.prefix
     if prefix == "first" or (prefix == "always" and has_user_defined):
-        notes.append(
-            "llama.cpp puts a space before the text behind each added token, this tokenizer does not"
-        )
+        difference = "a space before the text behind each added token"
+        notes.append(f"llama.cpp puts {difference}, this tokenizer does not")
     if not file.is_file():
         # The model was made from the merges of a tokenizer.json. There, a piece that no merge makes
         # is a control piece. In a GGUF file it is a token like others, with the lowest score, so
@@ -509,10 +540,9 @@ def sentencepiece_tokens(folder: Path, tokenizer: Tokenizer, notes: list[str]) -
         kinds |= dict.fromkeys(unmade, NORMAL)
         scores |= dict.fromkeys(unmade, min(scores.values()) - 1)
         if unmade:
-            few = ", ".join(repr(texts[id]) for id in unmade[:3])
-            notes.append(
-                f"no merges make {len(unmade)} of the tokens ({few}); llama.cpp makes them where it can"
-            )
+            few = ", ".join(f"{texts[id]!r}" for id in unmade[:3])
+            problem = f"no merges make {len(unmade)} of the tokens ({few})"
+            notes.append(f"{problem}; llama.cpp makes them where it can")
     return TokenTable(texts, kinds, scores)
 
 
@@ -538,28 +568,32 @@ def token_lists(folder: Path, table: TokenTable, rows: int, notes: list[str]) ->
 
     Raises UserError where two tokens would have the same text.
     """
-    beyond = [table.texts[id] for id in sorted(table.texts) if id >= rows]
+    beyond = sorted(id for id in table.texts if id >= rows)
     if beyond:
-        notes.append(
-            f"{len(beyond)} tokens beyond the {rows:,} rows of the embedding are left out, as {beyond[0]!r}"
-        )
-    tokens = [table.texts.get(id, f"[PAD{id}]") for id in range(rows)]
-    types = [table.kinds.get(id, UNUSED) for id in range(rows)]
-    if table.scores:
-        # sentencepiece writes the spaces of a user-defined token as its own mark; llama.cpp looks
-        # for the token in the text as it is.
-        for id, kind in enumerate(types):
-            if kind == USER_DEFINED:
-                tokens[id] = tokens[id].replace("▁", " ")
-    ids: dict[str, int] = {}
-    for id, text in enumerate(tokens):
-        if text in ids:
-            both = f"tokens {ids[text]} and {id} are both {text!r}"
+        where = f"beyond the {rows:,} rows of the embedding"
+        first = table.texts[beyond[0]]
+        notes.append(f"{len(beyond)} tokens {where} are left out, as {first!r}")
+    tokens = []
+    types = []
+    scores = []
+    id_of: dict[str, int] = {}
+    for id in range(rows):
+        text = table.texts.get(id, f"[PAD{id}]")
+        kind = table.kinds.get(id, UNUSED)
+        if table.scores and kind == USER_DEFINED:
+            # sentencepiece writes the spaces of a user-defined token as its own mark; llama.cpp
+            # looks for the token in the text as it is.
+            text = text.replace("▁", " ")
+        if text in id_of:
+            both = f"tokens {id_of[text]} and {id} are both {text!r}"
             raise UserError(f"{folder}: {both}, which llama.cpp can't tell apart")
-        ids[text] = id
-    lists = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+        id_of[text] = id
+        tokens.append(text)
+        types.append(kind)
+        scores.append(table.scores.get(id, UNUSED_SCORE))
+    lists: dict[str, list] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
     if table.scores:
-        lists["tokenizer.ggml.scores"] = [table.scores.get(id, UNUSED_SCORE) for id in range(rows)]
+        lists["tokenizer.ggml.scores"] = scores
     return lists
 
 
@@ -570,7 +604,7 @@ def strips_like_phi3(tokenizer: Tokenizer, notes: list[str]) -> bool:
     A note is added where other tokens do.
     """
     added = tokenizer.added
-    strips = set()
+    strips = set()  # on either side
     strips_right = set()
     for text, token in added.items():
         if token.lstrip or token.rstrip or token.single_word:
@@ -592,6 +626,7 @@ def chat_templates(folder: Path, config: dict) -> dict:
 
     config: tokenizer_config.json. Raises UserError where its chat_template is of another form.
     """
+    # A template in a file of its own replaces one of the same name in tokenizer_config.json.
     template = config.get("chat_template")
     named = {}
     if isinstance(template, str):
@@ -606,10 +641,10 @@ def chat_templates(folder: Path, config: dict) -> dict:
         named[file.stem] = read_text(file)
     if (folder / "chat_template.jinja").is_file():
         named["default"] = read_text(folder / "chat_template.jinja")
-    if not all(isinstance(name, str) and isinstance(text, str) for name, text in named.items()):
-        raise UserError(
-            f"{folder}: its chat_template is neither a text nor a list of names and texts"
-        )
+    for name, text in named.items():
+        if not isinstance(name, str) or not isinstance(text, str):
+            problem = "its chat_template is neither a text nor a list of names and texts"
+            raise UserError(f"{folder}: {problem}")
 
     fields = {}
     others = []

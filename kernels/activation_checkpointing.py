@@ -1,16 +1,19 @@
-"""Activation checkpointing, also called gradient checkpointing: less memory until the backward, for more time.
+"""Activation checkpointing, also called gradient checkpointing: less memory until the backward, for
+more time.
 
-A block of hidden size D, intermediate size F, H query heads and G key-value heads of size d saves, for each token, in
-the model's dtype:
+A block of hidden size D, intermediate size F, H query heads and G key-value heads of size d saves,
+for each token, in the model's dtype:
 
-    none       its input, the outputs of both norms, x after attention, q, k, v, attention's output, gate and up:
-               4 D + 2 (H + G) d + 2 F numbers; on CPUs also attention's probabilities, about H T / 2 numbers in a
-               document of T tokens
-    selective  the same without what is cheap to compute again, the norms' outputs and the probabilities; the outputs of
-               matrix products are saved: 2 D + 2 (H + G) d + 2 F numbers
-    full       its input alone, D numbers: every block is run forward twice (Chen et al. 2016, arXiv 1604.06174)
-    offload    nothing on the GPU: the input is copied to the host's memory while the next blocks run, and copied back
-               while the backward of the block after it runs
+    none       its input, the outputs of both norms, x after attention, q, k, v, attention's output,
+               gate and up: 4 D + 2 (H + G) d + 2 F numbers; on CPUs also attention's probabilities,
+               about H T / 2 numbers in a document of T tokens
+    selective  the same without what is cheap to compute again, the norms' outputs and the
+               probabilities; the outputs of matrix products are saved: 2 D + 2 (H + G) d + 2 F
+               numbers
+    full       its input alone, D numbers: every block is run forward twice (Chen et al. 2016, arXiv
+               1604.06174)
+    offload    nothing on the GPU: the input is copied to the host's memory while the next blocks
+               run, and copied back while the backward of the block after it runs
 
 Losses and gradients are the same to the bit, except where a GPU adds in another order.
 """
@@ -28,14 +31,19 @@ MIN_OFFLOAD_NUMEL = 1024  # a tensor with fewer numbers stays on the GPU
 
 
 def recompute_norms(block, *inputs) -> tuple[Tensor, Tensor | None]:
-    """Returns block(*inputs). The norms' outputs are not saved for the backward, which computes them again."""
-    # (output, a function that computes it again). The list holds the outputs while the block runs, so that no other
-    # tensor gets their memory: `pack` recognizes a tensor by its address.
+    """Returns block(*inputs). The norms' outputs are not saved for the backward, which computes
+    them again."""
+    # (output, a function that computes it again). The list holds the outputs while the block runs,
+    # so that no other tensor gets their memory: `pack` recognizes a tensor by its address.
     norm_outputs: list[tuple[Tensor, Callable[[], Tensor]]] = []
 
     def record_output(norm, norm_inputs, output) -> None:
-        # A norm that adds the residual first returns that sum as well, and the sum is what it is computed again from.
-        x, normal = output if isinstance(output, tuple) else (norm_inputs[0], output)
+        # A norm that adds the residual first returns that sum as well, and the sum is what it is
+        # computed again from.
+        if isinstance(output, tuple):
+            x, normal = output
+        else:
+            x, normal = norm_inputs[0], output
         x = x.detach()
         norm_outputs.append((normal, lambda: norm(x)))
 
@@ -46,18 +54,17 @@ def recompute_norms(block, *inputs) -> tuple[Tensor, Tensor | None]:
         return tensor
 
     def unpack(packed: Tensor | Callable[[], Tensor]) -> Tensor:
-        if torch.is_tensor(packed):
+        if isinstance(packed, Tensor):
             return packed
         # Without gradients a norm would be computed in another way, and round differently.
         with torch.enable_grad():
             return packed().detach()
 
-    norms = [
-        norm
-        for norm in (block.attention_norm, block.mlp_norm)
-        if not isinstance(norm, torch.nn.Identity)
-    ]
-    handles = [norm.register_forward_hook(record_output) for norm in norms]
+    handles = []
+    for norm in (block.attention_norm, block.mlp_norm):
+        # An Identity's output is its input, which others may save as well.
+        if not isinstance(norm, torch.nn.Identity):
+            handles.append(norm.register_forward_hook(record_output))
     try:
         with saved_tensors_hooks(pack, unpack):
             return block(*inputs)
@@ -99,10 +106,13 @@ class OffloadedActivation:
     def fetch(self) -> Tensor:
         """Returns the tensor on the device; the current stream waits for its copy."""
         self.prefetch()
-        if self.stream is not None:
-            torch.cuda.current_stream().wait_stream(self.stream)
-            self.on_device.record_stream(torch.cuda.current_stream())
         x = self.on_device
+        assert x is not None, "prefetch has started the copy"
+        if self.stream is not None:
+            current = torch.cuda.current_stream()
+            current.wait_stream(self.stream)
+            # The memory was taken on the other stream, and is used on this one.
+            x.record_stream(current)
         self.on_device = None
         return x
 
@@ -111,14 +121,17 @@ class OffloadedActivation:
 def offload_stream(device: torch.device) -> "torch.cuda.Stream":
     """Returns the one stream of a device on which activations are copied.
 
-    There is one for all forwards: the allocator keeps freed memory for the stream that used it, so that with a new
-    stream for each forward the memory of the ones before could not be used again.
+    There is one for all forwards: the allocator keeps freed memory for the stream that used it, so
+    that with a new stream for each forward the memory of the ones before could not be used again.
     """
     return torch.cuda.Stream(device)
 
 
 class ActivationCheckpointing:
-    """Runs the blocks of one forward. kind: one of KINDS but "none"."""
+    """Runs the blocks of one forward.
+
+    kind: one of CHECKPOINTING_KINDS but "none".
+    """
 
     def __init__(self, kind: str, device: torch.device):
         self.kind = kind
@@ -136,7 +149,8 @@ class ActivationCheckpointing:
         # The sum is the block's input: one tensor is saved instead of two.
         if added is not None:
             x = x + added
-        # The last block's backward comes first, right after the forward, so its input stays on the GPU.
+        # The last block's backward comes first, right after the forward, so its input stays on the
+        # GPU.
         if self.kind != "offload" or last:
             return checkpoint(block, x, None, *rest, use_reentrant=False)
         # `checkpoint` saves the block's input through these hooks.
@@ -151,7 +165,7 @@ class ActivationCheckpointing:
         return activation
 
     def unpack(self, packed: Tensor | OffloadedActivation) -> Tensor:
-        if torch.is_tensor(packed):
+        if isinstance(packed, Tensor):
             return packed
         x = packed.fetch()
         # The input of the block before is copied while the backward of this block runs.

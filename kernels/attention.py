@@ -1,4 +1,4 @@
-"""Causal attention inside documents, for flat tokens, [tokens, heads, head_dim], document by document.
+"""Causal attention inside documents, for flat tokens: [tokens, heads, head_dim].
 
 Only attention needs to know where a document ends, so only this file deals with it. It computes by
 
@@ -37,6 +37,9 @@ MAX_PADDING = 1.3
 
 # Scores that SlicedAttention computes at a time where it does not keep the probabilities.
 MAX_SCORES = 8 << 20
+
+# The fewest queries in such a slice, however many keys they attend to.
+MIN_SLICE_QUERIES = 16
 
 # Queries in a slice where SlicedAttention keeps the probabilities. Without slices, half of a long
 # document's scores would be of keys that the query may not attend to.
@@ -83,16 +86,17 @@ class PaddedGroup:
         self.length = max(lengths)
         self.tokens = sum(lengths)
         self.offset = 0
-        self.slots = None
+        self.slots: Tensor | None = None
         if self.tokens < self.documents * self.length:
-            slots = np.concatenate([np.arange(n) + i * self.length for i, n in enumerate(lengths)])
-            self.slots = to_device(slots, device)
+            slots = [np.arange(n) + i * self.length for i, n in enumerate(lengths)]
+            self.slots = to_device(np.concatenate(slots), device)
         self.masks: dict[tuple, Tensor] = {}
 
     def pad(self, x: Tensor) -> Tensor:
         """[tokens, heads, d] -> [documents, length, heads, d], with zeros in the padding."""
         if self.slots is not None:
-            x = x.new_zeros(self.documents * self.length, *x.shape[1:]).index_copy(0, self.slots, x)
+            padded = x.new_zeros(self.documents * self.length, *x.shape[1:])
+            x = padded.index_copy(0, self.slots, x)
         return x.reshape(self.documents, self.length, *x.shape[1:])
 
     def unpad(self, x: Tensor) -> Tensor:
@@ -110,12 +114,14 @@ class PaddedGroup:
         It has the dtype of `like`. A small mask is computed once for all layers with the same
         window.
         """
+        # The slice of keys is no part of this: it follows from that of the queries.
         kind = (like.dtype, n_rep, rows.start, rows.stop, window)
         if kind in self.masks:
             return self.masks[kind]
         first_query = rows.start + self.offset
         end = rows.stop + self.offset
-        mask = causal_window_mask(like, first_query, key_slice.start, end, window).repeat(n_rep, 1)
+        mask = causal_window_mask(like, first_query, key_slice.start, end, window)
+        mask = mask.repeat(n_rep, 1)  # the rows of each query head, as `stack_heads` stacks them
         if mask.numel() <= MAX_CACHED_MASK:
             self.masks[kind] = mask
         return mask
@@ -162,8 +168,9 @@ class Documents:
 
     def __init__(self, lengths: list[int], device: torch.device | str = "cpu"):
         self.lengths = lengths
-        self.dropout_seeds = None
-        self.positions = to_device(np.concatenate([np.arange(n) for n in lengths]), device)
+        self.dropout_seeds: Tensor | None = None
+        positions = [np.arange(n) for n in lengths]
+        self.positions = to_device(np.concatenate(positions), device)
         self.device = device
         self.block_masks: dict[int | None, object] = {}
 
@@ -192,7 +199,7 @@ class Documents:
 def fit_one_group(lengths: list[int]) -> bool:
     """True if padding documents to the longest one adds few scores (MAX_PADDING)."""
     padded_scores = len(lengths) * max(lengths) ** 2
-    own_scores = sum(n * n for n in lengths)
+    own_scores = sum(length**2 for length in lengths)
     return padded_scores <= MAX_PADDING * own_scores
 
 
@@ -218,17 +225,18 @@ def document_attention(
     longest = max(documents.lengths)
     if scores.window and scores.window >= longest:
         scores = scores._replace(window=None)
+    softcap = scores.softcap
     # Documents of one token do not go to FlashAttention: its operator takes another path for single
     # queries, and that path has no gradients.
-    if longest > 1 and flash_supports(q) and not scores.softcap:
+    if longest > 1 and not softcap and flash_supports(q):
         boundaries = documents.cu_seqlens
         return flash_attention(q, k, v, scores, boundaries, boundaries, longest, longest)
-    wants_flex = q.is_cuda and scores.softcap and len(q) >= flex.FEWEST_TOKENS
-    if wants_flex and flex.works(q, k, sliced_reference):
+    has_enough_tokens = q.is_cuda and len(q) >= flex.FEWEST_TOKENS
+    if softcap and has_enough_tokens and flex.works(q, k, sliced_reference):
         masks = documents.block_masks
         if scores.window not in masks:
             masks[scores.window] = flex.block_mask(documents.lengths, scores.window, q.device)
-        return flex.attention(q, k, v, scores.scale, scores.softcap, masks[scores.window])
+        return flex.attention(q, k, v, scores.scale, softcap, masks[scores.window])
     return group_attention(q, k, v, scores, documents, keep)
 
 
@@ -238,10 +246,11 @@ def group_attention(
     """Computes the same as `document_attention`, one group of documents after the other."""
     groups = documents.groups
     sizes = [group.tokens for group in groups]
+    q_parts = q.split(sizes)
+    k_parts = k.split(sizes)
+    v_parts = v.split(sizes)
     outputs = []
-    for q_part, k_part, v_part, group in zip(
-        q.split(sizes), k.split(sizes), v.split(sizes), groups, strict=True
-    ):
+    for q_part, k_part, v_part, group in zip(q_parts, k_parts, v_parts, groups, strict=True):
         outputs.append(padded_group_attention(q_part, k_part, v_part, group, scores, keep))
     if len(outputs) == 1:
         return outputs[0]
@@ -256,9 +265,10 @@ def sliced_reference(
     softcap: float,
     window: int | None,
     lengths: list[int],
-):
+) -> Tensor:
     """Computes the same as `flex.attention`, by groups. `flex.works` compares the two."""
-    return group_attention(q, k, v, Scores(scale, window, softcap), Documents(lengths, q.device))
+    scores = Scores(scale, window, softcap)
+    return group_attention(q, k, v, scores, Documents(lengths, q.device))
 
 
 def suffix_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, piece: QuerySuffix) -> Tensor:
@@ -269,12 +279,13 @@ def suffix_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, piece: Que
     Returns [queries, heads, head_dim].
     """
     queries, heads, _ = q.shape
-    if queries > 1 and flash_supports(q) and not scores.softcap:
-        return flash_attention(
-            q, k, v, scores, piece.cu_seqlens_q, piece.cu_seqlens_k, queries, len(k)
-        )
-    keys_per_query = min(len(k), scores.window or len(k))
-    queries_per_slice = max(16, MAX_SCORES // (heads * keys_per_query))
+    keys = len(k)
+    if queries > 1 and not scores.softcap and flash_supports(q):
+        cu_seqlens_q = piece.cu_seqlens_q
+        cu_seqlens_k = piece.cu_seqlens_k
+        return flash_attention(q, k, v, scores, cu_seqlens_q, cu_seqlens_k, queries, keys)
+    keys_per_query = min(keys, scores.window or keys)
+    queries_per_slice = max(MIN_SLICE_QUERIES, MAX_SCORES // (heads * keys_per_query))
     return SlicedAttention.apply(q, k, v, piece, scores, queries_per_slice, False)
 
 
@@ -282,20 +293,18 @@ def suffix_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, piece: Que
 
 
 def flash_supports(q: Tensor) -> bool:
-    """True if torch's FlashAttention takes tensors like q: 16 bits, on an NVIDIA GPU of 2020 or later."""
-    if (
-        not q.is_cuda
-        or q.dtype not in (torch.float16, torch.bfloat16)
-        or q.shape[-1] > FLASH_HEAD_DIM
-    ):
+    """True if torch's FlashAttention takes tensors like q: 16 bits, on an NVIDIA GPU of 2020 or
+    later."""
+    if not q.is_cuda or q.shape[-1] > FLASH_HEAD_DIM:
         return False
-    return has_flash(q.device)
+    return q.dtype in (torch.float16, torch.bfloat16) and has_flash(q.device)
 
 
 @cache
 def has_flash(device: torch.device) -> bool:
-    built = torch.version.hip is None and torch.backends.cuda.is_flash_attention_available()
-    return built and torch.cuda.get_device_capability(device) >= (8, 0)
+    if torch.version.hip is not None or not torch.backends.cuda.is_flash_attention_available():
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def flash_attention(
@@ -322,16 +331,20 @@ def flash_attention(
     puts versions 3 and 4 in this one's place.
     """
     head_dim = q.shape[-1]
-    padded_dim = flash_head_dim(head_dim)
-    if padded_dim > head_dim:
-        q, k, v = (F.pad(x, (0, padded_dim - head_dim)) for x in (q, k, v))
+    padding = flash_head_dim(head_dim) - head_dim
+    if padding > 0:
+        # Zeros change no score, and the outputs that they make are cut off below.
+        q = F.pad(q, (0, padding))
+        k = F.pad(k, (0, padding))
+        v = F.pad(v, (0, padding))
     # The number of keys before its own that a query attends to; -1 means all.
     window_left = -1 if scores.window is None else scores.window - 1
     is_causal = window_left < 0
     dropout = 0.0
     return_debug_mask = False
     out, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout, is_causal, return_debug_mask,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout, is_causal, return_debug_mask,
         scale=scores.scale, window_size_left=window_left, window_size_right=0,
     )  # fmt: skip
     return out[..., :head_dim]
@@ -356,21 +369,26 @@ def padded_group_attention(
     """Computes the same as `document_attention`, for the tokens of one group."""
     if scores.window and scores.window >= group.length:
         scores = scores._replace(window=None)
-    short = q.device.type == "cpu" and group.length <= KEEP_PROBS_UP_TO and not scores.softcap
-    if short or scores.softcap or scores.window:
-        scores_per_query = (
-            group.documents * q.shape[1] * min(group.length, scores.window or group.length)
-        )
-        queries_per_slice = SLICE_QUERIES if short else max(16, MAX_SCORES // scores_per_query)
-        return SlicedAttention.apply(q, k, v, group, scores, queries_per_slice, short and keep)
-    q, k, v = (
-        group.pad(x).transpose(1, 2) for x in (q, k, v)
-    )  # [documents, heads, length, head_dim]
-    heads, kv_heads = q.shape[1], k.shape[1]
-    enable_gqa = heads != kv_heads
+    on_cpu = q.device.type == "cpu"
+    is_short = on_cpu and group.length <= KEEP_PROBS_UP_TO and not scores.softcap
+    if is_short or scores.softcap or scores.window:
+        queries_per_slice = SLICE_QUERIES
+        if not is_short:
+            keys_per_query = min(group.length, scores.window or group.length)
+            scores_per_query = group.documents * q.shape[1] * keys_per_query
+            queries_per_slice = max(MIN_SLICE_QUERIES, MAX_SCORES // scores_per_query)
+        keep_probs = is_short and keep
+        return SlicedAttention.apply(q, k, v, group, scores, queries_per_slice, keep_probs)
+
+    q = group.pad(q).transpose(1, 2)  # [documents, heads, length, head_dim]
+    k = group.pad(k).transpose(1, 2)
+    v = group.pad(v).transpose(1, 2)
+    n_rep = q.shape[1] // k.shape[1]
+    enable_gqa = n_rep > 1
     if enable_gqa and q.is_cuda:
         # For the inputs that come here on a GPU, torch has no fused kernel with grouped heads.
-        k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+        k = k.repeat_interleave(n_rep, 1)
+        v = v.repeat_interleave(n_rep, 1)
         enable_gqa = False
     if q.is_cuda:
         disable_cudnn_attention()
@@ -408,15 +426,14 @@ class SlicedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, group, scores, queries_per_slice, keep):
         n_rep = q.shape[1] // k.shape[1]
-        queries = stack_heads(group.pad(q), n_rep)
-        keys = stack_heads(group.pad(k), 1)
+        queries = stack_heads(group.pad(q), n_rep)  # [documents * kv_heads, n_rep * length, d]
+        keys = stack_heads(group.pad(k), 1)  # [documents * kv_heads, length, d]
         values = stack_heads(group.pad(v), 1)
+        slices = query_slices(group.length, queries_per_slice, scores.window, group.offset)
         ctx.group = group
         ctx.n_rep = n_rep
         ctx.scores = scores
-        ctx.slices = list(
-            query_slices(group.length, queries_per_slice, scores.window, group.offset)
-        )
+        ctx.slices = list(slices)
         out = torch.empty_like(queries)
         kept_probs = []
         for rows, key_slice in ctx.slices:
@@ -437,10 +454,11 @@ class SlicedAttention(torch.autograd.Function):
         """
         scale, window, softcap = ctx.scores
         queries = query_rows(queries, ctx.n_rep, rows)
-        keys = keys[:, key_slice].transpose(1, 2)
+        keys = keys[:, key_slice].transpose(1, 2)  # [documents * kv_heads, d, keys]
         if softcap is None and queries.device.type == "cpu":
             mask = ctx.group.mask(queries, ctx.n_rep, rows, key_slice, window)
-            return torch.baddbmm(mask, queries, keys, alpha=scale).softmax(-1), None
+            scores = torch.baddbmm(mask, queries, keys, alpha=scale)
+            return scores.softmax(-1), None
         scores = (queries @ keys).float().mul_(scale)
         tanh = None
         if softcap:
@@ -452,7 +470,8 @@ class SlicedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         queries, keys, values, *kept_probs = ctx.saved_tensors
-        group, n_rep = ctx.group, ctx.n_rep
+        group = ctx.group
+        n_rep = ctx.n_rep
         scale, _, softcap = ctx.scores
         # `pad` puts zeros in the padding, so its queries add nothing to the gradients of real keys.
         grad = stack_heads(group.pad(grad), n_rep)
@@ -469,16 +488,20 @@ class SlicedAttention(torch.autograd.Function):
                 probs, tanh = SlicedAttention.probs(ctx, queries, keys, rows, key_slice)
             queries_part = query_rows(queries, n_rep, rows)
             dout = query_rows(grad, n_rep, rows)
+            # From out = probs @ values back to the scores: through softmax, and through the
+            # soft-cap, whose derivative is 1 - tanh^2.
             dprobs = (dout @ values[:, key_slice].transpose(1, 2)).to(probs.dtype)
             dscores = torch.ops.aten._softmax_backward_data(dprobs, probs, -1, probs.dtype)
             if softcap:
                 dscores *= 1 - tanh.square_()
             dscores = dscores.to(queries.dtype)
+            # The scale of the scores is multiplied at the end, once for all slices.
             set_query_rows(dq, n_rep, rows, dscores @ keys[:, key_slice])
             dk_part = dscores.transpose(1, 2) @ queries_part
             dv_part = probs.to(dout.dtype).transpose(1, 2) @ dout
             if one_slice:
-                dk, dv = dk_part, dv_part
+                dk = dk_part
+                dv = dv_part
             else:
                 dk[:, key_slice] += dk_part
                 dv[:, key_slice] += dv_part
@@ -508,9 +531,9 @@ def query_slices(
 
 def query_rows(x: Tensor, n_rep: int, rows: slice) -> Tensor:
     """Returns the rows of some queries, [documents * kv_heads, n_rep * rows, n]."""
-    is_all = rows.stop - rows.start == x.shape[1] // n_rep
-    if is_all:
-        return x
+    num_queries = x.shape[1] // n_rep
+    if rows.stop - rows.start == num_queries:
+        return x  # all of them, so there is nothing to copy
     return view_by_row(x, n_rep)[:, :, rows].flatten(1, 2)
 
 
@@ -533,24 +556,33 @@ def causal_window_mask(
     in [first_key, end), else -inf; its dtype is that of `like`.
     """
     mask = like.new_full((end - first_query, end - first_key), float("-inf"))
+    # The diagonal on which a query meets its own key: row i is position first_query + i.
+    own_key = first_query - first_key
     if window is None:
-        return mask.triu_(1 + first_query - first_key)
-    return mask.triu(1 + first_query - first_key) + mask.tril_(first_query - first_key - window)
+        return mask.triu_(own_key + 1)
+    later_keys = mask.triu(own_key + 1)
+    too_early_keys = mask.tril_(own_key - window)
+    return later_keys + too_early_keys
 
 
 def stack_heads(x: Tensor, n_rep: int) -> Tensor:
     """[documents, T, kv_heads * n_rep, d] -> [documents * kv_heads, n_rep * T, d]"""
     documents, T, heads, d = x.shape
-    x = x.view(documents, T, heads // n_rep, n_rep, d).permute(0, 2, 3, 1, 4)
-    x = x.reshape(documents * (heads // n_rep), n_rep * T, d)
+    kv_heads = heads // n_rep
+    x = x.view(documents, T, kv_heads, n_rep, d)
+    x = x.permute(0, 2, 3, 1, 4)  # [documents, kv_heads, n_rep, T, d]
+    x = x.reshape(documents * kv_heads, n_rep * T, d)
     # Without the copy, a view of one document would keep the tokens of all documents in memory.
     return x.contiguous()
 
 
 def unstack_heads(x: Tensor, documents: int, n_rep: int) -> Tensor:
     """[documents * kv_heads, n_rep * T, d] -> [documents, T, kv_heads * n_rep, d]"""
-    T, d = x.shape[1] // n_rep, x.shape[2]
-    return x.view(documents, -1, n_rep, T, d).permute(0, 3, 1, 2, 4).reshape(documents, T, -1, d)
+    T = x.shape[1] // n_rep
+    d = x.shape[2]
+    x = x.view(documents, -1, n_rep, T, d)
+    x = x.permute(0, 3, 1, 2, 4)  # [documents, T, kv_heads, n_rep, d]
+    return x.reshape(documents, T, -1, d)
 
 
 # ---- attention over a cache, for decoding ----
@@ -571,21 +603,26 @@ def cached_attention(
     B, G, _, d = keys.shape
     n_rep = q.shape[1] // G
     n = q.shape[0] // B
+    # As in `stack_heads`, the query heads of a key-value head are rows of one product. A single new
+    # token, the usual case, needs no permutation.
     if n == 1:
         queries = q.reshape(B * G, n_rep, d)
     else:
-        queries = q.view(B, n, G, n_rep, d).permute(0, 2, 3, 1, 4).reshape(B * G, n_rep * n, d)
-    keys = keys.flatten(0, 1).transpose(1, 2)
-    values = values.flatten(0, 1)
+        queries = q.view(B, n, G, n_rep, d).permute(0, 2, 3, 1, 4)  # [B, G, n_rep, n, d]
+        queries = queries.reshape(B * G, n_rep * n, d)
+    keys = keys.flatten(0, 1).transpose(1, 2)  # [B * G, d, length]
+    values = values.flatten(0, 1)  # [B * G, length, d]
     if scores.softcap is None:
         weights = torch.add(mask, queries.bmm(keys), alpha=scores.scale).softmax(-1)
     else:
-        weights = queries.bmm(keys).float().mul_(scores.scale / scores.softcap).tanh_()
-        weights = weights.mul_(scores.softcap).add_(mask).softmax(-1).to(q.dtype)
-    out = weights.bmm(values)
+        capped = queries.bmm(keys).float().mul_(scores.scale / scores.softcap).tanh_()
+        capped = capped.mul_(scores.softcap)
+        weights = capped.add_(mask).softmax(-1).to(q.dtype)
+    out = weights.bmm(values)  # [B * G, n_rep * n, d]
     if n == 1:
         return out.view(B, G * n_rep, d)
-    return out.view(B, G, n_rep, n, d).permute(0, 3, 1, 2, 4).reshape(B * n, G * n_rep, d)
+    out = out.view(B, G, n_rep, n, d).permute(0, 3, 1, 2, 4)  # [B, n, G, n_rep, d]
+    return out.reshape(B * n, G * n_rep, d)
 
 
 def decode_mask(visible: Tensor, kv_heads: int, n_rep: int, dtype: torch.dtype) -> Tensor:
@@ -595,8 +632,7 @@ def decode_mask(visible: Tensor, kv_heads: int, n_rep: int, dtype: torch.dtype) 
     Returns [B * kv_heads, n_rep * n, length] in dtype.
     """
     B, n, length = visible.shape
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
-        ~visible, float("-inf")
-    )
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    mask = mask.masked_fill_(~visible, float("-inf"))
     mask = mask[:, None, None].expand(B, kv_heads, n_rep, n, length)
     return mask.reshape(B * kv_heads, n_rep * n, length)

@@ -1,13 +1,16 @@
-"""LM head and cross-entropy in one, chunk by chunk, so that no tensor of [tokens, vocabulary] ever exists.
+"""LM head and cross-entropy in one, so that no tensor of [tokens, vocabulary] ever exists.
 
-The loss is a scalar, so its gradient is known in the forward up to one factor: each chunk computes its logits, its part
-of the loss and at once its part of the gradients, and lets the logits go; the backward only multiplies by the factor
-that arrives (as in Malek et al. 2024, Liger Kernel). Products run in the model's dtype; log-sum-exp, target logit, loss
-and, where the head is trained, its gradient are summed in fp32: bf16 sums over chunks bend the loss curve.
+The loss is a scalar, so its gradient is known in the forward up to one factor: each chunk computes
+its logits, its part of the loss and at once its part of the gradients, and lets the logits go; the
+backward only multiplies by the factor that arrives (as in Malek et al. 2024, Liger Kernel).
+Products run in the model's dtype; log-sum-exp, target logit, loss and, where the head is trained,
+its gradient are summed in fp32: bf16 sums over chunks bend the loss curve.
 
-`linear_cross_entropy_reference` is the same in three lines, with all logits: what tests compare with.
+`linear_cross_entropy_reference` is the same in three lines, with all logits: what tests compare
+with.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -16,13 +19,18 @@ from torch import Tensor
 
 from kernels.triton_utils import tl, triton, use_triton
 
-# The size of a chunk of logits. On CPUs it stays under glibc's 32 MB, above which every allocation faults in new pages.
+# The size of a chunk of logits. On CPUs it stays under glibc's 32 MB, above which every allocation
+# faults in new pages.
 LOGITS_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
-SOFTMAX_ROWS = 32  # on CPUs the fp32 softmax takes so many rows at a time, which stay in the cache
-LOGITS_PER_BLOCK = 2048  # logits that a program of softmax_kernel takes at a time
+# On CPUs the fp32 softmax takes so many rows at a time, which stay in the cache.
+SOFTMAX_ROWS = 32
+# Logits that a program of softmax_kernel takes at a time.
+LOGITS_PER_BLOCK = 2048
 LOGITS_WARPS = 8
-PRODUCT_TILE = 128, 256  # rows and columns of a product that one multiprocessor computes at a time
-ALIGNED = 16  # on GPUs, rows of logits are padded to a multiple of 16 numbers: 32 bytes in bf16
+# Rows and columns of a product that one multiprocessor computes at a time.
+PRODUCT_TILE = 128, 256
+# On GPUs, rows of logits are padded to a multiple of 16 numbers: 32 bytes in bf16.
+ALIGNED = 16
 
 
 def linear_cross_entropy(
@@ -32,21 +40,24 @@ def linear_cross_entropy(
     softcap: float | None = None,
     loss_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the cross-entropy of tokens through the output head: -log softmax(hidden @ weight.T)[target].
+    """Returns the cross-entropy through the output head: -log softmax(hidden @ weight.T)[target].
 
     hidden: [tokens, D], any float dtype; the rows of trained tokens only.
     weight: [V, D], cast to hidden's dtype for the products.
     targets: int64 [tokens].
     softcap: logits become softcap * tanh(logits / softcap) first (Gemma 2).
-    loss_weights: float32 [tokens], without a gradient; None if all are 1. They are an argument here, and not applied
-        when the losses are summed, because the head's gradient is computed in the forward.
+    loss_weights: float32 [tokens], without a gradient; None if all are 1. They are an argument
+        here, and not applied when the losses are summed, because the head's gradient is computed in
+        the forward.
 
-    Returns the weighted sum of the losses, a float32 scalar with gradients, to be divided by the sum of the weights;
-    and each token's loss, float32 [tokens], without a weight or a gradient.
+    Returns the weighted sum of the losses, a float32 scalar with gradients, to be divided by the
+    sum of the weights; and each token's loss, float32 [tokens], without a weight or a gradient.
     """
-    # A Function is told which inputs require gradients, but not that autograd is off: detaching tells it.
+    # A Function is told which inputs require gradients, but not that autograd is off: detaching
+    # tells it.
     if not torch.is_grad_enabled():
-        hidden, weight = hidden.detach(), weight.detach()
+        hidden = hidden.detach()
+        weight = weight.detach()
     return LinearCrossEntropy.apply(hidden, weight, targets, softcap, loss_weights)
 
 
@@ -66,60 +77,80 @@ def linear_cross_entropy_reference(
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """`linear_cross_entropy`, whose forward computes the gradients; the backward only multiplies them by a factor."""
+    """`linear_cross_entropy`; its forward computes the gradients up to a factor."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, softcap, loss_weights):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
+        ctx.hidden_dtype = hidden.dtype
+        ctx.weight_dtype = weight.dtype
         head = weight.to(hidden.dtype)
-        if use_triton(hidden):
-            loss, losses, grad_hidden, grad_weight = forward_on_gpu(
-                hidden, head, targets, softcap, loss_weights, need_hidden, need_weight
-            )
-            ctx.save_for_backward(grad_hidden, grad_weight)
-            ctx.mark_non_differentiable(losses)
-            return loss, losses
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        budget = LOGITS_BYTES.get(hidden.device.type, LOGITS_BYTES["cuda"])
-        rows = max(1, budget // (head.shape[0] * head.element_size()))
-        for start in range(0, hidden.shape[0], rows):
-            part = slice(start, start + rows)
-            chunk = hidden[part]
-            logits = F.linear(chunk, head)  # [rows, V]
-            chunk_weights = None if loss_weights is None else loss_weights[part]
-            chunk_losses = losses[part]
-            # From here on `logits` holds the gradient of the logits.
-            softmax_minus_one_hot_(
-                logits,
-                targets[part],
-                chunk_losses,
-                need_hidden or need_weight,
-                softcap,
-                chunk_weights,
-            )
-            loss += chunk_losses.sum() if chunk_weights is None else chunk_losses @ chunk_weights
-            if need_hidden:
-                torch.mm(logits, head, out=grad_hidden[part])
-            if need_weight:
-                grad_weight += logits.t() @ chunk
+        compute = forward_on_gpu if use_triton(hidden) else forward_in_pytorch
+        loss, losses, grad_hidden, grad_weight = compute(
+            hidden, head, targets, softcap, loss_weights, need_hidden, need_weight
+        )
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(losses)
         return loss, losses
 
     @staticmethod
     def backward(ctx, factor, _):
+        # factor: a scalar in fp32, the gradient of the loss.
         grad_hidden, grad_weight = ctx.saved_tensors
-        # factor: a scalar in fp32
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * factor).to(ctx.hidden_dtype)
         # In place, since the head's gradient is the largest of all gradients.
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(factor).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None
+
+
+# ---- plain PyTorch ----
+
+
+def forward_in_pytorch(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    softcap: float | None,
+    loss_weights: Tensor | None,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Returns the loss, each token's loss, and the gradients of hidden and head.
+
+    need_hidden, need_weight: a gradient that is not needed is None. That of hidden is [tokens, D]
+        in hidden's dtype, that of the head float32 [V, D].
+
+    The other arguments and values are those of `linear_cross_entropy`; head is its weight in
+    hidden's dtype.
+    """
+    loss = hidden.new_zeros((), dtype=torch.float32)
+    losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+    grad_hidden = torch.empty_like(hidden) if need_hidden else None
+    grad_weight = torch.zeros_like(head, dtype=torch.float32) if need_weight else None
+    budget = LOGITS_BYTES.get(hidden.device.type, LOGITS_BYTES["cuda"])
+    bytes_per_row = head.shape[0] * head.element_size()
+    rows = max(1, budget // bytes_per_row)
+    for start in range(0, hidden.shape[0], rows):
+        part = slice(start, start + rows)
+        chunk = hidden[part]
+        chunk_losses = losses[part]
+        chunk_weights = None if loss_weights is None else loss_weights[part]
+        logits = F.linear(chunk, head)  # [rows, V]
+        softmax_minus_one_hot_(
+            logits, targets[part], chunk_losses, need_hidden or need_weight, softcap, chunk_weights
+        )
+        # From here on `logits` holds the gradient of the logits.
+        if chunk_weights is None:
+            loss += chunk_losses.sum()
+        else:
+            loss += chunk_losses @ chunk_weights
+        if grad_hidden is not None:
+            torch.mm(logits, head, out=grad_hidden[part])
+        if grad_weight is not None:
+            grad_weight += logits.t() @ chunk
+    return loss, losses, grad_hidden, grad_weight
 
 
 def softmax_minus_one_hot_(
@@ -130,7 +161,7 @@ def softmax_minus_one_hot_(
     softcap: float | None,
     loss_weights: Tensor | None = None,
 ) -> None:
-    """Replaces logits [rows, V] by the gradient of the loss, in place, and writes each row's loss to `losses`.
+    """Replaces logits [rows, V] by the gradient of the loss, and writes the losses of the rows.
 
     target: int64 [rows].
     losses: float32 [rows].
@@ -138,21 +169,23 @@ def softmax_minus_one_hot_(
     softcap: as in `linear_cross_entropy`.
     loss_weights: float32 [rows]; each row's gradient is multiplied by it, its loss is not.
     """
-    slices = SOFTMAX_ROWS if logits.device.type == "cpu" else logits.shape[0]
-    if loss_weights is None:
-        weights = [None] * len(target)
-    else:
-        weights = loss_weights[:, None].split(slices)
+    rows_at_a_time = SOFTMAX_ROWS if logits.device.type == "cpu" else logits.shape[0]
+    parts = logits.split(rows_at_a_time)
+    targets_of_parts = target.split(rows_at_a_time)
+    losses_of_parts = losses.split(rows_at_a_time)
+    weights_of_parts: Sequence[Tensor | None] = [None] * len(parts)
+    if loss_weights is not None:
+        weights_of_parts = loss_weights[:, None].split(rows_at_a_time)
     for part, index, weight, loss in zip(
-        logits.split(slices), target.split(slices), weights, losses.split(slices)
+        parts, targets_of_parts, weights_of_parts, losses_of_parts, strict=True
     ):
         if softcap:
             capped = part.float().div_(softcap).tanh_()
             logprobs = (capped * softcap).log_softmax(-1, dtype=torch.float32)
         else:
             logprobs = part.log_softmax(-1, dtype=torch.float32)
-        index = index[:, None]
-        chosen = logprobs.gather(1, index)
+        index = index[:, None]  # [rows, 1]
+        chosen = logprobs.gather(1, index)  # [rows, 1]
         loss.copy_(chosen[:, 0]).neg_()
         if not want_grad:
             continue
@@ -160,9 +193,13 @@ def softmax_minus_one_hot_(
         grad = logprobs.exp_().scatter_(1, index, chosen.expm1())
         if weight is not None:
             grad.mul_(weight)
+        # The derivative of softcap * tanh(x / softcap) is 1 - tanh(x / softcap)^2.
         if softcap:
             grad.mul_(1 - capped.square_())
         part.copy_(grad)
+
+
+# ---- GPUs ----
 
 
 def forward_on_gpu(
@@ -174,13 +211,11 @@ def forward_on_gpu(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Returns the loss, each token's loss, and the gradients of hidden and head, or None for one that is not needed.
+    """Computes what `forward_in_pytorch` does, with softmax_kernel.
 
-    The gradient of hidden is [tokens, D] in hidden's dtype, that of the head float32 [V, D]. The other arguments and
-    values are those of `linear_cross_entropy`.
-
-    The logits of all chunks share one buffer, whose rows start at multiples of 32 bytes: with a vocabulary such as
-    50,257 and no padding, neither cuBLAS nor the kernel could move more than one number at a time.
+    The logits of all chunks share one buffer, whose rows start at multiples of 32 bytes: with a
+    vocabulary such as 50,257 and no padding, neither cuBLAS nor the kernel could move more than one
+    number at a time.
     """
     tokens = len(hidden)
     vocabulary, size = head.shape
@@ -190,21 +225,22 @@ def forward_on_gpu(
     losses = hidden.new_empty(tokens, dtype=torch.float32)
     grad_hidden = torch.empty_like(hidden) if need_hidden else None
     grad_weight = torch.empty_like(head, dtype=torch.float32) if need_weight else None
-    if need_weight and not tokens:
+    # The first product fills the gradient of the head. Without tokens there is none.
+    if grad_weight is not None and not tokens:
         grad_weight.zero_()
     for start in range(0, tokens, rows):
         part = slice(start, start + rows)
         chunk = hidden[part]
         chunk_weights = None if loss_weights is None else loss_weights[part]
-        logits = buffer[: len(chunk), :vocabulary]
+        logits = buffer[: len(chunk), :vocabulary]  # [rows, V]
         torch.mm(chunk, head.t(), out=logits)
-        # From here on `logits` holds the gradient of the logits.
         softmax_on_gpu(
             logits, targets[part], losses[part], need_hidden or need_weight, softcap, chunk_weights
         )
-        if need_hidden:
+        # From here on `logits` holds the gradient of the logits.
+        if grad_hidden is not None:
             torch.mm(logits, head, out=grad_hidden[part])
-        if need_weight:
+        if grad_weight is not None:
             add_product(grad_weight, logits.t(), chunk, start == 0)
     loss = losses.sum() if loss_weights is None else losses @ loss_weights
     return loss, losses, grad_hidden, grad_weight
@@ -213,8 +249,9 @@ def forward_on_gpu(
 def rows_of_chunks(tokens: int, vocabulary: int, size: int, itemsize: int, processors: int) -> int:
     """Returns the number of tokens of a chunk, a multiple of a tile's rows.
 
-    It is as many as LOGITS_BYTES allow, or down to half of that where the tiles of the two products with the head then
-    fill the multiprocessors more evenly: on 132 multiprocessors, 272 tiles take as long as 396.
+    It is as many as LOGITS_BYTES allow, or down to half of that where the tiles of the two products
+    with the head then fill the multiprocessors more evenly: on 132 multiprocessors, 272 tiles take
+    as long as 396.
 
     tokens, vocabulary, size: the sizes of hidden [tokens, size] and of the head [vocabulary, size].
     itemsize: bytes of a logit.
@@ -226,8 +263,10 @@ def rows_of_chunks(tokens: int, vocabulary: int, size: int, itemsize: int, proce
     most = min(max(1, tiles_in_budget), tiles_of_tokens) * tile_rows
 
     def chunk_duration(rows: int) -> int:
-        """The time of both products, for the logits and for the gradient: rounds of tiles times the length of the sums
-        that a tile computes."""
+        """Returns the time of both products, for the logits and for the gradient.
+
+        It is the rounds of tiles times the length of the sums that a tile computes.
+        """
         tiles_high = -(-rows // tile_rows)
         rounds = []
         for width in (vocabulary, size):
@@ -239,6 +278,7 @@ def rows_of_chunks(tokens: int, vocabulary: int, size: int, itemsize: int, proce
         chunks, rest = divmod(tokens, rows)
         return chunks * chunk_duration(rows) + chunk_duration(rest)
 
+    # Largest first: of equally fast ones min() takes the first.
     candidates = range(most, most // 2, -tile_rows)
     return min(candidates, key=duration, default=tile_rows)
 
@@ -252,7 +292,10 @@ def processors(device: torch.device) -> int:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """Adds a @ b to total, which is fp32 whatever the dtype of a and b. first: the product replaces total instead."""
+    """Adds a @ b to total, which is fp32 whatever the dtype of a and b.
+
+    first: the product replaces total instead.
+    """
     beta = 0 if first else 1
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=beta, out=total)
@@ -277,13 +320,13 @@ def softmax_on_gpu(
 
     logits: [rows, V], a view of padded rows or not; the padding is overwritten.
     """
-    weights_or_any = (
-        losses if loss_weights is None else loss_weights
-    )  # without weights the kernel does not read them
-    softmax_kernel[(len(logits),)](
-        logits, target, losses, weights_or_any, logits.stride(0), logits.shape[1], softcap or 1.0,
-        CAPPED=bool(softcap), GRAD=want_grad, WEIGHTED=loss_weights is not None, BLOCK=LOGITS_PER_BLOCK,
-        num_warps=LOGITS_WARPS,
+    # A pointer has to be there; without weights the kernel does not read it.
+    weights_or_any = losses if loss_weights is None else loss_weights
+    rows, vocabulary = logits.shape
+    softmax_kernel[(rows,)](
+        logits, target, losses, weights_or_any, logits.stride(0), vocabulary, softcap or 1.0,
+        CAPPED=bool(softcap), GRAD=want_grad, WEIGHTED=loss_weights is not None,
+        BLOCK=LOGITS_PER_BLOCK, num_warps=LOGITS_WARPS,
     )  # fmt: skip
 
 
@@ -294,9 +337,10 @@ def softmax_kernel(
 ):  # fmt: skip
     """Computes one row a program, in two passes over its logits.
 
-    The first pass computes the largest logit and the sum of exponentials together (Milakov & Gimelshein 2018), for each
-    place in a block by itself, so that threads wait for each other only at the end. The second writes the gradient in
-    the place of the logits. No fp32 copy of a row ever exists. A block is loaded while the one before it is computed.
+    The first pass computes the largest logit and the sum of exponentials together (Milakov &
+    Gimelshein 2018), for each place in a block by itself, so that threads wait for each other only
+    at the end. The second writes the gradient in the place of the logits. No fp32 copy of a row
+    ever exists. A block is loaded while the one before it is computed.
 
     stride: numbers from one row to the next, padding included.
     """
@@ -317,10 +361,13 @@ def softmax_kernel(
         if CAPPED:
             x = softcap * tanh(x / softcap)
         x = tl.where(start + tl.arange(0, BLOCK) < vocabulary, x, float("-inf"))
+        # The sum is relative to the largest logit. A larger one scales what was summed before;
+        # either way one exponential is enough.
         above = x - most
         power = tl.exp(-tl.abs(above))
         total = tl.where(above > 0, total * power + 1, total + power)
         most = tl.maximum(most, x)
+    # The places of the block meet: their sums are relative to different largest logits.
     top = tl.max(most)
     total_of_row = tl.sum(total * tl.exp(most - top))
     tl.store(losses + row, top + tl.log(total_of_row) - chosen)
@@ -334,6 +381,7 @@ def softmax_kernel(
             x = ahead.to(tl.float32)
             ahead = load_logits(row_logits, start + BLOCK, stride, BLOCK)
             at = start + tl.arange(0, BLOCK)
+            # The derivative of the soft-cap, as in softmax_minus_one_hot_.
             slope = weight
             if CAPPED:
                 bent = tanh(x / softcap)
@@ -341,12 +389,16 @@ def softmax_kernel(
                 x = softcap * bent
             grad = tl.exp(x - top) * factor
             grad = tl.where(at == wanted, grad - 1, grad)
+            # The padding is overwritten too, so that one mask covers each 16 bytes.
             tl.store(row_logits + at, grad * slope, at < stride)
 
 
 @triton.jit
 def load_logits(row_logits, start, stride, BLOCK: tl.constexpr):
-    """Returns a block of a row, up to the end of its padding, so that one mask covers each 16 bytes."""
+    """Returns a block of a row, up to the end of its padding.
+
+    So one mask covers each 16 bytes.
+    """
     at = start + tl.arange(0, BLOCK)
     return tl.load(row_logits + at, at < stride, 0.0)
 

@@ -1,4 +1,6 @@
-"""FlashAttention 3 (Shah et al. 2024, arXiv 2407.08608) or 4 instead of version 2: `--attention flash3|flash4`.
+"""FlashAttention 3 (Shah et al. 2024, arXiv 2407.08608) or 4 instead of version 2.
+
+The flag is `--attention flash3` or `flash4`.
 
 Both are packages of their own, faster on Hopper and Blackwell, and marked as prototypes by torch.
 torch's `activate_flash_attention_impl` puts them behind the operator that kernels/attention.py
@@ -43,22 +45,29 @@ def use(name: str, device: torch.device, step: Callable[[], list[Tensor]]) -> fl
     # Written so that NaN is refused as well.
     if not error <= FLASH_TOLERANCE:
         raise UserError(
-            f"--attention {name}: loss or gradients of the first step differ by {error:.1e} from FlashAttention 2's,"
-            f" and rounding makes no more than {FLASH_TOLERANCE:.0e}; leave --attention out"
+            f"--attention {name}: loss or gradients of the first step differ by {error:.1e} from"
+            f" FlashAttention 2's, and rounding makes no more than {FLASH_TOLERANCE:.0e};"
+            " leave --attention out"
         )
     return error
 
 
 def activate_version(name: str) -> None:
+    """Puts a version in the place of version 2, for the rest of the process.
+
+    Raises UserError if torch finds no such version on this machine.
+    """
     try:
+        # The import is late because older versions of torch do not have it.
         from torch.nn.attention import activate_flash_attention_impl
 
         activate_flash_attention_impl(VERSIONS[name])
     except (ImportError, RuntimeError, ValueError, AttributeError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        first_line = str(error).strip().partition("\n")[0]
+        reason = first_line or type(error).__name__
         raise UserError(
-            f"--attention {name}: torch {torch.__version__} finds no such kernels here ({reason}); install its package,"
-            " or leave --attention out"
+            f"--attention {name}: torch {torch.__version__} finds no such kernels here ({reason});"
+            " install its package, or leave --attention out"
         ) from None
 
 
@@ -70,11 +79,14 @@ def difference(before: list[Tensor], after: list[Tensor]) -> float:
     """
     loss_before, *grads_before = before
     loss_after, *grads_after = after
-    loss_difference = float((loss_after - loss_before).abs() / loss_before.abs().clamp(min=1e-12))
+    # The small numbers keep the ratios of zeros from being NaN.
+    loss_size = loss_before.abs().clamp(min=1e-12)
+    loss_difference = float((loss_after - loss_before).abs() / loss_size)
     squared_difference = 0.0
     squared_norm = 0.0
     for old, new in zip(grads_before, grads_after, strict=True):
-        squared_difference += float((new.float() - old.float()).square().sum())
+        change = new.float() - old.float()
+        squared_difference += float(change.square().sum())
         squared_norm += float(old.float().square().sum())
     gradients_difference = (squared_difference / max(squared_norm, 1e-30)) ** 0.5
     if math.isnan(gradients_difference):  # max() of 0 and NaN is 0

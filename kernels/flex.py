@@ -1,4 +1,4 @@
-"""Attention whose scores have a soft-cap, on GPUs, by FlexAttention (He et al. 2024, arXiv 2412.05496).
+"""Attention with soft-capped scores on GPUs, by FlexAttention (He et al. 2024, arXiv 2412.05496).
 
 FlexAttention compiles a kernel from two small functions: one changes a score, the other says which
 token may attend to which. A block mask lists the blocks of 128 queries and 128 keys in which there
@@ -29,14 +29,18 @@ MASK_BLOCK = 128
 FEWEST_TOKENS = 2 * MASK_BLOCK + 1
 
 # The batches that `works` tries: (documents' lengths, window).
-TRIALS = (([200, 57, 300], None), ([130, 900, 70], 100))
+TRIALS: tuple[tuple[list[int], int | None], ...] = (
+    ([200, 57, 300], None),
+    ([130, 900, 70], 100),
+)
 
 # The largest difference that `works` accepts, relative to the largest number: for 16 bits.
 FLEX_TOLERANCE = 2e-2
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, mask) -> Tensor:
-    """Computes softmax(softcap * tanh(scale / softcap * q k^T)) v over the pairs of tokens in `mask`.
+    """Computes softmax(softcap * tanh(scale / softcap * q k^T)) v over the pairs of tokens in
+    `mask`.
 
     q: [tokens, heads, head_dim].
     k, v: [tokens, kv_heads, head_dim].
@@ -44,14 +48,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, mas
     Returns [tokens, heads, head_dim].
     """
     enable_gqa = q.shape[1] != k.shape[1]
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, tokens, head_dim]
-    out = compiled()(q, k, v, soft_capped(softcap), mask, scale, enable_gqa)
+    score_mod = soft_capped(softcap)
+    # FlexAttention takes batches. This is a batch of one, and the mask keeps its documents apart.
+    q = q.transpose(0, 1)[None]  # [1, heads, tokens, head_dim]
+    k = k.transpose(0, 1)[None]
+    v = v.transpose(0, 1)[None]
+    out = compiled()(q, k, v, score_mod, mask, scale, enable_gqa)
     return out[0].transpose(0, 1)
 
 
 @cache
 def compiled():
-    """FlexAttention as a compiled kernel.
+    """Returns FlexAttention as a compiled kernel.
 
     fullgraph makes it an error if torch would otherwise compute the scores of all pairs. Sizes that
     change become symbols at the second compilation.
@@ -64,6 +72,8 @@ def compiled():
 
 @cache
 def soft_capped(cap: float):
+    """Returns the function that changes a score, always the same one for a cap."""
+
     def score_mod(score, batch, head, query, key):
         return cap * torch.tanh(score / cap)
 
@@ -74,7 +84,7 @@ def soft_capped(cap: float):
 
 
 def block_mask(lengths: list[int], window: int | None, device: torch.device):
-    """Returns the BlockMask of causal attention inside documents (torch.nn.attention.flex_attention).
+    """Returns the BlockMask, a class of FlexAttention's, of causal attention inside documents.
 
     lengths: of the documents, in tokens.
     window: each token attends to itself and window - 1 tokens before it; None: to all before it.
@@ -89,16 +99,26 @@ def block_mask(lengths: list[int], window: int | None, device: torch.device):
         return (key <= query) & (key >= first_on_device[query])
 
     partial_blocks, full_blocks = blocks_to_compute(first)
-    tables = [*block_table(partial_blocks), *block_table(full_blocks)]
-    tables = [to_device(table, device) for table in tables]
+    partial_counts, partial_indices = block_table(partial_blocks)
+    full_counts, full_indices = block_table(full_blocks)
     return BlockMask.from_kv_blocks(
-        *tables, BLOCK_SIZE=MASK_BLOCK, mask_mod=may_attend, seq_lengths=(tokens, tokens)
+        to_device(partial_counts, device),
+        to_device(partial_indices, device),
+        to_device(full_counts, device),
+        to_device(full_indices, device),
+        BLOCK_SIZE=MASK_BLOCK,
+        mask_mod=may_attend,
+        seq_lengths=(tokens, tokens),
     )
 
 
 def first_keys(lengths: list[int], window: int | None) -> np.ndarray:
-    """Returns the first token that each token attends to, int64 [tokens]. The numbers never fall."""
-    document_starts = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
+    """Returns the first token that each token attends to, int64 [tokens].
+
+    The numbers never fall.
+    """
+    starts = np.cumsum([0, *lengths[:-1]])  # [documents]
+    document_starts = np.repeat(starts, lengths)  # [tokens]
     if window is None:
         return document_starts
     window_starts = np.arange(len(document_starts)) - window + 1
@@ -112,13 +132,20 @@ def blocks_to_compute(first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     only some queries attend to some keys; in a full block all queries attend to all keys. The last
     block counts as partial if it has fewer than BLOCK tokens.
     """
+    # The first and the last token of each block, as a column of queries and as a row of keys.
     starts = np.arange(0, len(first), MASK_BLOCK)
     ends = np.minimum(starts + MASK_BLOCK, len(first)) - 1
-    query_starts, query_ends = starts[:, None], ends[:, None]
-    key_starts, key_ends = starts[None, :], ends[None, :]
-    any_pair = (key_ends >= first[starts][:, None]) & (key_starts <= query_ends)
-    # The first query of a block attends to the fewest later keys, the last to the fewest earlier.
-    all_pairs = (key_ends <= query_starts) & (key_starts >= first[ends][:, None])
+    query_starts = starts[:, None]
+    query_ends = ends[:, None]
+    key_starts = starts[None, :]
+    key_ends = ends[None, :]
+    # Since `first` never falls, the first query of a block attends to the earliest keys, and the
+    # last query to the fewest of the earlier ones.
+    earliest_key = first[starts][:, None]
+    latest_first_key = first[ends][:, None]
+    any_pair = (key_ends >= earliest_key) & (key_starts <= query_ends)
+    # The first query attends to the fewest later keys.
+    all_pairs = (key_ends <= query_starts) & (key_starts >= latest_first_key)
     has_all_tokens = ends - starts == MASK_BLOCK - 1
     all_pairs &= has_all_tokens[:, None] & has_all_tokens[None, :]
     return any_pair & ~all_pairs, all_pairs
@@ -140,7 +167,9 @@ def block_table(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def works(q: Tensor, k: Tensor, reference: Callable) -> bool:
-    """True if `attention` computes correctly with tensors of these shapes; tried once for each shape.
+    """True if `attention` computes correctly with tensors of these shapes.
+
+    It is tried once for each shape.
 
     q: [tokens, heads, head_dim].
     k: [tokens, kv_heads, head_dim].
@@ -151,30 +180,44 @@ def works(q: Tensor, k: Tensor, reference: Callable) -> bool:
 
 @cache
 def passes_trial(
-    heads: int, kv_heads: int, head_dim: int, dtype, device: torch.device, reference: Callable
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    reference: Callable,
 ) -> bool:
-    shapes = heads, kv_heads, head_dim
+    """Returns what `works` documents. A NOTE on stderr says why it is False."""
+    shapes = (heads, kv_heads, head_dim)
+    errors = []
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            error = max(
-                largest_difference(*trial, shapes, dtype, device, reference) for trial in TRIALS
-            )
-    except Exception as failure:  # noqa: BLE001 - the compiler's errors are of many kinds, and all mean the same here
-        reason = str(failure).strip().partition("\n")[0][:200] or type(failure).__name__
+            for lengths, window in TRIALS:
+                error = largest_difference(lengths, window, shapes, dtype, device, reference)
+                errors.append(error)
+    # The compiler's errors are of many kinds, and all mean the same here.
+    except Exception as failure:  # noqa: BLE001
+        first_line = str(failure).strip().partition("\n")[0]
+        reason = first_line[:200] or type(failure).__name__
     else:
-        if error <= FLEX_TOLERANCE:
+        if max(errors) <= FLEX_TOLERANCE:
             return True
-        reason = f"its numbers differ by {error:.1e}"
+        reason = f"its numbers differ by {max(errors):.1e}"
     print(
-        f"NOTE: FlexAttention does not work here ({reason}); attention with a soft-cap is computed in slices, which"
-        " takes longer",
+        f"NOTE: FlexAttention does not work here ({reason}); attention with a soft-cap is computed"
+        " in slices, which takes longer",
         file=sys.stderr,
     )
     return False
 
 
 def largest_difference(
-    lengths: list[int], window, shapes: tuple, dtype, device, reference: Callable
+    lengths: list[int],
+    window: int | None,
+    shapes: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    reference: Callable,
 ) -> float:
     """Compares `attention` with the reference on random numbers.
 
@@ -183,13 +226,14 @@ def largest_difference(
     largest number; infinity if one of them is NaN.
     """
     heads, kv_heads, head_dim = shapes
-    scale, softcap = head_dim**-0.5, 5.0
+    scale = head_dim**-0.5
+    softcap = 5.0  # small enough for random scores to feel it
     mask = block_mask(lengths, window, device)
     generator = torch.Generator(device).manual_seed(0)
 
     def random(heads: int) -> Tensor:
-        x = torch.randn((sum(lengths), heads, head_dim), generator=generator, device=device)
-        return x.to(dtype)
+        shape = (sum(lengths), heads, head_dim)
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     qkv = [random(heads), random(kv_heads), random(kv_heads)]
     grad_out = random(heads)
@@ -203,9 +247,14 @@ def largest_difference(
     def output_and_gradients(function: Callable) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in qkv]
         out = function(*leaves)
-        return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
+        gradients = torch.autograd.grad(out, leaves, grad_out)
+        return [out.detach(), *gradients]
 
+    our_results = output_and_gradients(ours)
+    their_results = output_and_gradients(theirs)
     ratios = []
-    for a, b in zip(output_and_gradients(ours), output_and_gradients(theirs), strict=True):
-        ratios.append(((a - b).abs().max() / b.abs().max()).float())
-    return float(torch.stack(ratios).max().nan_to_num(nan=float("inf")))
+    for our, their in zip(our_results, their_results, strict=True):
+        difference = (our - their).abs().max()
+        ratios.append((difference / their.abs().max()).float())
+    largest = torch.stack(ratios).max()
+    return float(largest.nan_to_num(nan=float("inf")))

@@ -42,10 +42,13 @@ def linears_reference(x, weights, biases, up=None, activation: str = "") -> list
 
 
 class Linears(torch.autograd.Function):
+    """`linears`, with the weights and then the biases as one flat list of parameters."""
+
     @staticmethod
     def forward(ctx, x, up, activation, *parameters):
         count = len(parameters) // 2
-        weights, biases = parameters[:count], parameters[count:]
+        weights = parameters[:count]
+        biases = parameters[count:]
         trains_weight = any(ctx.needs_input_grad[3 : 3 + count])
         # The gradients of the weights need x, and those of gate and up need both.
         needs_x = trains_weight or up is not None
@@ -58,13 +61,16 @@ class Linears(torch.autograd.Function):
     def backward(ctx, *grads):
         x, up, *parameters = ctx.saved_tensors
         count = len(grads)
-        weights, biases = parameters[:count], parameters[count:]
+        weights = parameters[:count]
+        biases = parameters[count:]
         needs_dweight = ctx.needs_input_grad[3 : 3 + count]
         needs_dbias = ctx.needs_input_grad[3 + count :]
         trains_weight = any(needs_dweight)
-        dx, dup = None, None
+        dx = dup = None
         inputs = x
-        if any(ctx.needs_input_grad[:2]):
+        needs_dx, needs_dup = ctx.needs_input_grad[:2]
+        if needs_dx or needs_dup:
+            # dx = dy W, summed over the linears.
             for grad, weight in zip(grads, weights, strict=True):
                 # The cast weight has no name, so its memory is free again after the product.
                 if dx is None:
@@ -75,6 +81,7 @@ class Linears(torch.autograd.Function):
                 dx, dup, inputs = gated_backward(dx, x, up, ctx.activation, product=trains_weight)
         elif up is not None and trains_weight:
             inputs = gated(x, up, ctx.activation)
+        # dW = dy^T x, [out, in]
         dweights = [None] * count
         dbiases = [None] * count
         for i, grad in enumerate(grads):
@@ -92,11 +99,10 @@ def mm_as(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     On NVIDIA GPUs, an fp32 product of bf16 or fp16 factors is written as it was added up, without
     being rounded to their dtype and cast afterwards. ROCm and CPUs have no such product.
     """
+    on_nvidia = a.is_cuda and not torch.version.hip
     is_half = a.dtype in (torch.bfloat16, torch.float16)
-    has_fp32_product = (
-        a.is_cuda and is_half and not torch.version.hip and not torch.compiler.is_compiling()
-    )
-    if has_fp32_product and dtype == torch.float32:
+    widens = is_half and dtype == torch.float32
+    if widens and on_nvidia and not torch.compiler.is_compiling():
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)
 

@@ -1,18 +1,28 @@
-"""Frozen linears with a low-rank update beside each: y = x W^T + scale * (x A^T) B^T (Hu et al. 2021, LoRA, section 4).
+"""Frozen linears with a low-rank update beside each (Hu et al. 2021, LoRA, section 4).
 
-The backward is written out instead of left to autograd, so that the order of products is the cheap one (nothing of size
-out x in is ever computed), the update is added inside a product, and little is saved. Linears that read the same input,
-such as q, k and v, are one function: x A^T of all is one product with the stacked A, and the gradient of x is summed in
-one tensor. Saved are x, once, and s = x A^T, [tokens, ranks]. Where the input is act(gate) * up, gate and up are saved
-and the input is computed again (kernels/swiglu.py). A and B are fp32 master weights, cast to x's dtype for the
-products; their gradients are fp32.
+    y = x W^T + scale * (x A^T) B^T
 
-GPUs reach the same numbers by other products. There a product with one side of length rank takes as long as reading and
-writing its tensors. So the update is written first and x W^T is added onto it, whose arithmetic hides the reading; the
-scale is applied inside the products that compute s and its gradient, so that no pass only scales; and lora.py passes A
-and B already cast (`Casts`).
+The backward is written out instead of left to autograd, so that the order of products is the cheap
+one (nothing of size out x in is ever computed), the update is added inside a product, and little is
+saved. Linears that read the same input, such as q, k and v, are one function: x A^T of all is one
+product with the stacked A, and the gradient of x is summed in one tensor. Saved are x, once, and
+s = x A^T, [tokens, ranks]. Where the input is act(gate) * up, gate and up are saved and the input
+is computed again (kernels/swiglu.py). A and B are fp32 master weights, cast to x's dtype for the
+products; their gradients are fp32. With dy, the gradient of y:
+
+    ds = scale * dy B       dA = ds^T x
+    dx = dy W + ds A        dB = scale * dy^T s
+
+GPUs reach the same numbers by other products. There a product with one side of length rank takes as
+long as reading and writing its tensors. So the update is written first and x W^T is added onto it,
+whose arithmetic hides the reading; the scale is applied inside the products that compute s and its
+gradient, so that no pass only scales; and lora.py passes A and B already cast (`Casts`).
+
+A matrix W that is computed from 4 bits never gets a name here: its memory has to be free again
+before that of the next linear is computed.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,7 +38,8 @@ from kernels.triton_utils import use_triton
 class LoRAWeights(NamedTuple):
     """A linear with its update."""
 
-    # W [out, in] in x's dtype, or in NF4, from which the whole matrix is computed in the forward and in the backward.
+    # W [out, in]: in x's dtype, or in NF4. From NF4, the whole matrix is computed in the forward
+    # and again in the backward.
     frozen: Frozen
     bias: Tensor | None  # frozen [out], in x's dtype
     A: Tensor  # [rank, in], of any float dtype
@@ -55,19 +66,23 @@ def lora_linears(
     x: [tokens, in], the input of all linears.
     up: [tokens, in]; where it is there, the input is act(x) * up instead of x.
     activation: the name of act, a key of kernels.swiglu.ACTIVATIONS.
-    casts: A and B of these linears in x's dtype, which only GPUs use. Without them the casts are computed here, and
-        again in the backward.
+    casts: A and B of these linears in x's dtype, which only GPUs use. Without them the casts are
+        computed here, and again in the backward.
     """
     if use_triton(x) and not torch.is_grad_enabled():
-        return without_gradients(x if up is None else gated(x, up, activation), linears, casts)
-    # The flat list of tensors is what autograd watches; `unflatten` is the way back.
+        inputs = x if up is None else gated(x, up, activation)
+        return without_gradients(inputs, linears, casts)
+    # Autograd watches only tensors that are arguments themselves, so the linears are passed as one
+    # flat list. `unflatten` is the way back.
     layout = [(linear.scale, len(linear.frozen)) for linear in linears]
-    tensors = []
+    tensors: list[Tensor | None] = []
     for linear in linears:
         tensors += [linear.bias, linear.A, linear.B, *linear.frozen]
     if use_triton(x):
-        return list(LoRALinearsOnGPU.apply(x, up, activation, layout, casts, *tensors))
-    return list(LoRALinears.apply(x, up, activation, layout, *tensors))
+        outs = LoRALinearsOnGPU.apply(x, up, activation, layout, casts, *tensors)
+    else:
+        outs = LoRALinears.apply(x, up, activation, layout, *tensors)
+    return list(outs)
 
 
 def lora_linears_reference(
@@ -91,15 +106,18 @@ class LoRALinears(torch.autograd.Function):
         linears = unflatten(layout, tensors)
         ranks = [linear.A.shape[0] for linear in linears]
         inputs = x if up is None else gated(x, up, activation)
-        s = F.linear(
-            inputs, torch.cat([linear.A for linear in linears]).to(x.dtype)
-        )  # [tokens, ranks]
+        A = torch.cat([linear.A for linear in linears]).to(x.dtype)  # [ranks, in]
+        s = F.linear(inputs, A)  # [tokens, ranks]
         outs = []
         for linear, low in zip(linears, s.split(ranks, 1), strict=True):
             y = F.linear(inputs, dequantized_weight(linear.frozen, x.dtype), linear.bias)
-            outs.append(y.addmm_(low, linear.B.to(x.dtype).t(), alpha=linear.scale))
+            y.addmm_(low, linear.B.to(x.dtype).t(), alpha=linear.scale)
+            outs.append(y)
+        # The master weights are saved, which live anyway, and not their casts.
         ctx.save_for_backward(x, up, s, *tensors)
-        ctx.activation, ctx.layout, ctx.ranks = activation, layout, ranks
+        ctx.activation = activation
+        ctx.layout = layout
+        ctx.ranks = ranks
         return tuple(outs)
 
     @staticmethod
@@ -108,24 +126,30 @@ class LoRALinears(torch.autograd.Function):
         linears = unflatten(ctx.layout, tensors)
         ds_parts = []
         for grad, linear in zip(grads, linears, strict=True):
-            ds_parts.append((grad @ linear.B.to(grad.dtype)).mul_(linear.scale))
+            ds_part = grad @ linear.B.to(grad.dtype)
+            ds_parts.append(ds_part.mul_(linear.scale))
         ds = torch.cat(ds_parts, 1)  # [tokens, ranks]
         dx = dup = None
-        if any(ctx.needs_input_grad[:2]):
+        needs_dx, needs_dup = ctx.needs_input_grad[:2]
+        if needs_dx or needs_dup:
             A = torch.cat([linear.A for linear in linears]).to(ds.dtype)
             dx, dup, inputs = input_gradients(x, up, ctx.activation, linears, grads, ds, A)
         else:
+            # Nothing before these linears is trained, but A's gradient needs their input.
             inputs = x if up is None else gated(x, up, ctx.activation)
+        lows = s.split(ctx.ranks, 1)
         dAs = (ds.t() @ inputs).split(ctx.ranks)
+        # In the order of the flat list. Bias and W are frozen.
         tensor_grads = []
-        for linear, grad, low, dA in zip(linears, grads, s.split(ctx.ranks, 1), dAs, strict=True):
+        for linear, grad, low, dA in zip(linears, grads, lows, dAs, strict=True):
             dB = (grad.t() @ low).to(linear.B.dtype).mul_(linear.scale)
-            tensor_grads += [None, dA.to(linear.A.dtype), dB, *[None] * len(linear.frozen)]
+            frozen_grads = [None] * len(linear.frozen)
+            tensor_grads += [None, dA.to(linear.A.dtype), dB, *frozen_grads]
         return dx, dup, None, None, *tensor_grads
 
 
 class LoRALinearsOnGPU(torch.autograd.Function):
-    """The form for GPUs. s = x A^T and its gradient ds, [tokens, ranks], are already multiplied by the scale."""
+    """The form for GPUs. s = x A^T and its gradient ds, [tokens, ranks], are scaled already."""
 
     @staticmethod
     def forward(ctx, x, up, activation, layout, casts, *tensors):
@@ -133,35 +157,48 @@ class LoRALinearsOnGPU(torch.autograd.Function):
         ranks = [linear.A.shape[0] for linear in linears]
         # The casts are neither inputs nor outputs, so autograd needs not watch them.
         ctx.casts = casts
-        A, Bs = casts or cast(linears, x.dtype)
+        if casts is None:
+            casts = cast(linears, x.dtype)
         inputs = x if up is None else gated(x, up, activation)
-        s = scaled_low(inputs, A, linears)
+        s = scaled_low(inputs, casts.A, linears)  # [tokens, ranks]
         outs = []
-        for linear, B, low in zip(linears, Bs, s.split(ranks, 1), strict=True):
-            update = F.linear(low, B, linear.bias)
-            outs.append(update.addmm_(inputs, dequantized_weight(linear.frozen, x.dtype).t()))
+        for linear, B, low in zip(linears, casts.B, s.split(ranks, 1), strict=True):
+            y = F.linear(low, B, linear.bias)
+            y.addmm_(inputs, dequantized_weight(linear.frozen, x.dtype).t())
+            outs.append(y)
         ctx.save_for_backward(x, up, s, *tensors)
-        ctx.activation, ctx.layout, ctx.ranks = activation, layout, ranks
+        ctx.activation = activation
+        ctx.layout = layout
+        ctx.ranks = ranks
         return tuple(outs)
 
     @staticmethod
     def backward(ctx, *grads):
         x, up, s, *tensors = ctx.saved_tensors
         linears = unflatten(ctx.layout, tensors)
-        A, Bs = ctx.casts or cast(linears, s.dtype)
+        casts = ctx.casts
+        if casts is None:
+            casts = cast(linears, s.dtype)
+        # The products write into columns of ds, so that nothing needs to be concatenated.
         ds = torch.empty_like(s)
-        for part, grad, B, linear in zip(ds.split(ctx.ranks, 1), grads, Bs, linears, strict=True):
-            scaled_product_(part, grad, B, linear.scale)
+        ds_parts = ds.split(ctx.ranks, 1)
+        for ds_part, grad, B, linear in zip(ds_parts, grads, casts.B, linears, strict=True):
+            scaled_product_(ds_part, grad, B, linear.scale)
         dx = dup = None
-        if any(ctx.needs_input_grad[:2]):
-            dx, dup, inputs = input_gradients(x, up, ctx.activation, linears, grads, ds, A)
+        needs_dx, needs_dup = ctx.needs_input_grad[:2]
+        if needs_dx or needs_dup:
+            dx, dup, inputs = input_gradients(x, up, ctx.activation, linears, grads, ds, casts.A)
         else:
+            # Nothing before these linears is trained, but A's gradient needs their input.
             inputs = x if up is None else gated(x, up, ctx.activation)
+        lows = s.split(ctx.ranks, 1)
         dAs = mm_as(ds.t(), inputs, torch.float32).split(ctx.ranks)
+        # In the order of the flat list. Bias and W are frozen.
         tensor_grads = []
-        for linear, grad, low, dA in zip(linears, grads, s.split(ctx.ranks, 1), dAs, strict=True):
+        for linear, grad, low, dA in zip(linears, grads, lows, dAs, strict=True):
             dB = mm_as(grad.t(), low, linear.B.dtype)
-            tensor_grads += [None, dA.to(linear.A.dtype), dB, *[None] * len(linear.frozen)]
+            frozen_grads = [None] * len(linear.frozen)
+            tensor_grads += [None, dA.to(linear.A.dtype), dB, *frozen_grads]
         return dx, dup, None, None, None, *tensor_grads
 
 
@@ -172,11 +209,12 @@ def without_gradients(
 
     For few rows, a matrix in NF4 is never written as a whole (`frozen_product`).
     """
-    A, Bs = casts or cast(linears, inputs.dtype)
+    if casts is None:
+        casts = cast(linears, inputs.dtype)
     ranks = [linear.A.shape[0] for linear in linears]
-    lows = scaled_low(inputs, A, linears).split(ranks, 1)
+    lows = scaled_low(inputs, casts.A, linears).split(ranks, 1)
     outs = []
-    for linear, B, low in zip(linears, Bs, lows, strict=True):
+    for linear, B, low in zip(linears, casts.B, lows, strict=True):
         y = frozen_product(inputs, linear.frozen, linear.bias)
         outs.append(y.addmm_(low, B.t()))
     return outs
@@ -204,11 +242,13 @@ def input_gradients(
     up: Tensor | None,
     activation: str,
     linears: list[LoRAWeights],
-    grads,
+    grads: Sequence[Tensor],
     ds: Tensor,
     A: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Returns the gradients of x and up (None without up), and the input that the linears read, [tokens, in].
+    """Returns the gradients of x and up (None without up), and the input that the linears read.
+
+    All three are [tokens, in].
 
     grads: the gradient of each linear's output, [tokens, out].
     ds: the gradient of x A^T, [tokens, ranks].
@@ -219,22 +259,29 @@ def input_gradients(
         dx.addmm_(grad, dequantized_weight(linear.frozen, grad.dtype))
     if up is None:
         return dx, None, x
-    return gated_backward(dx, x, up, activation, product=True)
+    dgate, dup, inputs = gated_backward(dx, x, up, activation, product=True)
+    assert inputs is not None, "product=True asks for it"
+    return dgate, dup, inputs
 
 
 def scaled_product_(out: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-    """Writes scale * (a @ b) to out. The product is scaled before it is rounded; what out contained is not read."""
+    """Writes scale * (a @ b) to out. The product is scaled before it is rounded."""
+    # beta=0: what out contained is not read.
     out.addmm_(a, b, beta=0, alpha=scale)
 
 
 def cast(linears: list[LoRAWeights], dtype: torch.dtype) -> Casts:
     """Returns A and B of the linears in dtype."""
-    A = linears[0].A if len(linears) == 1 else torch.cat([linear.A for linear in linears])
+    # Without a copy if there is nothing to stack.
+    if len(linears) == 1:
+        A = linears[0].A
+    else:
+        A = torch.cat([linear.A for linear in linears])
     return Casts(A.to(dtype), [linear.B.to(dtype) for linear in linears])
 
 
-def unflatten(layout: list[tuple[float, int]], tensors) -> list[LoRAWeights]:
-    """Returns the linears whose tensors follow each other in `tensors`: bias, A, B and those of the frozen matrix.
+def unflatten(layout: list[tuple[float, int]], tensors: Sequence) -> list[LoRAWeights]:
+    """Returns the linears whose tensors follow each other: bias, A, B and those of W.
 
     layout: of each linear, its scale and the number of tensors of its frozen matrix.
     """

@@ -42,6 +42,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
         return rms_norm_reference(x, weight, eps, offset)
     # The overhead of an autograd function is as large as the arithmetic of a short row.
     if not torch.is_grad_enabled() and not use_triton(x):
+        # torch's own norm knows no offset.
         if not offset and weight.dtype == x.dtype:
             return F.rms_norm(x, weight.shape, weight, eps)
         return normalize(x, weight, eps, offset)[0]
@@ -55,6 +56,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float = 0.
 
 
 class RMSNormFunction(torch.autograd.Function):
+    """`rms_norm` with gradients; saves x and one number a row."""
+
     @staticmethod
     def forward(ctx, x, weight, eps, offset):
         out, scale = normalize(x, weight, eps, offset)
@@ -67,13 +70,17 @@ class RMSNormFunction(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         trains_weight = ctx.needs_input_grad[1]
         if use_triton(x):
-            return *backward_on_gpu(grad, x, weight, scale, ctx.offset, trains_weight), None, None
+            dx, dweight = backward_on_gpu(grad, x, weight, scale, ctx.offset, trains_weight)
+            return dx, dweight, None, None
         grad = grad.float()
         normal = x.float() * scale
         dweight = None
         if trains_weight:
-            dweight = (grad * normal).sum(tuple(range(x.dim() - 1))).to(weight.dtype)
-        grad = grad * (weight.float() + ctx.offset if ctx.offset else weight)
+            all_but_last = tuple(range(x.dim() - 1))
+            dweight = (grad * normal).sum(all_but_last).to(weight.dtype)
+        if ctx.offset:
+            weight = weight.float() + ctx.offset
+        grad = grad * weight
         # The part of the gradient that goes through the scale is parallel to x.
         along = (grad * normal).mean(-1, keepdim=True)
         dx = grad.addcmul_(normal, along, value=-1).mul_(scale).to(x.dtype)
@@ -85,9 +92,13 @@ def normalize(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Ten
     if use_triton(x):
         return normalize_on_gpu(x, None, weight, eps, offset)[1:]
     x32 = x.float()
-    mean_square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    # The norm of a row needs no tensor of squares as large as x.
+    norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)  # [..., 1]
+    mean_square = norm.square_().div_(x.shape[-1])
     scale = mean_square.add_(eps).rsqrt_()
-    out = (x32 * scale).mul_(weight.float() + offset if offset else weight).to(x.dtype)
+    if offset:
+        weight = weight.float() + offset
+    out = (x32 * scale).mul_(weight).to(x.dtype)
     return out, scale
 
 
@@ -101,7 +112,7 @@ def add_rms_norm(
 
     x: [..., D].
     added: like x, or None for nothing. Then x itself is the sum, and what is gained is that its two
-    gradients are added in the norm's backward.
+        gradients are added in the norm's backward.
     weight, eps, offset: of `rms_norm`.
     """
     if adds_in_norm(x):
@@ -123,7 +134,7 @@ def adds_in_norm(x: Tensor) -> bool:
 
 
 class AddRMSNorm(torch.autograd.Function):
-    """`add_rms_norm` on GPUs. It saves one number a row, and the sum, which the residual needs too."""
+    """`add_rms_norm` on GPUs. It saves one number a row, and the sum, which the residual needs."""
 
     @staticmethod
     def forward(ctx, x, added, weight, eps, offset):
@@ -138,7 +149,8 @@ class AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total, grad):
         total, weight, scale = ctx.saved_tensors
-        dx, dweight = grad_total, None
+        dx = grad_total
+        dweight = None
         if grad is not None:
             trains_weight = ctx.needs_input_grad[2]
             dx, dweight = backward_on_gpu(
@@ -165,20 +177,11 @@ def normalize_on_gpu(
         added = added.contiguous()
         total = torch.empty_like(numbers)
     rows = scale.numel()
-    norm_forward_kernel[(triton.cdiv(rows, shape["ROWS"]),)](
-        numbers,
-        added,
-        weight,
-        total,
-        out,
-        scale,
-        rows,
-        width,
-        eps,
-        offset,
-        ADD=added is not None,
-        **shape,
-    )
+    programs = triton.cdiv(rows, shape["ROWS"])
+    norm_forward_kernel[(programs,)](
+        numbers, added, weight, total, out, scale, rows, width, eps, offset,
+        ADD=added is not None, **shape,
+    )  # fmt: skip
     return total, out, scale
 
 
@@ -217,7 +220,8 @@ def backward_on_gpu(
     )  # fmt: skip
     if not trained:
         return dx, None
-    if width > LONG:
+    # Of long rows another kernel computes the weight's gradient, a few columns a program.
+    if sums is None:
         column_blocks = triton.cdiv(width, NORM_COLUMNS)
         row_blocks = max(1, programs_at_once(x.device, 4) // column_blocks)
         sums = x.new_empty(row_blocks, width, dtype=torch.float32)
@@ -235,6 +239,7 @@ def tile(width: int) -> dict[str, int]:
     """
     block = next_power_of_2(width)
     numbers_per_thread = 4 if width % 16 else 8
+    # 128 threads are the four warps.
     rows = max(1, 128 * numbers_per_thread // block)
     threads = min(1024, rows * block // numbers_per_thread)
     threads_per_warp = 64 if torch.version.hip else 32
@@ -270,7 +275,8 @@ def norm_forward_kernel(
         row = sums.to(row.dtype)
         tl.store(total + start + here, row, inside)
     numbers = row.to(tl.float32)
-    scale = 1 / tl.sqrt(tl.sum(numbers * numbers, 1)[:, None] / width + eps)  # [ROWS, 1]
+    mean_square = tl.sum(numbers * numbers, 1)[:, None] / width  # [ROWS, 1]
+    scale = 1 / tl.sqrt(mean_square + eps)
     weights = tl.load(weight + at, at < width, 0.0).to(tl.float32) + offset
     tl.store(scales + first + line, scale, first + line < rows)
     tl.store(out + start + here, numbers * scale * weights, inside)
@@ -279,12 +285,14 @@ def norm_forward_kernel(
 @triton.jit
 def norm_backward_kernel(
     grad, residual, x, weight, scales, dx, sums, rows, width, offset,
-    RESIDUAL: tl.constexpr, TRAINED: tl.constexpr, LATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    RESIDUAL: tl.constexpr, TRAINED: tl.constexpr, LATE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Computes ROWS rows at a time, and others after them if there are fewer programs than rows.
 
-    So a program can add up its part of the weight's gradient in registers. LATE: load the weight
-    where it is used, so that it takes registers for a shorter time.
+    So a program can add up its part of the weight's gradient in registers.
+
+    LATE: load the weight where it is used, so that it takes registers for a shorter time.
     """
     line = tl.arange(0, ROWS)[:, None]
     at = tl.arange(0, BLOCK)[None, :]
@@ -303,13 +311,16 @@ def norm_backward_kernel(
         if LATE:
             weights = tl.load(weight + at, at < width, 0.0).to(tl.float32) + offset
         g *= weights
+        # The part of the gradient that goes through the scale is parallel to x.
         along = tl.sum(g * normal, 1)[:, None] / width
         g = (g - normal * along) * scale
+        # Added in fp32, so that the sum is rounded once.
         if RESIDUAL:
             g += tl.load(residual + start + here, inside, 0.0).to(tl.float32)
         tl.store(dx + start + here, g, inside)
     if TRAINED:
-        tl.store(sums + tl.program_id(0) * width + at, tl.sum(dweight, 0)[None, :], at < width)
+        sums_here = sums + tl.program_id(0) * width
+        tl.store(sums_here + at, tl.sum(dweight, 0)[None, :], at < width)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021) in the half-split convention of Hugging Face checkpoints.
+"""Rotary position embedding (Su et al. 2021), half-split as in checkpoints of Hugging Face.
 
 Dimension i < r/2 and its partner i + r/2 form a plane, which is rotated by the angle
 position * theta^(-2i/r). r is the head's size, or less where only a part of it is rotated. The
@@ -40,26 +40,19 @@ def rope_inv_freq(
     The order of operations is that of transformers. It matters: at position 100,000, a difference
     in the last bit of 3e-8 becomes 0.003.
     """
-    kind = None if scaling is None else scaling["rope_type"]
-    exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim  # [dim / 2]
     if lengths is not None:
         exponents = exponents.to(lengths.device)
-    if kind == "dynamic":
-        max_positions, factor = scaling["max_positions"], scaling["factor"]
-        # The stretch of a text of up to max_positions tokens is 1.
-        stretch = (factor * lengths.clamp(min=max_positions)[:, None] / max_positions) - (
-            factor - 1
-        )
-        return 1.0 / (theta * stretch ** (dim / (dim - 2))) ** exponents
-    if kind == "longrope":
-        short = torch.tensor(scaling["short_factor"], device=exponents.device)
-        long = torch.tensor(scaling["long_factor"], device=exponents.device)
-        is_long = lengths[:, None] > scaling["original_max_position_embeddings"]
-        return 1.0 / (torch.where(is_long, long, short) * theta**exponents)
+    if scaling is None:
+        return 1.0 / theta**exponents
+    kind = scaling["rope_type"]
+    if kind in LENGTH_DEPENDENT:
+        assert lengths is not None, "these types need the lengths of the texts"
+        if kind == "dynamic":
+            return dynamic_inv_freq(exponents, lengths, theta, dim, scaling)
+        return longrope_inv_freq(exponents, lengths, theta, scaling)
     wavelengths = theta**exponents  # over 2 pi
     inv_freq = 1.0 / wavelengths
-    if kind is None:
-        return inv_freq
     if kind == "linear":
         return inv_freq / scaling["factor"]
     if kind == "llama3":
@@ -68,21 +61,55 @@ def rope_inv_freq(
     return yarn_inv_freq(inv_freq, wavelengths, theta, dim, scaling)
 
 
+def dynamic_inv_freq(
+    exponents: Tensor, lengths: Tensor, theta: float, dim: int, scaling: dict
+) -> Tensor:
+    """Raises the base theta with the length of a text (NTK-aware scaling, as transformers has it).
+
+    exponents: float32 [dim / 2], those of the base.
+    The other arguments are those of `rope_inv_freq`. Returns float32 [tokens, dim / 2].
+    """
+    max_positions = scaling["max_positions"]
+    factor = scaling["factor"]
+    # The stretch of a text of up to max_positions tokens is 1.
+    clamped = lengths.clamp(min=max_positions)[:, None]  # [tokens, 1]
+    stretch = factor * clamped / max_positions - (factor - 1)
+    base = theta * stretch ** (dim / (dim - 2))
+    return 1.0 / base**exponents
+
+
+def longrope_inv_freq(exponents: Tensor, lengths: Tensor, theta: float, scaling: dict) -> Tensor:
+    """Divides each angle by a factor of its own (LongRoPE, Ding et al. 2024).
+
+    There is one table of factors for texts within the original context, and one for longer texts.
+
+    exponents: float32 [dim / 2], those of the base.
+    The other arguments are those of `rope_inv_freq`. Returns float32 [tokens, dim / 2].
+    """
+    short = torch.tensor(scaling["short_factor"], device=exponents.device)
+    long = torch.tensor(scaling["long_factor"], device=exponents.device)
+    is_long = lengths[:, None] > scaling["original_max_position_embeddings"]
+    factors = torch.where(is_long, long, short)
+    return 1.0 / (factors * theta**exponents)
+
+
 def llama3_inv_freq(inv_freq: Tensor, scaling: dict) -> Tensor:
     """Stretches long wavelengths by `factor` and leaves short ones as they are (Llama 3.1).
 
     Those between are blended, linearly in the number of rotations within the original context.
     """
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    low = scaling["low_freq_factor"]
+    high = scaling["high_freq_factor"]
     rotations = scaling["original_max_position_embeddings"] / (2 * math.pi / inv_freq)
     unscaled = ((rotations - low) / (high - low)).clamp(0, 1)
-    return (1 - unscaled) * inv_freq / scaling["factor"] + unscaled * inv_freq
+    stretched_part = (1 - unscaled) * inv_freq / scaling["factor"]
+    return stretched_part + unscaled * inv_freq
 
 
 def yarn_inv_freq(
     inv_freq: Tensor, wavelengths: Tensor, theta: float, dim: int, scaling: dict
 ) -> Tensor:
-    """Stretches long wavelengths by `factor` and leaves short ones as they are (YaRN, Peng et al. 2023).
+    """Stretches long wavelengths by `factor`, and not short ones (YaRN, Peng et al. 2023).
 
     Unlike Llama 3.1's, the blend is linear in the index of the pair, between the pairs that make
     beta_fast and beta_slow rotations within the original context.
@@ -90,17 +117,23 @@ def yarn_inv_freq(
     context = scaling["original_max_position_embeddings"]
 
     def pair_of(rotations: float) -> float:
-        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        """Returns the index of the pair that makes so many rotations within the context."""
+        wavelength = context / (rotations * 2 * math.pi)
+        return dim * math.log(wavelength) / (2 * math.log(theta))
 
-    low, high = pair_of(scaling["beta_fast"]), pair_of(scaling["beta_slow"])
+    low = pair_of(scaling["beta_fast"])
+    high = pair_of(scaling["beta_slow"])
     if scaling["truncate"]:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, dim - 1)
     if low == high:
         high += 0.001  # so that the blend does not divide by zero
     pairs = torch.arange(dim // 2, dtype=torch.float32)
     unscaled = 1 - ((pairs - low) / (high - low)).clamp(0, 1)
-    return 1.0 / (scaling["factor"] * wavelengths) * (1 - unscaled) + inv_freq * unscaled
+    stretched = 1.0 / (scaling["factor"] * wavelengths)
+    return stretched * (1 - unscaled) + inv_freq * unscaled
 
 
 # ---- rotations ----
@@ -113,7 +146,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin: [tokens, 1, r / 2] in x's dtype; r is even and at most d.
     Returns a new tensor like x.
     """
-    # torch.compile fuses the plain form, and miscompiles writes into halves of a tensor (torch 2.13).
+    # torch.compile fuses the plain form, and miscompiles writes into halves of a tensor (torch
+    # 2.13).
     if torch.compiler.is_compiling():
         return rope_reference(x, cos, sin)
     if not torch.is_grad_enabled():
@@ -136,7 +170,8 @@ def rope_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
-    x1, x2, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
+    sizes = (half, half, x.shape[-1] - 2 * half)
+    x1, x2, rest = x.split(sizes, -1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), -1)
 
 
@@ -155,9 +190,12 @@ class RopeFunction(torch.autograd.Function):
 
 
 def rotate_all(tensors: tuple[Tensor, ...], cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """Rotates x alone, or q and k together."""
     if len(tensors) == 1:
-        return (rotate(*tensors, cos, sin),)
-    return rotate_qk(*tensors, cos, sin)
+        (x,) = tensors
+        return (rotate(x, cos, sin),)
+    q, k = tensors
+    return rotate_qk(q, k, cos, sin)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -167,6 +205,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out = torch.empty_like(x)
     x1, x2, rest = x.split(sizes, -1)
     out1, out2, out_rest = out.split(sizes, -1)
+    # In place, so that each product is written once.
     torch.mul(x1, cos, out=out1).addcmul_(x2, sin, value=-1)
     torch.mul(x2, cos, out=out2).addcmul_(x1, sin)
     if rest.shape[-1]:
@@ -187,8 +226,13 @@ def rotate_qk_on_gpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Te
     kv_heads = k.shape[1]
     half = cos.shape[-1]
     rest = d - 2 * half  # dimensions that are not rotated
-    q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
-    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    # The kernel takes any distance between tokens and heads, but none between a head's numbers.
+    if q.stride(2) != 1:
+        q = q.contiguous()
+    if k.stride(2) != 1:
+        k = k.contiguous()
+    q_out = q.new_empty(q.shape)
+    k_out = k.new_empty(k.shape)
     if tokens:
         rotate_kernel[(tokens,)](
             q, k, q_out, k_out, cos.contiguous(), sin.contiguous(),
@@ -202,61 +246,38 @@ def rotate_qk_on_gpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Te
 
 @triton.jit
 def rotate_kernel(
-    q, k, q_out, k_out, cos, sin, q_token, q_head, k_token, k_head, qo_token, qo_head, ko_token, ko_head,
-    heads, kv_heads, half, rest, HEADS: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    q, k, q_out, k_out, cos, sin,
+    q_token, q_head, k_token, k_head, qo_token, qo_head, ko_token, ko_head,
+    heads, kv_heads, half, rest,
+    HEADS: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Rotates all heads of one token, for which its angles are read once."""
+    """Rotates all heads of one token, for which its angles are read once.
+
+    q_token, q_head: the strides of q from a token to the next, and from a head to the next; those
+        of k, q_out and k_out likewise.
+    """
     token = tl.program_id(0).to(tl.int64)
     pair = tl.arange(0, HALF)[None, :]
     c = tl.load(cos + token * half + pair, pair < half, 0.0).to(tl.float32)
     s = tl.load(sin + token * half + pair, pair < half, 0.0).to(tl.float32)
     head = tl.arange(0, HEADS)[:, None]
     rotate_heads(
-        q + token * q_token,
-        q_out + token * qo_token,
-        q_head,
-        qo_head,
-        head,
-        heads,
-        c,
-        s,
-        half,
-        rest,
-        HALF,
-        REST,
-    )
+        q + token * q_token, q_out + token * qo_token, q_head, qo_head,
+        head, heads, c, s, half, rest, HALF, REST,
+    )  # fmt: skip
     head = tl.arange(0, KV)[:, None]
     rotate_heads(
-        k + token * k_token,
-        k_out + token * ko_token,
-        k_head,
-        ko_head,
-        head,
-        kv_heads,
-        c,
-        s,
-        half,
-        rest,
-        HALF,
-        REST,
-    )
+        k + token * k_token, k_out + token * ko_token, k_head, ko_head,
+        head, kv_heads, c, s, half, rest, HALF, REST,
+    )  # fmt: skip
 
 
 @triton.jit
 def rotate_heads(
-    x,
-    out,
-    stride,
-    out_stride,
-    head,
-    heads,
-    c,
-    s,
-    half,
-    rest,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-):
+    x, out, stride, out_stride, head, heads, c, s, half, rest,
+    HALF: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """Rotates the heads of one token, from x to out, by cosines c and sines s [1, HALF]."""
     pair = tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (pair < half)
     first = tl.load(x + head * stride + pair, inside, 0.0).to(tl.float32)
@@ -268,8 +289,5 @@ def rotate_heads(
     if REST > 0:
         column = 2 * half + tl.arange(0, REST)[None, :]
         is_rest = (head < heads) & (column < 2 * half + rest)
-        tl.store(
-            out + head * out_stride + column,
-            tl.load(x + head * stride + column, is_rest, 0.0),
-            is_rest,
-        )
+        unrotated = tl.load(x + head * stride + column, is_rest, 0.0)
+        tl.store(out + head * out_stride + column, unrotated, is_rest)

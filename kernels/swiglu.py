@@ -8,6 +8,7 @@ nothing else of the gate. The product is needed once more for the gradient of th
 it, which gets it from the backward's own pass.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from kernels.triton_utils import tl, triton, use_triton
 
+# Numbers of a token that a program of a kernel takes.
 GATE_BLOCK = 1024
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
@@ -35,16 +37,11 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if use_triton(gate):
         out = torch.empty_like(gate, memory_format=torch.contiguous_format)
         gate_forward_kernel[grid(gate)](
-            gate,
-            up,
-            out,
-            gate.shape[1],
-            gate.stride(0),
-            up.stride(0),
-            ACTIVATION=activation,
-            BLOCK=GATE_BLOCK,
-        )
+            gate, up, out, gate.shape[1], gate.stride(0), up.stride(0),
+            ACTIVATION=activation, BLOCK=GATE_BLOCK,
+        )  # fmt: skip
         return out
+    # The activation is a new tensor, so it can take the product.
     return ACTIVATIONS[activation](gate).mul_(up)
 
 
@@ -60,6 +57,7 @@ class Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
+        # A copy, because gated_backward overwrites it and autograd may use grad elsewhere.
         dgate, dup, _ = gated_backward(grad.clone(), gate, up, ctx.activation)
         return dgate, dup, None
 
@@ -82,10 +80,13 @@ def gated_backward(
     if use_triton(gate):
         dgate = torch.empty_like(grad)
         out = torch.empty_like(grad) if product else None
+        # A pointer has to be there; without a product the kernel does not use it.
+        out_or_any = grad if out is None else out
         gate_backward_kernel[grid(gate)](
-            grad, gate, up, dgate, out if product else grad, gate.shape[1], gate.stride(0), up.stride(0),
+            grad, gate, up, dgate, out_or_any, gate.shape[1], gate.stride(0), up.stride(0),
             PRODUCT=product, ACTIVATION=activation, BLOCK=GATE_BLOCK,
         )  # fmt: skip
+        # The kernel has written the gradient of up over grad.
         return dgate, grad, out
     out = gated(gate, up, activation) if product else None
     dup = ACTIVATIONS[activation](gate).mul_(grad)
@@ -101,7 +102,9 @@ def gated_backward(
 
 
 def grid(x: Tensor) -> tuple[int, int]:
-    return x.shape[0], -(-x.shape[1] // GATE_BLOCK)
+    """Returns the programs of a launch for x [tokens, F]: tokens, and blocks of a token."""
+    tokens, width = x.shape
+    return tokens, -(-width // GATE_BLOCK)
 
 
 # ---- GPUs: a program computes BLOCK numbers of one token ----
@@ -109,13 +112,14 @@ def grid(x: Tensor) -> tuple[int, int]:
 
 @triton.jit
 def activate_in_kernel(g, ACTIVATION: tl.constexpr):
-    """Returns act(g) and its derivative, both fp32. If one of them is not used, it costs nothing."""
+    """Returns act(g) and its derivative, both fp32. One that is not used costs nothing."""
     if ACTIVATION == "silu":
         s = tl.sigmoid(g)
         value = g * s
         slope = s * (1 + g * (1 - s))
     elif ACTIVATION == "gelu":
-        # s is the part of a normal distribution that lies below g.
+        # s is the part of a normal distribution that lies below g. The constants are 1 / sqrt(2)
+        # and 1 / sqrt(2 pi).
         s = 0.5 + 0.5 * tl.erf(g * 0.7071067811865476)
         value = g * s
         slope = s + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)
@@ -150,7 +154,7 @@ def gate_backward_kernel(
     grad, gate, up, dgate, product, width, gate_row, up_row,
     PRODUCT: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of up where grad was."""
+    """Writes the gradient of up where grad was. PRODUCT: write act(gate) * up as well."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width

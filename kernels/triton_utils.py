@@ -1,5 +1,6 @@
-"""Triton, where it can be used: on NVIDIA and AMD GPUs, and wherever TRITON_INTERPRET=1 (for the
-tests of the kernels).
+"""Triton, where it can be used: on NVIDIA and AMD GPUs.
+
+Where TRITON_INTERPRET=1, Triton's interpreter runs the kernels on CPUs, for their tests.
 
 Each kernel stands in the same file as its function and the plain PyTorch form of it, which computes
 everywhere else. `use_triton` is the switch between the two. On a machine without a GPU, triton is
@@ -14,6 +15,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,32 +30,42 @@ class TritonStub:
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-triton = tl = TritonStub()
-if INTERPRETED or torch.cuda.is_available():
+
+# A type checker reads the first branch only, so that `tl.constexpr` is a type for it.
+if TYPE_CHECKING:
+    import triton
+    import triton.language as tl
+elif INTERPRETED or torch.cuda.is_available():
     try:
         import triton
         import triton.language as tl
     except ImportError:
         # There is no triton, for example on Windows. The plain forms compute there.
         triton = tl = TritonStub()
+else:
+    triton = tl = TritonStub()
 
 
 def use_triton(x: Tensor) -> bool:
-    """True if Triton kernels compute with x: it is on a GPU, and Triton can launch kernels there."""
+    """True if Triton kernels compute with x: it is on a GPU, where Triton can launch kernels."""
     return x.is_cuda and triton_launches()
 
 
 @cache
 def triton_launches() -> bool:
-    """True if Triton can launch kernels here. Tries it once; a NOTE on stderr says why it failed."""
+    """True if Triton can launch kernels here.
+
+    It is tried once. A NOTE on stderr says why it failed.
+    """
     if isinstance(triton, TritonStub):
         return False
     try:
         launch_nothing()
     except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
+        reason = launch_failure(error)
         print(
-            f"NOTE: Triton cannot launch its kernels ({launch_failure(error)}); plain PyTorch computes instead, which"
-            " takes more time and memory",
+            f"NOTE: Triton cannot launch its kernels ({reason}); plain PyTorch computes instead,"
+            " which takes more time and memory",
             file=sys.stderr,
         )
         return False
@@ -70,10 +82,14 @@ def nothing_kernel():
 
 
 def launch_failure(error: Exception) -> str:
-    """Says what is missing on this machine, given the error that Triton's first launch ended with."""
+    """Says what is missing on this machine, given the error that ended Triton's first launch."""
     # The compiler itself failed. It has written the details to stderr already.
     if isinstance(error, subprocess.CalledProcessError):
-        return "its C module does not compile; Python's headers, often a package called python3-dev, may be missing"
+        return (
+            "its C module does not compile; Python's headers, often a package called python3-dev,"
+            " may be missing"
+        )
+    # Triton raises a RuntimeError that says "Failed to find C compiler".
     if "compiler" in str(error).lower():
         return "there is no C compiler; install gcc, or set the environment variable CC to one"
     first_line = str(error).strip().partition("\n")[0]

@@ -1,1 +1,1 @@
-"""What a run will take, before it starts: memory and time of one device, and of many GPUs (`--plan`)."""
+"""What a run will take, before it starts: of one device, and of many GPUs (`--plan`)."""

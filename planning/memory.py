@@ -1,15 +1,19 @@
-"""Predicts what a run will take, before it begins: memory at the peak by part, floating point operations and time; and
-recommends the method of fine-tuning that fits the machine.
+"""Predicts what a run will take: memory at the peak by part, floating point operations, and time.
+Recommends the method of fine-tuning that fits the machine.
 
-`train.py --plan` asks this for each method. The model is built from config.json alone, of tensors without memory (the
-meta device), so the counts of weights are those of the real model. Everything else is arithmetic:
+`train.py --plan` asks this for each method. The model is built from config.json alone, of tensors
+without memory (the meta device), so the counts of weights are those of the real model. Everything
+else is arithmetic:
 
-- memory at the peak: weights + the optimizer's moments + the largest of four points in a step: at the head (what the
-  blocks keep, a chunk of logits and its gradient), when the backward of the blocks begins, when it ends, and when the
-  gradient of the embedding table is made, which is the last one (all gradients exist then);
-- operations: 2 per weight and token in the forward, 2 for the gradient of the inputs, 2 for the gradient of the weight
-  where it is trained, and 7 T H d per layer for causal attention over T tokens (2 forward, 5 backward);
-- time: operations divided by the rate of a matrix product on this machine (timed now) times EFFICIENCY (measured).
+- memory at the peak: weights + the optimizer's moments + the largest of four points in a step: at
+  the head (what the blocks keep, a chunk of logits and its gradient), when the backward of the
+  blocks begins, when it ends, and when the gradient of the embedding table is made, which is the
+  last one (all gradients exist then);
+- operations: 2 per weight and token in the forward, 2 for the gradient of the inputs, 2 for the
+  gradient of the weight where it is trained, and 7 T H d per layer for causal attention over T
+  tokens (2 forward, 5 backward);
+- time: operations divided by the rate of a matrix product on this machine (timed now) times
+  EFFICIENCY (measured).
 """
 
 import functools
@@ -48,7 +52,8 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4
 # The rate of a training step, as a share of the rate of a matrix product; measured.
 EFFICIENCY = 0.45
 
-# Bytes of the process itself: Python, torch, oneDNN's products, freed memory that is not returned to the system.
+# Bytes of the process itself: Python, torch, oneDNN's products, freed memory that is not returned
+# to the system.
 RUNTIME = {"cpu": 1.5e9, "cuda": 0.0}
 
 # Bytes of a GPU that torch does not count: CUDA's context, the workspace of cuBLAS, fragments.
@@ -102,14 +107,17 @@ class Recipe:
 class Memory:
     """Bytes that training takes, by part.
 
-    weights, gradients, optimizer: of all parameters. Only trained ones have gradients and optimizer state.
+    weights, gradients, optimizer: of all parameters. Only trained ones have the latter two.
     activations: what all blocks keep for their backward.
     block: what one block keeps when it is computed; with checkpointing, when it is computed again.
-    logits: the head: a chunk of logits, its rows and their gradient, and the head's own gradient if it is trained.
-    working: what the backward of one block takes, and a matrix that is restored in full for a product.
+    logits: the head: a chunk of logits, its rows and their gradient, and the head's own gradient if
+        it is trained.
+    working: what the backward of one block takes, and a matrix that is restored in full for a
+        product.
     runtime: the process itself.
-    table: the gradient of the embedding table, which is the last to be made; 0 if the table is not trained.
-    tied: whether the head is the embedding table. Then its gradient is added to that of the head, which is the first.
+    table: the gradient of the embedding table, the last to be made; 0 if the table is not trained.
+    tied: whether the head is the embedding table. Then its gradient is added to that of the head,
+        which is the first.
     recomputed: whether the backward computes the blocks again.
     accumulated: whether the gradients of an earlier micro-batch exist during the whole step.
     """
@@ -129,7 +137,7 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        """The most bytes that a step takes: the largest of four points in it, and what is there all the time."""
+        """The most bytes that a step takes: what is always there, and the largest of 4 points."""
         new_gradients = 0 if self.accumulated else self.gradients
         # The part of `new_gradients` that does not exist before the end of the backward.
         last_gradient = 0 if self.accumulated or self.tied else self.table
@@ -145,7 +153,7 @@ class Memory:
 
     @property
     def again(self) -> float:
-        """Bytes that a block keeps when the backward computes it again; 0 without activation checkpointing."""
+        """Bytes that a block keeps when the backward computes it again; 0 if it does not."""
         return self.block if self.recomputed else 0
 
 
@@ -158,8 +166,10 @@ def meta_model(
 ) -> Transformer:
     """Returns the model of a recipe, without memory: shapes, dtypes and what is trained.
 
-    dtype: the dtype of the products. adapter: the arguments of lora.add_lora; None adds no adapter. quant: the 4-bit
-    format, as checkpoint.load_model takes it, where it is another than the method's own.
+    dtype: the dtype of the products.
+    adapter: the arguments of lora.add_lora; None adds no adapter.
+    quant: the 4-bit format, as checkpoint.load_model takes it, where it is another than the
+        method's own.
     """
     with torch.device("meta"):
         model = Transformer(config)
@@ -172,11 +182,9 @@ def meta_model(
     if quant or config.raw.get("quantization_config"):
         with_head = quant is not None and "head" in quant
         for name, layer in model.named_modules():
-            if (
-                isinstance(layer, Linear)
-                and (name != "head" or with_head)
-                and can_quantize(layer.weight)
-            ):
+            if not isinstance(layer, Linear) or not can_quantize(layer.weight):
+                continue
+            if name != "head" or with_head:
                 layer.quantize(empty_nf4(layer.out_features, layer.in_features))
     if method.freezes_base and adapter is not None:
         lora.add_lora(model, **adapter)
@@ -209,15 +217,15 @@ def expected_memory(
     moments = 0 if recipe.offload else state_bytes(recipe.optimizer)
     optimizer = sum(p.numel() * moments for p in trained_parameters)
 
-    # What all blocks keep. With checkpointing these are their inputs only; with offloading two of the inputs, which are
-    # on their way to or from the host.
+    # What all blocks keep. With checkpointing these are their inputs only; with offloading two of
+    # the inputs, which are on their way to or from the host.
     tokens = sum(lengths)
     documents = Documents(sorted(lengths))
     hidden_states = tokens * config.hidden_size * item
     recomputed = recipe.checkpointing in ("full", "offload")
-    block = kept_by_a_block(
-        model, documents, device, "none" if recomputed else recipe.checkpointing
-    )
+    # While a block is computed again, it keeps what it would keep without checkpointing.
+    kind = "none" if recomputed else recipe.checkpointing
+    block = kept_by_a_block(model, documents, device, kind)
     if recomputed:
         inputs = config.num_layers if recipe.checkpointing == "full" else 2
         activations = inputs * hidden_states
@@ -231,10 +239,12 @@ def expected_memory(
 
     head = model.embed.weight if model.head is None else model.head.weight
     budget = LOGITS_BYTES.get(device, LOGITS_BYTES["cuda"])
-    logits = (
-        min(budget, trained * config.vocab_size * item) + 2 * trained * config.hidden_size * item
-    )
+    chunk = min(budget, trained * config.vocab_size * item)
+    # The rows that reach the head, and their gradient.
+    rows = 2 * trained * config.hidden_size * item
+    logits = chunk + rows
     if head is not None and head.requires_grad:
+        # The head's own gradient.
         logits += config.vocab_size * config.hidden_size * (4 + item)
     return Memory(
         weights=weights,
@@ -253,16 +263,13 @@ def expected_memory(
 
 
 def by_flash(config: Config, device: str, item: int) -> bool:
-    """True if attention is one kernel over all documents: FlashAttention, or FlexAttention for soft-caps.
+    """True if attention is one kernel over all documents.
+
+    That is FlashAttention, or FlexAttention for soft-capped scores.
 
     item: bytes of a number in the dtype of the products.
     """
     return device == "cuda" and item == 2 and config.head_dim <= FLASH_HEAD_DIM
-
-
-def in_chunks(config: Config, device: str, item: int) -> bool:
-    """True if attention computes documents in slices whose scores are not kept."""
-    return config.attention_softcap is not None and not by_flash(config, device, item)
 
 
 def in_groups(config: Config, device: str, item: int) -> bool:
@@ -271,26 +278,28 @@ def in_groups(config: Config, device: str, item: int) -> bool:
 
 
 def working_bytes(model: Transformer, documents: Documents, device: str) -> float:
-    """Returns the bytes that the backward of a block needs for a while: gradients inside its MLP, and matrices that are
-    converted for a product."""
+    """Returns the bytes that the backward of a block needs for a while: gradients inside its MLP,
+    and matrices that are converted for a product."""
     config = model.config
     item = model.dtype.itemsize
     tokens = sum(documents.lengths)
     # Experts are computed one after the other, except in groups (below).
     width = config.experts.intermediate_size if config.experts else config.intermediate_size
     mlp = tokens * (3 * width + config.hidden_size) * item
+    # Soft-capped scores are computed in slices (SlicedAttention), except by FlexAttention.
     scores = 0
-    if in_chunks(config, device, item):
-        scores = sum(
-            group.documents * group.length**2 * config.num_heads for group in documents.groups
-        )
-    mlp = max(mlp, (12 if item == 4 else 16) * min(scores, MAX_SCORES))
+    if config.attention_softcap is not None and not by_flash(config, device, item):
+        for group in documents.groups:
+            scores += group.documents * group.length**2 * config.num_heads
+    bytes_a_score = 12 if item == 4 else 16
+    mlp = max(mlp, bytes_a_score * min(scores, MAX_SCORES))
 
-    # The largest matrix that is dequantized or cast. Without a kernel, a number is computed in fp32 first: 6 bytes.
+    # The largest matrix that is dequantized or cast. Without a kernel, a number is computed in fp32
+    # first: 6 bytes.
     dequantized_item = item if device == "cuda" else 6
-    matrices = [
-        dequantized_item * m.in_features * m.out_features for m in quantized_linears(model).values()
-    ]
+    matrices = []
+    for layer in quantized_linears(model).values():
+        matrices.append(dequantized_item * layer.in_features * layer.out_features)
     for p in model.parameters():
         if p.requires_grad and p.dtype != model.dtype and p.dim() == 2:
             matrices.append(p.numel() * item)
@@ -298,7 +307,8 @@ def working_bytes(model: Transformer, documents: Documents, device: str) -> floa
     if device != "cuda":
         return mlp + largest_matrix
 
-    # The kernel of the gate's backward needs no matrix, and the products before and after it need fewer tensors.
+    # The kernel of the gate's backward needs no matrix, and the products before and after it need
+    # fewer tensors.
     products = tokens * 2 * (width + config.hidden_size) * item + largest_matrix
     experts = working_of_experts(model, tokens) if in_groups(config, device, item) else 0
     return max(mlp, products, experts)
@@ -310,18 +320,15 @@ def working_of_experts(model: Transformer, tokens: int) -> float:
     item = model.dtype.itemsize
     pairs = tokens * config.experts.active
     width = config.experts.intermediate_size
-    weights = [
-        p for name, p in model.named_parameters() if ".experts." in name and ".lora_" not in name
-    ]
     # The matrices of NF4 codes, or of masters in fp32, are converted for the product.
-    if any(p.dtype != model.dtype for p in weights):
-        gate_and_up = 2 * config.experts.count * width * config.hidden_size * item
-    else:
-        gate_and_up = 0
-    return max(
-        pairs * (4 * width + config.hidden_size) * item,
-        pairs * (2 * width + config.hidden_size) * item + gate_and_up,
-    )
+    gate_and_up = 0
+    for name, p in model.named_parameters():
+        is_weight = ".experts." in name and ".lora_" not in name
+        if is_weight and p.dtype != model.dtype:
+            gate_and_up = 2 * config.experts.count * width * config.hidden_size * item
+    gates = pairs * (4 * width + config.hidden_size) * item
+    products = pairs * (2 * width + config.hidden_size) * item + gate_and_up
+    return max(gates, products)
 
 
 def inner_width(config: Config) -> int:
@@ -334,7 +341,10 @@ def inner_width(config: Config) -> int:
 def kept_by_a_block(
     model: Transformer, documents: Documents, device: str, checkpointing: str
 ) -> float:
-    """Returns the bytes that a block keeps for its backward (kernels/activation_checkpointing.py says which)."""
+    """Returns the bytes that a block keeps for its backward.
+
+    kernels/activation_checkpointing.py says which they are.
+    """
     config = model.config
     item = model.dtype.itemsize
     hidden = config.hidden_size
@@ -373,8 +383,11 @@ def kept_by_attention(
 ) -> float:
     """Returns the bytes of q, k and v, and of what else attention keeps for its backward.
 
-    The output of attention is not counted: the product after it keeps it. item: bytes of a number.
+    The output of attention is not counted: the product after it keeps it.
+
+    item: bytes of a number in the dtype of the products.
     """
+    # The heads of q, k and v together.
     heads = c.num_heads + 2 * c.num_kv_heads
     if by_flash(c, device, item):
         size = flash_head_dim(c.head_dim) if c.attention_softcap is None else c.head_dim
@@ -388,7 +401,8 @@ def kept_by_attention(
     other_numbers = 0.0
     for group in documents.groups:
         padded_tokens += group.documents * group.length
-        if in_chunks(c, device, item):
+        # Soft-capped scores are computed again in the backward.
+        if c.attention_softcap is not None:
             continue
         if device != "cpu" or group.length > KEEP_PROBS_UP_TO:
             # The output as a padded tensor, before it is made flat.
@@ -410,12 +424,14 @@ def flops_a_token(
 ) -> float:
     """Returns the floating point operations of a training step, per token.
 
-    lengths: of the documents, in tokens; attention is counted over them. None of them: attention is not counted.
+    lengths: of the documents, in tokens; attention is counted over them. Without any, it is not
+        counted.
     trained: the share of tokens that reach the head.
     checkpointing: the value of --activation-checkpointing.
     """
     config = model.config
-    # Every matrix that is multiplied: (name, numbers, whether it is trained). Embeddings are looked up.
+    # Every matrix that is multiplied: (name, numbers, whether it is trained). Embeddings are looked
+    # up instead.
     matrices = []
     for name, p in model.named_parameters():
         is_looked_up = name.startswith(("embed.", "positions."))
@@ -442,19 +458,20 @@ def flops_a_token(
         embedding = model.embed.weight
         total += trained * embedding.numel() * (6 if embedding.requires_grad else 4)
     if len(lengths):
-        contexts = {
-            window: mean_context(lengths, window)
-            for window in {layer.window for layer in config.layers}
-        }
+        # Most layers share a window, and there may be many lengths.
+        contexts: dict[int | None, float] = {}
         for layer in config.layers:
+            if layer.window not in contexts:
+                contexts[layer.window] = mean_context(lengths, layer.window)
             total += 7 * contexts[layer.window] * config.num_heads * config.head_dim
     return total
 
 
 def mean_context(lengths: Sequence[int] | np.ndarray, window: int | None) -> float:
-    """Returns twice the number of tokens that a token attends to, on average over documents of these lengths.
+    """Returns twice the number of tokens that a token attends to, on average over these documents.
 
-    The tokens of a document of T attend to T^2 / 2 tokens in all, and with a window of w < T tokens to w T - w^2 / 2.
+    The tokens of a document of T attend to T^2 / 2 tokens in all, and with a window of w < T tokens
+    to w T - w^2 / 2.
     """
     lengths = np.asarray(lengths, dtype=float)
     reach = lengths if window is None else np.minimum(lengths, window)
@@ -462,20 +479,26 @@ def mean_context(lengths: Sequence[int] | np.ndarray, window: int | None) -> flo
 
 
 def product_rate(config: Config, device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the FLOP/s of a matrix product with the shape of the model's MLP. Takes about a tenth of a second."""
+    """Returns the FLOP/s of a matrix product with the shape of the model's MLP.
+
+    It takes about a tenth of a second.
+    """
     # Fewer rows leave multiprocessors of a GPU without work.
     rows = 8192 if device.type == "cuda" else 512
     # Random numbers of its own, so that the run's do not depend on what is timed before it.
     generator = torch.Generator(device=device).manual_seed(0)
-    x = torch.randn(rows, config.hidden_size, device=device, generator=generator).to(dtype)
-    w = torch.randn(
-        config.hidden_size, config.intermediate_size, device=device, generator=generator
-    ).to(dtype)
+    width, inner = config.hidden_size, config.intermediate_size
+    x = torch.randn(rows, width, device=device, generator=generator).to(dtype)
+    w = torch.randn(width, inner, device=device, generator=generator).to(dtype)
 
     def product() -> Tensor:
-        return x @ w
+        return x @ w  # (rows, width) @ (width, inner)
 
-    seconds = seconds_on_gpu(product) if device.type == "cuda" else seconds_on_host(product)
+    if device.type == "cuda":
+        seconds = seconds_on_gpu(product)
+    else:
+        seconds = seconds_on_host(product)
+    # A multiplication and an addition for each number of x and each column of w.
     return 2 * x.numel() * w.shape[1] / seconds
 
 
@@ -491,7 +514,7 @@ def seconds_on_host(product: Callable[[], Tensor]) -> float:
 
 
 def seconds_on_gpu(product: Callable[[], Tensor], times: int = 16) -> float:
-    """Returns the time in seconds of one product, as the mean of `times` products in a row, by the GPU's own clock.
+    """Returns the time in seconds of one product: the mean of `times` in a row, by the GPU's clock.
 
     The time that the host needs to launch a product, and to hear that it is done, is not counted.
     """
@@ -527,15 +550,19 @@ def tokens_at_once(device: torch.device, room: float, peak: Callable[[int], floa
 
 
 def device_memory(device: torch.device) -> float:
-    """Returns the bytes that a run can use: of the GPU, or of the machine, or the limit of the container."""
+    """Returns the bytes that a run can use: the GPU's, the machine's, or the container's limit."""
     if device.type == "cuda":
         # Other processes may use some of the GPU. What torch has reserved belongs to this run.
         free, total = torch.cuda.mem_get_info(device)
         return min(total - CONTEXT, free + torch.cuda.memory_reserved(device))
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # The container's limit: a number of bytes, or "max" for none.
     limit_file = Path("/sys/fs/cgroup/memory.max")
-    limit = limit_file.read_text().strip() if limit_file.is_file() else "max"
-    return min(physical, int(limit)) if limit.isdigit() else physical
+    if limit_file.is_file():
+        limit = limit_file.read_text().strip()
+        if limit.isdigit():
+            return min(physical, int(limit))
+    return physical
 
 
 @dataclass
@@ -560,9 +587,10 @@ class Workload:
     accumulate: int
 
     def cut(self, tokens: int) -> "Workload":
-        """Returns this workload in micro-batches of at most `tokens` tokens, and with more micro-batches in a step.
+        """Returns this workload in micro-batches of at most `tokens` tokens, so more of them.
 
-        The micro-batch that counts has the longest examples. One example that is longer than `tokens` is never cut.
+        The micro-batch that counts has the longest examples. One example that is longer than
+        `tokens` is never cut.
         """
         lengths: list[int] = []
         for length in sorted(self.lengths, reverse=True):
@@ -582,7 +610,8 @@ def fitting_job(
 ) -> Workload:
     """Returns the workload in micro-batches that fit, of a size that `tokens_at_once` chooses.
 
-    room: bytes that training may take. takes: a function from a workload to the memory that it takes.
+    room: bytes that training may take.
+    takes: a function from a workload to the memory that it takes.
     """
 
     def peak(tokens: int) -> float:
@@ -601,7 +630,10 @@ def memory_of_workload(
 
 
 def recipes(config: Config, device: torch.device) -> list[Recipe]:
-    """Returns the recipes that a plan compares, without checkpointing; for a quantized base, QLoRA alone."""
+    """Returns the recipes that a plan compares, without checkpointing.
+
+    A base that is stored in 4 bits can be trained by QLoRA alone.
+    """
     qlora = Recipe("qlora")
     if config.raw.get("quantization_config"):
         return [qlora]
@@ -616,7 +648,8 @@ def print_plan(
 ) -> None:
     """Prints a table of recipes with what each one takes on this machine, and a recommendation.
 
-    dtype: the dtype of the products. adapter: the arguments of lora.add_lora.
+    dtype: the dtype of the products.
+    adapter: the arguments of lora.add_lora.
     """
     room = FITS * device_memory(device)
     rate = product_rate(config, device, dtype)
@@ -647,27 +680,23 @@ def print_plan(
                 smallest = (memory.peak, recipe)
         # These parts are those of the last kind.
         parts = (memory.weights, memory.gradients, memory.optimizer, memory.logits)
-        name = str(plain_recipe).replace("--method ", "")
-        minutes = {
-            kind: workload.tokens * flops[kind] / (EFFICIENCY * rate) / 60
-            for kind in ("none", "full")
-        }
-        rows.append(
-            [
-                name,
-                *(f"{part / 1e9:.2f}" for part in parts),
-                *cells,
-                f"{flops['none'] / 1e9:.2f}",
-                f"{minutes['none']:.1f} to {minutes['full']:.1f}",
-            ]
-        )
+        row = [str(plain_recipe).replace("--method ", "")]
+        row += [f"{part / 1e9:.2f}" for part in parts]
+        row += cells
+        row.append(f"{flops['none'] / 1e9:.2f}")
+        fastest = workload.tokens * flops["none"] / (EFFICIENCY * rate) / 60
+        slowest = workload.tokens * flops["full"] / (EFFICIENCY * rate) / 60
+        row.append(f"{fastest:.1f} to {slowest:.1f}")
+        rows.append(row)
 
     print(console.table(rows))
     print(
-        f"All sizes are GB; a peak with ! is more than the {room / 1e9:.1f} GB that a run may use here."
+        f"All sizes are GB; a peak with ! is more than the {room / 1e9:.1f} GB that a run may use"
+        " here."
     )
     print(
-        "kept: activations that the blocks keep for their backward, with that --activation-checkpointing."
+        "kept: activations that the blocks keep for their backward, with that"
+        " --activation-checkpointing."
     )
     print("peak: weights, moments, and the most that a step adds to them.")
     print("GFLOP: operations of one token, without checkpointing.")
@@ -675,10 +704,11 @@ def print_plan(
         most = max_tokens_per_micro_batch(device)
         print(f"Micro-batches have up to {most:,} tokens, and fewer if so many do not fit.")
     print(
-        f"minutes: without checkpointing and with full, at {EFFICIENCY:.0%} of the {rate / 1e9:,.0f} GFLOP/s that a"
-        " matrix product reaches here."
+        f"minutes: without checkpointing and with full, at {EFFICIENCY:.0%} of the"
+        f" {rate / 1e9:,.0f} GFLOP/s that a matrix product reaches here."
     )
-    print(f"plan      {recommend(config, workload, dtype, adapter, fitting, room, smallest)}")
+    advice = recommend(config, workload, dtype, adapter, fitting, room, smallest)
+    print(f"plan      {advice}")
 
 
 def recommend(
@@ -692,8 +722,9 @@ def recommend(
 ) -> str:
     """Returns one line: which recipe to take, and why.
 
-    Adapters learn as well as full fine-tuning does until the data hold more than they can (Schulman et al. 2025;
-    Biderman et al. 2024, arXiv 2405.09673), so the question is first how much there is to learn, then what fits.
+    Adapters learn as well as full fine-tuning does until the data hold more than they can (Schulman
+    et al. 2025; Biderman et al. 2024, arXiv 2405.09673), so the question is first how much there is
+    to learn, then what fits.
 
     fitting: the recipes that fit, each with its peak in bytes, in the order of the table.
     room: bytes that training may take.
@@ -701,12 +732,11 @@ def recommend(
     """
     if not fitting:
         peak, recipe = smallest
-        return (
-            f"nothing fits: the least, {recipe}, takes {peak / 1e9:.1f} of {room / 1e9:.1f} GB; lower --batch-size or"
-            " --seq-len"
-        )
-    # Of each method, the first recipe that fits: it is the fastest, and the nearest to plain AdamW in fp32.
-    first = {}
+        takes = f"takes {peak / 1e9:.1f} of {room / 1e9:.1f} GB"
+        return f"nothing fits: the least, {recipe}, {takes}; lower --batch-size or --seq-len"
+    # Of each method, the first recipe that fits: it is the fastest, and the nearest to plain AdamW
+    # in fp32.
+    first: dict[str, tuple[Recipe, float]] = {}
     for recipe, peak in fitting:
         first.setdefault(recipe.method, (recipe, peak))
 
@@ -717,13 +747,13 @@ def recommend(
     capacity = CAPACITY / BITS * adapter_numel
     sufficient_rank = math.ceil(rank * workload.to_learn / capacity)
 
+    # In the order in which they are preferred.
     method = next(m for m in ("lora", "qlora", "full") if m in first)
     if sufficient_rank > LARGEST_RANK and "full" in first:
         method = "full"
     recipe, peak = first[method]
-    why = (
-        f"{workload.to_learn:,} trained tokens; adapters of rank {rank} hold about {capacity:,.0f}"
-    )
+    what_is_held = f"adapters of rank {rank} hold about {capacity:,.0f}"
+    why = f"{workload.to_learn:,} trained tokens; {what_is_held}"
     if method == "full":
         why += ", and full fits"
     elif sufficient_rank > rank:

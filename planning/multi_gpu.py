@@ -1,18 +1,22 @@
-"""Predicts what a run takes on many GPUs: memory per GPU, bytes sent in a step, and whether computing hides them.
+"""Predicts what a run takes on many GPUs: memory per GPU, bytes sent in a step, and whether
+computing hides them.
 
-`train.py --plan --gpus 8 64 512` asks for it, from config.json alone. The arithmetic of a model with W shards:
+`train.py --plan --gpus 8 64 512` asks for it, from config.json alone. The arithmetic of a model
+with W shards:
 
-- a GPU holds 1/W of weights, gradients and moments; two whole blocks, and what is around the blocks, in the dtype of
-  the products while they compute; the whole gradients of one block, until they are added up and scattered; and the
-  activations and logits of planning/memory.py. If gradients wait for the last micro-batch of a step (--reduce last), it
-  holds all of them whole.
-- with p bytes of weights as they are gathered, g bytes of gradients and A micro-batches in a step, a GPU receives
-  (W-1)/W * (2 A p + g): every block is gathered for the forward and again for the backward, gradients are scattered
-  once. Without shards it receives 2 (N-1)/N * g on N GPUs: the ring all-reduce (Patarasuk & Yuan 2009). Hybrid: the
-  first formula within a node of W GPUs, and 2 (M-1)/M * g/W across M nodes.
-- a ring through several nodes brings each byte into a node once, through the network cards of all its GPUs: an eighth
-  per card.
-- bytes within a node take NVLink's time, bytes between nodes the network's. Computing that takes longer hides both.
+- a GPU holds 1/W of weights, gradients and moments; two whole blocks, and what is around the
+  blocks, in the dtype of the products while they compute; the whole gradients of one block, until
+  they are added up and scattered; and the activations and logits of planning/memory.py. If
+  gradients wait for the last micro-batch of a step (--reduce last), it holds all of them whole.
+- with p bytes of weights as they are gathered, g bytes of gradients and A micro-batches in a step,
+  a GPU receives (W-1)/W * (2 A p + g): every block is gathered for the forward and again for the
+  backward, gradients are scattered once. Without shards it receives 2 (N-1)/N * g on N GPUs: the
+  ring all-reduce (Patarasuk & Yuan 2009). Hybrid: the first formula within a node of W GPUs, and
+  2 (M-1)/M * g/W across M nodes.
+- a ring through several nodes brings each byte into a node once, through the network cards of all
+  its GPUs: an eighth per card.
+- bytes within a node take NVLink's time, bytes between nodes the network's. Computing that takes
+  longer hides both.
 """
 
 import functools
@@ -51,7 +55,11 @@ NVLINK_BYTES, NETWORK_BYTES = 450e9, 50e9
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is spread over GPUs. gpus: all of them; shards: the GPUs that share one copy of the model."""
+    """How a model is spread over GPUs.
+
+    gpus: all of them.
+    shards: the GPUs that share one copy of the model.
+    """
 
     gpus: int
     shards: int
@@ -74,8 +82,11 @@ def layouts(gpus: int) -> list[Layout]:
 
 
 def gathered_size(module: nn.Module, itemsize: int) -> int:
-    """Returns the bytes of a module's parameters as they are gathered. itemsize: bytes of a number in a trained matrix;
-    all other parameters are gathered in the dtype that they have."""
+    """Returns the bytes of a module's parameters as they are gathered.
+
+    itemsize: bytes of a number in a trained matrix. All other parameters are gathered in the dtype
+    that they have.
+    """
     size = 0
     for p in module.parameters():
         is_trained_matrix = p.requires_grad and p.dim() > 1
@@ -89,7 +100,7 @@ def trained_numel(module: nn.Module) -> int:
 
 
 def gathered_bytes(model: Transformer, recipe: Recipe) -> tuple[list[int], int]:
-    """Returns the bytes that are gathered: (a list with those of each block, those of what is around the blocks)."""
+    """Returns the bytes that are gathered: ([of each block], of what is around the blocks)."""
     # Adapters are sent in fp32, as they are stored.
     item = 4 if METHODS[recipe.method].freezes_base else model.dtype.itemsize
     blocks = [gathered_size(block, item) for block in model.blocks]
@@ -140,7 +151,7 @@ def memory_per_process(
 def traffic(
     model: Transformer, recipe: Recipe, layout: Layout, accumulate: int
 ) -> tuple[float, float]:
-    """Returns the bytes that a GPU receives in a step: (from other GPUs of its node, through its network card).
+    """Returns the bytes that a GPU receives in a step: (from GPUs of its node, through its card).
 
     accumulate: micro-batches of a step.
     """
@@ -152,18 +163,21 @@ def traffic(
     copies = layout.gpus // layout.shards
     sharded = (W - 1) / W * (2 * accumulate * p + g)
     replicated = 2 * (copies - 1) / copies * g / W
+    # A ring that passes through several nodes brings a byte into a node once, through the network
+    # cards of all its GPUs.
     if layout.shards > GPUS_PER_NODE:
-        # The ring passes through all nodes: a byte enters a node once, through the network cards of all its GPUs.
         return sharded, sharded / GPUS_PER_NODE
+    if W == 1 and layout.gpus > GPUS_PER_NODE:
+        return replicated, replicated / GPUS_PER_NODE
     if W == 1:
-        return replicated, replicated / GPUS_PER_NODE if layout.gpus > GPUS_PER_NODE else 0.0
+        return replicated, 0.0
     return sharded, replicated
 
 
 def print_multi_gpu_plan(
     config: Config, gpus: list[int], seq_len: int, batch: int, accumulate: int, adapter: dict
 ) -> None:
-    """Prints, for each recipe and number of GPUs, the layout and checkpointing that fit best, and what is sent.
+    """Prints, for each recipe and number of GPUs, the layout and checkpointing that fit best.
 
     gpus: the numbers of GPUs to plan for.
     seq_len: tokens of a row.
@@ -171,20 +185,10 @@ def print_multi_gpu_plan(
     accumulate: micro-batches of a step.
     adapter: the arguments of lora.add_lora.
     """
-    sizes = ["weights", "gradients", "moments", "kept", "peak"]
-    rows = [
-        [
-            "",
-            "GPUs",
-            "--shard",
-            "checkpointing",
-            *sizes,
-            "intra-node",
-            "inter-node",
-            "sent in",
-            "computed in",
-        ]
-    ]
+    heading = ["", "GPUs", "--shard", "checkpointing"]
+    heading += ["weights", "gradients", "moments", "kept", "peak"]
+    heading += ["intra-node", "inter-node", "sent in", "computed in"]
+    rows = [heading]
     tokens = seq_len * batch
     room = FITS * (MEMORY - CONTEXT)
     workload = Workload(
@@ -198,23 +202,20 @@ def print_multi_gpu_plan(
     )
     for recipe in recipes(config, torch.device("cpu")):
         model = meta_model(config, recipe, torch.bfloat16, adapter)
-        rows += [best_row(model, recipe, count, workload, room) for count in gpus]
+        for count in gpus:
+            rows.append(best_row(model, recipe, count, workload, room))
     print(console.table(rows))
-    print(
-        f"All sizes are GB per GPU. A step of a GPU is {batch} x {accumulate} rows of {seq_len:,} tokens, computed in"
-        " bf16."
-    )
+    step = f"{batch} x {accumulate} rows of {seq_len:,} tokens"
+    nvlink = f"{NVLINK_BYTES / 1e9:.0f} GB/s"
+    network = f"{NETWORK_BYTES / 1e9:.0f} GB/s"
+    print(f"All sizes are GB per GPU. A step of a GPU is {step}, computed in bf16.")
     print("kept: activations that the blocks keep for their backward.")
-    print(
-        f"intra-node: GB that a GPU receives in a step by NVLink ({NVLINK_BYTES / 1e9:.0f} GB/s)."
-    )
-    print(
-        f"inter-node: GB that it receives through its network card ({NETWORK_BYTES / 1e9:.0f} GB/s)."
-    )
+    print(f"intra-node: GB that a GPU receives in a step by NVLink ({nvlink}).")
+    print(f"inter-node: GB that it receives through its network card ({network}).")
     print(f"computed in: at {EFFICIENCY:.0%} of {FLOPS / 1e12:.0f} TFLOP/s.")
     print(
-        f"--shard and checkpointing are the fastest that fit in {room / 1e9:.0f} of {MEMORY / 1e9:.0f} GB; a peak with"
-        " ! means that none fits."
+        f"--shard and checkpointing are the fastest that fit in {room / 1e9:.0f} of"
+        f" {MEMORY / 1e9:.0f} GB; a peak with ! means that none fits."
     )
     print("The arithmetic is explained in planning/multi_gpu.py.")
 
@@ -222,11 +223,13 @@ def print_multi_gpu_plan(
 def best_row(
     model: Transformer, recipe: Recipe, gpus: int, workload: Workload, room: float
 ) -> list[str]:
-    """Returns the row of the table for the fastest layout and checkpointing that fit, or the smallest if none fits.
+    """Returns the table's row of the fastest layout and checkpointing that fit, or of the smallest.
 
-    A step takes as long as sending or computing, whichever takes longer. room: bytes that training may take.
+    A step takes as long as sending or computing, whichever takes longer.
+    room: bytes that training may take.
     """
-    candidates = []
+    # (order, row). The smallest order is the best; of equal ones the row decides.
+    candidates: list[tuple[tuple[float, ...], list[str]]] = []
     for layout in layouts(gpus):
         for kind in ("none", "selective", "full"):
             candidate = replace(recipe, checkpointing=kind)
@@ -235,30 +238,23 @@ def best_row(
             memory = takes(fitting)
             intra_node, inter_node = traffic(model, candidate, layout, fitting.accumulate)
             sent = intra_node / NVLINK_BYTES + inter_node / NETWORK_BYTES
-            computed = (
-                workload.tokens
-                * flops_a_token(model, workload.all_lengths, 1.0, kind)
-                / (EFFICIENCY * FLOPS)
-            )
+            flops = flops_a_token(model, workload.all_lengths, 1.0, kind)
+            computed = workload.tokens * flops / (EFFICIENCY * FLOPS)
+            order: tuple[float, ...]
             if memory.peak <= room:
                 order = (0, max(sent, computed), sent)
                 mark = ""
             else:
                 order = (1, memory.peak, sent)
                 mark = "!"
-            sizes = (memory.weights, memory.gradients, memory.optimizer, memory.activations)
-            row = [
-                str(recipe).replace("--method ", ""),
-                f"{gpus:,}",
-                layout.name,
-                kind,
-                *(f"{size / 1e9:.1f}" for size in sizes),
-                f"{memory.peak / 1e9:.1f}{mark}",
-                f"{intra_node / 1e9:.1f}",
-                f"{inter_node / 1e9:.1f}",
-                f"{sent:.2f} s",
-                f"{computed:.2f} s",
-            ]
+            row = [str(recipe).replace("--method ", ""), f"{gpus:,}", layout.name, kind]
+            for size in (memory.weights, memory.gradients, memory.optimizer, memory.activations):
+                row.append(f"{size / 1e9:.1f}")
+            row.append(f"{memory.peak / 1e9:.1f}{mark}")
+            row.append(f"{intra_node / 1e9:.1f}")
+            row.append(f"{inter_node / 1e9:.1f}")
+            row.append(f"{sent:.2f} s")
+            row.append(f"{computed:.2f} s")
             candidates.append((order, row))
     return min(candidates)[1]
 
@@ -273,10 +269,11 @@ def describe_savings(
     dtype: torch.dtype,
     adapter: dict,
 ) -> str:
-    """Returns a sentence for a run that had too little memory: the sizes that were expected, and the three changes of
-    flags that help most.
+    """Returns a sentence for a run that had too little memory: the sizes that were expected, and
+    the three changes of flags that help most.
 
-    shape: (--batch-size, --accumulate, --seq-len). dtype: the dtype of the products.
+    shape: (--batch-size, --accumulate, --seq-len).
+    dtype: the dtype of the products.
     adapter: the arguments of lora.add_lora.
     """
     batch, accumulate, seq_len = shape
@@ -287,36 +284,38 @@ def describe_savings(
         accumulate: int = workload.accumulate,
         layout: Layout = layout,
     ) -> Memory:
+        """Returns the memory of the run with some changes. A shorter batch trains fewer tokens."""
         trained = math.ceil(workload.trained * sum(lengths) / sum(workload.lengths))
         changed = replace(workload, lengths=lengths, trained=trained, accumulate=accumulate)
         model = meta_model(config, recipe, dtype, adapter)
         return memory_per_process(model, recipe, layout, changed, device.type)
 
-    half = workload.lengths[: math.ceil(len(workload.lengths) / 2)]
+    # What each change of flags would take.
+    savings: dict[str, Memory] = {}
+    checkpointed = replace(recipe, checkpointing="full")
+    savings["--activation-checkpointing full"] = takes(checkpointed)
     shorter = [min(n, seq_len // 2) for n in workload.lengths]
-    savings = {
-        "--activation-checkpointing full": takes(replace(recipe, checkpointing="full")),
-        f"--seq-len {seq_len // 2}": takes(recipe, shorter),
-    }
+    savings[f"--seq-len {seq_len // 2}"] = takes(recipe, shorter)
     if layout.shards < layout.gpus:
         savings["--shard full"] = takes(recipe, layout=Layout(layout.gpus, layout.gpus))
     if batch > 1:
-        savings[f"--batch-size {batch // 2} --accumulate {2 * accumulate}"] = takes(recipe, half, 2)
+        half = workload.lengths[: math.ceil(len(workload.lengths) / 2)]
+        flags = f"--batch-size {batch // 2} --accumulate {2 * accumulate}"
+        savings[flags] = takes(recipe, half, 2)
     method = METHODS[recipe.method]
     if "weights" in method.options:
-        savings["--optimizer adamw8bit --weights bf16"] = takes(
-            replace(recipe, optimizer="adamw8bit", weights="bf16")
-        )
+        in_16_bits = replace(recipe, optimizer="adamw8bit", weights="bf16")
+        savings["--optimizer adamw8bit --weights bf16"] = takes(in_16_bits)
     if method.lighter:
-        kept = (
-            recipe
-            if method.freezes_base
-            else Recipe(recipe.method, checkpointing=recipe.checkpointing)
-        )
-        savings[f"--method {method.lighter}"] = takes(replace(kept, method=method.lighter))
+        lighter = replace(recipe, method=method.lighter)
+        if not method.freezes_base:
+            # The optimizer and the weights' dtype of full fine-tuning are not carried over.
+            lighter = Recipe(method.lighter, checkpointing=recipe.checkpointing)
+        savings[f"--method {method.lighter}"] = takes(lighter)
+
     expected = takes(recipe)
-    best = sorted(savings, key=lambda flags: savings[flags].peak)[:3]
     parts = ("weights", "gradients", "optimizer", "activations", "logits")
     sizes = ", ".join(f"{part} {getattr(expected, part) / 1e9:.2f}" for part in parts)
+    best = sorted(savings, key=lambda flags: savings[flags].peak)[:3]
     advice = ", ".join(f"{flags} ({savings[flags].peak / 1e9:.2f})" for flags in best)
     return f"The plan expected {expected.peak / 1e9:.2f} GB: {sizes}; what helps most: {advice}"

@@ -1,8 +1,8 @@
-"""Brings flags and data to the predictions of this folder: what --plan prints, and what a run is expected to take.
+"""Brings flags and data to the predictions of this folder, for --plan and for a run's first lines.
 
-planning/memory.py and planning/multi_gpu.py know neither flags nor data. They count with a `Recipe` (the method of
-fine-tuning), a `Layout` (how the model is spread over GPUs) and a `Workload` (what is trained on), which the functions
-of this file build from the flags.
+planning/memory.py and planning/multi_gpu.py know neither flags nor data. They count with a `Recipe`
+(the method of fine-tuning), a `Layout` (how the model is spread over GPUs) and a `Workload` (what
+is trained on), which the functions of this file build from the flags.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import torch
 
 import distributed
 from common.device import pick_dtype
-from data import TrainingData, batches_of_rows, max_tokens_per_micro_batch
+from data import TrainingData, max_tokens_per_micro_batch, split_micro_batches
 from flags import NEW_ADAPTER, Flags
 from methods import method_name
 from model import Config
@@ -24,13 +24,15 @@ from planning.multi_gpu import Layout
 
 
 def needs_data(flags: Flags, folder: Path) -> bool:
-    """False if --plan can be answered from config.json alone: for --gpus, and for a folder without a tokenizer."""
-    has_tokenizer = any((folder / f"tokenizer.{kind}").is_file() for kind in ("json", "model"))
+    """False if --plan can be answered from config.json alone: for --gpus, and for a folder without
+    a tokenizer."""
+    files = (folder / "tokenizer.json", folder / "tokenizer.model")
+    has_tokenizer = any(file.is_file() for file in files)
     return has_tokenizer and not flags.gpus
 
 
 def print_plan_of_config(flags: Flags, config: Config, device: torch.device) -> None:
-    """Prints the plan that needs no data: for --gpus, else for rows of --seq-len tokens on this machine."""
+    """Prints the plan that needs no data: for --gpus, or for rows of --seq-len tokens here."""
     if flags.gpus:
         seq_len = min(flags.seq_len or 2048, config.max_positions)
         rows = rows_at_once(flags, seq_len, "cuda")
@@ -39,9 +41,8 @@ def print_plan_of_config(flags: Flags, config: Config, device: torch.device) -> 
         )
         return
     dtype, _ = pick_dtype(flags.dtype, device)
-    memory.print_plan(
-        config, workload_of_full_rows(flags, config, device), device, dtype, adapter_of(flags)
-    )
+    workload = workload_of_full_rows(flags, config, device)
+    memory.print_plan(config, workload, device, dtype, adapter_of(flags))
 
 
 def print_plan_of_data(
@@ -80,28 +81,32 @@ def describe_workload(
     if flags.eval_every:
         validations += math.ceil(flags.steps / flags.eval_every)
 
-    # The rows that stand for the largest step: the next packed ones, or those of the longest examples.
+    # The rows that stand for the largest step: the next packed ones, or those of the longest
+    # examples. A row is a list of example numbers.
     if data.pack:
         # A copy of the sampler, since a step moves its position.
-        row_indices = dataclasses.replace(sampler).step(flags.batch_size)
+        rows = dataclasses.replace(sampler).step(flags.batch_size)
     else:
-        row_indices = [[i] for i in np.argsort(-train.lengths, kind="stable")[: flags.batch_size]]
-    rows = [[train.examples[i] for i in row] for row in row_indices]
+        longest_first = np.argsort(-train.lengths, kind="stable")
+        rows = [[i] for i in longest_first[: flags.batch_size]]
+    # What the loader would make of them. Their lengths say it, so that no batch has to be built.
+    sizes = [int(train.lengths[row].sum()) for row in rows]
     if not max_tokens:
         max_tokens = max_tokens_per_micro_batch(device)
-    batches = batches_of_rows(rows, flags.batch_size, "cpu", max_tokens)
-    largest = max(batches, key=lambda batch: len(batch.tokens))
+    micro_batches = split_micro_batches(sizes, flags.batch_size, max_tokens)
+    largest = max(micro_batches, key=lambda numbers: sum(sizes[i] for i in numbers))
+    examples = [example for i in largest for example in rows[i]]
 
     trained_tokens = sampler.epoch_tokens() / steps_per_epoch * flags.steps
     return Workload(
-        lengths=largest.documents.lengths,
-        trained=len(largest.targets),
+        lengths=train.lengths[examples].tolist(),
+        trained=int(train.num_trained[examples].sum()),
         share=train.trained_tokens / train.tokens,
         all_lengths=train.lengths,
         # A validated token counts half, since it has no backward.
         tokens=trained_tokens + validations * val.tokens / 2,
         to_learn=train.trained_tokens,
-        accumulate=flags.accumulate * len(batches),
+        accumulate=flags.accumulate * len(micro_batches),
     )
 
 
@@ -111,15 +116,15 @@ def rows_at_once(flags: Flags, length: int, device: torch.device | str) -> int:
 
 
 def workload_of_full_rows(flags: Flags, config: Config, device: torch.device) -> Workload:
-    """Returns a workload of rows with --seq-len tokens that are all trained, and prints what it assumes."""
+    """Returns a workload of rows of --seq-len tokens, all trained, and prints what it assumes."""
     length = flags.seq_len or min(2048, config.max_positions)
     steps = flags.steps or 1000
     rows = rows_at_once(flags, length, device)
     tokens = length * flags.batch_size * flags.accumulate * steps
+    rows_of_step = f"{flags.batch_size} x {flags.accumulate} rows of {length:,} tokens"
     print(
-        "plan      the folder of the model has no tokenizer, so the data are not read; the plan is for"
-        f" {steps:,} steps of {flags.batch_size} x {flags.accumulate} rows of {length:,} tokens, all trained, of new"
-        " text"
+        "plan      the folder of the model has no tokenizer, so the data are not read; the plan is"
+        f" for {steps:,} steps of {rows_of_step}, all trained, of new text"
     )
     return Workload(
         lengths=[length] * rows,
@@ -154,8 +159,8 @@ def recipe_and_layout(flags: Flags) -> tuple[Recipe, Layout]:
 def suggest_savings(
     flags: Flags, config: Config, workload: Workload, device: torch.device, dtype: torch.dtype
 ) -> str:
-    """Returns a sentence for a run that had too little memory: the sizes that were expected, and the three changes of
-    flags that help most. dtype: the dtype of the products."""
+    """Returns a sentence for a run that had too little memory: the sizes that were expected, and
+    the three changes of flags that help most. dtype: the dtype of the products."""
     recipe, layout = recipe_and_layout(flags)
     shape = (flags.batch_size, flags.accumulate, flags.seq_len)
     return multi_gpu.describe_savings(

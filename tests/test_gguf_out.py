@@ -339,6 +339,25 @@ def test_weights_that_can_not_be_written_are_refused_by_name_and_leave_nothing(c
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def test_a_stored_copy_of_a_tied_head_must_be_equal_as_load_model_demands(tmp_path):
+    folder, file = tmp_path / "hf", tmp_path / "x.gguf"
+    checkpoint(folder, "llama", {"tie_word_embeddings": True})
+    weights = load_file(folder / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    differs = "config.json ties the output head to the embedding, but lm_head.weight differs"
+    for head, fine in ((embedding + 1, False), (embedding.clone(), True)):
+        save_file(weights | {"lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+        if fine:
+            convert.folder_to_gguf(folder, file)
+            found = contents(file)
+            assert "output.weight" not in found and (found["token_embd.weight"][1] == embedding.numpy()).all()
+        else:
+            with pytest.raises(convert.UserError, match=differs):
+                ours.load_model(folder)
+            assert differs in refusal(convert.folder_to_gguf, folder, file)
+            assert not file.exists()
+
+
 def test_paths_that_can_not_be_written_to_are_told(base, adapter, tmp_path):
     (tmp_path / "mine").write_text("mine")
     assert "exists already" in refusal(convert.folder_to_gguf, base, tmp_path / "mine")

@@ -11,6 +11,7 @@ import torch
 import transformers
 from support.helpers import batch_loss, chat_base, command
 
+import data
 import train
 from checkpoint import load_model, read_config
 from common import device
@@ -240,6 +241,22 @@ def test_a_plan_reads_no_weights(tmp_path, monkeypatch, capsys):
     said, _, code = command(train, monkeypatch, capsys, *words)
     assert code == 0 and not (tmp_path / "run").exists()
     assert "plan      --method lora" in said and [row[0] for row in table(said)] == ["full"] * 3 + ["lora", "qlora"]
+
+
+@pytest.mark.parametrize("more", [[], ["--pack", "--seq-len", 64]])
+def test_a_plan_builds_no_batch(tmp_path, monkeypatch, capsys, more):
+    """It learns what a step holds from the lengths of the rows. See data.collate, which builds every batch."""
+
+    def refuse(*arguments):
+        raise AssertionError("a batch was built")
+
+    monkeypatch.setattr(data, "collate", refuse)
+    base = chat_base(tmp_path / "base")
+    records = [{"instruction": f"say {i}", "output": f"{i}!"} for i in range(40)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    words = ["--model", base, "--data", tmp_path / "data.json", "--plan", *more]
+    said, err, code = command(train, monkeypatch, capsys, *words)
+    assert code == 0 and "plan      --method lora" in said, err
 
 
 def test_a_plan_from_config_json_alone(tmp_path, monkeypatch, capsys):

@@ -73,10 +73,12 @@ def serve_templates() -> None:
             # The caller was killed while it wrote the line.
             return
         jobs = json.loads(line)
-        if template is None:
-            results = [{"error": template_error} for _ in jobs]
-        else:
-            results = [render_job(template, job, settings["names"]) for job in jobs]
+        results = []
+        for job in jobs:
+            if template is None:
+                results.append({"error": template_error})
+            else:
+                results.append(render_job(template, job, settings["names"]))
         try:
             print(json.dumps(results), flush=True)
         except BrokenPipeError:
@@ -100,7 +102,8 @@ def error_text(error: Exception) -> str:
     """Returns what to tell the user about an exception of a template."""
     if isinstance(error, MemoryError):
         return f"it takes more than {MAX_MEMORY >> 20} MB of memory"
-    return str(error)[:1000] or type(error).__name__
+    message = str(error)[:1000]
+    return message if message else type(error).__name__
 
 
 def environment():
@@ -116,7 +119,7 @@ def environment():
         tags = frozenset({"generation"})
 
         def parse(self, parser):
-            next(parser.stream)
+            next(parser.stream)  # the word `generation` itself
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def raise_exception(message: str):
@@ -155,9 +158,11 @@ class Conversation:
 
     def is_answer(self, message: dict) -> bool:
         """True if the message is of one of the roles and holds words or tool calls."""
+        if message.get("role") not in self.roles:
+            return False
         content = message.get("content")
         has_words = isinstance(content, str) and bool(content.strip())
-        return message.get("role") in self.roles and (has_words or bool(message.get("tool_calls")))
+        return has_words or bool(message.get("tool_calls"))
 
 
 @dataclass(frozen=True)
@@ -202,7 +207,8 @@ class Rendered:
     def position_in_other(self, position: int) -> int:
         """Returns the position in `other` of a position in `text` that is not inside one of the
         parts."""
-        return position + sum(growth for _, end, growth in self.parts if end <= position)
+        growths = [growth for _, end, growth in self.parts if end <= position]
+        return position + sum(growths)
 
 
 class Template:
@@ -234,17 +240,17 @@ class Template:
     def try_all(self, jobs: list[Job]) -> list["str | Refused"]:
         """Returns the text of each job, or why the template does not write it. Raises Refused where
         a limit is broken, since the process ends then and no job has a result."""
-        line = self.encode_jobs(jobs)
+        lines = self.encode_jobs(jobs)
         if self.process is None or self.process.poll() is not None:
             command = [sys.executable, os.path.abspath(__file__)]
+            # Without buffers, so that `read_line` can wait for the pipe itself.
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
             )
-            line = (
-                json.dumps({"template": self.source, "names": self.names}).encode() + b"\n" + line
-            )
+            settings = json.dumps({"template": self.source, "names": self.names})
+            lines = settings.encode() + b"\n" + lines
         try:
-            self.write(line)
+            self.write(lines)
             results = json.loads(self.read_line())
         except (OSError, ValueError):
             self.close()
@@ -252,36 +258,44 @@ class Template:
         except Refused:
             self.close()
             raise
-        return [
-            result["text"] if "text" in result else Refused(result["error"]) for result in results
-        ]
+        texts: list[str | Refused] = []
+        for result in results:
+            if "text" in result:
+                texts.append(result["text"])
+            else:
+                texts.append(Refused(result["error"]))
+        return texts
 
     def encode_jobs(self, jobs: list[Job]) -> bytes:
         """Returns the line of JSON that `serve_templates` reads."""
-        names = ("messages", "tools", "add_generation_prompt")
-        return json.dumps([dict(zip(names, job, strict=True)) for job in jobs]).encode() + b"\n"
+        objects = []
+        for messages, tools, prompted in jobs:
+            job = {"messages": messages, "tools": tools, "add_generation_prompt": prompted}
+            objects.append(job)
+        return json.dumps(objects).encode() + b"\n"
 
-    def write(self, line: bytes) -> None:
-        """Writes all of a line to the process: a write to a pipe may take a part of it only."""
-        while line:
-            written = self.process.stdin.write(line)
-            line = line[written:]
+    def write(self, lines: bytes) -> None:
+        """Writes all of some lines to the process: a write to a pipe may take a part only."""
+        while lines:
+            written = self.process.stdin.write(lines)
+            lines = lines[written:]
 
     def read_line(self) -> bytes:
         """Reads a line from the process. Raises Refused after MAX_SECONDS, or where the process has
         ended."""
         output = self.process.stdout
         deadline = time.monotonic() + MAX_SECONDS
-        parts = []
-        while not (parts and parts[-1].endswith(b"\n")):
+        parts: list[bytes] = []
+        while not parts or not parts[-1].endswith(b"\n"):
             seconds_left = max(0.0, deadline - time.monotonic())
             readable, _, _ = select.select([output], [], [], seconds_left)
             if not readable:
                 raise Refused(f"it takes longer than {MAX_SECONDS} s")
             part = os.read(output.fileno(), 1 << 20)
             if not part:
+                limit = f"{MAX_MEMORY >> 20} MB"
                 raise Refused(
-                    f"it takes more than {MAX_MEMORY >> 20} MB of memory, or ended its process otherwise"
+                    f"it takes more than {limit} of memory, or ended its process otherwise"
                 )
             parts.append(part)
         return b"".join(parts)
@@ -324,18 +338,23 @@ class Template:
         it or changes the messages so that they can't be found.
         """
         plans = [self.plan(conversation, control) for conversation in conversations]
+        all_jobs = []
+        for _, jobs in plans:
+            all_jobs += jobs
+        results: list[Rendered | Refused] = []
         try:
-            texts = iter(self.try_all([job for _, jobs in plans for job in jobs]))
+            texts = iter(self.try_all(all_jobs))
         except Refused as refusal:
             if len(conversations) == 1:
                 return [refusal]
             # One of them breaks a limit, or all together do: each is tried by itself.
-            return [result for each in conversations for result in self.locate([each], control)]
-        results = []
-        for conversation, (marks, jobs) in zip(conversations, plans, strict=True):
+            for conversation in conversations:
+                results += self.locate([conversation], control)
+            return results
+        for conversation, (ways, jobs) in zip(conversations, plans, strict=True):
             text, *marked_texts = islice(texts, len(jobs))
             try:
-                results.append(self.find_answers(conversation, marks, text, marked_texts))
+                results.append(self.find_answers(conversation, ways, text, marked_texts))
             except Refused as refusal:
                 results.append(refusal)
         return results
@@ -350,14 +369,14 @@ class Template:
         prompted = conversation.add_generation_prompt
         # A template may leave out a thought that is a part of the content. Then only the words
         # after it are looked for.
-        has_thoughts = any(
-            message.get("role") == "assistant" and "</think>" in str(message.get("content"))
-            for message in messages
-        )
+        has_thoughts = False
+        for message in messages:
+            if message.get("role") == "assistant" and "</think>" in str(message.get("content")):
+                has_thoughts = True
         ways = [Marks(conversation, self.source, control, whole=True)]
         if has_thoughts:
             ways.append(Marks(conversation, self.source, control, whole=False))
-        jobs = [(messages, tools, prompted)]
+        jobs: list[Job] = [(messages, tools, prompted)]
         for marks in ways:
             marked_messages = [marks.message(message, i) for i, message in enumerate(messages)]
             jobs.append((marked_messages, marks.quote(tools), prompted))
@@ -379,7 +398,8 @@ class Template:
         if has_calls and "tool_call" not in self.source:
             reason = "it has no place for tool calls; use a model whose template has one"
         else:
-            reason = "it rewrites the content of a message, or leaves it out, so that an answer can't be found in it"
+            cause = "it rewrites the content of a message, or leaves it out"
+            reason = f"{cause}, so that an answer can't be found in it"
         for marks, marked in zip(ways, marked_texts, strict=True):
             result = marks.read(text, marked)
             if result is None:
@@ -404,25 +424,25 @@ class Template:
         previous_end = 0
         for i, (first, last) in sorted(extents.items()):
             has_calls = bool(messages[i].get("tool_calls"))
-            begin = first
-            if messages[i]["role"] != "assistant":
+            if messages[i]["role"] == "assistant":
+                begin = self.answer_begin(rendered.text, messages[:i], conversation.tools, first)
+                has_words_before = bool(rendered.text[begin:first].strip())
+                asks_for_answers = bool(self.generation_prompt.strip())
+                if has_words_before and not asks_for_answers and not has_calls:
+                    # Nothing asks for an answer, so the words before it are the name of the role.
+                    begin = first
+            else:
+                begin = first
                 # The token of the first word may take the space before it along.
                 if rendered.text[previous_end:first].endswith(" "):
                     begin -= 1
-            else:
-                begin = self.answer_begin(rendered.text, messages[:i], conversation.tools, first)
-                if (
-                    not self.generation_prompt.strip()
-                    and not has_calls
-                    and rendered.text[begin:first].strip()
-                ):
-                    # Nothing asks for an answer, so the words before it are the name of the role.
-                    begin = first
-            if not previous_end <= begin <= first or (has_calls and begin == first):
+            in_order = previous_end <= begin <= first
+            # The template writes its own words for a call before the name of the function.
+            lacks_call = has_calls and begin == first
+            if not in_order or lacks_call:
                 raise Refused("it can't be told where an answer begins")
-            rendered.answers.append(
-                Answer(begin, first, last, has_calls, i, i == len(messages) - 1)
-            )
+            is_last = i == len(messages) - 1
+            rendered.answers.append(Answer(begin, first, last, has_calls, i, is_last))
             previous_end = last
         return rendered
 
@@ -438,14 +458,18 @@ class Template:
 
         # The messages before the answer, rendered with the generation prompt, are the beginning of
         # the text.
-        prompted = self.try_all([(before, tools, True)])[0] if before else None
+        prompted = None
+        if before:
+            prompted = self.try_all([(before, tools, True)])[0]
         if isinstance(prompted, str):
             if text.startswith(prompted):
                 return len(prompted)
             # The rest of the conversation may change how earlier messages are written. The last one
             # before the answer stays the same, so its words and what follows them are looked for.
             words = str(before[-1].get("content")).strip()
-            ending = prompted[prompted.rfind(words) :] if words in prompted else prompted
+            ending = prompted
+            if words in prompted:
+                ending = prompted[prompted.rfind(words) :]
             position = text.rfind(ending, 0, first)
             if words and position >= 0:
                 return position + len(ending)
@@ -460,8 +484,11 @@ class Template:
                     if common:
                         return len(without) + len(common)
 
-        position = text.rfind(generation_prompt, 0, first) if generation_prompt.strip() else -1
-        return first if position < 0 else position + len(generation_prompt)
+        if generation_prompt.strip():
+            position = text.rfind(generation_prompt, 0, first)
+            if position >= 0:
+                return position + len(generation_prompt)
+        return first
 
 
 class Marks:
@@ -477,20 +504,21 @@ class Marks:
 
     def __init__(self, conversation: Conversation, source: str, control: re.Pattern, whole: bool):
         used = f"{conversation.messages}{conversation.tools}{source}"
-        free = (character for character in map(chr, range(0xE000, 0xF8FF)) if character not in used)
+        private_use = map(chr, range(0xE000, 0xF8FF))
+        free = (character for character in private_use if character not in used)
         self.open_answer, self.close_answer, self.open_quote, self.close_quote = islice(free, 4)
         self.is_answer = conversation.is_answer
         self.control = control
         self.whole = whole
-        self.parts: list[
-            tuple[int, str]
-        ] = []  # of each replaced part: the number of its message, and its words
+        # Of each replaced part: the number of its message, and its words.
+        self.parts: list[tuple[int, str]] = []
 
     def message(self, message: dict, number: int) -> dict:
         """Returns a message with marks. number: its place in the conversation."""
         if not self.is_answer(message):
             return self.quote(message)
-        marked = self.quote({key: value for key, value in message.items() if key != "content"})
+        others = {key: value for key, value in message.items() if key != "content"}
+        marked = self.quote(others)
         if "content" in message:
             marked["content"] = self.words(message["content"], number)
         if marked.get("tool_calls"):
@@ -507,29 +535,35 @@ class Marks:
             return self.quote(content)
         inner = content.strip()
         if not self.whole:
-            inner = content.rpartition("</think>")[2].strip() or inner
+            _, _, behind_thought = content.rpartition("</think>")
+            # A message may be nothing but a thought.
+            if behind_thought.strip():
+                inner = behind_thought.strip()
         before, _, after = content.rpartition(inner)
         return self.quote(before) + self.replacement(number, inner) + self.quote(after)
 
     def call(self, call: object, number: int) -> object:
         """Returns a tool call with another text in the place of the function's name."""
-        function = call.get("function") if isinstance(call, dict) else None
-        target = function if isinstance(function, dict) else call
-        if (
-            isinstance(target, dict)
-            and isinstance(target.get("name"), str)
-            and target["name"].strip()
-        ):
-            target = target | {"name": self.replacement(number, target["name"])}
-        if isinstance(function, dict):
-            return call | {"function": target}
-        return target
+        # OpenAI's form has the function as an object in the call; others have its name in the call.
+        if isinstance(call, dict) and isinstance(call.get("function"), dict):
+            return call | {"function": self.with_other_name(call["function"], number)}
+        return self.with_other_name(call, number)
+
+    def with_other_name(self, function: object, number: int) -> object:
+        """Returns a function to call with another text in the place of its name, if it has one."""
+        if not isinstance(function, dict):
+            return function
+        name = function.get("name")
+        if not isinstance(name, str) or not name.strip():
+            return function
+        return function | {"name": self.replacement(number, name)}
 
     def replacement(self, number: int, words: str) -> str:
         """Notes a part, the words of message `number`, and returns the text with marks that takes
         their place."""
+        part = len(self.parts)
         self.parts.append((number, words))
-        return f"{self.open_answer}Other{len(self.parts) - 1}{self.close_answer}"
+        return f"{self.open_answer}Other{part}{self.close_answer}"
 
     def quote(self, value: object) -> object:
         """Returns a value with marks around those strings in it that hold the text of a control
@@ -540,7 +574,11 @@ class Marks:
                 return value
             return value.replace(inner, self.open_quote + inner + self.close_quote, 1)
         if isinstance(value, dict):
-            return {key: item if key == "role" else self.quote(item) for key, item in value.items()}
+            quoted = {}
+            for key, item in value.items():
+                # Templates compare the role with names.
+                quoted[key] = item if key == "role" else self.quote(item)
+            return quoted
         if isinstance(value, list):
             return [self.quote(item) for item in value]
         return value
@@ -563,29 +601,34 @@ class Marks:
             between = marked[done : match.start()]
             position += len(between)
             done = match.end()
-            part, quoted = match[1], match[2]
-            if part is None:
-                words = other = quoted
+            if match[1] is None:
+                words = match[2]
+                other = words
                 end = position + len(words)
             else:
-                if int(part) >= len(self.parts):
+                part = int(match[1])
+                if part >= len(self.parts):
                     return None  # the template changes digits
-                number, words = self.parts[int(part)]
-                other = match[0][1:-1]
+                number, words = self.parts[part]
+                other = match[0][1:-1]  # without the marks
                 end = position + len(words)
-                parts.append(int(part))
+                parts.append(part)
+                # A message with words and calls has several parts, and extends over all of them.
                 first, _ = extents.get(number, (position, position))
                 extents[number] = (first, end)
-                rendered.parts.append((position, end, len(other) - len(words)))
+                growth = len(other) - len(words)
+                rendered.parts.append((position, end, growth))
             rendered.quoted.append((position, end))
             texts += [between, words]
             others += [between, other]
             position = end
-        rendered.other = "".join([*others, marked[done:]])
+        rest = marked[done:]
+        rendered.other = "".join(others) + rest
+        unmarked = "".join(texts) + rest
         all_answers = {number for number, _ in self.parts} == extents.keys()
         all_once = len(parts) == len({*parts})
         # A mark without its partner stays in the marked text, so that the texts differ.
-        if not all_answers or not all_once or "".join([*texts, marked[done:]]) != text:
+        if not all_answers or not all_once or unmarked != text:
             return None
         return rendered, extents
 

@@ -1,4 +1,7 @@
-"""--attention flash3 or flash4: another version of FlashAttention, held against version 2 in one step first."""
+"""--attention flash3 or flash4: another version of FlashAttention, compared with version 2 first.
+
+The comparison is one forward and backward of the run's own model on its first micro-batch.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,25 +18,36 @@ from objectives import Losses, StepTotals
 def use_flash_version(
     name: str, model: Transformer, objective: Callable[..., Tensor], loader: MicroBatches
 ) -> str:
-    """Puts that version in place and returns a line about it. UserError where loss or gradients of the run's first
-    micro-batch are not those of version 2."""
-    trial = MicroBatches(
-        loader.dataset, dataclasses.replace(loader.sampler), loader.device, loader.batch_size
-    )
-    trial.max_tokens, trial.seed, trial.dropout = loader.max_tokens, loader.seed, loader.dropout
+    """Puts that version in place and returns a line about it.
+
+    Raises UserError if loss or gradients of the run's first micro-batch are not those of version 2.
+    """
+    # A loader of its own with a copy of the sampler, since asking for a step moves the position.
+    sampler = dataclasses.replace(loader.sampler)
+    trial = MicroBatches(loader.dataset, sampler, loader.device, loader.batch_size)
+    trial.max_tokens = loader.max_tokens
+    trial.seed = loader.seed
+    trial.dropout = loader.dropout
     trial.rows_per_rank = loader.rows_per_rank
-    batch = collate(trial.examples_of_step(0)[0], loader.device, distributed.context_parallel)
+    first_micro_batch = trial.examples_of_step(0)[0]
+    batch = collate(first_micro_batch, loader.device, distributed.context_parallel)
+    # A rank may have no trained token of the batch, and the loss is divided by these.
     totals = StepTotals(
-        len(batch.targets), max(batch.loss_weight_sum, 1.0), max(batch.num_tokens, 1)
+        num_trained=len(batch.targets),
+        loss_weight_sum=max(batch.loss_weight_sum, 1.0),
+        num_tokens=max(batch.num_tokens, 1),
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()
 
     def step() -> list[Tensor]:
+        """Returns the loss and this rank's rows of all gradients, and leaves no gradient behind."""
         loss = objective(model, batch, totals, Losses(loader.device))
         loss.backward()
-        results = [loss, *(distributed.to_local(p.grad) for p in parameters if p.grad is not None)]
+        results = [loss]
         for p in parameters:
+            if p.grad is not None:
+                results.append(distributed.to_local(p.grad))
             p.grad = None
         return results
 

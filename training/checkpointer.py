@@ -1,15 +1,17 @@
-"""The state of a run on disk, so that one that is killed at any instant goes on as if it had not been.
+"""The state of a run on disk: one that is killed at any instant goes on as if it had not been.
 
 `--out`/checkpoints/step-N holds
 
-    shard-*.safetensors   trained weights and the optimizer's moments, by torch.distributed.checkpoint: each process
-                          writes its rows; fewer or more processes may read them
-    state.json            the step, the position in the data, the states of the random generators, flags, losses so far
+    shard-*.safetensors   trained weights and the optimizer's moments, by
+                          torch.distributed.checkpoint: each process writes its rows; fewer or more
+                          processes may read them
+    state.json            the step, the position in the data, the states of the random generators,
+                          flags, losses so far
     manifest.json         each file's SHA-256
 
-A folder is written under another name, synced to the disk and renamed, so it is there whole or not at all. When it is
-read, each file's hash is compared; where one differs the folder is left aside, and the one before it is taken. Nothing
-is ever unpickled.
+A folder is written under another name, synced to the disk and renamed, so it is there whole or not
+at all. When it is read, each file's hash is compared; where one differs the folder is left aside,
+and the one before it is taken. Nothing is ever unpickled.
 """
 
 import base64
@@ -41,7 +43,7 @@ from optimizers import dequantize_moment, quantize_moment
 from training.state import TrainState
 
 FOLDER, STATE_FILE, MANIFEST = "checkpoints", "state.json", "manifest.json"
-# What a run writes; the last is the last to be removed, for by it a run is known.
+# What a run writes. metrics.jsonl is the last to be removed, because by it a run is known.
 RUN_FILES = (
     "config.json",
     "loss.png",
@@ -51,14 +53,14 @@ RUN_FILES = (
     "best",
     "final",
     "wandb",
+    FOLDER,
+    "metrics.jsonl",
 )
-RUN_FILES = (*RUN_FILES, FOLDER, "metrics.jsonl")
-LEFTOVER = re.compile(
-    r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-\d+"
-)  # of files.atomic_folder, in a process that died
-TRIAL_BYTES = (
-    64 << 20
-)  # that are written to see whether a disk takes them; beyond, its word is believed
+# What files.atomic_folder leaves where its process died.
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-\d+")
+# So many bytes are written to see whether a disk takes them; beyond, its word is believed.
+TRIAL_BYTES = 64 << 20
+# For each option whether a resumed run may change it: see `option` in flags.py.
 RESUME_RULES = {name: each.metadata.get("resume") for name, each in OPTIONS.items()}
 PER_LAUNCH_OPTIONS = {name for name, rule in RESUME_RULES.items() if rule == PER_LAUNCH}
 SAFE_TO_CHANGE = {name for name, rule in RESUME_RULES.items() if rule is not None}
@@ -77,37 +79,38 @@ class Checkpoint:
 
 
 def trainable_state(model: nn.Module, optimizers: list) -> dict[str, Tensor]:
-    """Returns everything that training changes, by name: `weight NAME`, and `KEY NAME` of an optimizer's state.
+    """Returns all that training changes, by name: `weight NAME`, and `KEY NAME` of optimizer state.
 
-    Tensors of sharded parameters are DTensors. What is cut into blocks within a shard, as moments in 8 bits are, has
-    the shard's number in its name as well.
+    Tensors of sharded parameters are DTensors. What is cut into blocks within a shard, as moments
+    in 8 bits are, has the shard's number in its name as well.
     """
     names = {p: name for name, p in model.named_parameters() if p.requires_grad}
     tensors = {f"weight {name}": p.detach() for p, name in names.items()}
     for optimizer in optimizers:
         for p, state in optimizer.states():
             for key, value in state.items():
+                name = f"{key} {names[p]}"
                 if value.dtype == torch.uint8 or key.endswith("_scale"):
-                    tensors[f"{key} {names[p]} {shard_name(p)}"] = value
-                elif value.dim():
+                    tensors[f"{name} {shard_name(p)}"] = value
+                    continue
+                # A scalar, such as the number of steps, is the same on every rank.
+                if value.dim() > 0:
                     value = value.view(to_local(p).shape)
-                    tensors[f"{key} {names[p]}"] = (
-                        dtensor_like(p, value) if is_sharded(p) else value
-                    )
-                else:
-                    tensors[f"{key} {names[p]}"] = value
+                    if is_sharded(p):
+                        value = dtensor_like(p, value)
+                tensors[name] = value
     return tensors
 
 
 def shard_name(p: Tensor) -> str:
-    """NUMBER/COUNT of this rank's shard of a parameter."""
+    """Returns NUMBER/COUNT of this rank's shard of a parameter."""
     count = distributed.num_shards(p)
     number = p.device_mesh.get_local_rank("shard") if count > 1 else 0
     return f"{number}/{count}"
 
 
 def random_state() -> list[str]:
-    """Returns the states of this rank's random number generators, of the CPU and of its GPU, as base64."""
+    """Returns the states of this rank's random generators, of the CPU and of its GPU, as base64."""
     states = [torch.get_rng_state()]
     if torch.cuda.is_available():
         states.append(torch.cuda.get_rng_state())
@@ -115,9 +118,12 @@ def random_state() -> list[str]:
 
 
 def set_random_state(states: list[str]) -> None:
-    tensors = [
-        torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8) for state in states
-    ]
+    """Puts the generators into the states that `random_state` returned."""
+    tensors = []
+    for state in states:
+        # A bytearray, since torch warns of a tensor over bytes that can't be written to.
+        buffer = bytearray(base64.b64decode(state))
+        tensors.append(torch.frombuffer(buffer, dtype=torch.uint8))
     torch.set_rng_state(tensors[0])
     if torch.cuda.is_available() and len(tensors) > 1:
         torch.cuda.set_rng_state(tensors[1])
@@ -135,9 +141,10 @@ def data_digest(*parts) -> str:
 
 
 class Checkpointer:
-    """Saves the whole state of a run every `save_every` steps, and gives it back to a run that is resumed.
+    """Saves the whole state of a run every `save_every` steps, and restores it in a resumed run.
 
-    origin: what the run is made from, by hashes (run_folder.identify_run). print_fn: for what a user must know.
+    origin: what the run is made from, by hashes (run_folder.identify_run).
+    print_fn: prints what a user must know.
     """
 
     def __init__(
@@ -150,13 +157,12 @@ class Checkpointer:
         origin: dict,
         print_fn: Callable[[str], None],
     ):
-        self.settings, self.model, self.optimizers, self.sampler = (
-            settings,
-            model,
-            optimizers,
-            sampler,
-        )
-        self.origin, self.out = origin, out
+        self.settings = settings
+        self.out = out
+        self.model = model
+        self.optimizers = optimizers
+        self.sampler = sampler
+        self.origin = origin
         self.writer = CheckpointWriter(out, settings.keep, settings.save_async, print_fn)
 
     @property
@@ -165,35 +171,37 @@ class Checkpointer:
         return self.writer.newest
 
     def due(self, state: TrainState) -> bool:
+        """True every --save-every steps, but not at the end, which has final/."""
         every = self.settings.save_every
-        return bool(every) and state.step % every == 0 and state.step < self.settings.steps
+        if not every or state.step >= self.settings.steps:
+            return False
+        return state.step % every == 0
 
     def save(self, state: TrainState) -> None:
         """Writes a checkpoint of this step. All ranks call it."""
         sampler = self.sampler
-        stored = (
-            state.as_dict()
-            | {
-                "position": [sampler.epoch, sampler.window, sampler.row],
-                "random": distributed.all_gather_object(random_state()),
-                "processes": distributed.dp_size(),  # among which rows are dealt; "random" has one of each rank
-                "flags": as_dict(self.settings),
-                "torch": torch.__version__,
-                **self.origin,
-            }
-        )
+        stored = state.as_dict()
+        stored["position"] = [sampler.epoch, sampler.window, sampler.row]
+        stored["random"] = distributed.all_gather_object(random_state())
+        # Into how many parts the rows of a step are split. The ranks are as many as "random" has.
+        stored["processes"] = distributed.dp_size()
+        stored["flags"] = as_dict(self.settings)
+        stored["torch"] = torch.__version__
+        stored |= self.origin
         with distributed.extended_timeout():
             self.writer.save(stored, trainable_state(self.model, self.optimizers))
 
     def restore(self, found: Checkpoint, state: TrainState) -> None:
-        """Gives model, optimizers, sampler and random numbers what the checkpoint holds."""
-        stored, sampler = found.state, self.sampler
+        """Gives model, optimizers, sampler and random generators what the checkpoint holds."""
+        stored = found.state
+        sampler = self.sampler
         read_checkpoint(found, self.model, self.optimizers)
         sampler.epoch, sampler.window, sampler.row = stored["position"]
         self.writer.newest = found.folder.name
         if len(stored["random"]) == distributed.world_size():
             set_random_state(stored["random"][distributed.rank()])
         else:
+            # On another number of ranks their states fit none, so each begins anew.
             torch.manual_seed(self.settings.seed + state.step)
 
     def wait(self) -> None:
@@ -203,19 +211,25 @@ class Checkpointer:
 class CheckpointWriter:
     """Writes checkpoints and removes old ones; a disk that is full ends no training.
 
-    asynchronous: a thread writes a copy while the training goes on; the next one, and the end, wait for it. print_fn:
-    for what a user must know.
+    keep: how many checkpoints stay, besides the best one.
+    asynchronous: a thread writes a copy while the training goes on; the next one, and the end, wait
+        for it.
+    print_fn: prints what a user must know.
     """
 
     def __init__(self, out: Path, keep: int, asynchronous: bool, print_fn: Callable[[str], None]):
-        self.folder, self.keep, self.print_fn = out / FOLDER, keep, print_fn
+        self.folder = out / FOLDER
+        self.keep = keep
+        self.print_fn = print_fn
         self.newest: str | None = None  # the name of the newest whole checkpoint
         self.thread: threading.Thread | None = None  # that writes
         self.failed: str | None = None  # why the newest could not be written
         self.broken: BaseException | None = None  # what the thread ended with
-        self.asynchronous, self.group = asynchronous, None
+        self.asynchronous = asynchronous
+        self.group = None
         if asynchronous and distributed.world_size() > 1:
-            # A group of its own, since its messages must not mix with those of the training in another thread.
+            # A group of its own, since its messages must not mix with those of the training in
+            # another thread.
             self.group = distributed.new_group(backend="gloo")
 
     def save(self, state: dict, tensors: dict[str, Tensor]) -> None:
@@ -232,6 +246,7 @@ class CheckpointWriter:
         self.thread.start()
 
     def write_in_thread(self, state: dict, tensors: dict[str, Tensor]) -> None:
+        """Writes a checkpoint, and keeps any error for `wait`."""
         try:
             self.write(state, tensors)
         except BaseException as error:  # noqa: BLE001 (the training's thread raises it)
@@ -249,32 +264,29 @@ class CheckpointWriter:
         self.thread = self.failed = None
 
     def write(self, state: dict, tensors: dict[str, Tensor]) -> None:
-        """Writes a checkpoint under another name, renames it, and removes old ones; an OSError is kept for `wait`."""
+        """Writes a checkpoint under another name, renames it, and removes old ones.
+
+        An OSError is kept for `wait`.
+        """
         name = f"step-{state['step']}"
+        group = self.group
+        new_folder = atomic_folder(self.folder / name, replace=True)
         try:
-            with distributed.rank0_context(
-                atomic_folder(self.folder / name, replace=True), self.group
-            ) as tmp:
-                path = Path(distributed.broadcast_object(str(tmp), self.group))
-                write_shards(tensors, path, self.group)
-                with distributed.synced_errors(self.group):
-                    mine = {
-                        file.name: file_sha256(file)
-                        for file in path.glob(f"shard-{distributed.rank() + 1:05}-*")
-                    }
+            with distributed.rank0_context(new_folder, group) as tmp:
+                # Every rank writes its shards into the folder that rank 0 has made.
+                path = Path(distributed.broadcast_object(str(tmp), group))
+                write_shards(tensors, path, group)
+                with distributed.synced_errors(group):
+                    mine = hashes_of_own_shards(path)
                 hashes: dict[str, str] = {}
-                for part in distributed.all_gather_object(mine, self.group):
+                for part in distributed.all_gather_object(mine, group):
                     hashes |= part
+                # Rank 0 alone has `tmp`, and completes it.
                 if tmp:
-                    missing = sorted(name for name in hashes if not (tmp / name).is_file())
-                    if missing:
-                        raise OSError(
-                            0,
-                            f"{missing[0]} is missing, not all machines see this folder",
-                            str(tmp),
-                        )
+                    check_all_files_are_there(tmp, hashes)
                     write_json(state, tmp / STATE_FILE)
-                    write_json(hashes | {STATE_FILE: file_sha256(tmp / STATE_FILE)}, tmp / MANIFEST)
+                    hashes[STATE_FILE] = file_sha256(tmp / STATE_FILE)
+                    write_json(hashes, tmp / MANIFEST)
             self.newest = name
             if is_rank0():
                 self.prune(state["step"])
@@ -282,18 +294,39 @@ class CheckpointWriter:
             self.failed = describe_os_error(error, self.folder)
 
     def prune(self, step: int) -> None:
-        """Removes all but the newest `keep` checkpoints and the one with the lowest validation loss."""
+        """Removes all but the newest `keep` checkpoints and the one with the lowest validation
+        loss. step: of the checkpoint that was written just now."""
         folders = [path for path in list_checkpoints(self.folder) if step_of(path) <= step]
-        losses = {path: stored_validation_loss(path) for path in folders}
-        validated = [path for path in folders if losses[path] is not None]
-        best = min(validated, key=losses.get, default=None)
+        best = None
+        lowest_loss = None
+        for path in folders:
+            loss = stored_validation_loss(path)
+            # The oldest of equally good ones stays.
+            if loss is not None and (lowest_loss is None or loss < lowest_loss):
+                best = path
+                lowest_loss = loss
         for path in folders[: -self.keep]:
             if path != best:
                 remove_checkpoint(path)
 
 
+def hashes_of_own_shards(folder: Path) -> dict[str, str]:
+    """Returns {file name: SHA-256} of the files that this rank has written."""
+    # torch.distributed.checkpoint counts ranks from 1 in these names.
+    own_files = folder.glob(f"shard-{distributed.rank() + 1:05}-*")
+    return {file.name: file_sha256(file) for file in own_files}
+
+
+def check_all_files_are_there(folder: Path, hashes: dict[str, str]) -> None:
+    """Raises OSError if this machine does not see a file that a rank has written into `folder`."""
+    missing = sorted(name for name in hashes if not (folder / name).is_file())
+    if missing:
+        problem = f"{missing[0]} is missing, not all machines see this folder"
+        raise OSError(0, problem, str(folder))
+
+
 def remove_checkpoint(folder: Path) -> None:
-    """Removes a checkpoint; whenever it is interrupted, the folder is whole or has another name."""
+    """Removes a checkpoint. If this is interrupted, the folder is whole or has another name."""
     tmp = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     with contextlib.suppress(OSError):
         folder.rename(tmp)
@@ -301,8 +334,11 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def stored_validation_loss(folder: Path) -> float | None:
-    with contextlib.suppress(UserError, OSError):  # a damaged one has none
+    """Returns the validation loss of a checkpoint's weights, or None: also of a damaged one."""
+    try:
         return read_json(folder / STATE_FILE).get("val_loss")
+    except (UserError, OSError):
+        return None
 
 
 def copy_to_host(tensor: Tensor) -> Tensor:
@@ -321,17 +357,23 @@ def distributed_checkpoint():
 
 
 def write_shards(tensors: dict[str, Tensor], folder: Path, group) -> None:
+    """Writes this rank's part of the tensors.
+
+    All ranks call it, and an OSError of one is raised on all.
+
+    group: the process group that they talk through.
+    """
     dcp = distributed_checkpoint()
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    alone = not dist.is_initialized()
     try:
-        dcp.save(
-            tensors, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized()
-        )
-    except (
-        dcp.api.CheckpointException
-    ) as error:  # with the errors of all ranks; torch derives it from BaseException
+        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=alone)
+    # It holds the errors of all ranks. torch derives it from BaseException.
+    except dcp.api.CheckpointException as error:
         for cause in error.failures.values():
-            cause = cause[0] if isinstance(cause, tuple) else cause
+            # torch gives an error alone, or with its traceback.
+            if isinstance(cause, tuple):
+                cause = cause[0]
             if isinstance(cause, OSError):
                 raise OSError(cause.errno, cause.strerror, cause.filename or str(folder)) from None
         raise
@@ -339,8 +381,11 @@ def write_shards(tensors: dict[str, Tensor], folder: Path, group) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Returns the checkpoints under a folder, the oldest first."""
-    named = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted((path for path in named if path.is_dir()), key=step_of)
+    checkpoints = []
+    for path in folder.glob("step-*"):
+        if re.fullmatch(r"step-\d+", path.name) and path.is_dir():
+            checkpoints.append(path)
+    return sorted(checkpoints, key=step_of)
 
 
 def step_of(folder: Path) -> int:
@@ -364,22 +409,25 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def format_bytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    """Returns a size in bytes as GB or MB."""
+    if size >= 1e9:
+        return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e6:.1f} MB"
 
 
 def check_disk_space(out: Path, size: float, what: str) -> None:
     """Raises UserError where the disk under `out` has no room for `size` bytes, or takes none.
 
-    what: names what takes that room. Files that are under `out` already belong to the run that is resumed, and will be
-    replaced.
+    what: names what takes that room. Files that are under `out` already belong to the run that is
+    resumed, and will be replaced.
     """
     existing = sum(path.lstat().st_size for path in out.rglob("*"))
     size = max(0.0, size - existing)
     free = shutil.disk_usage(out).free
+    needed = f"{what} take {format_bytes(size)}"
     if free < size:
-        raise UserError(
-            f"{out}: {what} take {format_bytes(size)}, and {format_bytes(free)} are free"
-        )
+        raise UserError(f"{out}: {needed}, and {format_bytes(free)} are free")
+    # A quota or a limit of files shows only when something is written.
     trial = out / f".trial.partial-{os.getpid()}"
     try:
         with open(trial, "wb") as stream:
@@ -390,9 +438,7 @@ def check_disk_space(out: Path, size: float, what: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
-        raise UserError(
-            f"{out}: can't be written to ({error.strerror}); {what} take {format_bytes(size)}"
-        ) from None
+        raise UserError(f"{out}: can't be written to ({error.strerror}); {needed}") from None
     finally:
         with contextlib.suppress(OSError):
             trial.unlink(missing_ok=True)
@@ -402,18 +448,20 @@ def check_disk_space(out: Path, size: float, what: str) -> None:
 
 
 def newest_checkpoint(out: Path) -> Checkpoint | None:
-    """Returns the newest checkpoint under --out whose files are what its manifest says; None where there is none.
+    """Returns the newest whole checkpoint under --out: its files are what its manifest says.
 
-    Its notes name those that are damaged. Raises UserError where all are.
+    Its notes name those that are damaged. None where there is no checkpoint; raises UserError where
+    all are damaged.
     """
-    notes = []
+    notes: list[str] = []
     for folder in reversed(list_checkpoints(out / FOLDER)):
         fault = find_corruption(folder)
         if fault is None:
             return Checkpoint(folder, read_json(folder / STATE_FILE), notes)
         notes.append(f"{fault}; the checkpoint before it is taken")
     if notes:
-        raise UserError(f"{out / FOLDER}: no checkpoint is whole ({notes[0].partition(';')[0]})")
+        fault_of_newest = notes[0].partition(";")[0]
+        raise UserError(f"{out / FOLDER}: no checkpoint is whole ({fault_of_newest})")
     return None
 
 
@@ -425,12 +473,12 @@ def find_corruption(folder: Path) -> str | None:
         return str(error)
     if STATE_FILE not in manifest:
         return f"{folder / MANIFEST}: names no {STATE_FILE}"
-    unknown = sorted(
-        file.name for file in folder.glob("*.safetensors") if file.name not in manifest
-    )
+    names = [file.name for file in folder.glob("*.safetensors")]
+    unknown = sorted(name for name in names if name not in manifest)
     if unknown:
         return f"{folder / unknown[0]}: is not in the manifest"
     for name, sha256 in manifest.items():
+        # The name alone: a manifest must not lead out of its folder.
         file = folder / Path(name).name
         if not file.is_file():
             return f"{file}: is missing"
@@ -440,21 +488,23 @@ def find_corruption(folder: Path) -> str | None:
 
 
 def read_checkpoint(found: Checkpoint, model: nn.Module, optimizers: list) -> None:
-    """Gives model and optimizers the tensors that a checkpoint holds. Raises UserError where one is missing."""
+    """Gives model and optimizers the tensors that a checkpoint holds.
+
+    Raises UserError where one is missing.
+    """
     dcp = distributed_checkpoint()
     own = trainable_state(model, optimizers)
     stored = stored_tensors(found.folder)
-    by_shard = {
-        name for name in own if name.count(" ") == 2
-    }  # moments in 8 bits, cut into blocks within a shard
-    if by_shard <= stored.keys():  # there are as many shards as when they were written
+    # Moments in 8 bits, whose names end with a shard: `KEY NAME SHARD`.
+    by_shard = {name for name in own if name.count(" ") == 2}
+    # With as many shards as when they were written, they are loaded as they are.
+    if by_shard <= stored.keys():
         by_shard = set()
     loaded = {name: tensor for name, tensor in own.items() if name not in by_shard}
     missing = sorted(loaded.keys() - stored.keys())
     if missing:
-        raise UserError(
-            f"{found.folder}: holds no {missing[0]!r}; it is of another method or optimizer"
-        )
+        problem = f"holds no {missing[0]!r}; it is of another method or optimizer"
+        raise UserError(f"{found.folder}: {problem}")
     reader = dcp.HuggingFaceStorageReader(str(found.folder))
     dcp.load(loaded, storage_reader=reader, no_dist=not dist.is_initialized())
     for name, p in model.named_parameters():
@@ -464,19 +514,19 @@ def read_checkpoint(found: Checkpoint, model: nn.Module, optimizers: list) -> No
 
 
 def check_same_run(found: Checkpoint, base: dict) -> None:
-    """Raises UserError where the base or the data of a resumed run are not those of its checkpoint."""
+    """Raises UserError if base or data of a resumed run are not those of its checkpoint.
+
+    base: what the run is made from, by hashes (run_folder.identify_run).
+    """
+    before = f"than when {found.folder} was made"
     if found.state["base_sha256"] != base["base_sha256"]:
-        raise UserError(
-            f"--resume: {base['base']} holds other weights than when {found.folder} was made"
-        )
+        raise UserError(f"--resume: {base['base']} holds other weights {before}")
     if found.state["data"] != base["data"]:
-        raise UserError(
-            f"--resume: the examples are others, or in another order, than when {found.folder} was made"
-        )
+        raise UserError(f"--resume: the examples are others, or in another order, {before}")
 
 
 def stored_tensors(folder: Path) -> dict[str, Path]:
-    """Returns {name: file} of all tensors in a folder; of one that lies in several files, any of them."""
+    """Returns {name: file} of all tensors in a folder; for one in several files, any of them."""
     files: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with open_safetensors(file) as shard:
@@ -487,31 +537,47 @@ def stored_tensors(folder: Path) -> dict[str, Path]:
 def requantize_moments(
     name: str, p: Tensor, parts: dict[str, Tensor], stored: dict[str, Path], folder: Path
 ) -> None:
-    """Fills this rank's moments in 8 bits from those of another number of shards, which were cut into other blocks.
+    """Fills this rank's moments in 8 bits from those of another number of shards.
 
-    name, p: of the parameter. parts: this rank's tensors by their names, to be filled. stored: of `stored_tensors`.
+    These were cut into other blocks, so they are dequantized, joined, and quantized again.
+
+    name, p: the parameter.
+    parts: this rank's tensors by their names, to be filled.
+    stored: what `stored_tensors` returns.
+    folder: the checkpoint, for messages.
     """
     for key in ("m", "v"):
         pieces = [part for part in stored if part.startswith(f"{key} {name} ")]
         if not pieces:
             raise UserError(f"{folder}: holds no {key} of {name}; it is of another optimizer")
-        pieces.sort(key=lambda part: int(part.rpartition(" ")[2].partition("/")[0]))
+        pieces.sort(key=shard_number)
         moments = []
         for piece in pieces:
             scale_name = f"{key}_scale{piece.removeprefix(key)}"
             codes = read_tensor(stored[piece], piece)
             scales = read_tensor(stored[scale_name], scale_name)
             moments.append(dequantize_moment(codes, scales, key))
-        flat = torch.cat(moments).view(p.shape)[distributed.local_row_slice(p)].flatten()
-        for suffix, values in zip(("", "_scale"), quantize_moment(flat, key), strict=True):
-            parts[f"{key}{suffix} {name} {shard_name(p)}"].copy_(values)
+        whole = torch.cat(moments).view(p.shape)
+        own_rows = whole[distributed.local_row_slice(p)]
+        codes, scales = quantize_moment(own_rows.flatten(), key)
+        shard = shard_name(p)
+        parts[f"{key} {name} {shard}"].copy_(codes)
+        parts[f"{key}_scale {name} {shard}"].copy_(scales)
+
+
+def shard_number(tensor_name: str) -> int:
+    """Returns 3 of "m blocks.0.q.weight 3/8"."""
+    shard = tensor_name.rpartition(" ")[2]
+    return int(shard.partition("/")[0])
 
 
 def truncate_metrics(file: Path, step: int) -> None:
     """Leaves only the whole lines of steps up to this one in metrics.jsonl."""
     lines = []
     if file.is_file():
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        for line in text.splitlines(keepends=True):
+            # A line that a crash has cut short, or the disk has damaged, is left out.
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 if line.endswith("\n") and json.loads(line)["step"] <= step:
                     lines.append(line)
@@ -523,54 +589,66 @@ def truncate_metrics(file: Path, step: int) -> None:
 
 
 def restore_flags(flags: Flags, state: dict, where: Path) -> tuple[Flags, list[str]]:
-    """Returns the flags of a resumed run, what was typed completed by those of its checkpoint, and lines about what
-    changes.
+    """Returns the flags of a resumed run, what was typed completed by those of its checkpoint, and
+    lines about what changes.
 
-    state: of state.json. where: the checkpoint's folder, for messages. Raises UserError with a list of the flags that
-    would change what is computed.
+    state: of state.json.
+    where: the checkpoint's folder, for messages.
+    Raises UserError with a list of the flags that would change what is computed.
     """
-    saved, given = current_names(state["flags"]), flags.given
-    if saved["map"] and "map" not in given:
-        raise UserError(
-            f"--resume: the run goes through --map {saved['map']}; give it again, it is code to be run"
-        )
-    taken, refused, notes = {}, [], []
-    for name, before in saved.items():
-        if name in PER_LAUNCH_OPTIONS:
-            continue
-        now = getattr(flags, name)
-        before = tuple(before) if isinstance(before, list) else before
-        was_open = name == "epochs" and before is None
-        if name not in given or now == "auto":
-            taken[name] = before
-        elif name not in SAFE_TO_CHANGE and now != before and not was_open:
-            refused.append(f"{dashed(name)} {now} (it was {before})")
-    if refused:
-        raise UserError(
-            f"--resume: {where} was made with other flags: {', '.join(refused)}; leave them out"
-        )
-    flags = dataclasses.replace(flags, **taken)
+    saved = current_names(state["flags"])
+    if saved["map"] and "map" not in flags.given:
+        advice = "give it again, it is code to be run"
+        raise UserError(f"--resume: the run goes through --map {saved['map']}; {advice}")
+    flags = dataclasses.replace(flags, **unchanged_flags(flags, saved, where))
+    notes = []
     for name in ("shard", "context_parallel", "compile", "activation_checkpointing", "attention"):
         now = getattr(flags, name)
-        before = saved.get(name, "auto")  # a run of before --attention has none
-        if now not in (None, before):
-            notes.append(
-                f"{dashed(name)} {now}, {before} before: equal to rounding, not to the bit"
-            )
+        # A checkpoint from before there was --attention has no value for it.
+        before = saved.get(name, "auto")
+        if now is not None and now != before:
+            change = f"{dashed(name)} {now}, {before} before"
+            notes.append(f"{change}: equal to rounding, not to the bit")
     flags, note = keep_step_size(flags, saved, state["processes"])
     if note:
         notes.append(note)
     ranks_before = len(state["random"])
-    if distributed.world_size() != ranks_before:
-        count = distributed.world_size()
-        notes.append(
-            f"{ranks_before} processes before, {count} now: equal to rounding, not to the bit"
-        )
+    ranks_now = distributed.world_size()
+    if ranks_now != ranks_before:
+        change = f"{ranks_before} processes before, {ranks_now} now"
+        notes.append(f"{change}: equal to rounding, not to the bit")
     return flags, notes
 
 
+def unchanged_flags(flags: Flags, saved: dict, where: Path) -> dict:
+    """Returns {option: value} for the options that a resumed run takes from its checkpoint.
+
+    saved: the checkpoint's flags by today's names. where: its folder, for messages.
+    Raises UserError with a list of the flags that would change what is computed.
+    """
+    taken = {}
+    refused = []
+    for name, before in saved.items():
+        if name in PER_LAUNCH_OPTIONS:
+            continue
+        now = getattr(flags, name)
+        # JSON knows no tuples.
+        if isinstance(before, list):
+            before = tuple(before)
+        # Where --steps said how long the run is, --epochs is open.
+        was_open = name == "epochs" and before is None
+        if name not in flags.given or now == "auto":
+            taken[name] = before
+        elif name not in SAFE_TO_CHANGE and now != before and not was_open:
+            refused.append(f"{dashed(name)} {now} (it was {before})")
+    if refused:
+        changes = ", ".join(refused)
+        raise UserError(f"--resume: {where} was made with other flags: {changes}; leave them out")
+    return taken
+
+
 def current_names(saved: dict) -> dict:
-    """The flags of a checkpoint by today's names."""
+    """Returns the flags of a checkpoint by today's names, without options that are gone."""
     flags = dict(saved)
     for old, (new, values) in FORMER_NAMES.items():
         if old in flags:
@@ -580,34 +658,41 @@ def current_names(saved: dict) -> dict:
 
 
 def keep_step_size(flags: Flags, saved: dict, dp_size_before: int) -> tuple[Flags, str]:
-    """Sets --accumulate so that a step has as many examples as before, on another number of ranks too; with it a line
-    that says so. UserError where that doesn't divide."""
-    product, dp_size = (
-        saved["batch_size"] * saved["accumulate"] * dp_size_before,
-        distributed.dp_size(),
-    )
-    if flags.batch_size * flags.accumulate * dp_size == product:
+    """Sets --accumulate so that a step has as many examples as before, on other ranks too.
+
+    Returns the flags, and a line that says so, or "" if nothing changes.
+    Raises UserError where that doesn't divide.
+    """
+    dp_size = distributed.dp_size()
+    examples = saved["batch_size"] * saved["accumulate"] * dp_size_before
+    if flags.batch_size * flags.accumulate * dp_size == examples:
         return flags, ""
-    accumulate, rest = divmod(product, flags.batch_size * dp_size)
-    if rest or not accumulate or ("accumulate" in flags.given and dp_size == dp_size_before):
+    accumulate, rest = divmod(examples, flags.batch_size * dp_size)
+    # What was typed counts, as long as the ranks are not the reason for another number.
+    contradicts_typed = "accumulate" in flags.given and dp_size == dp_size_before
+    if rest or not accumulate or contradicts_typed:
+        product = f"--batch-size {flags.batch_size} x --accumulate {flags.accumulate} x {dp_size}"
         raise UserError(
-            f"--resume: a step had {product} examples; --batch-size {flags.batch_size} x --accumulate"
-            f" {flags.accumulate} x {dp_size} processes is not that, choose a --batch-size of which it is a multiple"
+            f"--resume: a step had {examples} examples; {product} processes is not that, choose a"
+            " --batch-size of which it is a multiple"
         )
-    note = f"--accumulate {accumulate}: {flags.batch_size} x {accumulate} x {dp_size} processes, as many as before"
+    factors = f"{flags.batch_size} x {accumulate} x {dp_size} processes"
+    note = f"--accumulate {accumulate}: {factors}, as many as before"
     return dataclasses.replace(flags, accumulate=accumulate), note
 
 
 def restore_layout(flags: Flags, state: dict) -> Flags:
-    """The flags with which ranks share model and batches, which have to be known before anything else: as before, where
-    that is possible."""
-    saved, taken = current_names(state["flags"]), {}
-    as_many = len(state["random"]) == distributed.world_size()
-    if (
-        "context_parallel" not in flags.given
-        and distributed.world_size() % saved["context_parallel"] == 0
-    ):
-        taken["context_parallel"] = saved["context_parallel"]
-    if "shard" not in flags.given and (as_many or saved["shard"] == "none"):
+    """Returns the flags with the old values of those by which ranks share model and batches.
+
+    These have to be known before anything else. They are as before where that is possible.
+    """
+    saved = current_names(state["flags"])
+    taken = {}
+    if "context_parallel" not in flags.given:
+        size = saved["context_parallel"]
+        if distributed.world_size() % size == 0:
+            taken["context_parallel"] = size
+    as_many_ranks = len(state["random"]) == distributed.world_size()
+    if "shard" not in flags.given and (as_many_ranks or saved["shard"] == "none"):
         taken["shard"] = saved["shard"]
     return dataclasses.replace(flags, **taken)

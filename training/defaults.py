@@ -1,6 +1,7 @@
-"""From what was typed to what a run does: every setting that was left open, chosen once, with its reason.
+"""From what was typed to what a run does: what was left open is chosen once, with its reason.
 
-`resolve_defaults` returns `Settings`, which are frozen: printed at the start, saved as config.json, read by everybody.
+`resolve_defaults` returns `Settings`, which are frozen: printed at the start, saved as config.json,
+read by everybody.
 """
 
 import dataclasses
@@ -30,9 +31,12 @@ from planning.memory import Workload
 from planning.report import adapter_of, describe_workload, recipe_and_layout
 from training.checkpointer import RUN_FILES, format_bytes
 
-COMPILE_SECONDS = 20  # to compile a block; measured on 2 cores
-COMPILE_SAVES = 0.05  # share of a step's time that it saves there
-SHARE_OF_NF4 = 0.26  # of the bytes of 16-bit weights
+# Seconds to compile a block, and the share of a step's time that it saves; measured on 2 cores.
+COMPILE_SECONDS = 20
+COMPILE_SAVES = 0.05
+# Bytes of weights in NF4 for each byte of them in 16 bits.
+SHARE_OF_NF4 = 0.26
+# A run that is killed loses half an hour at most.
 MAX_SECONDS_BETWEEN_CHECKPOINTS = 1800
 
 
@@ -40,102 +44,157 @@ MAX_SECONDS_BETWEEN_CHECKPOINTS = 1800
 class Settings(Flags):
     """Every option with the value that holds, none of them open.
 
-    reasons: {option: why, where it was chosen here}. steps_per_epoch; max_tokens: of a micro-batch of one rank;
-    flops_per_token: floating point operations of training; expected_seconds: of training.
+    reasons: {option: why}, for those that were chosen here.
+    steps_per_epoch: the steps of one epoch.
+    max_tokens: the most tokens of a micro-batch of one rank.
+    flops_per_token: floating point operations of training.
+    expected_seconds: what training is expected to take.
+    workload: what the expected time and memory are computed from.
     """
+
+    # `Flags` may leave these open; here each has a number. (They keep their places and defaults.)
+    steps: int
+    lr: float
+    warmup: int
+    weight_decay: float
+    eval_every: int
+    save_every: int
 
     reasons: dict[str, str] = field(default_factory=dict)
     steps_per_epoch: int = 1
     max_tokens: int = 0
     flops_per_token: float = 0.0
     expected_seconds: float = 0.0
-    workload: Workload | None = None
+    workload: Workload = None  # type: ignore[assignment] (resolve_defaults always gives one)
 
 
 def resolve_defaults(
     flags: Flags, folder: Path, data: TrainingData, device: torch.device
 ) -> Settings:
-    """Returns the run's settings. folder: of the base model. UserError where what was typed can't be had here."""
+    """Returns the run's settings. folder: of the base model.
+
+    Raises UserError where what was typed can't be had here.
+    """
     config = read_config(folder)
     dtype, why_dtype = pick_dtype(flags.dtype, device)
-    reasons = {"dtype": why_dtype}
-    chosen = {
-        "device": device.type,
-        "dtype": next(name for name, known in DTYPES.items() if known == dtype),
-        "seq_len": data.seq_len,
-        "val_fraction": data.val_fraction,
-        "pack": data.pack,
-    }
-    chosen["shard"], reasons["shard"] = choose_shard(flags, folder, device)
-    flags = dataclasses.replace(flags, **chosen)
+    shard, why_shard = choose_shard(flags, folder, device)
+    flags = dataclasses.replace(
+        flags,
+        device=device.type,
+        dtype=next(name for name, known in DTYPES.items() if known == dtype),
+        seq_len=data.seq_len,
+        val_fraction=data.val_fraction,
+        pack=data.pack,
+        shard=shard,
+    )
     flags, steps_per_epoch = choose_steps(flags, data.sampler)
     flags = choose_optimization(flags, config)
     model = meta_model_of_run(flags, folder, config)
     if continues_adapter(flags):
         flags = dataclasses.replace(flags, **adapter_shape(model))
+
+    # What the run takes, which --compile and --save-every depend on.
     max_tokens = choose_max_tokens(flags, model, device)
     workload = describe_workload(flags, data, steps_per_epoch, device, max_tokens)
     flops = memory.flops_a_token(
         model, workload.all_lengths, workload.share, flags.activation_checkpointing
     )
+    # Every rank times a product, and rank 0's rate counts: all ranks must choose alike.
     rate = distributed.broadcast_object(memory.product_rate(config, device, dtype))
-    seconds = workload.tokens * flops / (memory.EFFICIENCY * rate * distributed.world_size())
-    compiled, reasons["compile"] = choose_compile(flags, device, seconds)
-    save_every, reasons["save_every"] = choose_save_every(flags, model, seconds)
+    flops_per_second = memory.EFFICIENCY * rate * distributed.world_size()
+    seconds = workload.tokens * flops / flops_per_second
+    compiled, why_compile = choose_compile(flags, device, seconds)
+    save_every, why_save = choose_save_every(flags, model, seconds)
+
     flags = dataclasses.replace(flags, compile=compiled, save_every=save_every)
     values = {each.name: getattr(flags, each.name) for each in dataclasses.fields(Flags)}
-    return Settings(**values, reasons=reasons, steps_per_epoch=steps_per_epoch, max_tokens=max_tokens,
-                    flops_per_token=flops, expected_seconds=seconds, workload=workload)  # fmt: skip
+    reasons = {
+        "dtype": why_dtype,
+        "shard": why_shard,
+        "compile": why_compile,
+        "save_every": why_save,
+    }
+    return Settings(
+        **values,
+        reasons=reasons,
+        steps_per_epoch=steps_per_epoch,
+        max_tokens=max_tokens,
+        flops_per_token=flops,
+        expected_seconds=seconds,
+        workload=workload,
+    )
 
 
 def choose_shard(flags: Flags, folder: Path, device: torch.device) -> tuple[str, str]:
-    """--shard, and why."""
-    count, shard, reason = distributed.world_size(), flags.shard, ", asked for with --shard"
+    """Returns --shard, and why it was chosen.
+
+    Raises UserError if it does not suit the number of processes.
+    """
+    count = distributed.world_size()
+    shard = flags.shard
+    reason = ", asked for with --shard"
     if shard is None:
-        size = sum(file.stat().st_size for file in weight_files(folder)) * (
-            SHARE_OF_NF4 if method_of(flags).quant else 1
-        )
+        size: float = sum(file.stat().st_size for file in weight_files(folder))
+        if method_of(flags).quant:
+            size *= SHARE_OF_NF4
+        # A sharded base is gathered for each forward and backward, so a small one is not worth it.
         is_small = size <= distributed.REPLICATE_BELOW * memory.device_memory(device)
-        shard = "none" if count == 1 or (method_of(flags).freezes_base and is_small) else "full"
-        reason = f": the frozen base is small, {size / 1e9:.1f} GB" if shard == "none" else ""
+        if count == 1 or (method_of(flags).freezes_base and is_small):
+            shard = "none"
+            reason = f": the frozen base is small, {size / 1e9:.1f} GB"
+        else:
+            shard = "full"
+            reason = ""
     if shard == "none" and flags.shard_offload:
         raise UserError("--shard-offload: keeps shards on the host, and --shard is none")
-    if shard == "hybrid" and count == distributed.local_world_size():
-        raise UserError(
-            "--shard hybrid: shards inside a node and copies across nodes, and there is one node"
-        )
-    if shard == "hybrid" and not distributed.all_ranks_agree(
-        count % distributed.local_world_size() == 0
-    ):
-        raise UserError("--shard hybrid: the nodes must have equally many processes")
+    if shard == "hybrid":
+        on_this_node = distributed.local_world_size()
+        if count == on_this_node:
+            why = "shards inside a node and copies across nodes, and there is one node"
+            raise UserError(f"--shard hybrid: {why}")
+        if not distributed.all_ranks_agree(count % on_this_node == 0):
+            raise UserError("--shard hybrid: the nodes must have equally many processes")
     return shard, reason
 
 
 def choose_steps(flags: Flags, sampler: Sampler) -> tuple[Flags, int]:
-    """How long to train and how often to validate; with it the number of steps in an epoch."""
+    """Chooses how long to train and how often to validate.
+
+    Returns the flags with these, and the number of steps in an epoch.
+    """
     per_step = flags.batch_size * flags.accumulate * distributed.dp_size()
     examples = sum(sampler.samples_per_epoch)
     steps_per_epoch = math.ceil(sampler.epoch_rows() / per_step)
     steps, epochs, eval_every = flags.steps, flags.epochs, flags.eval_every
     if steps is None:
         if epochs is None:
-            epochs = 1.0 if examples >= 1_500 else 2.0 if examples >= 500 else 3.0
+            # Few examples are read more often, so that there are enough steps to learn in.
+            if examples >= 1_500:
+                epochs = 1.0
+            elif examples >= 500:
+                epochs = 2.0
+            else:
+                epochs = 3.0
         steps = max(1, round(epochs * steps_per_epoch))
     if eval_every is None:
         eval_every = math.ceil(steps / 5)
-    return dataclasses.replace(
-        flags, steps=steps, epochs=epochs, eval_every=eval_every
-    ), steps_per_epoch
+    flags = dataclasses.replace(flags, steps=steps, epochs=epochs, eval_every=eval_every)
+    return flags, steps_per_epoch
 
 
 def choose_optimization(flags: Flags, config: Config) -> Flags:
-    """Learning rate, warm-up and weight decay; and the shape of a new adapter."""
-    method, chosen = method_of(flags), {}
+    """Chooses learning rate, warm-up and weight decay; and the shape of a new adapter."""
+    method = method_of(flags)
+    chosen: dict = {}
     if flags.lr is None:
-        # Schulman et al. 2025, "LoRA without regret": the best rate falls with the width, and is ten times as high for
-        # LoRA as for full fine-tuning.
-        chosen["lr"] = float(f"{5e-5 * method.lr_factor * (2000 / config.hidden_size) ** 0.78:.1e}")
-    warmup = round(0.05 * flags.steps) if flags.warmup is None else flags.warmup
+        # Schulman et al. 2025, "LoRA without regret": the best rate falls with the width, and is
+        # ten times as high for LoRA as for full fine-tuning.
+        lr = 5e-5 * method.lr_factor * (2000 / config.hidden_size) ** 0.78
+        # Two digits, so that what is printed and typed again is the rate to the bit.
+        chosen["lr"] = float(f"{lr:.1e}")
+    warmup = flags.warmup
+    if warmup is None:
+        warmup = round(0.05 * flags.steps)
     if warmup >= flags.steps:
         raise UserError(f"--warmup {warmup}: longer than the run of {flags.steps} steps")
     chosen["warmup"] = warmup
@@ -147,7 +206,7 @@ def choose_optimization(flags: Flags, config: Config) -> Flags:
 
 
 def meta_model_of_run(flags: Flags, folder: Path, config: Config) -> Transformer:
-    """The model of this run without memory, on the meta device, with what trains marked."""
+    """Returns this run's model without memory, on the meta device, with what trains marked."""
     recipe, _ = recipe_and_layout(flags)
     dtype = DTYPES[flags.dtype]
     if continues_adapter(flags):
@@ -159,16 +218,16 @@ def meta_model_of_run(flags: Flags, folder: Path, config: Config) -> Transformer
     model.source = folder
     if not method_of(flags).freezes_base:
         select_weights(model, flags)
-        for (
-            parameter
-        ) in model.parameters():  # frozen weights that were stored in 16 bits are held so
-            if not parameter.requires_grad and stored_dtype(config).itemsize == 2:
+        # Frozen weights that were stored in 16 bits stay in 16 bits; trained ones are in fp32.
+        stored_in_16_bits = stored_dtype(config).itemsize == 2
+        for parameter in model.parameters():
+            if stored_in_16_bits and not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
     return model
 
 
 def adapter_shape(model: Transformer) -> dict:
-    """Rank, alpha, dropout and targets of the adapter that a model carries, as flags."""
+    """Returns rank, alpha, dropout and targets of the adapter that a model carries, as flags."""
     layers = lora.lora_layers(model)
     first = next(iter(layers.values()))
     targets = ",".join(lora.target_modules(model, list(layers)))
@@ -176,94 +235,120 @@ def adapter_shape(model: Transformer) -> dict:
 
 
 def choose_max_tokens(flags: Flags, model: Transformer, device: torch.device) -> int:
-    """Tokens of a micro-batch of one rank: as many as are of use and, by the plan, fit."""
+    """Returns the tokens of a micro-batch of one rank: as many as help and, by the plan, fit."""
     recipe, layout = recipe_and_layout(flags)
 
     def peak(tokens: int) -> float:
+        """Returns the bytes at the peak with this many tokens, in one document, all trained."""
         tokens *= flags.context_parallel
-        job = Workload([tokens], tokens, 1.0, [tokens], tokens, tokens, accumulate=2)
-        return multi_gpu.memory_per_process(
-            model, recipe, layout, job, device.type, flags.context_parallel
-        ).peak
+        workload = Workload(
+            lengths=[tokens],
+            trained=tokens,
+            share=1.0,
+            all_lengths=[tokens],
+            tokens=tokens,
+            to_learn=tokens,
+            # More than one in a step take more memory: gradients stay from one to the next.
+            accumulate=2,
+        )
+        memory_of_rank = multi_gpu.memory_per_process(
+            model, recipe, layout, workload, device.type, flags.context_parallel
+        )
+        return memory_of_rank.peak
 
     room = memory.FITS * memory.device_memory(device)
     return distributed.broadcast_object(memory.tokens_at_once(device, room, peak))
 
 
 def choose_compile(flags: Flags, device: torch.device, seconds: float) -> tuple[str, str]:
-    """--compile on or off, and why. seconds: what training is expected to take."""
-    compiler = os.environ.get("CXX") or (
-        "clang++" if sys.platform == "darwin" else "g++"
-    )  # what torch.compile calls
+    """Returns "on" or "off" for --compile, and why. seconds: what training is expected to take.
+
+    Raises UserError for --compile on where its compiler is missing.
+    """
+    on_gpu = device.type == "cuda"
+    # The compiler of C++ that torch.compile calls.
+    compiler = os.environ.get("CXX")
+    if not compiler:
+        compiler = "clang++" if sys.platform == "darwin" else "g++"
     available = shutil.which(compiler) is not None
-    available = available and (
-        device.type != "cuda" or importlib.util.find_spec("triton") is not None
-    )
+    if on_gpu and importlib.util.find_spec("triton") is None:
+        available = False
     if flags.compile == "on" and not available:
-        raise UserError(
-            f"--compile on: needs {compiler}{' and triton' if device.type == 'cuda' else ''}, not found here"
-        )
+        needed = f"{compiler} and triton" if on_gpu else compiler
+        raise UserError(f"--compile on: needs {needed}, not found here")
+
     if flags.compile != "auto":
         return flags.compile, f"compiled blocks {flags.compile}, asked for with --compile"
-    if device.type == "cuda":
-        return (
-            "off",
-            "compiled blocks off: what they save on GPUs is not measured yet, --compile on tries them",
-        )
-    if flags.deterministic:
-        return (
-            "off",
-            "compiled blocks off: --deterministic, and whether it pays is a matter of the clock",
-        )
-    if flags.activation_checkpointing == "selective":
-        return "off", "compiled blocks off: --activation-checkpointing selective"
-    if not available:
-        return "off", f"compiled blocks off: no {compiler} here"
-    if seconds * COMPILE_SAVES > 2 * COMPILE_SECONDS:
-        return "on", "compiled blocks on: a long run"
-    return "off", "compiled blocks off: a short run"
+    choice = "off"
+    if on_gpu:
+        reason = "what they save on GPUs is not measured yet, --compile on tries them"
+    elif flags.deterministic:
+        reason = "--deterministic, and whether it pays is a matter of the clock"
+    elif flags.activation_checkpointing == "selective":
+        reason = "--activation-checkpointing selective"
+    elif not available:
+        reason = f"no {compiler} here"
+    elif seconds * COMPILE_SAVES > 2 * COMPILE_SECONDS:
+        choice = "on"
+        reason = "a long run"
+    else:
+        reason = "a short run"
+    return choice, f"compiled blocks {choice}: {reason}"
 
 
 def choose_save_every(flags: Flags, model: Transformer, seconds: float) -> tuple[int, str]:
-    """--save-every, and a line about it: none where the disk has no room and it was left open."""
+    """Returns --save-every, and a line about it.
+
+    It is 0, no checkpoints, if it was left open and the disk has no room for them.
+    seconds: what training is expected to take.
+    """
     save_every = flags.save_every
     if save_every is None:
         in_time = MAX_SECONDS_BETWEEN_CHECKPOINTS * flags.steps / max(seconds, 1)
         save_every = max(1, min(math.ceil(flags.steps / 5), int(in_time)))
     checkpoint_size, weights_size, count = sizes_on_disk(flags, model)
     needed = count * checkpoint_size + 3 * weights_size
-    has_room = lambda: free_on_disk(flags) >= needed
+    size = format_bytes(checkpoint_size)
+
+    def has_room() -> bool:
+        return free_on_disk(flags) >= needed
+
+    # A run that is resumed replaces what it has written, so its room is not asked about.
     if flags.save_every is None and not flags.resume and not distributed.run_on_rank0(has_room):
-        return (
-            0,
-            f"no checkpoints, the disk has no room for {count} of {format_bytes(checkpoint_size)}",
-        )
+        return 0, f"no checkpoints, the disk has no room for {count} of {size}"
     if not save_every:
         return 0, "no checkpoints"
-    size = format_bytes(checkpoint_size)
-    return (
-        save_every,
-        f"a checkpoint of {size} every {save_every:,} steps; the last {flags.keep} are kept",
-    )
+    line = f"a checkpoint of {size} every {save_every:,} steps; the last {flags.keep} are kept"
+    return save_every, line
 
 
 def sizes_on_disk(flags: Flags, model: Transformer) -> tuple[float, float, int]:
-    """(bytes of a checkpoint, bytes of best/ or final/, checkpoints that may be there at a time)."""
+    """Returns (bytes of a checkpoint, bytes of best/ or final/, most checkpoints at a time)."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    checkpoint = trained * (4 if flags.weights == "fp32" else 2) + trained * optimizers.state_bytes(
-        flags.optimizer
-    )
-    checkpoint += 4 * trained if flags.optimizer_offload else 0
-    weights = 4 * trained if method_of(flags).freezes_base else 2 * model.size
-    return checkpoint, weights, flags.keep + 2  # the best one, and the one that is being written
+    bytes_a_weight = 4 if flags.weights == "fp32" else 2
+    checkpoint = trained * bytes_a_weight + trained * optimizers.state_bytes(flags.optimizer)
+    if flags.optimizer_offload:
+        # The masters on the host.
+        checkpoint += 4 * trained
+    if method_of(flags).freezes_base:
+        weights = 4 * trained
+    else:
+        weights = 2 * model.size
+    # Besides those of --keep, the best one and the one that is being written.
+    return checkpoint, weights, flags.keep + 2
 
 
 def free_on_disk(flags: Flags) -> int:
-    """Bytes that are free where the run will be written, with those of an earlier run that it removes."""
+    """Returns the bytes that are free where the run will be written, with those of an earlier run
+    that it removes."""
     out = Path(flags.out or "runs").resolve()
     existing = next(folder for folder in (out, *out.parents) if folder.exists())
     removed = 0
-    for path in (out / name for name in RUN_FILES if flags.out):
-        files = path.rglob("*") if path.is_dir() else [path] if path.exists() else []
-        removed += sum(file.lstat().st_size for file in files)
+    if flags.out:
+        for name in RUN_FILES:
+            path = out / name
+            if path.is_dir():
+                removed += sum(file.lstat().st_size for file in path.rglob("*"))
+            elif path.exists():
+                removed += path.lstat().st_size
     return shutil.disk_usage(existing).free + removed

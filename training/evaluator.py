@@ -1,4 +1,7 @@
-"""Validation before, during and after the training: what is best so far, and when to stop early."""
+"""Validation before, during and after the training: what is best so far, and when to stop early.
+
+The loss of the untouched base is measured too, so that a run which makes the model worse says so.
+"""
 
 import contextlib
 import math
@@ -21,9 +24,10 @@ VALIDATION_BATCH = 8  # examples
 
 
 class Evaluator:
-    """Computes the validation loss where it is due, keeps the best weights in best/, and counts for --patience.
+    """Computes the validation loss, keeps the best weights in best/, and counts for --patience.
 
-    device: where the run computes, which offloaded weights don't tell. save_best: writes the model to best/.
+    device: where the run computes, which offloaded weights don't tell.
+    save_best: writes the model to best/.
     """
 
     def __init__(
@@ -36,13 +40,20 @@ class Evaluator:
         device: torch.device,
         save_best: Callable[[], None],
     ):
-        self.settings, self.out, self.model, self.data = settings, out, model, data
-        self.metrics, self.device = metrics, device
+        self.settings = settings
+        self.out = out
+        self.model = model
+        self.data = data
+        self.metrics = metrics
+        self.device = device
         self.save_best = save_best
 
     def due(self, state: TrainState) -> bool:
+        """True every --eval-every steps, also before the first one; and at the end in any case."""
+        if state.step == self.settings.steps:
+            return True
         every = self.settings.eval_every
-        return state.step == self.settings.steps or bool(every) and state.step % every == 0
+        return bool(every) and state.step % every == 0
 
     def run(self, state: TrainState) -> bool:
         """Validates after `state.step` steps. True if early stopping is due (--patience)."""
@@ -53,39 +64,48 @@ class Evaluator:
         out_of_patience = 0 < self.settings.patience <= state.since_best
         stop = out_of_patience and state.step < self.settings.steps
         if stop:
-            self.metrics.bar.write(
-                f"stopped   {state.since_best} validations without a new best (--patience)"
-            )
+            count = state.since_best
+            self.metrics.bar.write(f"stopped   {count} validations without a new best (--patience)")
         return stop
 
     def validate(self, state: TrainState) -> None:
-        val, replay_val, max_tokens = self.data.val, self.data.replay_val, self.settings.max_tokens
+        """Computes the losses, writes them to metrics.jsonl and into the state, and keeps the best.
+
+        Raises UserError if the loss is not finite.
+        """
+        val = self.data.val
+        replay_val = self.data.replay_val
+        max_tokens = self.settings.max_tokens
         with eager_mode(self.settings):
             loss = validation_loss(self.model, val, self.device, max_tokens)
             replay_loss = None
             if replay_val:
                 replay_loss = validation_loss(self.model, replay_val, self.device, max_tokens)
         if not math.isfinite(loss):
-            raise UserError(
-                f"step {state.step}: the validation loss is {loss:g}; stopped, try a lower --lr"
-            )
-        line = {"step": state.step, "val_loss": loss}
+            problem = f"the validation loss is {loss:g}"
+            raise UserError(f"step {state.step}: {problem}; stopped, try a lower --lr")
+
+        line: dict[str, float] = {"step": state.step, "val_loss": loss}
         replay = ""
         if replay_loss is not None:
             line["replay_val_loss"] = replay_loss
             replay = f", replay loss {replay_loss:.4f}"
         self.metrics.write(line)
         self.metrics.bar.write(f"step {state.step:>5}: validation loss {loss:.4f}{replay}")
+
         is_best = loss < state.best_val_loss
-        state.val_loss, state.validated_at = loss, state.step
+        state.val_loss = loss
+        state.validated_at = state.step
         state.best_val_loss = min(state.best_val_loss, loss)
         state.since_best = 0 if is_best else state.since_best + 1
         if state.step == 0:
-            state.first_val_loss = loss  # of the untouched base: nothing to keep
+            # These are the weights of the untouched base, which need no copy in best/.
+            state.first_val_loss = loss
         elif is_best:
             self.keep_best(state)
 
     def keep_best(self, state: TrainState) -> None:
+        """Writes best/. A disk that is full ends no training: it only prints a warning."""
         try:
             with distributed.extended_timeout():
                 self.save_best()
@@ -99,38 +119,42 @@ class Evaluator:
 
 
 def best_or_final(state: TrainState) -> str:
-    """Which of best/ and final/ is the one to use; prints why where the end is not the best of the run."""
+    """Returns which of best/ and final/ is to be used. Says so where the end is not the best."""
+    before = f"{state.first_val_loss:.4f}"
+    best = f"{state.best_val_loss:.4f}"
     if state.first_val_loss <= state.best_val_loss:
-        before = f"{state.first_val_loss:.4f}"
-        print(
-            f"WARNING   no validation was better than the {before} before training; try a lower --lr"
-        )
-    if not (state.has_best and state.best_val_loss < state.val_loss):
-        return "final"
-    print(
-        f"          best/ has validation loss {state.best_val_loss:.4f}, final/ {state.val_loss:.4f}"
-    )
-    return "best"
+        remark = f"no validation was better than the {before} before training"
+        print(f"WARNING   {remark}; try a lower --lr")
+    if state.has_best and state.best_val_loss < state.val_loss:
+        print(f"          best/ has validation loss {best}, final/ {state.val_loss:.4f}")
+        return "best"
+    return "final"
 
 
-def eager_mode(settings: Settings):
-    """Without compiled blocks: for work whose graphs would not pay, or whose shapes would each be compiled."""
-    return (
-        torch.compiler.set_stance("force_eager")
-        if settings.compile == "on"
-        else contextlib.nullcontext()
-    )
+def eager_mode(settings: Settings) -> contextlib.AbstractContextManager:
+    """Returns a context in which blocks are not compiled: for work whose graphs would not pay, or
+    whose shapes would each be compiled."""
+    if settings.compile == "on":
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
 
 
 def validation_loss(
     model: Transformer, val: Dataset, device: torch.device, max_tokens: int | None = None
 ) -> float:
-    """The loss per trained token, over all ranks. max_tokens: of a batch."""
-    ranks = distributed.dp_size(), distributed.dp_rank(), distributed.context_parallel
+    """Returns the loss per trained token, over all ranks. max_tokens: the most of a batch."""
+    batches = batches_by_length(
+        val,
+        VALIDATION_BATCH,
+        device,
+        distributed.dp_size(),
+        distributed.dp_rank(),
+        distributed.context_parallel,
+        max_tokens,
+    )
     with eval_mode(model):
-        loss = mean_loss(
-            model, batches_by_length(val, VALIDATION_BATCH, device, *ranks, max_tokens)
-        )
+        loss = mean_loss(model, batches)
     if distributed.has_shards(model):
-        model.reshard()  # what is around the blocks waits for a backward, which does not come
+        # What is around the blocks stays gathered for a backward, which does not come here.
+        model.reshard()
     return loss

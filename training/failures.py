@@ -14,10 +14,11 @@ from training.checkpointer import Checkpointer
 
 @contextlib.contextmanager
 def reported_failures() -> Iterator[None]:
-    """Around the whole program: out of memory, and a lost rank."""
+    """A block in which out of memory and a lost rank are UserErrors: the whole program."""
     try:
         yield
-    except torch.OutOfMemoryError as error:  # before the loop, which knows more
+    # Before the loop only: inside it `training_failures`, which knows more, comes first.
+    except torch.OutOfMemoryError as error:
         advice = "--plan says what fits, --method qlora takes least"
         raise UserError(f"out of memory: {first_sentence(error)}; {advice}") from None
     except RuntimeError as error:
@@ -30,18 +31,24 @@ def reported_failures() -> Iterator[None]:
 def training_failures(
     out: Path, checkpoints: Checkpointer, suggest: Callable[[], str]
 ) -> Iterator[None]:
-    """Around the loop: the same, with the checkpoint that is whole. suggest: returns what would have taken less
-    memory."""
+    """A block in which the same errors name the checkpoint that is whole: the loop.
+
+    suggest: returns a sentence that says what would have taken less memory.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(f"out of memory: {first_sentence(error)}. {suggest()}") from None
     except (UserError, RuntimeError) as error:
-        reported = distributed.lost_rank_error(error) if distributed.is_lost_rank(error) else error
+        reported: BaseException = error
+        if distributed.is_lost_rank(error):
+            reported = distributed.lost_rank_error(error)
         if not isinstance(reported, UserError):
             raise
         newest = checkpoints.newest
-        whole = f"; {out / checkpointer.FOLDER / newest} is whole" if newest else ""
+        whole = ""
+        if newest:
+            whole = f"; {out / checkpointer.FOLDER / newest} is whole"
         raise UserError(f"{reported}{whole}") from None
 
 

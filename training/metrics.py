@@ -1,4 +1,8 @@
-"""What a run says while it goes: metrics.jsonl, the progress bar, and wandb where it is asked for."""
+"""What a run says while it goes: metrics.jsonl, the progress bar, and wandb where it is asked for.
+
+Nothing here may slow the loop down: a step's numbers are copied to the host while the device goes
+on, and read when the next step has been launched.
+"""
 
 import contextlib
 import json
@@ -9,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,14 +28,37 @@ from objectives import Losses, StepTotals
 from planning.memory import PEAK_FLOPS
 from training.state import TrainState
 
-MAX_SKIPPED_IN_A_ROW = 10  # steps without a finite loss, before a run ends
+# After so many steps in a row without a finite loss or gradient a run ends.
+MAX_SKIPPED_IN_A_ROW = 10
+# How many examples of such a step the error names; bad_batch.jsonl has them all.
+NAMED_EXAMPLES = 8
+
+
+class PendingStep(NamedTuple):
+    """A step whose numbers are on their way to the host.
+
+    values: loss, gradient norm, and a number for each of `extra_names`.
+    examples: of this rank.
+    seconds: what the step has taken.
+    """
+
+    step: int
+    values: "PendingScalars"
+    extra_names: list[str]
+    lr: float
+    totals: StepTotals
+    examples: list[Example]
+    seconds: float
 
 
 class MetricsLogger:
     """Writes a line of metrics.jsonl for each step and each evaluation, and moves the progress bar.
 
-    A step's tensors are read when the next step has been launched, so that nothing in the loop waits for the device.
+    A step's tensors are read when the next step has been launched, so that nothing in the loop
+    waits for the device.
+
     flops: floating point operations a token, for the model FLOPs utilisation (mfu).
+    state: is told what was skipped, and how many tokens and seconds the run has had.
     """
 
     def __init__(
@@ -38,10 +66,17 @@ class MetricsLogger:
     ):
         resumed = state.step > 0
         file = out / "metrics.jsonl" if is_rank0() else None
+        # A lambda, because the bar is made below.
         self.file = DurableJSONL(file, resumed, lambda line: self.bar.write(line))
-        self.wandb = start_wandb(flags, out, state.wandb) if flags.wandb and is_rank0() else None
-        state.wandb = self.wandb.id if self.wandb else state.wandb
-        self.state, self.out, self.flops, self.device = state, out, flops, device
+        self.wandb = None
+        if flags.wandb and is_rank0():
+            self.wandb = start_wandb(flags, out, state.wandb)
+        if self.wandb:
+            state.wandb = self.wandb.id
+        self.state = state
+        self.out = out
+        self.flops = flops
+        self.device = device
         shown = is_rank0() and sys.stderr.isatty()
         self.bar = tqdm(
             total=flags.steps,
@@ -50,11 +85,14 @@ class MetricsLogger:
             disable=not shown,
             dynamic_ncols=True,
         )
-        self.pending = None  # the step whose numbers are on their way
-        self.last = time.perf_counter()  # when the newest step had been launched
+        self.pending: PendingStep | None = None
+        # When the newest step had been launched.
+        self.last = time.perf_counter()
         self.start = self.last - state.seconds
+        # None for a device that is not in the table: mfu is null then.
         chip = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        self.peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in chip), None)
+        known_peaks = (peak for name, peak in PEAK_FLOPS.items() if name in chip)
+        self.peak_flops = next(known_peaks, None)
 
     def log_step(
         self,
@@ -67,99 +105,115 @@ class MetricsLogger:
     ) -> None:
         """Takes a step's numbers; writes those of the step before."""
         extra = losses.extra(totals)
-        values = PendingScalars(
-            torch.stack([losses.loss, grad_norm, *extra.values()]).detach().float()
-        )
-        self.flush()  # waits for the step before this one, so the clock below ticks at the device's pace
+        scalars = torch.stack([losses.loss, grad_norm, *extra.values()])
+        values = PendingScalars(scalars.detach().float())
+        # This waits for the step before this one, so the clock below ticks at the device's pace.
+        self.flush()
         now = time.perf_counter()
-        self.pending = (step, values, [*extra], lr, totals, examples, now - self.last)
+        seconds = now - self.last
+        self.pending = PendingStep(step, values, list(extra), lr, totals, examples, seconds)
         self.last = now
 
     def flush(self) -> None:
-        """Writes the line of the step that is pending, if one is."""
+        """Writes the line of the step that is pending, if one is.
+
+        Raises UserError after MAX_SKIPPED_IN_A_ROW steps that were skipped.
+        """
         if self.pending is None:
             return
-        (step, values, names, lr, totals, examples, seconds), self.pending = self.pending, None
+        pending = self.pending
+        self.pending = None
         state = self.state
-        loss, grad_norm, *extra = values.read()
+        loss, grad_norm, *extra = pending.values.read()
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
-        problem = f"step {step}: the loss is {loss:g}, the gradient's norm {grad_norm:g}"
-        if not finite:
+        problem = f"step {pending.step}: the loss is {loss:g}, the gradient's norm {grad_norm:g}"
+        if finite:
+            state.skipped_in_a_row = 0
+        else:
             state.skipped += 1
+            state.skipped_in_a_row += 1
             count = f"{state.skipped_in_a_row} in a row of at most {MAX_SKIPPED_IN_A_ROW}"
             self.bar.write(f"WARNING   {problem}; skipped, {count}")
-        tokens = int(totals.num_tokens)
-        speed = tokens / seconds
+
+        tokens = int(pending.totals.num_tokens)
+        speed = tokens / pending.seconds
         state.tokens += tokens
+        mfu = self.peak_flops
+        if self.peak_flops:
+            mfu = self.flops * speed / (self.peak_flops * world_size())
+        # JSON has no NaN, so what is not finite is null.
         line = {
-            "step": step,
+            "step": pending.step,
             "loss": loss if finite else None,
-            "lr": lr,
+            "lr": pending.lr,
             "grad_norm": grad_norm if finite else None,
+            "tokens": tokens,
+            "trained_tokens": int(pending.totals.num_trained),
         }
-        line |= {"tokens": tokens, "trained_tokens": int(totals.num_trained)}
         if not finite:
             line["skipped"] = state.skipped
         line["tokens_per_s"] = speed
-        line["mfu"] = self.peak_flops and self.flops * speed / (self.peak_flops * world_size())
-        line |= {name: value if finite else None for name, value in zip(names, extra, strict=True)}
+        line["mfu"] = mfu
+        for name, value in zip(pending.extra_names, extra, strict=True):
+            line[name] = value if finite else None
         line["seconds"] = time.perf_counter() - self.start
         line["memory_mb"] = peak_memory(self.device) / 1e6
         self.write(line)
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
         self.bar.update()
         if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            self.give_up(problem, examples)
+            self.give_up(problem, pending.examples)
 
     def give_up(self, problem: str, examples: list[Example]) -> None:
-        """Names the examples of a step, of all ranks, writes them to bad_batch.jsonl and ends the run."""
-        mine = [
-            (
-                example.source,
-                np.asarray(example.ids).tolist(),
-                np.asarray(example.loss_weights, float).tolist(),
-            )
-            for example in examples
-        ]
-        gathered = [example for part in all_gather_object(mine) for example in part if example[0]]
-        unique = {
-            source: (ids, weights) for source, ids, weights in gathered
-        }  # ranks may share a batch
+        """Ends the run: writes a step's examples, of all ranks, to bad_batch.jsonl and names them.
+
+        Raises UserError in any case.
+        """
+        mine = []
+        for example in examples:
+            # Lists of Python's own numbers, which can be sent and written.
+            ids = np.asarray(example.ids).tolist()
+            weights = np.asarray(example.loss_weights, float).tolist()
+            mine.append((example.source, ids, weights))
+
+        # By its source each example is there once, also if ranks share a batch. A dummy has none.
+        lines = {}
+        for examples_of_rank in all_gather_object(mine):
+            for source, ids, weights in examples_of_rank:
+                if source:
+                    lines[source] = {"where": source, "ids": ids, "trained": weights}
         file = self.out / "bad_batch.jsonl"
-        lines = [
-            {"where": source, "ids": ids, "trained": weights}
-            for source, (ids, weights) in unique.items()
-        ]
         if is_rank0():
+            text = "".join(json.dumps(line) + "\n" for line in lines.values())
             with contextlib.suppress(OSError):
-                file.write_text(
-                    "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
-                )
-        names = [*unique]
-        named = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+                file.write_text(text, encoding="utf-8")
+
+        sources = list(lines)
+        names = ", ".join(sources[:NAMED_EXAMPLES])
+        if len(sources) > NAMED_EXAMPLES:
+            names += f" and {len(sources) - NAMED_EXAMPLES} more"
         raise UserError(
-            f"{problem}, the {MAX_SKIPPED_IN_A_ROW}th step in a row; stopped. Its examples: {named} (in {file});"
-            " try a lower --lr"
+            f"{problem}, the {MAX_SKIPPED_IN_A_ROW}th step in a row; stopped. Its examples: {names}"
+            f" (in {file}); try a lower --lr"
         )
 
     def write(self, line: dict) -> None:
+        """Appends a line to metrics.jsonl, and gives it to wandb. line: its keys include "step"."""
         self.file.write(json.dumps(line, allow_nan=False) + "\n")
         if self.wandb:
-            self.wandb.log(
-                {key: value for key, value in line.items() if key != "step"}, step=line["step"]
-            )
+            values = {key: value for key, value in line.items() if key != "step"}
+            self.wandb.log(values, step=line["step"])
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around work that is no training, so that no step is charged with its time."""
+        """A block of work that is no training: no step is charged with its time."""
         self.flush()
         begin = time.perf_counter()
         yield
         self.last += time.perf_counter() - begin
 
     def sync(self) -> None:
-        """Brings all lines so far to the disk, and the run's time into its state, before a checkpoint is written."""
+        """Brings all lines to the disk and the run's time into its state, before a checkpoint."""
         self.flush()
         self.file.sync()
         self.state.seconds = time.perf_counter() - self.start
@@ -176,7 +230,8 @@ class PendingScalars:
     """Numbers of a device that are on their way to the host while the device goes on."""
 
     def __init__(self, values: torch.Tensor):
-        self.values, self.arrived = values, None
+        self.values = values
+        self.arrived = None
         if values.is_cuda:
             self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self.values.copy_(values, non_blocking=True)
@@ -184,38 +239,53 @@ class PendingScalars:
             self.arrived.record()
 
     def read(self) -> list[float]:
+        """Returns the numbers, and waits for them if need be."""
         if self.arrived:
-            self.arrived.synchronize()  # with this copy, not with what was launched after it
+            # Waits for this copy alone, not for what was launched after it.
+            self.arrived.synchronize()
         return self.values.tolist()
 
 
 class DurableJSONL:
     """A file of lines that a full disk does not end: what can't be written waits in memory.
 
-    path: None for a rank that writes nothing. append: to the lines of the run that is resumed.
+    path: None for a rank that writes nothing.
+    append: keep the lines that are there, those of the run that is resumed.
+    print_fn: prints a warning.
     """
 
     def __init__(self, path: Path | None, append: bool, print_fn: Callable[[str], None]):
-        self.print_fn, self.waiting, self.warned = print_fn, b"", False
-        mode = os.O_WRONLY | os.O_CREAT | (0 if append else os.O_TRUNC)
-        self.file = None if path is None else os.open(path, mode, 0o666)
         self.path = path
-        self.end = 0 if self.file is None else os.lseek(self.file, 0, os.SEEK_END)
+        self.print_fn = print_fn
+        self.waiting = b""
+        # True after a warning, until something could be written again.
+        self.warned = False
+        self.file: int | None = None
+        # Where the next byte goes. A file descriptor and pwrite, because a write that a full disk
+        # cuts short then says how much of it is there.
+        self.end = 0
+        if path is not None:
+            mode = os.O_WRONLY | os.O_CREAT
+            if not append:
+                mode |= os.O_TRUNC
+            self.file = os.open(path, mode, 0o666)
+            self.end = os.lseek(self.file, 0, os.SEEK_END)
 
     def write(self, line: str = "") -> None:
+        """Writes what waits and a line, as far as the disk takes them."""
         if self.file is None:
             return
         self.waiting += line.encode()
         try:
             while self.waiting:
                 written = os.pwrite(self.file, self.waiting, self.end)
-                self.end, self.waiting = self.end + written, self.waiting[written:]
+                self.end += written
+                self.waiting = self.waiting[written:]
             self.warned = False
         except OSError as error:
             if not self.warned:
-                self.print_fn(
-                    f"WARNING   {self.path}: {error.strerror}; its lines wait in memory, training goes on"
-                )
+                problem = f"{self.path}: {error.strerror}"
+                self.print_fn(f"WARNING   {problem}; its lines wait in memory, training goes on")
             self.warned = True
 
     def sync(self) -> None:
@@ -234,15 +304,21 @@ class DurableJSONL:
 
 
 def start_wandb(flags: Flags, out: Path, run_id: str | None = None):
-    """The wandb run, whose complaints become one line. run_id: of the run that is resumed."""
+    """Starts a wandb run and returns it. run_id: of the run that is resumed.
+
+    Raises UserError with wandb's own complaint; a folder that was made for this run is removed.
+    """
     import wandb
 
     fresh = not (out / "wandb").exists()
+    settings = {}
+    if run_id:
+        settings = {"id": run_id, "resume": "allow"}
     try:
-        settings = {"id": run_id, "resume": "allow"} if run_id else {}
         return wandb.init(project=flags.wandb, config=as_dict(flags), dir=str(out), **settings)
     except wandb.errors.Error as error:
-        if fresh:  # nothing half-written
+        if fresh:
+            # Nothing half-written stays.
             shutil.rmtree(out / "wandb", ignore_errors=True)
             if run_id is None:
                 (out / "metrics.jsonl").unlink(missing_ok=True)

@@ -1,8 +1,10 @@
-"""Which run this is: a new folder, or the one under --out that is resumed, whose flags it takes."""
+"""Which run this is: a new folder, or the one under --out that is resumed, whose flags it takes.
+
+Rank 0 looks at the disk, and tells the other ranks what it has found.
+"""
 
 import contextlib
 import dataclasses
-import itertools
 import os
 import shutil
 import time
@@ -25,7 +27,12 @@ from training.defaults import Settings, sizes_on_disk
 
 @dataclass
 class Run:
-    """flags: completed by those of the checkpoint where a run is resumed. is_complete: there is nothing left to do."""
+    """A run that is to begin, to go on, or that has ended already.
+
+    flags: of a resumed run, completed by those of its checkpoint.
+    checkpoint: what a resumed run goes on from; None for a new one.
+    is_complete: there is nothing left to do.
+    """
 
     flags: Flags
     device: torch.device
@@ -34,43 +41,50 @@ class Run:
 
 
 def open_run(flags: Flags) -> Run:
-    """Joins the other ranks, if there are any, and finds the checkpoint that --resume continues from."""
+    """Joins the other ranks, if there are any, and finds the checkpoint that --resume takes."""
     device = pick_device(flags.device)
     if distributed.launched_by_torchrun() or flags.shard not in (None, "none"):
         device = distributed.init_distributed(device)
-    run = find_run(flags, device) if flags.resume else Run(flags, device)
+    if flags.resume:
+        run = find_run(flags, device)
+    else:
+        run = Run(flags, device)
     if run.is_complete:
         return run
-    if run.flags.shard not in (None, "none"):  # of the run that is resumed, it may be
+    # Now --shard may be that of the run which is resumed.
+    if run.flags.shard not in (None, "none"):
         run.device = distributed.init_distributed(device)
     if run.checkpoint is None:
         distributed.init_context_parallel(run.flags.context_parallel)
     if run.flags.deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # of two sizes, cuBLAS chooses as it likes
+        # Without a fixed size of its workspace, cuBLAS chooses among algorithms as it likes.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # That would also fill all new memory, which is for finding bugs and takes time.
         torch.utils.deterministic.fill_uninitialized_memory = False
     check_offload(run.flags, run.device)
     return run
 
 
 def check_offload(flags: Flags, device: torch.device) -> None:
-    asked = {
-        "--shard-offload": flags.shard_offload,
-        "--activation-checkpointing offload": flags.activation_checkpointing == "offload",
-        "--optimizer-offload": flags.optimizer_offload,
-    }
-    names = [name for name, wanted in asked.items() if wanted]
+    """Raises UserError if something is to move to the host's memory that is there already."""
+    names = []
+    if flags.shard_offload:
+        names.append("--shard-offload")
+    if flags.activation_checkpointing == "offload":
+        names.append("--activation-checkpointing offload")
+    if flags.optimizer_offload:
+        names.append("--optimizer-offload")
     if names and device.type != "cuda":
-        raise UserError(
-            f"{names[0]}: is for GPUs; on {device.type} everything is in the host's memory as it is"
-        )
+        why = f"on {device.type} everything is in the host's memory as it is"
+        raise UserError(f"{names[0]}: is for GPUs; {why}")
 
 
 def find_run(flags: Flags, device: torch.device) -> Run:
-    """The run under --out, with its flags; one that is complete has nothing left to do. Where --resume auto finds
-    nothing, a new one."""
+    """Returns the run under --out, with its flags; where --resume auto finds none, a new one.
+
+    Raises UserError where --resume finds none.
+    """
     out = Path(flags.out)
     if distributed.run_on_rank0((out / "final").is_dir):
         print(f"complete  {out} has ended; its outcome is {out / 'final'}")
@@ -84,7 +98,8 @@ def find_run(flags: Flags, device: torch.device) -> Run:
         print(f"resume    nothing to go on from under {out}; beginning")
         return Run(dataclasses.replace(flags, resume=None), device)
     flags = checkpointer.restore_layout(flags, found.state)
-    distributed.init_context_parallel(flags.context_parallel)  # before ranks are counted
+    # Before restore_flags, which counts into how many parts a step's rows are split.
+    distributed.init_context_parallel(flags.context_parallel)
     flags, notes = checkpointer.restore_flags(flags, found.state, found.folder)
     for line in found.notes + notes:
         print(f"NOTE      {line}")
@@ -92,14 +107,18 @@ def find_run(flags: Flags, device: torch.device) -> Run:
 
 
 def make_run_folder(flags: Flags, resumed: Checkpoint | None = None) -> Path:
-    """Makes the folder of the run: a new one, or --out, of which is removed what an earlier run wrote; if this run is
-    resumed, only what was written after the checkpoint."""
+    """Makes the folder of the run, and returns it: a new one, or --out.
+
+    What an earlier run wrote into --out is removed. If this run is resumed, that is only what was
+    written after the checkpoint.
+    """
     if resumed:
         out = Path(flags.out)
         for folder in (out, out / checkpointer.FOLDER):
             checkpointer.clear_leftovers(folder)
         for folder in checkpointer.list_checkpoints(out / checkpointer.FOLDER):
-            if checkpointer.step_of(folder) > resumed.state["step"]:  # a damaged one
+            # A newer one than that which is resumed is damaged.
+            if checkpointer.step_of(folder) > resumed.state["step"]:
                 checkpointer.remove_checkpoint(folder)
         checkpointer.truncate_metrics(out / "metrics.jsonl", resumed.state["step"])
         return out
@@ -108,54 +127,81 @@ def make_run_folder(flags: Flags, resumed: Checkpoint | None = None) -> Path:
     out = Path(flags.out)
     out.mkdir(parents=True, exist_ok=True)
     checkpointer.clear_leftovers(out)
-    for path in (out / name for name in RUN_FILES):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for name in RUN_FILES:
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     return out
 
 
 def make_numbered_folder(method: str) -> Path:
-    """A new folder runs/TIME-METHOD, with a number where another run began in the same second."""
+    """Makes a new folder runs/TIME-METHOD, with a number if another began in the same second."""
     Path("runs").mkdir(exist_ok=True)
-    for number in itertools.count(1):
-        suffix = f"-{number}" if number > 1 else ""
-        out = Path("runs") / (time.strftime(f"%Y%m%d-%H%M%S-{method}") + suffix)
-        with contextlib.suppress(FileExistsError):
+    number = 1
+    while True:
+        name = time.strftime(f"%Y%m%d-%H%M%S-{method}")
+        if number > 1:
+            name += f"-{number}"
+        out = Path("runs") / name
+        try:
             out.mkdir()
             return out
+        except FileExistsError:
+            number += 1
 
 
 def check_room(settings: Settings, model: Transformer, out: Path) -> None:
-    """UserError where the disk has no room for the run's checkpoints and weights; a new folder is taken away then."""
+    """Raises UserError if the disk has no room for the run's checkpoints and weights.
+
+    A new folder is removed then.
+    """
     checkpoint_size, weights_size, count = sizes_on_disk(settings, model)
-    size, what = 3 * weights_size, "best/ and final/"
+    # best/, final/, and a best/ that is being written beside the old one.
+    size = 3 * weights_size
+    what = "best/ and final/"
     if settings.save_every:
-        size, what = size + count * checkpoint_size, f"{count} checkpoints, {what}"
+        size += count * checkpoint_size
+        what = f"{count} checkpoints, {what}"
     try:
         distributed.run_on_rank0(lambda: checkpointer.check_disk_space(out, size, what))
     except UserError:
+        # A folder that holds something is not removed by this.
         with contextlib.suppress(OSError):
-            out.rmdir()  # if it is new
+            out.rmdir()
         raise
 
 
 def identify_run(flags: Flags, folder: Path, data: TrainingData) -> dict:
-    """What a run is made from, by hashes. UserError where the ranks have different things."""
-    sha = fingerprint(folder) if distributed.local_rank() == 0 else None  # once a machine
-    train, val, replay_val = data.train, data.val, data.replay_val
+    """Returns what a run is made from: {"base": path, "base_sha256": hash, "data": hash}.
+
+    folder: the base model.
+    Raises UserError where the ranks have different things.
+    """
+    # The weights are large, so one rank of each machine reads them.
+    sha256 = fingerprint(folder) if distributed.local_rank() == 0 else None
+    train = data.train
+    replay_prompts = data.replay_val and data.replay_val.prompts
     digest = checkpointer.data_digest(
-        *(train.lengths, train.num_trained, train.prompts, val.lengths, val.prompts),
-        *(
-            tuple(data.sampler.samples_per_epoch),
-            data.seq_len,
-            data.pack,
-            flags.seed,
-            replay_val and replay_val.prompts,
-        ),
+        train.lengths,
+        train.num_trained,
+        train.prompts,
+        data.val.lengths,
+        data.val.prompts,
+        tuple(data.sampler.samples_per_epoch),
+        data.seq_len,
+        data.pack,
+        flags.seed,
+        replay_prompts,
         *(rows.contents for rows in train.examples.rows),
     )
-    first = distributed.broadcast_object((sha, digest))
-    if not distributed.all_ranks_agree(sha in (None, first[0]) and digest == first[1]):
+    sha256_of_rank0, digest_of_rank0 = distributed.broadcast_object((sha256, digest))
+    same_base = sha256 is None or sha256 == sha256_of_rank0
+    same_data = digest == digest_of_rank0
+    if not distributed.all_ranks_agree(same_base and same_data):
         raise UserError(
-            "the processes do not have the same base or the same examples (a --map that draws at random?)"
+            "the processes do not have the same base or the same examples"
+            " (a --map that draws at random?)"
         )
-    return {"base": str(folder.resolve()), "base_sha256": first[0], "data": digest}
+    return {"base": str(folder.resolve()), "base_sha256": sha256_of_rank0, "data": digest}

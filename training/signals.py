@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT end a run after the step at hand, with a checkpoint."""
+"""SIGTERM and SIGINT end a run after the step at hand, with a checkpoint.
+
+A cluster's scheduler sends SIGTERM some time before it kills a job; Ctrl-C sends SIGINT.
+"""
 
 import os
 import signal
@@ -9,46 +12,57 @@ from typing import Self
 from distributed import is_rank0
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-DEBOUNCE_SECONDS = (
-    1.0  # signals within it count as one: torchrun passes on what the terminal has sent already
-)
+# Signals within a second count as one: torchrun passes on what the terminal has sent already.
+DEBOUNCE_SECONDS = 1.0
+STOPPING = b"\nstopping  after this step, with a checkpoint; once more to stop at once\n"
 
 
 class GracefulStop:
-    """While entered, a signal asks for an end after the step at hand; a second one ends the process at once.
+    """While entered, a signal asks for an end after this step; a second one ends the process.
 
-    signal: the number of the signal that asked, 0 if none has. The bytes that the signals' C handler writes to a pipe
-    are read by a thread, since the main thread may be waiting for another rank, where Python runs no handler.
+    signal: the number of the signal that asked, 0 if none has.
+
+    Python runs a signal's handler in the main thread, between two of its instructions, and that
+    thread may be waiting for another rank. So a thread reads the bytes that the C handler writes to
+    a pipe.
     """
 
     def __init__(self):
-        self.signal, self.since = 0, 0.0
+        self.signal = 0
+        # When it came, by the monotonic clock.
+        self.since = 0.0
 
     def __enter__(self) -> Self:
+        # Python lets only the main thread set handlers.
         self.in_main_thread = threading.current_thread() is threading.main_thread()
         if not self.in_main_thread:
             return self
         self.read_end, self.write_end = os.pipe()
         os.set_blocking(self.write_end, False)
         self.wakeup_before = signal.set_wakeup_fd(self.write_end, warn_on_full_buffer=False)
-        self.handlers_before = {
-            number: signal.signal(number, lambda *_: None) for number in SIGNALS
-        }
+        self.handlers_before = {}
+        for number in SIGNALS:
+            # A handler that does nothing, since the default one would end the process.
+            self.handlers_before[number] = signal.signal(number, lambda *_: None)
         threading.Thread(target=self.listen, daemon=True).start()
         return self
 
     def listen(self) -> None:
-        while received := os.read(self.read_end, 1):
-            number, now = received[0], time.monotonic()
+        """Reads a byte for each signal, its number, until the pipe is closed."""
+        while True:
+            received = os.read(self.read_end, 1)
+            if not received:
+                break
+            number = received[0]
+            now = time.monotonic()
             if number not in SIGNALS:
                 continue
             if not self.signal:
-                self.signal, self.since = number, now
+                self.signal = number
+                self.since = now
                 if is_rank0():
-                    os.write(
-                        2,
-                        b"\nstopping  after this step, with a checkpoint; once more to stop at once\n",
-                    )
+                    # Straight to standard error, whose buffer another thread may be using.
+                    os.write(2, STOPPING)
             elif now - self.since > DEBOUNCE_SECONDS:
                 os._exit(128 + number)
         os.close(self.read_end)
@@ -59,4 +73,5 @@ class GracefulStop:
         for number, handler in self.handlers_before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self.wakeup_before)
-        os.close(self.write_end)  # which ends the thread
+        # This ends the thread.
+        os.close(self.write_end)

@@ -1,12 +1,17 @@
-"""How far a run has come: the numbers that the loop counts on, all of which go into checkpoints."""
+"""How far a run has come: the numbers that the loop counts on, which go into checkpoints."""
 
 import math
 from dataclasses import dataclass
 from typing import Self
 
 # The validation's numbers stand in a checkpoint's state.json under "watch", by these names.
-STORED_NAMES = {"first": "first_val_loss", "last": "val_loss", "best": "best_val_loss"}
-STORED_NAMES |= {"since_best": "since_best", "kept": "has_best"}
+STORED_NAMES = {
+    "first": "first_val_loss",
+    "last": "val_loss",
+    "best": "best_val_loss",
+    "since_best": "since_best",
+    "kept": "has_best",
+}
 
 
 @dataclass
@@ -28,32 +33,39 @@ class TrainState:
     interrupted_by: int = 0  # the signal that ended the loop early
 
     def as_dict(self) -> dict:
-        """What a checkpoint's state.json holds of it."""
-        values = {stored: getattr(self, name) for stored, name in STORED_NAMES.items()}
-        watch = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        counts = {
+        """Returns what a checkpoint's state.json holds of it."""
+        watch = {}
+        for stored_name, name in STORED_NAMES.items():
+            value = getattr(self, name)
+            # JSON has no number for "not validated yet", which is NaN or infinity here.
+            watch[stored_name] = value if math.isfinite(value) else None
+        stored = {
             "step": self.step,
             "seconds": self.seconds,
             "tokens": self.tokens,
             "skipped": self.skipped,
+            "in_a_row": self.skipped_in_a_row,
         }
-        counts |= {"in_a_row": self.skipped_in_a_row} | (
-            {"wandb": self.wandb} if self.wandb else {}
-        )
+        if self.wandb:
+            stored["wandb"] = self.wandb
+        # The loss of these very weights, by which the best checkpoint is kept.
         validated_now = self.validated_at == self.step
-        return counts | {"val_loss": self.val_loss if validated_now else None, "watch": watch}
+        stored["val_loss"] = self.val_loss if validated_now else None
+        stored["watch"] = watch
+        return stored
 
     @classmethod
     def from_dict(cls, stored: dict) -> Self:
+        """Returns the state that `as_dict` stored. What was not validated yet keeps its default."""
         state = cls(
-            stored["step"],
-            stored["tokens"],
-            stored["seconds"],
-            stored["skipped"],
-            stored["in_a_row"],
+            step=stored["step"],
+            tokens=stored["tokens"],
+            seconds=stored["seconds"],
+            skipped=stored["skipped"],
+            skipped_in_a_row=stored["in_a_row"],
+            wandb=stored.get("wandb"),
         )
-        state.wandb = stored.get("wandb")
-        for name, value in stored["watch"].items():
+        for stored_name, value in stored["watch"].items():
             if value is not None:
-                setattr(state, STORED_NAMES[name], value)
+                setattr(state, STORED_NAMES[stored_name], value)
         return state

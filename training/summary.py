@@ -1,6 +1,11 @@
-"""The first lines of a run: everything that was chosen, and what to expect; and the last ones."""
+"""The first lines of a run, what was chosen and what to expect; and the last ones, what came of it.
+
+A choice that train.py made for the user stands here with its reason.
+"""
 
 import shlex
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -16,21 +21,27 @@ from model import Linear, Transformer, quantized_linears
 from planning import multi_gpu
 from planning.report import recipe_and_layout
 from tokenizer import Tokenizer
+from training.checkpointer import Checkpointer
 from training.defaults import Settings
+from training.metrics import MetricsLogger
+from training.state import TrainState
 
 KEPT_ACTIVATIONS = {
-    "selective": "products, not norms and attention's probabilities (--activation-checkpointing selective)",
+    "selective": "products, not norms and attention's probabilities"
+    " (--activation-checkpointing selective)",
     "full": "the inputs of blocks, which are computed twice (--activation-checkpointing full)",
-    "offload": "the inputs of blocks, on the host; blocks are computed twice (--activation-checkpointing offload)",
+    "offload": "the inputs of blocks, on the host; blocks are computed twice"
+    " (--activation-checkpointing offload)",
 }
-STUCK = 0.5  # the share of the weights that a step can't move from which on that is worth a line
+# If a step is too small to move more than this share of the weights, a line says so.
+STUCK = 0.5
 INDENT = " " * 10
 
 
 def print_summary(
     settings: Settings, model: Transformer, tokenizer: Tokenizer, device: torch.device
 ) -> None:
-    """What is trained, on what, how, and what it will take."""
+    """Prints what is trained, on what, how, and what it will take."""
     print_model(model, tokenizer)
     print_method(settings, model)
     print_base(settings, model)
@@ -39,42 +50,51 @@ def print_summary(
     memory = multi_gpu.memory_per_process(
         model, recipe, layout, settings.workload, device.type, settings.context_parallel
     )
+    gigabytes = memory.peak / 1e9
     minutes = settings.expected_seconds / 60
-    print(
-        f"expected  {memory.peak / 1e9:.1f} GB of memory, {minutes:.1f} min of training", flush=True
-    )
+    print(f"expected  {gigabytes:.1f} GB of memory, {minutes:.1f} min of training", flush=True)
+
+
+def print_line(text: str) -> None:
+    """Prints a line that belongs to the one above it."""
+    print(f"{INDENT}{text}")
 
 
 def print_model(model: Transformer, tokenizer: Tokenizer) -> None:
+    """Prints the base model, its tokenizer, and what is unusual about them."""
     folder = model.source
-    size = base_size(model)
-    print(
-        f"model     {folder}: {model.config.family}, {size:,} parameters; tokenizer: {tokenizer.description}"
-    )
-    if (folder / "source.json").is_file():  # written by the conversion of a GGUF file
-        source = checkpoint.read_json(folder / "source.json")
-        kinds = ", ".join(
-            f"{count} {kind}" for kind, count in source.get("tensor_types", {}).items()
-        )
-        print(
-            f"{INDENT}made of {one_line(str(source.get('file')))}, dequantised; its tensors are {kinds}"
-        )
+    what = f"{model.config.family}, {base_size(model):,} parameters"
+    print(f"model     {folder}: {what}; tokenizer: {tokenizer.description}")
+    # This file is written by the conversion of a GGUF file.
+    source_file = folder / "source.json"
+    if source_file.is_file():
+        source = checkpoint.read_json(source_file)
+        counts = source.get("tensor_types", {})
+        kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        name = one_line(str(source.get("file")))
+        print_line(f"made of {name}, dequantised; its tensors are {kinds}")
     for end in sorted(tokenizer.unlisted_ends):
-        print(
-            f"{INDENT}NOTE: answers end with {tokenizer.decode([end])!r}, id {end}, which neither config.json nor"
-        )
-        print(
-            f"{INDENT}generation_config.json lists as an end; tell the server that will run the model to stop there"
+        token = tokenizer.decode([end])
+        print_line(f"NOTE: answers end with {token!r}, id {end}, which neither config.json nor")
+        print_line(
+            "generation_config.json lists as an end; tell the server that will run the model to"
+            " stop there"
         )
 
 
 def base_size(model: Transformer) -> int:
-    """Numbers in the base model's parameters."""
+    """Returns the number of the base model's parameters."""
     adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
     return model.size - adapters
 
 
+def matrix_size(layers: Iterable[Linear]) -> int:
+    """Returns the numbers in the matrices of some layers, which may be in 4 bits."""
+    return sum(layer.in_features * layer.out_features for layer in layers)
+
+
 def print_method(settings: Settings, model: Transformer) -> None:
+    """Prints how many parameters are trained, and how much of the model the adapters reach."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = base_size(model)
     layers = lora.lora_layers(model).values()
@@ -87,110 +107,145 @@ def print_method(settings: Settings, model: Transformer) -> None:
     share = f"{100 * trained / total:.2f} % of the model's"
     print(f"method    {settings.method} ({how}): {trained:,} parameters trained, {share}")
     if layers:
-        adapted = sum(layer.base.in_features * layer.base.out_features for layer in layers)
-        print(
-            f"{INDENT}the {len(layers):,} adapted layers hold {100 * adapted / total:.1f} % of the model"
-        )
-    if experts := model.config.experts:
-        inside = [
-            layer
-            for name, layer in model.named_modules()
-            if ".experts." in name and isinstance(layer, Linear)
-        ]
-        share = 100 * sum(layer.in_features * layer.out_features for layer in inside) / total
-        trains = any(p.requires_grad for name, p in model.named_parameters() if ".experts." in name)
-        print(
-            f"{INDENT}{experts.count} experts a layer, {experts.active} a token, hold {share:.1f} % of the model"
-            f"{'' if trains else ', NOT trained'}; balance loss x {experts.balance:g}"
-        )
+        adapted = matrix_size(layer.base for layer in layers)
+        percent = 100 * adapted / total
+        print_line(f"the {len(layers):,} adapted layers hold {percent:.1f} % of the model")
+    if model.config.experts:
+        print_experts(model, total)
+
+
+def print_experts(model: Transformer, total: int) -> None:
+    """Prints how much of the model its routed experts hold. total: the base's parameters."""
+    experts = model.config.experts
+    inside = []
+    for name, layer in model.named_modules():
+        if ".experts." in name and isinstance(layer, Linear):
+            inside.append(layer)
+    percent = 100 * matrix_size(inside) / total
+    parameters = model.named_parameters()
+    is_trained = any(p.requires_grad for name, p in parameters if ".experts." in name)
+    remark = "" if is_trained else ", NOT trained"
+    print_line(
+        f"{experts.count} experts a layer, {experts.active} a token,"
+        f" hold {percent:.1f} % of the model{remark}; balance loss x {experts.balance:g}"
+    )
 
 
 def print_base(settings: Settings, model: Transformer) -> None:
-    """The frozen base, where it is in 4 bits, and what of config.json is not heeded."""
-    if layers := quantized_linears(model).values():
-        share = (
-            100 * sum(layer.in_features * layer.out_features for layer in layers) / base_size(model)
-        )
+    """Prints what of the frozen base is in 4 bits, and what of config.json is ignored."""
+    layers = quantized_linears(model).values()
+    if layers:
+        percent = 100 * matrix_size(layers) / base_size(model)
         size = sum(p.nbytes for layer in layers for p in layer.nf4.parameters())
         rest = "embeddings and norms" if model.head in layers else "embeddings, norms and head"
         print(
-            f"base      {len(layers):,} linears, {share:.1f} % of the model, in NF4: {size / 1e6:,.1f} MB;"
-            f" {rest} in {dtype_name(model.dtype)}"
+            f"base      {len(layers):,} linears, {percent:.1f} % of the model, in NF4:"
+            f" {size / 1e6:,.1f} MB; {rest} in {dtype_name(model.dtype)}"
         )
         for name in model.unquantized:
-            print(f"{INDENT}NOTE: {name} stays in 16 bits, its rows are no whole blocks of 64")
+            print_line(f"NOTE: {name} stays in 16 bits, its rows are no whole blocks of 64")
     if model.config.ignored_settings:
-        print(
-            f"{INDENT}NOTE: config.json's {', '.join(model.config.ignored_settings)} is ignored in training"
-        )
+        names = ", ".join(model.config.ignored_settings)
+        print_line(f"NOTE: config.json's {names} is ignored in training")
 
 
 def print_run(settings: Settings, model: Transformer, device: torch.device) -> None:
-    reasons, ranks = settings.reasons, distributed.dp_size()
+    """Prints the machine, the steps and the optimizer, and what was done to save memory."""
+    reasons = settings.reasons
+    dtype = dtype_name(model.dtype)
+    print(f"machine   {device}, {dtype}: {reasons['dtype']}; {reasons['compile']}")
+
+    ranks = distributed.dp_size()
+    factors = f"{settings.batch_size} x {settings.accumulate}"
+    if ranks > 1:
+        factors += f" x {ranks}"
+    unit = "rows" if settings.pack else "examples"
+    epochs = settings.steps / settings.steps_per_epoch
     print(
-        f"machine   {device}, {dtype_name(model.dtype)}: {reasons['dtype']}; {reasons['compile']}"
-    )
-    print(
-        f"run       {settings.steps:,} steps of {settings.batch_size} x {settings.accumulate}"
-        f"{f' x {ranks}' if ranks > 1 else ''} {'rows' if settings.pack else 'examples'}"
-        f" ({settings.steps / settings.steps_per_epoch:.2f} epochs);"
+        f"run       {settings.steps:,} steps of {factors} {unit} ({epochs:.2f} epochs);"
         f" {optimizers.DESCRIPTIONS[settings.optimizer]}, rate {settings.lr:g},"
-        f" {settings.schedule} after {settings.warmup} steps of warm-up, decay {settings.weight_decay:g},"
-        f" clip {settings.clip:g}, seed {settings.seed}"
+        f" {settings.schedule} after {settings.warmup} steps of warm-up,"
+        f" decay {settings.weight_decay:g}, clip {settings.clip:g}, seed {settings.seed}"
     )
     if settings.max_tokens < max_tokens_per_micro_batch(device):
-        print(
-            f"{INDENT}in micro-batches of at most {settings.max_tokens:,} tokens; more do not fit"
-        )
+        limit = f"{settings.max_tokens:,}"
+        print_line(f"in micro-batches of at most {limit} tokens; more do not fit")
     if settings.activation_checkpointing != "none":
-        print(
-            f"{INDENT}kept for the backward: {KEPT_ACTIVATIONS[settings.activation_checkpointing]}"
-        )
+        kept = KEPT_ACTIVATIONS[settings.activation_checkpointing]
+        print_line(f"kept for the backward: {kept}")
     if settings.weights == "bf16":
-        print(
-            f"{INDENT}trained weights in bfloat16, rounded up or down at random, right on average"
-        )
+        print_line("trained weights in bfloat16, rounded up or down at random, right on average")
     if settings.optimizer_offload:
-        print(
-            f"{INDENT}masters and moments in fp32 on the host; weights on the GPU in {dtype_name(model.dtype)}"
-        )
+        print_line(f"masters and moments in fp32 on the host; weights on the GPU in {dtype}")
+
     trained = [p for p in model.parameters() if p.requires_grad]
     stuck = optimizers.share_too_small_to_move(trained, settings.lr)
     if stuck > STUCK:
-        fate = (
-            "they move at random, right on average" if settings.weights == "bf16" else "raise --lr"
-        )
-        print(
-            f"{INDENT}NOTE: steps of --lr {settings.lr:g} are too small for {100 * stuck:.0f} % of the weights; {fate}"
+        advice = "raise --lr"
+        if settings.weights == "bf16":
+            advice = "they move at random, right on average"
+        print_line(
+            f"NOTE: steps of --lr {settings.lr:g} are too small for {100 * stuck:.0f} % of the"
+            f" weights; {advice}"
         )
 
 
 def print_processes(settings: Settings) -> None:
-    """How several ranks share the model and its batches; nothing where there is one that holds all."""
+    """Prints how several ranks share the model and its batches; nothing for one that has it all."""
     count = distributed.world_size()
     if count == 1 and settings.shard == "none":
         return
-    held = {"none": "each holds the whole model", "full": "each holds a part of every tensor"}
-    layout = held.get(settings.shard, "each node holds the whole model")
+    if settings.shard == "none":
+        layout = "each holds the whole model"
+    elif settings.shard == "full":
+        layout = "each holds a part of every tensor"
+    else:
+        layout = "each node holds the whole model"
     shared = ""
     if distributed.context_parallel:
         shared = f"; {settings.context_parallel} share each batch's tokens (experimental)"
     print(f"processes {count} processes, {layout}{settings.reasons['shard']}{shared}")
 
 
+def print_interruption(
+    state: TrainState, checkpointer: Checkpointer, metrics: MetricsLogger
+) -> None:
+    """Says how to go on with a run that a signal has stopped, once its checkpoint is written."""
+    checkpointer.wait()
+    newest = checkpointer.newest
+    # Another step's where the last checkpoint could not be written, as on a full disk.
+    since = f", from {newest}" if newest != f"step-{state.step}" else ""
+    advice = "nothing is saved"
+    if newest:
+        out = shlex.quote(str(checkpointer.out))
+        advice = f"python train.py --out {out} --resume goes on{since}"
+    metrics.bar.write(f"stopped   after step {state.step}; {advice}")
+
+
+def print_end(state: TrainState, metrics: MetricsLogger, out: Path, memory: float) -> None:
+    """Says what the training took, and where its outcome is. memory: the peak, in bytes."""
+    seconds = time.perf_counter() - metrics.start
+    best = "best/, " if state.has_best else ""
+    print(
+        f"trained   {state.tokens:,} tokens in {seconds:.0f} s; peak memory {memory / 1e9:.2f} GB;"
+        f" in {out}: final/, {best}metrics.jsonl, loss.png"
+    )
+
+
 def print_next_command(settings: Settings, folder: Path, data: TrainingData) -> None:
-    """The command that tries what was trained. folder: best/ or final/."""
+    """Prints the command that tries what was trained. folder: best/ or final/."""
     words = ["python generate.py"]
     is_adapter = method_of(settings).freezes_base
     if settings.model and is_adapter:
         words.append(f"--model {shlex.quote(settings.model)}")
-    quant = settings.quant
-    if quant:
-        words.append(f"--quant {quant}")
-    words.append(f"--{'adapter' if is_adapter else 'model'} {shlex.quote(str(folder))}")
+    if settings.quant:
+        words.append(f"--quant {settings.quant}")
+    flag = "--adapter" if is_adapter else "--model"
+    words.append(f"{flag} {shlex.quote(str(folder))}")
     if not data.train.chat:
         words.append("--complete")
-    print(f"next      {' '.join(words)}")
+    command = " ".join(words)
+    print(f"next      {command}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -3,8 +3,8 @@ PYTHON ?= python
 
 .PHONY: test fast slow golden lint types format figures bench
 
-test:
-	$(PYTHON) -m pytest
+test:  # two processes; the tests of a file stay in one, since they share what its fixtures have made
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 fast:  # no processes of torchrun, no killed runs, no kernels in Triton's interpreter
 	$(PYTHON) -m pytest -x --ignore tests/test_resume.py --ignore tests/test_faults.py --ignore tests/test_distributed.py \

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from kernels.attention import Documents, cached_attention, decode_mask, document_attention
 from kernels.decode_attention import decode_attention
 from kernels.nf4 import NF4, block_scales, dequantized_weight, nf4_linear
@@ -620,7 +620,7 @@ def run_and_capture(
             launch()
     except RuntimeError as error:
         failed_graphs.append(graph)
-        reason = str(first_error(error)).strip().partition("\n")[0]
+        reason = first_line(first_error(error))
         print(
             f"NOTE: steps can't be captured in a CUDA graph ({reason}); their kernels are launched"
             " one by one, which takes longer",

@@ -19,7 +19,7 @@ from dataset.oasst import TREES
 from kernels import flash_versions
 from kernels.activation_checkpointing import CHECKPOINTING_KINDS
 from lora import ALL
-from methods import METHODS
+from methods import METHODS, quant_of
 from quant import QUANT_KINDS
 from tokenization.chat_template import NAMED
 
@@ -412,8 +412,7 @@ def parse_flags(argv: list[str]) -> Flags:
     refuse_former_names(argv)
     given = vars(parse_args(make_parser(), argv))
     flags = Flags(**given, given=frozenset(given))
-    quant = flags.quant or METHODS[flags.method].quant
-    flags = dataclasses.replace(flags, quant=quant)
+    flags = dataclasses.replace(flags, quant=quant_of(flags))
     check(flags)
     return flags
 
@@ -532,7 +531,7 @@ def check_method(flags: Flags) -> None:
             owners.setdefault(name, []).append(method)
     for name, methods in owners.items():
         was_changed = getattr(flags, name) != OPTIONS[name].default
-        if was_changed and flags.method not in methods:
+        if was_changed and name not in METHODS[flags.method].options:
             names = " or ".join(methods)
             raise UserError(
                 f"{dashed(name)}: is for --method {names}, not for --method {flags.method}"

@@ -137,6 +137,11 @@ QLORA = LORA._replace(lr_factor=15, quant="nf4", lighter=None)
 METHODS = {"full": FULL, "lora": LORA, "qlora": QLORA}
 
 
+def quant_of(flags) -> str | None:
+    """Returns the kind of quantization of a run: what --quant says, or else what --method implies."""
+    return flags.quant or METHODS[flags.method].quant
+
+
 def method_name(settings) -> str:
     """Returns the name of a run's row: --method lora on a quantized base is QLoRA by another name."""
     if settings.quant:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 
 # The values of --attention, and torch's names for them.
 VERSIONS = {"flash3": "FA3", "flash4": "FA4"}
@@ -63,8 +63,7 @@ def activate_version(name: str) -> None:
 
         activate_flash_attention_impl(VERSIONS[name])
     except (ImportError, RuntimeError, ValueError, AttributeError, OSError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        reason = first_line or type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"--attention {name}: torch {torch.__version__} finds no such kernels here ({reason});"
             " install its package, or leave --attention out"

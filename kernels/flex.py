@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import first_line
 from kernels.triton_utils import to_device
 
 # Queries in a block, and keys in a block.
@@ -197,8 +198,7 @@ def passes_trial(
                 errors.append(error)
     # The compiler's errors are of many kinds, and all mean the same here.
     except Exception as failure:  # noqa: BLE001
-        first_line = str(failure).strip().partition("\n")[0]
-        reason = first_line[:200] or type(failure).__name__
+        reason = first_line(failure)
     else:
         if max(errors) <= FLEX_TOLERANCE:
             return True

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import first_line
+
 
 class TritonStub:
     """Stands in for a module that is not there: its decorators return functions unchanged."""
@@ -92,8 +94,7 @@ def launch_failure(error: Exception) -> str:
     # Triton raises a RuntimeError that says "Failed to find C compiler".
     if "compiler" in str(error).lower():
         return "there is no C compiler; install gcc, or set the environment variable CC to one"
-    first_line = str(error).strip().partition("\n")[0]
-    return first_line or type(error).__name__
+    return first_line(error)
 
 
 def to_device(x: np.ndarray, device: torch.device | str) -> Tensor:

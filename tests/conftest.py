@@ -3,6 +3,11 @@ that tests make go to a folder of their own, not into the user's cache."""
 
 import os
 
+# One of several worker processes (-n 2) has one thread, and so have the programs that it starts: two processes
+# with two threads each would wait for each other. Read when torch is loaded, hence before it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

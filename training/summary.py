@@ -236,12 +236,13 @@ def print_next_command(settings: Settings, folder: Path, data: TrainingData) -> 
     """Prints the command that tries what was trained. folder: best/ or final/."""
     words = ["python generate.py"]
     is_adapter = method_of(settings).freezes_base
-    if settings.model and is_adapter:
-        words.append(f"--model {shlex.quote(settings.model)}")
-    if settings.quant:
-        words.append(f"--quant {settings.quant}")
-    flag = "--adapter" if is_adapter else "--model"
-    words.append(f"{flag} {shlex.quote(str(folder))}")
+    if is_adapter:
+        named = {"--model": settings.model, "--quant": settings.quant, "--adapter": str(folder)}
+    else:
+        named = {"--model": str(folder)}
+    for flag, value in named.items():
+        if value:
+            words.append(f"{flag} {shlex.quote(value)}")
     if not data.train.chat:
         words.append("--complete")
     command = " ".join(words)

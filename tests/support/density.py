@@ -1,6 +1,6 @@
 """Prints how densely each of the named files is written: see figures.py, which counts the whole program.
 
-    python tests/support/density.py model.py lora.py
+python tests/support/density.py model.py lora.py
 """
 
 import ast

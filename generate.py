@@ -25,6 +25,7 @@ import torch
 import lora
 from checkpoint import load_model
 from common import cli
+from common.console import print_stderr
 from common.device import pick_device, pick_dtype
 from common.errors import UserError, run
 from interop import resolve
@@ -56,7 +57,7 @@ def main() -> None:
     if args.complete:
         template = "no chat template, raw text"
     dtype_name = str(dtype).removeprefix("torch.")
-    log(f"{name}, {dtype_name} on {device.type} ({reason}), {template}")
+    print_stderr(f"{name}, {dtype_name} on {device.type} ({reason}), {template}")
     if is_chat:
         chat(model, adapters, args)
     else:
@@ -135,13 +136,13 @@ def load_model_and_adapters(
     if named_folders:
         first_name, first_folder = named_folders[0]
     # Without --model, the first adapter brings the base.
-    base = base_folder(args.model, first_folder, log)
+    base = base_folder(args.model, first_folder, print_stderr)
     model = load_model(base, dtype, device, args.quant)
     adapters = AdapterSet(model, {}, args.merge, can_switch)
     for name, folder in named_folders:
         if name in adapters.by_name:
             raise UserError(f"--adapter: two are called {name}; give them names, as red={folder}")
-        lora.put_adapter_on(model, folder, log)
+        lora.put_adapter_on(model, folder, print_stderr)
         layers = lora.remove_lora(model)
         tokenizer = resolve.pick_tokenizer(base, folder, args.template)
         adapters.by_name[name] = LoadedAdapter(layers, tokenizer)
@@ -177,21 +178,16 @@ def split_adapter_name(word: str) -> tuple[str, str]:
     return path.name, word
 
 
-def log(line: str) -> None:
-    """Prints a line to stderr, since stdout is for answers."""
-    print(line, file=sys.stderr, flush=True)
-
-
 # ---- conversations ----
 
 
 def chat(model: Transformer, adapters: AdapterSet, args: argparse.Namespace) -> None:
     """Answers what is typed, with all messages before it as context; with --complete, each line
     without context."""
-    log("/reset forgets, /quit or Ctrl-D ends, Ctrl-C stops an answer")
+    print_stderr("/reset forgets, /quit or Ctrl-D ends, Ctrl-C stops an answer")
     if args.adapter:
         choices = ", ".join(adapters.names)
-        log(f"/adapter NAME switches to another adapter: {choices} or none")
+        print_stderr(f"/adapter NAME switches to another adapter: {choices} or none")
     history: list[dict[str, str]] = []
     while True:
         try:
@@ -224,7 +220,7 @@ def chat(model: Transformer, adapters: AdapterSet, args: argparse.Namespace) -> 
             text = print_answer(parts, stoppable=True)
         except UserError as error:
             # The conversation may have become too long. It stays as it was, and /reset helps.
-            log(f"error: {error}")
+            print_stderr(f"error: {error}")
             continue
         # With --complete, each line is a text by itself.
         if isinstance(messages, list):
@@ -239,7 +235,7 @@ def switch_adapter(adapters: AdapterSet, name: str) -> None:
     elif name:
         adapters.switch(name)
     active = adapters.active or "none"
-    log(f"adapter: {active}; the conversation continues")
+    print_stderr(f"adapter: {active}; the conversation continues")
 
 
 def first_messages(args: argparse.Namespace, prompt: str) -> list[dict[str, str]] | str:

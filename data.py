@@ -11,8 +11,8 @@ refuses) is left out, counted and said, never cut in silence.
     python data.py split FILES --out DIR         train.jsonl, val.jsonl and test.jsonl, near-duplicates kept together
 
 A batch is flat: `tokens` [N], one example after another without padding, the documents' lengths,
-and the rows whose next token is trained, so that nothing else ever reaches the output head. Row r
-predicts token r + 1 of its example.
+and the positions whose next token is trained, so that nothing else ever reaches the output head.
+Position i predicts token i + 1.
 """
 
 import dataclasses
@@ -314,7 +314,7 @@ class Batch:
     """Whole examples, one after the other, without padding.
 
     tokens: int64 [N].
-    rows: int64 [K], the rows whose next token is trained.
+    logit_positions: int64 [K], the places in `tokens` whose next token is trained.
     targets: int64 [K], that token.
     loss_weights: float32 [K], or None if all are 1.
     replay_weights: float32 [K], the loss weights of replayed examples and 0 for others, or None if
@@ -325,7 +325,7 @@ class Batch:
 
     tokens: Tensor
     documents: Documents | ShardedDocuments
-    rows: Tensor
+    logit_positions: Tensor
     targets: Tensor
     loss_weights: Tensor | None = None
     loss_weight_sum: float = 0.0
@@ -515,11 +515,11 @@ def collate(
     lengths = [len(example.ids) for example in examples]
     tokens = np.concatenate([np.asarray(example.ids, np.int64) for example in examples])  # [N]
     weights = np.concatenate([np.asarray(example.loss_weights, np.float32) for example in examples])
-    # An example's first token has no row before it that predicts it: it is never trained.
+    # An example's first token has none before it that predicts it: it is never trained.
     starts = np.cumsum([0, *lengths[:-1]])
     weights[starts] = 0
     predicted = np.flatnonzero(weights)  # [K]
-    rows = predicted - 1
+    logit_positions = predicted - 1
     targets = tokens[predicted]
     weights = weights[predicted]
     # Over the whole batch, before a rank takes its part of it.
@@ -549,9 +549,9 @@ def collate(
     if context:
         parts = context.mine(len(tokens))
         num_tokens = sum(max(0, min(part.stop, num_tokens) - part.start) for part in parts)
-        rows = context.local(rows, len(tokens))
-        is_here = rows >= 0
-        rows = rows[is_here]
+        logit_positions = context.local(logit_positions, len(tokens))
+        is_here = logit_positions >= 0
+        logit_positions = logit_positions[is_here]
         targets = targets[is_here]
         weights = weights[is_here]
         if replay_weights is not None:
@@ -562,7 +562,7 @@ def collate(
     batch = Batch(
         tokens=to_device(tokens, device),
         documents=documents,
-        rows=to_device(rows, device),
+        logit_positions=to_device(logit_positions, device),
         targets=to_device(targets, device),
         loss_weights=None if all_ones else to_device(weights, device),
         loss_weight_sum=float(weights.sum(dtype=np.float64)),

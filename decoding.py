@@ -838,7 +838,7 @@ def packed_weights(model, steps: int) -> Iterator[None]:
             weights = FusedWeights(group, packed=on_cpu)
             if hasattr(module, "q"):
                 override(module, "project", partial(project_fused, module, weights))
-                override(module, "forward", partial(attention_fused, module, weights))
+                override(module, "project_and_rotate", partial(rotate_fused, module, weights))
             else:
                 override(module, "forward", partial(mlp_fused, module, weights))
         if on_cpu:
@@ -970,13 +970,15 @@ def project_fused(attention, weights: FusedWeights, x: Tensor) -> tuple[Tensor, 
     return q, k, v
 
 
-def attention_fused(attention, weights: FusedWeights, x: Tensor, cos_sin, attention_fn) -> Tensor:
-    """Computes `Attention.forward` by one product for q, k and v and, on CPUs, one rotation for q
-    and k."""
+def rotate_fused(
+    attention, weights: FusedWeights, x: Tensor, cos_sin
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes `Attention.project_and_rotate` by one product for q, k and v and, on CPUs, one
+    rotation for q and k."""
     # Where something comes between the product and the rotation, or where a kernel rotates both,
-    # only the product is one: the class's own forward calls `project_fused`.
+    # only the product is one: the class's own function calls `project_fused`.
     if cos_sin is None or attention.qk_norm or use_triton(x):
-        return type(attention).forward(attention, x, cos_sin, attention_fn)
+        return type(attention).project_and_rotate(attention, x, cos_sin)
     H = attention.heads
     G = attention.kv_heads
     num_heads = H + 2 * G
@@ -985,8 +987,7 @@ def attention_fused(attention, weights: FusedWeights, x: Tensor, cos_sin, attent
     q = qk[:, :H]
     k = qk[:, H:]
     v = qkv[:, H + G :]
-    out = attention_fn(q, k, v, attention.scores)  # [N, H, d]
-    return attention.o(out.flatten(1))
+    return q, k, v
 
 
 def mlp_fused(mlp, weights: FusedWeights, x: Tensor) -> Tensor:

@@ -441,7 +441,8 @@ def gather_rows(local_rows: Tensor, x: Tensor) -> Tensor:
 
 
 def balance_across_ranks(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Divides the rows of a step among ranks: each gets as many rows, and about as many tokens.
+    """Divides the rows of a step among ranks: as many rows to each (to within one), and about as
+    many tokens.
 
     sizes: the tokens of each row.
     Returns, for each rank, the numbers of its rows. Rows are given out in order of size, forwards

@@ -219,7 +219,7 @@ class Flags:
     )
     warmup: int | None = option(
         None,
-        "steps in which the learning rate rises from 0; default: 5 %% of the steps",
+        "steps in which the learning rate rises to its peak; default: 5 %% of the steps",
         limits=NOT_NEGATIVE,
     )
     weight_decay: float | None = option(

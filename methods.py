@@ -32,6 +32,7 @@ class Method(NamedTuple):
     freezes_base: the base may then be in 4 bits, may be replicated on all ranks, and is not saved.
     options: names of the options that this method reads, and others don't.
     quant: the 4-bit format of the base where --quant is not given.
+    describe(settings): what is trained, in a few words for the summary.
     lighter: the method that takes less memory, to be suggested where it ran out.
     """
 
@@ -42,6 +43,7 @@ class Method(NamedTuple):
     weight_decay: float
     freezes_base: bool
     options: tuple[str, ...]
+    describe: Callable[["object"], str]
     quant: str | None = None
     lighter: str | None = None
 
@@ -112,6 +114,16 @@ def save_full(model: Transformer, folder: Path, write_extra: Callable[[Path], No
     checkpoint.save_model(model, folder, dtype, write_extra)
 
 
+def describe_full(settings) -> str:
+    return settings.train or "all"
+
+
+def describe_lora(settings) -> str:
+    if settings.adapter:
+        return f"going on from {settings.adapter}"
+    return f"rank {settings.rank}, alpha {settings.alpha:g} on {settings.targets}"
+
+
 FULL = Method(
     attach=select_weights,
     start=start_nothing,
@@ -120,6 +132,7 @@ FULL = Method(
     weight_decay=0.01,
     freezes_base=False,
     options=("train", "weights"),
+    describe=describe_full,
     lighter="lora",
 )
 LORA = Method(
@@ -130,6 +143,7 @@ LORA = Method(
     weight_decay=0.0,
     freezes_base=True,
     options=("quant", "rank", "alpha", "dropout", "targets", "adapter"),
+    describe=describe_lora,
     lighter="qlora",
 )
 # A base in 4 bits wants a learning rate half as high again (experiments/LOG.md).

@@ -233,6 +233,18 @@ class Attention(nn.Module):
         rotated.
         attention_fn: a function of q, k, v and self.scores.
         """
+        q, k, v = self.project_and_rotate(x, cos_sin)
+        out = attention_fn(q, k, v, self.scores)  # [N, H, d]
+        return self.o(out.flatten(1))
+
+    def project_and_rotate(
+        self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[N, D] -> q [N, H, d], k [N, G, d] and v [N, G, d], with norms and positions applied.
+
+        decoding.py replaces it by one product and one rotation on CPUs, and nothing else of this
+        class's forward.
+        """
         q, k, v = self.project(x)
         # The norm comes before the rotation, as in the published models.
         if self.qk_norm == "head":
@@ -244,8 +256,7 @@ class Attention(nn.Module):
         if cos_sin is not None:
             cos, sin = cos_sin
             q, k = rope_qk(q, k, cos, sin)
-        out = attention_fn(q, k, v, self.scores)  # [N, H, d]
-        return self.o(out.flatten(1))
+        return q, k, v
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[N, D] -> q [N, H, d], k [N, G, d] and v [N, G, d]"""

@@ -100,11 +100,12 @@ def token_losses(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
     """Returns the weighted sum of -log p(next token) over the batch's trained tokens, a float32
     scalar, and each token's own, float32 [K], without a gradient."""
     hidden = model.flat(batch.tokens, batch.documents)  # [N, D]
-    # Logits exist for the trained rows only: each takes as many numbers as the vocabulary has ids.
-    rows = hidden.index_select(0, batch.rows)  # [K, D]
+    # Logits exist only where the next token is trained: each takes as many numbers as the
+    # vocabulary has ids.
+    to_head = hidden.index_select(0, batch.logit_positions)  # [K, D]
     head = model.head_weight()
     softcap = model.config.logit_softcap
-    return linear_cross_entropy(rows, head, batch.targets, softcap, batch.loss_weights)
+    return linear_cross_entropy(to_head, head, batch.targets, softcap, batch.loss_weights)
 
 
 def supervised_loss(model: Transformer, batch: Batch, totals: StepTotals, losses: Losses) -> Tensor:

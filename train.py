@@ -203,9 +203,9 @@ def train_loop(
     for step in range(state.step, last_step):
         micro_batches = loader.step(step)  # this rank's share; every rank has as many
 
-        # The loss of a step is the sum over its trained tokens, on all ranks, divided by their
-        # number. So 1 x 8 = 2 x 4 = 2 ranks x 4. The stop signal travels along, since all ranks
-        # must stop at the same step.
+        # The loss of a step is the weighted sum over its trained tokens, on all ranks, divided by
+        # the sum of their weights. So one micro-batch of 8 equals two of 4, or one of 4 on each of
+        # two ranks. The stop signal travels along, since all ranks must stop at the same step.
         totals = StepTotals.of(micro_batches, stop.signal)
 
         losses = Losses(loader.device)
@@ -218,8 +218,8 @@ def train_loop(
         grad_norm = distributed.clip_grad_norm_(trained, settings.clip or math.inf)
         losses.all_reduce()
 
-        # A step without a finite loss or gradient is skipped. The flag stays on the device, so that
-        # nothing here waits for it.
+        # A step without a finite loss or gradient is skipped. The flag stays on the device: AdamW
+        # reads it there, so that the loop does not wait for it (Muon and offloading do).
         found_inf = (~(losses.loss + grad_norm).isfinite()).float()
         lr = lr_at(step, settings)
         for optimizer in optimizers:

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -167,7 +168,7 @@ def meta_model(
     """Returns the model of a recipe, without memory: shapes, dtypes and what is trained.
 
     dtype: the dtype of the products.
-    adapter: the arguments of lora.add_lora; None adds no adapter.
+    adapter: {option: value} of a new adapter; None adds none.
     quant: the 4-bit format, as checkpoint.load_model takes it, where it is another than the
         method's own.
     """
@@ -187,7 +188,7 @@ def meta_model(
             if name != "head" or with_head:
                 layer.quantize(empty_nf4(layer.out_features, layer.in_features))
     if method.freezes_base and adapter is not None:
-        lora.add_lora(model, **adapter)
+        method.attach(model, SimpleNamespace(adapter=None, resume=None, **adapter))
     model.activation_checkpointing = recipe.checkpointing
     return model
 
@@ -233,7 +234,7 @@ def expected_memory(
         activations = block * config.num_layers
     # The input and the output of the last norm.
     activations += 2 * hidden_states
-    if device == "cuda" and METHODS[recipe.method].freezes_base:
+    if device == "cuda" and model.lora_casts is not None:
         # The adapters in the dtype of the products (lora.ModelCasts).
         activations += item * sum(p.numel() for p in trained_parameters)
 
@@ -463,19 +464,19 @@ def flops_a_token(
         for layer in config.layers:
             if layer.window not in contexts:
                 contexts[layer.window] = mean_context(lengths, layer.window)
-            total += 7 * contexts[layer.window] * config.num_heads * config.head_dim
+            total += 14 * contexts[layer.window] * config.num_heads * config.head_dim
     return total
 
 
 def mean_context(lengths: Sequence[int] | np.ndarray, window: int | None) -> float:
-    """Returns twice the number of tokens that a token attends to, on average over these documents.
+    """Returns the number of tokens that a token attends to, on average over these documents.
 
     The tokens of a document of T attend to T^2 / 2 tokens in all, and with a window of w < T tokens
     to w T - w^2 / 2.
     """
     lengths = np.asarray(lengths, dtype=float)
     reach = lengths if window is None else np.minimum(lengths, window)
-    return float((reach * (2 * lengths - reach)).sum() / lengths.sum())
+    return float((reach * (2 * lengths - reach)).sum() / (2 * lengths.sum()))
 
 
 def product_rate(config: Config, device: torch.device, dtype: torch.dtype) -> float:
@@ -649,7 +650,7 @@ def print_plan(
     """Prints a table of recipes with what each one takes on this machine, and a recommendation.
 
     dtype: the dtype of the products.
-    adapter: the arguments of lora.add_lora.
+    adapter: {option: value} of a new adapter.
     """
     room = FITS * device_memory(device)
     rate = product_rate(config, device, dtype)

@@ -183,7 +183,7 @@ def print_multi_gpu_plan(
     seq_len: tokens of a row.
     batch: rows of a micro-batch on each GPU.
     accumulate: micro-batches of a step.
-    adapter: the arguments of lora.add_lora.
+    adapter: {option: value} of a new adapter.
     """
     heading = ["", "GPUs", "--shard", "checkpointing"]
     heading += ["weights", "gradients", "moments", "kept", "peak"]
@@ -274,7 +274,7 @@ def describe_savings(
 
     shape: (--batch-size, --accumulate, --seq-len).
     dtype: the dtype of the products.
-    adapter: the arguments of lora.add_lora.
+    adapter: {option: value} of a new adapter.
     """
     batch, accumulate, seq_len = shape
 

@@ -55,7 +55,7 @@ def print_plan_of_data(
 
 
 def adapter_of(flags: Flags) -> dict:
-    """Returns the arguments of lora.add_lora: those on the command line, else the defaults."""
+    """Returns {option: value} of a new adapter: what is on the command line, else the defaults."""
     arguments = {}
     for name, default in NEW_ADAPTER.items():
         value = getattr(flags, name)

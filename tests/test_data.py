@@ -421,7 +421,7 @@ def test_a_batch_is_flat_and_its_rows_predict_the_trained_tokens():
     b = Example([4, 5, 6, 7], [True, False, False, True])  # a first token can't be predicted
     batch = collate([a, b])
     assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7] and batch.documents.lengths == [3, 4]
-    assert batch.rows.tolist() == [0, 1, 5] and batch.targets.tolist() == [2, 3, 7]
+    assert batch.logit_positions.tolist() == [0, 1, 5] and batch.targets.tolist() == [2, 3, 7]
     assert batch.loss_weights is None and batch.loss_weight_sum == 3
 
 

@@ -246,7 +246,7 @@ def test_any_conversations_survive_the_way_to_packed_rows_and_back(tokenizer, tm
     for row in stream.step(1000):
         (batch,) = batches_of_rows([[data.examples[i] for i in row]], 1, "cpu")
         trained = torch.zeros(len(batch.tokens), dtype=torch.bool)
-        trained[batch.rows + 1] = True
+        trained[batch.logit_positions + 1] = True
         assert torch.equal(batch.tokens[trained], batch.targets)
         for i, ids, mask in zip(row, *(each.split(batch.documents.lengths) for each in (batch.tokens, trained))):
             assert i not in back

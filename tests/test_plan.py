@@ -177,14 +177,14 @@ def test_windows_take_from_the_operations_of_attention(tmp_path):
                 pairs += place + 1 if window is None else min(place + 1, window)
         # T (T + 1) / 2 pairs in truth, T^2 / 2 in the formula; w T - w (w - 1) / 2 and w T - w^2 / 2 with a window.
         halves = sum(length if window is None else min(length, window) for length in lengths)
-        assert plan.mean_context(lengths, window) == pytest.approx((2 * pairs - halves) / sum(lengths))
+        assert plan.mean_context(lengths, window) == pytest.approx((pairs - halves / 2) / sum(lengths))
     model = load_model(write(tmp_path, "gemma2"))
     config = model.config
     windows = [layer.window for layer in config.layers]
     assert len(set(windows)) == 2  # every other layer looks back over all
     told = flops_a_token(model, lengths) - flops_a_token(model)
     contexts = [plan.mean_context(lengths, window) for window in windows]
-    assert told == pytest.approx(7 * sum(contexts) * config.num_heads * config.head_dim)
+    assert told == pytest.approx(14 * sum(contexts) * config.num_heads * config.head_dim)
 
 
 def table(text: str) -> list[list[str]]:

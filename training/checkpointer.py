@@ -7,7 +7,7 @@
                           processes may read them
     state.json            the step, the position in the data, the states of the random generators,
                           flags, losses so far
-    manifest.json         each file's SHA-256
+    manifest.json         each file's SHA-256, written last
 
 A folder is written under another name, synced to the disk and renamed, so it is there whole or not
 at all. When it is read, each file's hash is compared; where one differs the folder is left aside,

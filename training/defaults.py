@@ -141,10 +141,16 @@ def choose_shard(flags: Flags, folder: Path, device: torch.device) -> tuple[str,
         is_small = size <= distributed.REPLICATE_BELOW * memory.device_memory(device)
         if count == 1 or (method_of(flags).freezes_base and is_small):
             shard = "none"
-            reason = f": the frozen base is small, {size / 1e9:.1f} GB"
+            reason = (
+                ": one process"
+                if count == 1
+                else f": the frozen base is small, {size / 1e9:.1f} GB"
+            )
         else:
             shard = "full"
             reason = ""
+    if shard == "none" and flags.reduce == "each":
+        raise UserError("--reduce each: is about the gradients of shards, and --shard is none")
     if shard == "none" and flags.shard_offload:
         raise UserError("--shard-offload: keeps shards on the host, and --shard is none")
     if shard == "hybrid":
@@ -200,8 +206,10 @@ def choose_optimization(flags: Flags, config: Config) -> Flags:
     chosen["warmup"] = warmup
     if flags.weight_decay is None:
         chosen["weight_decay"] = method.weight_decay
-    if method.freezes_base and not continues_adapter(flags):
-        chosen |= adapter_of(flags)
+    if not continues_adapter(flags):
+        for name, value in adapter_of(flags).items():
+            if name in method.options:
+                chosen[name] = value
     return dataclasses.replace(flags, **chosen)
 
 

@@ -98,12 +98,7 @@ def print_method(settings: Settings, model: Transformer) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = base_size(model)
     layers = lora.lora_layers(model).values()
-    if settings.adapter:
-        how = f"going on from {settings.adapter}"
-    elif layers:
-        how = f"rank {settings.rank}, alpha {settings.alpha:g} on {settings.targets}"
-    else:
-        how = settings.train or "all"
+    how = method_of(settings).describe(settings)
     share = f"{100 * trained / total:.2f} % of the model's"
     print(f"method    {settings.method} ({how}): {trained:,} parameters trained, {share}")
     if layers:

@@ -11,8 +11,10 @@ weights (`.bin`, `.pt`) can run code on loading and are refused.
 
 import contextlib
 import hashlib
+import math
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,17 +24,30 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from common.console import print_stderr
 from common.errors import UserError, read_json
-from common.files import atomic_folder, file_sha256, save_tensors, write_json
+from common.files import (
+    atomic_folder,
+    file_sha256,
+    lfs_pointer,
+    save_tensors,
+    utf8_path,
+    write_json,
+)
 from distributed import (
+    all_gather_object,
+    all_ranks_agree,
+    all_reduce_sum,
     full_tensor,
     gather_rows,
+    is_rank0,
+    is_sharded,
     local_row_slice,
     rank0_context,
     synced_errors,
     to_local,
 )
-from kernels.nf4 import NF4
+from kernels.nf4 import NF4, NF4_BLOCK
 from model import Config, Linear, Transformer, quantized_linears, stack_expert_weights
 from quant import (
     QUANT_KINDS,
@@ -65,12 +80,22 @@ TEMPLATES = "additional_chat_templates"
 SHARD_NAME = re.compile(r"[\w-][\w.-]{0,150}\.safetensors", re.ASCII)
 # safetensors' names of dtypes. 8-bit floats need scales, which no family here has.
 FLOATS = ("F64", "F32", "F16", "BF16")
+# {safetensors' name of a dtype: the dtype in which weights that are stored so are written again}.
+# Nothing here computes in float64.
+WRITTEN_DTYPES = {
+    "F64": torch.float32,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 # Enough for 300,000 tensors. The safetensors package allows 100 MB, which take 1.3 GB of memory.
 HEADER_BYTES = 32 << 20
 # The Hub's own tools begin a new file at this size.
 SHARD_BYTES = 5 << 30
 # Bytes of a file that are mapped at a time: mapped pages count as this process's memory.
 MAPPED_BYTES = 32 << 20
+# Rows of a matrix that are compared at a time, so that there is no second matrix in memory.
+COMPARED_ROWS = 4096
 # Tables that old checkpoints stored and that every reader recomputes: rotary angles, and masks of
 # GPT-2 and NeoX.
 RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
@@ -138,6 +163,22 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder}: {abbreviate(missing)} is missing")
 
 
+def report_unread_shards(folder: Path) -> None:
+    """Prints which weights are read where a folder has model.safetensors and shards as well: it is
+    left open there which of them are newer."""
+    index = folder / "model.safetensors.index.json"
+    one_file = folder / "model.safetensors"
+    if not (is_rank0() and index.is_file() and one_file.is_file()):
+        return
+    shards = [name for name in shard_names(index) if (folder / name).is_file()]
+    unread = [name for name in shards if name != one_file.name]
+    if unread:
+        print_stderr(
+            f"WARNING: {folder}: read is {one_file.name} alone, as transformers does; not"
+            f" {abbreviate(unread)}, which {index.name} names. Remove those that are old"
+        )
+
+
 def shard_names(index: Path) -> list[str]:
     """Returns the files that a model.safetensors.index.json names, sorted.
 
@@ -175,6 +216,9 @@ def open_safetensors(file: Path) -> Iterator[safe_open]:
     Raises UserError if they do not, if the header is over HEADER_BYTES, or if the block can't read
     a tensor.
     """
+    pointer = lfs_pointer(file)
+    if pointer:
+        raise UserError(f"{file}: {pointer}")
     with open(file, "rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")
     # The package itself refuses a header that is longer than the file.
@@ -185,7 +229,7 @@ def open_safetensors(file: Path) -> Iterator[safe_open]:
             f"{file}: a header of {size:,.0f} MB is too long; at most {limit:.0f} MB are read"
         )
     try:
-        with safe_open(file, framework="pt") as shard:
+        with utf8_path(file) as name, safe_open(name, framework="pt") as shard:
             yield shard
     except SafetensorError as error:
         reason = str(error)[:200]
@@ -247,7 +291,7 @@ def load_model(
     in place. All other tensors are copied, two at a time.
 
     Raises UserError naming the tensors that are missing, unknown, there twice, or of another shape
-    than config.json implies, before any weight is read.
+    than config.json implies, before any weight is read; and those with NaN or infinite numbers.
     """
     if quant not in (None, *QUANT_KINDS):
         known = ", ".join(QUANT_KINDS)
@@ -256,6 +300,7 @@ def load_model(
     device = torch.device(device)
     config = read_config(folder)
     files = weight_files(folder)
+    report_unread_shards(folder)
     if quant == "nf4+head" and config.tied:
         raise UserError(
             f"--quant {quant}: this model's output head is its embedding table, which stays as it is"
@@ -283,6 +328,7 @@ def load_model(
     if device.type == "cpu" and not config.conv1d:
         kept_dtype = dtype
     stored_head = None
+    problems: list[str] = []
 
     @torch.no_grad()
     def fill(file: Path) -> None:
@@ -294,6 +340,8 @@ def load_model(
             elif name in places:
                 copy = kept_dtype is None
                 place_tensor(places[name], tensor, dtype, device, copy)
+                if not is_filled_with_numbers(places[name]):
+                    problems.append(f"{name} {what_is_not_finite(tensor, dtype)}")
             # Any other is one of RECOMPUTED, or belongs to a quantised weight.
 
     # Most of the time goes into getting new memory, and two threads get it sooner. With on_meta
@@ -304,6 +352,13 @@ def load_model(
         # map() raises what a thread has raised only where its results are taken.
         for _ in pool.map(fill, files):
             pass
+    # A rank sees its own rows alone, and all ranks must stop together.
+    if on_meta is not None:
+        problems = [problem for of_rank in all_gather_object(problems) for problem in of_rank]
+    if problems:
+        others = len(set(problems)) - 1
+        more = f"; {others} more are not finite either" if others else ""
+        raise UserError(f"{folder}: {min(problems)}{more}")
     if stored_head is not None:
         check_tied_head(model, stored_head, dtype, device)
     # FSDP gives each parameter memory of its own.
@@ -376,6 +431,12 @@ def find_places(
         module_name, _, leaf = parameter_name.rpartition(".")
         owner = model.get_submodule(module_name)
         quantize = False
+        if name in quantized and not (isinstance(owner, Linear) and leaf == "weight"):
+            _, side_tensor = next(iter(quantized[name].values()))
+            raise UserError(
+                f"{folder}: {side_tensor} is of a quantised weight, and {name} is no linear's, so it"
+                " can't be in 4 bits"
+            )
         if isinstance(owner, Linear) and leaf == "weight" and name not in quantized:
             is_head = owner is model.head
             if quant is not None and (not is_head or "head" in quant):
@@ -389,6 +450,13 @@ def find_places(
             quantize=quantize,
             quant_state=quantized.get(name, {}),
             label=f"{folder}: {name}",
+        )
+    if quant is not None and not any(place.is_nf4 for place in places.values()):
+        width = model.config.hidden_size
+        raise UserError(
+            f"{folder}: none of its linears can be in 4 bits ({quant}): their rows are no whole"
+            f" blocks of {NF4_BLOCK} weights (hidden size {width}); leave out --quant, and take"
+            " --method lora for qlora"
         )
     return places
 
@@ -442,6 +510,35 @@ def fill_nf4(place: Place, tensor: Tensor, device: torch.device) -> None:
     copy_local_rows(parameters.offset, offset)
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """True if no number of a tensor is NaN or infinite; always on the meta device."""
+    if tensor.is_meta or tensor.numel() == 0:
+        return True
+    # NaN becomes both of them. One pass over memory, which takes a twentieth of isfinite().all().
+    smallest, largest = torch.aminmax(tensor.detach())
+    return bool(smallest.isfinite() & largest.isfinite())
+
+
+def is_filled_with_numbers(place: Place) -> bool:
+    """True if this rank's part of a parameter that was just filled is finite.
+
+    NaN in a weight that was quantised stands in the scale of its block, whose codes can't hold it.
+    """
+    if place.is_nf4:
+        parts = [place.nf4.absmax, place.nf4.nested, place.nf4.offset]
+        tensors = [part for part in parts if part is not None and part.is_floating_point()]
+    else:
+        tensors = [getattr(place.owner, place.leaf)]
+    return all(all_finite(to_local(tensor)) for tensor in tensors)
+
+
+def what_is_not_finite(tensor: Tensor, dtype: torch.dtype) -> str:
+    """Returns what is wrong with a stored tensor that is not finite in dtype, behind its name."""
+    if not tensor.is_floating_point() or not all_finite(tensor):
+        return "holds NaN or infinite weights; take another copy of it"
+    return f"holds weights too large for {config_dtype(dtype)}; compute in another --dtype"
+
+
 def copy_local_rows(parameter: Tensor, tensor: Tensor) -> None:
     """Copies this rank's rows of a whole tensor into a parameter."""
     to_local(parameter).copy_(tensor[local_row_slice(parameter)])
@@ -454,8 +551,8 @@ def check_tied_head(
     embedding = model.embed.weight.detach()
     table = to_local(embedding)
     stored_rows = stored_head[local_row_slice(embedding)]
-    # 4096 rows at a time, so that there is no second table in memory.
-    for stored, ours in zip(stored_rows.split(4096), table.split(4096), strict=True):
+    pairs = zip(stored_rows.split(COMPARED_ROWS), table.split(COMPARED_ROWS), strict=True)
+    for stored, ours in pairs:
         if not torch.equal(stored.to(device, dtype), ours):
             head = head_name(model.config)
             raise UserError(
@@ -511,12 +608,14 @@ def match_tensors(
     side_tensors = set()
     for parts in quantized.values():
         side_tensors |= {name for _, name in parts.values()}
+    stored_names = set()
     matches = {}
     unknown = []
     file_of: dict[str, str] = {}
     for file in files:
         with open_safetensors(file) as shard:
             for name in shard.keys():  # noqa: SIM118 (it is no dict)
+                stored_names.add(name)
                 if name in side_tensors:
                     continue
                 full_name = name
@@ -540,7 +639,11 @@ def match_tensors(
                     check_shape_and_dtype(model, expected[full_name], stored, label)
     missing = sorted(expected.keys() - file_of.keys() - optional)
     if missing:
-        raise UserError(f"{folder}: tensors missing: {abbreviate(missing)}")
+        # Of a file that names its tensors differently, one of its own names says how.
+        instead = f"; not part of the model: {abbreviate(sorted(unknown))}" if unknown else ""
+        raise UserError(f"{folder}: tensors missing: {abbreviate(missing)}{instead}")
+    for weight in quantized.keys() - stored_names:
+        unknown += [name for _, name in quantized[weight].values()]
     if unknown:
         raise UserError(f"{folder}: tensors not part of the model: {abbreviate(unknown)}")
     return matches
@@ -559,11 +662,39 @@ def check_shape_and_dtype(model: Transformer, parameter_name: str, stored, label
         raise UserError(f"{label} holds {stored.get_dtype()}, {readable} can be read")
 
 
-def stored_dtype(config: Config) -> torch.dtype:
-    """Returns the dtype of the stored weights by config.json; float32 if it says nothing."""
-    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Returns the dtype in which a folder's files store most of its weights, whatever config.json
+    says. Reads only the headers of the files."""
+    counts: Counter[str] = Counter()
+    for file in weight_files(folder):
+        with open_safetensors(file) as shard:
+            for name in shard.keys():  # noqa: SIM118 (it is no dict)
+                # The scales of weights in 4 bits are no weights.
+                if name.endswith(tuple(f".weight.{end}" for end in SIDE)):
+                    continue
+                stored = shard.get_slice(name)
+                if stored.get_dtype() in FLOATS:
+                    counts[stored.get_dtype()] += math.prod(stored.get_shape())
+    if not counts:
+        return torch.float32
+    (name, _), *_ = counts.most_common()
+    return WRITTEN_DTYPES[name]
+
+
+def claimed_dtype(config: Config) -> str | None:
+    """Returns the dtype of the weights by config.json; None if it says nothing."""
     name = config.raw.get("dtype") or config.raw.get("torch_dtype")
-    return dtypes.get(str(name), torch.float32)
+    return str(name).removeprefix("torch.") if name else None
+
+
+def dtype_note(folder: Path, config: Config) -> str | None:
+    """Returns a clause where config.json claims another dtype than the weights are stored in."""
+    claimed = claimed_dtype(config)
+    actual = config_dtype(stored_dtype(folder))
+    # What is written in place of float64 is float32, which nobody claimed.
+    if claimed in (None, actual, "float64", "auto"):
+        return None
+    return f"config.json says {claimed[:40]}, the weights are {actual}, which counts"
 
 
 def save_model(
@@ -578,8 +709,8 @@ def save_model(
 
     dtype: of the weights; None: their own.
     write_extra: writes more files into the new folder, before that gets its name.
-    Raises UserError if the model has an adapter that is not merged, or if the folder that it came
-    from is gone.
+    Raises UserError if the model has an adapter that is not merged, if a weight is not finite in
+    dtype, or if the folder that it came from is gone.
     """
     # Only a LoRA layer has `merged`.
     if any(getattr(module, "merged", None) is False for module in model.modules()):
@@ -617,8 +748,16 @@ class Stored(NamedTuple):
         return self.tensor.numel() * dtype.itemsize
 
     def value(self) -> Tensor:
-        """Returns the tensor as it is stored, on the CPU. All ranks must call this."""
+        """Returns the tensor as it is stored, on the CPU. All ranks must call this.
+
+        Raises UserError if it is not finite, on all ranks alike.
+        """
         tensor = full_tensor(self.tensor).to("cpu", self.dtype)
+        if tensor.is_floating_point() and not all_finite(tensor):
+            name = config_dtype(tensor.dtype)
+            raise UserError(
+                f"{self.name} is NaN, or too large for {name}; not saved, choose another dtype"
+            )
         if self.transposed:
             tensor = tensor.t()
         return tensor.contiguous()
@@ -722,12 +861,18 @@ def save_shards(weights: list[Stored], folder: Path | None) -> None:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies tokenizer files, chat templates and generation_config.json, byte for byte."""
+    """Copies tokenizer files, chat templates and generation_config.json, byte for byte.
+
+    Raises UserError if one is only the pointer of a file that Git LFS has not fetched.
+    """
     names = list(TOKENIZER_FILES)
     for file in (source / TEMPLATES).glob("*.jinja"):
         names.append(f"{TEMPLATES}/{file.name}")
     for name in names:
         if (source / name).is_file():
+            pointer = lfs_pointer(source / name)
+            if pointer:
+                raise UserError(f"{source / name}: {pointer}")
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)
 
@@ -739,3 +884,46 @@ def fingerprint(folder: Path) -> str:
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+@torch.no_grad()
+def share_lost_by_rounding(model: Transformer, dtype: torch.dtype) -> float:
+    """Returns the share of what full fine-tuning has changed that is lost where the weights are
+    stored in dtype: 0 if nothing, 1 if they come back as the base. All ranks must call it.
+
+    It is 1 - <stored - base, trained - base> / |trained - base|^2, over all trained weights. The
+    rounding of weights which moved by many steps of dtype cancels out in it, as it does in a
+    product; where a weight moved by less than half a step, its stored number is the base's again.
+    The base is read from the folder that the model came from, once; if its weights are gone by now,
+    nothing is known, and 0 is returned.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if all(p.dtype == dtype for p in trained.values()) or dtype == torch.float32:
+        return 0.0
+    files: list[Path] = []
+    with contextlib.suppress(OSError, UserError):
+        files = weight_files(model.source)
+    # A base that was deleted while the run went on must not cost its result.
+    if not all_ranks_agree(bool(files)):
+        return 0.0
+    sums = torch.zeros(2, dtype=torch.float64)  # kept, of all
+    matches = match_tensors(model, model.source, files, {})
+    for name, tensor in iterate_tensors(files):
+        parameter = trained.get(matches.get(name, ""))
+        is_head_of_table = model.config.tied and name == head_name(model.config)
+        # Of weights that are whole on every rank, rank 0 counts.
+        if parameter is None or is_head_of_table or not (is_sharded(parameter) or is_rank0()):
+            continue
+        if transposed(model, matches[name]):
+            tensor = tensor.t()
+        base_rows = tensor[local_row_slice(parameter)].split(COMPARED_ROWS)
+        for base, now in zip(base_rows, to_local(parameter).split(COMPARED_ROWS), strict=True):
+            base = base.to(now.device, torch.float32)
+            update = now.float() - base
+            kept = now.to(dtype).float() - base
+            sums[0] += (kept * update).sum().double().cpu()
+            sums[1] += update.square().sum().double().cpu()
+    kept_square, update_square = all_reduce_sum(sums).tolist()
+    if not update_square:
+        return 0.0
+    return max(0.0, 1 - kept_square / update_square)

@@ -6,29 +6,57 @@ folder or an adapter as the file that llama.cpp serves (interop/gguf_export.py),
 and an adapter merged into its base.
 
     python convert.py to-folder FILE.gguf FOLDER
-    python convert.py to-gguf FOLDER OUT.gguf [--adapter DIR] [--type f32|f16|bf16|q8_0]
+    python convert.py to-gguf FOLDER OUT.gguf [--adapter DIR [--quant KIND]] [--type TYPE]
     python convert.py adapter-to-gguf ADAPTER OUT.gguf [--model FOLDER]
     python convert.py to-nf4 FOLDER OUT [--quant nf4|nf4+head]
-    python convert.py merge FOLDER ADAPTER OUT [--dtype fp32|fp16|bf16]
+    python convert.py merge FOLDER ADAPTER OUT [--quant KIND] [--check FILE] [--dtype DTYPE]
+
+An adapter is right on the numbers of its base that it was trained on. QLoRA trains on the numbers
+that 4 bits stand for (NF4), and its adapter has learnt to make up for their errors; added to the
+weights from before, it corrects errors that are not there. So `merge` and `to-gguf` add it to the
+numbers of NF4, and write the sum in 16 bits. `merge` measures the loss before and after.
 """
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import checkpoint
+import data
 import lora
 from common import errors
 from common.device import STORAGE_DTYPES
 from common.errors import UserError
+from common.files import write_json
+from dataset.examples import Dataset
+from evals.loss import loss
 from interop.gguf_export import TYPES, adapter_to_gguf, folder_to_gguf
 from interop.gguf_import import gguf_to_folder
-from interop.resolve import base_folder, model_folder
+from interop.resolve import (
+    base_folder,
+    check_adapter,
+    model_folder,
+    pick_base_numbers,
+    pick_tokenizer,
+)
 from kernels.nf4 import dequantized_weight
 from model import quantized_linears
 from quant import QUANT_KINDS
+
+# Files of assets/, the first of which a tokenizer can read: what --check is where it is not given.
+BUNDLED_CHECKS = ("general_chat.jsonl", "general.txt")
+# The records of --check that are measured, and the longest part of each, in tokens: they are
+# computed twice, perhaps on a CPU.
+CHECKED_RECORDS = 16
+CHECKED_TOKENS = 256
+# What a merged folder's plaintune.json takes over from that of its adapter.
+KEPT_FACTS = ("base", "base_sha256", "date")
+# A merged model whose loss is higher by more than this, in nats, is warned of. Rounding to 16 bits
+# takes less.
+LARGEST_GAP = 0.02
 
 
 def main() -> None:
@@ -38,7 +66,9 @@ def main() -> None:
             gguf_to_folder(args.file, args.folder)
         case "to-gguf":
             folder = model_folder(args.folder)
-            folder_to_gguf(folder, args.file, args.type, args.adapter)
+            if args.quant and not args.adapter:
+                raise UserError("--quant: says what --adapter is added to, and there is none")
+            folder_to_gguf(folder, args.file, args.type, args.adapter, quant=args.quant)
         case "adapter-to-gguf":
             base = base_folder(args.model, args.adapter)
             adapter_to_gguf(args.adapter, args.file, base)
@@ -46,7 +76,14 @@ def main() -> None:
             to_nf4(model_folder(args.folder), args.out, args.quant)
         case "merge":
             dtype = STORAGE_DTYPES[args.dtype] if args.dtype else None
-            merge_folder(model_folder(args.folder), args.adapter, args.out, dtype)
+            merge_folder(
+                model_folder(args.folder),
+                args.adapter,
+                args.out,
+                dtype,
+                quant=args.quant,
+                check=args.check,
+            )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -57,6 +94,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     model_help = "the model: a folder, a GGUF file or a name on the Hub"
+    quant_help = (
+        "the numbers of the base that the adapter is added to: nf4, nf4+head: those that 4 bits"
+        " stand for; none: the weights as they are stored (default: those that it was trained on)"
+    )
 
     command = commands.add_parser("to-folder", help="write a GGUF file as a Hugging Face folder")
     command.add_argument("file", type=Path, help="the GGUF file")
@@ -68,6 +109,7 @@ def parse_arguments() -> argparse.Namespace:
     command.add_argument(
         "--adapter", type=Path, metavar="DIR", help="PEFT LoRA folder to merge into it first"
     )
+    command.add_argument("--quant", choices=[*QUANT_KINDS, "none"], help=quant_help)
     command.add_argument(
         "--type", choices=TYPES, default="f32", help="type of the matrices (default: f32)"
     )
@@ -104,6 +146,14 @@ def parse_arguments() -> argparse.Namespace:
         choices=STORAGE_DTYPES,
         help="dtype to store the new weights in (default: that of the model's files)",
     )
+    command.add_argument("--quant", choices=[*QUANT_KINDS, "none"], help=quant_help)
+    command.add_argument(
+        "--check",
+        metavar="FILE",
+        help="file of examples on which the loss before and after is measured, best of what the"
+        f" adapter was trained for; the first {CHECKED_RECORDS} are read; none: it is not measured"
+        " (default: a few general questions)",
+    )
     return parser.parse_args()
 
 
@@ -113,34 +163,58 @@ def merge_folder(
     out: Path,
     dtype: torch.dtype | None = None,
     print_fn: Callable = print,
+    quant: str | None = None,
+    check: str | None = None,
 ) -> None:
     """Writes a Hugging Face folder of the model with the adapter's updates added to its weights.
 
     dtype: the dtype of the new folder's weights; None: that of the model's files. Sums are computed
         in float32 and rounded once, and a line says how much of the update that loses.
     print_fn: is called with each line for the user.
+    quant: the numbers that the updates are added to: a kind of QUANT_KINDS, which the weights are
+        written as in `dtype`; "none": as they are stored; None: those that the adapter was trained
+        on, if that is known, else as they are stored.
+    check: a file of examples. The loss on them is measured with the adapter on what it was trained
+        on, and of the new folder. None: of bundled examples; "none": it is not measured.
 
-    An adapter of QLoRA is best merged into the weights that its base was quantised from. If the
-    folder itself is in NF4, all weights are written in `dtype`, as the numbers that the 4 bits
-    stand for. The adapter's own tokenizer, chat template and generation_config.json take precedence
-    over the model's.
+    If the folder itself is in NF4, all weights are written in `dtype`, as the numbers that the 4
+    bits stand for. The adapter's own tokenizer, chat template and generation_config.json take
+    precedence over the model's.
     Raises UserError where `out` exists, or the adapter does not fit the model.
     """
+    adapter = Path(adapter)
     if Path(out).exists():
         raise UserError(f"{out}: exists already; name a new folder")
-    stored_dtype = checkpoint.stored_dtype(checkpoint.read_config(folder))
-    dtype = dtype or stored_dtype
+    config = checkpoint.read_config(folder)
+    check_adapter(folder, adapter)
+    dtype = dtype or choose_dtype(folder, config, print_fn)
+    kind = pick_base_numbers(folder, adapter, quant, print_fn)
+    dataset = None
+    if check != "none":
+        dataset = read_checked_records(folder, adapter, check, print_fn)
+
     # Weights that get another dtype are rounded once, after the sum.
     compute_dtype = torch.float32
-    if dtype == stored_dtype:
+    if dtype == checkpoint.stored_dtype(folder):
         compute_dtype = dtype
-    model = checkpoint.load_model(folder, compute_dtype)
+    # The model as it was trained, which is measured first where it is another than is merged. Of an
+    # adapter that does not say what it was trained on, --quant does.
+    trained_on = kind
+    trained = lora.trained_kind(adapter)
+    if trained is not None and not lora.is_quantized(folder):
+        trained_on = trained if trained in QUANT_KINDS else None
+    before = None
+    if dataset is not None and trained_on != kind:
+        model = checkpoint.load_model(folder, compute_dtype, quant=trained_on)
+        lora.load_adapter(model, adapter)
+        before = loss(model, dataset)["loss"]
+        # Its memory is free before the next one is loaded.
+        del model
+    model = checkpoint.load_model(folder, compute_dtype, quant=kind)
     lora.load_adapter(model, adapter)
-    if quantized_linears(model):
-        print_fn(
-            f"NOTE: {folder} is in NF4, and the merged weights keep the error of its 4 bits;"
-            " if you have the weights that it was quantised from, merge into those"
-        )
+    if dataset is not None and before is None:
+        before = loss(model, dataset)["loss"]
+
     lost = lora.merge(model, stored=dtype)
     lora.remove_lora(model)
     # Those that the adapter is not on are still in 4 bits.
@@ -148,21 +222,86 @@ def merge_folder(
         weight = dequantized_weight(layer.frozen, model.dtype)
         layer.dequantize(weight)
 
-    def copy_adapters_tokenizer(new_folder: Path) -> None:
-        checkpoint.copy_tokenizer(Path(adapter), new_folder)
+    def copy_from_adapter(new_folder: Path) -> None:
+        checkpoint.copy_tokenizer(adapter, new_folder)
+        # What it was trained on, and the date that its template wrote then.
+        metadata = lora.adapter_metadata(adapter)
+        facts = {key: metadata[key] for key in KEPT_FACTS if key in metadata}
+        if facts:
+            write_json(facts, new_folder / "plaintune.json")
 
-    checkpoint.save_model(model, out, dtype, copy_adapters_tokenizer)
+    checkpoint.save_model(model, out, dtype, copy_from_adapter)
+    del model
+    if dataset is not None and before is not None:
+        after = loss(checkpoint.load_model(out, compute_dtype), dataset)["loss"]
+        print_gap(before, after, len(dataset), print_fn)
     name = str(dtype).removeprefix("torch.")
     percent = f"{100 * lost:.2g} %"
     print_fn(f"merged    {adapter} into {out}, {name}: rounding lost {percent} of the update")
 
 
-def to_nf4(folder: Path, out: Path, quant: str = "nf4") -> None:
+def choose_dtype(folder: Path, config: checkpoint.Config, print_fn: Callable) -> torch.dtype:
+    """Returns the dtype that a folder's weights are stored in, and says so where its config.json
+    claims another one."""
+    note = checkpoint.dtype_note(folder, config)
+    if note:
+        print_fn(f"NOTE: {folder}: {note}")
+    return checkpoint.stored_dtype(folder)
+
+
+def read_checked_records(
+    folder: Path, adapter: Path, check: str | None, print_fn: Callable
+) -> Dataset | None:
+    """Returns the examples on which a merged model is compared; None, and says why, where there is
+    no tokenizer to read them by.
+
+    check: a file; None: the bundled questions, or plain text where the chat template is none that
+        they can be trained with.
+    """
+    config = checkpoint.read_config(folder)
+    files = [check] if check else [str(data.ASSETS / name) for name in BUNDLED_CHECKS]
+    for file in files:
+        try:
+            tokenizer = pick_tokenizer(folder, adapter, None)
+            dataset = data.load([file], tokenizer, min(CHECKED_TOKENS, config.max_positions))
+            data.check_tokens(dataset, config.vocab_size, file)
+        except UserError as error:
+            # What was asked for must be possible; what was not is no reason to merge nothing.
+            if check is not None:
+                raise
+            reason = error
+            continue
+        return dataset.take(np.arange(min(CHECKED_RECORDS, len(dataset))))
+    print_fn(f"check     the loss was not measured ({reason})")
+    return None
+
+
+def print_gap(before: float, after: float, count: int, print_fn: Callable) -> None:
+    """Prints the loss of a model with its adapter, and merged. count: the examples of both."""
+    change = after - before
+    # Adding 0 makes 0 of what is rounded to -0.
+    shown = round(change, 4) + 0.0
+    print_fn(
+        f"check     loss {before:.4f} with the adapter as it was trained, {after:.4f} merged"
+        f" ({shown:+.4f}), on {count} examples"
+    )
+    if not change <= LARGEST_GAP:
+        print_fn(
+            "WARNING: the merged model is worse than the adapter: merge into the numbers that it was"
+            " trained on (the default of --quant), in a dtype that rounds less (--dtype fp32)"
+        )
+
+
+def to_nf4(folder: Path, out: Path, quant: str = "nf4", print_fn: Callable = print) -> None:
     """Writes a Hugging Face folder of the model with its linears in NF4, which transformers reads
     with bitsandbytes.
 
     quant: as in checkpoint.load_model.
-    Raises UserError where `out` exists, or the model is quantised already.
+    print_fn: is called with each line for the user.
+    In the new folder, plaintune.json names the model and the hash of its weights, by which an
+    adapter that was trained on one of the two is known to fit the other.
+    Raises UserError where `out` exists, where the model is quantised already, or where none of its
+    linears can be.
     """
     if Path(out).exists():
         raise UserError(f"{out}: exists already; name a new folder")
@@ -170,9 +309,16 @@ def to_nf4(folder: Path, out: Path, quant: str = "nf4") -> None:
     if config.raw.get("quantization_config") is not None:
         raise UserError(f"{folder}: is quantised already")
     # In the dtype of the files, so that what stays in it (embeddings, norms) is not rounded.
-    dtype = checkpoint.stored_dtype(config)
+    dtype = choose_dtype(folder, config, print_fn)
     model = checkpoint.load_model(folder, dtype, quant=quant)
-    checkpoint.save_model(model, out)
+    for name in model.unquantized:
+        print_fn(f"NOTE: {name} stays in 16 bits or more, its rows are no whole blocks of 64")
+
+    def write_origin(new_folder: Path) -> None:
+        origin = {"base": str(folder.resolve()), "base_sha256": checkpoint.fingerprint(folder)}
+        write_json(origin | {"quant": quant}, new_folder / "plaintune.json")
+
+    checkpoint.save_model(model, out, write_extra=write_origin)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ from torch import Tensor
 import distributed
 from common.errors import UserError
 from dataset.examples import DUMMY_EXAMPLE, TRAIN_ON, Dataset, Example, ExampleIndex, cut
+from dataset.folders import TRAIN, VALIDATION
 from dataset.formats import Map, open_source
-from dataset.inspection import quick_checks
+from dataset.inspection import quick_checks, rendered_chats
 from dataset.sampler import Sampler, allocate_samples
 from dataset.token_cache import tokenized_rows
 from flags import VAL_FRACTION, Flags, parse_replay, parse_weights
@@ -83,16 +84,9 @@ def load_training_data(
     if seq_len > max_positions:
         raise UserError(f"--seq-len {seq_len}: the model has {max_positions} positions")
 
-    def read(paths: Sequence[str | Path], map_fn: Map | None = None) -> Dataset:
-        dataset = load(paths, tokenizer, seq_len, flags.train_on, flags.trees, print, map_fn)
-        assert isinstance(dataset.examples, ExampleIndex)
-        largest = max(rows.largest for rows in dataset.examples.rows)
-        # On a GPU the embedding would end the run at this token, without naming it.
-        if largest >= vocab_size:
-            names = ", ".join(map(str, paths))
-            raise UserError(
-                f"{names}: token {largest} of the tokenizer is beyond the model's {vocab_size}"
-            )
+    def read(paths: Sequence[str | Path], map_fn: Map | None = None, part: str = TRAIN) -> Dataset:
+        dataset = load(paths, tokenizer, seq_len, flags.train_on, flags.trees, print, map_fn, part)
+        check_tokens(dataset, vocab_size, ", ".join(map(str, paths)))
         return dataset
 
     named_files, weights = parse_weights(flags.data)
@@ -105,10 +99,13 @@ def load_training_data(
         val_files = [flags.val]
     elif not flags.data:
         val_files = BUNDLED_TASK["val"]
+    elif flags.val_fraction is None:
+        # Folders and files that have a part of their own to validate with.
+        val_files = list(dataset.with_validation)
     val_fraction = flags.val_fraction
     if val_files:
         train = dataset
-        val = read(val_files, map_fn)
+        val = read(val_files, map_fn, VALIDATION)
     else:
         if val_fraction is None:
             val_fraction = VAL_FRACTION
@@ -154,6 +151,8 @@ def print_counts(train: Dataset, val: Dataset, tokenizer: Tokenizer) -> None:
         f"          {len(train):,} examples to train on, {train.tokens:,} tokens of which"
         f" {train.trained_tokens:,} trained; {len(val):,} to validate{template}"
     )
+    if train.chat and tokenizer.writes_date:
+        print(f"          {tokenizer.date_note}, in the whole run; --date sets another")
     label = "checked"  # before the first line only
     for line in quick_checks(train, val):
         print(f"{label:10}{line}")
@@ -219,6 +218,18 @@ def choose_packing(sampler: Sampler, flags: Flags, seq_len: int, device: torch.d
     return packed
 
 
+def check_tokens(dataset: Dataset, vocab_size: int, files: str) -> None:
+    """Raises UserError if a dataset holds a token that the model's embedding lacks. files: that it
+    was read from, for the message."""
+    assert isinstance(dataset.examples, ExampleIndex)
+    largest = max(rows.largest for rows in dataset.examples.rows)
+    # On a GPU the embedding would end the run at this token, without naming it.
+    if largest >= vocab_size:
+        raise UserError(
+            f"{files}: token {largest} of the tokenizer is beyond the model's {vocab_size}"
+        )
+
+
 def load(
     paths: Sequence[str | Path],
     tokenizer: Tokenizer,
@@ -227,24 +238,34 @@ def load(
     trees: str = "best",
     print_fn: Callable[[str], None] = lambda line: None,
     map_fn: Map | None = None,
+    part: str = TRAIN,
 ) -> Dataset:
     """Returns the examples of some files, at most seq_len tokens long.
 
     train_on, trees: as the flags of those names.
     print_fn: is given lines about what was found and left out.
     map_fn: a user's function that each record goes through.
+    part: which part is read of folders and files that have parts to train, validate and test.
 
     Raises UserError where nothing is left to train on.
     """
     roles, last_only = TRAIN_ON[train_on]
     # All files are opened before the first is tokenised: a wrong name ends the run at once.
-    sources = [open_source(path, trees, map_fn) for path in paths]
+    sources = [open_source(path, trees, map_fn, part) for path in paths]
     rows = []
+    with_validation = []
     for source in sources:
         source_rows = tokenized_rows(source, tokenizer, roles)
         rows.append(source_rows)
         cached = ", tokenised before" if source_rows.cached else ""
         print_fn(f"data      {source.summary(source_rows.stats)}{cached}")
+        if source.has_validation(source_rows.stats):
+            with_validation.append(source.path)
+        warning = rendered_chats(source_rows)
+        if warning:
+            print_fn(f"          WARNING: {warning}")
+        for note in source_rows.notes:
+            print_fn(f"          NOTE: {note}")
         good = GOOD_ANSWERS.get(source.format.name)
         if good is not None:
             print_fn(
@@ -253,6 +274,7 @@ def load(
             )
     dataset = cut(rows, seq_len, last_only)
     dataset.formats = tuple(source.format.name for source in sources)
+    dataset.with_validation = tuple(with_validation)
     if train_on != "answers" and not dataset.chat:
         raise UserError(
             f"--train-on {train_on}: plain text is trained whole, and there is no conversation"

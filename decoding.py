@@ -73,6 +73,12 @@ def stream(
             raise UserError(
                 f"a prompt has {len(text)} tokens; the model takes 1 to {max_positions - 1}"
             )
+        # On a GPU the embedding would end the program at this token, without naming it.
+        if max(text) >= model.config.vocab_size:
+            raise UserError(
+                f"a prompt has token {max(text)}, which is beyond the model's"
+                f" {model.config.vocab_size}: the tokenizer is that of another model"
+            )
     if lookup:
         assert len(texts) == 1 and temperature == 0, "look-up is for one prompt, greedily"
     generator = None

@@ -23,6 +23,7 @@ from common import cli, console
 from common.device import pick_device, pick_dtype
 from common.errors import UserError, run
 from dataset.examples import Dataset, ExampleIndex
+from dataset.folders import TEST
 from dataset.formats import Map, Source, open_source
 from dataset.records import ReadStats, Record
 from evals.exact_match import EXTRA_TOKENS, ExactResult, exact, split_reference
@@ -51,7 +52,7 @@ def main() -> None:
     device = pick_device(args.device)
     dtype, reason = pick_dtype(args.dtype, device)
     map_fn = Map(args.map) if args.map else None
-    source = open_source(args.data, map_fn=map_fn)
+    source = open_source(args.data, map_fn=map_fn, part=TEST)
     records = []
     if args.what == "exact":
         records = records_with_references(source, args.limit)
@@ -64,12 +65,18 @@ def main() -> None:
     exact_results: dict[str, ExactResult] = {}
     losses: dict[str, dict[str, float]] = {}
     digests = set()
+    # The same for both, so that they answer the same questions.
+    last = targets[-1]
+    day = args.date or resolve.trained_day(last.adapter or last.folder)
     for target in targets:
-        tokenizer = resolve.pick_tokenizer(target.folder, target.adapter, args.template)
+        tokenizer = resolve.pick_tokenizer(target.folder, target.adapter, args.template, day)
         if args.what == "loss":
             # A fault in the file is reported before the model is loaded, which may take long.
-            limit = read_config(target.folder).max_positions
-            dataset = encode_file(args.data, tokenizer, limit, args.seq_len, args.limit, map_fn)
+            config = read_config(target.folder)
+            dataset = encode_file(
+                args.data, tokenizer, config.max_positions, args.seq_len, args.limit, map_fn
+            )
+            data.check_tokens(dataset, config.vocab_size, args.data)
             if len(targets) == 2:
                 digests.add(digest_of_ids(dataset))
         # Two targets may share a base, which is then loaded once.
@@ -159,7 +166,9 @@ def encode_file(
     """
     if seq_len is not None and seq_len > limit:
         raise UserError(f"--seq-len {seq_len}: the model takes at most {limit} tokens")
-    dataset = data.load([file], tokenizer, seq_len or limit, print_fn=print, map_fn=map_fn)
+    dataset = data.load(
+        [file], tokenizer, seq_len or limit, print_fn=print, map_fn=map_fn, part=TEST
+    )
     if num_records is None:
         return dataset
     print(f"          of which the first {num_records:,}")
@@ -189,9 +198,10 @@ def print_target(target: Target, model: Transformer, tokenizer: Tokenizer) -> No
     """Prints a line that says what is measured: folder, adapter, size, chat template."""
     adapter = f" + {target.adapter}" if target.adapter else ""
     size = f"{model.size / 1e6:,.1f} M parameters{resolve.quantized_suffix(model)}"
+    date_note = resolve.date_note(tokenizer, target.adapter or target.folder)
     print(
         f"{target.name:9} {target.folder}{adapter}: {model.config.family}, {size},"
-        f" chat template {tokenizer.template_name}",
+        f" chat template {tokenizer.template_name}{date_note}",
         flush=True,
     )
 

@@ -7,13 +7,16 @@ puts them under headings in --help.
 
 import argparse
 import dataclasses
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import optimizers
 from common.cli import parse_args
+from common.device import STORAGE_DTYPES
 from common.errors import UserError
+from common.folder_lock import find_holder
 from dataset.examples import TRAIN_ON
 from dataset.oasst import TREES
 from kernels import flash_versions
@@ -22,6 +25,7 @@ from lora import ALL
 from methods import METHODS, quant_of
 from quant import QUANT_KINDS
 from tokenization.chat_template import NAMED
+from tokenizer import EMPTY_THINK, check_date
 
 # The defaults of a new adapter. One that --adapter names has values of its own.
 NEW_ADAPTER = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": ALL}
@@ -62,6 +66,7 @@ def option(default, text: str, **more):
     text: the help.
     more: choices, metavar, nargs and const for argparse;
         limits: POSITIVE or NOT_NEGATIVE;
+        is_path: True if it names a file or folder, which is saved by its absolute path;
         resume: FREE if the option may differ when a run is resumed, because it does not change what
         is trained on or with (data and model are compared by hashes of what they hold); PER_LAUNCH
         if it belongs to one start of the program and not to the run. Others must not differ.
@@ -83,6 +88,7 @@ class Flags:
         " (org/model); default: the model that --adapter was trained on, else"
         " SmolLM2-135M-Instruct",
         resume=FREE,
+        is_path=True,
     )
     data: tuple[str, ...] = option(
         [],
@@ -90,6 +96,7 @@ class Flags:
         " weight W when several are mixed; default: the bundled task",
         metavar="FILE[=W]",
         resume=FREE,
+        is_path=True,
     )
     replay: tuple[str, ...] = option(
         [],
@@ -97,12 +104,15 @@ class Flags:
         " examples come from it",
         metavar="FILE=SHARE",
         resume=FREE,
+        is_path=True,
     )
     val: str | None = option(
         None,
-        "file of validation examples; default: some of --data is held out",
+        "file of validation examples; default: the part of --data that is called validation, if"
+        " there is one, else some of --data is held out",
         metavar="FILE",
         resume=FREE,
+        is_path=True,
     )
     val_fraction: float | None = option(
         None,
@@ -114,6 +124,18 @@ class Flags:
         None,
         "chat template to use in place of the model's own, for a model without one",
         choices=[*NAMED],
+    )
+    date: str | None = option(
+        None,
+        "the date that a chat template writes which asks for it, as 2026-11-29; default: the day on"
+        " which the run begins, also when it is resumed later",
+        metavar="DATE",
+    )
+    empty_think: str = option(
+        "train",
+        "empty think blocks, <think></think> without words, that a template writes before an answer"
+        " without a thought: trained as a part of the answer, or masked, as a part of the prompt",
+        choices=[*EMPTY_THINK],
     )
     train_on: str = option(
         "answers",
@@ -130,6 +152,7 @@ class Flags:
         None,
         "a Python function of yours that every record of --data and --val goes through first",
         metavar="FILE.py:NAME",
+        is_path=True,
     )
     trees: str = option(
         "best",
@@ -143,7 +166,11 @@ class Flags:
         limits=POSITIVE,
     )
     out: str | None = option(
-        None, "folder of the run; default: a new one under runs/", metavar="DIR", resume=PER_LAUNCH
+        None,
+        "folder of the run; default: a new one under runs/",
+        metavar="DIR",
+        resume=PER_LAUNCH,
+        is_path=True,
     )
     overwrite: bool = option(False, "replace the run that --out holds", resume=PER_LAUNCH)
 
@@ -183,7 +210,10 @@ class Flags:
         " all, which is every linear layer of the blocks",
     )
     adapter: str | None = option(
-        None, "lora: continue training this adapter (a PEFT folder)", metavar="DIR"
+        None,
+        "lora: continue training this adapter (a PEFT folder)",
+        metavar="DIR",
+        is_path=True,
     )
     train: str | None = option(
         None,
@@ -269,7 +299,7 @@ class Flags:
     save_every: int | None = option(
         None,
         "steps between checkpoints, from which a stopped run is resumed; 0: none; default: a"
-        " fifth of the run, at most half an hour",
+        " fifth of the run, at most half an hour; none in a run of under 10 steps",
         limits=NOT_NEGATIVE,
         resume=FREE,
     )
@@ -281,6 +311,13 @@ class Flags:
     )
     save_async: bool = option(
         False, "write checkpoints in the background, from a copy in the host's memory", resume=FREE
+    )
+    save_dtype: str | None = option(
+        None,
+        "full: dtype of best/ and final/; default: that of the base's files. 16 bits lose changes"
+        " that are smaller than their steps, which is said with its share; fp32 keeps all",
+        choices=[*STORAGE_DTYPES],
+        resume=FREE,
     )
     resume: str | None = option(
         None,
@@ -395,8 +432,89 @@ OPTIONS = {each.name: each for each in dataclasses.fields(Flags) if each.name !=
 
 
 def as_dict(flags: Flags) -> dict:
-    """Returns {option: value}, as it is saved in config.json and checkpoints."""
-    return {name: getattr(flags, name) for name in OPTIONS}
+    """Returns {option: value}, as it is saved in config.json and checkpoints.
+
+    Paths are absolute, so that the run can be resumed from another working directory.
+    """
+    return {name: saved_value(name, getattr(flags, name)) for name in OPTIONS}
+
+
+def saved_value(name: str, value):
+    """Returns the value of an option with the absolute paths of what exists."""
+    if not OPTIONS[name].metadata.get("is_path"):
+        return value
+    if isinstance(value, str):
+        return absolute_path(value)
+    # argparse makes lists.
+    if isinstance(value, list | tuple):
+        return tuple(absolute_path(word) for word in value)
+    return value
+
+
+def absolute_path(word: str) -> str:
+    """Returns FILE, FILE=W or FILE.py:NAME with the file's absolute path, if there is such a file
+    or folder; any other word as it is, such as the name of a model on the Hub."""
+    file = existing_file(word)
+    # Not resolved: a link may lead elsewhere when the run is resumed.
+    return os.path.abspath(file) + word[len(file) :] if file else word
+
+
+def existing_file(word: str) -> str:
+    """Returns the file or folder that FILE, FILE=W or FILE.py:NAME names, or "" if there is
+    none."""
+    # rpartition puts a word without the sign into the last part.
+    for file in (word, word.rpartition("=")[0], word.rpartition(":")[0]):
+        if file and Path(file).exists():
+            return file
+    return ""
+
+
+def relocate_paths(saved: dict, directory: str | None) -> dict:
+    """Returns a checkpoint's flags with the paths by which their files are found now.
+
+    Where a file is gone and one lies in the same place relative to the working directory, that one
+    is taken: the folder of it all was moved, or is mounted elsewhere.
+
+    saved: {option: value}.
+    directory: the working directory of the run; None if it is not known.
+    """
+    flags = dict(saved)
+    if directory is None:
+        return flags
+    for name, value in saved.items():
+        if not OPTIONS[name].metadata.get("is_path") or value is None:
+            continue
+        words = [value] if isinstance(value, str) else value
+        found = []
+        for word in words:
+            here = word
+            if os.path.isabs(word) and not existing_file(word):
+                here = absolute_path(os.path.relpath(word, directory))
+            found.append(here if existing_file(here) else word)
+        flags[name] = found[0] if isinstance(value, str) else found
+    return flags
+
+
+def check_paths_exist(saved: dict, where: Path) -> None:
+    """Raises UserError if a file that a checkpoint's flags name is not there.
+
+    saved: {option: value}. where: the checkpoint's folder, for messages.
+    """
+    for name, value in saved.items():
+        if not OPTIONS[name].metadata.get("is_path") or value is None:
+            continue
+        words = [value] if isinstance(value, str) else value
+        for word in words:
+            may_be_on_hub = name == "model" and not os.path.isabs(word)
+            if existing_file(word) or may_be_on_hub:
+                continue
+            advice = "start from the folder in which the run was begun, or"
+            if os.path.isabs(word):
+                advice = "if it was moved,"
+            raise UserError(
+                f"--resume: {where} was made with {dashed(name)} {word}, which is not here;"
+                f" {advice} give {dashed(name)} again"
+            )
 
 
 def dashed(name: str) -> str:
@@ -444,6 +562,7 @@ def make_parser() -> argparse.ArgumentParser:
         arguments = dict(each.metadata)
         arguments.pop("limits", None)
         arguments.pop("resume", None)
+        arguments.pop("is_path", None)
         # Of an open option the help says itself what is chosen, and False and () mean nothing.
         if each.default is not None and each.default is not False and each.default != ():
             arguments["help"] += f"; default: {each.default}"
@@ -513,6 +632,8 @@ def check_data(flags: Flags) -> None:
     # These raise it. What they return is asked for again when the files are read.
     parse_weights(flags.data)
     parse_replay(flags.replay)
+    if flags.date is not None:
+        check_date(flags.date)
     if flags.val_fraction is not None and (flags.val or not flags.data):
         raise UserError(
             "--val-fraction parts the files of --data; with --val or without --data it means"
@@ -593,6 +714,9 @@ def check_out(flags: Flags) -> None:
         problem = "holds something that is no run of train.py"
         raise UserError(f"--out {flags.out}: {problem}; name another folder")
     if not (flags.overwrite or flags.resume):
+        holder = find_holder(out)
+        if holder is not None:
+            raise UserError(f"--out {flags.out}: {holder}; name another folder")
         advice = "name another folder, or add --resume or --overwrite"
         raise UserError(f"--out {flags.out}: holds a run already; {advice}")
     check_inputs_outside(flags, out)

@@ -54,6 +54,7 @@ def main() -> None:
     model, adapters, name = load_model_and_adapters(args, device, dtype, can_switch=is_chat)
     tokenizer = adapters.tokenizer
     template = f"chat template {tokenizer.template_name}"
+    template += resolve.date_note(tokenizer, adapters.folder)
     if args.complete:
         template = "no chat template, raw text"
     dtype_name = str(dtype).removeprefix("torch.")
@@ -86,6 +87,7 @@ class AdapterSet:
     model: Transformer
     by_name: dict[str, LoadedAdapter]  # "" stands for no adapter
     merge: bool  # the adapter on the model is added to its weights
+    folder: str | Path  # that of the first adapter, or of the model without one
     can_switch: bool  # another adapter may follow, so that a merge must be undone exactly
     active: str = ""
 
@@ -138,17 +140,19 @@ def load_model_and_adapters(
     # Without --model, the first adapter brings the base.
     base = base_folder(args.model, first_folder, print_stderr)
     model = load_model(base, dtype, device, args.quant)
-    adapters = AdapterSet(model, {}, args.merge, can_switch)
+    adapters = AdapterSet(model, {}, args.merge, first_folder or base, can_switch)
     for name, folder in named_folders:
         if name in adapters.by_name:
             raise UserError(f"--adapter: two are called {name}; give them names, as red={folder}")
         lora.put_adapter_on(model, folder, print_stderr)
         layers = lora.remove_lora(model)
-        tokenizer = resolve.pick_tokenizer(base, folder, args.template)
+        tokenizer = resolve.pick_tokenizer(base, folder, args.template, args.date)
         adapters.by_name[name] = LoadedAdapter(layers, tokenizer)
     # A tokenizer takes seconds to load, and a single answer needs only one.
     if can_switch or not named_folders:
-        tokenizer = resolve.pick_tokenizer(base, None, args.template)
+        # As of the adapters, so that /adapter changes nothing else.
+        day = args.date or resolve.trained_day(adapters.folder)
+        tokenizer = resolve.pick_tokenizer(base, None, args.template, day)
         adapters.by_name[""] = LoadedAdapter({}, tokenizer)
     adapters.switch(first_name)
 

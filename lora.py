@@ -23,8 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import copy_local_rows, fingerprint, hf_name, iterate_tensors
-from common.errors import UserError, read_json, read_json_if_there
+from checkpoint import (
+    all_finite,
+    config_dtype,
+    copy_local_rows,
+    fingerprint,
+    hf_name,
+    iterate_tensors,
+    read_config,
+)
+from common.errors import UserError, printable, read_json, read_json_if_there
 from common.files import atomic_folder, hub_origin, save_tensors, write_json
 from distributed import full_tensor, is_sharded, rank0_context, run_on_rank0
 from kernels.grouped import Member
@@ -496,6 +504,7 @@ def merge(model: Transformer, keep: bool = False, stored: torch.dtype | None = N
     stored: the dtype that the weights are rounded to later on, if to another one.
     Returns the fraction of the update that rounding loses: the length of what rounding changes,
     over the length of the update.
+    Raises UserError naming a layer whose merged weights are too large for their dtype.
     """
     # Sums of squares. They stay on the device, so that the layers need not wait for each other.
     lost: float | Tensor = 0.0
@@ -520,7 +529,23 @@ def merge(model: Transformer, keep: bool = False, stored: torch.dtype | None = N
     # An adapter that was never trained has no update: B is zero.
     if not update:
         return 0.0
-    return math.sqrt(lost / update)
+    share = math.sqrt(lost / update)
+    if not math.isfinite(share):
+        check_merged_weights(model, stored)
+    return share
+
+
+def check_merged_weights(model: Transformer, stored: torch.dtype | None) -> None:
+    """Raises UserError naming the first layer whose merged weights are not finite. stored: as for
+    `merge`."""
+    for name, layer in lora_layers(model).items():
+        weight = layer.base.weight
+        dtype = stored or weight.dtype
+        if not all_finite(weight.to(dtype)):
+            problem = (
+                f"with the adapter's update its weights are too large for {config_dtype(dtype)}"
+            )
+            raise UserError(f"{name}: {problem}; take another --dtype")
 
 
 @torch.no_grad()
@@ -721,27 +746,113 @@ def load_adapter(model: Transformer, folder) -> None:
 def put_adapter_on(
     model: Transformer, adapter: str | Path, print_fn: Callable[[str], None] = print
 ) -> None:
-    """Loads an adapter, and says so if its metadata names another base than this model.
+    """Loads an adapter, and says what of this base differs from the one that it was trained on.
 
     print_fn: is called with each line to print.
     """
     load_adapter(model, adapter)
+    kind = quant_kind(model)
+    for line in (numbers_note(adapter, model.source, kind), base_note(adapter, model.source)):
+        if line:
+            print_fn(line)
+
+
+def quant_kind(model: Transformer) -> str | None:
+    """Returns which linears of a model are in 4 bits, as --quant names it; None if none are."""
+    quantized = list(quantized_linears(model).values())
+    if not quantized:
+        return None
+    return "nf4+head" if model.head in quantized else "nf4"
+
+
+def base_numbers(model: Transformer) -> dict:
+    """Returns what plaintune.json says of the numbers that a model was trained on: {"quant": kind},
+    and if its base is a folder of to-nf4, the hash of what that was made from."""
+    facts: dict[str, str | None] = {"quant": quant_kind(model)}
+    if is_quantized(model.source):
+        facts["quantized_from_sha256"] = adapter_metadata(model.source).get("base_sha256")
+    return facts
+
+
+def trained_kind(adapter: str | Path) -> str | None:
+    """Returns the numbers of the base that an adapter was trained on: one of QUANT_KINDS, "stored"
+    for the weights as they are stored, or None if it is not known."""
     metadata = adapter_metadata(adapter)
-    quant = metadata.get("quant")
-    if quant in QUANT_KINDS and not quantized_linears(model):
-        print_fn(
-            f"NOTE: {adapter} was trained on its base in {quant}; --quant {quant} gives it that one"
+    kind = metadata.get("quant")
+    if kind in QUANT_KINDS:
+        return kind
+    return "stored" if "quant" in metadata else None
+
+
+def numbers_note(adapter: str | Path, folder: Path, kind: str | None) -> str | None:
+    """Returns a line where an adapter was trained on other numbers of its base than these; None
+    where they are the same, or where it is not known.
+
+    folder: of the base.
+    kind: how it is loaded, one of QUANT_KINDS or None.
+    """
+    trained = trained_kind(adapter)
+    if trained is None or trained == (kind or "stored"):
+        return None
+    if trained in QUANT_KINDS:
+        note = f"NOTE: {adapter} was trained on its base in {trained}; --quant {trained} gives it that one"
+        return f"{note} (here it is in {kind})" if kind else note
+    if is_quantized(folder):
+        # Runs from before `quant` was noted for folders that are in 4 bits already.
+        if adapter_metadata(adapter).get("base_sha256") == fingerprint(folder):
+            return None
+        return (
+            f"NOTE: {adapter} was trained on its base as it is stored, and {folder} is in {kind};"
+            " give the folder that this one was quantised from"
         )
+    return (
+        f"NOTE: {adapter} was trained on its base as it is stored, and here it is in {kind}; without"
+        " --quant it has the weights that it was trained on"
+    )
+
+
+def base_note(adapter: str | Path, folder: Path) -> str | None:
+    """Returns a line where an adapter was trained on another base than that of a folder, by the
+    hash of the weights, or where only its name for the base is known and is another; else None."""
+    metadata = adapter_metadata(adapter)
     base_sha256 = metadata.get("base_sha256")
     if base_sha256 is None:
-        return
-    source = model.source
+        return name_note(adapter, folder)
     # One rank reads the base's files, which takes a second a GB, and tells the others.
-    if base_sha256 != run_on_rank0(lambda: fingerprint(source)):
-        print_fn(
-            f"WARNING: {adapter} was trained on other weights than those of {source};"
-            " its answers will suffer"
-        )
+    sha256 = run_on_rank0(lambda: fingerprint(folder))
+    # A folder that to-nf4 wrote notes what it was made from. In 4 bits both are the same numbers.
+    same_weights = {sha256}
+    if is_quantized(folder):
+        same_weights.add(adapter_metadata(folder).get("base_sha256"))
+    if base_sha256 in same_weights or metadata.get("quantized_from_sha256") == sha256:
+        return None
+    return (
+        f"WARNING: {adapter} was trained on other weights than those of {folder};"
+        " its answers will suffer"
+    )
+
+
+def name_note(adapter: str | Path, folder: Path) -> str | None:
+    """Returns a line where an adapter, of which no hash of its base is known, names another base
+    than this folder; else None."""
+    named = read_json(Path(adapter) / CONFIG_FILE).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        return None
+    origin = hub_origin(folder)
+    names = {str(folder), str(folder.resolve()), folder.resolve().name}
+    if origin is not None:
+        names.add(origin[0])
+    if named in names or Path(named).name in names:
+        return None
+    return (
+        f"NOTE: {adapter} names {printable(named[:100])} as its base; whether {folder} holds the"
+        " same weights is not known"
+    )
+
+
+def is_quantized(folder: Path) -> bool:
+    """True if a model folder is in 4 bits on disk."""
+    return read_config(folder).raw.get("quantization_config") is not None
 
 
 def load_lora_weights(model: Transformer, folder) -> None:
@@ -753,14 +864,17 @@ def load_lora_weights(model: Transformer, folder) -> None:
 def copy_tensors(model: Transformer, tensors: dict[str, Tensor], file: Path) -> None:
     """Copies the tensors of an adapter's file into the model's LoRA layers.
 
-    Raises UserError if they are not exactly those of the layers: by name, shape, and being of a
-    float dtype.
+    Raises UserError if they are not exactly those of the layers: by name, shape, and being finite
+    numbers of a float dtype.
     """
     parameters = adapter_parameters(model)
     missing = sorted(set(parameters) - set(tensors))
     extra = sorted(set(tensors) - set(parameters))
     if missing:
-        raise UserError(f"{file}: {len(missing)} of its tensors missing, the first: {missing[0]}")
+        instead = other_name(missing[0], extra)
+        raise UserError(
+            f"{file}: {len(missing)} of its tensors missing, the first: {missing[0]}{instead}"
+        )
     if extra:
         raise UserError(
             f"{file}: {len(extra)} of its tensors not used by its configuration, the first:"
@@ -777,7 +891,41 @@ def copy_tensors(model: Transformer, tensors: dict[str, Tensor], file: Path) -> 
                 raise UserError(
                     f"{file}: {name} holds {tensor.dtype}, floating point numbers are needed"
                 )
+            # As float32, since a file may have numbers in float64 that are too large for it.
+            if not all_finite(tensor.float()):
+                raise UserError(
+                    f"{file}: {name} holds NaN or infinite weights; take another checkpoint of it"
+                )
             copy_local_rows(parameter, tensor)
+
+
+def other_name(missing: str, extra: list[str]) -> str:
+    """Returns how a file's own names differ from the one that is missing, to be put behind it; ""
+    if the file has no other names.
+
+    extra: the names in the file that the model does not have.
+    """
+    if not extra:
+        return ""
+    closest = max(extra, key=lambda name: common_end(name, missing))
+    same = common_end(closest, missing)
+    theirs = closest[: len(closest) - same]
+    ours = missing[: len(missing) - same]
+    # The same layer of the same block, only that its name begins differently.
+    is_prefix = same > 0 and not any(character.isdigit() for character in theirs + ours)
+    if is_prefix:
+        return f"; the file has {closest}, which begins with {theirs!r} in place of {ours!r}"
+    return f"; the file has others, the first: {extra[0]}"
+
+
+def common_end(a: str, b: str) -> int:
+    """Returns the length of the longest common end of two names that is made of whole parts."""
+    parts = a.split(".")
+    for first in range(len(parts)):
+        end = ".".join(parts[first:])
+        if b == end or b.endswith("." + end):
+            return len(end)
+    return 0
 
 
 def adapter_settings(

@@ -14,9 +14,12 @@ import torch
 import checkpoint
 import distributed
 import lora
-from common.device import DTYPES
+from common.device import DTYPES, STORAGE_DTYPES
 from common.errors import UserError
 from model import Transformer, quantized_linears
+
+# If rounding takes more than this share of what was trained, a warning says so.
+WORTH_A_WARNING = 0.05
 
 
 class Method(NamedTuple):
@@ -26,7 +29,8 @@ class Method(NamedTuple):
         or on the meta device.
     start(model, settings): gives what was added on the meta device its first numbers; elsewhere
         attach does it.
-    save(model, folder, write_extra): writes final/ or best/.
+    save(model, settings, folder, write_extra): writes final/ or best/, and returns what a user must
+        know of it, a clause, or "".
     lr_factor: of the default learning rate.
     weight_decay: the default.
     freezes_base: the base may then be in 4 bits, may be replicated on all ranks, and is not saved.
@@ -38,7 +42,7 @@ class Method(NamedTuple):
 
     attach: Callable[[Transformer, "object"], None]
     start: Callable[[Transformer, "object"], None]
-    save: Callable[[Transformer, Path, Callable[[Path], None]], None]
+    save: Callable[[Transformer, "object", Path, Callable[[Path], None]], str]
     lr_factor: float
     weight_decay: float
     freezes_base: bool
@@ -108,10 +112,28 @@ def start_nothing(model: Transformer, settings) -> None:
     """Does nothing: full fine-tuning adds no parameters, and loading fills those of the model."""
 
 
-def save_full(model: Transformer, folder: Path, write_extra: Callable[[Path], None]) -> None:
-    """Writes a Hugging Face folder, in the dtype of the base's files."""
-    dtype = checkpoint.stored_dtype(model.config)
+def save_full(
+    model: Transformer, settings, folder: Path, write_extra: Callable[[Path], None]
+) -> str:
+    """Writes a Hugging Face folder in the dtype of --save-dtype. Returns how much of what was
+    trained the rounding to it takes."""
+    dtype = STORAGE_DTYPES[settings.save_dtype]
+    lost = checkpoint.share_lost_by_rounding(model, dtype)
     checkpoint.save_model(model, folder, dtype, write_extra)
+    if not lost:
+        return ""
+    remark = f"rounding to {settings.save_dtype} loses {100 * lost:.3g} % of what was trained"
+    if lost > WORTH_A_WARNING:
+        remark = f"WARNING: {remark}; --save-dtype fp32 keeps it"
+    return remark
+
+
+def save_lora(
+    model: Transformer, settings, folder: Path, write_extra: Callable[[Path], None]
+) -> str:
+    """Writes a PEFT adapter folder, in float32: nothing is rounded."""
+    lora.save_adapter(model, folder, write_extra)
+    return ""
 
 
 def describe_full(settings) -> str:
@@ -131,14 +153,14 @@ FULL = Method(
     lr_factor=1,
     weight_decay=0.01,
     freezes_base=False,
-    options=("train", "weights"),
+    options=("train", "weights", "save_dtype"),
     describe=describe_full,
     lighter="lora",
 )
 LORA = Method(
     attach=attach_lora,
     start=start_lora,
-    save=lora.save_adapter,
+    save=save_lora,
     lr_factor=10,
     weight_decay=0.0,
     freezes_base=True,

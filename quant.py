@@ -9,6 +9,7 @@ linears of the blocks are quantised; embeddings, norms and the output head stay 
 
 import json
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -200,6 +201,8 @@ def can_quantize(weight: Tensor) -> bool:
 # ---- bitsandbytes' file layout: `X.weight` holds the codes; `X.weight.absmax` and so on, the rest ----
 
 QUANT_STATE = "quant_state.bitsandbytes__nf4"  # JSON, as bytes
+# Bytes of that JSON. bitsandbytes' own has under 300.
+STATE_BYTES = 1 << 16
 SIDE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", QUANT_STATE)
 
 
@@ -280,7 +283,7 @@ def from_files(parts: dict[str, Tensor], shape: tuple[int, int], where: str) -> 
     """
     is_complete = QUANT_STATE in parts and "absmax" in parts and "quant_map" in parts
     check_part(is_complete, where, f"{QUANT_STATE}, absmax or quant_map is missing")
-    state, offset = read_quant_state(parts[QUANT_STATE], where)
+    state = read_quant_state(parts[QUANT_STATE], where)
     check_layout(state, shape, where)
     packed = packed_from_file(parts[""], shape, where)
 
@@ -296,6 +299,7 @@ def from_files(parts: dict[str, Tensor], shape: tuple[int, int], where: str) -> 
     nested = parts.get("nested_absmax")
     if nested is None:
         check_part(absmax.is_floating_point(), where, f"its absmax holds {absmax.dtype}")
+        check_finite(absmax.float(), where, "absmax")
         return NF4(packed, absmax.float())
 
     is_nested = absmax.dtype == torch.uint8 and state.get("nested_blocksize") == NESTED_BLOCK
@@ -311,7 +315,10 @@ def from_files(parts: dict[str, Tensor], shape: tuple[int, int], where: str) -> 
         f"its {nested.numel():,} nested scales of {nested.dtype} do not fit {num_blocks:,} blocks"
     )
     check_part(has_all_scales and nested.is_floating_point(), where, what)
-    return NF4(packed, absmax, nested.float().flatten(), torch.tensor([offset]))
+    nested = nested.float().flatten()
+    check_finite(nested, where, "nested_absmax")
+    offset = torch.tensor([nested_offset(state, where)])
+    return NF4(packed, absmax, nested, offset)
 
 
 def check_part(fine: bool, where: str, what: str) -> None:
@@ -320,18 +327,43 @@ def check_part(fine: bool, where: str, what: str) -> None:
         raise UserError(f"{where}: {what}, so it can't be read as bitsandbytes' NF4")
 
 
-def read_quant_state(stored: Tensor, where: str) -> tuple[dict, float]:
-    """Returns the JSON object of a QUANT_STATE tensor, and the offset of the nested scales in it.
+def check_finite(scales: Tensor, where: str, name: str) -> None:
+    """Raises UserError if scales are NaN or infinite. name: of their tensor."""
+    check_part(bool(scales.isfinite().all()), where, f"its {name} holds NaN or infinite numbers")
+
+
+def read_quant_state(stored: Tensor, where: str) -> dict:
+    """Returns the JSON object of a QUANT_STATE tensor.
 
     stored: uint8 [bytes of the text].
     where: as in `from_files`.
     Raises UserError if it is no such object.
     """
-    try:
-        state = json.loads(bytes(stored.tolist()))
-        return state, float(state.get("nested_offset", 0))
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{where}: its {QUANT_STATE} is no JSON of bitsandbytes") from None
+    # Of one number, bytes() would make as many zeros.
+    is_text = stored.dtype == torch.uint8 and stored.dim() == 1 and len(stored) <= STATE_BYTES
+    state = None
+    if is_text:
+        try:
+            state = json.loads(bytes(stored.tolist()))
+        except (ValueError, RecursionError):
+            pass
+    if not isinstance(state, dict):
+        raise UserError(f"{where}: its {QUANT_STATE} is no JSON of bitsandbytes")
+    return state
+
+
+def nested_offset(state: dict, where: str) -> float:
+    """Returns the offset of the nested scales. Raises UserError if the quant state has none, or one
+    that is no float32: read as 0 it would change every weight."""
+    offset: Any = state.get("nested_offset")
+    check_part(offset is not None, where, f"its {QUANT_STATE} lacks nested_offset")
+    # Not isinstance: a bool is an int for Python. NaN and infinity, which Python reads from JSON,
+    # are not below the largest number.
+    is_offset = False
+    if type(offset) in (int, float):
+        is_offset = abs(offset) <= torch.finfo(torch.float32).max
+    check_part(is_offset, where, f"its nested_offset is {str(offset)[:40]}, no float32")
+    return float(offset)
 
 
 def check_layout(state: dict, shape: tuple[int, int], where: str) -> None:

@@ -18,10 +18,12 @@ import json
 import re
 import unicodedata
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +37,9 @@ from tokenization.chat_template import (
     Rendered,
     Span,
     Template,
+    today,
 )
+from tokenization.hidden import HiddenParts
 from tokenization.subwords import (
     AddedToken,
     BytePairs,
@@ -66,6 +70,12 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a UTF-16 pair
 # control characters more.
 TYPOGRAPHIC_SPACES = "".join(chr(code) for code in range(0x2000, 0x200B))
 UNICODE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + TYPOGRAPHIC_SPACES
+# --empty-think: think blocks without words are trained as a part of the answer, or not.
+EMPTY_THINK = ("train", "mask")
+# Characters; what a template writes before an answer, if shorter, may stand in any text.
+SHORTEST_HEADER = 8
+COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)  # of Jinja
+EMPTY_BLOCK = re.compile(r"\s*<think>\s*</think>\n*")
 WORD = ("Nd", "Nl", "Pc")  # Unicode categories of characters in words, with all letters and marks
 # Of parts of conversations with fewer characters, the ids are kept from one conversation to the
 # next.
@@ -76,6 +86,28 @@ MOST_SHORT_TEXTS = 1000  # that are kept
 class TemplateError(UserError):
     """The chat template refuses a conversation, or changes an answer so that it can't be found in
     the text."""
+
+
+class EncodedChat(NamedTuple):
+    """A conversation as ids.
+
+    spans: the trained spans of the ids, in order.
+    hidden: of what the template does not show, how many parts of each kind.
+    empty_thinks: the messages before whose words a think block stands that is empty.
+    asked_otherwise: the answers that the template asks for in other words than it writes before
+    them.
+    """
+
+    ids: list[int]
+    spans: list[TrainedSpan]
+    hidden: Counter[str]
+    empty_thinks: list[int]
+    asked_otherwise: list[int]
+
+    @property
+    def is_altered(self) -> bool:
+        """True if the template leaves something out, adds something, or asks otherwise."""
+        return bool(self.hidden or self.empty_thinks or self.asked_otherwise)
 
 
 class Encoded(NamedTuple):
@@ -112,6 +144,10 @@ class Tokenizer:
     templates: dict[str, str]
     template_name: str  # where they come from: a file's name, or "alpaca (fallback)"
     source: Path  # the folder
+    # The date that a template may write, as 2026-11-29; "" for today.
+    day: str = ""
+    # One of EMPTY_THINK.
+    empty_think: str = "train"
 
     def __post_init__(self) -> None:
         self.special_tokens = {
@@ -142,11 +178,14 @@ class Tokenizer:
         elif late:
             self._patterns.append(_any_of(late))
         self._control = _any_of(self.special_tokens)
-        # {(a short part of a conversation, True if it begins one): its ids}
-        self._short_texts: dict[tuple[str, bool], list[int]] = {}
+        # {(a short part of a conversation, True if it begins one, True if it goes on behind a
+        # seam): its ids}
+        self._short_texts: dict[tuple[str, bool, bool], list[int]] = {}
+        self.day = self.day or today()
         self._jinja = {
-            name: Template(source, self.names) for name, source in self.templates.items()
+            name: Template(source, self.names, self.day) for name, source in self.templates.items()
         }
+        self._hidden_parts = {name: HiddenParts(template) for name, template in self._jinja.items()}
         # The trial needs all that is above.
         self.unlisted_ends = self._answer_end() - self.stop_ids
         self.stop_ids = self.stop_ids | self.unlisted_ends
@@ -218,14 +257,23 @@ class Tokenizer:
         if text:
             yield text
 
-    def _cut(self, text: str, special: bool, quoted: Collection[Span] = ()) -> list[Cut]:
+    def _cut(
+        self,
+        text: str,
+        special: bool,
+        quoted: Collection[Span] = (),
+        seams: Collection[int] = (),
+    ) -> list[Cut]:
         """Cuts a text at its added tokens.
 
         special: special tokens count as well, but nowhere that touches one of the `quoted` spans.
+        seams: positions, ascending, at which the text is cut before added tokens are looked for, so
+        that what stands before a seam is cut as if the text ended there.
         Returns the tokens and the plain text between them, in order. The space that a token takes
         along is in neither.
         """
-        cuts: list[Cut] = [(0, len(text), None)]
+        edges = [0, *seams, len(text)]
+        cuts: list[Cut] = [(start, end, None) for start, end in pairwise(edges)]
         for pattern in self._patterns:
             finer: list[Cut] = []
             for cut in cuts:
@@ -276,21 +324,26 @@ class Tokenizer:
         if done < end:
             yield done, end, None
 
-    def _subwords(self, text: str, first: bool) -> tuple[list[int], list[int], list[int]]:
+    def _subwords(
+        self, text: str, first: bool, continues: bool = False
+    ) -> tuple[list[int], list[int], list[int]]:
         """Encodes a normalized text in which only late added tokens are left. first: nothing stands
-        before it.
+        before it. continues: plain text stands directly before it.
 
         Returns the ids, and where each begins and ends, in bytes of the text.
         """
         if self._late_pattern is None:
-            return self.model.encode_spans(text, first)
+            return self.model.encode_spans(text, first, continues)
         ids: list[int] = []
         starts: list[int] = []
         ends: list[int] = []
         for start, end, id in self._find(self._late_pattern, text, (0, len(text)), False):
             part = text[start:end]
             if id is None:
-                new, new_starts, new_ends = self.model.encode_spans(part, first and start == 0)
+                at_start = start == 0
+                new, new_starts, new_ends = self.model.encode_spans(
+                    part, first and at_start, continues and at_start
+                )
             else:
                 new, new_starts, new_ends = [id], [0], [len(part.encode())]
             offset = len(text[:start].encode())
@@ -312,7 +365,9 @@ class Tokenizer:
         add_generation_prompt: end with the beginning of an answer.
 
         The ids are those of `render_text`, with control tokens where the template writes them and
-        none in the messages, and with no bos but the template's. Trained is what the template
+        none in the messages, and with no bos but the template's. Where an answer begins, the text
+        is cut and both sides are encoded apart: generation has only the first side to ask with, so
+        what it asks with is just what was trained up to there. Trained is what the template
         writes for an assistant's message behind the text that asks for it, tool calls and thoughts
         included, and the first of `stop_ids` after it, if there is nothing but space between. An
         answer that ends the conversation is trained up to the next of `stop_ids` in any case, and
@@ -325,25 +380,24 @@ class Tokenizer:
         (result,) = self.render_each([(messages, tools)], add_generation_prompt)
         if isinstance(result, UserError):
             raise result
-        ids, spans = result
-        mask = [False] * len(ids)
-        for start, end, _ in spans:
+        mask = [False] * len(result.ids)
+        for start, end, _ in result.spans:
             mask[start:end] = [True] * (end - start)
-        return ids, mask
+        return result.ids, mask
 
     def render_each(
         self,
         conversations: list[tuple[list[dict], list | None]],
         add_generation_prompt: bool = False,
         roles: tuple[str, ...] = ("assistant",),
-    ) -> list["tuple[list[int], list[TrainedSpan]] | UserError"]:
+    ) -> list["EncodedChat | UserError"]:
         """Encodes many conversations as `render` does, which the template's process takes together.
 
         conversations: (messages, tools) each.
         roles: the roles whose messages are trained; of a user's message, its words and what ends
         them.
-        Returns for each conversation its ids and the trained spans of them, in order, or why it has
-        none.
+        Returns for each conversation its ids and what is trained of them, or why it has none. With
+        add_generation_prompt, what the template does not show is not looked for.
         """
         results: list = [None] * len(conversations)
         by_template: dict[str, list[tuple[int, Conversation]]] = {}
@@ -360,21 +414,24 @@ class Tokenizer:
         for name, numbered in by_template.items():
             same_template = [conversation for _, conversation in numbered]
             located = self._jinja[name].locate(same_template, self._control)
-            for (i, _), rendered in zip(numbered, located, strict=True):
+            hidden: list[Counter[str]] = [Counter()] * len(located)
+            if not add_generation_prompt:
+                hidden = self._hidden_parts[name].count(same_template, located)
+            for (i, _), rendered, counts in zip(numbered, located, hidden, strict=True):
                 # Besides a TemplateError, it may be a limit of the tokenizer.
                 try:
-                    results[i] = self._ids_and_spans(rendered)
+                    results[i] = self._encode_chat(rendered, counts)
                 except UserError as error:
                     results[i] = error
         return results
 
-    def _ids_and_spans(self, rendered: "Rendered | Refused") -> tuple[list[int], list[TrainedSpan]]:
-        """Returns the ids of a conversation and the trained spans of them. Raises TemplateError
-        where the proof that `render` describes fails."""
+    def _encode_chat(self, rendered: "Rendered | Refused", hidden: Counter[str]) -> EncodedChat:
+        """Returns a conversation as ids. hidden: is put into the result. Raises TemplateError where
+        the proof that `render` describes fails."""
         if isinstance(rendered, Refused):
             raise self._error(str(rendered))
         text = _replace_surrogates(rendered.text)
-        cuts = self._cut(text, True, rendered.quoted)
+        cuts = self._cut(text, True, rendered.quoted, rendered.seams)
         stops = [(start, end) for start, end, id in cuts if id in self.stop_ids]
         # The answer that ends the conversation. With a generation prompt, that is still to come.
         last_answer = None
@@ -410,7 +467,14 @@ class Tokenizer:
             # The answer that ends the conversation is the last of them.
             start, _, message = trained[-1]
             trained[-1] = (start, len(ids), message)
-        return ids, trained
+        empty_thinks = []
+        asked_otherwise = []
+        for answer in rendered.answers:
+            if EMPTY_BLOCK.match(text, answer.begin):
+                empty_thinks.append(answer.message)
+            if not answer.is_as_asked:
+                asked_otherwise.append(answer.message)
+        return EncodedChat(ids, trained, hidden, empty_thinks, asked_otherwise)
 
     def _only_answers_are_trained(
         self, rendered: Rendered, text: str, spans: list[Span], encoded: Encoded, cache: dict
@@ -433,7 +497,8 @@ class Tokenizer:
 
         # The same conversation with another text in the place of each answer.
         other = _replace_surrogates(rendered.other)
-        other_cuts = self._cut(other, True, in_other(rendered.quoted))
+        other_seams = [rendered.position_in_other(seam) for seam in rendered.seams]
+        other_cuts = self._cut(other, True, in_other(rendered.quoted), other_seams)
         other_encoded = self._tokens(other, other_cuts, in_other(spans), cache)
         if not (encoded.is_exact and other_encoded.is_exact):
             return False
@@ -449,9 +514,12 @@ class Tokenizer:
         """Returns the trained span of the text: from the beginning of the answer to its end, with
         the stop token that ends it."""
         begin = answer.begin
+        empty_block = EMPTY_BLOCK.match(text, begin)
+        if self.empty_think == "mask" and empty_block:
+            begin = empty_block.end()
         for start, end, id in cuts:
             # An added token that the answer begins inside of is trained as a whole.
-            if id is not None and start < answer.begin < end:
+            if id is not None and start < begin < end:
                 begin = start
                 break
         stop = next((stop for stop in stops if stop[0] >= answer.last), None)
@@ -471,7 +539,7 @@ class Tokenizer:
         """Encodes a text that is cut at its added tokens.
 
         spans: spans of characters, ascending.
-        cache: ids of parts that came before, by (text, first).
+        cache: ids of parts that came before, by (text, first, continues).
         """
         ids: list[int] = []
         # The positions of beginnings (0) and ends (1) of spans, ascending.
@@ -481,6 +549,7 @@ class Tokenizer:
         # The number of ids before each bound. The first len(places) bounds are placed so far.
         places: list[int] = []
         is_exact = True
+        plain_end = -1  # where the last plain text ended
         for start, end, id in cuts:
             inside = []  # bounds within plain text, which are placed below
             while len(places) < len(bounds) and bounds[len(places)][0] < end:
@@ -498,10 +567,13 @@ class Tokenizer:
                 continue
             part = text[start:end]
             first = start == 0
+            # Behind a seam, plain text goes on.
+            continues = start == plain_end
+            plain_end = end
             if not inside:
-                ids += self._cached_subwords(part, first, cache)
+                ids += self._cached_subwords(part, first, continues, cache)
                 continue
-            new, starts, ends = self._subwords(self.model.normalize(part), first)
+            new, starts, ends = self._subwords(self.model.normalize(part), first, continues)
             for i, position, is_end in inside:
                 before = self.model.normalize(text[start:position])
                 byte = len(before.encode())
@@ -517,23 +589,31 @@ class Tokenizer:
         id_spans = list(zip(places[::2], places[1::2], strict=True))
         return Encoded(ids, id_spans, is_exact)
 
-    def _cached_subwords(self, part: str, first: bool, cache: dict) -> list[int]:
+    def _cached_subwords(self, part: str, first: bool, continues: bool, cache: dict) -> list[int]:
         """Returns the ids of a part of a conversation. Short ones, such as a system message that
         all conversations have, are kept from one conversation to the next; long ones in `cache`."""
         known = self._short_texts if len(part) < SHORT_TEXT else cache
-        if (part, first) not in known:
+        key = (part, first, continues)
+        if key not in known:
             if len(self._short_texts) > MOST_SHORT_TEXTS:
                 self._short_texts.clear()
-            ids, _, _ = self._subwords(self.model.normalize(part), first)
-            known[part, first] = ids
-        return known[part, first]
+            normalized = self.model.normalize(part)
+            if self._late_pattern is None and not continues:
+                # The common case, without the work for where each token begins and ends.
+                known[key] = self.model.encode(normalized, first)
+            else:
+                known[key], _, _ = self._subwords(normalized, first, continues)
+        return known[key]
 
     def _spells(self, ids: list[int], text: str) -> bool:
         """True if ids decode to a part of a text. With sentencepiece, which puts spaces in front of
         words, spaces do not count."""
         text = self.model.normalize(text)
         if self.model.prefix == "never":
-            spelled = b"".join([self._bytes.get(id, b"") for id in ids])
+            try:
+                spelled = b"".join(map(self._bytes.__getitem__, ids))
+            except KeyError:
+                return False
             return spelled.decode("utf-8", "replace") == text
         decoded = "".join(self.stream(ids, first=False))
         return decoded.replace(" ", "") == text.replace(" ", "")
@@ -553,17 +633,45 @@ class Tokenizer:
         """True if a text holds the text of a control token."""
         return self._control.search(text) is not None
 
+    def spells_answer_header(self, text: str) -> bool:
+        """True if a text holds what the template writes before an answer."""
+        header = self._answer_header
+        return bool(header) and header in text
+
+    @cached_property
+    def _answer_header(self) -> str:
+        """What the template writes before an answer; "" if it might stand in any text."""
+        header = self._jinja["default"].generation_prompt.strip()
+        return header if len(header) >= SHORTEST_HEADER else ""
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of all that ids and masks depend on: the folder's files, the templates, the stop
-        tokens."""
-        settings = [self.templates, sorted(self.stop_ids), self.adds_bos]
+        tokens, and the date where a template writes it."""
+        settings = [self.templates, sorted(self.stop_ids), self.adds_bos, self.empty_think]
+        # Another day makes other ids only where a template writes it.
+        if self.writes_date:
+            settings.append(self.day)
         digest = hashlib.sha256(json.dumps(settings).encode())
         for name in READ:
             path = self.source / name
             if path.is_file():
                 digest.update(name.encode() + path.read_bytes())
         return digest.hexdigest()
+
+    @property
+    def writes_date(self) -> bool:
+        """True if a template may write the date."""
+        return any(
+            "strftime_now" in COMMENT.sub("", template) for template in self.templates.values()
+        )
+
+    @property
+    def date_note(self) -> str:
+        """A text for the user about the date in the prompt; "" where the template writes none."""
+        if not self.writes_date:
+            return ""
+        return f"date {self.day} in the prompt, from the template"
 
     def forget_processes(self) -> None:
         """Makes a forked process start template processes of its own instead of using its
@@ -619,7 +727,11 @@ def _replace_surrogates(text: str) -> str:
 def _touches(span: Span, others: Collection[Span]) -> bool:
     """True if a span has a character in common with one of the others."""
     start, end = span
-    return any(start < other_end and other_start < end for other_start, other_end in others)
+    # A loop, since any() with a generator takes twice the time, and this runs for every token.
+    for other_start, other_end in others:
+        if start < other_end and other_start < end:
+            return True
+    return False
 
 
 def _outside(ids: list[int], spans: list[tuple[int, int]]) -> list[int]:
@@ -706,8 +818,22 @@ def _is_text_part(part: object) -> bool:
 # ---- from a folder ----
 
 
+def check_date(day: str) -> None:
+    """Raises UserError if the value of --date is no date."""
+    try:
+        is_date = date.fromisoformat(day).isoformat() == day
+    except ValueError:
+        is_date = False
+    if not is_date:
+        raise UserError(f"--date {day}: is no date; write it as 2026-11-29")
+
+
 def load_tokenizer(
-    folder: Path | str, template: str | None = None, base: Path | None = None
+    folder: Path | str,
+    template: str | None = None,
+    base: Path | None = None,
+    day: str = "",
+    empty_think: str = "train",
 ) -> Tokenizer:
     """Loads the tokenizer of a Hugging Face folder: tokenizer.json or tokenizer.model, with
     tokenizer_config.json, special_tokens_map.json, chat_template.jinja, config.json and
@@ -716,6 +842,8 @@ def load_tokenizer(
     template: the name of one of chat_template.NAMED, to be used in place of the folder's own.
     base: where `folder` is an adapter's, the folder of its base model, whose config.json and
     generation_config.json name more stop tokens.
+    day: what a template writes that asks for the date, as 2026-11-29; "" for today.
+    empty_think: one of EMPTY_THINK.
 
     Raises UserError with file and reason where there is no tokenizer, or none whose ids would be
     exactly those of the `tokenizers` library (of sentencepiece, where there is only a
@@ -767,6 +895,8 @@ def load_tokenizer(
         templates=templates,
         template_name=template_name,
         source=folder,
+        day=day,
+        empty_think=empty_think,
     )
 
 

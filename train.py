@@ -21,12 +21,15 @@ from torch import Tensor
 
 import distributed
 from checkpoint import copy_tokenizer, read_config
+from common.console import lasting_output
 from common.device import DTYPES, peak_memory
 from common.errors import UserError, describe_os_error, run
 from common.files import atomic_file, write_json
+from common.folder_lock import FolderLock
 from data import MicroBatches, load_training_data
 from flags import Flags, as_dict, parse_flags
 from interop.resolve import base_folder, pick_tokenizer
+from lora import base_numbers
 from methods import load_trainable, method_of
 from model import Transformer
 from objectives import OBJECTIVES, Losses, StepTotals
@@ -56,15 +59,18 @@ from training.summary import (
 
 def main() -> None:
     flags = parse_flags(sys.argv[1:])
-    with reported_failures():  # out of memory, a lost rank: one line and what helps
-        train(flags)
+    # What can't go on (out of memory, a lost rank) ends with one line and what helps; a reader of
+    # stdout who leaves ends nothing; and no second run writes into the folder of this one.
+    remark = "stdout is closed; what follows is not printed, a run's numbers are in metrics.jsonl"
+    with reported_failures(), lasting_output(remark), FolderLock() as lock:
+        train(flags, lock)
     distributed.destroy_process_group()
 
 
-def train(flags: Flags) -> None:
-    """The run on a page, from the flags to final/."""
+def train(flags: Flags, lock: FolderLock) -> None:
+    """The run on a page, from the flags to final/. lock: is given the run's folder."""
     # ---- ranks, and the run this is: a new one, or the newest whole checkpoint of --out
-    opened = open_run(flags)
+    opened = open_run(flags, lock)
     if opened.is_complete:
         return
     flags, device, resumed = opened.flags, opened.device, opened.checkpoint
@@ -79,7 +85,7 @@ def train(flags: Flags) -> None:
     if config.experts and distributed.context_parallel:
         why = "not with routed experts, whose balance is of whole batches"
         raise UserError(f"--context-parallel: {why}")
-    tokenizer = pick_tokenizer(folder, flags.adapter, flags.template)
+    tokenizer = pick_tokenizer(folder, flags.adapter, flags.template, flags.date, flags.empty_think)
     with distributed.local_rank0_first():
         data = load_training_data(flags, tokenizer, config.max_positions, config.vocab_size, device)
     if flags.plan:
@@ -115,7 +121,7 @@ def train(flags: Flags) -> None:
     origin = identify_run(settings, folder, data)
     if resumed:
         check_same_run(resumed, origin)
-    out = Path(distributed.run_on_rank0(lambda: make_run_folder(settings, resumed)))
+    out = Path(distributed.run_on_rank0(lambda: make_run_folder(settings, lock, resumed)))
     settings = dataclasses.replace(settings, out=str(out))
     check_room(settings, model, out)
     print(f"saves     {settings.reasons['save_every']}")
@@ -129,7 +135,7 @@ def train(flags: Flags) -> None:
     if distributed.is_rank0():
         save_config(settings, out)
     distributed.start_training_timeout(settings.timeout)
-    save = functools.partial(save_weights, settings, model, tokenizer, origin)
+    save = functools.partial(save_weights, settings, model, tokenizer, origin, metrics.bar.write)
     save_best = functools.partial(save, out / "best")
     evaluator = Evaluator(settings, out, model, data, metrics, device, save_best)
     checkpointer = Checkpointer(
@@ -275,12 +281,17 @@ def save_config(settings: Settings, out: Path) -> None:
 
 
 def save_weights(
-    settings: Settings, model: Transformer, tokenizer: Tokenizer, origin: dict, folder: Path
+    settings: Settings,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    origin: dict,
+    print_fn: Callable[[str], None],
+    folder: Path,
 ) -> None:
     """Writes final/ or best/: a Hugging Face folder, or a PEFT adapter folder with the tokenizer
     and chat template it was trained with.
 
-    In it, plaintune.json names the base and its weights' hash.
+    In it, plaintune.json names the base, its weights' hash, and which of its linears were in 4 bits.
     """
     method = method_of(settings)
 
@@ -291,10 +302,14 @@ def save_weights(
         tokenizer.save_template(tmp)
         facts = dict(origin)
         facts["method"] = settings.method
-        facts["quant"] = settings.quant
+        facts |= base_numbers(model)
+        if tokenizer.writes_date:
+            facts["date"] = tokenizer.day
         write_json(facts, tmp / "plaintune.json")
 
-    method.save(model, folder, write_extra)
+    remark = method.save(model, settings, folder, write_extra)
+    if remark and distributed.is_rank0():
+        print_fn(f"{folder.name + '/':9} {remark}")
 
 
 def save_final(

@@ -4,7 +4,13 @@ Text that comes from a file of an unknown source, or from a model, may have cont
 are escaped, so that they can't move the cursor.
 """
 
+import contextlib
+import errno
+import io
+import os
 import sys
+from collections.abc import Iterator
+from typing import TextIO, cast
 
 from common.errors import printable
 
@@ -12,6 +18,81 @@ from common.errors import printable
 def print_stderr(line: str) -> None:
     """Prints a line to stderr at once. Stdout is left to a script's results."""
     print(line, file=sys.stderr, flush=True)
+
+
+class LastingStream:
+    """A stream of text whose failures end nothing: what can't be written is dropped.
+
+    remark: a line that is printed to stderr when nobody reads the stream any more; "" for none.
+    """
+
+    def __init__(self, stream: TextIO, remark: str = ""):
+        self.stream = stream
+        self.remark = remark
+
+    def write(self, text: str) -> int:
+        """Writes a text as far as it can be. Returns its length."""
+        try:
+            self.stream.write(text)
+        except OSError as error:
+            self.drop(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self.drop(error)
+
+    def close_quietly(self) -> None:
+        """Writes what is left in the stream's buffer, so that Python need not do it at its exit."""
+        try:
+            self.stream.flush()
+        except OSError:
+            self.redirect_to_nothing()
+
+    def drop(self, error: OSError) -> None:
+        """Gives the stream up, unless the disk of its file is full: there may be room later."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return
+        self.redirect_to_nothing()
+        remark = self.remark
+        self.remark = ""
+        if remark:
+            print_stderr(f"{remark} ({error.strerror})")
+
+    def redirect_to_nothing(self) -> None:
+        """Lets the stream's file descriptor go nowhere; Python's buffer is emptied into it."""
+        # A stream in memory, as tests have it, has no descriptor.
+        with contextlib.suppress(io.UnsupportedOperation):
+            number = self.stream.fileno()
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+
+    def __getattr__(self, name: str):
+        """Returns what the stream has besides, as `isatty` and `encoding`."""
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def lasting_output(remark: str) -> Iterator[None]:
+    """A block that goes on where stdout or stderr is closed: `| head`, a terminal that is gone, a
+    log on a full disk.
+
+    remark: a line that is printed to stderr when nobody reads stdout any more.
+    """
+    before = (sys.stdout, sys.stderr)
+    stdout = LastingStream(sys.stdout, remark)
+    stderr = LastingStream(sys.stderr)
+    sys.stdout = cast(TextIO, stdout)
+    sys.stderr = cast(TextIO, stderr)
+    try:
+        yield
+    finally:
+        stdout.close_quietly()
+        stderr.close_quietly()
+        sys.stdout, sys.stderr = before
 
 
 def table(rows: list[list[str]]) -> str:

@@ -6,6 +6,8 @@ Everything that a user can get wrong (a flag, a file, a record in it, a folder o
 checks invariants of the program, never a user's input.
 """
 
+import contextlib
+import io
 import json
 import os
 import sys
@@ -36,10 +38,12 @@ def run(main) -> None:
     A mistake of the user, or an error of input or output, is one line on stderr and exit code 2;
     Ctrl-C is exit code 130; a closed pipe on stdout is exit code 1.
     """
+    prepare_standard_streams()
     try:
+        check_working_directory()
         main()
     except UserError as error:
-        print(f"{rank_prefix()}error: {printable(str(error))}", file=sys.stderr)
+        print_error(str(error))
         sys.exit(2)
     except BrokenPipeError:
         # As in `python evaluate.py ... | head`: nobody reads stdout any more. Without this, Python
@@ -49,12 +53,54 @@ def run(main) -> None:
     except OSError as error:
         # As from a full disk, or a folder without permission. The name of the file says all that is
         # known.
-        message = describe_os_error(error, "input/output")
-        print(f"{rank_prefix()}error: {printable(message)}", file=sys.stderr)
+        print_error(describe_os_error(error, "input/output"))
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print("\nstopped", file=sys.stderr)
         sys.exit(130)
+
+
+def check_working_directory() -> None:
+    """Raises UserError if the working directory was deleted, so that relative paths mean nothing.
+
+    A torch that is built with MKL does not get here: MKL ends the process with a line of its own.
+    """
+    try:
+        os.getcwd()
+    except OSError:
+        problem = "the working directory was deleted"
+        raise UserError(f"{problem}; change to one that exists, and start again") from None
+
+
+def print_error(message: str) -> None:
+    """Prints the one line that ends a script, to stderr; where nobody reads it, nothing."""
+    with contextlib.suppress(OSError):
+        print(f"{rank_prefix()}error: {printable(message)}", file=sys.stderr)
+
+
+def prepare_standard_streams() -> None:
+    """Lets stdout and stderr take every text, and opens the standard streams that are closed.
+
+    What a console's encoding does not have is escaped, and so are the bytes of a file name that is
+    not UTF-8.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        is_strict = getattr(stream, "errors", None) in ("strict", "surrogateescape")
+        if is_strict and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    # The next file that is opened would get the number of a closed stream, and what a library
+    # prints from C would be written into it. The numbers are given from the lowest on.
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    # Python has no stream for a closed one.
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (it stays open)
 
 
 def describe_os_error(error: OSError, where: object) -> str:
@@ -92,12 +138,18 @@ def printable(text: str) -> str:
 def read_text(path: Path, most: int | None = None) -> str:
     """Returns the text of a UTF-8 file, without a byte order mark and with line ends as `\\n`.
 
-    Raises UserError if there is no such file, if it has more than `most` bytes (before it is read),
-    or if it is not UTF-8 (with the byte's number).
+    Raises UserError if there is no such file, if it is a pointer of Git LFS, if it has more than
+    `most` bytes (before it is read), or if it is not UTF-8 (with the byte's number).
     """
+    # This late, since that file imports this one.
+    from common.files import lfs_pointer
+
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder, a file is wanted")
+    pointer = lfs_pointer(path)
+    if pointer:
+        raise UserError(f"{path}: {pointer}")
     try:
         if most is not None:
             size = path.stat().st_size

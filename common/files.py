@@ -13,11 +13,31 @@ import json
 import os
 import re
 import shutil
+import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.errors import UserError
+
 # org/model or org/model@revision
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w./-]*))?", re.ASCII)
+
+
+# How the text begins that Git LFS, XetHub and git-annex leave in place of a file which was not fetched, and
+# the command that fetches it. Git LFS was called Hawser before its first release.
+POINTERS = (
+    (b"version https://git-lfs.github.com/spec/", "Git LFS", "git lfs pull"),
+    (b"version https://hawser.github.com/spec/", "Git LFS", "git lfs pull"),
+    (b"# xet version ", "XetHub", "git xet checkout"),
+    (b"/annex/objects/", "git-annex", "git annex get"),
+)
+# What to do where the cache can't be used.
+SET_CACHE = "set PLAINTUNE_CACHE to another folder"
+# Bytes that are read at a time for a CRC-32.
+CRC_PART = 1 << 20
+# Bytes. The specification of Git LFS has pointers below this size.
+POINTER_BYTES = 1024
 
 
 @contextlib.contextmanager
@@ -95,8 +115,12 @@ def fsync_path(path: Path) -> None:
 
 
 def write_json(value, path: Path) -> None:
-    """Writes a value as indented JSON in UTF-8."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Writes a value as indented JSON in UTF-8.
+
+    A file name that is not UTF-8 has surrogates in Python; they are escaped, as JSON has it.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def save_tensors(tensors: dict, path: Path) -> None:
@@ -114,6 +138,57 @@ def save_tensors(tensors: dict, path: Path) -> None:
             raise
         code = int(match[1])
         raise OSError(code, os.strerror(code), str(path)) from None
+
+
+def lfs_pointer(path: Path | str) -> str | None:
+    """Returns what is wrong with a file that is a Git LFS pointer, to be put behind the file's name
+    in an error; None if it is none, or no file.
+
+    A folder that was cloned without Git LFS has such a text of three lines in place of each large
+    file: "version https://git-lfs.github.com/spec/v1", its hash, its size. The pointers of
+    XetHub and git-annex are recognized as well.
+    """
+    path = Path(path)
+    if not path.is_file() or path.stat().st_size >= POINTER_BYTES:
+        return None
+    text = path.read_bytes()
+    for beginning, name, command in POINTERS:
+        if text.startswith(beginning):
+            size = re.search(rb"^size (\d{1,18})\r?$", text, re.MULTILINE)
+            of_size = f" with {int(size[1]):,} bytes" if size else ""
+            return (
+                f"is a {name} pointer, not the file{of_size} that it stands for;"
+                f" run `{command}` in its repository, or download the file itself"
+            )
+    return None
+
+
+@contextlib.contextmanager
+def utf8_path(path: Path) -> Iterator[Path]:
+    """Yields a path to a file or folder that is UTF-8, for packages that take no other.
+
+    A name on a Linux disk may be any bytes; a file that is open has a number as its name as well.
+    """
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            yield Path(f"/proc/self/fd/{descriptor}")
+        finally:
+            os.close(descriptor)
+    else:
+        yield path
+
+
+def file_crc32(file: Path) -> int:
+    """Returns the CRC-32 of a file's bytes: three times as fast as SHA-256, and enough to notice
+    damage."""
+    crc32 = 0
+    with open(file, "rb") as stream:
+        while part := stream.read(CRC_PART):
+            crc32 = zlib.crc32(part, crc32)
+    return crc32
 
 
 def file_sha256(file: Path) -> str:
@@ -136,10 +211,45 @@ def hub_origin(folder: Path) -> tuple[str, str] | None:
 
 
 def cache_folder() -> Path:
-    """Returns the folder for converted models: $PLAINTUNE_CACHE, else `plaintune` in the user's
-    cache folder."""
+    """Returns the folder for converted models and token rows: $PLAINTUNE_CACHE, else `plaintune` in
+    the user's cache folder.
+
+    Raises UserError where the system knows no home folder, as in some containers.
+    """
     folder = os.environ.get("PLAINTUNE_CACHE")
     if not folder:
         user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        folder = Path(user_cache, "plaintune")
-    return Path(folder).expanduser()
+        folder = str(Path(user_cache, "plaintune"))
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:
+        problem = "this user has no home folder to keep converted models and token rows in"
+        raise UserError(f"{problem}; {SET_CACHE}") from None
+
+
+def check_cache_takes_files(folder: Path) -> None:
+    """Raises UserError that names $PLAINTUNE_CACHE if no file can be made in a cache folder.
+
+    It makes no folder: what is to be written may be refused for another reason yet.
+    """
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        # os.access does not know what a network's file system will say.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        problem = f"the cache can't be written to ({error.strerror})"
+        raise UserError(f"{folder}: {problem}; {SET_CACHE}") from None
+
+
+@contextlib.contextmanager
+def reported_full_cache(folder: Path) -> Iterator[None]:
+    """A block that writes into a cache folder; where its disk is full, the error names
+    $PLAINTUNE_CACHE."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        problem = f"the cache has no room left ({error.strerror})"
+        raise UserError(f"{folder}: {problem}; free some space, or {SET_CACHE}") from None

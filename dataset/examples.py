@@ -142,6 +142,7 @@ class Dataset:
         of a split.
     chat: True if there are conversations, not plain text alone.
     formats: the names of the files' formats.
+    with_validation: the files and folders that have a part of their own to validate with.
 
     Where the three arrays are not given, they are counted from the examples.
     """
@@ -154,6 +155,7 @@ class Dataset:
     prompts: np.ndarray = None
     chat: bool = False
     formats: tuple[str, ...] = ()
+    with_validation: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.lengths is None:
@@ -235,7 +237,9 @@ def cut(rows: list[Rows], seq_len: int, last_only: bool = False) -> Dataset:
         chat_row, chat_stop, chat_trained = cut_chats(
             source_rows, np.flatnonzero(is_chat), seq_len, last_only, dropped
         )
-        text_row, text_start, text_stop = cut_texts(source_rows, np.flatnonzero(~is_chat), seq_len)
+        text_row, text_start, text_stop = cut_texts(
+            source_rows, np.flatnonzero(~is_chat), seq_len, dropped
+        )
         row = np.concatenate([chat_row, text_row])
         start = np.concatenate([np.zeros(len(chat_row), np.int64), text_start])
         stop = np.concatenate([chat_stop, text_stop])
@@ -332,13 +336,14 @@ def cut_chats(
 
 
 def cut_texts(
-    rows: Rows, texts: np.ndarray, seq_len: int
+    rows: Rows, texts: np.ndarray, seq_len: int, dropped: Counter[str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cuts plain texts into pieces of seq_len tokens.
 
     rows: the token rows of a source.
     texts: int64 [T], the records that are texts.
     seq_len: in tokens.
+    dropped: counts, by reason, the texts that are left out or lose tokens.
 
     Returns (record, start, end) of the pieces, int64 each.
     """
@@ -357,4 +362,13 @@ def cut_texts(
     start -= ends_alone & (end == length)
     end -= ends_alone & (end == length - 1)
     is_trained = end - start > 1
+    num_alone = int((lengths < 2).sum())
+    if num_alone:
+        dropped["without a trained token"] += num_alone
+    # With --seq-len 2 a piece that gives a token keeps one, in which there is nothing to predict.
+    is_lost = ~is_trained & (length > 1)
+    num_lost = int((end - start)[is_lost].sum())
+    if num_lost:
+        reason = f"cut by {num_lost:,} tokens in all, each a piece of --seq-len {seq_len} by itself"
+        dropped[reason] += len(np.unique(record[is_lost]))
     return record[is_trained], start[is_trained], end[is_trained]

@@ -27,6 +27,17 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from common.errors import UserError, printable
+from dataset.folders import (
+    DESCRIPTION,
+    PART_COLUMNS,
+    PREFERRED,
+    TRAIN,
+    VALIDATION,
+    Listing,
+    list_files,
+    llama_factory_entries,
+    part_of_record,
+)
 from dataset.messages import (
     closest_key,
     quote_names,
@@ -36,9 +47,21 @@ from dataset.messages import (
     without_surrogate,
 )
 from dataset.oasst import OASST_MESSAGES, oasst_tree
-from dataset.preferences import kto, preference
-from dataset.readers import Container, Text, open_containers
-from dataset.records import Format, Reading, ReadStats, Record, prompt_weights
+from dataset.preferences import QUESTIONS, TALKS, kto, preference
+from dataset.readers import Container, Text, recognize
+from dataset.records import (
+    Format,
+    Reading,
+    ReadStats,
+    Record,
+    joined_talk,
+    prompt_weights,
+)
+
+# What multimodal data have in the text where an image belongs.
+IMAGE_MARK = "<image>"
+# Why a record is left out whose own column says that it belongs to another part of the data.
+OF_PART = "of the {} part, by its own column"
 
 
 @dataclass
@@ -46,17 +69,20 @@ class Source:
     """A file, or a folder of files, whose format is known and whose records can be read.
 
     path: the file or folder. format: a row of FORMATS. containers: its files.
-    others: the number of files in the folder that are of no known kind.
+    listing: what is known of the folder: which of its files are read, and as which part.
     trees: which paths of OASST trees are read, one of oasst.TREES.
     map: the user's function that every record goes through first, or None.
+    part: records whose own column says that they belong to another part are left out; None reads
+        them all.
     """
 
     path: str
     format: Format
     containers: list[Container]
-    others: int
+    listing: Listing
     trees: str
     map: "Map | None" = None
+    part: str | None = TRAIN
 
     def payloads(self) -> Iterator[tuple[int, int, object]]:
         """Yields (index of the container, number of the record in it, payload) for each record.
@@ -78,19 +104,43 @@ class Source:
         """
         place = self.containers[container].place(number)
         value = self.containers[container].value(number, payload)
+        from_arrow = self.containers[container].kind in ("Parquet", "Arrow")
+        # Before the user's function, which may leave the column out.
+        if self.part is not None and isinstance(value, dict):
+            part = part_of_record(value)
+            # Records that say nothing are trained.
+            if (part or TRAIN) != self.part:
+                stats.dropped[OF_PART.format(part or TRAIN)] += 1
+                return []
+            if part is not None:
+                value = {key: each for key, each in value.items() if key not in PART_COLUMNS}
+        if self.listing.rename is not None and isinstance(value, dict):
+            value = self.listing.rename(value)
         values = [value]
         if self.map is not None:
             values = self.map(value, place, stats)
         records = []
         for each in values:
-            for record in self.format.records(each, place, stats, self.trees):
+            new = self.format.records(each, place, stats, self.trees, from_arrow)
+            for record in new:
                 empty = empty_part(record)
                 if empty:
                     stats.dropped[f"empty {empty}"] += 1
-                else:
-                    records.append(record)
+                    continue
+                if any(IMAGE_MARK in text for text in texts_of(record)):
+                    stats.altered[f"with {IMAGE_MARK} in the text and no image, as characters"] += 1
+                records.append(record)
         stats.records += len(records)
         return records
+
+    def reading_key(self) -> list:
+        """Returns what decides, besides the files, which records are read, as values of JSON."""
+        return [self.format.name, self.trees, self.part, self.listing.description]
+
+    def has_validation(self, stats: ReadStats) -> bool:
+        """True if a part of these data is there to validate with. stats: of all records."""
+        in_files = VALIDATION in self.listing.files_of_parts
+        return in_files or stats.dropped[OF_PART.format(VALIDATION)] > 0
 
     def records(self, stats: ReadStats) -> Iterator[Record]:
         """Yields all records, and counts them in `stats`.
@@ -119,7 +169,8 @@ class Source:
         kinds = ", ".join(sorted({container.kind for container in self.containers}))
         files = ""
         if Path(self.path).is_dir():
-            files = f"{len(self.containers):,} files of "
+            count = len(self.containers)
+            files = f"{count:,} files of " if count != 1 else "1 file of "
         unit = "record" if stats.records == 1 else "records"
         amount = f"{files}{kinds}, {stats.records:,} {unit}"
         line = f"{printable(self.path)}: {self.format.name} ({amount})"
@@ -134,8 +185,13 @@ class Source:
             line += f", dropped {count:,} ({short_reason})"
         for what, count in stats.altered.items():
             line += f", {count:,} {what}"
-        if self.others:
-            line += f", {self.others:,} other files left alone"
+        if self.listing.description is not None:
+            line += ", as dataset_info.json describes it"
+        if self.listing.num_others:
+            line += f", {self.listing.num_others:,} other files left alone"
+        parts = self.listing.note(self.path)
+        if parts:
+            line += f", {printable(parts)}"
         if stats.ignored:
             line += f", ignored keys {quote_names(stats.ignored)}"
         return line
@@ -220,22 +276,36 @@ class Map:
         return records
 
 
-def open_source(path: Path | str, trees: str = "best", map_fn: Map | None = None) -> Source:
+def open_source(
+    path: Path | str, trees: str = "best", map_fn: Map | None = None, part: str = TRAIN
+) -> Source:
     """Recognizes a file, or all files of a folder, by the keys of the first record.
 
     path: a file in UTF-8, with or without byte order mark, with any line ends; blank lines between
         the records of JSONL are skipped. Or a folder of such files.
     trees: which paths of OASST trees are read, one of oasst.TREES.
     map_fn: the user's function that every record goes through first.
+    part: folders.TRAIN, VALIDATION or TEST: which files of a folder with such parts are read, and
+        which records of a file whose column says where they belong.
 
     Raises UserError that names the file, or the record by its number: not UTF-8, not JSON, an
     unknown format, empty.
     """
-    containers, num_others = open_containers(path)
+    path = Path(path)
+    if path.is_dir():
+        listing = list_files(path, part)
+    elif path.name == DESCRIPTION and llama_factory_entries(path):
+        raise UserError(f"{path}: describes data sets of LLaMA-Factory; name its folder, or a file")
+    else:
+        listing = Listing([path])
+    containers = [recognize(file) for file in listing.paths]
     for container in containers:
         for number, payload in container.payloads():
             value = container.value(number, payload)
             place = container.place(number)
+            has_parts = isinstance(value, dict) and part_of_record(value) is not None
+            if listing.rename is not None and isinstance(value, dict):
+                value = listing.rename(value)
             # The function may return several records or none; the first one decides. What it
             # leaves out is counted when the records are read, not now.
             values = [value]
@@ -249,11 +319,42 @@ def open_source(path: Path | str, trees: str = "best", map_fn: Map | None = None
                     f"{path}: --map sees one message of {format.name} at a time;"
                     " convert the file first"
                 )
-            return Source(str(path), format, containers, num_others, trees, map_fn)
+            source = Source(str(path), format, containers, listing, trees, map_fn)
+            if part != TRAIN:
+                source.part = _part_in_column(source, part) if has_parts else None
+            return source
     why = "is an empty list"
     if map_fn is not None:
         why = f"--map {map_fn.name} gives None for every record of it"
     raise UserError(f"{path}: {why}; nothing to train on")
+
+
+def _part_in_column(source: Source, part: str) -> str | None:
+    """Returns which records of a file with a column of parts are read where `part` is asked for:
+    the first of PREFERRED that is there; None, for all, where the file has no such records.
+
+    Reads the whole file.
+    """
+    parts = set()
+    for container, number, payload in source.payloads():
+        value = source.containers[container].value(number, payload)
+        if isinstance(value, dict):
+            parts.add(part_of_record(value))
+    for choice in PREFERRED[part]:
+        if choice in parts:
+            return choice
+    return None
+
+
+def texts_of(record: Record) -> Iterator[str]:
+    """Yields the text of a record, or the contents of its messages."""
+    if record.messages is None:
+        yield record.text
+        return
+    for message in record.messages:
+        content = message.get("content")
+        if content:
+            yield content
 
 
 def empty_part(record: Record) -> str | None:
@@ -319,24 +420,10 @@ def _alpaca(reading: Reading) -> list[Record]:
     The question is the instruction, a blank line and the input, if any.
     """
     record = reading.record
-    where = reading.where
     messages = []
     if reading.optional_text("system"):
         messages.append({"role": "system", "content": record["system"]})
-    history = []
-    if record.get("history"):
-        history = require_field(record, "history", list, where)
-    for number, pair in enumerate(history, 1):
-        if not isinstance(pair, list) or [type(part) for part in pair] != [str, str]:
-            raise UserError(
-                f"{where}: history holds {type_name(pair)},"
-                " [question, answer] pairs of strings are wanted"
-            )
-        question, answer = pair
-        place = f"{where} history {number}"
-        without_surrogate(question, place)
-        without_surrogate(answer, place)
-        messages += _question_and_answer(question, answer)
+    messages += reading.history()
     question = _join_parts(reading.text("instruction"), reading.optional_text("input"))
     messages += _question_and_answer(question, reading.text("output"))
     return reading.conversation(messages)
@@ -359,15 +446,20 @@ def _two_columns(question_key: str, answer_key: str) -> Callable[[Reading], list
 
     def read(reading: Reading) -> list[Record]:
         record = reading.record
+        history = reading.history()
         if isinstance(record[question_key], list) or isinstance(record[answer_key], list):
-            answer, answer_weights = reading.messages_at(answer_key, "assistant")
-            prompt, weights = reading.messages_at(question_key, "user")
-            prompt, weights = reading.with_system(prompt, weights)
+            answer = reading.messages_at(answer_key, "assistant")
+            prompt = reading.messages_at(question_key, "user")
+            names = f"{question_key} and {answer_key}"
+            talk, weights, num_asked = joined_talk(prompt, answer, names, reading.where)
             # Answers within the prompt are not trained.
-            weights = prompt_weights(prompt, weights)
-            return reading.answered_conversation([*prompt, *answer], [*weights, *answer_weights])
+            weights = prompt_weights(talk[:num_asked], weights[:num_asked]) + weights[num_asked:]
+            weights = [1.0] * len(history) + weights
+            talk, weights = reading.with_system([*history, *talk], weights)
+            return reading.answered_conversation(talk, weights)
         messages = _question_and_answer(reading.text(question_key), reading.text(answer_key))
-        messages, weights = reading.with_system(messages, [1.0, 1.0])
+        messages = [*history, *messages]
+        messages, weights = reading.with_system(messages, [1.0] * len(messages))
         return reading.conversation(messages, weights)
 
     return read
@@ -485,7 +577,7 @@ CLASSES = (
 )  # fmt: skip
 # Optional keys of conversations.
 CHAT = ("system", "tools", "functions", "weight")
-PREFERENCE = ("prompt", "conversations", "messages", *CHAT)
+PREFERENCE = (*TALKS, *CHAT)
 
 
 def _two_column_formats() -> list[Format]:
@@ -494,7 +586,8 @@ def _two_column_formats() -> list[Format]:
     for question, answer in PAIRS:
         name = f"{question} and {answer}"
         read = _two_columns(question, answer)
-        formats.append(Format(name, (question, answer), ("system", "weight"), read))
+        keys = (question, answer)
+        formats.append(Format(name, keys, ("system", "weight"), read, aliases=("history",)))
     for text, label in CLASSES:
         name = f"{text} and its {label}"
         formats.append(Format(name, (text, label), ("weight",), _classes(text, label)))
@@ -504,7 +597,13 @@ def _two_column_formats() -> list[Format]:
 # The first row that fits wins: Stanford's own Alpaca file has a rendered "text" in each record,
 # next to instruction and output, and is no plain text.
 FORMATS = (
-    Format("preferences", ("chosen", "rejected"), PREFERENCE, preference),
+    Format(
+        "preferences",
+        ("chosen", "rejected"),
+        PREFERENCE,
+        preference,
+        aliases=(*QUESTIONS, "input"),
+    ),
     Format("KTO", ("messages", "label"), CHAT, kto),
     Format("KTO", ("conversations", "label"), CHAT, kto),
     Format("KTO", ("prompt", "completion", "label"), CHAT, kto),

@@ -24,6 +24,7 @@ from common import cli, console
 from common.errors import UserError, printable
 from common.files import atomic_file
 from dataset.examples import TRAIN_ON, Dataset, Example, cut
+from dataset.folders import TEST
 from dataset.formats import Map, Source, open_source
 from dataset.oasst import TREES
 from dataset.records import ReadStats, Record
@@ -33,13 +34,14 @@ from dataset.token_cache import (
     IS_CHAT,
     ONE_WORD_ANSWER,
     PRIVATE_PART,
+    RENDERED_CHAT,
     Rows,
     prompt_hash,
     tokenized_rows,
     words_of,
 )
 from dataset.tokenize_pool import chunks, in_order, processes_for
-from tokenizer import Tokenizer
+from tokenizer import EMPTY_THINK, Tokenizer
 
 MAX_PLACES = 3  # places that are named for each finding
 MAX_LABEL_LENGTH = 80  # characters: longer answers are no classes
@@ -290,6 +292,10 @@ def contents(result: Survey, rows: Rows) -> list[Finding]:
     scripts = shares(result.scripts.most_common(6), total)
     one_word_places = result.examples.get("one word", [])
     num_control = len(with_control)
+    rendered = np.flatnonzero(flags & RENDERED_CHAT)
+    rendered_places = [rows.where(i) for i in rendered[:MAX_PLACES]]
+    num_rendered = len(rendered)
+    as_characters = f"{num_rendered:,} (trained as plain characters; give them as messages)"
     control = f"{num_control:,} (kept as plain text)"
     findings = [
         Finding("empty, left out", f"{num_empty:,}", warns=num_empty > 0),
@@ -297,6 +303,8 @@ def contents(result: Survey, rows: Rows) -> list[Finding]:
         Finding("control tokens spelled in text", control, control_places, num_control > 0),
         Finding("scripts", scripts),
     ]
+    if num_rendered:
+        findings.append(Finding("chats rendered already", as_characters, rendered_places, True))
     labels = classes(result)
     if labels:
         findings.append(label_balance(labels, total))
@@ -393,6 +401,19 @@ def histogram(values: np.ndarray, bars: int = 12) -> list[tuple[str, int]]:
 
 
 # ---- what training reports at its start ----
+
+
+def rendered_chats(rows: Rows) -> str:
+    """Returns a warning about chats that are rendered already, or "" if there are none."""
+    flagged = np.flatnonzero(rows.records[:, 2] & RENDERED_CHAT)
+    if not len(flagged):
+        return ""
+    return (
+        f"{len(flagged):,} of {len(rows):,} records hold the markup of a chat template, the first in"
+        f" {rows.where(flagged[0])}: it is trained as plain characters, not as control tokens; give"
+        " the chats as messages, with a role and content each, and the template writes its markup"
+        " itself"
+    )
 
 
 def quick_checks(train: Dataset, val: Dataset) -> list[str]:
@@ -587,18 +608,19 @@ def print_report(
 # ---- the commands ----
 
 
-def main(load_tokenizer: Callable[[str | None, str | None], tuple[Tokenizer, int]]) -> None:
+def main(load_tokenizer: Callable[[str | None, str | None, str], tuple[Tokenizer, int]]) -> None:
     """Runs `data.py inspect`, `convert` or `split`.
 
-    load_tokenizer: from --model and --template to a tokenizer and the number of positions of its
-        model. It is an argument, since this folder imports nothing that knows of models.
+    load_tokenizer: from --model, --template and --empty-think to a tokenizer and the number of
+        positions of its model. It is an argument, since this folder imports nothing that knows of models.
     """
     # rewrite.py imports this module.
     from dataset.rewrite import convert_files, split_files
 
     args = arguments()
     if args.command == "inspect":
-        inspect(args, *load_tokenizer(args.model, args.template))
+        empty_think = args.empty_think or EMPTY_THINK[0]
+        inspect(args, *load_tokenizer(args.model, args.template, empty_think))
     elif args.command == "convert":
         convert_files(args)
     else:
@@ -607,7 +629,16 @@ def main(load_tokenizer: Callable[[str | None, str | None], tuple[Tokenizer, int
 
 # The flags that only one or two of the commands have.
 FLAGS_OF = {
-    "inspect": ("model", "template", "train_on", "seq_len", "against", "show", "html"),
+    "inspect": (
+        "model",
+        "template",
+        "empty_think",
+        "train_on",
+        "seq_len",
+        "against",
+        "show",
+        "html",
+    ),
     "convert": ("out",),
     "split": ("out", "val", "test"),
 }
@@ -631,6 +662,8 @@ def make_data_parser() -> argparse.ArgumentParser:
     model = "inspect: the model whose tokenizer and template to use (default: the default base)"
     add("--model", metavar="M", help=model)
     add("--template", help="inspect: chat template in place of the model's own")
+    empty_think = "inspect: whether empty think blocks of a template are trained (default: train)"
+    add("--empty-think", choices=[*EMPTY_THINK], help=empty_think)
     train_on = "inspect: which messages are trained (default: answers)"
     add("--train-on", choices=[*TRAIN_ON], help=train_on)
     seq_len = "inspect: tokens of an example at most (default: as train.py)"
@@ -718,6 +751,7 @@ def inspect(args: argparse.Namespace, tokenizer: Tokenizer, max_positions: int) 
         findings += contents(result, rows)
         for name, other_source, other in others:
             findings += overlap(result, other, name, partial(place, other_source, other))
+        findings += [Finding("cache", note, warns=True) for note in rows.notes]
         parts.append((source.summary(rows.stats), findings))
         all_lengths.append(np.diff(rows.starts))
         examples = cut([rows], seq_len, last_only).examples
@@ -733,13 +767,13 @@ def inspect(args: argparse.Namespace, tokenizer: Tokenizer, max_positions: int) 
         title = ", ".join(Path(file).name for file in args.files)
         html = page(title, parts, bins, shown, tokenizer)
         with atomic_file(Path(args.html)) as tmp:
-            tmp.write_text(html, encoding="utf-8")
+            tmp.write_text(html, encoding="utf-8", errors="backslashreplace")
         print(f"page      {args.html}")
 
 
 def survey_file(file: str, args: argparse.Namespace) -> tuple[Source, Survey]:
-    """Opens and reads a file of --against."""
-    source = open_source(file, args.trees, args.map)
+    """Opens and reads a file of --against; of a folder with parts, the one for tests."""
+    source = open_source(file, args.trees, args.map, TEST)
     return source, survey(source)
 
 

@@ -24,35 +24,97 @@ SAME_ROLE = {
     "developer": "system",
     "function": "tool", "observation": "tool", "ipython": "tool", "function_response": "tool",
 }  # fmt: skip
-# The keys of a message that are read, or that say nothing about the training, besides those of its
-# role and content.
-MESSAGE_KEYS = (
-    "weight", "name", "tool_call_id", "tool_calls", "function_call", "reasoning_content",
-    "thinking", "refusal",
+# The names that servers and data sets have for what the assistant thought before it answered.
+THOUGHTS = (
+    "reasoning_content", "reasoning", "thinking", "thought", "thoughts", "think", "reasoning_text",
+    "thinking_content", "reasoning_details", "thinking_blocks", "chain_of_thought", "cot",
 )  # fmt: skip
+# The names that a tool call's arguments have: OpenAI's, Llama's, LangChain's.
+ARGUMENTS = ("arguments", "parameters", "args")
+# The keys of a message that are read, besides those of its role and content, of its thoughts and its
+# switches. A key that nearly has one of these names is taken for a slip.
+MESSAGE_KEYS = (
+    "weight", "name", "tool_call_id", "tool_calls", "function_call", "reasoning_content", "refusal",
+)  # fmt: skip
+
+# Switches of a message, by their names in lower case without "_" and "-", with what they mean when
+# they are on: True if the message is trained then, False if it is not.
+SWITCHES = {
+    "train": True, "trained": True, "training": True, "trainable": True, "istrainable": True,
+    "istrained": True, "totrain": True, "dotrain": True, "shouldtrain": True, "trainon": True,
+    "trainonturn": True, "trainonthis": True, "trainthis": True, "trainturn": True, "learn": True,
+    "learnable": True, "loss": True, "hasloss": True, "useloss": True, "withloss": True,
+    "computeloss": True, "calculateloss": True, "calcloss": True, "lossmask": True,
+    "steplossmask": True, "supervised": True, "supervise": True,
+    "masked": False, "ismasked": False, "maskloss": False, "lossmasked": False, "ignore": False,
+    "ignored": False, "ignoreloss": False, "noloss": False, "notrain": False, "notrained": False,
+    "donttrain": False, "skip": False, "skiptrain": False, "skiptraining": False,
+    "skiploss": False, "exclude": False, "excluded": False, "excludefromloss": False,
+    "excludefromtraining": False, "untrained": False, "nottrained": False, "nottrainable": False,
+}  # fmt: skip
+# Numbers by which the loss of a message is multiplied, in the spelling of SWITCHES.
+LOSS_FACTORS = ("lossweight", "lossscale", "lossfactor", "trainweight", "trainingweight")
+# Some tools mask what is trained, others what is not, and character ranges mean a part of a message.
+UNCLEAR_SWITCHES = ("mask", "trainingdetail", "traindetail", "trainingdetails", "lossmaskdetail")
+# Keys of a message that are true or false and say nothing about its training.
+HARMLESS_SWITCHES = {
+    "redacted", "toxic", "synthetic", "edited", "flagged", "iserror", "error", "endturn",
+    "isuser", "ishuman", "isbot", "issystem", "streaming", "stream", "cached", "markdown",
+}  # fmt: skip
+# Types of parts whose text is trained: OpenAI's, and those of its newer interface.
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+ON = {"1", "true", "yes", "on"}
+OFF = {"0", "false", "no", "off"}
+
 # Keys that ask for another training than the one that is done here (not of this answer, not of this
 # message, only with these tools). To ignore them would be silent damage, so they are refused; but
 # null, empty, and weight 1 ask for nothing.
 CHANGES_MEANING = {"label", "weight", "tools", "functions", "tool_calls", "function_call"}
-CHANGES_MEANING |= {"train", "loss", "masked", "loss_mask", "chosen", "rejected"}
+CHANGES_MEANING |= {"chosen", "rejected", "assistant_mask", "assistant_masks", "completion_mask"}
+# Switches that mean as much for a whole record; "ignore" and "skip" are names of other things there.
+RECORD_SWITCHES = {"train", "trainable", "masked", "loss", "loss_mask"}
+
+# Keys of a record or a message that hold what a text model can't see, and types of such parts.
+MEDIA = {
+    "image": "an image", "images": "an image", "image_url": "an image", "image_urls": "an image",
+    "image_path": "an image", "image_paths": "an image", "image_file": "an image",
+    "input_image": "an image", "img": "an image", "pixel_values": "an image",
+    "video": "a video", "videos": "a video", "video_url": "a video", "video_path": "a video",
+    "input_video": "a video",
+    "audio": "a sound", "audios": "a sound", "audio_url": "a sound", "audio_path": "a sound",
+    "input_audio": "a sound", "speech": "a sound",
+    "file": "a file", "input_file": "a file", "document": "a file",
+}  # fmt: skip
+# Of these, the keys of a record that are no column of text in any format.
+MEDIA_KEYS = frozenset(MEDIA) - {"file", "input_file", "document", "speech"}
 # Objects and lists in each other, in tools and arguments.
 MAX_DEPTH = 100
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
+class LeftOut(Exception):
+    """A record that is left out and counted, because a text model can't learn from it. The message
+    is the reason, as it stands behind a count: "with an image"."""
+
+
+class WrittenObject(dict):
+    """An object that stood in the file as JSON in a string, so that its nulls are the writer's."""
+
+
 # ---- a message ----
 
 
-def read_message(message: object, where: str, ignored: dict, source: str) -> tuple[dict, float]:
+def read_message(message: object, where: str, stats, source: str) -> tuple[dict, float]:
     """Reads one message of any dialect.
 
     message: the value in the file.
     where: the place of the message, for errors.
-    ignored: names of keys without a meaning here; those of this message are added.
+    stats: the `ReadStats` to which keys without a meaning here are added, and what this message
+        asks for in vain.
     source: the record's key that holds the messages; ignored keys are named "source.KEY".
 
     Returns the message as `Record` has it, and its weight. Raises UserError that names the place
-    and the fault.
+    and the fault, and LeftOut if the message holds what is no text.
     """
     message = require_object(message, where)
     role_key = "role"
@@ -61,8 +123,21 @@ def read_message(message: object, where: str, ignored: dict, source: str) -> tup
     if "from" in message and "role" not in message:
         role_key = "from"
         content_key = "value"
-    known_keys = (role_key, content_key, *MESSAGE_KEYS)
-    note_extra_keys(message, known_keys, where, ignored, f"{source}.")
+    loss_factor = 1.0
+    asks_to_be_trained = False
+    thought = ""
+    # Most messages have no other keys than these two, and the work for others is saved.
+    is_plain = len(message) == 2 and role_key in message and content_key in message
+    if not is_plain:
+        known_keys = (role_key, content_key, *MESSAGE_KEYS)
+        extra_keys = [key for key in message if key not in known_keys and key not in THOUGHTS]
+        if extra_keys:
+            leave_out_media(message)
+            loss_factor, asks_to_be_trained, switches = read_switches(message, extra_keys, where)
+            present_thoughts = [key for key in THOUGHTS if key in message]
+            known_keys = (*known_keys, *switches, *present_thoughts)
+            note_extra_keys(message, known_keys, where, stats.ignored, f"{source}.")
+        thought = read_thought(message, where)
 
     role = require_field(message, role_key, str, where)
     content_is_call = role == "function_call"
@@ -70,34 +145,38 @@ def read_message(message: object, where: str, ignored: dict, source: str) -> tup
     if role not in ROLES:
         known = ", ".join(ROLES)
         raise UserError(f"{where}: role {quote_names([role])} is unknown; known: {known}")
+    if asks_to_be_trained and role != "assistant":
+        answer = "--train-on all-turns does" if role == "user" else "which it is not"
+        stats.altered[f"messages of the {role} that ask to be trained ({answer})"] += 1
 
     # The content is a tool call in JSON, or a list of typed parts, or a string. It may be null
-    # beside tool calls.
+    # beside tool calls or a refusal.
     result = {"role": role}
     calls = message.get("tool_calls") or message.get("function_call")
-    thought = message.get("reasoning_content") or message.get("thinking")
+    refusal = message.get("refusal")
+    value = message.get(content_key)
     if content_is_call:
         content = require_field(message, content_key, str, where)
         calls = json_in(content, f"{where}: {content_key}")
-    elif isinstance(message.get(content_key), list):
-        content, calls_in_parts, thoughts_in_parts = read_parts(message[content_key], where)
+    elif isinstance(value, list):
+        content, calls_in_parts, thoughts_in_parts = read_parts(value, where)
         if not calls:
             calls = calls_in_parts
         if not thought:
             thought = thoughts_in_parts
         if content or not calls:
             result["content"] = content
-    elif message.get(content_key) is not None or not calls:
+    elif value is not None or not (calls or refusal):
         result["content"] = require_field(message, content_key, str, where)
+    if refusal:
+        result["content"] = read_refusal(message, result.get("content"), where)
 
-    # Tool calls and thoughts, which only the assistant has.
-    if (calls or thought) and role != "assistant":
-        what = "a tool call" if calls else "a thought"
+    # Tool calls, thoughts and refusals, which only the assistant has.
+    if (calls or thought or refusal) and role != "assistant":
+        what = "a tool call" if calls else "a thought" if thought else "a refusal"
         raise UserError(f"{where}: {what} of the {role}; only the assistant can have one")
     if thought:
-        # As if it were a field of this name, whatever it was called, for the error's sake.
-        as_field = {"reasoning_content": thought}
-        result["reasoning_content"] = require_field(as_field, "reasoning_content", str, where)
+        result["reasoning_content"] = thought
     if calls:
         # Chat templates read it.
         result.setdefault("content", "")
@@ -110,15 +189,148 @@ def read_message(message: object, where: str, ignored: dict, source: str) -> tup
             if message.get(key):
                 result[key] = require_field(message, key, str, where)
     elif message.get("name") is not None:
-        ignored[f"{source}.name"] = True
+        stats.ignored[f"{source}.name"] = True
 
-    weight = weight_of(message, where)
+    weight = weight_of(message, where) * loss_factor
     if role != "assistant" and weight not in (0.0, 1.0):
         raise UserError(
             f"{where}: a weight on a message of the {role}, which is not trained;"
             " put it on an answer"
         )
     return result, weight
+
+
+def read_thought(message: dict, where: str) -> str:
+    """Returns what the assistant thought before its answer, "" if nothing: a string, or else typed
+    parts, under one of the names in THOUGHTS.
+
+    Raises UserError if two names hold different strings, or if no part has a text.
+    """
+    thoughts = {}
+    parts = {}
+    for key in THOUGHTS:
+        value = message.get(key)
+        if isinstance(value, list) and value:
+            parts[key] = value
+        elif value:
+            thoughts[key] = require_field(message, key, str, where)
+    # Some servers give the same thought under two names, and once more in parts.
+    if len(set(thoughts.values())) > 1:
+        names = " and ".join(thoughts)
+        raise UserError(f"{where}: {names} hold different thoughts; leave one out")
+    for thought in thoughts.values():
+        return thought
+    for key, value in parts.items():
+        texts = [text_of_thought(part, f"{where}: {key}") for part in value]
+        thought = "\n".join(text for text in texts if text)
+        if not thought:
+            raise UserError(f"{where}: {key} has no part with a text; leave it out")
+        return thought
+    return ""
+
+
+def text_of_thought(part: object, where: str) -> str:
+    """Returns the text of a part of a thought, as OpenRouter's reasoning_details have it; "" for one
+    without, as an encrypted part."""
+    if isinstance(part, str):
+        return without_surrogate(part, where)
+    part = require_object(part, f"{where}: a part")
+    for key in ("text", "thinking", "summary", "content"):
+        if isinstance(part.get(key), str):
+            return without_surrogate(part[key], where)
+    return ""
+
+
+def read_refusal(message: dict, content: str | None, where: str) -> str:
+    """Returns the text with which the assistant refuses, which is its answer (OpenAI).
+
+    content: what else it says. Raises UserError if both say something, since one would be lost.
+    """
+    refusal = require_field(message, "refusal", str, where)
+    if content and content.strip() and content != refusal:
+        raise UserError(
+            f"{where}: content and refusal both hold an answer, and only one can be trained;"
+            " leave one out"
+        )
+    return refusal
+
+
+def read_switches(message: dict, keys: list[str], where: str) -> tuple[float, bool, list[str]]:
+    """Returns what the switches of a message multiply its loss with (0 for one that is not to be
+    trained), whether one asks for it to be trained, and the keys that were such switches.
+
+    keys: those of the message that are not known otherwise.
+    Raises UserError for a switch whose meaning or value is not clear, or two that contradict.
+    """
+    factor = 1.0
+    found: dict[str, bool] = {}  # True if the switch asks for the message to be trained
+    read_keys = []
+    for key in keys:
+        value = message[key]
+        name = str(key).lower().replace("_", "").replace("-", "")
+        if name in LOSS_FACTORS:
+            factor *= weight_of({"weight": value}, where, key)
+            read_keys.append(key)
+        elif name in SWITCHES:
+            read_keys.append(key)
+            if value is not None and value != "":
+                found[key] = is_on(value, f"{where}: {key}") == SWITCHES[name]
+        elif value is None or name in HARMLESS_SWITCHES:
+            continue
+        elif name in UNCLEAR_SWITCHES or isinstance(value, bool):
+            raise UserError(
+                f"{where}: {quote_names([key])} may say what is trained, and its meaning is not"
+                ' known; write "weight": 0 on a message that is not to be trained, or take the key out'
+            )
+    if len(set(found.values())) > 1:
+        raise UserError(f"{where}: {quote_names(found)} contradict each other; leave one out")
+    if False in found.values():
+        factor = 0.0
+    return factor, True in found.values(), read_keys
+
+
+def leave_out_masked(record: dict, where: str) -> None:
+    """Raises LeftOut if a record's own switch says that it is not to be trained, UserError if the
+    switch has another value than true or false."""
+    # NeMo's key names the speaker that is not trained. Here only answers are.
+    mask = record.get("mask") if "conversations" in record else None
+    if mask and str(mask).lower() not in ("user", "human"):
+        raise UserError(
+            f'{where}: mask is {str(mask)[:40]}, and "User" is what can be masked here;'
+            ' write "weight": 0 on messages that are not to be trained'
+        )
+    for key in RECORD_SWITCHES.intersection(record):
+        value = record[key]
+        if value is None or value == "":
+            continue
+        name = key.replace("_", "")
+        if is_on(value, f"{where}: {key}") != SWITCHES[name]:
+            raise LeftOut(f"with {key!r} saying that they are not to be trained")
+
+
+def is_on(value: object, what: str) -> bool:
+    """Returns the meaning of a switch: true or false, 1 or 0, or such a word. Raises UserError if it
+    is none. what: its name, for errors."""
+    word = str(value).lower()
+    if isinstance(value, float) and value in (0.0, 1.0):
+        word = str(int(value))
+    if isinstance(value, (bool, int, float, str)) and word in ON | OFF:
+        return word in ON
+    shown = word[:40] if isinstance(value, (int, float, str)) else type_name(value)
+    raise UserError(f"{what} is {shown}, true or false is wanted")
+
+
+def leave_out_media(record: dict) -> None:
+    """Raises LeftOut if a key of a record or a message holds an image, a video or a sound."""
+    for key in MEDIA_KEYS.intersection(record):
+        value = record[key]
+        # Arrow's images without an image are objects of nulls.
+        if isinstance(value, dict):
+            value = any(each is not None for each in value.values())
+        if isinstance(value, list):
+            value = any(each is not None for each in value)
+        if value:
+            raise LeftOut(f"with {MEDIA[key]}, which a text model can't see")
 
 
 def read_parts(parts: list, where: str) -> tuple[str, list, str]:
@@ -132,6 +344,8 @@ def read_parts(parts: list, where: str) -> tuple[str, list, str]:
     for part in parts:
         part = require_object(part, f"{where}: a part of content")
         kind = part.get("type")
+        if isinstance(kind, str) and kind in MEDIA:
+            raise LeftOut(f"with {MEDIA[kind]}, which a text model can't see")
         # The value stands at the key that the type names, or at "text" or "value".
         value = None
         for key in (kind, "text", "value"):
@@ -142,12 +356,12 @@ def read_parts(parts: list, where: str) -> tuple[str, list, str]:
             if isinstance(value, str):
                 value = json_in(value, f"{where}: tool_call")
             calls.append(value)
-        elif kind in ("text", "reasoning", "thinking"):
+        elif kind in TEXT_PARTS or kind in THOUGHTS:
             if not isinstance(value, str):
                 fault = f"a {kind} part of content holds {type_name(value)}, a string is wanted"
                 raise UserError(f"{where}: {fault}")
             without_surrogate(value, f"{where}: content")
-            if kind == "text":
+            if kind in TEXT_PARTS:
                 texts.append(value)
             else:
                 thoughts.append(value)
@@ -167,12 +381,19 @@ def read_call(call: object, where: str) -> dict:
     call: an object of this form, or only its "function"; arguments may be JSON in a string.
     """
     call = require_object(call, f"{where}: a tool call")
-    function = require_object(call.get("function", call), f"{where}: a tool call")
+    # Arrow fills "function" in with null where a call has its name and arguments itself.
+    function = call if call.get("function") is None else call["function"]
+    function = require_object(function, f"{where}: a tool call")
     name = require_field(function, "name", str, f"{where}: a tool call")
     place = f"{where}: arguments of {name[:40]}"
-    arguments = function.get("arguments")
+    keys = [key for key in ARGUMENTS if function.get(key) is not None]
+    if len(keys) > 1:
+        raise UserError(f"{place}: stand under {quote_names(keys)}; leave one out")
+    arguments = function[keys[0]] if keys else None
     if isinstance(arguments, str) and arguments.strip():
         arguments = json_in(arguments, place)
+        if isinstance(arguments, dict):
+            arguments = WrittenObject(arguments)
     elif isinstance(arguments, str):
         arguments = {}
     # A function without parameters; JSON in a string may be null as well.
@@ -205,9 +426,10 @@ def json_in(text: str, what: str) -> object:
 # ---- checks that every format uses ----
 
 
-def weight_of(record: dict, where: str) -> float:
+def weight_of(record: dict, where: str, name: str = "weight") -> float:
     """Returns the weight of a record or message: its "weight", by default 1.0.
 
+    name: what it is called in errors.
     Raises UserError if it is no number from 0 to 1,000,000.
     """
     weight = record.get("weight")
@@ -224,7 +446,7 @@ def weight_of(record: dict, where: str) -> float:
     is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
     if not is_number or not 0 <= number <= 1e6:
         shown = str(weight)[:40]
-        raise UserError(f"{where}: weight is {shown}, a number from 0 to 1,000,000 is wanted")
+        raise UserError(f"{where}: {name} is {shown}, a number from 0 to 1,000,000 is wanted")
     return float(number)
 
 
@@ -256,14 +478,7 @@ def without_surrogate(value, what: str):
     JSON can spell half of a UTF-16 surrogate pair, which is no character: no tokenizer could encode
     it.
     """
-    text = value
-    if not isinstance(value, str):
-        try:
-            check_depth(value, what)
-            text = json.dumps(value, ensure_ascii=False)
-        except TypeError as error:
-            # Parquet has types that JSON has not.
-            raise UserError(f"{what}: {error}") from None
+    text = value if isinstance(value, str) else json_text(value, what)
     # Most texts are, and this is faster than the search.
     if text.isascii():
         return value
@@ -274,6 +489,22 @@ def without_surrogate(value, what: str):
             f"{what} holds a lone surrogate {half[0]!a} at character {number}; correct it"
         )
     return value
+
+
+def json_text(value: object, what: str) -> str:
+    """Returns a value as JSON. Raises UserError if JSON can't hold it, or if it is nested too
+    deep."""
+    check_depth(value, what)
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except TypeError as error:
+        # Parquet has types that JSON has not.
+        raise UserError(f"{what}: {error}") from None
+    except ValueError:
+        raise UserError(
+            f"{what} holds a number that JSON can't hold (NaN, Infinity, or one as large as 1e999);"
+            " write it as a string"
+        ) from None
 
 
 def check_depth(value: object, what: str) -> None:
@@ -347,7 +578,7 @@ TYPE_NAMES = {
     type(None): "null",
     bytes: "bytes",
 }
-TYPE_NAMES |= {Text: "plain text", int: "a number", float: "a number"}
+TYPE_NAMES |= {WrittenObject: "an object", Text: "plain text", int: "a number", float: "a number"}
 
 
 def type_name(value: object) -> str:

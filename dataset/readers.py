@@ -1,9 +1,9 @@
-"""Reads files record by record: JSON, JSONL, CSV, TSV, Parquet and plain text, also compressed by
-gzip or zstandard.
+"""Reads files record by record: JSON, JSONL, CSV, TSV, Parquet, Arrow and plain text, also
+compressed by gzip or zstandard.
 
 The kind of a file is recognized by its first bytes; only CSV and TSV, which look like any other
-text, are recognized by the file's name. No more than one record is in memory at a time (of Parquet
-and plain text one batch or part), so memory does not grow with the file.
+text, are recognized by the file's name. No more than one record is in memory at a time (of Parquet,
+Arrow and plain text one batch or part), so memory does not grow with the file.
 
 A `Container` is a file whose kind is known. Its `payloads` yields every record undecoded, with its
 number; its `value` decodes one payload. The two are separate so that another process can do the
@@ -27,17 +27,28 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from common.errors import UserError, read_text
+from common.files import lfs_pointer
+from tokenization.chat_template import written_number
 
 MAX_RECORD_BYTES = 128 << 20  # of one record, or of a JSON file that is one object
 # As Python objects the values of a record take 30 times its bytes, so their number is limited as
 # well. They are counted only in records of more than COUNT_VALUES_FROM bytes.
 MAX_VALUES = 3_000_000
 COUNT_VALUES_FROM = 1 << 20
+# Of a whole number; int() itself raises beyond 4,300 digits, and the sign counts here.
+MAX_DIGITS = 4300
 PART = 4 << 20  # characters of a plain text that are read at a time
 HEAD_BYTES = 1 << 16  # read from the start of a file to recognize its kind
+ROWS_AT_A_TIME = 1000  # of Parquet and Arrow, that are Python objects together
 CLASS_NAMES = "classes.txt"  # a file next to a CSV of numbered classes: their names
 COMPRESSED_SUFFIXES = (".gz", ".zst")
-KNOWN_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".md")
+ARROW_SUFFIXES = (".arrow", ".feather")
+KNOWN_SUFFIXES = (
+    ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", *ARROW_SUFFIXES, ".txt", ".md",
+)  # fmt: skip
+# What Arrow's files and streams begin with.
+ARROW_FILE = b"ARROW1"
+ARROW_STREAM = b"\xff\xff\xff\xff"
 
 
 class Text(NamedTuple):
@@ -56,8 +67,8 @@ class Text(NamedTuple):
 class Container:
     """A file whose kind is known.
 
-    kind: JSON, JSONL, CSV, TSV, Parquet or TXT; of a compressed file with the compression, as in
-    "JSONL in gzip".
+    kind: JSON, JSONL, CSV, TSV, Parquet, Arrow or TXT; of a compressed file with the compression,
+        as in "JSONL in gzip".
     unit: what the numbers of `payloads` count: "line", "record" or "row".
     """
 
@@ -73,6 +84,9 @@ class Container:
         kind = self.kind.split()[0]
         if kind == "Parquet":
             yield from _parquet_rows(self.path)
+            return
+        if kind == "Arrow":
+            yield from _arrow_rows(self.path)
             return
         readers = {
             "JSONL": _lines,
@@ -115,45 +129,7 @@ class Container:
         return f"{self.path} {self.unit} {number}"
 
 
-def open_containers(path: Path | str) -> tuple[list[Container], int]:
-    """Recognizes a file, or all files of a folder and its subfolders.
-
-    Returns the containers, in the order of the files' names, and the number of other files in the
-    folder, which are of no known kind. Raises UserError if a file can't be recognized, or a folder
-    holds no file of a known kind.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        return [_recognize(path)], 0
-    paths = []
-    num_others = 0
-    visited = set()
-    for folder, folders, names in os.walk(path, followlinks=True):
-        # os.walk goes on into what is left in this list, in its order.
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        # A symbolic link may lead back to a folder that was visited already.
-        real_folder = os.path.realpath(folder)
-        if real_folder in visited:
-            folders[:] = []
-            continue
-        visited.add(real_folder)
-        names = sorted(name for name in names if not name.startswith("."))
-        has_tables = any(_suffix(Path(name)) in (".csv", ".tsv") for name in names)
-        for name in names:
-            is_documentation = name.upper().startswith(("README", "LICENSE", "LICENCE"))
-            is_class_names = name == CLASS_NAMES and has_tables
-            is_known = _suffix(Path(name)) in KNOWN_SUFFIXES
-            if is_known and not is_documentation and not is_class_names:
-                paths.append(Path(folder, name))
-            else:
-                num_others += 1
-    if not paths:
-        kinds = f"{', '.join(KNOWN_SUFFIXES)}, each also with .gz or .zst"
-        raise UserError(f"{path}: holds no file of a known kind ({kinds})")
-    return [_recognize(each) for each in paths], num_others
-
-
-def _suffix(path: Path) -> str:
+def suffix_of(path: Path) -> str:
     """Returns the suffix in lower case, without that of a compression."""
     if path.suffix.lower() in COMPRESSED_SUFFIXES:
         path = Path(path.stem)
@@ -163,9 +139,12 @@ def _suffix(path: Path) -> str:
 # ---- the kind of a file ----
 
 
-def _recognize(path: Path) -> Container:
+def recognize(path: Path) -> Container:
     """Returns the container of a file. Raises UserError if it is missing, empty or of no known
     kind."""
+    pointer = lfs_pointer(path)
+    if pointer:
+        raise UserError(f"{path}: {pointer}")
     head, compression = _read_head(path)
     in_compression = f" in {compression}" if compression else ""
 
@@ -175,6 +154,8 @@ def _recognize(path: Path) -> Container:
             advice = "Parquet is compressed itself, unpack the file"
             raise UserError(f"{path}: Parquet{in_compression}; {advice}")
         return Container(path, "Parquet", "row")
+    if head.startswith((ARROW_FILE, ARROW_STREAM)) and not compression:
+        return Container(path, "Arrow", "row")
     if compression:
         inner = _compression(head[:4])
         if inner:
@@ -196,7 +177,7 @@ def _recognize(path: Path) -> Container:
         raise UserError(f"{path}: holds a NUL at character {position}; save it as UTF-8 text")
 
     # Tables and plain text go by the name, JSON and JSONL by the first characters.
-    suffix = _suffix(path)
+    suffix = suffix_of(path)
     if suffix in (".csv", ".tsv"):
         return Container(path, suffix[1:].upper() + in_compression, "row")
     if suffix in (".txt", ".md") and not re.match(r'\s*(\[\s*)?\{\s*"', text):
@@ -235,6 +216,9 @@ def _read_head(path: Path) -> tuple[bytes, str | None]:
     try:
         stream, compression = _open(path)
     except FileNotFoundError:
+        if path.is_symlink():
+            reason = f"is a link to {os.readlink(path)}, which is not there"
+            raise UserError(f"{path}: {reason}; fetch that file") from None
         raise UserError(f"{path}: no such file") from None
     with stream, _report_damage(path):
         chunks = [stream.read(HEAD_BYTES)]
@@ -552,6 +536,9 @@ def _class_names(path: Path) -> list[str]:
     file = path.parent / CLASS_NAMES
     if not file.is_file():
         return []
+    pointer = lfs_pointer(file)
+    if pointer:
+        raise UserError(f"{file}: {pointer}")
     return read_text(file, HEAD_BYTES).rstrip("\n").split("\n")
 
 
@@ -575,20 +562,59 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _refuse_duplicate_columns(path, file.schema_arrow.names)
-            class_columns = _class_columns(file.schema_arrow.metadata or {})
-            for batch in file.iter_batches(batch_size=1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    for column, classes in class_columns.items():
-                        label = row.get(column)
-                        # A missing label is None, or -1 in test sets.
-                        if type(label) is int and 0 <= label < len(classes):
-                            row[column] = classes[label]
-                    yield number, row
+            batches = file.iter_batches(batch_size=ROWS_AT_A_TIME)
+            for number, row in _rows_of_batches(path, file.schema_arrow, batches):
+                yield number, row
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         problem = f"no whole Parquet file after row {number}, {_one_line(error)}"
         raise UserError(f"{path}: {problem}") from None
+
+
+def _arrow_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """Yields the rows of an Arrow file or stream, as the library `datasets` writes them with
+    save_to_disk, read a batch at a time."""
+    import pyarrow
+
+    number = 0
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            with open(path, "rb") as file:
+                is_file = file.read(len(ARROW_FILE)) == ARROW_FILE
+            if is_file:
+                reader = pyarrow.ipc.open_file(source)
+                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            else:
+                reader = pyarrow.ipc.open_stream(source)
+                batches = iter(reader)
+            for number, row in _rows_of_batches(path, reader.schema, _in_small_batches(batches)):
+                yield number, row
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        problem = f"no whole Arrow file after row {number}, {_one_line(error)}"
+        raise UserError(f"{path}: {problem}") from None
+
+
+def _in_small_batches(batches: Iterator) -> Iterator:
+    """Yields batches of at most ROWS_AT_A_TIME rows, so that few are Python objects at a time."""
+    for batch in batches:
+        for start in range(0, batch.num_rows, ROWS_AT_A_TIME):
+            yield batch.slice(start, ROWS_AT_A_TIME)
+
+
+def _rows_of_batches(path: Path, schema, batches: Iterator) -> Iterator[tuple[int, dict]]:
+    """Yields (number, row) of Arrow's batches, with the names of classes in place of their
+    numbers."""
+    _refuse_duplicate_columns(path, schema.names)
+    class_columns = _class_columns(schema.metadata or {})
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            for column, classes in class_columns.items():
+                label = row.get(column)
+                # A missing label is None, or -1 in test sets.
+                if type(label) is int and 0 <= label < len(classes):
+                    row[column] = classes[label]
+            yield number, row
 
 
 def _class_columns(metadata: dict) -> dict[str, list[str]]:
@@ -758,14 +784,17 @@ def _refuse_duplicate_keys(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _parse_int(digits: str) -> int | float:
-    """Returns the number; a float if it has 20 characters or more, because int() itself raises
-    beyond 4,300 digits."""
-    if len(digits) < 20:
+    """Returns the number; infinity if it has more than MAX_DIGITS, which is refused wherever it
+    would be trained, and does no harm elsewhere."""
+    if len(digits) <= MAX_DIGITS:
         return int(digits)
     return float(digits)
 
 
 SPACE = re.compile(r"\s*")
 DECODER = json.JSONDecoder(
-    parse_constant=_refuse_constant, parse_int=_parse_int, object_pairs_hook=_refuse_duplicate_keys
+    parse_constant=_refuse_constant,
+    parse_int=_parse_int,
+    parse_float=written_number,
+    object_pairs_hook=_refuse_duplicate_keys,
 )

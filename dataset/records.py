@@ -15,9 +15,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from common.errors import UserError
+from dataset.arrow_nulls import clean_calls, clean_tools
 from dataset.messages import (
+    RECORD_SWITCHES,
+    LeftOut,
+    WrittenObject,
     closest_key,
     json_in,
+    json_text,
+    leave_out_masked,
+    leave_out_media,
     note_extra_keys,
     quote_names,
     read_message,
@@ -31,6 +38,7 @@ from dataset.readers import Container, Text
 
 # How many different reasons are counted each by itself.
 MAX_REASONS = 12
+FILLED_NULLS = "with nulls of other tools, which Arrow filled in, taken out"
 # Messages, and the weight of each.
 WeightedMessages = tuple[list[dict], list[float]]
 
@@ -117,7 +125,9 @@ class Format:
     """A row of the table of formats.
 
     keys: a record that has all of them has this format.
-    optional: keys that are read if they are present; all other keys are ignored and reported.
+    optional: keys that are read if they are present; all other keys are ignored and reported, but
+        a key that nearly has one of these names is taken for a slip.
+    aliases: further keys that are read if they are present, whose names are like other words.
     read: makes the records of one value in the file.
     group: for a format whose records extend over several values, joins a container's payloads to
         groups; else None.
@@ -130,6 +140,7 @@ class Format:
     read: Callable[["Reading"], Iterable[Record]]
     group: Callable[[Container, Iterable], Iterator[tuple[int, object]]] | None = None
     kind: type | tuple = dict
+    aliases: tuple[str, ...] = ()
 
     def fits(self, record: dict) -> bool:
         """True if a record has this format: all of its keys, and a label that says something.
@@ -158,22 +169,33 @@ class Format:
         why = f"the first record is {self.name} ({', '.join(self.keys)})"
         return UserError(f"{where}: keys {quote_names(record)}: {why}{hint}")
 
-    def records(self, value: object, where: str, stats: ReadStats, trees: str) -> Iterable[Record]:
+    def records(
+        self, value: object, where: str, stats: ReadStats, trees: str, from_arrow: bool = False
+    ) -> Iterable[Record]:
         """Returns the records of one value.
 
         where: its place, for errors.
         stats: counts what is left out.
         trees: which paths of OASST trees, of oasst.TREES.
+        from_arrow: whether the value comes from a Parquet or Arrow file.
 
         Raises UserError if the value has another format, or a fault.
         """
         if not isinstance(value, self.kind) or not self.fits(value):
             raise self.misfit(require_object(value, where), where)
-        # The keys of grouped values were made by `group`, not by the user.
-        if isinstance(value, dict) and not self.group:
-            known_keys = self.keys + self.optional
-            note_extra_keys(value, known_keys, where, stats.ignored)
-        return self.read(Reading(value, where, stats, trees))
+        try:
+            # The keys of grouped values were made by `group`, not by the user.
+            if isinstance(value, dict) and not self.group:
+                leave_out_media(value)
+                leave_out_masked(value, where)
+                known_keys = self.keys + self.optional
+                known_keys += tuple(RECORD_SWITCHES.intersection(value))
+                known_keys += tuple(key for key in self.aliases if key in value)
+                note_extra_keys(value, known_keys, where, stats.ignored)
+            return self.read(Reading(value, where, stats, trees, from_arrow))
+        except LeftOut as reason:
+            stats.drop(str(reason))
+            return []
 
 
 @dataclass
@@ -183,13 +205,14 @@ class Reading:
     It is the argument of `Format.read`.
 
     record: the value of the file, an object or a `Text`.
-    where, stats, trees: as for `Format.records`.
+    where, stats, trees, from_arrow: as for `Format.records`.
     """
 
     record: dict
     where: str
     stats: ReadStats
     trees: str
+    from_arrow: bool = False
 
     def text(self, key: str) -> str:
         """Returns the string at a key. Raises UserError if there is none."""
@@ -201,30 +224,38 @@ class Reading:
             return ""
         return self.text(key)
 
-    def tools(self) -> list[dict] | None:
-        """Returns the record's tools as JSON schemas in OpenAI's form, or None without.
+    def tools(self) -> tuple[list[dict] | None, bool]:
+        """Returns the record's tools as JSON schemas in OpenAI's form, or None without, and whether
+        nulls that Arrow filled in were taken out of them.
 
         The record has a list, or JSON in a string.
         """
+        place = f"{self.where}: tools"
         value = self.record.get("tools") or self.record.get("functions")
         if isinstance(value, str) and value.strip():
-            value = json_in(value, f"{self.where}: tools")
+            value = json_in(value, place)
+            if isinstance(value, list):
+                value = [WrittenObject(each) if isinstance(each, dict) else each for each in value]
         elif isinstance(value, str):
             value = None
         if not value:
-            return None
+            return None, False
+        # Parquet files have lists of JSON in strings, too.
+        if isinstance(value, list) and all(isinstance(tool, str) for tool in value):
+            value = [WrittenObject(require_object(json_in(tool, place), place)) for tool in value]
         if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-            raise UserError(
-                f"{self.where}: tools is {type_name(value)}, a list of objects is wanted"
-            )
-        without_surrogate(value, f"{self.where}: tools")
+            raise UserError(f"{place} is {type_name(value)}, a list of objects is wanted")
+        text = without_surrogate(json_text(value, place), place)
         tools = []
         for tool in value:
             has_openai_form = isinstance(tool.get("function"), dict)
             if not has_openai_form:
-                tool = {"type": "function", "function": tool}
+                tool = type(tool)({"type": "function", "function": tool})
             tools.append(tool)
-        return tools
+        if "null" not in text:
+            return tools, False
+        clean = clean_tools(tools, self.from_arrow)
+        return clean, clean != tools
 
     def read_messages(self, values: list, key: str = "messages") -> WeightedMessages:
         """Reads a list of messages of any dialect. key: the record's key that holds them."""
@@ -232,7 +263,7 @@ class Reading:
         weights = []
         for number, value in enumerate(values, 1):
             place = f"{self.where} message {number}"
-            message, weight = read_message(value, place, self.stats.ignored, key)
+            message, weight = read_message(value, place, self.stats, key)
             messages.append(message)
             weights.append(weight)
         return messages, weights
@@ -254,11 +285,42 @@ class Reading:
         return self.read_messages(value, key)
 
     def with_system(self, messages: list[dict], weights: list[float]) -> WeightedMessages:
-        """Returns the messages with the record's "system" in front, if it has one."""
+        """Returns the messages with the record's "system" in front, if it has one.
+
+        Where the messages begin with the same text, it stands there once. Raises UserError if they
+        begin with another one.
+        """
         if not self.optional_text("system").strip():
             return messages, weights
         system = {"role": "system", "content": self.record["system"]}
+        if messages and messages[0]["role"] == "system":
+            if messages[0]["content"].strip() == system["content"].strip():
+                return messages, weights
+            raise UserError(
+                f'{self.where}: "system" and the first message are two different system messages;'
+                " leave one out"
+            )
         return [system, *messages], [1.0, *weights]
+
+    def history(self) -> list[dict]:
+        """Returns the earlier questions and answers of the record's "history", as messages.
+
+        It is a list of [question, answer] pairs. Raises UserError if it is anything else.
+        """
+        if not self.record.get("history"):
+            return []
+        messages = []
+        pairs = require_field(self.record, "history", list, self.where)
+        for number, pair in enumerate(pairs, 1):
+            if not isinstance(pair, list) or [type(part) for part in pair] != [str, str]:
+                raise UserError(
+                    f"{self.where}: history holds {type_name(pair)},"
+                    " [question, answer] pairs of strings are wanted"
+                )
+            for role, content in zip(("user", "assistant"), pair, strict=True):
+                without_surrogate(content, f"{self.where} history {number}")
+                messages.append({"role": role, "content": content})
+        return messages
 
     def conversation(
         self, messages: list[dict], weights: list[float] | None = None, **more
@@ -291,7 +353,85 @@ class Reading:
             raise UserError(
                 f"{self.where}: no assistant message among {len(messages)}; nothing to train on"
             )
-        return self.conversation(messages, weights, tools=self.tools(), **more)
+        tools, changed = self.tools()
+        if tools is not None or any("tool_calls" in message for message in messages):
+            before = (messages, more.get("rejected"))
+            messages = clean_calls(messages, tools, self.from_arrow, self.where)
+            if more.get("rejected"):
+                rejected = more["rejected"]
+                more["rejected"] = clean_calls(rejected, tools, self.from_arrow, self.where)
+            if changed or before != (messages, more.get("rejected")):
+                self.stats.altered[FILLED_NULLS] += 1
+        return self.conversation(messages, weights, tools=tools, **more)
+
+
+def joined_talk(
+    prompt: WeightedMessages, answer: WeightedMessages, names: str, where: str
+) -> tuple[list[dict], list[float], int]:
+    """Returns the talk that two columns hold together: its messages, their weights, and how many
+    of the messages belong to what is asked.
+
+    prompt: the column that asks.
+    answer: the other one, which holds only what is new, or the whole talk once more.
+    names: of both columns, for the error.
+
+    Where the answer's column repeats the prompt, it is the talk: with a system message that the
+    prompt lacks, or the other way round; or where the prompt is one message of a user that the
+    talk holds. Raises UserError if both seem to hold talks that are not the same.
+    """
+    asked, asked_weights = prompt
+    new, new_weights = answer
+    num_first = len(asked)  # how many messages of the prompt stand before those of the answer
+    num_asked = len(asked)
+    system, question = split_system(asked)
+    system_of_new, talk = split_system(new)
+    systems_agree = not system or not system_of_new or same_messages(system, system_of_new)
+    begins_with_question = same_messages(question, talk[: len(question)])
+    places = [i for i, message in enumerate(new) if same_messages([message], asked)]
+    if not asked or not new or new[0]["role"] == "assistant":
+        # The prompt's column may hold the answer as well, which is no part of its own prompt.
+        repeats = len(asked) > len(new) > 0 and same_messages(asked[-len(new) :], new)
+        if repeats:
+            num_first -= len(new)
+        num_asked = num_first
+    elif systems_agree and begins_with_question:
+        num_first = 0 if system_of_new else len(system)
+        num_asked = max(len(system), len(system_of_new)) + len(question)
+    elif places and asked[0]["role"] == "user":
+        num_first = 0
+        num_asked = places[0] + 1
+    elif asked[-1]["role"] != "assistant" or new[0]["role"] == "system":
+        # Else the prompt is an earlier part of the talk, and the answer's column goes on from it.
+        raise UserError(
+            f"{where}: {names} hold two talks that are not the same; leave one column out, or make"
+            " them agree"
+        )
+    messages = asked[:num_first] + new
+    weights = asked_weights[:num_first] + new_weights
+    return messages, weights, num_asked
+
+
+def split_system(messages: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Returns the system messages at the beginning, and the others."""
+    count = 0
+    while count < len(messages) and messages[count]["role"] == "system":
+        count += 1
+    return messages[:count], messages[count:]
+
+
+def same_messages(some: list[dict], others: list[dict]) -> bool:
+    """True if two lists of messages say the same, but for space around what they say."""
+    if len(some) != len(others):
+        return False
+    for one, other in zip(some, others, strict=True):
+        if one == other:
+            continue
+        is_plain = one.keys() == other.keys() == {"role", "content"}
+        if not is_plain or one["role"] != other["role"]:
+            return False
+        if one["content"].strip() != other["content"].strip():
+            return False
+    return True
 
 
 def prompt_weights(messages: list[dict], weights: list[float]) -> list[float]:

@@ -21,6 +21,7 @@ from dataset.formats import open_source
 from dataset.inspection import survey
 from dataset.records import ReadStats, Record
 from dataset.text_stats import FACTORS, near_groups
+from tokenization.chat_template import to_exact_json
 
 SIDES = ("train", "val", "test")
 
@@ -202,7 +203,7 @@ def as_json(record: Record) -> str:
         fields["weight"] = record_weight
     if record.tools:
         fields["tools"] = record.tools
-    return json.dumps(fields, ensure_ascii=False) + "\n"
+    return to_exact_json(fields, ensure_ascii=False) + "\n"
 
 
 def weight_of_record(record: Record, weights: list[float]) -> float:

@@ -53,7 +53,7 @@ class Sampler:
     def __post_init__(self) -> None:
         self.loaded_window: tuple[int, int] | None = None  # (epoch, window) of loaded_rows
         self.loaded_rows: list[list[int]] = []
-        self.num_epoch_rows: int | None = None  # rows of the first epoch, once they were counted
+        self.rows_of_epochs: dict[int, int] = {}  # of each epoch whose rows were counted
 
     def step(self, rows: int) -> list[list[int]]:
         """Returns the next `rows` rows, each a list of example numbers, and moves the position.
@@ -104,21 +104,66 @@ class Sampler:
             shuffled_rows.append([examples[k] for k in rows[j]])
         return shuffled_rows
 
-    def epoch_rows(self) -> int:
-        """Returns how many rows the first epoch has.
+    @property
+    def epochs_are_alike(self) -> bool:
+        """True if every epoch has equally many rows, whatever its order."""
+        if self.seq_len is None:
+            return True
+        # A window that holds every example once is packed into equally many rows in any order.
+        is_one_window = sum(self.samples_per_epoch) <= WINDOW_SAMPLES
+        return is_one_window and list(self.sizes) == list(self.samples_per_epoch)
 
-        Other epochs of a packed run may differ by a few.
+    def epoch_rows(self, epoch: int = 0) -> int:
+        """Returns how many rows an epoch has.
+
+        Packed epochs of more than one window differ by a few rows, since their windows hold other
+        examples. To count the rows, the epoch is packed.
         """
         if self.seq_len is None:
             return sum(self.samples_per_epoch)
-        if self.num_epoch_rows is None:
-            order = epoch_order(self.sizes, self.samples_per_epoch, self.seed, 0)
+        if self.epochs_are_alike:
+            epoch = 0
+        if epoch not in self.rows_of_epochs:
+            order = epoch_order(self.sizes, self.samples_per_epoch, self.seed, epoch)
             num_windows = math.ceil(len(order) / WINDOW_SAMPLES)
             num_rows = 0
             for window in range(num_windows):
-                num_rows += len(self.window_rows(order, 0, window))
-            self.num_epoch_rows = num_rows
-        return self.num_epoch_rows
+                start = window * WINDOW_SAMPLES
+                examples = order[start : start + WINDOW_SAMPLES]
+                num_rows += len(pack_rows(self.lengths[examples].tolist(), self.seq_len))
+            self.rows_of_epochs[epoch] = num_rows
+        return self.rows_of_epochs[epoch]
+
+    def steps_of_epochs(self, epochs: float, rows_per_step: int) -> int:
+        """Returns after how many steps every example was trained `epochs` times, at least 1.
+
+        rows_per_step: the rows of `step`. A part of an epoch is rounded to whole steps.
+        """
+        if self.epochs_are_alike:
+            return max(1, round(epochs * math.ceil(self.epoch_rows() / rows_per_step)))
+        whole, part = divmod(epochs, 1)
+        steps = 0
+        for epoch in range(int(whole)):
+            steps += math.ceil(self.epoch_rows(epoch) / rows_per_step)
+        if part:
+            steps += round(part * math.ceil(self.epoch_rows(int(whole)) / rows_per_step))
+        return max(1, steps)
+
+    def steps_per_epoch(self, steps: int, rows_per_step: int) -> float:
+        """Returns the mean number of steps in an epoch of a run of so many steps.
+
+        steps / this is then the number of epochs that `steps_of_epochs` was asked for.
+        """
+        if self.epochs_are_alike:
+            return math.ceil(self.epoch_rows() / rows_per_step)
+        epoch = 0
+        rest = steps
+        while True:
+            steps_of_epoch = math.ceil(self.epoch_rows(epoch) / rows_per_step)
+            if rest < steps_of_epoch:
+                return steps / (epoch + rest / steps_of_epoch)
+            rest -= steps_of_epoch
+            epoch += 1
 
     def epoch_tokens(self) -> float:
         """Returns how many tokens an epoch takes on average.

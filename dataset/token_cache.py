@@ -17,7 +17,8 @@ or not at all; a process that needs what another one is making waits for it. Not
                                            and others)
     prompts.bin      uint64 [N]            hash of the text before the first answer
     contents.bin     uint64 [N]            hash of the record's ids
-    meta.json                              what was read and what was left out
+    meta.json                              what was read and what was left out; the size and CRC-32
+                                           of each file, by which damage is noticed
 """
 
 import atexit
@@ -26,8 +27,10 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 import uuid
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -39,16 +42,25 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import atomic_folder, cache_folder, file_sha256, write_json
+from common.files import (
+    atomic_folder,
+    cache_folder,
+    check_cache_takes_files,
+    file_crc32,
+    file_sha256,
+    reported_full_cache,
+    write_json,
+)
 from dataset.formats import Source
+from dataset.markup import holds_rendered_chat
 from dataset.readers import CLASS_NAMES
 from dataset.records import ReadStats, Record
 from dataset.text_stats import private_parts, text_hash
 from dataset.tokenize_pool import chunks, in_order, processes_for
-from tokenizer import TemplateError, Tokenizer
+from tokenizer import EncodedChat, TemplateError, Tokenizer
 
 # The version of the folders: a higher number makes all of them anew.
-ROWS_FORMAT = 3
+ROWS_FORMAT = 5
 # Bytes of rows that the cache keeps; the ones unused for longest are deleted first.
 KEPT = 20 << 30
 # The age, a day, from which an unfinished folder of a process that does not exist is deleted.
@@ -61,6 +73,7 @@ IS_CHAT = 1  # a conversation, not a text
 ONE_WORD_ANSWER = 2  # an answer of one word
 CONTROL_TOKEN = 4  # text that spells a control token
 PRIVATE_PART = 8  # an address or a secret
+RENDERED_CHAT = 16  # the markup of a chat template, in a text or a message
 
 ARRAYS = {
     "starts": np.int64,
@@ -82,6 +95,7 @@ class Rows:
     largest: the largest token id.
     units: for each file "FILE line", to which a record's number is added to name it.
     cached: True if the rows were in the cache already.
+    notes: what a user must know about the cache.
     """
 
     ids: np.ndarray
@@ -96,6 +110,7 @@ class Rows:
     largest: int
     units: list[str]
     cached: bool
+    notes: list[str]
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -125,18 +140,71 @@ def tokenized_rows(
         # run alone.
         folder = folder.with_name(f"rows-map-{uuid.uuid4().hex}")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    notes = []
     cached = folder.is_dir()
+    if cached:
+        damage = find_damage(folder)
+        cached = damage is None
+        if damage is not None:
+            notes.append(f"{damage}; tokenised afresh")
     if not cached:
+        try:
+            check_cache_takes_files(folder.parent)
+        except UserError as error:
+            folder = folder_of_this_run(folder.name)
+            notes.append(f"{error}; this run's token rows are in {folder.parent} until it ends")
         with locked(folder):
             # Another process may have made the rows while this one waited for the lock.
-            cached = folder.is_dir()
+            cached = folder.is_dir() and find_damage(folder) is None
             if not cached:
+                shutil.rmtree(folder, ignore_errors=True)
                 make_room(folder.parent)
-                make_folder(source, tokenizer, roles, stamps, folder)
+                with reported_full_cache(folder.parent):
+                    make_folder(source, tokenizer, roles, stamps, folder)
     # The time of last use, for make_room.
     with contextlib.suppress(OSError):
         os.utime(folder)
-    return open_rows(folder, source, cached)
+    return open_rows(folder, source, cached, notes)
+
+
+def folder_of_this_run(name: str) -> Path:
+    """Returns a folder of this name, not made yet, in one that is deleted when the process ends."""
+    try:
+        parent = Path(tempfile.mkdtemp(prefix="plaintune-"))
+    except OSError as error:
+        problem = "neither the cache nor a temporary folder can be written to"
+        advice = "set PLAINTUNE_CACHE to a folder that can"
+        raise UserError(f"{problem} ({error.strerror}); {advice}") from None
+    atexit.register(shutil.rmtree, parent, ignore_errors=True)
+    return parent / name
+
+
+def find_damage(folder: Path) -> str | None:
+    """Returns what is wrong with the files of a folder of rows, or None.
+
+    A disk may lose what was written, and copies may be cut short. Without this, a run would end in
+    the middle of an epoch, or train on other tokens.
+    """
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if meta.pop("crc32") != meta_crc32(meta):
+            return f"{folder / 'meta.json'} was damaged"
+        for name, (size, crc32) in meta["files"].items():
+            file = folder / name
+            if file.stat().st_size != size:
+                return f"{file} had {file.stat().st_size:,} bytes, not {size:,}"
+            if file_crc32(file) != crc32:
+                return f"{file} was damaged"
+    except OSError as error:
+        return f"{error.filename or folder} could not be read ({error.strerror})"
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return f"{folder / 'meta.json'} was damaged"
+    return None
+
+
+def meta_crc32(meta: dict) -> int:
+    """Returns the CRC-32 of what meta.json holds besides it."""
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
 def make_folder(
@@ -174,12 +242,8 @@ def cache_key(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...]) -> s
         if is_table and class_names.is_file():
             class_names_hash = file_sha256(class_names)
         files.append((container.kind, file_sha256(container.path), class_names_hash))
-    # A template that asks for the date makes other rows every day.
-    today = ""
-    if any("strftime_now" in template for template in tokenizer.templates.values()):
-        today = time.strftime("%x")
-    reading = [source.format.name, source.trees, roles]
-    parts = [ROWS_FORMAT, files, *reading, tokenizer.fingerprint, today]
+    reading = [*source.reading_key(), roles]
+    parts = [ROWS_FORMAT, files, *reading, tokenizer.fingerprint]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -192,7 +256,7 @@ def file_stamps(source: Source) -> list[tuple[int, int]]:
     return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
-def open_rows(folder: Path, source: Source, cached: bool) -> Rows:
+def open_rows(folder: Path, source: Source, cached: bool, notes: list[str]) -> Rows:
     """Maps the arrays of a folder into memory."""
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
 
@@ -217,6 +281,7 @@ def open_rows(folder: Path, source: Source, cached: bool) -> Rows:
         largest=meta["largest"],
         units=[f"{container.path} {container.unit}" for container in source.containers],
         cached=cached,
+        notes=notes,
     )
 
 
@@ -308,12 +373,18 @@ def write(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], folder: 
     num_spans = 0
     largest = 0
     files = {name: open(folder / f"{name}.bin", "wb") for name in ("ids", *ARRAYS)}  # noqa: SIM115
+    checksums = dict.fromkeys(files, 0)
+
+    def append(name: str, values: np.ndarray) -> None:
+        files[name].write(values.data)
+        checksums[name] = zlib.crc32(values.data, checksums[name])
+
     # One process alone is given little to do, which needs no bar. None shows it in a terminal only.
     hides_bar = None if processes > 1 else True
     bar = tqdm(unit="record", desc="tokenising", disable=hides_bar, leave=False)
     try:
-        files["starts"].write(np.zeros(1, np.int64))
-        files["span_starts"].write(np.zeros(1, np.int64))
+        append("starts", np.zeros(1, np.int64))
+        append("span_starts", np.zeros(1, np.int64))
         for part in in_order(work, chunks(source), processes, tokenizer.forget_processes):
             arrays = {
                 "ids": part.ids,
@@ -325,10 +396,9 @@ def write(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], folder: 
                 "prompts": part.prompts,
                 "contents": part.contents,
             }
-            for name, file in files.items():
+            for name in files:
                 # The ids are in their dtype already, which is not in the table.
-                values = np.ascontiguousarray(arrays[name], ARRAYS.get(name))
-                file.write(values.data)
+                append(name, np.ascontiguousarray(arrays[name], ARRAYS.get(name)))
             num_tokens += len(part.ids)
             num_spans += len(part.weights)
             largest = max(largest, int(part.ids.max(initial=0)))
@@ -345,6 +415,11 @@ def write(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], folder: 
     meta["largest"] = largest
     meta["dtype"] = dtype.name
     meta["tokens"] = num_tokens
+    sizes = {name: (folder / f"{name}.bin").stat().st_size for name in files}
+    meta["files"] = {f"{name}.bin": [sizes[name], checksums[name]] for name in files}
+    # As a reader will have it: JSON has neither tuples nor keys that are no texts.
+    meta = json.loads(json.dumps(meta))
+    meta["crc32"] = meta_crc32(meta)
     write_json(meta, folder / "meta.json")
 
 
@@ -388,8 +463,8 @@ def encode(
         rows.append((container, number, flags_of(record, tokenizer)))
         prompts.append(prompt_hash(record))
         hashes.append(hashlib.blake2b(ids, digest_size=8).digest())
-        if record.messages is not None:
-            stats.altered.update(hidden_by_template(record, tokenizer))
+        if conversation is not None and conversation.is_altered:
+            stats.altered.update(altered_by_template(record, conversation, tokenizer.empty_think))
     stats.records = len(rows)
     return EncodedChunk(
         ids=np.frombuffer(all_ids, dtype),
@@ -418,7 +493,7 @@ def render(records: list[Record], tokenizer: Tokenizer, roles: tuple[str, ...]) 
 
 
 def encode_record(
-    record: Record, tokenizer: Tokenizer, rendered: tuple | UserError | None
+    record: Record, tokenizer: Tokenizer, rendered: EncodedChat | UserError | None
 ) -> tuple[list[int], list[tuple[int, int, float]]] | str:
     """Returns ids and spans, [(start, end, loss weight), ...], of a record.
 
@@ -426,7 +501,7 @@ def encode_record(
 
     Returns the reason instead, a string, if the record cannot be trained on.
     """
-    if record.messages is None:
+    if rendered is None:
         return encode_text(record, tokenizer)
     if isinstance(rendered, TemplateError):
         return f"refused by the {rendered}"
@@ -434,18 +509,17 @@ def encode_record(
         return str(rendered)
     if record.label is False:
         return "labelled as a bad answer"
-    ids, trained = rendered
     weights = record.weights or [1.0] * len(record.messages)
     spans = []
     has_weight = False
-    for start, end, message in trained:
+    for start, end, message in rendered.spans:
         # Rounded to float32 first: a weight that rounds to 0 trains nothing.
         weight = float(np.float32(weights[message]))
         spans.append((start, end, weight))
         has_weight = has_weight or weight != 0
     if not has_weight:
         return "without a trained token"
-    return ids, spans
+    return rendered.ids, spans
 
 
 def encode_text(
@@ -463,19 +537,30 @@ def encode_text(
     return ids, [(0, len(ids), 1.0)]
 
 
-def hidden_by_template(record: Record, tokenizer: Tokenizer) -> list[str]:
-    """Returns a line for each part of a conversation that its chat template never reads.
+def altered_by_template(
+    record: Record, conversation: EncodedChat, empty_think: str
+) -> Counter[str]:
+    """Returns counts of what a chat template leaves out of a record or adds to it.
 
-    The parts are tools and thoughts.
+    empty_think: of the tokenizer.
     """
-    template = tokenizer.templates[tokenizer.which_template(record.tools)]
-    has_thoughts = any("reasoning_content" in message for message in record.messages)
-    hidden = []
-    if record.tools and "tools" not in template:
-        hidden.append("tools")
-    if has_thoughts and "reasoning_content" not in template:
-        hidden.append("thoughts")
-    return [f"with {part} that the template does not show" for part in hidden]
+    counts: Counter[str] = Counter()
+    for kind, count in conversation.hidden.items():
+        counts[f"{kind} not shown by the template"] = count
+
+    def num_trained(messages: list[int]) -> int:
+        return sum(record.weights is None or record.weights[i] > 0 for i in messages)
+
+    num_empty = num_trained(conversation.empty_thinks)
+    if num_empty and empty_think == "train":
+        counts["answers trained to begin with an empty <think></think>"] = num_empty
+    elif num_empty:
+        counts["answers behind an empty <think></think> that is not trained"] = num_empty
+    num_asked_otherwise = num_trained(conversation.asked_otherwise)
+    if num_asked_otherwise:
+        what = "answers that the template asks for in other words than it writes before them"
+        counts[what] = num_asked_otherwise
+    return counts
 
 
 def prompt_hash(record: Record) -> int:
@@ -507,7 +592,7 @@ def words_of(record: Record) -> str:
 def flags_of(record: Record, tokenizer: Tokenizer) -> int:
     """Returns the sum of the flags that hold for a record.
 
-    They are IS_CHAT, ONE_WORD_ANSWER, CONTROL_TOKEN and PRIVATE_PART.
+    They are IS_CHAT, ONE_WORD_ANSWER, CONTROL_TOKEN, PRIVATE_PART and RENDERED_CHAT.
     """
     flags = 0
     if record.messages is not None:
@@ -525,4 +610,6 @@ def flags_of(record: Record, tokenizer: Tokenizer) -> int:
         flags |= CONTROL_TOKEN
     if private_parts(words):
         flags |= PRIVATE_PART
+    if holds_rendered_chat(words) or tokenizer.spells_answer_header(words):
+        flags |= RENDERED_CHAT
     return flags

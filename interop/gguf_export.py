@@ -26,8 +26,10 @@ import torch
 
 import lora
 from checkpoint import (
+    Place,
     check_tied_head,
     copy_tokenizer,
+    find_places,
     head_name,
     hf_name,
     iterate_tensors,
@@ -35,6 +37,7 @@ from checkpoint import (
     open_safetensors,
     read_config,
     read_tensor,
+    report_unread_shards,
     weight_files,
 )
 from common.console import print_stderr
@@ -54,8 +57,12 @@ from interop.gguf_names import (
 from interop.gguf_reader import Gguf
 from interop.gguf_reader import Tensor as GgufTensor
 from interop.gguf_tokenizer import PHI3, vocabulary
+from interop.resolve import check_adapter, pick_base_numbers
+from kernels.nf4 import dequantized_weight
 from kernels.rope import rope_inv_freq
 from model import Transformer
+from quant import QUANT_KINDS
+from quant import quantize as quantize_weight
 
 # {value of --type: general.file_type}
 TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
@@ -73,6 +80,7 @@ def folder_to_gguf(
     dtype: str = "f32",
     adapter: str | Path | None = None,
     log: LogFn = print_stderr,
+    quant: str | None = None,
 ) -> None:
     """Writes a Hugging Face model folder as a GGUF file, with its tokenizer and chat template.
 
@@ -82,7 +90,9 @@ def folder_to_gguf(
     adapter: a PEFT LoRA folder that is merged in float32 first. Its tokenizer and template take
         precedence over the model's.
     log: is called with a line for each thing that llama.cpp does differently from the folder's own
-    model.
+    model, and for what differs from the base that the adapter was trained on.
+    quant: the numbers of the model that the adapter is added to: a kind of QUANT_KINDS, "none" for
+        the weights as they are stored, or None for those that it was trained on.
     Raises UserError, and leaves nothing behind, for a model, a tokenizer or a weight that a GGUF
     file can't store, and for a folder that load_model refuses.
     """
@@ -92,13 +102,18 @@ def folder_to_gguf(
     file = Path(file)
     if dtype not in TYPES:
         raise UserError(f"--type {dtype}: is not known; {', '.join(TYPES)} are")
+    check_is_new(file)
     config = read_config(folder)
     if config.raw.get("quantization_config") is not None:
         problem = "its weights are quantised already; give the folder that they were made from"
         raise UserError(f"{folder}: {problem}")
     row, architecture = find_architecture(config, folder)
     plan = places(config, row)
-    weights = FolderWeights(folder, config)
+    kind = None
+    if adapter is not None:
+        check_adapter(folder, Path(adapter))
+        kind = pick_base_numbers(folder, adapter, quant, log)
+    weights = FolderWeights(folder, config, kind)
     updates = None
     if adapter is not None:
         updates = AdapterUpdates(config, adapter)
@@ -375,13 +390,21 @@ class FolderWeights:
     that is stored beside the embedding.
     """
 
-    def __init__(self, folder: Path, config: Config):
+    def __init__(self, folder: Path, config: Config, quant: str | None = None):
+        """quant: the linears that are read as the numbers that NF4 makes of them, as for
+        checkpoint.load_model."""
         with torch.device("meta"):
             model = Transformer(config)
         model.source = folder
         files = weight_files(folder)
+        report_unread_shards(folder)
         parameters = match_tensors(model, folder, files, {})
         self.folder = folder
+        # The weights that are quantised first.
+        self.quantized: dict[str, Place] = {}
+        for name, place in find_places(model, folder, files, quant).items():
+            if place.quantize:
+                self.quantized[name] = place
         self.stored: dict[str, tuple[Path, str]] = {}  # {Hugging Face name: (file, name in it)}
         tied_head = None  # the file of a tied head that is stored all the same
         for file in files:
@@ -402,7 +425,14 @@ class FolderWeights:
     def read(self, name: str) -> torch.Tensor:
         """Reads a tensor as float32, into memory of its own."""
         file, stored_name = self.stored[name]
-        return read_tensor(file, stored_name).to(torch.float32, copy=True)
+        weight = read_tensor(file, stored_name)
+        place = self.quantized.get(stored_name)
+        if place is None:
+            return weight.to(torch.float32, copy=True)
+        if place.transposed:
+            weight = weight.t()
+        rounded = dequantized_weight(quantize_weight(weight.contiguous()), torch.float32)
+        return rounded.t() if place.transposed else rounded
 
 
 class AdapterUpdates:
@@ -486,19 +516,35 @@ def encode_tensor(
 # ---- an adapter alone ----
 
 
-def adapter_to_gguf(adapter: str | Path, file: str | Path, folder: str | Path) -> None:
+def adapter_to_gguf(
+    adapter: str | Path, file: str | Path, folder: str | Path, log: LogFn = print_stderr
+) -> None:
     """Writes a PEFT LoRA adapter as a GGUF file that llama.cpp loads together with its base
     (`--lora`).
 
-    folder: the base, of which only config.json is read. In the file, A is float32 [rank, in] and B
-    is float32 [out, rank], its rows in the order of the base's file.
+    folder: the base, of which config.json is read, and the hash of the weights compared. In the
+    file, A is float32 [rank, in] and B is float32 [out, rank], its rows in the order of the base's
+    file.
+    log: is called with a line where the adapter was trained on another base, or in 4 bits.
     Raises UserError where the adapter does not fit the base, or is on the experts of a mixture.
     """
     from gguf import GGMLQuantizationType
 
     folder = Path(folder)
+    check_is_new(Path(file))
     config = read_config(folder)
     row, architecture = find_architecture(config, folder)
+    check_adapter(folder, Path(adapter))
+    trained = lora.trained_kind(adapter)
+    if trained in QUANT_KINDS:
+        log(
+            f"NOTE: {adapter} was trained on its base in {trained}, and llama.cpp adds it to the"
+            " file that it is given, whose numbers are others; `convert.py to-gguf --adapter` writes"
+            " those that it was trained on"
+        )
+    note = lora.base_note(adapter, folder)
+    if note:
+        log(note)
     updates = AdapterUpdates(config, adapter)
     by_hf_name = {}
     for name, place in places(config, row).items():
@@ -555,21 +601,25 @@ def tokenizer_folder(folder: Path, adapter: str | Path | None) -> Iterator[Path]
         yield tmp
 
 
+def check_is_new(file: Path) -> None:
+    """Raises UserError where a file exists already, FileNotFoundError where its folder does not:
+    before any tensor is computed."""
+    if file.exists():
+        raise UserError(f"{file}: exists already; name a new file")
+    if not file.parent.is_dir():
+        # As the system would say it.
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file.parent))
+
+
 def write_gguf(file: Path, fields: dict, table: dict, content: Iterator[np.ndarray]) -> None:
     """Writes a GGUF file under another name, syncs it to the disk, and renames it.
 
     fields: {key: value}.
     table: {tensor: (shape, type)}, in the order of content.
     content: the tensors, each as the file stores it.
-    Raises UserError where the file exists already, FileNotFoundError where its folder does not.
     """
     from gguf import GGML_QUANT_SIZES, GGUFWriter
 
-    if file.exists():
-        raise UserError(f"{file}: exists already; name a new file")
-    if not file.parent.is_dir():
-        # As the system would say it, and before any tensor is computed.
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file.parent))
     writer = GGUFWriter(None, fields["general.architecture"])  # which writes this key by itself
     # By the exact type: a bool is an int for Python, and another type for GGUF.
     add_value = {

@@ -12,17 +12,25 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-from checkpoint import fingerprint, read_config
+import lora
+from checkpoint import TOKENIZER_FILES, fingerprint, read_config
 from common.device import DTYPES
 from common.errors import UserError, printable, read_json
-from common.files import HUB_NAME, cache_folder, file_sha256
+from common.files import (
+    HUB_NAME,
+    cache_folder,
+    check_cache_takes_files,
+    file_sha256,
+    lfs_pointer,
+    reported_full_cache,
+)
 from interop import hub
 from interop.gguf_import import gguf_to_folder
 from lora import adapter_metadata, is_adapter, why_no_adapter
 from model import Transformer, quantized_linears
 from quant import QUANT_KINDS
 from tokenization.chat_template import NAMED
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, check_date, load_tokenizer
 
 # Of the folders made of GGUF files: a higher number has every cached one made anew.
 GGUF_CACHE_FORMAT = 3
@@ -48,8 +56,10 @@ def model_folder(model: str | Path | None) -> Path:
     content = file_sha256(path)[:16]
     folder = cache_folder() / f"gguf-{content}-v{GGUF_CACHE_FORMAT}"
     if not folder.is_dir():
+        check_cache_takes_files(folder.parent)
         try:
-            gguf_to_folder(path, folder)
+            with reported_full_cache(folder.parent):
+                gguf_to_folder(path, folder)
         except (OSError, UserError):
             # Another process may have been faster. A folder gets its name by an atomic rename, so
             # that of the other process is complete.
@@ -127,15 +137,134 @@ def base_folder(model: str | None, adapter: str | Path | None, print_fn: Callabl
         raise UserError(f"{adapter}: its base can't be fetched; give --model ({error})") from None
 
 
-def pick_tokenizer(base: Path, adapter: str | Path | None, template: str | None) -> Tokenizer:
+def pick_tokenizer(
+    base: Path,
+    adapter: str | Path | None,
+    template: str | None,
+    day: str | None = None,
+    empty_think: str = "train",
+) -> Tokenizer:
     """Returns the adapter's own tokenizer and chat template if its folder holds any, since it was
-    trained with them; else those of the base. template: --template."""
-    folder = base
-    if adapter is not None:
-        names = ("tokenizer.json", "tokenizer.model")
-        if any((Path(adapter) / name).is_file() for name in names):
-            folder = Path(adapter)
-    return load_tokenizer(folder, template, base)
+    trained with them; else those of the base.
+
+    template: --template.
+    day: the date that a template may write; None: that of the training, else today.
+    empty_think: --empty-think.
+    Raises UserError if the adapter brings tokens that the base has no embedding for.
+    """
+    # The model has learnt to answer on that day, and to another one it was never asked.
+    if day:
+        check_date(day)
+    day = day or trained_day(adapter or base)
+    if adapter is None or not has_tokenizer(Path(adapter)):
+        return load_tokenizer(base, template, base, day, empty_think)
+    tokenizer = load_tokenizer(Path(adapter), template, base, day, empty_think)
+    check_tokens_fit(tokenizer, Path(adapter), base)
+    return tokenizer
+
+
+def trained_day(folder: str | Path) -> str:
+    """Returns the date that the template wrote when the model or adapter in a folder was trained
+    here, as 2026-11-29; "" if it wrote none."""
+    day = adapter_metadata(folder).get("date")
+    return day if isinstance(day, str) else ""
+
+
+def date_note(tokenizer: Tokenizer, folder: str | Path) -> str:
+    """Returns what to add to a line that names the chat template: the date that it writes, and
+    where it is from. folder: of the adapter, or of the model without one."""
+    if not tokenizer.writes_date:
+        return ""
+    origin = ", as in training" if tokenizer.day == trained_day(folder) else ""
+    return f", {tokenizer.date_note}{origin}"
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """True if a folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def check_tokens_fit(tokenizer: Tokenizer, adapter: Path, base: Path) -> None:
+    """Raises UserError if an adapter's tokenizer has tokens beyond the base's embedding, unless the
+    base's own tokenizer has them too: some have tokens that no text contains, as for padding."""
+    if not (base / "config.json").is_file():
+        return
+    rows = read_config(base).vocab_size
+    if tokenizer.vocab_size <= rows:
+        return
+    if has_tokenizer(base) and tokenizer.vocab_size <= load_tokenizer(base).vocab_size:
+        return
+    raise UserError(
+        f"{adapter}: token {tokenizer.vocab_size - 1} of the tokenizer is beyond the model's {rows}:"
+        f" the adapter was trained on a base with more tokens than {base}; give that one"
+    )
+
+
+def check_adapter(base: Path, adapter: Path) -> None:
+    """Raises UserError if a folder is no adapter, or if it brings tokens that the base has no
+    embedding for: for scripts that only copy its tokenizer."""
+    if not is_adapter(adapter):
+        raise UserError(f"{adapter}: {why_no_adapter(adapter)}")
+    if not has_tokenizer(adapter):
+        return
+    for name in TOKENIZER_FILES:
+        pointer = lfs_pointer(adapter / name)
+        if pointer:
+            raise UserError(f"{adapter / name}: {pointer}")
+    try:
+        tokenizer = load_tokenizer(adapter, None, base)
+    except UserError:
+        # Of a kind that is not read here. Other programs may read the copy.
+        return
+    check_tokens_fit(tokenizer, adapter, base)
+
+
+def pick_base_numbers(
+    folder: Path, adapter: str | Path, quant: str | None, print_fn: Callable
+) -> str | None:
+    """Returns the kind of quantisation in which a base is read before an adapter is added to its
+    weights, None for none. Prints why, and what differs from the adapter's own base.
+
+    quant: a kind of QUANT_KINDS; "none": the weights as they are stored; None: the numbers that the
+        adapter was trained on, if that is known, else the weights as they are stored.
+    Raises UserError where the folder is in 4 bits already, so that `quant` can't be had.
+    """
+    trained = lora.trained_kind(adapter)
+    in_nf4 = lora.is_quantized(folder)
+    if in_nf4 and quant is not None:
+        raise UserError(f"--quant {quant}: {folder} is in NF4 already; leave it out")
+    kind = None if quant in (None, "none") else quant
+    note = None
+    if quant is None and not in_nf4 and trained in QUANT_KINDS:
+        kind = trained
+        note = (
+            f"base      {folder} in {kind}: {adapter} was trained on the numbers of its 4 bits, which"
+            " are written as 16-bit or 32-bit ones; --quant none adds to the stored weights instead"
+        )
+    elif in_nf4 and trained in QUANT_KINDS:
+        note = f"base      {folder} is in NF4, as the base of {adapter} was in training"
+    elif in_nf4 and trained is None:
+        note = (
+            f"NOTE: {folder} is in NF4, and the merged weights are the numbers of its 4 bits: right"
+            f" if {adapter} was trained on those (QLoRA); if not, merge into the weights that they"
+            " were quantised from"
+        )
+    elif quant is None and trained is None:
+        note = (
+            f"NOTE: {adapter} does not say which numbers of its base it was trained on; if those of 4"
+            " bits (QLoRA), add it to them with --quant nf4"
+        )
+    elif quant == "none" and trained in QUANT_KINDS:
+        note = (
+            f"NOTE: {adapter} was trained on its base in {trained}, whose errors it makes up for; in"
+            " the stored weights, to which it is added, they are not there"
+        )
+    else:
+        note = lora.numbers_note(adapter, folder, "nf4" if in_nf4 else kind)
+    for line in (note, lora.base_note(adapter, folder)):
+        if line:
+            print_fn(line)
+    return kind
 
 
 def quantized_suffix(model: Transformer) -> str:
@@ -185,6 +314,13 @@ def add_model_flags(parser: argparse.ArgumentParser, several: bool = False) -> N
         " Give it if the model has none, and then the one that it was trained with",
     )
     add(
+        "--date",
+        metavar="DATE",
+        help="the date that the chat template writes, if it asks for one, as 2026-11-29; default: the"
+        " one that the model or adapter was trained with here, else today. Give it to ask as on"
+        " another day",
+    )
+    add(
         "--dtype",
         choices=["auto", *DTYPES],
         default="auto",
@@ -201,11 +337,13 @@ def add_model_flags(parser: argparse.ArgumentParser, several: bool = False) -> N
     )
 
 
-def tokenizer_of_model(model: str | None, template: str | None) -> tuple[Tokenizer, int]:
-    """Returns the tokenizer that --model and --template name, and the number of positions of the
-    model (2,048 where the folder holds a tokenizer alone)."""
+def tokenizer_of_model(
+    model: str | None, template: str | None, empty_think: str = "train"
+) -> tuple[Tokenizer, int]:
+    """Returns the tokenizer that --model, --template and --empty-think ask for, and the number of
+    positions of the model (2,048 where the folder holds a tokenizer alone)."""
     folder = base_folder(model, None)
-    tokenizer = pick_tokenizer(folder, None, template)
+    tokenizer = pick_tokenizer(folder, None, template, empty_think=empty_think)
     # A tokenizer alone is enough to look at data.
     if not (folder / "config.json").is_file():
         return tokenizer, 2048

@@ -46,7 +46,7 @@ def print_plan_of_config(flags: Flags, config: Config, device: torch.device) -> 
 
 
 def print_plan_of_data(
-    flags: Flags, steps_per_epoch: int, config: Config, data: TrainingData, device: torch.device
+    flags: Flags, steps_per_epoch: float, config: Config, data: TrainingData, device: torch.device
 ) -> None:
     """Prints the plan for these data. flags: with the number of steps chosen."""
     dtype, _ = pick_dtype(flags.dtype, device)
@@ -66,7 +66,7 @@ def adapter_of(flags: Flags) -> dict:
 def describe_workload(
     flags: Flags,
     data: TrainingData,
-    steps_per_epoch: int,
+    steps_per_epoch: float,
     device: torch.device,
     max_tokens: int | None = None,
 ) -> Workload:

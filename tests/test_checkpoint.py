@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from support.helpers import child_life, llama
 
 import checkpoint
+import convert
+import lora
 from checkpoint import load_model, save_model
 from common import files
 from common.errors import UserError
@@ -54,10 +57,10 @@ def test_round_trip_is_exact(tmp_path, tied, dtype):
 def test_16_bit_weights_survive_a_stay_in_fp32(tmp_path, dtype):
     llama(tmp_path / "a", dtype=dtype)
     model = load_model(tmp_path / "a", torch.float32)
-    assert checkpoint.stored_dtype(model.config) == dtype
+    assert checkpoint.stored_dtype(tmp_path / "a") == dtype
     save_model(model, tmp_path / "b", dtype)
     assert same(stored(tmp_path / "a"), stored(tmp_path / "b"))
-    assert checkpoint.stored_dtype(checkpoint.read_config(tmp_path / "b")) == dtype
+    assert checkpoint.stored_dtype(tmp_path / "b") == dtype
 
 
 def test_shards_of_either_side_load_on_the_other(tmp_path, monkeypatch):
@@ -79,6 +82,61 @@ def test_where_one_file_and_an_index_stand_side_by_side_the_file_counts_as_in_tr
     assert (tmp_path / "model.safetensors").exists() and (tmp_path / "model.safetensors.index.json").exists()
     save_model(load_model(tmp_path), tmp_path / "b")
     assert torch.equal(logits(tmp_path / "b"), logits(tmp_path))
+
+
+def test_which_of_one_file_and_shards_is_read_is_said(tmp_path, capsys):
+    llama(tmp_path, seed=1).save_pretrained(tmp_path, max_shard_size="50KB")
+    shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    (tmp_path / "model.safetensors").unlink(missing_ok=True)
+    load_model(tmp_path)
+    assert "WARNING" not in capsys.readouterr().err
+    theirs = llama(tmp_path / "one", seed=2)
+    shutil.copyfile(tmp_path / "one" / "model.safetensors", tmp_path / "model.safetensors")
+    model = load_model(tmp_path)
+    said = capsys.readouterr().err
+    assert f"WARNING: {tmp_path}: read is model.safetensors alone, as transformers does; not " in said
+    assert next(name for name in shards if name != "model.safetensors") in said
+    assert torch.equal(model.norm.weight, theirs.model.norm.weight)
+
+
+def test_names_of_another_model_are_said_beside_the_wanted_ones(tmp_path):
+    llama(tmp_path)
+    foreign = {name.replace("model.", "language_model.model.", 1): t for name, t in stored(tmp_path).items()}
+    save_file(foreign, tmp_path / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        load_model(tmp_path)
+    first, _, rest = str(error.value).partition("; not part of the model: ")
+    assert "tensors missing: model.embed_tokens.weight" in first and rest.startswith("language_model.model.embed_")
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_dtype_that_is_missing_or_wrong_is_that_of_the_weights(tmp_path, dtype, key):
+    llama(tmp_path / "a", dtype=dtype)
+    actual = str(dtype).removeprefix("torch.")
+    edit_config(tmp_path / "a", dtype="gone", torch_dtype="gone")
+    assert checkpoint.stored_dtype(tmp_path / "a") == dtype
+    assert checkpoint.dtype_note(tmp_path / "a", checkpoint.read_config(tmp_path / "a")) is None
+    for claimed, is_denied in ((actual, False), (f"torch.{actual}", False), ("float8_e4m3fn", True)):
+        edit_config(tmp_path / "a", **{key: claimed})
+        note = checkpoint.dtype_note(tmp_path / "a", checkpoint.read_config(tmp_path / "a"))
+        assert (note is not None) == is_denied
+        assert not is_denied or note == f"config.json says {claimed}, the weights are {actual}, which counts"
+    said = []
+    model = load_model(tmp_path / "a")
+    lora.add_lora(model, 2, 4.0)
+    lora.save_adapter(model, tmp_path / "adapter")
+    convert.merge_folder(tmp_path / "a", tmp_path / "adapter", tmp_path / "merged", print_fn=said.append, check="none")
+    assert f"NOTE: {tmp_path / 'a'}: config.json says float8_e4m3fn, the weights are {actual}, which counts" in said
+    assert {tensor.dtype for tensor in stored(tmp_path / "merged").values()} == {dtype}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())[key] == actual
+
+
+def test_most_of_the_weights_decide_what_the_folder_is_stored_in(tmp_path):
+    """As of a converted GGUF file, whose norms are float32 and whose matrices are not."""
+    llama(tmp_path, dtype=torch.bfloat16)
+    weights(lambda w: w.update({name: w[name].float() for name in w if "norm" in name}))(tmp_path)
+    assert checkpoint.stored_dtype(tmp_path) == torch.bfloat16
 
 
 def test_tokenizer_files_are_carried_over_byte_for_byte(tmp_path):

@@ -236,6 +236,94 @@ def test_a_file_that_can_not_be_read_leaves_nothing_behind(tmp_path, tokenizer, 
     assert not [*cache.iterdir()]
 
 
+def flip(file: Path, position: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "ids.bin one byte short": (lambda folder: os.truncate(folder / "ids.bin", 5), "ids.bin had 5 bytes, not "),
+    "ids.bin longer": (lambda folder: os.truncate(folder / "ids.bin", 10_000), "ids.bin had 10,000 bytes, not "),
+    "starts.bin empty": (lambda folder: os.truncate(folder / "starts.bin", 0), "starts.bin had 0 bytes, not "),
+    "spans.bin gone": (lambda folder: (folder / "spans.bin").unlink(), "spans.bin could not be read (No such file"),
+    "ids.bin flipped": (lambda folder: flip(folder / "ids.bin", 4), "ids.bin was damaged"),
+    "weights.bin flipped": (lambda folder: flip(folder / "weights.bin", -1), "weights.bin was damaged"),
+    "prompts.bin flipped": (lambda folder: flip(folder / "prompts.bin", 0), "prompts.bin was damaged"),
+    "meta.json cut": (lambda folder: os.truncate(folder / "meta.json", 20), "meta.json was damaged"),
+    "meta.json empty": (lambda folder: os.truncate(folder / "meta.json", 0), "meta.json was damaged"),
+    "meta.json other": (lambda folder: (folder / "meta.json").write_text("[]"), "meta.json was damaged"),
+    "meta.json gone": (lambda folder: (folder / "meta.json").unlink(), "meta.json could not be read (No such file"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_rows_that_are_damaged_are_made_afresh(tmp_path, tokenizer, cache, name):
+    damage, wanted = DAMAGE[name]
+    file = written(tmp_path, [{"instruction": f"question {i}", "output": "yes"} for i in range(5)])
+    made = tokenized_rows(open_source(file), tokenizer)
+    ids = [*made.ids]
+    (folder,) = cache.iterdir()
+    damage(folder)
+    said = []
+    data = load([file], tokenizer, 100, print_fn=said.append)
+    assert f"NOTE: {folder}/{wanted}" in said[1] and said[1].endswith("; tokenised afresh")
+    again = tokenized_rows(open_source(file), tokenizer)
+    assert again.cached and again.notes == [] and [*again.ids] == ids and len(data) == 5
+    assert [*cache.iterdir()] == [folder]
+
+
+def test_a_number_in_the_description_of_rows_is_checked_too(tmp_path, tokenizer, cache):
+    file = written(tmp_path, [{"instruction": "a", "output": "b"}])
+    tokenized_rows(open_source(file), tokenizer)
+    (folder,) = cache.iterdir()
+    meta = (folder / "meta.json").read_text()
+    (folder / "meta.json").write_text(meta.replace('"largest": ', '"largest": 1'))
+    assert tokenized_rows(open_source(file), tokenizer).notes == [f"{folder}/meta.json was damaged; tokenised afresh"]
+
+
+def test_without_a_cache_that_can_be_written_to_rows_are_the_run_s_own(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file/cache"
+    monkeypatch.setattr(rows, "cache_folder", lambda: folder)
+    file = written(tmp_path, [{"instruction": "a", "output": "b"}])
+    (tmp_path / "own").mkdir()
+    monkeypatch.setattr(rows.tempfile, "tempdir", str(tmp_path / "own"))
+    made = tokenized_rows(open_source(file), tokenizer)
+    assert len(made) == 1 and not made.cached
+    (own,) = (tmp_path / "own").iterdir()
+    problem = f"{folder}: the cache can't be written to (Not a directory); set PLAINTUNE_CACHE to another folder"
+    assert made.notes == [f"{problem}; this run's token rows are in {own} until it ends"]
+    monkeypatch.setattr(rows.tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="neither the cache nor a temporary folder can be written to .*PLAINTUNE_CACHE"):
+        tokenized_rows(open_source(file), tokenizer)
+
+
+def test_rows_of_a_cache_that_can_only_be_read_are_used(tmp_path, tokenizer, cache, monkeypatch):
+    file = written(tmp_path, [{"instruction": "a", "output": "b"}])
+    tokenized_rows(open_source(file), tokenizer)
+
+    def refuse(folder):
+        raise UserError("read-only")
+
+    monkeypatch.setattr(rows, "check_cache_takes_files", refuse)
+    again = tokenized_rows(open_source(file), tokenizer)
+    assert again.cached and again.notes == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_cache_without_room_is_named(tmp_path, tokenizer, cache, monkeypatch, number):
+    def write(source, tokenizer, roles, folder):
+        (folder / "ids.bin").write_bytes(b"half")
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(rows, "write", write)
+    file = written(tmp_path, [{"instruction": "a", "output": "b"}])
+    with pytest.raises(UserError, match="cache: the cache has no room left .*free some space, or set PLAINTUNE_CACHE"):
+        tokenized_rows(open_source(file), tokenizer)
+    assert not [*cache.iterdir()]
+
+
 def test_what_crashed_processes_left_goes_and_so_does_what_is_too_much(tmp_path, tokenizer, cache, monkeypatch):
     cache.mkdir()
     for name in (".rows-abc.partial-999999999", f".rows-abc.partial-{os.getppid()}", ".rows-new.partial-999999998"):
@@ -399,6 +487,22 @@ def test_long_texts_are_parted_by_their_pieces(tmp_path, tokenizer, texts):
     train, val = split(data, 0.1)
     assert len(train) + len(val) == len(data) and 0.02 * len(data) <= len(val) <= 0.2 * len(data)
     assert train.tokens + val.tokens == data.tokens and train.trained_tokens + val.trained_tokens == data.trained_tokens
+
+
+def test_tokens_that_no_piece_of_a_text_can_hold_are_said(tmp_path, tokenizer):
+    """With --seq-len 2 a piece that gives a token keeps one; with more, nothing is lost."""
+    counts = [2, 3, 7, 8]
+    texts = [tokenizer.decode(tokenizer.encode("a b c d e f g h")[: n - 1]) for n in counts]
+    assert [len(tokenizer.encode(text)) + 1 for text in texts] == counts  # with the end token
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    said = []
+    data = load([tmp_path / "a.jsonl"], tokenizer, 2, print_fn=said.append)
+    assert data.tokens == sum(counts) - 2 == 18
+    reason = "cut by 2 tokens in all, each a piece of --seq-len 2 by itself"
+    assert data.dropped == {reason: 2} and f"          shortened: 2 records {reason}" in said
+    for seq_len in (3, 4, 5, 6, 7, 100):
+        data = load([tmp_path / "a.jsonl"], tokenizer, seq_len)
+        assert data.tokens == sum(counts) and data.dropped == {}
 
 
 # ---- batches ----

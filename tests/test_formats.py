@@ -4,6 +4,7 @@ The container is found by content, so files here are written as bytes under name
 """
 
 import json
+import pickle
 import random
 import time
 from functools import partial
@@ -15,6 +16,8 @@ import pytest
 from common.errors import UserError
 from dataset.formats import open_source
 from dataset.records import ReadStats
+from dataset.rewrite import as_json
+from tokenization.chat_template import Template
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
@@ -254,6 +257,11 @@ def test_oasst_messages_make_what_their_trees_make(write, paths):
     assert "tree 'a' again" in error_of(write(flat(THREAD, "a") + flat(THREAD, "b") + flat(THREAD, "a")))
 
 
+def message_of_type(kind: str) -> dict:
+    """A conversation whose question is a typed part."""
+    return {"messages": [{"role": "user", "content": [{"type": kind}]}, {"role": "assistant", "content": "a"}]}
+
+
 HUMAN = "\n\nHuman: q\n\nAssistant: x\n\nHuman: r\n\nAssistant:"
 PROMPT = turns("q", "x", "r")
 PREFERENCES = [
@@ -275,6 +283,299 @@ def test_preferences_have_a_prompt_and_two_answers(write, number):
     assert record.rejected == [{"role": "assistant", "content": "bad"}]
     assert record.weights == (None if number in (0, 5) else [1, 0, 1, 1])  # the prompt's answers are not taught
     assert record.asked == len(prompt)
+
+
+SYSTEM = {"role": "system", "content": "s"}
+GOOD, BAD = {"role": "assistant", "content": "good"}, {"role": "assistant", "content": "bad"}
+SIDES = {"chosen": [*turns("q"), GOOD], "rejected": [*turns("q"), BAD]}
+TWICE = {  # name: (a record whose columns carry the same talk, what is asked)
+    "UltraFeedback": ({"prompt": "q", "messages": [*turns("q"), GOOD]} | SIDES, turns("q")),
+    "messages with the rejected answer": ({"messages": [*turns("q"), BAD]} | SIDES, turns("q")),
+    "messages that only ask": ({"messages": turns("q")} | SIDES, turns("q")),
+    "messages, and answers alone": (
+        {"messages": [*turns("q"), GOOD], "chosen": "good", "rejected": "bad"}, turns("q")
+    ),
+    "three columns and answers alone": (
+        {"prompt": "q", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "bad"}],
+         "messages": [*turns("q"), GOOD], "chosen": [GOOD], "rejected": [BAD]}, turns("q")
+    ),
+    "a text, and a system message in the sides": (
+        {"prompt": "q", "chosen": [SYSTEM, *SIDES["chosen"]], "rejected": [SYSTEM, *SIDES["rejected"]]},
+        [SYSTEM, *turns("q")],
+    ),
+    "messages without the sides' system message": (
+        {"messages": [*turns("q"), GOOD], "chosen": [SYSTEM, *SIDES["chosen"]],
+         "rejected": [SYSTEM, *SIDES["rejected"]]}, [SYSTEM, *turns("q")],
+    ),
+    "a prompt with a system message": ({"prompt": [SYSTEM, *turns("q")]} | SIDES, [SYSTEM, *turns("q")]),
+    "a system column and a system message": (
+        {"system": "s", "prompt": [SYSTEM, *turns("q")]} | SIDES, [SYSTEM, *turns("q")]
+    ),
+    "only one side is the whole talk": (
+        {"prompt": "q", "chosen": SIDES["chosen"], "rejected": "bad"}, turns("q")
+    ),
+    "an earlier part, and the sides go on": (
+        {"prompt": turns("p", "x")} | SIDES, turns("p", "x", "q")
+    ),
+    "a transcript that asks": (
+        {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": "good", "rejected": "bad"}, turns("q")
+    ),
+    "a text, and transcripts": (
+        {"prompt": "q", "chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},
+        turns("q"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_a_talk_in_several_columns_is_asked_once_and_without_its_answer(write, name):
+    record, asked = TWICE[name]
+    (read,) = read_records(write([record])).records
+    assert (read.messages, read.rejected, read.asked) == ([*asked, GOOD], [BAD], len(asked))
+
+
+@pytest.mark.parametrize("prompt", [turns("q"), "q", [SYSTEM, *turns("q")]], ids=["list", "text", "with system"])
+def test_a_completion_that_repeats_its_prompt_is_the_talk(write, prompt):
+    for more in ({}, {"label": True}):
+        (record,) = read_records(write([{"prompt": prompt, "completion": turns("q", "a")} | more])).records
+        system = [SYSTEM] if len(prompt) == 2 else []
+        assert (record.messages, record.weights) == ([*system, *turns("q", "a")], None)
+    (record,) = read_records(write([{"prompt": turns("q", "a", "r"), "completion": turns("q", "a", "r", "b")}])).records
+    assert (record.messages, record.weights) == (turns("q", "a", "r", "b"), [1, 0, 1, 1])
+
+
+def test_history_stands_before_any_question(write):
+    for question, answer in (("query", "response"), ("prompt", "completion"), ("question", "answer")):
+        record = {question: "q", answer: "a", "system": "s", "history": [["x", "y"]]}
+        loaded = read_records(write([record]))
+        assert loaded.records[0].messages == [SYSTEM, *turns("x", "y", "q", "a")] and loaded.stats.ignored == {}
+    assert "history holds" in error_of(write([{"query": "q", "response": "a", "history": ["x"]}]))
+
+
+TRAINS = (
+    "train",
+    "trainable",
+    "loss",
+    "loss_mask",
+    "learn",
+    "train_on_turn",
+    "step_loss_mask",
+    "isTrainable",
+    "weight",
+)
+MASKS = ("masked", "ignore", "skip", "no_loss", "is_masked", "exclude_from_loss")
+
+
+@pytest.mark.parametrize("key", [*TRAINS, *MASKS, "weight"])
+def test_switches_of_messages_are_obeyed_under_every_name(write, key):
+    chat = lambda value: {"messages": [*turns("q"), GOOD | {key: value}, *turns("r", "b")]}
+    off = [True, 1, "true", "Yes"] if key in MASKS else [False, 0, 0.0, "false", "No"]
+    off = [0, 0.0, "0"] if key == "weight" else off
+    on = {True: [False, 0, "no", None, ""], False: [True, 1, 1.0, "1", None]}[key in MASKS]
+    on = [1, 1.0, None] if key == "weight" else on
+    loaded = read_records(write([chat(value) for value in off]))
+    assert [record.weights for record in loaded.records] == [[1, 0, 1, 1]] * len(off)
+    assert loaded.records[0].messages == [*turns("q"), GOOD, *turns("r", "b")] and loaded.stats.ignored == {}
+    assert [record.weights for record in read_records(write([chat(value) for value in on])).records] == [None] * len(on)
+
+
+def test_a_loss_scale_is_a_weight_and_what_is_asked_in_vain_is_counted(write):
+    chat = {"messages": [{"role": "user", "content": "q", "train": True}, GOOD | {"loss_scale": 0.5, "weight": 0.5}]}
+    loaded = read_records(write([chat, {"messages": [{"role": "user", "content": "q", "train": False}, GOOD]}]))
+    assert [record.weights for record in loaded.records] == [[1, 0.25], [0, 1]] or loaded.records[1].weights is None
+    assert loaded.stats.altered == {"messages of the user that ask to be trained (--train-on all-turns does)": 1}
+    assert read_records(write([{"messages": [*turns("q"), GOOD | {"toxic": False}]}])).stats.ignored == {
+        "messages.toxic": True
+    }
+
+
+def test_a_record_is_left_out_where_its_own_switch_says_so(write):
+    record = {"prompt": "q", "completion": "a"}
+    for off, on in (
+        ({"train": False}, {"train": True}),
+        ({"masked": 1}, {"masked": 0}),
+        ({"loss": "no"}, {"loss": None}),
+    ):
+        loaded = read_records(write([record | off, record | on, record]))
+        (key,) = off
+        assert loaded.stats.dropped == {f"with {key!r} saying that they are not to be trained": 1}
+        assert [each.weights for each in loaded.records] == [None, None] and loaded.stats.ignored == {}
+
+
+def test_arguments_of_calls_have_several_names(write):
+    calls = [{"name": "f", name: {"a": 1}} for name in ("arguments", "parameters", "args")]
+    loaded = read_records(write([{"messages": [*turns("q"), {"role": "assistant", "tool_calls": [c]}]} for c in calls]))
+    assert [called(record) for record in loaded.records] == [{"a": 1}] * 3
+
+
+def test_new_names_do_not_make_slips_of_other_words(write):
+    chat = {"messages": [*turns("q"), GOOD | {"cost": 1, "link": "x", "reason": "y"}]}
+    assert len(read_records(write([chat])).records) == 1
+    for key in ("story", "brain", "training", "gloss"):
+        assert [*read_records(write([{"question": "q", "answer": "a", key: "x"}])).stats.ignored] == [key]
+
+
+def test_a_question_stands_before_chosen_and_rejected(write):
+    answers = {"chosen": "good", "rejected": "bad"}
+    records = [{"question": "q"}, {"instruction": "q", "input": ""}, {"query": "q"}, {"prompt": "q", "question": "z"}]
+    loaded = read_records(write([each | answers for each in records]))
+    assert [each.messages for each in loaded.records] == [[*turns("q"), GOOD]] * 4
+    (record,) = read_records(write([{"instruction": "q", "input": "x", "system": "s"} | answers])).records
+    assert record.messages == [SYSTEM, *turns("q\n\nx"), GOOD]
+
+
+def test_thoughts_have_many_names(write):
+    parts = [{"type": "reasoning.text", "text": "hm"}]
+    fields = [{"reasoning": "hm"}, {"thinking": "hm"}, {"thought": "hm"}, {"reasoning_details": parts},
+              {"reasoning": "hm", "reasoning_content": "hm", "reasoning_details": [{"data": "x"}]},
+              {"reasoning_details": [{"data": "x"}, *parts]}, {"thinking_blocks": [{"thinking": "hm"}]},
+              {"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "good"}]}]  # fmt: skip
+    loaded = read_records(write([{"messages": [*turns("q"), GOOD | each]} for each in fields]))
+    assert [record.messages[1] for record in loaded.records] == [GOOD | {"reasoning_content": "hm"}] * len(fields)
+    assert loaded.stats.ignored == {}
+
+
+def test_a_refusal_is_the_answer(write):
+    fields = [{"content": None, "refusal": "good"}, {"content": "", "refusal": "good"}, {"refusal": None},
+              {"content": [{"type": "refusal", "refusal": "good"}]}]  # fmt: skip
+    loaded = read_records(write([{"messages": [*turns("q"), GOOD | each]} for each in fields]))
+    assert [record.messages[1] for record in loaded.records] == [GOOD] * len(fields)
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "a.png"}}
+UNSEEN = {  # name: (a record with what a text model can't see, what it is called)
+    "LLaVA": ({"image": "a.png", "messages": turns("<image>\nq", "a")}, "an image"),
+    "a list": ({"images": ["a.png"], "messages": turns("q", "a")}, "an image"),
+    "Arrow's bytes": ({"image": {"bytes": "x", "path": None}, "messages": turns("q", "a")}, "an image"),
+    "a video": ({"videos": ["a.mp4"], "messages": turns("<video>q", "a")}, "a video"),
+    "a typed part": (
+        {"messages": [{"role": "user", "content": [IMAGE, {"type": "text", "text": "q"}]}, GOOD]}, "an image"
+    ),
+    "an empty typed part": (message_of_type("image"), "an image"),
+    "a sound": (message_of_type("input_audio"), "a sound"),
+    "a file": (message_of_type("file"), "a file"),
+    "on a message": ({"messages": [{"role": "user", "content": "q", "images": ["x"]}, GOOD]}, "an image"),
+    "a tool's screenshot": ({"messages": [*turns("q"), GOOD, {"role": "tool", "content": [IMAGE]}, GOOD]}, "an image"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_records_with_what_a_text_model_cannot_see_are_left_out_and_counted(write, name):
+    record, what = UNSEEN[name]
+    empty = {"images": [], "image": None, "audio": "", "video": {"bytes": None, "path": None}}
+    loaded = read_records(write([record, CHAT | empty, record]))
+    assert [each.messages for each in loaded.records] == [CHAT["messages"]]
+    assert loaded.stats.dropped == {f"with {what}, which a text model can't see": 2}
+
+
+def test_a_mark_for_an_image_that_is_not_there_is_counted(write):
+    loaded = read_records(write([{"messages": turns("<image>\nq", "a")}, CHAT]))
+    assert loaded.stats.altered == {"with <image> in the text and no image, as characters": 1}
+    assert len(loaded.records) == 2
+
+
+# ---- numbers ----
+
+
+def test_digits_pass_unchanged(write):
+    """From JSON, and from JSON in strings, to the JSON of a template and of `data.py convert`."""
+    digits = (
+        '{"a": 50000000000000000000, "b": -1234567890123456789012, "c": 1.10, "d": 1e5, "e": [3.14159265358979323846]}'
+    )
+    call = f'{{"name": "f", "arguments": {digits}}}'
+    quoted = json.dumps({"name": "f", "arguments": digits})
+    tool = f'[{{"name": "f", "parameters": {{"maximum": 18446744073709551616, "minimum": 0.10, "x": {digits}}}}}]'
+    lines = [
+        f'{{"messages": [{{"role": "assistant", "content": "", "tool_calls": [{each}]}}], "tools": {tools}}}'
+        for each in (call, quoted) for tools in (tool, json.dumps(tool))
+    ]  # fmt: skip
+    template = Template("{{ messages[0].tool_calls[0].function.arguments | tojson }} {{ tools | tojson }}", {})
+    for record in pickle.loads(pickle.dumps(read_records(write("\n".join(lines))).records)):
+        written = '[{"type": "function", "function": ' + tool[1:-1] + "}]"
+        rendered = template.render(record.messages, record.tools)
+        assert rendered == f"{digits} {written}"
+        line = as_json(record)
+        assert digits in line and written in line
+    big = read_records(write('{"text": "t", "label": 50000000000000000000}')).records[0]
+    assert big.messages == turns("t", "50000000000000000000")
+
+
+def test_numbers_that_json_cannot_hold_are_refused_by_record(write, tmp_path):
+    for number in ("1e999", "-1e999", "9" * 5_000):
+        call = f'{{"role": "assistant", "tool_calls": [{{"name": "f", "arguments": {{"a": [{number}]}}}}]}}'
+        error = error_of(write(f'{json.dumps(CHAT)}\n{{"messages": [{call}]}}'))
+        assert error.startswith(" line 2 message 1: arguments of f holds a number that JSON can't hold"), error
+        error = error_of(
+            write(f'{json.dumps(CHAT)[:-1]}, "tools": [{{"name": "f", "parameters": {{"a": {number}}}}}]}}')
+        )
+        assert error.startswith(" line 1: tools holds a number"), error
+    for number in (float("nan"), float("inf")):
+        call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"a": number}}]}
+        error = error_of(table(tmp_path, [{"messages": [call]}]))
+        assert error.startswith(" row 1 message 1: arguments of f holds a number"), error
+
+
+# ---- Arrow's nulls ----
+
+
+def schema(required=(), **properties) -> dict:
+    return {"type": "object", "properties": properties, "required": list(required)}
+
+
+def calling(name: str, arguments, parameters: dict) -> dict:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": name, "arguments": arguments}]}
+    return {"messages": [*turns("q"), call], "tools": [{"name": name, "parameters": parameters}]}
+
+
+TEXT, NUMBER = {"type": "string", "description": "d"}, {"type": "integer", "enum": [1, 2]}
+NESTED = {"type": "object", "properties": {"x": NUMBER}}
+
+
+def called(record) -> dict:
+    return record.messages[-1]["tool_calls"][0]["function"]["arguments"]
+
+
+def test_nulls_that_arrow_filled_in_are_taken_out_and_counted(tmp_path):
+    records = [
+        calling("f", {"a": "x"}, schema(["a"], a=TEXT)),
+        calling("g", {"b": 1, "c": {"x": 1}}, schema(["b"], b=NUMBER, c=NESTED)),
+        calling("g", {"b": 2, "c": {"y": 1}}, schema(["b"], b=NUMBER, c=NESTED)),
+        calling("h", {"a": "x"}, schema(a=TEXT, b=NUMBER)),  # b may be left out, and null is no integer
+    ]
+    loaded = read_records(table(tmp_path, records))
+    assert [called(record) for record in loaded.records] == [
+        {"a": "x"}, {"b": 1, "c": {"x": 1}}, {"b": 2, "c": {"y": 1}}, {"a": "x"},
+    ]  # fmt: skip
+    for record, wanted in zip(loaded.records, records, strict=True):
+        assert record.tools == [{"type": "function", "function": wanted["tools"][0]}]
+    assert loaded.stats.altered == {"with nulls of other tools, which Arrow filled in, taken out": 4}
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(each) for each in records))
+    plain = read_records(tmp_path / "a.jsonl")
+    assert [called(record) for record in plain.records] == [called(record) for record in loaded.records]
+    assert plain.stats.altered == {}
+
+
+def test_a_tool_without_parameters_is_called_without_arguments(tmp_path):
+    bare = calling("now", {}, {})
+    del bare["tools"][0]["parameters"]
+    records = [calling("f", {"a": "x"}, schema(a=TEXT)), calling("g", {}, schema()), bare]
+    loaded = read_records(table(tmp_path, records))
+    assert [called(record) for record in loaded.records] == [{"a": "x"}, {}, {}]
+    assert loaded.records[2].tools == [{"type": "function", "function": {"name": "now"}}]
+
+
+def test_nulls_that_may_be_meant_are_refused_or_kept(tmp_path, write):
+    nullable = {"type": ["string", "null"]}
+    both = [calling("f", {"a": "x", "b": "y"}, schema(a=TEXT, b=nullable))]
+    both += [calling("f", {"a": "x", "b": None}, schema(a=TEXT, b=nullable))]
+    assert " row 2: arguments of f: 'b' is null" in error_of(table(tmp_path, both))
+    assert called(read_records(write(both)).records[1]) == {"a": "x", "b": None}  # JSON says what was written
+    needed = [each | {"tools": [{"name": "f", "parameters": schema(["b"], a=TEXT, b=nullable)}]} for each in both]
+    assert called(read_records(table(tmp_path, needed)).records[1]) == {"a": "x", "b": None}
+    toolless = [{"messages": each["messages"]} for each in both]
+    assert " row 2: arguments of f: 'b' is null" in error_of(table(tmp_path, toolless))
+    strings = [calling("f", json.dumps({"a": None}), schema(a=nullable)) for _ in range(2)]
+    assert called(read_records(table(tmp_path, strings)).records[0]) == {"a": None}  # the writer's own
 
 
 def test_kto_labels_the_last_answer(write):
@@ -455,10 +756,10 @@ BAD_RECORDS = {  # name: (a good record, the bad one that stands third among suc
     "no content": (CHAT, message_of(content="absent"), ["message 1: no content, found 'role'"]),
     "mistyped content": (CHAT, message_of(content="absent", contents="q"), ["message 1", "'contents'", "'content'"]),
     "content is null": (CHAT, message_of(content=None), ["message 1: content is null, a string is wanted"]),
-    "content is an image": (
+    "content is of an unknown type": (
         CHAT,
-        message_of(content=[{"type": "image"}]),
-        ["message 1: content", "'image'", "text is"],
+        message_of(content=[{"type": "hologram"}]),
+        ["message 1: content", "'hologram'", "text is"],
     ),
     "content is a part without text": (
         CHAT,
@@ -475,7 +776,73 @@ BAD_RECORDS = {  # name: (a good record, the bad one that stands third among suc
     "a class": ({"text": "a"}, {"text": "a", "label": 0}, ["key 'label' changes"]),
     "a user's turn of weight 2": (CHAT, message_of(weight=2), ["message 1: a weight on a message of the user"]),
     "a negative weight": (ALPACA, ALPACA | {"weight": -1}, ["weight is -1, a number from 0"]),
-    "a turn not to be trained": (CHAT, message_of(train=False), ["message 1: key 'train' changes"]),
+    "a record's mask of another speaker": (
+        {"conversations": CHAT["messages"], "mask": "User"},
+        {"conversations": CHAT["messages"], "mask": "Assistant"},
+        ["mask is Assistant, and"],
+    ),
+    "a user's loss scale": (CHAT, message_of(loss_scale=0.5), ["message 1: a weight on a message of the user"]),
+    "a thought without a text": (
+        CHAT,
+        message_of(role="assistant", reasoning_details=[{"type": "reasoning.encrypted", "data": "x"}]),
+        ["message 1: reasoning_details has no part with a text"],
+    ),
+    "a record's switch that is none": (CHAT, CHAT | {"loss": 2.5}, ["loss is 2.5, true or false is wanted"]),
+    "arguments under two names": (
+        CHAT,
+        message_of(role="assistant", tool_calls=[{"name": "f", "arguments": {}, "parameters": {"a": 1}}]),
+        ["message 1: arguments of f: stand under 'arguments', 'parameters'"],
+    ),
+    "an unknown switch": (CHAT, message_of(odd=False), ["message 1: 'odd' may say what is trained", '"weight": 0']),
+    "a switch of two meanings": (CHAT, message_of(mask=1), ["message 1: 'mask' may say what is trained"]),
+    "a switch that is no switch": (CHAT, message_of(train=0.5), ["message 1: train is 0.5, true or false is wanted"]),
+    "a mask of tokens": (CHAT, message_of(loss_mask=[0, 1]), ["message 1: loss_mask is a list, true or false"]),
+    "switches that contradict": (
+        CHAT,
+        message_of(role="assistant", train=True, masked=True),
+        ["message 1: 'train', 'masked' contradict each other"],
+    ),
+    "two thoughts": (
+        CHAT,
+        message_of(role="assistant", reasoning="a", thinking="b"),
+        ["message 1: reasoning and thinking hold different thoughts"],
+    ),
+    "a thought that is a switch": (
+        CHAT,
+        message_of(role="assistant", thinking=True),
+        ["message 1: thinking is a boolean, a string is wanted"],
+    ),
+    "an answer and a refusal": (
+        CHAT,
+        message_of(role="assistant", refusal="no"),
+        ["message 1: content and refusal both hold an answer"],
+    ),
+    "a user's refusal": (CHAT, message_of(content=None, refusal="no"), ["message 1: a refusal of the user"]),
+    "two system messages": (
+        CHAT,
+        {"system": "s", "messages": [{"role": "system", "content": "t"}, *turns("q", "a")]},
+        ['"system" and the first message are two different system messages'],
+    ),
+    "a prompt of another talk": (
+        PREFERENCES[0],
+        {"prompt": "other", "chosen": turns("q", "a"), "rejected": turns("q", "b")},
+        ["prompt and chosen hold two talks that are not the same"],
+    ),
+    "messages of another talk": (
+        PREFERENCES[0],
+        {"prompt": "q", "messages": turns("z", "y", "z"), "chosen": turns("q", "a"), "rejected": turns("q", "b")},
+        ["messages and chosen hold two talks"],
+    ),
+    "a completion of another talk": (
+        {"prompt": "q", "completion": "a"},
+        {"prompt": turns("other"), "completion": turns("q", "a")},
+        ["prompt and completion hold two talks"],
+    ),
+    "infinite arguments": (
+        CHAT,
+        message_of(role="assistant", tool_calls=[{"name": "f", "arguments": '{"a": 1e999}'}]),
+        ["message 1: arguments of f holds a number that JSON can't hold"],
+    ),
     "a user's tool call": (CHAT, message_of(tool_calls=[{"name": "f"}]), ["message 1: a tool call of the user"]),
     "a nameless call": (
         CHAT,

@@ -227,12 +227,19 @@ def test_an_adapter_that_does_not_fit_is_refused(base, adapter, tmp_path):
 
 # ---- merged folders ----
 
+UNKNOWN_NUMBERS = (
+    "does not say which numbers of its base it was trained on; if those of 4 bits (QLoRA), add it to them with"
+    " --quant nf4"
+)
+
 
 def test_a_merged_folder_has_pefts_logits_in_transformers(base, adapter, tmp_path, monkeypatch, capsys):
     (base / "generation_config.json").write_text('{"eos_token_id": [1, 299]}')
     out, err, code = command(convert, monkeypatch, capsys, "merge", base, adapter[0], tmp_path / "merged")
     said = f"merged    {adapter[0]} into {tmp_path / 'merged'}, float32: rounding lost "
-    assert (err, code) == ("", 0) and out.startswith(said) and float(out.split()[-5]) < 1e-3
+    note, check, merged = out.splitlines()
+    assert (err, code) == ("", 0) and merged.startswith(said) and float(merged.split()[-5]) < 1e-3
+    assert note == f"NOTE: {adapter[0]} {UNKNOWN_NUMBERS}" and check.endswith("(+0.0000), on 16 examples")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
     with torch.no_grad():
         assert relative(model(tokens()).logits[0], adapter[1]) < 1e-5
@@ -433,9 +440,10 @@ def test_exporting_takes_the_memory_of_a_tensor_not_of_the_model(tmp_path):
 
 def test_the_command_exports_and_says_what_differs(base, adapter, tmp_path, monkeypatch, capsys):
     words = ("to-gguf", base, tmp_path / "x.gguf", "--adapter", adapter[0], "--type", "q8_0")
-    assert command(convert, monkeypatch, capsys, *words) == ("", "", 0)
+    assert command(convert, monkeypatch, capsys, *words) == ("", f"NOTE: {adapter[0]} {UNKNOWN_NUMBERS}\n", 0)
     convert.folder_to_gguf(base, tmp_path / "y.gguf", "q8_0", adapter[0])
     assert (tmp_path / "x.gguf").read_bytes() == (tmp_path / "y.gguf").read_bytes()
+    capsys.readouterr()  # the note of the second
     _, err, code = command(convert, monkeypatch, capsys, *words)
     assert code == 2 and err == f"error: {tmp_path / 'x.gguf'}: exists already; name a new file\n"
     checkpoint(tmp_path / "hf", "mistral", {"sliding_window": 20, "num_hidden_layers": 1})

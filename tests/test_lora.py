@@ -437,6 +437,28 @@ def test_tensors_must_be_exactly_those_promised(tmp_path, change):
     assert all(words in message for words in ["adapter_model.safetensors", *changed[change][1]])
 
 
+@pytest.mark.parametrize(
+    "rename, said",
+    [
+        (lambda name: name.removeprefix("base_model.model."), ", which begins with '' in place of 'base_model.model.'"),
+        (lambda name: name.replace("model.layers", "language_model.model.layers"),
+         ", which begins with 'base_model.model.language_' in place of 'base_model.model.'"),
+        (lambda name: name.replace("base_model.model.model.", "base_model.model.model.decoder."),
+         ", which begins with 'base_model.model.model.decoder.' in place of 'base_model.model.model.'"),
+        (lambda name: name.replace(".weight", ".default.weight"), "; the file has others, the first: base_model"),
+        (lambda name: name.replace("q_proj", "query"), "; the file has others, the first: base_model"),
+    ],
+)  # fmt: skip
+def test_names_that_begin_or_end_differently_are_named_with_the_wanted_ones(tmp_path, rename, said):
+    model, folder = adapter(tmp_path)
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({rename(name): tensor for name, tensor in weights.items()}, file)
+    message = refused(model, folder)
+    assert f"6 of its tensors missing, the first: {min(weights)}; the file has " in message
+    assert said.replace("language_'", "language_model.'") in message and rename(min(weights)) in message
+
+
 def test_the_rank_of_the_tensors_must_be_that_of_the_configuration(tmp_path):
     assert "[4, 64]" in refused(*adapter(tmp_path, r=5))
 

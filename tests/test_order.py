@@ -87,6 +87,38 @@ def test_the_order_is_one_for_all_processes_and_accumulations(sizes, weights, se
         order.WINDOW_SAMPLES = 4096
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("per_step", [1, 3, 8])
+def test_packed_epochs_train_each_example_as_often_as_asked(monkeypatch, seed, per_step):
+    """Epochs of several windows have a few rows more or fewer than the first one; their steps are counted by
+    themselves."""
+    monkeypatch.setattr(order, "WINDOW_SAMPLES", 64)
+    lengths = np.random.default_rng(seed).integers(3, 60, 300)
+    stream = Sampler(lengths, [300], [300], seed, 64)
+    rows = {stream.epoch_rows(e) for e in range(3)}
+    assert len(rows) > 1  # else this test would show nothing
+    for epochs in (1, 2, 3):
+        stream = Sampler(lengths, [300], [300], seed, 64)
+        steps = stream.steps_of_epochs(epochs, per_step)
+        drawn = Counter(i for _ in range(steps) for row in stream.step(per_step) for i in row)
+        assert drawn == dict.fromkeys(range(300), epochs)
+        assert (stream.epoch, stream.window, stream.row) == (epochs, 0, 0)
+        assert steps / stream.steps_per_epoch(steps, per_step) == pytest.approx(epochs, abs=1e-12)
+    half = stream.steps_of_epochs(2.5, per_step)
+    whole = stream.steps_of_epochs(2, per_step)
+    assert half == whole + round(0.5 * np.ceil(stream.epoch_rows(2) / per_step))
+    assert half / stream.steps_per_epoch(half, per_step) == pytest.approx(2.5, abs=per_step / 100)
+
+
+def test_epochs_that_are_alike_are_packed_once_at_most(monkeypatch):
+    calls = []
+    monkeypatch.setattr(order, "pack_rows", lambda *words, real=order.pack_rows: calls.append(1) or real(*words))
+    one_window, unpacked = plain(1_000, seq_len=64), plain(100_000)
+    assert one_window.steps_of_epochs(10**6, 4) == 10**6 * -(-one_window.epoch_rows() // 4) and len(calls) == 1
+    assert unpacked.steps_of_epochs(0.001, 8) == 12 and unpacked.steps_of_epochs(1e-9, 8) == 1
+    assert unpacked.steps_per_epoch(10**9, 8) == 12_500 and len(calls) == 1
+
+
 def test_a_position_is_three_numbers_and_the_rest_follows(monkeypatch):
     """Wherever a run stops, one that begins there goes on alike; mixing and packing included."""
     monkeypatch.setattr(order, "WINDOW_SAMPLES", 64)

@@ -357,6 +357,27 @@ DAMAGE = {
     "nested scales cut off": lambda found: found.update({f"{NAME}.nested_absmax": torch.zeros(0)}),
     "other numbers": lambda found: found.update({f"{NAME}.quant_map": torch.linspace(-1, 1, 16)}),
     "other nested numbers": lambda found: found.pop(f"{NAME}.nested_quant_map"),
+    "an offset that is missing": lambda found: change_state(found, nested_offset=None),
+    "an offset that is NaN": lambda found: change_state(found, nested_offset=float("nan")),
+    "an offset that is infinite": lambda found: change_state(found, nested_offset=float("-inf")),
+    "an offset beyond floats": lambda found: change_state(found, nested_offset=10**400),
+    "an offset beyond float32": lambda found: change_state(found, nested_offset=1e39),
+    "an offset that is a truth": lambda found: change_state(found, nested_offset=True),
+    "an offset that is a text": lambda found: change_state(found, nested_offset="0.5"),
+    "nested scales with NaN": lambda found: found[f"{NAME}.nested_absmax"].view(-1)[-1:].fill_(float("nan")),
+    "nested scales with infinity": lambda found: found[f"{NAME}.nested_absmax"].view(-1)[:1].fill_(float("inf")),
+    "a state that is one number": lambda found: found.update({STATE: torch.tensor(10**12)}),
+    "a state of other numbers": lambda found: found.update({STATE: found[STATE].long()}),
+    "a state in two dimensions": lambda found: found.update({STATE: found[STATE][None]}),
+    "a state without end": lambda found: found.update({STATE: torch.full((1 << 17,), 32, dtype=torch.uint8)}),
+}
+# What the message says of some.
+SAYS = {
+    "an offset that is missing": "its quant_state.bitsandbytes__nf4 lacks nested_offset",
+    "an offset that is NaN": "its nested_offset is nan, no float32",
+    "an offset beyond floats": "its nested_offset is 1000",
+    "nested scales with NaN": "its nested_absmax holds NaN or infinite numbers",
+    "a state that is one number": "is no JSON of bitsandbytes",
 }
 
 
@@ -370,7 +391,41 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path, kind):
     save_file(found, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=re.escape(NAME)) as error:
         load_model(tmp_path / "4bit")
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and SAYS.get(kind, NAME) in str(error.value)
+
+
+def test_scales_in_float32_must_be_numbers_too(tmp_path):
+    """Without double quantisation, as bitsandbytes writes it where it is not asked for."""
+    llama(tmp_path / "base", **WIDE)
+    save_model(load_model(tmp_path / "base", quant="nf4"), tmp_path / "4bit")
+    file = tmp_path / "4bit" / "model.safetensors"
+    found = load_file(file)
+    for name in [name for name in found if ".nested_" in name]:
+        found.pop(name)
+    for name in [name for name in found if name.endswith(".absmax")]:
+        found[name] = torch.full(found[name].shape, 0.1)
+    save_file(found, file, metadata={"format": "pt"})
+    load_model(tmp_path / "4bit")
+    found[f"{NAME}.absmax"][3] = float("inf")
+    save_file(found, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"{NAME}: its absmax holds NaN or infinite numbers"):
+        load_model(tmp_path / "4bit")
+
+
+def test_parts_of_a_quantised_weight_that_belong_to_no_linear_are_refused(tmp_path):
+    llama(tmp_path / "base", **WIDE)
+    save_model(load_model(tmp_path / "base", quant="nf4"), tmp_path / "4bit")
+    file = tmp_path / "4bit" / "model.safetensors"
+    found = load_file(file)
+    for name, said in (
+        ("model.embed_tokens.weight.absmax", "of a quantised weight, and model.embed_tokens.weight is no linear's"),
+        (f"model.norm.weight.{quant.QUANT_STATE}", "of a quantised weight, and model.norm.weight is no linear's"),
+        ("model.zebra.weight.absmax", "tensors not part of the model: model.zebra.weight.absmax"),
+    ):
+        save_file(found | {name: torch.ones(3)}, file, metadata={"format": "pt"})
+        with pytest.raises(UserError, match=re.escape(name)) as error:
+            load_model(tmp_path / "4bit")
+        assert said in str(error.value)
 
 
 @pytest.mark.parametrize("method", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "bitsandbytes"}, "awq", [1]])

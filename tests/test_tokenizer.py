@@ -15,13 +15,15 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support.chat_cases import CHAT, CHATML, trained_text
 from support.helpers import SHARED, needs_shared
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from common.errors import UserError
 from interop import resolve
-from tokenization.chat_template import ALPACA
+from tokenization.chat_template import ALPACA, PLAIN_TEXT
 from tokenizer import TemplateError, load_tokenizer
 
 TEXTS = [
@@ -465,6 +467,20 @@ def templated(chatml: Path, folder: Path, template: str, **changes) -> Path:
     return folder
 
 
+def ids_as_asked(theirs, messages: list[dict], generate: bool = False) -> list[int]:
+    """What transformers makes of the prompt that a server asks with, then of the answer to it, for each answer."""
+    text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+    edges = [0]
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            asked = theirs.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+            assert text.startswith(asked)
+            edges.append(len(asked))
+    edges.append(len(text))
+    parts = [text[start:end] for start, end in itertools.pairwise(edges)]
+    return [id for part in parts for id in theirs(part, add_special_tokens=False).input_ids]
+
+
 @pytest.mark.parametrize("template", [CHATML, STRIPPING, ALPACA])
 @pytest.mark.parametrize("generate", [False, True])
 def test_render_equals_apply_chat_template(template, generate, chatml, tmp_path):
@@ -476,7 +492,10 @@ def test_render_equals_apply_chat_template(template, generate, chatml, tmp_path)
             messages, tokenize=False, **settings
         )
         ids, mask = ours.render(messages, **settings)
-        assert ids == theirs.apply_chat_template(messages, return_dict=False, **settings)
+        assert ids == ids_as_asked(theirs, messages, generate)
+        whole = theirs.apply_chat_template(messages, return_dict=False, **settings)
+        # GPT-2's pattern makes one token of two line ends where the text ends, as the prompt does, and else two.
+        assert (ids == whole) == (template != STRIPPING or messages is not CHAT)
         assert len(mask) == len(ids) and any(mask) == (messages is CHAT)
 
 
@@ -488,9 +507,115 @@ def test_real_templates_equal_apply_chat_template_and_train_the_answers(name, ch
     messages = CHAT[1:]
     assert ours.render_text(messages) == theirs.apply_chat_template(messages, tokenize=False)
     ids, mask = ours.render(messages)
-    expected = theirs.apply_chat_template(messages, return_dict=False)
+    expected = ids_as_asked(theirs, messages)
     assert ids in (expected, [*expected, ours.eos_id])  # some end in text alone here, their end not being a token
     assert all(message["content"] in "".join(trained_text(ours, ids, mask)) for message in messages[1::2])
+
+
+# ---- the seam between a prompt and its answer ----
+
+LLAMA2 = (
+    "{% for m in messages %}{{ bos_token + '[INST] ' + m.content | trim + ' [/INST]' if m.role == 'user' else"
+    " ' ' + m.content | trim + ' ' + eos_token }}{% endfor %}"
+)
+OPEN_END = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}" + (
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+SEAMS = {  # kind of tokenizer: the templates whose ends of answers are control tokens of it
+    "gpt2": (CHATML, STRIPPING, ALPACA, PLAIN_TEXT, OPEN_END),
+    "llama3": (CHATML, STRIPPING, ALPACA, PLAIN_TEXT, OPEN_END),
+    "qwen, nfc": (CHATML, STRIPPING, ALPACA, PLAIN_TEXT, OPEN_END),
+    "sentencepiece": (ALPACA, PLAIN_TEXT, LLAMA2, OPEN_END),
+    "sentencepiece, legacy": (ALPACA, PLAIN_TEXT, LLAMA2, OPEN_END),
+}
+AT_SEAMS = [
+    " ",
+    "  ",
+    "    ",
+    "\n",
+    "\n\n",
+    "\r\n",
+    "\t",
+    "a",
+    "the",
+    " the",
+    "1",
+    "12",
+    " 7",
+    ".",
+    ":",
+    "###",
+    "'s",
+    "é",
+    "e\u0301",
+]
+AT_SEAMS += ["\u0301", "\u00a0", "\u3000", "。", "🦊", "<think>", "</think>", "<|im_end|>", "def f():\n", "return x"]
+
+
+@pytest.fixture(scope="module")
+def seam_tokenizers(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("seams")
+    folders = {
+        "gpt2": byte_level(folder / "gpt2"),
+        "llama3": byte_level(folder / "llama3", words=LLAMA3),
+        "qwen, nfc": byte_level(folder / "qwen", words=QWEN, nfc=True),
+        "sentencepiece": sentence_pieces(folder / "first", False),
+        "sentencepiece, legacy": sentence_pieces(folder / "always", True),
+    }
+    return {
+        (kind, template): replace(load_tokenizer(folders[kind]), templates={"default": template})
+        for kind, templates in SEAMS.items()
+        for template in templates
+    }
+
+
+words_at_seams = st.lists(st.sampled_from(AT_SEAMS), min_size=1, max_size=6).map("".join).filter(str.strip)
+
+
+@pytest.mark.parametrize("kind", SEAMS)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(contents=st.lists(words_at_seams, min_size=4, max_size=4))
+def test_what_generation_asks_with_is_the_beginning_of_what_was_trained(kind, contents, seam_tokenizers):
+    """For any words at the seam: by a server's view of each answer, with all answers before it as history."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": words} for i, words in enumerate(contents)]
+    for template in SEAMS[kind]:
+        ours = seam_tokenizers[kind, template]
+        ids, mask = ours.render(messages)
+        for i in (1, 3):
+            asked, _ = ours.render(messages[:i], add_generation_prompt=True)
+            assert ids[: len(asked)] == asked, (template, ours.decode(asked))
+            assert mask[len(asked)] and not mask[len(asked) - 1]
+
+
+def test_tokens_at_a_seam_are_those_of_the_prompt_alone(seam_tokenizers):
+    """By hand: two line ends are one token where the prompt ends there, and an answer keeps its indentation."""
+    ours = seam_tokenizers["gpt2", PLAIN_TEXT]
+    turns = [{"role": "user", "content": "a\n"}, {"role": "assistant", "content": "the"}]
+    ids, mask = ours.render(turns)
+    end = ours.special_tokens["<|im_end|>"]
+    assert ids == [ours.bos_id, *ours.encode("a\n\n"), *ours.encode("the"), end]
+    assert ids != [ours.bos_id, *ours.encode("a\n\nthe"), end] and mask == [False] * 3 + [True] * 3
+    ours = seam_tokenizers["gpt2", CHATML]
+    ids, mask = ours.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "    return x\n"}])
+    assert trained_text(ours, ids, mask) == ["    return x\n<|im_end|>"]
+
+
+@pytest.mark.parametrize("flags", [{"rstrip": True}, {"lstrip": True}, {"single_word": True}])
+def test_added_tokens_do_not_reach_over_a_seam(flags, tmp_path):
+    """A token that takes spaces along takes those of the prompt, not those that an answer begins with."""
+    folder = byte_level(tmp_path)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    added = {"special": False, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    spec["added_tokens"].append({"id": 950, "content": "[say]"} | added | flags)
+    write(folder / "tokenizer.json", spec)
+    template = "{% for m in messages %}{{ m.content }}{{ '[say]' if m.role == 'user' else eos_token }}{% endfor %}"
+    ours = replace(load_tokenizer(folder), templates={"default": template})
+    for answer in ("  two", "a", "1", "\nx"):
+        turns = [{"role": "user", "content": "Q "}, {"role": "assistant", "content": answer}]
+        ids, mask = ours.render(turns)
+        asked, _ = ours.render(turns[:1], add_generation_prompt=True)
+        assert ids[: len(asked)] == asked and 950 in asked and mask.index(True) == len(asked)
+        assert trained_text(ours, ids, mask) == [answer + "<|im_end|>"]
 
 
 def test_trained_are_the_answers_and_their_ends_alone(chatml):
@@ -512,25 +637,16 @@ def test_an_answer_in_place_of_another_changes_only_trained_ids(words, tmp_path)
     ours = load_tokenizer(byte_level(tmp_path, words=words, nfc=words is QWEN))
     head = ours.encode("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", special=True)
     tail = ours.encode("<|im_end|>\n", special=True)
-    refused = 0
     for answer in TEXTS + fuzz(200, list(ours.added), seed=3) + ["\ue000\ue001 \ue003"]:
         turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
         if not answer.strip():
             continue
-        if answer[0].isspace():  # perhaps one token with the template's line end before it
-            try:
-                ids, mask = ours.render(turns)
-            except TemplateError as error:
-                assert "a token holds a part of an answer" in str(error)
-                refused += 1
-                continue
         ids, mask = ours.render(turns)
         begins = mask.index(True)
         assert begins == len(head) and ids[: len(head)] == head and ids[-len(tail) :] == tail
         assert all(mask[begins:-1]) and not mask[-1]
         normal = unicodedata.normalize("NFC", answer) if words is QWEN else answer
         assert trained_text(ours, ids, mask) == [normal + "<|im_end|>"], answer
-    assert 0 < refused < 20
 
 
 @pytest.mark.parametrize("kind, before", [("default base", "\x04" * 20), ("nfc", "e\u0301" * 20), ("nfc", "🦊" * 20)])
@@ -698,10 +814,7 @@ def test_sentencepiece_conversations(tmp_path):
         ours = load_tokenizer(sentence_pieces(tmp_path / str(legacy), legacy))
         for answer in ("Yes 🦊 größer", "<s> </s>", " two  spaces ", "日本語"):
             turns = [{"role": "user", "content": "</s> q"}, {"role": "assistant", "content": answer}] * 2
-            if answer == "<s> </s>":  # "\\n<" is a piece of this model
-                with pytest.raises(TemplateError, match="a token holds a part of an answer"):
-                    ours.render(turns)
-                continue
+            # "\\n<" is a piece of this model, and "<s> </s>" is trained all the same.
             ids, mask = ours.render(turns)
             assert [run.strip("\n ") for run in trained_text(ours, ids, mask)] == [(answer + "</s>").strip()] * 2
             assert (ids.count(1), ids.count(2)) == (1, 2)

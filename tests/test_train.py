@@ -20,6 +20,7 @@ import lora
 import train
 from checkpoint import load_model, read_config
 from common.errors import UserError
+from common.folder_lock import FolderLock
 from data import load
 from dataset.sampler import Sampler
 from flags import Flags
@@ -387,7 +388,7 @@ def test_an_end_of_turn_that_no_config_lists_is_said(numbers, tmp_path, monkeypa
 def test_two_runs_of_one_second_get_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_folder.time, "strftime", lambda form: "20260101-000000-lora")
-    assert len({run_folder.make_run_folder(Flags()) for _ in range(3)}) == 3
+    assert len({run_folder.make_run_folder(Flags(), FolderLock()) for _ in range(3)}) == 3
 
 
 def test_profile_prints_a_table_and_writes_a_trace(base, numbers, tmp_path, monkeypatch, capsys):

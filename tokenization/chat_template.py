@@ -23,8 +23,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field
+from datetime import date, datetime
 from functools import cached_property
 from itertools import islice
 from os.path import commonprefix
@@ -49,9 +49,9 @@ class Refused(Exception):
 def serve_templates() -> None:
     """Renders jobs until the standard input ends; the process's whole life.
 
-    The first line of the input is {"template", "names"}. Each further line is a list of jobs,
-    {"messages", "tools", "add_generation_prompt"}, and is answered with a line: a list of {"text"}
-    or {"error"}, one for each job.
+    The first line of the input is {"template", "names", "date"}. Each further line is a list of
+    jobs, {"messages", "tools", "add_generation_prompt"}, and is answered with a line: a list of
+    {"text"} or {"error"}, one for each job.
     """
     # Windows has no module `resource`; and a limit can't be raised where it is lower already.
     with contextlib.suppress(ImportError, ValueError, OSError):
@@ -63,7 +63,7 @@ def serve_templates() -> None:
     template = None
     template_error = ""
     try:
-        template = environment().from_string(settings["template"])
+        template = environment(settings["date"]).from_string(settings["template"])
     except Exception as error:  # noqa: BLE001  a stranger's program may fail in any way
         template_error = error_text(error)
     # The terminal sends Ctrl-C to all processes. This one ends with its input instead.
@@ -72,7 +72,7 @@ def serve_templates() -> None:
         if not line.endswith("\n"):
             # The caller was killed while it wrote the line.
             return
-        jobs = json.loads(line)
+        jobs = json.loads(line, parse_float=written_number)
         results = []
         for job in jobs:
             if template is None:
@@ -106,8 +106,12 @@ def error_text(error: Exception) -> str:
     return message if message else type(error).__name__
 
 
-def environment():
-    """The jinja2 environment that transformers promises to templates: a sandbox, tags and helpers."""
+def environment(day: str):
+    """The jinja2 environment that transformers promises to templates: a sandbox, tags and helpers.
+
+    day: the date that templates may write, as 2026-11-29. It is a setting, and not the clock's, so
+    that a run that goes on on another day writes what it wrote before.
+    """
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -126,7 +130,8 @@ def environment():
         raise jinja2.TemplateError(message)
 
     def strftime_now(format: str) -> str:
-        return datetime.now().strftime(format)
+        # At midnight, since another second in each prompt would teach nothing.
+        return datetime.fromisoformat(day).strftime(format)
 
     jinja = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
@@ -139,9 +144,69 @@ def environment():
 
 def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     """Replaces jinja2's own filter, which escapes for HTML: no model was trained on that."""
-    return json.dumps(
+    return to_exact_json(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+
+
+# ---- numbers, digit by digit ----
+
+
+class WrittenNumber(float):
+    """A number of a JSON text whose digits Python would write in another way: 1.10 or 1e5, or more
+    digits than a float holds. It is that float, and is written as it stood in the text.
+
+    text: how it stood there.
+    """
+
+    __slots__ = ("text",)
+    # Whether this process has one, so that JSON without any is written at once.
+    exists = False
+
+    def __new__(cls, text: str):
+        number = super().__new__(cls, text)
+        number.text = text
+        WrittenNumber.exists = True
+        return number
+
+    def __reduce__(self):
+        return WrittenNumber, (self.text,)
+
+    def __str__(self) -> str:
+        return self.text
+
+    __repr__ = __str__
+
+
+def written_number(text: str) -> float:
+    """Returns the number of a JSON text; the argument `parse_float` of a JSON decoder."""
+    number = float(text)
+    if repr(number) == text:
+        return number
+    return WrittenNumber(text)
+
+
+def to_exact_json(value: object, **options) -> str:
+    """Returns `json.dumps(value, **options)`, in which every WrittenNumber stands as it was
+    written."""
+    if not WrittenNumber.exists:
+        return json.dumps(value, **options)
+    # json.dumps writes a subclass of float as the float. So each is written as a string between
+    # marks that nobody can know, which is then freed from its quotes.
+    mark = os.urandom(8).hex()
+    text = json.dumps(mark_numbers(value, mark), **options)
+    return re.sub(f'"{mark}([^"]*){mark}"', r"\1", text)
+
+
+def mark_numbers(value: object, mark: str) -> object:
+    """Returns a value with every WrittenNumber as its text between marks."""
+    if isinstance(value, WrittenNumber):
+        return mark + value.text + mark
+    if isinstance(value, dict):
+        return {key: mark_numbers(each, mark) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [mark_numbers(each, mark) for each in value]
+    return value
 
 
 # ---- the caller's side ----
@@ -174,6 +239,8 @@ class Answer:
     has_tool_calls: the template's own words for the calls belong to the answer as well.
     message: the number of the message in the conversation.
     is_last: it is the last message of the conversation.
+    is_as_asked: False for a last answer that a server would ask for in other words than stand
+    before it: with <think> at the end, for example, or with the system message.
     """
 
     begin: int
@@ -182,6 +249,7 @@ class Answer:
     has_tool_calls: bool
     message: int
     is_last: bool
+    is_as_asked: bool = True
 
 
 @dataclass
@@ -190,6 +258,8 @@ class Rendered:
 
     text: the text. other: the same, with another text in the place of each answer.
     answers: the answers, in their order in the text.
+    seams: where generation stops writing the prompt and the model goes on: the beginnings of the
+    answers that a template asks for, ascending.
     quoted: spans of the messages' own words, in which the text of a control token is plain text.
     parts: (start, end, growth) of each span that differs in `other`, where it is `growth`
     characters longer.
@@ -203,6 +273,7 @@ class Rendered:
     quoted: list[Span]
     parts: list[tuple[int, int, int]]
     has_generation_prompt: bool = False
+    seams: list[int] = field(default_factory=list)
 
     def position_in_other(self, position: int) -> int:
         """Returns the position in `other` of a position in `text` that is not inside one of the
@@ -211,15 +282,22 @@ class Rendered:
         return position + sum(growths)
 
 
+def today() -> str:
+    """Returns the date, as 2026-11-29."""
+    return date.today().isoformat()
+
+
 class Template:
     """A template in a process of its own, which starts at the first use and ends with this object.
 
     source: the Jinja program. names: bos_token, eos_token, ... as the template may write them.
+    day: the date that it may write, as 2026-11-29; "" for today.
     """
 
-    def __init__(self, source: str, names: dict[str, str]):
+    def __init__(self, source: str, names: dict[str, str], day: str = ""):
         self.source = source
         self.names = names
+        self.day = day or today()
         self.process = None
 
     def render(
@@ -247,8 +325,8 @@ class Template:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
             )
-            settings = json.dumps({"template": self.source, "names": self.names})
-            lines = settings.encode() + b"\n" + lines
+            settings = {"template": self.source, "names": self.names, "date": self.day}
+            lines = json.dumps(settings).encode() + b"\n" + lines
         try:
             self.write(lines)
             results = json.loads(self.read_line())
@@ -272,7 +350,7 @@ class Template:
         for messages, tools, prompted in jobs:
             job = {"messages": messages, "tools": tools, "add_generation_prompt": prompted}
             objects.append(job)
-        return json.dumps(objects).encode() + b"\n"
+        return to_exact_json(objects).encode() + b"\n"
 
     def write(self, lines: bytes) -> None:
         """Writes all of some lines to the process: a write to a pipe may take a part only."""
@@ -424,8 +502,14 @@ class Template:
         previous_end = 0
         for i, (first, last) in sorted(extents.items()):
             has_calls = bool(messages[i].get("tool_calls"))
+            is_as_asked = True
             if messages[i]["role"] == "assistant":
-                begin = self.answer_begin(rendered.text, messages[:i], conversation.tools, first)
+                begin, is_as_asked = self.answer_begin(
+                    rendered.text, messages[:i], conversation.tools, first
+                )
+                # Templates move tools and drop thoughts when the conversation goes on. So it is the
+                # last answer that must be asked for in the words that stand before it.
+                is_as_asked = is_as_asked or i < len(messages) - 1
                 has_words_before = bool(rendered.text[begin:first].strip())
                 asks_for_answers = bool(self.generation_prompt.strip())
                 if has_words_before and not asks_for_answers and not has_calls:
@@ -442,19 +526,26 @@ class Template:
             if not in_order or lacks_call:
                 raise Refused("it can't be told where an answer begins")
             is_last = i == len(messages) - 1
-            rendered.answers.append(Answer(begin, first, last, has_calls, i, is_last))
+            # Nothing asks for a user's message.
+            if messages[i]["role"] == "assistant":
+                rendered.seams.append(begin)
+            answer = Answer(begin, first, last, has_calls, i, is_last, is_as_asked)
+            rendered.answers.append(answer)
             previous_end = last
         return rendered
 
-    def answer_begin(self, text: str, before: list[dict], tools: list | None, first: int) -> int:
-        """Returns where an answer begins: behind the text that asks for it.
+    def answer_begin(
+        self, text: str, before: list[dict], tools: list | None, first: int
+    ) -> tuple[int, bool]:
+        """Returns where an answer begins, behind the text that asks for it, and False if that text
+        is another than what a server asks with.
 
         before: the messages before the answer. first: position of the first word that is certainly
         the answer's.
         """
         generation_prompt = self.generation_prompt
         if generation_prompt.strip() and text.endswith(generation_prompt, 0, first):
-            return first
+            return first, True
 
         # The messages before the answer, rendered with the generation prompt, are the beginning of
         # the text.
@@ -463,7 +554,7 @@ class Template:
             prompted = self.try_all([(before, tools, True)])[0]
         if isinstance(prompted, str):
             if text.startswith(prompted):
-                return len(prompted)
+                return len(prompted), True
             # The rest of the conversation may change how earlier messages are written. The last one
             # before the answer stays the same, so its words and what follows them are looked for.
             words = str(before[-1].get("content")).strip()
@@ -472,7 +563,7 @@ class Template:
                 ending = prompted[prompted.rfind(words) :]
             position = text.rfind(ending, 0, first)
             if words and position >= 0:
-                return position + len(ending)
+                return position + len(ending), False
 
             # The template asks for an answer in other words than it writes before one: with
             # <think>, for example. Then the answer begins behind what both have in common.
@@ -482,13 +573,14 @@ class Template:
                 if text.startswith(without):
                     common = commonprefix([generation_prompt, text[len(without) : first]])
                     if common:
-                        return len(without) + len(common)
+                        return len(without) + len(common), False
 
         if generation_prompt.strip():
             position = text.rfind(generation_prompt, 0, first)
             if position >= 0:
-                return position + len(generation_prompt)
-        return first
+                return position + len(generation_prompt), False
+        # Before the first message of all nothing asks, nor where the template refuses to.
+        return first, not isinstance(prompted, str)
 
 
 class Marks:

@@ -23,6 +23,7 @@ import tiktoken
 from sentencepiece import SentencePieceProcessor
 
 from common.errors import UserError
+from common.files import lfs_pointer
 
 SUPPORTED = (
     "supported are byte-level BPE as of GPT-2, Llama 3, Qwen, Mistral Nemo and SmolLM,"
@@ -100,8 +101,11 @@ class BytePairs:
             ids = [id for id in ids if id >= 0]
         return ids
 
-    def encode_spans(self, text: str, first: bool) -> tuple[list[int], list[int], list[int]]:
-        """Returns the ids, and where each begins and ends, in bytes of the text."""
+    def encode_spans(
+        self, text: str, first: bool, continues: bool = False
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Returns the ids, and where each begins and ends, in bytes of the text. continues: as in
+        Pieces."""
         ids = self._ids(text)
         lengths = map(self.lengths.__getitem__, ids)
         ends = list(accumulate(lengths))
@@ -410,10 +414,16 @@ class Pieces:
         """Returns the ids of a text without added tokens. first: nothing stands before the text."""
         return self._processor(text, first).encode(text)
 
-    def encode_spans(self, text: str, first: bool) -> tuple[list[int], list[int], list[int]]:
+    def encode_spans(
+        self, text: str, first: bool, continues: bool = False
+    ) -> tuple[list[int], list[int], list[int]]:
         """Returns the ids, and where each begins and ends, in bytes of the text. A piece of width 0
-        counts as one byte, because it belongs to what follows it."""
-        result = self._processor(text, first).encode(text.encode(), return_type="offset_mapping")
+        counts as one byte, because it belongs to what follows it.
+
+        continues: plain text stands directly before the text, so that no space is put between.
+        """
+        processor = self.bare if continues else self._processor(text, first)
+        result = processor.encode(text.encode(), return_type="offset_mapping")
         starts = [start for start, _ in result["offsets"]]
         ends = [max(end, start + 1) for start, end in result["offsets"]]
         return result["ids"], starts, ends
@@ -592,7 +602,11 @@ LLAMA3_CONTROL += [f"reserved_special_token_{number}" for number in range(3, 248
 
 
 def check_size(file: Path) -> None:
-    """Raises UserError for a tokenizer.model that is too large to be one."""
+    """Raises UserError for a tokenizer.model that is too large to be one, or only the pointer of a
+    file that Git LFS has not fetched."""
+    pointer = lfs_pointer(file)
+    if pointer:
+        raise UserError(f"{file}: {pointer}")
     size = file.stat().st_size
     if size > MODEL_BYTES:
         raise UserError(f"{file}: {size / 1e6:,.0f} MB, at most {MODEL_BYTES / 1e6:.0f} are read")

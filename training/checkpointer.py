@@ -35,10 +35,20 @@ from torch import Tensor, nn
 import distributed
 from checkpoint import open_safetensors, read_tensor
 from common.errors import UserError, describe_os_error, read_json
-from common.files import atomic_file, atomic_folder, file_sha256, write_json
+from common.files import atomic_file, atomic_folder, file_sha256, utf8_path, write_json
 from dataset.sampler import Sampler
 from distributed import dtensor_like, is_rank0, is_sharded, to_local
-from flags import FORMER_NAMES, OPTIONS, PER_LAUNCH, Flags, as_dict, dashed
+from flags import (
+    FORMER_NAMES,
+    OPTIONS,
+    PER_LAUNCH,
+    Flags,
+    as_dict,
+    check_paths_exist,
+    dashed,
+    relocate_paths,
+    saved_value,
+)
 from optimizers import dequantize_moment, quantize_moment
 from training.state import TrainState
 
@@ -163,6 +173,9 @@ class Checkpointer:
         self.optimizers = optimizers
         self.sampler = sampler
         self.origin = origin
+        # Now, for a file that is named may be moved or deleted while the run goes on.
+        self.flags = as_dict(settings)
+        self.directory = os.getcwd()
         self.writer = CheckpointWriter(out, settings.keep, settings.save_async, print_fn)
 
     @property
@@ -185,7 +198,8 @@ class Checkpointer:
         stored["random"] = distributed.all_gather_object(random_state())
         # Into how many parts the rows of a step are split. The ranks are as many as "random" has.
         stored["processes"] = distributed.dp_size()
-        stored["flags"] = as_dict(self.settings)
+        stored["flags"] = self.flags
+        stored["directory"] = self.directory
         stored["torch"] = torch.__version__
         stored |= self.origin
         with distributed.extended_timeout():
@@ -505,8 +519,9 @@ def read_checkpoint(found: Checkpoint, model: nn.Module, optimizers: list) -> No
     if missing:
         problem = f"holds no {missing[0]!r}; it is of another method or optimizer"
         raise UserError(f"{found.folder}: {problem}")
-    reader = dcp.HuggingFaceStorageReader(str(found.folder))
-    dcp.load(loaded, storage_reader=reader, no_dist=not dist.is_initialized())
+    with utf8_path(found.folder) as folder:
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        dcp.load(loaded, storage_reader=reader, no_dist=not dist.is_initialized())
     for name, p in model.named_parameters():
         parts = {part: own[part] for part in by_shard if part.split(" ")[1] == name}
         if parts:
@@ -522,7 +537,11 @@ def check_same_run(found: Checkpoint, base: dict) -> None:
     if found.state["base_sha256"] != base["base_sha256"]:
         raise UserError(f"--resume: {base['base']} holds other weights {before}")
     if found.state["data"] != base["data"]:
-        raise UserError(f"--resume: the examples are others, or in another order, {before}")
+        hint = ""
+        if found.state["flags"].get("date") is None:
+            # Of an earlier version, whose runs did not hold it.
+            hint = "; if the chat template writes the date, give the day it was begun as --date"
+        raise UserError(f"--resume: the examples are others, or in another order, {before}{hint}")
 
 
 def stored_tensors(folder: Path) -> dict[str, Path]:
@@ -596,7 +615,7 @@ def restore_flags(flags: Flags, state: dict, where: Path) -> tuple[Flags, list[s
     where: the checkpoint's folder, for messages.
     Raises UserError with a list of the flags that would change what is computed.
     """
-    saved = current_names(state["flags"])
+    saved = relocate_paths(current_names(state["flags"]), state.get("directory"))
     if saved["map"] and "map" not in flags.given:
         advice = "give it again, it is code to be run"
         raise UserError(f"--resume: the run goes through --map {saved['map']}; {advice}")
@@ -639,11 +658,15 @@ def unchanged_flags(flags: Flags, saved: dict, where: Path) -> dict:
         was_open = name == "epochs" and before is None
         if name not in flags.given or now == "auto":
             taken[name] = before
-        elif name not in SAFE_TO_CHANGE and now != before and not was_open:
+            continue
+        # Runs of earlier versions hold paths as they were typed.
+        is_other = saved_value(name, now) != saved_value(name, before)
+        if is_other and name not in SAFE_TO_CHANGE and not was_open:
             refused.append(f"{dashed(name)} {now} (it was {before})")
     if refused:
         changes = ", ".join(refused)
         raise UserError(f"--resume: {where} was made with other flags: {changes}; leave them out")
+    check_paths_exist(taken, where)
     return taken
 
 

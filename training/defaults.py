@@ -18,8 +18,8 @@ import torch
 import distributed
 import lora
 import optimizers
-from checkpoint import read_config, stored_dtype, weight_files
-from common.device import DTYPES, pick_dtype
+from checkpoint import dtype_note, read_config, stored_dtype, weight_files
+from common.device import DTYPES, STORAGE_DTYPES, pick_dtype
 from common.errors import UserError
 from data import TrainingData
 from dataset.sampler import Sampler
@@ -44,6 +44,8 @@ MAX_SECONDS_BETWEEN_CHECKPOINTS = 1800
 BASE_LR = 5e-5
 REFERENCE_WIDTH = 2000
 WIDTH_EXPONENT = 0.78
+# A run of fewer steps has no checkpoints, unless these take longer than that.
+CHECKPOINTS_FROM_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Settings(Flags):
     """Every option with the value that holds, none of them open.
 
     reasons: {option: why}, for those that were chosen here.
-    steps_per_epoch: the steps of one epoch.
+    steps_per_epoch: the steps of one epoch, on average.
     max_tokens: the most tokens of a micro-batch of one rank.
     flops_per_token: floating point operations of training.
     expected_seconds: what training is expected to take.
@@ -67,7 +69,7 @@ class Settings(Flags):
     save_every: int
 
     reasons: dict[str, str] = field(default_factory=dict)
-    steps_per_epoch: int = 1
+    steps_per_epoch: float = 1
     max_tokens: int = 0
     flops_per_token: float = 0.0
     expected_seconds: float = 0.0
@@ -95,6 +97,7 @@ def resolve_defaults(
     )
     flags, steps_per_epoch = choose_steps(flags, data.sampler)
     flags = choose_optimization(flags, config)
+    flags, why_save_dtype = choose_save_dtype(flags, folder, config)
     model = meta_model_of_run(flags, folder, config)
     if continues_adapter(flags):
         flags = dataclasses.replace(flags, **adapter_shape(model))
@@ -119,6 +122,7 @@ def resolve_defaults(
         "shard": why_shard,
         "compile": why_compile,
         "save_every": why_save,
+        "save_dtype": why_save_dtype,
     }
     return Settings(
         **values,
@@ -169,14 +173,14 @@ def choose_shard(flags: Flags, folder: Path, device: torch.device) -> tuple[str,
     return shard, reason
 
 
-def choose_steps(flags: Flags, sampler: Sampler) -> tuple[Flags, int]:
+def choose_steps(flags: Flags, sampler: Sampler) -> tuple[Flags, float]:
     """Chooses how long to train and how often to validate.
 
-    Returns the flags with these, and the number of steps in an epoch.
+    Returns the flags with these, and the mean number of steps in an epoch: packed epochs may differ
+    by a step, and a run ends with the last step of its last one.
     """
     per_step = flags.batch_size * flags.accumulate * distributed.dp_size()
     examples = sum(sampler.samples_per_epoch)
-    steps_per_epoch = math.ceil(sampler.epoch_rows() / per_step)
     steps, epochs, eval_every = flags.steps, flags.epochs, flags.eval_every
     if steps is None:
         if epochs is None:
@@ -187,7 +191,8 @@ def choose_steps(flags: Flags, sampler: Sampler) -> tuple[Flags, int]:
                 epochs = 2.0
             else:
                 epochs = 3.0
-        steps = max(1, round(epochs * steps_per_epoch))
+        steps = sampler.steps_of_epochs(epochs, per_step)
+    steps_per_epoch = sampler.steps_per_epoch(steps, per_step)
     if eval_every is None:
         eval_every = math.ceil(steps / 5)
     flags = dataclasses.replace(flags, steps=steps, epochs=epochs, eval_every=eval_every)
@@ -232,7 +237,7 @@ def meta_model_of_run(flags: Flags, folder: Path, config: Config) -> Transformer
     if not method_of(flags).freezes_base:
         select_weights(model, flags)
         # Frozen weights that were stored in 16 bits stay in 16 bits; trained ones are in fp32.
-        stored_in_16_bits = stored_dtype(config).itemsize == 2
+        stored_in_16_bits = stored_dtype(folder).itemsize == 2
         for parameter in model.parameters():
             if stored_in_16_bits and not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
@@ -318,6 +323,8 @@ def choose_save_every(flags: Flags, model: Transformer, seconds: float) -> tuple
     save_every = flags.save_every
     if save_every is None:
         in_time = MAX_SECONDS_BETWEEN_CHECKPOINTS * flags.steps / max(seconds, 1)
+        if flags.steps < CHECKPOINTS_FROM_STEPS and in_time >= flags.steps:
+            return 0, f"no checkpoints, the run is short: {flags.steps} steps (--save-every)"
         save_every = max(1, min(math.ceil(flags.steps / 5), int(in_time)))
     checkpoint_size, weights_size, count = sizes_on_disk(flags, model)
     needed = count * checkpoint_size + 3 * weights_size
@@ -335,6 +342,19 @@ def choose_save_every(flags: Flags, model: Transformer, seconds: float) -> tuple
     return save_every, line
 
 
+def choose_save_dtype(flags: Flags, folder: Path, config: Config) -> tuple[Flags, str]:
+    """Returns the flags with --save-dtype, the dtype of best/ and final/, and why it was chosen;
+    an adapter has none, it is stored in float32."""
+    if method_of(flags).freezes_base:
+        return flags, ""
+    if flags.save_dtype is not None:
+        return flags, "asked for with --save-dtype"
+    dtype = stored_dtype(folder)
+    name = next(name for name, known in STORAGE_DTYPES.items() if known == dtype)
+    reason = dtype_note(folder, config) or "as the base's files are"
+    return dataclasses.replace(flags, save_dtype=name), f"{reason} (--save-dtype)"
+
+
 def sizes_on_disk(flags: Flags, model: Transformer) -> tuple[float, float, int]:
     """Returns (bytes of a checkpoint, bytes of best/ or final/, most checkpoints at a time)."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -346,7 +366,7 @@ def sizes_on_disk(flags: Flags, model: Transformer) -> tuple[float, float, int]:
     if method_of(flags).freezes_base:
         weights = 4 * trained
     else:
-        weights = 2 * model.size
+        weights = (4 if flags.save_dtype == "fp32" else 2) * model.size
     # Besides those of --keep, the best one and the one that is being written.
     return checkpoint, weights, flags.keep + 2
 

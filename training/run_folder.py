@@ -17,9 +17,11 @@ import distributed
 from checkpoint import fingerprint
 from common.device import pick_device
 from common.errors import UserError
+from common.folder_lock import FolderLock
 from data import TrainingData
 from flags import Flags
 from model import Transformer
+from tokenization.chat_template import today
 from training import checkpointer
 from training.checkpointer import RUN_FILES, Checkpoint
 from training.defaults import Settings, sizes_on_disk
@@ -40,11 +42,17 @@ class Run:
     is_complete: bool = False
 
 
-def open_run(flags: Flags) -> Run:
-    """Joins the other ranks, if there are any, and finds the checkpoint that --resume takes."""
+def open_run(flags: Flags, lock: FolderLock) -> Run:
+    """Joins the other ranks, if there are any, and finds the checkpoint that --resume takes.
+
+    lock: gets the folder of --out, so that no second run writes into it. Rank 0 has it for all.
+    """
     device = pick_device(flags.device)
     if distributed.launched_by_torchrun() or flags.shard not in (None, "none"):
         device = distributed.init_distributed(device)
+    # Only now, when all ranks have joined: none of them looks at the folder any more.
+    if flags.out and not flags.plan:
+        distributed.run_on_rank0(lambda: lock_folder(lock, flags.out))
     if flags.resume:
         run = find_run(flags, device)
     else:
@@ -63,7 +71,21 @@ def open_run(flags: Flags) -> Run:
         # That would also fill all new memory, which is for finding bugs and takes time.
         torch.utils.deterministic.fill_uninitialized_memory = False
     check_offload(run.flags, run.device)
+    if run.flags.date is None:
+        # The run keeps it, also where it is resumed on another day; and all ranks have the same.
+        run.flags = dataclasses.replace(run.flags, date=distributed.run_on_rank0(today))
     return run
+
+
+def lock_folder(lock: FolderLock, out: str) -> None:
+    """Locks --out, and prints what there is to be said about it. Raises UserError where another
+    run has it."""
+    try:
+        remark = lock.acquire(Path(out))
+    except UserError as error:
+        raise UserError(f"--out {error}") from None
+    if remark:
+        print(f"NOTE      {remark}")
 
 
 def check_offload(flags: Flags, device: torch.device) -> None:
@@ -106,11 +128,13 @@ def find_run(flags: Flags, device: torch.device) -> Run:
     return Run(flags, device, found)
 
 
-def make_run_folder(flags: Flags, resumed: Checkpoint | None = None) -> Path:
+def make_run_folder(flags: Flags, lock: FolderLock, resumed: Checkpoint | None = None) -> Path:
     """Makes the folder of the run, and returns it: a new one, or --out.
 
     What an earlier run wrote into --out is removed. If this run is resumed, that is only what was
     written after the checkpoint.
+
+    lock: has --out already, and gets a new folder.
     """
     if resumed:
         out = Path(flags.out)
@@ -123,7 +147,9 @@ def make_run_folder(flags: Flags, resumed: Checkpoint | None = None) -> Path:
         checkpointer.truncate_metrics(out / "metrics.jsonl", resumed.state["step"])
         return out
     if flags.out is None:
-        return make_numbered_folder(flags.method)
+        out = make_numbered_folder(flags.method)
+        lock.acquire(out, is_new=True)
+        return out
     out = Path(flags.out)
     out.mkdir(parents=True, exist_ok=True)
     checkpointer.clear_leftovers(out)

@@ -1,8 +1,10 @@
-"""SIGTERM and SIGINT end a run after the step at hand, with a checkpoint.
+"""SIGTERM, SIGINT and SIGHUP end a run after the step at hand, with a checkpoint.
 
-A cluster's scheduler sends SIGTERM some time before it kills a job; Ctrl-C sends SIGINT.
+A cluster's scheduler sends SIGTERM some time before it kills a job; Ctrl-C sends SIGINT; a terminal
+or a connection that is closed sends SIGHUP, which `nohup` has a program ignore.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -11,7 +13,11 @@ from typing import Self
 
 from distributed import is_rank0
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+# Windows has none.
+HANGUP = getattr(signal, "SIGHUP", None)
+if HANGUP is not None:
+    SIGNALS.append(HANGUP)
 # Signals within a second count as one: torchrun passes on what the terminal has sent already.
 DEBOUNCE_SECONDS = 1.0
 STOPPING = b"\nstopping  after this step, with a checkpoint; once more to stop at once\n"
@@ -42,6 +48,9 @@ class GracefulStop:
         self.wakeup_before = signal.set_wakeup_fd(self.write_end, warn_on_full_buffer=False)
         self.handlers_before = {}
         for number in SIGNALS:
+            # Under nohup the run is to outlive its terminal.
+            if number == HANGUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             # A handler that does nothing, since the default one would end the process.
             self.handlers_before[number] = signal.signal(number, lambda *_: None)
         threading.Thread(target=self.listen, daemon=True).start()
@@ -55,14 +64,16 @@ class GracefulStop:
                 break
             number = received[0]
             now = time.monotonic()
-            if number not in SIGNALS:
+            if number not in self.handlers_before:
                 continue
             if not self.signal:
                 self.signal = number
                 self.since = now
                 if is_rank0():
-                    # Straight to standard error, whose buffer another thread may be using.
-                    os.write(2, STOPPING)
+                    # Straight to standard error, whose buffer another thread may be using. With a
+                    # terminal that is gone there is none.
+                    with contextlib.suppress(OSError):
+                        os.write(2, STOPPING)
             elif now - self.since > DEBOUNCE_SECONDS:
                 os._exit(128 + number)
         os.close(self.read_end)

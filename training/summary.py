@@ -170,6 +170,8 @@ def print_run(settings: Settings, model: Transformer, device: torch.device) -> N
         print_line(f"kept for the backward: {kept}")
     if settings.weights == "bf16":
         print_line("trained weights in bfloat16, rounded up or down at random, right on average")
+    if settings.save_dtype:
+        print_line(f"saved in {settings.save_dtype}: {settings.reasons['save_dtype']}")
     if settings.optimizer_offload:
         print_line(f"masters and moments in fp32 on the host; weights on the GPU in {dtype}")
 

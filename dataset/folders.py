@@ -84,7 +84,7 @@ class Listing:
         return f"{is_read}; not read here: {', '.join(others)}"
 
 
-def list_files(path: Path, part: str) -> Listing:
+def list_parts(path: Path, part: str) -> Listing:
     """Returns the files of a folder and its subfolders that are to be read, in the order of their
     names.
 

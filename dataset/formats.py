@@ -34,7 +34,7 @@ from dataset.folders import (
     TRAIN,
     VALIDATION,
     Listing,
-    list_files,
+    list_parts,
     llama_factory_entries,
     part_of_record,
 )
@@ -293,7 +293,7 @@ def open_source(
     """
     path = Path(path)
     if path.is_dir():
-        listing = list_files(path, part)
+        listing = list_parts(path, part)
     elif path.name == DESCRIPTION and llama_factory_entries(path):
         raise UserError(f"{path}: describes data sets of LLaMA-Factory; name its folder, or a file")
     else:

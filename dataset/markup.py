@@ -29,7 +29,7 @@ MARKUP = (
 BEGINNINGS = ("<|", "<｜")
 OTHERS = ("[INST]", "<start_of_turn>")
 # Words that may stand in a text by chance are markup only where an answer's follow.
-PAIRS = (
+TURN_MARKS = (
     ("### Instruction:", "### Response:"),  # Alpaca
     ("USER: ", "ASSISTANT:"),  # Vicuna
 )
@@ -55,7 +55,7 @@ def holds_rendered_chat(text: str) -> bool:
         for part in text.split(marker)[1:]:
             if ROLE.match(part):
                 return True
-    for question, answer in PAIRS:
+    for question, answer in TURN_MARKS:
         position = text.find(question)
         if position >= 0 and text.find(answer, position) >= 0:
             return True

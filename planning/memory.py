@@ -188,7 +188,9 @@ def meta_model(
             if name != "head" or with_head:
                 layer.quantize(empty_nf4(layer.out_features, layer.in_features))
     if method.freezes_base and adapter is not None:
-        method.attach(model, SimpleNamespace(adapter=None, resume=None, **adapter))
+        # A new adapter, on all linears and without dropout if nothing else is said.
+        options = {"adapter": None, "resume": None, "dropout": 0.0, "targets": lora.ALL} | adapter
+        method.attach(model, SimpleNamespace(**options))
     model.activation_checkpointing = recipe.checkpointing
     return model
 

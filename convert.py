@@ -41,6 +41,7 @@ from interop.resolve import (
     model_folder,
     pick_base_numbers,
     pick_tokenizer,
+    trained_day,
 )
 from kernels.nf4 import dequantized_weight
 from model import quantized_linears
@@ -316,7 +317,11 @@ def to_nf4(folder: Path, out: Path, quant: str = "nf4", print_fn: Callable = pri
 
     def write_origin(new_folder: Path) -> None:
         origin = {"base": str(folder.resolve()), "base_sha256": checkpoint.fingerprint(folder)}
-        write_json(origin | {"quant": quant}, new_folder / "plaintune.json")
+        origin["quant"] = quant
+        # The date that the model was trained to see in its prompts.
+        if trained_day(folder):
+            origin["date"] = trained_day(folder)
+        write_json(origin, new_folder / "plaintune.json")
 
     checkpoint.save_model(model, out, write_extra=write_origin)
 

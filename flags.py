@@ -127,8 +127,9 @@ class Flags:
     )
     date: str | None = option(
         None,
-        "the date that a chat template writes which asks for it, as 2026-11-29; default: the day on"
-        " which the run begins, also when it is resumed later",
+        "the date that a chat template writes which asks for it, as 2026-11-29; default: the one that"
+        " --adapter or --model was trained with here, else the day on which the run begins, also when"
+        " it is resumed later",
         metavar="DATE",
     )
     empty_think: str = option(
@@ -645,6 +646,22 @@ def check_data(flags: Flags) -> None:
 
 def check_method(flags: Flags) -> None:
     """Raises UserError for options that --method or --adapter does not use."""
+    # The method of a run that is resumed stands in its checkpoint, and is asked for there.
+    if not flags.resume or "method" in flags.given:
+        check_owned_options(flags)
+    shape = [dashed(name) for name in NEW_ADAPTER if getattr(flags, name) is not None]
+    if shape and flags.adapter:
+        raise UserError(f"{shape[0]}: the adapter that --adapter names has its own")
+    if flags.train:
+        try:
+            re.compile(flags.train)
+        except re.error as error:
+            problem = f"no regular expression ({error})"
+            raise UserError(f"--train {flags.train}: {problem}") from None
+
+
+def check_owned_options(flags: Flags) -> None:
+    """Raises UserError for an option that belongs to other methods than --method."""
     # For each option that only some methods have: these methods.
     owners: dict[str, list[str]] = {}
     for method, row in METHODS.items():
@@ -657,14 +674,6 @@ def check_method(flags: Flags) -> None:
             raise UserError(
                 f"{dashed(name)}: is for --method {names}, not for --method {flags.method}"
             )
-    shape = [dashed(name) for name in NEW_ADAPTER if getattr(flags, name) is not None]
-    if shape and flags.adapter:
-        raise UserError(f"{shape[0]}: the adapter that --adapter names has its own")
-    if flags.train:
-        try:
-            re.compile(flags.train)
-        except re.error as error:
-            raise UserError(f"--train {flags.train}: no regular expression ({error})") from None
 
 
 def check_memory(flags: Flags) -> None:
@@ -707,6 +716,9 @@ def check_out(flags: Flags) -> None:
     out = Path(flags.out)
     if out.is_file():
         raise UserError(f"--out {out}: is a file; name a folder")
+    is_part = out.name in ("best", "final", "checkpoints")
+    if is_part and (out.parent / "metrics.jsonl").is_file():
+        raise UserError(f"--out {out}: is a part of the run in {out.parent}; name another folder")
     # Hidden files, such as a file manager's, do not make a folder a used one.
     if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
         return

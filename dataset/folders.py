@@ -27,7 +27,7 @@ PART_NAMES = {
     "development": VALIDATION, "validate": VALIDATION,
     "test": TEST, "testing": TEST, "eval": TEST, "evaluation": TEST, "holdout": TEST,
     "heldout": TEST, "trainset": TRAIN, "traindata": TRAIN, "devset": VALIDATION,
-    "valset": VALIDATION, "testset": TEST, "testdata": TEST, "evalset": TEST,
+    "valset": VALIDATION, "testset": TEST, "testdata": TEST, "evalset": TEST, "trn": TRAIN, "tst": TEST,
 }  # fmt: skip
 # Which part is read where one of these is asked for: the first that is there.
 PREFERRED = {TRAIN: (TRAIN,), VALIDATION: (VALIDATION, TEST), TEST: (TEST, VALIDATION)}
@@ -182,8 +182,9 @@ def part_of_name(name: str, separator: str = r"[\W_]+") -> str | None:
 
 def part_of_record(record: dict) -> str | None:
     """Returns the part of the data that a record's own column says, e.g. {"split": "train"}."""
-    for column in PART_COLUMNS.intersection(record):
-        value = record[column]
+    for column, value in record.items():
+        if str(column).lower() not in PART_COLUMNS:
+            continue
         if isinstance(value, str) and len(value) < 40:
             part = part_of_name(value)
             if part:

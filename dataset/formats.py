@@ -20,6 +20,7 @@ The keys of the first record decide which format a file has, and every other rec
 keys too.
 """
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -58,8 +59,9 @@ from dataset.records import (
     prompt_weights,
 )
 
-# What multimodal data have in the text where an image belongs.
-IMAGE_MARK = "<image>"
+# What multimodal data have in the text where an image, a video or a sound belongs.
+MEDIA_MARK = re.compile("<(image|video|audio)(_?[0-9]+)?>")
+SEEN_AS = {"image": "image", "video": "video", "audio": "sound"}
 # Why a record is left out whose own column says that it belongs to another part of the data.
 OF_PART = "of the {} part, by its own column"
 
@@ -113,7 +115,9 @@ class Source:
                 stats.dropped[OF_PART.format(part or TRAIN)] += 1
                 return []
             if part is not None:
-                value = {key: each for key, each in value.items() if key not in PART_COLUMNS}
+                value = {
+                    key: each for key, each in value.items() if str(key).lower() not in PART_COLUMNS
+                }
         if self.listing.rename is not None and isinstance(value, dict):
             value = self.listing.rename(value)
         values = [value]
@@ -127,8 +131,10 @@ class Source:
                 if empty:
                     stats.dropped[f"empty {empty}"] += 1
                     continue
-                if any(IMAGE_MARK in text for text in texts_of(record)):
-                    stats.altered[f"with {IMAGE_MARK} in the text and no image, as characters"] += 1
+                mark = first_media_mark(record)
+                if mark:
+                    what = f"with {mark[0]} in the text and no {SEEN_AS[mark[1]]}, as characters"
+                    stats.altered[what] += 1
                 records.append(record)
         stats.records += len(records)
         return records
@@ -357,6 +363,16 @@ def texts_of(record: Record) -> Iterator[str]:
             yield content
 
 
+def first_media_mark(record: Record) -> re.Match | None:
+    """Returns where a record's text has a mark of an image, a video or a sound; None if nowhere."""
+    for text in texts_of(record):
+        # Most texts have no such character, and this is faster than the search.
+        mark = MEDIA_MARK.search(text) if "<" in text else None
+        if mark:
+            return mark
+    return None
+
+
 def empty_part(record: Record) -> str | None:
     """Returns the part of a record that is empty, "text" or "answer", or None.
 
@@ -432,9 +448,10 @@ def _alpaca(reading: Reading) -> list[Record]:
 def _dolly(reading: Reading) -> list[Record]:
     """Reads Dolly (Conover et al. 2023).
 
-    The question is the instruction, a blank line and the context, if any.
+    The question is the instruction, a blank line and the context or the input, if any.
     """
-    question = _join_parts(reading.text("instruction"), reading.optional_text("context"))
+    parts = (reading.optional_text("context"), reading.optional_text("input"))
+    question = _join_parts(reading.text("instruction"), *parts)
     return reading.conversation(_question_and_answer(question, reading.text("response")))
 
 
@@ -612,7 +629,7 @@ FORMATS = (
     Format("OASST trees", ("message_tree_id", "prompt"), ("tree_state",), oasst_tree),
     OASST_MESSAGES,
     Format("Alpaca", ("instruction", "output"), ("input", "system", "history", "weight"), _alpaca),
-    Format("Dolly", ("instruction", "response"), ("context", "weight"), _dolly),
+    Format("Dolly", ("instruction", "response"), ("context", "input", "weight"), _dolly),
     Format("SQuAD", ("data",), ("version",), _squad),
     Format("PubMedQA", ("QUESTION", "CONTEXTS", "LONG_ANSWER"), ("weight",), _pubmedqa),
     Format("context and question", ("context", "question", "answers"), ("weight",), _context),

@@ -32,6 +32,11 @@ OTHERS = ("[INST]", "<start_of_turn>")
 TURN_MARKS = (
     ("### Instruction:", "### Response:"),  # Alpaca
     ("USER: ", "ASSISTANT:"),  # Vicuna
+    ("### Human:", "### Assistant:"),  # Guanaco
+    ("### User:", "### Assistant:"),
+    ("Human: ", "\n\nAssistant:"),  # Anthropic's HH
+    ("<extra_id_1>User", "<extra_id_1>Assistant"),  # Nemotron
+    ("GPT4 Correct User:", "<|end_of_turn|>"),  # OpenChat
 )
 ROLE_NAMES = "system|developer|user|assistant|model|tool|ipython|human|gpt"
 ROLE = re.compile(rf"\s*({ROLE_NAMES})\b", re.IGNORECASE)

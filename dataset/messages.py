@@ -20,7 +20,7 @@ ROLES = ("system", "user", "assistant", "tool")
 SAME_ROLE = {
     "human": "user", "prompter": "user",
     "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant",
-    "bot": "assistant", "model": "assistant", "function_call": "assistant",
+    "bot": "assistant", "ai": "assistant", "model": "assistant", "function_call": "assistant",
     "developer": "system",
     "function": "tool", "observation": "tool", "ipython": "tool", "function_response": "tool",
 }  # fmt: skip
@@ -45,15 +45,21 @@ SWITCHES = {
     "trainonturn": True, "trainonthis": True, "trainthis": True, "trainturn": True, "learn": True,
     "learnable": True, "loss": True, "hasloss": True, "useloss": True, "withloss": True,
     "computeloss": True, "calculateloss": True, "calcloss": True, "lossmask": True,
-    "steplossmask": True, "supervised": True, "supervise": True,
+    "steplossmask": True, "supervised": True, "supervise": True, "trainmask": True,
+    "istarget": True, "losson": True, "computegradient": True,
     "masked": False, "ismasked": False, "maskloss": False, "lossmasked": False, "ignore": False,
     "ignored": False, "ignoreloss": False, "noloss": False, "notrain": False, "notrained": False,
-    "donttrain": False, "skip": False, "skiptrain": False, "skiptraining": False,
+    "donttrain": False, "donottrain": False, "skip": False, "skiptrain": False, "skiptraining": False,
     "skiploss": False, "exclude": False, "excluded": False, "excludefromloss": False,
     "excludefromtraining": False, "untrained": False, "nottrained": False, "nottrainable": False,
 }  # fmt: skip
 # Numbers by which the loss of a message is multiplied, in the spelling of SWITCHES.
-LOSS_FACTORS = ("lossweight", "lossscale", "lossfactor", "trainweight", "trainingweight")
+LOSS_FACTORS = (
+    "lossweight", "lossweights", "lossscale", "lossfactor", "lossmultiplier", "trainweight",
+    "trainingweight", "sampleweight", "learningweight",
+)  # fmt: skip
+# Words in the names of switches that no table can list. Such a key is refused if it is on or off.
+ABOUT_TRAINING = re.compile("train|loss|learn|mask|grad|supervis|target|completion|context")
 # Some tools mask what is trained, others what is not, and character ranges mean a part of a message.
 UNCLEAR_SWITCHES = ("mask", "trainingdetail", "traindetail", "trainingdetails", "lossmaskdetail")
 # Keys of a message that are true or false and say nothing about its training.
@@ -72,7 +78,9 @@ OFF = {"0", "false", "no", "off"}
 CHANGES_MEANING = {"label", "weight", "tools", "functions", "tool_calls", "function_call"}
 CHANGES_MEANING |= {"chosen", "rejected", "assistant_mask", "assistant_masks", "completion_mask"}
 # Switches that mean as much for a whole record; "ignore" and "skip" are names of other things there.
-RECORD_SWITCHES = {"train", "trainable", "masked", "loss", "loss_mask"}
+RECORD_SWITCHES = {"train", "trainable", "masked", "loss", "loss_mask", "no_train", "do_not_train"}
+RECORD_SWITCHES |= {"dont_train", "do_train", "to_train", "should_train", "is_trainable"}
+RECORD_SWITCHES |= {"exclude_from_training", "exclude_from_loss", "skip_training", "is_trained"}
 
 # Keys of a record or a message that hold what a text model can't see, and types of such parts.
 MEDIA = {
@@ -141,10 +149,11 @@ def read_message(message: object, where: str, stats, source: str) -> tuple[dict,
 
     role = require_field(message, role_key, str, where)
     content_is_call = role == "function_call"
-    role = SAME_ROLE.get(role, role)
+    written_role = role
+    role = SAME_ROLE.get(role.lower(), role.lower())
     if role not in ROLES:
         known = ", ".join(ROLES)
-        raise UserError(f"{where}: role {quote_names([role])} is unknown; known: {known}")
+        raise UserError(f"{where}: role {quote_names([written_role])} is unknown; known: {known}")
     if asks_to_be_trained and role != "assistant":
         answer = "--train-on all-turns does" if role == "user" else "which it is not"
         stats.altered[f"messages of the {role} that ask to be trained ({answer})"] += 1
@@ -277,7 +286,7 @@ def read_switches(message: dict, keys: list[str], where: str) -> tuple[float, bo
                 found[key] = is_on(value, f"{where}: {key}") == SWITCHES[name]
         elif value is None or name in HARMLESS_SWITCHES:
             continue
-        elif name in UNCLEAR_SWITCHES or isinstance(value, bool):
+        elif name in UNCLEAR_SWITCHES or isinstance(value, bool) or is_unlisted(name, value):
             raise UserError(
                 f"{where}: {quote_names([key])} may say what is trained, and its meaning is not"
                 ' known; write "weight": 0 on a message that is not to be trained, or take the key out'
@@ -287,6 +296,15 @@ def read_switches(message: dict, keys: list[str], where: str) -> tuple[float, bo
     if False in found.values():
         factor = 0.0
     return factor, True in found.values(), read_keys
+
+
+def is_unlisted(name: str, value: object) -> bool:
+    """True if a key of a message is a switch of training by its name, and on or off, as 0 or "false".
+
+    name: of the key, in the spelling of SWITCHES.
+    """
+    is_switch = isinstance(value, (int, float, str)) and str(value).lower() in ON | OFF
+    return is_switch and ABOUT_TRAINING.search(name) is not None
 
 
 def leave_out_masked(record: dict, where: str) -> None:

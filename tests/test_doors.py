@@ -21,6 +21,7 @@ from checkpoint import load_model, save_model
 from common.errors import UserError
 from common.files import write_json
 from evals.loss import loss
+from interop.resolve import trained_day
 from kernels.nf4 import dequantized_weight
 from tokenizer import load_tokenizer
 
@@ -250,7 +251,12 @@ def test_four_bits_under_an_adapter_of_the_stored_weights_are_said(home, go, doo
 def test_a_folder_in_nf4_and_what_it_was_made_from_are_one_base(home, go, tmp_path):
     said = []
     convert.to_nf4(home / "base", tmp_path / "4bit", print_fn=said.append)
-    assert said == []
+    assert said == [] and trained_day(tmp_path / "4bit") == ""
+    # The date that a model was trained to see in its prompts goes along.
+    dated = shutil.copytree(home / "base", tmp_path / "dated")
+    (dated / "plaintune.json").write_text('{"date": "2025-01-02"}')
+    convert.to_nf4(dated, tmp_path / "dated 4bit")
+    assert trained_day(tmp_path / "dated 4bit") == "2025-01-02"
     out, _, code = go("merge", home / "nf4", tmp_path / "4bit")
     assert code == 0 and f"base      {tmp_path / '4bit'} is in NF4, as the base of {home / 'nf4'} was" in out
     assert "WARNING" not in out and "NOTE" not in out

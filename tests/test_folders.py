@@ -103,7 +103,8 @@ def test_a_folder_of_tests_alone_trains_nothing(tmp_path):
 
 def test_words_of_names():
     parts = {"train": "train", "valid": VALIDATION, "dev_set": VALIDATION, "testing": TEST, "Test2": TEST,
-             "development-1-of-2": VALIDATION, "train_test": None, "latest": None, "trained": None}  # fmt: skip
+             "development-1-of-2": VALIDATION, "train_test": None, "latest": None, "trained": None,
+             "my_trn": "train", "my_tst": TEST}  # fmt: skip
     assert {name: part_of_name(name) for name in parts} == parts
     assert part_of_file(Path("test-driven-development.md")) is None  # a title, not a part
     assert part_of_file(Path("wiki.test.txt")) == TEST

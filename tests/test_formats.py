@@ -361,9 +361,11 @@ TRAINS = (
     "train_on_turn",
     "step_loss_mask",
     "isTrainable",
+    "train_mask",
+    "is_target",
     "weight",
 )
-MASKS = ("masked", "ignore", "skip", "no_loss", "is_masked", "exclude_from_loss")
+MASKS = ("masked", "ignore", "skip", "no_loss", "is_masked", "exclude_from_loss", "do_not_train")
 
 
 @pytest.mark.parametrize("key", [*TRAINS, *MASKS, "weight"])
@@ -377,6 +379,26 @@ def test_switches_of_messages_are_obeyed_under_every_name(write, key):
     assert [record.weights for record in loaded.records] == [[1, 0, 1, 1]] * len(off)
     assert loaded.records[0].messages == [*turns("q"), GOOD, *turns("r", "b")] and loaded.stats.ignored == {}
     assert [record.weights for record in read_records(write([chat(value) for value in on])).records] == [None] * len(on)
+
+
+@pytest.mark.parametrize("key, value", [("is_context", 1), ("gradient_on", 0), ("is_completion", "false"), ("q", True)])
+def test_a_switch_that_no_table_lists_is_refused(write, key, value):
+    error = error_of(write([{"messages": [*turns("q"), GOOD | {key: value}]}]))
+    assert f"message 2: {key!r} may say what is trained, and its meaning is not known" in error
+    loaded = read_records(write([{"messages": [*turns("q"), GOOD | {"context": "a text", "turn": 1}]}]))
+    assert loaded.records[0].messages == [*turns("q"), GOOD]
+
+
+def test_roles_in_capitals_and_of_langchain(write):
+    said = [{"role": "Human", "content": "q"}, {"role": "AI", "content": "a"}]
+    assert read_records(write([{"messages": said}])).records[0].messages == turns("q", "a")
+    said[1]["role"] = "Teacher"
+    assert "role 'Teacher' is unknown" in error_of(write([{"messages": said}]))
+
+
+def test_dolly_reads_an_input_as_its_context(write):
+    loaded = read_records(write([{"instruction": "Sum it up", "input": "The text", "response": "a"}]))
+    assert loaded.records[0].messages == turns("Sum it up\n\nThe text", "a") and loaded.stats.ignored == {}
 
 
 def test_a_loss_scale_is_a_weight_and_what_is_asked_in_vain_is_counted(write):
@@ -394,6 +416,7 @@ def test_a_record_is_left_out_where_its_own_switch_says_so(write):
     for off, on in (
         ({"train": False}, {"train": True}),
         ({"masked": 1}, {"masked": 0}),
+        ({"no_train": True}, {"no_train": "false"}),
         ({"loss": "no"}, {"loss": None}),
     ):
         loaded = read_records(write([record | off, record | on, record]))
@@ -472,6 +495,12 @@ def test_a_mark_for_an_image_that_is_not_there_is_counted(write):
     loaded = read_records(write([{"messages": turns("<image>\nq", "a")}, CHAT]))
     assert loaded.stats.altered == {"with <image> in the text and no image, as characters": 1}
     assert len(loaded.records) == 2
+    others = [{"messages": turns(f"{mark} q", "a")} for mark in ("<video>", "<audio>", "<image_1>", "<imagery>")]
+    assert read_records(write(others)).stats.altered == {
+        "with <video> in the text and no video, as characters": 1,
+        "with <audio> in the text and no sound, as characters": 1,
+        "with <image_1> in the text and no image, as characters": 1,
+    }
 
 
 # ---- numbers ----

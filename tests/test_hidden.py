@@ -310,10 +310,12 @@ def test_a_run_keeps_its_date_when_it_is_resumed(base, tmp_path, another_day, mo
         )
         assert code == 0 and said in out, out + err
         assert out.count(said.removesuffix(", as in training")) == 2
-    # A new run from the same adapter begins on its own day.
+    # What goes on from the adapter asks as it was trained, and its own final/ says so.
     other = ["--data", file, "--val-fraction", 0, "--steps", 1, "--adapter", run / "final", "--out", tmp_path / "other"]
     out, err, code = command(train, monkeypatch, capsys, *other, "--device", "cpu")
-    assert code == 0 and "date 2026-12-02 in the prompt" in out, err
+    assert code == 0 and "date 2026-11-29 in the prompt" in out, err
+    _, err, code = command(train, monkeypatch, capsys, *other[:-1], run / "best", "--device", "cpu")
+    assert code == 2 and f"--out {run / 'best'}: is a part of the run in {run}; name another folder" in err
 
 
 def test_without_a_date_in_the_template_none_is_said(base, tmp_path, monkeypatch, capsys):
@@ -337,6 +339,10 @@ RENDERED = (
     "<|start|>user<|message|>Hi<|end|><|start|>assistant<|channel|>final<|message|>Ho",
     "### Instruction:\nSay hi.\n\n### Response:\nHi",
     "A chat. USER: Hi ASSISTANT: Ho</s>",
+    "### Human: Hi\n### Assistant: Ho",
+    "\n\nHuman: Hi\n\nAssistant: Ho",
+    "<extra_id_1>User\nHi\n<extra_id_1>Assistant\nHo",
+    "GPT4 Correct User: Hi<|end_of_turn|>GPT4 Correct Assistant: Ho",
 )
 PLAIN = (
     "The token <|im_start|> begins a message.",
@@ -362,7 +368,8 @@ def test_rendered_chats_are_said_before_training_by_file(base, tmp_path, monkeyp
     assert code == 0, err
     warnings = [line for line in out.splitlines() if "markup of a chat template" in line]
     assert len(warnings) == 2
-    assert f"WARNING: 9 of 10 records hold the markup of a chat template, the first in {texts} line 2" in warnings[0]
+    share = f"{len(RENDERED)} of {len(RENDERED) + 1} records"
+    assert f"WARNING: {share} hold the markup of a chat template, the first in {texts} line 2" in warnings[0]
     assert f"WARNING: 2 of 2 records hold the markup of a chat template, the first in {chats} line 1" in warnings[1]
     assert all("give the chats as messages" in line for line in warnings)
     out, err, code = command(data, monkeypatch, capsys, "inspect", texts, "--model", base, "--show", 0)

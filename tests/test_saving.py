@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -120,3 +121,15 @@ def test_save_dtype_is_for_full_fine_tuning(tmp_path, monkeypatch, capsys):
     words = ("--method", "lora", "--save-dtype", "fp32", "--out", tmp_path / "out")
     _, err, code = command(train, monkeypatch, capsys, *words)
     assert code == 2 and err == "error: --save-dtype: is for --method full, not for --method lora\n"
+
+
+def test_a_run_that_is_resumed_may_be_given_options_of_its_own_method(run, tmp_path, monkeypatch, capsys):
+    run("--save-every", 2, "--eval-every", 0)
+    out = tmp_path / "a"
+    shutil.rmtree(out / "final")
+    said, err, code = command(train, monkeypatch, capsys, "--resume", "--out", out, "--save-dtype", "fp32")
+    assert code == 0 and "saved in fp32: asked for with --save-dtype" in said, err
+    (tmp_path / "new").mkdir()
+    words = ["--resume", "auto", "--save-dtype", "fp32"]
+    _, err, code = command(train, monkeypatch, capsys, *words, "--out", tmp_path / "new")
+    assert code == 2 and "--save-dtype: is for --method full, not for --method lora" in err

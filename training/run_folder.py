@@ -19,7 +19,8 @@ from common.device import pick_device
 from common.errors import UserError
 from common.folder_lock import FolderLock
 from data import TrainingData
-from flags import Flags
+from flags import Flags, check_owned_options
+from interop.resolve import trained_day
 from model import Transformer
 from tokenization.chat_template import today
 from training import checkpointer
@@ -73,8 +74,16 @@ def open_run(flags: Flags, lock: FolderLock) -> Run:
     check_offload(run.flags, run.device)
     if run.flags.date is None:
         # The run keeps it, also where it is resumed on another day; and all ranks have the same.
-        run.flags = dataclasses.replace(run.flags, date=distributed.run_on_rank0(today))
+        day = distributed.run_on_rank0(lambda: first_day(run.flags))
+        run.flags = dataclasses.replace(run.flags, date=day)
     return run
+
+
+def first_day(flags: Flags) -> str:
+    """Returns the date that a run's chat template writes: the one with which --adapter or --model
+    was trained here, which goes on, else today."""
+    source = flags.adapter or flags.model
+    return (trained_day(source) if source else "") or today()
 
 
 def lock_folder(lock: FolderLock, out: str) -> None:
@@ -117,12 +126,14 @@ def find_run(flags: Flags, device: torch.device) -> Run:
             f"--resume: no checkpoint under {out / checkpointer.FOLDER}; --resume auto would begin"
         )
     if found is None:
+        check_owned_options(flags)
         print(f"resume    nothing to go on from under {out}; beginning")
         return Run(dataclasses.replace(flags, resume=None), device)
     flags = checkpointer.restore_layout(flags, found.state)
     # Before restore_flags, which counts into how many parts a step's rows are split.
     distributed.init_context_parallel(flags.context_parallel)
     flags, notes = checkpointer.restore_flags(flags, found.state, found.folder)
+    check_owned_options(flags)
     for line in found.notes + notes:
         print(f"NOTE      {line}")
     return Run(flags, device, found)

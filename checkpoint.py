@@ -29,7 +29,7 @@ from common.errors import UserError, read_json
 from common.files import (
     atomic_folder,
     file_sha256,
-    lfs_pointer,
+    refuse_pointer,
     save_tensors,
     utf8_path,
     write_json,
@@ -216,9 +216,7 @@ def open_safetensors(file: Path) -> Iterator[safe_open]:
     Raises UserError if they do not, if the header is over HEADER_BYTES, or if the block can't read
     a tensor.
     """
-    pointer = lfs_pointer(file)
-    if pointer:
-        raise UserError(f"{file}: {pointer}")
+    refuse_pointer(file)
     with open(file, "rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")
     # The package itself refuses a header that is longer than the file.
@@ -687,10 +685,13 @@ def claimed_dtype(config: Config) -> str | None:
     return str(name).removeprefix("torch.") if name else None
 
 
-def dtype_note(folder: Path, config: Config) -> str | None:
-    """Returns a clause where config.json claims another dtype than the weights are stored in."""
+def dtype_note(config: Config, stored: torch.dtype) -> str | None:
+    """Returns a clause where config.json claims another dtype than the weights are stored in.
+
+    stored: what `stored_dtype` returns.
+    """
     claimed = claimed_dtype(config)
-    actual = config_dtype(stored_dtype(folder))
+    actual = config_dtype(stored)
     # What is written in place of float64 is float32, which nobody claimed.
     if claimed in (None, actual, "float64", "auto"):
         return None
@@ -870,9 +871,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         names.append(f"{TEMPLATES}/{file.name}")
     for name in names:
         if (source / name).is_file():
-            pointer = lfs_pointer(source / name)
-            if pointer:
-                raise UserError(f"{source / name}: {pointer}")
+            refuse_pointer(source / name)
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)
 

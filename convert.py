@@ -244,10 +244,11 @@ def merge_folder(
 def choose_dtype(folder: Path, config: checkpoint.Config, print_fn: Callable) -> torch.dtype:
     """Returns the dtype that a folder's weights are stored in, and says so where its config.json
     claims another one."""
-    note = checkpoint.dtype_note(folder, config)
+    dtype = checkpoint.stored_dtype(folder)
+    note = checkpoint.dtype_note(config, dtype)
     if note:
         print_fn(f"NOTE: {folder}: {note}")
-    return checkpoint.stored_dtype(folder)
+    return dtype
 
 
 def read_checked_records(
@@ -319,8 +320,9 @@ def to_nf4(folder: Path, out: Path, quant: str = "nf4", print_fn: Callable = pri
         origin = {"base": str(folder.resolve()), "base_sha256": checkpoint.fingerprint(folder)}
         origin["quant"] = quant
         # The date that the model was trained to see in its prompts.
-        if trained_day(folder):
-            origin["date"] = trained_day(folder)
+        day = trained_day(folder)
+        if day:
+            origin["date"] = day
         write_json(origin, new_folder / "plaintune.json")
 
     checkpoint.save_model(model, out, write_extra=write_origin)

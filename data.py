@@ -469,29 +469,6 @@ def batches_by_length(
         yield collate(examples, device, context)
 
 
-def batches_of_rows(
-    rows: Sequence[list[Example]],
-    batch_size: int,
-    device: torch.device | str = "cpu",
-    max_tokens: int | None = None,
-) -> list[Batch]:
-    """Returns rows of examples, sorted by length, in flat batches of at most batch_size rows.
-
-    Where rows are long, a batch has about max_tokens tokens (default:
-    `max_tokens_per_micro_batch`). What a step computes is the same, and its memory is bounded.
-    """
-    if not max_tokens:
-        max_tokens = max_tokens_per_micro_batch(device)
-    sizes = [sum(len(example.ids) for example in row) for row in rows]
-    batches = []
-    for group in split_micro_batches(sizes, batch_size, max_tokens):
-        examples: list[Example] = []
-        for i in group:
-            examples += rows[i]
-        batches.append(collate(examples, device))
-    return batches
-
-
 def split_micro_batches(sizes: Sequence[int], batch_size: int, max_tokens: int) -> list[list[int]]:
     """Returns the numbers of rows, sorted by size, in groups of at most batch_size rows.
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from torch import Tensor
 
 import distributed
-from checkpoint import copy_tokenizer, read_config
+from checkpoint import all_finite, copy_tokenizer, read_config
 from common.console import lasting_output
 from common.device import DTYPES, peak_memory
 from common.errors import UserError, describe_os_error, run
@@ -326,8 +326,7 @@ def save_final(
     the newest checkpoint, from which the run can be ended once more.
     """
     trained = [distributed.to_local(p) for p in model.parameters() if p.requires_grad]
-    is_finite = all(bool(p.isfinite().all()) for p in trained)
-    if not distributed.all_ranks_agree(is_finite):
+    if not distributed.all_ranks_agree(all(map(all_finite, trained))):
         problem = "weights are no numbers any more; nothing saved, try a lower --lr"
         raise UserError(f"step {settings.steps}: {problem}")
     newest = checkpointer.newest

@@ -142,14 +142,12 @@ def read_text(path: Path, most: int | None = None) -> str:
     `most` bytes (before it is read), or if it is not UTF-8 (with the byte's number).
     """
     # This late, since that file imports this one.
-    from common.files import lfs_pointer
+    from common.files import refuse_pointer
 
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder, a file is wanted")
-    pointer = lfs_pointer(path)
-    if pointer:
-        raise UserError(f"{path}: {pointer}")
+    refuse_pointer(path)
     try:
         if most is not None:
             size = path.stat().st_size

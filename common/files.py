@@ -140,6 +140,13 @@ def save_tensors(tensors: dict, path: Path) -> None:
         raise OSError(code, os.strerror(code), str(path)) from None
 
 
+def refuse_pointer(path: Path | str) -> None:
+    """Raises UserError if a file is only the pointer of one that Git LFS has not fetched."""
+    pointer = lfs_pointer(path)
+    if pointer:
+        raise UserError(f"{path}: {pointer}")
+
+
 def lfs_pointer(path: Path | str) -> str | None:
     """Returns what is wrong with a file that is a Git LFS pointer, to be put behind the file's name
     in an error; None if it is none, or no file.
@@ -161,6 +168,19 @@ def lfs_pointer(path: Path | str) -> str | None:
                 f" run `{command}` in its repository, or download the file itself"
             )
     return None
+
+
+def process_exists(pid: int) -> bool:
+    """True if a process with this number exists on this machine: the one that a lock's file or a
+    temporary folder names. Not for Windows, where os.kill ends the process, whatever the signal."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        # It exists and belongs to another user.
+        pass
+    return True
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from common.errors import UserError
+from common.files import process_exists
 
 LOCK_FILE = ".lock"
 # The lock is tried for a second: a process that was killed may have workers that live so long, and
@@ -170,17 +171,9 @@ def is_alive_here(holder: dict) -> bool:
     """True if the process in a lock's file is another one of this machine, and exists."""
     pid = holder.get("process")
     is_another = isinstance(pid, int) and pid != os.getpid()
-    # On Windows os.kill ends the process, whatever the signal.
     if os.name != "posix" or not is_another or holder.get("host") != socket.gethostname():
         return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        # It exists and belongs to another user.
-        pass
-    return True
+    return process_exists(pid)
 
 
 def remark_on_holder_before(holder: dict) -> str:

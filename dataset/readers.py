@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from common.errors import UserError, read_text
-from common.files import lfs_pointer
+from common.files import refuse_pointer
 from tokenization.chat_template import written_number
 
 MAX_RECORD_BYTES = 128 << 20  # of one record, or of a JSON file that is one object
@@ -142,9 +142,7 @@ def suffix_of(path: Path) -> str:
 def recognize(path: Path) -> Container:
     """Returns the container of a file. Raises UserError if it is missing, empty or of no known
     kind."""
-    pointer = lfs_pointer(path)
-    if pointer:
-        raise UserError(f"{path}: {pointer}")
+    refuse_pointer(path)
     head, compression = _read_head(path)
     in_compression = f" in {compression}" if compression else ""
 
@@ -536,9 +534,6 @@ def _class_names(path: Path) -> list[str]:
     file = path.parent / CLASS_NAMES
     if not file.is_file():
         return []
-    pointer = lfs_pointer(file)
-    if pointer:
-        raise UserError(f"{file}: {pointer}")
     return read_text(file, HEAD_BYTES).rstrip("\n").split("\n")
 
 

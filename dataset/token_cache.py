@@ -48,6 +48,7 @@ from common.files import (
     check_cache_takes_files,
     file_crc32,
     file_sha256,
+    process_exists,
     reported_full_cache,
     write_json,
 )
@@ -324,18 +325,6 @@ def make_room(cache: Path) -> None:
             size += sum(file.stat().st_size for file in folder.iterdir())
             if size > KEPT:
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def process_exists(pid: int) -> bool:
-    """True if a process with this number exists on this machine."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        # It exists and belongs to another user.
-        pass
-    return True
 
 
 # ---- making them ----

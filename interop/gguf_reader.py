@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.errors import UserError
-from common.files import lfs_pointer
+from common.files import refuse_pointer
 
 TENSOR_TYPES = "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K".split()
 # {GGUF's number of a type: its code for Python's struct}; 8 and 9 are no scalars.
@@ -96,9 +96,7 @@ def read_gguf(file: Path) -> Gguf:
     Raises UserError where the file is cut, damaged, no GGUF file, or of a kind that is not
     supported.
     """
-    pointer = lfs_pointer(file)
-    if pointer:
-        raise UserError(f"{file}: {pointer}")
+    refuse_pointer(file)
     try:
         data = np.memmap(file, np.uint8, "r")
     except FileNotFoundError:

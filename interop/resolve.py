@@ -21,7 +21,7 @@ from common.files import (
     cache_folder,
     check_cache_takes_files,
     file_sha256,
-    lfs_pointer,
+    refuse_pointer,
     reported_full_cache,
 )
 from interop import hub
@@ -208,9 +208,7 @@ def check_adapter(base: Path, adapter: Path) -> None:
     if not has_tokenizer(adapter):
         return
     for name in TOKENIZER_FILES:
-        pointer = lfs_pointer(adapter / name)
-        if pointer:
-            raise UserError(f"{adapter / name}: {pointer}")
+        refuse_pointer(adapter / name)
     try:
         tokenizer = load_tokenizer(adapter, None, base)
     except UserError:

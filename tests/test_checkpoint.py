@@ -116,10 +116,10 @@ def test_a_dtype_that_is_missing_or_wrong_is_that_of_the_weights(tmp_path, dtype
     actual = str(dtype).removeprefix("torch.")
     edit_config(tmp_path / "a", dtype="gone", torch_dtype="gone")
     assert checkpoint.stored_dtype(tmp_path / "a") == dtype
-    assert checkpoint.dtype_note(tmp_path / "a", checkpoint.read_config(tmp_path / "a")) is None
+    assert checkpoint.dtype_note(checkpoint.read_config(tmp_path / "a"), dtype) is None
     for claimed, is_denied in ((actual, False), (f"torch.{actual}", False), ("float8_e4m3fn", True)):
         edit_config(tmp_path / "a", **{key: claimed})
-        note = checkpoint.dtype_note(tmp_path / "a", checkpoint.read_config(tmp_path / "a"))
+        note = checkpoint.dtype_note(checkpoint.read_config(tmp_path / "a"), dtype)
         assert (note is not None) == is_denied
         assert not is_denied or note == f"config.json says {claimed}, the weights are {actual}, which counts"
     said = []

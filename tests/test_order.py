@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from support.helpers import SHARED, llama, micro_batches, needs_shared, relative
+from support.helpers import SHARED, batches_of_rows, llama, micro_batches, needs_shared, relative
 
 from common.errors import UserError
-from data import batches_of_rows, collate, load
+from data import collate, load
 from dataset import sampler as order
 from dataset import token_cache as rows
 from dataset.examples import Example

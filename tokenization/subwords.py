@@ -23,7 +23,7 @@ import tiktoken
 from sentencepiece import SentencePieceProcessor
 
 from common.errors import UserError
-from common.files import lfs_pointer
+from common.files import refuse_pointer
 
 SUPPORTED = (
     "supported are byte-level BPE as of GPT-2, Llama 3, Qwen, Mistral Nemo and SmolLM,"
@@ -604,9 +604,7 @@ LLAMA3_CONTROL += [f"reserved_special_token_{number}" for number in range(3, 248
 def check_size(file: Path) -> None:
     """Raises UserError for a tokenizer.model that is too large to be one, or only the pointer of a
     file that Git LFS has not fetched."""
-    pointer = lfs_pointer(file)
-    if pointer:
-        raise UserError(f"{file}: {pointer}")
+    refuse_pointer(file)
     size = file.stat().st_size
     if size > MODEL_BYTES:
         raise UserError(f"{file}: {size / 1e6:,.0f} MB, at most {MODEL_BYTES / 1e6:.0f} are read")

@@ -351,7 +351,7 @@ def choose_save_dtype(flags: Flags, folder: Path, config: Config) -> tuple[Flags
         return flags, "asked for with --save-dtype"
     dtype = stored_dtype(folder)
     name = next(name for name, known in STORAGE_DTYPES.items() if known == dtype)
-    reason = dtype_note(folder, config) or "as the base's files are"
+    reason = dtype_note(config, dtype) or "as the base's files are"
     return dataclasses.replace(flags, save_dtype=name), f"{reason} (--save-dtype)"
 
 

@@ -13,9 +13,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils._pytree import tree_leaves
 
+import data
 import decoding
 from common.errors import run
-from data import batches_of_rows
 from objectives import Losses, StepTotals, supervised_loss
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -118,6 +118,19 @@ def command(script, monkeypatch, capsys, *words) -> tuple[str, str, int]:
         code = end.code
     out = capsys.readouterr()
     return out.out, out.err, code
+
+
+def batches_of_rows(rows, batch_size: int, device="cpu", max_tokens: int | None = None) -> list:
+    """Rows of examples, sorted by length, in flat batches of at most batch_size rows, as one rank of one process
+    takes them in a step; where rows are long, of about max_tokens tokens."""
+    if not max_tokens:
+        max_tokens = data.max_tokens_per_micro_batch(device)
+    sizes = [sum(len(example.ids) for example in row) for row in rows]
+    batches = []
+    for group in data.split_micro_batches(sizes, batch_size, max_tokens):
+        examples = [example for i in group for example in rows[i]]
+        batches.append(data.collate(examples, device))
+    return batches
 
 
 def micro_batches(examples, batch_size: int, device="cpu") -> list:

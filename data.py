@@ -72,6 +72,27 @@ class TrainingData:
     val_fraction: float | None
     pack: bool
 
+    def validating_on(self, limit: int) -> "TrainingData":
+        """Returns these data with at most `limit` examples to validate on, of the replay as many;
+        0: with all of them."""
+        if not limit:
+            return self
+        replay_val = self.replay_val and sample_by_hash(self.replay_val, limit)
+        val = sample_by_hash(self.val, limit)
+        return dataclasses.replace(self, val=val, replay_val=replay_val)
+
+
+def sample_by_hash(dataset: Dataset, count: int) -> Dataset:
+    """Returns at most `count` examples: those with the smallest hash of their prompt.
+
+    So the choice depends on neither seed nor order, and more of them hold the fewer.
+    """
+    if len(dataset) <= count:
+        return dataset
+    chosen = np.zeros(len(dataset), bool)
+    chosen[np.argsort(dataset.prompts, kind="stable")[:count]] = True
+    return dataset.take(chosen)
+
 
 def load_training_data(
     flags: Flags, tokenizer: Tokenizer, max_positions: int, vocab_size: int, device: torch.device

@@ -242,6 +242,20 @@ class Flags:
         "passes over the data; default: 3, or 2 from 500 examples on and 1 from 1,500 on",
         limits=POSITIVE,
     )
+    budget: float | None = option(
+        None,
+        "of the bundled task: minutes that the whole command is to take, answers before and after"
+        " included; steps and test items are fitted to it; default: 5 where the hardware has bf16,"
+        " else 10",
+        metavar="MINUTES",
+        limits=POSITIVE,
+        resume=FREE,
+    )
+    full_run: bool = option(
+        False,
+        "of the bundled task: an epoch of training and all test items, however long they take",
+        resume=FREE,
+    )
     lr: float | None = option(
         None, "peak learning rate; default: by the method and the model's width", limits=POSITIVE
     )
@@ -290,6 +304,22 @@ class Flags:
         "steps between validations; 0: only at the end; default: a fifth of the run",
         limits=NOT_NEGATIVE,
         resume=FREE,
+    )
+    val_limit: int | None = option(
+        None,
+        "examples that a validation reads at most, chosen by a hash and the same each time; 0: all;"
+        " default: as many as keep all validations under a tenth of the time of training",
+        metavar="N",
+        limits=NOT_NEGATIVE,
+        resume=FREE,
+    )
+    log_every: int | None = option(
+        None,
+        "steps between lines with loss, tokens/s and time left; 0: none; default: none on a"
+        " terminal, which shows a progress bar, elsewhere a line every half a minute",
+        metavar="N",
+        limits=NOT_NEGATIVE,
+        resume=PER_LAUNCH,
     )
     patience: int = option(
         0,
@@ -620,12 +650,28 @@ def check_numbers(flags: Flags) -> None:
         raise UserError(f"--seq-len 1: must be 2 or more, {why}")
     if flags.steps is not None and flags.epochs is not None:
         raise UserError("--steps and --epochs: give one of them")
+    check_length_of_bundled_task(flags)
     if not all(0 < count < MAX_NUMBER for count in flags.gpus):
         raise UserError("--gpus: numbers above 0 are wanted")
     if flags.gpus and not flags.plan:
         raise UserError(
             "--gpus is what --plan is to plan for; a run has as many as torchrun starts processes"
         )
+
+
+def check_length_of_bundled_task(flags: Flags) -> None:
+    """Raises UserError if --budget or --full-run does not suit the other flags."""
+    given = [name for name in ("budget", "full_run", "steps", "epochs") if getattr(flags, name)]
+    if not flags.resume and len(given) > 1 and {"budget", "full_run"} & set(given):
+        both = " and ".join(map(dashed, given[:2]))
+        raise UserError(f"{both}: each says how long the run is; give one of them")
+    own = [each for each in ("data", "model", "adapter") if each in flags.given]
+    for name in ("budget", "full_run"):
+        if name in flags.given and own:
+            why = "--steps and --epochs say how long it is"
+            raise UserError(
+                f"{dashed(name)}: is for the bundled task, not for one with {dashed(own[0])}; {why}"
+            )
 
 
 def check_data(flags: Flags) -> None:

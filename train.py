@@ -9,6 +9,12 @@
 Written to --out: config.json, metrics.jsonl, loss.png, checkpoints/, best/ and final/.
 """
 
+from common.threads import choose_wait_policy
+
+if __name__ == "__main__":
+    # How threads wait for each other is read when torch is loaded, by the imports below.
+    choose_wait_policy()
+
 import dataclasses
 import functools
 import math
@@ -37,6 +43,7 @@ from optimizers import SCHEDULES, make_optimizers
 from planning import report
 from tokenizer import Tokenizer
 from training.attention_trial import use_flash_version
+from training.calibration import measure_pace
 from training.checkpointer import Checkpointer, check_same_run
 from training.defaults import Settings, choose_steps, resolve_defaults
 from training.demo import Demo, is_bundled_task
@@ -51,9 +58,9 @@ from training.state import TrainState
 from training.summary import (
     print_end,
     print_interruption,
+    print_model_summary,
     print_next_command,
-    print_processes,
-    print_summary,
+    print_run_summary,
 )
 
 
@@ -103,14 +110,22 @@ def train(flags: Flags, lock: FolderLock) -> None:
         data.train, data.sampler, device, settings.batch_size, settings.accumulate, settings.max_tokens, settings.seed,
         dropout=bool(settings.dropout), context_parallel=settings.context_parallel,
     )  # fmt: skip
-    print_summary(settings, model, tokenizer, device)
-    print_processes(settings)
+    pace = measure_pace(settings, model, objective, data, device)
+    settings = pace.expected(settings)
+    print_model_summary(settings, model, tokenizer)
+    demo = None
+    if is_bundled_task(settings):
+        demo = Demo(model, tokenizer, settings)
+        whole = settings
+        steps = demo.steps_within_budget(settings)
+        if steps < settings.steps:
+            shorter = dataclasses.replace(flags, steps=steps)
+            settings = pace.expected(resolve_defaults(shorter, folder, data, device))
+        demo.print_budget(settings, whole)
+    print_run_summary(settings, model, device)
     if resumed:
         steps_done = f"{resumed.state['step']:,} of {settings.steps:,}"
         print(f"resumed   after step {steps_done}, from {resumed.folder}")
-    demo = None
-    if is_bundled_task(settings):
-        demo = Demo(model, tokenizer, settings.expected_seconds)
     if settings.compile == "on":
         model.compile_blocks()
     if settings.attention != "auto":
@@ -137,7 +152,8 @@ def train(flags: Flags, lock: FolderLock) -> None:
     distributed.start_training_timeout(settings.timeout)
     save = functools.partial(save_weights, settings, model, tokenizer, origin, metrics.bar.write)
     save_best = functools.partial(save, out / "best")
-    evaluator = Evaluator(settings, out, model, data, metrics, device, save_best)
+    val_data = data.validating_on(settings.val_limit)
+    evaluator = Evaluator(settings, out, model, val_data, metrics, device, save_best)
     checkpointer = Checkpointer(
         settings, out, model, optimizers, data.sampler, origin, metrics.bar.write
     )
@@ -174,7 +190,7 @@ def train(flags: Flags, lock: FolderLock) -> None:
     save_final(settings, model, state, checkpointer, functools.partial(save, out / "final"), out)
     if distributed.is_rank0():
         loss_curve(out / "metrics.jsonl", out / "loss.png", f"{folder.name}, {settings.method}")
-    print_end(state, metrics, out, peak_memory(device))
+    print_end(settings, state, metrics, out, peak_memory(device))
     if demo:
         with eager_mode(settings):
             demo.finish(out)
@@ -200,8 +216,13 @@ def train_loop(
     evaluator, checkpointer: None where only the steps count, as under --profile.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    if evaluator and state.step == 0 and evaluator.due(state):
-        evaluator.run(state)  # the untouched base, to compare with
+    if evaluator and evaluator.due(state) and state.validated_at != state.step:
+        # The untouched base, to compare with; or what a signal cut short before a resume.
+        evaluator.run(state, stop)
+        if checkpointer and evaluator.was_interrupted:
+            state.interrupted_by = stop.signal or signal.SIGTERM
+            print_interruption(state, checkpointer, metrics)
+            return
     model.train()
     last_step = settings.steps
     if settings.profile:
@@ -241,13 +262,15 @@ def train_loop(
 
         out_of_patience = False
         if evaluator and evaluator.due(state):
-            out_of_patience = evaluator.run(state)  # keeps best/, counts for early stopping
+            # Keeps best/, counts for early stopping.
+            out_of_patience = evaluator.run(state, stop)
         stop_signal = totals.stop_signal
         if distributed.world_size() == 1:
             # A single rank need not wait for the next step's totals to know of a signal, also of
             # one during the validation.
             stop_signal = stop_signal or stop.signal
         interrupted = bool(stop_signal) and state.step < settings.steps
+        interrupted = interrupted or bool(evaluator and evaluator.was_interrupted)
         # Early stopping ends the run: it goes straight to final/, and needs no checkpoint.
         if checkpointer and not out_of_patience and (checkpointer.due(state) or interrupted):
             with metrics.paused():

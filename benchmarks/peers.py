@@ -367,7 +367,8 @@ def records_by_plaintune(torch, spec) -> dict:
     import train
 
     out = tempfile.mkdtemp()
-    sys.argv = ["train.py", *spec["flags"], "--out", out + "/run"]
+    dtype = {"float32": "fp32", "bfloat16": "bf16"}[spec["dtype"]]
+    sys.argv = ["train.py", *spec["flags"], "--dtype", dtype, "--out", out + "/run"]
     train.main()
     lines = [json.loads(line) for line in Path(out, "run", "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
@@ -393,8 +394,11 @@ def records_by_trl(torch, spec) -> dict:
     records = [json.loads(line) for line in Path(spec["messages"]).read_text().splitlines()]
     rows = [{"prompt": turns[:-1], "completion": turns[-1:]} for turns in records]
     out, more = tempfile.mkdtemp(), {}
+    if spec["dtype"] == "float32":
+        # By itself it computes in bf16, which takes many times as long where the instructions are missing.
+        more["bf16"] = False
     if spec["best"]:
-        more = {"train_sampling_strategy": "group_by_length", "gradient_checkpointing": False}
+        more |= {"train_sampling_strategy": "group_by_length", "gradient_checkpointing": False}
         more["model_init_kwargs"] = {"dtype": spec["dtype"]}
     settings = trl.SFTConfig(
         output_dir=out, num_train_epochs=1, per_device_train_batch_size=8, learning_rate=spec["rate"], logging_steps=1,
@@ -500,11 +504,22 @@ def operations(shape: dict, method: str, seq: float) -> float:
     return (6 if method == "full" else 4) * N + 7 * seq * H * d * L
 
 
+def machine_has_bf16() -> bool:
+    """True if train.py would compute in bf16 on this CPU."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    from common.device import pick_dtype
+
+    return pick_dtype("auto", torch.device("cpu"))[0] == torch.bfloat16
+
+
 def in_turn(sides: dict[str, tuple[str, dict]], rounds: int) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, (function, spec) in sides.items():
             found[name].append(run_side(function, spec))
+            print(f"  ({name}: {found[name][-1]['speed']:,.0f} tokens/s)", flush=True)
     return found
 
 
@@ -582,7 +597,7 @@ def real_job(args) -> None:
             "--seq-len",
             "1024",
         ]
-        spec = {"folder": str(folder), "dtype": "bfloat16", "rank": 16, "rate": rate, "flags": flags}
+        spec = {"folder": str(folder), "dtype": args.dtypes[0], "rank": 16, "rate": rate, "flags": flags}
         spec |= {"messages": f"{work}/messages.jsonl", "best": False}
         sides = {"plaintune": ("records_by_plaintune", spec)}
         if importlib.util.find_spec("trl"):
@@ -592,7 +607,8 @@ def real_job(args) -> None:
         size = {"rows": 1686, "inner": shape["hidden_size"], "outer": shape["intermediate_size"]}
         product = run_side("product_rate", spec | size)["rate"]
         found = in_turn(sides, args.rounds)
-        title = f"real: {args.records} records of {Path(args.data).name}, one epoch of batch 8, LoRA rank 16, bf16"
+        title = f"real: {args.records} records of {Path(args.data).name}, one epoch of batch 8, LoRA rank 16"
+        title += f", {args.dtypes[0]}"
         show(title, found, operations(shape, "lora", 300), product)
         for name, results in found.items():
             words = ["--model", str(folder), "--adapter", results[0]["adapter"], "--data", f"{work}/val.json"]
@@ -622,14 +638,15 @@ def task_job(args) -> None:
         Path(work, "batches.json").write_text(json.dumps(batches))
         flags = ["--data", *map(str, BUNDLED_TASK["train"]), "--val-fraction", "0", "--eval-every", "0"]
         flags += ["--steps", str(args.steps + WARM_UP), "--schedule", "constant", "--warmup", "0"]
-        spec = {"folder": str(folder), "dtype": "bfloat16", "rank": 8, "flags": flags, "steady": True}
+        spec = {"folder": str(folder), "dtype": args.dtypes[0], "rank": 8, "flags": flags, "steady": True}
         spec |= {"batches": f"{work}/batches.json"}
         sides = {"plaintune": ("records_by_plaintune", spec), "transformers + peft": ("records_by_peft", spec)}
         shape = {"head_dim": 64} | read_json(folder / "config.json")
         size = {"rows": 8 * 78, "inner": shape["hidden_size"], "outer": shape["intermediate_size"]}
         product = run_side("product_rate", spec | size)["rate"]
         title = (
-            f"task: the bundled one, {args.steps} steps of batch 8, LoRA rank 8, bf16, median of {args.rounds} rounds"
+            f"task: the bundled one, {args.steps} steps of batch 8, LoRA rank 8, {args.dtypes[0]}, median of"
+            f" {args.rounds} rounds"
         )
         show(title, in_turn(sides, args.rounds), operations(shape, "lora", 80), product)
 
@@ -647,7 +664,7 @@ def main() -> None:
     parser.add_argument("--activation-checkpointing", default="none", choices=["none", "selective", "full"])
     parser.add_argument("--compile", action="store_true", help="ours by torch.compile, block by block")
     parser.add_argument("--data", default=str(ROOT.parent / "shared" / "data" / "alpaca_en_1k.json"))
-    parser.add_argument("--records", type=int, default=96)
+    parser.add_argument("--records", type=int, help="of the job real; default: 96, or 48 without bf16 instructions")
     for hidden in ("--side", "--spec", "--into"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -665,7 +682,17 @@ def main() -> None:
     print(f"not installed: {', '.join(absent) or 'nothing'}; FLOP a token: 6 N full, 4 N LoRA, + 7 T H d a layer")
     gpu = args.job == "gpu"
     args.methods = args.methods or (["lora", "qlora"] if gpu else ["full", "lora", "qlora"])
-    args.dtypes = args.dtypes or (["bfloat16"] if gpu else ["float32", "bfloat16"])
+    has_bf16 = gpu or machine_has_bf16()
+    if not args.dtypes:
+        # Without bf16 instructions a product in bf16 takes many times as long as one in fp32.
+        args.dtypes = ["bfloat16"] if has_bf16 else ["float32"]
+        if args.job == "dense" and has_bf16:
+            args.dtypes = ["float32", "bfloat16"]
+        print(
+            f"dtype: {' and '.join(args.dtypes)}, as this machine {'has' if has_bf16 else 'has no'} bf16 instructions"
+        )
+    if args.records is None:
+        args.records = 96 if has_bf16 else 48
     args.seq, args.batch = args.seq or (4096 if gpu else 512), args.batch or (1 if gpu else 4)
     if args.job in ("dense", "gpu"):
         rows_job(args, args.shape if gpu else "dense")

@@ -95,6 +95,21 @@ def lasting_output(remark: str) -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+def format_duration(seconds: float) -> str:
+    """Returns a time as a person says it: 45 s, 12 min, 3.4 h, 2.1 days."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    if minutes < 10:
+        return f"{minutes:.1f} min"
+    if minutes < 60:
+        return f"{minutes:.0f} min"
+    hours = minutes / 60
+    if hours < 48:
+        return f"{hours:.1f} h"
+    return f"{hours / 24:,.1f} days"
+
+
 def table(rows: list[list[str]]) -> str:
     """Returns rows of cells as aligned text. The first row is the heading; the first column is
     aligned left, all others right."""

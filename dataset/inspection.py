@@ -18,11 +18,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from common import cli, console
 from common.errors import UserError, printable
 from common.files import atomic_file
+from common.progress import progress
 from dataset.examples import TRAIN_ON, Dataset, Example, cut
 from dataset.folders import TEST
 from dataset.formats import Map, Source, open_source
@@ -95,7 +95,7 @@ def survey(source: Source) -> Survey:
     parts = []
     # The arrays are set at the end, when all parts are there.
     whole = Survey(hashes=None, prompts=None, signatures=None, places=None)
-    bar = tqdm(unit="record", desc="reading", disable=None, leave=False)
+    bar = progress("reading", None, "record")
     work = partial(survey_chunk, source)
     for part in in_order(work, chunks(source), processes_for(source)):
         parts.append(part)

@@ -39,7 +39,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import (
@@ -52,6 +51,7 @@ from common.files import (
     reported_full_cache,
     write_json,
 )
+from common.progress import progress
 from dataset.formats import Source
 from dataset.markup import holds_rendered_chat
 from dataset.readers import CLASS_NAMES
@@ -368,9 +368,8 @@ def write(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], folder: 
         files[name].write(values.data)
         checksums[name] = zlib.crc32(values.data, checksums[name])
 
-    # One process alone is given little to do, which needs no bar. None shows it in a terminal only.
-    hides_bar = None if processes > 1 else True
-    bar = tqdm(unit="record", desc="tokenising", disable=hides_bar, leave=False)
+    # One process alone is given little to do, which needs no bar.
+    bar = progress("tokenising", None, "record", shown=processes > 1)
     try:
         append("starts", np.zeros(1, np.int64))
         append("span_starts", np.zeros(1, np.int64))

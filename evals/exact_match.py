@@ -11,10 +11,9 @@ batch size changes it by rounding only.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
 from common import console
 from common.errors import UserError
+from common.progress import progress
 from dataset.records import Record
 from decoding import packed_weights
 from model import Transformer
@@ -93,8 +92,7 @@ def exact(
     answers = [""] * len(prompts)
     # Prompts of similar length share a batch, so that the cache holds less padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    # disable=None: no bar where the output is not a terminal.
-    bar = tqdm(total=len(order), unit="answer", disable=None, leave=False)
+    bar = progress("answering", len(order), "prompt")
     with bar, packed_weights(model, max_new_tokens):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]

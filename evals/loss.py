@@ -6,9 +6,11 @@ result depends on the model and the file alone: another batch size changes it by
 """
 
 import math
+from collections.abc import Iterable, Iterator
 
 import data
 import objectives
+from common.progress import Progress, progress
 from dataset.examples import Dataset
 from model import Transformer, eval_mode
 
@@ -24,7 +26,15 @@ def loss(model: Transformer, dataset: Dataset, batch_size: int = 8) -> dict[str,
     can't hold it) and "tokens" (the number of trained tokens).
     """
     batches = data.batches_by_length(dataset, batch_size, model.device)
-    with eval_mode(model):
-        value = objectives.mean_loss(model, batches)
+    bar = progress("reading", dataset.tokens, "token")
+    with bar, eval_mode(model):
+        value = objectives.mean_loss(model, counted(batches, bar))
     perplexity = math.exp(value) if value < LARGEST_EXPONENT else math.inf
     return {"loss": value, "perplexity": perplexity, "tokens": dataset.trained_tokens}
+
+
+def counted(batches: Iterable[data.Batch], bar: Progress) -> Iterator[data.Batch]:
+    """Yields the batches, and moves the bar by the tokens of each that is done."""
+    for batch in batches:
+        yield batch
+        bar.update(batch.num_tokens)

@@ -212,7 +212,7 @@ def print_multi_gpu_plan(
     print("kept: activations that the blocks keep for their backward.")
     print(f"intra-node: GB that a GPU receives in a step by NVLink ({nvlink}).")
     print(f"inter-node: GB that it receives through its network card ({network}).")
-    print(f"computed in: at {EFFICIENCY:.0%} of {FLOPS / 1e12:.0f} TFLOP/s.")
+    print(f"computed in: at {EFFICIENCY[torch.bfloat16]:.0%} of {FLOPS / 1e12:.0f} TFLOP/s.")
     print(
         f"--shard and checkpointing are the fastest that fit in {room / 1e9:.0f} of"
         f" {MEMORY / 1e9:.0f} GB; a peak with ! means that none fits."
@@ -239,7 +239,7 @@ def best_row(
             intra_node, inter_node = traffic(model, candidate, layout, fitting.accumulate)
             sent = intra_node / NVLINK_BYTES + inter_node / NETWORK_BYTES
             flops = flops_a_token(model, workload.all_lengths, 1.0, kind)
-            computed = workload.tokens * flops / (EFFICIENCY * FLOPS)
+            computed = workload.tokens * flops / (EFFICIENCY[torch.bfloat16] * FLOPS)
             order: tuple[float, ...]
             if memory.peak <= room:
                 order = (0, max(sent, computed), sent)

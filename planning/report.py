@@ -63,6 +63,13 @@ def adapter_of(flags: Flags) -> dict:
     return arguments
 
 
+def num_validations(flags: Flags) -> int:
+    """Returns how often a run validates: also before its first step, if it does so on the way."""
+    if not flags.eval_every:
+        return 1
+    return 1 + math.ceil(flags.steps / flags.eval_every)
+
+
 def describe_workload(
     flags: Flags,
     data: TrainingData,
@@ -76,10 +83,10 @@ def describe_workload(
     steps_per_epoch: the steps of one epoch.
     max_tokens: the most tokens of a micro-batch; None: the default of the device.
     """
-    train, val, sampler = data.train, data.val, data.sampler
-    validations = 1
-    if flags.eval_every:
-        validations += math.ceil(flags.steps / flags.eval_every)
+    train, sampler = data.train, data.sampler
+    val_tokens = data.val.tokens
+    if data.replay_val:
+        val_tokens += data.replay_val.tokens
 
     # The rows that stand for the largest step: the next packed ones, or those of the longest
     # examples. A row is a list of example numbers.
@@ -104,7 +111,7 @@ def describe_workload(
         share=train.trained_tokens / train.tokens,
         all_lengths=train.lengths,
         # A validated token counts half, since it has no backward.
-        tokens=trained_tokens + validations * val.tokens / 2,
+        tokens=trained_tokens + num_validations(flags) * val_tokens / 2,
         to_learn=train.trained_tokens,
         accumulate=flags.accumulate * len(micro_batches),
     )

@@ -677,6 +677,8 @@ def current_names(saved: dict) -> dict:
         if old in flags:
             value = flags.pop(old)
             flags[new] = values.get(value, value)
+    # Runs of earlier versions validated on all examples, and their losses go on so.
+    flags.setdefault("val_limit", 0)
     return {name: value for name, value in flags.items() if name in OPTIONS}
 
 

@@ -28,14 +28,19 @@ from methods import continues_adapter, method_of, select_weights
 from model import Config, Transformer
 from planning import memory, multi_gpu
 from planning.memory import Workload
-from planning.report import adapter_of, describe_workload, recipe_and_layout
+from planning.report import adapter_of, describe_workload, num_validations, recipe_and_layout
 from training.checkpointer import RUN_FILES, format_bytes
 
-# Seconds to compile a block, and the share of a step's time that it saves; measured on 2 cores.
+# Seconds to compile a block, and the share of a step's time that it saves in bf16; measured on 2
+# cores. In fp32, where products take nearly all of the time, it saves nothing.
 COMPILE_SECONDS = 20
 COMPILE_SAVES = 0.05
 # Bytes of weights in NF4 for each byte of them in 16 bits.
 SHARE_OF_NF4 = 0.26
+# The share of the training's time that all validations may take together, and the fewest examples
+# that a validation reads all the same.
+VALIDATION_SHARE = 0.1
+LEAST_VALIDATION = 16
 # A run that is killed loses half an hour at most.
 MAX_SECONDS_BETWEEN_CHECKPOINTS = 1800
 # The rate of full fine-tuning at a width of 2,000, and how it falls with the width: the recipe that
@@ -67,6 +72,7 @@ class Settings(Flags):
     weight_decay: float
     eval_every: int
     save_every: int
+    val_limit: int
 
     reasons: dict[str, str] = field(default_factory=dict)
     steps_per_epoch: float = 1
@@ -104,13 +110,15 @@ def resolve_defaults(
 
     # What the run takes, which --compile and --save-every depend on.
     max_tokens = choose_max_tokens(flags, model, device)
+    flags, why_val_limit = choose_val_limit(flags, data, steps_per_epoch)
+    data = data.validating_on(flags.val_limit)
     workload = describe_workload(flags, data, steps_per_epoch, device, max_tokens)
     flops = memory.flops_a_token(
         model, workload.all_lengths, workload.share, flags.activation_checkpointing
     )
     # Every rank times a product, and rank 0's rate counts: all ranks must choose alike.
     rate = distributed.broadcast_object(memory.product_rate(config, device, dtype))
-    flops_per_second = memory.EFFICIENCY * rate * distributed.world_size()
+    flops_per_second = memory.EFFICIENCY[dtype] * rate * distributed.world_size()
     seconds = workload.tokens * flops / flops_per_second
     compiled, why_compile = choose_compile(flags, device, seconds)
     save_every, why_save = choose_save_every(flags, model, seconds)
@@ -123,6 +131,7 @@ def resolve_defaults(
         "compile": why_compile,
         "save_every": why_save,
         "save_dtype": why_save_dtype,
+        "val_limit": why_val_limit,
     }
     return Settings(
         **values,
@@ -197,6 +206,30 @@ def choose_steps(flags: Flags, sampler: Sampler) -> tuple[Flags, float]:
         eval_every = math.ceil(steps / 5)
     flags = dataclasses.replace(flags, steps=steps, epochs=epochs, eval_every=eval_every)
     return flags, steps_per_epoch
+
+
+def choose_val_limit(flags: Flags, data: TrainingData, steps_per_epoch: float) -> tuple[Flags, str]:
+    """Chooses how many examples a validation reads. Returns the flags with it, and a line about it,
+    "" where all are read."""
+    sets = [dataset for dataset in (data.val, data.replay_val) if dataset]
+    largest = max((len(dataset) for dataset in sets), default=0)
+    limit = flags.val_limit
+    why = "asked for with --val-limit"
+    if limit is None:
+        trained_tokens = data.sampler.epoch_tokens() / steps_per_epoch * flags.steps
+        # A validated token takes half of the time of a trained one, since it has no backward.
+        tokens = 2 * VALIDATION_SHARE * trained_tokens / num_validations(flags)
+        tokens_per_example = sum(dataset.tokens / len(dataset) for dataset in sets)
+        limit = 0
+        if tokens_per_example:
+            limit = max(LEAST_VALIDATION, int(tokens / tokens_per_example))
+        why = "so that it takes under a tenth of the training's time (--val-limit)"
+    if limit >= largest:
+        limit = 0
+    flags = dataclasses.replace(flags, val_limit=limit)
+    if not limit:
+        return flags, ""
+    return flags, f"on {limit:,} of {largest:,} examples, chosen by their hash, {why}"
 
 
 def choose_optimization(flags: Flags, config: Config) -> Flags:
@@ -306,6 +339,8 @@ def choose_compile(flags: Flags, device: torch.device, seconds: float) -> tuple[
         reason = "--activation-checkpointing selective"
     elif not available:
         reason = f"no {compiler} here"
+    elif flags.dtype == "fp32":
+        reason = "it saves nothing in fp32"
     elif seconds * COMPILE_SAVES > 2 * COMPILE_SECONDS:
         choice = "on"
         reason = "a long run"

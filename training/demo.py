@@ -4,9 +4,13 @@ The notes of `assets/booking_test.jsonl` are answered by the untouched base, by 
 examples in its prompt, and by the tuned model. The loss on `assets/general.txt`, which is never
 trained on, measures what was forgotten. A table says what the difference has cost. The loop knows
 nothing of this task.
+
+All of it is to be done within --budget minutes. Where the whole epoch and all items would take
+longer, fewer items are answered, and the training is as long as the rest of the time allows.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +36,22 @@ GENERAL_TOKENS = 5000
 GENERAL_LENGTH = 500
 QUESTION = "What is the capital of France?"
 
+# About when the program was started, for --budget.
+STARTED = time.perf_counter()
+# Minutes of --budget, by the dtype that the machine computes with.
+DEFAULT_BUDGET = {"fp32": 10.0, "bf16": 5.0}
+# The share of the budget that is planned with. The rest is for what can't be foreseen.
+BUDGET_USED = 0.88
+# What all answers take, as a share of the time of training an epoch; measured.
+ANSWERING_SHARE = 0.25
+# Fewer steps do not teach the task.
+LEAST_STEPS = 48
+
+
+def elapsed() -> float:
+    """Returns the seconds since the program was started."""
+    return time.perf_counter() - STARTED
+
 
 def is_bundled_task(settings: Settings) -> bool:
     """True for `python train.py`, also with options that keep the demonstration's task and base."""
@@ -41,36 +61,89 @@ def is_bundled_task(settings: Settings) -> bool:
     return not (asks_for_another or is_sharded)
 
 
+def has_budget(settings: Settings) -> bool:
+    """True where the run's length is open, so that --budget decides it."""
+    is_decided = settings.full_run or {"steps", "epochs"} & settings.given or settings.resume
+    return not is_decided
+
+
+def budget_seconds(settings: Settings) -> float:
+    """Returns --budget in seconds, or its default on this hardware."""
+    minutes = settings.budget
+    if minutes is None:
+        minutes = DEFAULT_BUDGET["fp32" if settings.dtype == "fp32" else "bf16"]
+    return 60 * minutes
+
+
 class Demo:
     """Answers with the base when it is made, before the training; `finish` answers again.
 
-    ITEMS: test notes.
-    FEW_SHOT_ITEMS: how many of them are answered with examples in the prompt as well.
+    ITEMS: test notes, and FEW_SHOT_ITEMS of them are answered with examples in the prompt as well.
+    SHORT_ITEMS, SHORT_FEW_SHOT_ITEMS: as many where the time is short.
     """
 
     FEW_SHOT_ITEMS, ITEMS = 50, 200
+    SHORT_FEW_SHOT_ITEMS, SHORT_ITEMS = 16, 100
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, training_seconds: float):
-        """Answers with the untouched base. training_seconds: what training is expected to take."""
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, settings: Settings):
+        """Answers with the untouched base. settings: with the time that training is to take."""
         self.model, self.tokenizer = model, tokenizer
+        self.budget = budget_seconds(settings) if has_budget(settings) else math.inf
+        whole = (1 + ANSWERING_SHARE) * settings.expected_seconds + elapsed()
+        self.is_short = whole > BUDGET_USED * self.budget
+        num_items, num_few_shot = self.ITEMS, self.FEW_SHOT_ITEMS
+        if self.is_short:
+            num_items = min(num_items, self.SHORT_ITEMS)
+            num_few_shot = min(num_few_shot, self.SHORT_FEW_SHOT_ITEMS)
+
         test_file = BUNDLED_TASK["test"][0]
         train_file = BUNDLED_TASK["train"][0]
-        self.test = open_source(test_file).read_all()[: self.ITEMS]
+        self.test = open_source(test_file).read_all()[:num_items]
         self.examples = open_source(train_file).read_all()[:FEW_SHOTS]
         self.general = self.general_text()
         by_base = f"{len(self.test)} test items by the untouched base"
-        print(f"before    {by_base}, {self.FEW_SHOT_ITEMS} with eight examples", flush=True)
+        print(f"before    {by_base}, {num_few_shot} with eight examples", flush=True)
         start = time.perf_counter()
         self.base = self.score(self.test)
-        answering = time.perf_counter() - start
-        few_shot_items = self.test[: self.FEW_SHOT_ITEMS]
+        # After the training, the tuned model answers the same items.
+        self.answering_seconds = time.perf_counter() - start
+        few_shot_items = self.test[:num_few_shot]
         self.few_shot = self.score(few_shot_items, self.examples)
         self.base_loss = self.general_loss()
         self.base_answer = self.answer(QUESTION)
-        spent = time.perf_counter() - start
-        # After the training, the tuned model answers the same items.
-        minutes = (training_seconds + answering) / 60
-        print(f"          {spent:.0f} s; from here about {minutes:.1f} min", flush=True)
+        print(f"          {time.perf_counter() - start:.0f} s", flush=True)
+
+    def steps_within_budget(self, settings: Settings) -> int:
+        """Returns how many steps to train: those of the settings, or as many as the time allows."""
+        seconds_per_step = settings.expected_seconds / settings.steps
+        left = BUDGET_USED * self.budget - elapsed() - self.answering_seconds
+        if left >= settings.expected_seconds:
+            return settings.steps
+        return min(settings.steps, max(LEAST_STEPS, int(left / seconds_per_step)))
+
+    def print_budget(self, settings: Settings, whole: Settings) -> None:
+        """Prints what --budget has chosen, and when all will be done.
+
+        whole: the settings of the run without a budget.
+        """
+        finish = settings.expected_seconds + self.answering_seconds
+        end = (elapsed() + finish) / 60
+        if settings.steps < whole.steps or self.is_short:
+            full = ((1 + ANSWERING_SHARE) * whole.expected_seconds) / 60
+            print(
+                f"budget    {self.budget / 60:g} min in all (--budget MINUTES):"
+                f" {settings.steps} of {whole.steps} steps, {len(self.test)} test items;"
+                f" --full-run takes {whole.steps} steps, {self.ITEMS} items and about {full:.0f} min"
+            )
+            if end > self.budget / 60:
+                print(
+                    f"          fewer than {LEAST_STEPS} steps teach too little, so this machine"
+                    " needs more than that"
+                )
+        print(
+            f"          from here about {finish / 60:.1f} min, {end:.1f} since the start",
+            flush=True,
+        )
 
     def score(self, records: list[Record], shots: Sequence[Record] = ()) -> ExactResult:
         return exact(self.model, self.tokenizer, records, shots=shots)
@@ -114,6 +187,8 @@ class Demo:
             print_answers(question, self.base.answers[i], tuned.answers[i])
         print_answers(QUESTION, self.base_answer, tuned_answer)
         print()
+        of_budget = f" of the {self.budget / 60:g} of --budget" if self.budget < math.inf else ""
+        print(f"took      {elapsed() / 60:.1f} min in all{of_budget}")
 
         exact_answers = {name: [result.right, result.total] for name, result in results.items()}
         losses = {"base": self.base_loss, "tuned": tuned_loss}
@@ -127,9 +202,12 @@ class Demo:
     ) -> list[list[str]]:
         """Returns the rows of the comparison, the heading first: a column for each result."""
         exact_answers = []
+        intervals = []
         prompt_tokens = []
         for result in results.values():
             exact_answers.append(f"{100 * result.accuracy:.1f} % of {result.total}")
+            low, high = wilson_interval(result.right, result.total)
+            intervals.append(f"{100 * low:.1f} to {100 * high:.1f} %")
             prompt_tokens.append(f"{result.prompt_tokens:.0f}")
         change = tuned_loss - self.base_loss
         tuned_loss_cell = f"{tuned_loss:.3f} ({change:+.3f})"
@@ -142,12 +220,27 @@ class Demo:
         return [
             ["", *results],
             ["exact answers", *exact_answers],
+            ["95 % interval of that", *intervals],
             ["loss on general text", f"{self.base_loss:.3f}", "", tuned_loss_cell],
             ["prompt tokens an answer", *prompt_tokens],
             ["trained parameters", "0", "0", f"{trained:,}"],
             ["training tokens/s", "", "", f"{speed:,.0f}"],
             ["peak memory", "", "", f"{memory / 1e9:.2f} GB"],
         ]
+
+
+def wilson_interval(right: int, total: int) -> tuple[float, float]:
+    """Returns the 95 % confidence interval of a share, `right` of `total` (Wilson 1927).
+
+    Unlike the interval of a normal distribution around the share itself, it is no point where all
+    or none are right.
+    """
+    z = 1.959964  # of the normal distribution, for 95 %
+    share = right / total
+    center = (share + z * z / (2 * total)) / (1 + z * z / total)
+    variance = share * (1 - share) / total + z * z / (4 * total * total)
+    half = z * math.sqrt(variance) / (1 + z * z / total)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def print_answers(question: str, base: str, tuned: str) -> None:

@@ -5,19 +5,21 @@ The loss of the untouched base is measured too, so that a run which makes the mo
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 import distributed
 from common.errors import UserError, describe_os_error
-from data import TrainingData, batches_by_length
+from common.progress import progress
+from data import Batch, TrainingData, batches_by_length
 from dataset.examples import Dataset
 from model import Transformer, eval_mode
 from objectives import mean_loss
 from training.defaults import Settings
 from training.metrics import MetricsLogger
+from training.signals import GracefulStop
 from training.state import TrainState
 
 VALIDATION_BATCH = 8  # examples
@@ -47,6 +49,7 @@ class Evaluator:
         self.metrics = metrics
         self.device = device
         self.save_best = save_best
+        self.was_interrupted = False
 
     def due(self, state: TrainState) -> bool:
         """True every --eval-every steps, also before the first one; and at the end in any case."""
@@ -55,12 +58,20 @@ class Evaluator:
         every = self.settings.eval_every
         return bool(every) and state.step % every == 0
 
-    def run(self, state: TrainState) -> bool:
-        """Validates after `state.step` steps. True if early stopping is due (--patience)."""
+    def run(self, state: TrainState, stop: GracefulStop) -> bool:
+        """Validates after `state.step` steps. True if early stopping is due (--patience).
+
+        A signal ends it at once: then `was_interrupted` is True, and a run that goes on from here
+        validates first.
+        """
         if not len(self.data.val):
             return False
-        with self.metrics.paused():
-            self.validate(state)
+        try:
+            with self.metrics.paused():
+                self.validate(state, stop)
+        except ValidationInterrupted:
+            self.was_interrupted = True
+            return False
         out_of_patience = 0 < self.settings.patience <= state.since_best
         stop = out_of_patience and state.step < self.settings.steps
         if stop:
@@ -68,19 +79,19 @@ class Evaluator:
             self.metrics.bar.write(f"stopped   {count} validations without a new best (--patience)")
         return stop
 
-    def validate(self, state: TrainState) -> None:
+    def validate(self, state: TrainState, stop: GracefulStop) -> None:
         """Computes the losses, writes them to metrics.jsonl and into the state, and keeps the best.
 
-        Raises UserError if the loss is not finite.
+        Raises UserError if the loss is not finite, ValidationInterrupted at a signal.
         """
         val = self.data.val
         replay_val = self.data.replay_val
         max_tokens = self.settings.max_tokens
         with eager_mode(self.settings):
-            loss = validation_loss(self.model, val, self.device, max_tokens)
+            loss = validation_loss(self.model, val, self.device, max_tokens, stop)
             replay_loss = None
             if replay_val:
-                replay_loss = validation_loss(self.model, replay_val, self.device, max_tokens)
+                replay_loss = validation_loss(self.model, replay_val, self.device, max_tokens, stop)
         if not math.isfinite(loss):
             problem = f"the validation loss is {loss:g}"
             raise UserError(f"step {state.step}: {problem}; stopped, try a lower --lr")
@@ -139,10 +150,22 @@ def eager_mode(settings: Settings) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+class ValidationInterrupted(Exception):
+    """A signal came during a validation, to this rank or another."""
+
+
 def validation_loss(
-    model: Transformer, val: Dataset, device: torch.device, max_tokens: int | None = None
+    model: Transformer,
+    val: Dataset,
+    device: torch.device,
+    max_tokens: int | None = None,
+    stop: GracefulStop | None = None,
 ) -> float:
-    """Returns the loss per trained token, over all ranks. max_tokens: the most of a batch."""
+    """Returns the loss per trained token, over all ranks.
+
+    max_tokens: the most of a batch.
+    Raises ValidationInterrupted on all ranks soon after a signal has reached one.
+    """
     batches = batches_by_length(
         val,
         VALIDATION_BATCH,
@@ -153,8 +176,26 @@ def validation_loss(
         max_tokens,
     )
     with eval_mode(model):
-        loss = mean_loss(model, batches)
-    if distributed.has_shards(model):
-        # What is around the blocks stays gathered for a backward, which does not come here.
-        model.reshard()
+        try:
+            loss = mean_loss(model, until_signal(batches, val.tokens, stop))
+        finally:
+            if distributed.has_shards(model):
+                # What is around the blocks stays gathered for a backward, which does not come here.
+                model.reshard()
     return loss
+
+
+def until_signal(
+    batches: Iterable[Batch], num_tokens: int, stop: GracefulStop | None
+) -> Iterator[Batch]:
+    """Yields the batches of a validation, and shows its progress. num_tokens: of all ranks.
+
+    Raises ValidationInterrupted, on all ranks at the same batch, once one has a signal.
+    """
+    bar = progress("validating", num_tokens, "token", shown=distributed.is_rank0())
+    with bar:
+        for batch in batches:
+            if stop and not distributed.all_ranks_agree(not stop.signal):
+                raise ValidationInterrupted
+            yield batch
+            bar.update(batch.num_tokens * distributed.dp_size())

@@ -9,8 +9,10 @@ import json
 import math
 import os
 import shutil
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +21,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common.console import format_duration
 from common.device import peak_memory
 from common.errors import UserError
+from common.progress import LINE_SECONDS
+from common.threads import LEAST_BUSY, OtherLoad
+from common.threads import VARIABLE as WAIT_POLICY
 from dataset.examples import Example
 from distributed import all_gather_object, is_rank0, world_size
 from flags import Flags, as_dict
@@ -30,6 +36,9 @@ from training.state import TrainState
 
 # After so many steps in a row without a finite loss or gradient a run ends.
 MAX_SKIPPED_IN_A_ROW = 10
+# A run is slow where the median of so many steps is under this share of the median of all of them.
+SLOW_STEPS = 5
+SLOW_SHARE = 0.6
 # How many examples of such a step the error names; bad_batch.jsonl has them all.
 NAMED_EXAMPLES = 8
 
@@ -85,6 +94,14 @@ class MetricsLogger:
             disable=not shown,
             dynamic_ncols=True,
         )
+        # Lines for whom the bar does not reach: every `log_every` steps, or every LINE_SECONDS.
+        self.log_every = flags.log_every
+        if self.log_every is None and shown:
+            self.log_every = 0
+        self.first_step = state.step
+        self.launched = time.perf_counter()
+        self.last_line = self.launched
+        self.slowdown = SlowdownWatch(device)
         self.pending: PendingStep | None = None
         # When the newest step had been launched.
         self.last = time.perf_counter()
@@ -161,8 +178,35 @@ class MetricsLogger:
         self.write(line)
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
         self.bar.update()
+        slowdown = self.slowdown.note(speed)
+        if slowdown and is_rank0():
+            self.bar.write(f"NOTE      {slowdown}")
+        if self.line_is_due(pending.step):
+            left = format_duration(self.seconds_left(pending.step))
+            self.bar.write(
+                f"step {pending.step:>5} of {self.bar.total:,}: loss {loss:.4f},"
+                f" {speed:,.0f} tokens/s, {left} left"
+            )
         if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             self.give_up(problem, pending.examples)
+
+    def line_is_due(self, step: int) -> bool:
+        """True if a line is to be printed for this step, as --log-every says."""
+        if not is_rank0():
+            return False
+        if self.log_every is not None:
+            return self.log_every > 0 and step % self.log_every == 0
+        now = time.perf_counter()
+        if now - self.last_line < LINE_SECONDS:
+            return False
+        self.last_line = now
+        return True
+
+    def seconds_left(self, step: int) -> float:
+        """Returns how long the run goes on after a step, by the pace of this launch so far,
+        validations and checkpoints included."""
+        elapsed = time.perf_counter() - self.launched
+        return elapsed / (step - self.first_step) * (self.bar.total - step)
 
     def give_up(self, problem: str, examples: list[Example]) -> None:
         """Ends the run: writes a step's examples, of all ranks, to bad_batch.jsonl and names them.
@@ -224,6 +268,42 @@ class MetricsLogger:
         self.file.close()
         if self.wandb:
             self.wandb.finish()
+
+
+class SlowdownWatch:
+    """Notices, once, that the run has become slow since another program takes its cores."""
+
+    def __init__(self, device: torch.device):
+        # One thread waits for nobody; and threads that sleep while they wait do so by choice.
+        spins = os.environ.get(WAIT_POLICY, "").lower() != "passive"
+        self.active = device.type == "cpu" and torch.get_num_threads() > 1 and spins
+        self.load = OtherLoad()
+        self.steps = 0
+        # Of the newest steps.
+        self.speeds: deque[float] = deque(maxlen=40 * SLOW_STEPS)
+
+    def note(self, speed: float) -> str:
+        """Returns a line where the newest steps are slow and others are busy; else "".
+
+        speed: of the newest step, in tokens/s.
+        """
+        if not self.active:
+            return ""
+        self.speeds.append(speed)
+        self.steps += 1
+        if self.steps % SLOW_STEPS:
+            return ""
+        busy = self.load.cores()
+        usual = statistics.median(self.speeds)
+        newest = statistics.median([*self.speeds][-SLOW_STEPS:])
+        if newest > SLOW_SHARE * usual or busy < LEAST_BUSY:
+            return ""
+        self.active = False
+        return (
+            f"{newest:,.0f} tokens/s, {usual:,.0f} before: others keep {busy:.1f} cores busy while"
+            " this run's threads spin as they wait for each other. Ctrl-C, and --resume goes on"
+            " with threads that sleep"
+        )
 
 
 class PendingScalars:

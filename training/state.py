@@ -65,6 +65,8 @@ class TrainState:
             skipped_in_a_row=stored["in_a_row"],
             wandb=stored.get("wandb"),
         )
+        if stored.get("val_loss") is not None:
+            state.validated_at = state.step
         for stored_name, value in stored["watch"].items():
             if value is not None:
                 setattr(state, STORED_NAMES[stored_name], value)

@@ -15,6 +15,7 @@ import distributed
 import lora
 import optimizers
 from common.console import one_line
+from common.threads import wait_policy_note
 from data import TrainingData, max_tokens_per_micro_batch
 from methods import method_of
 from model import Linear, Transformer, quantized_linears
@@ -38,13 +39,15 @@ STUCK = 0.5
 INDENT = " " * 10
 
 
-def print_summary(
-    settings: Settings, model: Transformer, tokenizer: Tokenizer, device: torch.device
-) -> None:
-    """Prints what is trained, on what, how, and what it will take."""
+def print_model_summary(settings: Settings, model: Transformer, tokenizer: Tokenizer) -> None:
+    """Prints what is trained: the base, and what of it."""
     print_model(model, tokenizer)
     print_method(settings, model)
     print_base(settings, model)
+
+
+def print_run_summary(settings: Settings, model: Transformer, device: torch.device) -> None:
+    """Prints how it is trained, and what that will take."""
     print_run(settings, model, device)
     recipe, layout = recipe_and_layout(settings)
     memory = multi_gpu.memory_per_process(
@@ -53,6 +56,7 @@ def print_summary(
     gigabytes = memory.peak / 1e9
     minutes = settings.expected_seconds / 60
     print(f"expected  {gigabytes:.1f} GB of memory, {minutes:.1f} min of training", flush=True)
+    print_processes(settings)
 
 
 def print_line(text: str) -> None:
@@ -149,6 +153,9 @@ def print_run(settings: Settings, model: Transformer, device: torch.device) -> N
     reasons = settings.reasons
     dtype = dtype_name(model.dtype)
     print(f"machine   {device}, {dtype}: {reasons['dtype']}; {reasons['compile']}")
+    waiting = wait_policy_note()
+    if waiting:
+        print_line(waiting)
 
     ranks = distributed.dp_size()
     factors = f"{settings.batch_size} x {settings.accumulate}"
@@ -162,6 +169,8 @@ def print_run(settings: Settings, model: Transformer, device: torch.device) -> N
         f" {settings.schedule} after {settings.warmup} steps of warm-up,"
         f" decay {settings.weight_decay:g}, clip {settings.clip:g}, seed {settings.seed}"
     )
+    if settings.reasons["val_limit"]:
+        print(f"validates {settings.reasons['val_limit']}")
     if settings.max_tokens < max_tokens_per_micro_batch(device):
         limit = f"{settings.max_tokens:,}"
         print_line(f"in micro-batches of at most {limit} tokens; more do not fit")
@@ -219,13 +228,15 @@ def print_interruption(
     metrics.bar.write(f"stopped   after step {state.step}; {advice}")
 
 
-def print_end(state: TrainState, metrics: MetricsLogger, out: Path, memory: float) -> None:
+def print_end(
+    settings: Settings, state: TrainState, metrics: MetricsLogger, out: Path, memory: float
+) -> None:
     """Says what the training took, and where its outcome is. memory: the peak, in bytes."""
     seconds = time.perf_counter() - metrics.start
     best = "best/, " if state.has_best else ""
     print(
-        f"trained   {state.tokens:,} tokens in {seconds:.0f} s; peak memory {memory / 1e9:.2f} GB;"
-        f" in {out}: final/, {best}metrics.jsonl, loss.png"
+        f"trained   {state.tokens:,} tokens in {seconds:.0f} s ({settings.expected_seconds:.0f}"
+        f" were expected); peak memory {memory / 1e9:.2f} GB; in {out}: final/, {best}metrics.jsonl, loss.png"
     )
 
 

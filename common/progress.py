@@ -1,0 +1,96 @@
+"""Shows how far a long piece of work is: a bar on a terminal, elsewhere a line every so often.
+
+Both say how much time is left. Work that is done before the first line is due prints nothing.
+"""
+
+import sys
+import time
+from types import TracebackType
+from typing import Protocol, Self
+
+from tqdm import tqdm
+
+from common.console import format_duration, print_stderr
+
+# Seconds between two lines where no terminal is.
+LINE_SECONDS = 30.0
+
+
+class Progress(Protocol):
+    """What tqdm and `ProgressLines` have in common."""
+
+    def update(self, n: float = 1) -> bool | None:
+        """Counts n more units as done."""
+
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        """Sets what is shown beside the count."""
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error) -> None: ...
+
+
+def progress(what: str, total: int | None, unit: str, shown: bool = True) -> Progress:
+    """Returns the progress of a piece of work.
+
+    what: its name, such as "validating".
+    total: of its units; None if that is not known beforehand.
+    shown: False for nothing at all, as on ranks other than 0.
+    """
+    if shown and not sys.stderr.isatty():
+        return ProgressLines(what, total, unit)
+    return tqdm(
+        desc=what, total=total, unit=unit, disable=not shown, leave=False, dynamic_ncols=True
+    )
+
+
+class ProgressLines:
+    """Prints a line to stderr every LINE_SECONDS: in a log, a bar would be a mess."""
+
+    def __init__(self, what: str, total: int | None, unit: str):
+        self.what = what
+        self.total = total
+        self.unit = unit
+        self.count = 0.0
+        self.postfix = ""
+        self.start = time.monotonic()
+        self.last_line = self.start
+
+    def update(self, n: float = 1) -> None:
+        self.count += n
+        now = time.monotonic()
+        if now - self.last_line >= LINE_SECONDS:
+            self.last_line = now
+            print_stderr(self.line(now - self.start))
+
+    def line(self, seconds: float) -> str:
+        """Returns the line that is printed `seconds` after the start."""
+        if self.total is None:
+            parts = [f"{self.what}: {self.count:,.0f} {self.unit}s"]
+        else:
+            parts = [f"{self.what}: {self.count:,.0f} of {self.total:,} {self.unit}s"]
+        if self.postfix:
+            parts.append(self.postfix)
+        if self.total and self.count:
+            left = seconds * (self.total - self.count) / self.count
+            parts.append(f"{format_duration(left)} left")
+        return ", ".join(parts)
+
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        self.postfix = s
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

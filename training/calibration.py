@@ -1,0 +1,105 @@
+"""Times this run's own work on this machine before it says how long it will take.
+
+A rate computed from operations misses by a third or more: what a step reaches of a product's rate
+depends on the dtype, the widths of the model, the lengths of the examples and the machine's memory.
+So two micro-batches go forward and backward, the first to warm up; their gradients are thrown away,
+and nothing that trains is changed.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import distributed
+from data import Batch, MicroBatches, TrainingData, collate
+from model import Transformer
+from objectives import Losses, StepTotals
+from training.defaults import Settings
+
+# A micro-batch that is expected to take longer is timed by some of its examples.
+TRIAL_SECONDS = 4.0
+# Bytes that a step moves for each trained weight in fp32: AdamW reads weight, gradient and two
+# moments and writes all but the gradient; clipping reads and writes the gradient once more.
+OPTIMIZER_BYTES = 40
+
+
+class Pace(NamedTuple):
+    """What training takes on this machine. seconds_per_step: of the optimizer."""
+
+    seconds_per_token: float
+    seconds_per_step: float
+
+    def expected(self, settings: Settings) -> Settings:
+        """Returns the settings with `expected_seconds` of their steps and validations."""
+        tokens_take = settings.workload.tokens * self.seconds_per_token
+        seconds = tokens_take + settings.steps * self.seconds_per_step
+        return dataclasses.replace(settings, expected_seconds=seconds)
+
+
+def measure_pace(
+    settings: Settings,
+    model: Transformer,
+    objective: Callable[..., Tensor],
+    data: TrainingData,
+    device: torch.device,
+) -> Pace:
+    """Returns the pace of this run, by a trial on its own data."""
+    expected_pace = settings.expected_seconds / settings.workload.tokens
+    if distributed.world_size() > 1:
+        # Several ranks keep the time that was computed from operations: in a trial of theirs every
+        # collective would have to match.
+        return Pace(expected_pace, 0.0)
+    # A copy of the sampler, since a step moves its position.
+    sampler = dataclasses.replace(data.sampler)
+    loader = MicroBatches(
+        data.train, sampler, device, settings.batch_size, settings.accumulate, settings.max_tokens,
+        settings.seed, dropout=bool(settings.dropout),
+    )  # fmt: skip
+    model.train()
+    for step in range(2):
+        batch = trial_batch(loader, step, TRIAL_SECONDS / expected_pace, device)
+        start = time.perf_counter()
+        losses = Losses(device)
+        objective(model, batch, StepTotals.of([batch]), losses).backward()
+        # Reading the loss waits for a GPU.
+        float(losses.loss)
+        seconds_per_token = (time.perf_counter() - start) / batch.num_tokens
+        model.zero_grad(set_to_none=True)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    seconds_per_step = 0.0
+    if not settings.optimizer_offload:
+        seconds_per_step = trained * OPTIMIZER_BYTES / memory_bandwidth(device)
+    return Pace(seconds_per_token, seconds_per_step)
+
+
+def trial_batch(loader: MicroBatches, step: int, most: float, device: torch.device) -> Batch:
+    """Returns the first micro-batch of a step, or as many of its examples as have `most` tokens; at
+    least one."""
+    examples = loader.examples_of_step(step)[0]
+    chosen = []
+    num_tokens = 0
+    for example in examples:
+        num_tokens += len(example.ids)
+        if chosen and num_tokens > most:
+            break
+        chosen.append(example)
+    return collate(chosen, device)
+
+
+def memory_bandwidth(device: torch.device) -> float:
+    """Returns the bytes a second that an elementwise operation on large tensors moves."""
+    x = torch.ones(1 << 24, device=device)
+    y = torch.ones_like(x)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        x.add_(y)
+        # Reading a number waits for a GPU.
+        float(x[0])
+        times.append(time.perf_counter() - start)
+    # x and y are read, and x is written.
+    return 3 * x.nbytes / min(times)

@@ -444,8 +444,16 @@ class Flags:
     )
     gpus: tuple[int, ...] = option(
         [],
-        "--plan: for these numbers of GPUs of 80 GB, in nodes of 8",
+        "--plan: for these numbers of GPUs, in nodes of 8; with --data, also the time of the run",
         metavar="N",
+        resume=PER_LAUNCH,
+    )
+    gpu_memory: float = option(
+        80.0,
+        "--plan --gpus: memory of a GPU in GB, such as 8, 24, 48, 80 or 141; its speed is that of a"
+        " common card of that size, which is named",
+        metavar="GB",
+        limits=POSITIVE,
         resume=PER_LAUNCH,
     )
     profile: int = option(
@@ -653,6 +661,8 @@ def check_numbers(flags: Flags) -> None:
     check_length_of_bundled_task(flags)
     if not all(0 < count < MAX_NUMBER for count in flags.gpus):
         raise UserError("--gpus: numbers above 0 are wanted")
+    if "gpu_memory" in flags.given and not flags.gpus:
+        raise UserError("--gpu-memory: is about the GPUs of --plan --gpus; give --gpus 1 as well")
     if flags.gpus and not flags.plan:
         raise UserError(
             "--gpus is what --plan is to plan for; a run has as many as torchrun starts processes"

@@ -12,6 +12,7 @@ Bytes for each trained number (weight + gradient + optimizer state):
 The training loop gets a list of optimizers. It sets their learning rates and calls `step` on each.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from common.device import pick_dtype
 from distributed import (
     all_reduce_sum,
     is_sharded,
@@ -465,7 +467,7 @@ def newton_schulz_sharded(parameters: list[Tensor], local_rows: list[Tensor]) ->
     # The way back: rank number i sends every rank its rows of update number i.
     updates = []
     for i, (p, rows) in enumerate(zip(parameters, local_rows, strict=True)):
-        received = torch.empty_like(padded(rows, p), dtype=torch.bfloat16)
+        received = torch.empty_like(padded(rows, p), dtype=update_dtype(rows.device))
         parts = None
         if i == group_rank:
             assert own_update is not None, "matrix number i came to this rank"
@@ -476,8 +478,15 @@ def newton_schulz_sharded(parameters: list[Tensor], local_rows: list[Tensor]) ->
     return updates
 
 
+@functools.cache
+def update_dtype(device: torch.device) -> torch.dtype:
+    """Returns the dtype of Muon's products."""
+    return pick_dtype("auto", device)[0]
+
+
 def newton_schulz(matrix: Tensor) -> Tensor:
-    """Returns a matrix [out, in] with all singular values between about 0.7 and 1.2, in bf16.
+    """Returns a matrix [out, in] with all singular values between about 0.7 and 1.2: in bf16, or in
+    fp32 on hardware without bf16 instructions, where products in bf16 take many times as long.
 
     Its singular vectors stay as they are.
 
@@ -485,7 +494,7 @@ def newton_schulz(matrix: Tensor) -> Tensor:
     at 0 instead of meeting 1 exactly.
     """
     is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.to(torch.bfloat16)
+    x = matrix.to(update_dtype(matrix.device))
     # x @ x.t() is smaller for a wide matrix.
     x = x.t() if is_tall else x
     # The polynomial converges for singular values up to 1, and no singular value exceeds the norm.

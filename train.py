@@ -44,7 +44,7 @@ from planning import report
 from tokenizer import Tokenizer
 from training.attention_trial import use_flash_version
 from training.calibration import measure_pace
-from training.checkpointer import Checkpointer, check_same_run
+from training.checkpointer import Checkpoint, Checkpointer, check_same_run
 from training.defaults import Settings, choose_steps, resolve_defaults
 from training.demo import Demo, is_bundled_task
 from training.evaluator import Evaluator, best_or_final, eager_mode
@@ -126,6 +126,7 @@ def train(flags: Flags, lock: FolderLock) -> None:
     if resumed:
         steps_done = f"{resumed.state['step']:,} of {settings.steps:,}"
         print(f"resumed   after step {steps_done}, from {resumed.folder}")
+        print_prolonging(settings, resumed)
     if settings.compile == "on":
         model.compile_blocks()
     if settings.attention != "auto":
@@ -189,7 +190,8 @@ def train(flags: Flags, lock: FolderLock) -> None:
     model.eval()
     save_final(settings, model, state, checkpointer, functools.partial(save, out / "final"), out)
     if distributed.is_rank0():
-        loss_curve(out / "metrics.jsonl", out / "loss.png", f"{folder.name}, {settings.method}")
+        title = f"{out.name}: {settings.method} of {folder.name}"
+        loss_curve(out / "metrics.jsonl", out / "loss.png", title)
     print_end(settings, state, metrics, out, peak_memory(device))
     if demo:
         with eager_mode(settings):
@@ -295,6 +297,19 @@ def lr_at(step: int, settings: Settings) -> float:
     return settings.lr * SCHEDULES[settings.schedule](progress)
 
 
+def print_prolonging(settings: Settings, resumed: Checkpoint) -> None:
+    """Says at which rate a run goes on that had ended after fewer steps; else nothing."""
+    before = resumed.state["flags"]["steps"]
+    if settings.steps == before:
+        return
+    rate = lr_at(resumed.state["step"], settings)
+    print(
+        f"          prolonged from {before:,} to {settings.steps:,} steps: the rate goes on at"
+        f" {rate:.2g} and falls as in one run of {settings.steps:,} ({settings.schedule} from"
+        f" {settings.lr:g})"
+    )
+
+
 def save_config(settings: Settings, out: Path) -> None:
     """Writes config.json: every option with its value, and the names of those that were typed."""
     config = as_dict(settings)
@@ -325,6 +340,7 @@ def save_weights(
         tokenizer.save_template(tmp)
         facts = dict(origin)
         facts["method"] = settings.method
+        facts["steps"] = settings.steps
         facts |= base_numbers(model)
         if tokenizer.writes_date:
             facts["date"] = tokenizer.day

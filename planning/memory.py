@@ -54,6 +54,12 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4
 # in fp32 take so long that what is around them counts less.
 EFFICIENCY = {torch.bfloat16: 0.45, torch.float32: 0.73}
 
+# A training that takes longer, in seconds, is none for this machine.
+TOO_LONG = 14 * 24 * 3600
+OTHER_MACHINE = "--plan --gpus 1 --gpu-memory 24 (or 48, 80, 141) plans for a GPU"
+# Options of a recipe that have no value.
+BARE_FLAGS = ("--optimizer-offload",)
+
 # Bytes of the process itself: Python, torch, oneDNN's products, freed memory that is not returned
 # to the system.
 RUNTIME = {"cpu": 1.5e9, "cuda": 0.0}
@@ -90,6 +96,12 @@ class Recipe:
     weights: str = "fp32"
     offload: bool = False
     checkpointing: str = "none"
+
+    @property
+    def name(self) -> str:
+        """A short name: what follows --method, --optimizer and --weights."""
+        words = str(self).split()
+        return " ".join(word for word in words if not word.startswith("--") or word in BARE_FLAGS)
 
     def __str__(self) -> str:
         """Returns the flags of train.py that ask for this recipe."""
@@ -660,56 +672,49 @@ def print_plan(
     kinds = ["none", "selective", "full"]
     if device.type == "cuda":
         kinds.append("offload")
-    columns = [f"{kind}: kept, peak" for kind in kinds]
-    rows = [["", "weights", "gradients", "moments", "logits", *columns, "GFLOP", "minutes"]]
-    fitting: list[tuple[Recipe, float]] = []
+    rows = [["", "weights", "gradients", "moments", *kinds, "time"]]
+    # Each recipe that fits, with its peak in bytes and its seconds.
+    fitting: list[tuple[Recipe, float, float]] = []
     smallest: tuple[float, Recipe] | None = None
 
     # A row for each recipe, with a column for each kind of activation checkpointing.
     for plain_recipe in recipes(config, device):
         cells = []
-        flops = {}
+        times = []
         for kind in kinds:
             recipe = replace(plain_recipe, checkpointing=kind)
             model = meta_model(config, recipe, dtype, adapter)
             takes = functools.partial(memory_of_workload, model, recipe, device.type)
             memory = takes(fitting_job(workload, device, room, takes))
-            flops[kind] = flops_a_token(model, workload.all_lengths, workload.share, kind)
+            flops = flops_a_token(model, workload.all_lengths, workload.share, kind)
+            seconds = workload.tokens * flops / (EFFICIENCY[dtype] * rate)
             fits = memory.peak <= room
             mark = " " if fits else "!"
-            cells.append(f"{memory.activations / 1e9:.2f}, {memory.peak / 1e9:.2f}{mark}")
+            cells.append(f"{memory.peak / 1e9:.2f}{mark}")
             if fits:
-                fitting.append((recipe, memory.peak))
+                fitting.append((recipe, memory.peak, seconds))
+                times.append(seconds)
             if smallest is None or memory.peak < smallest[0]:
                 smallest = (memory.peak, recipe)
         # These parts are those of the last kind.
-        parts = (memory.weights, memory.gradients, memory.optimizer, memory.logits)
-        row = [str(plain_recipe).replace("--method ", "")]
-        row += [f"{part / 1e9:.2f}" for part in parts]
+        row = [plain_recipe.name]
+        for part in (memory.weights, memory.gradients, memory.optimizer):
+            row.append(f"{part / 1e9:.2f}")
         row += cells
-        row.append(f"{flops['none'] / 1e9:.2f}")
-        fastest = workload.tokens * flops["none"] / (EFFICIENCY[dtype] * rate) / 60
-        slowest = workload.tokens * flops["full"] / (EFFICIENCY[dtype] * rate) / 60
-        row.append(f"{fastest:.1f} to {slowest:.1f}")
+        row.append(time_range(times))
         rows.append(row)
 
     print(console.table(rows))
-    print(
-        f"All sizes are GB; a peak with ! is more than the {room / 1e9:.1f} GB that a run may use"
-        " here."
-    )
-    print(
-        "kept: activations that the blocks keep for their backward, with that"
-        " --activation-checkpointing."
-    )
-    print("peak: weights, moments, and the most that a step adds to them.")
-    print("GFLOP: operations of one token, without checkpointing.")
+    print("A row is --method, --optimizer and --weights; all sizes are GB.")
+    names = ", ".join(kinds)
+    print(f"{names}: the most that a step takes, with that --activation-checkpointing.")
+    print(f"! is more than the {room / 1e9:.1f} GB that a run may use here.")
     if device.type != "cpu":
         most = max_tokens_per_micro_batch(device)
         print(f"Micro-batches have up to {most:,} tokens, and fewer if so many do not fit.")
     print(
-        f"minutes: without checkpointing and with full, at {EFFICIENCY[dtype]:.0%} of the"
-        f" {rate / 1e9:,.0f} GFLOP/s that a matrix product reaches here."
+        f"time: of the whole training, at {EFFICIENCY[dtype]:.0%} of the {rate / 1e9:,.0f} GFLOP/s"
+        " that a matrix product reaches here."
     )
     advice = recommend(config, workload, dtype, adapter, fitting, room, smallest)
     print(f"plan      {advice}")
@@ -720,7 +725,7 @@ def recommend(
     workload: Workload,
     dtype: torch.dtype,
     adapter: dict,
-    fitting: list[tuple[Recipe, float]],
+    fitting: list[tuple[Recipe, float, float]],
     room: float,
     smallest: tuple[float, Recipe],
 ) -> str:
@@ -730,19 +735,23 @@ def recommend(
     et al. 2025; Biderman et al. 2024, arXiv 2405.09673), so the question is first how much there is
     to learn, then what fits.
 
-    fitting: the recipes that fit, each with its peak in bytes, in the order of the table.
+    fitting: the recipes that fit, each with its peak in bytes and its time in seconds, in the order
+        of the table.
     room: bytes that training may take.
     smallest: the smallest peak of all, and its recipe.
     """
     if not fitting:
         peak, recipe = smallest
         takes = f"takes {peak / 1e9:.1f} of {room / 1e9:.1f} GB"
-        return f"nothing fits: the least, {recipe}, {takes}; lower --batch-size or --seq-len"
+        return (
+            f"nothing fits: the least, {recipe}, {takes}; lower --batch-size or --seq-len;"
+            f" {OTHER_MACHINE}"
+        )
     # Of each method, the first recipe that fits: it is the fastest, and the nearest to plain AdamW
     # in fp32.
-    first: dict[str, tuple[Recipe, float]] = {}
-    for recipe, peak in fitting:
-        first.setdefault(recipe.method, (recipe, peak))
+    first: dict[str, tuple[Recipe, float, float]] = {}
+    for recipe, peak, seconds in fitting:
+        first.setdefault(recipe.method, (recipe, peak, seconds))
 
     # How many trained tokens the adapters can hold, and which rank would hold all of the data.
     rank = adapter["rank"]
@@ -755,7 +764,7 @@ def recommend(
     method = next(m for m in ("lora", "qlora", "full") if m in first)
     if sufficient_rank > LARGEST_RANK and "full" in first:
         method = "full"
-    recipe, peak = first[method]
+    recipe, peak, seconds = first[method]
     what_is_held = f"adapters of rank {rank} hold about {capacity:,.0f}"
     why = f"{workload.to_learn:,} trained tokens; {what_is_held}"
     if method == "full":
@@ -769,4 +778,16 @@ def recommend(
     flags = str(recipe)
     if rank < sufficient_rank and method != "full":
         flags += f" --rank {sufficient_rank}"
-    return f"{flags}: {peak / 1e9:.1f} of {room / 1e9:.1f} GB; {why}"
+    takes = f"{peak / 1e9:.1f} of {room / 1e9:.1f} GB, {console.format_duration(seconds)}"
+    if seconds > TOO_LONG:
+        return f"not on this machine: {flags} takes {takes}; {OTHER_MACHINE}"
+    return f"{flags}: {takes}; {why}"
+
+
+def time_range(times: list[float]) -> str:
+    """Returns the shortest and the longest of some times in seconds, as the table has them."""
+    if not times:
+        return "does not fit"
+    shortest = console.format_duration(min(times))
+    longest = console.format_duration(max(times))
+    return shortest if shortest == longest else f"{shortest} to {longest}"

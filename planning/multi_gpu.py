@@ -22,6 +22,7 @@ with W shards:
 import functools
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -46,11 +47,33 @@ from planning.memory import (
 
 GPUS_PER_NODE = 8
 
-# An H100 SXM: bytes of memory, FLOP/s.
-MEMORY, FLOPS = 80e9, PEAK_FLOPS["H100"]
 
-# Bytes per second and GPU, one way: NVLink 4; InfiniBand of 400 Gbit/s.
-NVLINK_BYTES, NETWORK_BYTES = 450e9, 50e9
+class Card(NamedTuple):
+    """A GPU: its name, FLOP/s of dense bf16 products as the vendor publishes them, and bytes per
+    second, one way, to another GPU of its node and through its network card."""
+
+    name: str
+    flops: float
+    link: float
+    network: float
+
+
+# Bytes per second: NVLink 4, NVLink 3, PCIe 4.0 x16; InfiniBand of 400 and Ethernet of 100 Gbit/s.
+NVLINK_4, NVLINK_3, PCIE_4 = 450e9, 300e9, 32e9
+INFINIBAND, ETHERNET = 50e9, 12.5e9
+# For GPUs of at most so many GB, in ascending order.
+CARDS = {
+    16: Card("RTX 4060 Ti", 44e12, PCIE_4, ETHERNET),
+    24: Card("RTX 4090", PEAK_FLOPS["4090"], PCIE_4, ETHERNET),
+    40: Card("A100", PEAK_FLOPS["A100"], NVLINK_3, INFINIBAND),
+    48: Card("L40S", PEAK_FLOPS["L40S"], PCIE_4, ETHERNET),
+    math.inf: Card("H100 or H200", PEAK_FLOPS["H100"], NVLINK_4, INFINIBAND),
+}
+
+
+def card_of(gigabytes: float) -> Card:
+    """Returns a common card with so much memory."""
+    return next(card for most, card in CARDS.items() if gigabytes <= most)
 
 
 @dataclass(frozen=True)
@@ -174,62 +197,132 @@ def traffic(
     return sharded, replicated
 
 
+class Best(NamedTuple):
+    """The best way for a recipe on a number of GPUs: the fastest that fits, or the smallest.
+
+    seconds: of the whole workload; infinite where nothing fits.
+    """
+
+    recipe: Recipe
+    layout: Layout
+    memory: Memory
+    sent: float
+    computed: float
+    seconds: float
+    gpus: int
+
+
 def print_multi_gpu_plan(
-    config: Config, gpus: list[int], seq_len: int, batch: int, accumulate: int, adapter: dict
+    config: Config,
+    gpus: tuple[int, ...],
+    gigabytes: float,
+    workload: Workload,
+    steps: float,
+    adapter: dict,
+    has_data: bool,
 ) -> None:
     """Prints, for each recipe and number of GPUs, the layout and checkpointing that fit best.
 
-    gpus: the numbers of GPUs to plan for.
-    seq_len: tokens of a row.
-    batch: rows of a micro-batch on each GPU.
-    accumulate: micro-batches of a step.
+    gpus: the numbers of GPUs to plan for. gigabytes: the memory of each.
+    workload: its lengths are of a micro-batch of each GPU; its tokens those of the whole run, or
+        without data those of one step of a GPU.
+    steps: the optimizer steps of one GPU in the run; 1 without data.
     adapter: {option: value} of a new adapter.
     """
-    heading = ["", "GPUs", "--shard", "checkpointing"]
-    heading += ["weights", "gradients", "moments", "kept", "peak"]
-    heading += ["intra-node", "inter-node", "sent in", "computed in"]
-    rows = [heading]
-    tokens = seq_len * batch
-    room = FITS * (MEMORY - CONTEXT)
-    workload = Workload(
-        lengths=[seq_len] * batch,
-        trained=tokens,
-        share=1.0,
-        all_lengths=[seq_len],
-        tokens=tokens * accumulate,
-        to_learn=tokens * accumulate,
-        accumulate=accumulate,
-    )
+    card = card_of(gigabytes)
+    room = FITS * (1e9 * gigabytes - CONTEXT)
+    heading = ["", "GPUs", "--shard", "checkpointing", "state", "peak", "sent in", "computed in"]
+    rows = [[*heading, "time"] if has_data else heading]
+    ways = []
     for recipe in recipes(config, torch.device("cpu")):
         model = meta_model(config, recipe, torch.bfloat16, adapter)
         for count in gpus:
-            rows.append(best_row(model, recipe, count, workload, room))
+            best = best_way(model, recipe, count, workload, steps, room, card)
+            ways.append(best)
+            rows.append(table_row(best, room, has_data))
     print(console.table(rows))
-    step = f"{batch} x {accumulate} rows of {seq_len:,} tokens"
-    nvlink = f"{NVLINK_BYTES / 1e9:.0f} GB/s"
-    network = f"{NETWORK_BYTES / 1e9:.0f} GB/s"
-    print(f"All sizes are GB per GPU. A step of a GPU is {step}, computed in bf16.")
-    print("kept: activations that the blocks keep for their backward.")
-    print(f"intra-node: GB that a GPU receives in a step by NVLink ({nvlink}).")
-    print(f"inter-node: GB that it receives through its network card ({network}).")
-    print(f"computed in: at {EFFICIENCY[torch.bfloat16]:.0%} of {FLOPS / 1e12:.0f} TFLOP/s.")
+    print(
+        f"For GPUs of {gigabytes:g} GB, as fast as an {card.name}: {card.flops / 1e12:.0f} TFLOP/s,"
+        f" of which a run has {EFFICIENCY[torch.bfloat16]:.0%}."
+    )
+    print("A row is --method, --optimizer and --weights. All sizes are GB per GPU.")
+    print("checkpointing: --activation-checkpointing. state: weights, gradients and moments.")
+    print(
+        "sent in: seconds in which a GPU receives what a step sends; computed in: of its products."
+    )
+    print(
+        f"  ({card.link / 1e9:.0f} GB/s within a node, {card.network / 1e9:g} GB/s between nodes)"
+    )
+    if has_data:
+        print("time: of the whole training, sending or computing, whichever takes longer.")
     print(
         f"--shard and checkpointing are the fastest that fit in {room / 1e9:.0f} of"
-        f" {MEMORY / 1e9:.0f} GB; a peak with ! means that none fits."
+        f" {gigabytes:g} GB; a peak with ! means that none fits."
     )
-    print("The arithmetic is explained in planning/multi_gpu.py.")
+    print(f"plan      {recommend_gpus(ways, room, has_data)}")
 
 
-def best_row(
-    model: Transformer, recipe: Recipe, gpus: int, workload: Workload, room: float
-) -> list[str]:
-    """Returns the table's row of the fastest layout and checkpointing that fit, or of the smallest.
+def table_row(best: Best, room: float, has_data: bool) -> list[str]:
+    """Returns the table's row of a recipe and a number of GPUs."""
+    memory = best.memory
+    mark = "" if memory.peak <= room else "!"
+    state = memory.weights + memory.gradients + memory.optimizer
+    row = [
+        replace(best.recipe, checkpointing="none").name,
+        f"{best.gpus:,}",
+        best.layout.name,
+        best.recipe.checkpointing,
+        f"{state / 1e9:.1f}",
+        f"{memory.peak / 1e9:.1f}{mark}",
+        f"{best.sent:.2f} s",
+        f"{best.computed:.2f} s",
+    ]
+    if has_data:
+        row.append("-" if mark else console.format_duration(best.seconds))
+    return row
+
+
+def recommend_gpus(ways: list[Best], room: float, has_data: bool) -> str:
+    """Returns one line: the first of LoRA, QLoRA and full fine-tuning that fits, on the fewest
+    GPUs."""
+    fitting = [best for best in ways if best.memory.peak <= room]
+    if not fitting:
+        least = min(ways, key=lambda best: best.memory.peak)
+        return (
+            f"nothing fits: the least, {least.recipe} on {least.gpus:,} GPUs, takes"
+            f" {least.memory.peak / 1e9:.1f} of {room / 1e9:.1f} GB; more --gpus, a larger"
+            " --gpu-memory, or a lower --batch-size or --seq-len"
+        )
+    order = ("lora", "qlora", "full")
+    best = min(fitting, key=lambda each: (order.index(each.recipe.method), each.gpus))
+    flags = f"{best.recipe}"
+    if best.layout.name != "none":
+        flags += f" --shard {best.layout.name}"
+    gpus = "1 GPU" if best.gpus == 1 else f"{best.gpus:,} GPUs"
+    line = f"{flags} on {gpus}: {best.memory.peak / 1e9:.1f} of {room / 1e9:.1f} GB each"
+    if has_data:
+        line += f", {console.format_duration(best.seconds)}"
+    return line
+
+
+def best_way(
+    model: Transformer,
+    recipe: Recipe,
+    gpus: int,
+    workload: Workload,
+    steps: float,
+    room: float,
+    card: Card,
+) -> Best:
+    """Returns the fastest layout and checkpointing that fit, or the smallest.
 
     A step takes as long as sending or computing, whichever takes longer.
+    steps: those of one GPU; of several, each has its share.
     room: bytes that training may take.
     """
-    # (order, row). The smallest order is the best; of equal ones the row decides.
-    candidates: list[tuple[tuple[float, ...], list[str]]] = []
+    # (order, number, way). The smallest order is the best; of equal ones the first.
+    candidates: list[tuple[tuple[float, ...], int, Best]] = []
+    tokens_per_step = workload.tokens / steps
     for layout in layouts(gpus):
         for kind in ("none", "selective", "full"):
             candidate = replace(recipe, checkpointing=kind)
@@ -237,26 +330,18 @@ def best_row(
             fitting = fitting_job(workload, torch.device("cuda"), room, takes)
             memory = takes(fitting)
             intra_node, inter_node = traffic(model, candidate, layout, fitting.accumulate)
-            sent = intra_node / NVLINK_BYTES + inter_node / NETWORK_BYTES
-            flops = flops_a_token(model, workload.all_lengths, 1.0, kind)
-            computed = workload.tokens * flops / (EFFICIENCY[torch.bfloat16] * FLOPS)
-            order: tuple[float, ...]
-            if memory.peak <= room:
-                order = (0, max(sent, computed), sent)
-                mark = ""
-            else:
+            sent = intra_node / card.link + inter_node / card.network
+            flops = flops_a_token(model, workload.all_lengths, workload.share, kind)
+            computed = tokens_per_step * flops / (EFFICIENCY[torch.bfloat16] * card.flops)
+            step = max(sent, computed)
+            seconds = step * steps / gpus
+            order: tuple[float, ...] = (0, step, sent)
+            if memory.peak > room:
                 order = (1, memory.peak, sent)
-                mark = "!"
-            row = [str(recipe).replace("--method ", ""), f"{gpus:,}", layout.name, kind]
-            for size in (memory.weights, memory.gradients, memory.optimizer, memory.activations):
-                row.append(f"{size / 1e9:.1f}")
-            row.append(f"{memory.peak / 1e9:.1f}{mark}")
-            row.append(f"{intra_node / 1e9:.1f}")
-            row.append(f"{inter_node / 1e9:.1f}")
-            row.append(f"{sent:.2f} s")
-            row.append(f"{computed:.2f} s")
-            candidates.append((order, row))
-    return min(candidates)[1]
+                seconds = math.inf
+            way = Best(candidate, layout, memory, sent, computed, seconds, gpus)
+            candidates.append((order, len(candidates), way))
+    return min(candidates)[2]
 
 
 def describe_savings(

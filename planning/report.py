@@ -24,11 +24,11 @@ from planning.multi_gpu import Layout
 
 
 def needs_data(flags: Flags, folder: Path) -> bool:
-    """False if --plan can be answered from config.json alone: for --gpus, and for a folder without
-    a tokenizer."""
+    """False if --plan can be answered from config.json alone: for --gpus without --data, and for a
+    folder without a tokenizer."""
     files = (folder / "tokenizer.json", folder / "tokenizer.model")
     has_tokenizer = any(file.is_file() for file in files)
-    return has_tokenizer and not flags.gpus
+    return has_tokenizer and (bool(flags.data) or not flags.gpus)
 
 
 def print_plan_of_config(flags: Flags, config: Config, device: torch.device) -> None:
@@ -36,8 +36,20 @@ def print_plan_of_config(flags: Flags, config: Config, device: torch.device) -> 
     if flags.gpus:
         seq_len = min(flags.seq_len or 2048, config.max_positions)
         rows = rows_at_once(flags, seq_len, "cuda")
+        step = f"{rows} x {flags.accumulate} rows of {seq_len:,} tokens"
+        print(f"plan      for a step of {step} on each GPU; --data counts a whole run")
+        tokens = seq_len * rows
+        workload = Workload(
+            lengths=[seq_len] * rows,
+            trained=tokens,
+            share=1.0,
+            all_lengths=[seq_len],
+            tokens=tokens * flags.accumulate,
+            to_learn=tokens * flags.accumulate,
+            accumulate=flags.accumulate,
+        )
         multi_gpu.print_multi_gpu_plan(
-            config, flags.gpus, seq_len, rows, flags.accumulate, adapter_of(flags)
+            config, flags.gpus, flags.gpu_memory, workload, 1, adapter_of(flags), has_data=False
         )
         return
     dtype, _ = pick_dtype(flags.dtype, device)
@@ -49,6 +61,13 @@ def print_plan_of_data(
     flags: Flags, steps_per_epoch: float, config: Config, data: TrainingData, device: torch.device
 ) -> None:
     """Prints the plan for these data. flags: with the number of steps chosen."""
+    if flags.gpus:
+        on_gpu = describe_workload(flags, data, steps_per_epoch, torch.device("cuda"))
+        multi_gpu.print_multi_gpu_plan(
+            config, flags.gpus, flags.gpu_memory, on_gpu, flags.steps, adapter_of(flags),
+            has_data=True,
+        )  # fmt: skip
+        return
     dtype, _ = pick_dtype(flags.dtype, device)
     workload = describe_workload(flags, data, steps_per_epoch, device)
     memory.print_plan(config, workload, device, dtype, adapter_of(flags))

@@ -184,11 +184,11 @@ class Checkpointer:
         return self.writer.newest
 
     def due(self, state: TrainState) -> bool:
-        """True every --save-every steps, but not at the end, which has final/."""
+        """True every --save-every steps, and at the end, from where a run can be prolonged."""
         every = self.settings.save_every
-        if not every or state.step >= self.settings.steps:
+        if not every:
             return False
-        return state.step % every == 0
+        return state.step % every == 0 or state.step >= self.settings.steps
 
     def save(self, state: TrainState) -> None:
         """Writes a checkpoint of this step. All ranks call it."""
@@ -607,18 +607,23 @@ def truncate_metrics(file: Path, step: int) -> None:
 # ---- flags ----
 
 
-def restore_flags(flags: Flags, state: dict, where: Path) -> tuple[Flags, list[str]]:
+def restore_flags(
+    flags: Flags, state: dict, where: Path, is_prolonged: bool = False
+) -> tuple[Flags, list[str]]:
     """Returns the flags of a resumed run, what was typed completed by those of its checkpoint, and
     lines about what changes.
 
     state: of state.json.
     where: the checkpoint's folder, for messages.
+    is_prolonged: the run had ended, and goes on to more --steps.
     Raises UserError with a list of the flags that would change what is computed.
     """
     saved = relocate_paths(current_names(state["flags"]), state.get("directory"))
     if saved["map"] and "map" not in flags.given:
         advice = "give it again, it is code to be run"
         raise UserError(f"--resume: the run goes through --map {saved['map']}; {advice}")
+    if is_prolonged:
+        saved["steps"] = flags.steps
     flags = dataclasses.replace(flags, **unchanged_flags(flags, saved, where))
     notes = []
     for name in ("shard", "context_parallel", "compile", "activation_checkpointing", "attention"):

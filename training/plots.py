@@ -4,6 +4,12 @@ import json
 from itertools import accumulate
 from pathlib import Path
 
+# Name in metrics.jsonl, label and color of the curves that have a point for each validation.
+VALIDATION_CURVES = [
+    ("val_loss", "validation", "#e6550d"),
+    ("replay_val_loss", "replayed data, validation", "#31a354"),
+]
+
 
 def read_metrics(file: Path) -> list[dict]:
     """Returns the lines of a metrics.jsonl."""
@@ -13,23 +19,15 @@ def read_metrics(file: Path) -> list[dict]:
 
 def loss_curve(metrics: Path, picture: Path, title: str) -> None:
     """Draws the losses of a run's metrics.jsonl as a PNG: of each training step (of longer runs
-    also their running mean) and of the validations."""
+    also their running mean), of the validations, and of replayed data where there are some."""
     import matplotlib
 
     # The backend that needs no display.
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    steps, losses = [], []
-    checks, val_losses = [], []
-    for line in read_metrics(metrics):
-        # The loss of a step that was skipped is null.
-        if line.get("loss") is not None:
-            steps.append(line["step"])
-            losses.append(line["loss"])
-        if "val_loss" in line:
-            checks.append(line["step"])
-            val_losses.append(line["val_loss"])
+    lines = read_metrics(metrics)
+    steps, losses = curve(lines, "loss")
     # A mean over the steps just before: a longer memory would lag behind the curve.
     window = max(1, len(steps) // 20)
 
@@ -39,15 +37,29 @@ def loss_curve(metrics: Path, picture: Path, title: str) -> None:
         label = f"training, mean of {window + 1} steps"
         means = running_means(losses, window)
         axes.plot(steps, means, color="#3182bd", linewidth=2, label=label)
+    for name, label, color in VALIDATION_CURVES:
+        checks, values = curve(lines, name)
+        if checks:
+            axes.plot(checks, values, color=color, marker="o", markersize=4, label=label)
+    checks, values = curve(lines, "replay_loss")
     if checks:
-        axes.plot(checks, val_losses, color="#e6550d", marker="o", markersize=4, label="validation")
-    axes.set(xlabel="step", ylabel="loss a trained token", title=title)
+        means = running_means(values, window)
+        axes.plot(checks, means, color="#a1d99b", linewidth=1.5, label="replayed data, training")
+    # A $ in a name would begin a formula.
+    axes.set(xlabel="step", ylabel="loss per token", title=title.replace("$", r"\$"))
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
     figure.savefig(picture)
     pyplot.close(figure)
+
+
+def curve(lines: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """Returns the steps and values of a number of metrics.jsonl, without those of skipped steps,
+    which are null."""
+    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def running_means(losses: list[float], window: int) -> list[float]:

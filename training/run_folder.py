@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import distributed
-from checkpoint import fingerprint
+from checkpoint import fingerprint, read_json
 from common.device import pick_device
 from common.errors import UserError
 from common.folder_lock import FolderLock
@@ -117,10 +117,16 @@ def find_run(flags: Flags, device: torch.device) -> Run:
     Raises UserError where --resume finds none.
     """
     out = Path(flags.out)
-    if distributed.run_on_rank0((out / "final").is_dir):
-        print(f"complete  {out} has ended; its outcome is {out / 'final'}")
-        return Run(flags, device, is_complete=True)
     found = distributed.run_on_rank0(lambda: checkpointer.newest_checkpoint(out))
+    ended_after = distributed.run_on_rank0(lambda: steps_of_final(out, found))
+    is_prolonged = False
+    if ended_after is not None:
+        is_prolonged = "steps" in flags.given and flags.steps > ended_after
+        if not is_prolonged:
+            more = f"; --steps above {ended_after} prolongs it" if ended_after else ""
+            print(f"complete  {out} has ended; its outcome is {out / 'final'}{more}")
+            return Run(flags, device, is_complete=True)
+        check_can_be_prolonged(out, found, ended_after)
     if found is None and flags.resume == "on":
         raise UserError(
             f"--resume: no checkpoint under {out / checkpointer.FOLDER}; --resume auto would begin"
@@ -132,11 +138,42 @@ def find_run(flags: Flags, device: torch.device) -> Run:
     flags = checkpointer.restore_layout(flags, found.state)
     # Before restore_flags, which counts into how many parts a step's rows are split.
     distributed.init_context_parallel(flags.context_parallel)
-    flags, notes = checkpointer.restore_flags(flags, found.state, found.folder)
+    flags, notes = checkpointer.restore_flags(flags, found.state, found.folder, is_prolonged)
     check_owned_options(flags)
     for line in found.notes + notes:
         print(f"NOTE      {line}")
     return Run(flags, device, found)
+
+
+def steps_of_final(out: Path, newest: Checkpoint | None) -> int | None:
+    """Returns after how many steps the run in `out` has ended; None if it has not.
+
+    A run that is being prolonged has the final/ of its former end until the new one.
+    """
+    if not (out / "final").is_dir():
+        return None
+    if newest is None:
+        return 0
+    steps = newest.state["flags"]["steps"]
+    facts = out / "final" / "plaintune.json"
+    if facts.is_file():
+        # Runs of earlier versions don't say it; they could not be prolonged.
+        steps = read_json(facts).get("steps", steps)
+    return None if newest.state["step"] > steps else steps
+
+
+def check_can_be_prolonged(out: Path, newest: Checkpoint | None, ended_after: int) -> None:
+    """Raises UserError if a run that has ended has no checkpoint of its end to go on from."""
+    if newest is not None and newest.state["step"] == ended_after:
+        return
+    last = "it has none"
+    if newest is not None:
+        last = f"the newest is of step {newest.state['step']} of {ended_after}"
+    raise UserError(
+        f"--steps: {out} has ended, and to prolong it takes the checkpoint of its last step, but"
+        f" {last} (stopped early, --save-every 0, or an earlier version); to train on from"
+        f" {out / 'final'}, start a new run with it as --adapter or --model"
+    )
 
 
 def make_run_folder(flags: Flags, lock: FolderLock, resumed: Checkpoint | None = None) -> Path:

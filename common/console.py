@@ -107,7 +107,8 @@ def format_duration(seconds: float) -> str:
     hours = minutes / 60
     if hours < 48:
         return f"{hours:.1f} h"
-    return f"{hours / 24:,.1f} days"
+    days = hours / 24
+    return f"{days:.1f} days" if days < 10 else f"{days:,.0f} days"
 
 
 def table(rows: list[list[str]]) -> str:

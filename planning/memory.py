@@ -790,4 +790,8 @@ def time_range(times: list[float]) -> str:
         return "does not fit"
     shortest = console.format_duration(min(times))
     longest = console.format_duration(max(times))
-    return shortest if shortest == longest else f"{shortest} to {longest}"
+    if shortest == longest:
+        return shortest
+    number, _, unit = shortest.partition(" ")
+    # 12 to 17 min, but 50 s to 1.2 min.
+    return f"{number} to {longest}" if longest.endswith(unit) else f"{shortest} to {longest}"

@@ -289,7 +289,7 @@ def recommend_gpus(ways: list[Best], room: float, has_data: bool) -> str:
     if not fitting:
         least = min(ways, key=lambda best: best.memory.peak)
         return (
-            f"nothing fits: the least, {least.recipe} on {least.gpus:,} GPUs, takes"
+            f"nothing fits: the least, {least.recipe} on {count_of_gpus(least.gpus)}, takes"
             f" {least.memory.peak / 1e9:.1f} of {room / 1e9:.1f} GB; more --gpus, a larger"
             " --gpu-memory, or a lower --batch-size or --seq-len"
         )
@@ -298,11 +298,14 @@ def recommend_gpus(ways: list[Best], room: float, has_data: bool) -> str:
     flags = f"{best.recipe}"
     if best.layout.name != "none":
         flags += f" --shard {best.layout.name}"
-    gpus = "1 GPU" if best.gpus == 1 else f"{best.gpus:,} GPUs"
-    line = f"{flags} on {gpus}: {best.memory.peak / 1e9:.1f} of {room / 1e9:.1f} GB each"
+    line = f"{flags} on {count_of_gpus(best.gpus)}: {best.memory.peak / 1e9:.1f} of {room / 1e9:.1f} GB each"
     if has_data:
         line += f", {console.format_duration(best.seconds)}"
     return line
+
+
+def count_of_gpus(number: int) -> str:
+    return "1 GPU" if number == 1 else f"{number:,} GPUs"
 
 
 def best_way(

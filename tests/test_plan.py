@@ -15,13 +15,15 @@ import data
 import train
 from checkpoint import load_model, read_config
 from common import device
+from common.errors import UserError
 from data import Batch
 from families import Config
-from flags import Flags
+from flags import Flags, parse_flags
 from kernels import activation_checkpointing
 from kernels.attention import Documents
 from optimizers import make_optimizers
 from planning import memory as plan
+from planning import multi_gpu
 from planning.memory import Recipe, Workload, expected_memory, flops_a_token, meta_model
 from training.defaults import choose_compile
 
@@ -374,3 +376,86 @@ def test_one_stream_for_all_that_travels(monkeypatch):
     streams = {activation_checkpointing.ActivationCheckpointing("offload", GPU).stream for _ in range(3)}
     activation_checkpointing.offload_stream.cache_clear()
     assert streams == {1} and made == [GPU]
+
+
+# ---- what a plan says to a person ----
+
+
+def test_a_plan_has_100_columns_and_says_hours_and_days(tmp_path, monkeypatch, capsys):
+    config = transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192,
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    monkeypatch.setattr(plan, "product_rate", lambda *_: 1e11)
+    words = ["--model", tmp_path, "--plan", "--seq-len", 2048, "--steps", 1000, "--dtype", "bf16"]
+    said, _, code = command(train, monkeypatch, capsys, *words)
+    assert code == 0 and max(map(len, said.splitlines()[1:11])) <= 100, said
+    last = said.splitlines()[-1]
+    # 8 x 2048 x 1000 tokens of some 30 GFLOP, at 45 % of 100 GFLOP/s: 130 days.
+    assert re.search(r"not on this machine: --method q?lora takes .* days; --plan --gpus 1 --gpu-memory 24", last), said
+    monkeypatch.setattr(plan, "product_rate", lambda *_: 1e15)
+    said, _, _ = command(train, monkeypatch, capsys, *words)
+    assert re.search(r"--method q?lora: .* GB, (1[0-9]|20) min; ", said.splitlines()[-1]), said
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "card", "fits"),
+    [(12, "RTX 4060 Ti", "qlora"), (24, "RTX 4090", "lora"), (48, "L40S", "lora"), (80, "H100", "lora"),
+     (141, "H200", "lora")],
+)  # fmt: skip
+def test_cards_up_to_141_gigabytes(tmp_path, monkeypatch, capsys, gigabytes, card, fits):
+    """An 8B model: 16 GB of weights in 16 bits, 5.8 in NF4."""
+    config = transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192,
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    words = ["--model", tmp_path, "--plan", "--gpus", 1, "--gpu-memory", gigabytes, "--seq-len", 512]
+    words += ["--batch-size", 1]
+    said, _, code = command(train, monkeypatch, capsys, *words)
+    assert code == 0 and max(map(len, said.splitlines()[1:9])) <= 100, said
+    assert card in said and f"plan      --method {fits}" in said.splitlines()[-1], said
+
+
+def test_a_card_of_8_gigabytes_is_too_small_for_8b(tmp_path, monkeypatch, capsys):
+    config = transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192,
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    words = ["--model", tmp_path, "--plan", "--gpus", 1, "--gpu-memory", 8, "--seq-len", 512, "--batch-size", 1]
+    said, _, code = command(train, monkeypatch, capsys, *words)
+    last = said.splitlines()[-1]
+    assert code == 0 and last.startswith("plan      nothing fits: the least, --method qlora"), said
+    assert "on 1 GPU, takes 6.4 of 6.3 GB; more --gpus" in last
+
+
+def test_a_plan_for_gpus_counts_the_data(tmp_path, monkeypatch, capsys):
+    base = chat_base(tmp_path / "base")
+    records = [{"instruction": f"say {i}", "output": f"{i}!"} for i in range(40)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    words = ["--model", base, "--data", tmp_path / "data.json", "--plan", "--gpus", 1, 2, "--gpu-memory", 24]
+    said, err, code = command(train, monkeypatch, capsys, *words)
+    assert code == 0, err
+    rows = table(said)
+    assert [row[0] for row in rows] == ["full"] * 6 + ["lora"] * 2 + ["qlora"] * 2
+    assert re.search(r" (\d+ s|[\d.]+ min)$", said.splitlines()[-1].rpartition(", ")[2].rjust(9)), said
+    assert said.splitlines()[-1].startswith("plan      --method lora on 1 GPU: ")
+
+    # The time: twice the steps take twice as long, on twice the cards half.
+    config = Config.from_hf(transformers.LlamaConfig(**SIZES).to_dict())
+    model = meta_model(config, Recipe("lora"), torch.bfloat16, ADAPTER)
+
+    def seconds(steps: int, gpus: int) -> float:
+        tokens = 1000.0 * steps
+        card = multi_gpu.card_of(24)
+        return multi_gpu.best_way(model, Recipe("lora"), gpus, job(tokens=tokens), steps, 1e12, card).seconds
+
+    assert seconds(200, 1) == pytest.approx(2 * seconds(100, 1))
+    assert seconds(100, 2) == pytest.approx(seconds(100, 1) / 2, rel=0.5)
+
+
+def test_gpu_memory_alone_means_nothing():
+    with pytest.raises(UserError, match="--gpu-memory: is about the GPUs of --plan --gpus; give --gpus 1 as well"):
+        parse_flags(["--plan", "--gpu-memory", "24"])

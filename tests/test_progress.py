@@ -40,7 +40,15 @@ def run(monkeypatch, capsys, *words) -> str:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0 s"), (59, "59 s"), (90, "1.5 min"), (900, "15 min"), (7200, "2.0 h"), (200_000, "2.3 days")],
+    [
+        (0, "0 s"),
+        (59, "59 s"),
+        (90, "1.5 min"),
+        (900, "15 min"),
+        (7200, "2.0 h"),
+        (200_000, "2.3 days"),
+        (1e8, "1,157 days"),
+    ],
 )
 def test_durations_are_said_as_people_say_them(seconds, text):
     assert format_duration(seconds) == text

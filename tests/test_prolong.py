@@ -76,7 +76,8 @@ def test_prolonging_equals_one_run_but_for_the_rate(words, tmp_path, monkeypatch
     run(monkeypatch, capsys, "--out", tmp_path / "parts", "--resume", "--steps", 20)
 
     def numbers(out: Path) -> list[tuple]:
-        return [(line["step"], line.get("loss"), line.get("val_loss"), line.get("grad_norm")) for line in lines_of(out)]
+        # The validation at the end of the first part has no counterpart.
+        return [(line["step"], line["loss"], line["grad_norm"]) for line in lines_of(out) if "loss" in line]
 
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
     name = "final/adapter_model.safetensors"

@@ -10,6 +10,7 @@ and an adapter merged into its base.
     python convert.py adapter-to-gguf ADAPTER OUT.gguf [--model FOLDER]
     python convert.py to-nf4 FOLDER OUT [--quant nf4|nf4+head]
     python convert.py merge FOLDER ADAPTER OUT [--quant KIND] [--check FILE] [--dtype DTYPE]
+    python convert.py recipe FILE.yaml     the command line of train.py for another program's settings
 
 An adapter is right on the numbers of its base that it was trained on. QLoRA trains on the numbers
 that 4 bits stand for (NF4), and its adapter has learnt to make up for their errors; added to the
@@ -33,6 +34,7 @@ import torch
 import checkpoint
 import data
 import lora
+from common.choices import QUANT_KINDS
 from common.device import STORAGE_DTYPES
 from common.errors import UserError
 from common.files import write_json
@@ -40,6 +42,7 @@ from dataset.examples import Dataset
 from evals.loss import loss
 from interop.gguf_export import adapter_to_gguf, folder_to_gguf
 from interop.gguf_import import gguf_to_folder
+from interop.recipe import print_recipe
 from interop.resolve import (
     base_folder,
     check_adapter,
@@ -50,7 +53,6 @@ from interop.resolve import (
 )
 from kernels.nf4 import dequantized_weight
 from model import quantized_linears
-from quant import QUANT_KINDS
 
 # Files of assets/, the first of which a tokenizer can read: what --check is where it is not given.
 BUNDLED_CHECKS = ("general_chat.jsonl", "general.txt")
@@ -66,6 +68,8 @@ LARGEST_GAP = 0.02
 def main() -> None:
     args = conversion_arguments()
     match args.command:
+        case "recipe":
+            print_recipe(args.file)
         case "to-folder":
             gguf_to_folder(args.file, args.folder)
         case "to-gguf":

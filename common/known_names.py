@@ -198,6 +198,7 @@ METHOD_WORDS = {
 SCHEDULE_WORDS = {
     "cosine": "--schedule cosine",
     "cosine_with_warmup": "--schedule cosine",
+    "cosine_with_min_lr": "--schedule cosine",
     "linear": "--schedule linear",
     "linear_with_warmup": "--schedule linear",
     "constant": "--schedule constant",

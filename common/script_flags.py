@@ -396,7 +396,8 @@ def conversion_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line. Raises UserError naming the flag that is wrong."""
     parser = argparse.ArgumentParser(
         prog="convert.py",
-        description="Turns models from one format into another.",
+        description="Turns models from one format into another, and configurations of other programs"
+        " into a command line.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -461,4 +462,11 @@ def conversion_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         f" adapter was trained for; the first {CHECKED_RECORDS} are read; none: it is not measured"
         " (default: a few general questions)",
     )
+
+    command = commands.add_parser(
+        "recipe",
+        help="print the command line of train.py for a configuration file of torchtune, Axolotl,"
+        " LLaMA-Factory or trl",
+    )
+    command.add_argument("file", type=Path, help="the YAML or JSON file")
     return cli.parse_args(parser, argv)

@@ -19,6 +19,7 @@ from common.known_names import (
     FULL_NOTE,
     PROCESSES,
     SCHEDULE_NOTE,
+    TRAIN_NAMES,
     Counterpart,
     chosen,
     hub_or_file,
@@ -639,7 +640,9 @@ TRL_ROWS = {
     "packing_strategy": needless("whole examples are packed, none is cut to fit"),
     "use_liger": needless(FAST_KERNELS),
     "gradient_checkpointing_use_reentrant": needless("there is one kind of autograd underneath"),
-    "dataset_mixture": missing("--data FILE=W gives a file the weight W"),
+    "dataset_mixture.seed": missing("--seed decides the order of all examples"),
+    "dataset_mixture.test_split_size": missing("--val-fraction takes a share of the prompts"),
+    "test_split_size": TRAIN_NAMES["test_size"],
     "dataset_streaming": needless("files of any size are read piece by piece"),
     "lora_task_type": needless("language models are trained"),
     "hub_private_repo": missing("results stay on this machine, in --out"),
@@ -695,6 +698,10 @@ def read_trl(recipe) -> None:
                 )
     for key in recipe.open_under("dataset_mixer"):
         recipe.carry(key, hub_data(key.removeprefix("dataset_mixer.")))
+        if recipe.text(key) != "1":
+            recipe.differs.append(
+                f"{key}: a share of {recipe.text(key)} there; here all records are read"
+            )
     for key in recipe.open_under("dataset_splits"):
         recipe.left_out[key] = "a split is a part of the name: --data hf:org/name:subset:split"
     trained_as = {purpose for key, purpose in OTHER_TRAINERS.items() if key in recipe.leaves}

@@ -391,6 +391,11 @@ dataset_mixture:
     assert recipe.flags["--data"] == ["hf:org/a:SFT:one", "hf:org/b"]
     assert recipe.left_out["dataset_mixture.datasets[1].weight"].startswith("all records are read")
     assert "dataset_mixture.datasets[0].weight" in recipe.anyway
+    assert recipe.left_out["dataset_mixture.test_split_size"] == "--val-fraction takes a share of the prompts"
+    text = "model_name_or_path: org/one\nlearning_rate: 1e-4\ndataset_mixer: {org/a: 1.0, org/b-v1.5: 0.5}\n"
+    recipe = recipe_of(text, tmp_path)
+    assert recipe.flags["--data"] == ["hf:org/a", "hf:org/b-v1.5"]
+    assert "dataset_mixer.org/b-v1.5: a share of 0.5 there; here all records are read" in recipe.differs
 
 
 def test_a_json_file_is_read_as_well(tmp_path):

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import os
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -533,6 +534,7 @@ def parse_flags(argv: list[str]) -> Flags:
 
     Raises UserError naming the option that is wrong, before any file is opened.
     """
+    refuse_configuration_file(argv)
     refuse_former_names(argv)
     given = vars(parse_args(make_parser(), argv, TRAIN_NAMES))
     flags = Flags(**given, given=frozenset(given))
@@ -541,6 +543,15 @@ def parse_flags(argv: list[str]) -> Flags:
     from methods import quant_of
 
     return dataclasses.replace(flags, quant=quant_of(flags))
+
+
+def refuse_configuration_file(argv: list[str]) -> None:
+    """Raises UserError if the command line begins with a file of settings, as those of other
+    programs do."""
+    if argv and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
+        file = shlex.quote(argv[0])
+        advice = f"`python convert.py recipe {file}` makes them of another program's file"
+        raise UserError(f"{argv[0]}: settings are flags here; {advice}")
 
 
 def refuse_former_names(argv: list[str]) -> None:

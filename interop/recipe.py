@@ -466,8 +466,8 @@ def recipe_lines(recipe: Recipe, file: Path) -> list[str]:
     """Returns the lines of the shell script: the command, and comments."""
     count = len(recipe.leaves)
     sums = (
-        f"{count} values: {len(recipe.carried)} carried over, {len(recipe.anyway)} are so here anyway,"
-        f" {len(recipe.left_out)} not carried over, {len(recipe.off)} not set or off"
+        f"{count} values: {len(recipe.carried)} carried over, {len(recipe.left_out)} not carried over,"
+        f" {len(recipe.anyway)} so here anyway, {len(recipe.off)} not set or off"
     )
     lines = [comment(f"{file}, a configuration of {recipe.program.name} with {sums}")]
     lines += [comment(warning) for warning in recipe.differs if warning.startswith("WARNING")]

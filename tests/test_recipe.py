@@ -483,8 +483,8 @@ def test_the_command_prints_it(tmp_path, capsys, monkeypatch):
     convert.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
-        f"# {file}, a configuration of Axolotl with 43 values: 27 carried over, 10 are so here anyway, 4 not carried"
-        " over, 2 not set or off"
+        f"# {file}, a configuration of Axolotl with 43 values: 27 carried over, 4 not carried over, 10 so here"
+        " anyway, 2 not set or off"
     )
     assert lines[1:4] == [
         "python train.py \\",

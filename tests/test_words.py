@@ -150,6 +150,14 @@ def test_settings_as_torchtune_has_them_are_answered(tmp_path, monkeypatch):
     assert parse_flags(["--data", "lr=3"]).data == ["lr=3"]
 
 
+def test_a_configuration_file_is_answered_with_the_command_that_reads_it():
+    assert refusal("'my sft.yaml' --lr 3") == (
+        "my sft.yaml: settings are flags here; `python convert.py recipe 'my sft.yaml'` makes them of another program's"
+        " file"
+    )
+    assert parse_flags(["--val", "a.json"]).val == "a.json"
+
+
 def test_what_a_script_does_not_have_is_not_offered():
     parser = argparse.ArgumentParser(allow_abbrev=False)
     message = refusal("--use-dora", lambda words: parse_args(parser, words, known_names.TRAIN_NAMES))

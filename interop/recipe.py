@@ -32,20 +32,22 @@ from flags import (
     dashed,
     make_parser,
 )
-from interop.recipe_programs import PROGRAMS, Program
+from interop.recipe_programs import OTHER_PROGRAMS, Program
 from methods import METHODS
 
 # A configuration has some dozen values. These limits keep a file that is none from taking long.
 FILE_BYTES = 1 << 20
 MOST_VALUES = 5_000
 DEEPEST = 20
+# Characters of a value into which others are put.
+LONGEST_RESOLVED = 4_096
 
 # The options that some methods do not have, by the names that train.py has for them.
 OPTION_OF_FLAG = {dashed(name): name for name in OPTIONS} | {"--no-pack": "pack"}
 
 
 @dataclass
-class Recipe:
+class Conversion:
     """What becomes of a configuration file.
 
     leaves: {dotted key: value} of all that stands in the file.
@@ -138,13 +140,13 @@ def print_recipe(file: Path) -> None:
         print(line)
 
 
-def read_recipe(file: Path) -> Recipe:
+def read_recipe(file: Path) -> Conversion:
     """Returns what becomes of a configuration file.
 
     Raises UserError if it can't be read, or is no configuration of a training that is known.
     """
     leaves = flattened(read_configuration(file), file)
-    recipe = Recipe(pick_program(leaves, file), leaves)
+    recipe = Conversion(pick_program(leaves, file), leaves)
     for key, value in leaves.items():
         if value is None or value == "":
             recipe.off.append(key)
@@ -253,19 +255,15 @@ def resolved(value: object, leaves: dict[str, object]) -> object:
         return value
     for key, other in leaves.items():
         if isinstance(other, str | int | float) and key:
-            value = value.replace("${" + key + "}", str(other)[:LONGEST_VALUE])
-            if len(value) > LONGEST_VALUE:
+            value = value.replace("${" + key + "}", str(other)[:LONGEST_RESOLVED])
+            if len(value) > LONGEST_RESOLVED:
                 break
     return value
 
 
-# Characters of a value into which others are put.
-LONGEST_VALUE = 4_096
-
-
 def pick_program(leaves: dict[str, object], file: Path) -> Program:
     """Returns the program whose configuration a file is. Raises UserError if it is of none."""
-    for program in PROGRAMS:
+    for program in OTHER_PROGRAMS:
         if program.is_mine(leaves):
             problem = program.why_no_training(leaves)
             if problem:
@@ -294,7 +292,7 @@ def as_text(value: object) -> str:
 # ---- key by key ----
 
 
-def carry_by_name(recipe: Recipe) -> None:
+def carry_by_name(recipe: Conversion) -> None:
     """Deals with every key that is left, by the table of known names and the program's own."""
     for key in recipe.leaves:
         if not recipe.is_open(key):
@@ -327,7 +325,7 @@ def row_of(program: Program, key: str) -> Counterpart | None:
     return None
 
 
-def settle_steps(recipe: Recipe) -> None:
+def settle_steps(recipe: Conversion) -> None:
     """Leaves one of --steps and --epochs, and makes steps of a share that warms up, if the steps are
     known."""
     steps = recipe.flags.get("--steps")
@@ -342,7 +340,7 @@ def settle_steps(recipe: Recipe) -> None:
         recipe.carry("warmup_ratio", f"--warmup {count}")
 
 
-def fill_in(recipe: Recipe) -> None:
+def fill_in(recipe: Conversion) -> None:
     """Adds the other program's defaults for what the file leaves open, where ours differ."""
     rows = [row_of(recipe.program, key) for key in (*recipe.left_out, *recipe.anyway)]
     said = {OPTION_OF_FLAG.get(row.flag) for row in rows if row is not None}
@@ -365,7 +363,7 @@ def fill_in(recipe: Recipe) -> None:
             recipe.filled[name] = words
 
 
-def settle_validation(recipe: Recipe) -> None:
+def settle_validation(recipe: Conversion) -> None:
     """Takes --val-fraction out of the command where it means nothing."""
     if "--val-fraction" not in recipe.flags or (
         "--data" in recipe.flags and "--val" not in recipe.flags
@@ -374,7 +372,7 @@ def settle_validation(recipe: Recipe) -> None:
     drop(recipe, "--val-fraction", "there is a file of validation examples, or no file to part")
 
 
-def drop(recipe: Recipe, flag: str, reason: str) -> None:
+def drop(recipe: Conversion, flag: str, reason: str) -> None:
     """Takes an option out of the command."""
     del recipe.flags[flag]
     for key, words in list(recipe.carried.items()):
@@ -386,7 +384,7 @@ def drop(recipe: Recipe, flag: str, reason: str) -> None:
             del recipe.filled[name]
 
 
-def drop_what_the_method_lacks(recipe: Recipe) -> None:
+def drop_what_the_method_lacks(recipe: Conversion) -> None:
     """Takes options out of the command that belong to other methods than --method."""
     method = recipe.flags.get("--method", [OPTIONS["method"].default])[0]
     owned = {name for row in METHODS.values() for name in row.options}
@@ -401,7 +399,7 @@ def drop_what_the_method_lacks(recipe: Recipe) -> None:
             drop(recipe, flag, reason)
 
 
-def note_differences(recipe: Recipe) -> None:
+def note_differences(recipe: Conversion) -> None:
     """Adds what the command computes otherwise than the other program did."""
     flags = recipe.flags
     batch = int(flags.get("--batch-size", ["8"])[0])
@@ -431,7 +429,7 @@ def note_differences(recipe: Recipe) -> None:
         )
 
 
-def note_refusal(recipe: Recipe) -> None:
+def note_refusal(recipe: Conversion) -> None:
     """Adds a warning if train.py would refuse the command, for what the file asks for together."""
     words = [word for part in command_words(recipe) for word in part]
     try:
@@ -446,7 +444,7 @@ def note_refusal(recipe: Recipe) -> None:
 # ---- what is printed ----
 
 
-def command_words(recipe: Recipe) -> list[list[str]]:
+def command_words(recipe: Conversion) -> list[list[str]]:
     """Returns the words of the command, a list for each option, as a shell must get them."""
     # In the order of --help, which is that of reading.
     order = list(OPTION_OF_FLAG.values())
@@ -462,7 +460,7 @@ def command_words(recipe: Recipe) -> list[list[str]]:
     return parts
 
 
-def recipe_lines(recipe: Recipe, file: Path) -> list[str]:
+def recipe_lines(recipe: Conversion, file: Path) -> list[str]:
     """Returns the lines of the shell script: the command, and comments."""
     count = len(recipe.leaves)
     sums = (
@@ -482,7 +480,7 @@ def recipe_lines(recipe: Recipe, file: Path) -> list[str]:
         [f"{name}: {words}" for name, words in recipe.filled.items()],
     )
     lines += section("carried over:", valued(recipe, recipe.carried))
-    lines += section("so here anyway:", grouped(recipe.anyway))
+    lines += section("so here anyway:", by_reason(recipe.anyway))
     if recipe.off:
         lines += section("not set, or off:", [", ".join(recipe.off)])
     return lines
@@ -500,12 +498,12 @@ def section(title: str, texts: list[str]) -> list[str]:
     return ["#", comment(title), *(comment(f"  {text}") for text in texts)]
 
 
-def valued(recipe: Recipe, texts: dict[str, str]) -> list[str]:
+def valued(recipe: Conversion, texts: dict[str, str]) -> list[str]:
     """Returns a line for each key: key, value, what becomes of it."""
     return [f"{key}: {shortened(recipe.text(key))} -> {text}" for key, text in texts.items()]
 
 
-def grouped(texts: dict[str, str]) -> list[str]:
+def by_reason(texts: dict[str, str]) -> list[str]:
     """Returns a line for each reason, with the keys that it is the reason of."""
     keys_of: dict[str, list[str]] = {}
     for key, text in texts.items():

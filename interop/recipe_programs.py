@@ -735,7 +735,7 @@ def trl_defaults(recipe) -> dict[str, str]:
     return defaults
 
 
-PROGRAMS = (
+OTHER_PROGRAMS = (
     Program(
         "torchtune",
         is_torchtune,

@@ -14,6 +14,7 @@ What an option of theirs is here stands in common/known_names.py; what is partic
 
 import argparse
 import math
+import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,13 +37,14 @@ from interop.recipe_programs import OTHER_PROGRAMS, Program
 from methods import METHODS
 
 # A configuration has some dozen values. These limits keep a file that is none from taking long.
-FILE_BYTES = 1 << 20
-MOST_VALUES = 5_000
+FILE_BYTES = 1 << 17
+MOST_VALUES = 2_000
 DEEPEST = 20
-# Characters of a value into which others are put.
+# How many other values one value may name, as ${output_dir}, and the characters of each.
+MOST_RESOLVED = 20
 LONGEST_RESOLVED = 4_096
 
-# The options that some methods do not have, by the names that train.py has for them.
+# {flag: name of the option} of train.py.
 OPTION_OF_FLAG = {dashed(name): name for name in OPTIONS} | {"--no-pack": "pack"}
 
 
@@ -177,9 +179,11 @@ def read_configuration(file: Path) -> dict:
 
     text = read_text(file, FILE_BYTES)
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        # As yaml.safe_load does it, with a look at the keys in between.
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
         refuse_doubtful_keys(root, file)
-        value = yaml.safe_load(text)
+        value = loader.construct_document(root) if root is not None else None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" at line {mark.line + 1} column {mark.column + 1}" if mark else ""
@@ -251,14 +255,16 @@ def flattened(value: object, file: Path) -> dict[str, object]:
 
 def resolved(value: object, leaves: dict[str, object]) -> object:
     """Returns a value with the other values that it names, as ${output_dir} in torchtune's files."""
-    if not isinstance(value, str) or "${" not in value:
+    if not isinstance(value, str):
         return value
-    for key, other in leaves.items():
-        if isinstance(other, str | int | float) and key:
-            value = value.replace("${" + key + "}", str(other)[:LONGEST_RESOLVED])
-            if len(value) > LONGEST_RESOLVED:
-                break
-    return value
+
+    def named(match: re.Match) -> str:
+        other = leaves.get(match[1])
+        if isinstance(other, str | int | float) and len(str(other)) <= LONGEST_RESOLVED:
+            return str(other)
+        return match[0]
+
+    return re.sub(r"\$\{([\w.]+)\}", named, value, count=MOST_RESOLVED)
 
 
 def pick_program(leaves: dict[str, object], file: Path) -> Program:

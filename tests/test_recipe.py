@@ -267,6 +267,15 @@ def test_builders_of_torchtune_say_method_and_data(tmp_path):
     assert any(text.startswith("WARNING: the file is for DPOLoss") for text in preference.differs)
 
 
+def test_values_that_name_others_are_put_together(tmp_path):
+    text = TORCHTUNE.replace("/models/one\n", "${output_dir}/model-${seed}\n", 1)
+    assert recipe_of(text, tmp_path).flags["--model"] == ["/runs/mine/model-7"]
+    # What is not there, or is asked for without end, stays as it is.
+    text = "base_model: ${no.such}/${no}\nlearning_rate: 1\nlong: " + "x" * 4000 + "\nmany: " + "${long}" * 9000
+    recipe = recipe_of(text, tmp_path)
+    assert recipe.flags["--model"] == ["${no.such}/${no}"] and len(recipe.leaves["many"]) < 200_000
+
+
 def test_several_data_sets_of_torchtune(tmp_path):
     data = "dataset:\n  _component_: torchtune.datasets.alpaca_cleaned_dataset\n  packed: True\n"
     several = (

@@ -9,7 +9,7 @@ is done here anyway, it is not carried over (with the reason), or it is switched
 leaves open is filled with the other program's default where ours differs.
 
 What an option of theirs is here stands in common/known_names.py; what is particular to a program
-(where the data are named, what its defaults are) in interop/recipe_programs.py.
+(where the data are named, what its defaults are) in interop/recipe_programs.py and recipe_rows.py.
 """
 
 import argparse

@@ -280,10 +280,10 @@ def test_several_data_sets_of_torchtune(tmp_path):
     data = "dataset:\n  _component_: torchtune.datasets.alpaca_cleaned_dataset\n  packed: True\n"
     several = (
         "dataset:\n- _component_: torchtune.datasets.slimorca_dataset\n  packed: True\n"
-        "- _component_: torchtune.datasets.instruct_dataset\n  source: org/two\n  split: train[:10%]\n"
+        "- _component_: torchtune.datasets.instruct_dataset\n  source: org/two\n  split: test[:10%]+train\n"
     )
     recipe = recipe_of(TORCHTUNE.replace(data, several), tmp_path)
-    assert recipe.flags["--data"] == ["hf:Open-Orca/SlimOrca-Dedup", "hf:org/two"]
+    assert recipe.flags["--data"] == ["hf:Open-Orca/SlimOrca-Dedup", "hf:org/two::test"]
     assert recipe.carried["dataset[0].packed"] == "--pack"
     assert recipe.left_out["dataset[1].split"] == "the whole split is read"
 

@@ -137,6 +137,11 @@ def target_words(value: str) -> str:
     return "--targets " + shlex.quote(",".join(names))
 
 
+def push_words(value: str) -> str | None:
+    """Returns --push for org/name; None for a name alone, whose owner is not known."""
+    return f"--push {shlex.quote(value)}" if re.fullmatch(r"[\w.-]+/[\w.-]+", value) else None
+
+
 def beta_words(usual: float) -> Callable[[str], str | None]:
     """Returns a function to "" for the value that AdamW has here, and to None for others."""
     return lambda value: "" if as_number(value) == usual else None
@@ -297,6 +302,10 @@ MODEL_AND_DATA = {
     "chat_template_path": missing(CHAT_TEMPLATE),
     "chat_template_jinja": missing(CHAT_TEMPLATE),
     "prompt_template": missing(CHAT_TEMPLATE),
+    "default_system": same("--system"),
+    "system_prompt": same("--system"),
+    "truncation_mode": missing("a long conversation is cut at a turn or left out, and counted"),
+    "truncation_side": missing("a long conversation is cut at a turn or left out, and counted"),
     "train_on_inputs": switch("--train-on all-turns", "--train-on answers", MASK_NOTE),
     "train_on_input": switch("--train-on all-turns", "--train-on answers", MASK_NOTE),
     "train_on_prompt": switch("--train-on all-turns", "--train-on answers", MASK_NOTE),
@@ -513,7 +522,7 @@ EVALUATION_AND_SAVING = {
     "include_mfu": needless(LOGGED),
     "plot_loss": needless("loss.png is always drawn"),
     "push_to_hub": unless_true(NO_PUSH),
-    "hub_model_id": missing(NO_PUSH),
+    "hub_model_id": computed("--push", push_words, NO_PUSH),
     "hub_strategy": missing(NO_PUSH),
     "hub_token": missing("set HF_TOKEN in the environment"),
     "hf_token": missing("set HF_TOKEN in the environment"),

@@ -66,6 +66,9 @@ def hub_data(path: str, subset: str = "", split: str = "") -> str:
     split: "train" is what is read anyway.
     """
     name = hub_or_file(path)
+    # Old data sets of the Hub have no owner in their name.
+    if re.fullmatch(r"\w+", path) and not Path(path).exists():
+        name = f"hf:{path}"
     if name.startswith("hf:"):
         split = "" if split == "train" else split
         if split or subset:

@@ -378,6 +378,7 @@ def test_what_trl_leaves_open_is_filled_and_said(tmp_path):
     }
     assert recipe.flags["--method"] == ["full"]
     assert any("trl trains whole conversations unless assistant_only_loss is set" in each for each in recipe.differs)
+    assert recipe_of(text.replace("org/two", "imdb"), tmp_path).flags["--data"] == ["hf:imdb"]
     # A file for another trainer is not taken for supervised fine-tuning without a word.
     recipe = recipe_of(text + "beta: 0.1\n", tmp_path)
     assert any(each.startswith("WARNING: the file is for preference optimization") for each in recipe.differs)

@@ -201,7 +201,7 @@ def test_convert_ends_with_one_line():
 
 def test_names_of_others_are_options_of_ours_or_say_why_not():
     parser = make_parser()
-    coming = {"--dora", "--rslora", "--lora-plus", "--init", "--objective", "--beta", "--neftune"}
+    coming = {"--dora", "--rslora", "--lora-plus", "--init", "--objective", "--beta", "--neftune", "--system", "--push"}
     flags = {flag for action in parser._actions for flag in action.option_strings}
     for name, row in known_names.TRAIN_NAMES.items():
         assert re.fullmatch(r"[a-z0-9_]+", name), name

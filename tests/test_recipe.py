@@ -486,6 +486,15 @@ def test_a_file_that_is_no_configuration_ends_in_one_line(text, said, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(200_000))
+    with pytest.raises(UserError, match="model.safetensors: has 0.2 MB, at most 0.13 MB are read"):
+        read_recipe(file)
+    with pytest.raises(UserError, match="no such file"):
+        read_recipe(tmp_path / "nowhere.yaml")
+
+
 def test_the_command_prints_it(tmp_path, capsys, monkeypatch):
     file = tmp_path / "recipe.yml"
     file.write_text(AXOLOTL)

@@ -131,7 +131,7 @@ class Conversion:
         elif self.text(key) in ("false", "none", "0", "-1"):
             self.off.append(key)
         elif row.flag:
-            self.anyway[key] = f"the default of {row.flag}"
+            self.anyway[key] = f"as {row.flag} has it"
         else:
             self.anyway[key] = row.note
 

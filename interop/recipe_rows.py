@@ -132,8 +132,9 @@ TORCHTUNE_ROWS = {
 
 AXOLOTL_ENTRY_KEYS = (
     "type", "ds_type", "field_messages", "field_instruction", "field_input", "field_output",
-    "field_system", "field", "message_property_mappings", "message_field_role",
-    "message_field_content", "roles", "conversation", "field_human", "field_model", "trust_remote_code",
+    "field_system", "field_chosen", "field_rejected", "field", "message_property_mappings",
+    "message_field_role", "message_field_content", "roles", "conversation", "field_human",
+    "field_model", "trust_remote_code",
 )  # fmt: skip
 AXOLOTL_ROWS = {
     "batch_size": missing("a step is --batch-size x --accumulate x processes"),
@@ -207,6 +208,11 @@ LLAMA_FACTORY_ROWS = {
     "freeze_vision_tower": needless("only text is read"),
     "freeze_multi_modal_projector": needless("only text is read"),
     "disable_gradient_checkpointing": switch("--activation-checkpointing none"),
+    "use_muon": switch("--optimizer muon"),
+    **dict.fromkeys(
+        ("use_galore", "use_apollo", "use_badam", "use_adam_mini"),
+        unless_true("--optimizer is adamw, adamw8bit or muon"),
+    ),
     "upcast_layernorm": needless("norms are computed in fp32"),
     "double_quantization": needless("the scales of NF4 are always quantized as well"),
     "predict_with_generate": missing("`python evaluate.py exact` lets the model answer"),

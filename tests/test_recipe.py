@@ -341,6 +341,9 @@ def test_a_llama_factory_file_trains_the_same_here(tmp_path, monkeypatch):
     assert (flags.weight_decay, flags.seed, flags.warmup, flags.overwrite) == (0, 42, None, False)
     left_out = recipe_of(LLAMA_FACTORY, tmp_path).left_out
     assert set(left_out) == {"template", "max_samples", "overwrite_output_dir", "warmup_ratio", "deepspeed"}
+    more = recipe_of(LLAMA_FACTORY + "use_galore: true\nuse_badam: false\n", tmp_path)
+    assert more.left_out["use_galore"] == "--optimizer is adamw, adamw8bit or muon" and "use_badam" in more.off
+    assert more.anyway["eval_strategy"] == "as --eval-every has it"
     # Without its description a name can't be followed, and the command does not train something else.
     (tmp_path / "data" / "dataset_info.json").unlink()
     text = printed(LLAMA_FACTORY, tmp_path)

@@ -7,13 +7,13 @@ another program is called here (common/known_names.py), or else the nearest name
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 from common.errors import UserError, printable
-from common.known_names import TRUE, Counterpart
+from common.known_names import Counterpart
 
 # Characters of a value that are repeated in a message.
 LONGEST_VALUE = 60
@@ -120,9 +120,9 @@ def is_setting(
     word: str, known: Mapping[str, argparse.Action], names: Mapping[str, Counterpart]
 ) -> bool:
     """Returns True for key=value where the key is an option's name here or in another program, and
-    no file is called so."""
-    match = re.match(r"([A-Za-z_][\w.]*)=", word)
-    if match is None or Path(word).exists() or Path(match[1]).exists():
+    neither part is a file, as in FILE=WEIGHT and NAME=FOLDER."""
+    match = re.match(r"([A-Za-z_][\w.]*)=(.*)", word, re.DOTALL)
+    if match is None or any(os.path.exists(part) for part in (word, match[1], match[2])):
         return False
     name = plain_name(match[1])
     return name in names or f"--{name.replace('_', '-')}" in known
@@ -164,8 +164,7 @@ def counterpart_clause(
     note = f" ({row.note})" if row.note else ""
     if row.flag and row.flag not in known:
         return f"there is no such option here{note}"
-    # Something that is switched on is often typed without a value.
-    words = row.translate(value or (TRUE[0] if row.words else ""))
+    words = row.translate(value) if value else row.bare
     if row.flag and not words:
         return f"here it is {row.flag}{note}"
     if words:

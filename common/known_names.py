@@ -13,6 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+# What is written for true.
+TRUE = ("true", "yes", "on", "1")
+
 
 @dataclass(frozen=True)
 class Counterpart:
@@ -24,12 +27,14 @@ class Counterpart:
         as it is.
     note: a clause for people: what is different, or what is done instead.
     needless: True if what it asks for is done anyway.
+    bare: the words to type for the option without a value, as of a switch; "": it needs one.
     """
 
     flag: str = ""
     words: Callable[[str], str | None] | None = None
     note: str = ""
     needless: bool = False
+    bare: str = ""
 
     def translate(self, value: str) -> str | None:
         """Returns the words to type for a value, "" for none; None if nothing here means it."""
@@ -50,7 +55,9 @@ def chosen(flag: str, words: Mapping[str, str], note: str = "") -> Counterpart:
 
     words: {their value in small letters: the words to type here}. Other values have no counterpart.
     """
-    return Counterpart(flag, lambda value: words.get(value.lower()), note)
+    return Counterpart(
+        flag, lambda value: words.get(value.lower()), note, bare=words.get(TRUE[0], "")
+    )
 
 
 def computed(flag: str, words: Callable[[str], str | None], note: str = "") -> Counterpart:
@@ -156,8 +163,6 @@ def as_number(value: str) -> float | None:
 
 
 # ---- train.py ----
-
-TRUE = ("true", "yes", "on", "1")
 
 
 def switch(on: str, off: str = "", note: str = "") -> Counterpart:

@@ -124,8 +124,6 @@ class Conversion:
         words = row.translate(as_text(self.leaves[key]))
         if words:
             self.carry(key, words)
-        elif words is None and row.needless:
-            self.anyway[key] = row.note
         elif words is None:
             self.left_out[key] = row.note or "nothing here means this value"
         elif self.text(key) in ("false", "none", "0", "-1"):

@@ -120,6 +120,10 @@ def test_options_of_other_programs_are_answered_with_ours(typed, ours):
         ("--config sft.yaml", "settings are flags; `python convert.py recipe FILE` makes them of a configuration file"),
         ("--val-set-size 500", "here it is --val-fraction (it takes a share, not a number)"),
         ("--chat-template llama3", "here it is --template (the model's own chat template is used"),
+        ("--learning-rate", "here it is --lr"),
+        ("--dataset-name --seed 1", "here it is --data"),
+        ("--lora-target-modules", "here it is --targets"),
+        ("--train-on-inputs", "here it is --train-on all-turns"),
         ("--lrr 3", "did you mean --lr?"),
         ("--batch_size 3", "here it is --batch-size 3"),
         ("--no-such-thing-at-all 3", "see --help"),
@@ -148,6 +152,9 @@ def test_settings_as_torchtune_has_them_are_answered(tmp_path, monkeypatch):
     assert parse_flags(["--out", "lr=3"]).out == "lr=3"
     (tmp_path / "lr").write_text("a")
     assert parse_flags(["--data", "lr=3"]).data == ["lr=3"]
+    # Nor is the name that generate.py is told to give to an adapter.
+    (tmp_path / "final").mkdir()
+    assert generation_arguments(["--adapter", "lora=final", "seed=final"]).adapter == ["lora=final", "seed=final"]
 
 
 def test_a_configuration_file_is_answered_with_the_command_that_reads_it():

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from common.choices import QUANT_KINDS
 from common.console import print_stderr
 from common.errors import UserError, read_json
 from common.files import (
@@ -50,7 +51,6 @@ from distributed import (
 from kernels.nf4 import NF4, NF4_BLOCK
 from model import Config, Linear, Transformer, quantized_linears, stack_expert_weights
 from quant import (
-    QUANT_KINDS,
     SIDE,
     QuantizedWeight,
     can_quantize,

@@ -10,6 +10,7 @@ and an adapter merged into its base.
     python convert.py adapter-to-gguf ADAPTER OUT.gguf [--model FOLDER]
     python convert.py to-nf4 FOLDER OUT [--quant nf4|nf4+head]
     python convert.py merge FOLDER ADAPTER OUT [--quant KIND] [--check FILE] [--dtype DTYPE]
+    python convert.py recipe FILE.yaml     the command line of train.py for another program's settings
 
 An adapter is right on the numbers of its base that it was trained on. QLoRA trains on the numbers
 that 4 bits stand for (NF4), and its adapter has learnt to make up for their errors; added to the
@@ -17,7 +18,13 @@ weights from before, it corrects errors that are not there. So `merge` and `to-g
 numbers of NF4, and write the sum in 16 bits. `merge` measures the loss before and after.
 """
 
-import argparse
+from common.errors import run
+from common.script_flags import CHECKED_RECORDS, conversion_arguments
+
+if __name__ == "__main__":
+    # --help and a mistake in a flag are answered here: what is imported below takes seconds.
+    run(conversion_arguments)
+
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,14 +34,15 @@ import torch
 import checkpoint
 import data
 import lora
-from common import errors
+from common.choices import QUANT_KINDS
 from common.device import STORAGE_DTYPES
 from common.errors import UserError
 from common.files import write_json
 from dataset.examples import Dataset
 from evals.loss import loss
-from interop.gguf_export import TYPES, adapter_to_gguf, folder_to_gguf
+from interop.gguf_export import adapter_to_gguf, folder_to_gguf
 from interop.gguf_import import gguf_to_folder
+from interop.recipe import print_recipe
 from interop.resolve import (
     base_folder,
     check_adapter,
@@ -45,13 +53,10 @@ from interop.resolve import (
 )
 from kernels.nf4 import dequantized_weight
 from model import quantized_linears
-from quant import QUANT_KINDS
 
 # Files of assets/, the first of which a tokenizer can read: what --check is where it is not given.
 BUNDLED_CHECKS = ("general_chat.jsonl", "general.txt")
-# The records of --check that are measured, and the longest part of each, in tokens: they are
-# computed twice, perhaps on a CPU.
-CHECKED_RECORDS = 16
+# The longest part of a record of --check, in tokens: it is computed twice, perhaps on a CPU.
 CHECKED_TOKENS = 256
 # What a merged folder's plaintune.json takes over from that of its adapter.
 KEPT_FACTS = ("base", "base_sha256", "date")
@@ -61,8 +66,10 @@ LARGEST_GAP = 0.02
 
 
 def main() -> None:
-    args = parse_arguments()
+    args = conversion_arguments()
     match args.command:
+        case "recipe":
+            print_recipe(args.file)
         case "to-folder":
             gguf_to_folder(args.file, args.folder)
         case "to-gguf":
@@ -85,77 +92,6 @@ def main() -> None:
                 quant=args.quant,
                 check=args.check,
             )
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Returns the command and its arguments."""
-    parser = argparse.ArgumentParser(
-        description="Turns models from one format into another.",
-        allow_abbrev=False,
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    model_help = "the model: a folder, a GGUF file or a name on the Hub"
-    quant_help = (
-        "the numbers of the base that the adapter is added to: nf4, nf4+head: those that 4 bits"
-        " stand for; none: the weights as they are stored (default: those that it was trained on)"
-    )
-
-    command = commands.add_parser("to-folder", help="write a GGUF file as a Hugging Face folder")
-    command.add_argument("file", type=Path, help="the GGUF file")
-    command.add_argument("folder", type=Path, help="the new folder")
-
-    command = commands.add_parser("to-gguf", help="write a model as a GGUF file, for llama.cpp")
-    command.add_argument("folder", help=model_help)
-    command.add_argument("file", type=Path, help="the new file")
-    command.add_argument(
-        "--adapter", type=Path, metavar="DIR", help="PEFT LoRA folder to merge into it first"
-    )
-    command.add_argument("--quant", choices=[*QUANT_KINDS, "none"], help=quant_help)
-    command.add_argument(
-        "--type", choices=TYPES, default="f32", help="type of the matrices (default: f32)"
-    )
-
-    command = commands.add_parser(
-        "adapter-to-gguf", help="write a LoRA adapter alone as a GGUF file, for llama.cpp's --lora"
-    )
-    command.add_argument("adapter", type=Path, help="PEFT LoRA folder")
-    command.add_argument("file", type=Path, help="the new file")
-    command.add_argument(
-        "--model", metavar="M", help="its base (default: the one that it was made on)"
-    )
-
-    command = commands.add_parser(
-        "to-nf4", help="write a model as a folder with its linears in 4 bits a weight"
-    )
-    command.add_argument("folder", help=model_help)
-    command.add_argument("out", type=Path, help="the new folder")
-    command.add_argument(
-        "--quant",
-        choices=QUANT_KINDS,
-        default="nf4",
-        help="which linears: nf4+head takes the output head too (default: nf4)",
-    )
-
-    command = commands.add_parser(
-        "merge", help="write a model with a LoRA adapter merged into it as one folder"
-    )
-    command.add_argument("folder", help=model_help)
-    command.add_argument("adapter", type=Path, help="PEFT LoRA folder")
-    command.add_argument("out", type=Path, help="the new folder")
-    command.add_argument(
-        "--dtype",
-        choices=STORAGE_DTYPES,
-        help="dtype to store the new weights in (default: that of the model's files)",
-    )
-    command.add_argument("--quant", choices=[*QUANT_KINDS, "none"], help=quant_help)
-    command.add_argument(
-        "--check",
-        metavar="FILE",
-        help="file of examples on which the loss before and after is measured, best of what the"
-        f" adapter was trained for; the first {CHECKED_RECORDS} are read; none: it is not measured"
-        " (default: a few general questions)",
-    )
-    return parser.parse_args()
 
 
 def merge_folder(
@@ -329,4 +265,4 @@ def to_nf4(folder: Path, out: Path, quant: str = "nf4", print_fn: Callable = pri
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

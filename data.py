@@ -15,6 +15,13 @@ and the positions whose next token is trained, so that nothing else ever reaches
 Position i predicts token i + 1.
 """
 
+from common.errors import run
+from dataset import inspection
+
+if __name__ == "__main__":
+    # --help and a mistake in a flag are answered here: what is imported below takes seconds.
+    run(inspection.arguments)
+
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -597,13 +604,10 @@ def collate(
 
 def main() -> None:
     """Runs `data.py inspect`, `convert` or `split`."""
-    from dataset import inspection
     from interop.resolve import tokenizer_of_model
 
     inspection.main(tokenizer_of_model)
 
 
 if __name__ == "__main__":
-    from common.errors import run
-
     run(main)

@@ -8,6 +8,16 @@ model answer and counts the answers that equal the reference (evals/exact_match.
 the command line, loads what it names and prints a row for each model.
 """
 
+from common.errors import run
+from common.script_flags import BATCH_SIZE, evaluation_arguments
+from common.threads import choose_wait_policy
+
+if __name__ == "__main__":
+    # --help and a mistake in a flag are answered here: what is imported below takes seconds.
+    run(evaluation_arguments)
+    # This is read when torch is loaded.
+    choose_wait_policy()
+
 import argparse
 import hashlib
 from dataclasses import dataclass
@@ -19,23 +29,20 @@ import numpy as np
 import data
 import lora
 from checkpoint import load_model, read_config
-from common import cli, console
+from common import console
 from common.device import pick_device, pick_dtype
-from common.errors import UserError, run
+from common.errors import UserError
 from dataset.examples import Dataset, ExampleIndex
 from dataset.folders import TEST
 from dataset.formats import Map, Source, open_source
 from dataset.records import ReadStats, Record
-from evals.exact_match import EXTRA_TOKENS, ExactResult, exact, split_reference
+from evals.exact_match import ExactResult, exact, split_reference
 from evals.loss import loss
 from interop import resolve
 from interop.resolve import base_folder
 from lora import adapter_metadata, has_lora, is_adapter, remove_lora
 from model import Transformer
 from tokenizer import Tokenizer
-
-BATCH_SIZE = {"loss": 8, "exact": 32}  # defaults of --batch-size
-SHOWN_MISSES = 5  # the default of --show
 
 
 @dataclass
@@ -257,133 +264,6 @@ def print_misses(name: str, result: ExactResult, show: int) -> None:
         print(f"  question   {console.one_line(question)}")
         print(f"  reference  {console.one_line(result.references[i].strip())}")
         print(f"  answer     {console.one_line(result.answers[i].strip())}\n")
-
-
-# ---- the command line ----
-
-
-def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line. Raises UserError naming the flag that is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py",
-        description="Measures a model on a file of examples, or two models side by side (--versus).",
-        allow_abbrev=False,
-    )
-    add_data_flags(parser.add_argument_group("what is measured"))
-    add_target_flags(parser.add_argument_group("the model"))
-    add_answer_flags(parser.add_argument_group("answers of exact"))
-    add_batch_flags(parser.add_argument_group("speed and memory"))
-    args = cli.parse_args(parser, argv)
-    check_evaluation_arguments(args)
-    # Only now, since the check has to know whether it was typed.
-    if args.show is None:
-        args.show = SHOWN_MISSES
-    return args
-
-
-def add_data_flags(group: argparse._ArgumentGroup) -> None:
-    """Adds the flags that say what is measured, and on what."""
-    add = group.add_argument
-    add(
-        "what",
-        choices=["loss", "exact"],
-        help="loss: how probable the model finds the reference answers, as the mean of -log p for"
-        " each token (in nats, lower is better) and as perplexity, its exponential. exact: the"
-        " model writes the answers itself, always taking the most probable token, and an answer is"
-        " right if it equals the reference, apart from spaces and line ends around it; this takes"
-        " longer, and is for tasks with one right answer",
-    )
-    add(
-        "--data",
-        metavar="FILE",
-        required=True,
-        help="file of examples that the model was not trained on, in any format that train.py"
-        " reads; required. exact takes conversations, and the last message of the assistant is the"
-        " reference",
-    )
-    add(
-        "--map",
-        metavar="FILE.py:NAME",
-        help="a Python function of yours that changes every record before it is read: from a"
-        " record to a record of a known format, to a list of them, or to None to leave the record"
-        " out; default: none. Give the one that you gave to train.py",
-    )
-    add(
-        "--limit",
-        type=int,
-        metavar="N",
-        help="use only the first N records, for a quick look; default: all of them",
-    )
-    add(
-        "--seq-len",
-        type=int,
-        metavar="N",
-        help="loss: longest example, in tokens; a longer one is shortened or left out, which is"
-        " counted and printed; default: the most that the model takes. Lower it if memory runs"
-        " out, or give the value that train.py had",
-    )
-
-
-def add_target_flags(group: argparse._ArgumentGroup) -> None:
-    """Adds the flags of the model, and of a second one to compare it with."""
-    # It only adds arguments, which a group can do as well as a parser.
-    resolve.add_model_flags(group)  # type: ignore[arg-type]
-    group.add_argument(
-        "--versus",
-        metavar="X",
-        help="a second model to compare with. base: the model without --adapter, or the model that"
-        " a --model made by train.py was trained from; otherwise a model as --model takes it, or"
-        " an adapter folder. It is measured first, and the last row of the table is the change"
-        " from it to your model; default: no comparison",
-    )
-
-
-def add_answer_flags(group: argparse._ArgumentGroup) -> None:
-    """Adds the flags of the answers that `exact` generates and prints."""
-    group.add_argument(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help="exact: longest answer, in tokens; default: the tokens of the longest reference, and"
-        f" {EXTRA_TOKENS} more. Change it to allow longer answers, or to save time",
-    )
-    group.add_argument(
-        "--show",
-        type=int,
-        metavar="K",
-        help="exact: how many wrong answers of each model are printed, with question and"
-        f" reference; 0: none; default: {SHOWN_MISSES}",
-    )
-
-
-def add_batch_flags(group: argparse._ArgumentGroup) -> None:
-    """Adds the flag that trades memory for speed."""
-    group.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help="examples that are computed at a time; the results are the same up to rounding;"
-        f" default: {BATCH_SIZE['loss']} for loss, {BATCH_SIZE['exact']} for exact. Lower it if"
-        " memory runs out; a higher one may be faster on a GPU",
-    )
-
-
-def check_evaluation_arguments(args: argparse.Namespace) -> None:
-    """Raises UserError for a number out of its range, and for a flag that the chosen measurement
-    does not use."""
-    minimum = {"limit": 1, "batch_size": 1, "seq_len": 2, "max_new_tokens": 1, "show": 0}
-    belongs_to = {"max_new_tokens": "exact", "show": "exact", "seq_len": "loss"}
-    for option, least in minimum.items():
-        value = getattr(args, option)
-        if value is None:
-            continue
-        flag = "--" + option.replace("_", "-")
-        if value < least:
-            raise UserError(f"{flag} {value}: must be {least} or more")
-        # An option of both measurements is in no way wrong.
-        owner = belongs_to.get(option, args.what)
-        if owner != args.what:
-            raise UserError(f"{flag}: is for `{owner}`; `{args.what}` does not use it")
 
 
 if __name__ == "__main__":

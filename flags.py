@@ -9,21 +9,27 @@ import argparse
 import dataclasses
 import os
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import optimizers
+from common.choices import (
+    ALL,
+    CHECKPOINTING_KINDS,
+    DTYPE_NAMES,
+    FLASH_NAMES,
+    METHOD_NAMES,
+    OPTIMIZER_NAMES,
+    QUANT_KINDS,
+    SCHEDULE_NAMES,
+    STORAGE_DTYPE_NAMES,
+)
 from common.cli import parse_args
-from common.device import STORAGE_DTYPES
 from common.errors import UserError
 from common.folder_lock import find_holder
+from common.known_names import TRAIN_NAMES
 from dataset.examples import TRAIN_ON
 from dataset.oasst import TREES
-from kernels import flash_versions
-from kernels.activation_checkpointing import CHECKPOINTING_KINDS
-from lora import ALL
-from methods import METHODS, quant_of
-from quant import QUANT_KINDS
 from tokenization.chat_template import NAMED
 from tokenizer import EMPTY_THINK, check_date
 
@@ -181,13 +187,13 @@ class Flags:
         "what is trained: lora: small low-rank matrices beside the frozen weights; qlora: the"
         " same, with the frozen weights in 4 bits, for a quarter of their memory; full: the"
         " weights themselves",
-        choices=[*METHODS],
+        choices=METHOD_NAMES,
     )
     quant: str | None = option(
         None,
         "4-bit format of the frozen weights, with --method lora or qlora; nf4+head: the output"
         " head as well; default: nf4 for qlora, none for lora",
-        choices=[*QUANT_KINDS],
+        choices=QUANT_KINDS,
     )
     rank: int | None = option(
         None,
@@ -260,7 +266,7 @@ class Flags:
         None, "peak learning rate; default: by the method and the model's width", limits=POSITIVE
     )
     schedule: str = option(
-        "cosine", "how the learning rate falls after the warm-up", choices=[*optimizers.SCHEDULES]
+        "cosine", "how the learning rate falls after the warm-up", choices=SCHEDULE_NAMES
     )
     warmup: int | None = option(
         None,
@@ -276,7 +282,7 @@ class Flags:
         "adamw",
         "adamw8bit: AdamW with moments in 8 bits, a quarter of their memory; muon: Muon on the"
         " blocks' matrices, AdamW on the rest",
-        choices=[*optimizers.DESCRIPTIONS],
+        choices=OPTIMIZER_NAMES,
     )
     optimizer_offload: bool = option(
         False,
@@ -347,7 +353,7 @@ class Flags:
         None,
         "full: dtype of best/ and final/; default: that of the base's files. 16 bits lose changes"
         " that are smaller than their steps, which is said with its share; fp32 keeps all",
-        choices=[*STORAGE_DTYPES],
+        choices=STORAGE_DTYPE_NAMES,
         resume=FREE,
     )
     resume: str | None = option(
@@ -371,7 +377,7 @@ class Flags:
         "auto",
         "mixed precision: dtype of activations and matrix products; adapters, optimizer state and"
         " loss stay fp32; auto: bf16 where the hardware has it",
-        choices=["auto", "fp32", "bf16"],
+        choices=["auto", *DTYPE_NAMES],
     )
     compile: str = option(
         "auto",
@@ -383,7 +389,7 @@ class Flags:
         "auto",
         "flash3, flash4: use that version of FlashAttention on a GPU, where its package is"
         " installed and its results agree with version 2 in a first step",
-        choices=["auto", *flash_versions.VERSIONS],
+        choices=["auto", *FLASH_NAMES],
         resume=FREE,
     )
     activation_checkpointing: str = option(
@@ -392,7 +398,7 @@ class Flags:
         " pass instead of being kept; selective: outputs of norms, and attention probabilities;"
         " full: whole blocks, of which only the inputs are kept; offload: these inputs go to the"
         " host's memory",
-        choices=[*CHECKPOINTING_KINDS],
+        choices=CHECKPOINTING_KINDS,
         resume=FREE,
     )
     deterministic: bool = option(
@@ -566,12 +572,24 @@ def parse_flags(argv: list[str]) -> Flags:
 
     Raises UserError naming the option that is wrong, before any file is opened.
     """
+    refuse_configuration_file(argv)
     refuse_former_names(argv)
-    given = vars(parse_args(make_parser(), argv))
+    given = vars(parse_args(make_parser(), argv, TRAIN_NAMES))
     flags = Flags(**given, given=frozenset(given))
-    flags = dataclasses.replace(flags, quant=quant_of(flags))
     check(flags)
-    return flags
+    # This late, as it imports torch: --help and most mistakes are answered before.
+    from methods import quant_of
+
+    return dataclasses.replace(flags, quant=quant_of(flags))
+
+
+def refuse_configuration_file(argv: list[str]) -> None:
+    """Raises UserError if the command line begins with a file of settings, as those of other
+    programs do."""
+    if argv and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
+        file = shlex.quote(argv[0])
+        advice = f"`python convert.py recipe {file}` makes them of another program's file"
+        raise UserError(f"{argv[0]}: settings are flags here; {advice}")
 
 
 def refuse_former_names(argv: list[str]) -> None:
@@ -633,9 +651,9 @@ def check(flags: Flags) -> None:
     """Raises UserError for what can be said to be wrong before a file is opened."""
     check_numbers(flags)
     check_data(flags)
-    check_method(flags)
     check_memory(flags)
     check_out(flags)
+    check_method(flags)
 
 
 def check_numbers(flags: Flags) -> None:
@@ -718,6 +736,9 @@ def check_method(flags: Flags) -> None:
 
 def check_owned_options(flags: Flags) -> None:
     """Raises UserError for an option that belongs to other methods than --method."""
+    # This late, as it imports torch.
+    from methods import METHODS
+
     # For each option that only some methods have: these methods.
     owners: dict[str, list[str]] = {}
     for method, row in METHODS.items():

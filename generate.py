@@ -11,8 +11,17 @@ answer, other than newline and tab, are not printed: a text that a model writes 
 terminal.
 """
 
+from common.errors import run
+from common.script_flags import generation_arguments
+from common.threads import choose_wait_policy
+
+if __name__ == "__main__":
+    # --help and a mistake in a flag are answered here: what is imported below takes seconds.
+    run(generation_arguments)
+    # This is read when torch is loaded.
+    choose_wait_policy()
+
 import argparse
-import math
 import sys
 import unicodedata
 from collections.abc import Iterator
@@ -24,17 +33,13 @@ import torch
 
 import lora
 from checkpoint import load_model
-from common import cli
 from common.console import print_stderr
 from common.device import pick_device, pick_dtype
-from common.errors import UserError, run
+from common.errors import UserError
 from interop import resolve
 from interop.resolve import base_folder
 from model import Transformer
 from tokenizer import Tokenizer
-
-MAX_NEW_TOKENS = 256  # the default of --max-new-tokens
-LOOKUP_LIMIT = 1000  # --lookup must be below it
 
 
 def main() -> None:
@@ -324,170 +329,6 @@ def check_prompt(prompt: str) -> None:
     # Python stands a lone surrogate in the place of a byte that is not UTF-8.
     if any("\ud800" <= c <= "\udfff" for c in prompt):
         raise UserError("the prompt is not UTF-8 text; save or type it as UTF-8")
-
-
-# ---- the command line ----
-
-
-def generation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line. Raises UserError naming the flag that is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="generate.py",
-        description="Chats with a model at the terminal, answers one prompt (--prompt), or continues a text"
-        " (--complete).",
-        allow_abbrev=False,
-    )
-    add_base_flags(parser)
-    add_prompt_flags(parser)
-    add_sampling_flags(parser)
-    add_speed_flags(parser)
-    args = cli.parse_args(parser, argv)
-    check_generation_arguments(args)
-    return args
-
-
-def add_base_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the help group of the model and its adapters."""
-    group = parser.add_argument_group("the model")
-    # It only adds arguments, which a group can do as well as a parser.
-    resolve.add_model_flags(group, several=True)  # type: ignore[arg-type]
-    group.add_argument(
-        "--merge",
-        action="store_true",
-        help="add the adapter to the base's weights, rounded to --dtype: answers come faster and"
-        " may differ a little. The merged weights of a base in 4 bits (--quant) are in --dtype,"
-        " and take its memory; default: the adapter is computed beside the weights",
-    )
-
-
-def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the help group of what is answered."""
-    group = parser.add_argument_group("what is answered")
-    group.add_argument(
-        "--prompt",
-        metavar="TEXT",
-        help="answer this text, and end; default: the text that is piped in, all of it as one"
-        " prompt; without one, a chat, where each answer sees what was said before",
-    )
-    group.add_argument(
-        "--system",
-        metavar="TEXT",
-        help="system message: instructions before the conversation, such as the ones that the"
-        " model was trained with; default: that of the chat template, if it has one",
-    )
-    group.add_argument(
-        "--complete",
-        action="store_true",
-        help="continue the text as it stands, without a chat template, for models that were"
-        " trained on plain text; in a chat, each line is then continued by itself; default: the"
-        " text is the message of a user",
-    )
-
-
-def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the help group of how an answer's tokens are chosen, and how many."""
-    group = parser.add_argument_group("how it is answered")
-    group.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=MAX_NEW_TOKENS,
-        metavar="N",
-        help="longest answer, in tokens; default: %(default)s. Raise it if answers break off",
-    )
-    group.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="T",
-        help="0: always take the most probable token, so that a prompt has one answer; above 0:"
-        " draw each token at random; 1: by the model's own probabilities; lower values give more"
-        " predictable texts, higher values more varied ones; default: 0. Raise it (0.7 is common)"
-        " where several answers are good",
-    )
-    group.add_argument(
-        "--top-k",
-        type=int,
-        default=0,
-        metavar="K",
-        help="draw from the K most probable tokens only, which avoids odd words; 0: from all;"
-        " needs --temperature above 0; default: 0",
-    )
-    group.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="draw from the most probable tokens only, as many as have the probability P together"
-        " (nucleus sampling); above 0 and at most 1, which is all tokens; needs --temperature"
-        " above 0; default: 1",
-    )
-    group.add_argument(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        metavar="R",
-        help="make tokens that the text already holds less probable: their positive logits are"
-        " divided by R, negative ones multiplied; 1: no change; default: 1. Raise it a little if"
-        " the model repeats itself",
-    )
-    group.add_argument(
-        "--seed",
-        type=int,
-        metavar="N",
-        help="seed of the random draws: with the same one, an answer can be repeated; needs"
-        " --temperature above 0; default: none, other draws each time",
-    )
-
-
-def add_speed_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the help group of what changes the speed alone."""
-    group = parser.add_argument_group("speed")
-    group.add_argument(
-        "--lookup",
-        type=int,
-        default=0,
-        metavar="N",
-        help="speculative decoding by prompt look-up: guess up to N tokens from what followed the"
-        " same words earlier in the text, and check them all at once; 0: no guesses, at most"
-        f" {LOOKUP_LIMIT - 1}; default: 0. The answer is the same, and comes faster where it"
-        " repeats the prompt (a corrected text, code); for --temperature 0 only",
-    )
-
-
-def check_generation_arguments(args: argparse.Namespace) -> None:
-    """Raises UserError for a number out of its range, and for flags that exclude each other."""
-    penalty = args.repetition_penalty
-    lookup_is_valid = 0 <= args.lookup < LOOKUP_LIMIT
-    lookup_rule = f"must be 0 (no guesses) or more, and below {LOOKUP_LIMIT}"
-    # The comparisons are also false for NaN, which argparse takes for a float.
-    rules = [
-        ("--max-new-tokens", args.max_new_tokens, args.max_new_tokens >= 1, "must be 1 or more"),
-        ("--temperature", args.temperature, 0 <= args.temperature < math.inf, "must be 0 or more"),
-        ("--top-k", args.top_k, args.top_k >= 0, "must be 0 (all) or more"),
-        ("--top-p", args.top_p, 0 < args.top_p <= 1, "must be above 0 and at most 1"),
-        ("--lookup", args.lookup, lookup_is_valid, lookup_rule),
-        ("--repetition-penalty", penalty, 0 < penalty < math.inf, "must be above 0"),
-    ]
-    for flag, value, is_valid, rule in rules:
-        if not is_valid:
-            raise UserError(f"{flag} {value}: {rule}")
-
-    only_for_sampling = {
-        "--top-k": args.top_k != 0,
-        "--top-p": args.top_p != 1,
-        "--seed": args.seed is not None,
-    }
-    for flag, is_given in only_for_sampling.items():
-        if is_given and args.temperature == 0:
-            raise UserError(f"{flag}: is for sampling; add --temperature 1")
-    if args.lookup and args.temperature:
-        raise UserError("--lookup: is for greedy answers, at --temperature 0")
-    if args.merge and not args.adapter:
-        raise UserError("--merge: there is no --adapter to merge")
-    only_for_conversations = {"--template": args.template, "--system": args.system}
-    for flag, value in only_for_conversations.items():
-        if args.complete and value:
-            raise UserError(f"{flag}: is for conversations; --complete continues plain text")
 
 
 if __name__ == "__main__":

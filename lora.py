@@ -32,6 +32,7 @@ from checkpoint import (
     iterate_tensors,
     read_config,
 )
+from common.choices import ALL, QUANT_KINDS
 from common.errors import UserError, printable, read_json, read_json_if_there
 from common.files import atomic_folder, hub_origin, save_tensors, write_json
 from distributed import full_tensor, is_sharded, rank0_context, run_on_rank0
@@ -48,10 +49,7 @@ from model import (
     quantized_linears,
     stack_expert_weights,
 )
-from quant import QUANT_KINDS
 
-# Every linear of the blocks, but not the output head, which is the embedding table in many models.
-ALL = "all"
 PREFIX = "base_model.model."
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"

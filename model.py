@@ -542,8 +542,8 @@ class Transformer(nn.Module):
 
     compute_dtype: the dtype of activations; None: that of the embedding table. Full fine-tuning
     sets it, to keep float32 weights and compute in bf16.
-    activation_checkpointing: one of CHECKPOINTING_KINDS in kernels/activation_checkpointing.py, what
-    is saved for the backward.
+    activation_checkpointing: one of CHECKPOINTING_KINDS in common/choices.py, what is saved
+    for the backward.
     lora_casts: a lora.ModelCasts if there is an adapter.
     unquantized: names of linears that should have been quantized and could not be.
     source: the folder that weights, tokenizer and settings come from; set by whoever loads them.

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from common.errors import UserError
 from kernels.nf4 import NESTED_BLOCK, NF4, NF4_BLOCK, dynamic_codebook, nf4_codebook
 
-QUANT_KINDS = ("nf4", "nf4+head")
 # Stands in for the absmax of a block of zeros, so that nothing is divided by 0.
 TINY = 1e-38
 # On CPUs bitsandbytes rounds to so many steps and looks the 8-bit code up in a table; on GPUs it

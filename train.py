@@ -9,17 +9,22 @@
 Written to --out: config.json, metrics.jsonl, loss.png, checkpoints/, best/ and final/.
 """
 
+import sys
+
+from common.errors import run
 from common.threads import choose_wait_policy
+from flags import parse_flags
 
 if __name__ == "__main__":
-    # How threads wait for each other is read when torch is loaded, by the imports below.
+    # --help and a mistake in a flag are answered here: what is imported below takes seconds.
+    run(lambda: parse_flags(sys.argv[1:]))
+    # This is read when torch is loaded.
     choose_wait_policy()
 
 import dataclasses
 import functools
 import math
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,11 +34,11 @@ import distributed
 from checkpoint import all_finite, copy_tokenizer, read_config
 from common.console import lasting_output
 from common.device import DTYPES, peak_memory
-from common.errors import UserError, describe_os_error, run
+from common.errors import UserError, describe_os_error
 from common.files import atomic_file, write_json
 from common.folder_lock import FolderLock
 from data import MicroBatches, load_training_data
-from flags import Flags, as_dict, parse_flags
+from flags import Flags, as_dict
 from interop.resolve import base_folder, pick_tokenizer
 from lora import base_numbers
 from methods import load_trainable, method_of

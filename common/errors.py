@@ -152,8 +152,9 @@ def read_text(path: Path, most: int | None = None) -> str:
         if most is not None:
             size = path.stat().st_size
             if size > most:
-                limit = f"at most {most / 1e6:.0f} MB are read"
-                raise UserError(f"{path}: has {size / 1e6:,.0f} MB, {limit}")
+                limit = f"at most {most / 1e6:.2g} MB are read"
+                decimals = 0 if size >= 1e6 else 1
+                raise UserError(f"{path}: has {size / 1e6:,.{decimals}f} MB, {limit}")
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None

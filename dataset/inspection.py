@@ -618,6 +618,8 @@ def main(load_tokenizer: Callable[[str | None, str | None, str], tuple[Tokenizer
     from dataset.rewrite import convert_files, split_files
 
     args = arguments()
+    # Not while the flags are parsed, which data.py does twice: it runs the user's file.
+    args.map = Map(args.map) if args.map else None
     if args.command == "inspect":
         empty_think = args.empty_think or EMPTY_THINK[0]
         inspect(args, *load_tokenizer(args.model, args.template, empty_think))
@@ -699,7 +701,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         check_output(command, args.out)
     if args.html and not Path(args.html).resolve().parent.is_dir():
         raise UserError(f"--html {args.html}: there is no such folder")
-    args.map = Map(args.map) if args.map else None
     if args.seq_len is not None and args.seq_len < 2:
         raise UserError(f"--seq-len {args.seq_len}: must be 2 or more")
     if args.show is not None and args.show < 0:

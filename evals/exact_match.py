@@ -14,14 +14,11 @@ from dataclasses import dataclass
 from common import console
 from common.errors import UserError
 from common.progress import progress
+from common.script_flags import EXTRA_TOKENS
 from dataset.records import Record
 from decoding import packed_weights
 from model import Transformer
 from tokenizer import TemplateError, Tokenizer
-
-# How many tokens an answer may be longer than the longest reference: enough to see that it goes on,
-# and cheap.
-EXTRA_TOKENS = 8
 
 
 @dataclass

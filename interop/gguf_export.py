@@ -40,6 +40,7 @@ from checkpoint import (
     report_unread_shards,
     weight_files,
 )
+from common.choices import QUANT_KINDS
 from common.console import print_stderr
 from common.errors import UserError
 from common.files import atomic_file
@@ -61,7 +62,6 @@ from interop.resolve import check_adapter, pick_base_numbers
 from kernels.nf4 import dequantized_weight
 from kernels.rope import rope_inv_freq
 from model import Transformer
-from quant import QUANT_KINDS
 from quant import quantize as quantize_weight
 
 # {value of --type: general.file_type}

@@ -7,14 +7,13 @@ default base. `base_folder` adds what --adapter means: without --model, an adapt
 that it was made on.
 """
 
-import argparse
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 import lora
 from checkpoint import TOKENIZER_FILES, fingerprint, read_config
-from common.device import DTYPES
+from common.choices import QUANT_KINDS
 from common.errors import UserError, printable, read_json
 from common.files import (
     HUB_NAME,
@@ -28,8 +27,6 @@ from interop import hub
 from interop.gguf_import import gguf_to_folder
 from lora import adapter_metadata, is_adapter, why_no_adapter
 from model import Transformer, quantized_linears
-from quant import QUANT_KINDS
-from tokenization.chat_template import NAMED
 from tokenizer import Tokenizer, check_date, load_tokenizer
 
 # Of the folders made of GGUF files: a higher number has every cached one made anew.
@@ -268,71 +265,6 @@ def pick_base_numbers(
 def quantized_suffix(model: Transformer) -> str:
     """Returns what to write behind a model's size if its linears are in 4 bits."""
     return ", linears in NF4" if quantized_linears(model) else ""
-
-
-def add_model_flags(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """Adds the flags that say what runs and on which device. several: --adapter takes more than one
-    folder."""
-    add = parser.add_argument
-    add(
-        "--model",
-        metavar="M",
-        help="a Hugging Face folder, a GGUF file, or a name on the Hub, as org/model or"
-        " org/model@revision; default: the base that --adapter was made on, else"
-        " SmolLM2-135M-Instruct. Give it to use another model, or if the adapter's base was moved",
-    )
-    if several:
-        add(
-            "--adapter",
-            nargs="+",
-            action="extend",
-            metavar="[NAME=]DIR",
-            help="PEFT LoRA folders, as train.py and peft save them: the first is applied, a chat"
-            " switches to the others by /adapter NAME; default: none. Give it to use what a LoRA"
-            " run has trained",
-        )
-    else:
-        add(
-            "--adapter",
-            metavar="DIR",
-            help="PEFT LoRA folder, as train.py and peft save it, that is applied to the model;"
-            " default: none. Give it to use what a LoRA run has trained",
-        )
-    add(
-        "--quant",
-        choices=[*QUANT_KINDS],
-        help="keep the base's linears in 4 bits a weight (NF4); nf4+head: the output head as well;"
-        " default: as they are stored. Give it if the model takes too much memory, or to compute as"
-        " in QLoRA training; the answers differ a little",
-    )
-    add(
-        "--template",
-        choices=[*NAMED],
-        help="chat template to use in place of the adapter's or the model's own; default: their own."
-        " Give it if the model has none, and then the one that it was trained with",
-    )
-    add(
-        "--date",
-        metavar="DATE",
-        help="the date that the chat template writes, if it asks for one, as 2026-11-29; default: the"
-        " one that the model or adapter was trained with here, else today. Give it to ask as on"
-        " another day",
-    )
-    add(
-        "--dtype",
-        choices=["auto", *DTYPES],
-        default="auto",
-        help="dtype of the weights and of what is computed; auto: bf16 where the hardware has it,"
-        " else fp32; default: auto. fp32 rounds less and takes twice the memory; choose it for"
-        " results that agree more closely between machines",
-    )
-    add(
-        "--device",
-        choices=["auto", "cpu", "cuda", "mps"],
-        default="auto",
-        help="where to compute; auto: on an NVIDIA GPU (cuda), else on Apple's (mps), else on the"
-        " CPU; default: auto. Choose cpu if a GPU is in use, or has too little memory",
-    )
 
 
 def tokenizer_of_model(

@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-CHECKPOINTING_KINDS = ("none", "selective", "full", "offload")
 MIN_OFFLOAD_NUMEL = 1024  # a tensor with fewer numbers stays on the GPU
 
 
@@ -130,7 +129,7 @@ def offload_stream(device: torch.device) -> "torch.cuda.Stream":
 class ActivationCheckpointing:
     """Runs the blocks of one forward.
 
-    kind: one of CHECKPOINTING_KINDS but "none".
+    kind: one of CHECKPOINTING_KINDS in common/choices.py but "none".
     """
 
     def __init__(self, kind: str, device: torch.device):

@@ -11,8 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 import lora
 import train
 from checkpoint import load_model
+from common.choices import CHECKPOINTING_KINDS
 from data import Batch
-from kernels import activation_checkpointing
 from kernels.attention import Documents
 
 LENGTHS = [30, 41, 43, 7]
@@ -40,7 +40,7 @@ def step(folder, kind: str, method: str, dropout: float = 0.0, dtype=torch.float
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("kind", activation_checkpointing.CHECKPOINTING_KINDS[1:])
+@pytest.mark.parametrize("kind", CHECKPOINTING_KINDS[1:])
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_losses_and_gradients_are_the_same_bits(tmp_path, kind, method, dropout):
@@ -59,7 +59,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("kind", activation_checkpointing.CHECKPOINTING_KINDS[1:])
+@pytest.mark.parametrize("kind", CHECKPOINTING_KINDS[1:])
 @pytest.mark.parametrize("family", OTHERS)
 def test_other_families_too(tmp_path, kind, family):
     make, build, more = OTHERS[family]

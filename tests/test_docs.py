@@ -42,6 +42,9 @@ def folder(tmp_path_factory) -> Path:
         records = [{"prompt": sentence(i, 5), "completion": sentence(i + 99, 4)} for i in range(count)]
         lines = "\n".join(json.dumps(record) for record in records)
         (folder / name).write_text(lines if name.endswith("jsonl") else json.dumps(records))
+    (folder / "recipe.yaml").write_text(
+        "base_model: FOLDER\ndatasets: [{path: examples.json, type: alpaca}]\nlearning_rate: 1e-4\n"
+    )
     (folder / "general.txt").write_text(" ".join(sentence(i, 30) for i in range(40)))
     return folder
 

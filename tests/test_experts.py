@@ -13,10 +13,11 @@ from torch import nn
 
 import lora
 from checkpoint import hf_name, load_model, save_model
+from common.choices import CHECKPOINTING_KINDS
 from data import collate
 from dataset.examples import Example
 from families import Config
-from kernels import activation_checkpointing, experts, triton_utils
+from kernels import experts, triton_utils
 from kernels import grouped as kernel
 from kernels.nf4 import dequantized_weight, nf4_dequantize_reference
 from model import Experts, Linear, Transformer
@@ -303,7 +304,7 @@ def test_a_text_is_the_same(folder, grouped, monkeypatch, quant):
     assert adapted == merged != plain
 
 
-@pytest.mark.parametrize("kind", activation_checkpointing.CHECKPOINTING_KINDS[1:])
+@pytest.mark.parametrize("kind", CHECKPOINTING_KINDS[1:])
 def test_recomputed_blocks(folder, grouped, kind):
     found = []
     for each in ("none", kind):

@@ -18,7 +18,8 @@ import lora
 import optimizers
 import quant
 from checkpoint import load_model
-from kernels import activation_checkpointing, cross_entropy, lora_linear, nf4, rms_norm, rope, swiglu, triton_utils
+from common.choices import CHECKPOINTING_KINDS
+from kernels import cross_entropy, lora_linear, nf4, rms_norm, rope, swiglu, triton_utils
 from kernels.attention import Documents, Scores, decode_mask
 from kernels.decode_attention import decode_attention
 from kernels.linear import linears, linears_reference
@@ -536,7 +537,7 @@ def test_a_model_with_every_kernel_is_the_model(tmp_path, monkeypatch, shape, me
     assert all(relative(grads[name], wanted[name]) < 2e-5 for name in grads)
 
 
-@pytest.mark.parametrize("kind", activation_checkpointing.CHECKPOINTING_KINDS[1:])
+@pytest.mark.parametrize("kind", CHECKPOINTING_KINDS[1:])
 def test_blocks_that_hand_sums_over_are_computed_again(tmp_path, kind):
     """With the kernels: a sum that is left to the next block is made before that is computed again."""
     llama(tmp_path, std=0.1, intermediate_size=128, num_key_value_heads=2)

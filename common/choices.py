@@ -1,0 +1,28 @@
+"""The words that options take, without what they stand for: --help is to be answered before torch is
+imported, which takes seconds.
+
+The files named beside them hold what the words mean. Where that is a table, its keys are these
+words: tests/test_words.py compares them.
+"""
+
+# --method: methods.METHODS.
+METHOD_NAMES = ("full", "lora", "qlora")
+# --template: tokenization/chat_template.NAMED.
+TEMPLATE_NAMES = ("alpaca", "chatml", "plain")
+# --optimizer and --schedule: optimizers.DESCRIPTIONS, optimizers.SCHEDULES.
+OPTIMIZER_NAMES = ("adamw", "adamw8bit", "muon")
+SCHEDULE_NAMES = ("cosine", "linear", "constant")
+# --targets: every linear of the blocks, but not the output head, which is the embedding table in
+# many models (lora.py).
+ALL = "all"
+# --quant: what of a frozen model is in 4 bits (quant.py).
+QUANT_KINDS = ("nf4", "nf4+head")
+# --dtype of what is computed, and of weights that are stored: common/device.py.
+DTYPE_NAMES = ("fp32", "bf16")
+STORAGE_DTYPE_NAMES = ("fp32", "fp16", "bf16")
+# --activation-checkpointing (kernels/activation_checkpointing.py).
+CHECKPOINTING_KINDS = ("none", "selective", "full", "offload")
+# --attention, beside auto: kernels/flash_versions.VERSIONS.
+FLASH_NAMES = ("flash3", "flash4")
+# --type of convert.py: interop/gguf_export.TYPES.
+GGUF_TYPES = ("f32", "f16", "q8_0", "bf16")

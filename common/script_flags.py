@@ -1,0 +1,472 @@
+"""The options of generate.py, evaluate.py and convert.py. (Those of train.py are in flags.py, those of
+data.py in dataset/inspection.py.)
+
+They stand apart from what they mean, so that --help and a mistake in a flag are answered before
+torch is imported, which takes seconds.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+from common import cli
+from common.choices import (
+    DTYPE_NAMES,
+    GGUF_TYPES,
+    QUANT_KINDS,
+    STORAGE_DTYPE_NAMES,
+    TEMPLATE_NAMES,
+)
+from common.errors import UserError
+from common.known_names import EVALUATE_NAMES, GENERATE_NAMES
+
+# generate.py
+MAX_NEW_TOKENS = 256  # the default of --max-new-tokens
+LOOKUP_LIMIT = 1000  # --lookup must be below it
+# evaluate.py
+BATCH_SIZE = {"loss": 8, "exact": 32}  # defaults of --batch-size
+SHOWN_MISSES = 5  # the default of --show
+# The default of --max-new-tokens: so many more than the longest reference has. Enough to see that
+# an answer goes on, and cheap.
+EXTRA_TOKENS = 8
+# convert.py
+CHECKED_RECORDS = 16  # the records of --check that are measured
+
+
+def add_model_flags(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Adds the flags that say what runs and on which device. several: --adapter takes more than one
+    folder."""
+    add = parser.add_argument
+    add(
+        "--model",
+        metavar="M",
+        help="a Hugging Face folder, a GGUF file, or a name on the Hub, as org/model or"
+        " org/model@revision; default: the base that --adapter was made on, else"
+        " SmolLM2-135M-Instruct. Give it to use another model, or if the adapter's base was moved",
+    )
+    if several:
+        add(
+            "--adapter",
+            nargs="+",
+            action="extend",
+            metavar="[NAME=]DIR",
+            help="PEFT LoRA folders, as train.py and peft save them: the first is applied, a chat"
+            " switches to the others by /adapter NAME; default: none. Give it to use what a LoRA"
+            " run has trained",
+        )
+    else:
+        add(
+            "--adapter",
+            metavar="DIR",
+            help="PEFT LoRA folder, as train.py and peft save it, that is applied to the model;"
+            " default: none. Give it to use what a LoRA run has trained",
+        )
+    add(
+        "--quant",
+        choices=QUANT_KINDS,
+        help="keep the base's linears in 4 bits a weight (NF4); nf4+head: the output head as well;"
+        " default: as they are stored. Give it if the model takes too much memory, or to compute as"
+        " in QLoRA training; the answers differ a little",
+    )
+    add(
+        "--template",
+        choices=TEMPLATE_NAMES,
+        help="chat template to use in place of the adapter's or the model's own; default: their own."
+        " Give it if the model has none, and then the one that it was trained with",
+    )
+    add(
+        "--date",
+        metavar="DATE",
+        help="the date that the chat template writes, if it asks for one, as 2026-11-29; default: the"
+        " one that the model or adapter was trained with here, else today. Give it to ask as on"
+        " another day",
+    )
+    add(
+        "--dtype",
+        choices=["auto", *DTYPE_NAMES],
+        default="auto",
+        help="dtype of the weights and of what is computed; auto: bf16 where the hardware has it,"
+        " else fp32; default: auto. fp32 rounds less and takes twice the memory; choose it for"
+        " results that agree more closely between machines",
+    )
+    add(
+        "--device",
+        choices=["auto", "cpu", "cuda", "mps"],
+        default="auto",
+        help="where to compute; auto: on an NVIDIA GPU (cuda), else on Apple's (mps), else on the"
+        " CPU; default: auto. Choose cpu if a GPU is in use, or has too little memory",
+    )
+
+
+# ---- generate.py ----
+
+
+def generation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line. Raises UserError naming the flag that is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="generate.py",
+        description="Chats with a model at the terminal, answers one prompt (--prompt), or continues a text"
+        " (--complete).",
+        allow_abbrev=False,
+    )
+    add_base_flags(parser)
+    add_prompt_flags(parser)
+    add_sampling_flags(parser)
+    add_speed_flags(parser)
+    args = cli.parse_args(parser, argv, GENERATE_NAMES)
+    check_generation_arguments(args)
+    return args
+
+
+def add_base_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the help group of the model and its adapters."""
+    group = parser.add_argument_group("the model")
+    # It only adds arguments, which a group can do as well as a parser.
+    add_model_flags(group, several=True)  # type: ignore[arg-type]
+    group.add_argument(
+        "--merge",
+        action="store_true",
+        help="add the adapter to the base's weights, rounded to --dtype: answers come faster and"
+        " may differ a little. The merged weights of a base in 4 bits (--quant) are in --dtype,"
+        " and take its memory; default: the adapter is computed beside the weights",
+    )
+
+
+def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the help group of what is answered."""
+    group = parser.add_argument_group("what is answered")
+    group.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="answer this text, and end; default: the text that is piped in, all of it as one"
+        " prompt; without one, a chat, where each answer sees what was said before",
+    )
+    group.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="system message: instructions before the conversation, such as the ones that the"
+        " model was trained with; default: that of the chat template, if it has one",
+    )
+    group.add_argument(
+        "--complete",
+        action="store_true",
+        help="continue the text as it stands, without a chat template, for models that were"
+        " trained on plain text; in a chat, each line is then continued by itself; default: the"
+        " text is the message of a user",
+    )
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the help group of how an answer's tokens are chosen, and how many."""
+    group = parser.add_argument_group("how it is answered")
+    group.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=MAX_NEW_TOKENS,
+        metavar="N",
+        help="longest answer, in tokens; default: %(default)s. Raise it if answers break off",
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0: always take the most probable token, so that a prompt has one answer; above 0:"
+        " draw each token at random; 1: by the model's own probabilities; lower values give more"
+        " predictable texts, higher values more varied ones; default: 0. Raise it (0.7 is common)"
+        " where several answers are good",
+    )
+    group.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="draw from the K most probable tokens only, which avoids odd words; 0: from all;"
+        " needs --temperature above 0; default: 0",
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the most probable tokens only, as many as have the probability P together"
+        " (nucleus sampling); above 0 and at most 1, which is all tokens; needs --temperature"
+        " above 0; default: 1",
+    )
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="make tokens that the text already holds less probable: their positive logits are"
+        " divided by R, negative ones multiplied; 1: no change; default: 1. Raise it a little if"
+        " the model repeats itself",
+    )
+    group.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="seed of the random draws: with the same one, an answer can be repeated; needs"
+        " --temperature above 0; default: none, other draws each time",
+    )
+
+
+def add_speed_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the help group of what changes the speed alone."""
+    group = parser.add_argument_group("speed")
+    group.add_argument(
+        "--lookup",
+        type=int,
+        default=0,
+        metavar="N",
+        help="speculative decoding by prompt look-up: guess up to N tokens from what followed the"
+        " same words earlier in the text, and check them all at once; 0: no guesses, at most"
+        f" {LOOKUP_LIMIT - 1}; default: 0. The answer is the same, and comes faster where it"
+        " repeats the prompt (a corrected text, code); for --temperature 0 only",
+    )
+
+
+def check_generation_arguments(args: argparse.Namespace) -> None:
+    """Raises UserError for a number out of its range, and for flags that exclude each other."""
+    penalty = args.repetition_penalty
+    lookup_is_valid = 0 <= args.lookup < LOOKUP_LIMIT
+    lookup_rule = f"must be 0 (no guesses) or more, and below {LOOKUP_LIMIT}"
+    # The comparisons are also false for NaN, which argparse takes for a float.
+    rules = [
+        ("--max-new-tokens", args.max_new_tokens, args.max_new_tokens >= 1, "must be 1 or more"),
+        ("--temperature", args.temperature, 0 <= args.temperature < math.inf, "must be 0 or more"),
+        ("--top-k", args.top_k, args.top_k >= 0, "must be 0 (all) or more"),
+        ("--top-p", args.top_p, 0 < args.top_p <= 1, "must be above 0 and at most 1"),
+        ("--lookup", args.lookup, lookup_is_valid, lookup_rule),
+        ("--repetition-penalty", penalty, 0 < penalty < math.inf, "must be above 0"),
+    ]
+    for flag, value, is_valid, rule in rules:
+        if not is_valid:
+            raise UserError(f"{flag} {value}: {rule}")
+
+    only_for_sampling = {
+        "--top-k": args.top_k != 0,
+        "--top-p": args.top_p != 1,
+        "--seed": args.seed is not None,
+    }
+    for flag, is_given in only_for_sampling.items():
+        if is_given and args.temperature == 0:
+            raise UserError(f"{flag}: is for sampling; add --temperature 1")
+    if args.lookup and args.temperature:
+        raise UserError("--lookup: is for greedy answers, at --temperature 0")
+    if args.merge and not args.adapter:
+        raise UserError("--merge: there is no --adapter to merge")
+    only_for_conversations = {"--template": args.template, "--system": args.system}
+    for flag, value in only_for_conversations.items():
+        if args.complete and value:
+            raise UserError(f"{flag}: is for conversations; --complete continues plain text")
+
+
+# ---- evaluate.py ----
+
+
+def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line. Raises UserError naming the flag that is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description="Measures a model on a file of examples, or two models side by side (--versus).",
+        allow_abbrev=False,
+    )
+    add_data_flags(parser.add_argument_group("what is measured"))
+    add_target_flags(parser.add_argument_group("the model"))
+    add_answer_flags(parser.add_argument_group("answers of exact"))
+    add_batch_flags(parser.add_argument_group("speed and memory"))
+    args = cli.parse_args(parser, argv, EVALUATE_NAMES)
+    check_evaluation_arguments(args)
+    # Only now, since the check has to know whether it was typed.
+    if args.show is None:
+        args.show = SHOWN_MISSES
+    return args
+
+
+def add_data_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags that say what is measured, and on what."""
+    add = group.add_argument
+    add(
+        "what",
+        choices=["loss", "exact"],
+        help="loss: how probable the model finds the reference answers, as the mean of -log p for"
+        " each token (in nats, lower is better) and as perplexity, its exponential. exact: the"
+        " model writes the answers itself, always taking the most probable token, and an answer is"
+        " right if it equals the reference, apart from spaces and line ends around it; this takes"
+        " longer, and is for tasks with one right answer",
+    )
+    add(
+        "--data",
+        metavar="FILE",
+        required=True,
+        help="file of examples that the model was not trained on, in any format that train.py"
+        " reads; required. exact takes conversations, and the last message of the assistant is the"
+        " reference",
+    )
+    add(
+        "--map",
+        metavar="FILE.py:NAME",
+        help="a Python function of yours that changes every record before it is read: from a"
+        " record to a record of a known format, to a list of them, or to None to leave the record"
+        " out; default: none. Give the one that you gave to train.py",
+    )
+    add(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="use only the first N records, for a quick look; default: all of them",
+    )
+    add(
+        "--seq-len",
+        type=int,
+        metavar="N",
+        help="loss: longest example, in tokens; a longer one is shortened or left out, which is"
+        " counted and printed; default: the most that the model takes. Lower it if memory runs"
+        " out, or give the value that train.py had",
+    )
+
+
+def add_target_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags of the model, and of a second one to compare it with."""
+    # It only adds arguments, which a group can do as well as a parser.
+    add_model_flags(group)  # type: ignore[arg-type]
+    group.add_argument(
+        "--versus",
+        metavar="X",
+        help="a second model to compare with. base: the model without --adapter, or the model that"
+        " a --model made by train.py was trained from; otherwise a model as --model takes it, or"
+        " an adapter folder. It is measured first, and the last row of the table is the change"
+        " from it to your model; default: no comparison",
+    )
+
+
+def add_answer_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags of the answers that `exact` generates and prints."""
+    group.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="exact: longest answer, in tokens; default: the tokens of the longest reference, and"
+        f" {EXTRA_TOKENS} more. Change it to allow longer answers, or to save time",
+    )
+    group.add_argument(
+        "--show",
+        type=int,
+        metavar="K",
+        help="exact: how many wrong answers of each model are printed, with question and"
+        f" reference; 0: none; default: {SHOWN_MISSES}",
+    )
+
+
+def add_batch_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds the flag that trades memory for speed."""
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="examples that are computed at a time; the results are the same up to rounding;"
+        f" default: {BATCH_SIZE['loss']} for loss, {BATCH_SIZE['exact']} for exact. Lower it if"
+        " memory runs out; a higher one may be faster on a GPU",
+    )
+
+
+def check_evaluation_arguments(args: argparse.Namespace) -> None:
+    """Raises UserError for a number out of its range, and for a flag that the chosen measurement
+    does not use."""
+    minimum = {"limit": 1, "batch_size": 1, "seq_len": 2, "max_new_tokens": 1, "show": 0}
+    belongs_to = {"max_new_tokens": "exact", "show": "exact", "seq_len": "loss"}
+    for option, least in minimum.items():
+        value = getattr(args, option)
+        if value is None:
+            continue
+        flag = "--" + option.replace("_", "-")
+        if value < least:
+            raise UserError(f"{flag} {value}: must be {least} or more")
+        # An option of both measurements is in no way wrong.
+        owner = belongs_to.get(option, args.what)
+        if owner != args.what:
+            raise UserError(f"{flag}: is for `{owner}`; `{args.what}` does not use it")
+
+
+# ---- convert.py ----
+
+
+def conversion_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line. Raises UserError naming the flag that is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="convert.py",
+        description="Turns models from one format into another, and configurations of other programs"
+        " into a command line.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    model_help = "the model: a folder, a GGUF file or a name on the Hub"
+    quant_help = (
+        "the numbers of the base that the adapter is added to: nf4, nf4+head: those that 4 bits"
+        " stand for; none: the weights as they are stored (default: those that it was trained on)"
+    )
+
+    command = commands.add_parser("to-folder", help="write a GGUF file as a Hugging Face folder")
+    command.add_argument("file", type=Path, help="the GGUF file")
+    command.add_argument("folder", type=Path, help="the new folder")
+
+    command = commands.add_parser("to-gguf", help="write a model as a GGUF file, for llama.cpp")
+    command.add_argument("folder", help=model_help)
+    command.add_argument("file", type=Path, help="the new file")
+    command.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="PEFT LoRA folder to merge into it first"
+    )
+    command.add_argument("--quant", choices=[*QUANT_KINDS, "none"], help=quant_help)
+    command.add_argument(
+        "--type", choices=GGUF_TYPES, default="f32", help="type of the matrices (default: f32)"
+    )
+
+    command = commands.add_parser(
+        "adapter-to-gguf", help="write a LoRA adapter alone as a GGUF file, for llama.cpp's --lora"
+    )
+    command.add_argument("adapter", type=Path, help="PEFT LoRA folder")
+    command.add_argument("file", type=Path, help="the new file")
+    command.add_argument(
+        "--model", metavar="M", help="its base (default: the one that it was made on)"
+    )
+
+    command = commands.add_parser(
+        "to-nf4", help="write a model as a folder with its linears in 4 bits a weight"
+    )
+    command.add_argument("folder", help=model_help)
+    command.add_argument("out", type=Path, help="the new folder")
+    command.add_argument(
+        "--quant",
+        choices=QUANT_KINDS,
+        default="nf4",
+        help="which linears: nf4+head takes the output head too (default: nf4)",
+    )
+
+    command = commands.add_parser(
+        "merge", help="write a model with a LoRA adapter merged into it as one folder"
+    )
+    command.add_argument("folder", help=model_help)
+    command.add_argument("adapter", type=Path, help="PEFT LoRA folder")
+    command.add_argument("out", type=Path, help="the new folder")
+    command.add_argument(
+        "--dtype",
+        choices=STORAGE_DTYPE_NAMES,
+        help="dtype to store the new weights in (default: that of the model's files)",
+    )
+    command.add_argument("--quant", choices=[*QUANT_KINDS, "none"], help=quant_help)
+    command.add_argument(
+        "--check",
+        metavar="FILE",
+        help="file of examples on which the loss before and after is measured, best of what the"
+        f" adapter was trained for; the first {CHECKED_RECORDS} are read; none: it is not measured"
+        " (default: a few general questions)",
+    )
+
+    command = commands.add_parser(
+        "recipe",
+        help="print the command line of train.py for a configuration file of torchtune, Axolotl,"
+        " LLaMA-Factory or trl",
+    )
+    command.add_argument("file", type=Path, help="the YAML or JSON file")
+    return cli.parse_args(parser, argv)

@@ -16,6 +16,7 @@ Position i predicts token i + 1.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -87,10 +88,14 @@ def load_training_data(
         raise UserError(f"--seq-len {seq_len}: the model has {max_positions} positions")
 
     def read(paths: Sequence[str | Path], map_fn: Map | None = None, part: str = TRAIN) -> Dataset:
-        dataset = load(paths, tokenizer, seq_len, flags.train_on, flags.trees, print, map_fn, part)
+        dataset = load(
+            paths, tokenizer, seq_len, flags.train_on, flags.trees, print, map_fn, part, fetch
+        )
         check_tokens(dataset, vocab_size, ", ".join(map(shown, paths)))
         return dataset
 
+    # A run that is resumed goes on with the data that it has begun with.
+    fetch = functools.partial(fetch_data, keeps=bool(flags.resume))
     named_files, weights = parse_weights(flags.data)
     files: list[str | Path] = list(named_files or BUNDLED_TASK["train"])
     map_fn = Map(flags.map) if flags.map else None
@@ -242,6 +247,7 @@ def load(
     print_fn: Callable[[str], None] = lambda line: None,
     map_fn: Map | None = None,
     part: str = TRAIN,
+    fetch: Callable = fetch_data,
 ) -> Dataset:
     """Returns the examples of some files, at most seq_len tokens long.
 
@@ -250,12 +256,13 @@ def load(
     print_fn: is given lines about what was found and left out.
     map_fn: a user's function that each record goes through.
     part: which part is read of folders and files that have parts to train, validate and test.
+    fetch: gets copies of data that lie elsewhere.
 
     Raises UserError where nothing is left to train on.
     """
     roles, last_only = TRAIN_ON[train_on]
     # All files are opened before the first is tokenised: a wrong name ends the run at once.
-    sources = [open_source(fetch_data(path, part), trees, map_fn, part) for path in paths]
+    sources = [open_source(fetch(path, part), trees, map_fn, part) for path in paths]
     rows = []
     with_validation = []
     for path, source in zip(paths, sources, strict=True):

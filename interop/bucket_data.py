@@ -26,6 +26,7 @@ from interop.copies import (
     BrokenOff,
     Copy,
     Stream,
+    Use,
     Version,
     check_room,
     copies_folder,
@@ -62,12 +63,10 @@ class Denied(Exception):
     """The bucket refuses. The message is the file system's."""
 
 
-def fetch_objects(name: str, part: str, print_fn: Callable, asks: bool = True) -> Fetched:
+def fetch_objects(name: str, part: str, use: Use) -> Fetched:
     """Returns the copies of an object, or of those objects of a folder that belong to a part.
 
     part: folders.TRAIN, VALIDATION or TEST.
-    print_fn: is called with a line about what is fetched, or why the copies are used instead.
-    asks: False takes whole copies as they are.
     Raises UserError where they can't be had and there are no copies.
     """
     scheme, path = check_name(name)
@@ -75,20 +74,20 @@ def fetch_objects(name: str, part: str, print_fn: Callable, asks: bool = True) -
     check_room(name, 0, folder)
     with locked(folder):
         old = read_list(folder)
-        if old is not None and not asks:
+        if old is not None and not use.asks:
             return fetched(name, folder, old, part)
         try:
-            return fetch_with_keys(name, scheme, path, folder, part, print_fn)
+            return fetch_with_keys(name, scheme, path, folder, part, use)
         except BrokenOff as error:
             if old is None:
                 raise UserError(f"{name}: {error}, and the cache has no copy of it") from None
             result = fetched(name, folder, old, part)
-            print_fn(f"NOTE: {name}: {error}; using the copy in the cache")
+            use.print_fn(f"NOTE: {name}: {error}; using the copy in the cache")
             return result
 
 
 def fetch_with_keys(
-    name: str, scheme: str, path: str, folder: Path, part: str, print_fn: Callable
+    name: str, scheme: str, path: str, folder: Path, part: str, use: Use
 ) -> Fetched:
     """Fetches an object or folder as `fetch_part` does: without any credentials as anybody may, and
     if the bucket refuses that, as the machine, which may have a role of its own in Amazon's cloud.
@@ -99,7 +98,7 @@ def fetch_with_keys(
             objects = bucket.list_objects(path)
             if not objects:
                 raise UserError(f"{name}: {why_nothing(path)}")
-            return fetch_part(name, folder, bucket, path, objects, part, print_fn)
+            return fetch_part(name, folder, bucket, path, objects, part, use)
         except Denied as error:
             reason = str(error)
     raise UserError(f"{name}: {explain_denial(scheme, reason)}")
@@ -204,11 +203,10 @@ def buckets(scheme: str, path: str) -> Iterator[Bucket]:
 
 
 def cause_of(text: str) -> str:
-    """Returns what a file system's error says of the connection."""
-    match = re.search(
-        r"(?:Details: |CURL error \[\d+\]=)([\w :.-]{1,120}?)( error_info|\n|$)", text
-    )
-    return match[1] if match else "no answer"
+    """Returns what a file system's error says of the connection, as Could not connect to server."""
+    pattern = r"(?:Details: |CURL error \[\d+\]=)([\w :.-]{1,200}?)( error_info|\n|$)"
+    match = re.search(pattern, text)
+    return match[1].rpartition(": ")[2] if match else "no answer"
 
 
 def version_of_info(info) -> Version:
@@ -291,22 +289,28 @@ def fetch_part(
     path: str,
     objects: dict[str, Version],
     part: str,
-    print_fn: Callable,
+    use: Use,
 ) -> Fetched:
     """Fetches what a part of the data needs and the cache lacks, and returns the copies.
 
     objects: what `list_objects` returns of the path.
     """
+    print_fn = use.print_fn
     result = fetched(name, folder, objects, part, must_exist=False)
     wanted = wanted_keys(result, folder, path, objects)
+    old = read_list(folder)
+    changes = changes_of(old, objects, wanted)
+    if changes and old is not None and use.keeps:
+        kept = fetched(name, folder, old, part)
+        print_fn(f"NOTE: {name}: has changed ({changes}); this run goes on with the copy")
+        return kept
+    if changes:
+        print_fn(f"NOTE: {name}: has changed since the copy was fetched: {changes}")
     missing = []
     for key in wanted:
         whole = copy_of(name, folder, path, key).whole()
         if whole is None or whole.version != objects[key]:
             missing.append(key)
-    changes = changes_of(read_list(folder), objects, wanted)
-    if changes:
-        print_fn(f"NOTE: {name}: has changed since the copy was fetched: {changes}")
     if not missing:
         print_fn(f"{name}: is in the cache, unchanged in the bucket")
     else:

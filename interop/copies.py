@@ -37,6 +37,21 @@ class BrokenOff(Exception):
 
 
 @dataclass(frozen=True)
+class Use:
+    """How copies are used.
+
+    print_fn: is called with a line about what is fetched, or why a copy is used instead.
+    asks: False takes a whole copy as it is, in silence: the first process of a machine has asked
+        already, and all are to read the same.
+    keeps: True takes a copy also where its original has changed since: for a run that goes on.
+    """
+
+    print_fn: Callable
+    asks: bool = True
+    keeps: bool = False
+
+
+@dataclass(frozen=True)
 class Version:
     """What a server says of a file, by which a change is noticed. "" and None: it does not say.
 

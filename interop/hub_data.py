@@ -10,8 +10,7 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,7 +29,7 @@ from dataset.folders import (
 )
 from dataset.readers import CLASS_NAMES, KNOWN_SUFFIXES, suffix_of
 from interop import hub
-from interop.copies import copies_folder, in_bytes
+from interop.copies import Use, copies_folder, in_bytes
 
 NAME = re.compile(
     r"hf:(?P<repo>[\w-][\w.-]*(/[\w-][\w.-]*)?)(@(?P<revision>[\w-][\w./-]*))?"
@@ -75,12 +74,10 @@ class Repository:
     sizes: dict[str, int]
 
 
-def fetch_dataset(name: str, part: str, print_fn: Callable, asks: bool = True) -> Fetched:
+def fetch_dataset(name: str, part: str, use: Use) -> Fetched:
     """Returns the copies of the files that make a split.
 
     part: folders.TRAIN, VALIDATION or TEST: decides where the name holds no split.
-    print_fn: is called with a line about what is fetched, or why the copies are used instead.
-    asks: False takes the copies as they are.
     Raises UserError where they can't be had and there are no copies.
     """
     match = NAME.fullmatch(name)
@@ -93,19 +90,19 @@ def fetch_dataset(name: str, part: str, print_fn: Callable, asks: bool = True) -
     address = f"hf:{repo}@{revision}" if revision else f"hf:{repo}"
 
     def online() -> Fetched:
-        found = list_repository(repo, revision, print_fn)
-        return fetch_split(name, match, found, revision, part, print_fn)
+        found = list_repository(repo, revision, use)
+        return fetch_split(name, match, found, revision, part, use)
 
     def cached(reason: str) -> Fetched:
         found = saved_repository(repo, revision)
         if found is None:
             raise UserError(f"{name}: {reason}, and the cache has no copy of it")
-        if asks:
+        if use.asks:
             commit = found.commit[:12]
-            print_fn(f"NOTE: {name}: {reason}; using the copy in the cache, commit {commit}")
-        return fetch_split(name, match, found, revision, part, print_fn, asks=False)
+            use.print_fn(f"NOTE: {name}: {reason}; using the copy in the cache, commit {commit}")
+        return fetch_split(name, match, found, revision, part, replace(use, asks=False))
 
-    if not asks and saved_repository(repo, revision) is not None:
+    if not use.asks and saved_repository(repo, revision) is not None:
         return cached("")
 
     def explain(error) -> str:
@@ -115,18 +112,19 @@ def fetch_dataset(name: str, part: str, print_fn: Callable, asks: bool = True) -
 
 
 @functools.cache
-def list_repository(repo: str, revision: str | None, print_fn: Callable) -> Repository:
+def list_repository(repo: str, revision: str | None, use: Use) -> Repository:
     """Returns what the Hub holds of a repository, and keeps it for days without a network. It asks
     once a process, so that all splits are of one commit."""
     commit, files = hub.list_files(repo, revision, "dataset")
     found = Repository(repo, commit, {file: each.size for file, each in files.items()})
     before = saved_repository(repo, revision)
     if before is not None and before.commit != commit:
-        old = before.commit[:12]
-        print_fn(
-            f"NOTE: hf:{repo}: has changed on the Hub since it was last fetched; as it was then,"
-            f" it is hf:{repo}@{old}"
-        )
+        old = f"hf:{repo}@{before.commit[:12]}"
+        changed = f"hf:{repo}: has changed on the Hub since it was last fetched"
+        if use.keeps:
+            use.print_fn(f"NOTE: {changed}; this run goes on with {old}")
+            return before
+        use.print_fn(f"NOTE: {changed}; as it was then, it is {old}")
     file = list_file(repo, revision)
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as tmp:
@@ -157,16 +155,15 @@ def fetch_split(
     found: Repository,
     revision: str | None,
     part: str,
-    print_fn: Callable,
-    asks: bool = True,
+    use: Use,
 ) -> Fetched:
     """Fetches the files of a split that the cache lacks, and returns the copies.
 
-    match: of NAME. asks: False raises UserError where one is missing.
+    match: of NAME. use: where it does not ask, UserError is raised for a file that is missing.
     """
-    subsets, problem = described_subsets(name, found, print_fn if asks else no_print)
+    subsets, problem = described_subsets(name, found, use)
     if problem:
-        subsets, found = parquet_copy(name, found, revision, problem, print_fn, asks)
+        subsets, found = parquet_copy(name, found, revision, problem, use)
     subset, split = pick(name, subsets, match["subset"], match["split"])
     if split is not None:
         files = subset.splits[split]
@@ -176,7 +173,7 @@ def fetch_split(
         chosen, listing_files = split_for(name, subset, part)
         files = subset.splits[chosen]
     title = f"hf:{found.repo}, subset {printable(subset.name)}, split {printable(chosen)}"
-    root = fetch_files(name, title, found, with_class_names(files, found), print_fn, asks)
+    root = fetch_files(name, title, found, with_class_names(files, found), use)
     listing = Listing([root / file for file in files], subset.num_others)
     if len(listing_files) > 1:
         listing.part = part
@@ -186,11 +183,7 @@ def fetch_split(
     return Fetched(name, root, listing, reads_all=split is not None)
 
 
-def no_print(line: str) -> None:
-    """Prints nothing."""
-
-
-def described_subsets(name: str, found: Repository, print_fn: Callable) -> tuple[list[Subset], str]:
+def described_subsets(name: str, found: Repository, use: Use) -> tuple[list[Subset], str]:
     """Returns the subsets that the README describes, else the one that the names of the files make.
 
     With them, "", or why there are none that can be read here.
@@ -200,10 +193,10 @@ def described_subsets(name: str, found: Repository, print_fn: Callable) -> tuple
         described = read_configs(download_text(found))
     subsets = [subset_of(name, config, found) for config in described]
     for subset in subsets:
-        if subset.ignored:
+        if subset.ignored and use.asks:
             settings = ", ".join(subset.ignored)
             label = printable(subset.name)
-            print_fn(f"NOTE: {name}: {settings} of the subset {label} is not read here")
+            use.print_fn(f"NOTE: {name}: {settings} of the subset {label} is not read here")
     if subsets:
         if any(subset.splits for subset in subsets):
             return subsets, ""
@@ -407,12 +400,11 @@ def parquet_copy(
     found: Repository,
     revision: str | None,
     problem: str,
-    print_fn: Callable,
-    asks: bool,
+    use: Use,
 ) -> tuple[list[Subset], Repository]:
     """Returns the subsets of the Hub's own Parquet copy of a data set, and that copy.
 
-    problem: why it is needed. asks: False takes what was listed earlier.
+    problem: why it is needed. use: where it does not ask, what was listed earlier is taken.
     Raises UserError if there is none.
     """
     from huggingface_hub.errors import RevisionNotFoundError
@@ -422,9 +414,9 @@ def parquet_copy(
     # The Hub copies the main branch only.
     if revision not in (None, "main"):
         raise UserError(f"{name}: {problem}; without @{revision} a Parquet copy may be there")
-    if asks:
+    if use.asks:
         try:
-            copy = list_repository(found.repo, PARQUET_COPY, print_fn)
+            copy = list_repository(found.repo, PARQUET_COPY, use)
         except RevisionNotFoundError:
             raise refusal from None
     else:
@@ -444,7 +436,8 @@ def parquet_copy(
     remark = ""
     if any(f"/{PARTIAL}" in file for file in copy.sizes):
         remark = ", which holds only the beginning of large splits"
-    print_fn(f"NOTE: {name}: {problem}; reading the Hub's Parquet copy{remark}")
+    if use.asks:
+        use.print_fn(f"NOTE: {name}: {problem}; reading the Hub's Parquet copy{remark}")
     return [Subset(subset, splits) for subset, splits in splits_of_subsets.items()], copy
 
 
@@ -467,12 +460,11 @@ def fetch_files(
     title: str,
     found: Repository,
     files: list[str],
-    print_fn: Callable,
-    asks: bool,
+    use: Use,
 ) -> Path:
     """Fetches files that the cache lacks, and returns the folder of the commit there.
 
-    asks: False raises UserError if one is missing.
+    use: where it does not ask, UserError is raised for a file that is missing.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -482,7 +474,7 @@ def fetch_files(
         if not isinstance(path, str):
             missing.append(file)
     title = f"{title}, commit {found.commit[:12]}"
-    if missing and not asks:
+    if missing and not use.asks:
         problem = "the cache has not all of it; fetch the rest when the Hub can be reached"
         raise UserError(f"{name}: {problem}")
     size = sum(found.sizes[file] for file in missing)
@@ -491,9 +483,9 @@ def fetch_files(
         home.mkdir(parents=True, exist_ok=True)
         hub.check_room_in_cache(name, home, size)
         count = f"{len(missing):,} of {len(files):,} files, {in_bytes(size)}"
-        print_fn(f"fetching {title}, from {constants.ENDPOINT}: {count}")
-    elif asks:
-        print_fn(f"{title}, is in the cache")
+        use.print_fn(f"fetching {title}, from {constants.ENDPOINT}: {count}")
+    elif use.asks:
+        use.print_fn(f"{title}, is in the cache")
     folder = Path()
     hides_bar = None if missing else True
     with tqdm(total=size, unit="B", unit_scale=True, desc=name[-40:], disable=hides_bar) as bar:

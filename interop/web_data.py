@@ -7,7 +7,7 @@ everywhere; a password is not sent on to another host that a server refers to.
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -20,6 +20,7 @@ from interop.copies import (
     Copy,
     Part,
     Stream,
+    Use,
     Version,
     check_room,
     copies_folder,
@@ -31,6 +32,7 @@ from interop.copies import (
 CONNECT_SECONDS = 10
 ANSWER_SECONDS = 30  # without a byte, after which the connection counts as broken
 CHUNK = 1 << 18
+BACKOFF_SECONDS = 0.5  # before a server is asked once more after a fault; then twice that
 # Faults that may have gone by the next attempt.
 FAULTS = (429, 500, 502, 503, 504)
 # The suffix of a file whose URL has none, by what the server calls its kind.
@@ -44,43 +46,43 @@ WEB_PAGES = ("text/html", "application/xhtml+xml")
 LONGEST_NAME = 100  # characters of a copy's file name
 
 
-def fetch_url(url: str, print_fn: Callable, asks: bool = True) -> Path:
+def fetch_url(url: str, use: Use) -> Path:
     """Returns the copy of a URL's file, fetched or brought up to date.
 
-    print_fn: is called with a line about what is fetched, or why the copy is used instead.
-    asks: False takes a whole copy as it is.
     Raises UserError where the file can't be had and there is no copy.
     """
     name = shown(url)
     copy = Copy(name, copies_folder(copy_key(url)))
     whole = copy.whole()
-    if whole and not asks:
+    if whole and not use.asks:
         return whole.path
     if saved_copy(url):
         if whole is None:
             problem = "its hidden part was not saved, and the copy that was is not in the cache"
             raise UserError(f"{name}: {problem}; give the URL again")
-        print_fn(f"NOTE: {name}: using the copy that was fetched on {whole.day()}")
+        use.print_fn(f"NOTE: {name}: using the copy that was fetched on {whole.day()}")
         return whole.path
     check_room(name, 0, copy.folder)
     with locked(copy.folder):
         try:
-            return update(url, copy, print_fn)
+            return update(url, copy, use)
         except BrokenOff as error:
             whole = copy.whole()
             if whole is None:
                 raise UserError(f"{name}: {error}, and the cache has no copy of it") from None
-            print_fn(f"NOTE: {name}: {error}; using the copy that was fetched on {whole.day()}")
+            day = whole.day()
+            use.print_fn(f"NOTE: {name}: {error}; using the copy that was fetched on {day}")
             return whole.path
 
 
-def update(url: str, copy: Copy, print_fn: Callable) -> Path:
+def update(url: str, copy: Copy, use: Use) -> Path:
     """Asks the server for a file, fetches it if the copy is not what the server has, and returns
     the copy.
 
     Raises BrokenOff where the server can't be reached, UserError where it refuses.
     """
     name = copy.name
+    print_fn = use.print_fn
     whole = copy.whole()
     part = copy.part()
     if whole:
@@ -97,34 +99,25 @@ def update(url: str, copy: Copy, print_fn: Callable) -> Path:
             response.close()
             print_fn(f"{name}: is in the cache, unchanged on the server")
             return whole.path
-        reason = f"has changed on the server since the copy of {whole.day()}"
+        reason = f"has changed on the server since it was fetched on {whole.day()}"
         if not whole.version.is_known():
             reason = "the server does not say whether it has changed"
+        if use.keeps:
+            response.close()
+            print_fn(f"NOTE: {name}: {reason}; this run goes on with that of {whole.day()}")
+            return whole.path
         print_fn(f"NOTE: {name}: {reason}; fetching it again")
         if part and version_of(response) == part.version:
             # An earlier attempt has begun with the new version already.
             response.close()
             response = ask(url, name, range_headers(part))
-    stream = stream_of(response, part)
-    if stream is None:
-        # The answer is for another version than the part that is here.
-        response.close()
-        response = ask(url, name, {})
-        stream = stream_of(response, None)
-    assert stream is not None  # without a range, every answer will do
+    response, stream = whole_or_rest(url, name, response, part)
     refuse_other_than_files(response, url, name)
 
     def open_again(size: int, version: Version) -> Stream:
         again = Part(size, version)
         headers = range_headers(again) if version.is_known() else {}
-        response = ask(url, name, headers)
-        stream = stream_of(response, again)
-        if stream is None:
-            response.close()
-            response = ask(url, name, {})
-            stream = stream_of(response, None)
-            assert stream is not None
-        return stream
+        return whole_or_rest(url, name, ask(url, name, headers), again)[1]
 
     size = stream.version.size
     check_room(name, (size or 0) - stream.start, copy.folder)
@@ -133,6 +126,22 @@ def update(url: str, copy: Copy, print_fn: Callable) -> Path:
     file = file_name(url, response)
     with contextlib.closing(response), progress(file, size, stream.start) as bar:
         return fill(copy, file, stream, open_again, bar)
+
+
+def whole_or_rest(url: str, name: str, response, part: Part | None) -> tuple:
+    """Returns an answer and its Stream: the rest of the part that is here, or else the whole file,
+    for which the server is asked once more if need be."""
+    stream = stream_of(response, part)
+    if stream is None:
+        # The answer is for another version than the part that is here.
+        response.close()
+        response = ask(url, name, {})
+        stream = stream_of(response, None)
+    if stream is None:
+        response.close()
+        status = response.status_code
+        raise UserError(f"{name}: the server sends no whole file when asked for it (HTTP {status})")
+    return response, stream
 
 
 def validators(version: Version) -> dict[str, str]:
@@ -217,7 +226,7 @@ def ask(url: str, name: str, headers: dict[str, str]):
         total=3,
         connect=1,
         read=1,
-        backoff_factor=0.5,
+        backoff_factor=BACKOFF_SECONDS,
         status_forcelist=FAULTS,
         raise_on_status=False,
         # A server may ask for hours.

@@ -1,4 +1,5 @@
-"""interop/hub.py against a small Hub on loopback: what is fetched, what is not, and each way in which it can go wrong."""
+"""interop/hub.py against a small Hub on loopback: what is fetched, what is not, and each way in which it can
+go wrong."""
 
 import errno
 import fcntl

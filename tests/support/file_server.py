@@ -1,8 +1,7 @@
-"""A web server on loopback that does what real ones do, and what goes wrong with them: ranges, ETags, dates, conditions,
-redirects, logins, faults that pass, bodies that break off, files that change."""
+"""A web server on loopback that does what real ones do, and what goes wrong with them: ranges, ETags, dates,
+conditions, redirects, logins, faults that pass, bodies that break off, files that change."""
 
 import threading
-import time
 from dataclasses import dataclass, field
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +12,8 @@ from urllib.parse import urlsplit
 class File:
     """body: the content. breaks: how many answers end in the middle. statuses: what the next answers are instead.
     etag, dated, ranges: whether the server gives ETags and dates and answers ranges. headers: more of them. login: the
-    Authorization that is wanted. location: where the server sends to. whole: says no length."""
+    Authorization that is wanted. location: where the server sends to. no_length: says no length.
+    ignores_conditions: answers a range of whatever version."""
 
     body: bytes
     breaks: int = 0
@@ -25,7 +25,7 @@ class File:
     login: str = ""
     location: str = ""
     no_length: bool = False
-    wait: float = 0.0
+    ignores_conditions: bool = False
 
 
 class FileServer(ThreadingHTTPServer):
@@ -80,10 +80,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(304, b"", headers)
         start = 0
         asked = self.headers.get("Range")
-        if asked and file.ranges and self.headers.get("If-Range") in versions:
+        is_same = self.headers.get("If-Range") in versions
+        if asked and file.ranges and (is_same or file.ignores_conditions):
             start = int(asked.removeprefix("bytes=").removesuffix("-"))
             headers["Content-Range"] = f"bytes {start}-{len(file.body) - 1}/{len(file.body)}"
-        time.sleep(file.wait)
         self.answer(206 if start else 200, file.body[start:], headers, file)
 
     def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, file: File | None = None):

@@ -23,21 +23,21 @@ from dataset.folders import Fetched, Listing, choose_part, holds_records
 from dataset.readers import CLASS_NAMES, suffix_of
 from dataset.token_cache import locked
 from interop.copies import (
+    ANSWER_SECONDS,
+    CONNECT_SECONDS,
     BrokenOff,
     Copy,
     Stream,
     Use,
     Version,
-    check_room,
+    check_room_for_copy,
     copies_folder,
     fill,
     in_bytes,
     progress,
 )
 
-CONNECT_SECONDS = 10
-ANSWER_SECONDS = 30
-CHUNK = 4 << 20
+BUCKET_CHUNK = 4 << 20
 LIST = ".list"  # of a copied folder: which objects there were, for days without a network
 # How the errors of pyarrow's file systems begin that mean: there is no connection.
 UNREACHABLE = re.compile(
@@ -71,7 +71,7 @@ def fetch_objects(name: str, part: str, use: Use) -> Fetched:
     """
     scheme, path = check_name(name)
     folder = copies_folder(copy_key(name.rstrip("/")))
-    check_room(name, 0, folder)
+    check_room_for_copy(name, 0, folder)
     with locked(folder):
         old = read_list(folder)
         if old is not None and not use.asks:
@@ -186,7 +186,7 @@ class Bucket:
         def chunks() -> Iterator[bytes]:
             with file:
                 self.sorted_errors(lambda: file.seek(start))
-                while chunk := self.sorted_errors(lambda: file.read(CHUNK)):
+                while chunk := self.sorted_errors(lambda: file.read(BUCKET_CHUNK)):
                     yield chunk
 
         return Stream(version, start, chunks())
@@ -317,7 +317,7 @@ def fetch_part(
         size = sum(objects[key].size or 0 for key in missing)
         parts = [copy_of(name, folder, path, key).part() for key in missing]
         done = sum(each.size for each in parts if each is not None)
-        check_room(name, size - done, folder)
+        check_room_for_copy(name, size - done, folder)
         count = "" if len(wanted) == 1 else f"{len(missing):,} of {len(wanted):,} files, "
         print_fn(f"fetching {name}: {count}{in_bytes(size)}")
         with progress(name, size) as bar:

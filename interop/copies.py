@@ -26,9 +26,11 @@ from common.files import (
     reported_full_cache,
     write_json,
 )
+from interop.hub import LEFT_FREE
 
-LEFT_FREE = 100 << 20  # bytes of the disk that a fetch does not fill
-ATTEMPTS = 4  # in a row that bring nothing, before a fetch is given up
+CONNECT_SECONDS = 10
+ANSWER_SECONDS = 30  # without a byte, after which the connection counts as broken
+FETCH_ATTEMPTS = 4  # in a row that bring nothing, before a fetch is given up
 PAUSE_SECONDS = 0.5  # before the second attempt; twice that before each later one
 
 
@@ -101,7 +103,7 @@ class Whole(NamedTuple):
         return time.strftime("%Y-%m-%d %H:%M", moment)
 
 
-class Part(NamedTuple):
+class PartialCopy(NamedTuple):
     """What an earlier attempt has left, which can be gone on with: its bytes, and of which version."""
 
     size: int
@@ -137,7 +139,7 @@ class Copy:
         # A disk may lose what was written, or a person may have changed it.
         return Whole(path, version) if size == version.size else None
 
-    def part(self) -> Part | None:
+    def part(self) -> PartialCopy | None:
         """Returns what an earlier attempt has left, None if it can't be gone on with."""
         _, version = read_note(self.hidden("part.copy"))
         try:
@@ -146,7 +148,7 @@ class Copy:
             return None
         if version is None or not version.is_known() or not size:
             return None
-        return Part(size, version)
+        return PartialCopy(size, version)
 
     def finish(self, file: str, version: Version) -> Path:
         """Gives what has arrived its name, and returns its path."""
@@ -216,7 +218,7 @@ def fill(
             if not reason and version.size in (None, size):
                 return copy.finish(file, Version(version.etag, version.modified, size))
             failures = 1 if size > stream.start else failures + 1
-            if failures >= ATTEMPTS:
+            if failures >= FETCH_ATTEMPTS:
                 raise cut_off(copy, version, size, reason)
             time.sleep(PAUSE_SECONDS * 2 ** (failures - 1))
             try:
@@ -257,7 +259,7 @@ def cut_off(copy: Copy, version: Version, size: int, reason: str) -> UserError:
     return UserError(f"{copy.name}: cut off at {size:,}{of_size} bytes, {why}; {advice}")
 
 
-def check_room(name: str, size: int, folder: Path) -> None:
+def check_room_for_copy(name: str, size: int, folder: Path) -> None:
     """Raises UserError if `size` bytes more would leave less than LEFT_FREE bytes of the cache's
     disk. Makes the folder."""
     check_cache_takes_files(folder)

@@ -16,22 +16,22 @@ from common.remote_names import SIGNATURE, copy_key, saved_copy, shown
 from dataset.readers import KNOWN_SUFFIXES, suffix_of
 from dataset.token_cache import locked
 from interop.copies import (
+    ANSWER_SECONDS,
+    CONNECT_SECONDS,
     BrokenOff,
     Copy,
-    Part,
+    PartialCopy,
     Stream,
     Use,
     Version,
-    check_room,
+    check_room_for_copy,
     copies_folder,
     fill,
     in_bytes,
     progress,
 )
 
-CONNECT_SECONDS = 10
-ANSWER_SECONDS = 30  # without a byte, after which the connection counts as broken
-CHUNK = 1 << 18
+WEB_CHUNK = 1 << 18
 BACKOFF_SECONDS = 0.5  # before a server is asked once more after a fault; then twice that
 # Faults that may have gone by the next attempt.
 FAULTS = (429, 500, 502, 503, 504)
@@ -62,7 +62,7 @@ def fetch_url(url: str, use: Use) -> Path:
             raise UserError(f"{name}: {problem}; give the URL again")
         use.print_fn(f"NOTE: {name}: using the copy that was fetched on {whole.day()}")
         return whole.path
-    check_room(name, 0, copy.folder)
+    check_room_for_copy(name, 0, copy.folder)
     with locked(copy.folder):
         try:
             return update(url, copy, use)
@@ -115,12 +115,12 @@ def update(url: str, copy: Copy, use: Use) -> Path:
     refuse_other_than_files(response, url, name)
 
     def open_again(size: int, version: Version) -> Stream:
-        again = Part(size, version)
+        again = PartialCopy(size, version)
         headers = range_headers(again) if version.is_known() else {}
         return whole_or_rest(url, name, ask(url, name, headers), again)[1]
 
     size = stream.version.size
-    check_room(name, (size or 0) - stream.start, copy.folder)
+    check_room_for_copy(name, (size or 0) - stream.start, copy.folder)
     begun = f", {in_bytes(stream.start)} of them are here already" if stream.start else ""
     print_fn(f"fetching {name}: {stream.version.title()}{begun}")
     file = file_name(url, response)
@@ -128,7 +128,7 @@ def update(url: str, copy: Copy, use: Use) -> Path:
         return fill(copy, file, stream, open_again, bar)
 
 
-def whole_or_rest(url: str, name: str, response, part: Part | None) -> tuple:
+def whole_or_rest(url: str, name: str, response, part: PartialCopy | None) -> tuple:
     """Returns an answer and its Stream: the rest of the part that is here, or else the whole file,
     for which the server is asked once more if need be."""
     stream = stream_of(response, part)
@@ -154,7 +154,7 @@ def validators(version: Version) -> dict[str, str]:
     return headers
 
 
-def range_headers(part: Part) -> dict[str, str]:
+def range_headers(part: PartialCopy) -> dict[str, str]:
     """Returns the headers that ask for the rest of a file if it is still of this version, and
     otherwise for all of it (RFC 9110, section 13.1.5)."""
     version = part.version
@@ -179,7 +179,7 @@ def version_of(response) -> Version:
     return Version(headers.get("ETag", ""), headers.get("Last-Modified", ""), size)
 
 
-def stream_of(response, part: Part | None) -> Stream | None:
+def stream_of(response, part: PartialCopy | None) -> Stream | None:
     """Returns the bytes of an answer. part: that the answer should go on with.
 
     None where it is a part that does not fit to the one that is here.
@@ -203,7 +203,7 @@ def chunks_of(response) -> Iterator[bytes]:
     from urllib3.exceptions import HTTPError, ReadTimeoutError
 
     try:
-        yield from response.raw.stream(CHUNK, decode_content=False)
+        yield from response.raw.stream(WEB_CHUNK, decode_content=False)
     except ReadTimeoutError:
         raise BrokenOff(f"nothing came for {ANSWER_SECONDS} seconds") from None
     except (HTTPError, OSError):

@@ -129,8 +129,8 @@ def test_a_part_that_an_earlier_start_has_left(s3, monkeypatch):
     body = ROWS * 5000
     s3.put("big/a.jsonl", body)
     name = "s3://bucket/big/a.jsonl"
-    monkeypatch.setattr(bucket_data, "CHUNK", 20_000)
-    monkeypatch.setattr(copies, "ATTEMPTS", 1)
+    monkeypatch.setattr(bucket_data, "BUCKET_CHUNK", 20_000)
+    monkeypatch.setattr(copies, "FETCH_ATTEMPTS", 1)
     stream = bucket_data.Bucket.stream
     starts = []
 

@@ -38,12 +38,12 @@ def readme(configs: str) -> bytes:
     return f"---\nlicense: mit\nconfigs:\n{configs}\n---\n# Data\n".encode()
 
 
-def reading(*words: tuple[str, str]):
+def reading(*words: tuple[str, str], keeps: bool = False):
     """Reads data by name, each as a part; prints a line of JSON each, or ends as a script does."""
 
     def work():
         for word, part in words:
-            source = open_source(fetch_data(word, part), part=part)
+            source = open_source(fetch_data(word, part, keeps=keeps), part=part)
             stats = ReadStats()
             texts = sorted({record.text for record in source.read_all(stats)})
             validates = source.has_validation(stats)
@@ -206,6 +206,10 @@ def test_without_the_hub_the_copy_is_used_and_a_new_commit_is_said(server, tmp_p
     server.repos["org/set"] = {"files": files}
     read(server, tmp_path, "hf:org/set")
     server.repos["org/set"] = {"files": files | {"train.jsonl": jsonl("new")}, "commit": "f" * 40}
+    goes_on = reading(("hf:org/set", TRAIN), keeps=True)
+    code, out, err = run(server.url, tmp_path, goes_on, PLAINTUNE_CACHE=str(tmp_path / "ours"))
+    note = f"has changed on the Hub since it was last fetched; this run goes on with hf:org/set@{COMMIT[:12]}"
+    assert code == 0 and json.loads(out)["texts"] == ["old"] and err.startswith(f"NOTE: hf:org/set: {note}\n")
     (changed,), said = read(server, tmp_path, "hf:org/set")
     note = "has changed on the Hub since it was last fetched; as it was then, it is"
     assert changed["texts"] == ["new"] and said[0] == f"NOTE: hf:org/set: {note} hf:org/set@{COMMIT[:12]}"

@@ -120,7 +120,7 @@ def test_a_connection_that_breaks_is_gone_on_with(server):
 
 
 def test_what_a_start_could_not_finish_the_next_one_goes_on_with(server, monkeypatch, tmp_path):
-    monkeypatch.setattr(copies, "ATTEMPTS", 1)
+    monkeypatch.setattr(copies, "FETCH_ATTEMPTS", 1)
     url = server.put("/a.jsonl", ROWS, breaks=1)
     half = len(ROWS) // 2
     reason = f"cut off at {half:,} of {len(ROWS):,} bytes, the connection broke off"
@@ -144,7 +144,7 @@ def test_what_a_start_could_not_finish_the_next_one_goes_on_with(server, monkeyp
 
 def test_a_server_that_answers_a_range_of_another_version(server, monkeypatch):
     """It does not look at If-Range; its ETag tells."""
-    monkeypatch.setattr(copies, "ATTEMPTS", 1)
+    monkeypatch.setattr(copies, "FETCH_ATTEMPTS", 1)
     url = server.put("/a.jsonl", ROWS, breaks=1)
     refusal(url)
     other = ROWS.replace(b"hello", b"later")

@@ -301,9 +301,10 @@ def fetch_part(
     old = read_list(folder)
     changes = changes_of(old, objects, wanted)
     if changes and old is not None and use.keeps:
-        kept = fetched(name, folder, old, part)
-        print_fn(f"NOTE: {name}: has changed ({changes}); this run goes on with the copy")
-        return kept
+        kept = fetched(name, folder, old, part, must_exist=False)
+        if all(path.is_file() for path in kept.listing.paths):
+            print_fn(f"NOTE: {name}: has changed ({changes}); this run goes on with the copy")
+            return kept
     if changes:
         print_fn(f"NOTE: {name}: has changed since the copy was fetched: {changes}")
     missing = []

@@ -116,7 +116,9 @@ def list_repository(repo: str, revision: str | None, use: Use) -> Repository:
     """Returns what the Hub holds of a repository, and keeps it for days without a network. It asks
     once a process, so that all splits are of one commit."""
     commit, files = hub.list_files(repo, revision, "dataset")
-    found = Repository(repo, commit, {file: each.size for file, each in files.items()})
+    # A name must not lead out of the commit's folder.
+    sizes = {file: each.size for file, each in files.items() if ".." not in file.split("/")}
+    found = Repository(repo, commit, sizes)
     before = saved_repository(repo, revision)
     if before is not None and before.commit != commit:
         old = f"hf:{repo}@{before.commit[:12]}"
@@ -306,8 +308,8 @@ def data_names(sizes: dict[str, int]) -> list[str]:
 
 
 def splits_by_names(files: list[str], folder: str = "") -> tuple[dict[str, list[str]], int]:
-    """Returns {split: files} as the names of files and folders say it, and how many files of other
-    kinds are left out: the commonest kind counts, since the same records may be there as another.
+    """Returns {split: files} as the names of files and folders say it, and how many files are left
+    out: the commonest kind counts, since the same records may be there as another.
 
     folder: below which names are looked at.
     """
@@ -318,11 +320,14 @@ def splits_by_names(files: list[str], folder: str = "") -> tuple[dict[str, list[
     kind = max(kinds, key=lambda each: (kinds[each], each == ".parquet"))
     splits: dict[str, list[str]] = {}
     for file in files:
-        if suffix_of(Path(file)) != kind:
-            continue
-        part = part_of_file(Path(file).relative_to(folder)) or TRAIN
-        splits.setdefault(part, []).append(file)
-    return splits, len(files) - kinds[kind]
+        if suffix_of(Path(file)) == kind:
+            part = part_of_file(Path(file).relative_to(folder)) or ""
+            splits.setdefault(part, []).append(file)
+    # As in folders of this disk: where files are called after the training, those count.
+    rest = splits.pop("", [])
+    if rest and TRAIN not in splits:
+        splits[TRAIN] = rest
+    return splits, len(files) - sum(map(len, splits.values()))
 
 
 def pick(

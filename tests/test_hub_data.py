@@ -2,13 +2,17 @@
 is fetched of them, and each way in which it can go wrong."""
 
 import json
+import sys
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from support.helpers import chat_base
 from support.hub_server import COMMIT, Hub, run
+from support.runs import records
 
+import train
 from common import errors
 from dataset.folders import TEST, TRAIN, VALIDATION
 from dataset.formats import open_source
@@ -125,6 +129,11 @@ def test_splits_by_the_names_of_files_and_folders(server, tmp_path):
     assert one["texts"] == whole["texts"] == ["one"] and not one["validates"]
     assert folder["texts"] == ["x"] and dev["texts"] == ["y"]
     assert not [path for _, path, _ in server.asked if path == "org/names/train.jsonl"]
+    rest = {"train.jsonl": jsonl("t"), "extra.jsonl": jsonl("e"), "test.jsonl": jsonl("w")}
+    server.repos["org/rest"] = {"files": rest | {"../outside.jsonl": jsonl("out"), "sub/../../x.jsonl": jsonl("out")}}
+    server.repos["org/part"] = {"files": {"part.jsonl": jsonl("p"), "test.jsonl": jsonl("w")}}
+    (rest, part), _ = read(server, tmp_path, "hf:org/rest", "hf:org/part")
+    assert rest["texts"] == ["t"] and "1 other files left alone" in rest["summary"] and part["texts"] == ["p"]
 
 
 def test_what_is_not_clear_is_asked_for(server, tmp_path):
@@ -225,6 +234,24 @@ def test_without_the_hub_the_copy_is_used_and_a_new_commit_is_said(server, tmp_p
         assert line == f"error: hf:org/set: {rest}"
         line = refused(server, tmp_path, "hf:org/other", **env)
         assert line.startswith(f"error: hf:org/other: {why}") and line.endswith(", and the cache has no copy of it")
+
+
+def test_a_run_on_a_split_is_validated_by_the_other(server, tmp_path):
+    chats = {name: records(tmp_path / name, 12, i).read_bytes() for i, name in enumerate(("train.jsonl", "dev.jsonl"))}
+    server.repos["org/chat"] = {"files": chats}
+    base = chat_base(tmp_path / "base", num_key_value_heads=2)
+    words = ["--model", base, "--data", "2=hf:org/chat", "--steps", 1, "--batch-size", 2, "--out", tmp_path / "run"]
+
+    def work():
+        sys.argv = ["train.py", *map(str, words)]
+        errors.run(train.main)
+
+    code, out, err = run(server.url, tmp_path, work, PLAINTUNE_CACHE=str(tmp_path / "ours"))
+    assert code == 0, err
+    parts = "train: train.jsonl; not read here: dev.jsonl (validation)"
+    summary = "data      hf:org/chat: prompt and completion (1 file of JSONL, 12 records)"
+    assert f"{summary}, {parts}\n" in out and "12 examples to train on" in out and "; 12 to validate" in out
+    assert "split validation" in err
 
 
 def test_other_processes_of_a_machine_ask_nothing(server, tmp_path):

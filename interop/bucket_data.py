@@ -19,7 +19,14 @@ from pathlib import Path
 from common.errors import UserError, first_line, printable
 from common.files import atomic_file, write_json
 from common.remote_names import copy_key
-from dataset.folders import Fetched, Listing, choose_part, holds_records
+from dataset.folders import (
+    DESCRIPTION,
+    Fetched,
+    Listing,
+    choose_part,
+    holds_records,
+    llama_factory_entries,
+)
 from dataset.readers import CLASS_NAMES, suffix_of
 from dataset.token_cache import locked
 from interop.copies import (
@@ -98,6 +105,8 @@ def fetch_with_keys(
             objects = bucket.list_objects(path)
             if not objects:
                 raise UserError(f"{name}: {why_nothing(path)}")
+            if DESCRIPTION in objects:
+                refuse_description(name, folder, bucket, path, objects[DESCRIPTION])
             return fetch_part(name, folder, bucket, path, objects, part, use)
         except Denied as error:
             reason = str(error)
@@ -280,6 +289,23 @@ def has_google_keys() -> bool:
 
 
 # ---- copies ----
+
+
+def refuse_description(
+    name: str, folder: Path, bucket: Bucket, path: str, version: Version
+) -> None:
+    """Raises UserError if a folder has a description of LLaMA-Factory's, by which its files would
+    have to be read."""
+    copy = copy_of(name, folder, path, DESCRIPTION)
+    whole = copy.whole()
+    if whole is None or whole.version != version:
+        with progress(DESCRIPTION, version.size) as bar:
+            fetch_object(copy, bucket, path, DESCRIPTION, version, bar)
+    if llama_factory_entries(folder / DESCRIPTION):
+        problem = (
+            f"its {DESCRIPTION} is LLaMA-Factory's, which is read in folders of this disk only"
+        )
+        raise UserError(f"{name}: {problem}; name one of its files, or copy the folder here")
 
 
 def fetch_part(

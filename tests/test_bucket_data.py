@@ -125,6 +125,17 @@ def test_tables_bring_the_names_of_their_classes(s3):
     assert {path.name for path in folder.iterdir() if path.name[0] != "."} == {"train.csv", "classes.txt"}
 
 
+def test_a_folder_that_llama_factory_describes(s3):
+    s3.put("factory/a.jsonl", values("a"))
+    s3.put("factory/dataset_info.json", b'{"mine": {"file_name": "a.jsonl", "columns": {"prompt": "text"}}}')
+    name = "s3://bucket/factory"
+    problem = "its dataset_info.json is LLaMA-Factory's, which is read in folders of this disk only"
+    assert refusal(name) == f"{name}: {problem}; name one of its files, or copy the folder here"
+    s3.put("datasets/a.jsonl", values("a"))
+    s3.put("datasets/dataset_info.json", b'{"builder_name": "json"}')
+    assert read("s3://bucket/datasets")[0] == ["a"]
+
+
 def test_a_part_that_an_earlier_start_has_left(s3, monkeypatch):
     body = ROWS * 5000
     s3.put("big/a.jsonl", body)

@@ -8,13 +8,14 @@ import json
 import os
 import re
 import shutil
+import sys
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from support.file_server import FileServer
 from support.helpers import chat_base, command
-from support.runs import records
+from support.runs import records, torchrun
 
 import data
 import evaluate
@@ -25,6 +26,7 @@ from common.remote_names import copy_key, saved_name, shown
 from dataset.formats import open_source
 from dataset.records import ReadStats
 from interop import copies, remote_data, web_data
+from training.metrics import start_wandb
 
 ROWS = b'{"text": "hello"}\n' * 20_000  # 360,000 bytes, more than a chunk
 
@@ -402,6 +404,26 @@ def test_a_run_and_its_resumption(server, tmp_path, monkeypatch, capsys):
     remote_data.COPIES_OF_URLS.clear()
     _, err, code = command(train, monkeypatch, capsys, "--out", tmp_path / "run", "--resume")
     assert code == 2 and "--resume: the examples are others, or in another order, than when" in err
+
+
+def test_wandb_gets_no_secret(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    words = ["--data", "https://h/a.jsonl?token=SECRET", "--wandb", "mine"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    start_wandb(flags.parse_flags(words), tmp_path / "run").finish()
+    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" and b"https://h/a.jsonl" in path.read_bytes() for path in written)
+    assert not [path for path in written if b"SECRET" in path.read_bytes()]
+
+
+@pytest.mark.slow  # three processes of torch
+def test_two_processes_of_a_machine_fetch_once(server, tmp_path, monkeypatch):
+    base = chat_base(tmp_path / "base", num_key_value_heads=2)
+    url = server.put("/a.jsonl", records(tmp_path / "a.jsonl", 20, 0).read_bytes())
+    words = ["train.py", "--model", base, "--data", url, "--steps", 1, "--batch-size", 2, "--out", tmp_path / "run"]
+    out = torchrun(2, *words, OMP_NUM_THREADS="1")
+    assert out.count(f"fetching {url}") == 1 and statuses(server) == [(200, None, len(server.files["/a.jsonl"].body))]
 
 
 def test_evaluate_reads_a_url(server, tmp_path, monkeypatch, capsys):

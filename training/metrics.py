@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from common.device import peak_memory
 from common.errors import UserError
+from common.remote_names import shown
 from dataset.examples import Example
 from distributed import all_gather_object, is_rank0, world_size
 from flags import Flags, as_dict
@@ -311,9 +312,12 @@ def start_wandb(flags: Flags, out: Path, run_id: str | None = None):
     import wandb
 
     fresh = not (out / "wandb").exists()
-    settings = {}
+    settings: dict = {}
     if run_id:
         settings = {"id": run_id, "resume": "allow"}
+    if any(word and shown(word) != word for word in (*flags.data, *flags.replay, flags.val)):
+        # wandb would send the command line, which holds the secret of a URL.
+        settings["settings"] = wandb.Settings(x_disable_meta=True)
     try:
         return wandb.init(project=flags.wandb, config=as_dict(flags), dir=str(out), **settings)
     except wandb.errors.Error as error:

@@ -28,7 +28,6 @@ from dataset.folders import (
     llama_factory_entries,
 )
 from dataset.readers import CLASS_NAMES, suffix_of
-from dataset.token_cache import locked
 from interop.copies import (
     ANSWER_SECONDS,
     CONNECT_SECONDS,
@@ -40,6 +39,7 @@ from interop.copies import (
     check_room_for_copy,
     copies_folder,
     fill,
+    folder_for_copies,
     in_bytes,
     progress,
 )
@@ -78,8 +78,7 @@ def fetch_objects(name: str, part: str, use: Use) -> Fetched:
     """
     scheme, path = check_name(name)
     folder = copies_folder(copy_key(name.rstrip("/")))
-    check_room_for_copy(name, 0, folder)
-    with locked(folder):
+    with folder_for_copies(name, folder):
         old = read_list(folder)
         if old is not None and not use.asks:
             return fetched(name, folder, old, part)

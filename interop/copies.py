@@ -26,6 +26,7 @@ from common.files import (
     reported_full_cache,
     write_json,
 )
+from dataset.token_cache import locked
 from interop.hub import LEFT_FREE
 
 CONNECT_SECONDS = 10
@@ -67,6 +68,11 @@ class Version:
     def is_known(self) -> bool:
         """True if another file would have another version."""
         return bool(self.etag or (self.modified and self.size is not None))
+
+    def is_same(self, other: "Version") -> bool:
+        """True if both are of the same file as far as is said: a size may be unknown."""
+        sizes = {self.size, other.size} - {None}
+        return (self.etag, self.modified) == (other.etag, other.modified) and len(sizes) < 2
 
     def title(self) -> str:
         """Returns the size for messages."""
@@ -270,6 +276,23 @@ def check_room_for_copy(name: str, size: int, folder: Path) -> None:
         free = f"{room / 1e9:.1f} GB are free in {folder.parent}"
         advice = "free some space, or set PLAINTUNE_CACHE to another folder"
         raise UserError(f"{name}: {need}, {free}; {advice}")
+
+
+@contextlib.contextmanager
+def folder_for_copies(name: str, folder: Path) -> Iterator[None]:
+    """Holds a lock for a folder of copies during the block, and makes it; where nothing came of
+    that, the folder is not left behind.
+
+    Raises UserError if the cache can't be written to.
+    """
+    check_room_for_copy(name, 0, folder)
+    with locked(folder):
+        try:
+            yield
+        finally:
+            # It may have held something already, and then it can't be removed.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from dataset.folders import (
 )
 from dataset.readers import CLASS_NAMES, KNOWN_SUFFIXES, suffix_of
 from interop import hub
-from interop.copies import Use, copies_folder, in_bytes
+from interop.copies import Use, check_room_for_copy, copies_folder, in_bytes
 
 NAME = re.compile(
     r"hf:(?P<repo>[\w-][\w.-]*(/[\w-][\w.-]*)?)(@(?P<revision>[\w-][\w./-]*))?"
@@ -47,6 +47,7 @@ KNOWN_SETTINGS = frozenset(
     ("config_name", "data_files", "data_dir", "default", "description", "version", "features")
 )
 SHOWN = 12  # names in a message
+NOT_ALL = "the cache has not all of it; fetch the rest when the Hub can be reached"
 
 
 @dataclass
@@ -128,7 +129,7 @@ def list_repository(repo: str, revision: str | None, use: Use) -> Repository:
             return before
         use.print_fn(f"NOTE: {changed}; as it was then, it is {old}")
     file = list_file(repo, revision)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    check_room_for_copy(f"hf:{repo}", 0, file.parent)
     with atomic_file(file) as tmp:
         write_json({"commit": commit, "sizes": found.sizes}, tmp)
     return found
@@ -192,7 +193,10 @@ def described_subsets(name: str, found: Repository, use: Use) -> tuple[list[Subs
     """
     described = []
     if README in found.sizes:
-        described = read_configs(download_text(found))
+        if not use.asks and missing_files(found, [README]):
+            raise UserError(f"{name}: {NOT_ALL}")
+        readme = hub.download(found.repo, README, found.commit, kind="dataset")
+        described = read_configs(readme)
     subsets = [subset_of(name, config, found) for config in described]
     for subset in subsets:
         if subset.ignored and use.asks:
@@ -210,11 +214,6 @@ def described_subsets(name: str, found: Repository, use: Use) -> tuple[list[Subs
     if not splits:
         return [], "holds no file of a known kind"
     return [Subset(DEFAULT, splits, num_others=num_others)], ""
-
-
-def download_text(found: Repository) -> Path:
-    """Returns the README, fetched into the cache."""
-    return hub.download(found.repo, README, found.commit, kind="dataset")
 
 
 def read_configs(readme: Path) -> list[dict]:
@@ -460,6 +459,18 @@ def with_class_names(files: list[str], found: Repository) -> list[str]:
     return result
 
 
+def missing_files(found: Repository, files: list[str]) -> list[str]:
+    """Returns those of a repository's files that the cache lacks."""
+    from huggingface_hub import try_to_load_from_cache
+
+    missing = []
+    for file in files:
+        path = try_to_load_from_cache(found.repo, file, revision=found.commit, repo_type="dataset")
+        if not isinstance(path, str):
+            missing.append(file)
+    return missing
+
+
 def fetch_files(
     name: str,
     title: str,
@@ -471,17 +482,12 @@ def fetch_files(
 
     use: where it does not ask, UserError is raised for a file that is missing.
     """
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import constants
 
-    missing = []
-    for file in files:
-        path = try_to_load_from_cache(found.repo, file, revision=found.commit, repo_type="dataset")
-        if not isinstance(path, str):
-            missing.append(file)
+    missing = missing_files(found, files)
     title = f"{title}, commit {found.commit[:12]}"
     if missing and not use.asks:
-        problem = "the cache has not all of it; fetch the rest when the Hub can be reached"
-        raise UserError(f"{name}: {problem}")
+        raise UserError(f"{name}: {NOT_ALL}")
     size = sum(found.sizes[file] for file in missing)
     if missing:
         home = Path(constants.HF_HUB_CACHE)

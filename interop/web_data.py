@@ -14,7 +14,6 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from common.errors import UserError, printable
 from common.remote_names import SIGNATURE, copy_key, saved_copy, shown
 from dataset.readers import KNOWN_SUFFIXES, suffix_of
-from dataset.token_cache import locked
 from interop.copies import (
     ANSWER_SECONDS,
     CONNECT_SECONDS,
@@ -27,6 +26,7 @@ from interop.copies import (
     check_room_for_copy,
     copies_folder,
     fill,
+    folder_for_copies,
     in_bytes,
     progress,
 )
@@ -62,8 +62,7 @@ def fetch_url(url: str, use: Use) -> Path:
             raise UserError(f"{name}: {problem}; give the URL again")
         use.print_fn(f"NOTE: {name}: using the copy that was fetched on {whole.day()}")
         return whole.path
-    check_room_for_copy(name, 0, copy.folder)
-    with locked(copy.folder):
+    with folder_for_copies(name, copy.folder):
         try:
             return update(url, copy, use)
         except BrokenOff as error:
@@ -93,7 +92,7 @@ def update(url: str, copy: Copy, use: Use) -> Path:
         response = ask(url, name, {})
     if whole:
         is_same = response.status_code == 304 or (
-            whole.version.is_known() and version_of(response) == whole.version
+            whole.version.is_known() and version_of(response).is_same(whole.version)
         )
         if is_same:
             response.close()
@@ -107,7 +106,7 @@ def update(url: str, copy: Copy, use: Use) -> Path:
             print_fn(f"NOTE: {name}: {reason}; this run goes on with that of {whole.day()}")
             return whole.path
         print_fn(f"NOTE: {name}: {reason}; fetching it again")
-        if part and version_of(response) == part.version:
+        if part and version_of(response).is_same(part.version):
             # An earlier attempt has begun with the new version already.
             response.close()
             response = ask(url, name, range_headers(part))

@@ -211,7 +211,7 @@ def test_private_gated_missing(server, tmp_path):
 
 
 def test_without_the_hub_the_copy_is_used_and_a_new_commit_is_said(server, tmp_path):
-    files = {"train.jsonl": jsonl("old"), "valid.jsonl": jsonl("v")}
+    files = {"train.jsonl": jsonl("old"), "valid.jsonl": jsonl("v"), "README.md": b"# Data"}
     server.repos["org/set"] = {"files": files}
     read(server, tmp_path, "hf:org/set")
     server.repos["org/set"] = {"files": files | {"train.jsonl": jsonl("new")}, "commit": "f" * 40}
@@ -232,6 +232,8 @@ def test_without_the_hub_the_copy_is_used_and_a_new_commit_is_said(server, tmp_p
         line = refused(server, tmp_path, "hf:org/set", VALIDATION, **env)
         rest = "the cache has not all of it; fetch the rest when the Hub can be reached"
         assert line == f"error: hf:org/set: {rest}"
+        gone = {"HF_HOME": str(tmp_path / "gone"), **env}
+        assert refused(server, tmp_path, "hf:org/set", **gone) == f"error: hf:org/set: {rest}"
         line = refused(server, tmp_path, "hf:org/other", **env)
         assert line.startswith(f"error: hf:org/other: {why}") and line.endswith(", and the cache has no copy of it")
 

@@ -98,6 +98,17 @@ def test_a_server_without_etags(server, dated):
         assert lines == [f"NOTE: {url}: {reason}; fetching it again", f"fetching {url}: 0.4 MB"]
 
 
+def test_a_server_that_says_no_length_and_looks_at_no_condition(server):
+    url = server.put("/a.jsonl", ROWS, no_length=True, ignores_conditions=True)
+    fetch(url)
+    assert fetch(url) == (ROWS, [f"{url}: is in the cache, unchanged on the server"])
+
+
+def test_what_was_not_there_leaves_nothing_in_the_cache(server):
+    refusal(f"{server.url}/none.jsonl")
+    assert list((copies.cache_folder() / "data").iterdir()) == []
+
+
 def test_one_process_asks_once_and_its_sisters_on_the_machine_not_at_all(server, monkeypatch):
     url = server.put("/a.jsonl", ROWS)
     fetch(url)

@@ -13,7 +13,7 @@ class File:
     """body: the content. breaks: how many answers end in the middle. statuses: what the next answers are instead.
     etag, dated, ranges: whether the server gives ETags and dates and answers ranges. headers: more of them. login: the
     Authorization that is wanted. location: where the server sends to. no_length: says no length.
-    ignores_conditions: answers a range of whatever version."""
+    ignores_conditions: answers with what is there, whatever version is asked for."""
 
     body: bytes
     breaks: int = 0
@@ -76,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
             headers["Last-Modified"] = file.dated
         versions = {tag if file.etag else None, file.dated or None} - {None}
         known = self.headers.get("If-None-Match") or self.headers.get("If-Modified-Since")
-        if known in versions:
+        if known in versions and not file.ignores_conditions:
             return self.answer(304, b"", headers)
         start = 0
         asked = self.headers.get("Range")
@@ -87,20 +87,21 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(206 if start else 200, file.body[start:], headers, file)
 
     def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, file: File | None = None):
-        self.send_response(status)
         headers = {"Content-Length": str(len(body))} | (headers or {})
-        breaks = file is not None and file.breaks > 0
         if file is not None and file.no_length:
             del headers["Content-Length"]
             self.close_connection = True
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
+        breaks = file is not None and file.breaks > 0
         if breaks:
             file.breaks -= 1
             body = body[: len(body) // 2]
+        # Before the client has an answer, and asks what was asked.
         asked = (self.path, status, self.headers.get("Range"), len(body), self.headers.get("Authorization"))
         self.server.asked.append(asked)
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
         self.wfile.write(body)
         if breaks:
             self.wfile.flush()

@@ -287,7 +287,11 @@ def matching(name: str, folder: str, pattern: str, files: list[str]) -> list[str
     text = pattern.removeprefix("./").lstrip("/")
     if folder:
         text = f"{folder}/{text}"
-    regex = re.compile(glob_translate(text))
+    try:
+        regex = re.compile(glob_translate(text))
+    except ValueError as error:
+        shown_pattern = printable(pattern[:200])
+        raise UserError(f"{name}: its README names files by {shown_pattern}, {error}") from None
     return sorted(file for file in files if regex.fullmatch(file) or file.startswith(f"{text}/"))
 
 

@@ -277,3 +277,11 @@ def test_a_readme_that_leads_elsewhere(server, tmp_path):
     server.repos["org/away"] = {"files": {"README.md": configs, "train.jsonl": jsonl("a")}}
     line = refused(server, tmp_path, "hf:org/away")
     assert line == "error: hf:org/away: its files are elsewhere, https://elsewhere/x.jsonl; name those"
+    configs = readme("- config_name: a\n  data_files: data/**.jsonl")
+    server.repos["org/stars"] = {"files": {"README.md": configs, "data/train.jsonl": jsonl("a")}}
+    line = refused(server, tmp_path, "hf:org/stars")
+    assert line.startswith("error: hf:org/stars: its README names files by data/**.jsonl, Invalid pattern: ")
+    configs = readme("- config_name: a\n  data_files:\n  - split: train\n    path: data\n  - split: x\n    path: none")
+    server.repos["org/folder"] = {"files": {"README.md": configs, "data/deep/a.jsonl": jsonl("a"), "b.jsonl": b"x"}}
+    (found,), _ = read(server, tmp_path, "hf:org/folder")
+    assert found["texts"] == ["a"]

@@ -119,10 +119,13 @@ def check_name(name: str) -> tuple[str, str]:
     parts = path.split("/")
     if not path or "" in parts or ".." in parts or "." in parts:
         raise UserError(f"{name}: {scheme}://bucket/key is wanted")
-    if "@" in parts[0] or ":" in parts[0]:
+    # As pyarrow's and other programs' URIs have them.
+    has_settings = re.search(r"\?\w+=", path) is not None
+    if "@" in parts[0] or ":" in parts[0] or has_settings:
         where = LOG_IN[scheme.lower()]
         # Not the name, which may hold a key.
-        raise UserError(f"{scheme}://: a name holds no credentials; they belong in {where}")
+        problem = "a name holds neither credentials nor settings"
+        raise UserError(f"{scheme}://: {problem}; they belong in {where}")
     return scheme.lower(), path
 
 

@@ -198,7 +198,8 @@ def test_what_is_not_there(s3):
     assert refusal("s3://bucket/*.jsonl") == f"s3://bucket/*.jsonl: {pattern}"
     for name in ("s3://", "s3://bucket//a", "s3://bucket/../a"):
         assert refusal(name) == f"{name}: s3://bucket/key is wanted"
-    assert refusal("s3://key:hush@bucket/a").startswith("s3://: a name holds no credentials; they belong in AWS_")
+    for name in ("s3://key:hush@bucket/a", "s3://bucket/a?secret_key=hush&region=us-east-1"):
+        assert refusal(name).startswith("s3://: a name holds neither credentials nor settings; they belong in AWS_")
     s3.put("other/a.bin", b"x")
     assert refusal("s3://bucket/other") == "s3://bucket/other: holds no file of a known kind, of 1 files"
 

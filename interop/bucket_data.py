@@ -42,6 +42,7 @@ from interop.copies import (
     folder_for_copies,
     in_bytes,
     progress,
+    why_read_only,
 )
 
 BUCKET_CHUNK = 4 << 20
@@ -78,6 +79,11 @@ def fetch_objects(name: str, part: str, use: Use) -> Fetched:
     """
     scheme, path = check_name(name)
     folder = copies_folder(copy_key(name.rstrip("/")))
+    problem = why_read_only(folder)
+    old = read_list(folder)
+    if problem and old is not None:
+        use.print_fn(f"NOTE: {name}: {problem}; using the copy in the cache")
+        return fetched(name, folder, old, part)
     with folder_for_copies(name, folder):
         old = read_list(folder)
         if old is not None and not use.asks:

@@ -278,6 +278,16 @@ def check_room_for_copy(name: str, size: int, folder: Path) -> None:
         raise UserError(f"{name}: {need}, {free}; {advice}")
 
 
+def why_read_only(folder: Path) -> str:
+    """Returns why no copy can be written into a folder of the cache, "" if one can: a cache that a
+    container has mounted, for example, may be there to be read only."""
+    try:
+        check_cache_takes_files(folder)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 @contextlib.contextmanager
 def folder_for_copies(name: str, folder: Path) -> Iterator[None]:
     """Holds a lock for a folder of copies during the block, and makes it; where nothing came of

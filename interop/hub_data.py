@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import UserError, printable
-from common.files import atomic_file, write_json
+from common.files import atomic_file, reported_full_cache, write_json
 from common.remote_names import copy_key
 from dataset.folders import (
     PREFERRED,
@@ -29,7 +29,7 @@ from dataset.folders import (
 )
 from dataset.readers import CLASS_NAMES, KNOWN_SUFFIXES, suffix_of
 from interop import hub
-from interop.copies import Use, check_room_for_copy, copies_folder, in_bytes
+from interop.copies import Use, copies_folder, in_bytes, why_read_only
 
 NAME = re.compile(
     r"hf:(?P<repo>[\w-][\w.-]*(/[\w-][\w.-]*)?)(@(?P<revision>[\w-][\w./-]*))?"
@@ -129,9 +129,11 @@ def list_repository(repo: str, revision: str | None, use: Use) -> Repository:
             return before
         use.print_fn(f"NOTE: {changed}; as it was then, it is {old}")
     file = list_file(repo, revision)
-    check_room_for_copy(f"hf:{repo}", 0, file.parent)
-    with atomic_file(file) as tmp:
-        write_json({"commit": commit, "sizes": found.sizes}, tmp)
+    # The files themselves go to another cache; without this one they can't be found offline.
+    if not why_read_only(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with reported_full_cache(file.parent), atomic_file(file) as tmp:
+            write_json({"commit": commit, "sizes": found.sizes}, tmp)
     return found
 
 

@@ -29,6 +29,7 @@ from interop.copies import (
     folder_for_copies,
     in_bytes,
     progress,
+    why_read_only,
 )
 
 WEB_CHUNK = 1 << 18
@@ -61,6 +62,10 @@ def fetch_url(url: str, use: Use) -> Path:
             problem = "its hidden part was not saved, and the copy that was is not in the cache"
             raise UserError(f"{name}: {problem}; give the URL again")
         use.print_fn(f"NOTE: {name}: using the copy that was fetched on {whole.day()}")
+        return whole.path
+    problem = why_read_only(copy.folder)
+    if problem and whole:
+        use.print_fn(f"NOTE: {name}: {problem}; using the copy that was fetched on {whole.day()}")
         return whole.path
     with folder_for_copies(name, copy.folder):
         try:

@@ -218,6 +218,14 @@ def test_without_a_network_the_copies_are_used(s3, monkeypatch):
     assert refusal("s3://bucket/on") == f"s3://bucket/on: {reason}, and the cache has no copy of it"
 
 
+def test_a_cache_that_can_only_be_read(s3, monkeypatch):
+    s3.put("fixed/a.jsonl", values("a"))
+    name = "s3://bucket/fixed"
+    read(name)
+    monkeypatch.setattr(bucket_data, "why_read_only", lambda folder: "the cache can't be written to")
+    assert read(name)[2] == [f"NOTE: {name}: the cache can't be written to; using the copy in the cache"]
+
+
 # ---- Google's ----
 
 EMULATOR = """

@@ -104,6 +104,22 @@ def test_a_server_that_says_no_length_and_looks_at_no_condition(server):
     assert fetch(url) == (ROWS, [f"{url}: is in the cache, unchanged on the server"])
 
 
+def test_a_cache_that_can_only_be_read(server, monkeypatch):
+    url = server.put("/a.jsonl", ROWS)
+    fetch(url)
+
+    def refuse(folder):
+        raise UserError(f"{folder}: the cache can't be written to")
+
+    monkeypatch.setattr(copies, "check_cache_takes_files", refuse)
+    content, lines = fetch(url)
+    folder = copies.copies_folder(copy_key(url))
+    assert content == ROWS and len(server.asked) == 1
+    assert lines[0].startswith(f"NOTE: {url}: {folder}: the cache can't be written to; using the copy that was")
+    other = server.put("/b.jsonl", ROWS)
+    assert refusal(other) == f"{copies.copies_folder(copy_key(other))}: the cache can't be written to"
+
+
 def test_what_was_not_there_leaves_nothing_in_the_cache(server):
     refusal(f"{server.url}/none.jsonl")
     assert list((copies.cache_folder() / "data").iterdir()) == []

@@ -23,6 +23,7 @@ if __name__ == "__main__":
     run(inspection.arguments)
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,13 +35,15 @@ from torch import Tensor
 
 import distributed
 from common.errors import UserError
+from common.remote_names import shown
 from dataset.examples import DUMMY_EXAMPLE, TRAIN_ON, Dataset, Example, ExampleIndex, cut
-from dataset.folders import TRAIN, VALIDATION
+from dataset.folders import TRAIN, VALIDATION, Fetched
 from dataset.formats import Map, open_source
 from dataset.inspection import quick_checks, rendered_chats
 from dataset.sampler import Sampler, allocate_samples
 from dataset.token_cache import tokenized_rows
 from flags import VAL_FRACTION, Flags, parse_replay, parse_weights
+from interop.remote_data import fetch_data
 from kernels.attention import Documents
 from kernels.context_parallel import ContextParallel, ShardedDocuments
 from kernels.triton_utils import to_device
@@ -113,10 +116,14 @@ def load_training_data(
         raise UserError(f"--seq-len {seq_len}: the model has {max_positions} positions")
 
     def read(paths: Sequence[str | Path], map_fn: Map | None = None, part: str = TRAIN) -> Dataset:
-        dataset = load(paths, tokenizer, seq_len, flags.train_on, flags.trees, print, map_fn, part)
-        check_tokens(dataset, vocab_size, ", ".join(map(str, paths)))
+        dataset = load(
+            paths, tokenizer, seq_len, flags.train_on, flags.trees, print, map_fn, part, fetch
+        )
+        check_tokens(dataset, vocab_size, ", ".join(map(shown, paths)))
         return dataset
 
+    # A run that is resumed goes on with the data that it has begun with.
+    fetch = functools.partial(fetch_data, keeps=bool(flags.resume))
     named_files, weights = parse_weights(flags.data)
     files: list[str | Path] = list(named_files or BUNDLED_TASK["train"])
     map_fn = Map(flags.map) if flags.map else None
@@ -166,7 +173,8 @@ def load_training_data(
     if flags.trees == "all" and not any("OASST" in each for each in formats):
         raise UserError("--trees all: no file holds OASST trees")
 
-    sampler = make_sampler(flags.seed, train, files, weights, replay_shares)
+    names = [shown(file) for file in files]
+    sampler = make_sampler(flags.seed, train, names, weights, replay_shares)
     sampler = choose_packing(sampler, flags, seq_len, device)
     pack = sampler.seq_len is not None
     return TrainingData(train, val, replay_val, sampler, seq_len, val_fraction, pack)
@@ -190,7 +198,7 @@ def print_counts(train: Dataset, val: Dataset, tokenizer: Tokenizer) -> None:
 def make_sampler(
     seed: int,
     train: Dataset,
-    files: Sequence[str | Path],
+    files: Sequence[str],
     weights: Sequence[float] | None,
     replay_shares: Sequence[float],
 ) -> Sampler:
@@ -259,7 +267,7 @@ def check_tokens(dataset: Dataset, vocab_size: int, files: str) -> None:
 
 
 def load(
-    paths: Sequence[str | Path],
+    paths: Sequence[str | Path | Fetched],
     tokenizer: Tokenizer,
     seq_len: int,
     train_on: str = "answers",
@@ -267,28 +275,31 @@ def load(
     print_fn: Callable[[str], None] = lambda line: None,
     map_fn: Map | None = None,
     part: str = TRAIN,
+    fetch: Callable = fetch_data,
 ) -> Dataset:
     """Returns the examples of some files, at most seq_len tokens long.
 
+    paths: files and folders of this disk, or names of data elsewhere, which are fetched.
     train_on, trees: as the flags of those names.
     print_fn: is given lines about what was found and left out.
     map_fn: a user's function that each record goes through.
     part: which part is read of folders and files that have parts to train, validate and test.
+    fetch: gets copies of data that lie elsewhere.
 
     Raises UserError where nothing is left to train on.
     """
     roles, last_only = TRAIN_ON[train_on]
     # All files are opened before the first is tokenised: a wrong name ends the run at once.
-    sources = [open_source(path, trees, map_fn, part) for path in paths]
+    sources = [open_source(fetch(path, part), trees, map_fn, part) for path in paths]
     rows = []
     with_validation = []
-    for source in sources:
+    for path, source in zip(paths, sources, strict=True):
         source_rows = tokenized_rows(source, tokenizer, roles)
         rows.append(source_rows)
         cached = ", tokenised before" if source_rows.cached else ""
         print_fn(f"data      {source.summary(source_rows.stats)}{cached}")
         if source.has_validation(source_rows.stats):
-            with_validation.append(source.path)
+            with_validation.append(path)
         warning = rendered_chats(source_rows)
         if warning:
             print_fn(f"          WARNING: {warning}")
@@ -311,7 +322,7 @@ def load(
         what = "shortened" if reason.startswith("cut") else "left out"
         print_fn(f"          {what}: {count:,} records {reason}")
     if not len(dataset):
-        names = ", ".join(map(str, paths))
+        names = ", ".join(map(shown, paths))
         reasons = "; ".join(f"{count} {reason}" for reason, count in dataset.dropped.items())
         raise UserError(f"{names}: no record can be trained on ({reasons})")
     return dataset
@@ -606,7 +617,7 @@ def main() -> None:
     """Runs `data.py inspect`, `convert` or `split`."""
     from interop.resolve import tokenizer_of_model
 
-    inspection.main(tokenizer_of_model)
+    inspection.main(tokenizer_of_model, fetch_data)
 
 
 if __name__ == "__main__":

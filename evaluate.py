@@ -33,12 +33,13 @@ from common import console
 from common.device import pick_device, pick_dtype
 from common.errors import UserError
 from dataset.examples import Dataset, ExampleIndex
-from dataset.folders import TEST
+from dataset.folders import TEST, Fetched
 from dataset.formats import Map, Source, open_source
 from dataset.records import ReadStats, Record
 from evals.exact_match import ExactResult, exact, split_reference
 from evals.loss import loss
 from interop import resolve
+from interop.remote_data import fetch_data
 from interop.resolve import base_folder
 from lora import adapter_metadata, has_lora, is_adapter, remove_lora
 from model import Transformer
@@ -59,7 +60,8 @@ def main() -> None:
     device = pick_device(args.device)
     dtype, reason = pick_dtype(args.dtype, device)
     map_fn = Map(args.map) if args.map else None
-    source = open_source(args.data, map_fn=map_fn, part=TEST)
+    examples = fetch_data(args.data, TEST)
+    source = open_source(examples, map_fn=map_fn, part=TEST)
     records = []
     if args.what == "exact":
         records = records_with_references(source, args.limit)
@@ -81,9 +83,9 @@ def main() -> None:
             # A fault in the file is reported before the model is loaded, which may take long.
             config = read_config(target.folder)
             dataset = encode_file(
-                args.data, tokenizer, config.max_positions, args.seq_len, args.limit, map_fn
+                examples, tokenizer, config.max_positions, args.seq_len, args.limit, map_fn
             )
-            data.check_tokens(dataset, config.vocab_size, args.data)
+            data.check_tokens(dataset, config.vocab_size, str(examples))
             if len(targets) == 2:
                 digests.add(digest_of_ids(dataset))
         # Two targets may share a base, which is then loaded once.
@@ -156,7 +158,7 @@ def pick_targets(args: argparse.Namespace) -> list[Target]:
 
 
 def encode_file(
-    file: str,
+    file: str | Path | Fetched,
     tokenizer: Tokenizer,
     limit: int,
     seq_len: int | None,

@@ -28,6 +28,7 @@ from common.cli import parse_args
 from common.errors import UserError
 from common.folder_lock import find_holder
 from common.known_names import TRAIN_NAMES
+from common.remote_names import is_remote, saved_name, shown, split_remote
 from dataset.examples import TRAIN_ON
 from dataset.oasst import TREES
 from tokenization.chat_template import NAMED
@@ -98,8 +99,10 @@ class Flags:
     )
     data: tuple[str, ...] = option(
         [],
-        "files or folders of training examples in any known format; FILE=W gives a file the"
-        " weight W when several are mixed; default: the bundled task",
+        "files or folders of training examples in any known format, on this disk, or by name where"
+        " people keep them: hf:org/name[:subset][:split] (the Hub), s3://bucket/key, gs://bucket/key,"
+        " https://host/file. FILE=W gives a file the weight W when several are mixed; before a name"
+        " with :// it stands in front, as in 3=https://host/file; default: the bundled task",
         metavar="FILE[=W]",
         resume=FREE,
         is_path=True,
@@ -107,15 +110,15 @@ class Flags:
     replay: tuple[str, ...] = option(
         [],
         "general data that is mixed in against forgetting: FILE=0.1 makes a tenth of all training"
-        " examples come from it",
+        " examples come from it; for names with ://, 0.1=https://host/file",
         metavar="FILE=SHARE",
         resume=FREE,
         is_path=True,
     )
     val: str | None = option(
         None,
-        "file of validation examples; default: the part of --data that is called validation, if"
-        " there is one, else some of --data is held out",
+        "file of validation examples, named as in --data; default: the part of --data that is called"
+        " validation, if there is one, else some of --data is held out",
         metavar="FILE",
         resume=FREE,
         is_path=True,
@@ -498,7 +501,10 @@ def saved_value(name: str, value):
 
 def absolute_path(word: str) -> str:
     """Returns FILE, FILE=W or FILE.py:NAME with the file's absolute path, if there is such a file
-    or folder; any other word as it is, such as the name of a model on the Hub."""
+    or folder; a name that lies elsewhere without its secrets; any other word as it is, such as the
+    name of a model on the Hub."""
+    if is_remote(word):
+        return saved_name(word)
     file = existing_file(word)
     # Not resolved: a link may lead elsewhere when the run is resumed.
     return os.path.abspath(file) + word[len(file) :] if file else word
@@ -551,7 +557,7 @@ def check_paths_exist(saved: dict, where: Path) -> None:
         words = [value] if isinstance(value, str) else value
         for word in words:
             may_be_on_hub = name == "model" and not os.path.isabs(word)
-            if existing_file(word) or may_be_on_hub:
+            if existing_file(word) or may_be_on_hub or is_remote(word):
                 continue
             advice = "start from the folder in which the run was begun, or"
             if os.path.isabs(word):
@@ -817,7 +823,7 @@ def check_inputs_outside(flags: Flags, out: Path) -> None:
     replay_files, _ = parse_replay(flags.replay)
     folder = out.resolve()
     for file in (flags.model, flags.adapter, flags.val, *files, *replay_files):
-        if not file:
+        if not file or is_remote(file):
             continue
         path = Path(file).resolve()
         if path == folder or folder in path.parents:
@@ -842,7 +848,7 @@ def parse_weights(words: tuple[str, ...]) -> tuple[list[str], list[float] | None
         else:
             has_weights = True
         if not 0 < weight < MAX_WEIGHT:
-            raise UserError(f"--data {word}: a weight must be above 0")
+            raise UserError(f"--data {shown(word)}: a weight must be above 0")
         files.append(file)
         weights.append(weight)
     return files, weights if has_weights else None
@@ -855,7 +861,10 @@ def parse_replay(words: tuple[str, ...]) -> tuple[list[str], list[float]]:
     shares = []
     for word, (file, share) in zip(words, parts, strict=True):
         if share is None or not 0 < share < 1:
-            raise UserError(f"--replay {word}: FILE=SHARE is wanted, a share above 0 and below 1")
+            wanted = "SHARE=URL" if "://" in word else "FILE=SHARE"
+            raise UserError(
+                f"--replay {shown(word)}: {wanted} is wanted, a share above 0 and below 1"
+            )
         files.append(file)
         shares.append(share)
     if sum(shares) >= 1:
@@ -864,10 +873,17 @@ def parse_replay(words: tuple[str, ...]) -> tuple[list[str], list[float]]:
 
 
 def split_number(word: str) -> tuple[str, float | None]:
-    """Returns (a.json, 3.0) of a.json=3; and (a.json=3, None) if there is a file of that name.
+    """Returns (a.json, 3.0) of a.json=3; and (a.json=3, None) if there is a file of that name. The
+    number of a URL stands in front of it: (https://host/a?b=3, 2.0) of 2=https://host/a?b=3.
 
     Raises UserError if it names no file, or if what follows an existing file is no number.
     """
+    if is_remote(word):
+        name, text = split_remote(word)
+        try:
+            return name, None if text is None else float(text)
+        except ValueError:
+            raise UserError(f"{shown(word)}: {text!r} is no number") from None
     file, sign, number = word.rpartition("=")
     if not word or (sign and not file):
         raise UserError(f"{word!r}: names no file")

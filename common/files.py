@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
@@ -38,6 +39,21 @@ SET_CACHE = "set PLAINTUNE_CACHE to another folder"
 CRC_PART = 1 << 20
 # Bytes. The specification of Git LFS has pointers below this size.
 POINTER_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class NamedFile:
+    """A file that is the copy of one elsewhere: it is opened by its path on this disk, and messages
+    call it by the name that the user knows."""
+
+    path: Path
+    name: str
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return self.name
 
 
 @contextlib.contextmanager

@@ -301,8 +301,9 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         required=True,
         help="file of examples that the model was not trained on, in any format that train.py"
-        " reads; required. exact takes conversations, and the last message of the assistant is the"
-        " reference",
+        " reads, on this disk or by name (hf:org/name[:subset][:split], s3://bucket/key,"
+        " gs://bucket/key, https://host/file); required. exact takes conversations, and the last"
+        " message of the assistant is the reference",
     )
     add(
         "--map",

@@ -155,7 +155,7 @@ class Dataset:
     prompts: np.ndarray = None
     chat: bool = False
     formats: tuple[str, ...] = ()
-    with_validation: tuple[str, ...] = ()
+    with_validation: tuple = ()
 
     def __post_init__(self) -> None:
         if self.lengths is None:

@@ -12,11 +12,12 @@ files and their columns (`described_file`), and the JSON beside the Arrow files 
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError, read_json
+from common.files import NamedFile
 from dataset.readers import ARROW_SUFFIXES, CLASS_NAMES, KNOWN_SUFFIXES, suffix_of
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -84,6 +85,36 @@ class Listing:
         return f"{is_read}; not read here: {', '.join(others)}"
 
 
+@dataclass(frozen=True)
+class Fetched:
+    """Data that lie elsewhere, of which a copy is on this disk now. As a text, it is their name.
+
+    name: as the user typed it, without its secrets.
+    root: the copy: a file, or the folder in which the files of `listing` lie.
+    listing: the files that are to be read. Of those of other parts the copies may be missing.
+    reads_all: records are read whatever a column of theirs says about their part, since the user
+        has named the part.
+    """
+
+    name: str
+    root: Path
+    listing: Listing
+    reads_all: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    def files(self) -> list[NamedFile]:
+        """Returns the files that are to be read, each with the name that messages call it by."""
+        if self.root.is_file():
+            return [NamedFile(self.root, self.name)]
+        start = self.name.rstrip("/")
+        files = []
+        for path in self.listing.paths:
+            files.append(NamedFile(path, f"{start}/{path.relative_to(self.root).as_posix()}"))
+        return files
+
+
 def list_parts(path: Path, part: str) -> Listing:
     """Returns the files of a folder and its subfolders that are to be read, in the order of their
     names.
@@ -101,10 +132,23 @@ def list_parts(path: Path, part: str) -> Listing:
         kinds = f"{', '.join(KNOWN_SUFFIXES)}, each also with .gz or .zst"
         raise UserError(f"{path}: holds no file of a known kind ({kinds})")
 
+    return choose_part(path, path, paths, num_others, part)
+
+
+def choose_part(
+    name: Path | str, folder: Path, paths: list[Path], num_others: int, part: str
+) -> Listing:
+    """Returns which of a folder's files are to be read. They need not be on this disk.
+
+    name: of the folder, for messages.
+    paths, num_others: what `data_files` returns.
+    part: TRAIN, VALIDATION or TEST: what is asked for, if the folder has parts.
+    Raises UserError if no file is of this part.
+    """
     files_of_parts: dict[str, list[Path]] = {}
     for file in paths:
-        name = part_of_file(file.relative_to(path)) or ""
-        files_of_parts.setdefault(name, []).append(file)
+        own_part = part_of_file(file.relative_to(folder)) or ""
+        files_of_parts.setdefault(own_part, []).append(file)
     if VALIDATION not in files_of_parts and TEST not in files_of_parts:
         return Listing(paths, num_others)
     choices = PREFERRED[part]
@@ -114,8 +158,8 @@ def list_parts(path: Path, part: str) -> Listing:
     for choice in choices:
         if choice in files_of_parts:
             return Listing(files_of_parts[choice], num_others, part, files_of_parts)
-    there = ", ".join(name for name in files_of_parts if name)
-    raise UserError(f"{path}: holds no files to be read as {part} ({there} alone); name the files")
+    there = ", ".join(each for each in files_of_parts if each)
+    raise UserError(f"{name}: holds no files to be read as {part} ({there} alone); name the files")
 
 
 def data_files(path: Path) -> tuple[list[Path], int]:
@@ -134,20 +178,28 @@ def data_files(path: Path) -> tuple[list[Path], int]:
             continue
         visited.add(real_folder)
         names = sorted(name for name in names if not name.startswith("."))
-        has_tables = any(suffix_of(Path(name)) in (".csv", ".tsv") for name in names)
-        has_arrow = any(suffix_of(Path(name)) in ARROW_SUFFIXES for name in names)
-        for name in names:
-            is_documentation = name.upper().startswith(("README", "LICENSE", "LICENCE"))
-            is_class_names = name == CLASS_NAMES and has_tables
-            is_description = name in NO_RECORDS or (name == "state.json" and has_arrow)
-            # What the library `datasets` has computed and kept beside the data.
-            is_computed = name.startswith("cache-") and suffix_of(Path(name)) in ARROW_SUFFIXES
-            holds_none = is_documentation or is_class_names or is_description or is_computed
-            if suffix_of(Path(name)) in KNOWN_SUFFIXES and not holds_none:
-                paths.append(Path(folder, name))
-            else:
-                num_others += 1
+        holding = [name for name in names if holds_records(name, names)]
+        paths += [Path(folder, name) for name in holding]
+        num_others += len(names) - len(holding)
     return paths, num_others
+
+
+def holds_records(name: str, names: Collection[str]) -> bool:
+    """True if a file is of a known kind and holds records, by its name. names: of all files of its
+    folder."""
+    is_documentation = name.upper().startswith(("README", "LICENSE", "LICENCE"))
+    is_class_names = name == CLASS_NAMES and has_suffix(names, (".csv", ".tsv"))
+    is_state = name == "state.json" and has_suffix(names, ARROW_SUFFIXES)
+    # What the library `datasets` has computed and kept beside the data.
+    is_computed = name.startswith("cache-") and suffix_of(Path(name)) in ARROW_SUFFIXES
+    holds_none = is_documentation or is_class_names or is_state or is_computed
+    is_known = suffix_of(Path(name)) in KNOWN_SUFFIXES
+    return is_known and name not in NO_RECORDS and not holds_none
+
+
+def has_suffix(names: Collection[str], suffixes: Collection[str]) -> bool:
+    """True if one of the names has one of the suffixes, with or without that of a compression."""
+    return any(suffix_of(Path(name)) in suffixes for name in names)
 
 
 def part_of_file(path: Path) -> str | None:

@@ -22,18 +22,20 @@ keys too.
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from common.errors import UserError, printable
+from common.files import NamedFile
 from dataset.folders import (
     DESCRIPTION,
     PART_COLUMNS,
     PREFERRED,
     TRAIN,
     VALIDATION,
+    Fetched,
     Listing,
     list_parts,
     llama_factory_entries,
@@ -70,7 +72,8 @@ OF_PART = "of the {} part, by its own column"
 class Source:
     """A file, or a folder of files, whose format is known and whose records can be read.
 
-    path: the file or folder. format: a row of FORMATS. containers: its files.
+    path: what messages call the file or folder. root: where it is on this disk.
+    format: a row of FORMATS. containers: its files.
     listing: what is known of the folder: which of its files are read, and as which part.
     trees: which paths of OASST trees are read, one of oasst.TREES.
     map: the user's function that every record goes through first, or None.
@@ -79,6 +82,7 @@ class Source:
     """
 
     path: str
+    root: Path
     format: Format
     containers: list[Container]
     listing: Listing
@@ -174,7 +178,7 @@ class Source:
         """
         kinds = ", ".join(sorted({container.kind for container in self.containers}))
         files = ""
-        if Path(self.path).is_dir():
+        if self.root.is_dir():
             count = len(self.containers)
             files = f"{count:,} files of " if count != 1 else "1 file of "
         unit = "record" if stats.records == 1 else "records"
@@ -195,7 +199,7 @@ class Source:
             line += ", as dataset_info.json describes it"
         if self.listing.num_others:
             line += f", {self.listing.num_others:,} other files left alone"
-        parts = self.listing.note(self.path)
+        parts = self.listing.note(self.root)
         if parts:
             line += f", {printable(parts)}"
         if stats.ignored:
@@ -283,12 +287,12 @@ class Map:
 
 
 def open_source(
-    path: Path | str, trees: str = "best", map_fn: Map | None = None, part: str = TRAIN
+    path: Path | str | Fetched, trees: str = "best", map_fn: Map | None = None, part: str = TRAIN
 ) -> Source:
     """Recognizes a file, or all files of a folder, by the keys of the first record.
 
     path: a file in UTF-8, with or without byte order mark, with any line ends; blank lines between
-        the records of JSONL are skipped. Or a folder of such files.
+        the records of JSONL are skipped. Or a folder of such files, or data that were fetched.
     trees: which paths of OASST trees are read, one of oasst.TREES.
     map_fn: the user's function that every record goes through first.
     part: folders.TRAIN, VALIDATION or TEST: which files of a folder with such parts are read, and
@@ -297,14 +301,15 @@ def open_source(
     Raises UserError that names the file, or the record by its number: not UTF-8, not JSON, an
     unknown format, empty.
     """
-    path = Path(path)
-    if path.is_dir():
-        listing = list_parts(path, part)
-    elif path.name == DESCRIPTION and llama_factory_entries(path):
-        raise UserError(f"{path}: describes data sets of LLaMA-Factory; name its folder, or a file")
+    reads_all = False
+    files: Sequence[Path | NamedFile] = ()
+    if isinstance(path, Fetched):
+        root, listing, files, reads_all = path.root, path.listing, path.files(), path.reads_all
     else:
-        listing = Listing([path])
-    containers = [recognize(file) for file in listing.paths]
+        path = root = Path(path)
+        listing = local_listing(root, part)
+        files = listing.paths
+    containers = [recognize(file) for file in files]
     for container in containers:
         for number, payload in container.payloads():
             value = container.value(number, payload)
@@ -325,14 +330,25 @@ def open_source(
                     f"{path}: --map sees one message of {format.name} at a time;"
                     " convert the file first"
                 )
-            source = Source(str(path), format, containers, listing, trees, map_fn)
-            if part != TRAIN:
+            source = Source(str(path), root, format, containers, listing, trees, map_fn)
+            if reads_all:
+                source.part = None
+            elif part != TRAIN:
                 source.part = _part_in_column(source, part) if has_parts else None
             return source
     why = "is an empty list"
     if map_fn is not None:
         why = f"--map {map_fn.name} gives None for every record of it"
     raise UserError(f"{path}: {why}; nothing to train on")
+
+
+def local_listing(path: Path, part: str) -> Listing:
+    """Returns the files to be read of a file or folder on this disk."""
+    if path.is_dir():
+        return list_parts(path, part)
+    if path.name == DESCRIPTION and llama_factory_entries(path):
+        raise UserError(f"{path}: describes data sets of LLaMA-Factory; name its folder, or a file")
+    return Listing([path])
 
 
 def _part_in_column(source: Source, part: str) -> str | None:

@@ -24,7 +24,7 @@ from common.errors import UserError, printable
 from common.files import atomic_file
 from common.progress import progress
 from dataset.examples import TRAIN_ON, Dataset, Example, cut
-from dataset.folders import TEST
+from dataset.folders import TEST, TRAIN
 from dataset.formats import Map, Source, open_source
 from dataset.oasst import TREES
 from dataset.records import ReadStats, Record
@@ -608,11 +608,16 @@ def print_report(
 # ---- the commands ----
 
 
-def main(load_tokenizer: Callable[[str | None, str | None, str], tuple[Tokenizer, int]]) -> None:
+def main(
+    load_tokenizer: Callable[[str | None, str | None, str], tuple[Tokenizer, int]],
+    fetch_data: Callable,
+) -> None:
     """Runs `data.py inspect`, `convert` or `split`.
 
     load_tokenizer: from --model, --template and --empty-think to a tokenizer and the number of
-        positions of its model. It is an argument, since this folder imports nothing that knows of models.
+        positions of its model.
+    fetch_data: from the name of data that lie elsewhere, and the part that is asked for, to copies
+        of them. Both are arguments, since this folder imports nothing that knows of models or hosts.
     """
     # rewrite.py imports this module.
     from dataset.rewrite import convert_files, split_files
@@ -620,6 +625,8 @@ def main(load_tokenizer: Callable[[str | None, str | None, str], tuple[Tokenizer
     args = arguments()
     # Not while the flags are parsed, which data.py does twice: it runs the user's file.
     args.map = Map(args.map) if args.map else None
+    args.files = [fetch_data(file, TRAIN) for file in args.files]
+    args.against = [fetch_data(file, TEST) for file in args.against or ()]
     if args.command == "inspect":
         empty_think = args.empty_think or EMPTY_THINK[0]
         inspect(args, *load_tokenizer(args.model, args.template, empty_think))
@@ -646,6 +653,12 @@ FLAGS_OF = {
 }
 
 
+FILES_HELP = (
+    "files or folders of any known format, on this disk or by name: hf:org/name[:subset][:split],"
+    " s3://bucket/key, gs://bucket/key, https://host/file"
+)
+
+
 def make_data_parser() -> argparse.ArgumentParser:
     """Returns the parser of all three commands."""
     parser = argparse.ArgumentParser(
@@ -657,7 +670,7 @@ def make_data_parser() -> argparse.ArgumentParser:
         " split: write train.jsonl, val.jsonl and test.jsonl"
     )
     add("command", choices=["inspect", "convert", "split"], help=commands)
-    add("files", nargs="+", metavar="FILE", help="files or folders of any known format")
+    add("files", nargs="+", metavar="FILE", help=FILES_HELP)
     trees = "which paths of OASST trees to read (default: best)"
     add("--trees", choices=[*TREES], default="best", help=trees)
     add("--map", metavar="FILE.py:NAME", help="your function that every record goes through first")
@@ -737,9 +750,9 @@ def inspect(args: argparse.Namespace, tokenizer: Tokenizer, max_positions: int) 
     roles, last_only = TRAIN_ON[args.train_on or "answers"]
     num_shown = DEFAULT_SHOWN if args.show is None else args.show
     others = []
-    for file in args.against or ():
+    for file in args.against:
         other_source, other = survey_file(file, args)
-        others.append((file, other_source, other))
+        others.append((str(file), other_source, other))
     parts = []
     all_lengths = []
     shown = []
@@ -765,7 +778,7 @@ def inspect(args: argparse.Namespace, tokenizer: Tokenizer, max_positions: int) 
     print_report(parts, bins, shown, tokenizer)
     if args.html:
         check_overwritable(args.html)
-        title = ", ".join(Path(file).name for file in args.files)
+        title = ", ".join(Path(str(file)).name for file in args.files)
         html = page(title, parts, bins, shown, tokenizer)
         with atomic_file(Path(args.html)) as tmp:
             tmp.write_text(html, encoding="utf-8", errors="backslashreplace")

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from common.errors import UserError, read_text
-from common.files import refuse_pointer
+from common.files import NamedFile, refuse_pointer
 from tokenization.chat_template import written_number
 
 MAX_RECORD_BYTES = 128 << 20  # of one record, or of a JSON file that is one object
@@ -67,12 +67,13 @@ class Text(NamedTuple):
 class Container:
     """A file whose kind is known.
 
+    path: as it is opened; as a text, it is what messages call the file.
     kind: JSON, JSONL, CSV, TSV, Parquet, Arrow or TXT; of a compressed file with the compression,
         as in "JSONL in gzip".
     unit: what the numbers of `payloads` count: "line", "record" or "row".
     """
 
-    path: Path
+    path: Path | NamedFile
     kind: str
     unit: str
 
@@ -139,7 +140,7 @@ def suffix_of(path: Path) -> str:
 # ---- the kind of a file ----
 
 
-def recognize(path: Path) -> Container:
+def recognize(path: Path | NamedFile) -> Container:
     """Returns the container of a file. Raises UserError if it is missing, empty or of no known
     kind."""
     refuse_pointer(path)
@@ -175,7 +176,7 @@ def recognize(path: Path) -> Container:
         raise UserError(f"{path}: holds a NUL at character {position}; save it as UTF-8 text")
 
     # Tables and plain text go by the name, JSON and JSONL by the first characters.
-    suffix = suffix_of(path)
+    suffix = suffix_of(Path(path))
     if suffix in (".csv", ".tsv"):
         return Container(path, suffix[1:].upper() + in_compression, "row")
     if suffix in (".txt", ".md") and not re.match(r'\s*(\[\s*)?\{\s*"', text):
@@ -204,17 +205,17 @@ def recognize(path: Path) -> Container:
     raise UserError(f"{path} line {line_number}: found {beginning!r}; {known}")
 
 
-def _read_head(path: Path) -> tuple[bytes, str | None]:
+def _read_head(path: Path | NamedFile) -> tuple[bytes, str | None]:
     """Returns the first bytes of a file, decompressed, and its compression. The head of a file that
     begins with blanks is longer, up to the first bytes that are not blank."""
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         # A pipe, for example.
         reason = "is no regular file, and would have to be read more than once"
         raise UserError(f"{path}: {reason}; save it first")
     try:
         stream, compression = _open(path)
     except FileNotFoundError:
-        if path.is_symlink():
+        if os.path.islink(path):
             reason = f"is a link to {os.readlink(path)}, which is not there"
             raise UserError(f"{path}: {reason}; fetch that file") from None
         raise UserError(f"{path}: no such file") from None
@@ -229,7 +230,7 @@ def _read_head(path: Path) -> tuple[bytes, str | None]:
     return b"".join(chunks), compression
 
 
-def _check_utf8(path: Path, head: bytes) -> None:
+def _check_utf8(path: Path | NamedFile, head: bytes) -> None:
     """Raises UserError if the first bytes of a file are not UTF-8."""
     try:
         # Incremental, because the last character may be cut.
@@ -277,7 +278,7 @@ def _compression(start: bytes) -> str | None:
 
 
 @contextlib.contextmanager
-def _report_damage(path: Path) -> Iterator[None]:
+def _report_damage(path: Path | NamedFile) -> Iterator[None]:
     """Turns the errors of a decompressor (an early end, a wrong checksum) into a UserError of one
     line."""
     try:
@@ -289,7 +290,7 @@ def _report_damage(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: damaged or cut off, {_one_line(error)}") from None
 
 
-def _open(path: Path) -> tuple[BinaryIO, str | None]:
+def _open(path: Path | NamedFile) -> tuple[BinaryIO, str | None]:
     """Opens a file for reading its decompressed bytes. Returns the stream, and the compression or
     None."""
     with open(path, "rb") as file:
@@ -300,7 +301,7 @@ def _open(path: Path) -> tuple[BinaryIO, str | None]:
         import pyarrow
 
         # pyarrow's own stream has no readline, so it is wrapped in a buffered reader.
-        decompressed = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+        decompressed = pyarrow.CompressedInputStream(pyarrow.OSFile(os.fspath(path)), "zstd")
         return io.BufferedReader(_RawStream(decompressed), 1 << 18), compression
     return open(path, "rb", buffering=1 << 18), compression
 
@@ -382,7 +383,7 @@ class _JSONWindow:
     messages.
     """
 
-    def __init__(self, stream: BinaryIO, path: Path):
+    def __init__(self, stream: BinaryIO, path: Path | NamedFile):
         self.chunks = _decoded(stream, path)
         self.text = ""
         self.at = 0
@@ -529,15 +530,15 @@ def _table_rows(stream: BinaryIO, container: Container) -> Iterator[tuple[int, d
         yield number, {"label": label, "text": "\n".join(row[1:])}
 
 
-def _class_names(path: Path) -> list[str]:
+def _class_names(path: Path | NamedFile) -> list[str]:
     """Returns the lines of the classes.txt in a table's folder; empty if there is no such file."""
-    file = path.parent / CLASS_NAMES
+    file = Path(path).parent / CLASS_NAMES
     if not file.is_file():
         return []
     return read_text(file, HEAD_BYTES).rstrip("\n").split("\n")
 
 
-def _refuse_duplicate_columns(path: Path, names: list[str]) -> None:
+def _refuse_duplicate_columns(path: Path | NamedFile, names: list[str]) -> None:
     """Raises UserError if two columns have the same name, for one of them would be lost."""
     if not names:
         return
@@ -546,7 +547,7 @@ def _refuse_duplicate_columns(path: Path, names: list[str]) -> None:
         raise UserError(f"{path}: two columns are called {name[:40]!r}")
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
+def _parquet_rows(path: Path | NamedFile) -> Iterator[tuple[int, dict]]:
     """Yields the rows of a Parquet file, read a batch at a time.
 
     Classes that the library `datasets` wrote as numbers are replaced by their names.
@@ -556,7 +557,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(os.fspath(path)) as file:
             batches = file.iter_batches(batch_size=ROWS_AT_A_TIME)
             for number, row in _rows_of_batches(path, file.schema_arrow, batches):
                 yield number, row
@@ -565,14 +566,14 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
         raise UserError(f"{path}: {problem}") from None
 
 
-def _arrow_rows(path: Path) -> Iterator[tuple[int, dict]]:
+def _arrow_rows(path: Path | NamedFile) -> Iterator[tuple[int, dict]]:
     """Yields the rows of an Arrow file or stream, as the library `datasets` writes them with
     save_to_disk, read a batch at a time."""
     import pyarrow
 
     number = 0
     try:
-        with pyarrow.memory_map(str(path)) as source:
+        with pyarrow.memory_map(os.fspath(path)) as source:
             with open(path, "rb") as file:
                 is_file = file.read(len(ARROW_FILE)) == ARROW_FILE
             if is_file:
@@ -595,7 +596,9 @@ def _in_small_batches(batches: Iterator) -> Iterator:
             yield batch.slice(start, ROWS_AT_A_TIME)
 
 
-def _rows_of_batches(path: Path, schema, batches: Iterator) -> Iterator[tuple[int, dict]]:
+def _rows_of_batches(
+    path: Path | NamedFile, schema, batches: Iterator
+) -> Iterator[tuple[int, dict]]:
     """Yields (number, row) of Arrow's batches, with the names of classes in place of their
     numbers."""
     _refuse_duplicate_columns(path, schema.names)
@@ -665,7 +668,7 @@ def _normalize_line_ends(text: str) -> str:
 # ---- from bytes to text, from text to JSON ----
 
 
-def _decoded(stream: BinaryIO, path: Path) -> Iterator[str]:
+def _decoded(stream: BinaryIO, path: Path | NamedFile) -> Iterator[str]:
     """Yields the text of a UTF-8 file in chunks, without its byte order mark."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     num_bytes = 0
@@ -688,7 +691,7 @@ def _decoded(stream: BinaryIO, path: Path) -> Iterator[str]:
         yield text
 
 
-def _text_lines(stream: BinaryIO, path: Path) -> Iterator[str]:
+def _text_lines(stream: BinaryIO, path: Path | NamedFile) -> Iterator[str]:
     """Yields the lines of a UTF-8 file, each with its line end."""
     parts = []  # of the line whose end has not been read yet
     size = 0  # characters in them

@@ -236,7 +236,7 @@ def cache_key(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...]) -> s
     """Returns a hash, in hexadecimal, of everything that rows depend on."""
     files = []
     for container in source.containers:
-        class_names = container.path.parent / CLASS_NAMES
+        class_names = Path(container.path).parent / CLASS_NAMES
         # Labels of a CSV may be numbers, whose names are in a file next to it.
         is_table = container.kind.startswith(("CSV", "TSV"))
         class_names_hash = ""
@@ -253,7 +253,7 @@ def file_stamps(source: Source) -> list[tuple[int, int]]:
 
     By these a change of a file is noticed.
     """
-    stats = [container.path.stat() for container in source.containers]
+    stats = [os.stat(container.path) for container in source.containers]
     return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 

@@ -41,7 +41,7 @@ def processes_for(source: Source) -> int:
 
     Also 1 on systems other than Linux, where a process cannot be forked safely.
     """
-    size = sum(container.path.stat().st_size for container in source.containers)
+    size = sum(os.stat(container.path).st_size for container in source.containers)
     if size > ALONE and sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return 1

@@ -42,26 +42,38 @@ def fetch(name: str, print_fn: Callable = print_stderr) -> Path:
     Raises UserError where there is no such model, no permission to read it, no safetensors in it,
     no room on the disk, or no network.
     """
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
-
     match = HUB_NAME.fullmatch(name)
     assert match is not None  # resolve.model_folder asks for such names only
     repo, revision = match.groups()
+    return online_or_cached(
+        name,
+        lambda: fetch_online(repo, revision, print_fn),
+        lambda reason: find_cached(repo, revision, reason, print_fn),
+        lambda error: explain_refusal(error, repo, revision),
+    )
+
+
+def online_or_cached(name: str, online: Callable, cached: Callable, explain: Callable):
+    """Returns online(), or cached(reason) where the Hub can't be reached.
+
+    explain: from a refusal of the Hub to what it means.
+    Raises UserError, which begins with the name, for all that goes wrong with the Hub.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
     try:
-        return fetch_online(repo, revision, print_fn)
+        return online()
     except OfflineModeIsEnabled:
-        return find_cached(repo, revision, "HF_HUB_OFFLINE is set", print_fn)
+        return cached("HF_HUB_OFFLINE is set")
     except HfHubHTTPError as error:
         status = error.response.status_code
         # From 500 on the fault is the Hub's. Below, it refuses, and the cache must not hide that.
         if status >= 500:
-            reason = f"{constants.ENDPOINT} has a fault (HTTP {status})"
-            return find_cached(repo, revision, reason, print_fn)
-        raise UserError(f"{name}: {explain_refusal(error, repo, revision)}") from None
+            return cached(f"{constants.ENDPOINT} has a fault (HTTP {status})")
+        raise UserError(f"{name}: {explain(error)}") from None
     except HTTPError as error:  # there is no connection, or none that lasts
-        reason = f"{constants.ENDPOINT} can't be reached ({first_line(error)})"
-        return find_cached(repo, revision, reason, print_fn)
+        return cached(f"{constants.ENDPOINT} can't be reached ({first_line(error)})")
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             problem = f"no room left in {constants.HF_HUB_CACHE}; free some space, or set HF_HOME"
@@ -140,10 +152,12 @@ def check_room_in_cache(repo: str, folder: Path, size: int) -> None:
         raise UserError(f"{repo}: {need}, {free}; free some space, or set HF_HOME")
 
 
-def download(repo: str, name: str, revision: str | None, bar: tqdm | None = None) -> Path:
+def download(
+    repo: str, name: str, revision: str | None, bar: tqdm | None = None, kind: str = "model"
+) -> Path:
     """Fetches one file into the cache and returns its path there.
 
-    bar: advances by the bytes that arrive.
+    bar: advances by the bytes that arrive. kind: of the repository, "model" or "dataset".
     """
     from huggingface_hub import hf_hub_download
 
@@ -175,15 +189,16 @@ def download(repo: str, name: str, revision: str | None, bar: tqdm | None = None
         repo,
         name,
         revision=revision,
+        repo_type=kind,
         etag_timeout=TIMEOUT_SECONDS,
         tqdm_class=ForwardToBar,
     )
     return Path(path)
 
 
-def list_files(repo: str, revision: str | None) -> tuple[str, dict]:
+def list_files(repo: str, revision: str | None, kind: str = "model") -> tuple[str, dict]:
     """Returns the commit that a revision stands for, and the repository's files by name, each with
-    size and hash.
+    size and hash. kind: of the repository, "model" or "dataset".
 
     Raises UserError where the answer is not that of a Hub: it comes from a proxy's page, or from
     another server.
@@ -192,9 +207,9 @@ def list_files(repo: str, revision: str | None) -> tuple[str, dict]:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        info = HfApi().model_info(
-            repo, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS
-        )
+        api = HfApi()
+        ask = api.dataset_info if kind == "dataset" else api.model_info
+        info = ask(repo, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS)
         files = {file.rfilename: file for file in info.siblings}
         # The commit becomes the name of a folder, so it must be nothing else.
         has_commit = re.fullmatch("[0-9a-f]{40}", info.sha) is not None
@@ -248,8 +263,9 @@ def find_cached(repo: str, revision: str | None, reason: str, print_fn: Callable
     return folder
 
 
-def explain_refusal(error, repo: str, revision: str | None) -> str:
-    """Returns what a refusal of the Hub (HTTP 4xx) means and what to do about it.
+def explain_refusal(error, repo: str, revision: str | None, kind: str = "model") -> str:
+    """Returns what a refusal of the Hub (HTTP 4xx) means and what to do about it. kind: of the
+    repository, "model" or "dataset".
 
     The Hub does not tell strangers whether a private model exists: without a login, both a private
     and a missing model are answered with 401.
@@ -259,6 +275,10 @@ def explain_refusal(error, repo: str, revision: str | None) -> str:
 
     status = error.response.status_code
     page = f"{constants.ENDPOINT}/{repo}"
+    absent = "no such folder, and "  # a model's name may be meant for a folder of this disk
+    if kind == "dataset":
+        page = f"{constants.ENDPOINT}/datasets/{repo}"
+        absent = ""
     log_in = "`hf auth login` or HF_TOKEN"
     if get_token():
         log_in += " (the present token gives no access)"
@@ -267,10 +287,12 @@ def explain_refusal(error, repo: str, revision: str | None) -> str:
     if isinstance(error, RevisionNotFoundError):
         return f"{page} has no revision {revision}"
     if status in (401, 403):
-        problem = f"no such folder, and {page} is missing or private (HTTP {status})"
+        problem = f"{absent}{page} is missing or private (HTTP {status})"
         return f"{problem}; if private, log in by {log_in}"
     if status == 404:
-        return f"no such folder, and no such model at {constants.ENDPOINT} either"
+        if kind == "dataset":
+            return f"no such data set at {constants.ENDPOINT}"
+        return f"{absent}no such model at {constants.ENDPOINT} either"
     return f"{constants.ENDPOINT} refused (HTTP {status}: {first_line(error)})"
 
 

@@ -25,6 +25,7 @@ from common.console import format_duration
 from common.device import peak_memory
 from common.errors import UserError
 from common.progress import LINE_SECONDS
+from common.remote_names import shown
 from common.threads import LEAST_BUSY, OtherLoad
 from common.threads import VARIABLE as WAIT_POLICY
 from dataset.examples import Example
@@ -391,9 +392,12 @@ def start_wandb(flags: Flags, out: Path, run_id: str | None = None):
     import wandb
 
     fresh = not (out / "wandb").exists()
-    settings = {}
+    settings: dict = {}
     if run_id:
         settings = {"id": run_id, "resume": "allow"}
+    if any(word and shown(word) != word for word in (*flags.data, *flags.replay, flags.val)):
+        # wandb would send the command line, which holds the secret of a URL.
+        settings["settings"] = wandb.Settings(x_disable_meta=True)
     try:
         return wandb.init(project=flags.wandb, config=as_dict(flags), dir=str(out), **settings)
     except wandb.errors.Error as error:

@@ -1,9 +1,10 @@
-"""Chats with a model at the terminal, answers one prompt, or continues a text.
+"""Chats with a model at the terminal, answers one prompt or a file of them, or continues texts.
 
     python generate.py --adapter runs/1/final                     chat; /reset forgets, /quit or Ctrl-D ends
     python generate.py --adapter red=runs/1/final blue=runs/2/final       two on one base; /adapter blue switches
     python generate.py --prompt "Name three rivers." --seed 1 --temperature 0.7
     cat draft.txt | python generate.py --complete                 all of stdin is one prompt
+    python generate.py --data prompts.jsonl --out answers.jsonl   many, in batches; evals/batch_answers.py
 
 An answer is printed while it is generated, a character as soon as all its bytes are there. Only the
 answer goes to stdout; the lines that say what was loaded go to stderr. Control characters in an
@@ -23,11 +24,16 @@ from typing import NamedTuple
 import torch
 
 import lora
-from checkpoint import load_model
+from checkpoint import fingerprint, load_model
 from common import cli
 from common.console import print_stderr
 from common.device import pick_device, pick_dtype
 from common.errors import UserError, run
+from common.files import file_sha256
+from dataset.formats import Map
+from dataset.prompts import open_prompts, read_prompts
+from evals.answer_file import AnswerFile
+from evals.batch_answers import AnswerSettings, answer_into_file
 from interop import resolve
 from interop.resolve import base_folder
 from model import Transformer
@@ -35,12 +41,16 @@ from tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 256  # the default of --max-new-tokens
 LOOKUP_LIMIT = 1000  # --lookup must be below it
+BATCH_SIZE = 32  # the default of --batch-size
 
 
 def main() -> None:
     args = generation_arguments()
     device = pick_device(args.device)
     dtype, reason = pick_dtype(args.dtype, device)
+    if args.data is not None:
+        answer_data(args, device, dtype, reason)
+        return
     prompt = args.prompt
     if prompt is None and not sys.stdin.isatty():
         # Bytes that are not UTF-8 become surrogates, which check_prompt refuses in one line.
@@ -52,18 +62,28 @@ def main() -> None:
 
     is_chat = prompt is None
     model, adapters, name = load_model_and_adapters(args, device, dtype, can_switch=is_chat)
-    tokenizer = adapters.tokenizer
-    template = f"chat template {tokenizer.template_name}"
-    template += resolve.date_note(tokenizer, adapters.folder)
-    if args.complete:
-        template = "no chat template, raw text"
-    dtype_name = str(dtype).removeprefix("torch.")
-    print_stderr(f"{name}, {dtype_name} on {device.type} ({reason}), {template}")
+    print_stderr(f"{name}, {describe_computation(args, device, dtype, reason, adapters)}")
     if is_chat:
         chat(model, adapters, args)
     else:
         messages = first_messages(args, prompt)
-        print_answer(answer(model, tokenizer, messages, args))
+        print_answer(answer(model, adapters.tokenizer, messages, args))
+
+
+def describe_computation(
+    args: argparse.Namespace,
+    device: torch.device,
+    dtype: torch.dtype,
+    reason: str,
+    adapters: "AdapterSet",
+) -> str:
+    """Returns dtype, device and chat template in words. reason: of the dtype."""
+    template = f"chat template {adapters.tokenizer.template_name}"
+    template += resolve.date_note(adapters.tokenizer, adapters.folder)
+    if args.complete:
+        template = "no chat template, raw text"
+    dtype_name = str(dtype).removeprefix("torch.")
+    return f"{dtype_name} on {device.type} ({reason}), {template}"
 
 
 # ---- the model and its adapters ----
@@ -182,6 +202,67 @@ def split_adapter_name(word: str) -> tuple[str, str]:
     return path.name, word
 
 
+# ---- a file of prompts ----
+
+
+def answer_data(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, reason: str
+) -> None:
+    """Answers every prompt of --data and writes --out; goes on where an earlier run was stopped.
+
+    reason: of the dtype, in words.
+    Raises UserError naming the record that can't be answered, before any is.
+    """
+    # Before the model is loaded, which takes longer.
+    file = open_answer_file(args)
+    source = open_prompts(args.data, Map(args.map) if args.map else None)
+    prompts = read_prompts(source, args.complete, args.system, args.limit, print_stderr)
+    model, adapters, name = load_model_and_adapters(args, device, dtype, can_switch=False)
+    computation = describe_computation(args, device, dtype, reason, adapters)
+    print_stderr(f"model     {name}, {computation}")
+    origin = {
+        "model": fingerprint(model.source),
+        "adapter": adapter_sha256(args.adapter[0]) if args.adapter else None,
+        "quant": args.quant,
+        "merge": args.merge,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    settings = AnswerSettings(
+        args.samples or 1,
+        args.seed,
+        args.max_new_tokens,
+        args.temperature,
+        args.top_k,
+        args.top_p,
+        args.min_p,
+        args.repetition_penalty,
+    )
+    batch_size = args.batch_size or BATCH_SIZE
+    tokenizer = adapters.tokenizer
+    with file:
+        answer_into_file(model, tokenizer, prompts, settings, file, batch_size, origin)
+
+
+def open_answer_file(args: argparse.Namespace) -> AnswerFile:
+    """Returns the file of --out. Raises UserError where it can't be written, or would be read as
+    part of --data."""
+    out = Path(args.out)
+    if out.suffix not in (".jsonl", ".ndjson"):
+        raise UserError(f"--out {out}: is written as JSON lines; give a name that ends in .jsonl")
+    data = Path(args.data).resolve()
+    if out.resolve() == data:
+        raise UserError(f"--out {out}: is the file of --data, which it would replace")
+    if data.is_dir() and out.resolve().is_relative_to(data):
+        raise UserError(f"--out {out}: would be in the folder of --data, and be read with it later")
+    return AnswerFile(out, args.overwrite)
+
+
+def adapter_sha256(folder: str) -> str:
+    """Returns the hash of an adapter's weights. folder: a word of --adapter."""
+    _, folder = split_adapter_name(folder)
+    return file_sha256(Path(folder) / "adapter_model.safetensors")
+
+
 # ---- conversations ----
 
 
@@ -276,6 +357,7 @@ def answer(
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
+        min_p=args.min_p,
         seed=args.seed,
         repetition_penalty=args.repetition_penalty,
         stop=tokenizer.stop_ids,
@@ -333,12 +415,13 @@ def generation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line. Raises UserError naming the flag that is wrong."""
     parser = argparse.ArgumentParser(
         prog="generate.py",
-        description="Chats with a model at the terminal, answers one prompt (--prompt), or continues a text"
-        " (--complete).",
+        description="Chats with a model at the terminal, answers one prompt (--prompt) or a file of"
+        " prompts (--data), or continues texts (--complete).",
         allow_abbrev=False,
     )
     add_base_flags(parser)
     add_prompt_flags(parser)
+    add_data_flags(parser)
     add_sampling_flags(parser)
     add_speed_flags(parser)
     args = cli.parse_args(parser, argv)
@@ -384,6 +467,52 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the help group of a file of prompts."""
+    group = parser.add_argument_group("a file of prompts")
+    group.add_argument(
+        "--data",
+        metavar="FILE",
+        help="answer every prompt of a file or folder: prompts alone (a column or key such as prompt"
+        " or question, a .txt with a prompt a line, conversations that end with a question), or any"
+        " format that train.py reads, of which the messages before the last answer are the prompt"
+        " and that answer is written beside the model's as the reference; with --complete, texts to"
+        " continue; default: --prompt, or a chat",
+    )
+    group.add_argument(
+        "--out",
+        metavar="FILE.jsonl",
+        help="where the answers to --data are written, a JSON object a line in the order of the"
+        " file (docs/evaluation.md has the keys); required with --data. While answers are missing,"
+        " the others are in FILE.jsonl.partial, and the same command goes on from there",
+    )
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an --out that exists, and answers of an unfinished run with other settings;"
+        " default: refuse",
+    )
+    group.add_argument(
+        "--map",
+        metavar="FILE.py:NAME",
+        help="a Python function of yours that changes every record of --data before it is read, to"
+        " a record of a known format, a list of them, or None to leave it out; default: none",
+    )
+    group.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="answer only the first N prompts of --data, for a quick look; default: all",
+    )
+    group.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="answers to each prompt of --data, a line each, with random draws of their own; needs"
+        " --temperature above 0 if more than 1; default: 1",
+    )
+
+
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the help group of how an answer's tokens are chosen, and how many."""
     group = parser.add_argument_group("how it is answered")
@@ -422,6 +551,15 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         " above 0; default: 1",
     )
     group.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="draw only from tokens that are at least P times as probable as the most probable one;"
+        " from 0, which is all, to 1; needs --temperature above 0; default: 0. 0.05 to 0.1 keeps a"
+        " high temperature sensible",
+    )
+    group.add_argument(
         "--repetition-penalty",
         type=float,
         default=1.0,
@@ -435,7 +573,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="seed of the random draws: with the same one, an answer can be repeated; needs"
-        " --temperature above 0; default: none, other draws each time",
+        " --temperature above 0; default: other draws each time (with --data the seed that was drawn"
+        " is printed)",
     )
 
 
@@ -450,7 +589,14 @@ def add_speed_flags(parser: argparse.ArgumentParser) -> None:
         help="speculative decoding by prompt look-up: guess up to N tokens from what followed the"
         " same words earlier in the text, and check them all at once; 0: no guesses, at most"
         f" {LOOKUP_LIMIT - 1}; default: 0. The answer is the same, and comes faster where it"
-        " repeats the prompt (a corrected text, code); for --temperature 0 only",
+        " repeats the prompt (a corrected text, code); for --temperature 0 only, and not for --data",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help=f"answers to --data that are generated at a time; default: {BATCH_SIZE}. The answers are"
+        " the same up to rounding. Lower it if memory runs out; a higher one may be faster on a GPU",
     )
 
 
@@ -465,6 +611,7 @@ def check_generation_arguments(args: argparse.Namespace) -> None:
         ("--temperature", args.temperature, 0 <= args.temperature < math.inf, "must be 0 or more"),
         ("--top-k", args.top_k, args.top_k >= 0, "must be 0 (all) or more"),
         ("--top-p", args.top_p, 0 < args.top_p <= 1, "must be above 0 and at most 1"),
+        ("--min-p", args.min_p, 0 <= args.min_p <= 1, "must be 0 (all) to 1"),
         ("--lookup", args.lookup, lookup_is_valid, lookup_rule),
         ("--repetition-penalty", penalty, 0 < penalty < math.inf, "must be above 0"),
     ]
@@ -475,6 +622,7 @@ def check_generation_arguments(args: argparse.Namespace) -> None:
     only_for_sampling = {
         "--top-k": args.top_k != 0,
         "--top-p": args.top_p != 1,
+        "--min-p": args.min_p != 0,
         "--seed": args.seed is not None,
     }
     for flag, is_given in only_for_sampling.items():
@@ -488,6 +636,35 @@ def check_generation_arguments(args: argparse.Namespace) -> None:
     for flag, value in only_for_conversations.items():
         if args.complete and value:
             raise UserError(f"{flag}: is for conversations; --complete continues plain text")
+    check_data_arguments(args)
+
+
+def check_data_arguments(args: argparse.Namespace) -> None:
+    """Raises UserError for flags of --data without it, and for flags that it excludes."""
+    if args.data is None:
+        for option in ("out", "overwrite", "map", "limit", "samples", "batch_size"):
+            if getattr(args, option) not in (None, False):
+                flag = "--" + option.replace("_", "-")
+                raise UserError(f"{flag}: is for a file of prompts; add --data FILE")
+        return
+    for option in ("limit", "samples", "batch_size"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            flag = "--" + option.replace("_", "-")
+            raise UserError(f"{flag} {value}: must be 1 or more")
+    if args.prompt is not None:
+        raise UserError("--prompt: the prompts are those of --data; leave one out")
+    if args.out is None:
+        raise UserError("--data: needs --out FILE.jsonl, where the answers are written")
+    if args.lookup:
+        raise UserError("--lookup: is for one prompt at a time, not for --data")
+    if len(args.adapter or []) > 1:
+        raise UserError("--adapter: --data takes one; run it once for each")
+    if (args.samples or 1) > 1 and args.temperature == 0:
+        raise UserError(
+            f"--samples {args.samples}: at --temperature 0 all samples are the same; add"
+            " --temperature 1"
+        )
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 256  # the default of --max-new-tokens
 LOOKUP_LIMIT = 1000  # --lookup must be below it
-BATCH_SIZE = 32  # the default of --batch-size
+ANSWERS_AT_ONCE = 32  # the default of --batch-size
 
 
 def main() -> None:
@@ -237,7 +237,7 @@ def answer_data(
         args.min_p,
         args.repetition_penalty,
     )
-    batch_size = args.batch_size or BATCH_SIZE
+    batch_size = args.batch_size or ANSWERS_AT_ONCE
     tokenizer = adapters.tokenizer
     with file:
         answer_into_file(model, tokenizer, prompts, settings, file, batch_size, origin)
@@ -421,7 +421,7 @@ def generation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_base_flags(parser)
     add_prompt_flags(parser)
-    add_data_flags(parser)
+    add_prompt_file_flags(parser)
     add_sampling_flags(parser)
     add_speed_flags(parser)
     args = cli.parse_args(parser, argv)
@@ -467,7 +467,7 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
+def add_prompt_file_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the help group of a file of prompts."""
     group = parser.add_argument_group("a file of prompts")
     group.add_argument(
@@ -595,7 +595,7 @@ def add_speed_flags(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=int,
         metavar="N",
-        help=f"answers to --data that are generated at a time; default: {BATCH_SIZE}. The answers are"
+        help=f"answers to --data that are generated at a time; default: {ANSWERS_AT_ONCE}. The answers are"
         " the same up to rounding. Lower it if memory runs out; a higher one may be faster on a GPU",
     )
 

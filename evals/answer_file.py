@@ -40,7 +40,7 @@ SETTING_NAMES = {
 HASHES = ("prompts", "model", "adapter")
 
 
-class Place(NamedTuple):
+class LinePlace(NamedTuple):
     """Where a line stands in the partial file, in bytes, and how its answer ended."""
 
     offset: int
@@ -61,7 +61,7 @@ class AnswerFile:
         self.out = out
         self.partial = out.with_name(out.name + ".partial")
         self.overwrite = overwrite
-        self.places: dict[tuple[int, int], Place] = {}
+        self.places: dict[tuple[int, int], LinePlace] = {}
         self.settings: dict = {}
         self.opened = contextlib.ExitStack()
         if out.is_dir():
@@ -142,7 +142,7 @@ class AnswerFile:
             try:
                 answer = json.loads(line)
                 key = (answer["record"], answer.get("sample", 1))
-                self.places[key] = Place(offset, len(line), answer["finish"])
+                self.places[key] = LinePlace(offset, len(line), answer["finish"])
             except (ValueError, KeyError, TypeError):
                 problem = f"line {number} is damaged"
                 raise UserError(
@@ -162,7 +162,7 @@ class AnswerFile:
         places = {}
         for key, line, finish in answers:
             length = len(line.encode())
-            places[key] = Place(offset, length, finish)
+            places[key] = LinePlace(offset, length, finish)
             offset += length
             lines.append(line)
         self.append(lines)

@@ -54,7 +54,7 @@ class AnswerSettings(NamedTuple):
 # ---- the loop ----
 
 
-def batches_by_length(
+def prompt_batches(
     lengths: Sequence[int], batch_size: int, longest_first: bool = False
 ) -> list[list[int]]:
     """Returns the numbers of prompts in batches of similar length, so that the cache holds less
@@ -233,7 +233,7 @@ def answer_prompts(
     if settings.seed is not None:
         seeds = [seed_of(settings.seed, *key) for key in keys]
     # The longest first: what does not fit into memory shows at once, and time is not underrated.
-    batches = batches_by_length([len(row) for row in rows], batch_size, longest_first=True)
+    batches = prompt_batches([len(row) for row in rows], batch_size, longest_first=True)
     answered = [i for i, key in enumerate(keys) if key in file.places]
     batches = unanswered(batches, set(answered), file.settings["batch_size"] == batch_size)
 

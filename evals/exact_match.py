@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from dataset.records import Record
-from evals.batch_answers import batches_by_length, generate_batches, prompt_ids
+from evals.batch_answers import prompt_batches, generate_batches, prompt_ids
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -90,7 +90,7 @@ def exact(
         max_new_tokens = EXTRA_TOKENS + max(lengths)
 
     answers = [""] * len(prompts)
-    batches = batches_by_length([len(prompt) for prompt in prompts], batch_size)
+    batches = prompt_batches([len(prompt) for prompt in prompts], batch_size)
     # disable=None: no bar where the output is not a terminal.
     bar = tqdm(total=len(prompts), unit="answer", disable=None, leave=False)
     with bar:

@@ -363,7 +363,7 @@ def test_two_processes_do_not_write_one_file(ask, tmp_path):
 @pytest.mark.slow
 def test_killed_and_started_again_equals_a_run_that_was_not(base, file, tmp_path):
     words = [sys.executable, str(ROOT / "generate.py"), "--model", str(base), "--dtype", "fp32", "--device", "cpu"]
-    words += ["--data", str(file), "--max-new-tokens", "200", "--batch-size", "1", "--samples", "6"]
+    words += ["--data", str(file), "--max-new-tokens", "60", "--batch-size", "1", "--samples", "4"]
     words += ["--temperature", "1", "--seed", "5", "--out"]
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     subprocess.run([*words, str(whole)], check=True)

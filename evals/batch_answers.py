@@ -32,6 +32,9 @@ from model import Transformer
 from tokenization.chat_template import to_exact_json
 from tokenizer import TemplateError, Tokenizer
 
+# So many prompts go through the chat template at a time.
+PROMPTS_AT_ONCE = 256
+
 
 class AnswerSettings(NamedTuple):
     """How prompts are answered.
@@ -98,7 +101,7 @@ def prompt_ids(
     try:
         ids, _ = tokenizer.render(messages, record.tools, add_generation_prompt=True)
     except TemplateError as error:
-        raise UserError(f"{record.where}: {console.one_line(str(error), 200)}") from None
+        raise refused(record, error) from None
     check_length(model, record, ids)
     return ids
 
@@ -119,15 +122,37 @@ def encode_prompts(
     """Returns the ids of each prompt, int32. Raises UserError naming the record that the template
     refuses, or that is too long."""
     encoded = []
-    bar = tqdm(prompts, "tokenizing", unit="prompt", disable=None, leave=False, delay=1)
-    for prompt in bar:
-        if prompt.messages is None:
-            ids = tokenizer.encode(prompt.text, bos=tokenizer.adds_bos)
-            check_length(model, prompt.record, ids)
-        else:
-            ids = prompt_ids(model, tokenizer, prompt.record, prompt.messages)
-        encoded.append(np.array(ids, np.int32))
+    bar = tqdm(
+        total=len(prompts), desc="tokenizing", unit=" prompts", disable=None, leave=False, delay=1
+    )
+    with bar:
+        for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+            some = prompts[start : start + PROMPTS_AT_ONCE]
+            for prompt, ids in zip(some, encode_some(tokenizer, some), strict=True):
+                check_length(model, prompt.record, ids)
+                encoded.append(np.array(ids, np.int32))
+            bar.update(len(some))
     return encoded
+
+
+def encode_some(tokenizer: Tokenizer, prompts: list[Prompt]) -> Iterator[list[int]]:
+    """Yields the ids of each prompt. Of all or of none a text is to be continued."""
+    if prompts[0].messages is None:
+        for prompt in prompts:
+            yield tokenizer.encode(prompt.text, bos=tokenizer.adds_bos)
+        return
+    conversations = [(prompt.messages, prompt.record.tools) for prompt in prompts]
+    # Many at a time, since each time waits for the template's process.
+    chats = tokenizer.render_each(conversations, add_generation_prompt=True)
+    for prompt, chat in zip(prompts, chats, strict=True):
+        if isinstance(chat, UserError):
+            raise refused(prompt.record, chat)
+        yield chat.ids
+
+
+def refused(record: Record, error: UserError) -> UserError:
+    """Returns the error of a template, with the record that it refuses."""
+    return UserError(f"{record.where}: {console.one_line(str(error), 200)}")
 
 
 def hidden_tools(tokenizer: Tokenizer, prompts: list[Prompt]) -> int:
@@ -136,7 +161,11 @@ def hidden_tools(tokenizer: Tokenizer, prompts: list[Prompt]) -> int:
     with_tools = [each for each in prompts if each.messages is not None and each.record.tools]
     for prompt in with_tools[:1]:
         shown, _ = tokenizer.render(prompt.messages, prompt.record.tools, True)
-        without, _ = tokenizer.render(prompt.messages, None, True)
+        try:
+            without, _ = tokenizer.render(prompt.messages, None, True)
+        except TemplateError:
+            # A template that insists on tools shows them.
+            return 0
         if shown == without:
             return len(with_tools)
     return 0
@@ -247,7 +276,7 @@ def answer_prompts(
     bar = tqdm(
         total=len(rows),
         initial=len(rows) - num_waiting,
-        unit="answer",
+        unit=" answers",
         disable=None,
         dynamic_ncols=True,
     )

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from dataset.records import Record
-from evals.batch_answers import prompt_batches, generate_batches, prompt_ids
+from evals.batch_answers import generate_batches, prompt_batches, prompt_ids
 from model import Transformer
 from tokenizer import Tokenizer
 

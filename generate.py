@@ -476,8 +476,9 @@ def add_prompt_file_flags(parser: argparse.ArgumentParser) -> None:
         help="answer every prompt of a file or folder: prompts alone (a column or key such as prompt"
         " or question, a .txt with a prompt a line, conversations that end with a question), or any"
         " format that train.py reads, of which the messages before the last answer are the prompt"
-        " and that answer is written beside the model's as the reference; with --complete, texts to"
-        " continue; default: --prompt, or a chat",
+        " and that answer is written beside the model's as the reference. With --complete, texts to"
+        " continue. Of a folder with parts, the part for tests is read; default: none, but --prompt"
+        " or a chat",
     )
     group.add_argument(
         "--out",

@@ -36,7 +36,9 @@ SETTING_NAMES = {
     "min_p": "--min-p",
     "repetition_penalty": "--repetition-penalty",
 }
-# Of these, the values are hashes, which say nothing to a reader.
+# What the first line of a partial file begins with.
+FIRST_LINE = b'{"settings": '
+# Of these settings, the values are hashes, which say nothing to a reader.
 HASHES = ("prompts", "model", "adapter")
 
 
@@ -73,8 +75,10 @@ class AnswerFile:
         return self
 
     def __exit__(self, *_) -> None:
-        # The partial file is free for another process then.
-        self.opened.close()
+        # The partial file is free for another process then. Where its disk is full, the error was
+        # raised when it was written to.
+        with contextlib.suppress(OSError):
+            self.opened.close()
 
     def begin(self, settings: dict, new_seed: int | None) -> None:
         """Opens the partial file; where it holds answers already, these count.
@@ -120,7 +124,7 @@ class AnswerFile:
         """
         self.stream.seek(0)
         line = self.stream.readline()
-        if not line.endswith(b"\n"):
+        if not line.endswith(b"\n") and FIRST_LINE.startswith(line[: len(FIRST_LINE)]):
             return None
         try:
             return dict(json.loads(line)["settings"])
@@ -170,9 +174,13 @@ class AnswerFile:
 
     def append(self, lines: list[str]) -> None:
         """Writes lines at the end in one piece, and waits until the disk has them."""
-        self.stream.write("".join(lines).encode())
-        self.stream.flush()
-        os.fsync(self.stream.fileno())
+        try:
+            self.stream.write("".join(lines).encode())
+            self.stream.flush()
+            os.fsync(self.stream.fileno())
+        except OSError as error:
+            # The system's error does not name the file.
+            raise OSError(error.errno, error.strerror, str(self.partial)) from None
 
     def finish(self) -> None:
         """Writes OUT in the order of the records, and removes the partial file."""

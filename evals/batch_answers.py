@@ -194,12 +194,13 @@ def answer_into_file(
     num_hidden = hidden_tools(tokenizer, prompts)
     if num_hidden:
         print_stderr(
-            f"NOTE: {num_hidden:,} prompts have tools, and chat template {tokenizer.template_name}"
+            f"NOTE: {num_hidden:,} of {len(prompts):,} prompts have tools, and chat template {tokenizer.template_name}"
             " does not show them to the model"
         )
     is_random = settings.temperature > 0
     new_seed = secrets.randbelow(1 << 31) if is_random else None
-    known = {"prompts": prompts_digest(prompts, encoded), **origin, **settings._asdict()}
+    digest = prompts_digest(prompts, encoded, tokenizer)
+    known = {"prompts": digest, **origin, **settings._asdict()}
     file.begin(known | {"batch_size": batch_size}, new_seed)
     total = len(prompts) * settings.samples
     if file.places:
@@ -228,7 +229,7 @@ def answer_into_file(
     )
     if num_cut:
         print_stderr(
-            f"NOTE: {num_cut:,} answers were cut off at --max-new-tokens"
+            f"NOTE: {num_cut:,} of {total:,} answers were cut off at --max-new-tokens"
             f" {settings.max_new_tokens}, or at the model's last position; they have"
             ' "finish": "length"'
         )
@@ -373,9 +374,10 @@ def question_fields(prompt: Prompt) -> dict:
     return fields
 
 
-def prompts_digest(prompts: list[Prompt], encoded: list[np.ndarray]) -> str:
-    """Returns a hash of all that the lines say of the prompts, and of their tokens."""
-    digest = hashlib.sha256()
+def prompts_digest(prompts: list[Prompt], encoded: list[np.ndarray], tokenizer: Tokenizer) -> str:
+    """Returns a hash of all that the lines say of the prompts, of their tokens, and of the ids that
+    end an answer."""
+    digest = hashlib.sha256(repr(sorted(tokenizer.stop_ids)).encode())
     for prompt, ids in zip(prompts, encoded, strict=True):
         known = [question_fields(prompt), prompt.place, prompt.record.id, prompt.reference]
         digest.update(to_exact_json(known).encode())

@@ -1,6 +1,7 @@
 """`generate.py --data`: answers against transformers, what a file asks, runs that were stopped, and bad input."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -21,8 +22,7 @@ from common.errors import UserError
 from common.folder_lock import open_locked
 from dataset.formats import open_source
 from dataset.prompts import open_prompts, read_prompts
-from evals import batch_answers
-from evals.answer_file import AnswerFile
+from evals import answer_file, batch_answers
 from evals.batch_answers import encode_prompts, hidden_tools, unanswered
 from lora import add_lora, lora_layers, save_adapter
 from model import Transformer
@@ -103,7 +103,7 @@ def test_each_answer_is_that_of_transformers(base, ask, tmp_path):
         ends.add(answer["finish"])
         assert answer["source"] == f"m.jsonl line {answer['record']}"
     cut = sum(answer["finish"] == "length" for answer in answers)
-    assert f"{out}: 13 answers; " in err and f"NOTE: {cut} answers were cut off at --max-new-tokens 12" in err
+    assert f"{out}: 13 answers; " in err and f"NOTE: {cut} of 13 answers were cut off at --max-new-tokens 12" in err
 
 
 def test_an_answer_ends_before_its_stop_token(base, ask, monkeypatch):
@@ -145,7 +145,7 @@ def test_the_answers_are_a_file_of_examples(ask, tmp_path):
     (record,) = open_source(out).read_all()
     assert record.messages == answer["messages"] and record.tools == tools
     # The template of this base has no place for tools.
-    assert "NOTE: 1 prompts have tools, and chat template tokenizer_config.json does not show them" in err
+    assert "NOTE: 1 of 1 prompts have tools, and chat template tokenizer_config.json does not show them" in err
 
 
 def test_tools_reach_a_template_that_shows_them(base, tmp_path):
@@ -344,6 +344,7 @@ def test_a_partial_file_that_is_damaged_or_foreign_is_left_alone(ask):
     for content, said in (
         (b"".join([*lines[:3], b"{broken\n", *lines[3:]]), "line 4 is damaged; delete the file to begin anew"),
         (b'{"messages": []}\n', "is in the way, and holds no answers of generate.py"),
+        (b"notes of mine, on one line", "is in the way, and holds no answers of generate.py"),
     ):
         partial.write_bytes(content)
         err, code, _ = ask(out=out)
@@ -544,19 +545,21 @@ def test_a_mistake_ends_in_one_line_and_leaves_no_file(base, tmp_path, monkeypat
 
 
 def test_a_full_disk_ends_in_one_line_and_what_was_written_stays(ask, monkeypatch):
-    write, calls = AnswerFile.write, iter(range(9))
+    """After two batches, with a part of the third one on the disk."""
+    calls, fsync = iter(range(9)), os.fsync
 
-    def write_or_fail(self, answers):
-        if next(calls) == 2:
-            self.stream.write(b'{"record": 1, "mess')
-            raise OSError(28, "No space left on device", str(self.partial))
-        write(self, answers)
+    def fsync_or_fail(descriptor):
+        if next(calls) == 3:
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size - 50)
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
 
-    monkeypatch.setattr(AnswerFile, "write", write_or_fail)
-    err, code, out = ask("--batch-size", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(answer_file.os, "fsync", fsync_or_fail)
+        err, code, out = ask("--batch-size", 4)
     assert code == 2 and err.endswith(f"error: {out}.partial: No space left on device\n") and not out.exists()
-    monkeypatch.undo()
-    assert ask("--batch-size", 4, out=out)[1] == 0
+    err, code, _ = ask("--batch-size", 4, out=out)
+    assert code == 0 and "resume    10 of 11" in err
     assert out.read_bytes() == ask("--batch-size", 4)[2].read_bytes()
 
 

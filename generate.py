@@ -456,7 +456,8 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
         "--system",
         metavar="TEXT",
         help="system message: instructions before the conversation, such as the ones that the"
-        " model was trained with; default: that of the chat template, if it has one",
+        " model was trained with; with --data for the prompts that have none of their own; default:"
+        " that of the chat template, if it has one",
     )
     group.add_argument(
         "--complete",

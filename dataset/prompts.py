@@ -138,7 +138,7 @@ def split_prompt(record: Record, place: str, is_complete: bool, counts: Counter[
     last = len(messages) - 1
     if record.rejected is not None and messages[record.asked]["role"] == "assistant":
         last = record.asked
-    if messages[last]["role"] == "assistant":
+    if messages and messages[last]["role"] == "assistant":
         reference = messages[last]
         messages = messages[:last]
     if not any(_asks_something(message) for message in messages):
@@ -158,6 +158,7 @@ def split_prompt(record: Record, place: str, is_complete: bool, counts: Counter[
 
 
 def _asks_something(message: dict) -> bool:
+    """True if a message is a user's, with words in it."""
     return message["role"] == "user" and not _says_nothing(message)
 
 

@@ -510,6 +510,7 @@ def test_real_files_of_prompts():
             "text.jsonl line 1: is plain text, which asks nothing; add --complete",
         ),
         (["--data", "odd.jsonl", "--out", "a.jsonl"], "odd.jsonl line 1: keys 'turns': no known format"),
+        (["--data", "void.jsonl", "--out", "a.jsonl"], "void.jsonl line 1: no user message that says something"),
         (["--data", "mute.jsonl", "--out", "a.jsonl"], "mute.jsonl line 2: no user message that says something"),
         (
             ["--data", "long.jsonl", "--out", "a.jsonl"],
@@ -533,6 +534,7 @@ def test_a_mistake_ends_in_one_line_and_leaves_no_file(base, tmp_path, monkeypat
     jsonl(Path("same.jsonl"), [{"prompt": "red"}])
     jsonl(Path("text.jsonl"), [{"text": "red"}])
     jsonl(Path("odd.jsonl"), [{"turns": ["red"]}])
+    jsonl(Path("void.jsonl"), [{"messages": []}])
     jsonl(Path("mute.jsonl"), [{"prompt": "red"}, {"prompt": " "}])
     jsonl(Path("long.jsonl"), [{"prompt": "red"}, {"prompt": "1 " * 300}])
     jsonl(Path("talk.jsonl"), [{"messages": [*USER, {"role": "assistant", "content": "a"}, *USER]}])

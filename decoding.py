@@ -17,7 +17,7 @@ launches are then the same in every step: a CUDA graph captures them, and a toke
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -57,9 +57,11 @@ def stream(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     stop: set[int] | frozenset[int] = frozenset(),
     seed: int | None = None,
+    seeds: Sequence[int] | None = None,
     lookup: int = 0,
 ) -> Iterator[list[tuple[int, int]]]:
     """Yields what Transformer.stream documents, for a model in evaluation mode."""
@@ -84,7 +86,14 @@ def stream(
     generator = None
     if seed is not None:
         generator = torch.Generator(model.device).manual_seed(seed)
-    choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    own_generators = [torch.Generator(model.device).manual_seed(each) for each in seeds or ()]
+
+    def choose(logits: Tensor, rows: list[int]) -> Tensor:
+        generators: torch.Generator | list[torch.Generator] | None = generator
+        if own_generators:
+            generators = [own_generators[i] for i in rows]
+        return sample(logits, temperature, top_k, top_p, generators, min_p)
+
     ends = [min(len(text) + max_new_tokens, max_positions) for text in texts]
 
     # A draft and the penalty depend on the ids so far, so the host must read these after each step.
@@ -102,7 +111,7 @@ def stream_step_by_step(
     texts: list[list[int]],
     ends: list[int],
     stop: set[int] | frozenset[int],
-    choose: Callable[[Tensor], Tensor],
+    choose: Callable[[Tensor, list[int]], Tensor],
     repetition_penalty: float,
     lookup: int,
 ) -> Iterator[list[tuple[int, int]]]:
@@ -110,7 +119,7 @@ def stream_step_by_step(
 
     texts: the prompts, to which the new ids are appended.
     ends: the length that each text may reach, in tokens.
-    choose: a function from logits [B, V] to ids [B].
+    choose: a function from logits [B, V] and the prompt number of each row to ids [B].
     """
     active = list(range(len(texts)))  # the prompt number of each sequence in the cache
     active_texts = texts
@@ -122,7 +131,7 @@ def stream_step_by_step(
         logits = model.logits(hidden)  # [B, 1 + len(draft), V]
         for accepted in range(logits.shape[1]):
             scores = apply_repetition_penalty(logits[:, accepted], active_texts, repetition_penalty)
-            new = choose(scores).tolist()
+            new = choose(scores, active).tolist()
             for text, token in zip(active_texts, new, strict=True):
                 text.append(token)
             yield list(zip(active, new, strict=True))
@@ -470,7 +479,7 @@ def stream_ahead(
     texts: list[list[int]],
     ends: list[int],
     stop,
-    choose: Callable[[Tensor], Tensor],
+    choose: Callable[[Tensor, list[int]], Tensor],
     captured: bool,
 ) -> Iterator[list[tuple[int, int]]]:
     """Yields what `stream` yields, with the GPU one step ahead.
@@ -481,7 +490,7 @@ def stream_ahead(
 
     texts: the prompts.
     ends: the length that each text may reach, in tokens.
-    choose: a function from logits [B, V] to ids [B].
+    choose: a function from logits [B, V] and the prompt number of each row to ids [B].
     captured: `choose` is captured in the CUDA graph, with the step.
     """
     kv_cache, hidden = prefill(model, texts, ends, 0, GRAPH_ROUND)
@@ -542,6 +551,7 @@ class Steps:
     """Decoding steps of one token for each sequence. All that changes from step to step is on the
     device.
 
+    rows: the prompt number of each sequence, which `choose` is told.
     tokens: int64 [B], the newest ones: the input of a step, and its output.
     filled: int64 [1], the number of global slots of the cache that are filled.
     logits: [B, V], from which the newest tokens are chosen; None if that is part of what is
@@ -549,11 +559,16 @@ class Steps:
     """
 
     def __init__(
-        self, kv_cache: KVCache, logits: Tensor, choose: Callable[[Tensor], Tensor], captured: bool
+        self,
+        kv_cache: KVCache,
+        logits: Tensor,
+        choose: Callable[[Tensor, list[int]], Tensor],
+        captured: bool,
     ):
         self.cache = kv_cache
         self.choose = choose
-        self.tokens = choose(logits)
+        self.rows = list(range(len(logits)))
+        self.tokens = choose(logits, self.rows)
         self.filled = torch.full((1,), kv_cache.filled, device=logits.device)
         self.logits = None if captured else logits
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -567,7 +582,7 @@ class Steps:
         logits = self.cache.model.logits(hidden)[:, 0]  # [B, V]
         self.filled += 1
         if self.logits is None:
-            self.tokens.copy_(self.choose(logits))
+            self.tokens.copy_(self.choose(logits, self.rows))
         else:
             self.logits.copy_(logits)
 
@@ -587,13 +602,14 @@ class Steps:
         else:
             self.launch()
         if self.logits is not None:
-            self.tokens.copy_(self.choose(self.logits))
+            self.tokens.copy_(self.choose(self.logits, self.rows))
         self.cache.filled += 1
 
     def keep(self, alive: list[int]) -> None:
         """Removes all sequences but these, which come in this order."""
         self.graph = None
         self.cache.keep(alive)
+        self.rows = [self.rows[row] for row in alive]
         rows = torch.tensor(alive, device=self.tokens.device)
         self.tokens = self.tokens[rows]
         if self.logits is not None:
@@ -750,14 +766,31 @@ def apply_repetition_penalty(logits: Tensor, texts: list[list[int]], penalty: fl
 
 
 def sample(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
+    logits: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    generator: torch.Generator | list[torch.Generator] | None,
+    min_p: float = 0.0,
 ) -> Tensor:
     """Returns one id for each row of logits [B, V], int64 [B].
 
-    The arguments are those of Transformer.stream.
+    generator: of all draws, or a list of one for each row. The other arguments are those of
+    Transformer.stream.
     """
     if temperature == 0:
         return logits.float().argmax(-1)  # on CPUs, float32 is five times as fast as bf16
+    probs = sampling_probs(logits, temperature, top_k, top_p, min_p)
+    if probs.is_cuda or isinstance(generator, list):
+        return sample_from(probs, generator)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+
+
+def sampling_probs(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> Tensor:
+    """Returns the probabilities that ids are drawn with, float32 [B, V]; the arguments are those of
+    Transformer.stream, with a temperature above 0."""
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         kth_largest = logits.topk(top_k).values[:, -1:]  # [B, 1]
@@ -771,20 +804,26 @@ def sample(
         ordered[:, 0] = logits.max(-1).values  # with top_p 0, the likeliest id remains
         logits = torch.empty_like(logits).scatter_(1, ids, ordered)
     probs = logits.softmax(-1)
-    if probs.is_cuda:
-        return sample_from(probs, generator)
-    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+    if min_p > 0:
+        least = min_p * probs.max(-1, keepdim=True).values  # [B, 1]
+        probs = logits.masked_fill(probs < least, float("-inf")).softmax(-1)
+    return probs
 
 
-def sample_from(probs: Tensor, generator: torch.Generator | None) -> Tensor:
+def sample_from(probs: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
     """Draws one id for each row of probs [B, V], int64 [B]: what torch.multinomial draws, by the
-    same random numbers.
+    same random numbers. generator: of all rows, or a list of one for each.
 
     torch.multinomial checks the probabilities first, and the host waits for that. With q from
     Exp(1), argmax p / q is i with probability p_i: the exponential races of the Gumbel-max trick
     (Maddison et al. 2014).
     """
-    noise = torch.empty_like(probs).exponential_(1, generator=generator)
+    noise = torch.empty_like(probs)
+    if isinstance(generator, list):
+        for row, own in zip(noise, generator, strict=True):
+            row.exponential_(1, generator=own)
+    else:
+        noise.exponential_(1, generator=generator)
     ratio = torch.div(probs, noise, out=noise)  # in the memory of the noise
     return ratio.argmax(-1)
 

@@ -1,9 +1,10 @@
-"""Chats with a model at the terminal, answers one prompt, or continues a text.
+"""Chats with a model at the terminal, answers one prompt or a file of them, or continues texts.
 
     python generate.py --adapter runs/1/final                     chat; /reset forgets, /quit or Ctrl-D ends
     python generate.py --adapter red=runs/1/final blue=runs/2/final       two on one base; /adapter blue switches
     python generate.py --prompt "Name three rivers." --seed 1 --temperature 0.7
     cat draft.txt | python generate.py --complete                 all of stdin is one prompt
+    python generate.py --data prompts.jsonl --out answers.jsonl   many, in batches; evals/batch_answers.py
 
 An answer is printed while it is generated, a character as soon as all its bytes are there. Only the
 answer goes to stdout; the lines that say what was loaded go to stderr. Control characters in an
@@ -12,7 +13,7 @@ terminal.
 """
 
 from common.errors import run
-from common.script_flags import generation_arguments
+from common.script_flags import ANSWERS_AT_ONCE, generation_arguments
 from common.threads import choose_wait_policy
 
 if __name__ == "__main__":
@@ -32,11 +33,19 @@ from typing import NamedTuple
 import torch
 
 import lora
-from checkpoint import load_model
+from checkpoint import fingerprint, load_model
 from common.console import print_stderr
 from common.device import pick_device, pick_dtype
 from common.errors import UserError
+from common.files import file_sha256
+from common.remote_names import is_remote
+from dataset.folders import TEST
+from dataset.formats import Map
+from dataset.prompts import open_prompts, read_prompts
+from evals.answer_file import AnswerFile
+from evals.batch_answers import AnswerSettings, answer_into_file
 from interop import resolve
+from interop.remote_data import fetch_data
 from interop.resolve import base_folder
 from model import Transformer
 from tokenizer import Tokenizer
@@ -46,6 +55,9 @@ def main() -> None:
     args = generation_arguments()
     device = pick_device(args.device)
     dtype, reason = pick_dtype(args.dtype, device)
+    if args.data is not None:
+        answer_data(args, device, dtype, reason)
+        return
     prompt = args.prompt
     if prompt is None and not sys.stdin.isatty():
         # Bytes that are not UTF-8 become surrogates, which check_prompt refuses in one line.
@@ -57,18 +69,28 @@ def main() -> None:
 
     is_chat = prompt is None
     model, adapters, name = load_model_and_adapters(args, device, dtype, can_switch=is_chat)
-    tokenizer = adapters.tokenizer
-    template = f"chat template {tokenizer.template_name}"
-    template += resolve.date_note(tokenizer, adapters.folder)
-    if args.complete:
-        template = "no chat template, raw text"
-    dtype_name = str(dtype).removeprefix("torch.")
-    print_stderr(f"{name}, {dtype_name} on {device.type} ({reason}), {template}")
+    print_stderr(f"{name}, {describe_computation(args, device, dtype, reason, adapters)}")
     if is_chat:
         chat(model, adapters, args)
     else:
         messages = first_messages(args, prompt)
-        print_answer(answer(model, tokenizer, messages, args))
+        print_answer(answer(model, adapters.tokenizer, messages, args))
+
+
+def describe_computation(
+    args: argparse.Namespace,
+    device: torch.device,
+    dtype: torch.dtype,
+    reason: str,
+    adapters: "AdapterSet",
+) -> str:
+    """Returns dtype, device and chat template in words. reason: of the dtype."""
+    template = f"chat template {adapters.tokenizer.template_name}"
+    template += resolve.date_note(adapters.tokenizer, adapters.folder)
+    if args.complete:
+        template = "no chat template, raw text"
+    dtype_name = str(dtype).removeprefix("torch.")
+    return f"{dtype_name} on {device.type} ({reason}), {template}"
 
 
 # ---- the model and its adapters ----
@@ -187,6 +209,70 @@ def split_adapter_name(word: str) -> tuple[str, str]:
     return path.name, word
 
 
+# ---- a file of prompts ----
+
+
+def answer_data(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, reason: str
+) -> None:
+    """Answers every prompt of --data and writes --out; goes on where an earlier run was stopped.
+
+    reason: of the dtype, in words.
+    Raises UserError naming the record that can't be answered, before any is.
+    """
+    # Before the model is loaded, which takes longer.
+    file = open_answer_file(args)
+    data = fetch_data(args.data, TEST)
+    source = open_prompts(data, Map(args.map) if args.map else None)
+    prompts = read_prompts(source, args.complete, args.system, args.limit, print_stderr)
+    model, adapters, name = load_model_and_adapters(args, device, dtype, can_switch=False)
+    computation = describe_computation(args, device, dtype, reason, adapters)
+    print_stderr(f"model     {name}, {computation}")
+    origin = {
+        "model": fingerprint(model.source),
+        "adapter": adapter_sha256(args.adapter[0]) if args.adapter else None,
+        "quant": args.quant,
+        "merge": args.merge,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    settings = AnswerSettings(
+        args.samples or 1,
+        args.seed,
+        args.max_new_tokens,
+        args.temperature,
+        args.top_k,
+        args.top_p,
+        args.min_p,
+        args.repetition_penalty,
+    )
+    batch_size = args.batch_size or ANSWERS_AT_ONCE
+    tokenizer = adapters.tokenizer
+    with file:
+        answer_into_file(model, tokenizer, prompts, settings, file, batch_size, origin)
+
+
+def open_answer_file(args: argparse.Namespace) -> AnswerFile:
+    """Returns the file of --out. Raises UserError where it can't be written, or would be read as
+    part of --data."""
+    out = Path(args.out)
+    if out.suffix not in (".jsonl", ".ndjson"):
+        raise UserError(f"--out {out}: is written as JSON lines; give a name that ends in .jsonl")
+    if is_remote(args.data):
+        return AnswerFile(out, args.overwrite)
+    data = Path(args.data).resolve()
+    if out.resolve() == data:
+        raise UserError(f"--out {out}: is the file of --data, which it would replace")
+    if data.is_dir() and out.resolve().is_relative_to(data):
+        raise UserError(f"--out {out}: would be in the folder of --data, and be read with it later")
+    return AnswerFile(out, args.overwrite)
+
+
+def adapter_sha256(folder: str) -> str:
+    """Returns the hash of an adapter's weights. folder: a word of --adapter."""
+    _, folder = split_adapter_name(folder)
+    return file_sha256(Path(folder) / "adapter_model.safetensors")
+
+
 # ---- conversations ----
 
 
@@ -281,6 +367,7 @@ def answer(
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
+        min_p=args.min_p,
         seed=args.seed,
         repetition_penalty=args.repetition_penalty,
         stop=tokenizer.stop_ids,

@@ -807,17 +807,20 @@ class Transformer(nn.Module):
         """Yields, for each step, (prompt number, new id) of every prompt that has not ended.
 
         A prompt ends with an id in `stop`, after max_new_tokens, or at the model's last position.
-        No prompt depends on the others, except that what is sampled with a seed depends on the
+        No prompt depends on the others, except that what is sampled with one seed depends on the
         whole batch.
 
         prompts: int64 [B, T], or lists of ids of any lengths, none of them empty.
         repetition_penalty: that of Keskar et al. 2019 (CTRL), on ids that occur in the prompt or
         the answer. It comes first, then the others in the order in which they stand here.
-        temperature: divides the logits. 0, the default, takes the likeliest id, and the next three
+        temperature: divides the logits. 0, the default, takes the likeliest id, and the next five
         have no effect.
         top_k: only the top_k likeliest ids; 0: all.
         top_p: only the smallest set of ids with probability top_p (Holtzman et al. 2020).
+        min_p: only ids at least min_p times as likely as the likeliest (Nguyen et al. 2024).
         seed: of the random numbers.
+        seeds: one for each prompt, in place of `seed`: what is sampled for a prompt then depends on
+        its own seed alone, but for rounding.
         lookup: for one prompt and temperature 0: speculative decoding, which drafts so many tokens
         at a time from the text so far. The answer is the same, but for rounding.
         """

@@ -32,28 +32,38 @@ class Progress(Protocol):
     def __exit__(self, *error) -> None: ...
 
 
-def progress(what: str, total: int | None, unit: str, shown: bool = True) -> Progress:
+def progress(
+    what: str, total: int | None, unit: str, shown: bool = True, done: int = 0
+) -> Progress:
     """Returns the progress of a piece of work.
 
     what: its name, such as "validating".
     total: of its units; None if that is not known beforehand.
     shown: False for nothing at all, as on ranks other than 0.
+    done: units that were done before.
     """
     if shown and not sys.stderr.isatty():
-        return ProgressLines(what, total, unit)
+        return ProgressLines(what, total, unit, done)
     return tqdm(
-        desc=what, total=total, unit=unit, disable=not shown, leave=False, dynamic_ncols=True
+        desc=what,
+        total=total,
+        initial=done,
+        unit=" " + unit,
+        disable=not shown,
+        leave=False,
+        dynamic_ncols=True,
     )
 
 
 class ProgressLines:
     """Prints a line to stderr every LINE_SECONDS: in a log, a bar would be a mess."""
 
-    def __init__(self, what: str, total: int | None, unit: str):
+    def __init__(self, what: str, total: int | None, unit: str, done: int = 0):
         self.what = what
         self.total = total
         self.unit = unit
-        self.count = 0.0
+        self.done_before = done
+        self.count = float(done)
         self.postfix = ""
         self.start = time.monotonic()
         self.last_line = self.start
@@ -73,8 +83,9 @@ class ProgressLines:
             parts = [f"{self.what}: {self.count:,.0f} of {self.total:,} {self.unit}s"]
         if self.postfix:
             parts.append(self.postfix)
-        if self.total and self.count:
-            left = seconds * (self.total - self.count) / self.count
+        done_now = self.count - self.done_before
+        if self.total and done_now:
+            left = seconds * (self.total - self.count) / done_now
             parts.append(f"{format_duration(left)} left")
         return ", ".join(parts)
 

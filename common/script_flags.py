@@ -23,6 +23,7 @@ from common.known_names import EVALUATE_NAMES, GENERATE_NAMES
 # generate.py
 MAX_NEW_TOKENS = 256  # the default of --max-new-tokens
 LOOKUP_LIMIT = 1000  # --lookup must be below it
+ANSWERS_AT_ONCE = 32  # the default of --batch-size
 # evaluate.py
 BATCH_SIZE = {"loss": 8, "exact": 32}  # defaults of --batch-size
 SHOWN_MISSES = 5  # the default of --show
@@ -105,12 +106,13 @@ def generation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line. Raises UserError naming the flag that is wrong."""
     parser = argparse.ArgumentParser(
         prog="generate.py",
-        description="Chats with a model at the terminal, answers one prompt (--prompt), or continues a text"
-        " (--complete).",
+        description="Chats with a model at the terminal, answers one prompt (--prompt) or a file of"
+        " prompts (--data), or continues texts (--complete).",
         allow_abbrev=False,
     )
     add_base_flags(parser)
     add_prompt_flags(parser)
+    add_prompt_file_flags(parser)
     add_sampling_flags(parser)
     add_speed_flags(parser)
     args = cli.parse_args(parser, argv, GENERATE_NAMES)
@@ -145,7 +147,8 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
         "--system",
         metavar="TEXT",
         help="system message: instructions before the conversation, such as the ones that the"
-        " model was trained with; default: that of the chat template, if it has one",
+        " model was trained with; with --data for the prompts that have none of their own; default:"
+        " that of the chat template, if it has one",
     )
     group.add_argument(
         "--complete",
@@ -153,6 +156,53 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
         help="continue the text as it stands, without a chat template, for models that were"
         " trained on plain text; in a chat, each line is then continued by itself; default: the"
         " text is the message of a user",
+    )
+
+
+def add_prompt_file_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the help group of a file of prompts."""
+    group = parser.add_argument_group("a file of prompts")
+    group.add_argument(
+        "--data",
+        metavar="FILE",
+        help="answer every prompt of a file or folder: prompts alone (a column or key such as prompt"
+        " or question, a .txt with a prompt a line, conversations that end with a question), or any"
+        " format that train.py reads, of which the messages before the last answer are the prompt"
+        " and that answer is written beside the model's as the reference. With --complete, texts to"
+        " continue. Of a folder with parts, the part for tests is read; default: none, but --prompt"
+        " or a chat",
+    )
+    group.add_argument(
+        "--out",
+        metavar="FILE.jsonl",
+        help="where the answers to --data are written, a JSON object a line in the order of the"
+        " file (docs/evaluation.md has the keys); required with --data. While answers are missing,"
+        " the others are in FILE.jsonl.partial, and the same command goes on from there",
+    )
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an --out that exists, and answers of an unfinished run with other settings;"
+        " default: refuse",
+    )
+    group.add_argument(
+        "--map",
+        metavar="FILE.py:NAME",
+        help="a Python function of yours that changes every record of --data before it is read, to"
+        " a record of a known format, a list of them, or None to leave it out; default: none",
+    )
+    group.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="answer only the first N prompts of --data, for a quick look; default: all",
+    )
+    group.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="answers to each prompt of --data, a line each, with random draws of their own; needs"
+        " --temperature above 0 if more than 1; default: 1",
     )
 
 
@@ -194,6 +244,15 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         " above 0; default: 1",
     )
     group.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="draw only from tokens that are at least P times as probable as the most probable one;"
+        " from 0, which is all, to 1; needs --temperature above 0; default: 0. 0.05 to 0.1 keeps a"
+        " high temperature sensible",
+    )
+    group.add_argument(
         "--repetition-penalty",
         type=float,
         default=1.0,
@@ -207,7 +266,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="seed of the random draws: with the same one, an answer can be repeated; needs"
-        " --temperature above 0; default: none, other draws each time",
+        " --temperature above 0; default: other draws each time (with --data the seed that was drawn"
+        " is printed)",
     )
 
 
@@ -222,7 +282,14 @@ def add_speed_flags(parser: argparse.ArgumentParser) -> None:
         help="speculative decoding by prompt look-up: guess up to N tokens from what followed the"
         " same words earlier in the text, and check them all at once; 0: no guesses, at most"
         f" {LOOKUP_LIMIT - 1}; default: 0. The answer is the same, and comes faster where it"
-        " repeats the prompt (a corrected text, code); for --temperature 0 only",
+        " repeats the prompt (a corrected text, code); for --temperature 0 only, and not for --data",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help=f"answers to --data that are generated at a time; default: {ANSWERS_AT_ONCE}. The answers are"
+        " the same up to rounding. Lower it if memory runs out; a higher one may be faster on a GPU",
     )
 
 
@@ -237,6 +304,7 @@ def check_generation_arguments(args: argparse.Namespace) -> None:
         ("--temperature", args.temperature, 0 <= args.temperature < math.inf, "must be 0 or more"),
         ("--top-k", args.top_k, args.top_k >= 0, "must be 0 (all) or more"),
         ("--top-p", args.top_p, 0 < args.top_p <= 1, "must be above 0 and at most 1"),
+        ("--min-p", args.min_p, 0 <= args.min_p <= 1, "must be 0 (all) to 1"),
         ("--lookup", args.lookup, lookup_is_valid, lookup_rule),
         ("--repetition-penalty", penalty, 0 < penalty < math.inf, "must be above 0"),
     ]
@@ -247,6 +315,7 @@ def check_generation_arguments(args: argparse.Namespace) -> None:
     only_for_sampling = {
         "--top-k": args.top_k != 0,
         "--top-p": args.top_p != 1,
+        "--min-p": args.min_p != 0,
         "--seed": args.seed is not None,
     }
     for flag, is_given in only_for_sampling.items():
@@ -260,6 +329,35 @@ def check_generation_arguments(args: argparse.Namespace) -> None:
     for flag, value in only_for_conversations.items():
         if args.complete and value:
             raise UserError(f"{flag}: is for conversations; --complete continues plain text")
+    check_data_arguments(args)
+
+
+def check_data_arguments(args: argparse.Namespace) -> None:
+    """Raises UserError for flags of --data without it, and for flags that it excludes."""
+    if args.data is None:
+        for option in ("out", "overwrite", "map", "limit", "samples", "batch_size"):
+            if getattr(args, option) not in (None, False):
+                flag = "--" + option.replace("_", "-")
+                raise UserError(f"{flag}: is for a file of prompts; add --data FILE")
+        return
+    for option in ("limit", "samples", "batch_size"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            flag = "--" + option.replace("_", "-")
+            raise UserError(f"{flag} {value}: must be 1 or more")
+    if args.prompt is not None:
+        raise UserError("--prompt: the prompts are those of --data; leave one out")
+    if args.out is None:
+        raise UserError("--data: needs --out FILE.jsonl, where the answers are written")
+    if args.lookup:
+        raise UserError("--lookup: is for one prompt at a time, not for --data")
+    if len(args.adapter or []) > 1:
+        raise UserError("--adapter: --data takes one; run it once for each")
+    if (args.samples or 1) > 1 and args.temperature == 0:
+        raise UserError(
+            f"--samples {args.samples}: at --temperature 0 all samples are the same; add"
+            " --temperature 1"
+        )
 
 
 # ---- evaluate.py ----

@@ -64,6 +64,8 @@ from dataset.records import (
 # What multimodal data have in the text where an image, a video or a sound belongs.
 MEDIA_MARK = re.compile("<(image|video|audio)(_?[0-9]+)?>")
 SEEN_AS = {"image": "image", "video": "video", "audio": "sound"}
+# Columns by which a file's owner finds a record again.
+ID_KEYS = ("id", "custom_id", "task_id", "question_id", "uid", "example_id", "idx", "index")
 # Why a record is left out whose own column says that it belongs to another part of the data.
 OF_PART = "of the {} part, by its own column"
 
@@ -79,6 +81,8 @@ class Source:
     map: the user's function that every record goes through first, or None.
     part: records whose own column says that they belong to another part are left out; None reads
         them all.
+    for_prompts: the records are read for what they ask, and may lack an answer
+        (dataset/prompts.py).
     """
 
     path: str
@@ -89,6 +93,7 @@ class Source:
     trees: str
     map: "Map | None" = None
     part: str | None = TRAIN
+    for_prompts: bool = False
 
     def payloads(self) -> Iterator[tuple[int, int, object]]:
         """Yields (index of the container, number of the record in it, payload) for each record.
@@ -128,11 +133,13 @@ class Source:
         if self.map is not None:
             values = self.map(value, place, stats)
         records = []
+        needs_answer = not self.for_prompts
         for each in values:
-            new = self.format.records(each, place, stats, self.trees, from_arrow)
+            new = self.format.records(each, place, stats, self.trees, from_arrow, needs_answer)
             for record in new:
                 empty = empty_part(record)
-                if empty:
+                # Of an empty answer, a prompt remains.
+                if empty and (needs_answer or empty == "text"):
                     stats.dropped[f"empty {empty}"] += 1
                     continue
                 mark = first_media_mark(record)
@@ -140,6 +147,8 @@ class Source:
                     what = f"with {mark[0]} in the text and no {SEEN_AS[mark[1]]}, as characters"
                     stats.altered[what] += 1
                 records.append(record)
+        if self.for_prompts and isinstance(value, dict):
+            _keep_id(records, value, place, stats)
         stats.records += len(records)
         return records
 
@@ -159,7 +168,7 @@ class Source:
         """
         for container, number, payload in self.payloads():
             yield from self.read(container, number, payload, stats)
-        stats.complain_if_empty(self.path)
+        stats.complain_if_empty(self.path, "answered" if self.for_prompts else "trained on")
 
     def read_all(self, stats: ReadStats | None = None) -> list[Record]:
         """Returns all records at once, where they are few; data.py reads large files otherwise.
@@ -287,7 +296,11 @@ class Map:
 
 
 def open_source(
-    path: Path | str | Fetched, trees: str = "best", map_fn: Map | None = None, part: str = TRAIN
+    path: Path | str | Fetched,
+    trees: str = "best",
+    map_fn: Map | None = None,
+    part: str = TRAIN,
+    prompt_formats: tuple[Format, ...] | None = None,
 ) -> Source:
     """Recognizes a file, or all files of a folder, by the keys of the first record.
 
@@ -297,6 +310,8 @@ def open_source(
     map_fn: the user's function that every record goes through first.
     part: folders.TRAIN, VALIDATION or TEST: which files of a folder with such parts are read, and
         which records of a file whose column says where they belong.
+    prompt_formats: the table of formats in place of FORMATS, for records that are read for what
+        they ask.
 
     Raises UserError that names the file, or the record by its number: not UTF-8, not JSON, an
     unknown format, empty.
@@ -324,13 +339,14 @@ def open_source(
                 values = map_fn(value, place, ReadStats())
             if not values:
                 continue
-            format = _format_of(values[0], place)
+            format = _format_of(values[0], place, prompt_formats or FORMATS)
             if map_fn and format.group:
                 raise UserError(
                     f"{path}: --map sees one message of {format.name} at a time;"
                     " convert the file first"
                 )
             source = Source(str(path), root, format, containers, listing, trees, map_fn)
+            source.for_prompts = prompt_formats is not None
             if reads_all:
                 source.part = None
             elif part != TRAIN:
@@ -339,7 +355,8 @@ def open_source(
     why = "is an empty list"
     if map_fn is not None:
         why = f"--map {map_fn.name} gives None for every record of it"
-    raise UserError(f"{path}: {why}; nothing to train on")
+    purpose = "train on" if prompt_formats is None else "answer"
+    raise UserError(f"{path}: {why}; nothing to {purpose}")
 
 
 def local_listing(path: Path, part: str) -> Listing:
@@ -366,6 +383,18 @@ def _part_in_column(source: Source, part: str) -> str | None:
         if choice in parts:
             return choice
     return None
+
+
+def _keep_id(records: list[Record], value: dict, where: str, stats: ReadStats) -> None:
+    """Writes what a file calls a record, by the first of ID_KEYS, into the records made of it."""
+    for key in ID_KEYS:
+        name = value.get(key)
+        if isinstance(name, (str, int)) and not isinstance(name, bool):
+            for record in records:
+                record.id = without_surrogate(name, f"{where}: {key}")
+            # It is no longer left out.
+            stats.ignored.pop(key, None)
+            return
 
 
 def texts_of(record: Record) -> Iterator[str]:
@@ -656,22 +685,22 @@ FORMATS = (
 # The formats that the error about an unknown one lists.
 COMMON = (
     "messages", "ShareGPT", "Alpaca", "prompt and completion", "text and its label", "preferences",
-    "plain text",
+    "plain text", "prompt alone",
 )  # fmt: skip
 
 
-def _format_of(value: object, where: str) -> Format:
-    """Returns the first format of the table that fits a value.
+def _format_of(value: object, where: str, formats: tuple[Format, ...]) -> Format:
+    """Returns the first format of a table that fits a value.
 
     Raises UserError with the known ones if none does.
     """
-    for format in FORMATS:
+    for format in formats:
         if isinstance(value, format.kind) and format.fits(value):
             return format
     record = require_object(value, where)
     all_keys = []
     known_formats = []
-    for format in FORMATS:
+    for format in formats:
         all_keys += format.keys
         if format.name in COMMON:
             keys = ", ".join(format.keys)

@@ -60,6 +60,7 @@ class Record:
     label: for KTO, whether the last answer is a good one.
     first, last: whether a text is the first or the last part of its file; long files are read in
         parts.
+    id: the file's own name of the record, where it is read for its prompt (dataset/prompts.py).
     """
 
     messages: list[dict] | None
@@ -72,6 +73,7 @@ class Record:
     label: bool | None = None
     first: bool = True
     last: bool = True
+    id: str | int | None = None
 
 
 @dataclass
@@ -110,13 +112,13 @@ class ReadStats:
         self.altered += other.altered
         self.ignored |= other.ignored
 
-    def complain_if_empty(self, path: str) -> None:
-        """Raises UserError if no record was read, with the reasons."""
+    def complain_if_empty(self, path: str, purpose: str = "trained on") -> None:
+        """Raises UserError if no record was read, with the reasons. purpose: what they are for."""
         if self.records:
             return
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
         if reasons:
-            raise UserError(f"{path}: no record can be trained on ({reasons})")
+            raise UserError(f"{path}: no record can be {purpose} ({reasons})")
         raise UserError(f"{path}: is an empty list")
 
 
@@ -170,7 +172,13 @@ class Format:
         return UserError(f"{where}: keys {quote_names(record)}: {why}{hint}")
 
     def records(
-        self, value: object, where: str, stats: ReadStats, trees: str, from_arrow: bool = False
+        self,
+        value: object,
+        where: str,
+        stats: ReadStats,
+        trees: str,
+        from_arrow: bool = False,
+        needs_answer: bool = True,
     ) -> Iterable[Record]:
         """Returns the records of one value.
 
@@ -178,6 +186,7 @@ class Format:
         stats: counts what is left out.
         trees: which paths of OASST trees, of oasst.TREES.
         from_arrow: whether the value comes from a Parquet or Arrow file.
+        needs_answer: whether a conversation without an answer is a fault.
 
         Raises UserError if the value has another format, or a fault.
         """
@@ -192,7 +201,7 @@ class Format:
                 known_keys += tuple(RECORD_SWITCHES.intersection(value))
                 known_keys += tuple(key for key in self.aliases if key in value)
                 note_extra_keys(value, known_keys, where, stats.ignored)
-            return self.read(Reading(value, where, stats, trees, from_arrow))
+            return self.read(Reading(value, where, stats, trees, from_arrow, needs_answer))
         except LeftOut as reason:
             stats.drop(str(reason))
             return []
@@ -205,7 +214,7 @@ class Reading:
     It is the argument of `Format.read`.
 
     record: the value of the file, an object or a `Text`.
-    where, stats, trees, from_arrow: as for `Format.records`.
+    where, stats, trees, from_arrow, needs_answer: as for `Format.records`.
     """
 
     record: dict
@@ -213,6 +222,7 @@ class Reading:
     stats: ReadStats
     trees: str
     from_arrow: bool = False
+    needs_answer: bool = True
 
     def text(self, key: str) -> str:
         """Returns the string at a key. Raises UserError if there is none."""
@@ -347,9 +357,10 @@ class Reading:
         """Returns a list of one record with these messages and the record's tools.
 
         more: other fields of `Record`.
-        Raises UserError if there is no message of the assistant.
+        Raises UserError if there is no message of the assistant where one is needed.
         """
-        if not any(message["role"] == "assistant" for message in messages):
+        has_answer = any(message["role"] == "assistant" for message in messages)
+        if self.needs_answer and not has_answer:
             raise UserError(
                 f"{self.where}: no assistant message among {len(messages)}; nothing to train on"
             )

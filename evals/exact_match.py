@@ -11,14 +11,13 @@ batch size changes it by rounding only.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common import console
 from common.errors import UserError
 from common.progress import progress
 from common.script_flags import EXTRA_TOKENS
 from dataset.records import Record
-from decoding import packed_weights
+from evals.batch_answers import generate_batches, prompt_batches, prompt_ids
 from model import Transformer
-from tokenizer import TemplateError, Tokenizer
+from tokenizer import Tokenizer
 
 
 @dataclass
@@ -87,15 +86,12 @@ def exact(
         max_new_tokens = EXTRA_TOKENS + max(lengths)
 
     answers = [""] * len(prompts)
-    # Prompts of similar length share a batch, so that the cache holds less padding.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    bar = progress("answering", len(order), "prompt")
-    with bar, packed_weights(model, max_new_tokens):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            generated = model.generate(
-                [prompts[i] for i in batch], max_new_tokens, stop=tokenizer.stop_ids
-            )
+    batches = prompt_batches([len(prompt) for prompt in prompts], batch_size)
+    bar = progress("answering", len(prompts), "prompt")
+    with bar:
+        for batch, generated in generate_batches(
+            model, prompts, batches, max_new_tokens, stop=tokenizer.stop_ids
+        ):
             for i, ids in zip(batch, generated, strict=True):
                 # An answer that was cut at max_new_tokens has no end token.
                 if ids[-1] in tokenizer.stop_ids:
@@ -104,24 +100,6 @@ def exact(
             bar.update(len(batch))
     prompt_tokens = sum(len(prompt) for prompt in prompts) / len(prompts)
     return ExactResult(list(records), references, answers, prompt_tokens)
-
-
-def prompt_ids(
-    model: Transformer, tokenizer: Tokenizer, record: Record, messages: list[dict]
-) -> list[int]:
-    """Returns the ids of `messages` with the beginning of an answer. record: names the place in an
-    error message."""
-    try:
-        ids, _ = tokenizer.render(messages, record.tools, add_generation_prompt=True)
-    except TemplateError as error:
-        raise UserError(f"{record.where}: {console.one_line(str(error), 200)}") from None
-    limit = model.config.max_positions
-    # The answer needs a position of its own.
-    if len(ids) >= limit:
-        raise UserError(
-            f"{record.where}: {len(ids):,} tokens before the answer; the model takes {limit:,}"
-        )
-    return ids
 
 
 def split_reference(record: Record, shots: Sequence[Record] = ()) -> tuple[list[dict], str]:

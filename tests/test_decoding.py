@@ -89,6 +89,24 @@ def test_sampling_with_a_seed_is_the_same(tmp_path, monkeypatch, settings):
     assert model.generate(prompts, 30, **settings | {"seed": 8}) != wanted
 
 
+def test_a_prompt_with_a_seed_of_its_own_draws_alone(tmp_path, monkeypatch):
+    """Whatever else is in the batch, in which order, and wherever lines end; also where a GPU is a step ahead."""
+    llama(tmp_path, std=0.1)
+    model, prompts, seeds = load_model(tmp_path), prompts_of(*LENGTHS), [5, 6, 7, 8, 9, 5]
+    settings = {"temperature": 0.9, "top_k": 40}
+    alone = [model.generate([p], 30, seed=s, **settings)[0] for p, s in zip(prompts, seeds)]
+    assert model.generate(prompts, 30, seeds=seeds, **settings) == alone
+    assert model.generate(prompts[::-1], 30, seeds=seeds[::-1], **settings) == alone[::-1]
+    stop = {alone[0][5], alone[1][8], alone[2][4], alone[3][20]}
+    cut = [row[: 1 + next((i for i, token in enumerate(row) if token in stop), 99)] for row in alone]
+    assert len({*map(len, cut)}) > 3
+    assert model.generate(prompts, 30, seeds=seeds, stop=stop, **settings) == cut
+    graphs = record_graphs(monkeypatch)
+    assert model.generate(prompts, 30, seeds=seeds, stop=stop, **settings) == cut and graphs
+    other = model.generate(prompts, 30, seeds=[1, *seeds[1:]], stop=stop, **settings)
+    assert other[1:] == cut[1:] and other[0] != cut[0]
+
+
 def test_draws_are_those_of_multinomial():
     probs = (3 * torch.randn(50, 1000, generator=torch.Generator().manual_seed(0))).softmax(-1)
     got = decoding.sample_from(probs, torch.Generator().manual_seed(1))

@@ -337,6 +337,7 @@ SETTINGS = Namespace(
     temperature=0.0,
     top_k=0,
     top_p=1.0,
+    min_p=0.0,
     seed=None,
     repetition_penalty=1.0,
     max_new_tokens=99,

@@ -11,7 +11,7 @@ import decoding
 import lora
 from checkpoint import load_model
 from common.errors import UserError
-from decoding import packed_weights, sample
+from decoding import packed_weights, sample, sampling_probs
 from interop.resolve import model_folder
 from kernels.attention import Documents
 from kernels.onednn_linear import can_pack
@@ -193,6 +193,25 @@ def test_sampling_follows_its_settings():
     assert torch.allclose(share(top_k=2), torch.tensor([*(expected[:2] / expected[:2].sum()), 0, 0]), atol=0.015)
     assert torch.allclose(share(top_p=0.7), torch.tensor([*(expected[:2] / expected[:2].sum()), 0, 0]), atol=0.015)
     assert share(top_p=0.0)[0] == 1 and share(temperature=0.0)[0] == 1
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"min_p": 0.1}, {"top_k": 9}, {"top_p": 0.6}, {"top_k": 20, "top_p": 0.9, "min_p": 0.05}]
+)
+def test_what_is_drawn_from_equals_transformers(settings):
+    logits = 3 * torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
+    settings = {"top_k": 0, "top_p": 1.0, "min_p": 0.0} | settings
+    wanted = transformers.TemperatureLogitsWarper(0.8)(None, logits)
+    if settings["top_k"]:
+        wanted = transformers.TopKLogitsWarper(settings["top_k"])(None, wanted)
+    if settings["top_p"] < 1:
+        wanted = transformers.TopPLogitsWarper(settings["top_p"])(None, wanted)
+    if settings["min_p"]:
+        wanted = transformers.MinPLogitsWarper(settings["min_p"])(None, wanted)
+    got = sampling_probs(logits, 0.8, **settings)
+    assert torch.allclose(got, wanted.softmax(-1), atol=1e-6)
+    leaves_out = settings != {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    assert ((got == 0).sum(-1) > 0).all() == leaves_out
 
 
 def test_repetition_penalty_equals_transformers(tmp_path):

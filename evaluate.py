@@ -13,10 +13,10 @@ from common.script_flags import BATCH_SIZE, evaluation_arguments
 from common.threads import choose_wait_policy
 
 if __name__ == "__main__":
-    # --help and a mistake in a flag are answered here: what is imported below takes seconds.
-    run(evaluation_arguments)
     # This is read when torch is loaded.
     choose_wait_policy()
+    # --help and a mistake in a flag are answered here: what is imported below takes seconds.
+    run(evaluation_arguments)
 
 import argparse
 import hashlib

@@ -17,10 +17,10 @@ from common.script_flags import ANSWERS_AT_ONCE, generation_arguments
 from common.threads import choose_wait_policy
 
 if __name__ == "__main__":
-    # --help and a mistake in a flag are answered here: what is imported below takes seconds.
-    run(generation_arguments)
     # This is read when torch is loaded.
     choose_wait_policy()
+    # --help and a mistake in a flag are answered here: what is imported below takes seconds.
+    run(generation_arguments)
 
 import argparse
 import sys

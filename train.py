@@ -16,10 +16,10 @@ from common.threads import choose_wait_policy
 from flags import parse_flags
 
 if __name__ == "__main__":
-    # --help and a mistake in a flag are answered here: what is imported below takes seconds.
-    run(lambda: parse_flags(sys.argv[1:]))
     # This is read when torch is loaded.
     choose_wait_policy()
+    # --help and a mistake in a flag are answered here: what is imported below takes seconds.
+    run(lambda: parse_flags(sys.argv[1:]))
 
 import dataclasses
 import functools

@@ -38,6 +38,7 @@ def progress(
     """Returns the progress of a piece of work.
 
     what: its name, such as "validating".
+    unit: in the singular. Of "byte" there are many, which are shown as kB, MB and GB.
     total: of its units; None if that is not known beforehand.
     shown: False for nothing at all, as on ranks other than 0.
     done: units that were done before.
@@ -48,7 +49,8 @@ def progress(
         desc=what,
         total=total,
         initial=done,
-        unit=" " + unit,
+        unit="B" if unit == "byte" else " " + unit,
+        unit_scale=unit == "byte",
         disable=not shown,
         leave=False,
         dynamic_ncols=True,
@@ -77,10 +79,13 @@ class ProgressLines:
 
     def line(self, seconds: float) -> str:
         """Returns the line that is printed `seconds` after the start."""
-        if self.total is None:
-            parts = [f"{self.what}: {self.count:,.0f} {self.unit}s"]
-        else:
-            parts = [f"{self.what}: {self.count:,.0f} of {self.total:,} {self.unit}s"]
+        count, total, unit = self.count, self.total, f"{self.unit}s"
+        if self.unit == "byte":
+            count, unit = count / 1e6, "MB"
+            total = total and round(total / 1e6)
+        parts = [f"{self.what}: {count:,.0f} {unit}"]
+        if total is not None:
+            parts = [f"{self.what}: {count:,.0f} of {total:,} {unit}"]
         if self.postfix:
             parts.append(self.postfix)
         done_now = self.count - self.done_before

@@ -41,7 +41,6 @@ from interop.copies import (
     fill,
     folder_for_copies,
     in_bytes,
-    progress,
     why_read_only,
 )
 
@@ -307,7 +306,7 @@ def refuse_description(
     copy = copy_of(name, folder, path, DESCRIPTION)
     whole = copy.whole()
     if whole is None or whole.version != version:
-        with progress(DESCRIPTION, version.size) as bar:
+        with progress(DESCRIPTION, version.size, "byte") as bar:
             fetch_object(copy, bucket, path, DESCRIPTION, version, bar)
     if llama_factory_entries(folder / DESCRIPTION):
         problem = (
@@ -355,7 +354,7 @@ def fetch_part(
         check_room_for_copy(name, size - done, folder)
         count = "" if len(wanted) == 1 else f"{len(missing):,} of {len(wanted):,} files, "
         print_fn(f"fetching {name}: {count}{in_bytes(size)}")
-        with progress(name, size) as bar:
+        with progress(name, size, "byte") as bar:
             for key in missing:
                 fetch_object(copy_of(name, folder, path, key), bucket, path, key, objects[key], bar)
     with atomic_file(folder / LIST) as tmp:

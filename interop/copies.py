@@ -303,19 +303,3 @@ def folder_for_copies(name: str, folder: Path) -> Iterator[None]:
             # It may have held something already, and then it can't be removed.
             with contextlib.suppress(OSError):
                 folder.rmdir()
-
-
-@contextlib.contextmanager
-def progress(title: str, size: int | None, done: int = 0) -> Iterator[tqdm]:
-    """Yields a bar with the time left, which is drawn on a terminal only. size, done: bytes."""
-    bar = tqdm(
-        total=size,
-        initial=done,
-        unit="B",
-        unit_scale=True,
-        desc=title[-40:],
-        disable=None,
-        leave=False,
-    )
-    with bar:
-        yield bar

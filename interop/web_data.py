@@ -28,7 +28,6 @@ from interop.copies import (
     fill,
     folder_for_copies,
     in_bytes,
-    progress,
     why_read_only,
 )
 
@@ -128,7 +127,7 @@ def update(url: str, copy: Copy, use: Use) -> Path:
     begun = f", {in_bytes(stream.start)} of them are here already" if stream.start else ""
     print_fn(f"fetching {name}: {stream.version.title()}{begun}")
     file = file_name(url, response)
-    with contextlib.closing(response), progress(file, size, stream.start) as bar:
+    with contextlib.closing(response), progress(file, size, "byte", done=stream.start) as bar:
         return fill(copy, file, stream, open_again, bar)
 
 

@@ -70,6 +70,16 @@ def test_lines_stand_where_no_terminal_is(monkeypatch, capsys):
     assert said.err == "reading: 50 of 200 records, 5 tokens, 1.6 min left\n"
 
 
+def test_bytes_are_counted_in_megabytes(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with progress.progress("x.jsonl", 90_000_000, "byte", done=30_000_000) as bar:
+        now[0] += 40
+        bar.update(20_000_000)
+    # 20 MB took 40 seconds; the 30 MB of an earlier start do not count.
+    assert capsys.readouterr().err == "x.jsonl: 50 of 90 MB, 1.3 min left\n"
+
+
 def test_a_bar_stands_on_a_terminal_and_nothing_on_other_ranks(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):

@@ -55,6 +55,7 @@ def main() -> None:
     tokenizer = adapters.tokenizer
     template = f"chat template {tokenizer.template_name}"
     template += resolve.date_note(tokenizer, adapters.folder)
+    template += resolve.system_note(tokenizer, adapters.folder)
     if args.complete:
         template = "no chat template, raw text"
     dtype_name = str(dtype).removeprefix("torch.")
@@ -62,7 +63,7 @@ def main() -> None:
     if is_chat:
         chat(model, adapters, args)
     else:
-        messages = first_messages(args, prompt)
+        messages = first_messages(args, prompt, tokenizer.system)
         print_answer(answer(model, tokenizer, messages, args))
 
 
@@ -146,13 +147,18 @@ def load_model_and_adapters(
             raise UserError(f"--adapter: two are called {name}; give them names, as red={folder}")
         lora.put_adapter_on(model, folder, print_stderr)
         layers = lora.remove_lora(model)
-        tokenizer = resolve.pick_tokenizer(base, folder, args.template, args.date)
+        tokenizer = resolve.pick_tokenizer(
+            base, folder, args.template, args.date, system=args.system
+        )
         adapters.by_name[name] = LoadedAdapter(layers, tokenizer)
     # A tokenizer takes seconds to load, and a single answer needs only one.
     if can_switch or not named_folders:
         # As of the adapters, so that /adapter changes nothing else.
         day = args.date or resolve.trained_day(adapters.folder)
-        tokenizer = resolve.pick_tokenizer(base, None, args.template, day)
+        system = args.system
+        if system is None:
+            system = resolve.trained_system(adapters.folder)
+        tokenizer = resolve.pick_tokenizer(base, None, args.template, day, system=system)
         adapters.by_name[""] = LoadedAdapter({}, tokenizer)
     adapters.switch(first_name)
 
@@ -217,7 +223,7 @@ def chat(model: Transformer, adapters: AdapterSet, args: argparse.Namespace) -> 
                 continue
             check_prompt(typed)
             if args.complete or not history:
-                messages = first_messages(args, typed)
+                messages = first_messages(args, typed, adapters.tokenizer.system)
             else:
                 messages = [*history, {"role": "user", "content": typed}]
             parts = answer(model, adapters.tokenizer, messages, args)
@@ -242,14 +248,16 @@ def switch_adapter(adapters: AdapterSet, name: str) -> None:
     print_stderr(f"adapter: {active}; the conversation continues")
 
 
-def first_messages(args: argparse.Namespace, prompt: str) -> list[dict[str, str]] | str:
-    """Returns the messages that begin a conversation: --system and the prompt. With --complete, the
-    prompt as it is."""
+def first_messages(
+    args: argparse.Namespace, prompt: str, system: str
+) -> list[dict[str, str]] | str:
+    """Returns the messages that begin a conversation: the system message, if there is one, and the
+    prompt. With --complete, the prompt as it is."""
     if args.complete:
         return prompt
     messages = [{"role": "user", "content": prompt}]
-    if args.system:
-        messages.insert(0, {"role": "system", "content": args.system})
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
     return messages
 
 
@@ -372,8 +380,9 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--system",
         metavar="TEXT",
-        help="system message: instructions before the conversation, such as the ones that the"
-        " model was trained with; default: that of the chat template, if it has one",
+        help="system message: instructions before the conversation; '': none; default: the one that"
+        " the model or adapter was trained with here (train.py --system), else that of the chat"
+        " template, if it has one",
     )
     group.add_argument(
         "--complete",

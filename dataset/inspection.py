@@ -794,7 +794,11 @@ def inspect(args: argparse.Namespace, tokenizer: Tokenizer, max_positions: int) 
         dataset = cut([rows], seq_len, last_only, truncate)
         findings = lengths(rows, dataset, seq_len, truncate)
         findings += duplicates(result, partial(place, source, result))
-        findings += contents(result, rows, source.fault_lines(result.stats))
+        # The file's name stands above already, unless there are several.
+        fault_lines = [fault for _, fault in result.stats.faults]
+        if len(source.containers) > 1:
+            fault_lines = source.fault_lines(result.stats)
+        findings += contents(result, rows, fault_lines)
         fact_keys = ignored_facts(result.stats)
         if fact_keys:
             findings.append(Finding("ignored", fact_keys, warns=True))

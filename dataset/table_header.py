@@ -106,6 +106,6 @@ def _with_headings(container: Container, first: list[str]) -> Container:
 
 def _no_header(container: Container, first: list[str], wanted: str) -> UserError:
     """Returns the error for a table whose first row is a record. wanted: what is to stand above."""
-    row = quote_names(first)
+    row = quote_names(first[:3]) + (", ..." if len(first) > 3 else "")
     problem = f"its first row ({row}) is a record and no header"
     return UserError(f"{container.path}: {problem}; write a row above it with {wanted}")

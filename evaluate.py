@@ -275,7 +275,7 @@ def print_misses(name: str, result: ExactResult, show: int) -> None:
         messages, _ = split_reference(result.records[i])
         questions = [message["content"] for message in messages if message["role"] == "user"]
         question = questions[-1] if questions else ""
-        print(f"  question   {console.one_line(question)}")
+        print(f"  question   {console.both_ends(question)}")
         print(f"  reference  {console.one_line(result.references[i].strip())}")
         print(f"  answer     {console.one_line(result.answers[i].strip())}\n")
 

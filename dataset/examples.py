@@ -492,7 +492,8 @@ def shares_of(sizes: np.ndarray, count: int) -> list[int]:
             shares[source] += 1
     # Sources of which one was taken although their share is less have to be made up for.
     while shares.sum() > count:
-        shares[np.argmax(shares - exact)] -= 1
+        excess = np.where(shares > 1, shares - exact, -np.inf)
+        shares[np.argmax(excess)] -= 1
     return shares.tolist()
 
 

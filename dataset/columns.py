@@ -31,11 +31,10 @@ def with_system_column(record: dict, where: str) -> dict:
 def ignored_facts(stats) -> str:
     """Returns a warning about keys that are ignored although they hold words that an answer may rest
     on; "" without any. stats: the `ReadStats` of all records."""
-    names = [name for name, holds_facts in stats.ignored.items() if holds_facts]
-    if not names:
+    if not stats.facts:
         return ""
     return (
-        f"{quote_names(names)} held text that is not read; if the answers rest on it, call it context"
+        f"{quote_names(stats.facts)} held text that is not read; if the answers rest on it, call it context"
         " (beside question and answer) or input (beside instruction and output), or join it to the"
         " question by --map"
     )

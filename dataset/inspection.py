@@ -38,8 +38,7 @@ from dataset.token_cache import (
     PRIVATE_PART,
     RENDERED_CHAT,
     Rows,
-    prompt_hash,
-    record_hash,
+    record_hashes,
     tokenized_rows,
     words_of,
 )
@@ -153,13 +152,12 @@ def survey_chunk(source: Source, chunk: list) -> Survey:
         new = source.read(container, number, payload, stats)
         records += new
         places += [(container, number, pack_nested(record.nested)) for record in new]
-    hashes = [record_hash(record, words_of(record)) for record in records]
-    prompts = [prompt_hash(record) for record in records]
+    both_hashes = [record_hashes(record) for record in records]
     signatures = [signature(words_of(record)) for record in records]
     # The shapes are given, since a chunk may have no record.
     part = Survey(
-        hashes=np.array(hashes, np.uint64),
-        prompts=np.array(prompts, np.uint64),
+        hashes=np.array([text for _, text in both_hashes], np.uint64),
+        prompts=np.array([prompt for prompt, _ in both_hashes], np.uint64),
         signatures=np.array(signatures, np.uint16).reshape(-1, 64),
         places=np.array(places, np.int64).reshape(-1, 3),
         stats=stats,
@@ -232,7 +230,7 @@ def duplicates(result: Survey, where: Callable[[int], str]) -> list[Finding]:
 
 def repeats(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the numbers of the records that say what an earlier one says, and for each record the
-    number of the first that says the same. hashes: uint64 [N], of `record_hash`."""
+    number of the first that says the same. hashes: uint64 [N], of `record_hashes`."""
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     original = first[inverse]
     return np.flatnonzero(original != np.arange(len(hashes))), original
@@ -670,6 +668,7 @@ FLAGS_OF = {
         "model",
         "template",
         "empty_think",
+        "system",
         "train_on",
         "seq_len",
         "truncate",
@@ -704,6 +703,8 @@ def make_data_parser() -> argparse.ArgumentParser:
     add("--template", help="inspect: chat template in place of the model's own")
     empty_think = "inspect: whether empty think blocks of a template are trained (default: train)"
     add("--empty-think", choices=[*EMPTY_THINK], help=empty_think)
+    system = "inspect: system message before conversations that have none, as in train.py"
+    add("--system", metavar="TEXT", help=system)
     train_on = "inspect: which messages are trained (default: answers)"
     add("--train-on", choices=[*TRAIN_ON], help=train_on)
     seq_len = "inspect: tokens of an example at most (default: as train.py)"
@@ -778,6 +779,9 @@ def inspect(args: argparse.Namespace, tokenizer: Tokenizer, max_positions: int) 
     roles, last_only = TRAIN_ON[args.train_on or "answers"]
     truncate = args.truncate or TRUNCATE[0]
     num_shown = DEFAULT_SHOWN if args.show is None else args.show
+    reason = tokenizer.why_no_system(args.system) if args.system else ""
+    if reason:
+        raise UserError(f"--system: can't be shown to the model ({reason})")
     others = []
     for file in args.against or ():
         other_source, other = survey_file(file, args)
@@ -788,6 +792,7 @@ def inspect(args: argparse.Namespace, tokenizer: Tokenizer, max_positions: int) 
     shown = []
     for file in args.files:
         source = open_source(file, args.trees, args.map, skip_bad=args.skip_bad)
+        source.system = args.system or ""
         rows = tokenized_rows(source, tokenizer, roles, with_heads=truncate == "prompt")
         result = survey(source)
         all_results.append((source, result))
@@ -829,6 +834,7 @@ def inspect(args: argparse.Namespace, tokenizer: Tokenizer, max_positions: int) 
 def survey_file(file: str, args: argparse.Namespace) -> tuple[Source, Survey]:
     """Opens and reads a file of --against; of a folder with parts, the one for tests."""
     source = open_source(file, args.trees, args.map, TEST, args.skip_bad)
+    source.system = args.system or ""
     return source, survey(source)
 
 

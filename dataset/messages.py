@@ -554,9 +554,15 @@ def check_depth(value: object, what: str) -> None:
 
 
 def note_extra_keys(
-    record: dict, known: tuple[str, ...], where: str, ignored: dict, prefix: str = ""
+    record: dict,
+    known: tuple[str, ...],
+    where: str,
+    ignored: dict,
+    prefix: str = "",
+    facts: dict | None = None,
 ) -> None:
-    """Adds the keys of a record that are not in `known` to `ignored`, each with the prefix.
+    """Adds the keys of a record that are not in `known` to `ignored`, each with the prefix, and of
+    these to `facts` the ones on whose words an answer may rest.
 
     Raises UserError for a key that changes what is trained, and for one that looks like a known key
     mistyped.
@@ -576,8 +582,11 @@ def note_extra_keys(
             hint = closest_key([key], known, record)
             if hint:
                 raise UserError(f"{where}: unknown key {quote_names([key])}{hint}")
-            # A dict serves as an ordered set. The first record that has the key shows what it holds.
-            ignored[name] = prefix == "" and holds_facts(key, value, record, known)
+            # A dict serves as an ordered set.
+            ignored[name] = True
+            # The first record that has the key shows what it holds.
+            if facts is not None and holds_facts(key, value, record, known):
+                facts[name] = True
 
 
 def holds_facts(key: str, value: object, record: dict, known: tuple[str, ...]) -> bool:

@@ -114,7 +114,8 @@ class ReadStats:
     dropped: {reason: number of records that were left out for it}.
     altered: {what was changed or can't be shown: number of records}.
     ignored: the keys that have no meaning here, as a dict in the order of their appearance; of
-        messages "messages.KEY". True for those that seem to hold what answers rest on.
+        messages "messages.KEY".
+    facts: those of them that hold words on which answers may rest.
     num_faults: the number of records that can't be read.
     faults: of the first MAX_FAULTS of them (number of the file, "line 3: what is wrong").
     """
@@ -123,6 +124,7 @@ class ReadStats:
     dropped: Counter[str] = field(default_factory=Counter)
     altered: Counter[str] = field(default_factory=Counter)
     ignored: dict[str, bool] = field(default_factory=dict)
+    facts: dict[str, bool] = field(default_factory=dict)
     num_faults: int = 0
     faults: list[tuple[int, str]] = field(default_factory=list)
 
@@ -160,8 +162,8 @@ class ReadStats:
         for reason, count in other.dropped.items():
             self.drop(reason, count)
         self.altered += other.altered
-        for key, holds_facts in other.ignored.items():
-            self.ignored[key] = self.ignored.get(key, False) or holds_facts
+        self.ignored |= other.ignored
+        self.facts |= other.facts
         self.num_faults += other.num_faults
         self.faults = (self.faults + other.faults)[:MAX_FAULTS]
 
@@ -255,8 +257,9 @@ class Format:
                 leave_out_masked(value, where)
                 known_keys = self.keys + self.optional
                 known_keys += tuple(RECORD_SWITCHES.intersection(value))
-                known_keys += tuple(key for key in self.aliases if key in value)
-                note_extra_keys(value, known_keys, where, stats.ignored)
+                if self.aliases and not value.keys().isdisjoint(self.aliases):
+                    known_keys += tuple(key for key in self.aliases if key in value)
+                note_extra_keys(value, known_keys, where, stats.ignored, facts=stats.facts)
             return self.read(Reading(value, where, stats, trees, from_arrow))
         except LeftOut as reason:
             stats.drop(str(reason))

@@ -292,7 +292,8 @@ def open_rows(folder: Path, source: Source, cached: bool, notes: list[str]) -> R
         records=meta["records"],
         dropped=Counter(meta["dropped"]),
         altered=Counter(meta["altered"]),
-        ignored=meta["ignored"],
+        ignored=dict.fromkeys(meta["ignored"], True),
+        facts=dict.fromkeys(meta["facts"], True),
         num_faults=meta["num_faults"],
         faults=[(file, fault) for file, fault in meta["faults"]],
     )
@@ -447,6 +448,8 @@ def write(
     source.complain_of_faults(stats)
     stats.complain_if_empty(source.path)
     meta = dict(vars(stats))
+    meta["ignored"] = list(stats.ignored)
+    meta["facts"] = list(stats.facts)
     meta["largest"] = largest
     meta["turn_header"] = turn.header
     meta["turn_ending"] = turn.ending
@@ -528,8 +531,9 @@ def encode(
         words = words_of(record)
         nested = pack_nested(record.nested)
         rows.append((container, number, flags_of(record, words, tokenizer), nested))
-        prompts.append(prompt_hash(record))
-        texts.append(record_hash(record, words))
+        prompt, text = record_hashes(record)
+        prompts.append(prompt)
+        texts.append(text)
         head_lengths.append(heads.length(record, ids) if heads and conversation else 0)
         hashes.append(hashlib.blake2b(ids, digest_size=8).digest())
         if conversation is not None and conversation.is_altered:
@@ -636,36 +640,50 @@ def altered_by_template(
 
 def prompt_hash(record: Record) -> int:
     """Returns `text_hash` of the messages before the first answer to a user, or of the text."""
-    messages = record.messages
-    if messages is None:
+    if record.messages is None:
         return text_hash(record.text)
+    contents = [message.get("content") or "" for message in record.messages]
+    return text_hash("\n".join(contents[: num_asking(record.messages)]))
+
+
+def num_asking(messages: list[dict]) -> int:
+    """Returns how many messages stand before the first answer to a user."""
     # An answer before any question belongs to the prompt: some data begins with a greeting.
     has_question = False
-    first_answer = len(messages)
     for i, message in enumerate(messages):
         if message["role"] == "user":
             has_question = True
         if message["role"] == "assistant" and has_question:
-            first_answer = i
-            break
-    contents = [message.get("content") or "" for message in messages[:first_answer]]
-    return text_hash("\n".join(contents))
+            return i
+    return len(messages)
 
 
-def record_hash(record: Record, words: str) -> int:
-    """Returns `text_hash` of all that a record says, with who says it, tool calls and tools; of a
-    preference, with the rejected answer. words: of `words_of`."""
+def record_hashes(record: Record) -> tuple[int, int]:
+    """Returns `prompt_hash` of a record, and 64 bits of a hash of all that it says.
+
+    That is who says what, letter case and the number of spaces aside, with tool calls and tools, and
+    of a preference with the rejected answer.
+    """
     messages = record.messages
     if messages is None:
-        return text_hash(record.text)
+        text = text_hash(record.text)
+        return text, text
+    contents = [message.get("content") or "" for message in messages]
+    first_answer = num_asking(messages)
+    prompt = text_hash("\n".join(contents[:first_answer]))
     if record.rejected:
         messages = messages + record.rejected
-        words = "\n".join([words, *[message.get("content") or "" for message in record.rejected]])
-    # Most conversations need none of this.
-    calls = [message["tool_calls"] for message in messages if message.get("tool_calls")]
-    rest = f"{calls}{record.tools}" if calls or record.tools else ""
+        contents += [message.get("content") or "" for message in record.rejected]
+    # The prompt's hash stands for its words, so that these are read once.
+    answers = " ".join("\n".join(contents[first_answer:]).lower().split())
     roles = " ".join([message["role"] for message in messages])
-    return text_hash(f"{roles}\n{words}\n{rest}")
+    whole = f"{prompt}\n{roles}\n{answers}"
+    calls = [message["tool_calls"] for message in messages if "tool_calls" in message]
+    # Most conversations have neither.
+    if calls or record.tools:
+        whole += f"\n{calls}{record.tools}"
+    digest = hashlib.blake2b(whole.encode("utf-8", "replace"), digest_size=8).digest()
+    return prompt, int.from_bytes(digest, "big")
 
 
 def words_of(record: Record) -> str:

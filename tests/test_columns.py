@@ -60,7 +60,11 @@ def test_two_system_messages_are_refused_unless_they_agree(tmp_path):
     assert record.messages[0]["content"] == "x"
     with pytest.raises(UserError, match="line 1: system_prompt and another column hold different system messages"):
         read(tmp_path / "b.jsonl", QA | {"system": "x", "system_prompt": "y"})
-    messages = [{"role": "system", "content": "y"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    messages = [
+        {"role": "system", "content": "y"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+    ]
     with pytest.raises(UserError, match="two different system messages"):
         read(tmp_path / "c.jsonl", {"messages": messages, "system_prompt": "x"})
 
@@ -135,7 +139,14 @@ def test_floats_of_32_bits_are_read_as_they_were_written(tmp_path):
     })  # fmt: skip
     parquet.write_table(table, tmp_path / "a.parquet")
     rows = [row for _, row in open_source(tmp_path / "a.parquet").containers[0].payloads()]
-    first = {"single": 0.1, "half": 0.1, "double": 0.1, "nested": [{"x": 0.3, "y": "a"}], "map": [("k", 0.7)], "text": "a"}
+    first = {
+        "single": 0.1,
+        "half": 0.1,
+        "double": 0.1,
+        "nested": [{"x": 0.3, "y": "a"}],
+        "map": [("k", 0.7)],
+        "text": "a",
+    }
     assert rows[0] == first
     assert rows[2] == {"single": 16777216.0, "half": 2.0, "double": None, "nested": None, "map": None, "text": "c"}
     assert rows[1]["double"] == 0.1 + 2**-54

@@ -1,4 +1,4 @@
-"""What train.py is asked to do with data: --limit draws examples, --truncate cuts prompts, --system goes before them."""
+"""What train.py is asked to do with data: --limit draws examples, --truncate cuts prompts, --system stands before."""
 
 import json
 from pathlib import Path
@@ -181,8 +181,8 @@ def test_prompts_are_cut_from_the_left_and_answers_stay_whole(tmp_path, tokenize
     assert cut.num_trained.tolist() == [int((example.loss_weights > 0).sum()) for example in cut.examples]
     # The default leaves them out, and says what would keep them.
     assert [example.source for example in load(64, "drop").examples] == [f"{file} line 3"]
-    assert said[-1].endswith("66.7 % of the records are longer than --seq-len; raise --seq-len, or keep their answers with"
-                             " --truncate prompt")  # fmt: skip
+    too_long = "66.7 % of the records are longer than --seq-len; raise --seq-len"
+    assert said[-1].endswith(f"{too_long}, or keep their answers with --truncate prompt")
 
 
 def test_what_fits_is_the_same_either_way(tmp_path, tokenizer):
@@ -267,7 +267,9 @@ def test_a_run_keeps_its_system_message(tmp_path, base, monkeypatch, capsys):
     assert trained_system(final) == "be red" == json.loads((final / "plaintune.json").read_text())["system"]
 
     prompts = []
-    monkeypatch.setattr("tokenizer.Tokenizer.render", lambda self, messages, *rest, **more: prompts.append(messages) or 1 / 0)
+    monkeypatch.setattr(
+        "tokenizer.Tokenizer.render", lambda self, messages, *rest, **more: prompts.append(messages) or 1 / 0
+    )
     asking = ["--model", base, "--adapter", final, "--prompt", "hello", *QUICK]
     for extra in ((), ("--system", "be blue"), ("--system", "")):
         with pytest.raises(ZeroDivisionError):
@@ -288,7 +290,8 @@ def test_a_run_keeps_its_system_message(tmp_path, base, monkeypatch, capsys):
 
 
 def test_a_system_message_that_nobody_would_see_is_refused(tmp_path, base, monkeypatch, capsys):
-    drops = "{% for m in messages if m.role != 'system' %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+    drops = "{% for m in messages if m.role != 'system' %}{{ m.content }}"
+    drops += "{{ eos_token if m.role == 'assistant' }}{% endfor %}"
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + drops
     for template, why in ((drops, "it leaves system messages out"), (refuses, "no system role")):
         (base / "chat_template.jinja").write_text(template)

@@ -37,7 +37,16 @@ def written(path: Path, records: list) -> Path:
 
 
 qa = lambda n, **more: {"instruction": f"Say {n}.", "output": f"It is {n}."} | more
-SIX_FAULTS = [qa(1), qa(2, output=5), "{bad", {"foo": 1}, qa(5, weight=-1), qa(6), qa(7, instruction=None), qa(8, output=None)]
+SIX_FAULTS = [
+    qa(1),
+    qa(2, output=5),
+    "{bad",
+    {"foo": 1},
+    qa(5, weight=-1),
+    qa(6),
+    qa(7, instruction=None),
+    qa(8, output=None),
+]
 LINES = [
     "line 2: output is a number, a string is wanted",
     "line 3: not JSON at column 2 (Expecting property name enclosed in double quotes)",
@@ -224,8 +233,9 @@ def test_data_py_names_and_skips_them(tmp_path, base, monkeypatch, capsys):
     for words in (["convert", file, "--out", tmp_path / "c.jsonl"], ["split", file, "--out", tmp_path / "parts"]):
         _, error, code = command(data, monkeypatch, capsys, *words)
         assert code == 2 and "6 faulty records" in error and not Path(words[-1]).exists()
-    _, error, code = command(data, monkeypatch, capsys, *words, "--skip-bad")
-    assert code == 0, error
+    words += ["--skip-bad", "--val", 0.3, "--test", 0.3]
+    _, error, code = command(data, monkeypatch, capsys, *words)
+    assert code == 0 and sorted(file.name for file in (tmp_path / "parts").iterdir()), error
 
 
 def test_train_and_evaluate_take_skip_bad(tmp_path, base, monkeypatch, capsys):

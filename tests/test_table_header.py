@@ -47,10 +47,10 @@ def test_numbered_classes_are_said(tmp_path):
 
 REFUSED = {
     # the text of a file: what is said
-    "1,What?,That\n2,Who?,Me\n3,Why?,So\n": "is a record and no header; write a row above it with their names, such as id",
+    "1,What?,That\n2,Who?,Me\n3,Why?,So\n": "a record and no header; write a row above it with their names, such as id",
     "0,1\na,b\n": "its first row numbers the columns; write the columns' names in their place",
-    "Find x.,1,2,3,4,B\n": r"\('Find x.', '1', '2', ...\) is a record and no header; write a row above it with their names",
-    "spam,Win now!\nham,Hello there.\nspam,Win more!\nham,See you.\n": "write a row above it with label,text or question",
+    "Find x.,1,2,3,4,B\n": r"\('Find x.', '1', '2', ...\) is a record and no header; write a row above it",
+    "spam,Win now!\nham,Hello there.\nspam,Win more!\nham,See you.\n": "write a row above it with label,text or q",
     "hello,hi there\nbye,see you\n": "no known format.*; if its first row is a record, write one with the names",
 }  # fmt: skip
 
@@ -67,7 +67,9 @@ def test_the_advice_helps(tmp_path):
 
 
 def test_a_users_function_reads_columns_of_any_name(tmp_path):
-    (tmp_path / "m.py").write_text("def f(record):\n    a, b = record.values()\n    return {'prompt': a, 'completion': b}")
+    (tmp_path / "m.py").write_text(
+        "def f(record):\n    a, b = record.values()\n    return {'prompt': a, 'completion': b}"
+    )
     map_fn = Map(f"{tmp_path}/m.py:f")
     said, line = read(tmp_path / "a.csv", "Frage,Antwort\na,b\n", map_fn=map_fn)
     assert said == [["a", "b"]] and "columns named" not in line

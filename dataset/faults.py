@@ -71,7 +71,7 @@ def complaint(
     return FaultyRecords(*lines, f"{count}; {advice}")
 
 
-def without_nulls(value: object, format: Format) -> dict | None:
+def nulls_as_texts(value: object, format: Format) -> dict | None:
     """Returns a record with "" for each null where a text is wanted, or None if there is none.
 
     value: a record that can't be read as it is.

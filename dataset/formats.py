@@ -29,7 +29,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from common.errors import UserError, printable
-from dataset.faults import complaint, fault_kind, without_nulls
+from dataset.faults import complaint, fault_kind, nulls_as_texts
 from dataset.folders import (
     DESCRIPTION,
     PART_COLUMNS,
@@ -187,7 +187,7 @@ class Source:
         try:
             return [*self.format.records(value, place, stats, self.trees, from_arrow, self.origin)]
         except UserError as error:
-            filled = without_nulls(value, self.format) if self.skip_bad else None
+            filled = nulls_as_texts(value, self.format) if self.skip_bad else None
             if filled is None:
                 raise
             stats.restore(counts)

@@ -377,7 +377,7 @@ def test_chat_remembers_resets_and_survives_ctrl_c(monkeypatch, capsys):
 
     monkeypatch.setattr("builtins.input", type_next)
     monkeypatch.setattr(generate, "answer", answer)
-    generate.chat(None, Namespace(tokenizer=None), SETTINGS)
+    generate.chat(None, Namespace(tokenizer=Namespace(system="")), SETTINGS)
     assert seen == [["hi"], ["hi", "o\x1bk", "again"], ["new"]]
     assert capsys.readouterr().out == "ok\n" * 2 + "\nok\n\n"
 

@@ -52,6 +52,10 @@ ARROW_FILE = b"ARROW1"
 ARROW_STREAM = b"\xff\xff\xff\xff"
 
 
+class RecordFault(UserError):
+    """A fault of one record of a JSON list, behind which the list goes on."""
+
+
 class Text(NamedTuple):
     """One part of a plain-text file. A long file is read as several parts, cut at the start of a
     line if it has any.
@@ -369,7 +373,12 @@ def _json_values(stream: BinaryIO, container: Container) -> Iterator[tuple[int, 
         text.skip_space()
         if number == 1 and text.peek() == "]":
             break
-        yield number, text.decode(place)
+        try:
+            value = text.decode(place)
+        except RecordFault as fault:
+            # `Container.value` raises it.
+            value = fault
+        yield number, value
         text.skip_space()
         if text.peek() != ",":
             break
@@ -472,7 +481,24 @@ class _JSONWindow:
             except RecursionError:
                 raise UserError(f"{place}: JSON nested too deep") from None
             except ValueError as error:  # of _refuse_constant or _refuse_duplicate_keys
-                raise UserError(f"{place}: {error}") from None
+                fault = f"{place}: {error}"
+                if self.skip_value():
+                    raise RecordFault(fault) from None
+                raise UserError(fault) from None
+
+    def skip_value(self) -> bool:
+        """Moves behind the value that begins here, whatever it holds. False if its end is not
+        found."""
+        while True:
+            try:
+                _, self.at = ANY_VALUE.raw_decode(self.text, self.at)
+                return True
+            except json.JSONDecodeError:
+                if self.ended:
+                    return False
+                self.read_more()
+            except (RecursionError, ValueError):
+                return False
 
     def error(self, place: str, why: str) -> UserError:
         """Returns the error for a fault at `at`, with its line and column in the whole file."""
@@ -826,6 +852,8 @@ def _parse_int(digits: str) -> int | float:
 
 
 SPACE = re.compile(r"\s*")
+# Finds the end of a value that DECODER refuses for what it holds.
+ANY_VALUE = json.JSONDecoder(parse_int=_parse_int)
 DECODER = json.JSONDecoder(
     parse_constant=_refuse_constant,
     parse_int=_parse_int,

@@ -168,6 +168,18 @@ def test_faults_of_every_kind_of_file(tmp_path, write, faults, kept):
     assert len(open_source(file, skip_bad=True).read_all()) == kept
 
 
+def test_a_list_goes_on_behind_what_is_no_json(tmp_path):
+    records = [qa(1), qa(2, score=float("nan")), qa(3, id=float("inf")), qa(4)]
+    text = json.dumps(records).replace('"Say 4."', '"Say 4.", "output": "twice"')
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(FaultyRecords) as caught:
+        open_source(tmp_path / "a.json").read_all()
+    faults = ["2: NaN is not JSON", "3: Infinity is not JSON", "4: key 'output' stands twice in an object"]
+    for line, fault in zip(str(caught.value).split("\n"), faults, strict=False):
+        assert line.startswith(f"{tmp_path / 'a.json'} record {fault}")
+    assert len(open_source(tmp_path / "a.json", skip_bad=True).read_all()) == 1
+
+
 def test_trees_without_their_faulty_messages(tmp_path):
     node = lambda id, parent, role, **more: {"message_id": id, "parent_id": parent, "role": role, "text": id} | more
     records = [node("a", None, "prompter"), "{", node("b", "a", "assistant"), {"message_id": "c"}]

@@ -309,7 +309,9 @@ class Flags:
         limits=NOT_NEGATIVE,
     )
     seed: int = option(
-        0, "seed of the examples' order, of new weights and of dropout", limits=NOT_NEGATIVE
+        0,
+        "seed of the examples' order, of what --limit draws, of new weights and of dropout",
+        limits=NOT_NEGATIVE,
     )
 
     # ---- evaluation and saving

@@ -250,12 +250,21 @@ def count_several_answers(prompts: np.ndarray, contents: np.ndarray) -> int:
 def same_as(place: str, other: str) -> str:
     """Returns e.g. "a.json record 7 is record 5".
 
-    The other's file is named too if it is another one.
+    Of the other's place, only what differs is named: its file too if it is another one, and in a
+    nested file the numbers from the first that differs on.
     """
     # A place is "FILE unit number", and a file's name may have spaces. In a nested file more follows.
-    match = re.match(r"(.+ )(line|record|row) \d+", place)
+    match = re.match(r"(.+) (?:line|record|row) \d+", place)
     file = match[1] if match else ""
-    return f"{place} is {other.removeprefix(file)}"
+    shown = other
+    if other.startswith(f"{file} "):
+        mine = place.removeprefix(f"{file} ").split(" ")
+        theirs = other.removeprefix(f"{file} ").split(" ")
+        # In pairs: "record", "1", "article", "3".
+        while len(theirs) > 2 and mine[:2] == theirs[:2]:
+            del mine[:2], theirs[:2]
+        shown = " ".join(theirs)
+    return f"{place} is {shown}"
 
 
 def overlap(

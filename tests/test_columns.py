@@ -193,7 +193,7 @@ def test_nested_files_name_the_paragraph(tmp_path, base, monkeypatch, capsys):
     file.write_text(json.dumps(copied, indent=1))
     out, _, _ = command(data, monkeypatch, capsys, "inspect", file, "--model", base)
     copy = "a.json record 1 article 2 paragraph 1 question 1"
-    assert f"{copy} is record 1 article 1 paragraph 1 question 1\n" in out
+    assert f"{copy} is article 1 paragraph 1 question 1\n" in out
     assert nested_place(pack_nested((442, 9_999, 25))) == " article 442 paragraph 9999 question 25"
 
 

@@ -37,7 +37,7 @@ from dataset.examples import (
     Example,
     ExampleIndex,
     cut,
-    sampled,
+    draw_examples,
     too_long_warning,
 )
 from dataset.faults import WARN_ABOVE
@@ -137,7 +137,7 @@ def load_training_data(
         warning = "no validation, the prompts are too alike to part them; give --val FILE"
         print(f"          WARNING: {warning}")
     if flags.limit is not None:
-        train = limited(train, files, flags.limit, flags.seed)
+        train = limit_examples(train, files, flags.limit, flags.seed)
     print_counts(train, val, tokenizer)
 
     formats = dataset.formats
@@ -172,7 +172,7 @@ def check_system(tokenizer: Tokenizer) -> None:
         raise UserError(f"--system: can't be shown to the model ({reason}); --system '' for none")
 
 
-def limited(dataset: Dataset, files: Sequence[str | Path], count: int, seed: int) -> Dataset:
+def limit_examples(dataset: Dataset, files: Sequence[str | Path], count: int, seed: int) -> Dataset:
     """Returns `count` examples of the files, each of which gives its share, and prints how many of
     how many these are. Raises UserError if there are fewer examples than files."""
     if count < len(files):
@@ -185,7 +185,7 @@ def limited(dataset: Dataset, files: Sequence[str | Path], count: int, seed: int
     contents = np.concatenate([rows.contents for rows in index.rows])
     first_records = np.cumsum([0, *[len(rows) for rows in index.rows]])
     contents = contents[first_records[index.source] + index.row]
-    chosen = sampled(dataset.prompts, index.start, contents, index.source, count, seed)
+    chosen = draw_examples(dataset.prompts, index.start, contents, index.source, count, seed)
     unit = "examples" if dataset.chat else "pieces of text"
     print(f"          --limit: {count:,} of {len(index):,} {unit}, drawn by --seed {seed}")
     sample = dataset.take(chosen)

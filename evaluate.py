@@ -21,7 +21,7 @@ from checkpoint import load_model, read_config
 from common import cli, console
 from common.device import pick_device, pick_dtype
 from common.errors import UserError, run
-from dataset.examples import Dataset, ExampleIndex, sampled
+from dataset.examples import Dataset, ExampleIndex, draw_examples
 from dataset.folders import TEST
 from dataset.formats import Map, Source, open_source
 from dataset.records import ReadStats, Record
@@ -135,12 +135,12 @@ def sample_of_file(prompts: np.ndarray, starts: np.ndarray, limit: int, seed: in
     """Returns the numbers of `limit` examples, ascending, and prints that they are drawn. The same
     ones for every model, since nothing that they are drawn by depends on its tokenizer.
 
-    prompts, starts: of `dataset.examples.sampled`.
+    prompts, starts: of `dataset.examples.draw_examples`.
     """
     print(f"          --limit: {limit:,} of {len(prompts):,}, drawn by --seed {seed}")
     order = np.arange(len(prompts))
     one_source = np.zeros(len(prompts), np.int64)
-    return sampled(prompts, starts, order, one_source, limit, seed)
+    return draw_examples(prompts, starts, order, one_source, limit, seed)
 
 
 def pick_targets(args: argparse.Namespace) -> list[Target]:

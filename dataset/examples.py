@@ -387,23 +387,16 @@ def cut_chats(
     start = np.zeros(num_records, np.int64)
     head = np.full(num_records, -1, np.int64)
     if truncate == "prompt":
-        first = ends - span_tokens
         does_not_fit = num_fitting_spans[chats] < num_trained_spans[chats]
-        for chat in chats[does_not_fit].tolist():
-            # Spans are in the order of their records.
-            low, high = np.searchsorted(record, [chat, chat + 1])
-            place = cut_front(rows, chat, (int(first[high - 1]), int(ends[high - 1])), seq_len)
-            if place is None:
-                continue
-            head[chat], start[chat] = place
-            stop[chat] = ends[high - 1]
-            is_kept = first[low:high] >= start[chat]
-            trained[chat] = span_tokens[low:high][is_kept].sum()
+        spans = np.stack([record, ends - span_tokens, ends], 1)
+        fronts = cut_fronts(rows, chats[does_not_fit], spans, seq_len)
+        for chat, front in fronts.items():
+            head[chat], start[chat], stop[chat], trained[chat] = front
             # Nothing of it is left out or shortened at its end.
             num_fitting_spans[chat] = num_trained_spans[chat]
-        num_cut = int((head >= 0).sum())
-        if num_cut:
-            dropped[f"cut from the left of the prompt to fit into --seq-len {seq_len}"] += num_cut
+        if fronts:
+            reason = f"cut from the left of the prompt to fit into --seq-len {seq_len}"
+            dropped[reason] += len(fronts)
     fitting_chats = chats[num_fitting_spans[chats] > 0]
     num_left_out = len(chats) - len(fitting_chats)
     is_shortened = num_fitting_spans[fitting_chats] < num_trained_spans[fitting_chats]
@@ -421,21 +414,35 @@ def cut_chats(
     )
 
 
-def cut_front(rows: Rows, chat: int, last: tuple[int, int], seq_len: int) -> tuple[int, int] | None:
-    """Returns how many tokens of a conversation's beginning stay, and from which token on it is kept
-    behind them, so that its last trained span fits; None if it can't.
+def cut_fronts(
+    rows: Rows, chats: np.ndarray, spans: np.ndarray, seq_len: int
+) -> dict[int, tuple[int, int, int, int]]:
+    """Cuts conversations in front, so that their last trained span fits whole.
 
-    chat: the number of the record. last: [start, end) of that span.
+    chats: int64 [C], the records that are too long.
+    spans: int64 [S, 3], of all trained spans, in order: record, start, end.
+
+    Returns for each of which that span can be kept (tokens of its beginning that stay, the token from
+    which on it is kept behind them, the last one's end, trained tokens).
     """
-    first = rows.starts[chat]
-    ids = rows.ids[first : rows.starts[chat + 1]].tolist()
-    spans = rows.spans[rows.span_starts[chat] : rows.span_starts[chat + 1]].tolist()
-    head = int(rows.heads[chat])
-    start = cut_prompt(ids, spans, last, head, rows.turn, seq_len)
-    return None if start is None else (head, start)
+    fronts = {}
+    for chat in chats.tolist():
+        low, high = np.searchsorted(spans[:, 0], [chat, chat + 1])
+        _, answer_start, answer_end = spans[high - 1].tolist()
+        first = rows.starts[chat]
+        ids = rows.ids[first : rows.starts[chat + 1]].tolist()
+        answers = rows.spans[rows.span_starts[chat] : rows.span_starts[chat + 1]].tolist()
+        head = int(rows.heads[chat])
+        start = cut_prompt(ids, answers, (answer_start, answer_end), head, rows.turn, seq_len)
+        if start is None:
+            continue
+        kept = spans[low:high][spans[low:high, 1] >= start]
+        num_trained = int((kept[:, 2] - kept[:, 1]).sum())
+        fronts[chat] = (head, start, answer_end, num_trained)
+    return fronts
 
 
-def sampled(
+def draw_examples(
     prompts: np.ndarray,
     starts: np.ndarray,
     contents: np.ndarray,
@@ -453,8 +460,8 @@ def sampled(
     its record. contents: uint64 [examples], by which examples with equal prompts and starts are told
     apart. sources: int [examples], the number of each one's source, from 0 on.
     """
-    keys = mixed(prompts ^ mixed(np.array([seed], np.uint64)))
-    keys = mixed(keys ^ starts.astype(np.uint64))
+    keys = splitmix64(prompts ^ splitmix64(np.array([seed], np.uint64)))
+    keys = splitmix64(keys ^ starts.astype(np.uint64))
     # Equal ones are numbered, so that they are not drawn all together.
     order = np.lexsort((contents, keys))
     is_new = np.ones(len(keys), bool)
@@ -462,7 +469,7 @@ def sampled(
     first_of_run = np.maximum.accumulate(np.where(is_new, np.arange(len(keys)), 0))
     copy_number = np.empty(len(keys), np.uint64)
     copy_number[order] = np.arange(len(keys)) - first_of_run
-    keys = mixed(keys ^ copy_number)
+    keys = splitmix64(keys ^ copy_number)
 
     chosen = []
     for source, share in enumerate(shares_of(np.bincount(sources), count)):
@@ -471,8 +478,8 @@ def sampled(
     return np.sort(np.concatenate(chosen))
 
 
-def mixed(values: np.ndarray) -> np.ndarray:
-    """Returns uint64 hashes of uint64 values, a bijection (splitmix64; Steele et al. 2014)."""
+def splitmix64(values: np.ndarray) -> np.ndarray:
+    """Returns uint64 hashes of uint64 values, a bijection (Steele et al. 2014)."""
     # The products overflow, and are meant to.
     with np.errstate(over="ignore"):
         values = values + np.uint64(0x9E3779B97F4A7C15)

@@ -105,7 +105,9 @@ def survey(source: Source) -> Survey:
     bar = tqdm(unit="record", desc="reading", disable=None, leave=False)
     work = partial(survey_chunk, source)
     stats = whole.stats
-    for part in complained(source, stats, in_order(work, chunks(source), processes_for(source))):
+    for part in with_all_faults(
+        source, stats, in_order(work, chunks(source), processes_for(source))
+    ):
         parts.append(part)
         stats.add(part.stats)
         bar.update(len(part.hashes))
@@ -134,7 +136,7 @@ def survey(source: Source) -> Survey:
     return whole
 
 
-def complained(source: Source, stats: ReadStats, parts: Iterator) -> Iterator:
+def with_all_faults(source: Source, stats: ReadStats, parts: Iterator) -> Iterator:
     """Yields the parts. If there is an error, raises one of all faults so far. stats: of these."""
     try:
         yield from parts
@@ -293,7 +295,7 @@ def overlap(
     ]
 
 
-def faulty(stats: ReadStats, lines: list[str]) -> Finding:
+def faulty_finding(stats: ReadStats, lines: list[str]) -> Finding:
     """Returns the finding on records that could not be read and are left out; an empty one without
     them. lines: what is wrong with the first of them."""
     count = f"{stats.num_faults:,}" if stats.num_faults else ""
@@ -325,7 +327,7 @@ def contents(result: Survey, rows: Rows, fault_lines: list[str]) -> list[Finding
     control = f"{num_control:,} (kept as plain text)"
     findings = [
         Finding("empty, left out", f"{num_empty:,}", warns=num_empty > 0),
-        faulty(result.stats, fault_lines),
+        faulty_finding(result.stats, fault_lines),
         Finding("answers of one word", f"{num_one_word:,}", one_word_places),
         Finding("control tokens spelled in text", control, control_places, num_control > 0),
         Finding("scripts", scripts),

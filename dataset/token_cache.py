@@ -395,11 +395,6 @@ def write(
     work = partial(encode_unless_faulty, source, tokenizer, roles, dtype, heads)
     processes = processes_for(source)
     stats = ReadStats()
-
-    def wanted_chunks() -> Iterator[tuple[bool, list]]:
-        for chunk in chunks(source):
-            yield stats.num_faults == 0 or bool(source.skip_bad), chunk
-
     num_tokens = 0
     num_spans = 0
     largest = 0
@@ -416,7 +411,8 @@ def write(
     try:
         append("starts", np.zeros(1, np.int64))
         append("span_starts", np.zeros(1, np.int64))
-        for part in in_order(work, wanted_chunks(), processes, tokenizer.forget_processes):
+        wanted = wanted_chunks(source, stats)
+        for part in in_order(work, wanted, processes, tokenizer.forget_processes):
             arrays = {
                 "ids": part.ids,
                 "starts": num_tokens + np.cumsum(part.lengths),
@@ -447,20 +443,38 @@ def write(
             file.close()
     source.complain_of_faults(stats)
     stats.complain_if_empty(source.path)
-    meta = dict(vars(stats))
-    meta["ignored"] = list(stats.ignored)
-    meta["facts"] = list(stats.facts)
+    meta = reading_facts(stats, turn)
     meta["largest"] = largest
-    meta["turn_header"] = turn.header
-    meta["turn_ending"] = turn.ending
     meta["dtype"] = dtype.name
     meta["tokens"] = num_tokens
     sizes = {name: (folder / f"{name}.bin").stat().st_size for name in files}
     meta["files"] = {f"{name}.bin": [sizes[name], checksums[name]] for name in files}
+    write_meta(meta, folder)
+
+
+def write_meta(meta: dict, folder: Path) -> None:
+    """Writes meta.json, with its own CRC-32."""
     # As a reader will have it: JSON has neither tuples nor keys that are no texts.
     meta = json.loads(json.dumps(meta))
     meta["crc32"] = meta_crc32(meta)
     write_json(meta, folder / "meta.json")
+
+
+def wanted_chunks(source: Source, stats: ReadStats) -> Iterator[tuple[bool, list]]:
+    """Yields the chunks of a source, each with whether anything of it will be kept: not from the
+    first faulty record on, unless these are left out. stats: of what was read so far."""
+    for chunk in chunks(source):
+        yield stats.num_faults == 0 or bool(source.skip_bad), chunk
+
+
+def reading_facts(stats: ReadStats, turn: TurnShape) -> dict:
+    """Returns what was read and left out, and what stands around messages, as values of JSON."""
+    meta = dict(vars(stats))
+    meta["ignored"] = list(stats.ignored)
+    meta["facts"] = list(stats.facts)
+    meta["turn_header"] = turn.header
+    meta["turn_ending"] = turn.ending
+    return meta
 
 
 def encode_unless_faulty(

@@ -12,7 +12,7 @@ import evaluate
 import generate
 import train
 from common.errors import UserError
-from dataset.examples import sampled, shares_of
+from dataset.examples import draw_examples, shares_of
 from dataset.formats import open_source
 from dataset.prompt_cut import TurnShape, cut_prompt
 from dataset.records import ReadStats
@@ -59,7 +59,7 @@ def uniform(count: int, seed: int = 0) -> np.ndarray:
 def draw(prompts: np.ndarray, count: int, seed: int, sources: np.ndarray | None = None) -> set[int]:
     """The prompts that are drawn."""
     zeros = np.zeros(len(prompts), np.int64)
-    chosen = sampled(prompts, zeros, prompts, zeros if sources is None else sources, count, seed)
+    chosen = draw_examples(prompts, zeros, prompts, zeros if sources is None else sources, count, seed)
     assert np.array_equal(chosen, np.unique(chosen)) and len(chosen) == count
     return set(prompts[chosen].tolist())
 
@@ -76,7 +76,7 @@ def test_each_example_is_drawn_equally_often_also_copies():
     counts = np.zeros(200)
     zeros = np.zeros(200, np.int64)
     for seed in range(400):
-        counts[sampled(prompts, zeros, np.arange(200, dtype=np.uint64), zeros, 40, seed)] += 1
+        counts[draw_examples(prompts, zeros, np.arange(200, dtype=np.uint64), zeros, 40, seed)] += 1
     # Of 400 draws of a fifth: 80, with a standard deviation of 8.
     assert abs(counts[:50].mean() - 80) < 4 and abs(counts[50:].mean() - 80) < 2
     assert counts.min() > 40 and counts.max() < 120

@@ -50,6 +50,7 @@ from interop.resolve import (
     pick_base_numbers,
     pick_tokenizer,
     trained_day,
+    trained_system,
 )
 from kernels.nf4 import dequantized_weight
 from model import quantized_linears
@@ -59,7 +60,7 @@ BUNDLED_CHECKS = ("general_chat.jsonl", "general.txt")
 # The longest part of a record of --check, in tokens: it is computed twice, perhaps on a CPU.
 CHECKED_TOKENS = 256
 # What a merged folder's plaintune.json takes over from that of its adapter.
-KEPT_FACTS = ("base", "base_sha256", "date")
+KEPT_FACTS = ("base", "base_sha256", "date", "system")
 # A merged model whose loss is higher by more than this, in nats, is warned of. Rounding to 16 bits
 # takes less.
 LARGEST_GAP = 0.02
@@ -259,6 +260,9 @@ def to_nf4(folder: Path, out: Path, quant: str = "nf4", print_fn: Callable = pri
         day = trained_day(folder)
         if day:
             origin["date"] = day
+        system = trained_system(folder)
+        if system:
+            origin["system"] = system
         write_json(origin, new_folder / "plaintune.json")
 
     checkpoint.save_model(model, out, write_extra=write_origin)

@@ -34,14 +34,27 @@ import torch
 from torch import Tensor
 
 import distributed
-from common.errors import UserError
+from common.console import one_line
+from common.errors import LONGEST_LINE, UserError, printable
 from common.remote_names import shown
-from dataset.examples import DUMMY_EXAMPLE, TRAIN_ON, Dataset, Example, ExampleIndex, cut
+from dataset.columns import ignored_facts
+from dataset.examples import (
+    DUMMY_EXAMPLE,
+    TRAIN_ON,
+    TRUNCATE,
+    Dataset,
+    Example,
+    ExampleIndex,
+    cut,
+    draw_examples,
+    too_long_warning,
+)
+from dataset.faults import WARN_ABOVE
 from dataset.folders import TRAIN, VALIDATION, Fetched
-from dataset.formats import Map, open_source
+from dataset.formats import Map, Source, open_source
 from dataset.inspection import quick_checks, rendered_chats
 from dataset.sampler import Sampler, allocate_samples
-from dataset.token_cache import tokenized_rows
+from dataset.token_cache import Rows, tokenized_rows
 from flags import VAL_FRACTION, Flags, parse_replay, parse_weights
 from interop.remote_data import fetch_data
 from kernels.attention import Documents
@@ -117,8 +130,9 @@ def load_training_data(
 
     def read(paths: Sequence[str | Path], map_fn: Map | None = None, part: str = TRAIN) -> Dataset:
         dataset = load(
-            paths, tokenizer, seq_len, flags.train_on, flags.trees, print, map_fn, part, fetch
-        )
+            paths, tokenizer, seq_len, flags.train_on, flags.trees, print, map_fn, part, fetch,
+            flags.truncate, flags.skip_bad,
+        )  # fmt: skip
         check_tokens(dataset, vocab_size, ", ".join(map(shown, paths)))
         return dataset
 
@@ -127,7 +141,10 @@ def load_training_data(
     named_files, weights = parse_weights(flags.data)
     files: list[str | Path] = list(named_files or BUNDLED_TASK["train"])
     map_fn = Map(flags.map) if flags.map else None
+    check_system(tokenizer)
     dataset = read(files, map_fn)
+    if tokenizer.system and not dataset.chat and "system" in flags.given:
+        raise UserError("--system: plain text has no system message")
 
     val_files: list[str | Path] = []
     if flags.val:
@@ -152,6 +169,8 @@ def load_training_data(
     if not len(val) and val_fraction:
         warning = "no validation, the prompts are too alike to part them; give --val FILE"
         print(f"          WARNING: {warning}")
+    if flags.limit is not None:
+        train = limit_examples(train, files, flags.limit, flags.seed)
     print_counts(train, val, tokenizer)
 
     formats = dataset.formats
@@ -180,6 +199,34 @@ def load_training_data(
     return TrainingData(train, val, replay_val, sampler, seq_len, val_fraction, pack)
 
 
+def check_system(tokenizer: Tokenizer) -> None:
+    """Raises UserError if the chat template has no place for the tokenizer's system message."""
+    reason = tokenizer.why_no_system(tokenizer.system) if tokenizer.system else ""
+    if reason:
+        raise UserError(f"--system: can't be shown to the model ({reason}); --system '' for none")
+
+
+def limit_examples(dataset: Dataset, files: Sequence[str | Path], count: int, seed: int) -> Dataset:
+    """Returns `count` examples of the files, each of which gives its share, and prints how many of
+    how many these are. Raises UserError if there are fewer examples than files."""
+    if count < len(files):
+        raise UserError(f"--limit {count}: there are {len(files)} files, of which each gives some")
+    assert isinstance(dataset.examples, ExampleIndex)
+    index = dataset.examples
+    if count >= len(index):
+        print(f"          --limit {count:,}: there are {len(index):,} examples, all are taken")
+        return dataset
+    contents = np.concatenate([rows.contents for rows in index.rows])
+    first_records = np.cumsum([0, *[len(rows) for rows in index.rows]])
+    contents = contents[first_records[index.source] + index.row]
+    chosen = draw_examples(dataset.prompts, index.start, contents, index.source, count, seed)
+    unit = "examples" if dataset.chat else "pieces of text"
+    print(f"          --limit: {count:,} of {len(index):,} {unit}, drawn by --seed {seed}")
+    sample = dataset.take(chosen)
+    sample.dropped = dataset.dropped
+    return sample
+
+
 def print_counts(train: Dataset, val: Dataset, tokenizer: Tokenizer) -> None:
     """Prints how much there is to train on and to validate with, and what looks wrong about it."""
     template = f"; chat template: {tokenizer.template_name}" if train.chat else ""
@@ -189,6 +236,11 @@ def print_counts(train: Dataset, val: Dataset, tokenizer: Tokenizer) -> None:
     )
     if train.chat and tokenizer.writes_date:
         print(f"          {tokenizer.date_note}, in the whole run; --date sets another")
+    if train.chat and tokenizer.system:
+        print(
+            f'          system message "{one_line(tokenizer.system, 60)}" before conversations that'
+            " have none; --system sets another"
+        )
     label = "checked"  # before the first line only
     for line in quick_checks(train, val):
         print(f"{label:10}{line}")
@@ -276,6 +328,8 @@ def load(
     map_fn: Map | None = None,
     part: str = TRAIN,
     fetch: Callable = fetch_data,
+    truncate: str = TRUNCATE[0],
+    skip_bad: bool | None = None,
 ) -> Dataset:
     """Returns the examples of some files, at most seq_len tokens long.
 
@@ -285,33 +339,35 @@ def load(
     map_fn: a user's function that each record goes through.
     part: which part is read of folders and files that have parts to train, validate and test.
     fetch: gets copies of data that lie elsewhere.
+    truncate: as the flag of that name.
+    skip_bad: leave out records that can't be read; None: no, and there is no flag that would.
 
-    Raises UserError where nothing is left to train on.
+    Raises UserError where nothing is left to train on, and for records that can't be read.
     """
     roles, last_only = TRAIN_ON[train_on]
     # All files are opened before the first is tokenised: a wrong name ends the run at once.
-    sources = [open_source(fetch(path, part), trees, map_fn, part) for path in paths]
+    sources = [
+        open_source(fetch(path, part), trees, map_fn, part, skip_bad=skip_bad) for path in paths
+    ]
     rows = []
     with_validation = []
     for path, source in zip(paths, sources, strict=True):
-        source_rows = tokenized_rows(source, tokenizer, roles)
+        source.system = tokenizer.system
+        source_rows = tokenized_rows(source, tokenizer, roles, with_heads=truncate == "prompt")
         rows.append(source_rows)
         cached = ", tokenised before" if source_rows.cached else ""
         print_fn(f"data      {source.summary(source_rows.stats)}{cached}")
+        for line in source_warnings(source, source_rows):
+            print_fn(f"          {line}")
         if source.has_validation(source_rows.stats):
             with_validation.append(path)
-        warning = rendered_chats(source_rows)
-        if warning:
-            print_fn(f"          WARNING: {warning}")
-        for note in source_rows.notes:
-            print_fn(f"          NOTE: {note}")
         good = GOOD_ANSWERS.get(source.format.name)
         if good is not None:
             print_fn(
                 f"          trained on the {good} answers alone; an objective for the others there"
                 " is not yet"
             )
-    dataset = cut(rows, seq_len, last_only)
+    dataset = cut(rows, seq_len, last_only, truncate)
     dataset.formats = tuple(source.format.name for source in sources)
     dataset.with_validation = tuple(with_validation)
     if train_on != "answers" and not dataset.chat:
@@ -321,11 +377,30 @@ def load(
     for reason, count in dataset.dropped.items():
         what = "shortened" if reason.startswith("cut") else "left out"
         print_fn(f"          {what}: {count:,} records {reason}")
+    too_long = too_long_warning(rows, dataset.dropped, truncate)
+    if too_long:
+        print_fn(f"          WARNING: {too_long}")
     if not len(dataset):
         names = ", ".join(map(shown, paths))
         reasons = "; ".join(f"{count} {reason}" for reason, count in dataset.dropped.items())
         raise UserError(f"{names}: no record can be trained on ({reasons})")
     return dataset
+
+
+def source_warnings(source: Source, rows: Rows) -> Iterator[str]:
+    """Yields what a user must know about the records of a source, beside their number."""
+    stats = rows.stats
+    if stats.num_faults:
+        first = printable(source.fault_lines(stats)[0][:LONGEST_LINE])
+        yield f"left out by --skip-bad: {stats.num_faults:,} faulty records, the first: {first}"
+    num_read = stats.num_faults + stats.records
+    if stats.num_faults > WARN_ABOVE * num_read:
+        yield f"WARNING: {100 * stats.num_faults / num_read:.1f} % of the records are faulty"
+    for warning in (rendered_chats(rows), ignored_facts(stats)):
+        if warning:
+            yield f"WARNING: {warning}"
+    for note in rows.notes:
+        yield f"NOTE: {note}"
 
 
 def split(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:

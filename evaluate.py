@@ -21,7 +21,6 @@ if __name__ == "__main__":
 import argparse
 import hashlib
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +31,11 @@ from checkpoint import load_model, read_config
 from common import console
 from common.device import pick_device, pick_dtype
 from common.errors import UserError
-from dataset.examples import Dataset, ExampleIndex
+from dataset.examples import Dataset, ExampleIndex, draw_examples
 from dataset.folders import TEST, Fetched
 from dataset.formats import Map, Source, open_source
 from dataset.records import ReadStats, Record
+from dataset.token_cache import prompt_hash
 from evals.exact_match import ExactResult, exact, split_reference
 from evals.loss import loss
 from interop import resolve
@@ -61,11 +61,18 @@ def main() -> None:
     dtype, reason = pick_dtype(args.dtype, device)
     map_fn = Map(args.map) if args.map else None
     examples = fetch_data(args.data, TEST)
-    source = open_source(examples, map_fn=map_fn, part=TEST)
+    source = open_source(examples, map_fn=map_fn, part=TEST, skip_bad=args.skip_bad)
+    targets = pick_targets(args)
+    # The same for both, so that they answer the same questions.
+    last = targets[-1]
+    day = args.date or resolve.trained_day(last.adapter or last.folder)
+    system = args.system
+    if system is None:
+        system = resolve.trained_system(last.adapter or last.folder)
+    source.system = system
     records = []
     if args.what == "exact":
-        records = records_with_references(source, args.limit)
-    targets = pick_targets(args)
+        records = records_with_references(source, args.limit, args.seed)
     dtype_name = str(dtype).removeprefix("torch.")
     print(f"compute   {args.what} in {dtype_name} on {device.type}: {reason}")
 
@@ -74,17 +81,15 @@ def main() -> None:
     exact_results: dict[str, ExactResult] = {}
     losses: dict[str, dict[str, float]] = {}
     digests = set()
-    # The same for both, so that they answer the same questions.
-    last = targets[-1]
-    day = args.date or resolve.trained_day(last.adapter or last.folder)
     for target in targets:
-        tokenizer = resolve.pick_tokenizer(target.folder, target.adapter, args.template, day)
+        tokenizer = resolve.pick_tokenizer(
+            target.folder, target.adapter, args.template, day, system=system
+        )
+        data.check_system(tokenizer)
         if args.what == "loss":
             # A fault in the file is reported before the model is loaded, which may take long.
             config = read_config(target.folder)
-            dataset = encode_file(
-                examples, tokenizer, config.max_positions, args.seq_len, args.limit, map_fn
-            )
+            dataset = encode_file(args, examples, tokenizer, config.max_positions, map_fn)
             data.check_tokens(dataset, config.vocab_size, str(examples))
             if len(targets) == 2:
                 digests.add(digest_of_ids(dataset))
@@ -115,21 +120,36 @@ def main() -> None:
     print_table(losses, {"loss": ".4f", "perplexity": ".3f", "tokens": ",.0f"})
 
 
-def records_with_references(source: Source, limit: int | None) -> list[Record]:
-    """Reads the first `limit` records (None: all) that hold a good answer to compare with, and
-    prints what was read.
+def records_with_references(source: Source, limit: int | None, seed: int) -> list[Record]:
+    """Reads `limit` records (None: all) that hold a good answer to compare with, and prints what was
+    read. seed: draws them.
 
     Raises UserError where there is none, or where the first one has no reference: before a model is
     loaded for it.
     """
     stats = ReadStats()
-    good = (record for record in source.records(stats) if record.label is not False)
-    records = list(islice(good, limit))
+    records = [record for record in source.records(stats) if record.label is not False]
     print(f"data      {source.summary(stats)}")
     if not records:
         raise UserError(f"{source.path}: no record with a good answer to compare with")
     split_reference(records[0])
-    return records
+    if limit is None or limit >= len(records):
+        return records
+    prompts = np.array([prompt_hash(record) for record in records], np.uint64)
+    chosen = sample_of_file(prompts, np.zeros(len(records), np.int64), limit, seed)
+    return [records[i] for i in chosen]
+
+
+def sample_of_file(prompts: np.ndarray, starts: np.ndarray, limit: int, seed: int) -> np.ndarray:
+    """Returns the numbers of `limit` examples, ascending, and prints that they are drawn. The same
+    ones for every model, since nothing that they are drawn by depends on its tokenizer.
+
+    prompts, starts: of `dataset.examples.draw_examples`.
+    """
+    print(f"          --limit: {limit:,} of {len(prompts):,}, drawn by --seed {seed}")
+    order = np.arange(len(prompts))
+    one_source = np.zeros(len(prompts), np.int64)
+    return draw_examples(prompts, starts, order, one_source, limit, seed)
 
 
 def pick_targets(args: argparse.Namespace) -> list[Target]:
@@ -158,35 +178,40 @@ def pick_targets(args: argparse.Namespace) -> list[Target]:
 
 
 def encode_file(
+    args: argparse.Namespace,
     file: str | Path | Fetched,
     tokenizer: Tokenizer,
-    limit: int,
-    seq_len: int | None,
-    num_records: int | None,
+    max_positions: int,
     map_fn: Map | None,
 ) -> Dataset:
-    """Reads a file as examples of at most `seq_len` tokens.
+    """Reads the file of --data as examples of at most --seq-len tokens, of which --limit are drawn.
 
-    limit: the longest text that the model takes, in tokens; also the default of seq_len.
-    num_records: how many records are read, from the first one on; None: all.
+    file: what --data names, fetched.
+    max_positions: the longest text that the model takes, in tokens; also the default of --seq-len.
     map_fn: the user's function that every record goes through first.
 
-    Raises UserError where seq_len is beyond the limit, or where no record fits.
+    Raises UserError where --seq-len is beyond the limit, or where no record fits.
     """
-    if seq_len is not None and seq_len > limit:
-        raise UserError(f"--seq-len {seq_len}: the model takes at most {limit} tokens")
+    seq_len = args.seq_len
+    if seq_len is not None and seq_len > max_positions:
+        raise UserError(f"--seq-len {seq_len}: the model takes at most {max_positions} tokens")
     dataset = data.load(
-        [file], tokenizer, seq_len or limit, print_fn=print, map_fn=map_fn, part=TEST
+        [file],
+        tokenizer,
+        seq_len or max_positions,
+        print_fn=print,
+        map_fn=map_fn,
+        part=TEST,
+        skip_bad=args.skip_bad,
     )
-    if num_records is None:
+    if args.limit is None or args.limit >= len(dataset):
         return dataset
-    print(f"          of which the first {num_records:,}")
     # Examples that are read from a file know the number of their record.
     assert isinstance(dataset.examples, ExampleIndex)
-    dataset = dataset.take(dataset.examples.row < num_records)
-    if not len(dataset):
-        raise UserError(f"--limit {num_records}: none of the first {num_records} records fits")
-    return dataset
+    index = dataset.examples
+    (rows,) = index.rows
+    chosen = sample_of_file(rows.prompts[index.row], index.start, args.limit, args.seed)
+    return dataset.take(chosen)
 
 
 def digest_of_ids(dataset: Dataset) -> str:
@@ -207,10 +232,11 @@ def print_target(target: Target, model: Transformer, tokenizer: Tokenizer) -> No
     """Prints a line that says what is measured: folder, adapter, size, chat template."""
     adapter = f" + {target.adapter}" if target.adapter else ""
     size = f"{model.size / 1e6:,.1f} M parameters{resolve.quantized_suffix(model)}"
-    date_note = resolve.date_note(tokenizer, target.adapter or target.folder)
+    folder = target.adapter or target.folder
+    notes = resolve.date_note(tokenizer, folder) + resolve.system_note(tokenizer, folder)
     print(
         f"{target.name:9} {target.folder}{adapter}: {model.config.family}, {size},"
-        f" chat template {tokenizer.template_name}{date_note}",
+        f" chat template {tokenizer.template_name}{notes}",
         flush=True,
     )
 
@@ -263,7 +289,7 @@ def print_misses(name: str, result: ExactResult, show: int) -> None:
         messages, _ = split_reference(result.records[i])
         questions = [message["content"] for message in messages if message["role"] == "user"]
         question = questions[-1] if questions else ""
-        print(f"  question   {console.one_line(question)}")
+        print(f"  question   {console.both_ends(question)}")
         print(f"  reference  {console.one_line(result.references[i].strip())}")
         print(f"  answer     {console.one_line(result.answers[i].strip())}\n")
 

@@ -29,7 +29,7 @@ from common.errors import UserError
 from common.folder_lock import find_holder
 from common.known_names import TRAIN_NAMES
 from common.remote_names import is_remote, saved_name, shown, split_remote
-from dataset.examples import TRAIN_ON
+from dataset.examples import TRAIN_ON, TRUNCATE
 from dataset.oasst import TREES
 from tokenization.chat_template import NAMED
 from tokenizer import EMPTY_THINK, check_date
@@ -147,6 +147,13 @@ class Flags:
         " without a thought: trained as a part of the answer, or masked, as a part of the prompt",
         choices=[*EMPTY_THINK],
     )
+    system: str | None = option(
+        None,
+        "system message that is put before every conversation that has none, in --data, --val and"
+        " --replay; generate.py and evaluate.py then ask with it, too; '': none; default: the one that"
+        " --adapter or --model was trained with here, else none",
+        metavar="TEXT",
+    )
     train_on: str = option(
         "answers",
         "the parts of a conversation that are trained: every answer of the assistant, only its"
@@ -171,9 +178,30 @@ class Flags:
     )
     seq_len: int | None = option(
         None,
-        "longest example in tokens; what is longer is cut at a turn or left out, and counted;"
-        " default: 2048, or the model's own limit",
+        "longest example in tokens; what is longer is shortened or left out as --truncate says, and"
+        " counted; default: 2048, or the model's own limit",
         limits=POSITIVE,
+    )
+    truncate: str = option(
+        "drop",
+        "what becomes of conversations that are longer than --seq-len: drop: they end with the last"
+        " answer that fits whole, and are left out if none does; prompt: they keep their last answer"
+        " whole, and lose the oldest turns, then the beginning of the user's words; the system message"
+        " and the tokens that begin a text stay. No answer is ever cut",
+        choices=[*TRUNCATE],
+    )
+    limit: int | None = option(
+        None,
+        "train on N examples of --data only, drawn at random by --seed (the same ones for the same"
+        " seed; a larger N adds to them); of plain text, N pieces; of several files each its share."
+        " What validates and --replay are not limited; default: all",
+        metavar="N",
+        limits=POSITIVE,
+    )
+    skip_bad: bool = option(
+        False,
+        "leave out records that can't be read, counted by what is wrong with them, and take null for"
+        " an empty text; default: the first 20 of them are named, and nothing is trained",
     )
     out: str | None = option(
         None,
@@ -304,7 +332,9 @@ class Flags:
         limits=NOT_NEGATIVE,
     )
     seed: int = option(
-        0, "seed of the examples' order, of new weights and of dropout", limits=NOT_NEGATIVE
+        0,
+        "seed of the examples' order, of what --limit draws, of new weights and of dropout",
+        limits=NOT_NEGATIVE,
     )
 
     # ---- evaluation and saving

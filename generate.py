@@ -73,7 +73,7 @@ def main() -> None:
     if is_chat:
         chat(model, adapters, args)
     else:
-        messages = first_messages(args, prompt)
+        messages = first_messages(args, prompt, adapters.tokenizer.system)
         print_answer(answer(model, adapters.tokenizer, messages, args))
 
 
@@ -87,6 +87,7 @@ def describe_computation(
     """Returns dtype, device and chat template in words. reason: of the dtype."""
     template = f"chat template {adapters.tokenizer.template_name}"
     template += resolve.date_note(adapters.tokenizer, adapters.folder)
+    template += resolve.system_note(adapters.tokenizer, adapters.folder)
     if args.complete:
         template = "no chat template, raw text"
     dtype_name = str(dtype).removeprefix("torch.")
@@ -173,13 +174,18 @@ def load_model_and_adapters(
             raise UserError(f"--adapter: two are called {name}; give them names, as red={folder}")
         lora.put_adapter_on(model, folder, print_stderr)
         layers = lora.remove_lora(model)
-        tokenizer = resolve.pick_tokenizer(base, folder, args.template, args.date)
+        tokenizer = resolve.pick_tokenizer(
+            base, folder, args.template, args.date, system=args.system
+        )
         adapters.by_name[name] = LoadedAdapter(layers, tokenizer)
     # A tokenizer takes seconds to load, and a single answer needs only one.
     if can_switch or not named_folders:
         # As of the adapters, so that /adapter changes nothing else.
         day = args.date or resolve.trained_day(adapters.folder)
-        tokenizer = resolve.pick_tokenizer(base, None, args.template, day)
+        system = args.system
+        if system is None:
+            system = resolve.trained_system(adapters.folder)
+        tokenizer = resolve.pick_tokenizer(base, None, args.template, day, system=system)
         adapters.by_name[""] = LoadedAdapter({}, tokenizer)
     adapters.switch(first_name)
 
@@ -224,7 +230,11 @@ def answer_data(
     file = open_answer_file(args)
     data = fetch_data(args.data, TEST)
     source = open_prompts(data, Map(args.map) if args.map else None)
-    prompts = read_prompts(source, args.complete, args.system, args.limit, print_stderr)
+    system = args.system
+    if system is None:
+        trained = split_adapter_name(args.adapter[0])[1] if args.adapter else args.model
+        system = resolve.trained_system(trained) if trained else None
+    prompts = read_prompts(source, args.complete, system, args.limit, print_stderr)
     model, adapters, name = load_model_and_adapters(args, device, dtype, can_switch=False)
     computation = describe_computation(args, device, dtype, reason, adapters)
     print_stderr(f"model     {name}, {computation}")
@@ -308,7 +318,7 @@ def chat(model: Transformer, adapters: AdapterSet, args: argparse.Namespace) -> 
                 continue
             check_prompt(typed)
             if args.complete or not history:
-                messages = first_messages(args, typed)
+                messages = first_messages(args, typed, adapters.tokenizer.system)
             else:
                 messages = [*history, {"role": "user", "content": typed}]
             parts = answer(model, adapters.tokenizer, messages, args)
@@ -333,14 +343,16 @@ def switch_adapter(adapters: AdapterSet, name: str) -> None:
     print_stderr(f"adapter: {active}; the conversation continues")
 
 
-def first_messages(args: argparse.Namespace, prompt: str) -> list[dict[str, str]] | str:
-    """Returns the messages that begin a conversation: --system and the prompt. With --complete, the
-    prompt as it is."""
+def first_messages(
+    args: argparse.Namespace, prompt: str, system: str
+) -> list[dict[str, str]] | str:
+    """Returns the messages that begin a conversation: the system message, if there is one, and the
+    prompt. With --complete, the prompt as it is."""
     if args.complete:
         return prompt
     messages = [{"role": "user", "content": prompt}]
-    if args.system:
-        messages.insert(0, {"role": "system", "content": args.system})
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
     return messages
 
 

@@ -148,6 +148,8 @@ class Tokenizer:
     day: str = ""
     # One of EMPTY_THINK.
     empty_think: str = "train"
+    # The system message of conversations that have none of their own; "" for none.
+    system: str = ""
 
     def __post_init__(self) -> None:
         self.special_tokens = {
@@ -673,6 +675,21 @@ class Tokenizer:
             return ""
         return f"date {self.day} in the prompt, from the template"
 
+    def why_no_system(self, text: str) -> str:
+        """Returns why the template can't write a system message, found by a trial; "" if it can.
+        text: of the message."""
+        messages = [
+            {"role": "system", "content": text},
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+        ]
+        (result,) = self.render_each([(messages, None)])
+        if isinstance(result, UserError):
+            return str(result)
+        if result.hidden:
+            return f"chat template of {self.template_name}: it leaves system messages out"
+        return ""
+
     def forget_processes(self) -> None:
         """Makes a forked process start template processes of its own instead of using its
         parent's."""
@@ -834,6 +851,7 @@ def load_tokenizer(
     base: Path | None = None,
     day: str = "",
     empty_think: str = "train",
+    system: str = "",
 ) -> Tokenizer:
     """Loads the tokenizer of a Hugging Face folder: tokenizer.json or tokenizer.model, with
     tokenizer_config.json, special_tokens_map.json, chat_template.jinja, config.json and
@@ -844,6 +862,7 @@ def load_tokenizer(
     generation_config.json name more stop tokens.
     day: what a template writes that asks for the date, as 2026-11-29; "" for today.
     empty_think: one of EMPTY_THINK.
+    system: the system message of conversations that have none of their own.
 
     Raises UserError with file and reason where there is no tokenizer, or none whose ids would be
     exactly those of the `tokenizers` library (of sentencepiece, where there is only a
@@ -897,6 +916,7 @@ def load_tokenizer(
         source=folder,
         day=day,
         empty_think=empty_think,
+        system=system,
     )
 
 

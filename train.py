@@ -97,7 +97,9 @@ def train(flags: Flags, lock: FolderLock) -> None:
     if config.experts and distributed.context_parallel:
         why = "not with routed experts, whose balance is of whole batches"
         raise UserError(f"--context-parallel: {why}")
-    tokenizer = pick_tokenizer(folder, flags.adapter, flags.template, flags.date, flags.empty_think)
+    tokenizer = pick_tokenizer(
+        folder, flags.adapter, flags.template, flags.date, flags.empty_think, flags.system
+    )
     with distributed.local_rank0_first():
         data = load_training_data(flags, tokenizer, config.max_positions, config.vocab_size, device)
     if flags.plan:
@@ -349,6 +351,8 @@ def save_weights(
         facts |= base_numbers(model)
         if tokenizer.writes_date:
             facts["date"] = tokenizer.day
+        if tokenizer.system:
+            facts["system"] = tokenizer.system
         write_json(facts, tmp / "plaintune.json")
 
     remark = method.save(model, settings, folder, write_extra)

@@ -138,3 +138,14 @@ def one_line(text: str, width: int = 100) -> str:
     if len(text) > width or len(line) > width:
         return line[: width - 3] + "..."
     return line
+
+
+def both_ends(text: str, width: int = 100) -> str:
+    """Returns the text on one line of at most `width` characters; of a longer one its beginning and
+    its end, as of a question that stands behind a long text."""
+    if len(text) <= width:
+        return one_line(text, width)
+    half = (width - 5) // 2
+    beginning = printable(text[:half])[:half]
+    end = printable(text[-half:])[-half:]
+    return f"{beginning} ... {end}"

@@ -22,6 +22,8 @@ JSON_VALUES = 8_000_000
 # Characters. A name in a file from an unknown source may have millions, and would be part of the
 # message.
 LONGEST_MESSAGE = 2_000
+# Of one of several lines.
+LONGEST_LINE = 300
 
 
 class UserError(Exception):
@@ -30,6 +32,13 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return super().__str__()[:LONGEST_MESSAGE]
+
+
+class FaultyRecords(UserError):
+    """The faults of several records of a file, a line each; its arguments are these lines."""
+
+    def __str__(self) -> str:
+        return "\n".join(printable(line[:LONGEST_LINE]) for line in self.args)
 
 
 def run(main) -> None:
@@ -42,6 +51,9 @@ def run(main) -> None:
     try:
         check_working_directory()
         main()
+    except FaultyRecords as error:
+        print_error(*str(error).split("\n"))
+        sys.exit(2)
     except UserError as error:
         print_error(str(error))
         sys.exit(2)
@@ -73,10 +85,13 @@ def check_working_directory() -> None:
         raise UserError(f"{problem}; change to one that exists, and start again") from None
 
 
-def print_error(message: str) -> None:
-    """Prints the one line that ends a script, to stderr; where nobody reads it, nothing."""
+def print_error(message: str, *more_lines: str) -> None:
+    """Prints the line that ends a script, and perhaps more, to stderr; where nobody reads them,
+    nothing."""
     with contextlib.suppress(OSError):
         print(f"{rank_prefix()}error: {printable(message)}", file=sys.stderr)
+        for line in more_lines:
+            print(printable(line), file=sys.stderr)
 
 
 def prepare_standard_streams() -> None:

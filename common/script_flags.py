@@ -147,8 +147,9 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
         "--system",
         metavar="TEXT",
         help="system message: instructions before the conversation, such as the ones that the"
-        " model was trained with; with --data for the prompts that have none of their own; default:"
-        " that of the chat template, if it has one",
+        " model was trained with; with --data for the prompts that have none of their own; '': none;"
+        " default: the one that the model or adapter was trained with here (train.py --system),"
+        " else that of the chat template, if it has one",
     )
     group.add_argument(
         "--complete",
@@ -414,7 +415,27 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
         "--limit",
         type=int,
         metavar="N",
-        help="use only the first N records, for a quick look; default: all of them",
+        help="use N examples only, drawn at random by --seed, for a quick look: records, or pieces of"
+        " plain text; the same ones for the same seed; default: all of them",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="which examples --limit draws; default: %(default)s",
+    )
+    add(
+        "--skip-bad",
+        action="store_true",
+        help="leave out records that can't be read, counted by what is wrong with them; default: the"
+        " first 20 of them are named, and nothing is measured",
+    )
+    add(
+        "--system",
+        metavar="TEXT",
+        help="system message that is put before every conversation that has none; '': none; default:"
+        " the one that the model or adapter was trained with here (train.py --system)",
     )
     add(
         "--seq-len",
@@ -473,7 +494,7 @@ def add_batch_flags(group: argparse._ArgumentGroup) -> None:
 def check_evaluation_arguments(args: argparse.Namespace) -> None:
     """Raises UserError for a number out of its range, and for a flag that the chosen measurement
     does not use."""
-    minimum = {"limit": 1, "batch_size": 1, "seq_len": 2, "max_new_tokens": 1, "show": 0}
+    minimum = {"seed": 0, "limit": 1, "batch_size": 1, "seq_len": 2, "max_new_tokens": 1, "show": 0}
     belongs_to = {"max_new_tokens": "exact", "show": "exact", "seq_len": "loss"}
     for option, least in minimum.items():
         value = getattr(args, option)

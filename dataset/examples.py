@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dataset.faults import WARN_ABOVE
+from dataset.prompt_cut import cut_prompt
 from dataset.text_stats import text_hash
 from dataset.token_cache import IS_CHAT, Rows
 
@@ -25,6 +27,9 @@ TRAIN_ON = {
     "last-answer": (("assistant",), True),
     "all-turns": (("user", "assistant"), False),
 }
+# --truncate: a conversation that is too long is cut at a turn or left out, or loses the beginning of
+# its prompt.
+TRUNCATE = ("drop", "prompt")
 
 
 @dataclass
@@ -53,11 +58,13 @@ DUMMY_EXAMPLE = Example([0, 0], [0.0, 0.0])
 class ExampleIndex(Sequence):
     """A sequence of examples that are made, when they are asked for, out of token rows on disk.
 
-    Example i is the tokens start[i] to stop[i] of record row[i] in rows[source[i]].
+    Example i is the tokens start[i] to stop[i] of record row[i] in rows[source[i]]; of a prompt that
+    is cut from the left, head[i] tokens of the record's beginning stand before them.
 
     rows: the token rows of each source.
-    source, row, start, stop: integer arrays [examples], source after source; start and stop are
-        counted from the record's first token.
+    source, row, start, stop, head: integer arrays [examples], source after source; start and stop
+        are counted from the record's first token. head: -1 for all that is not cut from the left,
+        which most examples are not; None if none is.
     last_only: True if only the last span of a record is trained.
     replays: how many of the last sources are replays.
     """
@@ -71,6 +78,7 @@ class ExampleIndex(Sequence):
         stop: np.ndarray,
         last_only: bool = False,
         replays: int = 0,
+        head: np.ndarray | None = None,
     ):
         self.rows = rows
         self.source = source
@@ -79,6 +87,7 @@ class ExampleIndex(Sequence):
         self.stop = stop
         self.last_only = last_only
         self.replays = replays
+        self.head = head
 
     def __len__(self) -> int:
         return len(self.row)
@@ -89,7 +98,10 @@ class ExampleIndex(Sequence):
         row = int(self.row[i])
         start = int(self.start[i])
         stop = int(self.stop[i])
-        loss_weights = np.zeros(stop - start, np.float32)
+        head = -1 if self.head is None else int(self.head[i])
+        is_cut = head >= 0
+        head = max(head, 0)
+        loss_weights = np.zeros(head + stop - start, np.float32)
         spans = range(rows.span_starts[row], rows.span_starts[row + 1])
         if self.last_only:
             spans = spans[-1:]
@@ -97,13 +109,18 @@ class ExampleIndex(Sequence):
             # Counted from this example's start. A span before it becomes an empty slice: numpy would
             # count negative bounds from the end.
             span_start, span_stop = rows.spans[k]
-            first_trained = max(span_start - start, 0)
-            end_trained = max(span_stop - start, 0)
+            if is_cut and span_start < start:
+                # The rest of an answer whose beginning is cut off.
+                continue
+            first_trained = max(span_start - start, 0) + head
+            end_trained = max(span_stop - start, 0) + head
             loss_weights[first_trained:end_trained] = rows.weights[k]
         # No token before the first one predicts it.
         loss_weights[0] = 0
         first = rows.starts[row]
         ids = rows.ids[first + start : first + stop]
+        if head:
+            ids = np.concatenate([rows.ids[first : first + head], ids])
         first_replay = len(self.rows) - self.replays
         return Example(
             ids=ids,
@@ -123,7 +140,15 @@ class ExampleIndex(Sequence):
             self.stop[chosen],
             self.last_only,
             self.replays,
+            None if self.head is None else self.head[chosen],
         )
+
+    def heads(self) -> np.ndarray:
+        """Returns the tokens of the record's beginning that stand before each example, int32; -1
+        where its prompt is not cut."""
+        if self.head is None:
+            return np.full(len(self), -1, np.int32)
+        return self.head
 
     @property
     def sizes(self) -> list[int]:
@@ -207,8 +232,12 @@ class Dataset:
         stop = np.concatenate([mine.stop, theirs.stop])
         rows = mine.rows + theirs.rows
         num_replays = len(theirs.rows)
+        head = None
+        if mine.head is not None or theirs.head is not None:
+            head = np.concatenate([mine.heads(), theirs.heads()])
+        last_only = mine.last_only
         return Dataset(
-            examples=ExampleIndex(rows, source, row, start, stop, mine.last_only, num_replays),
+            examples=ExampleIndex(rows, source, row, start, stop, last_only, num_replays, head),
             dropped=self.dropped,
             lengths=np.concatenate([self.lengths, replay.lengths]),
             num_trained=np.concatenate([self.num_trained, replay.num_trained]),
@@ -217,7 +246,9 @@ class Dataset:
         )
 
 
-def cut(rows: list[Rows], seq_len: int, last_only: bool = False) -> Dataset:
+def cut(
+    rows: list[Rows], seq_len: int, last_only: bool = False, truncate: str = TRUNCATE[0]
+) -> Dataset:
     """Makes examples of at most seq_len tokens.
 
     Of a conversation, the messages up to the last trained one that fits whole; of a plain text,
@@ -226,30 +257,35 @@ def cut(rows: list[Rows], seq_len: int, last_only: bool = False) -> Dataset:
     rows: the token rows of each source.
     seq_len: in tokens.
     last_only: True if only the last span of a record is trained.
+    truncate: one of TRUNCATE; "prompt" keeps a last answer that does not fit, and cuts what stands
+        before it from the left (dataset/prompt_cut.py); it needs rows that were made with heads.
     """
     # An array for each source, of all of its examples.
     sources, record_numbers, starts, stops, num_trained, prompt_hashes = [], [], [], [], [], []
+    heads = []
     dropped: Counter[str] = Counter()
     has_chats = False
     for number, source_rows in enumerate(rows):
         is_chat = (source_rows.records[:, 2] & IS_CHAT) > 0
         has_chats = has_chats or bool(is_chat.any())
-        chat_row, chat_stop, chat_trained = cut_chats(
-            source_rows, np.flatnonzero(is_chat), seq_len, last_only, dropped
+        chats = cut_chats(
+            source_rows, np.flatnonzero(is_chat), seq_len, last_only, truncate, dropped
         )
         text_row, text_start, text_stop = cut_texts(
             source_rows, np.flatnonzero(~is_chat), seq_len, dropped
         )
-        row = np.concatenate([chat_row, text_row])
-        start = np.concatenate([np.zeros(len(chat_row), np.int64), text_start])
-        stop = np.concatenate([chat_stop, text_stop])
-        trained = np.concatenate([chat_trained, text_stop - text_start - 1])
+        row = np.concatenate([chats.record, text_row])
+        start = np.concatenate([chats.start, text_start])
+        stop = np.concatenate([chats.stop, text_stop])
+        head = np.concatenate([chats.head, np.full(len(text_row), -1)])
+        trained = np.concatenate([chats.num_trained, text_stop - text_start - 1])
         # Back into the order of the file, since conversations and texts were cut separately.
         order = np.lexsort((start, row))
         sources.append(np.full(len(row), number))
         record_numbers.append(row[order])
         starts.append(start[order])
         stops.append(stop[order])
+        heads.append(head[order])
         num_trained.append(trained[order])
         prompt_hashes.append(source_rows.prompts[row[order]])
     source = np.concatenate(sources)
@@ -260,7 +296,11 @@ def cut(rows: list[Rows], seq_len: int, last_only: bool = False) -> Dataset:
     # Narrow types, since these two arrays stay in memory for every example.
     narrow_source = source.astype(np.int16)
     narrow_row = row.astype(np.int32)
-    examples = ExampleIndex(rows, narrow_source, narrow_row, start, stop, last_only)
+    head = np.concatenate(heads).astype(np.int32)
+    is_cut = head >= 0
+    examples = ExampleIndex(
+        rows, narrow_source, narrow_row, start, stop, last_only, head=head if is_cut.any() else None
+    )
     # The pieces of a text that is much of the whole get a hash each, so that a split may separate
     # them. Those of a short text keep the hash that they share, and stay together.
     record_key = source * 2**32 + row
@@ -271,25 +311,45 @@ def cut(rows: list[Rows], seq_len: int, last_only: bool = False) -> Dataset:
     return Dataset(
         examples=examples,
         dropped=dict(dropped),
-        lengths=stop - start,
+        lengths=stop - start + np.maximum(head, 0),
         num_trained=np.concatenate(num_trained),
         prompts=prompts,
         chat=has_chats,
     )
 
 
+@dataclass
+class CutChats:
+    """Conversations of which something fits, int64 [conversations] each.
+
+    record: their numbers. start, stop: their tokens. head: the tokens of their beginning that stand
+    before these where the prompt is cut, else -1. num_trained: trained tokens.
+    """
+
+    record: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    head: np.ndarray
+    num_trained: np.ndarray
+
+
 def cut_chats(
-    rows: Rows, chats: np.ndarray, seq_len: int, last_only: bool, dropped: Counter[str]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cuts conversations behind the last trained span that fits whole.
+    rows: Rows,
+    chats: np.ndarray,
+    seq_len: int,
+    last_only: bool,
+    truncate: str,
+    dropped: Counter[str],
+) -> CutChats:
+    """Cuts conversations behind the last trained span that fits whole; with --truncate prompt in
+    front, so that the last one does.
 
     rows: the token rows of a source.
     chats: int64 [C], the records that are conversations.
     seq_len: in tokens.
     last_only: True if only the last span of a record is trained.
+    truncate: one of TRUNCATE.
     dropped: counts, by reason, the conversations that are cut or left out.
-
-    Returns (record, end, trained tokens), int64 each, of the conversations of which something fits.
     """
     num_records = len(rows)
     num_spans = np.diff(rows.span_starts)
@@ -324,6 +384,19 @@ def cut_chats(
 
     num_trained_spans = np.bincount(record, minlength=num_records)
     num_fitting_spans = np.bincount(record[fits], minlength=num_records)
+    start = np.zeros(num_records, np.int64)
+    head = np.full(num_records, -1, np.int64)
+    if truncate == "prompt":
+        does_not_fit = num_fitting_spans[chats] < num_trained_spans[chats]
+        spans = np.stack([record, ends - span_tokens, ends], 1)
+        fronts = cut_fronts(rows, chats[does_not_fit], spans, seq_len)
+        for chat, front in fronts.items():
+            head[chat], start[chat], stop[chat], trained[chat] = front
+            # Nothing of it is left out or shortened at its end.
+            num_fitting_spans[chat] = num_trained_spans[chat]
+        if fronts:
+            reason = f"cut from the left of the prompt to fit into --seq-len {seq_len}"
+            dropped[reason] += len(fronts)
     fitting_chats = chats[num_fitting_spans[chats] > 0]
     num_left_out = len(chats) - len(fitting_chats)
     is_shortened = num_fitting_spans[fitting_chats] < num_trained_spans[fitting_chats]
@@ -332,7 +405,127 @@ def cut_chats(
         dropped[f"whose answer does not fit into --seq-len {seq_len}"] += num_left_out
     if num_shortened:
         dropped[f"cut to the messages that fit into --seq-len {seq_len}"] += num_shortened
-    return fitting_chats, stop[fitting_chats], trained[fitting_chats]
+    return CutChats(
+        fitting_chats,
+        start[fitting_chats],
+        stop[fitting_chats],
+        head[fitting_chats],
+        trained[fitting_chats],
+    )
+
+
+def cut_fronts(
+    rows: Rows, chats: np.ndarray, spans: np.ndarray, seq_len: int
+) -> dict[int, tuple[int, int, int, int]]:
+    """Cuts conversations in front, so that their last trained span fits whole.
+
+    chats: int64 [C], the records that are too long.
+    spans: int64 [S, 3], of all trained spans, in order: record, start, end.
+
+    Returns for each of which that span can be kept (tokens of its beginning that stay, the token from
+    which on it is kept behind them, the last one's end, trained tokens).
+    """
+    fronts = {}
+    for chat in chats.tolist():
+        low, high = np.searchsorted(spans[:, 0], [chat, chat + 1])
+        _, answer_start, answer_end = spans[high - 1].tolist()
+        first = rows.starts[chat]
+        ids = rows.ids[first : rows.starts[chat + 1]].tolist()
+        answers = rows.spans[rows.span_starts[chat] : rows.span_starts[chat + 1]].tolist()
+        head = int(rows.heads[chat])
+        start = cut_prompt(ids, answers, (answer_start, answer_end), head, rows.turn, seq_len)
+        if start is None:
+            continue
+        kept = spans[low:high][spans[low:high, 1] >= start]
+        num_trained = int((kept[:, 2] - kept[:, 1]).sum())
+        fronts[chat] = (head, start, answer_end, num_trained)
+    return fronts
+
+
+def draw_examples(
+    prompts: np.ndarray,
+    starts: np.ndarray,
+    contents: np.ndarray,
+    sources: np.ndarray,
+    count: int,
+    seed: int,
+) -> np.ndarray:
+    """Returns the numbers of `count` examples, ascending, of which each source gives its share, and
+    at least one.
+
+    An example is drawn by a hash of what it says and of the seed. So neither the order of the
+    examples nor that of the files matters, and a larger count only adds examples.
+
+    prompts: uint64 [examples], hashes of what is asked. starts: int [examples], where each begins in
+    its record. contents: uint64 [examples], by which examples with equal prompts and starts are told
+    apart. sources: int [examples], the number of each one's source, from 0 on.
+    """
+    keys = splitmix64(prompts ^ splitmix64(np.array([seed], np.uint64)))
+    keys = splitmix64(keys ^ starts.astype(np.uint64))
+    # Equal ones are numbered, so that they are not drawn all together.
+    order = np.lexsort((contents, keys))
+    is_new = np.ones(len(keys), bool)
+    is_new[1:] = keys[order][1:] != keys[order][:-1]
+    first_of_run = np.maximum.accumulate(np.where(is_new, np.arange(len(keys)), 0))
+    copy_number = np.empty(len(keys), np.uint64)
+    copy_number[order] = np.arange(len(keys)) - first_of_run
+    keys = splitmix64(keys ^ copy_number)
+
+    chosen = []
+    for source, share in enumerate(shares_of(np.bincount(sources), count)):
+        numbers = np.flatnonzero(sources == source)
+        chosen.append(numbers[np.argsort(keys[numbers], kind="stable")[:share]])
+    return np.sort(np.concatenate(chosen))
+
+
+def splitmix64(values: np.ndarray) -> np.ndarray:
+    """Returns uint64 hashes of uint64 values, a bijection (Steele et al. 2014)."""
+    # The products overflow, and are meant to.
+    with np.errstate(over="ignore"):
+        values = values + np.uint64(0x9E3779B97F4A7C15)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def shares_of(sizes: np.ndarray, count: int) -> list[int]:
+    """Returns how many of `count` examples each source gives: in proportion to its size, rounded by
+    largest remainder, and at least one of a source that has any. sizes: int [sources]."""
+    exact = sizes * (count / sizes.sum())
+    shares = np.maximum(np.floor(exact).astype(int), (sizes > 0).astype(int))
+    by_remainder = np.argsort(-(exact - shares), kind="stable")
+    for source in by_remainder:
+        if shares.sum() < count and shares[source] < sizes[source]:
+            shares[source] += 1
+    # Sources of which one was taken although their share is less have to be made up for.
+    while shares.sum() > count:
+        excess = np.where(shares > 1, shares - exact, -np.inf)
+        shares[np.argmax(excess)] -= 1
+    return shares.tolist()
+
+
+def share_beyond(rows: list[Rows], dropped: dict[str, int]) -> float:
+    """Returns the share of the records that --seq-len has cut or left out.
+
+    dropped: what `cut` has counted.
+    """
+    total = sum(len(each) for each in rows)
+    num_beyond = sum(count for reason, count in dropped.items() if "--seq-len" in reason)
+    return num_beyond / max(1, total)
+
+
+def too_long_warning(rows: list[Rows], dropped: dict[str, int], truncate: str) -> str:
+    """Returns a warning if --seq-len has cut or left out many records, else "".
+
+    dropped: what `cut` has counted. truncate: one of TRUNCATE.
+    """
+    share = share_beyond(rows, dropped)
+    if share <= WARN_ABOVE:
+        return ""
+    advice = "raise --seq-len"
+    if truncate == TRUNCATE[0]:
+        advice += ", or keep their answers with --truncate prompt"
+    return f"{100 * share:.1f} % of the records are longer than --seq-len; {advice}"
 
 
 def cut_texts(

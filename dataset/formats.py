@@ -20,15 +20,15 @@ The keys of the first record decide which format a file has, and every other rec
 keys too.
 """
 
+import contextlib
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from common.errors import UserError, printable
 from common.files import NamedFile
+from dataset.faults import complaint, fault_kind, nulls_as_texts
 from dataset.folders import (
     DESCRIPTION,
     PART_COLUMNS,
@@ -42,6 +42,7 @@ from dataset.folders import (
     part_of_record,
 )
 from dataset.messages import (
+    THOUGHTS,
     closest_key,
     quote_names,
     require_field,
@@ -60,6 +61,8 @@ from dataset.records import (
     joined_talk,
     prompt_weights,
 )
+from dataset.table_header import with_columns
+from dataset.user_map import Map
 
 # What multimodal data have in the text where an image, a video or a sound belongs.
 MEDIA_MARK = re.compile("<(image|video|audio)(_?[0-9]+)?>")
@@ -68,6 +71,9 @@ SEEN_AS = {"image": "image", "video": "video", "audio": "sound"}
 ID_KEYS = ("id", "custom_id", "task_id", "question_id", "uid", "example_id", "idx", "index")
 # Why a record is left out whose own column says that it belongs to another part of the data.
 OF_PART = "of the {} part, by its own column"
+NO_HEADER = "; if its first row is a record, write one with the names of the columns above it"
+# So many records are tried to find the format of a file whose first ones can't be read.
+MAX_TRIES = 100
 
 
 @dataclass
@@ -83,6 +89,10 @@ class Source:
         them all.
     for_prompts: the records are read for what they ask, and may lack an answer
         (dataset/prompts.py).
+    skip_bad: True leaves records out that can't be read, and counts them by what is wrong; False
+        makes one error of them all; None does as well, where there is no --skip-bad to name.
+    origin: what has shown that the file has this format.
+    system: the system message of conversations that have none; "" for none.
     """
 
     path: str
@@ -91,9 +101,12 @@ class Source:
     containers: list[Container]
     listing: Listing
     trees: str
-    map: "Map | None" = None
+    map: Map | None = None
     part: str | None = TRAIN
     for_prompts: bool = False
+    skip_bad: bool | None = None
+    origin: str = "the first record"
+    system: str = ""
 
     def payloads(self) -> Iterator[tuple[int, int, object]]:
         """Yields (index of the container, number of the record in it, payload) for each record.
@@ -102,16 +115,41 @@ class Source:
         """
         for i, container in enumerate(self.containers):
             payloads = container.payloads()
+            faults: list[tuple[int, UserError]] = []
             # OASST's messages come one a line, and are joined to trees.
             if self.format.group:
-                payloads = self.format.group(container, payloads)
+                payloads = self.format.group(container, payloads, faults)
             for number, payload in payloads:
                 yield i, number, payload
+            # `read` raises and notes them, as it does with all that can't be read.
+            for number, error in faults:
+                yield i, number, error
 
     def read(self, container: int, number: int, payload: object, stats: ReadStats) -> list[Record]:
         """Returns the records of one payload, and counts them and what is left out in `stats`.
 
-        The arguments in front are what `payloads` yields. Raises UserError that names the record.
+        What can't be read is noted there as a fault, see `complain_of_faults`. The arguments in
+        front are what `payloads` yields.
+        """
+        counts = stats.counts()
+        try:
+            records = self.try_read(container, number, payload, stats)
+        except UserError as error:
+            stats.restore(counts)
+            fault = str(error).removeprefix(f"{self.containers[container].path} ")
+            stats.note_fault(container, fault)
+            if self.skip_bad:
+                stats.drop(f"faulty: {fault_kind(fault)}")
+            return []
+        stats.records += len(records)
+        return records
+
+    def try_read(
+        self, container: int, number: int, payload: object, stats: ReadStats
+    ) -> list[Record]:
+        """Returns the records of one payload; `stats` counts what is left out of them.
+
+        Raises UserError that names the record.
         """
         place = self.containers[container].place(number)
         value = self.containers[container].value(number, payload)
@@ -135,8 +173,7 @@ class Source:
         records = []
         needs_answer = not self.for_prompts
         for each in values:
-            new = self.format.records(each, place, stats, self.trees, from_arrow, needs_answer)
-            for record in new:
+            for record in self.records_of(each, place, stats, from_arrow):
                 empty = empty_part(record)
                 # Of an empty answer, a prompt remains.
                 if empty and (needs_answer or empty == "text"):
@@ -146,15 +183,64 @@ class Source:
                 if mark:
                     what = f"with {mark[0]} in the text and no {SEEN_AS[mark[1]]}, as characters"
                     stats.altered[what] += 1
+                if self.system and record.messages is not None:
+                    put_system(record, self.system, stats)
                 records.append(record)
         if self.for_prompts and isinstance(value, dict):
             _keep_id(records, value, place, stats)
-        stats.records += len(records)
         return records
+
+    def records_of(
+        self, value: object, place: str, stats: ReadStats, from_arrow: bool
+    ) -> list[Record]:
+        """Returns what the format makes of a value; with skip_bad, of one that can't be read, what
+        it makes of it with "" for its nulls."""
+        counts = stats.counts() if self.skip_bad else ({}, {})
+        needs_answer = not self.for_prompts
+        try:
+            records = self.format.records(
+                value, place, stats, self.trees, from_arrow, needs_answer, self.origin
+            )
+            return [*records]
+        except UserError as error:
+            filled = nulls_as_texts(value, self.format) if self.skip_bad else None
+            if filled is None:
+                raise
+            stats.restore(counts)
+            try:
+                records = [
+                    *self.format.records(filled, place, stats, self.trees, from_arrow, needs_answer)
+                ]
+            except UserError:
+                # Of the record as it stands in the file.
+                raise error from None
+        stats.altered["with null taken for an empty text"] += 1
+        return records
+
+    def fault_lines(self, stats: ReadStats) -> list[str]:
+        """Returns the first faults, each with the name of its file."""
+        return [f"{self.containers[file].path} {fault}" for file, fault in stats.faults]
+
+    def complain_of_faults(self, stats: ReadStats, end: UserError | None = None) -> None:
+        """Raises an error for all faulty records, unless they are left out.
+
+        stats: of all that was read.
+        end: what has made the rest unreadable; it is raised as well.
+        """
+        if self.skip_bad and end is not None:
+            raise end
+        if self.skip_bad:
+            return
+        can_skip = self.skip_bad is not None
+        error = complaint(self.path, stats, self.fault_lines(stats), can_skip, end)
+        if error is not None:
+            raise error
 
     def reading_key(self) -> list:
         """Returns what decides, besides the files, which records are read, as values of JSON."""
-        return [self.format.name, self.trees, self.part, self.listing.description]
+        columns = [container.columns for container in self.containers]
+        settings = [self.format.name, self.trees, self.part, self.listing.description]
+        return [*settings, bool(self.skip_bad), columns, self.system]
 
     def has_validation(self, stats: ReadStats) -> bool:
         """True if a part of these data is there to validate with. stats: of all records."""
@@ -164,10 +250,14 @@ class Source:
     def records(self, stats: ReadStats) -> Iterator[Record]:
         """Yields all records, and counts them in `stats`.
 
-        Raises UserError that names a record, or if there is none.
+        Raises UserError that names the records that can't be read, or if there is none.
         """
-        for container, number, payload in self.payloads():
-            yield from self.read(container, number, payload, stats)
+        try:
+            for container, number, payload in self.payloads():
+                yield from self.read(container, number, payload, stats)
+        except UserError as error:
+            self.complain_of_faults(stats, error)
+        self.complain_of_faults(stats)
         stats.complain_if_empty(self.path, "answered" if self.for_prompts else "trained on")
 
     def read_all(self, stats: ReadStats | None = None) -> list[Record]:
@@ -204,6 +294,8 @@ class Source:
             line += f", dropped {count:,} ({short_reason})"
         for what, count in stats.altered.items():
             line += f", {count:,} {what}"
+        for note in sorted({each.header_note for each in self.containers if each.header_note}):
+            line += f", {note}"
         if self.listing.description is not None:
             line += ", as dataset_info.json describes it"
         if self.listing.num_others:
@@ -216,90 +308,12 @@ class Source:
         return line
 
 
-class Map:
-    """The user's function of --map FILE.py:NAME, through which every record goes first.
-
-    It gets an object ({"text"} for plain text), and returns an object of any known format, a list
-    of them, or None to leave the record out. The format is recognized by what it returns. It runs
-    with no protection, because it is the user's own.
-    """
-
-    def __init__(self, name: str):
-        """Imports the file.
-
-        name: FILE.py:NAME.
-        Raises UserError if it can't be imported or has no such function.
-        """
-        self.name = name
-        file, _, function = name.rpartition(":")
-        if Path(name).is_file():
-            raise UserError(f"--map {name}: names no function of the file; FILE.py:NAME is wanted")
-        if not Path(file).is_file():
-            raise UserError(
-                f"--map {name}: FILE.py:NAME is wanted, and there is no file {file or name}"
-            )
-        spec = spec_from_file_location("user_map", file)
-        if spec is None:
-            raise UserError(f"--map {name}: {file} is no Python file")
-        module = module_from_spec(spec)
-        # Before it is executed, as an import does: dataclasses look their module up.
-        sys.modules["user_map"] = module
-        # So that it can import the files next to it.
-        folder = Path(file).resolve().parent
-        sys.path.append(str(folder))
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:  # noqa: BLE001  a user's program may fail in any way
-            raise UserError(f"--map {name}: {type(error).__name__}: {error}") from None
-        self.function = getattr(module, function, None)
-        if not callable(self.function):
-            raise UserError(f"--map {name}: {file} has no function {function}")
-
-    def __call__(self, value: object, where: str, stats: ReadStats) -> list:
-        """Returns the records that the function makes of one.
-
-        Raises UserError if it fails or returns anything else.
-        """
-        is_text = isinstance(value, Text)
-        if is_text:
-            argument = {"text": value.text}
-        else:
-            argument = require_object(value, where)
-        try:
-            result = self.function(argument)
-        except (Exception, SystemExit) as error:  # noqa: BLE001
-            raise UserError(
-                f"{where}: --map {self.name}: {type(error).__name__}: {error}"
-            ) from None
-
-        # The parts of a long text are put together again, so each must stay a text.
-        if is_text and not (value.first and value.last):
-            has_text_only = isinstance(result, dict) and result.keys() == {"text"}
-            if not has_text_only or not isinstance(result["text"], str):
-                raise UserError(
-                    f"{where}: --map {self.name}: a text this long is read in parts; of each part"
-                    ' {"text": string} is wanted'
-                )
-            return [value._replace(text=result["text"])]
-
-        if result is None or result == []:
-            stats.dropped["left out by --map"] += 1
-            return []
-        records = result if isinstance(result, list) else [result]
-        for each in records:
-            if not isinstance(each, dict):
-                raise UserError(
-                    f"{where}: --map {self.name} gives {type_name(each)};"
-                    " a dict, a list of them, or None is wanted"
-                )
-        return records
-
-
 def open_source(
     path: Path | str | Fetched,
     trees: str = "best",
     map_fn: Map | None = None,
     part: str = TRAIN,
+    skip_bad: bool | None = None,
     prompt_formats: tuple[Format, ...] | None = None,
 ) -> Source:
     """Recognizes a file, or all files of a folder, by the keys of the first record.
@@ -310,11 +324,13 @@ def open_source(
     map_fn: the user's function that every record goes through first.
     part: folders.TRAIN, VALIDATION or TEST: which files of a folder with such parts are read, and
         which records of a file whose column says where they belong.
+    skip_bad: as in `Source`.
     prompt_formats: the table of formats in place of FORMATS, for records that are read for what
         they ask.
 
     Raises UserError that names the file, or the record by its number: not UTF-8, not JSON, an
-    unknown format, empty.
+    unknown format, empty. Records that can't be read do not count, unless there is no other among
+    the first MAX_TRIES.
     """
     reads_all = False
     files: Sequence[Path | NamedFile] = ()
@@ -324,22 +340,33 @@ def open_source(
         path = root = Path(path)
         listing = local_listing(root, part)
         files = listing.paths
-    containers = [recognize(file) for file in files]
+    containers = [with_columns(recognize(file), FORMAT_KEYS, map_fn is not None) for file in files]
+    first_error = None
+    num_tries = 0
     for container in containers:
         for number, payload in container.payloads():
-            value = container.value(number, payload)
             place = container.place(number)
-            has_parts = isinstance(value, dict) and part_of_record(value) is not None
-            if listing.rename is not None and isinstance(value, dict):
-                value = listing.rename(value)
-            # The function may return several records or none; the first one decides. What it
-            # leaves out is counted when the records are read, not now.
-            values = [value]
-            if map_fn is not None:
-                values = map_fn(value, place, ReadStats())
-            if not values:
+            try:
+                value = container.value(number, payload)
+                has_parts = isinstance(value, dict) and part_of_record(value) is not None
+                if listing.rename is not None and isinstance(value, dict):
+                    value = listing.rename(value)
+                # The function may return several records or none; the first one decides. What it
+                # leaves out is counted when the records are read, not now.
+                values = [value]
+                if map_fn is not None:
+                    values = map_fn(value, place, ReadStats())
+                if not values:
+                    continue
+                format = _format_of(values[0], place, prompt_formats or FORMATS)
+            except UserError as error:
+                if container.kind.startswith(("CSV", "TSV")):
+                    error = UserError(f"{error}{NO_HEADER}")
+                first_error = first_error or error
+                num_tries += 1
+                if num_tries == MAX_TRIES:
+                    raise first_error from None
                 continue
-            format = _format_of(values[0], place, prompt_formats or FORMATS)
             if map_fn and format.group:
                 raise UserError(
                     f"{path}: --map sees one message of {format.name} at a time;"
@@ -347,11 +374,16 @@ def open_source(
                 )
             source = Source(str(path), root, format, containers, listing, trees, map_fn)
             source.for_prompts = prompt_formats is not None
+            source.skip_bad = skip_bad
+            if first_error is not None:
+                source.origin = f"{container.unit} {number}"
             if reads_all:
                 source.part = None
             elif part != TRAIN:
                 source.part = _part_in_column(source, part) if has_parts else None
             return source
+    if first_error is not None:
+        raise first_error
     why = "is an empty list"
     if map_fn is not None:
         why = f"--map {map_fn.name} gives None for every record of it"
@@ -376,9 +408,11 @@ def _part_in_column(source: Source, part: str) -> str | None:
     """
     parts = set()
     for container, number, payload in source.payloads():
-        value = source.containers[container].value(number, payload)
-        if isinstance(value, dict):
-            parts.add(part_of_record(value))
+        # What can't be read is noted when the records are read.
+        with contextlib.suppress(UserError):
+            value = source.containers[container].value(number, payload)
+            if isinstance(value, dict):
+                parts.add(part_of_record(value))
     for choice in PREFERRED[part]:
         if choice in parts:
             return choice
@@ -395,6 +429,18 @@ def _keep_id(records: list[Record], value: dict, where: str, stats: ReadStats) -
             # It is no longer left out.
             stats.ignored.pop(key, None)
             return
+
+
+def put_system(record: Record, system: str, stats: ReadStats) -> None:
+    """Puts a system message before a conversation that has none; one that has is counted."""
+    if any(message["role"] == "system" for message in record.messages):
+        stats.altered["with a system message of their own, which stays"] += 1
+        return
+    record.messages = [{"role": "system", "content": system}, *record.messages]
+    if record.weights is not None:
+        record.weights = [1.0, *record.weights]
+    if record.rejected is not None:
+        record.asked += 1
 
 
 def texts_of(record: Record) -> Iterator[str]:
@@ -470,9 +516,9 @@ def _join_parts(*parts: str) -> str:
     return "\n\n".join(part for part in parts if part.strip())
 
 
-def _question_and_answer(question: str, answer: str) -> list[dict]:
+def _question_and_answer(reading: Reading, question: str, answer: str) -> list[dict]:
     """Returns the two messages."""
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return [{"role": "user", "content": question}, reading.answer(answer)]
 
 
 def _alpaca(reading: Reading) -> list[Record]:
@@ -480,14 +526,11 @@ def _alpaca(reading: Reading) -> list[Record]:
 
     The question is the instruction, a blank line and the input, if any.
     """
-    record = reading.record
-    messages = []
-    if reading.optional_text("system"):
-        messages.append({"role": "system", "content": record["system"]})
-    messages += reading.history()
+    messages, weights = reading.history()
     question = _join_parts(reading.text("instruction"), reading.optional_text("input"))
-    messages += _question_and_answer(question, reading.text("output"))
-    return reading.conversation(messages)
+    messages += _question_and_answer(reading, question, reading.text("output"))
+    messages, weights = reading.with_system(messages, [*weights, 1.0, 1.0])
+    return reading.conversation(messages, weights)
 
 
 def _dolly(reading: Reading) -> list[Record]:
@@ -497,7 +540,8 @@ def _dolly(reading: Reading) -> list[Record]:
     """
     parts = (reading.optional_text("context"), reading.optional_text("input"))
     question = _join_parts(reading.text("instruction"), *parts)
-    return reading.conversation(_question_and_answer(question, reading.text("response")))
+    messages = _question_and_answer(reading, question, reading.text("response"))
+    return reading.conversation(*reading.with_system(messages, [1.0, 1.0]))
 
 
 def _two_columns(question_key: str, answer_key: str) -> Callable[[Reading], list[Record]]:
@@ -508,7 +552,7 @@ def _two_columns(question_key: str, answer_key: str) -> Callable[[Reading], list
 
     def read(reading: Reading) -> list[Record]:
         record = reading.record
-        history = reading.history()
+        history, history_weights = reading.history()
         if isinstance(record[question_key], list) or isinstance(record[answer_key], list):
             answer = reading.messages_at(answer_key, "assistant")
             prompt = reading.messages_at(question_key, "user")
@@ -516,12 +560,15 @@ def _two_columns(question_key: str, answer_key: str) -> Callable[[Reading], list
             talk, weights, num_asked = joined_talk(prompt, answer, names, reading.where)
             # Answers within the prompt are not trained.
             weights = prompt_weights(talk[:num_asked], weights[:num_asked]) + weights[num_asked:]
-            weights = [1.0] * len(history) + weights
+            if talk and talk[-1]["role"] == "assistant":
+                talk[-1] = reading.with_thought(talk[-1])
+            weights = history_weights + weights
             talk, weights = reading.with_system([*history, *talk], weights)
             return reading.answered_conversation(talk, weights)
-        messages = _question_and_answer(reading.text(question_key), reading.text(answer_key))
-        messages = [*history, *messages]
-        messages, weights = reading.with_system(messages, [1.0] * len(messages))
+        answer = reading.text(answer_key)
+        messages = _question_and_answer(reading, reading.text(question_key), answer)
+        weights = [*history_weights, 1.0, 1.0]
+        messages, weights = reading.with_system([*history, *messages], weights)
         return reading.conversation(messages, weights)
 
     return read
@@ -554,7 +601,8 @@ def _context(reading: Reading) -> list[Record]:
         answer = require_field(answer, "text", str, reading.where)
     question = _join_parts(reading.text("context"), reading.text("question"))
     without_surrogate(answer, f"{reading.where}: answer")
-    return reading.conversation(_question_and_answer(question, answer))
+    messages = _question_and_answer(reading, question, answer)
+    return reading.conversation(*reading.with_system(messages, [1.0, 1.0]))
 
 
 def _squad(reading: Reading) -> list[Record]:
@@ -577,7 +625,9 @@ def _squad(reading: Reading) -> list[Record]:
                 where = f"{place} question {q}"
                 require_field(record, "question", str, where)
                 require_field(record, "answers", list, where)
-                records += _context(Reading(record, where, reading.stats, reading.trees))
+                for answered in _context(Reading(record, where, reading.stats, reading.trees)):
+                    answered.nested = (a, p, q)
+                    records.append(answered)
     return records
 
 
@@ -592,7 +642,8 @@ def _pubmedqa(reading: Reading) -> list[Record]:
     for part in parts:
         without_surrogate(part, reading.where)
     question = _join_parts(*parts, reading.text("QUESTION"))
-    return reading.conversation(_question_and_answer(question, reading.text("LONG_ANSWER")))
+    messages = _question_and_answer(reading, question, reading.text("LONG_ANSWER"))
+    return reading.conversation(messages)
 
 
 # ---- classes and plain text ----
@@ -611,7 +662,7 @@ def _classes(text_key: str, label_key: str) -> Callable[[Reading], list[Record]]
             fault = f"{label_key} is {type_name(label)}, a string or a whole number is wanted"
             raise UserError(f"{reading.where}: {fault}")
         answer = without_surrogate(str(label), f"{reading.where}: {label_key}")
-        return reading.conversation(_question_and_answer(reading.text(text_key), answer))
+        return reading.conversation(_question_and_answer(reading, reading.text(text_key), answer))
 
     return read
 
@@ -642,6 +693,16 @@ CHAT = ("system", "tools", "functions", "weight")
 PREFERENCE = (*TALKS, *CHAT)
 
 
+def _context_formats() -> list[Format]:
+    """Returns the rows of the table for a question about a text."""
+    formats = []
+    for answer in ("answers", "answer"):
+        keys = ("context", "question", answer)
+        more = ("system", *THOUGHTS)
+        formats.append(Format("context and question", keys, ("weight",), _context, aliases=more))
+    return formats
+
+
 def _two_column_formats() -> list[Format]:
     """Returns the rows of the table for PAIRS and CLASSES."""
     formats = []
@@ -649,7 +710,8 @@ def _two_column_formats() -> list[Format]:
         name = f"{question} and {answer}"
         read = _two_columns(question, answer)
         keys = (question, answer)
-        formats.append(Format(name, keys, ("system", "weight"), read, aliases=("history",)))
+        more = ("history", *THOUGHTS)
+        formats.append(Format(name, keys, ("system", "weight"), read, aliases=more))
     for text, label in CLASSES:
         name = f"{text} and its {label}"
         formats.append(Format(name, (text, label), ("weight",), _classes(text, label)))
@@ -673,15 +735,28 @@ FORMATS = (
     Format("ShareGPT", ("conversations",), CHAT, _sharegpt),
     Format("OASST trees", ("message_tree_id", "prompt"), ("tree_state",), oasst_tree),
     OASST_MESSAGES,
-    Format("Alpaca", ("instruction", "output"), ("input", "system", "history", "weight"), _alpaca),
-    Format("Dolly", ("instruction", "response"), ("context", "input", "weight"), _dolly),
+    Format(
+        "Alpaca",
+        ("instruction", "output"),
+        ("input", "system", "history", "weight"),
+        _alpaca,
+        aliases=THOUGHTS,
+    ),
+    Format(
+        "Dolly",
+        ("instruction", "response"),
+        ("context", "input", "weight"),
+        _dolly,
+        aliases=("system", *THOUGHTS),
+    ),
     Format("SQuAD", ("data",), ("version",), _squad),
     Format("PubMedQA", ("QUESTION", "CONTEXTS", "LONG_ANSWER"), ("weight",), _pubmedqa),
-    Format("context and question", ("context", "question", "answers"), ("weight",), _context),
-    Format("context and question", ("context", "question", "answer"), ("weight",), _context),
+    *_context_formats(),
     *_two_column_formats(),
     Format("plain text", ("text",), (), _plain, kind=(dict, Text)),
 )
+# The keys of each format, and of both together all columns that some format reads.
+FORMAT_KEYS = [format.keys for format in FORMATS if format.kind is dict or dict in format.kind]
 # The formats that the error about an unknown one lists.
 COMMON = (
     "messages", "ShareGPT", "Alpaca", "prompt and completion", "text and its label", "preferences",

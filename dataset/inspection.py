@@ -9,6 +9,7 @@ commands; `convert` and `split` are in dataset/rewrite.py.
 
 import argparse
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,12 +24,13 @@ from common import cli, console
 from common.errors import UserError, printable
 from common.files import atomic_file
 from common.progress import progress
-from dataset.examples import TRAIN_ON, Dataset, Example, cut
+from dataset.columns import ignored_facts
+from dataset.examples import TRAIN_ON, TRUNCATE, Dataset, Example, cut, too_long_warning
 from dataset.folders import TEST, TRAIN
 from dataset.formats import Map, Source, open_source
 from dataset.oasst import TREES
-from dataset.records import ReadStats, Record
-from dataset.text_stats import masked, near_groups, private_parts, script, signature, text_hash
+from dataset.records import ReadStats, nested_place, pack_nested
+from dataset.text_stats import masked, near_groups, private_parts, script, signature
 from dataset.token_cache import (
     CONTROL_TOKEN,
     IS_CHAT,
@@ -36,7 +38,7 @@ from dataset.token_cache import (
     PRIVATE_PART,
     RENDERED_CHAT,
     Rows,
-    prompt_hash,
+    record_hashes,
     tokenized_rows,
     words_of,
 )
@@ -69,7 +71,7 @@ class Survey:
     hashes: uint64 [N], a hash of all that a record says.
     prompts: uint64 [N], a hash of what is asked.
     signatures: uint16 [N, 64], MinHash signatures.
-    places: int64 [N, 2], file and number of each record.
+    places: int64 [N, 3], file and number of each record, and its place in a nested file.
     scripts: number of records in each script.
     answers: number of times that each last answer is given; "" counts answers that are too long for
         a label.
@@ -77,6 +79,7 @@ class Survey:
         then.
     private: number of addresses and secrets of each kind.
     examples: for each finding up to MAX_PLACES places, with what is there.
+    stats: what was read.
     """
 
     hashes: np.ndarray
@@ -88,17 +91,25 @@ class Survey:
     may_be_classes: bool = True
     private: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    stats: ReadStats = field(default_factory=ReadStats)
 
 
 def survey(source: Source) -> Survey:
-    """Reads all records of a source with a process a core. Takes 160 bytes of memory a record."""
+    """Reads all records of a source with a process a core. Takes 168 bytes of memory a record.
+
+    Raises UserError that names the records that can't be read, unless these are left out.
+    """
     parts = []
     # The arrays are set at the end, when all parts are there.
     whole = Survey(hashes=None, prompts=None, signatures=None, places=None)
     bar = progress("reading", None, "record")
     work = partial(survey_chunk, source)
-    for part in in_order(work, chunks(source), processes_for(source)):
+    stats = whole.stats
+    for part in with_all_faults(
+        source, stats, in_order(work, chunks(source), processes_for(source))
+    ):
         parts.append(part)
+        stats.add(part.stats)
         bar.update(len(part.hashes))
         whole.scripts.update(part.scripts)
         whole.answers.update(part.answers)
@@ -115,6 +126,7 @@ def survey(source: Source) -> Survey:
         part.scripts = None
         part.answers = None
     bar.close()
+    source.complain_of_faults(stats)
     if not parts:
         raise UserError(f"{source.path}: is an empty list")
     whole.hashes = np.concatenate([part.hashes for part in parts])
@@ -122,6 +134,15 @@ def survey(source: Source) -> Survey:
     whole.signatures = np.concatenate([part.signatures for part in parts])
     whole.places = np.concatenate([part.places for part in parts])
     return whole
+
+
+def with_all_faults(source: Source, stats: ReadStats, parts: Iterator) -> Iterator:
+    """Yields the parts. If there is an error, raises one of all faults so far. stats: of these."""
+    try:
+        yield from parts
+    except UserError as error:
+        source.complain_of_faults(stats, error)
+        raise
 
 
 def survey_chunk(source: Source, chunk: list) -> Survey:
@@ -132,16 +153,16 @@ def survey_chunk(source: Source, chunk: list) -> Survey:
     for container, number, payload in chunk:
         new = source.read(container, number, payload, stats)
         records += new
-        places += [(container, number)] * len(new)
-    hashes = [text_hash(full_text(record)) for record in records]
-    prompts = [prompt_hash(record) for record in records]
+        places += [(container, number, pack_nested(record.nested)) for record in new]
+    both_hashes = [record_hashes(record) for record in records]
     signatures = [signature(words_of(record)) for record in records]
     # The shapes are given, since a chunk may have no record.
     part = Survey(
-        hashes=np.array(hashes, np.uint64),
-        prompts=np.array(prompts, np.uint64),
+        hashes=np.array([text for _, text in both_hashes], np.uint64),
+        prompts=np.array([prompt for prompt, _ in both_hashes], np.uint64),
         signatures=np.array(signatures, np.uint16).reshape(-1, 64),
-        places=np.array(places, np.int64).reshape(-1, 2),
+        places=np.array(places, np.int64).reshape(-1, 3),
+        stats=stats,
     )
     for record in records:
         words = words_of(record)
@@ -159,22 +180,6 @@ def survey_chunk(source: Source, chunk: list) -> Survey:
             if is_one_word and not last_answer.get("tool_calls"):
                 add_example(part, "one word", f"{record.where}: {answer.strip()[:40]!r}")
     return part
-
-
-def full_text(record: Record) -> str:
-    """Returns all that a record says, roles, tool calls and tools included."""
-    if record.messages is None:
-        return record.text
-    messages = list(record.messages)
-    if record.rejected:
-        messages += record.rejected
-    lines = []
-    for message in messages:
-        content = message.get("content") or ""
-        calls = message.get("tool_calls") or ""
-        lines.append(f"{message['role']} {content} {calls}")
-    lines.append(str(record.tools or ""))
-    return "\n".join(lines)
 
 
 def add_example(part: Survey, finding: str, place: str) -> None:
@@ -205,10 +210,7 @@ def duplicates(result: Survey, where: Callable[[int], str]) -> list[Finding]:
     where: from a record's number to its place.
     """
     numbers = np.arange(len(result.hashes))
-    # A record is a duplicate if it is not the first one with its hash.
-    _, first, inverse = np.unique(result.hashes, return_index=True, return_inverse=True)
-    original = first[inverse]
-    exact = np.flatnonzero(original != numbers)
+    exact, original = repeats(result.hashes)
     # A group has the number of its first record.
     groups = near_groups(result.signatures)
     near = np.flatnonzero(groups != numbers)
@@ -228,6 +230,14 @@ def duplicates(result: Survey, where: Callable[[int], str]) -> list[Finding]:
     ]
 
 
+def repeats(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the numbers of the records that say what an earlier one says, and for each record the
+    number of the first that says the same. hashes: uint64 [N], of `record_hashes`."""
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    original = first[inverse]
+    return np.flatnonzero(original != np.arange(len(hashes))), original
+
+
 def count_several_answers(prompts: np.ndarray, contents: np.ndarray) -> int:
     """Returns how many questions come with more than one content.
 
@@ -242,11 +252,21 @@ def count_several_answers(prompts: np.ndarray, contents: np.ndarray) -> int:
 def same_as(place: str, other: str) -> str:
     """Returns e.g. "a.json record 7 is record 5".
 
-    The other's file is named too if it is another one.
+    Of the other's place, only what differs is named: its file too if it is another one, and in a
+    nested file the numbers from the first that differs on.
     """
-    # A place is "FILE unit number", and a file's name may have spaces.
-    file = place.rsplit(" ", 2)[0]
-    return f"{place} is {other.removeprefix(file + ' ')}"
+    # A place is "FILE unit number", and a file's name may have spaces. In a nested file more follows.
+    match = re.match(r"(.+) (?:line|record|row) \d+", place)
+    file = match[1] if match else ""
+    shown = other
+    if other.startswith(f"{file} "):
+        mine = place.removeprefix(f"{file} ").split(" ")
+        theirs = other.removeprefix(f"{file} ").split(" ")
+        # In pairs: "record", "1", "article", "3".
+        while len(theirs) > 2 and mine[:2] == theirs[:2]:
+            del mine[:2], theirs[:2]
+        shown = " ".join(theirs)
+    return f"{place} is {shown}"
 
 
 def overlap(
@@ -275,10 +295,18 @@ def overlap(
     ]
 
 
-def contents(result: Survey, rows: Rows) -> list[Finding]:
+def faulty_finding(stats: ReadStats, lines: list[str]) -> Finding:
+    """Returns the finding on records that could not be read and are left out; an empty one without
+    them. lines: what is wrong with the first of them."""
+    count = f"{stats.num_faults:,}" if stats.num_faults else ""
+    return Finding("faulty, left out", count, lines, warns=True)
+
+
+def contents(result: Survey, rows: Rows, fault_lines: list[str]) -> list[Finding]:
     """Returns the findings on what records say.
 
-    They are on empty and one-word answers, control tokens, scripts, labels, addresses and secrets.
+    They are on empty and one-word answers, faults, control tokens, scripts, labels, addresses and
+    secrets. fault_lines: what is wrong with the first records that can't be read.
     """
     flags = rows.records[:, 2]
     num_empty = 0
@@ -299,6 +327,7 @@ def contents(result: Survey, rows: Rows) -> list[Finding]:
     control = f"{num_control:,} (kept as plain text)"
     findings = [
         Finding("empty, left out", f"{num_empty:,}", warns=num_empty > 0),
+        faulty_finding(result.stats, fault_lines),
         Finding("answers of one word", f"{num_one_word:,}", one_word_places),
         Finding("control tokens spelled in text", control, control_places, num_control > 0),
         Finding("scripts", scripts),
@@ -350,8 +379,11 @@ def label_balance(labels: list[tuple[str, int]], total: int) -> Finding:
     return Finding("labels", value, warns=largest > IMBALANCE * smallest)
 
 
-def lengths(rows: Rows, seq_len: int, last_only: bool) -> list[Finding]:
-    """Returns the findings on tokens: how many there are, and what seq_len tokens do not hold."""
+def lengths(rows: Rows, data: Dataset, seq_len: int, truncate: str) -> list[Finding]:
+    """Returns the findings on tokens: how many there are, and what seq_len tokens do not hold.
+
+    data: the examples that `cut` has made of the rows. truncate: one of TRUNCATE.
+    """
     num_tokens = len(rows.ids)
     num_trained = 0
     if len(rows.spans):
@@ -364,7 +396,6 @@ def lengths(rows: Rows, seq_len: int, last_only: bool) -> list[Finding]:
     for name, value in zip(names, values, strict=True):
         quantiles.append(f"{name} {int(value):,}")
 
-    data = cut([rows], seq_len, last_only)
     is_chat = rows.records[:, 2] & IS_CHAT > 0
     changes = [f"{count:,} records {reason}" for reason, count in data.dropped.items()]
     if not is_chat.all():
@@ -373,6 +404,9 @@ def lengths(rows: Rows, seq_len: int, last_only: bool) -> list[Finding]:
             changes.append(f"plain text comes in {num_pieces:,} pieces of up to {seq_len:,} tokens")
     if not changes:
         changes.append("holds every record whole")
+    warning = too_long_warning([rows], data.dropped, truncate)
+    if warning:
+        changes.append(warning)
     return [
         Finding("tokens", f"{num_tokens:,}, of which {share:.1%} trained"),
         Finding("tokens a record", ", ".join(quantiles)),
@@ -417,25 +451,34 @@ def rendered_chats(rows: Rows) -> str:
 
 
 def quick_checks(train: Dataset, val: Dataset) -> list[str]:
-    """Returns three lines about the token rows: repeats, lengths, contents."""
+    """Returns three lines about the token rows: repeats, lengths, contents.
+
+    The numbers of the first are those that `data.py inspect` reports of the same files: of all
+    their records, also of those that are left out for their length, or that --limit leaves out.
+    """
+    # What is held out of a file is compared with what is left of it to train on, else whole files.
+    is_held_out = val.examples.rows is train.examples.rows
     mine = record_columns(train)
-    other = record_columns(val)
-    _, copies = np.unique(mine["contents"], return_counts=True)
-    num_repeats = int((copies - 1).sum())
+    trained = mine if is_held_out else record_columns(train, whole=True)
+    whole = record_columns(train, whole=True)
+    other = record_columns(val, whole=not is_held_out)
+    num_repeats = len(repeats(whole["texts"])[0])
+    num_several = count_several_answers(whole["prompts"], whole["texts"])
     # Only conversations: of one text some pieces may validate and others not.
     is_chat = other["flags"] & IS_CHAT > 0
-    val_chats = other["contents"][is_chat]
-    num_shared = int(np.isin(val_chats, mine["contents"]).sum())
-    num_several = count_several_answers(mine["prompts"], mine["contents"])
-    repeats = (
-        f"{num_repeats:,} records are repeats, {num_shared:,} of {len(val_chats):,} that validate"
+    num_chats = int(is_chat.sum())
+    num_shared = int(np.isin(other["texts"][is_chat], trained["texts"]).sum())
+    num_asked = int(np.isin(other["prompts"][is_chat], trained["prompts"]).sum())
+    first_line = (
+        f"{num_repeats:,} records are repeats, {num_shared:,} of {num_chats:,} that validate"
         f" are trained on as well, {num_several:,} questions have several answers"
     )
-    if num_shared:
-        repeats = f"WARNING: {repeats}"
+    if num_asked:
+        first_line += f"; {num_asked:,} of {num_chats:,} that validate ask what is trained"
+        first_line = f"WARNING: {first_line}"
     median, high, longest = np.percentile(train.lengths, (50, 99, 100)).astype(int).tolist()
     return [
-        repeats,
+        first_line,
         f"tokens an example: median {median:,}, 99 % up to {high:,}, longest {longest:,}",
         f"records: {flagged_records(mine['flags'])}; `data.py inspect` says more",
     ]
@@ -459,21 +502,24 @@ def flagged_records(flags: np.ndarray) -> str:
     return ", ".join(parts) or "none with addresses, secrets or control tokens"
 
 
-def record_columns(data: Dataset) -> dict[str, np.ndarray]:
-    """Returns contents and prompts (hashes) and flags of the records that examples come from.
+def record_columns(data: Dataset, whole: bool = False) -> dict[str, np.ndarray]:
+    """Returns texts and prompts (hashes) and flags of the records that examples come from.
 
     Each record comes once, of however many pieces it has been cut into.
+    whole: also of the records of the same files that no example comes from.
     """
     index = data.examples
-    content_hashes, prompt_hashes, flags = [], [], []
+    text_hashes, prompt_hashes, flags = [], [], []
     for source, rows in enumerate(index.rows):
-        is_here = index.source == source
-        records = np.unique(index.row[is_here])
-        content_hashes.append(rows.contents[records])
+        records = np.arange(len(rows))
+        if not whole:
+            is_here = index.source == source
+            records = np.unique(index.row[is_here])
+        text_hashes.append(rows.texts[records])
         prompt_hashes.append(rows.prompts[records])
         flags.append(rows.records[records, 2])
     return {
-        "contents": np.concatenate(content_hashes),
+        "texts": np.concatenate(text_hashes),
         "prompts": np.concatenate(prompt_hashes),
         "flags": np.concatenate(flags),
     }
@@ -642,8 +688,10 @@ FLAGS_OF = {
         "model",
         "template",
         "empty_think",
+        "system",
         "train_on",
         "seq_len",
+        "truncate",
         "against",
         "show",
         "html",
@@ -673,16 +721,22 @@ def make_data_parser() -> argparse.ArgumentParser:
     add("files", nargs="+", metavar="FILE", help=FILES_HELP)
     trees = "which paths of OASST trees to read (default: best)"
     add("--trees", choices=[*TREES], default="best", help=trees)
+    skip_bad = "leave out records that can't be read, and count them, instead of stopping at them"
+    add("--skip-bad", action="store_true", help=skip_bad)
     add("--map", metavar="FILE.py:NAME", help="your function that every record goes through first")
     model = "inspect: the model whose tokenizer and template to use (default: the default base)"
     add("--model", metavar="M", help=model)
     add("--template", help="inspect: chat template in place of the model's own")
     empty_think = "inspect: whether empty think blocks of a template are trained (default: train)"
     add("--empty-think", choices=[*EMPTY_THINK], help=empty_think)
+    system = "inspect: system message before conversations that have none, as in train.py"
+    add("--system", metavar="TEXT", help=system)
     train_on = "inspect: which messages are trained (default: answers)"
     add("--train-on", choices=[*TRAIN_ON], help=train_on)
     seq_len = "inspect: tokens of an example at most (default: as train.py)"
     add("--seq-len", type=int, metavar="N", help=seq_len)
+    truncate = "inspect: what becomes of longer conversations, as in train.py (default: drop)"
+    add("--truncate", choices=[*TRUNCATE], help=truncate)
     against = "inspect: validation or test files to find overlaps with"
     add("--against", nargs="+", metavar="FILE", help=against)
     show = f"inspect: examples to show of each file (default: {DEFAULT_SHOWN})"
@@ -748,32 +802,49 @@ def inspect(args: argparse.Namespace, tokenizer: Tokenizer, max_positions: int) 
     """
     seq_len = args.seq_len or min(2048, max_positions)
     roles, last_only = TRAIN_ON[args.train_on or "answers"]
+    truncate = args.truncate or TRUNCATE[0]
     num_shown = DEFAULT_SHOWN if args.show is None else args.show
+    reason = tokenizer.why_no_system(args.system) if args.system else ""
+    if reason:
+        raise UserError(f"--system: can't be shown to the model ({reason})")
     others = []
     for file in args.against:
         other_source, other = survey_file(file, args)
         others.append((str(file), other_source, other))
     parts = []
     all_lengths = []
+    all_results = []
     shown = []
     for file in args.files:
-        source = open_source(file, args.trees, args.map)
-        rows = tokenized_rows(source, tokenizer, roles)
+        source = open_source(file, args.trees, args.map, skip_bad=args.skip_bad)
+        source.system = args.system or ""
+        rows = tokenized_rows(source, tokenizer, roles, with_heads=truncate == "prompt")
         result = survey(source)
-        findings = lengths(rows, seq_len, last_only)
+        all_results.append((source, result))
+        dataset = cut([rows], seq_len, last_only, truncate)
+        findings = lengths(rows, dataset, seq_len, truncate)
         findings += duplicates(result, partial(place, source, result))
-        findings += contents(result, rows)
+        # The file's name stands above already, unless there are several.
+        fault_lines = [fault for _, fault in result.stats.faults]
+        if len(source.containers) > 1:
+            fault_lines = source.fault_lines(result.stats)
+        findings += contents(result, rows, fault_lines)
+        fact_keys = ignored_facts(result.stats)
+        if fact_keys:
+            findings.append(Finding("ignored", fact_keys, warns=True))
         for name, other_source, other in others:
             findings += overlap(result, other, name, partial(place, other_source, other))
         findings += [Finding("cache", note, warns=True) for note in rows.notes]
         parts.append((source.summary(rows.stats), findings))
         all_lengths.append(np.diff(rows.starts))
-        examples = cut([rows], seq_len, last_only).examples
+        examples = dataset.examples
         if len(examples):
             # Spread evenly over the file.
             num_picks = min(num_shown, len(examples))
             picks = np.linspace(0, len(examples) - 1, num_picks).astype(int)
             shown += [examples[i] for i in picks]
+    if len(all_results) > 1:
+        parts.append((f"all {len(all_results)} files together", duplicates_of_all(all_results)))
     bins = histogram(np.concatenate(all_lengths))
     print_report(parts, bins, shown, tokenizer)
     if args.html:
@@ -787,11 +858,30 @@ def inspect(args: argparse.Namespace, tokenizer: Tokenizer, max_positions: int) 
 
 def survey_file(file: str, args: argparse.Namespace) -> tuple[Source, Survey]:
     """Opens and reads a file of --against; of a folder with parts, the one for tests."""
-    source = open_source(file, args.trees, args.map, TEST)
+    source = open_source(file, args.trees, args.map, TEST, args.skip_bad)
+    source.system = args.system or ""
     return source, survey(source)
+
+
+def duplicates_of_all(results: list[tuple[Source, Survey]]) -> list[Finding]:
+    """Returns the findings on duplicates within and between several files."""
+    together = Survey(
+        hashes=np.concatenate([result.hashes for _, result in results]),
+        prompts=np.concatenate([result.prompts for _, result in results]),
+        signatures=np.concatenate([result.signatures for _, result in results]),
+        places=np.concatenate([result.places for _, result in results]),
+    )
+    firsts = np.cumsum([0, *[len(result.hashes) for _, result in results]])
+
+    def where(i: int) -> str:
+        number = int(np.searchsorted(firsts, i, side="right")) - 1
+        source, result = results[number]
+        return place(source, result, i - firsts[number])
+
+    return duplicates(together, where)
 
 
 def place(source: Source, result: Survey, i: int) -> str:
     """Returns the place of record i of a survey, e.g. "a.jsonl line 3"."""
-    container, number = result.places[i]
-    return source.containers[container].place(int(number))
+    container, number, nested = result.places[i]
+    return source.containers[container].place(int(number)) + nested_place(int(nested))

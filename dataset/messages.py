@@ -97,6 +97,16 @@ MEDIA = {
 MEDIA_KEYS = frozenset(MEDIA) - {"file", "input_file", "document", "speech"}
 # Objects and lists in each other, in tools and arguments.
 MAX_DEPTH = 100
+# Names of columns that hold what an answer rests on, or another talk than the one that is read.
+FACT_NAMES = frozenset(
+    "text texts context contexts passage passages document documents doc paragraph paragraphs"
+    " background evidence fact facts article source_text knowledge support story transcript abstract"
+    " excerpt content body input question prompt instruction query answer response completion output"
+    " history".split()
+)
+# Characters of the shortest words in such a column, and of those in a column of any other name.
+SHORTEST_FACT = 20
+LONG_TEXT = 200
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -544,9 +554,15 @@ def check_depth(value: object, what: str) -> None:
 
 
 def note_extra_keys(
-    record: dict, known: tuple[str, ...], where: str, ignored: dict, prefix: str = ""
+    record: dict,
+    known: tuple[str, ...],
+    where: str,
+    ignored: dict,
+    prefix: str = "",
+    facts: dict | None = None,
 ) -> None:
-    """Adds the keys of a record that are not in `known` to `ignored`, each with the prefix.
+    """Adds the keys of a record that are not in `known` to `ignored`, each with the prefix, and of
+    these to `facts` the ones on whose words an answer may rest.
 
     Raises UserError for a key that changes what is trained, and for one that looks like a known key
     mistyped.
@@ -568,6 +584,36 @@ def note_extra_keys(
                 raise UserError(f"{where}: unknown key {quote_names([key])}{hint}")
             # A dict serves as an ordered set.
             ignored[name] = True
+            # The first record that has the key shows what it holds.
+            if facts is not None and holds_facts(key, value, record, known):
+                facts[name] = True
+
+
+def holds_facts(key: str, value: object, record: dict, known: tuple[str, ...]) -> bool:
+    """True if a key that is not read holds words on which an answer may rest: long ones, or those of
+    a key with such a name.
+
+    known: the keys that are read. Words that they hold too, or that hold all of theirs, as a prompt
+    that was rendered from them, say nothing new.
+    """
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        value = "\n".join(value)
+    if not isinstance(value, str):
+        return False
+    words = value.strip()
+    least = SHORTEST_FACT if str(key).lower() in FACT_NAMES else LONG_TEXT
+    if len(words) < least:
+        return False
+    texts = []
+    for name in known:
+        each = record.get(name)
+        for part in each if isinstance(each, list) else [each]:
+            if isinstance(part, dict):
+                part = part.get("content", part.get("value"))
+            if isinstance(part, str) and part.strip():
+                texts.append(part.strip())
+    is_rendered = bool(texts) and all(text in words for text in texts)
+    return not is_rendered and not any(words in text for text in texts)
 
 
 def closest_key(keys: Iterable[str], expected: Iterable[str], record: dict) -> str:

@@ -170,14 +170,17 @@ def _flat_tree(reading: Reading) -> list[Record]:
     return records
 
 
-def _group_by_tree(container: Container, payloads: Iterable) -> Iterator[tuple[int, object]]:
+def _group_by_tree(
+    container: Container, payloads: Iterable, faults: list
+) -> Iterator[tuple[int, object]]:
     """Yields (number of the first message, {"messages": [...]}) for each tree of a flat file.
 
     The messages of a tree must follow each other, so that one tree is in memory and not the file.
-    Raises UserError if they do not, or if a record is no message.
+    faults: gets (number, UserError) of each record that is no message.
+    Raises UserError if the messages of a tree do not follow each other.
     """
     finished_trees = set()
-    for tree, numbered in groupby(_flat_messages(container, payloads), _tree_of):
+    for tree, numbered in groupby(_flat_messages(container, payloads, faults), _tree_of):
         numbered = list(numbered)
         first_number = numbered[0][0]
         if tree in finished_trees:
@@ -190,17 +193,23 @@ def _group_by_tree(container: Container, payloads: Iterable) -> Iterator[tuple[i
         yield first_number, group
 
 
-def _flat_messages(container: Container, payloads: Iterable) -> Iterator[tuple[int, dict]]:
+def _flat_messages(
+    container: Container, payloads: Iterable, faults: list
+) -> Iterator[tuple[int, dict]]:
     """Yields (number, message) for each record of a flat file, with the message's place at the key
-    WHERE."""
+    WHERE. faults: gets (number, UserError) of each record that is no message."""
     for number, payload in payloads:
         where = container.place(number)
-        message = require_object(container.value(number, payload), where)
-        if not OASST_MESSAGES.fits(message):
-            raise OASST_MESSAGES.misfit(message, where)
-        require_field(message, "message_id", str, where)
-        if message.get("message_tree_id") is not None:
-            require_field(message, "message_tree_id", str, where)
+        try:
+            message = require_object(container.value(number, payload), where)
+            if not OASST_MESSAGES.fits(message):
+                raise OASST_MESSAGES.misfit(message, where)
+            require_field(message, "message_id", str, where)
+            if message.get("message_tree_id") is not None:
+                require_field(message, "message_tree_id", str, where)
+        except UserError as error:
+            faults.append((number, error))
+            continue
         yield number, message | {WHERE: where}
 
 

@@ -28,6 +28,7 @@ from typing import BinaryIO, NamedTuple
 
 from common.errors import UserError, read_text
 from common.files import NamedFile, refuse_pointer
+from dataset.arrow_floats import has_short_floats, with_short_floats
 from tokenization.chat_template import written_number
 
 MAX_RECORD_BYTES = 128 << 20  # of one record, or of a JSON file that is one object
@@ -51,6 +52,10 @@ ARROW_FILE = b"ARROW1"
 ARROW_STREAM = b"\xff\xff\xff\xff"
 
 
+class RecordFault(UserError):
+    """A fault of one record of a JSON list, behind which the list goes on."""
+
+
 class Text(NamedTuple):
     """One part of a plain-text file. A long file is read as several parts, cut at the start of a
     line if it has any.
@@ -71,11 +76,15 @@ class Container:
     kind: JSON, JSONL, CSV, TSV, Parquet, Arrow or TXT; of a compressed file with the compression,
         as in "JSONL in gzip".
     unit: what the numbers of `payloads` count: "line", "record" or "row".
+    columns: the names of a table's columns, if its first row is a record.
+    header_note: what a user must know about the names of its columns.
     """
 
     path: Path | NamedFile
     kind: str
     unit: str
+    columns: tuple[str, ...] = ()
+    header_note: str = ""
 
     def payloads(self) -> Iterator[tuple[int, object]]:
         """Yields (number, payload) for each record; numbers begin at 1.
@@ -104,8 +113,11 @@ class Container:
         """Returns the value of a payload: for a line of JSONL the decoded JSON, for other kinds the
         payload itself.
 
-        Raises UserError that names the record: not UTF-8, not JSON, or too many values.
+        Raises UserError that names the record: not UTF-8, not JSON, or too many values; also the
+        payload itself, where a row of a table could not be read.
         """
+        if isinstance(payload, UserError):
+            raise payload
         if not isinstance(payload, bytes):
             return payload
         place = self.place(number)
@@ -362,7 +374,12 @@ def _json_values(stream: BinaryIO, container: Container) -> Iterator[tuple[int, 
         text.skip_space()
         if number == 1 and text.peek() == "]":
             break
-        yield number, text.decode(place)
+        try:
+            value = text.decode(place)
+        except RecordFault as fault:
+            # `Container.value` raises it.
+            value = fault
+        yield number, value
         text.skip_space()
         if text.peek() != ",":
             break
@@ -465,7 +482,24 @@ class _JSONWindow:
             except RecursionError:
                 raise UserError(f"{place}: JSON nested too deep") from None
             except ValueError as error:  # of _refuse_constant or _refuse_duplicate_keys
-                raise UserError(f"{place}: {error}") from None
+                fault = f"{place}: {error}"
+                if self.skip_value():
+                    raise RecordFault(fault) from None
+                raise UserError(fault) from None
+
+    def skip_value(self) -> bool:
+        """Moves behind the value that begins here, whatever it holds. False if its end is not
+        found."""
+        while True:
+            try:
+                _, self.at = ANY_VALUE.raw_decode(self.text, self.at)
+                return True
+            except json.JSONDecodeError:
+                if self.ended:
+                    return False
+                self.read_more()
+            except (RecursionError, ValueError):
+                return False
 
     def error(self, place: str, why: str) -> UserError:
         """Returns the error for a fault at `at`, with its line and column in the whole file."""
@@ -474,16 +508,15 @@ class _JSONWindow:
 
 def _table_rows(stream: BinaryIO, container: Container) -> Iterator[tuple[int, dict]]:
     """Yields the rows of CSV (RFC 4180) or TSV as objects of strings, with the names in the first
-    row as keys.
+    row as keys, or those of the container. In the place of a row that can't be read comes its
+    UserError.
 
     A file whose first row begins with a number has no names. It is read as one of Zhang et al.
     2015: the number of a class, then texts; the names of the classes are read from a classes.txt in
     the same folder, if there is one.
     """
-    csv.field_size_limit(MAX_RECORD_BYTES)
-    delimiter = "\t" if container.kind.startswith("TSV") else ","
-    rows = csv.reader(_text_lines(stream, container.path), delimiter=delimiter, strict=True)
-    names = None
+    rows = _csv_rows(stream, container)
+    names = list(container.columns) or None
     classes = None  # of a file without names of columns: the names of its classes
     number = 0
     while True:
@@ -492,7 +525,11 @@ def _table_rows(stream: BinaryIO, container: Container) -> Iterator[tuple[int, d
         except StopIteration:
             return
         except csv.Error as error:
-            raise UserError(f"{container.place(number + 1)}: {_one_line(error)}") from None
+            if names is None:
+                raise UserError(f"{container.place(1)}: {_one_line(error)}") from None
+            number += 1
+            yield number, UserError(f"{container.place(number)}: {_one_line(error)}")
+            continue
         # A row of one blank field is a blank line, except in a table of one column, where it is an
         # empty text.
         one_blank_field = len(row) == 1 and not row[0].strip()
@@ -515,7 +552,8 @@ def _table_rows(stream: BinaryIO, container: Container) -> Iterator[tuple[int, d
         number += 1
         if len(row) != len(names):
             counts = f"has {len(row)} columns, {len(names)} are wanted"
-            raise UserError(f"{container.place(number)}: {counts}")
+            yield number, UserError(f"{container.place(number)}: {counts}")
+            continue
         if classes is None:
             yield number, dict(zip(names, row, strict=True))
             continue
@@ -525,9 +563,32 @@ def _table_rows(stream: BinaryIO, container: Container) -> Iterator[tuple[int, d
             is_known = label.isdecimal() and 1 <= int(label[:9]) <= len(classes)
             if not is_known:
                 problem = f"class {label[:40]!r}, classes.txt names {len(classes)}"
-                raise UserError(f"{container.place(number)}: {problem}")
+                yield number, UserError(f"{container.place(number)}: {problem}")
+                continue
             label = classes[int(label) - 1]  # the numbers begin at 1
         yield number, {"label": label, "text": "\n".join(row[1:])}
+
+
+def _csv_rows(stream: BinaryIO, container: Container) -> Iterator[list[str]]:
+    """Returns the rows of CSV or TSV as lists of cells. Its `next` raises csv.Error for a row that
+    can't be read, and goes on behind it."""
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    delimiter = "\t" if container.kind.startswith("TSV") else ","
+    return csv.reader(_text_lines(stream, container.path), delimiter=delimiter, strict=True)
+
+
+def first_rows(container: Container, most: int) -> list[list[str]]:
+    """Returns the first rows of a table as lists of cells, without blank ones, up to one that can't
+    be read. most: their number at most."""
+    rows: list[list[str]] = []
+    stream, _ = _open(container.path)
+    with stream, _report_damage(container.path), contextlib.suppress(csv.Error, UserError):
+        for row in _csv_rows(stream, container):
+            if any(cell.strip() for cell in row):
+                rows.append(row)
+            if len(rows) == most:
+                break
+    return rows
 
 
 def _class_names(path: Path | NamedFile) -> list[str]:
@@ -599,14 +660,18 @@ def _in_small_batches(batches: Iterator) -> Iterator:
 def _rows_of_batches(
     path: Path | NamedFile, schema, batches: Iterator
 ) -> Iterator[tuple[int, dict]]:
-    """Yields (number, row) of Arrow's batches, with the names of classes in place of their
-    numbers."""
+    """Yields (number, row) of Arrow's batches, with the names of classes in place of their numbers,
+    and with numbers of 32 bits and fewer as their writer wrote them."""
     _refuse_duplicate_columns(path, schema.names)
     class_columns = _class_columns(schema.metadata or {})
+    short_floats = {name: schema.field(name).type for name in schema.names}
+    short_floats = {name: kind for name, kind in short_floats.items() if has_short_floats(kind)}
     number = 0
     for batch in batches:
         for row in batch.to_pylist():
             number += 1
+            for column, kind in short_floats.items():
+                row[column] = with_short_floats(row[column], kind)
             for column, classes in class_columns.items():
                 label = row.get(column)
                 # A missing label is None, or -1 in test sets.
@@ -790,6 +855,8 @@ def _parse_int(digits: str) -> int | float:
 
 
 SPACE = re.compile(r"\s*")
+# Finds the end of a value that DECODER refuses for what it holds.
+ANY_VALUE = json.JSONDecoder(parse_int=_parse_int)
 DECODER = json.JSONDecoder(
     parse_constant=_refuse_constant,
     parse_int=_parse_int,

@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 
 from common.errors import UserError
 from dataset.arrow_nulls import clean_calls, clean_tools
+from dataset.columns import SYSTEM_NAMES, with_system_column
 from dataset.messages import (
     RECORD_SWITCHES,
+    THOUGHTS,
     LeftOut,
     WrittenObject,
     closest_key,
@@ -28,6 +30,7 @@ from dataset.messages import (
     note_extra_keys,
     quote_names,
     read_message,
+    read_thought,
     require_field,
     require_object,
     type_name,
@@ -38,7 +41,10 @@ from dataset.readers import Container, Text
 
 # How many different reasons are counted each by itself.
 MAX_REASONS = 12
+# How many faulty records of a file are named.
+MAX_FAULTS = 20
 FILLED_NULLS = "with nulls of other tools, which Arrow filled in, taken out"
+THOUGHT_NAMES = frozenset(THOUGHTS)
 # Messages, and the weight of each.
 WeightedMessages = tuple[list[dict], list[float]]
 
@@ -61,6 +67,7 @@ class Record:
     first, last: whether a text is the first or the last part of its file; long files are read in
         parts.
     id: the file's own name of the record, where it is read for its prompt (dataset/prompts.py).
+    nested: in SQuAD's nested file, the numbers of its article, paragraph and question.
     """
 
     messages: list[dict] | None
@@ -74,6 +81,31 @@ class Record:
     first: bool = True
     last: bool = True
     id: str | int | None = None
+    nested: tuple[int, ...] = ()
+
+
+# The levels of SQuAD's file, and the bits that the number of each takes of 64.
+NESTED_LEVELS = ("article", "paragraph", "question")
+NESTED_BITS = 21
+
+
+def pack_nested(numbers: tuple[int, ...]) -> int:
+    """Returns a record's numbers in a nested file as one; 0 for other files. Counted from 1."""
+    packed = 0
+    for number in numbers:
+        packed = packed << NESTED_BITS | number
+    return packed
+
+
+def nested_place(packed: int) -> str:
+    """Returns e.g. " article 3 paragraph 2 question 5", "" for 0. packed: of `pack_nested`."""
+    if packed == 0:
+        return ""
+    place = ""
+    for level in reversed(NESTED_LEVELS):
+        place = f" {level} {packed % (1 << NESTED_BITS)}{place}"
+        packed >>= NESTED_BITS
+    return place
 
 
 @dataclass
@@ -85,12 +117,34 @@ class ReadStats:
     altered: {what was changed or can't be shown: number of records}.
     ignored: the keys that have no meaning here, as a dict in the order of their appearance; of
         messages "messages.KEY".
+    facts: those of them that hold words on which answers may rest.
+    num_faults: the number of records that can't be read.
+    faults: of the first MAX_FAULTS of them (number of the file, "line 3: what is wrong").
     """
 
     records: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     altered: Counter[str] = field(default_factory=Counter)
     ignored: dict[str, bool] = field(default_factory=dict)
+    facts: dict[str, bool] = field(default_factory=dict)
+    num_faults: int = 0
+    faults: list[tuple[int, str]] = field(default_factory=list)
+
+    def note_fault(self, container: int, fault: str) -> None:
+        """Counts a record that can't be read. container: the number of its file."""
+        self.num_faults += 1
+        if len(self.faults) < MAX_FAULTS:
+            self.faults.append((container, fault))
+
+    def counts(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Returns copies of what may be counted of a record before it turns out to be faulty."""
+        return dict(self.dropped), dict(self.altered)
+
+    def restore(self, counts: tuple[dict[str, int], dict[str, int]]) -> None:
+        """Sets these back. counts: what `counts` returned."""
+        dropped, altered = counts
+        self.dropped = Counter(dropped)
+        self.altered = Counter(altered)
 
     def drop(self, reason: str, count: int = 1) -> None:
         """Counts records that were left out.
@@ -111,6 +165,9 @@ class ReadStats:
             self.drop(reason, count)
         self.altered += other.altered
         self.ignored |= other.ignored
+        self.facts |= other.facts
+        self.num_faults += other.num_faults
+        self.faults = (self.faults + other.faults)[:MAX_FAULTS]
 
     def complain_if_empty(self, path: str, purpose: str = "trained on") -> None:
         """Raises UserError if no record was read, with the reasons. purpose: what they are for."""
@@ -132,7 +189,7 @@ class Format:
     aliases: further keys that are read if they are present, whose names are like other words.
     read: makes the records of one value in the file.
     group: for a format whose records extend over several values, joins a container's payloads to
-        groups; else None.
+        groups, and adds (number, UserError) of those that can't be read to a list; else None.
     kind: the type of the value, or several.
     """
 
@@ -140,7 +197,7 @@ class Format:
     keys: tuple[str, ...]
     optional: tuple[str, ...]
     read: Callable[["Reading"], Iterable[Record]]
-    group: Callable[[Container, Iterable], Iterator[tuple[int, object]]] | None = None
+    group: Callable[[Container, Iterable, list], Iterator[tuple[int, object]]] | None = None
     kind: type | tuple = dict
     aliases: tuple[str, ...] = ()
 
@@ -158,17 +215,17 @@ class Format:
                 return False
         return True
 
-    def misfit(self, record: dict, where: str) -> UserError:
+    def misfit(self, record: dict, where: str, origin: str = "the first record") -> UserError:
         """Returns the error for a record that does not have this format.
 
-        The first record of its file has it.
+        origin: what has it.
         """
         # All keys are there, so the label is at fault: see `fits`.
         if all(key in record for key in self.keys):
             fault = "null" if record.get("label") is None else "empty"
             return UserError(f"{where}: label is {fault}")
         hint = closest_key(record, self.keys, record)
-        why = f"the first record is {self.name} ({', '.join(self.keys)})"
+        why = f"{origin} is {self.name} ({', '.join(self.keys)})"
         return UserError(f"{where}: keys {quote_names(record)}: {why}{hint}")
 
     def records(
@@ -179,6 +236,7 @@ class Format:
         trees: str,
         from_arrow: bool = False,
         needs_answer: bool = True,
+        origin: str = "the first record",
     ) -> Iterable[Record]:
         """Returns the records of one value.
 
@@ -187,20 +245,25 @@ class Format:
         trees: which paths of OASST trees, of oasst.TREES.
         from_arrow: whether the value comes from a Parquet or Arrow file.
         needs_answer: whether a conversation without an answer is a fault.
+        origin: what has shown that the file has this format.
 
         Raises UserError if the value has another format, or a fault.
         """
         if not isinstance(value, self.kind) or not self.fits(value):
-            raise self.misfit(require_object(value, where), where)
+            raise self.misfit(require_object(value, where), where, origin)
         try:
             # The keys of grouped values were made by `group`, not by the user.
             if isinstance(value, dict) and not self.group:
+                has_system = "system" in self.optional or "system" in self.aliases
+                if has_system and not SYSTEM_NAMES.isdisjoint(value):
+                    value = with_system_column(value, where)
                 leave_out_media(value)
                 leave_out_masked(value, where)
                 known_keys = self.keys + self.optional
                 known_keys += tuple(RECORD_SWITCHES.intersection(value))
-                known_keys += tuple(key for key in self.aliases if key in value)
-                note_extra_keys(value, known_keys, where, stats.ignored)
+                if self.aliases and not value.keys().isdisjoint(self.aliases):
+                    known_keys += tuple(key for key in self.aliases if key in value)
+                note_extra_keys(value, known_keys, where, stats.ignored, facts=stats.facts)
             return self.read(Reading(value, where, stats, trees, from_arrow, needs_answer))
         except LeftOut as reason:
             stats.drop(str(reason))
@@ -312,25 +375,41 @@ class Reading:
             )
         return [system, *messages], [1.0, *weights]
 
-    def history(self) -> list[dict]:
-        """Returns the earlier questions and answers of the record's "history", as messages.
+    def answer(self, content: str) -> dict:
+        """Returns the message that answers, with what was thought before it, if a column holds
+        that."""
+        return self.with_thought({"role": "assistant", "content": content})
 
-        It is a list of [question, answer] pairs. Raises UserError if it is anything else.
+    def with_thought(self, message: dict) -> dict:
+        """Returns an answer with the thought that a column of the record holds, unless it has one
+        itself, or there is none."""
+        if THOUGHT_NAMES.isdisjoint(self.record) or message.get("reasoning_content"):
+            return message
+        thought = read_thought(self.record, self.where)
+        return message | {"reasoning_content": thought} if thought else message
+
+    def history(self) -> WeightedMessages:
+        """Returns the earlier questions and answers of the record's "history".
+
+        It is a list of [question, answer] pairs, or of messages. Raises UserError if it is anything
+        else.
         """
         if not self.record.get("history"):
-            return []
-        messages = []
+            return [], []
         pairs = require_field(self.record, "history", list, self.where)
+        if all(isinstance(each, dict) for each in pairs):
+            return self.read_messages(pairs, "history")
+        messages = []
         for number, pair in enumerate(pairs, 1):
             if not isinstance(pair, list) or [type(part) for part in pair] != [str, str]:
                 raise UserError(
                     f"{self.where}: history holds {type_name(pair)},"
-                    " [question, answer] pairs of strings are wanted"
+                    " [question, answer] pairs of strings are wanted, or messages alone"
                 )
             for role, content in zip(("user", "assistant"), pair, strict=True):
                 without_surrogate(content, f"{self.where} history {number}")
                 messages.append({"role": role, "content": content})
-        return messages
+        return messages, [1.0] * len(messages)
 
     def conversation(
         self, messages: list[dict], weights: list[float] | None = None, **more

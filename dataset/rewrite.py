@@ -84,7 +84,9 @@ def linked_hashes(args: argparse.Namespace) -> np.ndarray:
     A record is linked to its near-duplicates, to records with the same question, and to what those
     are linked to.
     """
-    sources = [open_source(file, args.trees, args.map) for file in args.files]
+    sources = [
+        open_source(file, args.trees, args.map, skip_bad=args.skip_bad) for file in args.files
+    ]
     surveys = [survey(source) for source in sources]
     groups = near_groups(np.concatenate([each.signatures for each in surveys]))
     prompts = np.concatenate([each.prompts for each in surveys])
@@ -152,7 +154,7 @@ def all_records(args: argparse.Namespace) -> Iterator[Record]:
     """
     first_kind = None
     for file in args.files:
-        source = open_source(file, args.trees, args.map)
+        source = open_source(file, args.trees, args.map, skip_bad=args.skip_bad)
         stats = ReadStats()
         for record in source.records(stats):
             # A text, a preference, a labelled answer, or an ordinary conversation.

@@ -13,10 +13,14 @@ or not at all; a process that needs what another one is making waits for it. Not
     spans.bin        int32 [S, 2]          trained: [start, end) in a record
     span_starts.bin  int64 [N + 1]         where each record's spans start
     weights.bin      float32 [S]           loss weight of each span
-    records.bin      int64 [N, 3]          file and number, to name the record; its flags (IS_CHAT
-                                           and others)
+    records.bin      int64 [N, 4]          file and number, to name the record; its flags (IS_CHAT
+                                           and others); its place in a nested file
     prompts.bin      uint64 [N]            hash of the text before the first answer
     contents.bin     uint64 [N]            hash of the record's ids
+    texts.bin        uint64 [N]            hash of all that the record says, letter case and spaces
+                                           aside
+    heads.bin        int32 [N]             ids before the words of the first user, for --truncate
+                                           prompt; else 0
     meta.json                              what was read and what was left out; the size and CRC-32
                                            of each file, by which damage is noticed
 """
@@ -54,14 +58,15 @@ from common.files import (
 from common.progress import progress
 from dataset.formats import Source
 from dataset.markup import holds_rendered_chat
+from dataset.prompt_cut import PromptHeads, TurnShape, turn_shape
 from dataset.readers import CLASS_NAMES
-from dataset.records import ReadStats, Record
+from dataset.records import ReadStats, Record, nested_place, pack_nested
 from dataset.text_stats import private_parts, text_hash
 from dataset.tokenize_pool import chunks, in_order, processes_for
 from tokenizer import EncodedChat, TemplateError, Tokenizer
 
 # The version of the folders: a higher number makes all of them anew.
-ROWS_FORMAT = 5
+ROWS_FORMAT = 6
 # Bytes of rows that the cache keeps; the ones unused for longest are deleted first.
 KEPT = 20 << 30
 # The age, a day, from which an unfinished folder of a process that does not exist is deleted.
@@ -84,8 +89,10 @@ ARRAYS = {
     "records": np.int64,
     "prompts": np.uint64,
     "contents": np.uint64,
+    "texts": np.uint64,
+    "heads": np.int32,
 }
-ROW_SHAPES = {"spans": (-1, 2), "records": (-1, 3)}
+ROW_SHAPES = {"spans": (-1, 2), "records": (-1, 4)}
 
 
 @dataclass
@@ -94,6 +101,7 @@ class Rows:
 
     stats: what was read, dropped and ignored.
     largest: the largest token id.
+    turn: what the chat template writes around a user's messages, for --truncate prompt.
     units: for each file "FILE line", to which a record's number is added to name it.
     cached: True if the rows were in the cache already.
     notes: what a user must know about the cache.
@@ -107,8 +115,11 @@ class Rows:
     records: np.ndarray
     prompts: np.ndarray
     contents: np.ndarray
+    texts: np.ndarray
+    heads: np.ndarray
     stats: ReadStats
     largest: int
+    turn: TurnShape
     units: list[str]
     cached: bool
     notes: list[str]
@@ -118,24 +129,29 @@ class Rows:
 
     def where(self, i: int) -> str:
         """Returns the place of record i for messages, e.g. "a.jsonl line 3"."""
-        file, number, _ = self.records[i]
-        return f"{self.units[file]} {number}"
+        file, number, _, nested = self.records[i]
+        return f"{self.units[file]} {number}{nested_place(int(nested))}"
 
 
 def tokenized_rows(
-    source: Source, tokenizer: Tokenizer, roles: tuple[str, ...] = ("assistant",)
+    source: Source,
+    tokenizer: Tokenizer,
+    roles: tuple[str, ...] = ("assistant",),
+    with_heads: bool = False,
 ) -> Rows:
     """Returns the rows of a source, out of the cache if they are there, else made and put into it.
 
     source: the files and their format.
     tokenizer: makes ids of texts, and of conversations by its chat template.
     roles: the roles whose messages are trained.
+    with_heads: also find where the words of the first user begin, for --truncate prompt.
 
-    Raises UserError that names the record if one cannot be read; also if no record can be trained
+    Raises UserError that names the records if some cannot be read; also if no record can be trained
     on, or if a file changes while it is read.
     """
     stamps = file_stamps(source)
-    folder = cache_folder() / f"rows-{cache_key(source, tokenizer, roles)[:32]}"
+    key = cache_key(source, tokenizer, roles, with_heads)
+    folder = cache_folder() / f"rows-{key[:32]}"
     if source.map:
         # What the user's function reads besides the record cannot be known, so its rows serve this
         # run alone.
@@ -161,7 +177,7 @@ def tokenized_rows(
                 shutil.rmtree(folder, ignore_errors=True)
                 make_room(folder.parent)
                 with reported_full_cache(folder.parent):
-                    make_folder(source, tokenizer, roles, stamps, folder)
+                    make_folder(source, tokenizer, roles, with_heads, stamps, folder)
     # The time of last use, for make_room.
     with contextlib.suppress(OSError):
         os.utime(folder)
@@ -212,6 +228,7 @@ def make_folder(
     source: Source,
     tokenizer: Tokenizer,
     roles: tuple[str, ...],
+    with_heads: bool,
     stamps: list[tuple[int, int]],
     folder: Path,
 ) -> None:
@@ -221,7 +238,7 @@ def make_folder(
     """
     try:
         with atomic_folder(folder) as tmp:
-            write(source, tokenizer, roles, tmp)
+            write(source, tokenizer, roles, with_heads, tmp)
             if file_stamps(source) != stamps:
                 raise UserError(
                     f"{source.path}: changed while it was read; start again when it is whole"
@@ -232,7 +249,9 @@ def make_folder(
             raise
 
 
-def cache_key(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...]) -> str:
+def cache_key(
+    source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], with_heads: bool = False
+) -> str:
     """Returns a hash, in hexadecimal, of everything that rows depend on."""
     files = []
     for container in source.containers:
@@ -243,7 +262,7 @@ def cache_key(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...]) -> s
         if is_table and class_names.is_file():
             class_names_hash = file_sha256(class_names)
         files.append((container.kind, file_sha256(container.path), class_names_hash))
-    reading = [*source.reading_key(), roles]
+    reading = [*source.reading_key(), roles, with_heads]
     parts = [ROWS_FORMAT, files, *reading, tokenizer.fingerprint]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -274,12 +293,16 @@ def open_rows(folder: Path, source: Source, cached: bool, notes: list[str]) -> R
         dropped=Counter(meta["dropped"]),
         altered=Counter(meta["altered"]),
         ignored=dict.fromkeys(meta["ignored"], True),
+        facts=dict.fromkeys(meta["facts"], True),
+        num_faults=meta["num_faults"],
+        faults=[(file, fault) for file, fault in meta["faults"]],
     )
     return Rows(
         ids=open_array("ids", meta["dtype"]),
         **{name: open_array(name, dtype) for name, dtype in ARRAYS.items()},
         stats=stats,
         largest=meta["largest"],
+        turn=TurnShape(tuple(meta["turn_header"]), meta["turn_ending"]),
         units=[f"{container.path} {container.unit}" for container in source.containers],
         cached=cached,
         notes=notes,
@@ -345,17 +368,31 @@ class EncodedChunk:
     records: np.ndarray
     prompts: np.ndarray
     contents: np.ndarray
+    texts: np.ndarray
+    heads: np.ndarray
     stats: ReadStats
 
 
-def write(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], folder: Path) -> None:
-    """Writes the arrays and meta.json of a source into `folder`, chunk after chunk."""
+def write(
+    source: Source,
+    tokenizer: Tokenizer,
+    roles: tuple[str, ...],
+    with_heads: bool,
+    folder: Path,
+) -> None:
+    """Writes the arrays and meta.json of a source into `folder`, chunk after chunk.
+
+    Raises UserError that names the records that can't be read. From the first of them on, the others
+    are only looked for: nothing is tokenised that would not be kept.
+    """
     if tokenizer.vocab_size > 1 << 32:
         raise UserError(f"{tokenizer.source}: the tokenizer has an id beyond 32 bits")
     dtype = np.dtype(np.uint32)
     if tokenizer.vocab_size <= 1 << 16:
         dtype = np.dtype(np.uint16)
-    work = partial(encode, source, tokenizer, roles, dtype)
+    turn = turn_shape(tokenizer) if with_heads else TurnShape()
+    heads = PromptHeads(tokenizer) if with_heads else None
+    work = partial(encode_unless_faulty, source, tokenizer, roles, dtype, heads)
     processes = processes_for(source)
     stats = ReadStats()
     num_tokens = 0
@@ -373,7 +410,8 @@ def write(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], folder: 
     try:
         append("starts", np.zeros(1, np.int64))
         append("span_starts", np.zeros(1, np.int64))
-        for part in in_order(work, chunks(source), processes, tokenizer.forget_processes):
+        wanted = wanted_chunks(source, stats)
+        for part in in_order(work, wanted, processes, tokenizer.forget_processes):
             arrays = {
                 "ids": part.ids,
                 "starts": num_tokens + np.cumsum(part.lengths),
@@ -383,6 +421,8 @@ def write(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], folder: 
                 "records": part.records,
                 "prompts": part.prompts,
                 "contents": part.contents,
+                "texts": part.texts,
+                "heads": part.heads,
             }
             for name in files:
                 # The ids are in their dtype already, which is not in the table.
@@ -393,30 +433,79 @@ def write(source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], folder: 
             stats.add(part.stats)
             bar.set_postfix_str(f"{num_tokens:,} tokens", refresh=False)
             bar.update(part.stats.records)
+    except UserError as error:
+        source.complain_of_faults(stats, error)
+        raise
     finally:
         bar.close()
         for file in files.values():
             file.close()
+    source.complain_of_faults(stats)
     stats.complain_if_empty(source.path)
-    meta = dict(vars(stats))
-    meta["ignored"] = list(stats.ignored)
+    meta = reading_facts(stats, turn)
     meta["largest"] = largest
     meta["dtype"] = dtype.name
     meta["tokens"] = num_tokens
     sizes = {name: (folder / f"{name}.bin").stat().st_size for name in files}
     meta["files"] = {f"{name}.bin": [sizes[name], checksums[name]] for name in files}
+    write_meta(meta, folder)
+
+
+def write_meta(meta: dict, folder: Path) -> None:
+    """Writes meta.json, with its own CRC-32."""
     # As a reader will have it: JSON has neither tuples nor keys that are no texts.
     meta = json.loads(json.dumps(meta))
     meta["crc32"] = meta_crc32(meta)
     write_json(meta, folder / "meta.json")
 
 
+def wanted_chunks(source: Source, stats: ReadStats) -> Iterator[tuple[bool, list]]:
+    """Yields the chunks of a source, each with whether anything of it will be kept: not from the
+    first faulty record on, unless these are left out. stats: of what was read so far."""
+    for chunk in chunks(source):
+        yield stats.num_faults == 0 or bool(source.skip_bad), chunk
+
+
+def reading_facts(stats: ReadStats, turn: TurnShape) -> dict:
+    """Returns what was read and left out, and what stands around messages, as values of JSON."""
+    meta = dict(vars(stats))
+    meta["ignored"] = list(stats.ignored)
+    meta["facts"] = list(stats.facts)
+    meta["turn_header"] = turn.header
+    meta["turn_ending"] = turn.ending
+    return meta
+
+
+def encode_unless_faulty(
+    source: Source,
+    tokenizer: Tokenizer,
+    roles: tuple[str, ...],
+    dtype: np.dtype,
+    heads: PromptHeads | None,
+    wanted: tuple[bool, list],
+) -> EncodedChunk:
+    """Does what `encode` does with a chunk, in a worker process. wanted: whether anything will be
+    kept; if not, only faults are looked for. The chunk."""
+    is_kept, chunk = wanted
+    if is_kept:
+        return encode(source, tokenizer, roles, dtype, chunk, heads)
+    result = encode(source, tokenizer, roles, dtype, [])
+    for container, number, payload in chunk:
+        source.read(container, number, payload, result.stats)
+    return result
+
+
 def encode(
-    source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], dtype: np.dtype, chunk: list
+    source: Source,
+    tokenizer: Tokenizer,
+    roles: tuple[str, ...],
+    dtype: np.dtype,
+    chunk: list,
+    heads: PromptHeads | None = None,
 ) -> EncodedChunk:
     """Reads, renders and tokenises the payloads of a chunk; this runs in a worker process.
 
-    dtype: of the ids.
+    dtype: of the ids. heads: finds where the words of the first user begin, if that is asked for.
     """
     stats = ReadStats()
     records = []
@@ -425,11 +514,15 @@ def encode(
         new = source.read(container, number, payload, stats)
         records += new
         places += [(container, number)] * len(new)
+    if stats.num_faults and not source.skip_bad:
+        # Nothing of these data will be kept.
+        records, places = [], []
 
     rendered = iter(render(records, tokenizer, roles))
     # Of each record that can be trained on; spans and weights of each span of those.
-    lengths, span_counts, rows, prompts, hashes = [], [], [], [], []
+    lengths, span_counts, rows, prompts, hashes, texts = [], [], [], [], [], []
     spans, weights = [], []
+    head_lengths = []
     # An array takes 2 or 4 bytes a token, where a list takes 8 and more.
     all_ids = array(dtype.char)
     for record, (container, number) in zip(records, places, strict=True):
@@ -448,8 +541,13 @@ def encode(
         for start, end, weight in record_spans:
             spans.append((start, end))
             weights.append(weight)
-        rows.append((container, number, flags_of(record, tokenizer)))
-        prompts.append(prompt_hash(record))
+        words = words_of(record)
+        nested = pack_nested(record.nested)
+        rows.append((container, number, flags_of(record, words, tokenizer), nested))
+        prompt, text = record_hashes(record)
+        prompts.append(prompt)
+        texts.append(text)
+        head_lengths.append(heads.length(record, ids) if heads and conversation else 0)
         hashes.append(hashlib.blake2b(ids, digest_size=8).digest())
         if conversation is not None and conversation.is_altered:
             stats.altered.update(altered_by_template(record, conversation, tokenizer.empty_think))
@@ -460,9 +558,11 @@ def encode(
         spans=np.array(spans, np.int32).reshape(-1, 2),
         span_counts=np.array(span_counts, np.int64),
         weights=np.array(weights, np.float32),
-        records=np.array(rows, np.int64).reshape(-1, 3),
+        records=np.array(rows, np.int64).reshape(-1, 4),
         prompts=np.array(prompts, np.uint64),
         contents=np.frombuffer(b"".join(hashes), np.uint64),
+        texts=np.array(texts, np.uint64),
+        heads=np.array(head_lengths, np.int32),
         stats=stats,
     )
 
@@ -553,20 +653,50 @@ def altered_by_template(
 
 def prompt_hash(record: Record) -> int:
     """Returns `text_hash` of the messages before the first answer to a user, or of the text."""
-    messages = record.messages
-    if messages is None:
+    if record.messages is None:
         return text_hash(record.text)
+    contents = [message.get("content") or "" for message in record.messages]
+    return text_hash("\n".join(contents[: num_asking(record.messages)]))
+
+
+def num_asking(messages: list[dict]) -> int:
+    """Returns how many messages stand before the first answer to a user."""
     # An answer before any question belongs to the prompt: some data begins with a greeting.
     has_question = False
-    first_answer = len(messages)
     for i, message in enumerate(messages):
         if message["role"] == "user":
             has_question = True
         if message["role"] == "assistant" and has_question:
-            first_answer = i
-            break
-    contents = [message.get("content") or "" for message in messages[:first_answer]]
-    return text_hash("\n".join(contents))
+            return i
+    return len(messages)
+
+
+def record_hashes(record: Record) -> tuple[int, int]:
+    """Returns `prompt_hash` of a record, and 64 bits of a hash of all that it says.
+
+    That is who says what, letter case and the number of spaces aside, with tool calls and tools, and
+    of a preference with the rejected answer.
+    """
+    messages = record.messages
+    if messages is None:
+        text = text_hash(record.text)
+        return text, text
+    contents = [message.get("content") or "" for message in messages]
+    first_answer = num_asking(messages)
+    prompt = text_hash("\n".join(contents[:first_answer]))
+    if record.rejected:
+        messages = messages + record.rejected
+        contents += [message.get("content") or "" for message in record.rejected]
+    # The prompt's hash stands for its words, so that these are read once.
+    answers = " ".join("\n".join(contents[first_answer:]).lower().split())
+    roles = " ".join([message["role"] for message in messages])
+    whole = f"{prompt}\n{roles}\n{answers}"
+    calls = [message["tool_calls"] for message in messages if "tool_calls" in message]
+    # Most conversations have neither.
+    if calls or record.tools:
+        whole += f"\n{calls}{record.tools}"
+    digest = hashlib.blake2b(whole.encode("utf-8", "replace"), digest_size=8).digest()
+    return prompt, int.from_bytes(digest, "big")
 
 
 def words_of(record: Record) -> str:
@@ -577,8 +707,8 @@ def words_of(record: Record) -> str:
     return "\n".join(contents)
 
 
-def flags_of(record: Record, tokenizer: Tokenizer) -> int:
-    """Returns the sum of the flags that hold for a record.
+def flags_of(record: Record, words: str, tokenizer: Tokenizer) -> int:
+    """Returns the sum of the flags that hold for a record. words: of `words_of`.
 
     They are IS_CHAT, ONE_WORD_ANSWER, CONTROL_TOKEN, PRIVATE_PART and RENDERED_CHAT.
     """
@@ -593,7 +723,6 @@ def flags_of(record: Record, tokenizer: Tokenizer) -> int:
             if len(message["content"].split(None, 1)) == 1:
                 flags |= ONE_WORD_ANSWER
                 break
-    words = words_of(record)
     if tokenizer.spells_control(words):
         flags |= CONTROL_TOKEN
     if private_parts(words):

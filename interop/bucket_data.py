@@ -18,6 +18,7 @@ from pathlib import Path
 
 from common.errors import UserError, first_line, printable
 from common.files import atomic_file, write_json
+from common.progress import progress
 from common.remote_names import copy_key
 from dataset.folders import (
     DESCRIPTION,

@@ -14,6 +14,7 @@ from pathlib import Path
 import lora
 from checkpoint import TOKENIZER_FILES, fingerprint, read_config
 from common.choices import QUANT_KINDS
+from common.console import one_line
 from common.errors import UserError, printable, read_json
 from common.files import (
     HUB_NAME,
@@ -140,6 +141,7 @@ def pick_tokenizer(
     template: str | None,
     day: str | None = None,
     empty_think: str = "train",
+    system: str | None = None,
 ) -> Tokenizer:
     """Returns the adapter's own tokenizer and chat template if its folder holds any, since it was
     trained with them; else those of the base.
@@ -147,15 +149,18 @@ def pick_tokenizer(
     template: --template.
     day: the date that a template may write; None: that of the training, else today.
     empty_think: --empty-think.
+    system: the system message of conversations that have none; None: that of the training.
     Raises UserError if the adapter brings tokens that the base has no embedding for.
     """
     # The model has learnt to answer on that day, and to another one it was never asked.
     if day:
         check_date(day)
     day = day or trained_day(adapter or base)
+    if system is None:
+        system = trained_system(adapter or base)
     if adapter is None or not has_tokenizer(Path(adapter)):
-        return load_tokenizer(base, template, base, day, empty_think)
-    tokenizer = load_tokenizer(Path(adapter), template, base, day, empty_think)
+        return load_tokenizer(base, template, base, day, empty_think, system)
+    tokenizer = load_tokenizer(Path(adapter), template, base, day, empty_think, system)
     check_tokens_fit(tokenizer, Path(adapter), base)
     return tokenizer
 
@@ -165,6 +170,22 @@ def trained_day(folder: str | Path) -> str:
     here, as 2026-11-29; "" if it wrote none."""
     day = adapter_metadata(folder).get("date")
     return day if isinstance(day, str) else ""
+
+
+def trained_system(folder: str | Path) -> str:
+    """Returns the system message that conversations without one got when the model or adapter in a
+    folder was trained here; "" if they got none."""
+    system = adapter_metadata(folder).get("system")
+    return system if isinstance(system, str) else ""
+
+
+def system_note(tokenizer: Tokenizer, folder: str | Path) -> str:
+    """Returns what to add to a line that names the chat template: the system message of
+    conversations that have none. folder: of the adapter, or of the model without one."""
+    if not tokenizer.system:
+        return ""
+    origin = ", as in training" if tokenizer.system == trained_system(folder) else ""
+    return f', system message "{one_line(tokenizer.system, 60)}"{origin}'
 
 
 def date_note(tokenizer: Tokenizer, folder: str | Path) -> str:

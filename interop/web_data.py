@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from common.errors import UserError, printable
+from common.progress import progress
 from common.remote_names import SIGNATURE, copy_key, saved_copy, shown
 from dataset.readers import KNOWN_SUFFIXES, suffix_of
 from interop.copies import (

@@ -378,7 +378,7 @@ def test_chat_remembers_resets_and_survives_ctrl_c(monkeypatch, capsys):
 
     monkeypatch.setattr("builtins.input", type_next)
     monkeypatch.setattr(generate, "answer", answer)
-    generate.chat(None, Namespace(tokenizer=None), SETTINGS)
+    generate.chat(None, Namespace(tokenizer=Namespace(system="")), SETTINGS)
     assert seen == [["hi"], ["hi", "o\x1bk", "again"], ["new"]]
     assert capsys.readouterr().out == "ok\n" * 2 + "\nok\n\n"
 
@@ -439,3 +439,12 @@ def test_a_file_of_bad_answers_alone_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "kto.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a", "label": False}))
     _, err, code = command(evaluate, monkeypatch, capsys, "exact", "--data", tmp_path / "kto.jsonl")
     assert code == 2 and "no record with a good answer to compare with" in err
+
+
+def test_a_miss_shows_the_question_behind_a_long_text(base, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"context": "the red fox jumps " * 20, "question": "who jumps?", "answer": "never 7"}))
+    words = ["exact", "--data", file, "--model", base, "--dtype", "fp32", "--max-new-tokens", 4]
+    out, _, _ = command(evaluate, monkeypatch, capsys, *words)
+    (line,) = (line for line in out.splitlines() if line.startswith("  question "))
+    assert line.startswith("  question   the red fox jumps the") and line.endswith("who jumps?") and " ... " in line

@@ -20,6 +20,8 @@ SHORT_WORDS = 8
 ENOUGH_PROOFS = 16
 # A character of Unicode's private use area, which makes other words of words.
 CHANGE = "\uf8fe"
+# What is not shown of an answer whose words are.
+TRIMMED = "leading spaces of answers"
 
 
 class Part(NamedTuple):
@@ -59,6 +61,9 @@ class HiddenParts:
         for i, (conversation, result) in enumerate(zip(conversations, results, strict=True)):
             if isinstance(result, Refused):
                 continue
+            num_trimmed = trimmed_answers(conversation, result)
+            if num_trimmed:
+                counts[i] = Counter({TRIMMED: num_trimmed})
             unproved = []
             for part in self.missing(conversation, result):
                 if self.is_known(part.kind):
@@ -156,6 +161,23 @@ class HiddenParts:
             assert isinstance(result, Rendered)
             # What the template refuses with other words, it has read.
             yield i, parts, text == result.text
+
+
+def trimmed_answers(conversation: Conversation, rendered: Rendered) -> int:
+    """Returns how many answers begin with space that the template takes off."""
+    count = 0
+    for answer in rendered.answers:
+        message = conversation.messages[answer.message]
+        content = message.get("content")
+        if not isinstance(content, str) or not content[:1].isspace():
+            continue
+        # Of an answer with a thought in it, only what follows that is looked for in the text.
+        if message["role"] != "assistant" or "</think>" in content:
+            continue
+        space = content[: len(content) - len(content.lstrip())]
+        if not rendered.text[answer.begin : answer.first].endswith(space):
+            count += 1
+    return count
 
 
 def last_place(part: Part, conversation: Conversation, rendered: Rendered) -> int:

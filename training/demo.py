@@ -58,6 +58,7 @@ def is_bundled_task(settings: Settings) -> bool:
     is_sharded = settings.shard != "none" or distributed.world_size() > 1
     # Options that give the run another task, another base or no end.
     asks_for_another = settings.data or settings.model or settings.adapter or settings.profile
+    asks_for_another = asks_for_another or settings.system
     return not (asks_for_another or is_sharded)
 
 

@@ -20,7 +20,7 @@ from common.errors import UserError
 from common.folder_lock import FolderLock
 from data import TrainingData
 from flags import Flags, check_owned_options
-from interop.resolve import trained_day
+from interop.resolve import trained_day, trained_system
 from model import Transformer
 from tokenization.chat_template import today
 from training import checkpointer
@@ -76,6 +76,9 @@ def open_run(flags: Flags, lock: FolderLock) -> Run:
         # The run keeps it, also where it is resumed on another day; and all ranks have the same.
         day = distributed.run_on_rank0(lambda: first_day(run.flags))
         run.flags = dataclasses.replace(run.flags, date=day)
+    if run.flags.system is None:
+        system = distributed.run_on_rank0(lambda: first_system(run.flags))
+        run.flags = dataclasses.replace(run.flags, system=system)
     return run
 
 
@@ -84,6 +87,13 @@ def first_day(flags: Flags) -> str:
     was trained here, which goes on, else today."""
     source = flags.adapter or flags.model
     return (trained_day(source) if source else "") or today()
+
+
+def first_system(flags: Flags) -> str:
+    """Returns the system message that a run puts before conversations without one: that with which
+    --adapter or --model was trained here, which goes on, else "" for none."""
+    source = flags.adapter or flags.model
+    return trained_system(source) if source else ""
 
 
 def lock_folder(lock: FolderLock, out: str) -> None:

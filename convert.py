@@ -3,13 +3,14 @@ Face folder.
 
 A GGUF file becomes a Hugging Face folder (interop/gguf_import.py). The way out is here as well: a
 folder or an adapter as the file that llama.cpp serves (interop/gguf_export.py), a folder in 4 bits,
-and an adapter merged into its base.
+an adapter merged into its base, and a result put on the Hub (interop/push.py).
 
     python convert.py to-folder FILE.gguf FOLDER
     python convert.py to-gguf FOLDER OUT.gguf [--adapter DIR [--quant KIND]] [--type TYPE]
     python convert.py adapter-to-gguf ADAPTER OUT.gguf [--model FOLDER]
     python convert.py to-nf4 FOLDER OUT [--quant nf4|nf4+head]
-    python convert.py merge FOLDER ADAPTER OUT [--quant KIND] [--check FILE] [--dtype DTYPE]
+    python convert.py merge [FOLDER] ADAPTER OUT [--quant KIND] [--check FILE] [--dtype DTYPE]
+    python convert.py push FOLDER ORG/NAME
 
 An adapter is right on the numbers of its base that it was trained on. QLoRA trains on the numbers
 that 4 bits stand for (NF4), and its adapter has learnt to make up for their errors; added to the
@@ -18,6 +19,7 @@ numbers of NF4, and write the sum in 16 bits. `merge` measures the loss before a
 """
 
 import argparse
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,10 +33,12 @@ from common import errors
 from common.device import STORAGE_DTYPES
 from common.errors import UserError
 from common.files import write_json
+from common.origin import BASE_FACTS, base_facts
 from dataset.examples import Dataset
 from evals.loss import loss
 from interop.gguf_export import TYPES, adapter_to_gguf, folder_to_gguf
 from interop.gguf_import import gguf_to_folder
+from interop.push import push_folder
 from interop.resolve import (
     base_folder,
     check_adapter,
@@ -43,6 +47,7 @@ from interop.resolve import (
     pick_tokenizer,
     trained_day,
 )
+from interop.written import describe_folder, describe_gguf
 from kernels.nf4 import dequantized_weight
 from model import quantized_linears
 from quant import QUANT_KINDS
@@ -54,7 +59,7 @@ BUNDLED_CHECKS = ("general_chat.jsonl", "general.txt")
 CHECKED_RECORDS = 16
 CHECKED_TOKENS = 256
 # What a merged folder's plaintune.json takes over from that of its adapter.
-KEPT_FACTS = ("base", "base_sha256", "date")
+KEPT_FACTS = (*BASE_FACTS, "base_sha256", "date")
 # A merged model whose loss is higher by more than this, in nats, is warned of. Rounding to 16 bits
 # takes less.
 LARGEST_GAP = 0.02
@@ -65,26 +70,50 @@ def main() -> None:
     match args.command:
         case "to-folder":
             gguf_to_folder(args.file, args.folder)
+            print_written(args.folder, describe_folder(args.folder), try_model(args.folder))
         case "to-gguf":
             folder = model_folder(args.folder)
             if args.quant and not args.adapter:
                 raise UserError("--quant: says what --adapter is added to, and there is none")
             folder_to_gguf(folder, args.file, args.type, args.adapter, quant=args.quant)
+            serve = f"llama-server -m {shlex.quote(str(args.file))}"
+            print_written(
+                args.file, describe_gguf(args.file), f"{serve}, or {try_model(args.file)}"
+            )
         case "adapter-to-gguf":
             base = base_folder(args.model, args.adapter)
             adapter_to_gguf(args.adapter, args.file, base)
+            serve = f"llama-server -m BASE.gguf --lora {shlex.quote(str(args.file))}"
+            print_written(args.file, describe_gguf(args.file), f"{serve}, BASE.gguf made of {base}")
         case "to-nf4":
             to_nf4(model_folder(args.folder), args.out, args.quant)
+            print_written(args.out, describe_folder(args.out), try_model(args.out))
         case "merge":
             dtype = STORAGE_DTYPES[args.dtype] if args.dtype else None
+            if args.folder and args.model:
+                raise UserError(f"--model {args.model}: the base is given already, {args.folder}")
             merge_folder(
-                model_folder(args.folder),
+                base_folder(args.folder or args.model, args.adapter),
                 args.adapter,
                 args.out,
                 dtype,
                 quant=args.quant,
                 check=args.check,
             )
+            print_written(args.out, describe_folder(args.out), try_model(args.out))
+        case "push":
+            push_folder(args.folder, args.name)
+
+
+def print_written(path: Path, what: str, command: str) -> None:
+    """Prints what a conversion has written, and the command that a user tries next."""
+    print(f"wrote     {path}: {what}")
+    print(f"next      {command}")
+
+
+def try_model(path: Path) -> str:
+    """Returns the command that talks to a model."""
+    return f"python generate.py --model {shlex.quote(str(path))}"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -112,7 +141,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     command.add_argument("--quant", choices=[*QUANT_KINDS, "none"], help=quant_help)
     command.add_argument(
-        "--type", choices=TYPES, default="f32", help="type of the matrices (default: f32)"
+        "--type",
+        choices=TYPES,
+        default="f32",
+        help="type of the matrices; q8_0 takes 8.5 bits a weight, q5_1 6, q5_0 5.5, q4_1 5, q4_0 4.5;"
+        " fewer bits, more error (docs/files.md has figures) (default: f32)",
     )
 
     command = commands.add_parser(
@@ -139,7 +172,12 @@ def parse_arguments() -> argparse.Namespace:
     command = commands.add_parser(
         "merge", help="write a model with a LoRA adapter merged into it as one folder"
     )
-    command.add_argument("folder", help=model_help)
+    command.add_argument(
+        "folder",
+        nargs="?",
+        help="the base: a folder, a GGUF file or a name on the Hub (default: the one that the adapter"
+        " was made on)",
+    )
     command.add_argument("adapter", type=Path, help="PEFT LoRA folder")
     command.add_argument("out", type=Path, help="the new folder")
     command.add_argument(
@@ -147,6 +185,7 @@ def parse_arguments() -> argparse.Namespace:
         choices=STORAGE_DTYPES,
         help="dtype to store the new weights in (default: that of the model's files)",
     )
+    command.add_argument("--model", metavar="M", help="the base, as FOLDER")
     command.add_argument("--quant", choices=[*QUANT_KINDS, "none"], help=quant_help)
     command.add_argument(
         "--check",
@@ -155,7 +194,20 @@ def parse_arguments() -> argparse.Namespace:
         f" adapter was trained for; the first {CHECKED_RECORDS} are read; none: it is not measured"
         " (default: a few general questions)",
     )
-    return parser.parse_args()
+
+    command = commands.add_parser(
+        "push", help="put a model or adapter folder on the Hub, in a new private repository"
+    )
+    command.add_argument("folder", type=Path, help="the folder, as final/ of a run")
+    command.add_argument("name", metavar="org/name", help="the name on the Hub")
+
+    args, rest = parser.parse_known_args()
+    if args.command == "merge" and args.folder is None and len(rest) == 1 and rest[0][:1] != "-":
+        # An option stands between the three, where argparse takes the optional one for left out.
+        args.folder, args.adapter, args.out = str(args.adapter), args.out, Path(rest.pop())
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def merge_folder(
@@ -242,12 +294,22 @@ def merge_folder(
 
 
 def choose_dtype(folder: Path, config: checkpoint.Config, print_fn: Callable) -> torch.dtype:
-    """Returns the dtype that a folder's weights are stored in, and says so where its config.json
-    claims another one."""
+    """Returns the dtype that most of a folder's weights are stored in. Says so where its config.json
+    claims another one, and where the folder has several, for the new one has this one alone."""
     dtype = checkpoint.stored_dtype(folder)
     note = checkpoint.dtype_note(config, dtype)
     if note:
         print_fn(f"NOTE: {folder}: {note}")
+    counts = checkpoint.stored_dtype_counts(folder)
+    if len(counts) > 1:
+        shares = []
+        for each, count in counts.items():
+            share = 100 * count / counts.total()
+            shares.append(f"{share:.3g} % in {checkpoint.config_dtype(each)}")
+        print_fn(
+            f"NOTE: {folder}: its weights are stored {', '.join(shares)}; those of the new folder are"
+            f" all in {checkpoint.config_dtype(dtype)}, by which some may be rounded"
+        )
     return dtype
 
 
@@ -317,7 +379,7 @@ def to_nf4(folder: Path, out: Path, quant: str = "nf4", print_fn: Callable = pri
         print_fn(f"NOTE: {name} stays in 16 bits or more, its rows are no whole blocks of 64")
 
     def write_origin(new_folder: Path) -> None:
-        origin = {"base": str(folder.resolve()), "base_sha256": checkpoint.fingerprint(folder)}
+        origin = base_facts(folder) | {"base_sha256": checkpoint.fingerprint(folder)}
         origin["quant"] = quant
         # The date that the model was trained to see in its prompts.
         day = trained_day(folder)

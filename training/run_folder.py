@@ -18,6 +18,7 @@ from checkpoint import fingerprint
 from common.device import pick_device
 from common.errors import UserError
 from common.folder_lock import FolderLock
+from common.origin import base_facts
 from data import TrainingData
 from flags import Flags, check_owned_options
 from interop.resolve import trained_day
@@ -211,7 +212,8 @@ def check_room(settings: Settings, model: Transformer, out: Path) -> None:
 
 
 def identify_run(flags: Flags, folder: Path, data: TrainingData) -> dict:
-    """Returns what a run is made from: {"base": path, "base_sha256": hash, "data": hash}.
+    """Returns what a run is made from: what common/origin.py says of the base, with "base_sha256", the
+    hash of its weights, and "data", that of the examples.
 
     folder: the base model.
     Raises UserError where the ranks have different things.
@@ -241,4 +243,4 @@ def identify_run(flags: Flags, folder: Path, data: TrainingData) -> dict:
             "the processes do not have the same base or the same examples"
             " (a --map that draws at random?)"
         )
-    return {"base": str(folder.resolve()), "base_sha256": sha256_of_rank0, "data": digest}
+    return base_facts(folder) | {"base_sha256": sha256_of_rank0, "data": digest}

@@ -43,6 +43,7 @@ from interop.resolve import (
     base_folder,
     check_adapter,
     model_folder,
+    packaged_file,
     pick_base_numbers,
     pick_tokenizer,
     trained_day,
@@ -69,7 +70,7 @@ def main() -> None:
     args = parse_arguments()
     match args.command:
         case "to-folder":
-            gguf_to_folder(args.file, args.folder)
+            gguf_to_folder(packaged_file(args.file), args.folder)
             print_written(args.folder, describe_folder(args.folder), try_model(args.folder))
         case "to-gguf":
             folder = model_folder(args.folder)

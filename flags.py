@@ -16,6 +16,7 @@ import optimizers
 from common.cli import parse_args
 from common.device import STORAGE_DTYPES
 from common.errors import UserError
+from common.files import HUB_NAME
 from common.folder_lock import find_holder
 from dataset.examples import TRAIN_ON
 from dataset.oasst import TREES
@@ -318,6 +319,13 @@ class Flags:
         "full: dtype of best/ and final/; default: that of the base's files. 16 bits lose changes"
         " that are smaller than their steps, which is said with its share; fp32 keeps all",
         choices=[*STORAGE_DTYPES],
+        resume=FREE,
+    )
+    push: str | None = option(
+        None,
+        "put the result on the Hugging Face Hub under this name, in a private repository; it is"
+        " made, and the token tried (`hf auth login` or HF_TOKEN), before the training begins",
+        metavar="ORG/NAME",
         resume=FREE,
     )
     resume: str | None = option(
@@ -704,7 +712,13 @@ def check_memory(flags: Flags) -> None:
 
 
 def check_out(flags: Flags) -> None:
-    """Raises UserError where --out can't be the folder of this run."""
+    """Raises UserError where --out can't be the folder of this run, or --push not its name."""
+    if flags.push is not None:
+        match = HUB_NAME.fullmatch(flags.push)
+        if not match or match[2]:
+            raise UserError(f"--push {flags.push}: ORG/NAME is wanted, a name on the Hub")
+        if flags.profile:
+            raise UserError("--push: a run under --profile has no result to put on the Hub")
     if flags.resume and not flags.out:
         raise UserError("--resume: needs --out, the folder of the run that is to go on")
     if flags.resume and flags.profile:

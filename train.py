@@ -28,6 +28,7 @@ from common.files import atomic_file, write_json
 from common.folder_lock import FolderLock
 from data import MicroBatches, load_training_data
 from flags import Flags, as_dict, parse_flags
+from interop.push import check_can_push, make_repository, push_folder
 from interop.resolve import base_folder, pick_tokenizer
 from lora import base_numbers
 from methods import load_trainable, method_of
@@ -43,6 +44,7 @@ from training.demo import Demo, is_bundled_task
 from training.evaluator import Evaluator, best_or_final, eager_mode
 from training.failures import reported_failures, training_failures
 from training.metrics import MetricsLogger
+from training.model_card import ModelCard
 from training.plots import loss_curve
 from training.profiling import profiled
 from training.run_folder import check_room, identify_run, make_run_folder, open_run
@@ -74,6 +76,9 @@ def train(flags: Flags, lock: FolderLock) -> None:
     if opened.is_complete:
         return
     flags, device, resumed = opened.flags, opened.device, opened.checkpoint
+    if flags.push and not flags.plan:
+        # Now, so that a token which may not write costs seconds, not the run.
+        distributed.run_on_rank0(lambda: check_can_push(flags.push))
 
     # ---- base model, tokenizer, data: what is downloaded or converted is cached once a machine
     with distributed.local_rank0_first():
@@ -121,6 +126,8 @@ def train(flags: Flags, lock: FolderLock) -> None:
     origin = identify_run(settings, folder, data)
     if resumed:
         check_same_run(resumed, origin)
+    if settings.push:
+        distributed.run_on_rank0(lambda: make_repository(settings.push))
     out = Path(distributed.run_on_rank0(lambda: make_run_folder(settings, lock, resumed)))
     settings = dataclasses.replace(settings, out=str(out))
     check_room(settings, model, out)
@@ -135,7 +142,10 @@ def train(flags: Flags, lock: FolderLock) -> None:
     if distributed.is_rank0():
         save_config(settings, out)
     distributed.start_training_timeout(settings.timeout)
-    save = functools.partial(save_weights, settings, model, tokenizer, origin, metrics.bar.write)
+    card = ModelCard(settings, origin, folder, data, tokenizer, metrics, state)
+    save = functools.partial(
+        save_weights, settings, model, tokenizer, origin, card, metrics.bar.write
+    )
     save_best = functools.partial(save, out / "best")
     evaluator = Evaluator(settings, out, model, data, metrics, device, save_best)
     checkpointer = Checkpointer(
@@ -178,7 +188,10 @@ def train(flags: Flags, lock: FolderLock) -> None:
     if demo:
         with eager_mode(settings):
             demo.finish(out)
-    print_next_command(settings, out / best_or_final(state), data)
+    result = out / best_or_final(state)
+    print_next_command(settings, result, data)
+    if settings.push:
+        distributed.run_on_rank0(lambda: push_folder(result, settings.push))
 
 
 def train_loop(
@@ -285,13 +298,15 @@ def save_weights(
     model: Transformer,
     tokenizer: Tokenizer,
     origin: dict,
+    card: ModelCard,
     print_fn: Callable[[str], None],
     folder: Path,
 ) -> None:
     """Writes final/ or best/: a Hugging Face folder, or a PEFT adapter folder with the tokenizer
     and chat template it was trained with.
 
-    In it, plaintune.json names the base, its weights' hash, and which of its linears were in 4 bits.
+    In it, plaintune.json names the base, its weights' hash, and which of its linears were in 4 bits,
+    and README.md says what a reader of the weights must know.
     """
     method = method_of(settings)
 
@@ -306,6 +321,7 @@ def save_weights(
         if tokenizer.writes_date:
             facts["date"] = tokenizer.day
         write_json(facts, tmp / "plaintune.json")
+        card.write(tmp, folder.name)
 
     remark = method.save(model, settings, folder, write_extra)
     if remark and distributed.is_rank0():

@@ -6,13 +6,14 @@ has it. Of a repository that is there already, files of the same names are repla
 the folder does not have are removed, so that what is loaded is what was pushed; its history keeps
 them.
 
-`check_can_push` is for before a training: it asks for all that a push needs, in seconds, and makes
-the repository. So no hours are lost to a token that may not write.
+`check_can_push` is for the beginning of a run, and takes seconds, so that no hours are lost to a
+token that may not write; `make_repository` for the moment at which the training begins.
 """
 
+import contextlib
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common.errors import UserError, first_line, printable, read_json
@@ -32,35 +33,33 @@ WEIGHT_PATTERNS = [
 CONFIG_FILES = ("config.json", "adapter_config.json")
 
 
-def check_hub_name(name: str) -> None:
-    """Raises UserError if this is no name that a repository can have: `org/name`."""
-    match = HUB_NAME.fullmatch(name)
-    if not match or match[2]:
-        raise UserError(f"--push {name}: org/name is wanted, a name for a model on the Hub")
-
-
 def check_can_push(name: str, print_fn: Callable[[str], None] = print) -> None:
-    """Makes sure that a repository is there and that it may be written to; a new one is made, which
-    is private.
+    """Makes sure that there is a Hub, and a token that may write to a repository of this name.
 
     name: `org/name`.
     print_fn: is called with a line that says where the result will be, and who can see it.
     Raises UserError where there is no token, one that may not write, or no network.
     """
-    check_hub_name(name)
-    try:
-        is_new, is_private = open_repository(name)
-    except Exception as error:  # noqa: BLE001 (the Hub's libraries have errors of many types)
-        raise UserError(f"--push {name}: {why_not(error, name)}") from None
-    state = "new" if is_new else "which is there already"
+    with reported_refusal(name):
+        is_there, is_private = find_repository(name)
+    state = "which is there already" if is_there else "a new repository"
     seen_by = "private" if is_private else "PUBLIC"
     print_fn(f"push      after the run to {page_of(name)}, {state}; it is {seen_by}")
 
 
-def open_repository(name: str) -> tuple[bool, bool]:
-    """Makes a private repository unless it is there. Returns whether it is new, and whether it is
-    private. Errors of huggingface_hub pass through; UserError is raised for what it does not check.
+def make_repository(name: str) -> None:
+    """Makes a private repository, unless there is one of this name, which stays as it is.
+
+    Raises UserError where that is refused.
     """
+    with reported_refusal(name):
+        if not find_repository(name)[0]:
+            create_private(name)
+
+
+def find_repository(name: str) -> tuple[bool, bool]:
+    """Returns whether a repository is there, and whether it is private, as a new one will be. Errors
+    of huggingface_hub pass through; UserError is raised where the token may not write to it."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -69,17 +68,29 @@ def open_repository(name: str) -> tuple[bool, bool]:
             "there is no token; log in by `hf auth login`, or set HF_TOKEN to one that may write"
         )
     api = HfApi()
-    try:
-        # First, because it is the call that gives up where nobody answers.
-        info = api.model_info(name, timeout=TIMEOUT_SECONDS)
-    except RepositoryNotFoundError:
-        info = None
+    is_there, is_private = False, True
+    # Asked first, because it is the call that gives up where nobody answers.
+    with contextlib.suppress(RepositoryNotFoundError):
+        is_private = bool(api.model_info(name, timeout=TIMEOUT_SECONDS).private)
+        is_there = True
     check_may_write(name, api.whoami())
-    if info is not None:
-        return False, bool(info.private)
-    # What is there already is not changed by it: another process may have been faster.
-    api.create_repo(name, private=True, exist_ok=True)
-    return True, True
+    return is_there, is_private
+
+
+def create_private(name: str) -> None:
+    """Makes a private repository. Another process may have been faster, which is no error."""
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo(name, private=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def reported_refusal(name: str) -> Iterator[None]:
+    """A block that asks the Hub; where that fails, a UserError says why, and names --push."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 (the Hub's libraries have errors of many types)
+        raise UserError(f"--push {name}: {why_not(error, name)}") from None
 
 
 def check_may_write(name: str, me: dict) -> None:
@@ -107,8 +118,10 @@ def push_folder(folder: Path, name: str, print_fn: Callable[[str], None] = print
     print_fn: is called with a line that says where it is, and how it is published.
     Raises UserError where that fails, with the command that tries again; the folder is not changed.
     """
-    check_hub_name(name)
     folder = Path(folder)
+    match = HUB_NAME.fullmatch(name)
+    if not match or match[2]:
+        raise UserError(f"{name}: org/name is wanted, a name for a model on the Hub")
     if not any((folder / each).is_file() for each in CONFIG_FILES):
         raise UserError(
             f"{folder}: holds no {' nor '.join(CONFIG_FILES)}; give a model or an adapter"
@@ -122,7 +135,9 @@ def push_folder(folder: Path, name: str, print_fn: Callable[[str], None] = print
 
         if not sys.stderr.isatty():
             disable_progress_bars()
-        _, is_private = open_repository(name)
+        is_there, is_private = find_repository(name)
+        if not is_there:
+            create_private(name)
         HfApi().upload_folder(
             repo_id=name,
             folder_path=folder,

@@ -10,6 +10,7 @@ that it was made on.
 import argparse
 import contextlib
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from common.files import (
     refuse_pointer,
     reported_full_cache,
 )
-from common.origin import gguf_digits
+from common.origin import SOURCE_FILE, gguf_digits
 from interop import hub
 from interop.gguf_import import find_damaged_file, gguf_to_folder
 from lora import adapter_metadata, is_adapter, why_no_adapter
@@ -35,6 +36,8 @@ from quant import QUANT_KINDS
 from tokenization.chat_template import NAMED
 from tokenizer import Tokenizer, check_date, load_tokenizer
 
+# What is read of a model's README.md at most: its front matter stands first.
+CARD_BYTES = 100_000
 # Of the folders made of GGUF files: a higher number has every cached one made anew.
 GGUF_CACHE_FORMAT = 4
 
@@ -47,7 +50,7 @@ def model_folder(model: str | Path | None) -> Path:
     Raises UserError where there is no such thing, or where the file is not a GGUF file that can be
     converted.
     """
-    path = default_base() if model is None else Path(model)
+    path = default_base() if model is None else packaged_file(Path(model))
     if path.is_dir():
         check_holds_model(path)
         return path
@@ -117,6 +120,17 @@ def default_base() -> Path:
         problem = "the default base is not installed"
         raise UserError(f"{problem}: run  {install}  or name a model with --model")
     return min(files)
+
+
+def packaged_file(file: Path) -> Path:
+    """Returns the default base's GGUF file, if it is what a bare file name means that names nothing
+    here; else the file as it is. So the commands of a model card work as they stand."""
+    if len(file.parts) == 1 and file.suffix == ".gguf" and not file.exists():
+        # The package need not be installed.
+        with contextlib.suppress(UserError):
+            default = default_base()
+            return default if default.name == file.name else file
+    return file
 
 
 def base_folder(model: str | None, adapter: str | Path | None, print_fn: Callable = print) -> Path:
@@ -219,6 +233,21 @@ def find_gguf_base(sha256: str, file: Path) -> Path | None:
         if found.startswith(sha256):
             return cached_gguf_folder(candidate, found)
     return None
+
+
+def stated_license(folder: Path) -> str | None:
+    """Returns the licence that a model states, as apache-2.0: the GGUF file that a folder was made
+    of, or the front matter of the folder's README.md; None where there is none, or no plain word."""
+    stated = None
+    if (folder / SOURCE_FILE).is_file():
+        stated = read_json(folder / SOURCE_FILE).get("license")
+    elif (folder / "README.md").is_file():
+        beginning = (folder / "README.md").read_bytes()[:CARD_BYTES].decode(errors="replace")
+        head = re.match(r"---\r?\n(.*?)\r?\n---", beginning, re.DOTALL)
+        line = re.search(r"^license:\s*(\S+)\s*$", head[1], re.MULTILINE) if head else None
+        stated = line[1].strip("\"'") if line else None
+    is_plain = isinstance(stated, str) and re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,40}", stated)
+    return stated if is_plain else None
 
 
 def pick_tokenizer(

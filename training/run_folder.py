@@ -6,6 +6,7 @@ Rank 0 looks at the disk, and tells the other ranks what it has found.
 import contextlib
 import dataclasses
 import os
+import shlex
 import shutil
 import time
 from dataclasses import dataclass
@@ -120,6 +121,9 @@ def find_run(flags: Flags, device: torch.device) -> Run:
     out = Path(flags.out)
     if distributed.run_on_rank0((out / "final").is_dir):
         print(f"complete  {out} has ended; its outcome is {out / 'final'}")
+        if flags.push:
+            command = f"python convert.py push {shlex.quote(str(out / 'final'))} {flags.push}"
+            print(f"NOTE      nothing is pushed again; {command} does it")
         return Run(flags, device, is_complete=True)
     found = distributed.run_on_rank0(lambda: checkpointer.newest_checkpoint(out))
     if found is None and flags.resume == "on":

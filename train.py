@@ -23,7 +23,7 @@ import distributed
 from checkpoint import all_finite, copy_tokenizer, read_config
 from common.console import lasting_output
 from common.device import DTYPES, peak_memory
-from common.errors import UserError, describe_os_error, run
+from common.errors import UserError, describe_os_error, read_json_if_there, run
 from common.files import atomic_file, write_json
 from common.folder_lock import FolderLock
 from data import MicroBatches, load_training_data
@@ -286,9 +286,11 @@ def lr_at(step: int, settings: Settings) -> float:
 
 
 def save_config(settings: Settings, out: Path) -> None:
-    """Writes config.json: every option with its value, and the names of those that were typed."""
+    """Writes config.json: every option with its value, and the names of those that were typed, also
+    at an earlier start of a resumed run."""
     config = as_dict(settings)
-    config["given"] = sorted(settings.given)
+    before = read_json_if_there(out / "config.json").get("given", []) if settings.resume else []
+    config["given"] = sorted({*settings.given, *before})
     with atomic_file(out / "config.json") as tmp:
         write_json(config, tmp)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import distributed
-from common.errors import printable
+from common.errors import printable, read_json_if_there
 from common.origin import SOURCE_FILE
 from data import TrainingData
 from dataset.token_cache import Rows
@@ -308,10 +308,11 @@ class ModelCard:
 
     def command(self) -> str:
         """Returns the command as it was typed, with the names of files in place of their paths, and
-        without what only concerned this machine."""
+        without what only concerned this machine; of a resumed run with all that was ever typed."""
         words = ["python train.py"]
+        given = read_json_if_there(self.metrics.out / "config.json").get("given", [])
         for name, option in OPTIONS.items():
-            if name not in self.settings.given or name in UNTOLD:
+            if name not in given or name in UNTOLD:
                 continue
             value = getattr(self.settings, name)
             if isinstance(value, bool):

@@ -549,19 +549,19 @@ def encode_tensor(
         if not all_finite(weight):
             raise UserError(f"{weights.folder}: {hf} holds NaN or infinite weights")
         where = weights.folder
-        holds = "holds"
+        holds = " holds"
         if updates and updates.changes(hf):
             weight = updates.add(hf, weight)
             where = updates.folder
-            holds = "with the adapter's update, holds"
+            holds = ", with the adapter's update, holds"
             # Both are numbers, load_adapter has seen to it. Their sum may be beyond float32.
             if not all_finite(weight):
-                raise UserError(f"{where}: {hf}, {holds} weights too large for float32")
+                raise UserError(f"{where}: {hf}{holds} weights too large for float32")
         rows = weight.contiguous().numpy()
         limit = MAX_BY_TYPE.get(kind.name, np.inf)
         if np.abs(rows).max() > limit:
             problem = f"{holds} weights too large for {kind.name}"
-            raise UserError(f"{where}: {hf} {problem}; take --type bf16")
+            raise UserError(f"{where}: {hf}{problem}; take --type bf16")
         if place.offset:
             rows = rows + np.float32(place.offset)
         if place.heads:

@@ -118,7 +118,7 @@ def test_each_refusal_comes_before_the_training(name, environment, refused, mess
     work = training(home, tmp_path / "run", "--push", name)
     code, out, err = run(server.url, tmp_path, work, **(ONLINE | environment))
     assert code == 2 and err.startswith(f"error: --push {name}: {message}") and err.count("\n") == 1, err
-    assert "step" not in out and not (tmp_path / "run").exists()
+    assert "validation loss" not in out and not (tmp_path / "run").exists()
 
 
 def test_a_push_that_fails_loses_nothing_and_is_repeated_by_its_line(server, home, tmp_path):

@@ -78,7 +78,7 @@ def train(flags: Flags, lock: FolderLock) -> None:
     flags, device, resumed = opened.flags, opened.device, opened.checkpoint
     if flags.push and not flags.plan:
         # Now, so that a token which may not write costs seconds, not the run.
-        distributed.run_on_rank0(lambda: check_can_push(flags.push))
+        distributed.run_on_rank0(functools.partial(check_can_push, flags.push))
 
     # ---- base model, tokenizer, data: what is downloaded or converted is cached once a machine
     with distributed.local_rank0_first():
@@ -127,7 +127,7 @@ def train(flags: Flags, lock: FolderLock) -> None:
     if resumed:
         check_same_run(resumed, origin)
     if settings.push:
-        distributed.run_on_rank0(lambda: make_repository(settings.push))
+        distributed.run_on_rank0(functools.partial(make_repository, settings.push))
     out = Path(distributed.run_on_rank0(lambda: make_run_folder(settings, lock, resumed)))
     settings = dataclasses.replace(settings, out=str(out))
     check_room(settings, model, out)
@@ -188,10 +188,11 @@ def train(flags: Flags, lock: FolderLock) -> None:
     if demo:
         with eager_mode(settings):
             demo.finish(out)
-    result = out / best_or_final(state)
-    print_next_command(settings, result, data)
+    tuned = out / best_or_final(state)
+    print_next_command(settings, tuned, data)
     if settings.push:
-        distributed.run_on_rank0(lambda: push_folder(result, settings.push))
+        with distributed.extended_timeout():
+            distributed.run_on_rank0(functools.partial(push_folder, tuned, settings.push))
 
 
 def train_loop(

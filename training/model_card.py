@@ -6,6 +6,7 @@ into it: files are called by their names, not by their paths, and text from outs
 what a GGUF file says of itself) is escaped, so that it is shown and not interpreted.
 """
 
+import contextlib
 import json
 import platform
 import re
@@ -27,6 +28,7 @@ from methods import method_name, method_of
 from tokenizer import Tokenizer
 from training.defaults import Settings
 from training.metrics import MetricsLogger
+from training.plots import read_metrics
 from training.state import TrainState
 
 FILE_NAME = "README.md"
@@ -56,7 +58,7 @@ UNMEASURED = (
 )
 # What Markdown or HTML would take for more than text, within a line: marks, tags, addresses that
 # become links, and names that are mentioned.
-MARKUP = re.compile(r"([\\`*_\[\]|~$<>&@]|:(?=//)|(?<=www)\.)")
+MARKDOWN = re.compile(r"([\\`*_\[\]|~$<>&@]|:(?=//)|(?<=www)\.)")
 
 
 @dataclass
@@ -366,7 +368,10 @@ class ModelCard:
     def loss_lines(self) -> list[str]:
         """Returns the losses, and what a reader must not take for measured."""
         rows = []
-        metrics = read_metrics(self.metrics.out / "metrics.jsonl")
+        metrics = []
+        # A disk that is full may have cost some of it, which must not cost the weights.
+        with contextlib.suppress(OSError, ValueError):
+            metrics = read_metrics(self.metrics.out / "metrics.jsonl")
         validations = [line for line in metrics if "val_loss" in line]
         trained = [line for line in metrics if "loss" in line and line["loss"] is not None]
         if validations:
@@ -396,7 +401,7 @@ class ModelCard:
 
 def escape(text: str) -> str:
     """Returns text that Markdown shows as it is, on one line."""
-    return MARKUP.sub(escape_character, printable(text))
+    return MARKDOWN.sub(escape_character, printable(text))
 
 
 def escape_character(match: re.Match) -> str:
@@ -458,18 +463,3 @@ def without_folders(word: str, name: str) -> str:
         return Path(file).resolve().name + word[len(file) :]
     # A file that is gone by now. Only --model may be a name that no disk knows.
     return word if name == "model" and not Path(word).is_absolute() else Path(word).name
-
-
-def read_metrics(file: Path) -> list[dict]:
-    """Returns the whole lines of metrics.jsonl; of a run whose disk is full perhaps none."""
-    lines = []
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError:
-        return []
-    for line in text.splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines

@@ -283,7 +283,10 @@ def test_a_merged_folder_has_pefts_logits_in_transformers(base, adapter, tmp_pat
     (base / "generation_config.json").write_text('{"eos_token_id": [1, 299]}')
     out, err, code = command(convert, monkeypatch, capsys, "merge", base, adapter[0], tmp_path / "merged")
     said = f"merged    {adapter[0]} into {tmp_path / 'merged'}, float32: rounding lost "
-    note, check, merged = out.splitlines()
+    note, check, merged, wrote, following = out.splitlines()
+    assert wrote.startswith(f"wrote     {tmp_path / 'merged'}: ") and following.startswith(
+        "next      python generate.py "
+    )
     assert (err, code) == ("", 0) and merged.startswith(said) and float(merged.split()[-5]) < 1e-3
     assert note == f"NOTE: {adapter[0]} {UNKNOWN_NUMBERS}" and check.endswith("(+0.0000), on 16 examples")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
@@ -299,7 +302,8 @@ def test_merging_rounds_once_to_the_dtype_that_is_asked_for(base, adapter, tmp_p
     convert.merge_folder(base, adapter[0], tmp_path / "exact")
     words = ("merge", base, adapter[0], tmp_path / "half", "--dtype", "bf16")
     out, _, _ = command(convert, monkeypatch, capsys, *words)
-    assert 0.1 < float(out.splitlines()[-1].split()[-5]) < 50  # per cent of the update that bf16 has no room for
+    (merged,) = [line for line in out.splitlines() if line.startswith("merged ")]
+    assert 0.1 < float(merged.split()[-5]) < 50  # per cent of the update that bf16 has no room for
     exact, half = (load_file(tmp_path / name / "model.safetensors") for name in ("exact", "half"))
     assert all(torch.equal(weight.bfloat16(), half[name]) for name, weight in exact.items())
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -505,7 +509,8 @@ def test_the_date_of_the_training_goes_into_the_file_and_comes_back(base, adapte
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux")
-def test_exporting_takes_the_memory_of_a_tensor_not_of_the_model(tmp_path):
+@pytest.mark.parametrize("kind", ["q8_0", "q5_1"])
+def test_exporting_takes_the_memory_of_a_tensor_not_of_the_model(kind, tmp_path):
     checkpoint(tmp_path / "hf", "llama", {"intermediate_size": 20_000, "num_hidden_layers": 16})
     size = (tmp_path / "hf" / "model.safetensors").stat().st_size
     assert size > 240e6  # 48 matrices of 5 MB
@@ -524,11 +529,9 @@ def test_exporting_takes_the_memory_of_a_tensor_not_of_the_model(tmp_path):
                 return result
             return call
         from interop import gguf_export as gguf_out
-from interop.resolve import model_folder
-from tokenizer import load_tokenizer
         gguf_out.encode_tensor = watched(gguf_out.encode_tensor)
         before = anonymous()
-        convert.folder_to_gguf({str(tmp_path / "hf")!r}, {str(tmp_path / "x.gguf")!r}, "q8_0")
+        convert.folder_to_gguf({str(tmp_path / "hf")!r}, {str(tmp_path / "x.gguf")!r}, {kind!r})
         print(peak - before)
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)

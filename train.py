@@ -9,6 +9,7 @@
 Written to --out: config.json, metrics.jsonl, loss.png, checkpoints/, best/ and final/.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -290,8 +291,12 @@ def save_config(settings: Settings, out: Path) -> None:
     """Writes config.json: every option with its value, and the names of those that were typed, also
     at an earlier start of a resumed run."""
     config = as_dict(settings)
-    before = read_json_if_there(out / "config.json").get("given", []) if settings.resume else []
-    config["given"] = sorted({*settings.given, *before})
+    given = set(settings.given)
+    if settings.resume:
+        # One that was damaged is replaced, and its names are lost.
+        with contextlib.suppress(UserError, TypeError):
+            given |= set(read_json_if_there(out / "config.json").get("given", []))
+    config["given"] = sorted(given)
     with atomic_file(out / "config.json") as tmp:
         write_json(config, tmp)
 

@@ -342,6 +342,20 @@ def test_a_card_of_all_weights_and_of_four_bits(home, here, monkeypatch, capsys)
     assert "python generate.py --model BASE --adapter THIS --quant nf4" in body and "vllm serve" not in body
 
 
+def test_a_card_names_a_base_of_the_hub_to_the_hub(home, here, monkeypatch, capsys):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    base = shutil.copytree(home / "base", here / f"models--org--tiny/snapshots/{commit}")
+    words = ["--data", home / "examples.json", "--replay", f"{home / 'val.json'}=0.2", "--model", base, *JOB]
+    assert command(train, monkeypatch, capsys, *words, "--rank", 20, "--out", "run")[2] == 0
+    head, body = card_of(Path("run/final"))
+    assert (head["base_model"], head["base_model_relation"]) == ("org/tiny", "adapter")
+    assert f'from_pretrained("org/tiny", revision="{commit}")' in body and f"| commit | {commit} |" in body
+    assert "vllm serve org/tiny --enable-lora --max-lora-rank 32 --lora-modules tuned=THIS" in body
+    assert "| val.json | replay | 8 |" in body and "--replay val.json=0.2 --rank 20" in body
+    facts = json.loads(Path("run/final/plaintune.json").read_text())
+    assert (facts["base"], facts["base_revision"]) == ("org/tiny", commit) and "base_gguf" not in facts
+
+
 def test_the_rank_that_vllm_must_be_told():
     ranks = (None, 8, 16, 17, 64, 65, 1000)
     told = [model_card.vllm_rank(rank).removeprefix(" --max-lora-rank ") for rank in ranks]

@@ -85,7 +85,7 @@ def main() -> None:
             base = base_folder(args.model, args.adapter)
             adapter_to_gguf(args.adapter, args.file, base)
             serve = f"llama-server -m BASE.gguf --lora {shlex.quote(str(args.file))}"
-            print_written(args.file, describe_gguf(args.file), f"{serve}, BASE.gguf made of {base}")
+            print_written(args.file, describe_gguf(args.file), f"{serve}; {gguf_of_base(base)}")
         case "to-nf4":
             to_nf4(model_folder(args.folder), args.out, args.quant)
             print_written(args.out, describe_folder(args.out), try_model(args.out))
@@ -115,6 +115,15 @@ def print_written(path: Path, what: str, command: str) -> None:
 def try_model(path: Path) -> str:
     """Returns the command that talks to a model."""
     return f"python generate.py --model {shlex.quote(str(path))}"
+
+
+def gguf_of_base(base: Path) -> str:
+    """Returns what the file is that llama.cpp adds an adapter of this base to."""
+    gguf = base_facts(base).get("base_gguf")
+    if gguf:
+        return f"BASE.gguf is {gguf['file']}"
+    make = f"python convert.py to-gguf {shlex.quote(str(base))} BASE.gguf"
+    return f"{make} makes its base"
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -566,7 +566,8 @@ def test_the_command_exports_and_says_what_differs(base, adapter, tmp_path, monk
 def test_the_command_finds_an_adapters_base(base, adapter, tmp_path, monkeypatch, capsys):
     found = f"base      {base.resolve()}: {adapter[0]} was made on it\n"
     out, err, code = command(convert, monkeypatch, capsys, "adapter-to-gguf", adapter[0], tmp_path / "x.gguf")
-    served = f"next      llama-server -m BASE.gguf --lora {tmp_path / 'x.gguf'}, BASE.gguf made of {base.resolve()}\n"
+    make = f"python convert.py to-gguf {base.resolve()} BASE.gguf"
+    served = f"next      llama-server -m BASE.gguf --lora {tmp_path / 'x.gguf'}; {make} makes its base\n"
     assert (
         (err, code) == ("", 0) and out.startswith(f"{found}wrote     {tmp_path / 'x.gguf'}: ") and out.endswith(served)
     )

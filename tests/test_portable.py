@@ -122,6 +122,8 @@ def test_every_door_finds_a_gguf_base(door, home, here, monkeypatch, capsys):
     out, err, code = go(door, home, adapter, monkeypatch, capsys)
     folder = resolve.gguf_cache_path(digits)
     assert code == 0 and f"base      base.gguf, converted in {folder}: {adapter} was made on it\n" in out + err
+    if door == "adapter-to-gguf":
+        assert out.endswith("next      llama-server -m BASE.gguf --lora new.gguf; BASE.gguf is base.gguf\n")
     (here / "base.gguf").unlink()
     for name in ("new", "new.gguf"):
         shutil.rmtree(here / name, ignore_errors=True)

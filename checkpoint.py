@@ -660,10 +660,10 @@ def check_shape_and_dtype(model: Transformer, parameter_name: str, stored, label
         raise UserError(f"{label} holds {stored.get_dtype()}, {readable} can be read")
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """Returns the dtype in which a folder's files store most of its weights, whatever config.json
-    says. Reads only the headers of the files."""
-    counts: Counter[str] = Counter()
+def stored_dtype_counts(folder: Path) -> Counter:
+    """Returns how many weights a folder's files store in each dtype, by torch's dtypes, the
+    commonest first; float64 counts as float32. Reads only the headers of the files."""
+    counts: Counter[torch.dtype] = Counter()
     for file in weight_files(folder):
         with open_safetensors(file) as shard:
             for name in shard.keys():  # noqa: SIM118 (it is no dict)
@@ -672,11 +672,15 @@ def stored_dtype(folder: Path) -> torch.dtype:
                     continue
                 stored = shard.get_slice(name)
                 if stored.get_dtype() in FLOATS:
-                    counts[stored.get_dtype()] += math.prod(stored.get_shape())
-    if not counts:
-        return torch.float32
-    (name, _), *_ = counts.most_common()
-    return WRITTEN_DTYPES[name]
+                    counts[WRITTEN_DTYPES[stored.get_dtype()]] += math.prod(stored.get_shape())
+    return Counter(dict(counts.most_common()))
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Returns the dtype in which a folder's files store most of its weights, whatever config.json
+    says. Reads only the headers of the files."""
+    counts = stored_dtype_counts(folder)
+    return next(iter(counts), torch.float32)
 
 
 def claimed_dtype(config: Config) -> str | None:

@@ -3,13 +3,14 @@ Face folder.
 
 A GGUF file becomes a Hugging Face folder (interop/gguf_import.py). The way out is here as well: a
 folder or an adapter as the file that llama.cpp serves (interop/gguf_export.py), a folder in 4 bits,
-and an adapter merged into its base.
+an adapter merged into its base, and a result put on the Hub (interop/push.py).
 
     python convert.py to-folder FILE.gguf FOLDER
     python convert.py to-gguf FOLDER OUT.gguf [--adapter DIR [--quant KIND]] [--type TYPE]
     python convert.py adapter-to-gguf ADAPTER OUT.gguf [--model FOLDER]
     python convert.py to-nf4 FOLDER OUT [--quant nf4|nf4+head]
-    python convert.py merge FOLDER ADAPTER OUT [--quant KIND] [--check FILE] [--dtype DTYPE]
+    python convert.py merge [FOLDER] ADAPTER OUT [--quant KIND] [--check FILE] [--dtype DTYPE]
+    python convert.py push FOLDER ORG/NAME
     python convert.py recipe FILE.yaml     the command line of train.py for another program's settings
 
 An adapter is right on the numbers of its base that it was trained on. QLoRA trains on the numbers
@@ -25,6 +26,7 @@ if __name__ == "__main__":
     # --help and a mistake in a flag are answered here: what is imported below takes seconds.
     run(conversion_arguments)
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,20 +40,24 @@ from common.choices import QUANT_KINDS
 from common.device import STORAGE_DTYPES
 from common.errors import UserError
 from common.files import write_json
+from common.origin import BASE_FACTS, base_facts
 from dataset.examples import Dataset
 from evals.loss import loss
 from interop.gguf_export import adapter_to_gguf, folder_to_gguf
 from interop.gguf_import import gguf_to_folder
+from interop.push import push_folder
 from interop.recipe import print_recipe
 from interop.resolve import (
     base_folder,
     check_adapter,
     model_folder,
+    packaged_file,
     pick_base_numbers,
     pick_tokenizer,
     trained_day,
     trained_system,
 )
+from interop.written import describe_folder, describe_gguf
 from kernels.nf4 import dequantized_weight
 from model import quantized_linears
 
@@ -60,7 +66,7 @@ BUNDLED_CHECKS = ("general_chat.jsonl", "general.txt")
 # The longest part of a record of --check, in tokens: it is computed twice, perhaps on a CPU.
 CHECKED_TOKENS = 256
 # What a merged folder's plaintune.json takes over from that of its adapter.
-KEPT_FACTS = ("base", "base_sha256", "date", "system")
+KEPT_FACTS = (*BASE_FACTS, "base_sha256", "date", "system")
 # A merged model whose loss is higher by more than this, in nats, is warned of. Rounding to 16 bits
 # takes less.
 LARGEST_GAP = 0.02
@@ -72,27 +78,60 @@ def main() -> None:
         case "recipe":
             print_recipe(args.file)
         case "to-folder":
-            gguf_to_folder(args.file, args.folder)
+            gguf_to_folder(packaged_file(args.file), args.folder)
+            print_written(args.folder, describe_folder(args.folder), try_model(args.folder))
         case "to-gguf":
             folder = model_folder(args.folder)
             if args.quant and not args.adapter:
                 raise UserError("--quant: says what --adapter is added to, and there is none")
             folder_to_gguf(folder, args.file, args.type, args.adapter, quant=args.quant)
+            serve = f"llama-server -m {shlex.quote(str(args.file))}"
+            print_written(
+                args.file, describe_gguf(args.file), f"{serve}, or {try_model(args.file)}"
+            )
         case "adapter-to-gguf":
             base = base_folder(args.model, args.adapter)
             adapter_to_gguf(args.adapter, args.file, base)
+            serve = f"llama-server -m BASE.gguf --lora {shlex.quote(str(args.file))}"
+            print_written(args.file, describe_gguf(args.file), f"{serve}; {gguf_of_base(base)}")
         case "to-nf4":
             to_nf4(model_folder(args.folder), args.out, args.quant)
+            print_written(args.out, describe_folder(args.out), try_model(args.out))
         case "merge":
             dtype = STORAGE_DTYPES[args.dtype] if args.dtype else None
+            if args.folder and args.model:
+                raise UserError(f"--model {args.model}: the base is given already, {args.folder}")
             merge_folder(
-                model_folder(args.folder),
+                base_folder(args.folder or args.model, args.adapter),
                 args.adapter,
                 args.out,
                 dtype,
                 quant=args.quant,
                 check=args.check,
             )
+            print_written(args.out, describe_folder(args.out), try_model(args.out))
+        case "push":
+            push_folder(args.folder, args.name)
+
+
+def print_written(path: Path, what: str, command: str) -> None:
+    """Prints what a conversion has written, and the command that a user tries next."""
+    print(f"wrote     {path}: {what}")
+    print(f"next      {command}")
+
+
+def try_model(path: Path) -> str:
+    """Returns the command that talks to a model."""
+    return f"python generate.py --model {shlex.quote(str(path))}"
+
+
+def gguf_of_base(base: Path) -> str:
+    """Returns what the file is that llama.cpp adds an adapter of this base to."""
+    gguf = base_facts(base).get("base_gguf")
+    if gguf:
+        return f"BASE.gguf is {gguf['file']}"
+    make = f"python convert.py to-gguf {shlex.quote(str(base))} BASE.gguf"
+    return f"{make} makes its base"
 
 
 def merge_folder(
@@ -179,12 +218,22 @@ def merge_folder(
 
 
 def choose_dtype(folder: Path, config: checkpoint.Config, print_fn: Callable) -> torch.dtype:
-    """Returns the dtype that a folder's weights are stored in, and says so where its config.json
-    claims another one."""
+    """Returns the dtype that most of a folder's weights are stored in. Says so where its config.json
+    claims another one, and where the folder has several, for the new one has this one alone."""
     dtype = checkpoint.stored_dtype(folder)
     note = checkpoint.dtype_note(config, dtype)
     if note:
         print_fn(f"NOTE: {folder}: {note}")
+    counts = checkpoint.stored_dtype_counts(folder)
+    if len(counts) > 1:
+        shares = []
+        for each, count in counts.items():
+            share = 100 * count / counts.total()
+            shares.append(f"{share:.3g} % in {checkpoint.config_dtype(each)}")
+        print_fn(
+            f"NOTE: {folder}: its weights are stored {', '.join(shares)}; those of the new folder are"
+            f" all in {checkpoint.config_dtype(dtype)}, by which some may be rounded"
+        )
     return dtype
 
 
@@ -254,7 +303,7 @@ def to_nf4(folder: Path, out: Path, quant: str = "nf4", print_fn: Callable = pri
         print_fn(f"NOTE: {name} stays in 16 bits or more, its rows are no whole blocks of 64")
 
     def write_origin(new_folder: Path) -> None:
-        origin = {"base": str(folder.resolve()), "base_sha256": checkpoint.fingerprint(folder)}
+        origin = base_facts(folder) | {"base_sha256": checkpoint.fingerprint(folder)}
         origin["quant"] = quant
         # The date that the model was trained to see in its prompts.
         day = trained_day(folder)

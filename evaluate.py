@@ -40,8 +40,8 @@ from evals.exact_match import ExactResult, exact, split_reference
 from evals.loss import loss
 from interop import resolve
 from interop.remote_data import fetch_data
-from interop.resolve import base_folder
-from lora import adapter_metadata, has_lora, is_adapter, remove_lora
+from interop.resolve import base_folder, base_of_model
+from lora import has_lora, is_adapter, remove_lora
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -161,12 +161,11 @@ def pick_targets(args: argparse.Namespace) -> list[Target]:
     if args.versus is None:
         return [mine]
     if args.versus == "base":
-        base = folder
+        base: Path | None = folder
         if not args.adapter:
-            # Then it is the one that a model trained here names. (None becomes a folder "None",
-            # which holds no model either.)
-            base = Path(str(adapter_metadata(folder).get("base")))
-        if not (base / "config.json").is_file():
+            # Then it is the one that a model trained here names.
+            base = base_of_model(folder)
+        if base is None:
             raise UserError(
                 "--versus base: needs --adapter, or a --model trained here whose base is still in"
                 " place"

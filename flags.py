@@ -26,6 +26,7 @@ from common.choices import (
 )
 from common.cli import parse_args
 from common.errors import UserError
+from common.files import HUB_NAME
 from common.folder_lock import find_holder
 from common.known_names import TRAIN_NAMES
 from common.remote_names import is_remote, saved_name, shown, split_remote
@@ -387,6 +388,13 @@ class Flags:
         "full: dtype of best/ and final/; default: that of the base's files. 16 bits lose changes"
         " that are smaller than their steps, which is said with its share; fp32 keeps all",
         choices=STORAGE_DTYPE_NAMES,
+        resume=FREE,
+    )
+    push: str | None = option(
+        None,
+        "put the result on the Hugging Face Hub under this name, in a private repository; it is"
+        " made, and the token tried (`hf auth login` or HF_TOKEN), before the training begins",
+        metavar="ORG/NAME",
         resume=FREE,
     )
     resume: str | None = option(
@@ -817,7 +825,13 @@ def check_memory(flags: Flags) -> None:
 
 
 def check_out(flags: Flags) -> None:
-    """Raises UserError where --out can't be the folder of this run."""
+    """Raises UserError where --out can't be the folder of this run, or --push not its name."""
+    if flags.push is not None:
+        match = HUB_NAME.fullmatch(flags.push)
+        if not match or match[2]:
+            raise UserError(f"--push {flags.push}: ORG/NAME is wanted, a name on the Hub")
+        if flags.profile:
+            raise UserError("--push: a run under --profile has no result to put on the Hub")
     if flags.resume and not flags.out:
         raise UserError("--resume: needs --out, the folder of the run that is to go on")
     if flags.resume and flags.profile:

@@ -34,7 +34,8 @@ from checkpoint import (
 )
 from common.choices import ALL, QUANT_KINDS
 from common.errors import UserError, printable, read_json, read_json_if_there
-from common.files import atomic_folder, hub_origin, save_tensors, write_json
+from common.files import atomic_folder, save_tensors, write_json
+from common.origin import base_facts
 from distributed import full_tensor, is_sharded, rank0_context, run_on_rank0
 from kernels.grouped import Member
 from kernels.lora_linear import Casts, LoRAWeights, lora_linears
@@ -603,6 +604,7 @@ def save_adapter(
 ) -> None:
     """Writes a PEFT adapter folder, in place of what is there.
 
+    It names its base as common/origin.py does.
     write_extra: writes more files into the new folder, before that gets its name.
     Raises UserError if the folder holds a model.
     """
@@ -614,12 +616,7 @@ def save_adapter(
     assert layers, "the model has no adapter"
     # Rank, alpha and dropout are the same for all layers of an adapter.
     first = next(iter(layers.values()))
-    source = model.source
-    origin = hub_origin(source)
-    if origin is None:
-        base_name, revision = str(source.resolve()), None
-    else:
-        base_name, revision = origin
+    base = base_facts(model.source)
     # Every rank gathers, because the shards of a tensor are on all of them.
     weights = {}
     for name, parameter in adapter_parameters(model).items():
@@ -627,8 +624,8 @@ def save_adapter(
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "revision": revision,
+        "base_model_name_or_path": base["base"],
+        "revision": base.get("base_revision"),
         "r": first.rank,
         "lora_alpha": first.alpha,
         "lora_dropout": first.dropout,
@@ -836,10 +833,7 @@ def name_note(adapter: str | Path, folder: Path) -> str | None:
     named = read_json(Path(adapter) / CONFIG_FILE).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         return None
-    origin = hub_origin(folder)
-    names = {str(folder), str(folder.resolve()), folder.resolve().name}
-    if origin is not None:
-        names.add(origin[0])
+    names = {str(folder), str(folder.resolve()), folder.resolve().name, base_facts(folder)["base"]}
     if named in names or Path(named).name in names:
         return None
     return (

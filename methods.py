@@ -4,6 +4,7 @@ A method leaves an ordinary nn.Module behind; the loop never asks which it is. T
 functions and a row of `METHODS`.
 """
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -116,8 +117,18 @@ def save_full(
     model: Transformer, settings, folder: Path, write_extra: Callable[[Path], None]
 ) -> str:
     """Writes a Hugging Face folder in the dtype of --save-dtype. Returns how much of what was
-    trained the rounding to it takes."""
+    trained the rounding to it takes.
+
+    If weights have become too large for it, float32 is written: the training must not be lost.
+    """
     dtype = STORAGE_DTYPES[settings.save_dtype]
+    too_large = weights_beyond(model, dtype)
+    if too_large:
+        checkpoint.save_model(model, folder, torch.float32, write_extra)
+        return (
+            f"WARNING: stored in fp32, for {too_large} has become too large for"
+            f" {settings.save_dtype} (--save-dtype)"
+        )
     lost = checkpoint.share_lost_by_rounding(model, dtype)
     checkpoint.save_model(model, folder, dtype, write_extra)
     if not lost:
@@ -126,6 +137,35 @@ def save_full(
     if lost > WORTH_A_WARNING:
         remark = f"WARNING: {remark}; --save-dtype fp32 keeps it"
     return remark
+
+
+def weights_beyond(model: Transformer, dtype: torch.dtype) -> str | None:
+    """Returns the published name of a parameter that holds finite weights beyond the range of a
+    dtype; None if there is none. All ranks must call it."""
+    largest = torch.finfo(dtype).max
+    if largest >= torch.finfo(torch.bfloat16).max:
+        return None
+    for name, parameter in model.named_parameters():
+        local = distributed.to_local(parameter.detach())
+        fits = True
+        if local.numel() and local.is_floating_point():
+            # What is not finite is refused elsewhere.
+            smallest, greatest = (float(each) for each in torch.aminmax(local))
+            fits = not largest < max(-smallest, greatest) < math.inf
+        if not distributed.all_ranks_agree(fits):
+            return checkpoint.hf_name(model, name)
+    return None
+
+
+def check_save_dtype(model: Transformer, settings) -> None:
+    """Raises UserError if weights of the base are too large for --save-dtype, before hours are spent
+    on it. All ranks must call it."""
+    name = weights_beyond(model, STORAGE_DTYPES[settings.save_dtype])
+    if name:
+        raise UserError(
+            f"--save-dtype {settings.save_dtype}: {name} of {model.source} holds weights too large"
+            " for it; take bf16 or fp32"
+        )
 
 
 def save_lora(
@@ -209,6 +249,8 @@ def load_trainable(settings, folder: Path, device: torch.device) -> Transformer:
     else:
         model = load_sharded(method, settings, folder, stored, device)
     model.activation_checkpointing = settings.activation_checkpointing
+    if settings.save_dtype:
+        check_save_dtype(model, settings)
     return model
 
 

@@ -21,6 +21,7 @@ if __name__ == "__main__":
     # --help and a mistake in a flag are answered here: what is imported below takes seconds.
     run(lambda: parse_flags(sys.argv[1:]))
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -34,11 +35,12 @@ import distributed
 from checkpoint import all_finite, copy_tokenizer, read_config
 from common.console import lasting_output
 from common.device import DTYPES, peak_memory
-from common.errors import UserError, describe_os_error
+from common.errors import UserError, describe_os_error, read_json_if_there
 from common.files import atomic_file, write_json
 from common.folder_lock import FolderLock
 from data import MicroBatches, load_training_data
 from flags import Flags, as_dict
+from interop.push import check_can_push, make_repository, push_folder
 from interop.resolve import base_folder, pick_tokenizer
 from lora import base_numbers
 from methods import load_trainable, method_of
@@ -55,6 +57,7 @@ from training.demo import Demo, is_bundled_task
 from training.evaluator import Evaluator, best_or_final, eager_mode
 from training.failures import reported_failures, training_failures
 from training.metrics import MetricsLogger
+from training.model_card import ModelCard
 from training.plots import loss_curve
 from training.profiling import profiled
 from training.run_folder import check_room, identify_run, make_run_folder, open_run
@@ -86,6 +89,9 @@ def train(flags: Flags, lock: FolderLock) -> None:
     if opened.is_complete:
         return
     flags, device, resumed = opened.flags, opened.device, opened.checkpoint
+    if flags.push and not flags.plan:
+        # Now, so that a token which may not write costs seconds, not the run.
+        distributed.run_on_rank0(functools.partial(check_can_push, flags.push))
 
     # ---- base model, tokenizer, data: what is downloaded or converted is cached once a machine
     with distributed.local_rank0_first():
@@ -144,6 +150,8 @@ def train(flags: Flags, lock: FolderLock) -> None:
     origin = identify_run(settings, folder, data)
     if resumed:
         check_same_run(resumed, origin)
+    if settings.push:
+        distributed.run_on_rank0(functools.partial(make_repository, settings.push))
     out = Path(distributed.run_on_rank0(lambda: make_run_folder(settings, lock, resumed)))
     settings = dataclasses.replace(settings, out=str(out))
     check_room(settings, model, out)
@@ -158,7 +166,10 @@ def train(flags: Flags, lock: FolderLock) -> None:
     if distributed.is_rank0():
         save_config(settings, out)
     distributed.start_training_timeout(settings.timeout)
-    save = functools.partial(save_weights, settings, model, tokenizer, origin, metrics.bar.write)
+    card = ModelCard(settings, origin, folder, data, tokenizer, metrics, state)
+    save = functools.partial(
+        save_weights, settings, model, tokenizer, origin, card, metrics.bar.write
+    )
     save_best = functools.partial(save, out / "best")
     val_data = data.validating_on(settings.val_limit)
     evaluator = Evaluator(settings, out, model, val_data, metrics, device, save_best)
@@ -203,7 +214,11 @@ def train(flags: Flags, lock: FolderLock) -> None:
     if demo:
         with eager_mode(settings):
             demo.finish(out)
-    print_next_command(settings, out / best_or_final(state), data)
+    tuned = out / best_or_final(state)
+    print_next_command(settings, tuned, data)
+    if settings.push:
+        with distributed.extended_timeout():
+            distributed.run_on_rank0(functools.partial(push_folder, tuned, settings.push))
 
 
 def train_loop(
@@ -318,9 +333,15 @@ def print_prolonging(settings: Settings, resumed: Checkpoint) -> None:
 
 
 def save_config(settings: Settings, out: Path) -> None:
-    """Writes config.json: every option with its value, and the names of those that were typed."""
+    """Writes config.json: every option with its value, and the names of those that were typed, also
+    at an earlier start of a resumed run."""
     config = as_dict(settings)
-    config["given"] = sorted(settings.given)
+    given = set(settings.given)
+    if settings.resume:
+        # One that was damaged is replaced, and its names are lost.
+        with contextlib.suppress(UserError, TypeError):
+            given |= set(read_json_if_there(out / "config.json").get("given", []))
+    config["given"] = sorted(given)
     with atomic_file(out / "config.json") as tmp:
         write_json(config, tmp)
 
@@ -330,13 +351,15 @@ def save_weights(
     model: Transformer,
     tokenizer: Tokenizer,
     origin: dict,
+    card: ModelCard,
     print_fn: Callable[[str], None],
     folder: Path,
 ) -> None:
     """Writes final/ or best/: a Hugging Face folder, or a PEFT adapter folder with the tokenizer
     and chat template it was trained with.
 
-    In it, plaintune.json names the base, its weights' hash, and which of its linears were in 4 bits.
+    In it, plaintune.json names the base, its weights' hash, and which of its linears were in 4 bits,
+    and README.md says what a reader of the weights must know.
     """
     method = method_of(settings)
 
@@ -354,6 +377,7 @@ def save_weights(
         if tokenizer.system:
             facts["system"] = tokenizer.system
         write_json(facts, tmp / "plaintune.json")
+        card.write(tmp, folder.name)
 
     remark = method.save(model, settings, folder, write_extra)
     if remark and distributed.is_rank0():

@@ -25,4 +25,4 @@ CHECKPOINTING_KINDS = ("none", "selective", "full", "offload")
 # --attention, beside auto: kernels/flash_versions.VERSIONS.
 FLASH_NAMES = ("flash3", "flash4")
 # --type of convert.py: interop/gguf_export.TYPES.
-GGUF_TYPES = ("f32", "f16", "q8_0", "bf16")
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")

@@ -34,12 +34,23 @@ def parse_args(
     argv: the words of the command line; default: those of this process.
     names: what options of other programs are called here.
     """
+    args, rest = parse_known_args(parser, argv, names)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+def parse_known_args(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None = None,
+    names: Mapping[str, Counterpart] | None = None,
+) -> tuple[argparse.Namespace, list[str]]:
+    """Returns what `parse_args` returns, and the words that are no flags and have no place."""
     if argv is None:
         argv = sys.argv[1:]
     refuse_unknown_flags(parser, argv, names or {})
-
     report_as_user_error(parser)
-    return parser.parse_args(argv)
+    return parser.parse_known_args(argv)
 
 
 def report_as_user_error(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import zlib
@@ -104,21 +105,44 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, replace: bool = True) -> Iterator[Path]:
     """Yields the name of a file next to `path`, which is renamed to `path` if the block ends
     without an error, and deleted if not.
 
-    The block writes the file and closes it. An existing `path` is replaced.
+    The block writes the file and closes it.
+    replace: whether an existing `path` is replaced. If not, the file's other name is unlike that of
+        any other process, also on another machine that has the same disk.
+    Raises FileExistsError if `path` exists by the end of the block and is not replaced.
     """
     tmp = path.parent / f".{path.name}.partial-{os.getpid()}"
+    if not replace:
+        tmp = tmp.with_name(f"{tmp.name}-{secrets.token_hex(4)}")
     try:
         yield tmp
         fsync_path(tmp)
-        os.replace(tmp, path)
+        if replace:
+            os.replace(tmp, path)
+        else:
+            rename_to_new(tmp, path)
         with contextlib.suppress(OSError):
             fsync_path(path.parent)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def rename_to_new(tmp: Path, path: Path) -> None:
+    """Gives a file another name. Raises FileExistsError if that is taken, if need be by a process
+    that was faster by an instant."""
+    try:
+        # Unlike a renaming, this never replaces a file. The old name is removed by the caller.
+        os.link(tmp, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        # A file system without links, such as FAT.
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.replace(tmp, path)
 
 
 def fsync_path(path: Path) -> None:

@@ -539,7 +539,11 @@ def conversion_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     command.add_argument("--quant", choices=[*QUANT_KINDS, "none"], help=quant_help)
     command.add_argument(
-        "--type", choices=GGUF_TYPES, default="f32", help="type of the matrices (default: f32)"
+        "--type",
+        choices=GGUF_TYPES,
+        default="f32",
+        help="type of the matrices; q8_0 takes 8.5 bits a weight, q5_1 6, q5_0 5.5, q4_1 5, q4_0 4.5;"
+        " fewer bits, more error (docs/files.md has figures) (default: f32)",
     )
 
     command = commands.add_parser(
@@ -566,7 +570,12 @@ def conversion_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     command = commands.add_parser(
         "merge", help="write a model with a LoRA adapter merged into it as one folder"
     )
-    command.add_argument("folder", help=model_help)
+    command.add_argument(
+        "folder",
+        nargs="?",
+        help="the base: a folder, a GGUF file or a name on the Hub (default: the one that the adapter"
+        " was made on)",
+    )
     command.add_argument("adapter", type=Path, help="PEFT LoRA folder")
     command.add_argument("out", type=Path, help="the new folder")
     command.add_argument(
@@ -574,6 +583,7 @@ def conversion_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         choices=STORAGE_DTYPE_NAMES,
         help="dtype to store the new weights in (default: that of the model's files)",
     )
+    command.add_argument("--model", metavar="M", help="the base, as FOLDER")
     command.add_argument("--quant", choices=[*QUANT_KINDS, "none"], help=quant_help)
     command.add_argument(
         "--check",
@@ -589,4 +599,17 @@ def conversion_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         " LLaMA-Factory or trl",
     )
     command.add_argument("file", type=Path, help="the YAML or JSON file")
-    return cli.parse_args(parser, argv)
+
+    command = commands.add_parser(
+        "push", help="put a model or adapter folder on the Hub, in a new private repository"
+    )
+    command.add_argument("folder", type=Path, help="the folder, as final/ of a run")
+    command.add_argument("name", metavar="org/name", help="the name on the Hub")
+
+    args, rest = cli.parse_known_args(parser, argv)
+    if args.command == "merge" and args.folder is None and len(rest) == 1:
+        # An option stands between the three, where argparse takes the optional one for left out.
+        args.folder, args.adapter, args.out = str(args.adapter), args.out, Path(rest.pop())
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args

@@ -105,6 +105,7 @@ class Rows:
     units: for each file "FILE line", to which a record's number is added to name it.
     cached: True if the rows were in the cache already.
     notes: what a user must know about the cache.
+    files: (name, SHA-256) of each file.
     """
 
     ids: np.ndarray
@@ -123,6 +124,7 @@ class Rows:
     units: list[str]
     cached: bool
     notes: list[str]
+    files: list[tuple[str, str]]
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -150,7 +152,8 @@ def tokenized_rows(
     on, or if a file changes while it is read.
     """
     stamps = file_stamps(source)
-    key = cache_key(source, tokenizer, roles, with_heads)
+    hashes = [file_sha256(container.path) for container in source.containers]
+    key = cache_key(source, tokenizer, roles, hashes, with_heads)
     folder = cache_folder() / f"rows-{key[:32]}"
     if source.map:
         # What the user's function reads besides the record cannot be known, so its rows serve this
@@ -181,7 +184,7 @@ def tokenized_rows(
     # The time of last use, for make_room.
     with contextlib.suppress(OSError):
         os.utime(folder)
-    return open_rows(folder, source, cached, notes)
+    return open_rows(folder, source, cached, notes, hashes)
 
 
 def folder_of_this_run(name: str) -> Path:
@@ -250,18 +253,23 @@ def make_folder(
 
 
 def cache_key(
-    source: Source, tokenizer: Tokenizer, roles: tuple[str, ...], with_heads: bool = False
+    source: Source,
+    tokenizer: Tokenizer,
+    roles: tuple[str, ...],
+    hashes: list[str],
+    with_heads: bool = False,
 ) -> str:
-    """Returns a hash, in hexadecimal, of everything that rows depend on."""
+    """Returns a hash, in hexadecimal, of everything that rows depend on. hashes: the SHA-256 of each
+    file."""
     files = []
-    for container in source.containers:
+    for container, sha256 in zip(source.containers, hashes, strict=True):
         class_names = Path(container.path).parent / CLASS_NAMES
         # Labels of a CSV may be numbers, whose names are in a file next to it.
         is_table = container.kind.startswith(("CSV", "TSV"))
         class_names_hash = ""
         if is_table and class_names.is_file():
             class_names_hash = file_sha256(class_names)
-        files.append((container.kind, file_sha256(container.path), class_names_hash))
+        files.append((container.kind, sha256, class_names_hash))
     reading = [*source.reading_key(), roles, with_heads]
     parts = [ROWS_FORMAT, files, *reading, tokenizer.fingerprint]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -276,8 +284,10 @@ def file_stamps(source: Source) -> list[tuple[int, int]]:
     return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
-def open_rows(folder: Path, source: Source, cached: bool, notes: list[str]) -> Rows:
-    """Maps the arrays of a folder into memory."""
+def open_rows(
+    folder: Path, source: Source, cached: bool, notes: list[str], hashes: list[str]
+) -> Rows:
+    """Maps the arrays of a folder into memory. hashes: the SHA-256 of each file."""
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
 
     def open_array(name: str, dtype) -> np.ndarray:
@@ -297,6 +307,7 @@ def open_rows(folder: Path, source: Source, cached: bool, notes: list[str]) -> R
         num_faults=meta["num_faults"],
         faults=[(file, fault) for file, fault in meta["faults"]],
     )
+    names = [container.path.name for container in source.containers]
     return Rows(
         ids=open_array("ids", meta["dtype"]),
         **{name: open_array(name, dtype) for name, dtype in ARRAYS.items()},
@@ -306,6 +317,7 @@ def open_rows(folder: Path, source: Source, cached: bool, notes: list[str]) -> R
         units=[f"{container.path} {container.unit}" for container in source.containers],
         cached=cached,
         notes=notes,
+        files=list(zip(names, hashes, strict=True)),
     )
 
 

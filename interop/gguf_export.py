@@ -23,10 +23,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import lora
 from checkpoint import (
     Place,
+    all_finite,
     check_tied_head,
     copy_tokenizer,
     find_places,
@@ -45,7 +47,7 @@ from common.console import print_stderr
 from common.errors import UserError
 from common.files import atomic_file
 from families import FAMILIES, Config, Reader
-from interop.gguf_import import close, config_json
+from interop.gguf_import import DATE_KEY, close, config_json
 from interop.gguf_names import (
     ARCHITECTURE_OF,
     ARCHITECTURES,
@@ -58,19 +60,42 @@ from interop.gguf_names import (
 from interop.gguf_reader import Gguf
 from interop.gguf_reader import Tensor as GgufTensor
 from interop.gguf_tokenizer import PHI3, vocabulary
-from interop.resolve import check_adapter, pick_base_numbers
+from interop.resolve import check_adapter, pick_base_numbers, trained_day
 from kernels.nf4 import dequantized_weight
 from kernels.rope import rope_inv_freq
 from model import Transformer
 from quant import quantize as quantize_weight
 
-# {value of --type: general.file_type}
-TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
+# {value of --type: general.file_type, by llama.cpp's numbers}
+TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "bf16": 32,
+    "q8_0": 7,
+    "q5_1": 9,
+    "q5_0": 8,
+    "q4_1": 3,
+    "q4_0": 2,
+}
+# Those whose weights are in blocks that share a scale; and those of under 8 bits.
+BLOCK_TYPES = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+SMALL_TYPES = BLOCK_TYPES[1:]
+BLOCK = 32  # weights that share a scale
 # llama.cpp needs these matrices in float32.
 ALWAYS_F32 = ("ffn_gate_inp.weight", "position_embd.weight")
-# The largest weight that a type can store.
-MAX_BY_TYPE = {"F16": 65_504.0, "Q8_0": 127 * 65_504.0}
-Q8_0_BLOCK = 32  # weights that share a scale
+# The matrix that makes the logits. In a small type its errors go into every one of them, and
+# llama.cpp's own quantiser gives it 6 bits (Q6_K) then, which the gguf package can't write.
+HEAD = "output.weight"
+EMBEDDING = "token_embd.weight"
+# The largest weight that a type can store: a scale, or the smallest weight of a block, is float16.
+MAX_BY_TYPE = {
+    "F16": 65_504.0,
+    "Q8_0": 127 * 65_504.0,
+    "Q5_1": 65_504.0,
+    "Q5_0": 16 * 65_504.0,
+    "Q4_1": 65_504.0,
+    "Q4_0": 8 * 65_504.0,
+}
 LogFn = Callable[[str], None]
 
 
@@ -85,8 +110,9 @@ def folder_to_gguf(
     """Writes a Hugging Face model folder as a GGUF file, with its tokenizer and chat template.
 
     dtype: of the matrices, one of TYPES. Vectors, routers and tables of positions are float32 in
-        any case. With q8_0, a matrix whose rows are no multiple of 32 is float16, and a line says
-        so.
+        any case. In blocks (q8_0 and smaller), a matrix whose rows are no multiple of 32 is float16,
+        and a line says so. With q5_1, q5_0, q4_1 and q4_0, the matrix that makes the logits (the
+        embedding where they share one) is q8_0, which a line says, too.
     adapter: a PEFT LoRA folder that is merged in float32 first. Its tokenizer and template take
         precedence over the model's.
     log: is called with a line for each thing that llama.cpp does differently from the folder's own
@@ -127,15 +153,17 @@ def folder_to_gguf(
     fields |= words.fields
     check_read_back(fields, plan, factors, config, folder)
     fields |= {"general.name": model_name(folder, words.phi3), "general.file_type": TYPES[dtype]}
-    if dtype == "q8_0":
+    if dtype in BLOCK_TYPES:
         fields["general.quantization_version"] = 2
+    notes = words.notes + attention_notes(config, row, architecture)
+    notes += add_date(fields, adapter or folder)
 
     # The table of tensors, which the file has before the first of them.
-    notes = words.notes + attention_notes(config, row, architecture)
     kinds = {}
     table = {}
+    logits_matrix = HEAD if HEAD in plan else EMBEDDING
     for name, place in plan.items():
-        label = stored_type(name, place, dtype, notes)
+        label = stored_type(name, place, dtype, notes, name == logits_matrix)
         kinds[name] = GGMLQuantizationType[label]
         table[name] = (place.shape, kinds[name])
     for name, values in factors.items():
@@ -445,6 +473,7 @@ class AdapterUpdates:
         with torch.device("meta"):
             self.model = Transformer(config)
         lora.load_adapter(self.model, adapter)
+        self.folder = Path(adapter)
         self.layers = lora.lora_layers(self.model)
         self.tensors = dict(iterate_tensors([Path(adapter) / "adapter_model.safetensors"]))
 
@@ -455,27 +484,51 @@ class AdapterUpdates:
         b = self.tensors[f"{lora.PREFIX}{layer}.lora_B.weight"]
         return a.float(), b.float()
 
+    def changes(self, name: str) -> bool:
+        """True if the adapter has an update for a weight of the folder."""
+        return name.removesuffix(".weight") in self.layers
+
     def add(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """Returns a weight of the folder, [out, in], with its update added, by the arithmetic of
-        `lora.merge`."""
+        """Returns a weight that the adapter changes, [out, in], with its update added, by the
+        arithmetic of `lora.merge`."""
         layer = name.removesuffix(".weight")
-        if layer not in self.layers:
-            return weight
         a, b = self.factors(layer)
         return weight + self.layers[layer].scale * (b @ a)
 
 
-def stored_type(name: str, place: GGUFPlace, dtype: str, notes: list[str]) -> str:
+def stored_type(
+    name: str, place: GGUFPlace, dtype: str, notes: list[str], makes_logits: bool
+) -> str:
     """Returns the GGUF type of a tensor. A line is added to notes where it is not the one of
-    --type."""
+    --type.
+
+    makes_logits: the tensor is the model's output head.
+    """
     if len(place.shape) == 1 or name.endswith(ALWAYS_F32):
         return "F32"
     width = place.shape[-1]  # weights of a row; a block may not extend over two
-    if dtype == "q8_0" and width % Q8_0_BLOCK:
-        reason = f"its rows of {width} weights are no whole blocks of {Q8_0_BLOCK}"
+    if dtype in BLOCK_TYPES and width % BLOCK:
+        reason = f"its rows of {width} weights are no whole blocks of {BLOCK}"
         notes.append(f"{name} is stored in f16: {reason}")
         return "F16"
+    if dtype in SMALL_TYPES and makes_logits:
+        notes.append(f"{name} is stored in q8_0: it makes the logits, which {dtype} would blur")
+        return "Q8_0"
     return dtype.upper()
+
+
+def add_date(fields: dict, trained: str | Path) -> list[str]:
+    """Adds the date that the chat template wrote in training to a file's fields, if it wrote one.
+    Returns what is to be said of it: llama.cpp writes the present day.
+
+    trained: the folder of the adapter, or of the model.
+    """
+    day = trained_day(trained)
+    if not day:
+        return []
+    fields[DATE_KEY] = day
+    note = f"the chat template writes a date, in training {day}, and llama.cpp writes today's"
+    return [f"{note}; the file says it as {DATE_KEY}, which convert.py to-folder reads"]
 
 
 def encode_tensor(
@@ -493,15 +546,22 @@ def encode_tensor(
         # [out, in], as adapters and GGUF files have it; a bias or a norm's weight is [out].
         if place.transposed:
             weight = weight.t()
-        if updates:
-            weight = updates.add(hf, weight)
-        rows = weight.contiguous().numpy()
-        if not np.isfinite(rows).all():
+        if not all_finite(weight):
             raise UserError(f"{weights.folder}: {hf} holds NaN or infinite weights")
+        where = weights.folder
+        holds = " holds"
+        if updates and updates.changes(hf):
+            weight = updates.add(hf, weight)
+            where = updates.folder
+            holds = ", with the adapter's update, holds"
+            # Both are numbers, load_adapter has seen to it. Their sum may be beyond float32.
+            if not all_finite(weight):
+                raise UserError(f"{where}: {hf}{holds} weights too large for float32")
+        rows = weight.contiguous().numpy()
         limit = MAX_BY_TYPE.get(kind.name, np.inf)
         if np.abs(rows).max() > limit:
-            problem = f"holds weights too large for {kind.name}"
-            raise UserError(f"{weights.folder}: {hf} {problem}; take --type bf16")
+            problem = f"{holds} weights too large for {kind.name}"
+            raise UserError(f"{where}: {hf}{problem}; take --type bf16")
         if place.offset:
             rows = rows + np.float32(place.offset)
         if place.heads:
@@ -545,6 +605,9 @@ def adapter_to_gguf(
     note = lora.base_note(adapter, folder)
     if note:
         log(note)
+    dated: dict[str, str] = {}
+    for note in add_date(dated, adapter):
+        log(f"NOTE: {note}")
     updates = AdapterUpdates(config, adapter)
     by_hf_name = {}
     for name, place in places(config, row).items():
@@ -572,6 +635,7 @@ def adapter_to_gguf(
         "adapter.lora.alpha": float(first_layer.alpha),
         "general.name": Path(adapter).resolve().name,
         "general.file_type": TYPES["f32"],
+        **dated,
     }
     table = {}
     for name, array in content.items():
@@ -612,7 +676,8 @@ def check_is_new(file: Path) -> None:
 
 
 def write_gguf(file: Path, fields: dict, table: dict, content: Iterator[np.ndarray]) -> None:
-    """Writes a GGUF file under another name, syncs it to the disk, and renames it.
+    """Writes a GGUF file under another name, syncs it to the disk, and renames it. Raises UserError
+    if another process has written a file of that name meanwhile.
 
     fields: {key: value}.
     table: {tensor: (shape, type)}, in the order of content.
@@ -636,9 +701,14 @@ def write_gguf(file: Path, fields: dict, table: dict, content: Iterator[np.ndarr
         block_weights, block_bytes = GGML_QUANT_SIZES[kind]
         num_bytes = int(np.prod(shape)) // block_weights * block_bytes
         writer.add_tensor_info(name, shape, np.dtype(np.float32), num_bytes, kind)
-    with atomic_file(file) as tmp, contextlib.closing(writer):
-        writer.write_header_to_file(tmp)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for array in content:
-            writer.write_tensor_data(array)
+    try:
+        with atomic_file(file, replace=False) as tmp, contextlib.closing(writer):
+            writer.write_header_to_file(tmp)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            bar = tqdm(content, total=len(table), desc=file.name, unit="tensor", disable=None)
+            for array in bar:
+                writer.write_tensor_data(array)
+    except FileExistsError:
+        problem = "was written by another process meanwhile; this one's file is not kept"
+        raise UserError(f"{file}: {problem}") from None

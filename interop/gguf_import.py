@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from common.console import print_stderr
-from common.errors import UserError
-from common.files import atomic_folder, file_sha256, write_json
+from common.errors import UserError, read_json
+from common.files import atomic_folder, file_crc32, file_sha256, write_json
+from common.origin import SOURCE_FILE
 from families import FAMILIES, MAX_LAYERS, Config
 from interop.gguf_names import (
     ARCHITECTURES,
@@ -38,10 +39,14 @@ from interop.gguf_names import (
 from interop.gguf_reader import Gguf, read_gguf
 from interop.gguf_tokenizer import special_ids, tokenizer_files
 
+# The folder's weights, in one file.
+WEIGHTS = "model.safetensors"
+# The date that the chat template wrote in training: a key of ours, which llama.cpp passes over.
+DATE_KEY = "plaintune.date"
 CHUNK = 1 << 24  # weights that are converted to float32 at a time: 64 MB
 
 
-def gguf_to_folder(file: str | Path, folder: str | Path) -> None:
+def gguf_to_folder(file: str | Path, folder: str | Path, replace: bool = False) -> None:
     """Converts a GGUF file of a known architecture into a new Hugging Face folder, which gets its
     name when it is whole.
 
@@ -49,15 +54,17 @@ def gguf_to_folder(file: str | Path, folder: str | Path) -> None:
         1 that a file adds to them). Blocks become float32: a scale times a code, plus a minimum,
         needs more bits than a 16-bit float has, and the folder is to give the file's own logits,
         not nearly those.
-    folder: must not exist. It gets config.json, model.safetensors, tokenizer.json (byte-level BPE)
-        or tokenizer.model (sentencepiece), tokenizer_config.json, generation_config.json, and
-        source.json, which says what it was made of.
+    folder: gets config.json, model.safetensors, tokenizer.json (byte-level BPE) or tokenizer.model
+        (sentencepiece), tokenizer_config.json, generation_config.json, plaintune.json where the
+        file says a date, and source.json, which says what it was made of, and how large its files
+        are, by which `find_damaged_file` knows them.
+    replace: whether a folder that is there already is replaced.
     Raises UserError, and leaves nothing behind, for a file that is damaged, cut, no GGUF file or
     not supported, or whose weights are not all finite.
     """
     file = Path(file)
     folder = Path(folder)
-    if folder.exists():
+    if folder.exists() and not replace:
         raise UserError(f"{folder}: exists already; name a new folder")
     gguf = read_gguf(file)
     config = config_json(gguf)
@@ -70,15 +77,57 @@ def gguf_to_folder(file: str | Path, folder: str | Path) -> None:
         "license": gguf.fields.get("general.license"),
         "tensor_types": Counter(tensor_types),
     }
-    documents = {"config.json": config, "source.json": source} | tokenizer_files(gguf)
+    documents = {"config.json": config} | tokenizer_files(gguf)
+    day = gguf.fields.get(DATE_KEY)
+    if isinstance(day, str):
+        # As train.py notes it, so that the template goes on to write it.
+        documents["plaintune.json"] = {"date": day}
     print_stderr(f"converting {file} into {folder}")
-    with atomic_folder(folder) as tmp:
+    with atomic_folder(folder, replace) as tmp:
         for name, content in documents.items():
             if isinstance(content, bytes):
                 (tmp / name).write_bytes(content)
             else:
                 write_json(content, tmp / name)
-        write_weights(gguf, plan, tmp / "model.safetensors")
+        write_weights(gguf, plan, tmp / WEIGHTS)
+        source["files"] = checksums(tmp)
+        write_json(source, tmp / SOURCE_FILE)
+
+
+def checksums(folder: Path) -> dict[str, dict]:
+    """Returns {file name: {"bytes": size, "crc32": of its content}} of a folder's files, and for the
+    weights, which take long to read, "changed_ns", their time of change."""
+    result: dict[str, dict] = {}
+    for file in sorted(folder.iterdir()):
+        stat = file.stat()
+        result[file.name] = {"bytes": stat.st_size, "crc32": file_crc32(file)}
+        if file.name == WEIGHTS:
+            result[file.name]["changed_ns"] = stat.st_mtime_ns
+    return result
+
+
+def find_damaged_file(folder: Path) -> str | None:
+    """Returns what is wrong with a converted folder, which may have lost something on its disk or in
+    a copy; None if all files are as they were written.
+
+    Small files are read. The weights are, too, where their time of change is another one, as in a
+    copy; else their size is enough.
+    """
+    file = folder / SOURCE_FILE
+    try:
+        for name, known in read_json(file)["files"].items():
+            file = folder / name
+            stat = file.stat()
+            if stat.st_size != known["bytes"]:
+                return f"{file} has {stat.st_size:,} bytes, not {known['bytes']:,}"
+            is_unchanged = known.get("changed_ns") == stat.st_mtime_ns
+            if not is_unchanged and file_crc32(file) != known["crc32"]:
+                return f"{file} is damaged"
+    except OSError as error:
+        return f"{file} can't be read ({error.strerror})"
+    except (UserError, KeyError, AttributeError, TypeError):
+        return f"{file} is damaged"
+    return None
 
 
 # ---- config.json ----

@@ -82,6 +82,28 @@ def online_or_cached(name: str, online: Callable, cached: Callable, explain: Cal
         raise UserError(f"{name}: {problem}") from None
 
 
+def find_commit(repo: str, revision: str) -> Path | None:
+    """Returns the folder of a commit in the cache, where all of it is there; else None. Nothing is
+    asked of the Hub: a commit does not change.
+
+    revision: 40 hexadecimal digits; None is returned for any other.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if not re.fullmatch("[0-9a-f]{40}", revision) or not HUB_NAME.fullmatch(repo):
+        return None
+    config = try_to_load_from_cache(repo, "config.json", revision=revision)
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    try:
+        # The weights are fetched last. A blob that was removed leaves a link to nothing.
+        is_whole = all(file.exists() for file in weight_files(folder))
+    except UserError:
+        return None
+    return folder if is_whole else None
+
+
 def fetch_online(repo: str, revision: str | None, print_fn: Callable) -> Path:
     """Fetches what the Hub lists and the cache lacks, and returns the folder. Errors of
     huggingface_hub pass through.

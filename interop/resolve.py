@@ -7,14 +7,16 @@ default base. `base_folder` adds what --adapter means: without --model, an adapt
 that it was made on.
 """
 
+import contextlib
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import lora
 from checkpoint import TOKENIZER_FILES, fingerprint, read_config
 from common.choices import QUANT_KINDS
-from common.console import one_line
+from common.console import one_line, print_stderr
 from common.errors import UserError, printable, read_json
 from common.files import (
     HUB_NAME,
@@ -24,14 +26,17 @@ from common.files import (
     refuse_pointer,
     reported_full_cache,
 )
+from common.origin import SOURCE_FILE, gguf_digits
 from interop import hub
-from interop.gguf_import import gguf_to_folder
+from interop.gguf_import import find_damaged_file, gguf_to_folder
 from lora import adapter_metadata, is_adapter, why_no_adapter
 from model import Transformer, quantized_linears
 from tokenizer import Tokenizer, check_date, load_tokenizer
 
+# What is read of a model's README.md at most: its front matter stands first.
+CARD_BYTES = 100_000
 # Of the folders made of GGUF files: a higher number has every cached one made anew.
-GGUF_CACHE_FORMAT = 3
+GGUF_CACHE_FORMAT = 4
 
 
 def model_folder(model: str | Path | None) -> Path:
@@ -42,7 +47,7 @@ def model_folder(model: str | Path | None) -> Path:
     Raises UserError where there is no such thing, or where the file is not a GGUF file that can be
     converted.
     """
-    path = default_base() if model is None else Path(model)
+    path = default_base() if model is None else packaged_file(Path(model))
     if path.is_dir():
         check_holds_model(path)
         return path
@@ -51,19 +56,37 @@ def model_folder(model: str | Path | None) -> Path:
             return hub.fetch(str(model))
         raise UserError(f"{path}: no such folder, nor a GGUF file")
     # By its content, since a file may be replaced or moved.
-    content = file_sha256(path)[:16]
-    folder = cache_folder() / f"gguf-{content}-v{GGUF_CACHE_FORMAT}"
-    if not folder.is_dir():
-        check_cache_takes_files(folder.parent)
-        try:
-            with reported_full_cache(folder.parent):
-                gguf_to_folder(path, folder)
-        except (OSError, UserError):
-            # Another process may have been faster. A folder gets its name by an atomic rename, so
-            # that of the other process is complete.
-            if not folder.is_dir():
-                raise
+    return cached_gguf_folder(path, file_sha256(path))
+
+
+def cached_gguf_folder(file: Path, sha256: str) -> Path:
+    """Returns the folder of a GGUF file in the cache, which is made where it is not there, and made
+    anew where it is damaged.
+
+    sha256: of the file.
+    """
+    folder = gguf_cache_path(sha256)
+    damage = find_damaged_file(folder) if folder.is_dir() else None
+    if damage is not None:
+        print_stderr(f"NOTE: {damage}; it is converted anew")
+    elif folder.is_dir():
+        return folder
+    check_cache_takes_files(folder.parent)
+    try:
+        with reported_full_cache(folder.parent):
+            gguf_to_folder(file, folder, replace=damage is not None)
+    except (OSError, UserError):
+        # Another process may have been faster. A folder gets its name by an atomic rename, so
+        # that of the other process is complete.
+        if not folder.is_dir() or find_damaged_file(folder) is not None:
+            raise
     return folder
+
+
+def gguf_cache_path(sha256: str) -> Path:
+    """Returns where the cache has the folder of a GGUF file with this hash, or its first 16
+    digits."""
+    return cache_folder() / f"gguf-{sha256[:16]}-v{GGUF_CACHE_FORMAT}"
 
 
 def check_holds_model(folder: Path) -> None:
@@ -96,6 +119,17 @@ def default_base() -> Path:
     return min(files)
 
 
+def packaged_file(file: Path) -> Path:
+    """Returns the default base's GGUF file, if it is what a bare file name means that names nothing
+    here; else the file as it is. So the commands of a model card work as they stand."""
+    if len(file.parts) == 1 and file.suffix == ".gguf" and not file.exists():
+        # The package need not be installed.
+        with contextlib.suppress(UserError):
+            default = default_base()
+            return default if default.name == file.name else file
+    return file
+
+
 def base_folder(model: str | None, adapter: str | Path | None, print_fn: Callable = print) -> Path:
     """Returns the folder of the base model.
 
@@ -111,28 +145,106 @@ def base_folder(model: str | None, adapter: str | Path | None, print_fn: Callabl
     if model is not None or adapter is None:
         return model_folder(model)
     settings = read_json(Path(adapter) / "adapter_config.json")
-    base = settings.get("base_model_name_or_path")
-    revision = settings.get("revision")
+    named, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    return find_base(adapter, named, revision, print_fn)
+
+
+def base_of_model(folder: Path, print_fn: Callable = print) -> Path | None:
+    """Returns the folder of the base that a whole model was trained from here, by its
+    plaintune.json; None if that names none.
+
+    print_fn: is called with a line that says which one it is.
+    Raises UserError where the base can't be found.
+    """
+    facts = adapter_metadata(folder)
+    if not isinstance(facts.get("base"), str):
+        return None
+    return find_base(folder, facts["base"], facts.get("base_revision"), print_fn)
+
+
+def find_base(trained: str | Path, base: object, revision: object, print_fn: Callable) -> Path:
+    """Returns the folder of the base that an adapter or a model was trained on, and prints a line
+    that says which one that is.
+
+    trained: the folder of the adapter or model, whose plaintune.json tells more of the base.
+    base: its name there: a folder, the file name of a GGUF file, or a name on the Hub.
+    revision: of a name on the Hub; None: the newest.
+    Raises UserError where it is not found.
+    """
     shown = printable(str(base)[:100])
+    made_on = f"{trained} was made on it"
     # A folder counts before a name on the Hub, which may be the same text.
     if isinstance(base, str) and (Path(base) / "config.json").is_file():
-        print_fn(f"base      {shown}: {adapter} was made on it")
+        print_fn(f"base      {shown}: {made_on}")
         return Path(base)
-    # The path may be that of another machine. So an adapter also notes the hash of its base.
-    base_sha256 = adapter_metadata(adapter).get("base_sha256")
-    if base_sha256 is not None:
-        default = model_folder(None)
-        if base_sha256 == fingerprint(default):
-            print_fn(f"base      the default one: {adapter} was made on its weights")
+    # The path may be that of another machine. So the hash of its base is noted as well, and that of
+    # the GGUF file which it was made of.
+    facts = adapter_metadata(trained)
+    sha256 = gguf_digits(facts, base)
+    if sha256 is not None:
+        folder = find_gguf_base(sha256, Path(str(base)))
+        if folder is not None:
+            print_fn(f"base      {shown}, converted in {folder}: {made_on}")
+            return folder
+    base_sha256 = facts.get("base_sha256")
+    if base_sha256 is not None and sha256 is None:
+        default = None
+        # The package of the default base need not be installed.
+        with contextlib.suppress(UserError):
+            default = model_folder(None)
+        if default is not None and base_sha256 == fingerprint(default):
+            print_fn(f"base      the default one: {trained} was made on its weights")
             return default
     name = f"{base}@{revision}" if revision else str(base)
-    if not HUB_NAME.fullmatch(name):
-        raise UserError(f"{adapter}: its base, {shown}, is not here; give --model")
-    print_fn(f"base      {name}: {adapter} was made on it")
+    if sha256 is not None or not HUB_NAME.fullmatch(name):
+        known = f" (a GGUF file, SHA-256 {sha256[:16]}...)" if sha256 else ""
+        raise UserError(f"{trained}: its base, {shown}{known}, is not here; give --model")
+    print_fn(f"base      {name}: {made_on}")
+    # A commit never changes, so what the cache holds of it need not be asked for.
+    folder = hub.find_commit(str(base), str(revision)) if revision else None
+    if folder is not None:
+        return folder
     try:
         return hub.fetch(name)
     except UserError as error:
-        raise UserError(f"{adapter}: its base can't be fetched; give --model ({error})") from None
+        raise UserError(f"{trained}: its base can't be fetched; give --model ({error})") from None
+
+
+def find_gguf_base(sha256: str, file: Path) -> Path | None:
+    """Returns the folder of a GGUF file of which the hash is known: out of the cache, else made of
+    the default base's file, or of one in the working directory; None where there is no such file.
+
+    sha256: of the file, or its first 16 digits.
+    file: its name.
+    """
+    folder = gguf_cache_path(sha256)
+    if folder.is_dir() and find_damaged_file(folder) is None:
+        return folder
+    candidates = [Path(file.name)]
+    with contextlib.suppress(UserError):
+        candidates.append(default_base())
+    for candidate in candidates:
+        if not candidate.is_file():
+            continue
+        found = file_sha256(candidate)
+        if found.startswith(sha256):
+            return cached_gguf_folder(candidate, found)
+    return None
+
+
+def stated_license(folder: Path) -> str | None:
+    """Returns the licence that a model states, as apache-2.0: the GGUF file that a folder was made
+    of, or the front matter of the folder's README.md; None where there is none, or no plain word."""
+    stated = None
+    if (folder / SOURCE_FILE).is_file():
+        stated = read_json(folder / SOURCE_FILE).get("license")
+    elif (folder / "README.md").is_file():
+        beginning = (folder / "README.md").read_bytes()[:CARD_BYTES].decode(errors="replace")
+        head = re.match(r"---\r?\n(.*?)\r?\n---", beginning, re.DOTALL)
+        line = re.search(r"^license:\s*(\S+)\s*$", head[1], re.MULTILINE) if head else None
+        stated = line[1].strip("\"'") if line else None
+    is_plain = isinstance(stated, str) and re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,40}", stated)
+    return stated if is_plain else None
 
 
 def pick_tokenizer(

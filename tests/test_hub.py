@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 from support.helpers import chat_base, command, llama
-from support.hub_server import COMMIT, Hub, environment, fork, run
+from support.loopback_hub import COMMIT, Hub, environment, fork, run
 
 import convert
 import evaluate
@@ -148,6 +148,24 @@ def test_an_adapter_notes_the_name_of_its_base_and_is_put_on_it_again(server, mo
     assert code == 2 and err.startswith(f"error: {adapter}: its base can't be fetched; give --model (org/tiny@")
     assert err.count("\n") == 1
     assert hub_origin(Path("/home/models--x/snapshots/y")) is hub_origin(Path("/a")) is hub_origin(Path("/")) is None
+
+
+def test_a_commit_that_is_in_the_cache_is_not_asked_for_again(server, model, tmp_path):
+    """The user of an adapter has given no name, and the adapter's names a commit, which never changes."""
+    server.repos["org/tiny"] = {"files": model}
+    folder, _ = fetched(server.url, tmp_path, "org/tiny")
+    base, adapter = load_model(folder), tmp_path / "adapter"
+    lora.add_lora(base, 2, 4.0)
+    lora.save_adapter(base, adapter)
+    find = lambda: errors.run(lambda: print(resolve.base_folder(None, adapter)))
+    nobody = "http://127.0.0.1:9"
+    code, out, err = run(nobody, tmp_path, find)
+    assert code == 0 and out == f"base      org/tiny@{COMMIT}: {adapter} was made on it\n{folder}\n" and not err
+    (folder / "model.safetensors").resolve().unlink()
+    code, _, err = run(nobody, tmp_path, find)
+    assert code == 2 and "its base can't be fetched; give --model" in err
+    code, out, _ = run(server.url, tmp_path, find)
+    assert code == 0 and (folder / "model.safetensors").is_file()
 
 
 def test_a_connection_that_breaks_is_taken_up_where_it_was(server, model, tmp_path):

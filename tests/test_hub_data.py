@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from support.helpers import chat_base
-from support.hub_server import COMMIT, Hub, run
+from support.loopback_hub import COMMIT, Hub, run
 from support.runs import records
 
 import train

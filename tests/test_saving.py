@@ -7,12 +7,14 @@ import shutil
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.helpers import chat_base, command, llama, sentence
 
 import checkpoint
+import methods
 import train
 from checkpoint import load_model, share_lost_by_rounding
+from training.defaults import Settings
 
 
 @pytest.fixture
@@ -133,3 +135,38 @@ def test_a_run_that_is_resumed_may_be_given_options_of_its_own_method(run, tmp_p
     words = ["--resume", "auto", "--save-dtype", "fp32"]
     _, err, code = command(train, monkeypatch, capsys, *words, "--out", tmp_path / "new")
     assert code == 2 and "--save-dtype: is for --method full, not for --method lora" in err
+
+
+@pytest.mark.parametrize("name, value", [("model.layers.0.mlp.up_proj.weight", 7e4), ("model.norm.weight", -7e4)])
+def test_a_base_that_is_too_large_for_fp16_is_refused_before_the_training(
+    name, value, run, tmp_path, monkeypatch, capsys
+):
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights[name].view(-1)[0] = value
+    capsys.readouterr()  # transformers' progress bar
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    words = ["--model", tmp_path / "base", "--data", tmp_path / "data.json", "--method", "full", "--steps", 1]
+    words += ["--dtype", "fp32", "--out", tmp_path / "new", "--save-dtype"]
+    said, err, code = command(train, monkeypatch, capsys, *words, "fp16")
+    problem = f"{name} of {tmp_path / 'base'} holds weights too large for it; take bf16 or fp32"
+    assert code == 2 and err == f"error: --save-dtype fp16: {problem}\n"
+    assert "validation" not in said and not (tmp_path / "new").exists()
+    assert command(train, monkeypatch, capsys, *words, "bf16")[2] == 0
+
+
+def test_what_becomes_too_large_for_fp16_in_training_is_stored_in_fp32(tmp_path):
+    """The training is not lost, and what was not asked for is said."""
+    llama(tmp_path / "base")
+    model = load_model(tmp_path / "base")
+    settings = Settings(steps=1, lr=1.0, warmup=0, weight_decay=0, eval_every=0, save_every=0, save_dtype="fp16")
+    with torch.no_grad():
+        model.blocks[1].mlp.up.weight[2, 3] = 65_504.0  # the largest number of fp16
+    assert "WARNING" not in methods.save_full(model, settings, tmp_path / "a", lambda folder: None)
+    with torch.no_grad():
+        model.blocks[1].mlp.up.weight[2, 3] = 65_600.0
+    remark = methods.save_full(model, settings, tmp_path / "b", lambda folder: None)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert remark == f"WARNING: stored in fp32, for {name} has become too large for fp16 (--save-dtype)"
+    stored = {folder: load_file(tmp_path / folder / "model.safetensors")[name] for folder in "ab"}
+    assert stored["a"].dtype == torch.float16 and stored["b"].dtype == torch.float32
+    assert stored["b"][2, 3] == 65_600.0

@@ -421,7 +421,7 @@ def test_a_gguf_file_without_a_cache_to_convert_it_into_names_the_variable(tmp_p
     with pytest.raises(UserError, match=problem):
         resolve.model_folder(tmp_path / "model.gguf")
 
-    def convert(path, folder):
+    def convert(path, folder, replace):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(resolve, "cache_folder", lambda: tmp_path / "cache")

@@ -280,7 +280,7 @@ def test_overwrite_replaces_what_the_run_wrote_and_nothing_else(base, numbers, t
 
 
 def test_the_final_folder_holds_all_that_a_server_needs(base, numbers, tmp_path, monkeypatch, capsys):
-    tokenizer = {"tokenizer.json", "tokenizer_config.json", "plaintune.json"}
+    tokenizer = {"tokenizer.json", "tokenizer_config.json", "plaintune.json", "README.md"}
     made = {"lora": {"adapter_config.json", "adapter_model.safetensors"}, "full": {"config.json", "model.safetensors"}}
     for method, files in made.items():
         out = tmp_path / method

@@ -6,6 +6,7 @@ Rank 0 looks at the disk, and tells the other ranks what it has found.
 import contextlib
 import dataclasses
 import os
+import shlex
 import shutil
 import time
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from checkpoint import fingerprint, read_json
 from common.device import pick_device
 from common.errors import UserError
 from common.folder_lock import FolderLock
+from common.origin import base_facts
 from data import TrainingData
 from flags import Flags, check_owned_options
 from interop.resolve import trained_day, trained_system
@@ -135,6 +137,9 @@ def find_run(flags: Flags, device: torch.device) -> Run:
         if not is_prolonged:
             more = f"; --steps above {ended_after} prolongs it" if ended_after else ""
             print(f"complete  {out} has ended; its outcome is {out / 'final'}{more}")
+            if flags.push:
+                command = f"python convert.py push {shlex.quote(str(out / 'final'))} {flags.push}"
+                print(f"NOTE      nothing is pushed again; {command} does it")
             return Run(flags, device, is_complete=True)
         check_can_be_prolonged(out, found, ended_after)
     if found is None and flags.resume == "on":
@@ -258,7 +263,8 @@ def check_room(settings: Settings, model: Transformer, out: Path) -> None:
 
 
 def identify_run(flags: Flags, folder: Path, data: TrainingData) -> dict:
-    """Returns what a run is made from: {"base": path, "base_sha256": hash, "data": hash}.
+    """Returns what a run is made from: what common/origin.py says of the base, with "base_sha256", the
+    hash of its weights, and "data", that of the examples.
 
     folder: the base model.
     Raises UserError where the ranks have different things.
@@ -288,4 +294,4 @@ def identify_run(flags: Flags, folder: Path, data: TrainingData) -> dict:
             "the processes do not have the same base or the same examples"
             " (a --map that draws at random?)"
         )
-    return {"base": str(folder.resolve()), "base_sha256": sha256_of_rank0, "data": digest}
+    return base_facts(folder) | {"base_sha256": sha256_of_rank0, "data": digest}

@@ -15,6 +15,7 @@ import distributed
 import lora
 import optimizers
 from common.console import one_line
+from common.origin import SOURCE_FILE
 from common.threads import wait_policy_note
 from data import TrainingData, max_tokens_per_micro_batch
 from methods import method_of
@@ -70,7 +71,7 @@ def print_model(model: Transformer, tokenizer: Tokenizer) -> None:
     what = f"{model.config.family}, {base_size(model):,} parameters"
     print(f"model     {folder}: {what}; tokenizer: {tokenizer.description}")
     # This file is written by the conversion of a GGUF file.
-    source_file = folder / "source.json"
+    source_file = folder / SOURCE_FILE
     if source_file.is_file():
         source = checkpoint.read_json(source_file)
         counts = source.get("tensor_types", {})

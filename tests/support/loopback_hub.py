@@ -1,9 +1,10 @@
-"""A Hugging Face Hub on loopback, and processes that ask it.
+"""A small Hugging Face Hub on loopback, that serves repositories and takes uploads, and processes that use it.
 
-huggingface_hub reads HF_ENDPOINT, HF_HOME and the rest when it is imported: each fetch is a process of its own, forked
+huggingface_hub reads HF_ENDPOINT, HF_HOME and the rest when it is imported: each use is a process of its own, forked
 off this one, which has torch already, and importing huggingface_hub anew.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -20,13 +21,18 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories by name: {"files": {path: bytes}} and what else a test wants of it."""
+    """Repositories by name: {"files": {path: bytes}} and what else a test wants of it.
+
+    users: {token: what the Hub says of its owner}. refused: {path of a request: HTTP status} of requests that fail.
+    created: what was asked for in each request for a new repository. blobs: large files by their hashes.
+    """
 
     daemon_threads = True
 
     def __init__(self, port: int = 0):
         super().__init__(("127.0.0.1", port), Handler)
         self.repos, self.asked = {}, []  # asked: (method, path, Range) of each request for a file
+        self.users, self.refused, self.created, self.blobs = {}, {}, [], {}
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -53,6 +59,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
+        if parts[-1] == "whoami-v2":
+            user = self.server.users.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+            return self.send(json.dumps(user or {}).encode(), 200 if user else 401)
         # A data set is org/name here as well; its branches are repositories of their own under their names and commits.
         if parts[0] == "datasets":
             parts = parts[1:]
@@ -85,7 +94,13 @@ class Handler(BaseHTTPRequestHandler):
             files[-1] |= {"blobId": sha[:40]} | ({"lfs": lfs} if large else {})
         if rest[:1] == ["tree"]:
             return self.send(json.dumps(files).encode())
-        return self.send(json.dumps({"id": name, "sha": repo.get("commit", COMMIT), "siblings": files}).encode())
+        found = {
+            "id": name,
+            "sha": repo.get("commit", COMMIT),
+            "siblings": files,
+            "private": repo.get("private", False),
+        }
+        return self.send(json.dumps(found).encode())
 
     def file(self, name: str, repo: dict, path: str):
         asked = self.headers.get("Range")
@@ -110,6 +125,55 @@ class Handler(BaseHTTPRequestHandler):
             headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
             return self.send(content[start:], 206, **headers)
         return self.send(content, **headers)
+
+    # ---- uploads ----
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = urlsplit(self.path).path
+        if path in self.server.refused:
+            return self.send(b"{}", self.server.refused[path])
+        if path == "/api/repos/create":
+            wanted = json.loads(body)
+            self.server.created.append(wanted)
+            name = f"{wanted['organization']}/{wanted['name']}"
+            self.server.repos[name] = {"files": {}, "private": wanted["visibility"] == "private"}
+            return self.send(json.dumps({"url": f"{self.server.url}/{name}"}).encode())
+        if path == "/api/validate-yaml":
+            return self.send(b'{"errors": [], "warnings": []}')
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            for each in objects:
+                each["actions"] = {"upload": {"href": f"{self.server.url}/lfs/{each['oid']}"}}
+            return self.send(json.dumps({"objects": objects, "transfer": "basic"}).encode())
+        if "/preupload/" in path:
+            files = []
+            for each in json.loads(body)["files"]:
+                mode = "lfs" if each["path"].endswith(".safetensors") else "regular"
+                files.append({"path": each["path"], "uploadMode": mode, "shouldIgnore": False})
+            return self.send(json.dumps({"files": files}).encode())
+        assert "/commit/" in path, path
+        return self.commit("/".join(path.split("/")[3:5]), body)
+
+    def do_PUT(self):
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.blobs[hashlib.sha256(content).hexdigest()] = content
+        self.send(b"")
+
+    def commit(self, name: str, body: bytes):
+        files = self.server.repos[name]["files"]
+        for line in body.splitlines():
+            change = json.loads(line)
+            value = change["value"]
+            match change["key"]:
+                case "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                case "lfsFile":
+                    files[value["path"]] = self.server.blobs[value["oid"]]
+                case "deletedFile":
+                    del files[value["path"]]
+        url = f"{self.server.url}/{name}/commit/{COMMIT}"
+        self.send(json.dumps({"success": True, "commitOid": COMMIT, "commitUrl": url}).encode())
 
 
 def environment(url: str, home: Path, **more: str) -> dict[str, str]:

@@ -35,6 +35,7 @@ from common.files import (
     utf8_path,
     write_json,
 )
+from common.progress import progress
 from distributed import (
     all_gather_object,
     all_ranks_agree,
@@ -846,6 +847,8 @@ def save_shards(weights: list[Stored], folder: Path | None) -> None:
         names = [f"model-{i:05}-of-{num_shards:05}.safetensors" for i in range(1, num_shards + 1)]
 
     file_of: dict[str, str] = {}
+    total_size = sum(weight.nbytes for weight in weights)
+    bar = progress("writing", total_size, "byte", shown=folder is not None)
     for file_name, shard in zip(names, shards, strict=True):
         values: dict[str, Tensor] = {}
         for weight in shard:
@@ -857,8 +860,9 @@ def save_shards(weights: list[Stored], folder: Path | None) -> None:
         with synced_errors():
             if folder and values:
                 save_tensors(values, folder / file_name)
+        bar.update(sum(weight.nbytes for weight in shard))
+    bar.close()
     if num_shards > 1:
-        total_size = sum(weight.nbytes for weight in weights)
         index = {"metadata": {"total_size": total_size}, "weight_map": file_of}
         with synced_errors():
             if folder:

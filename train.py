@@ -129,11 +129,11 @@ def train(flags: Flags, lock: FolderLock) -> None:
     demo = None
     if is_bundled_task(settings):
         demo = Demo(model, tokenizer, settings)
-        whole = settings
         steps = demo.steps_within_budget(settings)
-        if steps < settings.steps:
-            shorter = dataclasses.replace(flags, steps=steps)
-            settings = pace.expected(resolve_defaults(shorter, folder, data, device))
+        whole = settings
+        if steps < whole.steps:
+            flags = dataclasses.replace(flags, steps=steps)
+            settings = pace.expected(resolve_defaults(flags, folder, data, device))
         demo.print_budget(settings, whole)
     print_run_summary(settings, model, device)
     if resumed:
@@ -208,7 +208,7 @@ def train(flags: Flags, lock: FolderLock) -> None:
     model.eval()
     save_final(settings, model, state, checkpointer, functools.partial(save, out / "final"), out)
     if distributed.is_rank0():
-        title = f"{out.name}: {settings.method} of {folder.name}"
+        title = f"{out.name}: {settings.method} of {card.base_name}"
         loss_curve(out / "metrics.jsonl", out / "loss.png", title)
     print_end(settings, state, metrics, out, peak_memory(device))
     if demo:

@@ -23,7 +23,6 @@ import numpy as np
 from common import cli, console
 from common.errors import UserError, printable
 from common.files import atomic_file
-from common.progress import progress
 from dataset.columns import ignored_facts
 from dataset.examples import TRAIN_ON, TRUNCATE, Dataset, Example, cut, too_long_warning
 from dataset.folders import TEST, TRAIN
@@ -42,7 +41,7 @@ from dataset.token_cache import (
     tokenized_rows,
     words_of,
 )
-from dataset.tokenize_pool import chunks, in_order, processes_for
+from dataset.tokenize_pool import ReadingProgress, chunks, in_order, processes_for
 from tokenizer import EMPTY_THINK, Tokenizer
 
 MAX_PLACES = 3  # places that are named for each finding
@@ -102,15 +101,14 @@ def survey(source: Source) -> Survey:
     parts = []
     # The arrays are set at the end, when all parts are there.
     whole = Survey(hashes=None, prompts=None, signatures=None, places=None)
-    bar = progress("reading", None, "record")
+    reading = ReadingProgress("reading", source)
     work = partial(survey_chunk, source)
     stats = whole.stats
-    for part in with_all_faults(
-        source, stats, in_order(work, chunks(source), processes_for(source))
-    ):
+    surveys = in_order(work, reading.of(chunks(source)), processes_for(source))
+    for part in with_all_faults(source, stats, surveys):
         parts.append(part)
         stats.add(part.stats)
-        bar.update(len(part.hashes))
+        reading.update(f"{stats.records:,} records")
         whole.scripts.update(part.scripts)
         whole.answers.update(part.answers)
         whole.private.update(part.private)
@@ -125,7 +123,7 @@ def survey(source: Source) -> Survey:
         part.examples = None
         part.scripts = None
         part.answers = None
-    bar.close()
+    reading.close()
     source.complain_of_faults(stats)
     if not parts:
         raise UserError(f"{source.path}: is an empty list")

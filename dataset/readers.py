@@ -608,6 +608,19 @@ def _refuse_duplicate_columns(path: Path | NamedFile, names: list[str]) -> None:
         raise UserError(f"{path}: two columns are called {name[:40]!r}")
 
 
+def number_of_rows(path: Path | NamedFile) -> int:
+    """Returns the number of rows of a Parquet file, which stands in its footer; 0 for one that can't
+    be read, which is reported when it is."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(os.fspath(path)) as file:
+            return file.metadata.num_rows
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError):
+        return 0
+
+
 def _parquet_rows(path: Path | NamedFile) -> Iterator[tuple[int, dict]]:
     """Yields the rows of a Parquet file, read a batch at a time.
 

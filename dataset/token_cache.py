@@ -55,14 +55,13 @@ from common.files import (
     reported_full_cache,
     write_json,
 )
-from common.progress import progress
 from dataset.formats import Source
 from dataset.markup import holds_rendered_chat
 from dataset.prompt_cut import PromptHeads, TurnShape, turn_shape
 from dataset.readers import CLASS_NAMES
 from dataset.records import ReadStats, Record, nested_place, pack_nested
 from dataset.text_stats import private_parts, text_hash
-from dataset.tokenize_pool import chunks, in_order, processes_for
+from dataset.tokenize_pool import ReadingProgress, chunks, in_order, processes_for
 from tokenizer import EncodedChat, TemplateError, Tokenizer
 
 # The version of the folders: a higher number makes all of them anew.
@@ -418,11 +417,11 @@ def write(
         checksums[name] = zlib.crc32(values.data, checksums[name])
 
     # One process alone is given little to do, which needs no bar.
-    bar = progress("tokenising", None, "record", shown=processes > 1)
+    reading = ReadingProgress("tokenizing", source, shown=processes > 1)
     try:
         append("starts", np.zeros(1, np.int64))
         append("span_starts", np.zeros(1, np.int64))
-        wanted = wanted_chunks(source, stats)
+        wanted = wanted_chunks(source, stats, reading.of(chunks(source)))
         for part in in_order(work, wanted, processes, tokenizer.forget_processes):
             arrays = {
                 "ids": part.ids,
@@ -443,13 +442,12 @@ def write(
             num_spans += len(part.weights)
             largest = max(largest, int(part.ids.max(initial=0)))
             stats.add(part.stats)
-            bar.set_postfix_str(f"{num_tokens:,} tokens", refresh=False)
-            bar.update(part.stats.records)
+            reading.update(f"{stats.records:,} records, {num_tokens:,} tokens")
     except UserError as error:
         source.complain_of_faults(stats, error)
         raise
     finally:
-        bar.close()
+        reading.close()
         for file in files.values():
             file.close()
     source.complain_of_faults(stats)
@@ -471,10 +469,12 @@ def write_meta(meta: dict, folder: Path) -> None:
     write_json(meta, folder / "meta.json")
 
 
-def wanted_chunks(source: Source, stats: ReadStats) -> Iterator[tuple[bool, list]]:
+def wanted_chunks(
+    source: Source, stats: ReadStats, source_chunks: Iterator[list]
+) -> Iterator[tuple[bool, list]]:
     """Yields the chunks of a source, each with whether anything of it will be kept: not from the
     first faulty record on, unless these are left out. stats: of what was read so far."""
-    for chunk in chunks(source):
+    for chunk in source_chunks:
         yield stats.num_faults == 0 or bool(source.skip_bad), chunk
 
 

@@ -17,12 +17,15 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from common.errors import UserError
+from common.progress import progress
 from dataset.formats import Source
+from dataset.readers import number_of_rows
 
 # A chunk ends at this many records or at this many bytes, whichever comes first.
 CHUNK_RECORDS = 1024
@@ -66,6 +69,45 @@ def chunks(source: Source) -> Iterator[list[tuple[int, int, object]]]:
             size = 0
     if chunk:
         yield chunk
+
+
+class ReadingProgress:
+    """Shows how much of a source was read: bytes of JSONL and rows of Parquet, whose totals are
+    known beforehand, else records alone.
+
+    `of` counts the chunks as they are handed out, and `update` those that have come back, in the
+    same order.
+    """
+
+    def __init__(self, what: str, source: Source, shown: bool = True):
+        kinds = {container.kind for container in source.containers}
+        paths = [container.path for container in source.containers]
+        total, unit = None, "record"
+        if kinds == {"JSONL"}:
+            total, unit = sum(os.stat(path).st_size for path in paths), "byte"
+        elif kinds == {"Parquet"}:
+            total = sum(number_of_rows(path) for path in paths)
+        self.counts_bytes = unit == "byte"
+        self.amounts: deque[int] = deque()
+        self.bar = progress(what, total, unit, shown)
+
+    def of(self, chunks: Iterable[list]) -> Iterator[list]:
+        """Yields the chunks."""
+        for chunk in chunks:
+            amount = len(chunk)
+            if self.counts_bytes:
+                # The ends of the lines are no part of them.
+                amount += sum(len(content) for _, _, content in chunk)
+            self.amounts.append(amount)
+            yield chunk
+
+    def update(self, remark: str) -> None:
+        """Counts the oldest chunk that was handed out as done. remark: is shown beside the count."""
+        self.bar.set_postfix_str(remark, refresh=False)
+        self.bar.update(self.amounts.popleft())
+
+    def close(self) -> None:
+        self.bar.close()
 
 
 def nothing() -> None:

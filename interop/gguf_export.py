@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import lora
 from checkpoint import (
@@ -46,6 +45,7 @@ from common.choices import QUANT_KINDS
 from common.console import print_stderr
 from common.errors import UserError
 from common.files import atomic_file
+from common.progress import progress
 from families import FAMILIES, Config, Reader
 from interop.gguf_import import DATE_KEY, close, config_json
 from interop.gguf_names import (
@@ -706,9 +706,10 @@ def write_gguf(file: Path, fields: dict, table: dict, content: Iterator[np.ndarr
             writer.write_header_to_file(tmp)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            bar = tqdm(content, total=len(table), desc=file.name, unit="tensor", disable=None)
-            for array in bar:
-                writer.write_tensor_data(array)
+            with progress(f"writing {file.name}", len(table), "tensor") as bar:
+                for array in content:
+                    writer.write_tensor_data(array)
+                    bar.update()
     except FileExistsError:
         problem = "was written by another process meanwhile; this one's file is not kept"
         raise UserError(f"{file}: {problem}") from None

@@ -23,6 +23,7 @@ from common.console import print_stderr
 from common.errors import UserError, read_json
 from common.files import atomic_folder, file_crc32, file_sha256, write_json
 from common.origin import SOURCE_FILE
+from common.progress import progress
 from families import FAMILIES, MAX_LAYERS, Config
 from interop.gguf_names import (
     ARCHITECTURES,
@@ -521,11 +522,13 @@ def plan_tensors(gguf: Gguf, config: Config) -> dict[str, GGUFPlace]:
 def write_weights(gguf: Gguf, plan: dict[str, GGUFPlace], path: Path) -> None:
     """Writes model.safetensors a part of a tensor at a time, since the whole model in float32 may
     not fit in memory."""
-    with open(path, "wb") as out:
+    bar = progress(f"converting {gguf.file.name}", len(plan), "tensor")
+    with open(path, "wb") as out, bar:
         out.write(safetensors_header(gguf, plan))
         for name, place in plan.items():
             parts = folder_weights(gguf, name, place)
             out.writelines(weights.data for weights in parts)
+            bar.update()
 
 
 def safetensors_header(gguf: Gguf, plan: dict[str, GGUFPlace]) -> bytes:

@@ -49,10 +49,20 @@ SECTIONS = {
     "model": "model and data",
     "method": "method",
     "batch_size": "optimization",
+    "budget": "the bundled task",
     "eval_every": "evaluation and saving",
     "device": "machine and memory",
     "shard": "several processes",
     "plan": "looking and debugging",
+}
+
+# What --help says of some sections.
+SECTION_NOTES = {
+    "method": "What is said of lora holds for qlora as well.",
+    "the bundled task": "Without --data and --model, booking notes are turned into JSON by a small model"
+    " that comes with plaintune; its answers to test notes are compared before and after the training."
+    " Such a run is as long as --budget says, unless --full-run, --steps or --epochs is given.",
+    "several processes": "They are started by torchrun --nproc-per-node N train.py ...",
 }
 
 # The names that options had in earlier versions: {old: (new, {old value: new value})}. They are
@@ -102,8 +112,9 @@ class Flags:
         [],
         "files or folders of training examples in any known format, on this disk, or by name where"
         " people keep them: hf:org/name[:subset][:split] (the Hub), s3://bucket/key, gs://bucket/key,"
-        " https://host/file. FILE=W gives a file the weight W when several are mixed; before a name"
-        " with :// it stands in front, as in 3=https://host/file; default: the bundled task",
+        " https://host/file. FILE=W mixes several files: W is how many examples are drawn from it,"
+        " relative to the others. For a name with :// write the weight first, as in"
+        " 3=https://host/file. Default: the bundled task, see there",
         metavar="FILE[=W]",
         resume=FREE,
         is_path=True,
@@ -118,41 +129,41 @@ class Flags:
     )
     val: str | None = option(
         None,
-        "file of validation examples, named as in --data; default: the part of --data that is called"
-        " validation, if there is one, else some of --data is held out",
+        "file of validation examples, named as in --data; default: the validation part of --data, if"
+        " it has one, else --val-fraction of it",
         metavar="FILE",
         resume=FREE,
         is_path=True,
     )
     val_fraction: float | None = option(
         None,
-        "without --val: the share of the prompts in --data that is held out for validation; 0: no"
-        f" validation; default: {VAL_FRACTION}",
+        "without --val: the share of --data that is held out for validation; examples with the same"
+        f" prompt stay on one side; 0: no validation; default: {VAL_FRACTION}",
         resume=FREE,
     )
     template: str | None = option(
         None,
-        "chat template to use in place of the model's own, for a model without one",
+        "chat template to use for a model that has none, or in place of its own; default: its own",
         choices=[*NAMED],
     )
     date: str | None = option(
         None,
-        "the date that a chat template writes which asks for it, as 2026-11-29; default: the one that"
-        " --adapter or --model was trained with here, else the day on which the run begins, also when"
-        " it is resumed later",
+        "date for chat templates that write one into the prompt, as 2026-11-29; default: the one"
+        " stored with an --adapter or --model that plaintune has trained, else the day on which the"
+        " run first starts",
         metavar="DATE",
     )
     empty_think: str = option(
         "train",
-        "empty think blocks, <think></think> without words, that a template writes before an answer"
-        " without a thought: trained as a part of the answer, or masked, as a part of the prompt",
+        "for templates that write an empty <think></think> before an answer without a thought: train:"
+        " it counts in the loss; mask: it does not",
         choices=[*EMPTY_THINK],
     )
     system: str | None = option(
         None,
         "system message that is put before every conversation that has none, in --data, --val and"
-        " --replay; generate.py and evaluate.py then ask with it, too; '': none; default: the one that"
-        " --adapter or --model was trained with here, else none",
+        " --replay. It is saved with the result, and generate.py and evaluate.py use it, too; '': none;"
+        " default: the one stored with an --adapter or --model that plaintune has trained, else none",
         metavar="TEXT",
     )
     train_on: str = option(
@@ -164,54 +175,60 @@ class Flags:
     pack: bool | None = option(
         None,
         "put several whole examples into one row of --seq-len tokens; no example sees another;"
-        " default: on a GPU, if an epoch then still has 100 steps",
+        " default: yes on a GPU if an epoch of such rows still has 100 steps, else no",
     )
     map: str | None = option(
         None,
-        "a Python function of yours that every record of --data and --val goes through first",
+        "a Python function of yours that every record of --data and --val goes through first: from a"
+        " record (a dict) to a record of a known format, a list of them, or None to leave it out",
         metavar="FILE.py:NAME",
         is_path=True,
     )
     trees: str = option(
         "best",
-        "of OASST message trees: train the path of best-ranked replies, or every path",
+        "of OpenAssistant's message trees (OASST files): train the path of best-ranked replies, or"
+        " every path",
         choices=[*TREES],
     )
     seq_len: int | None = option(
         None,
-        "longest example in tokens; what is longer is shortened or left out as --truncate says, and"
-        " counted; default: 2048, or the model's own limit",
+        "longest example in tokens, and the length of packed rows; longer conversations are treated as"
+        " --truncate says, plain text is cut into pieces; default: 2048, or the model's limit if that"
+        " is smaller",
         limits=POSITIVE,
     )
     truncate: str = option(
         "drop",
-        "what becomes of conversations that are longer than --seq-len: drop: they end with the last"
-        " answer that fits whole, and are left out if none does; prompt: they keep their last answer"
-        " whole, and lose the oldest turns, then the beginning of the user's words; the system message"
-        " and the tokens that begin a text stay. No answer is ever cut",
+        "conversations longer than --seq-len: drop: cut after the last answer that fits whole, or left"
+        " out if none fits; prompt: the last answer stays, and the oldest turns go, then the beginning"
+        " of the user's text (the system message and BOS stay). No answer is ever cut; what can't fit"
+        " is left out; all of it is counted",
         choices=[*TRUNCATE],
     )
     limit: int | None = option(
         None,
-        "train on N examples of --data only, drawn at random by --seed (the same ones for the same"
-        " seed; a larger N adds to them); of plain text, N pieces; of several files each its share."
-        " What validates and --replay are not limited; default: all",
+        "train on N examples of --data, drawn at random by --seed (a larger N adds to a smaller one);"
+        " of plain text N pieces; of several files each its share. Validation and --replay are not"
+        " limited; default: all",
         metavar="N",
         limits=POSITIVE,
     )
     skip_bad: bool = option(
         False,
         "leave out records that can't be read, counted by what is wrong with them, and take null for"
-        " an empty text; default: the first 20 of them are named, and nothing is trained",
+        " an empty text; default: stop before the training, and list the first 20 of them",
     )
     out: str | None = option(
         None,
-        "folder of the run; default: a new one under runs/",
+        "folder of the run: metrics.jsonl, loss.png, checkpoints/ to resume from, final/ with the"
+        " result, best/ with that of the lowest validation loss; default: a new one under runs/",
         metavar="DIR",
         resume=PER_LAUNCH,
         is_path=True,
     )
-    overwrite: bool = option(False, "replace the run that --out holds", resume=PER_LAUNCH)
+    overwrite: bool = option(
+        False, "replace the run that --out holds; default: refuse to", resume=PER_LAUNCH
+    )
 
     # ---- method
     method: str = option(
@@ -223,18 +240,20 @@ class Flags:
     )
     quant: str | None = option(
         None,
-        "4-bit format of the frozen weights, with --method lora or qlora; nf4+head: the output"
-        " head as well; default: nf4 for qlora, none for lora",
+        "4-bit format of the frozen weights; nf4+head: of the output head as well; default: nf4 for"
+        " qlora. (lora --quant nf4 is the same as qlora)",
         choices=QUANT_KINDS,
     )
     rank: int | None = option(
         None,
-        f"lora: rank of the trained matrices; more can hold more; default: {NEW_ADAPTER['rank']}",
+        "lora: rank of the trained matrices; a higher one learns more and takes more memory;"
+        f" default: {NEW_ADAPTER['rank']}",
         limits=POSITIVE,
     )
     alpha: float | None = option(
         None,
-        f"lora: the update is scaled by alpha / rank; default: {NEW_ADAPTER['alpha']:g}",
+        "lora: the update is scaled by alpha / rank; default:"
+        f" {NEW_ADAPTER['alpha']:g}, whatever the rank",
         limits=POSITIVE,
     )
     dropout: float | None = option(
@@ -246,17 +265,19 @@ class Flags:
     targets: str | None = option(
         None,
         "lora: layers that are adapted, as names separated by commas (q_proj,v_proj); default:"
-        " all, which is every linear layer of the blocks",
+        " all, which is every linear layer of the transformer blocks, and not the output head",
     )
     adapter: str | None = option(
         None,
-        "lora: continue training this adapter (a PEFT folder)",
+        "lora: start a new run from this adapter (a PEFT folder), with its rank, alpha and targets;"
+        " to go on with a run that was stopped, see --resume",
         metavar="DIR",
         is_path=True,
     )
     train: str | None = option(
         None,
-        "full: train only the parameters whose published name matches, e.g. 'layers.2[0-9]'",
+        "full: train only parameters whose name in the model's files contains a match of this regular"
+        " expression, as 'layers.2[0-9]'; default: all",
         metavar="REGEX",
     )
 
@@ -269,36 +290,27 @@ class Flags:
     )
     accumulate: int = option(
         1,
-        "gradient accumulation: micro-batches that make one optimizer step; a step is batch size"
-        " x accumulate x processes, however it is cut",
+        "gradient accumulation: micro-batches that make one optimizer step. A step has batch size x"
+        " accumulate x processes examples, and gives the same result however they are divided",
         limits=POSITIVE,
         resume=FREE,
     )
-    steps: int | None = option(None, "optimizer steps; default: as --epochs says", limits=POSITIVE)
+    steps: int | None = option(
+        None, "optimizer steps, in place of --epochs; default: as --epochs says", limits=POSITIVE
+    )
     epochs: float | None = option(
         None,
-        "passes over the data; default: 3, or 2 from 500 examples on and 1 from 1,500 on",
+        "passes over the data, as 2 or 0.5; default: 3 below 500 examples, 2 below 1,500, else 1",
         limits=POSITIVE,
-    )
-    budget: float | None = option(
-        None,
-        "of the bundled task: minutes that the whole command is to take, answers before and after"
-        " included; steps and test items are fitted to it; default: 5 where the hardware has bf16,"
-        " else 10",
-        metavar="MINUTES",
-        limits=POSITIVE,
-        resume=FREE,
-    )
-    full_run: bool = option(
-        False,
-        "of the bundled task: an epoch of training and all test items, however long they take",
-        resume=FREE,
     )
     lr: float | None = option(
-        None, "peak learning rate; default: by the method and the model's width", limits=POSITIVE
+        None,
+        "peak learning rate; default: by the method and the model's width (for a width of 2048"
+        " 4.9e-05 with full, ten times that with lora), printed at the start",
+        limits=POSITIVE,
     )
     schedule: str = option(
-        "cosine", "how the learning rate falls after the warm-up", choices=SCHEDULE_NAMES
+        "cosine", "how the learning rate falls to 0 after the warm-up", choices=SCHEDULE_NAMES
     )
     warmup: int | None = option(
         None,
@@ -318,13 +330,14 @@ class Flags:
     )
     optimizer_offload: bool = option(
         False,
-        "keep fp32 weights and moments in the host's memory and compute the optimizer step there:"
-        " a GPU then holds 4 bytes a trained weight in place of 16",
+        "keep fp32 weights and AdamW's moments in the host's memory and compute the optimizer step"
+        " there: a GPU then holds 4 bytes a trained weight in place of 16 (with shards of several"
+        " processes: --shard-offload)",
     )
     weights: str = option(
         "fp32",
-        "full: dtype of the trained weights; bf16 takes half the memory and rounds up or down at"
-        " random, so that small steps are not lost",
+        "full: dtype that the trained weights are kept in; bf16: half the memory, with stochastic"
+        " rounding, so that small steps are not lost",
         choices=["fp32", "bf16"],
     )
     clip: float = option(
@@ -338,45 +351,62 @@ class Flags:
         limits=NOT_NEGATIVE,
     )
 
+    # ---- the bundled task
+    budget: float | None = option(
+        None,
+        "minutes that the whole command may take; training steps and test items are fitted to that;"
+        " default: 5 where the hardware has bf16, else 10",
+        metavar="MINUTES",
+        limits=POSITIVE,
+        resume=FREE,
+    )
+    full_run: bool = option(
+        False,
+        "no budget: a whole epoch of training and all 200 test items, however long they take",
+        resume=FREE,
+    )
     # ---- evaluation and saving
     eval_every: int | None = option(
         None,
-        "steps between validations; 0: only at the end; default: a fifth of the run",
+        "steps between validations (the loss on examples that are not trained on), of which the first"
+        " is before the training; 0: only at the end; default: a fifth of the run",
         limits=NOT_NEGATIVE,
         resume=FREE,
     )
     val_limit: int | None = option(
         None,
-        "examples that a validation reads at most, chosen by a hash and the same each time; 0: all;"
-        " default: as many as keep all validations under a tenth of the time of training",
+        "examples that a validation reads at most, the same each time; 0: all; default: so many that"
+        " all validations together take under a tenth of the training's time",
         metavar="N",
         limits=NOT_NEGATIVE,
         resume=FREE,
     )
     log_every: int | None = option(
         None,
-        "steps between lines with loss, tokens/s and time left; 0: none; default: none on a"
-        " terminal, which shows a progress bar, elsewhere a line every half a minute",
+        "steps between printed lines with loss, tokens/s and time left; 0: no lines; default: a"
+        " progress bar on a terminal, elsewhere a line every 30 seconds",
         metavar="N",
         limits=NOT_NEGATIVE,
         resume=PER_LAUNCH,
     )
     patience: int = option(
         0,
-        "early stopping: stop after so many validations in a row without a new best; 0: never",
+        "early stopping: stop after N validations in a row without a new best; 0: never",
+        metavar="N",
         limits=NOT_NEGATIVE,
         resume=FREE,
     )
     save_every: int | None = option(
         None,
-        "steps between checkpoints, from which a stopped run is resumed; 0: none; default: a"
-        " fifth of the run, at most half an hour; none in a run of under 10 steps",
+        "steps between checkpoints, from which a stopped run is resumed; 0: none; default: five in a"
+        " run, or every half an hour if that is more often; none in a run of under 10 steps",
         limits=NOT_NEGATIVE,
         resume=FREE,
     )
     keep: int = option(
         2,
-        "checkpoints that are kept: the newest so many, and the best validated one",
+        "keep the N newest checkpoints, and besides them the one with the best validation",
+        metavar="N",
         limits=POSITIVE,
         resume=FREE,
     )
@@ -385,22 +415,24 @@ class Flags:
     )
     save_dtype: str | None = option(
         None,
-        "full: dtype of best/ and final/; default: that of the base's files. 16 bits lose changes"
-        " that are smaller than their steps, which is said with its share; fp32 keeps all",
+        "full: dtype of the saved models, best/ and final/; 16 bits round small changes away (the"
+        " run prints what share), fp32 keeps all; default: that of the base's files",
         choices=STORAGE_DTYPE_NAMES,
         resume=FREE,
     )
     push: str | None = option(
         None,
-        "put the result on the Hugging Face Hub under this name, in a private repository; it is"
-        " made, and the token tried (`hf auth login` or HF_TOKEN), before the training begins",
+        "upload the result (best/ or final/, as the last line says) to the Hugging Face Hub under"
+        " this name, in a private repository; it is made, and the token tried (`hf auth login` or"
+        " HF_TOKEN), before the training begins; default: nothing is uploaded",
         metavar="ORG/NAME",
         resume=FREE,
     )
     resume: str | None = option(
         None,
-        "continue the run in --out from its newest whole checkpoint, with its flags; auto: or"
-        " start it, where there is no checkpoint yet",
+        "continue the run in --out from its newest complete checkpoint; its own flags hold, and need"
+        " not be given again. auto: start it if there is no checkpoint yet. With more --steps a run"
+        " that has ended is prolonged",
         nargs="?",
         const="on",
         choices=["on", "auto"],
@@ -412,40 +444,45 @@ class Flags:
 
     # ---- machine and memory
     device: str = option(
-        "auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"], resume=PER_LAUNCH
+        "auto",
+        "where to compute; auto: a GPU if there is one, else the CPU",
+        choices=["auto", "cpu", "cuda", "mps"],
+        resume=PER_LAUNCH,
     )
     dtype: str = option(
         "auto",
         "mixed precision: dtype of activations and matrix products; adapters, optimizer state and"
-        " loss stay fp32; auto: bf16 where the hardware has it",
+        " loss stay fp32; auto: bf16 where the hardware has it, else fp32. (--weights and --save-dtype are"
+        " about weights that are kept and saved)",
         choices=["auto", *DTYPE_NAMES],
     )
     compile: str = option(
         "auto",
-        "run the blocks through torch.compile; auto: on a CPU, in long runs",
+        "run the transformer blocks through torch.compile; auto: on a CPU in bf16, in runs of a"
+        " quarter of an hour and more, else not",
         choices=["auto", "on", "off"],
         resume=FREE,
     )
     attention: str = option(
         "auto",
-        "flash3, flash4: use that version of FlashAttention on a GPU, where its package is"
-        " installed and its results agree with version 2 in a first step",
+        "flash3, flash4: use that version of FlashAttention on a GPU, if its package is installed and"
+        " its results agree with version 2 in a first step; auto: PyTorch's version 2",
         choices=["auto", *FLASH_NAMES],
         resume=FREE,
     )
     activation_checkpointing: str = option(
         "none",
-        "also called gradient checkpointing: which activations are computed again in the backward"
-        " pass instead of being kept; selective: outputs of norms, and attention probabilities;"
-        " full: whole blocks, of which only the inputs are kept; offload: these inputs go to the"
-        " host's memory",
+        "also called gradient checkpointing: save memory by computing activations again in the"
+        " backward pass; each choice takes less memory than the one before, and more time: none;"
+        " selective: outputs of norms, and attention probabilities, are computed again; full: whole"
+        " blocks, of which only the inputs are kept; offload: these inputs go to the host's memory",
         choices=CHECKPOINTING_KINDS,
         resume=FREE,
     )
     deterministic: bool = option(
         False,
-        "bit for bit equal runs on one machine: only operations with a fixed order, no choice by"
-        " the clock; slower on a GPU",
+        "two runs on one machine give identical numbers: only operations with a fixed order, and"
+        " nothing that depends on how fast the machine is; slower on a GPU",
         resume=FREE,
     )
 
@@ -460,7 +497,8 @@ class Flags:
     )
     shard_offload: bool = option(
         False,
-        "keep shards of weights, gradients and optimizer state in the host's memory",
+        "keep shards of weights, gradients and optimizer state in the host's memory (one process:"
+        " --optimizer-offload)",
         resume=FREE,
     )
     reduce: str = option(
@@ -487,11 +525,15 @@ class Flags:
 
     # ---- looking and debugging
     plan: bool = option(
-        False, "print the memory and time that each method would take, and stop", resume=PER_LAUNCH
+        False,
+        "print the memory and time that each method would take with these data on this machine, and"
+        " stop; the model's weights are not loaded",
+        resume=PER_LAUNCH,
     )
     gpus: tuple[int, ...] = option(
         [],
-        "--plan: for these numbers of GPUs, in nodes of 8; with --data, also the time of the run",
+        "only for --plan: estimate for these numbers of GPUs, in nodes of 8, in place of this machine;"
+        " with --data also the time of the run. (How many GPUs a run uses, torchrun says)",
         metavar="N",
         resume=PER_LAUNCH,
     )
@@ -505,7 +547,8 @@ class Flags:
     )
     profile: int = option(
         0,
-        "run this many steps under torch.profiler, print the most expensive operations, and stop",
+        "run N steps under torch.profiler, print the most expensive operations, and stop; 0: no"
+        " profiling",
         metavar="N",
         limits=NOT_NEGATIVE,
         resume=FREE,
@@ -654,12 +697,17 @@ def refuse_former_names(argv: list[str]) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of train.py. An option that was not typed is missing from its result."""
     parser = argparse.ArgumentParser(
-        "train.py", allow_abbrev=False, description="Fine-tunes a language model."
+        "train.py",
+        allow_abbrev=False,
+        description="Fine-tunes a language model on examples:"
+        " python train.py --model FOLDER --data FILE.json. To know what fits this machine, add --plan."
+        " Without any flag it runs a bundled task, as a demonstration.",
     )
     section: argparse._ActionsContainer = parser
     for name, each in OPTIONS.items():
         if name in SECTIONS:
-            section = parser.add_argument_group(SECTIONS[name])
+            title = SECTIONS[name]
+            section = parser.add_argument_group(title, SECTION_NOTES.get(title))
         arguments = dict(each.metadata)
         arguments.pop("limits", None)
         arguments.pop("resume", None)

@@ -196,7 +196,7 @@ def add_prompt_file_flags(parser: argparse.ArgumentParser) -> None:
         "--limit",
         type=int,
         metavar="N",
-        help="answer only the first N prompts of --data, for a quick look; default: all",
+        help="answer only the first N prompts of --data, in the file's order; default: all",
     )
     group.add_argument(
         "--samples",
@@ -454,9 +454,9 @@ def add_target_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--versus",
         metavar="X",
-        help="a second model to compare with. base: the model without --adapter, or the model that"
-        " a --model made by train.py was trained from; otherwise a model as --model takes it, or"
-        " an adapter folder. It is measured first, and the last row of the table is the change"
+        help="a second model to compare with. base: the model before the training, of an --adapter and"
+        " of a --model that train.py made; otherwise a model as --model takes it, or an adapter"
+        " folder. It is measured first, and the last row of the table is the change"
         " from it to your model; default: no comparison",
     )
 
@@ -588,9 +588,9 @@ def conversion_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     command.add_argument(
         "--check",
         metavar="FILE",
-        help="file of examples on which the loss before and after is measured, best of what the"
-        f" adapter was trained for; the first {CHECKED_RECORDS} are read; none: it is not measured"
-        " (default: a few general questions)",
+        help="examples on which the loss is compared before and after the merge, best of what the"
+        f" adapter was trained for; the first {CHECKED_RECORDS} are read (default: a few general"
+        " questions); the word none: not compared",
     )
 
     command = commands.add_parser(

@@ -742,7 +742,9 @@ def make_data_parser() -> argparse.ArgumentParser:
     add("--html", metavar="PAGE", help="inspect: write the report as an HTML page as well")
     add("--out", metavar="PATH", help="convert: the JSONL file to write; split: the folder")
     for name, verb in (("--val", "validate"), ("--test", "test")):
-        text = f"split: share of the records that {verb}, from 0 to 1 (default: {DEFAULT_SHARE})"
+        text = (
+            f"split: share of the records that {verb}, a number as 0.05 (default: {DEFAULT_SHARE})"
+        )
         add(name, type=float, metavar="F", help=text)
     return parser
 

@@ -229,11 +229,13 @@ def answer_data(
     # Before the model is loaded, which takes longer.
     file = open_answer_file(args)
     data = fetch_data(args.data, TEST)
-    source = open_prompts(data, Map(args.map) if args.map else None)
+    source = open_prompts(data, Map(args.map) if args.map else None, args.skip_bad)
     system = args.system
     if system is None:
-        trained = split_adapter_name(args.adapter[0])[1] if args.adapter else args.model
-        system = resolve.trained_system(trained) if trained else None
+        trained: str | Path = base_folder(args.model, None)
+        if args.adapter:
+            _, trained = split_adapter_name(args.adapter[0])
+        system = resolve.trained_system(trained)
     prompts = read_prompts(source, args.complete, system, args.limit, print_stderr)
     model, adapters, name = load_model_and_adapters(args, device, dtype, can_switch=False)
     computation = describe_computation(args, device, dtype, reason, adapters)

@@ -52,7 +52,7 @@ from tokenizer import Tokenizer
 from training.attention_trial import use_flash_version
 from training.calibration import measure_pace
 from training.checkpointer import Checkpoint, Checkpointer, check_same_run
-from training.defaults import Settings, choose_steps, resolve_defaults
+from training.defaults import Settings, choose_steps, choose_val_limit, resolve_defaults
 from training.demo import Demo, is_bundled_task
 from training.evaluator import Evaluator, best_or_final, eager_mode
 from training.failures import reported_failures, training_failures
@@ -60,7 +60,13 @@ from training.metrics import MetricsLogger
 from training.model_card import ModelCard
 from training.plots import loss_curve
 from training.profiling import profiled
-from training.run_folder import check_room, identify_run, make_run_folder, open_run
+from training.run_folder import (
+    check_room,
+    identify_run,
+    make_run_folder,
+    open_run,
+    with_date_and_system,
+)
 from training.signals import GracefulStop
 from training.state import TrainState
 from training.summary import (
@@ -96,6 +102,7 @@ def train(flags: Flags, lock: FolderLock) -> None:
     # ---- base model, tokenizer, data: what is downloaded or converted is cached once a machine
     with distributed.local_rank0_first():
         folder = base_folder(flags.model, flags.adapter)
+    flags = with_date_and_system(flags, folder)
     config = read_config(folder)
     if flags.plan and not report.needs_data(flags, folder):
         report.print_plan_of_config(flags, config, device)
@@ -110,6 +117,8 @@ def train(flags: Flags, lock: FolderLock) -> None:
         data = load_training_data(flags, tokenizer, config.max_positions, config.vocab_size, device)
     if flags.plan:
         flags, steps_per_epoch = choose_steps(flags, data.sampler)
+        flags, _ = choose_val_limit(flags, data, steps_per_epoch)
+        data = data.validating_on(flags.val_limit or 0)
         report.print_plan_of_data(flags, steps_per_epoch, config, data, device)
         return
 
@@ -216,9 +225,9 @@ def train(flags: Flags, lock: FolderLock) -> None:
             demo.finish(out)
     tuned = out / best_or_final(state)
     print_next_command(settings, tuned, data)
-    if settings.push:
-        with distributed.extended_timeout():
-            distributed.run_on_rank0(functools.partial(push_folder, tuned, settings.push))
+    if settings.push and distributed.is_rank0():
+        # The other ranks have nothing to wait for.
+        push_folder(tuned, settings.push)
 
 
 def train_loop(
@@ -242,10 +251,12 @@ def train_loop(
     trained = [p for p in model.parameters() if p.requires_grad]
     if evaluator and evaluator.due(state) and state.validated_at != state.step:
         # The untouched base, to compare with; or what a signal cut short before a resume.
-        evaluator.run(state, stop)
+        out_of_patience = evaluator.run(state, stop)
         if checkpointer and evaluator.was_interrupted:
             state.interrupted_by = stop.signal or signal.SIGTERM
             print_interruption(state, checkpointer, metrics)
+            return
+        if out_of_patience:
             return
     model.train()
     last_step = settings.steps

@@ -74,10 +74,12 @@ def side(spec: dict) -> dict:
     class EveryStep:
         """In place of the evaluator: writes a checkpoint every fourth step, and takes the time of each."""
 
+        was_interrupted = False
+
         def due(self, state) -> bool:
             return state.step > 0
 
-        def run(self, state) -> bool:
+        def run(self, state, stop) -> bool:
             nonlocal last
             if spec["way"] in ("saved", "async") and state.step % 4 == 0:
                 tensors = checkpointer.trainable_state(model, optimizers)

@@ -234,10 +234,12 @@ def train_by_plaintune(torch, model, spec, rows: list, device, before: float) ->
     class EveryStep:
         """In place of the evaluator."""
 
+        was_interrupted = False
+
         def due(self, state) -> bool:
             return state.step > 0
 
-        def run(self, state) -> bool:
+        def run(self, state, stop) -> bool:
             clock.after_step(state.step)
             return False
 

@@ -199,6 +199,12 @@ def add_prompt_file_flags(parser: argparse.ArgumentParser) -> None:
         help="answer only the first N prompts of --data, in the file's order; default: all",
     )
     group.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out records of --data that can't be read, counted by what is wrong with them;"
+        " default: the first 20 of them are named, and nothing is answered",
+    )
+    group.add_argument(
         "--samples",
         type=int,
         metavar="N",

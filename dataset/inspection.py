@@ -804,6 +804,9 @@ def inspect(args: argparse.Namespace, tokenizer: Tokenizer, max_positions: int) 
     roles, last_only = TRAIN_ON[args.train_on or "answers"]
     truncate = args.truncate or TRUNCATE[0]
     num_shown = DEFAULT_SHOWN if args.show is None else args.show
+    if args.system is None:
+        # As train.py does with a model that was trained here.
+        args.system = tokenizer.system
     reason = tokenizer.why_no_system(args.system) if args.system else ""
     if reason:
         raise UserError(f"--system: can't be shown to the model ({reason})")

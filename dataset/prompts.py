@@ -51,18 +51,23 @@ class Prompt:
     reference: dict | None
 
 
-def open_prompts(path: Path | str | Fetched, map_fn: Map | None = None) -> Source:
+def open_prompts(
+    path: Path | str | Fetched, map_fn: Map | None = None, skip_bad: bool = False
+) -> Source:
     """Recognizes a file or folder of prompts. Of data with parts of their own, the part for tests
     is read, as evaluate.py does.
 
     map_fn: the user's function that every record goes through first.
+    skip_bad: leave out records that can't be read.
     Raises UserError as open_source does, and for Markdown, which is one text and not lines.
     """
-    source = open_source(path, map_fn=map_fn, part=TEST, prompt_formats=PROMPT_FORMATS)
+    source = open_source(
+        path, map_fn=map_fn, part=TEST, skip_bad=skip_bad, prompt_formats=PROMPT_FORMATS
+    )
     if source.format is not LINES:
         return source
     for i, container in enumerate(source.containers):
-        if suffix_of(container.path) == ".md":
+        if suffix_of(Path(container.path)) == ".md":
             raise UserError(
                 f"{container.path}: Markdown is one text; pipe it into generate.py, or give a .txt"
                 " with a prompt a line"
@@ -102,6 +107,8 @@ def read_prompts(
             else:
                 prompt.messages.insert(0, {"role": "system", "content": system})
         prompts.append(prompt)
+    # Those of the records before the last one that was asked for.
+    source.complain_of_faults(stats)
     print_fn(f"data      {source.summary(stats)}")
     num_references = sum(prompt.reference is not None for prompt in prompts)
     said = "text" if is_complete else "prompt"
@@ -192,8 +199,8 @@ def _alone(key: str) -> Callable[[Reading], list[Record]]:
         for other in sorted(unused.intersection(record)):
             if record[other] not in (None, ""):
                 reading.stats.ignored[other] = True
-        history = reading.history()
-        weights = [1.0] * len(history) + weights
+        history, history_weights = reading.history()
+        weights = history_weights + weights
         messages, weights = reading.with_system([*history, *asked], weights)
         return reading.answered_conversation(messages, weights)
 
@@ -206,10 +213,13 @@ def _line(reading: Reading) -> list[Record]:
     return [Record([message], None, reading.where)]
 
 
-def _lines(container: Container, payloads: Iterator) -> Iterator[tuple[int, object]]:
+def _lines(
+    container: Container, payloads: Iterator, faults: list[tuple[int, UserError]]
+) -> Iterator[tuple[int, object]]:
     """Yields (number, Text) for each line of a text that is not blank; other payloads as they are.
 
-    Raises UserError for a line that is longer than a part of a text.
+    faults: gets nothing; a line that is longer than a part of a text raises UserError, since the
+        next parts can't be told from lines.
     """
     line_number = 0
     for number, payload in payloads:

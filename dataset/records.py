@@ -41,6 +41,8 @@ from dataset.readers import Container, Text
 
 # How many different reasons are counted each by itself.
 MAX_REASONS = 12
+# How the reasons begin that formats.OF_PART makes.
+OF_PART_BEGINS = "of the "
 # How many faulty records of a file are named.
 MAX_FAULTS = 20
 FILLED_NULLS = "with nulls of other tools, which Arrow filled in, taken out"
@@ -152,7 +154,8 @@ class ReadStats:
         Of many different reasons, as a chat template may give, only the first MAX_REASONS are
         counted each by itself.
         """
-        is_known = reason in self.dropped
+        # A file's own parts are no faults, and few.
+        is_known = reason in self.dropped or reason.startswith(OF_PART_BEGINS)
         if not is_known and len(self.dropped) >= MAX_REASONS:
             reason = "for other reasons"
         self.dropped[reason] += count

@@ -10,6 +10,7 @@ is to be written above.
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 from common.errors import UserError
 from dataset.messages import quote_names
@@ -84,7 +85,7 @@ def _numbered_classes(container: Container, rows: list[list[str]]) -> Container:
     """Returns a table whose first row begins with a number, of classes as Zhang et al. 2015 have
     them. Raises UserError if the numbers count the rows."""
     numbers = [row[0].strip() for row in rows]
-    has_class_names = (container.path.parent / CLASS_NAMES).is_file()
+    has_class_names = (Path(container.path).parent / CLASS_NAMES).is_file()
     if not has_class_names and len(numbers) >= 3 and len(set(numbers)) == len(numbers):
         first = [cell.strip() for cell in rows[0]]
         raise _no_header(container, first, "their names, such as id,question,answer")

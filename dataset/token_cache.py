@@ -62,6 +62,7 @@ from dataset.readers import CLASS_NAMES
 from dataset.records import ReadStats, Record, nested_place, pack_nested
 from dataset.text_stats import private_parts, text_hash
 from dataset.tokenize_pool import ReadingProgress, chunks, in_order, processes_for
+from distributed import local_rank
 from tokenizer import EncodedChat, TemplateError, Tokenizer
 
 # The version of the folders: a higher number makes all of them anew.
@@ -417,7 +418,7 @@ def write(
         checksums[name] = zlib.crc32(values.data, checksums[name])
 
     # One process alone is given little to do, which needs no bar.
-    reading = ReadingProgress("tokenizing", source, shown=processes > 1)
+    reading = ReadingProgress("tokenizing", source, shown=processes > 1 and local_rank() == 0)
     try:
         append("starts", np.zeros(1, np.int64))
         append("span_starts", np.zeros(1, np.int64))

@@ -83,7 +83,7 @@ class ReadingProgress:
         kinds = {container.kind for container in source.containers}
         paths = [container.path for container in source.containers]
         total, unit = None, "record"
-        if kinds == {"JSONL"}:
+        if kinds == {"JSONL"} and not source.format.group:
             total, unit = sum(os.stat(path).st_size for path in paths), "byte"
         elif kinds == {"Parquet"}:
             total = sum(number_of_rows(path) for path in paths)
@@ -97,7 +97,7 @@ class ReadingProgress:
             amount = len(chunk)
             if self.counts_bytes:
                 # The ends of the lines are no part of them.
-                amount += sum(len(content) for _, _, content in chunk)
+                amount += sum(len(content) for _, _, content in chunk if isinstance(content, bytes))
             self.amounts.append(amount)
             yield chunk
 

@@ -42,12 +42,12 @@ from checkpoint import (
     weight_files,
 )
 from common.choices import QUANT_KINDS
-from common.console import print_stderr
+from common.console import one_line, print_stderr
 from common.errors import UserError
 from common.files import atomic_file
 from common.progress import progress
 from families import FAMILIES, Config, Reader
-from interop.gguf_import import DATE_KEY, close, config_json
+from interop.gguf_import import DATE_KEY, SYSTEM_KEY, close, config_json
 from interop.gguf_names import (
     ARCHITECTURE_OF,
     ARCHITECTURES,
@@ -60,7 +60,7 @@ from interop.gguf_names import (
 from interop.gguf_reader import Gguf
 from interop.gguf_reader import Tensor as GgufTensor
 from interop.gguf_tokenizer import PHI3, vocabulary
-from interop.resolve import check_adapter, pick_base_numbers, trained_day
+from interop.resolve import check_adapter, pick_base_numbers, trained_day, trained_system
 from kernels.nf4 import dequantized_weight
 from kernels.rope import rope_inv_freq
 from model import Transformer
@@ -156,7 +156,7 @@ def folder_to_gguf(
     if dtype in BLOCK_TYPES:
         fields["general.quantization_version"] = 2
     notes = words.notes + attention_notes(config, row, architecture)
-    notes += add_date(fields, adapter or folder)
+    notes += add_prompt_facts(fields, adapter or folder)
 
     # The table of tensors, which the file has before the first of them.
     kinds = {}
@@ -517,18 +517,28 @@ def stored_type(
     return dtype.upper()
 
 
-def add_date(fields: dict, trained: str | Path) -> list[str]:
-    """Adds the date that the chat template wrote in training to a file's fields, if it wrote one.
-    Returns what is to be said of it: llama.cpp writes the present day.
+def add_prompt_facts(fields: dict, trained: str | Path) -> list[str]:
+    """Adds the date that the chat template wrote in training, and the system message of
+    conversations that had none, to a file's fields. Returns what is to be said of them: llama.cpp
+    writes the present day, and no system message by itself.
 
     trained: the folder of the adapter, or of the model.
     """
+    notes = []
     day = trained_day(trained)
-    if not day:
-        return []
-    fields[DATE_KEY] = day
-    note = f"the chat template writes a date, in training {day}, and llama.cpp writes today's"
-    return [f"{note}; the file says it as {DATE_KEY}, which convert.py to-folder reads"]
+    if day:
+        fields[DATE_KEY] = day
+        note = f"the chat template writes a date, in training {day}, and llama.cpp writes today's"
+        notes.append(f"{note}; the file says it as {DATE_KEY}, which convert.py to-folder reads")
+    system = trained_system(trained)
+    if system:
+        fields[SYSTEM_KEY] = system
+        note = f'it was trained with the system message "{one_line(system, 60)}"'
+        notes.append(
+            f"{note}, which must be given to llama.cpp; the file says it as {SYSTEM_KEY}, which"
+            " convert.py to-folder reads"
+        )
+    return notes
 
 
 def encode_tensor(
@@ -606,7 +616,7 @@ def adapter_to_gguf(
     if note:
         log(note)
     dated: dict[str, str] = {}
-    for note in add_date(dated, adapter):
+    for note in add_prompt_facts(dated, adapter):
         log(f"NOTE: {note}")
     updates = AdapterUpdates(config, adapter)
     by_hf_name = {}

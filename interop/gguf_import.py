@@ -44,6 +44,8 @@ from interop.gguf_tokenizer import special_ids, tokenizer_files
 WEIGHTS = "model.safetensors"
 # The date that the chat template wrote in training: a key of ours, which llama.cpp passes over.
 DATE_KEY = "plaintune.date"
+# The same of the system message of conversations that had none.
+SYSTEM_KEY = "plaintune.system"
 CHUNK = 1 << 24  # weights that are converted to float32 at a time: 64 MB
 
 
@@ -79,10 +81,11 @@ def gguf_to_folder(file: str | Path, folder: str | Path, replace: bool = False) 
         "tensor_types": Counter(tensor_types),
     }
     documents = {"config.json": config} | tokenizer_files(gguf)
-    day = gguf.fields.get(DATE_KEY)
-    if isinstance(day, str):
-        # As train.py notes it, so that the template goes on to write it.
-        documents["plaintune.json"] = {"date": day}
+    # As train.py notes them, so that prompts go on to have them.
+    facts = {"date": gguf.fields.get(DATE_KEY), "system": gguf.fields.get(SYSTEM_KEY)}
+    facts = {name: value for name, value in facts.items() if isinstance(value, str)}
+    if facts:
+        documents["plaintune.json"] = facts
     print_stderr(f"converting {file} into {folder}")
     with atomic_folder(folder, replace) as tmp:
         for name, content in documents.items():

@@ -44,7 +44,7 @@ SUFFIX_OF_TYPE = {
     "text/markdown": ".md",
 }
 WEB_PAGES = ("text/html", "application/xhtml+xml")
-LONGEST_NAME = 100  # characters of a copy's file name
+LONGEST_FILE_NAME = 100  # characters of a copy's file name
 
 
 def fetch_url(url: str, use: Use) -> Path:
@@ -319,5 +319,5 @@ def file_name(url: str, response) -> str:
         if suffix in KNOWN_SUFFIXES:
             # A name from elsewhere must be no path, and not hidden.
             plain = re.sub(r"[^\w.-]", "_", name.rpartition("/")[2], flags=re.ASCII).lstrip("._")
-            return plain[-LONGEST_NAME:] or f"data{suffix}"
+            return plain[-LONGEST_FILE_NAME:] or f"data{suffix}"
     return "data"

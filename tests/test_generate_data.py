@@ -113,7 +113,9 @@ def test_an_answer_ends_before_its_stop_token(base, ask, monkeypatch):
     ids = model.generate([prompt], 20)[0]
     stop = next(i for i in range(1, 20) if ids[i] not in ids[:i])
     pick = generate.resolve.pick_tokenizer
-    monkeypatch.setattr(generate.resolve, "pick_tokenizer", lambda *a: replace(pick(*a), stop_ids={ids[stop]}))
+    monkeypatch.setattr(
+        generate.resolve, "pick_tokenizer", lambda *a, **k: replace(pick(*a, **k), stop_ids={ids[stop]})
+    )
     err, code, out = ask(tokens=20)
     first = lines_of(out)[0]
     assert code == 0 and first["finish"] == "stop" and first["answer_tokens"] == stop + 1, err

@@ -215,6 +215,8 @@ def choose_val_limit(flags: Flags, data: TrainingData, steps_per_epoch: float) -
     largest = max((len(dataset) for dataset in sets), default=0)
     limit = flags.val_limit
     why = "asked for with --val-limit"
+    if "val_limit" not in flags.given:
+        why = "as before (--val-limit)"
     if limit is None:
         trained_tokens = data.sampler.epoch_tokens() / steps_per_epoch * flags.steps
         # A validated token takes half of the time of a trained one, since it has no backward.

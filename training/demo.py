@@ -65,6 +65,8 @@ def is_bundled_task(settings: Settings) -> bool:
 def has_budget(settings: Settings) -> bool:
     """True where the run's length is open, so that --budget decides it."""
     is_decided = settings.full_run or {"steps", "epochs"} & settings.given or settings.resume
+    # Such a run depends on nothing that the clock says.
+    is_decided = is_decided or settings.deterministic
     return not is_decided
 
 

@@ -198,4 +198,4 @@ def until_signal(
             if stop and not distributed.all_ranks_agree(not stop.signal):
                 raise ValidationInterrupted
             yield batch
-            bar.update(batch.num_tokens * distributed.dp_size())
+            bar.update(batch.num_tokens * distributed.world_size())

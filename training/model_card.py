@@ -20,6 +20,7 @@ import torch
 import distributed
 from common.errors import printable, read_json_if_there
 from common.origin import SOURCE_FILE
+from common.remote_names import is_remote, shown
 from data import TrainingData
 from dataset.token_cache import Rows
 from flags import OPTIONS, dashed, existing_file
@@ -458,6 +459,8 @@ def without_folders(word: str, name: str) -> str:
 
     name: of the option.
     """
+    if is_remote(word):
+        return shown(word)
     file = existing_file(word)
     if file:
         return Path(file).resolve().name + word[len(file) :]

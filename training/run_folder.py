@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 import distributed
-from checkpoint import fingerprint, read_json
+from checkpoint import fingerprint
 from common.device import pick_device
-from common.errors import UserError
+from common.errors import UserError, read_json_if_there
 from common.folder_lock import FolderLock
 from common.origin import base_facts
 from data import TrainingData
@@ -74,28 +74,25 @@ def open_run(flags: Flags, lock: FolderLock) -> Run:
         # That would also fill all new memory, which is for finding bugs and takes time.
         torch.utils.deterministic.fill_uninitialized_memory = False
     check_offload(run.flags, run.device)
-    if run.flags.date is None:
-        # The run keeps it, also where it is resumed on another day; and all ranks have the same.
-        day = distributed.run_on_rank0(lambda: first_day(run.flags))
-        run.flags = dataclasses.replace(run.flags, date=day)
-    if run.flags.system is None:
-        system = distributed.run_on_rank0(lambda: first_system(run.flags))
-        run.flags = dataclasses.replace(run.flags, system=system)
     return run
 
 
-def first_day(flags: Flags) -> str:
-    """Returns the date that a run's chat template writes: the one with which --adapter or --model
-    was trained here, which goes on, else today."""
-    source = flags.adapter or flags.model
-    return (trained_day(source) if source else "") or today()
+def with_date_and_system(flags: Flags, folder: Path) -> Flags:
+    """Returns the flags with the date that the chat template writes and the system message of
+    conversations that have none, where they were left open: those with which --adapter or --model
+    was trained here go on, else today, and no system message.
 
-
-def first_system(flags: Flags) -> str:
-    """Returns the system message that a run puts before conversations without one: that with which
-    --adapter or --model was trained here, which goes on, else "" for none."""
-    source = flags.adapter or flags.model
-    return trained_system(source) if source else ""
+    The run keeps them, also where it is resumed on another day; and all ranks have the same.
+    folder: of the base model.
+    """
+    source = flags.adapter or folder
+    day = flags.date
+    if day is None:
+        day = distributed.run_on_rank0(lambda: trained_day(source) or today())
+    system = flags.system
+    if system is None:
+        system = distributed.run_on_rank0(lambda: trained_system(source))
+    return dataclasses.replace(flags, date=day, system=system)
 
 
 def lock_folder(lock: FolderLock, out: str) -> None:
@@ -129,11 +126,10 @@ def find_run(flags: Flags, device: torch.device) -> Run:
     Raises UserError where --resume finds none.
     """
     out = Path(flags.out)
-    found = distributed.run_on_rank0(lambda: checkpointer.newest_checkpoint(out))
-    ended_after = distributed.run_on_rank0(lambda: steps_of_final(out, found))
+    ended_after = distributed.run_on_rank0(lambda: steps_of_final(out))
     is_prolonged = False
     if ended_after is not None:
-        is_prolonged = "steps" in flags.given and flags.steps > ended_after
+        is_prolonged = "steps" in flags.given and flags.steps > ended_after > 0
         if not is_prolonged:
             more = f"; --steps above {ended_after} prolongs it" if ended_after else ""
             print(f"complete  {out} has ended; its outcome is {out / 'final'}{more}")
@@ -141,6 +137,8 @@ def find_run(flags: Flags, device: torch.device) -> Run:
                 command = f"python convert.py push {shlex.quote(str(out / 'final'))} {flags.push}"
                 print(f"NOTE      nothing is pushed again; {command} does it")
             return Run(flags, device, is_complete=True)
+    found = distributed.run_on_rank0(lambda: checkpointer.newest_checkpoint(out))
+    if is_prolonged:
         check_can_be_prolonged(out, found, ended_after)
     if found is None and flags.resume == "on":
         raise UserError(
@@ -160,21 +158,20 @@ def find_run(flags: Flags, device: torch.device) -> Run:
     return Run(flags, device, found)
 
 
-def steps_of_final(out: Path, newest: Checkpoint | None) -> int | None:
-    """Returns after how many steps the run in `out` has ended; None if it has not.
+def steps_of_final(out: Path) -> int | None:
+    """Returns after how many steps the run in `out` has ended, 0 if that is not known; None if it
+    has not ended.
 
-    A run that is being prolonged has the final/ of its former end until the new one.
+    A run that is being prolonged has the final/ of its former end until the new one. No checkpoint
+    is read, which would take long for a large run that a scheduler starts again.
     """
     if not (out / "final").is_dir():
         return None
-    if newest is None:
-        return 0
-    steps = newest.state["flags"]["steps"]
-    facts = out / "final" / "plaintune.json"
-    if facts.is_file():
-        # Runs of earlier versions don't say it; they could not be prolonged.
-        steps = read_json(facts).get("steps", steps)
-    return None if newest.state["step"] > steps else steps
+    # Runs of earlier versions don't say it; they can't be prolonged.
+    steps = read_json_if_there(out / "final" / "plaintune.json").get("steps", 0)
+    checkpoints = checkpointer.list_checkpoints(out / checkpointer.FOLDER)
+    newest = max((checkpointer.step_of(folder) for folder in checkpoints), default=0)
+    return None if 0 < steps < newest else steps
 
 
 def check_can_be_prolonged(out: Path, newest: Checkpoint | None, ended_after: int) -> None:

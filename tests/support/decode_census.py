@@ -13,7 +13,6 @@ import fake_cuda  # first: it changes torch
 import argparse
 import collections
 import json
-from functools import partial
 
 import torch
 from census import ADAPTER, MODELS, Census
@@ -65,7 +64,10 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=500, help="tokens of each line so far")
     args = parser.parse_args()
     model = make_model(MODELS[args.model], args.method)
-    choose = partial(decoding.sample, temperature=0.0, top_k=0, top_p=1.0, generator=None)
+
+    def choose(logits, rows):
+        return decoding.sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None)
+
     with fake_cuda.fake_tensors(), torch.no_grad(), decoding.packed_weights(model, 64):
         cache = decoding.KVCache(model, [args.prompt] * args.lines, 64, 1, decoding.GRAPH_ROUND)
         logits = torch.zeros(args.lines, model.config.vocab_size, dtype=model.dtype, device="cuda")

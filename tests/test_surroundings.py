@@ -297,6 +297,7 @@ def test_file_names_that_are_not_utf8_work(tmp_path, monkeypatch, capsys, method
     assert json.loads((folder / "run/config.json").read_text())["data"] == [str(data)]
     losses = [line.get("loss") for line in lines(folder / "run")]
     shutil.rmtree(folder / "run/final")
+    shutil.rmtree(folder / "run/checkpoints/step-4")
     monkeypatch.chdir(tmp_path)
     out, err, code = command(train, monkeypatch, capsys, "--out", folder / "run", "--resume")
     assert code == 0, err
@@ -313,12 +314,13 @@ def stopped(tmp_path, monkeypatch, capsys):
     records(home / "val.jsonl", 5, 9)
     monkeypatch.chdir(home)
     words = ["--model", "base", "--data", "data.jsonl=2", "--replay", "val.jsonl=0.1", "--val", "val.jsonl"]
-    words += ["--batch-size", 3, "--steps", 12, "--save-every", 5, "--eval-every", 4]
+    words += ["--batch-size", 3, "--steps", 12, "--save-every", 5, "--eval-every", 4, "--keep", 9]
     _, err, code = command(train, monkeypatch, capsys, *words, "--out", "run")
     assert code == 0, err
     shutil.copytree(home / "run", tmp_path / "whole")
     shutil.rmtree(home / "run/final")
     shutil.rmtree(home / "run/checkpoints/step-10")
+    shutil.rmtree(home / "run/checkpoints/step-12")
     return home / "run"
 
 

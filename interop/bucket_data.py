@@ -82,7 +82,8 @@ def fetch_objects(name: str, part: str, use: Use) -> Fetched:
     problem = why_read_only(folder)
     old = read_list(folder)
     if problem and old is not None:
-        use.print_fn(f"NOTE: {name}: {problem}; using the copy in the cache")
+        if use.asks:
+            use.print_fn(f"NOTE: {name}: {problem}; using the copy in the cache")
         return fetched(name, folder, old, part)
     with folder_for_copies(name, folder):
         old = read_list(folder)

@@ -62,7 +62,6 @@ from dataset.readers import CLASS_NAMES
 from dataset.records import ReadStats, Record, nested_place, pack_nested
 from dataset.text_stats import private_parts, text_hash
 from dataset.tokenize_pool import ReadingProgress, chunks, in_order, processes_for
-from distributed import local_rank
 from tokenizer import EncodedChat, TemplateError, Tokenizer
 
 # The version of the folders: a higher number makes all of them anew.
@@ -417,8 +416,10 @@ def write(
         files[name].write(values.data)
         checksums[name] = zlib.crc32(values.data, checksums[name])
 
-    # One process alone is given little to do, which needs no bar.
-    reading = ReadingProgress("tokenizing", source, shown=processes > 1 and local_rank() == 0)
+    # One process alone is given little to do, which needs no bar; and of several ranks of a machine
+    # one shows it. (torchrun's variable: importing torch for it would slow --help down.)
+    is_shown = processes > 1 and os.environ.get("LOCAL_RANK", "0") == "0"
+    reading = ReadingProgress("tokenizing", source, shown=is_shown)
     try:
         append("starts", np.zeros(1, np.int64))
         append("span_starts", np.zeros(1, np.int64))

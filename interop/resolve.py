@@ -277,18 +277,27 @@ def pick_tokenizer(
     return tokenizer
 
 
+def trained_text(folder: str | Path, name: str) -> str:
+    """Returns what plaintune.json in a folder says by this name; "" if it says no text."""
+    value = adapter_metadata(folder).get(name)
+    return value if isinstance(value, str) else ""
+
+
 def trained_day(folder: str | Path) -> str:
     """Returns the date that the template wrote when the model or adapter in a folder was trained
     here, as 2026-11-29; "" if it wrote none."""
-    day = adapter_metadata(folder).get("date")
-    return day if isinstance(day, str) else ""
+    return trained_text(folder, "date")
 
 
 def trained_system(folder: str | Path) -> str:
     """Returns the system message that conversations without one got when the model or adapter in a
     folder was trained here; "" if they got none."""
-    system = adapter_metadata(folder).get("system")
-    return system if isinstance(system, str) else ""
+    return trained_text(folder, "system")
+
+
+def origin_note(is_of_training: bool) -> str:
+    """Returns what to add to a part of the prompt that is the same as in training."""
+    return ", as in training" if is_of_training else ""
 
 
 def system_note(tokenizer: Tokenizer, folder: str | Path) -> str:
@@ -296,7 +305,7 @@ def system_note(tokenizer: Tokenizer, folder: str | Path) -> str:
     conversations that have none. folder: of the adapter, or of the model without one."""
     if not tokenizer.system:
         return ""
-    origin = ", as in training" if tokenizer.system == trained_system(folder) else ""
+    origin = origin_note(tokenizer.system == trained_system(folder))
     return f', system message "{one_line(tokenizer.system, 60)}"{origin}'
 
 
@@ -305,7 +314,7 @@ def date_note(tokenizer: Tokenizer, folder: str | Path) -> str:
     where it is from. folder: of the adapter, or of the model without one."""
     if not tokenizer.writes_date:
         return ""
-    origin = ", as in training" if tokenizer.day == trained_day(folder) else ""
+    origin = origin_note(tokenizer.day == trained_day(folder))
     return f", {tokenizer.date_note}{origin}"
 
 

@@ -253,8 +253,7 @@ def train_loop(
         # The untouched base, to compare with; or what a signal cut short before a resume.
         out_of_patience = evaluator.run(state, stop)
         if checkpointer and evaluator.was_interrupted:
-            state.interrupted_by = stop.signal or signal.SIGTERM
-            print_interruption(state, checkpointer, metrics)
+            end_by_signal(stop, state, checkpointer, metrics)
             return
         if out_of_patience:
             return
@@ -312,12 +311,19 @@ def train_loop(
                 metrics.sync()
                 checkpointer.save(state)
         if checkpointer and interrupted:
-            # The number of a signal that another rank got is not known here.
-            state.interrupted_by = stop.signal or signal.SIGTERM
-            print_interruption(state, checkpointer, metrics)
+            end_by_signal(stop, state, checkpointer, metrics)
             return
         if out_of_patience:
             return
+
+
+def end_by_signal(
+    stop: GracefulStop, state: TrainState, checkpointer: Checkpointer, metrics: MetricsLogger
+) -> None:
+    """Notes the signal that ends the loop, and says how to go on."""
+    # The number of a signal that another rank got is not known here.
+    state.interrupted_by = stop.signal or signal.SIGTERM
+    print_interruption(state, checkpointer, metrics)
 
 
 def lr_at(step: int, settings: Settings) -> float:

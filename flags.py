@@ -59,9 +59,11 @@ SECTIONS = {
 # What --help says of some sections.
 SECTION_NOTES = {
     "method": "What is said of lora holds for qlora as well.",
-    "the bundled task": "Without --data and --model, booking notes are turned into JSON by a small model"
-    " that comes with plaintune; its answers to test notes are compared before and after the training."
-    " Such a run is as long as --budget says, unless --full-run, --steps or --epochs is given.",
+    "the bundled task": "Without --data, --model and --adapter, SmolLM2-135M-Instruct learns to turn"
+    " booking notes into JSON, and its answers to test notes are compared before and after the"
+    " training. Such a run is as long as --budget says, unless --full-run, --steps or --epochs is"
+    " given. (With --model or --adapter and no --data, that model learns the same task, without the"
+    " comparison.)",
     "several processes": "They are started by torchrun --nproc-per-node N train.py ...",
 }
 
@@ -112,9 +114,10 @@ class Flags:
         [],
         "files or folders of training examples in any known format, on this disk, or by name where"
         " people keep them: hf:org/name[:subset][:split] (the Hub), s3://bucket/key, gs://bucket/key,"
-        " https://host/file. FILE=W mixes several files: W is how many examples are drawn from it,"
-        " relative to the others. For a name with :// write the weight first, as in"
-        " 3=https://host/file. Default: the bundled task, see there",
+        " https://host/file. FILE=W mixes several files by weight: with a.json=2 b.json=1, two examples"
+        " of a are drawn for each of b, whatever their sizes (a file without =W has 1; where no file"
+        " has it, each example comes once an epoch). Before a name with :// the weight stands in"
+        " front, as in 3=https://host/file. Default: the bundled task, see there",
         metavar="FILE[=W]",
         resume=FREE,
         is_path=True,
@@ -122,7 +125,7 @@ class Flags:
     replay: tuple[str, ...] = option(
         [],
         "general data that is mixed in against forgetting: FILE=0.1 makes a tenth of all training"
-        " examples come from it; for names with ://, 0.1=https://host/file",
+        " examples come from it; for names with ://, 0.1=https://host/file; default: none",
         metavar="FILE=SHARE",
         resume=FREE,
         is_path=True,
@@ -130,7 +133,8 @@ class Flags:
     val: str | None = option(
         None,
         "file of validation examples, named as in --data; default: the validation part of --data, if"
-        " it has one, else --val-fraction of it",
+        " it has one (valid.jsonl in a folder, the validation split of a data set on the Hub, a"
+        " column called split), else --val-fraction of it",
         metavar="FILE",
         resume=FREE,
         is_path=True,
@@ -143,7 +147,8 @@ class Flags:
     )
     template: str | None = option(
         None,
-        "chat template to use for a model that has none, or in place of its own; default: its own",
+        "chat template (how a conversation is written as one text) for a model that has none, or in"
+        " place of its own; plain: the messages' texts alone; default: its own",
         choices=[*NAMED],
     )
     date: str | None = option(
@@ -168,8 +173,8 @@ class Flags:
     )
     train_on: str = option(
         "answers",
-        "the parts of a conversation that are trained: every answer of the assistant, only its"
-        " last one, or the user's messages as well",
+        "the parts of a conversation that count in the loss: every answer of the assistant, only its"
+        " last one, or the user's messages as well (the system message never does)",
         choices=[*TRAIN_ON],
     )
     pack: bool | None = option(
@@ -199,29 +204,30 @@ class Flags:
     )
     truncate: str = option(
         "drop",
-        "conversations longer than --seq-len: drop: cut after the last answer that fits whole, or left"
-        " out if none fits; prompt: the last answer stays, and the oldest turns go, then the beginning"
-        " of the user's text (the system message and BOS stay). No answer is ever cut; what can't fit"
-        " is left out; all of it is counted",
+        "conversations longer than --seq-len lose whole turns, never a part of an answer. drop: the"
+        " turns after the last answer that fits; prompt: the oldest turns, then the beginning of the"
+        " user's text, so that the last answer stays (as do the system message and the token that"
+        " begins a text). Where that isn't enough, the conversation is left out. How many is printed",
         choices=[*TRUNCATE],
     )
     limit: int | None = option(
         None,
-        "train on N examples of --data, drawn at random by --seed (a larger N adds to a smaller one);"
-        " of plain text N pieces; of several files each its share. Validation and --replay are not"
+        "train on N examples of --data, drawn at random by --seed (a larger N adds to a smaller one),"
+        " from several files in proportion; of plain text N pieces. Validation and --replay are not"
         " limited; default: all",
         metavar="N",
         limits=POSITIVE,
     )
     skip_bad: bool = option(
         False,
-        "leave out records that can't be read, counted by what is wrong with them, and take null for"
-        " an empty text; default: stop before the training, and list the first 20 of them",
+        "leave out records that can't be read, and print how many for each reason; null in place of a"
+        " text is read as an empty one; default: stop before the training, and list the first 20",
     )
     out: str | None = option(
         None,
         "folder of the run: metrics.jsonl, loss.png, checkpoints/ to resume from, final/ with the"
-        " result, best/ with that of the lowest validation loss; default: a new one under runs/",
+        " result (full: the model; lora: the adapter alone), best/ with that of the lowest validation"
+        " loss; default: a new one under runs/",
         metavar="DIR",
         resume=PER_LAUNCH,
         is_path=True,
@@ -240,8 +246,9 @@ class Flags:
     )
     quant: str | None = option(
         None,
-        "4-bit format of the frozen weights; nf4+head: of the output head as well; default: nf4 for"
-        " qlora. (lora --quant nf4 is the same as qlora)",
+        "4-bit format of the frozen weights: nf4 (NormalFloat, of the QLoRA paper) for the blocks' linear"
+        " layers; nf4+head: for the output head as well; default: nf4 for qlora. (lora --quant nf4 is"
+        " the same as qlora)",
         choices=QUANT_KINDS,
     )
     rank: int | None = option(
@@ -270,7 +277,7 @@ class Flags:
     adapter: str | None = option(
         None,
         "lora: start a new run from this adapter (a PEFT folder), with its rank, alpha and targets;"
-        " to go on with a run that was stopped, see --resume",
+        " to go on with a run that was stopped, see --resume; default: a new adapter",
         metavar="DIR",
         is_path=True,
     )
@@ -305,12 +312,15 @@ class Flags:
     )
     lr: float | None = option(
         None,
-        "peak learning rate; default: by the method and the model's width (for a width of 2048"
-        " 4.9e-05 with full, ten times that with lora), printed at the start",
+        "peak learning rate; default: by the method and the model's hidden size (for 2048 4.9e-05 with"
+        " full, ten times that with lora; the same for every --optimizer), printed at the start",
         limits=POSITIVE,
     )
     schedule: str = option(
-        "cosine", "how the learning rate falls to 0 after the warm-up", choices=SCHEDULE_NAMES
+        "cosine",
+        "the learning rate after the warm-up: cosine, linear: falls to 0 in that shape; constant: stays"
+        " at its peak",
+        choices=SCHEDULE_NAMES,
     )
     warmup: int | None = option(
         None,
@@ -324,15 +334,15 @@ class Flags:
     )
     optimizer: str = option(
         "adamw",
-        "adamw8bit: AdamW with moments in 8 bits, a quarter of their memory; muon: Muon on the"
-        " blocks' matrices, AdamW on the rest",
+        "adamw8bit: AdamW with moments in 8 bits, a quarter of their memory, on any device; muon: Muon"
+        " on the matrices that train in the blocks (the adapters' too), AdamW on the rest",
         choices=OPTIMIZER_NAMES,
     )
     optimizer_offload: bool = option(
         False,
-        "keep fp32 weights and AdamW's moments in the host's memory and compute the optimizer step"
-        " there: a GPU then holds 4 bytes a trained weight in place of 16 (with shards of several"
-        " processes: --shard-offload)",
+        "for AdamW on one GPU: keep the fp32 weights and the moments in the CPU's memory and take the"
+        " optimizer step there; the GPU keeps weights and gradients in 16 bits, 4 bytes a trained"
+        " weight in place of 16 (with shards of several processes: --shard-offload)",
     )
     weights: str = option(
         "fp32",
@@ -354,29 +364,31 @@ class Flags:
     # ---- the bundled task
     budget: float | None = option(
         None,
-        "minutes that the whole command may take; training steps and test items are fitted to that;"
-        " default: 5 where the hardware has bf16, else 10",
+        "minutes that the bundled task may take in all; training steps and test items are fitted to"
+        " that (other data: --steps, --epochs); default: 5 where the hardware has bf16, else 10",
         metavar="MINUTES",
         limits=POSITIVE,
         resume=FREE,
     )
     full_run: bool = option(
         False,
-        "no budget: a whole epoch of training and all 200 test items, however long they take",
+        "the bundled task without a budget: a whole epoch and all 200 test items, however long they"
+        " take",
         resume=FREE,
     )
     # ---- evaluation and saving
     eval_every: int | None = option(
         None,
-        "steps between validations (the loss on examples that are not trained on), of which the first"
-        " is before the training; 0: only at the end; default: a fifth of the run",
+        "steps between validations (the loss on examples that are not trained on); one more is made"
+        " before the training and one after the last step; 0: only the one after the last step;"
+        " default: a fifth of the run",
         limits=NOT_NEGATIVE,
         resume=FREE,
     )
     val_limit: int | None = option(
         None,
-        "examples that a validation reads at most, the same each time; 0: all; default: so many that"
-        " all validations together take under a tenth of the training's time",
+        "examples that a validation reads at most, the same each time; 0: all; default: as"
+        " many as keep all validations together under a tenth of the training's time",
         metavar="N",
         limits=NOT_NEGATIVE,
         resume=FREE,
@@ -411,7 +423,7 @@ class Flags:
         resume=FREE,
     )
     save_async: bool = option(
-        False, "write checkpoints in the background, from a copy in the host's memory", resume=FREE
+        False, "write checkpoints in the background, from a copy in the CPU's memory", resume=FREE
     )
     save_dtype: str | None = option(
         None,
@@ -422,24 +434,28 @@ class Flags:
     )
     push: str | None = option(
         None,
-        "upload the result (best/ or final/, as the last line says) to the Hugging Face Hub under"
-        " this name, in a private repository; it is made, and the token tried (`hf auth login` or"
-        " HF_TOKEN), before the training begins; default: nothing is uploaded",
+        "upload final/, the result after the last step, to the Hugging Face Hub under this name, in a"
+        " private repository, which is made before the training begins, so that a wrong token (`hf"
+        " auth login` or HF_TOKEN) is found then; default: nothing is uploaded",
         metavar="ORG/NAME",
         resume=FREE,
     )
     resume: str | None = option(
         None,
-        "continue the run in --out from its newest complete checkpoint; its own flags hold, and need"
-        " not be given again. auto: start it if there is no checkpoint yet. With more --steps a run"
-        " that has ended is prolonged",
+        "continue the run in --out from its newest complete checkpoint, with the flags that it was"
+        " started with; of what is trained none may change but --steps: with more of them a run that"
+        " has ended is prolonged. --resume auto: start the run if there is no checkpoint yet; default:"
+        " a new run",
         nargs="?",
         const="on",
         choices=["on", "auto"],
         resume=PER_LAUNCH,
     )
     wandb: str | None = option(
-        None, "log to this Weights & Biases project as well", metavar="PROJECT", resume=FREE
+        None,
+        "log to this Weights & Biases project as well; default: no",
+        metavar="PROJECT",
+        resume=FREE,
     )
 
     # ---- machine and memory
@@ -451,22 +467,22 @@ class Flags:
     )
     dtype: str = option(
         "auto",
-        "mixed precision: dtype of activations and matrix products; adapters, optimizer state and"
-        " loss stay fp32; auto: bf16 where the hardware has it, else fp32. (--weights and --save-dtype are"
-        " about weights that are kept and saved)",
+        "mixed precision: dtype of activations, matrix products and frozen weights; what is trained,"
+        " the optimizer's state and the loss stay fp32 (--weights, --save-dtype); auto: bf16 where the"
+        " hardware has it, else fp32",
         choices=["auto", *DTYPE_NAMES],
     )
     compile: str = option(
         "auto",
-        "run the transformer blocks through torch.compile; auto: on a CPU in bf16, in runs of a"
-        " quarter of an hour and more, else not",
+        "run the transformer blocks through torch.compile; auto: only on a CPU, in bf16, and if the run"
+        " takes a quarter of an hour or more",
         choices=["auto", "on", "off"],
         resume=FREE,
     )
     attention: str = option(
         "auto",
-        "flash3, flash4: use that version of FlashAttention on a GPU, if its package is installed and"
-        " its results agree with version 2 in a first step; auto: PyTorch's version 2",
+        "version of FlashAttention on a GPU. auto: PyTorch's version 2; flash3, flash4: that one; the run"
+        " stops if its package is missing or if its results differ from version 2 in a first step",
         choices=["auto", *FLASH_NAMES],
         resume=FREE,
     )
@@ -475,50 +491,50 @@ class Flags:
         "also called gradient checkpointing: save memory by computing activations again in the"
         " backward pass; each choice takes less memory than the one before, and more time: none;"
         " selective: outputs of norms, and attention probabilities, are computed again; full: whole"
-        " blocks, of which only the inputs are kept; offload: these inputs go to the host's memory",
+        " blocks, of which only the inputs are kept; offload: these inputs go to the CPU's memory",
         choices=CHECKPOINTING_KINDS,
         resume=FREE,
     )
     deterministic: bool = option(
         False,
-        "two runs on one machine give identical numbers: only operations with a fixed order, and"
-        " nothing that depends on how fast the machine is; slower on a GPU",
+        "two runs on one machine give identical numbers: only operations with a fixed order, and no"
+        " choice by measured time (--compile auto, --budget); slower on a GPU",
         resume=FREE,
     )
 
     # ---- several processes
     shard: str | None = option(
         None,
-        "data parallel: how FSDP2 shards the model: none (every rank holds a full copy), full"
-        " (sharded over all ranks), hybrid (sharded within a node, replicated across nodes);"
-        " default: full, or none for adapters on a small base",
+        "data parallel: how FSDP2 shards the model: none (every process holds a full copy), full"
+        " (sharded over all processes), hybrid (sharded within a node, replicated across nodes);"
+        " default: full, or none for adapters on a base that takes a quarter of a GPU's memory or less",
         choices=["none", "full", "hybrid"],
         resume=PER_LAUNCH,
     )
     shard_offload: bool = option(
         False,
-        "keep shards of weights, gradients and optimizer state in the host's memory (one process:"
+        "keep shards of weights, gradients and optimizer state in the CPU's memory (one process:"
         " --optimizer-offload)",
         resume=FREE,
     )
     reduce: str = option(
         "last",
-        "when the gradients of shards are summed over ranks: once, after a step's last"
+        "when the gradients of shards are summed over the processes: once, after a step's last"
         " micro-batch, or after each micro-batch, which takes less memory and more time",
         choices=["last", "each"],
         resume=FREE,
     )
     context_parallel: int = option(
         1,
-        "ranks that share the tokens of each batch, for sequences too long for one GPU"
-        " (experimental)",
+        "processes that share the tokens of each batch, for sequences too long for one GPU; they count"
+        " as one in --accumulate's product (experimental)",
         metavar="N",
         limits=POSITIVE,
         resume=PER_LAUNCH,
     )
     timeout: float = option(
         600.0,
-        "seconds that a rank waits for another one before it gives up",
+        "seconds that a process waits for another one before it gives up",
         limits=POSITIVE,
         resume=PER_LAUNCH,
     )
@@ -532,15 +548,15 @@ class Flags:
     )
     gpus: tuple[int, ...] = option(
         [],
-        "only for --plan: estimate for these numbers of GPUs, in nodes of 8, in place of this machine;"
-        " with --data also the time of the run. (How many GPUs a run uses, torchrun says)",
+        "only for --plan: estimate for these numbers of GPUs, in nodes of 8, in place of this machine"
+        " (how many GPUs a run uses, torchrun says); default: this machine",
         metavar="N",
         resume=PER_LAUNCH,
     )
     gpu_memory: float = option(
         80.0,
-        "--plan --gpus: memory of a GPU in GB, such as 8, 24, 48, 80 or 141; its speed is that of a"
-        " common card of that size, which is named",
+        "--plan --gpus: memory of a GPU in GB, such as 8, 24, 48, 80 or 141; a common card of that"
+        " size, which is named, gives its speed",
         metavar="GB",
         limits=POSITIVE,
         resume=PER_LAUNCH,
@@ -701,7 +717,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Fine-tunes a language model on examples:"
         " python train.py --model FOLDER --data FILE.json. To know what fits this machine, add --plan."
-        " Without any flag it runs a bundled task, as a demonstration.",
+        " Without any flag a small model learns a bundled task, as a demonstration.",
     )
     section: argparse._ActionsContainer = parser
     for name, each in OPTIONS.items():
@@ -712,9 +728,11 @@ def make_parser() -> argparse.ArgumentParser:
         arguments.pop("limits", None)
         arguments.pop("resume", None)
         arguments.pop("is_path", None)
-        # Of an open option the help says itself what is chosen, and False and () mean nothing.
+        # Of an open option the help says itself what is chosen.
         if each.default is not None and each.default is not False and each.default != ():
             arguments["help"] += f"; default: {each.default}"
+        elif each.default is False and "default:" not in each.metadata["help"]:
+            arguments["help"] += "; default: no"
         arguments |= type_arguments(each)
         section.add_argument(dashed(name), default=argparse.SUPPRESS, **arguments)
     return parser

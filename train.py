@@ -52,8 +52,14 @@ from tokenizer import Tokenizer
 from training.attention_trial import use_flash_version
 from training.calibration import measure_pace
 from training.checkpointer import Checkpoint, Checkpointer, check_same_run
-from training.defaults import Settings, choose_steps, choose_val_limit, resolve_defaults
-from training.demo import Demo, is_bundled_task
+from training.defaults import (
+    Settings,
+    choose_steps,
+    choose_val_limit,
+    is_bundled_task,
+    resolve_defaults,
+)
+from training.demo import Demo
 from training.evaluator import Evaluator, best_or_final, eager_mode
 from training.failures import reported_failures, training_failures
 from training.metrics import MetricsLogger

@@ -52,7 +52,8 @@ def add_model_flags(parser: argparse.ArgumentParser, several: bool = False) -> N
             action="extend",
             metavar="[NAME=]DIR",
             help="PEFT LoRA folders, as train.py and peft save them: the first is applied, a chat"
-            " switches to the others by /adapter NAME; default: none. Give it to use what a LoRA"
+            " switches to the others by /adapter NAME (where NAME= is left out, the name of the"
+            " run's folder); default: none. Give it to use what a LoRA"
             " run has trained",
         )
     else:
@@ -65,9 +66,9 @@ def add_model_flags(parser: argparse.ArgumentParser, several: bool = False) -> N
     add(
         "--quant",
         choices=QUANT_KINDS,
-        help="keep the base's linears in 4 bits a weight (NF4); nf4+head: the output head as well;"
-        " default: as they are stored. Give it if the model takes too much memory, or to compute as"
-        " in QLoRA training; the answers differ a little",
+        help="round the base's linear layers to 4 bits a weight (nf4: NormalFloat, as in the QLoRA"
+        " paper); nf4+head: the output head as well; default: as they are stored. Give it if the model"
+        " takes too much memory, or to compute as in QLoRA training; the answers differ a little",
     )
     add(
         "--template",
@@ -166,12 +167,11 @@ def add_prompt_file_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data",
         metavar="FILE",
-        help="answer every prompt of a file or folder: prompts alone (a column or key such as prompt"
-        " or question, a .txt with a prompt a line, conversations that end with a question), or any"
-        " format that train.py reads, of which the messages before the last answer are the prompt"
-        " and that answer is written beside the model's as the reference. With --complete, texts to"
-        " continue. Of a folder with parts, the part for tests is read; default: none, but --prompt"
-        " or a chat",
+        help="answer every prompt of a file or folder. Either of prompts alone: a column or key such as"
+        " prompt or question, a .txt with a prompt a line, conversations that end with a question. Or"
+        " in any format that train.py reads: the last answer is then written beside the model's, as"
+        " the reference, and the messages before it are the prompt. Of a folder with parts, the part"
+        " for tests is read. With --complete, texts to continue; default: --prompt, or a chat",
     )
     group.add_argument(
         "--out",
@@ -196,7 +196,8 @@ def add_prompt_file_flags(parser: argparse.ArgumentParser) -> None:
         "--limit",
         type=int,
         metavar="N",
-        help="answer only the first N prompts of --data, in the file's order; default: all",
+        help="answer only the first N prompts of --data, in the file's order, so not drawn at random;"
+        " default: all",
     )
     group.add_argument(
         "--skip-bad",
@@ -286,9 +287,9 @@ def add_speed_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="speculative decoding by prompt look-up: guess up to N tokens from what followed the"
-        " same words earlier in the text, and check them all at once; 0: no guesses, at most"
-        f" {LOOKUP_LIMIT - 1}; default: 0. The answer is the same, and comes faster where it"
+        help="speculative decoding by prompt look-up: guess up to N tokens (at most"
+        f" {LOOKUP_LIMIT - 1}) from what followed the same words earlier in the text, and check them"
+        " all at once; 0: no guesses; default: 0. The answer is the same, and comes faster where it"
         " repeats the prompt (a corrected text, code); for --temperature 0 only, and not for --data",
     )
     group.add_argument(
@@ -395,8 +396,9 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
     add(
         "what",
         choices=["loss", "exact"],
-        help="loss: how probable the model finds the reference answers, as the mean of -log p for"
-        " each token (in nats, lower is better) and as perplexity, its exponential. exact: the"
+        help="loss: how probable the model finds the reference answers, every one of a conversation, as"
+        " the mean of -log p for each token (in nats, lower is better) and as perplexity, its"
+        " exponential. exact: the"
         " model writes the answers itself, always taking the most probable token, and an answer is"
         " right if it equals the reference, apart from spaces and line ends around it; this takes"
         " longer, and is for tasks with one right answer",
@@ -407,7 +409,8 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
         required=True,
         help="file of examples that the model was not trained on, in any format that train.py"
         " reads, on this disk or by name (hf:org/name[:subset][:split], s3://bucket/key,"
-        " gs://bucket/key, https://host/file); required. exact takes conversations, and the last"
+        " gs://bucket/key, https://host/file); of a folder with parts, the part for tests; required."
+        " exact takes conversations, and the last"
         " message of the assistant is the reference",
     )
     add(
@@ -447,8 +450,9 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
         "--seq-len",
         type=int,
         metavar="N",
-        help="loss: longest example, in tokens; a longer one is shortened or left out, which is"
-        " counted and printed; default: the most that the model takes. Lower it if memory runs"
+        help="loss: longest example, in tokens; a longer one is cut after the last answer that"
+        " fits, or left out if none does, and the numbers are printed; default: the most that the model"
+        " takes. Lower it if memory runs"
         " out, or give the value that train.py had",
     )
 
@@ -460,10 +464,10 @@ def add_target_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--versus",
         metavar="X",
-        help="a second model to compare with. base: the model before the training, of an --adapter and"
-        " of a --model that train.py made; otherwise a model as --model takes it, or an adapter"
-        " folder. It is measured first, and the last row of the table is the change"
-        " from it to your model; default: no comparison",
+        help="a second model to compare with. base: the model as it was before the training that made"
+        " --adapter or --model; else another model, named as in --model, or an adapter folder. It is"
+        " measured first, and the last row of the table is the change from it to your model; default:"
+        " no comparison",
     )
 
 
@@ -529,8 +533,8 @@ def conversion_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     model_help = "the model: a folder, a GGUF file or a name on the Hub"
     quant_help = (
-        "the numbers of the base that the adapter is added to: nf4, nf4+head: those that 4 bits"
-        " stand for; none: the weights as they are stored (default: those that it was trained on)"
+        "the base's weights that the adapter is added to: nf4, nf4+head: rounded to 4 bits and back, as"
+        " in QLoRA training; none: as they are stored (default: as in the adapter's training)"
     )
 
     command = commands.add_parser("to-folder", help="write a GGUF file as a Hugging Face folder")
@@ -589,14 +593,14 @@ def conversion_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         choices=STORAGE_DTYPE_NAMES,
         help="dtype to store the new weights in (default: that of the model's files)",
     )
-    command.add_argument("--model", metavar="M", help="the base, as FOLDER")
+    command.add_argument("--model", metavar="M", help="the same as the argument folder")
     command.add_argument("--quant", choices=[*QUANT_KINDS, "none"], help=quant_help)
     command.add_argument(
         "--check",
         metavar="FILE",
         help="examples on which the loss is compared before and after the merge, best of what the"
         f" adapter was trained for; the first {CHECKED_RECORDS} are read (default: a few general"
-        " questions); the word none: not compared",
+        " questions); none: no comparison",
     )
 
     command = commands.add_parser(
@@ -607,7 +611,9 @@ def conversion_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("file", type=Path, help="the YAML or JSON file")
 
     command = commands.add_parser(
-        "push", help="put a model or adapter folder on the Hub, in a new private repository"
+        "push",
+        help="put a model or adapter folder on the Hub, in a new private repository; log in by `hf auth"
+        " login`, or give the token in HF_TOKEN",
     )
     command.add_argument("folder", type=Path, help="the folder, as final/ of a run")
     command.add_argument("name", metavar="org/name", help="the name on the Hub")

@@ -713,7 +713,8 @@ def make_data_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     commands = (
         "inspect: report what is in the files; convert: write them as one JSONL file of messages;"
-        " split: write train.jsonl, val.jsonl and test.jsonl"
+        " split: write train.jsonl, val.jsonl and test.jsonl, chosen by a hash, so the same each"
+        " time; records with one prompt, or nearly alike, stay together"
     )
     add("command", choices=["inspect", "convert", "split"], help=commands)
     add("files", nargs="+", metavar="FILE", help=FILES_HELP)
@@ -721,8 +722,14 @@ def make_data_parser() -> argparse.ArgumentParser:
     add("--trees", choices=[*TREES], default="best", help=trees)
     skip_bad = "leave out records that can't be read, and count them, instead of stopping at them"
     add("--skip-bad", action="store_true", help=skip_bad)
-    add("--map", metavar="FILE.py:NAME", help="your function that every record goes through first")
-    model = "inspect: the model whose tokenizer and template to use (default: the default base)"
+    add(
+        "--map",
+        metavar="FILE.py:NAME",
+        help="your function that every record goes through first, as in train.py",
+    )
+    model = (
+        "inspect: the model whose tokenizer and template to use (default: SmolLM2-135M-Instruct)"
+    )
     add("--model", metavar="M", help=model)
     add("--template", help="inspect: chat template in place of the model's own")
     empty_think = "inspect: whether empty think blocks of a template are trained (default: train)"
@@ -731,16 +738,23 @@ def make_data_parser() -> argparse.ArgumentParser:
     add("--system", metavar="TEXT", help=system)
     train_on = "inspect: which messages are trained (default: answers)"
     add("--train-on", choices=[*TRAIN_ON], help=train_on)
-    seq_len = "inspect: tokens of an example at most (default: as train.py)"
+    seq_len = "inspect: tokens of an example at most (default: 2048, or the model's limit)"
     add("--seq-len", type=int, metavar="N", help=seq_len)
     truncate = "inspect: what becomes of longer conversations, as in train.py (default: drop)"
     add("--truncate", choices=[*TRUNCATE], help=truncate)
-    against = "inspect: validation or test files to find overlaps with"
+    against = (
+        "inspect: validation or test files; records that stand there too, to the letter or nearly,"
+        " are counted"
+    )
     add("--against", nargs="+", metavar="FILE", help=against)
     show = f"inspect: examples to show of each file (default: {DEFAULT_SHOWN})"
     add("--show", type=int, metavar="K", help=show)
     add("--html", metavar="PAGE", help="inspect: write the report as an HTML page as well")
-    add("--out", metavar="PATH", help="convert: the JSONL file to write; split: the folder")
+    add(
+        "--out",
+        metavar="PATH",
+        help="convert: the JSONL file to write; split: the folder (required)",
+    )
     for name, verb in (("--val", "validate"), ("--test", "test")):
         text = (
             f"split: share of the records that {verb}, a number as 0.05 (default: {DEFAULT_SHARE})"

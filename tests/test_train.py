@@ -319,7 +319,8 @@ def test_defaults_follow_method_data_and_width(tmp_path):
 
     def chosen(examples: int, **typed) -> tuple[Flags, int]:
         flags, steps_per_epoch = choose_steps(Flags(**typed), Sampler([], [examples], [examples], 0))
-        return choose_optimization(flags, config), steps_per_epoch
+        flags, _ = choose_optimization(flags, config)
+        return flags, steps_per_epoch
 
     for examples, epochs in ((100, 3.0), (600, 2.0), (1600, 1.0)):
         flags, steps_per_epoch = chosen(examples)
@@ -331,6 +332,21 @@ def test_defaults_follow_method_data_and_width(tmp_path):
     assert full.steps == 7 and full.weight_decay == 0.01 and full.lr == pytest.approx(flags.lr / 10, rel=0.05)
     with pytest.raises(UserError, match="--warmup 9"):
         chosen(100, steps=9, warmup=9)
+
+
+@pytest.mark.parametrize(
+    ("typed", "factor"),
+    [({}, 2), ({"method": "qlora"}, 2), ({"data": ("a.json",)}, 1), ({"model": "folder"}, 1), ({"shard": "full"}, 1)],
+)
+def test_the_short_bundled_task_has_a_higher_rate_and_says_so(tmp_path, typed, factor):
+    llama(tmp_path / "base")
+    config = read_config(tmp_path / "base")
+    flags, remark = choose_optimization(Flags(steps=20, **({"shard": "none"} | typed)), config)
+    usual, _ = choose_optimization(Flags(steps=20, **(typed | {"data": ("a.json",)})), config)
+    assert flags.lr == pytest.approx(factor * usual.lr, rel=0.05)
+    assert remark == (" (2 times the default, since it is short)" if factor == 2 else "")
+    given, remark = choose_optimization(Flags(steps=20, shard="none", lr=1e-4), config)
+    assert given.lr == 1e-4 and remark == ""
 
 
 def test_a_mixed_packed_run_with_replay(base, numbers, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import distributed
 from common.console import one_line, table
 from common.device import peak_memory
 from common.files import atomic_file, write_json
@@ -51,15 +50,6 @@ LEAST_STEPS = 48
 def elapsed() -> float:
     """Returns the seconds since the program was started."""
     return time.perf_counter() - STARTED
-
-
-def is_bundled_task(settings: Settings) -> bool:
-    """True for `python train.py`, also with options that keep the demonstration's task and base."""
-    is_sharded = settings.shard != "none" or distributed.world_size() > 1
-    # Options that give the run another task, another base or no end.
-    asks_for_another = settings.data or settings.model or settings.adapter or settings.profile
-    asks_for_another = asks_for_another or settings.system
-    return not (asks_for_another or is_sharded)
 
 
 def has_budget(settings: Settings) -> bool:

@@ -166,7 +166,7 @@ def print_run(settings: Settings, model: Transformer, device: torch.device) -> N
     epochs = settings.steps / settings.steps_per_epoch
     print(
         f"run       {settings.steps:,} steps of {factors} {unit} ({epochs:.2f} epochs);"
-        f" {optimizers.DESCRIPTIONS[settings.optimizer]}, rate {settings.lr:g},"
+        f" {optimizers.DESCRIPTIONS[settings.optimizer]}, rate {settings.lr:g}{settings.reasons['lr']},"
         f" {settings.schedule} after {settings.warmup} steps of warm-up,"
         f" decay {settings.weight_decay:g}, clip {settings.clip:g}, seed {settings.seed}"
     )

@@ -1,5 +1,6 @@
-"""The options of generate.py, evaluate.py and convert.py. (Those of train.py are in flags.py, those of
-data.py in dataset/inspection.py.)
+"""The options of generate.py and convert.py, and those of a model, which evaluate.py has too. (The rest
+of its options are in evals/arguments.py, those of train.py in flags.py, those of data.py in
+dataset/inspection.py.)
 
 They stand apart from what they mean, so that --help and a mistake in a flag are answered before
 torch is imported, which takes seconds.
@@ -18,18 +19,12 @@ from common.choices import (
     TEMPLATE_NAMES,
 )
 from common.errors import UserError
-from common.known_names import EVALUATE_NAMES, GENERATE_NAMES
+from common.known_names import GENERATE_NAMES
 
 # generate.py
 MAX_NEW_TOKENS = 256  # the default of --max-new-tokens
 LOOKUP_LIMIT = 1000  # --lookup must be below it
 ANSWERS_AT_ONCE = 32  # the default of --batch-size
-# evaluate.py
-BATCH_SIZE = {"loss": 8, "exact": 32}  # defaults of --batch-size
-SHOWN_MISSES = 5  # the default of --show
-# The default of --max-new-tokens: so many more than the longest reference has. Enough to see that
-# an answer goes on, and cheap.
-EXTRA_TOKENS = 8
 # convert.py
 CHECKED_RECORDS = 16  # the records of --check that are measured
 
@@ -366,157 +361,6 @@ def check_data_arguments(args: argparse.Namespace) -> None:
             f"--samples {args.samples}: at --temperature 0 all samples are the same; add"
             " --temperature 1"
         )
-
-
-# ---- evaluate.py ----
-
-
-def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line. Raises UserError naming the flag that is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py",
-        description="Measures a model on a file of examples, or two models side by side (--versus).",
-        allow_abbrev=False,
-    )
-    add_data_flags(parser.add_argument_group("what is measured"))
-    add_target_flags(parser.add_argument_group("the model"))
-    add_answer_flags(parser.add_argument_group("answers of exact"))
-    add_batch_flags(parser.add_argument_group("speed and memory"))
-    args = cli.parse_args(parser, argv, EVALUATE_NAMES)
-    check_evaluation_arguments(args)
-    # Only now, since the check has to know whether it was typed.
-    if args.show is None:
-        args.show = SHOWN_MISSES
-    return args
-
-
-def add_data_flags(group: argparse._ArgumentGroup) -> None:
-    """Adds the flags that say what is measured, and on what."""
-    add = group.add_argument
-    add(
-        "what",
-        choices=["loss", "exact"],
-        help="loss: how probable the model finds the reference answers, every one of a conversation, as"
-        " the mean of -log p for each token (in nats, lower is better) and as perplexity, its"
-        " exponential. exact: the"
-        " model writes the answers itself, always taking the most probable token, and an answer is"
-        " right if it equals the reference, apart from spaces and line ends around it; this takes"
-        " longer, and is for tasks with one right answer",
-    )
-    add(
-        "--data",
-        metavar="FILE",
-        required=True,
-        help="file of examples that the model was not trained on, in any format that train.py"
-        " reads, on this disk or by name (hf:org/name[:subset][:split], s3://bucket/key,"
-        " gs://bucket/key, https://host/file); of a folder with parts, the part for tests; required."
-        " exact takes conversations, and the last"
-        " message of the assistant is the reference",
-    )
-    add(
-        "--map",
-        metavar="FILE.py:NAME",
-        help="a Python function of yours that changes every record before it is read: from a"
-        " record to a record of a known format, to a list of them, or to None to leave the record"
-        " out; default: none. Give the one that you gave to train.py",
-    )
-    add(
-        "--limit",
-        type=int,
-        metavar="N",
-        help="use N examples only, drawn at random by --seed, for a quick look: records, or pieces of"
-        " plain text; the same ones for the same seed; default: all of them",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="which examples --limit draws; default: %(default)s",
-    )
-    add(
-        "--skip-bad",
-        action="store_true",
-        help="leave out records that can't be read, counted by what is wrong with them; default: the"
-        " first 20 of them are named, and nothing is measured",
-    )
-    add(
-        "--system",
-        metavar="TEXT",
-        help="system message that is put before every conversation that has none; '': none; default:"
-        " the one that the model or adapter was trained with here (train.py --system)",
-    )
-    add(
-        "--seq-len",
-        type=int,
-        metavar="N",
-        help="loss: longest example, in tokens; a longer one is cut after the last answer that"
-        " fits, or left out if none does, and the numbers are printed; default: the most that the model"
-        " takes. Lower it if memory runs"
-        " out, or give the value that train.py had",
-    )
-
-
-def add_target_flags(group: argparse._ArgumentGroup) -> None:
-    """Adds the flags of the model, and of a second one to compare it with."""
-    # It only adds arguments, which a group can do as well as a parser.
-    add_model_flags(group)  # type: ignore[arg-type]
-    group.add_argument(
-        "--versus",
-        metavar="X",
-        help="a second model to compare with. base: the model as it was before the training that made"
-        " --adapter or --model; else another model, named as in --model, or an adapter folder. It is"
-        " measured first, and the last row of the table is the change from it to your model; default:"
-        " no comparison",
-    )
-
-
-def add_answer_flags(group: argparse._ArgumentGroup) -> None:
-    """Adds the flags of the answers that `exact` generates and prints."""
-    group.add_argument(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help="exact: longest answer, in tokens; default: the tokens of the longest reference, and"
-        f" {EXTRA_TOKENS} more. Change it to allow longer answers, or to save time",
-    )
-    group.add_argument(
-        "--show",
-        type=int,
-        metavar="K",
-        help="exact: how many wrong answers of each model are printed, with question and"
-        f" reference; 0: none; default: {SHOWN_MISSES}",
-    )
-
-
-def add_batch_flags(group: argparse._ArgumentGroup) -> None:
-    """Adds the flag that trades memory for speed."""
-    group.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help="examples that are computed at a time; the results are the same up to rounding;"
-        f" default: {BATCH_SIZE['loss']} for loss, {BATCH_SIZE['exact']} for exact. Lower it if"
-        " memory runs out; a higher one may be faster on a GPU",
-    )
-
-
-def check_evaluation_arguments(args: argparse.Namespace) -> None:
-    """Raises UserError for a number out of its range, and for a flag that the chosen measurement
-    does not use."""
-    minimum = {"seed": 0, "limit": 1, "batch_size": 1, "seq_len": 2, "max_new_tokens": 1, "show": 0}
-    belongs_to = {"max_new_tokens": "exact", "show": "exact", "seq_len": "loss"}
-    for option, least in minimum.items():
-        value = getattr(args, option)
-        if value is None:
-            continue
-        flag = "--" + option.replace("_", "-")
-        if value < least:
-            raise UserError(f"{flag} {value}: must be {least} or more")
-        # An option of both measurements is in no way wrong.
-        owner = belongs_to.get(option, args.what)
-        if owner != args.what:
-            raise UserError(f"{flag}: is for `{owner}`; `{args.what}` does not use it")
 
 
 # ---- convert.py ----

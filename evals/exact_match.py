@@ -1,29 +1,39 @@
-"""Exact match: the model answers, and an answer is right if it equals the reference, apart from
-space at the ends.
+"""Exact match: an answer is right if it equals a reference, apart from space at the ends.
 
-The last assistant message of a record is the reference, and the messages before it are the
-question. The model answers greedily: it always takes the most probable token, so the same model
-gives the same answers. A model with a low loss can still fail here, because for the loss each token
-was predicted from a right beginning. The result depends on the model and the file alone: another
-batch size changes it by rounding only.
+A model with a low loss can still fail here, because for the loss each token was predicted from a
+right beginning.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.errors import UserError
-from common.progress import progress
-from common.script_flags import EXTRA_TOKENS
 from dataset.records import Record
-from evals.batch_answers import generate_batches, prompt_batches, prompt_ids
+from evals.answers import Answers, answer_records
+from evals.scores import Scores
 from model import Transformer
 from tokenizer import Tokenizer
 
 
+def exact_scores(answers: Answers) -> Scores:
+    """Scores answers by exact match: 1 for each that equals one of its references, else 0."""
+    hits = []
+    for text, references in zip(answers.texts, answers.references, strict=True):
+        hits.append(text.strip() in {reference.strip() for reference in references})
+    right = sum(hits)
+    columns = {
+        "right": float(right),
+        "of": float(len(hits)),
+        "exact %": 100 * right / len(hits),
+        "prompt tokens": answers.prompt_tokens,
+    }
+    formats = {"right": ",.0f", "of": ",.0f", "exact %": ".1f", "prompt tokens": ".1f"}
+    return Scores({"exact": [float(hit) for hit in hits]}, columns, formats)
+
+
 @dataclass
 class ExactResult:
-    """The answers to some records, in the order of the records. prompt_tokens: mean length of a
-    prompt, in tokens."""
+    """The answers to some records, in the order of the records, each beside its one reference.
+    prompt_tokens: mean length of a prompt, in tokens."""
 
     records: list[Record]
     references: list[str]
@@ -60,78 +70,7 @@ def exact(
     batch_size: int = 32,
     shots: Sequence[Record] = (),
 ) -> ExactResult:
-    """Generates a greedy answer to each record's messages before its last assistant message, which
-    is the reference.
-
-    max_new_tokens: longest answer, in tokens; default: the longest reference and EXTRA_TOKENS more.
-    batch_size: prompts that are answered at a time.
-    shots: records whose messages stand before each question (few-shot prompting, Brown et al.
-    2020).
-
-    Raises UserError naming the record that has no reference, that the template refuses, or that is
-    too long.
-    """
-    questions, references = [], []
-    for record in records:
-        messages, reference = split_reference(record, shots)
-        questions.append(messages)
-        references.append(reference)
-    prompts = []
-    for record, messages in zip(records, questions, strict=True):
-        prompts.append(prompt_ids(model, tokenizer, record, messages))
-    if max_new_tokens is None:
-        lengths = []
-        for reference in references:
-            lengths.append(len(tokenizer.encode(reference, bos=False, eos=False)))
-        max_new_tokens = EXTRA_TOKENS + max(lengths)
-
-    answers = [""] * len(prompts)
-    batches = prompt_batches([len(prompt) for prompt in prompts], batch_size)
-    bar = progress("answering", len(prompts), "prompt")
-    with bar:
-        for batch, generated in generate_batches(
-            model, prompts, batches, max_new_tokens, stop=tokenizer.stop_ids
-        ):
-            for i, ids in zip(batch, generated, strict=True):
-                # An answer that was cut at max_new_tokens has no end token.
-                if ids[-1] in tokenizer.stop_ids:
-                    ids = ids[:-1]
-                answers[i] = tokenizer.decode(ids, skip_special=True)
-            bar.update(len(batch))
-    prompt_tokens = sum(len(prompt) for prompt in prompts) / len(prompts)
-    return ExactResult(list(records), references, answers, prompt_tokens)
-
-
-def split_reference(record: Record, shots: Sequence[Record] = ()) -> tuple[list[dict], str]:
-    """Splits a record into the messages that ask and the reference answer, and puts the shots
-    between.
-
-    Returns (messages, reference). messages: the record's system message, the messages of the shots
-    without theirs, and the record's other messages before its last assistant message. reference:
-    the text of that last assistant message.
-    Raises UserError where a record is plain text, where nothing is asked, or where the answer is a
-    tool call.
-    """
-    for each in (record, *shots):
-        if each.messages is None:
-            problem = "plain text has no reference answer to compare with"
-            raise UserError(f"{each.where}: {problem}; use `evaluate.py loss`")
-    last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
-    before = record.messages[:last]
-    if not any(message["role"] == "user" for message in before):
-        problem = "no user message before its last assistant message, so there is no question"
-        raise UserError(f"{record.where}: {problem}")
-    answer = record.messages[last]
-    if answer.get("tool_calls"):
-        problem = "its last answer is a tool call; exact match compares words only"
-        raise UserError(f"{record.where}: {problem}")
-
-    # The shots come after the system message, as if they were the conversation so far.
-    num_system = 0
-    while num_system < len(before) and before[num_system]["role"] == "system":
-        num_system += 1
-    messages = before[:num_system]
-    for shot in shots:
-        messages += [message for message in shot.messages if message["role"] != "system"]
-    messages += before[num_system:]
-    return messages, answer["content"]
+    """Returns the answers of `answer_records`, which explains the arguments, for exact match."""
+    answers = answer_records(model, tokenizer, records, max_new_tokens, batch_size, shots)
+    references = [accepted[0] for accepted in answers.references]
+    return ExactResult(answers.records, references, answers.texts, answers.prompt_tokens)

@@ -132,8 +132,8 @@ def test_of_plain_text_pieces_are_drawn(tmp_path, base, monkeypatch, capsys):
 def test_evaluate_draws_the_same_records_for_loss_and_answers(tmp_path, base, monkeypatch, capsys):
     file = written(tmp_path / "a.jsonl", questions(0, 40))
     asked, measured = [], []
-    monkeypatch.setattr(evaluate, "exact", lambda m, t, records, *rest: asked.append(records) or 1 / 0)
-    monkeypatch.setattr(evaluate, "loss", lambda m, dataset, size: measured.append(dataset) or 1 / 0)
+    monkeypatch.setattr(evaluate, "answer_records", lambda m, t, records, *rest: asked.append(records) or 1 / 0)
+    monkeypatch.setattr("evals.loss.loss", lambda m, dataset, size: measured.append(dataset) or 1 / 0)
     words = ["--data", file, "--model", base, "--limit", 5, *QUICK]
     for what, seed in (("loss", 0), ("exact", 0), ("exact", 1)):
         with pytest.raises(ZeroDivisionError):

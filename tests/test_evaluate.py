@@ -20,6 +20,7 @@ from checkpoint import fingerprint, load_model
 from common.errors import UserError
 from dataset.formats import open_source
 from dataset.records import Record
+from evals import targets
 from evals.exact_match import exact
 from evals.loss import loss
 from interop import resolve
@@ -191,7 +192,7 @@ def test_side_by_side_equals_two_runs_and_loads_a_shared_base_once(base, adapter
     words = [what, "--data", file, "--model", base, "--dtype", "fp32", "--limit", 4]
     words += ["--max-new-tokens", 6] if what == "exact" else []
     loads = []
-    monkeypatch.setattr(evaluate, "load_model", lambda *a: loads.append(a) or load_model(*a))
+    monkeypatch.setattr(targets, "load_model", lambda *a: loads.append(a) or load_model(*a))
     row = lambda out, name: next(line for line in reversed(out.splitlines()) if line.startswith(name)).split()[1:]
     alone, _, _ = command(evaluate, monkeypatch, capsys, *words)
     tuned, _, _ = command(evaluate, monkeypatch, capsys, *words, "--adapter", adapter)

@@ -14,7 +14,8 @@ from common import choices, known_names
 from common.cli import parse_args
 from common.device import DTYPES, STORAGE_DTYPES
 from common.errors import UserError
-from common.script_flags import conversion_arguments, evaluation_arguments, generation_arguments
+from common.script_flags import conversion_arguments, generation_arguments
+from evals.arguments import evaluation_arguments
 from flags import OPTIONS, dashed, make_parser, parse_flags
 from interop import gguf_export
 from kernels import flash_versions

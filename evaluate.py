@@ -20,15 +20,18 @@ if __name__ == "__main__":
 
 import argparse
 
+import numpy as np
+
 import data
 from checkpoint import read_config
 from common import console
 from dataset.folders import TEST
 from dataset.formats import open_source
 from evals.answers import Answers, answer_records, split_reference
+from evals.loss import ExampleLosses, examples_by_key, trained_bytes
 from evals.scores import Scores
 from evals.table import COMMANDS, EVALUATIONS, GENERATE, LOSS, imported
-from evals.targets import Opened, digest_of_ids, encode_file, records_with_references
+from evals.targets import Opened, digest_of_ids, encode_files, records_with_references
 
 
 def main() -> None:
@@ -46,24 +49,34 @@ def measure_loss(args: argparse.Namespace) -> None:
     """Prints how probable each target finds the references of --data."""
     opened = Opened(args)
     opened.print_computation()
+    (name,) = args.what
+    measure = EVALUATIONS[name].load()
+    losses: dict[str, ExampleLosses] = {}
     rows: dict[str, dict[str, float]] = {}
+    groups: dict[str, np.ndarray] = {}
     digests = set()
     for target in opened.targets:
         tokenizer = opened.tokenizer_of(target)
         # A fault in the file is reported before the model is loaded, which may take long.
         config = read_config(target.folder)
-        dataset = encode_file(args, opened.file, tokenizer, config.max_positions, opened.map_fn)
-        data.check_tokens(dataset, config.vocab_size, str(opened.file))
+        dataset = encode_files(args, opened.files, tokenizer, config.max_positions, opened.map_fn)
+        data.check_tokens(dataset, config.vocab_size, ", ".join(map(str, opened.files)))
         digests.add(digest_of_ids(dataset))
+        if args.by is not None:
+            groups = examples_by_key(dataset, opened.files, args.by)
         model = opened.load(target, tokenizer)
-        (name,) = args.what
-        rows[target.name] = EVALUATIONS[name].load()(model, dataset, opened.batch_size)
+        measured = measure(model, dataset, opened.batch_size)
+        bits_per_byte = measured.bits_per_byte(trained_bytes(dataset, tokenizer))
+        losses[target.name] = measured
+        rows[target.name] = measured.columns() | {"bits/byte": bits_per_byte}
     if len(digests) > 1:
         print(
             "WARNING: the two models read the file as different tokens, so their losses per token"
             " don't compare"
         )
-    print_table(rows, {"loss": ".4f", "perplexity": ".3f", "tokens": ",.0f"})
+    print_table(rows, {"loss": ".4f", "perplexity": ".3f", "bits/byte": ".4f", "tokens": ",.0f"})
+    if groups:
+        print_groups(args.by, losses, groups)
 
 
 def measure_answers(args: argparse.Namespace) -> None:
@@ -127,6 +140,24 @@ def print_table(results: dict[str, dict[str, float]], columns: dict[str, str]) -
         for column, spec in columns.items():
             changes.append(format(second[column] - first[column], "+" + spec))
         rows.append(changes)
+    print("\n" + console.table(rows))
+
+
+def print_groups(key: str, losses: dict[str, ExampleLosses], groups: dict[str, np.ndarray]) -> None:
+    """Prints the loss of each target on each group of examples, the largest group first.
+
+    groups: {value of the key: the numbers of its examples}.
+    """
+    rows = [[key, "examples", "tokens", *(f"loss, {name}" for name in losses)]]
+    if len(losses) == 2:
+        rows[0].append("change")
+    for value, chosen in groups.items():
+        columns = [each.columns(chosen) for each in losses.values()]
+        row = [console.one_line(value), f"{len(chosen):,}", f"{columns[-1]['tokens']:,.0f}"]
+        row += [f"{each['loss']:.4f}" for each in columns]
+        if len(losses) == 2:
+            row.append(f"{columns[1]['loss'] - columns[0]['loss']:+.4f}")
+        rows.append(row)
     print("\n" + console.table(rows))
 
 

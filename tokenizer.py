@@ -232,6 +232,10 @@ class Tokenizer:
         """
         return "".join(self.stream(ids, skip_special))
 
+    def num_bytes(self, ids: Iterable[int]) -> int:
+        """Returns the bytes that ids stand for in UTF-8. Control tokens stand for none."""
+        return sum(len(self._bytes.get(id, b"")) for id in ids if id not in self._special_ids)
+
     def stream(
         self, ids: Iterable[int], skip_special: bool = False, first: bool = True
     ) -> Iterator[str]:

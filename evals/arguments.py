@@ -48,6 +48,7 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     # Only now, since the check has to know whether it was typed.
     if args.show is None:
         args.show = SHOWN_MISSES
+    args.data = args.files[0]
     return args
 
 
@@ -64,12 +65,20 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--data",
+        dest="files",
+        nargs="+",
         metavar="FILE",
         required=True,
-        help="file of examples that the model was not trained on, in any format that train.py"
+        help="file of examples that the model was not trained on (loss: several, too), in any format that train.py"
         " reads, on this disk or by name (hf:org/name[:subset][:split], s3://bucket/key,"
         " gs://bucket/key, https://host/file); of a folder with parts, the part for tests; required."
         " Answers are compared with the last message of the assistant, the reference",
+    )
+    add(
+        "--by",
+        metavar="KEY",
+        help="loss: show it for each value of a key or column of the records as well, such as category"
+        " or meta.source; file: for each file of --data; default: of all together",
     )
     add(
         "--map",
@@ -163,14 +172,17 @@ def check_evaluation_arguments(args: argparse.Namespace) -> None:
     """Raises UserError for a number out of its range, and for a flag that the chosen measurement
     does not use."""
     minimum = {"seed": 0, "limit": 1, "batch_size": 1, "seq_len": 2, "max_new_tokens": 1, "show": 0}
-    belongs_to = {"max_new_tokens": GENERATE, "show": GENERATE, "seq_len": LOSS}
+    belongs_to = {"max_new_tokens": GENERATE, "show": GENERATE, "seq_len": LOSS, "by": LOSS}
     kind = kind_of(args.what)
-    for option, least in minimum.items():
+    if len(args.files) > 1 and kind != LOSS:
+        raise UserError(f"--data {' '.join(args.files)}: `{args.what[0]}` takes one file or folder")
+    for option in {**minimum, **belongs_to}:
         value = getattr(args, option)
         if value is None:
             continue
         flag = "--" + option.replace("_", "-")
-        if value < least:
+        least = minimum.get(option)
+        if least is not None and value < least:
             raise UserError(f"{flag} {value}: must be {least} or more")
         # An option of all measurements is in no way wrong.
         owner = belongs_to.get(option, kind)

@@ -1,40 +1,175 @@
 """The loss of a model on a dataset: how probable it finds the right answers.
 
 The loss is the mean of -log p over the trained tokens, in nats, and the perplexity is its
-exponential. Each token is predicted from the right tokens before it, so nothing is generated. The
-result depends on the model and the file alone: another batch size changes it by rounding only.
+exponential. Both depend on how a tokenizer cuts a text; bits per byte do not: the nats of all trained
+tokens, divided by log 2 and by the bytes that these tokens stand for. A token that ends an answer is
+counted with its nats and stands for no byte. Each token is predicted from the right tokens before
+it, so nothing is generated. The result depends on the model and the file alone: another batch size
+changes it by rounding only.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
 
 import data
 import objectives
-from common.progress import Progress, progress
-from dataset.examples import Dataset
+from common.errors import UserError
+from common.progress import progress
+from dataset.examples import Dataset, Example, ExampleIndex
+from dataset.folders import TEST, Fetched
+from dataset.formats import open_source
+from dataset.messages import quote_names
 from model import Transformer, eval_mode
+from tokenizer import Tokenizer
 
 # The exponential of 710 is beyond a float.
 LARGEST_EXPONENT = 700
+# The group of records that lack the key.
+NO_GROUP = "(without it)"
+
+
+@dataclass
+class ExampleLosses:
+    """What a model says of each of N examples.
+
+    nats: float64 [N], the sum of -log p over the trained tokens of each.
+    weighted_nats: the same, of each token's nats times its loss weight; weights: the sum of these
+        weights. The loss is the quotient of both, over all examples.
+    tokens: int64 [N], trained tokens.
+    """
+
+    nats: np.ndarray
+    weighted_nats: np.ndarray
+    weights: np.ndarray
+    tokens: np.ndarray
+
+    def columns(self, chosen: np.ndarray | slice = slice(None)) -> dict[str, float]:
+        """Returns "loss" (nats per trained token), "perplexity" (its exponential, infinite where a
+        float can't hold it) and "tokens" (the number of trained tokens) of some examples."""
+        mean = float(self.weighted_nats[chosen].sum() / self.weights[chosen].sum())
+        perplexity = math.exp(mean) if mean < LARGEST_EXPONENT else math.inf
+        return {"loss": mean, "perplexity": perplexity, "tokens": int(self.tokens[chosen].sum())}
+
+    def bits_per_byte(
+        self, num_bytes: np.ndarray, chosen: np.ndarray | slice = slice(None)
+    ) -> float:
+        """Returns the bits per byte of some examples; nan where they have no byte.
+
+        num_bytes: of each example, the bytes that its trained tokens stand for.
+        """
+        total = int(num_bytes[chosen].sum())
+        return float(self.nats[chosen].sum()) / math.log(2) / total if total else math.nan
 
 
 def loss(model: Transformer, dataset: Dataset, batch_size: int = 8) -> dict[str, float]:
-    """Computes the loss of a model on a dataset. Dropout is off while it runs.
+    """Returns the columns of all examples of a dataset. batch_size: as in `example_losses`."""
+    return example_losses(model, dataset, batch_size).columns()
+
+
+def example_losses(model: Transformer, dataset: Dataset, batch_size: int = 8) -> ExampleLosses:
+    """Computes the loss of a model on each example of a dataset. Dropout is off while it runs.
 
     batch_size: examples that are computed at a time.
-    Returns "loss" (nats per trained token), "perplexity" (its exponential, infinite where a float
-    can't hold it) and "tokens" (the number of trained tokens).
     """
-    batches = data.batches_by_length(dataset, batch_size, model.device)
+    nats = np.zeros(len(dataset))
+    weighted_nats = np.zeros(len(dataset))
+    weights = np.zeros(len(dataset))
+    tokens = np.zeros(len(dataset), np.int64)
+    most = data.max_tokens_per_micro_batch(model.device)
+    groups = data.split_micro_batches(dataset.lengths.tolist(), batch_size, most)
     bar = progress("reading", dataset.tokens, "token")
-    with bar, eval_mode(model):
-        value = objectives.mean_loss(model, counted(batches, bar))
-    perplexity = math.exp(value) if value < LARGEST_EXPONENT else math.inf
-    return {"loss": value, "perplexity": perplexity, "tokens": dataset.trained_tokens}
+    with bar, eval_mode(model), torch.no_grad():
+        for group in groups:
+            examples = [dataset.examples[i] for i in group]
+            batch = data.collate(examples, model.device)
+            _, token_nats = objectives.token_losses(model, batch)
+            batch_nats = token_nats.double().cpu().numpy()  # [K]
+            end = 0
+            for i, example in zip(group, examples, strict=True):
+                places = trained_places(example)
+                start, end = end, end + len(places)
+                own = np.asarray(example.loss_weights, np.float64)[places]
+                nats[i] = batch_nats[start:end].sum()
+                weighted_nats[i] = batch_nats[start:end] @ own
+                weights[i] = own.sum()
+                tokens[i] = len(places)
+            bar.update(batch.num_tokens)
+    return ExampleLosses(nats, weighted_nats, weights, tokens)
 
 
-def counted(batches: Iterable[data.Batch], bar: Progress) -> Iterator[data.Batch]:
-    """Yields the batches, and moves the bar by the tokens of each that is done."""
-    for batch in batches:
-        yield batch
-        bar.update(batch.num_tokens)
+def trained_places(example: Example) -> np.ndarray:
+    """Returns the places of the trained tokens, int64 [K]. The first token is none of them, since no
+    token before it predicts it."""
+    places = np.flatnonzero(example.loss_weights)
+    return places[places > 0]
+
+
+def trained_bytes(dataset: Dataset, tokenizer: Tokenizer) -> np.ndarray:
+    """Returns the bytes that the trained tokens of each example stand for, int64 [N]."""
+    numbers = []
+    for example in dataset.examples:
+        trained = np.asarray(example.ids)[trained_places(example)]
+        numbers.append(tokenizer.num_bytes(trained.tolist()))
+    return np.array(numbers, np.int64)
+
+
+# ---- groups of examples ----
+
+
+def examples_by_key(
+    dataset: Dataset, files: Sequence[str | Path | Fetched], key: str
+) -> dict[str, np.ndarray]:
+    """Returns {value of a key: the numbers of the examples whose record has it}, the largest group
+    first. The files are read once more for it.
+
+    files: that the dataset was read from.
+    key: of the objects in them, or the name of a column; "a.b" is key b of the object that key a
+        holds; "file" is the file itself.
+    Raises UserError where no record has the key.
+    """
+    # {(source, file of the source, number of the record in the file): value}
+    values: dict[tuple[int, int, int], Hashable] = {}
+    keys: set[str] = set()
+    for i, file in enumerate(files):
+        source = open_source(file, part=TEST)
+        for container, number, payload in source.payloads():
+            # What can't be read was refused or left out when the examples were made.
+            if isinstance(payload, UserError):
+                continue
+            opened = source.containers[container]
+            if key == "file":
+                values[i, container, number] = Path(str(opened.path)).name
+                continue
+            record = opened.value(number, payload)
+            if isinstance(record, dict):
+                keys.update(map(str, record))
+                values[i, container, number] = value_at(record, key)
+    if all(value is None for value in values.values()):
+        raise UserError(f"--by {key}: no record has it; they have {quote_names(sorted(keys))}")
+    # Examples that are read from a file know the number of their record.
+    assert isinstance(dataset.examples, ExampleIndex)
+    index = dataset.examples
+    found: dict[str, list[int]] = {}
+    for example in range(len(dataset)):
+        i = int(index.source[example])
+        container, number = index.rows[i].records[index.row[example]][:2]
+        value = values.get((i, int(container), int(number)))
+        found.setdefault(NO_GROUP if value is None else str(value), []).append(example)
+    by_size = sorted(found.items(), key=lambda item: -len(item[1]))
+    return {name: np.array(numbers) for name, numbers in by_size}
+
+
+def value_at(record: dict, key: str) -> Hashable:
+    """Returns the text or number at a key, or at "a.b"; None where there is none."""
+    value: object = record
+    if key in record:
+        value = record[key]
+    else:
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+    return value if isinstance(value, str | int | float | bool) else None

@@ -19,8 +19,8 @@ class Evaluation(NamedTuple):
 
     kind: the loop of evaluate.py that measures it.
     function: "module:name" of the function that the loop calls. For LOSS: of a model, a dataset and
-        a batch size; returns the row of the table. For GENERATE: of the answers (evals/answers.py);
-        returns Scores.
+        a batch size; returns ExampleLosses. For GENERATE: of the answers (evals/answers.py); returns
+        Scores.
     help: what --help says of it.
     """
 
@@ -56,9 +56,10 @@ def imported(path: str) -> Callable:
 EVALUATIONS = {
     "loss": Evaluation(
         LOSS,
-        "evals.loss:loss",
+        "evals.loss:example_losses",
         "how probable the model finds the reference answers, every one of a conversation, as the mean"
-        " of -log p for each token (in nats, lower is better) and as perplexity, its exponential",
+        " of -log p for each token (in nats, lower is better), as perplexity, its exponential, and in"
+        " bits for each byte of the text, which compares models whose tokens differ",
     ),
     "exact": Evaluation(
         GENERATE,

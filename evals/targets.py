@@ -5,6 +5,7 @@
 
 import argparse
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class Opened:
     """What a command line names, opened: the file, and the models, which are loaded one at a time.
 
     targets: what is measured, in order.
-    file: what --data names, fetched.
+    files: what --data names, fetched; file: the first of them.
     map_fn: the user's function that every record goes through, if there is one.
     day, system: date and system message of the prompts, the same for all targets, so that they
         answer the same questions.
@@ -55,7 +56,8 @@ class Opened:
         self.device = pick_device(args.device)
         self.dtype, self.reason = pick_dtype(args.dtype, self.device)
         self.map_fn = Map(args.map) if args.map else None
-        self.file = fetch_data(args.data, TEST)
+        self.files = [fetch_data(file, TEST) for file in args.files]
+        self.file = self.files[0]
         self.targets = pick_targets(args)
         last = self.targets[-1]
         trained = last.adapter or last.folder
@@ -171,16 +173,16 @@ def sample_of_file(prompts: np.ndarray, starts: np.ndarray, limit: int, seed: in
     return draw_examples(prompts, starts, order, one_source, limit, seed)
 
 
-def encode_file(
+def encode_files(
     args: argparse.Namespace,
-    file: str | Path | Fetched,
+    files: Sequence[str | Path | Fetched],
     tokenizer: Tokenizer,
     max_positions: int,
     map_fn: Map | None,
 ) -> Dataset:
-    """Reads the file of --data as examples of at most --seq-len tokens, of which --limit are drawn.
+    """Reads the files of --data as examples of at most --seq-len tokens, of which --limit are drawn.
 
-    file: what --data names, fetched.
+    files: what --data names, fetched.
     max_positions: the longest text that the model takes, in tokens; also the default of --seq-len.
     map_fn: the user's function that every record goes through first.
 
@@ -190,7 +192,7 @@ def encode_file(
     if seq_len is not None and seq_len > max_positions:
         raise UserError(f"--seq-len {seq_len}: the model takes at most {max_positions} tokens")
     dataset = data.load(
-        [file],
+        files,
         tokenizer,
         seq_len or max_positions,
         print_fn=print,
@@ -203,8 +205,11 @@ def encode_file(
     # Examples that are read from a file know the number of their record.
     assert isinstance(dataset.examples, ExampleIndex)
     index = dataset.examples
-    (rows,) = index.rows
-    chosen = sample_of_file(rows.prompts[index.row], index.start, args.limit, args.seed)
+    prompts = np.zeros(len(dataset), np.uint64)
+    for i, rows in enumerate(index.rows):
+        own = index.source == i
+        prompts[own] = rows.prompts[index.row[own]]
+    chosen = sample_of_file(prompts, index.start, args.limit, args.seed)
     return dataset.take(chosen)
 
 

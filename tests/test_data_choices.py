@@ -133,7 +133,7 @@ def test_evaluate_draws_the_same_records_for_loss_and_answers(tmp_path, base, mo
     file = written(tmp_path / "a.jsonl", questions(0, 40))
     asked, measured = [], []
     monkeypatch.setattr(evaluate, "answer_records", lambda m, t, records, *rest: asked.append(records) or 1 / 0)
-    monkeypatch.setattr("evals.loss.loss", lambda m, dataset, size: measured.append(dataset) or 1 / 0)
+    monkeypatch.setattr("evals.loss.example_losses", lambda m, dataset, size: measured.append(dataset) or 1 / 0)
     words = ["--data", file, "--model", base, "--limit", 5, *QUICK]
     for what, seed in (("loss", 0), ("exact", 0), ("exact", 1)):
         with pytest.raises(ZeroDivisionError):

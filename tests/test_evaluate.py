@@ -1,6 +1,7 @@
 """evaluate.py, generate.py and what both load: the numbers against transformers, the words on bad input."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from dataset.formats import open_source
 from dataset.records import Record
 from evals import targets
 from evals.exact_match import exact
-from evals.loss import loss
+from evals.loss import example_losses, loss, trained_bytes
 from interop import resolve
 from lora import add_lora, lora_layers, save_adapter
 from tokenizer import load_tokenizer
@@ -101,6 +102,67 @@ def test_loss_does_not_depend_on_the_batch_size_and_repeats_with_dropout_configu
     assert model.training  # training goes on as it was
     for size in (1, 3):
         assert loss(model, dataset, size)["loss"] == pytest.approx(once["loss"], rel=1e-5)
+
+
+def test_bits_per_byte_are_the_nats_of_transformers_over_the_bytes_of_the_answers(base, tmp_path):
+    answers = ["red 河 fox", "été", "a", "naïve 🦊 " * 3]
+    path = tmp_path / "a.jsonl"
+    turns = [[{"role": "user", "content": "say"}, {"role": "assistant", "content": text}] for text in answers]
+    path.write_text("\n".join(json.dumps({"messages": each}) for each in turns))
+    tokenizer = load_tokenizer(base)
+    dataset = data.load([path], tokenizer, 512)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(base)
+    nats = 0.0
+    for example in dataset.examples:
+        ids, trained = (torch.tensor([[*each]]) for each in (example.ids.tolist(), example.loss_weights > 0))
+        with torch.no_grad():
+            mean = theirs(input_ids=ids, labels=ids.masked_fill(~trained, -100)).loss
+        nats += float(mean) * int(trained.sum())
+    num_bytes = trained_bytes(dataset, tokenizer)
+    # The template writes a line end after the end of the last answer, which is not trained.
+    assert sorted(num_bytes) == sorted(len(text.encode()) for text in answers)
+    measured = example_losses(load_model(base), dataset)
+    expected = nats / math.log(2) / sum(len(text.encode()) for text in answers)
+    assert measured.bits_per_byte(num_bytes) == pytest.approx(expected, rel=1e-5)
+    assert math.isnan(measured.bits_per_byte(0 * num_bytes))
+
+
+def test_the_loss_by_a_key_is_that_of_each_part_alone(base, tmp_path, monkeypatch, capsys):
+    kinds = ["short", "long", None]
+    parts: dict[str, list[dict]] = {"short": [], "long": [], "(without it)": []}
+    records = []
+    for number, record in enumerate(RECORDS):
+        kind = kinds[number % 3]
+        extra = {} if kind is None else {"meta": {"kind": kind}}
+        records.append(record | extra)
+        parts[kind or "(without it)"].append(record)
+    whole = tmp_path / "whole.jsonl"
+    whole.write_text("\n".join(json.dumps(record) for record in records))
+    words = ["loss", "--model", base, "--dtype", "fp32"]
+    out, _, code = command(evaluate, monkeypatch, capsys, *words, "--data", whole, "--by", "meta.kind")
+    assert code == 0
+    rows = {line.split("  ")[0]: line.split()[-3:] for line in out.split("\n\n")[-1].splitlines()[2:]}
+    assert {*rows} == {*parts}
+    for name, own in parts.items():
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("\n".join(json.dumps(record) for record in own))
+        alone, _, _ = command(evaluate, monkeypatch, capsys, *words, "--data", file)
+        loss_alone, _, _, tokens = alone.splitlines()[-1].split()[1:]
+        assert rows[name] == [str(len(own)), tokens, loss_alone]
+
+
+def test_the_loss_of_several_files_and_of_each(base, file, tmp_path, monkeypatch, capsys):
+    second = tmp_path / "second.jsonl"
+    second.write_text(json.dumps(RECORDS[0]))
+    words = ["loss", "--model", base, "--dtype", "fp32"]
+    both, _, code = command(evaluate, monkeypatch, capsys, *words, "--data", file, second, "--by", "file")
+    assert code == 0
+    lines = both.split("\n\n")[-1].splitlines()[2:]
+    for line, path in zip(lines, (file, second), strict=True):
+        alone, _, _ = command(evaluate, monkeypatch, capsys, *words, "--data", path)
+        assert line.split()[0] == path.name and line.split()[-1] == alone.splitlines()[-1].split()[1]
+    drawn, _, code = command(evaluate, monkeypatch, capsys, *words, "--data", file, second, "--limit", 3)
+    assert code == 0 and "--limit: 3 of 12, drawn by --seed 0" in drawn
 
 
 # ---- exact ----
@@ -288,6 +350,10 @@ def test_a_model_trained_here_is_compared_with_the_base_it_names(base, file, tmp
         (evaluate, ["loss", "--data", "a.txt", "--limit", "0"], "--limit 0: must be 1 or more"),
         (evaluate, ["loss", "--data", "a.txt", "--show", "3"], "--show: is for `exact`; `loss` does not use it"),
         (evaluate, ["loss", "--data", "a.txt", "--versus", "base"], "--versus base: needs --adapter"),
+        (evaluate, ["loss", "--data", "b.jsonl", "--by", "topic"], "--by topic: no record has it; they have 'completion', 'p"),
+        (evaluate, ["exact", "--data", "b.jsonl", "--by", "topic"], "--by: is for `loss`; `exact` does not use it"),
+        (evaluate, ["exact", "--data", "b.jsonl", "a.txt"], "--data b.jsonl a.txt: `exact` takes one file or folder"),
+        (evaluate, ["loss", "exact", "--data", "b.jsonl"], "loss exact: only evaluations of the model's answers"),
         (generate, ["--prompt", "a", "--temperature", "-1"], "--temperature -1.0: must be 0 or more"),
         (generate, ["--prompt", "a", "--temperature", "nan"], "--temperature nan: must be 0 or more"),
         (generate, ["--prompt", "a", "--top-p", "0"], "--top-p 0.0: must be above 0 and at most 1"),
@@ -309,6 +375,7 @@ def test_a_mistake_ends_in_one_line(script, words, said, tmp_path, base, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(resolve, "model_folder", lambda m, real=resolve.model_folder: base if m is None else real(m))
     Path("a.txt").write_text("red fox")
+    Path("b.jsonl").write_text(json.dumps({"prompt": "red", "completion": "fox"}))
     _, err, code = command(script, monkeypatch, capsys, *words)
     assert code == 2 and err.startswith("error: ") and said in err and err.count("\n") == 1
 

@@ -10,13 +10,13 @@ how probable the model finds the references; `measure_answers` lets the model an
 
 from common.errors import run
 from common.threads import choose_wait_policy
-from evals.arguments import arguments, kind_of
+from evals.arguments import command_line, kind_of
 
 if __name__ == "__main__":
     # This is read when torch is loaded.
     choose_wait_policy()
     # --help and a mistake in a flag are answered here: what is imported below takes seconds.
-    run(arguments)
+    run(command_line)
 
 import argparse
 
@@ -29,13 +29,13 @@ from dataset.folders import TEST
 from dataset.formats import open_source
 from evals.answers import Answers, answer_records, split_reference
 from evals.loss import ExampleLosses, examples_by_key, trained_bytes
-from evals.scores import Scores
+from evals.scores import AnswerScores
 from evals.table import COMMANDS, EVALUATIONS, GENERATE, LOSS, imported
 from evals.targets import Opened, digest_of_ids, encode_files, records_with_references
 
 
 def main() -> None:
-    args = arguments()
+    args = command_line()
     if args.command is not None:
         imported(COMMANDS[args.command].function)(args)
         return
@@ -108,7 +108,7 @@ def print_scores(names: list[str], answers: dict[str, Answers], show: int) -> No
 
     names: of the evaluations. answers: of each target.
     """
-    shown: dict[str, Scores] = {}
+    shown: dict[str, AnswerScores] = {}
     for name in names:
         scores = {target: EVALUATIONS[name].load()(each) for target, each in answers.items()}
         shown = shown or scores

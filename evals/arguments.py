@@ -18,7 +18,7 @@ SHOWN_MISSES = 5  # the default of --show
 EXTRA_TOKENS = 8
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def command_line(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses evaluate.py's command line. `command` is the word of COMMANDS that it begins with, or
     None where it names evaluations. Raises UserError naming the flag that is wrong."""
     words = sys.argv[1:] if argv is None else argv

@@ -20,7 +20,7 @@ class Evaluation(NamedTuple):
     kind: the loop of evaluate.py that measures it.
     function: "module:name" of the function that the loop calls. For LOSS: of a model, a dataset and
         a batch size; returns ExampleLosses. For GENERATE: of the answers (evals/answers.py); returns
-        Scores.
+        AnswerScores.
     help: what --help says of it.
     """
 

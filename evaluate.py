@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 import argparse
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,15 @@ def main() -> None:
     exact_results: dict[str, ExactResult] = {}
     losses: dict[str, dict[str, float]] = {}
     digests = set()
+    said: set[str] = set()
+
+    def print_new(line: str) -> None:
+        # A second model that reads the file in the same way has nothing new to say of it.
+        fact = line.removesuffix(data.FROM_CACHE)
+        if fact not in said:
+            print(line)
+        said.add(fact)
+
     for target in targets:
         tokenizer = resolve.pick_tokenizer(
             target.folder, target.adapter, args.template, day, system=system
@@ -89,7 +99,9 @@ def main() -> None:
         if args.what == "loss":
             # A fault in the file is reported before the model is loaded, which may take long.
             config = read_config(target.folder)
-            dataset = encode_file(args, examples, tokenizer, config.max_positions, map_fn)
+            dataset = encode_file(
+                args, examples, tokenizer, config.max_positions, map_fn, print_new
+            )
             data.check_tokens(dataset, config.vocab_size, str(examples))
             if len(targets) == 2:
                 digests.add(digest_of_ids(dataset))
@@ -140,13 +152,20 @@ def records_with_references(source: Source, limit: int | None, seed: int) -> lis
     return [records[i] for i in chosen]
 
 
-def sample_of_file(prompts: np.ndarray, starts: np.ndarray, limit: int, seed: int) -> np.ndarray:
+def sample_of_file(
+    prompts: np.ndarray,
+    starts: np.ndarray,
+    limit: int,
+    seed: int,
+    print_fn: Callable[[str], None] = print,
+) -> np.ndarray:
     """Returns the numbers of `limit` examples, ascending, and prints that they are drawn. The same
     ones for every model, since nothing that they are drawn by depends on its tokenizer.
 
     prompts, starts: of `dataset.examples.draw_examples`.
+    print_fn: is given the line that says so.
     """
-    print(f"          --limit: {limit:,} of {len(prompts):,}, drawn by --seed {seed}")
+    print_fn(f"          --limit: {limit:,} of {len(prompts):,}, drawn by --seed {seed}")
     order = np.arange(len(prompts))
     one_source = np.zeros(len(prompts), np.int64)
     return draw_examples(prompts, starts, order, one_source, limit, seed)
@@ -182,12 +201,14 @@ def encode_file(
     tokenizer: Tokenizer,
     max_positions: int,
     map_fn: Map | None,
+    print_fn: Callable[[str], None],
 ) -> Dataset:
     """Reads the file of --data as examples of at most --seq-len tokens, of which --limit are drawn.
 
     file: what --data names, fetched.
     max_positions: the longest text that the model takes, in tokens; also the default of --seq-len.
     map_fn: the user's function that every record goes through first.
+    print_fn: is given lines about what was read and left out.
 
     Raises UserError where --seq-len is beyond the limit, or where no record fits.
     """
@@ -198,7 +219,7 @@ def encode_file(
         [file],
         tokenizer,
         seq_len or max_positions,
-        print_fn=print,
+        print_fn=print_fn,
         map_fn=map_fn,
         part=TEST,
         skip_bad=args.skip_bad,
@@ -209,7 +230,8 @@ def encode_file(
     assert isinstance(dataset.examples, ExampleIndex)
     index = dataset.examples
     (rows,) = index.rows
-    chosen = sample_of_file(rows.prompts[index.row], index.start, args.limit, args.seed)
+    prompts = rows.prompts[index.row]
+    chosen = sample_of_file(prompts, index.start, args.limit, args.seed, print_fn)
     return dataset.take(chosen)
 
 
@@ -283,7 +305,8 @@ def print_misses(name: str, result: ExactResult, show: int) -> None:
     misses = [i for i, hit in enumerate(result.hits) if not hit]
     shown = misses[:show]
     if shown:
-        print(f"\n{name}: {len(shown)} of {len(misses):,} wrong answers")
+        several = f" first {len(shown)} of its" if len(shown) < len(misses) else ""
+        print(f"\n{name}:{several} {console.number_of(len(misses), 'wrong answer')}")
     for i in shown:
         messages, _ = split_reference(result.records[i])
         questions = [message["content"] for message in messages if message["role"] == "user"]

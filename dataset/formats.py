@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from common.console import number_of
 from common.errors import UserError, printable
 from common.files import NamedFile
 from dataset.faults import complaint, fault_kind, nulls_as_texts
@@ -297,8 +298,7 @@ class Source:
         if self.root.is_dir():
             count = len(self.containers)
             files = f"{count:,} files of " if count != 1 else "1 file of "
-        unit = "record" if stats.records == 1 else "records"
-        amount = f"{files}{kinds}, {stats.records:,} {unit}"
+        amount = f"{files}{kinds}, {number_of(stats.records, 'record')}"
         line = f"{printable(self.path)}: {self.format.name} ({amount})"
         if self.map:
             line += f", through {self.map.name}"

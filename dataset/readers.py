@@ -26,6 +26,7 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from common.console import number_of
 from common.errors import UserError, read_text
 from common.files import NamedFile, refuse_pointer
 from dataset.arrow_floats import has_short_floats, with_short_floats
@@ -559,7 +560,8 @@ def _table_rows(stream: BinaryIO, container: Container) -> Iterator[tuple[int, d
 
         number += 1
         if len(row) != len(names):
-            counts = f"has {len(row)} columns, {len(names)} are wanted"
+            wanted = "1 is wanted" if len(names) == 1 else f"{len(names)} are wanted"
+            counts = f"has {number_of(len(row), 'column')}, {wanted}"
             yield number, UserError(f"{container.place(number)}: {counts}")
             continue
         if classes is None:

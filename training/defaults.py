@@ -19,6 +19,7 @@ import distributed
 import lora
 import optimizers
 from checkpoint import dtype_note, read_config, stored_dtype, weight_files
+from common.console import number_of
 from common.device import DTYPES, STORAGE_DTYPES, pick_dtype
 from common.errors import UserError
 from data import TrainingData
@@ -380,7 +381,8 @@ def choose_save_every(flags: Flags, model: Transformer, seconds: float) -> tuple
     if save_every is None:
         in_time = MAX_SECONDS_BETWEEN_CHECKPOINTS * flags.steps / max(seconds, 1)
         if flags.steps < CHECKPOINTS_FROM_STEPS and in_time >= flags.steps:
-            return 0, f"no checkpoints, the run is short: {flags.steps} steps (--save-every)"
+            steps = number_of(flags.steps, "step")
+            return 0, f"no checkpoints, the run is short: {steps} (--save-every)"
         save_every = max(1, min(math.ceil(flags.steps / 5), int(in_time)))
     checkpoint_size, weights_size, count = sizes_on_disk(flags, model)
     needed = count * checkpoint_size + 3 * weights_size
@@ -394,7 +396,9 @@ def choose_save_every(flags: Flags, model: Transformer, seconds: float) -> tuple
         return 0, f"no checkpoints, the disk has no room for {count} of {size}"
     if not save_every:
         return 0, "no checkpoints"
-    line = f"a checkpoint of {size} every {save_every:,} steps; the last {flags.keep} are kept"
+    interval = "step" if save_every == 1 else f"{save_every:,} steps"
+    kept = "is kept" if flags.keep == 1 else "are kept"
+    line = f"a checkpoint of {size} every {interval}; the last {flags.keep} {kept}"
     return save_every, line
 
 

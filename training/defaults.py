@@ -95,6 +95,8 @@ def resolve_defaults(
     """
     config = read_config(folder)
     dtype, why_dtype = pick_dtype(flags.dtype, device)
+    if flags.resume and flags.dtype != "auto" and "dtype" not in flags.given:
+        why_dtype = "as before"
     shard, why_shard = choose_shard(flags, folder, device)
     flags = dataclasses.replace(
         flags,
@@ -351,7 +353,9 @@ def choose_compile(flags: Flags, device: torch.device, seconds: float) -> tuple[
         raise UserError(f"--compile on: needs {needed}, not found here")
 
     if flags.compile != "auto":
-        return flags.compile, f"compiled blocks {flags.compile}, asked for with --compile"
+        is_as_before = flags.resume and "compile" not in flags.given
+        why = "as before" if is_as_before else "asked for with --compile"
+        return flags.compile, f"compiled blocks {flags.compile}, {why}"
     choice = "off"
     if on_gpu:
         reason = "what they save on GPUs is not measured yet, --compile on tries them"

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 import distributed
-from common.console import one_line
+from common.console import number_of, one_line
 from common.errors import LONGEST_LINE, UserError, printable
 from common.remote_names import shown
 from dataset.columns import ignored_facts
@@ -74,6 +74,8 @@ PACK_FROM_STEPS = 100
 # Preference data whose good answers are trained on as if they were plain conversations: the name of
 # the format, and what it calls these answers.
 GOOD_ANSWERS = {"preferences": "chosen", "KTO": "good"}
+# Ends the line of a file whose token rows were in the cache.
+FROM_CACHE = ", tokenised before"
 
 
 # ---- a run's data ----
@@ -355,7 +357,7 @@ def load(
         source.system = tokenizer.system
         source_rows = tokenized_rows(source, tokenizer, roles, with_heads=truncate == "prompt")
         rows.append(source_rows)
-        cached = ", tokenised before" if source_rows.cached else ""
+        cached = FROM_CACHE if source_rows.cached else ""
         print_fn(f"data      {source.summary(source_rows.stats)}{cached}")
         for line in source_warnings(source, source_rows):
             print_fn(f"          {line}")
@@ -376,7 +378,7 @@ def load(
         )
     for reason, count in dataset.dropped.items():
         what = "shortened" if reason.startswith("cut") else "left out"
-        print_fn(f"          {what}: {count:,} records {reason}")
+        print_fn(f"          {what}: {number_of(count, 'record')} {reason}")
     too_long = too_long_warning(rows, dataset.dropped, truncate)
     if too_long:
         print_fn(f"          WARNING: {too_long}")
@@ -392,7 +394,8 @@ def source_warnings(source: Source, rows: Rows) -> Iterator[str]:
     stats = rows.stats
     if stats.num_faults:
         first = printable(source.fault_lines(stats)[0][:LONGEST_LINE])
-        yield f"left out by --skip-bad: {stats.num_faults:,} faulty records, the first: {first}"
+        number = number_of(stats.num_faults, "faulty record")
+        yield f"left out by --skip-bad: {number}, the first: {first}"
     num_read = stats.num_faults + stats.records
     if stats.num_faults > WARN_ABOVE * num_read:
         yield f"WARNING: {100 * stats.num_faults / num_read:.1f} % of the records are faulty"

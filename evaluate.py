@@ -59,7 +59,9 @@ def measure_loss(args: argparse.Namespace) -> None:
         tokenizer = opened.tokenizer_of(target)
         # A fault in the file is reported before the model is loaded, which may take long.
         config = read_config(target.folder)
-        dataset = encode_files(args, opened.files, tokenizer, config.max_positions, opened.map_fn)
+        dataset = encode_files(
+            args, opened.files, tokenizer, config.max_positions, opened.map_fn, opened.print_once
+        )
         data.check_tokens(dataset, config.vocab_size, ", ".join(map(str, opened.files)))
         digests.add(digest_of_ids(dataset))
         if args.by is not None:
@@ -167,7 +169,8 @@ def print_misses(target: str, answers: Answers, hits: list[bool], show: int) -> 
     misses = [i for i, hit in enumerate(hits) if not hit]
     shown = misses[:show]
     if shown:
-        print(f"\n{target}: {len(shown)} of {len(misses):,} wrong answers")
+        several = f" first {len(shown)} of its" if len(shown) < len(misses) else ""
+        print(f"\n{target}:{several} {console.number_of(len(misses), 'wrong answer')}")
     for i in shown:
         messages, _ = split_reference(answers.records[i])
         questions = [message["content"] for message in messages if message["role"] == "user"]

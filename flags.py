@@ -399,7 +399,7 @@ class Flags:
         " progress bar on a terminal, elsewhere a line every 30 seconds",
         metavar="N",
         limits=NOT_NEGATIVE,
-        resume=PER_LAUNCH,
+        resume=FREE,
     )
     patience: int = option(
         0,

@@ -66,6 +66,11 @@ def main() -> None:
     # Before the model is loaded, which takes longer.
     if prompt is not None:
         check_prompt(prompt)
+        if len(args.adapter or []) > 1:
+            raise UserError(
+                "--adapter: one prompt takes one; run it once for each, or start a chat, where"
+                " /adapter NAME switches"
+            )
 
     is_chat = prompt is None
     model, adapters, name = load_model_and_adapters(args, device, dtype, can_switch=is_chat)

@@ -17,6 +17,9 @@ from common.known_names import Counterpart
 
 # Characters of a value that are repeated in a message.
 LONGEST_VALUE = 60
+REQUIRED = "the following arguments are required: "
+# What argparse calls by the names of Python's types.
+NUMBERS = {"int": "a whole number", "float": "a number"}
 
 
 def parse_args(
@@ -56,10 +59,22 @@ def parse_known_args(
 def report_as_user_error(parser: argparse.ArgumentParser) -> None:
     """Lets a parser, and those of its commands, raise UserError. By itself, argparse prints the
     usage and ends the process."""
+    choices = {}
+    for action in parser._actions:
+        if action.choices and not action.option_strings:
+            choices[str(action.metavar or action.dest)] = " or ".join(action.choices)
 
     def raise_user_error(message: str):
         # argparse writes "argument --flag: ..."; all messages here begin with what they are about.
-        raise UserError(message.removeprefix("argument ") + "; see --help")
+        message = message.removeprefix("argument ")
+        for name, words in choices.items():
+            # argparse calls a place by a name that is written nowhere else.
+            message = message.removeprefix(f"{name}: ")
+            if message.startswith(REQUIRED):
+                message = re.sub(rf"(?<= ){re.escape(name)}(?=,|$)", words, message)
+        for kind, wanted in NUMBERS.items():
+            message = message.replace(f": invalid {kind} value: ", f": {wanted} is wanted, not ")
+        raise UserError(f"{message}; see --help")
 
     parser.error = raise_user_error
     for action in parser._actions:

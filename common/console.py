@@ -95,6 +95,12 @@ def lasting_output(remark: str) -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+def number_of(number: int, unit: str) -> str:
+    """Returns a number with what it counts: 1 record, 2,000 records. unit: a word for one of them,
+    to which an s is added for others."""
+    return f"{number:,} {unit}" if number == 1 else f"{number:,} {unit}s"
+
+
 def format_duration(seconds: float) -> str:
     """Returns a time as a person says it: 45 s, 12 min, 3.4 h, 2.1 days."""
     if seconds < 60:

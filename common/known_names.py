@@ -181,6 +181,8 @@ IN_NAME = "is a part of the name: --data hf:org/name:subset:split"
 CHAT_TEMPLATE = "the model's own chat template is used; for a model without one, --template alpaca, chatml or plain"
 PROCESSES = "FSDP2 is used: `torchrun --nproc-per-node N train.py` starts a process for each GPU, see --shard"
 LOGGED = "every step is a line of metrics.jsonl"
+LIMITED = "--limit N trains on N examples of all files together, drawn by --seed"
+TRUNCATED = "--truncate says what becomes of a long conversation: no answer is ever cut"
 CACHED = "token rows are cached by what is in the files"
 READING = "as many processes read as pay off"
 NO_PADDING = "nothing is padded"
@@ -309,8 +311,8 @@ MODEL_AND_DATA = {
     "prompt_template": missing(CHAT_TEMPLATE),
     "default_system": same("--system"),
     "system_prompt": same("--system"),
-    "truncation_mode": missing("a long conversation is cut at a turn or left out, and counted"),
-    "truncation_side": missing("a long conversation is cut at a turn or left out, and counted"),
+    "truncation_mode": missing(TRUNCATED),
+    "truncation_side": missing(TRUNCATED),
     "train_on_inputs": switch("--train-on all-turns", "--train-on answers", MASK_NOTE),
     "train_on_input": switch("--train-on all-turns", "--train-on answers", MASK_NOTE),
     "train_on_prompt": switch("--train-on all-turns", "--train-on answers", MASK_NOTE),
@@ -318,8 +320,8 @@ MODEL_AND_DATA = {
     "assistant_only_loss": switch("--train-on answers", "--train-on all-turns", MASK_NOTE),
     "completion_only_loss": switch("--train-on answers", "--train-on all-turns", MASK_NOTE),
     "train_on_responses_only": switch("--train-on answers", "--train-on all-turns", MASK_NOTE),
-    "max_samples": missing("all records are read; a smaller file is `head -n N`"),
-    "max_train_samples": missing("all records are read; a smaller file is `head -n N`"),
+    "max_samples": missing(LIMITED),
+    "max_train_samples": missing(LIMITED),
     "streaming": needless("files of any size are read piece by piece"),
     "overwrite_cache": needless(CACHED),
     "dataset_prepared_path": needless(CACHED),
@@ -516,12 +518,12 @@ EVALUATION_AND_SAVING = {
     "wandb_project": same("--wandb"),
     "wandb_name": missing("--wandb names the project alone"),
     "run_name": missing("--out names the run"),
-    "logging_steps": needless(LOGGED),
+    "logging_steps": needless(f"{LOGGED}; --log-every N prints one of every N steps"),
     "logging_strategy": needless(LOGGED),
     "logging_first_step": needless(LOGGED),
     "logging_dir": needless(f"{LOGGED}, in --out"),
     "log_level": needless(LOGGED),
-    "log_every_n_steps": needless(LOGGED),
+    "log_every_n_steps": needless(f"{LOGGED}; --log-every N prints one of every N steps"),
     "log_peak_memory_stats": needless(LOGGED),
     "include_num_input_tokens_seen": needless(LOGGED),
     "include_mfu": needless(LOGGED),

@@ -8,12 +8,14 @@ a file unreadable (a list of JSON that is not closed, a cut compression) still e
 
 import re
 
+from common.console import number_of
 from common.errors import FaultyRecords, UserError
 from dataset.records import Format, ReadStats
 
 # Where the part of a fault begins that differs from record to record.
 DETAILS = re.compile(
-    r"; | \(|, found | at (?:column|line|byte|character) | looks like | holds a lone surrogate "
+    r"; | \(|, found | at (?:column|line|byte|character) | looks like "
+    r"|(?<=holds a lone surrogate) "
 )
 # Where in its record a fault is: "message 3: ", "article 1 paragraph 2 question 3: ".
 PLACE = re.compile(r"^(?:(?:message|history|article|paragraph|question|record) \d+ ?)+:? ?")
@@ -60,9 +62,7 @@ def complaint(
         advice = "; mend it, or --skip-bad leaves it out" if can_skip else ""
         return UserError(lines[0] + advice)
     num_shown = len(stats.faults)
-    count = f"{stats.num_faults:,} faulty records in {path}"
-    if stats.num_faults == 1:
-        count = f"1 faulty record in {path}"
+    count = f"{number_of(stats.num_faults, 'faulty record')} in {path}"
     if num_shown < stats.num_faults:
         count += f", of which these are the first {num_shown}"
     advice = "mend them"

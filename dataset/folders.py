@@ -36,6 +36,12 @@ PREFERRED = {TRAIN: (TRAIN,), VALIDATION: (VALIDATION, TEST), TEST: (TEST, VALID
 PART_COLUMNS = frozenset(
     ("split", "_split", "data_split", "dataset_split", "split_name", "partition", "subset", "set")
 )
+# Columns that are true for records of a part. Not is_valid, which says that a record is sound.
+PART_SWITCHES = {
+    "is_train": TRAIN, "is_training": TRAIN, "in_train": TRAIN,
+    "is_validation": VALIDATION, "is_val": VALIDATION, "is_dev": VALIDATION,
+    "is_test": TEST, "is_eval": TEST, "is_holdout": TEST, "is_heldout": TEST,
+}  # fmt: skip
 DESCRIPTION = "dataset_info.json"  # of LLaMA-Factory, and of the library `datasets`
 # Names of files beside data that hold no records.
 NO_RECORDS = (DESCRIPTION, "dataset_infos.json", "dataset_dict.json")
@@ -233,15 +239,27 @@ def part_of_name(name: str, separator: str = r"[\W_]+") -> str | None:
 
 
 def part_of_record(record: dict) -> str | None:
-    """Returns the part of the data that a record's own column says, e.g. {"split": "train"}."""
+    """Returns the part of the data that a record's own column says, e.g. {"split": "train"} or
+    {"is_test": true}."""
+    others = None
     for column, value in record.items():
-        if str(column).lower() not in PART_COLUMNS:
-            continue
-        if isinstance(value, str) and len(value) < 40:
+        name = str(column).lower()
+        if name in PART_COLUMNS and isinstance(value, str) and len(value) < 40:
             part = part_of_name(value)
             if part:
                 return part
-    return None
+        if name in PART_SWITCHES and str(value).lower() in ("1", "true", "yes", "1.0"):
+            return PART_SWITCHES[name]
+        if name in PART_SWITCHES and str(value).lower() in ("0", "false", "no", "0.0"):
+            # What is not of the training was held out of it, and the other way round.
+            others = TEST if PART_SWITCHES[name] == TRAIN else others or TRAIN
+    return others
+
+
+def says_part(column: object) -> bool:
+    """True if a column may say to which part of the data a record belongs."""
+    name = str(column).lower()
+    return name in PART_COLUMNS or name in PART_SWITCHES
 
 
 # ---- LLaMA-Factory's description of a folder ----
@@ -295,7 +313,7 @@ def renamed(record: dict, entry: dict) -> dict:
     dataset_info.json describes its columns and its messages' tags."""
     columns = entry.get("columns") or {}
     tags = entry.get("tags") or {}
-    has_messages = entry.get("formatting") == "sharegpt"
+    has_messages = entry.get("formatting") in ("sharegpt", "openai")
     table = {"system": "system", "tools": "tools", "history": "history", "images": "images"}
     table |= {"videos": "videos", "audios": "audios", "chosen": "chosen", "rejected": "rejected"}
     table["kto_tag"] = "label"

@@ -24,14 +24,15 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
+from common.console import number_of
 from common.errors import UserError, printable
 from common.files import NamedFile
 from dataset.faults import complaint, fault_kind, nulls_as_texts
 from dataset.folders import (
     DESCRIPTION,
-    PART_COLUMNS,
     PREFERRED,
     TRAIN,
     VALIDATION,
@@ -40,7 +41,9 @@ from dataset.folders import (
     list_parts,
     llama_factory_entries,
     part_of_record,
+    says_part,
 )
+from dataset.layouts import layout_fault
 from dataset.messages import (
     THOUGHTS,
     closest_key,
@@ -65,13 +68,25 @@ from dataset.table_header import with_columns
 from dataset.user_map import Map
 
 # What multimodal data have in the text where an image, a video or a sound belongs.
-MEDIA_MARK = re.compile("<(image|video|audio)(_?[0-9]+)?>")
-SEEN_AS = {"image": "image", "video": "video", "audio": "sound"}
+MEDIA_MARK = re.compile(
+    r"<(?P<image>image|video|audio)(?:_?[0-9]+)?>"  # LLaVA, ShareGPT-4V, LLaMA-Factory
+    r"|<\|(?P<bar>image|video|audio)(?:_[0-9]+|_pad)?\|>"  # Phi 3.5, Qwen 2-VL, Llama 3.2
+    r"|<(?P<gap>image|video|audio)_(?:soft_token|placeholder|here)>"  # Gemma 3 and others
+    r"|<start_of_(?P<start>image)>"
+    r"|<(?P<here>Image|Video|Audio)Here>"  # InternLM-XComposer
+    r"|<(?P<tag>img)>[^<\n]{1,300}</img>"  # Qwen-VL
+    r"|\[(?P<square>IMG)\]"  # Pixtral
+    r"|data:(?P<url>image|video|audio)/[a-z0-9.+-]{1,20};base64,"
+)
+SEEN_AS = {"image": "image", "img": "image", "video": "video", "audio": "sound"}
 # Columns by which a file's owner finds a record again.
 ID_KEYS = ("id", "custom_id", "task_id", "question_id", "uid", "example_id", "idx", "index")
 # Why a record is left out whose own column says that it belongs to another part of the data.
 OF_PART = "of the {} part, by its own column"
 NO_HEADER = "; if its first row is a record, write one with the names of the columns above it"
+# As tools write it that give back a model's prompt together with its answer.
+REPEATS = "whose answer begins with the whole question, which is trained with it"
+SHORTEST_REPEATED = 20  # characters of a question; shorter ones stand in answers by chance
 # So many records are tried to find the format of a file whose first ones can't be read.
 MAX_TRIES = 100
 
@@ -162,9 +177,7 @@ class Source:
                 stats.dropped[OF_PART.format(part or TRAIN)] += 1
                 return []
             if part is not None:
-                value = {
-                    key: each for key, each in value.items() if str(key).lower() not in PART_COLUMNS
-                }
+                value = {key: each for key, each in value.items() if not says_part(key)}
         if self.listing.rename is not None and isinstance(value, dict):
             value = self.listing.rename(value)
         values = [value]
@@ -181,8 +194,13 @@ class Source:
                     continue
                 mark = first_media_mark(record)
                 if mark:
-                    what = f"with {mark[0]} in the text and no {SEEN_AS[mark[1]]}, as characters"
+                    seen_as = SEEN_AS[mark[mark.lastgroup].lower()]
+                    # Between Qwen-VL's tags stands the name of a file.
+                    shown = "<img>" if mark.lastgroup == "tag" else mark[0]
+                    what = f"with {shown} in the text and no {seen_as}, as characters"
                     stats.altered[what] += 1
+                if repeats_question(record):
+                    stats.altered[REPEATS] += 1
                 if self.system and record.messages is not None:
                     put_system(record, self.system, stats)
                 records.append(record)
@@ -280,8 +298,7 @@ class Source:
         if self.root.is_dir():
             count = len(self.containers)
             files = f"{count:,} files of " if count != 1 else "1 file of "
-        unit = "record" if stats.records == 1 else "records"
-        amount = f"{files}{kinds}, {stats.records:,} {unit}"
+        amount = f"{files}{kinds}, {number_of(stats.records, 'record')}"
         line = f"{printable(self.path)}: {self.format.name} ({amount})"
         if self.map:
             line += f", through {self.map.name}"
@@ -457,11 +474,26 @@ def texts_of(record: Record) -> Iterator[str]:
 def first_media_mark(record: Record) -> re.Match | None:
     """Returns where a record's text has a mark of an image, a video or a sound; None if nowhere."""
     for text in texts_of(record):
-        # Most texts have no such character, and this is faster than the search.
-        mark = MEDIA_MARK.search(text) if "<" in text else None
+        # Most texts have none of these, and this is faster than the search.
+        may_hold_one = "<" in text or "[IMG]" in text or ";base64," in text
+        mark = MEDIA_MARK.search(text) if may_hold_one else None
         if mark:
             return mark
     return None
+
+
+def repeats_question(record: Record) -> bool:
+    """True if an answer begins with all of the question before it, and goes on."""
+    messages = record.messages or []
+    for asked, answer in pairwise(messages):
+        if (asked["role"], answer["role"]) != ("user", "assistant"):
+            continue
+        question = (asked.get("content") or "").strip()
+        content = (answer.get("content") or "").strip()
+        is_longer = len(content) > len(question) >= SHORTEST_REPEATED
+        if is_longer and content.startswith(question):
+            return True
+    return False
 
 
 def empty_part(record: Record) -> str | None:
@@ -603,6 +635,13 @@ def _context(reading: Reading) -> list[Record]:
     without_surrogate(answer, f"{reading.where}: answer")
     messages = _question_and_answer(reading, question, answer)
     return reading.conversation(*reading.with_system(messages, [1.0, 1.0]))
+
+
+def _is_squad(value: dict) -> bool:
+    """True if a record's "data" begin with an article of paragraphs."""
+    articles = value["data"]
+    first = articles[0] if isinstance(articles, list) and articles else None
+    return isinstance(first, dict) and "paragraphs" in first
 
 
 def _squad(reading: Reading) -> list[Record]:
@@ -767,11 +806,29 @@ COMMON = (
 def _format_of(value: object, where: str, formats: tuple[Format, ...]) -> Format:
     """Returns the first format of a table that fits a value.
 
-    Raises UserError with the known ones if none does.
+    Raises UserError with the known ones if none does, or if the value holds several records.
     """
-    for format in formats:
-        if isinstance(value, format.kind) and format.fits(value):
-            return format
+
+    def fitting(each: object) -> Format | None:
+        for format in formats:
+            if isinstance(each, format.kind) and format.fits(each):
+                return format
+        return None
+
+    def has_columns(each: dict) -> bool:
+        # A text alone may be a part of anything.
+        format = fitting(each)
+        return format is not None and len(format.keys) > 1
+
+    found = fitting(value)
+    if isinstance(value, dict):
+        # SQuAD's key is also what others call a list of records.
+        is_record = found is not None and (found.read is not _squad or _is_squad(value))
+        fault = layout_fault(value, is_record, has_columns)
+        if fault:
+            raise UserError(f"{where}: {fault}")
+    if found is not None:
+        return found
     record = require_object(value, where)
     all_keys = []
     known_formats = []

@@ -395,11 +395,14 @@ def lengths(rows: Rows, data: Dataset, seq_len: int, truncate: str) -> list[Find
         quantiles.append(f"{name} {int(value):,}")
 
     is_chat = rows.records[:, 2] & IS_CHAT > 0
-    changes = [f"{count:,} records {reason}" for reason, count in data.dropped.items()]
+    changes = []
+    for reason, count in data.dropped.items():
+        changes.append(f"{console.number_of(count, 'record')} {reason}")
     if not is_chat.all():
         num_pieces = len(data) - int(is_chat.sum())
         if num_pieces:
-            changes.append(f"plain text comes in {num_pieces:,} pieces of up to {seq_len:,} tokens")
+            pieces = console.number_of(num_pieces, "piece")
+            changes.append(f"plain text comes in {pieces} of up to {seq_len:,} tokens")
     if not changes:
         changes.append("holds every record whole")
     warning = too_long_warning([rows], data.dropped, truncate)

@@ -28,6 +28,9 @@ SAME_ROLE = {
 THOUGHTS = (
     "reasoning_content", "reasoning", "thinking", "thought", "thoughts", "think", "reasoning_text",
     "thinking_content", "reasoning_details", "thinking_blocks", "chain_of_thought", "cot",
+    "reasoningContent", "reasoningText", "thinkingContent", "reasoning_trace", "reasoning_traces",
+    "reasoning_process", "thinking_process", "thought_process", "thinking_text", "thinking_trace",
+    "internal_monologue", "inner_monologue", "inner_thoughts", "scratchpad", "Complex_CoT",
 )  # fmt: skip
 # The names that a tool call's arguments have: OpenAI's, Llama's, LangChain's.
 ARGUMENTS = ("arguments", "parameters", "args")
@@ -87,10 +90,16 @@ MEDIA = {
     "image": "an image", "images": "an image", "image_url": "an image", "image_urls": "an image",
     "image_path": "an image", "image_paths": "an image", "image_file": "an image",
     "input_image": "an image", "img": "an image", "pixel_values": "an image",
+    "image_files": "an image", "image_filename": "an image", "image_name": "an image",
+    "image_names": "an image", "image_data": "an image", "image_base64": "an image",
+    "image_bytes": "an image", "img_path": "an image", "img_url": "an image", "imgs": "an image",
+    "picture": "an image", "pictures": "an image", "photo": "an image", "photos": "an image",
+    "screenshot": "an image", "screenshots": "an image",
     "video": "a video", "videos": "a video", "video_url": "a video", "video_path": "a video",
-    "input_video": "a video",
+    "input_video": "a video", "video_file": "a video", "video_files": "a video",
     "audio": "a sound", "audios": "a sound", "audio_url": "a sound", "audio_path": "a sound",
-    "input_audio": "a sound", "speech": "a sound",
+    "input_audio": "a sound", "audio_file": "a sound", "audio_files": "a sound",
+    "audio_paths": "a sound", "wav": "a sound", "wav_path": "a sound", "speech": "a sound",
     "file": "a file", "input_file": "a file", "document": "a file",
 }  # fmt: skip
 # Of these, the keys of a record that are no column of text in any format.

@@ -68,6 +68,8 @@ def preference(reading: Reading) -> list[Record]:
         return []
     if not num_same:
         problem = "nothing is asked before chosen and rejected; a prompt is wanted"
+        if _is_whole_talk(chosen) and _is_whole_talk(rejected):
+            problem = "chosen and rejected begin with different messages, and share no prompt"
         raise UserError(f"{reading.where}: {problem}")
     for key, messages in (("chosen", chosen), ("rejected", rejected)):
         if not any(message["role"] == "assistant" for message in messages):

@@ -26,6 +26,7 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from common.console import number_of
 from common.errors import UserError, read_text
 from common.files import NamedFile, refuse_pointer
 from dataset.arrow_floats import has_short_floats, with_short_floats
@@ -47,6 +48,13 @@ ARROW_SUFFIXES = (".arrow", ".feather")
 KNOWN_SUFFIXES = (
     ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", *ARROW_SUFFIXES, ".txt", ".md",
 )  # fmt: skip
+# Names of columns and of parts of data. An object that has one of them as a key is a record, or holds
+# the parts, and its keys are no ids of records.
+NO_IDS = frozenset(
+    "chosen rejected prompt prompts completion completions response responses answer answers question"
+    " questions query messages conversations conversation instruction input output text label data"
+    " train training validation valid val dev test eval train_sft test_sft".split()
+)
 # What Arrow's files and streams begin with.
 ARROW_FILE = b"ARROW1"
 ARROW_STREAM = b"\xff\xff\xff\xff"
@@ -264,18 +272,19 @@ def _continues_on_next_line(line: str) -> bool:
 
 
 def _is_object_of_objects(line: str) -> bool:
-    """True if a file's only line is a JSON object whose values are all objects: records by an
-    id."""
+    """True if a file's only line is a JSON object whose values are records by an id."""
     try:
         value = json.loads(line)
     except (RecursionError, ValueError):
         return False
-    return isinstance(value, dict) and _all_objects(value)
+    return isinstance(value, dict) and _are_by_id(value)
 
 
-def _all_objects(value: dict) -> bool:
-    """True if the values of an object are objects, of which there is at least one."""
-    return bool(value) and all(isinstance(each, dict) for each in value.values())
+def _are_by_id(value: dict) -> bool:
+    """True if the values of an object are objects, of which there is at least one, and its keys may
+    be their ids."""
+    all_are_objects = bool(value) and all(isinstance(each, dict) for each in value.values())
+    return all_are_objects and NO_IDS.isdisjoint(str(key).lower() for key in value)
 
 
 def _compression(start: bytes) -> str | None:
@@ -357,7 +366,7 @@ def _json_values(stream: BinaryIO, container: Container) -> Iterator[tuple[int, 
     """Yields the values of a JSON file.
 
     Of a list each element, decoded one at a time, so that an error names the record that caused it.
-    Of an object its values if all of them are objects (records by an id), else the object itself.
+    Of an object its values if they are records by an id, else the object itself.
     """
     text = _JSONWindow(stream, container.path)
     text.skip_space()
@@ -365,7 +374,7 @@ def _json_values(stream: BinaryIO, container: Container) -> Iterator[tuple[int, 
         value = text.decode(str(container.path))
         if text.skip_space():
             raise text.error(str(container.path), "more after the object's end")
-        records = value.values() if _all_objects(value) else [value]
+        records = value.values() if _are_by_id(value) else [value]
         yield from enumerate(records, 1)
         return
     text.at += 1
@@ -551,7 +560,8 @@ def _table_rows(stream: BinaryIO, container: Container) -> Iterator[tuple[int, d
 
         number += 1
         if len(row) != len(names):
-            counts = f"has {len(row)} columns, {len(names)} are wanted"
+            wanted = "1 is wanted" if len(names) == 1 else f"{len(names)} are wanted"
+            counts = f"has {number_of(len(row), 'column')}, {wanted}"
             yield number, UserError(f"{container.place(number)}: {counts}")
             continue
         if classes is None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.console import number_of
 from common.errors import UserError
 from common.files import atomic_file, atomic_folder
 from dataset.formats import open_source
@@ -35,7 +36,7 @@ def convert_files(args: argparse.Namespace) -> None:
             # A long text comes in parts, and counts with its last one.
             if record.last:
                 count += 1
-    print(f"written   {args.out}: {count:,} records")
+    print(f"written   {args.out}: {number_of(count, 'record')}")
 
 
 def split_files(args: argparse.Namespace) -> None:

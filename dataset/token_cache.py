@@ -65,7 +65,7 @@ from dataset.tokenize_pool import ReadingProgress, chunks, in_order, processes_f
 from tokenizer import EncodedChat, TemplateError, Tokenizer
 
 # The version of the folders: a higher number makes all of them anew.
-ROWS_FORMAT = 6
+ROWS_FORMAT = 7
 # Bytes of rows that the cache keeps; the ones unused for longest are deleted first.
 KEPT = 20 << 30
 # The age, a day, from which an unfinished folder of a process that does not exist is deleted.

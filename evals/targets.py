@@ -5,7 +5,7 @@
 
 import argparse
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +67,15 @@ class Opened:
             self.system = resolve.trained_system(trained)
         self.batch_size = args.batch_size or BATCH_SIZE[kind_of(args.what)]
         self.model: Transformer | None = None
+        self.printed: set[str] = set()
+
+    def print_once(self, line: str) -> None:
+        """Prints a line about the file, unless it was printed: a second model that reads the file in
+        the same way has nothing new to say of it."""
+        fact = line.removesuffix(data.FROM_CACHE)
+        if fact not in self.printed:
+            print(line)
+        self.printed.add(fact)
 
     def print_computation(self) -> None:
         """Prints what is computed, in which dtype and where."""
@@ -161,13 +170,20 @@ def records_with_references(source: Source, limit: int | None, seed: int) -> lis
     return [records[i] for i in chosen]
 
 
-def sample_of_file(prompts: np.ndarray, starts: np.ndarray, limit: int, seed: int) -> np.ndarray:
+def sample_of_file(
+    prompts: np.ndarray,
+    starts: np.ndarray,
+    limit: int,
+    seed: int,
+    print_fn: Callable[[str], None] = print,
+) -> np.ndarray:
     """Returns the numbers of `limit` examples, ascending, and prints that they are drawn. The same
     ones for every model, since nothing that they are drawn by depends on its tokenizer.
 
     prompts, starts: of `dataset.examples.draw_examples`.
+    print_fn: is given the line that says so.
     """
-    print(f"          --limit: {limit:,} of {len(prompts):,}, drawn by --seed {seed}")
+    print_fn(f"          --limit: {limit:,} of {len(prompts):,}, drawn by --seed {seed}")
     order = np.arange(len(prompts))
     one_source = np.zeros(len(prompts), np.int64)
     return draw_examples(prompts, starts, order, one_source, limit, seed)
@@ -179,12 +195,14 @@ def encode_files(
     tokenizer: Tokenizer,
     max_positions: int,
     map_fn: Map | None,
+    print_fn: Callable[[str], None],
 ) -> Dataset:
     """Reads the files of --data as examples of at most --seq-len tokens, of which --limit are drawn.
 
     files: what --data names, fetched.
     max_positions: the longest text that the model takes, in tokens; also the default of --seq-len.
     map_fn: the user's function that every record goes through first.
+    print_fn: is given lines about what was read and left out.
 
     Raises UserError where --seq-len is beyond the limit, or where no record fits.
     """
@@ -195,7 +213,7 @@ def encode_files(
         files,
         tokenizer,
         seq_len or max_positions,
-        print_fn=print,
+        print_fn=print_fn,
         map_fn=map_fn,
         part=TEST,
         skip_bad=args.skip_bad,
@@ -209,7 +227,7 @@ def encode_files(
     for i, rows in enumerate(index.rows):
         own = index.source == i
         prompts[own] = rows.prompts[index.row[own]]
-    chosen = sample_of_file(prompts, index.start, args.limit, args.seed)
+    chosen = sample_of_file(prompts, index.start, args.limit, args.seed, print_fn)
     return dataset.take(chosen)
 
 

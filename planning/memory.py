@@ -661,12 +661,18 @@ def recipes(config: Config, device: torch.device) -> list[Recipe]:
 
 
 def print_plan(
-    config: Config, workload: Workload, device: torch.device, dtype: torch.dtype, adapter: dict
+    config: Config,
+    workload: Workload,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter: dict,
+    asked: str | None,
 ) -> None:
     """Prints a table of recipes with what each one takes on this machine, and a recommendation.
 
     dtype: the dtype of the products.
     adapter: {option: value} of a new adapter.
+    asked: the method that the recommendation is about; None: any.
     """
     room = FITS * device_memory(device)
     rate = product_rate(config, device, dtype)
@@ -692,9 +698,13 @@ def print_plan(
             fits = memory.peak <= room
             mark = " " if fits else "!"
             cells.append(f"{memory.peak / 1e9:.2f}{mark}")
+            is_asked_for = asked in (None, recipe.method)
             if fits:
-                fitting.append((recipe, memory.peak, seconds))
                 times.append(seconds)
+            if fits and is_asked_for:
+                fitting.append((recipe, memory.peak, seconds))
+            if not is_asked_for:
+                continue
             if smallest is None or memory.peak < smallest[0]:
                 smallest = (memory.peak, recipe)
         # These parts are those of the last kind.

@@ -219,6 +219,7 @@ def print_multi_gpu_plan(
     workload: Workload,
     steps: float,
     adapter: dict,
+    asked: str | None,
     has_data: bool,
 ) -> None:
     """Prints, for each recipe and number of GPUs, the layout and checkpointing that fit best.
@@ -228,6 +229,7 @@ def print_multi_gpu_plan(
         without data those of one step of a GPU.
     steps: the optimizer steps of one GPU in the run; 1 without data.
     adapter: {option: value} of a new adapter.
+    asked: the method that the recommendation is about; None: any.
     """
     card = card_of(gigabytes)
     room = FITS * (1e9 * gigabytes - CONTEXT)
@@ -238,7 +240,8 @@ def print_multi_gpu_plan(
         model = meta_model(config, recipe, torch.bfloat16, adapter)
         for count in gpus:
             best = best_way(model, recipe, count, workload, steps, room, card)
-            ways.append(best)
+            if asked in (None, recipe.method):
+                ways.append(best)
             rows.append(table_row(best, room, has_data))
     print(console.table(rows))
     print(

@@ -49,12 +49,21 @@ def print_plan_of_config(flags: Flags, config: Config, device: torch.device) -> 
             accumulate=flags.accumulate,
         )
         multi_gpu.print_multi_gpu_plan(
-            config, flags.gpus, flags.gpu_memory, workload, 1, adapter_of(flags), has_data=False
+            config,
+            flags.gpus,
+            flags.gpu_memory,
+            workload,
+            1,
+            adapter_of(flags),
+            asked_method(flags, config),
+            has_data=False,
         )
         return
     dtype, _ = pick_dtype(flags.dtype, device)
     workload = workload_of_full_rows(flags, config, device)
-    memory.print_plan(config, workload, device, dtype, adapter_of(flags))
+    memory.print_plan(
+        config, workload, device, dtype, adapter_of(flags), asked_method(flags, config)
+    )
 
 
 def print_plan_of_data(
@@ -65,12 +74,22 @@ def print_plan_of_data(
         on_gpu = describe_workload(flags, data, steps_per_epoch, torch.device("cuda"))
         multi_gpu.print_multi_gpu_plan(
             config, flags.gpus, flags.gpu_memory, on_gpu, flags.steps, adapter_of(flags),
-            has_data=True,
+            asked_method(flags, config), has_data=True,
         )  # fmt: skip
         return
     dtype, _ = pick_dtype(flags.dtype, device)
     workload = describe_workload(flags, data, steps_per_epoch, device)
-    memory.print_plan(config, workload, device, dtype, adapter_of(flags))
+    memory.print_plan(
+        config, workload, device, dtype, adapter_of(flags), asked_method(flags, config)
+    )
+
+
+def asked_method(flags: Flags, config: Config) -> str | None:
+    """Returns the method that the command line asks for, None where it leaves it to the plan."""
+    if not {"method", "quant"} & flags.given:
+        return None
+    # LoRA on a base that is stored in 4 bits is QLoRA.
+    return "qlora" if config.raw.get("quantization_config") else method_name(flags)
 
 
 def adapter_of(flags: Flags) -> dict:

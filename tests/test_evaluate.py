@@ -261,6 +261,7 @@ def test_side_by_side_equals_two_runs_and_loads_a_shared_base_once(base, adapter
     loads.clear()
     both, _, code = command(evaluate, monkeypatch, capsys, *words, "--adapter", adapter, "--versus", "base")
     assert code == 0 and len(loads) == 1
+    assert sum(line.startswith("data ") for line in both.splitlines()) == both.count("--limit: 4 of") == 1
     table = both.split("\n\n")[1]
     assert row(table, "base") == row(alone.split("\n\n")[1], "model")
     assert row(table, "adapter") == row(tuned.split("\n\n")[1], "adapter")
@@ -283,7 +284,7 @@ def test_misses_are_shown_on_one_line_each_without_control_characters(base, tmp_
     file.write_text(json.dumps({"messages": hostile}))
     words = ["exact", "--data", file, "--model", base, "--dtype", "fp32", "--max-new-tokens", 4]
     out, _, _ = command(evaluate, monkeypatch, capsys, *words)
-    assert "  question   a\\x1b[2J\\nb\n" in out
+    assert "\nmodel: 1 wrong answer\n  question   a\\x1b[2J\\nb\n" in out
     assert "\x1b" not in out and max(map(len, out.split("reference")[1].splitlines())) < 112
 
 
@@ -346,6 +347,8 @@ def test_a_model_trained_here_is_compared_with_the_base_it_names(base, file, tmp
         (evaluate, ["loss", "--data", "a.txt", "--model", "nowhere"], "nowhere: "),
         (evaluate, ["loss", "--dta", "a.txt"], "--dta: no such flag; did you mean --data?"),
         (evaluate, ["loss"], "the following arguments are required: --data"),
+        (evaluate, [], "the following arguments are required: loss or exact, --data"),
+        (evaluate, ["accuracy", "--data", "a.txt"], "error: invalid choice: 'accuracy' (choose from 'loss', 'exact')"),
         (evaluate, ["los", "--data", "a.txt"], "invalid choice: 'los'"),
         (evaluate, ["loss", "--data", "a.txt", "--limit", "0"], "--limit 0: must be 1 or more"),
         (evaluate, ["loss", "--data", "a.txt", "--show", "3"], "--show: is for `exact`; `loss` does not use it"),
@@ -362,13 +365,14 @@ def test_a_model_trained_here_is_compared_with_the_base_it_names(base, file, tmp
         (generate, ["--prompt", "a", "--adapter", "red="], "--adapter red=: NAME=DIR or DIR is wanted"),
         (generate, ["--prompt", "a", "--top-k", "5"], "--top-k: is for sampling"),
         (generate, ["--prompt", "a", "--seed", "5"], "--seed: is for sampling"),
-        (generate, ["--prompt", "a", "--top-k", "x"], "--top-k: invalid int value: 'x'"),
+        (generate, ["--prompt", "a", "--top-k", "x"], "--top-k: a whole number is wanted, not 'x'"),
         (
             generate,
             ["--prompt", "a", "--max-tokens", "9"],
             "--max-tokens: no such flag; did you mean --max-new-tokens?",
         ),
         (generate, ["--prompt", " "], "the prompt is empty"),
+        (generate, ["--prompt", "a", "--adapter", "b=x", "c=y"], "--adapter: one prompt takes one; run it once"),
     ],
 )
 def test_a_mistake_ends_in_one_line(script, words, said, tmp_path, base, monkeypatch, capsys):
@@ -516,3 +520,6 @@ def test_a_miss_shows_the_question_behind_a_long_text(base, tmp_path, monkeypatc
     out, _, _ = command(evaluate, monkeypatch, capsys, *words)
     (line,) = (line for line in out.splitlines() if line.startswith("  question "))
     assert line.startswith("  question   the red fox jumps the") and line.endswith("who jumps?") and " ... " in line
+    file.write_text("".join(json.dumps({"prompt": f"q {i}", "completion": f"never {i}"}) + "\n" for i in range(3)))
+    out, _, _ = command(evaluate, monkeypatch, capsys, *words, "--show", 2)
+    assert "\nmodel: first 2 of its 3 wrong answers\n" in out and out.count("  reference  never") == 2

@@ -153,7 +153,7 @@ def parquet_of(path: Path) -> None:
 
 @pytest.mark.parametrize("write, faults, kept", [
     (csv_of, ["row 2: has 3 columns, 2 are wanted", "row 3: ',' expected after '\"'",
-              "row 5: has 1 columns, 2 are wanted"], 2),
+              "row 5: has 1 column, 2 are wanted"], 2),
     (json_of, ["record 2: output is a number, a string is wanted",
                "record 3: keys none: the first record is Alpaca (instruction, output)"], 2),
     (parquet_of, ["row 2: instruction is null, a string is wanted",
@@ -228,7 +228,7 @@ def test_faults_are_counted_by_what_is_wrong():
         "record 1 article 2 paragraph 3 question 4: no answers, found 'id'": "no answers",
         "row 4: has 3 columns, 2 are wanted": "has 3 columns, 2 are wanted",
         "line 9: keys 'a', 'b': the first record is Alpaca": "other keys than the file's format has",
-        "line 9: output holds a lone surrogate '\\ud800' at character 4; correct it": "output",
+        "line 9: output holds a lone surrogate '\\ud800' at character 4; correct it": "output holds a lone surrogate",
     }
     assert {fault: fault_kind(fault) for fault in kinds} == kinds
 

@@ -128,6 +128,17 @@ def test_a_column_says_the_part_of_each_record(tmp_path):
     assert answers(tmp_path / "c.csv")[0] == ["1"]
 
 
+def test_a_switch_says_the_part_of_each_record(tmp_path):
+    """{"is_test": true} was an ignored key, and the test was trained."""
+    rows = [{"is_test": True}, {"is_test": False}, {"is_train": 0}, {"is_train": "True"}, {"is_val": 1}, {}]
+    rows += [{"is_train": False, "is_val": True}, {"is_val": 0, "is_test": "1"}, {"is_valid": False}, {"is_test": None}]
+    make(tmp_path, **{"a.jsonl": [chat(number) | row for number, row in enumerate(rows)]})
+    found, summary = answers(tmp_path / "a.jsonl")
+    assert found == ["1", "3", "5", "8", "9"] and "dropped 3 (of the test part, by its own column)" in summary
+    assert answers(tmp_path / "a.jsonl", VALIDATION)[0] == ["4", "6"]
+    assert answers(tmp_path / "a.jsonl", TEST)[0] == ["0", "2", "7"]
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return load_tokenizer(chat_base(tmp_path_factory.mktemp("base")))
@@ -185,6 +196,9 @@ def test_dataset_info_names_the_tags_of_messages(tmp_path):
     assert [(each["role"], each["content"]) for each in record.messages] == [
         ("system", "s"), ("user", "q"), ("assistant", "a"),
     ]  # fmt: skip
+    info = {"m": entry | {"formatting": "openai"}}
+    make(tmp_path, **{"dataset_info.json": json.dumps(info)})
+    assert open_source(tmp_path).read_all()[0].messages == record.messages
     ranking = {"file_name": "m.jsonl", "ranking": True, "columns": {"prompt": "ask", "chosen": "yes", "rejected": "no"}}
     make(
         tmp_path,

@@ -450,6 +450,7 @@ def test_a_question_stands_before_chosen_and_rejected(write):
 def test_thoughts_have_many_names(write):
     parts = [{"type": "reasoning.text", "text": "hm"}]
     fields = [{"reasoning": "hm"}, {"thinking": "hm"}, {"thought": "hm"}, {"reasoning_details": parts},
+              {"reasoningContent": "hm"}, {"thought_process": "hm"}, {"internal_monologue": "hm"}, {"scratchpad": "hm"},
               {"reasoning": "hm", "reasoning_content": "hm", "reasoning_details": [{"data": "x"}]},
               {"reasoning_details": [{"data": "x"}, *parts]}, {"thinking_blocks": [{"thinking": "hm"}]},
               {"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "good"}]}]  # fmt: skip
@@ -478,6 +479,8 @@ UNSEEN = {  # name: (a record with what a text model can't see, what it is calle
     "a sound": (message_of_type("input_audio"), "a sound"),
     "a file": (message_of_type("file"), "a file"),
     "on a message": ({"messages": [{"role": "user", "content": "q", "images": ["x"]}, GOOD]}, "an image"),
+    "a name in another column": ({"image_file": "a.png", "messages": turns("q", "a")}, "an image"),
+    "a sound's file": ({"audio_file": "a.wav", "messages": turns("q", "a")}, "a sound"),
     "a tool's screenshot": ({"messages": [*turns("q"), GOOD, {"role": "tool", "content": [IMAGE]}, GOOD]}, "an image"),
 }  # fmt: skip
 
@@ -501,6 +504,15 @@ def test_a_mark_for_an_image_that_is_not_there_is_counted(write):
         "with <audio> in the text and no sound, as characters": 1,
         "with <image_1> in the text and no image, as characters": 1,
     }
+    images = ["<|image_1|>", "<|image_pad|>", "<image_soft_token>", "<start_of_image>", "<ImageHere>", "[IMG]"]
+    images += ["<|image|>", "<img>a.png</img>", "<img>b.png</img>", "data:image/png;base64,"]
+    others = [
+        {"messages": turns(f"{mark} q", "a")} for mark in [*images, "<|audio_1|>", "<img src='a.png'>", "<image "]
+    ]
+    counted = read_records(write(others)).stats.altered
+    said = "with {} in the text and no image, as characters"
+    wanted = {said.format(mark): 1 for mark in images if "<img>" not in mark} | {said.format("<img>"): 2}
+    assert counted == wanted | {"with <|audio_1|> in the text and no sound, as characters": 1}
 
 
 # ---- numbers ----
@@ -856,6 +868,11 @@ BAD_RECORDS = {  # name: (a good record, the bad one that stands third among suc
         PREFERENCES[0],
         {"prompt": "other", "chosen": turns("q", "a"), "rejected": turns("q", "b")},
         ["prompt and chosen hold two talks that are not the same"],
+    ),
+    "two answers to two systems": (
+        PREFERENCES[0],
+        {"chosen": [SYSTEM, *turns("q", "a")], "rejected": [SYSTEM | {"content": "t"}, *turns("q", "b")]},
+        ["chosen and rejected begin with different messages, and share no prompt"],
     ),
     "messages of another talk": (
         PREFERENCES[0],

@@ -155,6 +155,23 @@ def test_thoughts_in_the_content_are_parts_too(base, tmp_path):
     assert hidden_counts(ours, turns + turns) == {"thoughts of earlier answers": 1}
 
 
+def test_words_before_and_between_thoughts_are_parts_too(base, tmp_path):
+    """Qwen 3's template keeps the last words alone of an answer that thinks twice."""
+    cuts = CHATML.replace(
+        "message['content']",
+        "('<think>\n' + message.content.split('</think>')[0].split('<think>')[-1] + '\n</think>\n\n'"
+        " + message.content.split('</think>')[-1] if '</think>' in message.content else message.content)",
+    )
+    for template, count in ((cuts, 1), (CHATML, 0)):
+        ours = load_tokenizer(with_template(base, tmp_path / str(count), template))
+        lost = {"parts of answers before or between thoughts": count} if count else {}
+        twice = "<think>Weather of where?</think>Let me see.<think>Paris, of course.</think>Rain."
+        for answer in (twice, "I will think.<think>Weather of where?</think>Rain."):
+            assert hidden_counts(ours, [QUESTION, {"role": "assistant", "content": answer}]) == lost, answer
+        answer = "<think>Weather of where?</think>Rain."
+        assert hidden_counts(ours, [QUESTION, {"role": "assistant", "content": answer}]) == {}
+
+
 def test_proofs_are_not_sought_without_end(base, tmp_path, monkeypatch):
     """Of a kind that is left out again and again, a record costs no rendering more."""
     ours = load_tokenizer(with_template(base, tmp_path / "drops", DROPS_ALL))

@@ -177,7 +177,7 @@ CASES = {
     "CSV with a NUL": ("csv", "instruction,output\na,b\nc,\0\n", "(:| row 2:) .*NUL"),
     "CSV in Latin-1": ("csv", "instruction,output\na,b\nd,\xe9\n".encode("latin-1"), ".* not UTF-8 at byte"),
     "CSV with a field of 3 MB": ("csv", f"instruction,output\na,b\na,{'word ' * 600_000}\n", (2, {"--seq-len 512": 1})),
-    "CSV of 100,000 columns": ("csv", ",".join(f"c{n}" for n in range(100_000)) + "\n1\n", " row 1: has 1 columns"),
+    "CSV of 100,000 columns": ("csv", ",".join(f"c{n}" for n in range(100_000)) + "\n1\n", " row 1: has 1 column,"),
     "CSV of classes, no last line end": ("csv", beside("2,a\n1,b\n", "Red\nBlue"), (2, {}, "Blue")),
     "TSV with an open quote": ("tsv", 'instruction\toutput\na\tb\na\t"b\n', " row 2: "),
     # JSON

@@ -152,7 +152,7 @@ def test_inspect_finds_what_was_put_in(tmp_path, command, monkeypatch):
     assert got["control tokens spelled in text"].startswith("1 ")
     assert got["looks like: e-mail address"] == "2" and "jane..." not in got and f"{file} line 65: jane...rg" in said
     assert got["scripts"] == "LATIN 100.0%"
-    assert got["--seq-len 250"] == "1 records whose answer does not fit into --seq-len 250"
+    assert got["--seq-len 250"] == "1 record whose answer does not fit into --seq-len 250"
     assert f"{file} line 61 is line 4" in said and f"{file} line 63 is line 6" in said
     assert got["exact overlap"] == got["same question"] == "3 of 3 in test.jsonl"
     assert said.count("\n--- ") == 2 and "[[" in said
@@ -247,7 +247,7 @@ def test_convert_keeps_a_long_text_whole_and_kinds_apart(tmp_path, command, monk
     (tmp_path / "a.txt").write_text("".join(f'line "{i}" \\ é\n' for i in range(300_000)))
     said = command("convert", tmp_path / "a.txt", "--out", tmp_path / "b.jsonl")
     (record,) = open_source(tmp_path / "b.jsonl").read_all()
-    assert record.text == (tmp_path / "a.txt").read_text() and "b.jsonl: 1 records" in said
+    assert record.text == (tmp_path / "a.txt").read_text() and "b.jsonl: 1 record\n" in said
     chat = written(tmp_path / "c.jsonl", [{"prompt": "q", "completion": "a"}])
     with pytest.raises(UserError, match="c.jsonl line 1: is of another kind"):
         command("convert", tmp_path / "a.txt", chat, "--out", tmp_path / "d.jsonl")

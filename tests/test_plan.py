@@ -227,12 +227,22 @@ def test_the_recommendation(monkeypatch, capsys, room, to_learn, wanted):
     adapted = [
         p.numel() for p in meta_model(config, Recipe("lora"), torch.bfloat16, ADAPTER).parameters() if p.requires_grad
     ]
-    plan.print_plan(
-        config, job(to_learn=int(to_learn * plan.CAPACITY * sum(adapted) / plan.BITS)), CPU, torch.bfloat16, ADAPTER
-    )
+    workload = job(to_learn=int(to_learn * plan.CAPACITY * sum(adapted) / plan.BITS))
+    plan.print_plan(config, workload, CPU, torch.bfloat16, ADAPTER, None)
     said = capsys.readouterr().out
     assert re.search(wanted, said.splitlines()[-1]), said
     assert len(table(said)) == 5 and ("!" in said.splitlines()[2]) == (room != 1e12)
+
+
+@pytest.mark.parametrize("gpus", [[], ["--gpus", 1, "--gpu-memory", 24]])
+def test_a_plan_recommends_the_method_that_is_asked_for(tmp_path, monkeypatch, capsys, gpus):
+    base = chat_base(tmp_path / "base")
+    for method in ("full", "lora", "qlora"):
+        said, _, code = command(train, monkeypatch, capsys, "--model", base, "--plan", "--method", method, *gpus)
+        assert code == 0 and said.splitlines()[-1].startswith(f"plan      --method {method}"), said
+        assert [row[0] for row in table(said)] == ["full"] * 3 + ["lora", "qlora"]
+    said, _, _ = command(train, monkeypatch, capsys, "--model", base, "--plan", "--quant", "nf4", *gpus)
+    assert said.splitlines()[-1].startswith("plan      --method qlora")
 
 
 def test_a_plan_reads_no_weights(tmp_path, monkeypatch, capsys):

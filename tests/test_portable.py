@@ -4,6 +4,7 @@ conversions that were damaged in the cache, and that nothing asks a network unle
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -338,8 +339,11 @@ def test_a_card_of_all_weights_and_of_four_bits(home, here, monkeypatch, capsys)
     assert head["library_name"] == "transformers" and head["tags"] == ["plaintune"]
     assert "All weights of base were trained" in body and 'AutoModelForCausalLM.from_pretrained("THIS")' in body
     assert "| stored in | fp32 |" in body and "To validate: 1, held out of the same files." in body
-    assert command(train, monkeypatch, capsys, *data, "--method", "qlora", "--rank", 40, "--out", "q")[2] == 0
+    words = ["--method", "qlora", "--rank", 40, "--out", "q", "--val-fraction", 0.3, "--val-limit", 2, "--clip", 0]
+    assert command(train, monkeypatch, capsys, *data, *words)[2] == 0
     _, body = card_of(Path("q/final"))
+    assert re.search(r"To validate: \d+, held out of the same files; each validation read 2 of them\.", body)
+    assert "| gradient clipping, largest norm | none |" in body
     assert "| its linears in training | 4 bits (nf4) |" in body and "quantization_config=four_bits" in body
     assert "python generate.py --model BASE --adapter THIS --quant nf4" in body and "vllm serve" not in body
 

@@ -15,7 +15,7 @@ from support.helpers import chat_base, sentence
 
 import train
 from common import progress, threads
-from common.console import format_duration
+from common.console import format_duration, number_of
 from training import evaluator, metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +52,11 @@ def run(monkeypatch, capsys, *words) -> str:
 )
 def test_durations_are_said_as_people_say_them(seconds, text):
     assert format_duration(seconds) == text
+
+
+def test_one_of_a_thing_is_not_several():
+    said = [number_of(number, "record") for number in (0, 1, 2, 1000)]
+    assert said == ["0 records", "1 record", "2 records", "1,000 records"]
 
 
 def test_lines_stand_where_no_terminal_is(monkeypatch, capsys):

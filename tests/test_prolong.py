@@ -132,10 +132,15 @@ def test_the_picture_has_the_run_s_name_and_the_replay(tmp_path, monkeypatch):
     assert axes.get_title() == r"costs \$5 and \$6: lora of base"
     curves = {line.get_label(): len(line.get_xdata()) for line in axes.get_lines()}
     assert curves == {
-        "training, each step": 58, "training, mean of 3 steps": 58, "validation": 1, "replayed data, validation": 1,
-        "replayed data, training": 40,
+        "training with replay, each step": 58, "training with replay, mean of 3 steps": 58, "validation": 1,
+        "replayed data, validation": 1, "replayed data, training": 40,
     }  # fmt: skip
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    # A single step is a dot, for it makes no line.
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 3.0}))
+    loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png", "one step")
+    assert [line.get_marker() for figure in drawn for line in figure.axes[0].get_lines()][-1] == "o"
+    assert axes.get_lines()[0].get_marker() == "None"
 
 
 def test_muon_computes_in_fp32_where_bf16_has_no_instructions(monkeypatch):

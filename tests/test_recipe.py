@@ -425,8 +425,8 @@ def test_a_value_that_train_py_refuses_is_named(tmp_path):
     text = "model_name_or_path: org/one\nlearning_rate: fast\nper_device_train_batch_size: 2.5\nseed: -1\n"
     recipe = recipe_of(text, tmp_path)
     assert recipe.left_out == {
-        "learning_rate": "--lr: invalid float value: 'fast'",
-        "per_device_train_batch_size": "--batch-size: invalid int value: '2.5'",
+        "learning_rate": "--lr: a number is wanted, not 'fast'",
+        "per_device_train_batch_size": "--batch-size: a whole number is wanted, not '2.5'",
         "seed": "--seed -1: must be 0 or more",
     }
     text = "model_name_or_path: org/one\nlearning_rate: 1e-4\noptim: muon\npure_bf16: true\ndataset_name: org/a\n"

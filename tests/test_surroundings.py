@@ -255,6 +255,22 @@ def test_a_terminal_that_is_closed_stops_a_run_unless_it_runs_under_nohup(ignore
     assert done.stdout.split() == [wanted, "15" if ignored else "1"]
 
 
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGXCPU"])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_what_schedulers_send_before_they_kill_a_job_stops_a_run(name, ignored):
+    """Slurm's --signal=USR1@300, Grid Engine's -notify: they ended the process, and no checkpoint was written."""
+    number = int(getattr(signal, name))
+    code = "import os, signal, sys, time\nfrom training import signals\n"
+    code += "with signals.GracefulStop() as stop:\n    os.kill(os.getpid(), int(sys.argv[1]))\n"
+    code += "    time.sleep(0.2)\n    print(stop.signal)"
+
+    def prepare():
+        signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
+
+    done = python(code, number, preexec_fn=prepare, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, str(0 if ignored else number)), done.stderr
+
+
 def test_a_run_whose_terminal_is_closed_writes_a_checkpoint(job, tmp_path, monkeypatch, capsys):
     """The terminal is a real one, and what is printed to it fails afterwards."""
     whole, out = tmp_path / "whole", tmp_path / "run"

@@ -1,8 +1,11 @@
 """Real templates and real tokenizers: text and ids against transformers, exact masks, and templates that mean harm."""
 
 import json
+import os
+import resource
 import shutil
-import time
+import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from support.helpers import SHARED, chat_base, command, needs_shared
 import generate
 import train
 from common.errors import UserError
-from tokenization.chat_template import MAX_CHARACTERS, MAX_MEMORY, MAX_SECONDS
+from tokenization.chat_template import MAX_CHARACTERS, MAX_MEMORY, MAX_SECONDS, Refused, Template
 from tokenizer import TemplateError, load_tokenizer
 
 PARAMETERS = {
@@ -268,17 +271,42 @@ HARM = {
 }
 
 
+def seconds_of_children() -> float:
+    """The processor time of the processes that were started and have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 @pytest.mark.parametrize("kind", HARM)
 def test_a_hostile_template_ends_in_one_line(kind, folder, monkeypatch):
     monkeypatch.setattr("tokenization.chat_template.MAX_SECONDS", 2)
     template, reason = HARM[kind]
-    start = time.monotonic()
+    start = seconds_of_children()
     ours = load_tokenizer(write(folder, template))
     with pytest.raises(TemplateError, match=reason) as error:
         ours.render(CHAT[1:3])
-    assert "\n" not in str(error.value) and time.monotonic() - start < 8
+    assert "\n" not in str(error.value) and seconds_of_children() - start < 8
     again = replace(ours, templates={"default": CHATML})
     assert trained_text(again, *again.render(CHAT[1:3])) == ["It is 19 🦊.<|im_end|>"]
+
+
+def test_a_process_that_is_stopped_for_a_while_costs_no_conversation(folder, monkeypatch):
+    """As a queue, a debugger or a laptop stops it: the limit is of processor time, not of the clock's."""
+    monkeypatch.setattr("tokenization.chat_template.MAX_SECONDS", 1)
+    template = Template(CHATML, {})
+    messages = CHAT[1:3]
+    wanted = template.render(messages)
+    os.kill(template.process.pid, signal.SIGSTOP)
+    goes_on = threading.Timer(2, os.kill, (template.process.pid, signal.SIGCONT))
+    goes_on.start()
+    assert template.render(messages) == wanted
+    goes_on.join()
+    # One that never goes on is given up.
+    monkeypatch.setattr("tokenization.chat_template.PATIENCE", 2)
+    os.kill(template.process.pid, signal.SIGSTOP)
+    with pytest.raises(Refused, match="longer than 1 s"):
+        template.render(messages)
+    assert template.render(messages) == wanted
 
 
 def test_the_bounds_are_what_the_messages_say():

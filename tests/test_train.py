@@ -355,7 +355,8 @@ def test_a_mixed_packed_run_with_replay(base, numbers, tmp_path, monkeypatch, ca
     (tmp_path / "general.txt").write_text(" ".join(str(i * i) for i in range(900)))
     words = ["--model", base, "--data", f"{numbers}=3", f"{other}=1", "--replay", f"{tmp_path / 'general.txt'}=0.25"]
     words += ["--pack", "--seq-len", 128, "--batch-size", 2, "--steps", 6, "--eval-every", 3, "--out", tmp_path / "run"]
-    said = whole_run(monkeypatch, capsys, *words)
+    said = whole_run(monkeypatch, capsys, *words, "--log-every", 1)
+    assert re.search(r"of 6: loss \d+\.\d{4} \(of the replay \d+\.\d{4}\), ", said)
     draws = dict(re.findall(r"draws an epoch ([\d,]+) of \S*?(\w+\.\w+):", said))
     draws = {name: int(count) for count, name in draws.items()}
     total = sum(draws.values())

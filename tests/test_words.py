@@ -113,8 +113,8 @@ def test_options_of_other_programs_are_answered_with_ours(typed, ours):
         ("--warmup-ratio 0.1", "here it is --warmup (--warmup counts steps; without it, they are 5 %"),
         ("--lr-scheduler-type polynomial", "here it is --schedule (--schedule is cosine, linear or constant"),
         ("--optim adafactor", "here it is --optimizer (--optimizer is adamw, adamw8bit or muon)"),
-        ("--max-samples 100", "all records are read; a smaller file is `head -n N`"),
-        ("--logging-steps 10", "it is not needed: every step is a line of metrics.jsonl"),
+        ("--max-samples 100", "--limit N trains on N examples of all files together"),
+        ("--logging-steps 10", "it is not needed: every step is a line of metrics.jsonl; --log-every N prints"),
         ("--flash-attn fa2", "it is not needed: the fastest attention of PyTorch"),
         ("--group-by-length", "it is not needed: nothing is padded"),
         ("--trust-remote-code", "code from a model's folder is never run"),
@@ -204,7 +204,7 @@ def test_the_other_scripts_know_such_names_too(parse, typed, said):
 
 def test_convert_ends_with_one_line():
     assert refusal("merge a", conversion_arguments).startswith("the following arguments are required: ")
-    assert refusal("fly", conversion_arguments).startswith("command: invalid choice: 'fly'")
+    assert refusal("fly", conversion_arguments).startswith("invalid choice: 'fly'")
 
 
 def test_names_of_others_are_options_of_ours_or_say_why_not():

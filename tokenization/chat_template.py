@@ -30,7 +30,10 @@ from itertools import islice
 from os.path import commonprefix
 
 # Limits of a conversation's rendering.
-MAX_SECONDS = 10
+MAX_SECONDS = 10  # of processor time
+# So many times as long is waited for, since processes may be stopped, and other work go first.
+PATIENCE = 6
+SHORT_WAIT = 0.5  # seconds
 MAX_MEMORY = 1 << 30  # bytes of address space
 MAX_CHARACTERS = 1 << 26  # characters of the text
 
@@ -49,9 +52,10 @@ class Refused(Exception):
 def serve_templates() -> None:
     """Renders jobs until the standard input ends; the process's whole life.
 
-    The first line of the input is {"template", "names", "date"}. Each further line is a list of
-    jobs, {"messages", "tools", "add_generation_prompt"}, and is answered with a line: a list of
-    {"text"} or {"error"}, one for each job.
+    The first line of the input is {"template", "names", "date", "seconds"}. Each further line is a
+    list of jobs, {"messages", "tools", "add_generation_prompt"}, and is answered with a line: a list
+    of {"text"} or {"error"}, one for each job. A line that takes more seconds of processor time ends
+    the process by SIGPROF.
     """
     # Windows has no module `resource`; and a limit can't be raised where it is lower already.
     with contextlib.suppress(ImportError, ValueError, OSError):
@@ -62,6 +66,8 @@ def serve_templates() -> None:
     settings = json.loads(sys.stdin.readline())
     template = None
     template_error = ""
+    # Jinja computes what is constant already when it reads the template.
+    limit_processor_time(settings["seconds"])
     try:
         template = environment(settings["date"]).from_string(settings["template"])
     except Exception as error:  # noqa: BLE001  a stranger's program may fail in any way
@@ -72,6 +78,7 @@ def serve_templates() -> None:
         if not line.endswith("\n"):
             # The caller was killed while it wrote the line.
             return
+        limit_processor_time(settings["seconds"])
         jobs = json.loads(line, parse_float=written_number)
         results = []
         for job in jobs:
@@ -79,11 +86,23 @@ def serve_templates() -> None:
                 results.append({"error": template_error})
             else:
                 results.append(render_job(template, job, settings["names"]))
+        text = json.dumps(results)
+        limit_processor_time(0)
         try:
-            print(json.dumps(results), flush=True)
+            print(text, flush=True)
         except BrokenPipeError:
             # The caller has ended.
             os._exit(0)
+
+
+def limit_processor_time(seconds: float) -> None:
+    """Ends this process by SIGPROF after so much processor time from now on; 0: no longer.
+
+    Not by the clock, which goes on while processes are stopped or wait for others: a template would
+    be refused for that. The signal ends a long computation within the interpreter as well.
+    """
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def render_job(template, job: dict, names: dict[str, str]) -> dict[str, str]:
@@ -326,6 +345,7 @@ class Template:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
             )
             settings = {"template": self.source, "names": self.names, "date": self.day}
+            settings["seconds"] = MAX_SECONDS
             lines = json.dumps(settings).encode() + b"\n" + lines
         try:
             self.write(lines)
@@ -359,17 +379,25 @@ class Template:
             lines = lines[written:]
 
     def read_line(self) -> bytes:
-        """Reads a line from the process. Raises Refused after MAX_SECONDS, or where the process has
-        ended."""
+        """Reads a line from the process. Raises Refused where it takes longer than MAX_SECONDS, or
+        where the process has ended."""
         output = self.process.stdout
-        deadline = time.monotonic() + MAX_SECONDS
+        has_own_clock = hasattr(signal, "setitimer")
+        longest_wait = MAX_SECONDS * PATIENCE if has_own_clock else MAX_SECONDS
+        waited = 0.0
         parts: list[bytes] = []
         while not parts or not parts[-1].endswith(b"\n"):
-            seconds_left = max(0.0, deadline - time.monotonic())
-            readable, _, _ = select.select([output], [], [], seconds_left)
+            # In short waits, so that a time in which this process was stopped counts as one of them.
+            start = time.monotonic()
+            readable, _, _ = select.select([output], [], [], SHORT_WAIT)
             if not readable:
-                raise Refused(f"it takes longer than {MAX_SECONDS} s")
+                waited += min(SHORT_WAIT, time.monotonic() - start)
+                if waited >= longest_wait:
+                    raise Refused(f"it takes longer than {MAX_SECONDS} s")
+                continue
             part = os.read(output.fileno(), 1 << 20)
+            if not part and has_own_clock and self.process.wait() == -signal.SIGPROF:
+                raise Refused(f"it takes longer than {MAX_SECONDS} s")
             if not part:
                 limit = f"{MAX_MEMORY >> 20} MB"
                 raise Refused(

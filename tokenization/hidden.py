@@ -22,6 +22,7 @@ ENOUGH_PROOFS = 16
 CHANGE = "\uf8fe"
 # What is not shown of an answer whose words are.
 TRIMMED = "leading spaces of answers"
+AROUND_THOUGHTS = "parts of answers before or between thoughts"
 
 
 class Part(NamedTuple):
@@ -227,9 +228,14 @@ def parts_of_answer(message: dict, number: int, is_earlier: bool) -> Iterator[Pa
     is_earlier: the user speaks after this message, and templates may leave its thought out.
     """
     kind = "thoughts of earlier answers" if is_earlier else "thoughts"
+    before, between = words_around_thoughts(message)
+    if before:
+        yield Part(AROUND_THOUGHTS, before, number, "reasoning_content")
     words = thought_of(message)
     if words:
         yield Part(kind, words, number, "reasoning_content")
+    if between:
+        yield Part(AROUND_THOUGHTS, between, number, "reasoning_content")
     for call in message.get("tool_calls") or ():
         if not isinstance(call, dict):
             continue
@@ -255,6 +261,18 @@ def thought_of(message: dict) -> str:
     before, _, _ = content.partition("</think>")
     _, _, inner = before.rpartition("<think>")
     return inner.strip()
+
+
+def words_around_thoughts(message: dict) -> tuple[str, str]:
+    """Returns what an answer says before its first thought, and from there to the end of its last
+    one; "" for nothing. Templates that take the thought for the beginning leave it out."""
+    content = message.get("content")
+    if not isinstance(content, str) or "</think>" not in content:
+        return "", ""
+    thought, _, rest = content.partition("</think>")
+    before, mark, _ = thought.partition("<think>")
+    between, mark_of_last, _ = rest.rpartition("</think>")
+    return (before.strip() if mark else ""), (between.strip() if mark_of_last else "")
 
 
 def function_name(tool: object) -> str:

@@ -19,6 +19,7 @@ import distributed
 import lora
 import optimizers
 from checkpoint import dtype_note, read_config, stored_dtype, weight_files
+from common.console import number_of
 from common.device import DTYPES, STORAGE_DTYPES, pick_dtype
 from common.errors import UserError
 from data import TrainingData
@@ -94,6 +95,8 @@ def resolve_defaults(
     """
     config = read_config(folder)
     dtype, why_dtype = pick_dtype(flags.dtype, device)
+    if flags.resume and flags.dtype != "auto" and "dtype" not in flags.given:
+        why_dtype = "as before"
     shard, why_shard = choose_shard(flags, folder, device)
     flags = dataclasses.replace(
         flags,
@@ -350,7 +353,9 @@ def choose_compile(flags: Flags, device: torch.device, seconds: float) -> tuple[
         raise UserError(f"--compile on: needs {needed}, not found here")
 
     if flags.compile != "auto":
-        return flags.compile, f"compiled blocks {flags.compile}, asked for with --compile"
+        is_as_before = flags.resume and "compile" not in flags.given
+        why = "as before" if is_as_before else "asked for with --compile"
+        return flags.compile, f"compiled blocks {flags.compile}, {why}"
     choice = "off"
     if on_gpu:
         reason = "what they save on GPUs is not measured yet, --compile on tries them"
@@ -380,7 +385,8 @@ def choose_save_every(flags: Flags, model: Transformer, seconds: float) -> tuple
     if save_every is None:
         in_time = MAX_SECONDS_BETWEEN_CHECKPOINTS * flags.steps / max(seconds, 1)
         if flags.steps < CHECKPOINTS_FROM_STEPS and in_time >= flags.steps:
-            return 0, f"no checkpoints, the run is short: {flags.steps} steps (--save-every)"
+            steps = number_of(flags.steps, "step")
+            return 0, f"no checkpoints, the run is short: {steps} (--save-every)"
         save_every = max(1, min(math.ceil(flags.steps / 5), int(in_time)))
     checkpoint_size, weights_size, count = sizes_on_disk(flags, model)
     needed = count * checkpoint_size + 3 * weights_size
@@ -394,7 +400,9 @@ def choose_save_every(flags: Flags, model: Transformer, seconds: float) -> tuple
         return 0, f"no checkpoints, the disk has no room for {count} of {size}"
     if not save_every:
         return 0, "no checkpoints"
-    line = f"a checkpoint of {size} every {save_every:,} steps; the last {flags.keep} are kept"
+    interval = "step" if save_every == 1 else f"{save_every:,} steps"
+    kept = "is kept" if flags.keep == 1 else "are kept"
+    line = f"a checkpoint of {size} every {interval}; the last {flags.keep} {kept}"
     return save_every, line
 
 

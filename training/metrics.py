@@ -184,8 +184,11 @@ class MetricsLogger:
             self.bar.write(f"NOTE      {slowdown}")
         if self.line_is_due(pending.step):
             left = format_duration(self.seconds_left(pending.step))
+            # The loss is that of all trained tokens, and replayed ones may be most of them.
+            replay = line.get("replay_loss")
+            of_replay = "" if replay is None else f" (of the replay {replay:.4f})"
             self.bar.write(
-                f"step {pending.step:>5} of {self.bar.total:,}: loss {loss:.4f},"
+                f"step {pending.step:>5} of {self.bar.total:,}: loss {loss:.4f}{of_replay},"
                 f" {speed:,.0f} tokens/s, {left} left"
             )
         if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:

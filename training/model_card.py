@@ -43,7 +43,7 @@ TOLD = (
     ("warmup", "warm-up steps"),
     ("optimizer", "optimizer"),
     ("weight_decay", "weight decay"),
-    ("clip", "largest gradient norm"),
+    ("clip", "gradient clipping, largest norm"),
     ("seq_len", "longest example, tokens"),
     ("train_on", "trained on"),
     ("seed", "seed"),
@@ -300,7 +300,11 @@ class ModelCard:
         held_out = ""
         if len(val) and "validation" not in uses:
             held_out = ", held out of the same files"
-        lines += ["", f"{examples} {trained}. To validate: {len(val):,}{held_out}."]
+        read = ""
+        limit = self.settings.val_limit
+        if 0 < limit < len(val):
+            read = f"; each validation read {limit:,} of them"
+        lines += ["", f"{examples} {trained}. To validate: {len(val):,}{held_out}{read}."]
         if train.chat:
             template = escape(self.tokenizer.template_name)
             date = f"; {escape(self.tokenizer.date_note)}" if self.tokenizer.writes_date else ""
@@ -342,6 +346,8 @@ class ModelCard:
             value = getattr(settings, name)
             if name == "epochs":
                 value = f"{settings.steps / settings.steps_per_epoch:.2f}"
+            if name == "clip" and not value:
+                value = "none"
             if value is not None:
                 rows.append(
                     (label, escape(f"{value:g}" if isinstance(value, float) else str(value)))

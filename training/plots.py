@@ -32,19 +32,24 @@ def loss_curve(metrics: Path, picture: Path, title: str) -> None:
     window = max(1, len(steps) // 20)
 
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
-    axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="training, each step")
+    # Dots where there is no mean to look at: of a single step there would be no line either.
+    dots = {"marker": "o", "markersize": 3} if window == 1 else {}
+    replays, replay_losses = curve(lines, "replay_loss")
+    # A step's loss is that of all its trained tokens.
+    what = "training with replay" if replays else "training"
+    label = f"{what}, each step"
+    axes.plot(steps, losses, color="#9ecae1", linewidth=1, label=label, **dots)
     if window > 1:
-        label = f"training, mean of {window + 1} steps"
+        label = f"{what}, mean of {window + 1} steps"
         means = running_means(losses, window)
         axes.plot(steps, means, color="#3182bd", linewidth=2, label=label)
     for name, label, color in VALIDATION_CURVES:
         checks, values = curve(lines, name)
         if checks:
             axes.plot(checks, values, color=color, marker="o", markersize=4, label=label)
-    checks, values = curve(lines, "replay_loss")
-    if checks:
-        means = running_means(values, window)
-        axes.plot(checks, means, color="#a1d99b", linewidth=1.5, label="replayed data, training")
+    if replays:
+        means = running_means(replay_losses, window)
+        axes.plot(replays, means, color="#a1d99b", linewidth=1.5, label="replayed data, training")
     # A $ in a name would begin a formula.
     axes.set(xlabel="step", ylabel="loss per token", title=title.replace("$", r"\$"))
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))

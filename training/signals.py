@@ -1,7 +1,10 @@
-"""SIGTERM, SIGINT and SIGHUP end a run after the step at hand, with a checkpoint.
+"""SIGTERM, SIGINT, SIGHUP and the signals of schedulers end a run after the step at hand, with a
+checkpoint.
 
-A cluster's scheduler sends SIGTERM some time before it kills a job; Ctrl-C sends SIGINT; a terminal
-or a connection that is closed sends SIGHUP, which `nohup` has a program ignore.
+A cluster's scheduler sends SIGTERM some time before it kills a job, or what it was told to send:
+SIGUSR1 (Slurm's --signal=USR1@300, Grid Engine's -notify), SIGUSR2 (Grid Engine, LSF), SIGXCPU (a
+limit of processor time). Ctrl-C sends SIGINT; a terminal or a connection that is closed sends
+SIGHUP, which `nohup` has a program ignore.
 """
 
 import contextlib
@@ -14,10 +17,12 @@ from typing import Self
 from distributed import is_rank0
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
-# Windows has none.
-HANGUP = getattr(signal, "SIGHUP", None)
-if HANGUP is not None:
-    SIGNALS.append(HANGUP)
+# Who starts a run may have it ignore these. Windows has none of them.
+IGNORABLE = [
+    getattr(signal, name)
+    for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    if hasattr(signal, name)
+]
 # Signals within a second count as one: torchrun passes on what the terminal has sent already.
 DEBOUNCE_SECONDS = 1.0
 STOPPING = b"\nstopping  after this step, with a checkpoint; once more to stop at once\n"
@@ -47,9 +52,9 @@ class GracefulStop:
         os.set_blocking(self.write_end, False)
         self.wakeup_before = signal.set_wakeup_fd(self.write_end, warn_on_full_buffer=False)
         self.handlers_before = {}
-        for number in SIGNALS:
+        for number in (*SIGNALS, *IGNORABLE):
             # Under nohup the run is to outlive its terminal.
-            if number == HANGUP and signal.getsignal(number) == signal.SIG_IGN:
+            if number in IGNORABLE and signal.getsignal(number) == signal.SIG_IGN:
                 continue
             # A handler that does nothing, since the default one would end the process.
             self.handlers_before[number] = signal.signal(number, lambda *_: None)

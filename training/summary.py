@@ -14,7 +14,7 @@ import checkpoint
 import distributed
 import lora
 import optimizers
-from common.console import one_line
+from common.console import number_of, one_line
 from common.origin import SOURCE_FILE
 from common.threads import wait_policy_note
 from data import TrainingData, max_tokens_per_micro_batch
@@ -165,9 +165,9 @@ def print_run(settings: Settings, model: Transformer, device: torch.device) -> N
     unit = "rows" if settings.pack else "examples"
     epochs = settings.steps / settings.steps_per_epoch
     print(
-        f"run       {settings.steps:,} steps of {factors} {unit} ({epochs:.2f} epochs);"
+        f"run       {number_of(settings.steps, 'step')} of {factors} {unit} ({epochs:.2f} epochs);"
         f" {optimizers.DESCRIPTIONS[settings.optimizer]}, rate {settings.lr:g}{settings.reasons['lr']},"
-        f" {settings.schedule} after {settings.warmup} steps of warm-up,"
+        f" {settings.schedule} after {number_of(settings.warmup, 'step')} of warm-up,"
         f" decay {settings.weight_decay:g}, clip {settings.clip:g}, seed {settings.seed}"
     )
     if settings.reasons["val_limit"]:

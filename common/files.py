@@ -38,6 +38,8 @@ POINTERS = (
 SET_CACHE = "set PLAINTUNE_CACHE to another folder"
 # Bytes that are read at a time for a CRC-32.
 CRC_PART = 1 << 20
+# Text of any kind; a web page is one.
+MAY_BE_PAGES = (".txt", ".md", ".html", ".htm")
 # Bytes. The specification of Git LFS has pointers below this size.
 POINTER_BYTES = 1024
 
@@ -181,10 +183,26 @@ def save_tensors(tensors: dict, path: Path) -> None:
 
 
 def refuse_pointer(path: Path | str) -> None:
-    """Raises UserError if a file is only the pointer of one that Git LFS has not fetched."""
+    """Raises UserError if a file stands for another one: the pointer of one that Git LFS has not
+    fetched, or the page that a site has given in its place."""
     pointer = lfs_pointer(path)
     if pointer:
         raise UserError(f"{path}: {pointer}")
+    if is_web_page(path):
+        raise UserError(
+            f"{path}: is a page of HTML, as sites give in place of a file that one must log in or"
+            " agree to terms for; download the file again"
+        )
+
+
+def is_web_page(path: Path | str) -> bool:
+    """True if a file begins as a page of HTML does, and its name does not say that it may be one."""
+    path = Path(path)
+    if path.suffix.lower() in MAY_BE_PAGES or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        start = file.read(100).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return start.startswith((b"<!doctype html", b"<html"))
 
 
 def lfs_pointer(path: Path | str) -> str | None:

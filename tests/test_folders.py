@@ -275,6 +275,16 @@ def test_a_pointer_of_git_lfs_is_named_under_every_name(tmp_path, name):
         assert error_of(tmp_path).startswith(f"/{name}: is a git-annex pointer")
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz", "a"])
+def test_a_page_that_a_site_gave_in_place_of_a_file_is_named(tmp_path, name):
+    for start in ("<!DOCTYPE html>", "\ufeff\n <html lang=en>"):
+        (tmp_path / name).write_text(start + "<body>Sign in, please</body></html>", encoding="utf-8")
+        assert error_of(tmp_path / name).startswith(": is a page of HTML, as sites give in place of a file")
+    page = tmp_path / "page.txt"
+    page.write_text("<!DOCTYPE html><p>Text to learn</p>")
+    assert open_source(page).read_all()[0].text == "<!DOCTYPE html><p>Text to learn</p>"
+
+
 def test_what_only_looks_like_a_pointer_is_none(tmp_path):
     for text in ("version 2", "", "x" + POINTER, POINTER + "x" * 1024):
         (tmp_path / "a.txt").write_text(text)

@@ -302,23 +302,24 @@ def test_a_run_whose_terminal_is_closed_writes_a_checkpoint(job, tmp_path, monke
 def test_file_names_that_are_not_utf8_work(tmp_path, monkeypatch, capsys, method):
     folder = tmp_path / os.fsdecode(b"\xff\xc3\xa9")
     folder.mkdir()
+    run = folder / os.fsdecode("河 $x ".encode() + b"\xff")
     base = chat_base(tmp_path / "base", num_key_value_heads=2)
     shutil.copytree(base, folder / "base")
     data = records(folder / os.fsdecode(b"d\xff.jsonl"), 20, 0)
     monkeypatch.chdir(folder)
     words = ["--model", "base", "--data", data.name, "--method", method, "--steps", 4, "--save-every", 2]
-    out, err, code = command(train, monkeypatch, capsys, *words, "--out", folder / "run")
+    out, err, code = command(train, monkeypatch, capsys, *words, "--out", run)
     assert code == 0, err
     assert "d\\udcff.jsonl" in out
-    assert json.loads((folder / "run/config.json").read_text())["data"] == [str(data)]
-    losses = [line.get("loss") for line in lines(folder / "run")]
-    shutil.rmtree(folder / "run/final")
-    shutil.rmtree(folder / "run/checkpoints/step-4")
+    assert json.loads((run / "config.json").read_text())["data"] == [str(data)]
+    losses = [line.get("loss") for line in lines(run)]
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoints/step-4")
     monkeypatch.chdir(tmp_path)
-    out, err, code = command(train, monkeypatch, capsys, "--out", folder / "run", "--resume")
+    out, err, code = command(train, monkeypatch, capsys, "--out", run, "--resume")
     assert code == 0, err
     assert "resumed   after step 2 of 4" in out
-    assert [line.get("loss") for line in lines(folder / "run")] == losses
+    assert [line.get("loss") for line in lines(run)] == losses
 
 
 @pytest.fixture

@@ -1,8 +1,11 @@
 """The loss curve of a run as a picture, drawn from metrics.jsonl."""
 
 import json
+import warnings
 from itertools import accumulate
 from pathlib import Path
+
+from common.errors import printable
 
 # Name in metrics.jsonl, label and color of the curves that have a point for each validation.
 VALIDATION_CURVES = [
@@ -50,13 +53,17 @@ def loss_curve(metrics: Path, picture: Path, title: str) -> None:
     if replays:
         means = running_means(replay_losses, window)
         axes.plot(replays, means, color="#a1d99b", linewidth=1.5, label="replayed data, training")
-    # A $ in a name would begin a formula.
-    axes.set(xlabel="step", ylabel="loss per token", title=title.replace("$", r"\$"))
+    # A folder may be called by bytes that are no text, and a $ in a name would begin a formula.
+    shown = printable(title).replace("$", r"\$")
+    axes.set(xlabel="step", ylabel="loss per token", title=shown)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(picture)
+    with warnings.catch_warnings():
+        # Of characters that the font lacks: a box stands in their place.
+        warnings.simplefilter("ignore")
+        figure.tight_layout()
+        figure.savefig(picture)
     pyplot.close(figure)
 
 

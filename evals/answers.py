@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 
 from common.errors import UserError
 from common.progress import progress
+from dataset.prompts import Prompt
 from dataset.records import Record
 from evals.arguments import EXTRA_TOKENS
 from evals.batch_answers import (
     AnswerSettings,
     generate_batches,
+    note_hidden_tools,
     prompt_batches,
     prompt_ids,
     seed_of,
@@ -72,6 +74,10 @@ def answer_records(
         messages, accepted = question_of(record, shots)
         questions.append(messages)
         references.append(accepted)
+    asked = []
+    for record, messages in zip(records, questions, strict=True):
+        asked.append(Prompt(record, record.where, messages, None, None))
+    note_hidden_tools(tokenizer, asked)
     prompts = []
     for record, messages in zip(records, questions, strict=True):
         prompts.append(prompt_ids(model, tokenizer, record, messages))

@@ -160,6 +160,16 @@ def refused(record: Record, error: UserError) -> UserError:
     return UserError(f"{record.where}: {console.one_line(str(error), 200)}")
 
 
+def note_hidden_tools(tokenizer: Tokenizer, prompts: list[Prompt]) -> None:
+    """Says on stderr how many prompts have tools that the model does not see, if there are such."""
+    num_hidden = hidden_tools(tokenizer, prompts)
+    if num_hidden:
+        print_stderr(
+            f"NOTE: {num_hidden:,} of {len(prompts):,} prompts have tools, and chat template {tokenizer.template_name}"
+            " does not show them to the model"
+        )
+
+
 def hidden_tools(tokenizer: Tokenizer, prompts: list[Prompt]) -> int:
     """Returns how many prompts have tools, if the chat template does not show those of the first one;
     0 if it does."""
@@ -196,12 +206,7 @@ def answer_into_file(
     out. Ctrl-C ends the program with exit code 130.
     """
     encoded = encode_prompts(model, tokenizer, prompts)
-    num_hidden = hidden_tools(tokenizer, prompts)
-    if num_hidden:
-        print_stderr(
-            f"NOTE: {num_hidden:,} of {len(prompts):,} prompts have tools, and chat template {tokenizer.template_name}"
-            " does not show them to the model"
-        )
+    note_hidden_tools(tokenizer, prompts)
     is_random = settings.temperature > 0
     new_seed = secrets.randbelow(1 << 31) if is_random else None
     digest = prompts_digest(prompts, encoded, tokenizer)

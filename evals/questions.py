@@ -16,7 +16,7 @@ import numpy as np
 from common.errors import UserError
 from dataset.folders import TEST, Fetched
 from dataset.formats import Map, open_source
-from dataset.prompts import BFCL_FORMAT, open_prompts
+from dataset.prompts import BFCL_FORMAT, BFCL_TURNS, open_prompts
 from dataset.readers import KNOWN_SUFFIXES, suffix_of
 from dataset.records import ReadStats, Record
 from dataset.token_cache import prompt_hash
@@ -70,6 +70,11 @@ def records_about_tools(
 ) -> list[Record]:
     """Reads conversations with tools, or BFCL's questions with their possible answers."""
     source = open_prompts(file, map_fn, args.skip_bad)
+    if source.format is BFCL_TURNS:
+        raise UserError(
+            f"{source.path}: BFCL's tasks of several turns are scored by running its simulated programs,"
+            " which is not done here; give one of its single-turn files"
+        )
     source.system = system
     stats = ReadStats()
     records = list(source.records(stats))

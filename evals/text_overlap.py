@@ -204,7 +204,6 @@ def read_wordnet(folder: Path):
 
         def map_wn(self, version="wordnet"):
             """Maps nothing: other languages' data, which would be mapped, are not there."""
-            return None
 
     # nltk opens no file outside the folders that it was told of.
     if str(folder) not in nltk.data.path:

@@ -14,6 +14,8 @@ from evals.table import COMMANDS, EVALUATIONS, GENERATE, LOSS, imported
 
 BATCH_SIZE = {LOSS: 8, GENERATE: 32}  # defaults of --batch-size
 SHOWN_MISSES = 5  # the default of --show
+# What a message calls the evaluations of a kind.
+KIND_NAMES = {LOSS: "`loss`", GENERATE: "answers that the model writes"}
 BLEU_TOKENIZERS = ("13a", "intl", "zh", "char", "none")
 # Flags of one evaluation alone.
 OF_ONE_EVALUATION = {"bleu_tokenizer": "bleu", "code_language": "code-similarity"}
@@ -251,9 +253,8 @@ def check_evaluation_arguments(args: argparse.Namespace) -> None:
     neutral = {"temperature": 0, "repetition_penalty": 1, "overwrite": False}
     for option, owner in owners.items():
         if owner != kind and getattr(args, option) != neutral.get(option):
-            names = "`, `".join(name for name, row in EVALUATIONS.items() if row.kind == owner)
             raise UserError(
-                f"{flag_of(option)}: is for `{names}`; `{args.what[0]}` does not use it"
+                f"{flag_of(option)}: is for {KIND_NAMES[owner]}; `{args.what[0]}` does not use it"
             )
     for option, owner in OF_ONE_EVALUATION.items():
         if getattr(args, option) is not None and owner not in args.what:

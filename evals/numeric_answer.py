@@ -18,7 +18,7 @@ MARK = "####"
 UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 CURRENCY = "$€£¥₹"
 # The sign may stand on either side of a currency. U+2212 is the minus of typesetting.
-NUMBER = re.compile(
+ANSWER_NUMBER = re.compile(
     rf"(?P<sign>(?<![\w.)\]%])[-+\u2212])?(?:[{CURRENCY}]\s?(?P<inner>[-+\u2212])?)?(?P<digits>{UNSIGNED})"
 )
 
@@ -57,17 +57,17 @@ def final_number(text: str) -> Decimal | None:
     """Returns the number that a text gives as its answer, None if it has none."""
     _, mark, behind = text.partition(MARK)
     if mark:
-        first = NUMBER.search(behind)
+        first = ANSWER_NUMBER.search(behind)
         if first:
             return value_of(first)
     last = None
-    for last in NUMBER.finditer(text):
+    for last in ANSWER_NUMBER.finditer(text):
         pass
     return value_of(last) if last else None
 
 
 def value_of(match: re.Match) -> Decimal:
-    """Returns the value of a match of NUMBER."""
+    """Returns the value of a match of ANSWER_NUMBER."""
     number = Decimal(match["digits"].replace(",", ""))
     sign = match["sign"] or match["inner"] or "+"
     return number if sign == "+" else -number

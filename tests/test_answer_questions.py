@@ -202,7 +202,7 @@ def test_answers_that_fit_nothing_are_refused_in_one_line(asked, tmp_path, monke
         _, err, code = command(evaluate, monkeypatch, capsys, "f1", *more)
         assert code == 2 and said in err and err.count("\n") == 1, (more, err)
     _, err, code = command(evaluate, monkeypatch, capsys, "loss", "--data", asked, "--temperature", 1)
-    assert code == 2 and "--temperature: is for `exact`" in err
+    assert code == 2 and "--temperature: is for answers that the model writes" in err
 
 
 def test_a_reference_that_an_evaluation_cannot_use_is_named_before_the_model_is_loaded(

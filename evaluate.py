@@ -150,6 +150,12 @@ def print_scores(args: argparse.Namespace, answers: dict[str, Answers]) -> None:
         # What holds for the metric is said once, what holds for one target's answers for each.
         for note in dict.fromkeys(note for each in scores.values() for note in each.notes):
             print(note)
+    for target, each in answers.items():
+        if each.num_cut:
+            print(
+                f"NOTE: {target}: {each.num_cut:,} of {len(each):,} answers were cut off at the longest"
+                " that an answer may be (--max-new-tokens)"
+            )
     for target, each in shown.items():
         print_misses(target, answers[target], each, args.show)
 

@@ -34,6 +34,7 @@ class Answers:
 
     references: for each record its accepted answers, at least one.
     prompt_tokens: mean length of a prompt, in tokens.
+    num_cut: answers that were cut off at the most tokens that an answer may have.
     options: what the command line says of the evaluations: {"bleu_tokenizer", "code_language"}.
     """
 
@@ -41,6 +42,7 @@ class Answers:
     references: list[list[str]]
     texts: list[str]
     prompt_tokens: float
+    num_cut: int = 0
     options: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -95,6 +97,7 @@ def answer_records(
         prompts = [prompt for prompt in prompts for _ in range(samples)]
 
     texts = [""] * len(prompts)
+    num_cut = 0
     batches = prompt_batches([len(prompt) for prompt in prompts], batch_size)
     bar = progress("answering", len(prompts), "prompt")
     with bar:
@@ -105,10 +108,12 @@ def answer_records(
                 # An answer that was cut at max_new_tokens has no end token.
                 if ids[-1] in tokenizer.stop_ids:
                     ids = ids[:-1]
+                else:
+                    num_cut += 1
                 texts[i] = tokenizer.decode(ids, skip_special=True)
             bar.update(len(batch))
     prompt_tokens = sum(len(prompt) for prompt in prompts) / len(prompts)
-    return Answers(list(records), references, texts, prompt_tokens)
+    return Answers(list(records), references, texts, prompt_tokens, num_cut)
 
 
 def longest_answer(tokenizer: Tokenizer, references: list[list[str]]) -> int:

@@ -15,7 +15,7 @@ from evals.table import COMMANDS, EVALUATIONS, GENERATE, LOSS, imported
 BATCH_SIZE = {LOSS: 8, GENERATE: 32}  # defaults of --batch-size
 SHOWN_MISSES = 5  # the default of --show
 # What a message calls the evaluations of a kind.
-KIND_NAMES = {LOSS: "`loss`", GENERATE: "answers that the model writes"}
+KIND_NAMES = {LOSS: "`loss`", GENERATE: "answers"}
 BLEU_TOKENIZERS = ("13a", "intl", "zh", "char", "none")
 # Flags of one evaluation alone.
 OF_ONE_EVALUATION = {"bleu_tokenizer": "bleu", "code_language": "code-similarity"}

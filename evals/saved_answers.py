@@ -47,6 +47,7 @@ class SavedAnswers:
     records: list[Record] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     prompt_tokens: list[int] = field(default_factory=list)
+    num_cut: int = 0
 
 
 # ---- saved ----
@@ -152,7 +153,7 @@ def num_records(saved: SavedAnswers) -> int:
 def answers_of_saved(saved: SavedAnswers, references: list[list[str]]) -> Answers:
     """Returns saved answers beside their references."""
     prompt_tokens = sum(saved.prompt_tokens) / len(saved.prompt_tokens)
-    return Answers(saved.records, references, saved.texts, prompt_tokens)
+    return Answers(saved.records, references, saved.texts, prompt_tokens, saved.num_cut)
 
 
 def references_by_record(
@@ -235,6 +236,7 @@ def read_saved(path: Path, names: list[str]) -> SavedAnswers:
         saved.questions.append(spoken(messages))
         saved.texts.append(answer["content"])
         saved.prompt_tokens.append(line.get("prompt_tokens", 0))
+        saved.num_cut += line.get("finish") == "length"
         # The question is shown with a wrong answer. The place of the reference is behind it.
         shown = [*messages, {"role": "assistant", "content": (references or [""])[0]}]
         saved.records.append(

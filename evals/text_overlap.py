@@ -6,7 +6,7 @@
     meteor   Lavie and Agarwal 2007: words, their stems and synonyms in order; by nltk
 
 What a number depends on besides the texts, the packages' own signatures and settings, is printed
-below the table, since numbers of other settings don't compare. All count 100 for equal texts.
+below the table, since numbers of other settings don't compare.
 """
 
 import os

@@ -154,12 +154,21 @@ def tool_questions(records: list[Record]) -> list[Record]:
 
 
 def is_calls(reference: str) -> bool:
-    """True if a reference is a list of calls in JSON."""
+    """True if a reference is a list of calls in JSON, {"name", "arguments"} each or BFCL's."""
     try:
         value = json.loads(reference)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
-    return isinstance(value, list)
+    if not isinstance(value, list):
+        return False
+    return is_possible_answer(value) or all(is_written_call(each) for each in value)
+
+
+def is_written_call(value: object) -> bool:
+    """True if a value is {"name", "arguments": object}."""
+    if not isinstance(value, dict) or value.keys() != {"name", "arguments"}:
+        return False
+    return isinstance(value["name"], str) and isinstance(value["arguments"], dict)
 
 
 def calls_as_json(tool_calls: list[dict]) -> str:

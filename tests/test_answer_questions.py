@@ -84,6 +84,7 @@ def test_saved_answers_score_as_they_did_without_loading_a_model(base, asked, tm
     assert code == 0
     direct, _, _ = command(evaluate, monkeypatch, capsys, *words(base, "f1", "rouge", "chrf", "--data", asked))
     tables = first.split("\n\n", 1)[1]
+    assert "NOTE: model: 6 of 6 answers were cut off at the longest that an answer may be" in tables
     assert tables == direct.split("\n\n", 1)[1]
     saved = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["record"] for line in saved] == [1, 2, 3, 4, 5, 6]
@@ -202,7 +203,7 @@ def test_answers_that_fit_nothing_are_refused_in_one_line(asked, tmp_path, monke
         _, err, code = command(evaluate, monkeypatch, capsys, "f1", *more)
         assert code == 2 and said in err and err.count("\n") == 1, (more, err)
     _, err, code = command(evaluate, monkeypatch, capsys, "loss", "--data", asked, "--temperature", 1)
-    assert code == 2 and "--temperature: is for answers that the model writes" in err
+    assert code == 2 and "--temperature: is for answers;" in err
 
 
 def test_a_reference_that_an_evaluation_cannot_use_is_named_before_the_model_is_loaded(

@@ -304,6 +304,13 @@ def test_code_similarity_has_codebleus_parts_of_all_answers():
     )
 
 
+def test_code_that_shares_nothing_scores_0_and_a_part_that_no_reference_has_is_left_out():
+    scores = code_similarity_scores(answers_of([("", ["y = x + 1\nz = y"]), ("I don't know.", ["print(1)"])]))
+    assert scores.items["code similarity"] == [0.0, 0.0] and scores.columns["CodeBLEU %"] == 0
+    assert scores.notes[0].endswith("no data flow in the references of 1")
+    assert code_similarity_scores(answers_of([("print(7) if 7 else 8", ["print(7) if 7 else 8"])])).hits == [True]
+
+
 def test_code_is_taken_from_between_fences_and_names_do_not_matter_to_syntax():
     plain = "def f(a):\n    return a + 1"
     renamed = "def h(z):\n    return z + 1"

@@ -2,6 +2,7 @@
 
     python evaluate.py loss  --data FILE [--model M] [--adapter DIR] [--versus base|MODEL|ADAPTER]
     python evaluate.py exact --data FILE ...
+    python evaluate.py rouge --answers FILE
 
 What can be measured are the rows of evals/table.py. This file reads the command line, loads what it
 names and prints a row for each model. Each kind of evaluation has its loop here: `measure_loss` asks
@@ -10,7 +11,7 @@ how probable the model finds the references; `measure_answers` lets the model an
 
 from common.errors import run
 from common.threads import choose_wait_policy
-from evals.arguments import command_line, kind_of
+from evals.arguments import OF_ONE_EVALUATION, command_line, kind_of
 
 if __name__ == "__main__":
     # This is read when torch is loaded.
@@ -25,13 +26,14 @@ import numpy as np
 import data
 from checkpoint import read_config
 from common import console
-from dataset.folders import TEST
-from dataset.formats import open_source
-from evals.answers import Answers, answer_records, split_reference
+from evals.answers import Answers, answer_records, question_of
+from evals.batch_answers import AnswerSettings
 from evals.loss import ExampleLosses, examples_by_key, trained_bytes
+from evals.questions import read_questions
+from evals.saved_answers import answer_and_save, answer_file_of, score_saved
 from evals.scores import AnswerScores
 from evals.table import COMMANDS, EVALUATIONS, GENERATE, LOSS, imported
-from evals.targets import Opened, digest_of_ids, encode_files, records_with_references
+from evals.targets import Opened, digest_of_ids, encode_files
 
 
 def main() -> None:
@@ -82,20 +84,59 @@ def measure_loss(args: argparse.Namespace) -> None:
 
 
 def measure_answers(args: argparse.Namespace) -> None:
-    """Lets each target answer the questions of --data, and prints how good the answers are."""
+    """Lets each target answer the questions of --data, or takes the answers that --answers names, and
+    prints how good they are."""
+    if args.answers is not None:
+        print_scores(args, score_saved(args))
+        return
     opened = Opened(args)
-    source = open_source(opened.file, map_fn=opened.map_fn, part=TEST, skip_bad=args.skip_bad)
-    source.system = opened.system
-    records = records_with_references(source, args.limit, args.seed)
+    # A file that is in the way is reported before anything is read or loaded.
+    files = {}
+    if args.out is not None:
+        files = {each.name: answer_file_of(args, each, opened) for each in opened.targets}
+    records = read_questions(args, opened.file, opened.map_fn, opened.system)
     opened.print_computation()
+    settings = AnswerSettings(
+        args.samples or 1,
+        # What is not drawn has no seed.
+        args.seed if args.temperature else None,
+        args.max_new_tokens or 0,
+        args.temperature,
+        args.top_k,
+        args.top_p,
+        args.min_p,
+        args.repetition_penalty,
+    )
+    is_default = settings.temperature == 0 and settings.repetition_penalty == 1
     answers: dict[str, Answers] = {}
     for target in opened.targets:
         tokenizer = opened.tokenizer_of(target)
         model = opened.load(target, tokenizer)
-        answers[target.name] = answer_records(
-            model, tokenizer, records, args.max_new_tokens, opened.batch_size
-        )
-    print_scores(args.what, answers, args.show)
+        if args.out is not None:
+            dtype = str(opened.dtype).removeprefix("torch.")
+            batch_size = opened.batch_size
+            answers[target.name] = answer_and_save(
+                args,
+                files[target.name],
+                target,
+                model,
+                tokenizer,
+                records,
+                settings,
+                batch_size,
+                dtype,
+            )
+        else:
+            answers[target.name] = answer_records(
+                model,
+                tokenizer,
+                records,
+                args.max_new_tokens,
+                opened.batch_size,
+                (),
+                None if is_default else settings,
+            )
+    print_scores(args, answers)
 
 
 LOOPS = {LOSS: measure_loss, GENERATE: measure_answers}
@@ -104,23 +145,34 @@ LOOPS = {LOSS: measure_loss, GENERATE: measure_answers}
 # ---- what is printed ----
 
 
-def print_scores(names: list[str], answers: dict[str, Answers], show: int) -> None:
-    """Prints a table for each evaluation of the answers, and the first `show` wrong answers of each
+def print_scores(args: argparse.Namespace, answers: dict[str, Answers]) -> None:
+    """Prints a table for each evaluation of the answers, and the first --show wrong answers of each
     target by the first evaluation.
 
-    names: of the evaluations. answers: of each target.
+    answers: of each target.
     """
+    for each in answers.values():
+        for option in OF_ONE_EVALUATION:
+            if getattr(args, option) is not None:
+                each.options[option] = getattr(args, option)
     shown: dict[str, AnswerScores] = {}
-    for name in names:
+    for name in args.what:
         scores = {target: EVALUATIONS[name].load()(each) for target, each in answers.items()}
         shown = shown or scores
         last = next(reversed(scores.values()))
         rows = {target: each.columns for target, each in scores.items()}
         print_table(rows, last.formats)
-        for note in last.notes:
+        # What holds for the metric is said once, what holds for one target's answers for each.
+        for note in dict.fromkeys(note for each in scores.values() for note in each.notes):
             print(note)
+    for target, each in answers.items():
+        if each.num_cut:
+            print(
+                f"NOTE: {target}: {each.num_cut:,} of {len(each):,} answers were cut off at the longest"
+                " that an answer may be (--max-new-tokens)"
+            )
     for target, each in shown.items():
-        print_misses(target, answers[target], each.hits, show)
+        print_misses(target, answers[target], each, args.show)
 
 
 def print_table(results: dict[str, dict[str, float]], columns: dict[str, str]) -> None:
@@ -163,16 +215,20 @@ def print_groups(key: str, losses: dict[str, ExampleLosses], groups: dict[str, n
     print("\n" + console.table(rows))
 
 
-def print_misses(target: str, answers: Answers, hits: list[bool], show: int) -> None:
+def print_misses(target: str, answers: Answers, scores: AnswerScores, show: int) -> None:
     """Prints the first `show` wrong answers of a target, each with its question and its references,
     on a line each."""
-    misses = [i for i, hit in enumerate(hits) if not hit]
+    misses = [i for i, hit in enumerate(scores.hits) if not hit]
     shown = misses[:show]
+    number = console.number_of(len(misses), "wrong answer")
+    if any(0 < number < 1 for number in next(iter(scores.items.values()))):
+        # Few summaries equal their reference, and are not wrong for that.
+        number = f"{console.number_of(len(misses), 'answer')} that score below 100 %"
     if shown:
         several = f" first {len(shown)} of its" if len(shown) < len(misses) else ""
-        print(f"\n{target}:{several} {console.number_of(len(misses), 'wrong answer')}")
+        print(f"\n{target}:{several} {number}")
     for i in shown:
-        messages, _ = split_reference(answers.records[i])
+        messages, _ = question_of(answers.records[i])
         questions = [message["content"] for message in messages if message["role"] == "user"]
         question = questions[-1] if questions else ""
         print(f"  question   {console.both_ends(question)}")

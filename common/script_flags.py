@@ -219,6 +219,19 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="longest answer, in tokens; default: %(default)s. Raise it if answers break off",
     )
+    add_drawing_flags(group)
+    group.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="seed of the random draws: with the same one, an answer can be repeated; needs"
+        " --temperature above 0; default: other draws each time (with --data the seed that was drawn"
+        " is printed)",
+    )
+
+
+def add_drawing_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags of how each token of an answer is chosen."""
     group.add_argument(
         "--temperature",
         type=float,
@@ -264,14 +277,6 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         " divided by R, negative ones multiplied; 1: no change; default: 1. Raise it a little if"
         " the model repeats itself",
     )
-    group.add_argument(
-        "--seed",
-        type=int,
-        metavar="N",
-        help="seed of the random draws: with the same one, an answer can be repeated; needs"
-        " --temperature above 0; default: other draws each time (with --data the seed that was drawn"
-        " is printed)",
-    )
 
 
 def add_speed_flags(parser: argparse.ArgumentParser) -> None:
@@ -298,32 +303,17 @@ def add_speed_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_generation_arguments(args: argparse.Namespace) -> None:
     """Raises UserError for a number out of its range, and for flags that exclude each other."""
-    penalty = args.repetition_penalty
     lookup_is_valid = 0 <= args.lookup < LOOKUP_LIMIT
     lookup_rule = f"must be 0 (no guesses) or more, and below {LOOKUP_LIMIT}"
     # The comparisons are also false for NaN, which argparse takes for a float.
     rules = [
         ("--max-new-tokens", args.max_new_tokens, args.max_new_tokens >= 1, "must be 1 or more"),
-        ("--temperature", args.temperature, 0 <= args.temperature < math.inf, "must be 0 or more"),
-        ("--top-k", args.top_k, args.top_k >= 0, "must be 0 (all) or more"),
-        ("--top-p", args.top_p, 0 < args.top_p <= 1, "must be above 0 and at most 1"),
-        ("--min-p", args.min_p, 0 <= args.min_p <= 1, "must be 0 (all) to 1"),
         ("--lookup", args.lookup, lookup_is_valid, lookup_rule),
-        ("--repetition-penalty", penalty, 0 < penalty < math.inf, "must be above 0"),
     ]
-    for flag, value, is_valid, rule in rules:
-        if not is_valid:
-            raise UserError(f"{flag} {value}: {rule}")
-
-    only_for_sampling = {
-        "--top-k": args.top_k != 0,
-        "--top-p": args.top_p != 1,
-        "--min-p": args.min_p != 0,
-        "--seed": args.seed is not None,
-    }
-    for flag, is_given in only_for_sampling.items():
-        if is_given and args.temperature == 0:
-            raise UserError(f"{flag}: is for sampling; add --temperature 1")
+    check_rules(rules)
+    check_drawing_arguments(args)
+    if args.seed is not None and args.temperature == 0:
+        raise UserError("--seed: is for sampling; add --temperature 1")
     if args.lookup and args.temperature:
         raise UserError("--lookup: is for greedy answers, at --temperature 0")
     if args.merge and not args.adapter:
@@ -333,6 +323,42 @@ def check_generation_arguments(args: argparse.Namespace) -> None:
         if args.complete and value:
             raise UserError(f"{flag}: is for conversations; --complete continues plain text")
     check_data_arguments(args)
+
+
+def check_rules(rules: list[tuple[str, float, bool, str]]) -> None:
+    """Raises UserError for the first of some flags whose value is not valid. rules: of each the flag,
+    its value, whether it is valid, and what it must be."""
+    for flag, value, is_valid, rule in rules:
+        if not is_valid:
+            raise UserError(f"{flag} {value}: {rule}")
+
+
+def check_drawing_arguments(args: argparse.Namespace) -> None:
+    """Raises UserError for a flag of `add_drawing_flags` that is out of its range, or means nothing
+    to greedy answers."""
+    penalty = args.repetition_penalty
+    check_rules(
+        [
+            (
+                "--temperature",
+                args.temperature,
+                0 <= args.temperature < math.inf,
+                "must be 0 or more",
+            ),
+            ("--top-k", args.top_k, args.top_k >= 0, "must be 0 (all) or more"),
+            ("--top-p", args.top_p, 0 < args.top_p <= 1, "must be above 0 and at most 1"),
+            ("--min-p", args.min_p, 0 <= args.min_p <= 1, "must be 0 (all) to 1"),
+            ("--repetition-penalty", penalty, 0 < penalty < math.inf, "must be above 0"),
+        ]
+    )
+    only_for_sampling = {
+        "--top-k": args.top_k != 0,
+        "--top-p": args.top_p != 1,
+        "--min-p": args.min_p != 0,
+    }
+    for flag, is_given in only_for_sampling.items():
+        if is_given and args.temperature == 0:
+            raise UserError(f"{flag}: is for sampling; add --temperature 1")
 
 
 def check_data_arguments(args: argparse.Namespace) -> None:

@@ -7,7 +7,8 @@ by its keys.
     Alpaca          {"instruction", "output"}; optionally "input", "system", "history"
     Dolly           {"instruction", "response"}; optionally "context"
     two columns     {"prompt", "completion"}, {"question", "answer"} (GSM8K),
-                    {"document", "summary"}, ...: PAIRS
+                    {"document", "summary"}, ...: PAIRS; the answer may be a list of accepted ones
+    summaries       {"dialogue", "summary1"}; optionally "summary2", ... (DialogSum)
     with a context  {"context", "question", "answer"}; SQuAD, flat or in its nested file; PubMedQA
     classes         {"text", "label"}, also as CSV or TSV
     OASST           trees of ranked replies, nested, or as messages with parent ids: oasst.py
@@ -83,6 +84,9 @@ SEEN_AS = {"image": "image", "img": "image", "video": "video", "audio": "sound"}
 ID_KEYS = ("id", "custom_id", "task_id", "question_id", "uid", "example_id", "idx", "index")
 # Why a record is left out whose own column says that it belongs to another part of the data.
 OF_PART = "of the {} part, by its own column"
+# Counted, since the others are not trained.
+SEVERAL_ANSWERS = "with several accepted answers, the first of which is trained"
+MORE_SUMMARIES = ("summary2", "summary3", "summary4", "summary5")
 NO_HEADER = "; if its first row is a record, write one with the names of the columns above it"
 # As tools write it that give back a model's prompt together with its answer.
 REPEATS = "whose answer begins with the whole question, which is trained with it"
@@ -585,6 +589,8 @@ def _two_columns(question_key: str, answer_key: str) -> Callable[[Reading], list
     def read(reading: Reading) -> list[Record]:
         record = reading.record
         history, history_weights = reading.history()
+        if _is_list_of_texts(record[answer_key]):
+            return _several_answers(reading, question_key, record[answer_key])
         if isinstance(record[question_key], list) or isinstance(record[answer_key], list):
             answer = reading.messages_at(answer_key, "assistant")
             prompt = reading.messages_at(question_key, "user")
@@ -606,14 +612,50 @@ def _two_columns(question_key: str, answer_key: str) -> Callable[[Reading], list
     return read
 
 
+def _is_list_of_texts(value: object) -> bool:
+    """True if a value is a list of strings, at least one."""
+    is_list = isinstance(value, list) and bool(value)
+    return is_list and all(isinstance(each, str) for each in value)
+
+
+def _several_answers(reading: Reading, question_key: str, answers: list[str]) -> list[Record]:
+    """Returns the record of a question with several accepted answers, the first of which is trained."""
+    for answer in answers:
+        without_surrogate(answer, f"{reading.where}: answer")
+    history, weights = reading.history()
+    messages = _question_and_answer(reading, reading.text(question_key), answers[0])
+    messages, weights = reading.with_system([*history, *messages], [*weights, 1.0, 1.0])
+    return reading.conversation(messages, weights, references=_accepted(reading, answers))
+
+
+def _accepted(reading: Reading, answers: list[str]) -> list[str] | None:
+    """Returns the different answers of some that say something, and counts records with several;
+    None if there are not two."""
+    different = [answer for answer in dict.fromkeys(answers) if answer.strip()]
+    if len(different) < 2:
+        return None
+    reading.stats.altered[SEVERAL_ANSWERS] += 1
+    return different
+
+
+def _numbered_summaries(reading: Reading) -> list[Record]:
+    """Reads a dialogue with the summaries of several writers, as DialogSum's part for tests has it
+    (Chen et al. 2021)."""
+    summaries = [reading.text("summary1")]
+    for key in MORE_SUMMARIES:
+        if reading.record.get(key) is not None:
+            summaries.append(reading.text(key))
+    return _several_answers(reading, "dialogue", summaries)
+
+
 # ---- a question about a text ----
 
 
 def _context(reading: Reading) -> list[Record]:
     """Reads a question about a text: the text, a blank line, the question.
 
-    The answer is a string, a list of them, or SQuAD's object; the first of several is taken. A
-    question without an answer can't be answered from the text, and is left out.
+    The answer is a string, a list of them, or SQuAD's object; the first of several is trained, and
+    all are accepted. A question without an answer can't be answered from the text, and is left out.
     """
     record = reading.record
     value = record["answers"] if "answers" in record else record["answer"]
@@ -628,13 +670,15 @@ def _context(reading: Reading) -> list[Record]:
     if not value:
         reading.stats.dropped["without an answer"] += 1
         return []
-    answer = value[0]
-    if isinstance(answer, dict):
-        answer = require_field(answer, "text", str, reading.where)
+    answers = []
+    for each in value:
+        if isinstance(each, dict):
+            each = require_field(each, "text", str, reading.where)
+        answers.append(without_surrogate(each, f"{reading.where}: answer"))
     question = _join_parts(reading.text("context"), reading.text("question"))
-    without_surrogate(answer, f"{reading.where}: answer")
-    messages = _question_and_answer(reading, question, answer)
-    return reading.conversation(*reading.with_system(messages, [1.0, 1.0]))
+    messages = _question_and_answer(reading, question, answers[0])
+    messages, weights = reading.with_system(messages, [1.0, 1.0])
+    return reading.conversation(messages, weights, references=_accepted(reading, answers))
 
 
 def _is_squad(value: dict) -> bool:
@@ -721,7 +765,7 @@ def _plain(reading: Reading) -> list[Record]:
 PAIRS = (
     ("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"),
     ("input", "output"), ("problem", "solution"), ("document", "summary"), ("dialogue", "summary"),
-    ("article", "highlights"), ("source", "target"), ("text", "code"),
+    ("article", "highlights"), ("source", "target"), ("text", "code"), ("question", "answers"),
 )  # fmt: skip
 # Columns of a text and its class.
 CLASSES = (
@@ -792,6 +836,13 @@ FORMATS = (
     Format("PubMedQA", ("QUESTION", "CONTEXTS", "LONG_ANSWER"), ("weight",), _pubmedqa),
     *_context_formats(),
     *_two_column_formats(),
+    Format(
+        "dialogue and summaries",
+        ("dialogue", "summary1"),
+        ("system", "weight"),
+        _numbered_summaries,
+        aliases=("history", *MORE_SUMMARIES),
+    ),
     Format("plain text", ("text",), (), _plain, kind=(dict, Text)),
 )
 # The keys of each format, and of both together all columns that some format reads.

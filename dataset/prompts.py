@@ -6,6 +6,7 @@ answer, which is the reference. Besides, files that hold prompts alone:
     messages        {"messages": [..., {"role": "user", ...}]}, which end with a question
     one column      {"prompt"}, {"question"}, {"instruction"} with "input", ...: ASKING, GIVEN
     lines           a .txt file with a prompt a line
+    BFCL            {"id", "question": [[messages]], "function": [schemas]}
 
     open_prompts(path)            recognizes a file, as open_source does
     read_prompts(source, ...)     its prompts
@@ -20,7 +21,7 @@ from pathlib import Path
 from common.errors import UserError
 from dataset.folders import TEST, Fetched
 from dataset.formats import FORMATS, Map, Source, open_source
-from dataset.messages import CHANGES_MEANING
+from dataset.messages import CHANGES_MEANING, require_field
 from dataset.readers import Container, Text, suffix_of
 from dataset.records import Format, Reading, ReadStats, Record
 
@@ -31,6 +32,8 @@ GIVEN = ("input", "document", "dialogue", "article", "source")
 # What such a record may have besides, by the names of other formats. "context" stands before a
 # question, "input" and "context" behind an instruction.
 BESIDE = ("system", "history", "tools", "functions", "context", "input")
+# BFCL's names of types, in those of JSON Schema.
+BFCL_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}
 
 
 @dataclass(slots=True)
@@ -207,6 +210,42 @@ def _alone(key: str) -> Callable[[Reading], list[Record]]:
     return read
 
 
+def _bfcl(reading: Reading) -> list[Record]:
+    """Reads a question of BFCL (Patil et al. 2025), with the schemas of its functions."""
+    turns = require_field(reading.record, "question", list, reading.where)
+    if len(turns) != 1 or not isinstance(turns[0], list):
+        raise UserError(
+            f"{reading.where}: a question of BFCL is a list that holds one list of messages"
+        )
+    messages, weights = reading.read_messages(turns[0], "question")
+    functions = require_field(reading.record, "function", list, reading.where)
+    reading.record = reading.record | {"tools": [_standard_types(each) for each in functions]}
+    return reading.answered_conversation(messages, weights)
+
+
+def _standard_types(schema: object) -> object:
+    """Returns a schema with the names that JSON Schema has for BFCL's types, at all its levels."""
+    if isinstance(schema, list):
+        return [_standard_types(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result = {}
+    for key, value in schema.items():
+        if key == "type" and isinstance(value, str):
+            result[key] = BFCL_TYPES.get(value, value)
+        else:
+            result[key] = _standard_types(value)
+    return result
+
+
+def _bfcl_turns(reading: Reading) -> list[Record]:
+    """Raises UserError: BFCL scores its tasks of several turns by running them."""
+    raise UserError(
+        f"{reading.where}: BFCL's tasks of several turns are scored by running its simulated programs,"
+        " which is not done here; its single-turn files are read"
+    )
+
+
 def _line(reading: Reading) -> list[Record]:
     """Reads a line of a .txt file."""
     message = {"role": "user", "content": reading.record.text}
@@ -237,6 +276,9 @@ def _lines(
 # Before FORMATS, which have a whole text file as plain text.
 LINES = Format("a prompt a line", (), (), _line, group=_lines, kind=Text)
 
+BFCL_FORMAT = Format("BFCL", ("id", "question", "function"), (), _bfcl)
+BFCL_TURNS = Format("BFCL turns", ("question", "initial_config"), (), _bfcl_turns)
+
 
 def _prompt_formats() -> tuple[Format, ...]:
     """Returns the formats of training with those of prompts alone around them."""
@@ -248,7 +290,7 @@ def _prompt_formats() -> tuple[Format, ...]:
     given = [rows[key] for key in GIVEN]
     answered = [each for each in FORMATS if each.keys != ("text",)]
     plain_text = [each for each in FORMATS if each.keys == ("text",)]
-    return (LINES, *answered, *asking, *plain_text, *given)
+    return (LINES, BFCL_FORMAT, BFCL_TURNS, *answered, *asking, *plain_text, *given)
 
 
 PROMPT_FORMATS = _prompt_formats()

@@ -70,6 +70,8 @@ class Record:
         parts.
     id: the file's own name of the record, where it is read for its prompt (dataset/prompts.py).
     nested: in SQuAD's nested file, the numbers of its article, paragraph and question.
+    references: all accepted answers, where the record has several, the first of which is the answer
+        that is trained; None where it has one.
     """
 
     messages: list[dict] | None
@@ -84,6 +86,7 @@ class Record:
     last: bool = True
     id: str | int | None = None
     nested: tuple[int, ...] = ()
+    references: list[str] | None = None
 
 
 # The levels of SQuAD's file, and the bits that the number of each takes of 64.

@@ -4,15 +4,28 @@ flag are answered before torch is imported, which takes seconds.
 
 import argparse
 import sys
+from pathlib import Path
 
 from common import cli
 from common.errors import UserError
 from common.known_names import EVALUATE_NAMES
-from common.script_flags import add_model_flags
+from common.script_flags import add_drawing_flags, add_model_flags, check_drawing_arguments
 from evals.table import COMMANDS, EVALUATIONS, GENERATE, LOSS, imported
 
 BATCH_SIZE = {LOSS: 8, GENERATE: 32}  # defaults of --batch-size
 SHOWN_MISSES = 5  # the default of --show
+# What a message calls the evaluations of a kind.
+KIND_NAMES = {LOSS: "`loss`", GENERATE: "answers"}
+BLEU_TOKENIZERS = ("13a", "intl", "zh", "char", "none")
+# Flags of one evaluation alone.
+OF_ONE_EVALUATION = {"bleu_tokenizer": "bleu", "code_language": "code-similarity"}
+# Flags that say how a model answers, or which one, and so mean nothing to saved answers.
+OF_A_MODEL_ALONE = (
+    "model", "adapter", "quant", "versus", "template", "date", "system", "out", "overwrite", "samples",
+    "max_new_tokens", "batch_size",
+)  # fmt: skip
+# Flags of where the questions are from.
+OF_DATA_ALONE = ("map", "references", "turns", "limit", "skip_bad")
 # The default of --max-new-tokens: so many more than the longest reference has. Enough to see that
 # an answer goes on, and cheap.
 EXTRA_TOKENS = 8
@@ -42,13 +55,15 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_data_flags(parser.add_argument_group("what is measured"))
     add_target_flags(parser.add_argument_group("the model"))
     add_answer_flags(parser.add_argument_group("the model's answers"))
+    add_saved_flags(parser.add_argument_group("saved answers"))
     add_batch_flags(parser.add_argument_group("speed and memory"))
     args = cli.parse_args(parser, argv, EVALUATE_NAMES)
+    # Only the loss takes several.
+    args.data = args.files[0] if args.files else None
     check_evaluation_arguments(args)
     # Only now, since the check has to know whether it was typed.
     if args.show is None:
         args.show = SHOWN_MISSES
-    args.data = args.files[0]
     return args
 
 
@@ -68,11 +83,25 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
         dest="files",
         nargs="+",
         metavar="FILE",
-        required=True,
         help="file of examples that the model was not trained on (loss: several, too), in any format that train.py"
         " reads, on this disk or by name (hf:org/name[:subset][:split], s3://bucket/key,"
-        " gs://bucket/key, https://host/file); of a folder with parts, the part for tests; required."
-        " Answers are compared with the last message of the assistant, the reference",
+        " gs://bucket/key, https://host/file); of a folder with parts, the part for tests; required,"
+        " unless --answers is given. Answers are compared with the last message of the assistant, the"
+        " reference, or with several accepted ones where a record has them",
+    )
+    add(
+        "--references",
+        nargs="+",
+        metavar="FILE",
+        help="texts that hold the references, a line each: line N belongs to prompt N of --data, which is"
+        " then any file of prompts that generate.py reads, or a text with a prompt a line (test.en). Give"
+        " several for several accepted answers; default: those in --data",
+    )
+    add(
+        "--turns",
+        choices=("last", "all"),
+        help="which answers of a conversation are asked for: its last one, or every one, each time"
+        " with the true conversation before it; default: last",
     )
     add(
         "--by",
@@ -99,7 +128,7 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="which examples --limit draws; default: %(default)s",
+        help="which examples --limit draws, and the random draws of --temperature; default: %(default)s",
     )
     add(
         "--skip-bad",
@@ -154,6 +183,51 @@ def add_answer_flags(group: argparse._ArgumentGroup) -> None:
         help="how many wrong answers of each model are printed, with question and reference; 0: none;"
         f" default: {SHOWN_MISSES}",
     )
+    add_drawing_flags(group)
+    group.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="answers to each question, all of which are scored; needs --temperature above 0 if more than"
+        " 1; default: 1",
+    )
+    group.add_argument(
+        "--bleu-tokenizer",
+        choices=BLEU_TOKENIZERS,
+        help="how bleu splits texts into words: 13a, the standard; intl: by Unicode; zh: Chinese; char:"
+        " single characters; none: at spaces; default: 13a. Change it for languages without spaces",
+    )
+    group.add_argument(
+        "--code-language",
+        metavar="NAME",
+        help="the language of the programs that code-similarity compares, whose grammar must be installed,"
+        " as tree-sitter-java; default: python",
+    )
+
+
+def add_saved_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags of answers in a file."""
+    group.add_argument(
+        "--out",
+        metavar="FILE.jsonl",
+        help="save the answers, as generate.py --data does; a run that was stopped goes on with the same"
+        " command. With --versus, the other model's answers are saved beside it, as FILE.base.jsonl;"
+        " default: they are not saved",
+    )
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an --out that exists, and answers of an unfinished run with other settings;"
+        " default: refuse",
+    )
+    group.add_argument(
+        "--answers",
+        nargs="+",
+        metavar="FILE.jsonl",
+        help="score answers that were saved by --out or by generate.py --data, without a model; two"
+        " files are laid side by side. They are compared with the references in the file, or with those"
+        " of --data, if it is given",
+    )
 
 
 def add_batch_flags(group: argparse._ArgumentGroup) -> None:
@@ -172,23 +246,71 @@ def check_evaluation_arguments(args: argparse.Namespace) -> None:
     """Raises UserError for a number out of its range, and for a flag that the chosen measurement
     does not use."""
     minimum = {"seed": 0, "limit": 1, "batch_size": 1, "seq_len": 2, "max_new_tokens": 1, "show": 0}
-    belongs_to = {"max_new_tokens": GENERATE, "show": GENERATE, "seq_len": LOSS, "by": LOSS}
+    minimum["samples"] = 1
     kind = kind_of(args.what)
-    if len(args.files) > 1 and kind != LOSS:
+    if len(args.files or []) > 1 and kind != LOSS:
         raise UserError(f"--data {' '.join(args.files)}: `{args.what[0]}` takes one file or folder")
-    for option in {**minimum, **belongs_to}:
+    for option, least in minimum.items():
         value = getattr(args, option)
-        if value is None:
-            continue
-        flag = "--" + option.replace("_", "-")
-        least = minimum.get(option)
-        if least is not None and value < least:
-            raise UserError(f"{flag} {value}: must be {least} or more")
-        # An option of all measurements is in no way wrong.
-        owner = belongs_to.get(option, kind)
-        if owner != kind:
-            names = "`, `".join(name for name, row in EVALUATIONS.items() if row.kind == owner)
-            raise UserError(f"{flag}: is for `{names}`; `{args.what[0]}` does not use it")
+        if value is not None and value < least:
+            raise UserError(f"{flag_of(option)} {value}: must be {least} or more")
+    owners = {
+        "seq_len": LOSS,
+        "by": LOSS,
+        "max_new_tokens": GENERATE,
+        "show": GENERATE,
+        "temperature": GENERATE,
+    }
+    owners |= {"repetition_penalty": GENERATE, "samples": GENERATE, "references": GENERATE}
+    owners |= {"turns": GENERATE, "out": GENERATE, "overwrite": GENERATE, "answers": GENERATE}
+    neutral = {"temperature": 0, "repetition_penalty": 1, "overwrite": False}
+    for option, owner in owners.items():
+        if owner != kind and getattr(args, option) != neutral.get(option):
+            raise UserError(
+                f"{flag_of(option)}: is for {KIND_NAMES[owner]}; `{args.what[0]}` does not use it"
+            )
+    for option, owner in OF_ONE_EVALUATION.items():
+        if getattr(args, option) is not None and owner not in args.what:
+            raise UserError(f"{flag_of(option)}: is for `{owner}`")
+    check_drawing_arguments(args)
+    if (args.samples or 1) > 1 and args.temperature == 0:
+        raise UserError(
+            f"--samples {args.samples}: at --temperature 0 all samples are the same; add --temperature 1"
+        )
+    if "tools" in args.what and len(args.what) > 1:
+        raise UserError("tools: asks other questions of a file than the others do; run it alone")
+    check_files(args)
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Raises UserError where there is nothing to measure, or where flags of saved answers and of a
+    model stand together."""
+    if args.answers is not None:
+        neutral = {"temperature": 0, "repetition_penalty": 1}
+        for option in (*OF_A_MODEL_ALONE, *neutral):
+            if getattr(args, option) not in (None, False, neutral.get(option)):
+                raise UserError(
+                    f"{flag_of(option)}: is for a model; --answers scores saved answers"
+                )
+    elif args.data is None:
+        raise UserError("the following arguments are required: --data")
+    for option in OF_DATA_ALONE:
+        if args.data is None and getattr(args, option) not in (None, False):
+            raise UserError(f"{flag_of(option)}: is for a file of questions; add --data FILE")
+    if args.overwrite and args.out is None:
+        raise UserError("--overwrite: there is no --out to replace")
+    if args.out is not None:
+        out = Path(args.out)
+        if out.suffix not in (".jsonl", ".ndjson"):
+            problem = "is written as JSON lines; give a name that ends in .jsonl"
+            raise UserError(f"--out {out}: {problem}")
+        if out.resolve() == Path(args.data).resolve():
+            raise UserError(f"--out {out}: is the file of --data, which it would replace")
+
+
+def flag_of(option: str) -> str:
+    """Returns the flag of an option: "--seq-len" of "seq_len"."""
+    return "--" + option.replace("_", "-")
 
 
 def kind_of(names: list[str]) -> str:

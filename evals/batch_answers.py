@@ -53,6 +53,13 @@ class AnswerSettings(NamedTuple):
     min_p: float
     repetition_penalty: float
 
+    def drawing(self) -> dict:
+        """Returns how a token is chosen, as the arguments of Transformer.stream."""
+        settings = self._asdict()
+        for name in ("samples", "seed", "max_new_tokens"):
+            del settings[name]
+        return settings
+
 
 # ---- the loop ----
 
@@ -153,6 +160,16 @@ def refused(record: Record, error: UserError) -> UserError:
     return UserError(f"{record.where}: {console.one_line(str(error), 200)}")
 
 
+def note_hidden_tools(tokenizer: Tokenizer, prompts: list[Prompt]) -> None:
+    """Says on stderr how many prompts have tools that the model does not see, if there are such."""
+    num_hidden = hidden_tools(tokenizer, prompts)
+    if num_hidden:
+        print_stderr(
+            f"NOTE: {num_hidden:,} of {len(prompts):,} prompts have tools, and chat template {tokenizer.template_name}"
+            " does not show them to the model"
+        )
+
+
 def hidden_tools(tokenizer: Tokenizer, prompts: list[Prompt]) -> int:
     """Returns how many prompts have tools, if the chat template does not show those of the first one;
     0 if it does."""
@@ -189,12 +206,7 @@ def answer_into_file(
     out. Ctrl-C ends the program with exit code 130.
     """
     encoded = encode_prompts(model, tokenizer, prompts)
-    num_hidden = hidden_tools(tokenizer, prompts)
-    if num_hidden:
-        print_stderr(
-            f"NOTE: {num_hidden:,} of {len(prompts):,} prompts have tools, and chat template {tokenizer.template_name}"
-            " does not show them to the model"
-        )
+    note_hidden_tools(tokenizer, prompts)
     is_random = settings.temperature > 0
     new_seed = secrets.randbelow(1 << 31) if is_random else None
     digest = prompts_digest(prompts, encoded, tokenizer)
@@ -265,9 +277,7 @@ def answer_prompts(
     answered = [i for i, key in enumerate(keys) if key in file.places]
     batches = unanswered(batches, set(answered), file.settings["batch_size"] == batch_size)
 
-    decoding = settings._asdict()
-    for name in ("samples", "seed", "max_new_tokens"):
-        del decoding[name]
+    decoding = settings.drawing()
     num_tokens = 0
     start = time.perf_counter()
     num_waiting = sum(len(batch) for batch in batches)
@@ -350,6 +360,8 @@ def answer_line(
         fields["reference"] = prompt.reference.get("content") or ""
         if prompt.reference.get("tool_calls"):
             fields["reference_tool_calls"] = prompt.reference["tool_calls"]
+    if prompt.record.references is not None:
+        fields["references"] = prompt.record.references
     fields |= {"finish": finish, "prompt_tokens": prompt_tokens, "answer_tokens": len(ids)}
     return to_exact_json(fields, ensure_ascii=False) + "\n"
 
@@ -371,6 +383,8 @@ def prompts_digest(prompts: list[Prompt], encoded: list[np.ndarray], tokenizer: 
     digest = hashlib.sha256(repr(sorted(tokenizer.stop_ids)).encode())
     for prompt, ids in zip(prompts, encoded, strict=True):
         known = [question_fields(prompt), prompt.place, prompt.record.id, prompt.reference]
+        if prompt.record.references is not None:
+            known.append(prompt.record.references)
         digest.update(to_exact_json(known).encode())
         digest.update(np.int64(len(ids)).tobytes())
         digest.update(ids.tobytes())

@@ -351,7 +351,7 @@ def test_a_model_trained_here_is_compared_with_the_base_it_names(base, file, tmp
         (evaluate, ["accuracy", "--data", "a.txt"], "error: invalid choice: 'accuracy' (choose from 'loss', 'exact')"),
         (evaluate, ["los", "--data", "a.txt"], "invalid choice: 'los'"),
         (evaluate, ["loss", "--data", "a.txt", "--limit", "0"], "--limit 0: must be 1 or more"),
-        (evaluate, ["loss", "--data", "a.txt", "--show", "3"], "--show: is for `exact`; `loss` does not use it"),
+        (evaluate, ["loss", "--data", "a.txt", "--show", "3"], "--show: is for answers; `loss` does not use it"),
         (evaluate, ["loss", "--data", "a.txt", "--versus", "base"], "--versus base: needs --adapter"),
         (evaluate, ["loss", "--data", "b.jsonl", "--by", "topic"], "--by topic: no record has it; they have 'comp"),
         (evaluate, ["exact", "--data", "b.jsonl", "--by", "topic"], "--by: is for `loss`; `exact` does not use it"),

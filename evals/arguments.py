@@ -9,9 +9,9 @@ from common import cli
 from common.errors import UserError
 from common.known_names import EVALUATE_NAMES
 from common.script_flags import add_model_flags
-from evals.table import COMMANDS, EVALUATIONS, GENERATE, LOSS, imported
+from evals.table import CHOOSE, COMMANDS, EVALUATIONS, GENERATE, LOSS, imported
 
-BATCH_SIZE = {LOSS: 8, GENERATE: 32}  # defaults of --batch-size
+BATCH_SIZE = {LOSS: 8, GENERATE: 32, CHOOSE: 64}  # defaults of --batch-size
 SHOWN_MISSES = 5  # the default of --show
 # The default of --max-new-tokens: so many more than the longest reference has. Enough to see that
 # an answer goes on, and cheap.
@@ -42,6 +42,7 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_data_flags(parser.add_argument_group("what is measured"))
     add_target_flags(parser.add_argument_group("the model"))
     add_answer_flags(parser.add_argument_group("the model's answers"))
+    add_choice_flags(parser.add_argument_group("choices and classes"))
     add_batch_flags(parser.add_argument_group("speed and memory"))
     args = cli.parse_args(parser, argv, EVALUATE_NAMES)
     check_evaluation_arguments(args)
@@ -143,7 +144,55 @@ def add_answer_flags(group: argparse._ArgumentGroup) -> None:
         type=int,
         metavar="K",
         help="how many wrong answers of each model are printed, with question and reference; 0: none;"
+        " of many classes, how many are listed, those of the lowest F1 first;"
         f" default: {SHOWN_MISSES}",
+    )
+
+
+def add_choice_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags of evaluations that compare the probabilities of choices."""
+    add = group.add_argument
+    add(
+        "--task",
+        metavar="NAME",
+        help="choices: what --data holds: mmlu, hellaswag, arc, openbookqa, qasc (with ARC's prompt),"
+        " query (keys query, choices and gold, the number of the right choice), truthfulqa,"
+        " truthfulqa-csv; or FILE.py:NAME, a function of yours from a record to (context, choices,"
+        " number of the right choice); default: recognized by the keys of the first record and, of"
+        " ARC, OpenBookQA and QASC, which are in one format, by the file's name",
+    )
+    add(
+        "--shots",
+        type=int,
+        metavar="N",
+        help="choices: examples with their answers that stand before each question: the first N of"
+        " --shots-data; default: 5 for MMLU, 0 for others",
+    )
+    add(
+        "--shots-data",
+        metavar="FILE",
+        help="choices: where the examples of --shots come from, in the format of --data; default:"
+        " MMLU's dev folder, beside test; other tasks have none",
+    )
+    add(
+        "--labels",
+        metavar="FILE",
+        help="classify: a text file of the labels, one a line, if there are more than --data shows;"
+        " default: the answers that occur in --data",
+    )
+    add(
+        "--calibrate",
+        action="store_true",
+        help="classify: divide each label's probability by the one that it has after a text that says"
+        " nothing (the mean of three: N/A, [MASK] and no text), so that a label which the model likes"
+        " to say anyway has no advantage (contextual calibration, Zhao et al. 2021); for models that"
+        " were not trained on the task; default: off",
+    )
+    add(
+        "--picture",
+        metavar="FILE.png",
+        help="classify: draw the confusion matrix into this file; default: it is printed only, where"
+        " it is small",
     )
 
 
@@ -154,8 +203,9 @@ def add_batch_flags(group: argparse._ArgumentGroup) -> None:
         type=int,
         metavar="N",
         help="examples that are computed at a time; the results are the same up to rounding;"
-        f" default: {BATCH_SIZE[LOSS]} for loss, {BATCH_SIZE[GENERATE]} where the model writes answers. Lower it if"
-        " memory runs out; a higher one may be faster on a GPU",
+        f" default: {BATCH_SIZE[LOSS]} for loss, {BATCH_SIZE[GENERATE]} where the model writes answers,"
+        f" {BATCH_SIZE[CHOOSE]} questions for choices and classes. Lower it if memory runs out; a"
+        " higher one may be faster on a GPU",
     )
 
 
@@ -163,20 +213,43 @@ def check_evaluation_arguments(args: argparse.Namespace) -> None:
     """Raises UserError for a number out of its range, and for a flag that the chosen measurement
     does not use."""
     minimum = {"seed": 0, "limit": 1, "batch_size": 1, "seq_len": 2, "max_new_tokens": 1, "show": 0}
-    belongs_to = {"max_new_tokens": GENERATE, "show": GENERATE, "seq_len": LOSS}
-    kind = kind_of(args.what)
+    minimum["shots"] = 0
     for option, least in minimum.items():
         value = getattr(args, option)
-        if value is None:
+        if value is not None and value < least:
+            raise UserError(f"--{option.replace('_', '-')} {value}: must be {least} or more")
+    for option, owners in owners_of_options().items():
+        # An option that is on or off is off by default, others are None.
+        value = getattr(args, option)
+        if value is None or value is False or set(args.what) <= owners:
             continue
+        names = "`, `".join(name for name in EVALUATIONS if name in owners)
         flag = "--" + option.replace("_", "-")
-        if value < least:
-            raise UserError(f"{flag} {value}: must be {least} or more")
-        # An option of all measurements is in no way wrong.
-        owner = belongs_to.get(option, kind)
-        if owner != kind:
-            names = "`, `".join(name for name, row in EVALUATIONS.items() if row.kind == owner)
-            raise UserError(f"{flag}: is for `{names}`; `{args.what[0]}` does not use it")
+        raise UserError(f"{flag}: is for `{names}`; `{args.what[0]}` does not use it")
+
+
+def owners_of_options() -> dict[str, set[str]]:
+    """Returns the names of the evaluations that use an option, for each that not all of them use."""
+    kinds: dict[str, set[str]] = {}
+    for name, row in EVALUATIONS.items():
+        kinds.setdefault(row.kind, set()).add(name)
+    choices, classify = {"choices"}, {"classify"}
+    # Multiple choice has no conversations, so it has no chat template.
+    chat = set(EVALUATIONS) - choices
+    return {
+        "max_new_tokens": kinds[GENERATE],
+        "show": kinds[GENERATE] | kinds[CHOOSE],
+        "seq_len": kinds[LOSS],
+        "system": chat,
+        "template": chat,
+        "date": chat,
+        "task": choices,
+        "shots": choices,
+        "shots_data": choices,
+        "labels": classify,
+        "calibrate": classify,
+        "picture": classify,
+    }
 
 
 def kind_of(names: list[str]) -> str:

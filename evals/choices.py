@@ -17,16 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import UserError
 from common.progress import progress
 from decoding import has_length_dependent_rope, shared_prefixes
+from evals.scores import Scores
 from kernels.attention import (
     QuerySuffix,
-    Scores as AttentionScores,
     cu_seqlens,
     flash_attention,
     flash_supports,
     suffix_attention,
+)
+from kernels.attention import (
+    Scores as AttentionScores,
 )
 from model import Transformer, eval_mode
 from tokenizer import Tokenizer
@@ -38,11 +40,43 @@ LOGITS_AT_ONCE = 32 << 20
 
 
 class Pair(NamedTuple):
-    """A context and a continuation, in tokens; neither is empty. Of the context no logits are
+    """A context and a continuation, in tokens; neither is empty, and the model has a position for
+    each token of the continuation. Of the context no logits are
     wanted but those of its last token, which predicts the first one of the continuation."""
 
     context: list[int]
     continuation: list[int]
+
+
+class Question(NamedTuple):
+    """A question and its choices.
+
+    before: what stands before the context: examples, a description of the task.
+    gold: the numbers of the right choices, at least one.
+    group: what the scores are also given for: the subject, for example; "" for nothing.
+    where: the place of its record, for messages.
+    """
+
+    context: str
+    choices: list[str]
+    gold: tuple[int, ...]
+    group: str = ""
+    where: str = ""
+    before: str = ""
+
+
+class ChoiceTask(NamedTuple):
+    """Questions, and what is done with them.
+
+    encode: a function from a tokenizer and the number of the model's positions to the pairs of each
+        question.
+    score: a function from the log-likelihoods of all pairs to Scores, whose first items are those of
+        the first questions.
+    """
+
+    questions: list[Question]
+    encode: Callable[[Tokenizer, int], list[list[Pair]]]
+    score: Callable[[list[list[float]]], Scores]
 
 
 # ---- texts to tokens ----
@@ -80,7 +114,6 @@ def log_likelihoods(
 
     batch_size: the most questions that are computed at a time; fewer, where their prefix tree would
         have more than NODES_AT_ONCE nodes.
-    Raises UserError for a continuation that is longer than the model's positions.
     """
     texts, ends = score_texts(model, questions)
     results: list[list[float]] = [[] for _ in questions]
@@ -108,15 +141,11 @@ def score_texts(
     most = model.config.max_positions + 1
     texts = []
     ends = []
-    for number, question in enumerate(questions, 1):
+    for question in questions:
         for pair in question:
-            if not pair.context or not pair.continuation:
-                raise UserError(f"question {number}: a choice has no token of its own")
-            if len(pair.continuation) >= most:
-                raise UserError(
-                    f"question {number}: a choice of {len(pair.continuation):,} tokens; the model"
-                    f" takes {most - 1:,}"
-                )
+            assert pair.context and 0 < len(pair.continuation) < most, (
+                "whoever encodes it checks it"
+            )
         texts.append([(pair.context + pair.continuation)[-most:] for pair in question])
         ends.append([len(pair.continuation) for pair in question])
     return texts, ends
@@ -350,11 +379,14 @@ class PrefixTree:
             return Piece(start, end, keys.to(self.device), suffix, None, depths.to(self.device))
         column = {node: i for i, node in enumerate(key_list)}
         visible = torch.zeros(num_queries, len(key_list), dtype=torch.bool)
+        done = start
         for path in paths:
             columns = torch.tensor([column[node] for node in path])
             for depth, node in enumerate(path):
-                if node >= start:
+                # A node that an earlier text has as well is done, and what a text adds is its end.
+                if node >= done:
                     visible[node - start, columns[: depth + 1]] = True
+            done = max(done, path[-1] + 1)
         return Piece(
             start, end, keys.to(self.device), None, visible.to(self.device), depths.to(self.device)
         )

@@ -129,7 +129,8 @@ def print_table_of_scores(scores: dict[str, Scores]) -> None:
     """Prints a row for each target, the notes, and for each target a table of the parts, if there
     are any."""
     last = next(reversed(scores.values()))
-    print_table({target: each.columns for target, each in scores.items()}, last.formats)
+    formats = {heading: last.formats[heading] for heading in last.columns}
+    print_table({target: each.columns for target, each in scores.items()}, formats)
     for target, each in scores.items():
         for note in each.notes:
             print(f"{target}: {note}" if len(scores) > 1 and note not in last.notes else note)

@@ -52,7 +52,6 @@ def read_task(args: argparse.Namespace, opened: Opened) -> ChoiceTask:
                 f" {args.labels}"
             )
     print(f"          {len(labels):,} labels: {console.one_line(', '.join(labels))}")
-    warn_of_rare_labels(references)
     if args.limit is not None and args.limit < len(records):
         records = draw_records(records, args.limit, args.seed)
     if args.picture:
@@ -65,6 +64,8 @@ def read_task(args: argparse.Namespace, opened: Opened) -> ChoiceTask:
         gold = (number_of[reference],)
         questions.append(Question(last_question(messages), labels, gold, where=record.where))
 
+    warn_of_rare_labels([labels[question.gold[0]] for question in questions])
+
     def encode(tokenizer: Tokenizer, max_positions: int) -> list[list[Pair]]:
         return encode_labels(tokenizer, records, labels, args.calibrate, max_positions)
 
@@ -74,7 +75,7 @@ def read_task(args: argparse.Namespace, opened: Opened) -> ChoiceTask:
         scores = classification_scores(gold, probs, labels, args.show)
         if args.picture:
             draw_confusion(gold, probs.argmax(1), labels, Path(args.picture))
-            scores.notes.append(f"confusion matrix: {args.picture}")
+            scores.notes.insert(0, f"confusion matrix: {args.picture}")
         return scores
 
     return ChoiceTask(questions, encode, score)
@@ -261,7 +262,7 @@ def classification_scores(
         "ECE %": 100 * expected_calibration_error(probs.max(1), hits),
     }
     formats = {name: ".1f" if name[-1] in "%±" else ",.0f" for name in columns}
-    formats |= {"ROC-AUC": ".3f", "n": ",.0f"}
+    formats |= {"ROC-AUC": ".3f", "F1 %": ".1f", "n": ",.0f"}
     items = {
         "accuracy": hits.astype(float).tolist(),
         "p(right)": probs[np.arange(num_records), gold].tolist(),
@@ -352,7 +353,9 @@ def confusion_notes(
                     f"{off[right, wrong]:,} of {matrix[right].sum():,} {labels[right]!r} taken for"
                     f" {labels[wrong]!r}"
                 )
-    never = [label for label, count in zip(labels, matrix.sum(0), strict=True) if not count]
+    occurs = matrix.sum(1) > 0
+    is_chosen = matrix.sum(0) > 0
+    never = [labels[number] for number in np.flatnonzero(occurs & ~is_chosen)]
     if never:
         names = console.one_line(", ".join(never))
         notes.append(

@@ -18,7 +18,7 @@ from evals import choices
 from evals.arguments import arguments
 from evals.choices import Pair, PrefixTree, log_likelihoods
 from evals.multiple_choice import choice_task
-from interop.resolve import default_base
+from interop.resolve import base_folder
 from tokenizer import load_tokenizer
 
 SUPPORT = Path(__file__).parent / "support"
@@ -378,4 +378,4 @@ def test_the_default_base_scores_as_in_the_harness_on_real_files(tmp_path):
         "openbookqa": lines("openbookqa_test.jsonl", 60),
         "truthfulqa": truthful,
     }
-    assert compare(tmp_path, default_base(), sources) >= 200
+    assert compare(tmp_path, base_folder(None, None), sources) >= 200

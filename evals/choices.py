@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.progress import progress
@@ -22,7 +21,9 @@ from decoding import has_length_dependent_rope, shared_prefixes
 from evals.scores import Scores
 from kernels.attention import (
     QuerySuffix,
+    cached_attention,
     cu_seqlens,
+    decode_mask,
     flash_attention,
     flash_supports,
     suffix_attention,
@@ -406,18 +407,9 @@ def visible_attention(
         depths = piece.depths
         distance = depths[-len(q) :, None] - depths  # [queries, keys]
         visible = visible & (distance < scores.window)
-    q = q.transpose(0, 1)[None]  # [1, heads, queries, d]
-    k = k.transpose(0, 1)[None]
-    v = v.transpose(0, 1)[None]
-    if scores.softcap is None:
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, scale=scores.scale, enable_gqa=q.shape[1] > k.shape[1]
-        )
-        return out[0].transpose(0, 1)
     n_rep = q.shape[1] // k.shape[1]
-    k = k.repeat_interleave(n_rep, 1)
-    v = v.repeat_interleave(n_rep, 1)
-    capped = (q @ k.transpose(-1, -2)).float() * (scores.scale / scores.softcap)
-    capped = scores.softcap * capped.tanh()
-    weights = capped.masked_fill(~visible, float("-inf")).softmax(-1).to(q.dtype)
-    return (weights @ v)[0].transpose(0, 1)
+    # The query heads of a key-value head are rows of one product; all key-value heads share a mask.
+    mask = decode_mask(visible[None], 1, n_rep, q.dtype)  # [1, n_rep * queries, keys]
+    keys = k.transpose(0, 1)[None].contiguous()  # [1, kv_heads, keys, d]
+    values = v.transpose(0, 1)[None].contiguous()
+    return cached_attention(q, keys, values, mask, scores)

@@ -359,7 +359,7 @@ def confusion_notes(
     if never:
         names = console.one_line(", ".join(never))
         notes.append(
-            f"WARNING: {len(never):,} of {len(labels):,} labels are never predicted: {names}"
+            f"WARNING: {len(never):,} of the {occurs.sum():,} labels that occur are never predicted: {names}"
         )
     return notes
 

@@ -327,7 +327,7 @@ def sample_questions(questions: list[Question], limit: int, seed: int) -> list[Q
             chosen = random.Random(seed).sample(range(len(mine)), limit)
             mine = [mine[i] for i in sorted(chosen)]
         kept += mine
-    each = " of each group" if len(groups) > 1 else ""
+    each = f", of each group {limit:,}" if len(groups) > 1 else ""
     print(f"          --limit: {len(kept):,} of {len(questions):,}{each}, drawn by --seed {seed}")
     return kept
 

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.helpers import SHARED, chat_base, needs_shared, sentence
+from support.helpers import SHARED, chat_base, command, needs_shared, sentence
 
+import evaluate
 from checkpoint import load_model
 from evals import choices
 from evals.arguments import arguments
-from evals.choices import Pair, PrefixTree, log_likelihoods
-from evals.multiple_choice import choice_task
+from evals.choices import Pair, PrefixTree, encode_pair, log_likelihoods
+from evals.multiple_choice import best_choice, choice_task
 from interop.resolve import base_folder
 from tokenizer import load_tokenizer
 
@@ -379,3 +380,173 @@ def test_the_default_base_scores_as_in_the_harness_on_real_files(tmp_path):
         "truthfulqa": truthful,
     }
     assert compare(tmp_path, base_folder(None, None), sources) >= 200
+
+
+# ---- the command ----
+
+
+def choices_command(monkeypatch, capsys, base: Path, *words) -> tuple[str, str, int]:
+    fixed = ["choices", "--model", base, "--dtype", "fp32", "--device", "cpu"]
+    return command(evaluate, monkeypatch, capsys, *fixed, *words)
+
+
+def questions_of(*words) -> list[choices.Question]:
+    args = arguments(["choices", *map(str, words)])
+    return choice_task(args, args.data).questions
+
+
+def test_the_command_prints_scores_subjects_and_wrong_choices(base, tmp_path, monkeypatch, capsys):
+    write_cases(tmp_path, {"mmlu": {"anatomy": (mmlu_rows(1, 5), mmlu_rows(2, 9))}} | {
+        name: [] for name in ("hellaswag", "arc", "qasc", "openbookqa", "truthfulqa")})  # fmt: skip
+    words = ["--data", tmp_path / "mmlu", "--shots", "2", "--show", "1", "--limit", "6"]
+    out, err, code = choices_command(monkeypatch, capsys, base, *words)
+    assert code == 0, err
+    lines = out.splitlines()
+    place = tmp_path / "mmlu"
+    assert lines[0] == f"data      {place}: 1 subjects, 9 questions, 2 examples before each; task mmlu"
+    assert lines[1] == "          --limit: 6 of 9, drawn by --seed 0"
+    table = [line.split() for line in lines if line.startswith(("model  ", "anatomy"))]
+    scored = [row for row in table if row[1] == "6"]
+    assert [row[0] for row in scored] == ["model", "anatomy"] and scored[0][1:] == scored[1][1:]
+    (count,) = [line for line in lines if line.startswith("model: 1 of ")]
+    wrong = 6 - round(6 * float(scored[0][2]) / 100)
+    assert count == f"model: 1 of {wrong} wrong choices"
+    right, chosen = (
+        [line.split()[1] for line in lines if line.startswith(f"  {name} ")] for name in ("right", "chosen")
+    )
+    assert len(right) == len(chosen) == 1 and right != chosen
+
+
+def test_two_models_stand_side_by_side(base, tmp_path, monkeypatch, capsys):
+    file = write_lines(tmp_path / "hellaswag.jsonl", hellaswag_records(3)[:3])
+    out, err, code = choices_command(monkeypatch, capsys, base, "--data", file, "--versus", base)
+    assert code == 0, err
+    last = next(line.split() for line in out.splitlines() if line.startswith("change"))
+    assert last[1:] == ["+0"] + 6 * ["+0.0"]
+
+
+def test_questions_that_are_too_long_are_counted(base, tmp_path, monkeypatch, capsys):
+    file = write_lines(tmp_path / "hellaswag.jsonl", hellaswag_records(5))
+    out, _, code = choices_command(monkeypatch, capsys, base, "--data", file)
+    note = "NOTE: 1 of 5 questions have more tokens than the model's 512 positions; their beginning is cut off"
+    assert code == 0 and note in out.splitlines()
+
+
+def test_a_function_of_the_user_is_a_task(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def siqa(record):\n"
+        "    choices = [record[f'answer{letter}'] for letter in 'ABC']\n"
+        "    return f\"{record['context']} {record['question']}\", choices, 'ABC'.index(record['correct'])\n"
+    )
+    record = {
+        "context": "Fox runs.",
+        "question": "Why?",
+        "answerA": "red",
+        "answerB": "blue",
+        "answerC": "12",
+        "correct": "B",
+    }
+    file = write_lines(tmp_path / "siqa.jsonl", [record, record | {"correct": "C"}])
+    questions = questions_of("--data", file, "--task", f"{tmp_path / 'mine.py'}:siqa")
+    assert [question.context for question in questions] == ["Fox runs. Why?"] * 2
+    assert [question.gold for question in questions] == [(1,), (2,)]
+    assert questions[0].choices == ["red", "blue", "12"]
+
+
+def test_truthfulqa_of_the_generation_file_has_its_answers_with_a_full_stop(tmp_path, capsys):
+    row = {"Type": "x", "Question": "Why?", "Best Answer": "Red; or so", "Correct Answers": "Red; Very red.;"}
+    with open(tmp_path / "TruthfulQA.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, [*row, "Incorrect Answers"])
+        writer.writeheader()
+        writer.writerow(row | {"Incorrect Answers": "Blue;Green "})
+    first, second = questions_of("--data", tmp_path / "TruthfulQA.csv")
+    assert (first.choices, first.gold, first.group) == (["Red, or so.", "Blue.", "Green."], (0,), "MC1")
+    assert (second.choices, second.gold) == (["Red.", "Very red.", "Blue.", "Green."], (0, 1))
+    assert first.before.endswith("Barcelona, Spain.\n\n") and first.context == "Q: Why?\nA:"
+    assert "numbers of mc_task.json are others" in capsys.readouterr().out
+
+
+def test_llm_foundrys_form_is_arcs_prompt(tmp_path):
+    record = {"query": "Question: Why?", "choices": ["red", "blue"], "gold": 1}
+    (question,) = questions_of("--data", write_lines(tmp_path / "arc_easy.jsonl", [record]))
+    assert question[:3] == ("Question: Why?\nAnswer:", ["red", "blue"], (1,))
+
+
+def test_the_limit_is_of_each_subject(tmp_path, capsys):
+    for part, count in (("dev", 5), ("test", 12)):
+        (tmp_path / part).mkdir()
+        for n, subject in enumerate(("anatomy", "global_facts")):
+            with open(tmp_path / part / f"{subject}_{part}.csv", "w", newline="") as file:
+                csv.writer(file).writerows(mmlu_rows(n, count))
+    questions = questions_of("--data", tmp_path, "--limit", 4, "--seed", 1)
+    assert [question.group for question in questions] == ["anatomy"] * 4 + ["global_facts"] * 4
+    assert questions_of("--data", tmp_path, "--limit", 4, "--seed", 1) == questions
+    assert questions_of("--data", tmp_path, "--limit", 4, "--seed", 2) != questions
+    assert "--limit: 8 of 24, of each group 4, drawn by --seed 1" in capsys.readouterr().out
+    one = questions_of("--data", tmp_path / "test" / "anatomy_test.csv", "--shots", 0)
+    assert len(one) == 12
+    assert one[0].before == "The following are multiple choice questions (with answers) about anatomy.\n\n"
+
+
+GOOD = {"query": "Why?", "choices": ["red", "blue"], "gold": 1}
+AI2 = {"question": {"stem": "Why?", "choices": [{"text": "a", "label": "A"}, {"text": "b", "label": "B"}]}}
+MISTAKES = [  # name of the file, records, further words, message
+    ("a.jsonl", [{"a": 1}], [], "{file} line 1: its keys (a) are those of no task (hellaswag: activity_label, "),
+    ("a.jsonl", [GOOD, {"query": "?", "gold": 0}], [], "{file} line 2: no 'choices'"),
+    ("a.jsonl", [GOOD, GOOD | {"gold": 2}], [], "{file} line 2: the right choice is number 2; there are 0 to 1"),
+    ("a.jsonl", [GOOD | {"gold": "x"}], [], "{file} line 1: not as the task query wants it (ValueError: "),
+    ("a.jsonl", [GOOD | {"choices": ["red", 3]}], [], "{file} line 1: the context must be a text"),
+    ("a.jsonl", [GOOD | {"choices": ["red"]}], [], "{file} line 1: 1 choice; at least 2 are wanted"),
+    ("a.jsonl", [AI2 | {"answerKey": "A"}], [], "{file}: could be arc, openbookqa, qasc, which are in one format"),
+    ("arc.jsonl", [AI2 | {"answerKey": "C"}], [], "{file} line 1: not as the task arc wants it (ValueError"),
+    ("a.jsonl", [GOOD], ["--shots", "2"], "--shots 2: name the file of the examples by --shots-data FILE"),
+    ("a.jsonl", [GOOD], ["--shots", "2", "--shots-data", "{file}"], "--shots 2: {file} has only 1 examples"),
+    ("a.jsonl", [GOOD], ["--task", "siqa"], "--task siqa: not one of mmlu, hellaswag, "),
+    ("a.jsonl", [GOOD], ["--task", "none.py:f"], "--task none.py:f: FILE.py:NAME is wanted"),
+    ("a.jsonl", [GOOD], ["--template", "chatml"], "--template: is for `loss`, `exact`"),
+    ("a.jsonl", [GOOD], ["--labels", "x"], "--labels: is for `classify`; `choices` does not use it"),
+    ("a.jsonl", [GOOD], ["--shots", "-1"], "--shots -1: must be 0 or more"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, records, words, message", MISTAKES)
+def test_a_mistake_ends_with_one_line(name, records, words, message, base, tmp_path, monkeypatch, capsys):
+    file = write_lines(tmp_path / name, records)
+    words = [word.format(file=file) for word in words]
+    _, err, code = choices_command(monkeypatch, capsys, base, "--data", file, *words)
+    assert code == 2
+    assert err.strip().removeprefix("error: ").startswith(message.format(file=file))
+
+
+def test_faulty_records_are_left_out_when_asked(base, tmp_path, monkeypatch, capsys):
+    file = write_lines(tmp_path / "a.jsonl", [GOOD, GOOD | {"gold": 7}, GOOD])
+    out, _, code = choices_command(monkeypatch, capsys, base, "--data", file, "--skip-bad")
+    assert code == 0 and f"--skip-bad: 1 of 3 records left out, such as {file} line 2: the right" in out
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (["question", "a", "b", "c", "d"], "anatomy_test.csv row 2: 5 columns; MMLU has 6"),
+        (["question", *"abcd", "E"], "anatomy_test.csv row 2: its last column is 'E', not A, B, C or D"),
+    ],
+)  # fmt: skip
+def test_a_faulty_row_of_mmlu_is_named(row, message, base, tmp_path, monkeypatch, capsys):
+    (tmp_path / "test").mkdir()
+    with open(tmp_path / "test" / "anatomy_test.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["why", *"abcd", "A"], row])
+    _, err, code = choices_command(monkeypatch, capsys, base, "--data", tmp_path, "--shots", "0")
+    assert code == 2 and message in err
+    _, err, code = choices_command(monkeypatch, capsys, base, "--data", tmp_path)
+    assert code == 2 and "anatomy_dev.csv: no such file; it holds the examples of --shots 5" in err
+
+
+def test_without_a_context_the_first_token_stands_in_its_place(base):
+    tokenizer = load_tokenizer(base)
+    assert encode_pair(tokenizer, "", " red fox") == ([tokenizer.bos_id], tokenizer.encode(" red fox"))
+    assert encode_pair(tokenizer, "  ", "red") == ([tokenizer.bos_id], tokenizer.encode("  red"))
+
+
+def test_the_first_of_equal_choices_is_taken_and_an_empty_one_never_by_length():
+    assert best_choice([-2.0, -1.0, -1.0]) == 1
+    assert best_choice([-3.0, -2.0, -0.5], [3, 1, 0]) == 0

@@ -6,7 +6,8 @@
 
 What can be measured are the rows of evals/table.py. This file reads the command line, loads what it
 names and prints a row for each model. Each kind of evaluation has its loop here: `measure_loss` asks
-how probable the model finds the references; `measure_answers` lets the model answer, and compares.
+how probable the model finds the references; `measure_answers` lets the model answer, and compares;
+`measure_choices` asks which of some choices the model finds most probable.
 """
 
 from common.errors import run
@@ -28,11 +29,12 @@ from checkpoint import read_config
 from common import console
 from evals.answers import Answers, answer_records, question_of
 from evals.batch_answers import AnswerSettings
+from evals.choices import ChoiceTask, log_likelihoods
 from evals.loss import ExampleLosses, examples_by_key, trained_bytes
 from evals.questions import read_questions
 from evals.saved_answers import answer_and_save, answer_file_of, score_saved
 from evals.scores import AnswerScores
-from evals.table import COMMANDS, EVALUATIONS, GENERATE, LOSS, imported
+from evals.table import CHOOSE, COMMANDS, EVALUATIONS, GENERATE, LOSS, imported
 from evals.targets import Opened, digest_of_ids, encode_files
 
 
@@ -139,7 +141,26 @@ def measure_answers(args: argparse.Namespace) -> None:
     print_scores(args, answers)
 
 
-LOOPS = {LOSS: measure_loss, GENERATE: measure_answers}
+def measure_choices(args: argparse.Namespace) -> None:
+    """Asks each target how probable it finds the choices of each question of --data, and prints how
+    often the right one is the most probable."""
+    opened = Opened(args)
+    (name,) = args.what
+    task = EVALUATIONS[name].load()(args, opened)
+    opened.print_computation()
+    scores: dict[str, AnswerScores] = {}
+    for target in opened.targets:
+        tokenizer = opened.tokenizer_of(target)
+        # A text that can't be encoded is reported before the model is loaded.
+        pairs = task.encode(tokenizer, read_config(target.folder).max_positions)
+        model = opened.load(target, tokenizer)
+        scores[target.name] = task.score(log_likelihoods(model, pairs, opened.batch_size))
+    print_table_of_scores(scores)
+    for target_name, each in scores.items():
+        print_wrong_choices(target_name, task, each, args.show)
+
+
+LOOPS = {LOSS: measure_loss, GENERATE: measure_answers, CHOOSE: measure_choices}
 
 
 # ---- what is printed ----
@@ -159,12 +180,7 @@ def print_scores(args: argparse.Namespace, answers: dict[str, Answers]) -> None:
     for name in args.what:
         scores = {target: EVALUATIONS[name].load()(each) for target, each in answers.items()}
         shown = shown or scores
-        last = next(reversed(scores.values()))
-        rows = {target: each.columns for target, each in scores.items()}
-        print_table(rows, last.formats)
-        # What holds for the metric is said once, what holds for one target's answers for each.
-        for note in dict.fromkeys(note for each in scores.values() for note in each.notes):
-            print(note)
+        print_table_of_scores(scores)
     for target, each in answers.items():
         if each.num_cut:
             print(
@@ -173,6 +189,23 @@ def print_scores(args: argparse.Namespace, answers: dict[str, Answers]) -> None:
             )
     for target, each in shown.items():
         print_misses(target, answers[target], each, args.show)
+
+
+def print_table_of_scores(scores: dict[str, AnswerScores]) -> None:
+    """Prints a row for each target, the notes, and for each target a table of the parts, if there
+    are any."""
+    last = next(reversed(scores.values()))
+    formats = {heading: last.formats[heading] for heading in last.columns}
+    print_table({target: each.columns for target, each in scores.items()}, formats)
+    for target, each in scores.items():
+        for note in each.notes:
+            print(f"{target}: {note}" if len(scores) > 1 and note not in last.notes else note)
+        if each.parts:
+            rows = [[target if len(scores) > 1 else "", *next(iter(each.parts.values()))]]
+            for part, columns in each.parts.items():
+                cells = [format(value, each.formats[name]) for name, value in columns.items()]
+                rows.append([part, *cells])
+            print("\n" + console.table(rows))
 
 
 def print_table(results: dict[str, dict[str, float]], columns: dict[str, str]) -> None:
@@ -235,6 +268,21 @@ def print_misses(target: str, answers: Answers, scores: AnswerScores, show: int)
         for reference in answers.references[i]:
             print(f"  reference  {console.one_line(reference.strip())}")
         print(f"  answer     {console.one_line(answers.texts[i].strip())}\n")
+
+
+def print_wrong_choices(target: str, task: ChoiceTask, scores: AnswerScores, show: int) -> None:
+    """Prints the first `show` questions to which a target finds a wrong choice most probable, each
+    with the right one and the chosen one."""
+    misses = [i for i, hit in enumerate(scores.hits) if not hit]
+    shown = misses[:show]
+    if shown:
+        print(f"\n{target}: {len(shown)} of {len(misses):,} wrong choices")
+    for i in shown:
+        question = task.questions[i]
+        right = " | ".join(question.choices[number] for number in question.gold)
+        print(f"  question   {console.both_ends(question.context)}")
+        print(f"  right      {console.one_line(right)}")
+        print(f"  chosen     {console.one_line(question.choices[scores.chosen[i]])}\n")
 
 
 if __name__ == "__main__":

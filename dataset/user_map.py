@@ -18,23 +18,24 @@ class Map:
     with no protection, because it is the user's own.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, flag: str = "--map"):
         """Imports the file.
 
         name: FILE.py:NAME.
+        flag: what messages call it; that of another function which a user may name.
         Raises UserError if it can't be imported or has no such function.
         """
         self.name = name
         file, _, function = name.rpartition(":")
         if Path(name).is_file():
-            raise UserError(f"--map {name}: names no function of the file; FILE.py:NAME is wanted")
+            raise UserError(f"{flag} {name}: names no function of the file; FILE.py:NAME is wanted")
         if not Path(file).is_file():
             raise UserError(
-                f"--map {name}: FILE.py:NAME is wanted, and there is no file {file or name}"
+                f"{flag} {name}: FILE.py:NAME is wanted, and there is no file {file or name}"
             )
         spec = spec_from_file_location("user_map", file)
         if spec is None:
-            raise UserError(f"--map {name}: {file} is no Python file")
+            raise UserError(f"{flag} {name}: {file} is no Python file")
         module = module_from_spec(spec)
         # Before it is executed, as an import does: dataclasses look their module up.
         sys.modules["user_map"] = module
@@ -44,10 +45,10 @@ class Map:
         try:
             spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:  # noqa: BLE001  a user's program may fail in any way
-            raise UserError(f"--map {name}: {type(error).__name__}: {error}") from None
+            raise UserError(f"{flag} {name}: {type(error).__name__}: {error}") from None
         self.function = getattr(module, function, None)
         if not callable(self.function):
-            raise UserError(f"--map {name}: {file} has no function {function}")
+            raise UserError(f"{flag} {name}: {file} has no function {function}")
 
     def __call__(self, value: object, where: str, stats: ReadStats) -> list:
         """Returns the records that the function makes of one.

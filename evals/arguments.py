@@ -10,12 +10,17 @@ from common import cli
 from common.errors import UserError
 from common.known_names import EVALUATE_NAMES
 from common.script_flags import add_drawing_flags, add_model_flags, check_drawing_arguments
-from evals.table import COMMANDS, EVALUATIONS, GENERATE, LOSS, imported
+from evals.table import CHOOSE, COMMANDS, EVALUATIONS, GENERATE, LOSS, imported
 
-BATCH_SIZE = {LOSS: 8, GENERATE: 32}  # defaults of --batch-size
+BATCH_SIZE = {LOSS: 8, GENERATE: 32, CHOOSE: 64}  # defaults of --batch-size
 SHOWN_MISSES = 5  # the default of --show
-# What a message calls the evaluations of a kind.
-KIND_NAMES = {LOSS: "`loss`", GENERATE: "answers"}
+# Flags of the evaluations for which the model writes answers.
+OF_ANSWERS = (
+    "max_new_tokens", "temperature", "repetition_penalty", "samples", "references", "turns", "out",
+    "overwrite", "answers",
+)  # fmt: skip
+# Values that are no wish, besides None and False.
+NEUTRAL = {"temperature": 0, "repetition_penalty": 1}
 BLEU_TOKENIZERS = ("13a", "intl", "zh", "char", "none")
 # Flags of one evaluation alone.
 OF_ONE_EVALUATION = {"bleu_tokenizer": "bleu", "code_language": "code-similarity"}
@@ -56,6 +61,7 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_target_flags(parser.add_argument_group("the model"))
     add_answer_flags(parser.add_argument_group("the model's answers"))
     add_saved_flags(parser.add_argument_group("saved answers"))
+    add_choice_flags(parser.add_argument_group("choices and classes"))
     add_batch_flags(parser.add_argument_group("speed and memory"))
     args = cli.parse_args(parser, argv, EVALUATE_NAMES)
     # Only the loss takes several.
@@ -181,6 +187,7 @@ def add_answer_flags(group: argparse._ArgumentGroup) -> None:
         type=int,
         metavar="K",
         help="how many wrong answers of each model are printed, with question and reference; 0: none;"
+        " of many classes, how many are listed, those of the lowest F1 first;"
         f" default: {SHOWN_MISSES}",
     )
     add_drawing_flags(group)
@@ -230,6 +237,53 @@ def add_saved_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_choice_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags of evaluations that compare the probabilities of choices."""
+    add = group.add_argument
+    add(
+        "--task",
+        metavar="NAME",
+        help="choices: what --data holds: mmlu, hellaswag, arc, openbookqa, qasc (with ARC's prompt),"
+        " query (keys query, choices and gold, the number of the right choice), truthfulqa,"
+        " truthfulqa-csv; or FILE.py:NAME, a function of yours from a record to (context, choices,"
+        " number of the right choice); default: recognized by the keys of the first record and, of"
+        " ARC, OpenBookQA and QASC, which are in one format, by the file's name",
+    )
+    add(
+        "--shots",
+        type=int,
+        metavar="N",
+        help="choices: examples with their answers that stand before each question: the first N of"
+        " --shots-data; default: 5 for MMLU, 0 for others",
+    )
+    add(
+        "--shots-data",
+        metavar="FILE",
+        help="choices: where the examples of --shots come from, in the format of --data; default:"
+        " MMLU's dev folder, beside test; other tasks have none",
+    )
+    add(
+        "--labels",
+        metavar="FILE",
+        help="classify: a text file of the labels, one a line, if there are more than --data shows;"
+        " default: the answers that occur in --data",
+    )
+    add(
+        "--calibrate",
+        action="store_true",
+        help="classify: divide each label's probability by the one that it has after a text that says"
+        " nothing (the mean of three: N/A, [MASK] and no text), so that a label which the model likes"
+        " to say anyway has no advantage (contextual calibration, Zhao et al. 2021); for models that"
+        " were not trained on the task; default: off",
+    )
+    add(
+        "--picture",
+        metavar="FILE.png",
+        help="classify: draw the confusion matrix into this file; default: it is printed only, where"
+        " it is small",
+    )
+
+
 def add_batch_flags(group: argparse._ArgumentGroup) -> None:
     """Adds the flag that trades memory for speed."""
     group.add_argument(
@@ -237,8 +291,9 @@ def add_batch_flags(group: argparse._ArgumentGroup) -> None:
         type=int,
         metavar="N",
         help="examples that are computed at a time; the results are the same up to rounding;"
-        f" default: {BATCH_SIZE[LOSS]} for loss, {BATCH_SIZE[GENERATE]} where the model writes answers. Lower it if"
-        " memory runs out; a higher one may be faster on a GPU",
+        f" default: {BATCH_SIZE[LOSS]} for loss, {BATCH_SIZE[GENERATE]} where the model writes answers,"
+        f" {BATCH_SIZE[CHOOSE]} questions for choices and classes. Lower it if memory runs out; a"
+        " higher one may be faster on a GPU",
     )
 
 
@@ -246,7 +301,7 @@ def check_evaluation_arguments(args: argparse.Namespace) -> None:
     """Raises UserError for a number out of its range, and for a flag that the chosen measurement
     does not use."""
     minimum = {"seed": 0, "limit": 1, "batch_size": 1, "seq_len": 2, "max_new_tokens": 1, "show": 0}
-    minimum["samples"] = 1
+    minimum |= {"samples": 1, "shots": 0}
     kind = kind_of(args.what)
     if len(args.files or []) > 1 and kind != LOSS:
         raise UserError(f"--data {' '.join(args.files)}: `{args.what[0]}` takes one file or folder")
@@ -254,24 +309,14 @@ def check_evaluation_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, option)
         if value is not None and value < least:
             raise UserError(f"{flag_of(option)} {value}: must be {least} or more")
-    owners = {
-        "seq_len": LOSS,
-        "by": LOSS,
-        "max_new_tokens": GENERATE,
-        "show": GENERATE,
-        "temperature": GENERATE,
-    }
-    owners |= {"repetition_penalty": GENERATE, "samples": GENERATE, "references": GENERATE}
-    owners |= {"turns": GENERATE, "out": GENERATE, "overwrite": GENERATE, "answers": GENERATE}
-    neutral = {"temperature": 0, "repetition_penalty": 1, "overwrite": False}
-    for option, owner in owners.items():
-        if owner != kind and getattr(args, option) != neutral.get(option):
-            raise UserError(
-                f"{flag_of(option)}: is for {KIND_NAMES[owner]}; `{args.what[0]}` does not use it"
-            )
-    for option, owner in OF_ONE_EVALUATION.items():
-        if getattr(args, option) is not None and owner not in args.what:
-            raise UserError(f"{flag_of(option)}: is for `{owner}`")
+    for option, owners in owners_of_options().items():
+        was_changed = getattr(args, option) not in (None, False, NEUTRAL.get(option))
+        if not was_changed or set(args.what) & owners:
+            continue
+        names = ", ".join(f"`{name}`" for name in EVALUATIONS if name in owners)
+        if owners == names_of_kind(GENERATE):
+            names = "answers"
+        raise UserError(f"{flag_of(option)}: is for {names}; `{args.what[0]}` does not use it")
     check_drawing_arguments(args)
     if (args.samples or 1) > 1 and args.temperature == 0:
         raise UserError(
@@ -282,13 +327,31 @@ def check_evaluation_arguments(args: argparse.Namespace) -> None:
     check_files(args)
 
 
+def names_of_kind(kind: str) -> set[str]:
+    """Returns the names of the evaluations that one loop measures."""
+    return {name for name, row in EVALUATIONS.items() if row.kind == kind}
+
+
+def owners_of_options() -> dict[str, set[str]]:
+    """Returns the names of the evaluations that use an option, for each that not all of them use."""
+    loss, generate, choose = map(names_of_kind, (LOSS, GENERATE, CHOOSE))
+    choices, classify = {"choices"}, {"classify"}
+    # Multiple choice has no conversations, so it has no chat template.
+    chat = set(EVALUATIONS) - choices
+    owners = dict.fromkeys(OF_ANSWERS, generate) | dict.fromkeys(("seq_len", "by"), loss)
+    owners |= {option: {name} for option, name in OF_ONE_EVALUATION.items()}
+    owners |= dict.fromkeys(("system", "template", "date"), chat)
+    owners |= dict.fromkeys(("task", "shots", "shots_data"), choices)
+    owners |= dict.fromkeys(("labels", "calibrate", "picture"), classify)
+    return owners | {"show": generate | choose}
+
+
 def check_files(args: argparse.Namespace) -> None:
     """Raises UserError where there is nothing to measure, or where flags of saved answers and of a
     model stand together."""
     if args.answers is not None:
-        neutral = {"temperature": 0, "repetition_penalty": 1}
-        for option in (*OF_A_MODEL_ALONE, *neutral):
-            if getattr(args, option) not in (None, False, neutral.get(option)):
+        for option in (*OF_A_MODEL_ALONE, *NEUTRAL):
+            if getattr(args, option) not in (None, False, NEUTRAL.get(option)):
                 raise UserError(
                     f"{flag_of(option)}: is for a model; --answers scores saved answers"
                 )

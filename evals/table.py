@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 # The loops of evaluate.py. LOSS reads the references. GENERATE lets the model answer, and compares
-# the answers with the references.
-LOSS, GENERATE = "loss", "generate"
+# the answers with the references. CHOOSE asks how probable the model finds each of some choices.
+LOSS, GENERATE, CHOOSE = "loss", "generate", "choose"
 
 
 class Evaluation(NamedTuple):
@@ -20,7 +20,8 @@ class Evaluation(NamedTuple):
     kind: the loop of evaluate.py that measures it.
     function: "module:name" of the function that the loop calls. For LOSS: of a model, a dataset and
         a batch size; returns ExampleLosses. For GENERATE: of the answers (evals/answers.py); returns
-        AnswerScores.
+        AnswerScores. For CHOOSE: of the command line and what it opened (evals/targets.py); returns a
+        ChoiceTask (evals/choices.py).
     help: what --help says of it.
     check: "module:name" of a function of (references, where) that raises UserError where the
         evaluation can't use the references of the record at that place; called before a model is
@@ -122,6 +123,22 @@ EVALUATIONS = {
         "evals.tool_calls:tools_scores",
         "the answer calls the tools that the reference calls, with equal arguments; also for BFCL's"
         " files, with their folder possible_answer beside them",
+    ),
+    "choices": Evaluation(
+        CHOOSE,
+        "evals.multiple_choice:read_task",
+        "multiple choice, as lm-evaluation-harness measures it: which of some answers the model finds"
+        " most probable. --data is the released file of HellaSwag, ARC, OpenBookQA, QASC or"
+        " TruthfulQA (mc_task.json), the folder of MMLU (with dev/ and test/), or a file of yours"
+        " (--task). acc: the share of right choices; acc_norm, acc_bytes: with log-probabilities"
+        " divided by the length of the choice, in characters or bytes; ±: the standard error",
+    ),
+    "classify": Evaluation(
+        CHOOSE,
+        "evals.classification:read_task",
+        "classification: which of the labels, all answers that occur in --data, the model finds most"
+        " probable after each text; accuracy, precision, recall, F1, ROC-AUC, calibration error and"
+        " confusion matrix",
     ),
 }
 

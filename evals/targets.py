@@ -165,6 +165,11 @@ def records_with_references(source: Source, limit: int | None, seed: int) -> lis
     split_reference(records[0])
     if limit is None or limit >= len(records):
         return records
+    return draw_records(records, limit, seed)
+
+
+def draw_records(records: list[Record], limit: int, seed: int) -> list[Record]:
+    """Returns `limit` of the records in their order, drawn by the seed, and prints that."""
     prompts = np.array([prompt_hash(record) for record in records], np.uint64)
     chosen = sample_of_file(prompts, np.zeros(len(records), np.int64), limit, seed)
     return [records[i] for i in chosen]

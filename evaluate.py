@@ -33,7 +33,7 @@ from evals.choices import ChoiceTask, log_likelihoods
 from evals.loss import ExampleLosses, examples_by_key, trained_bytes
 from evals.questions import read_questions
 from evals.saved_answers import answer_and_save, answer_file_of, score_saved
-from evals.scores import AnswerScores
+from evals.scores import ItemScores
 from evals.table import CHOOSE, COMMANDS, EVALUATIONS, GENERATE, LOSS, imported
 from evals.targets import Opened, digest_of_ids, encode_files
 
@@ -148,7 +148,7 @@ def measure_choices(args: argparse.Namespace) -> None:
     (name,) = args.what
     task = EVALUATIONS[name].load()(args, opened)
     opened.print_computation()
-    scores: dict[str, AnswerScores] = {}
+    scores: dict[str, ItemScores] = {}
     for target in opened.targets:
         tokenizer = opened.tokenizer_of(target)
         # A text that can't be encoded is reported before the model is loaded.
@@ -176,7 +176,7 @@ def print_scores(args: argparse.Namespace, answers: dict[str, Answers]) -> None:
         for option in OF_ONE_EVALUATION:
             if getattr(args, option) is not None:
                 each.options[option] = getattr(args, option)
-    shown: dict[str, AnswerScores] = {}
+    shown: dict[str, ItemScores] = {}
     for name in args.what:
         scores = {target: EVALUATIONS[name].load()(each) for target, each in answers.items()}
         shown = shown or scores
@@ -191,7 +191,7 @@ def print_scores(args: argparse.Namespace, answers: dict[str, Answers]) -> None:
         print_misses(target, answers[target], each, args.show)
 
 
-def print_table_of_scores(scores: dict[str, AnswerScores]) -> None:
+def print_table_of_scores(scores: dict[str, ItemScores]) -> None:
     """Prints a row for each target, the notes, and for each target a table of the parts, if there
     are any."""
     last = next(reversed(scores.values()))
@@ -248,7 +248,7 @@ def print_groups(key: str, losses: dict[str, ExampleLosses], groups: dict[str, n
     print("\n" + console.table(rows))
 
 
-def print_misses(target: str, answers: Answers, scores: AnswerScores, show: int) -> None:
+def print_misses(target: str, answers: Answers, scores: ItemScores, show: int) -> None:
     """Prints the first `show` wrong answers of a target, each with its question and its references,
     on a line each."""
     misses = [i for i, hit in enumerate(scores.hits) if not hit]
@@ -270,7 +270,7 @@ def print_misses(target: str, answers: Answers, scores: AnswerScores, show: int)
         print(f"  answer     {console.one_line(answers.texts[i].strip())}\n")
 
 
-def print_wrong_choices(target: str, task: ChoiceTask, scores: AnswerScores, show: int) -> None:
+def print_wrong_choices(target: str, task: ChoiceTask, scores: ItemScores, show: int) -> None:
     """Prints the first `show` questions to which a target finds a wrong choice most probable, each
     with the right one and the chosen one."""
     misses = [i for i, hit in enumerate(scores.hits) if not hit]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.progress import progress
 from decoding import has_length_dependent_rope, shared_prefixes
-from evals.scores import AnswerScores
+from evals.scores import ItemScores
 from kernels.attention import (
     QuerySuffix,
     cached_attention,
@@ -71,13 +71,13 @@ class ChoiceTask(NamedTuple):
 
     encode: a function from a tokenizer and the number of the model's positions to the pairs of each
         question.
-    score: a function from the log-likelihoods of all pairs to AnswerScores, whose first items are those of
+    score: a function from the log-likelihoods of all pairs to ItemScores, whose first items are those of
         the first questions.
     """
 
     questions: list[Question]
     encode: Callable[[Tokenizer, int], list[list[Pair]]]
-    score: Callable[[list[list[float]]], AnswerScores]
+    score: Callable[[list[list[float]]], ItemScores]
 
 
 # ---- texts to tokens ----

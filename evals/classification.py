@@ -20,7 +20,7 @@ from dataset.formats import open_source
 from dataset.records import Record
 from evals.answers import split_reference
 from evals.choices import ChoiceTask, Pair, Question
-from evals.scores import AnswerScores
+from evals.scores import ItemScores
 from evals.targets import Opened, draw_records, records_with_references
 from tokenizer import EncodedChat, Tokenizer
 
@@ -69,7 +69,7 @@ def read_task(args: argparse.Namespace, opened: Opened) -> ChoiceTask:
     def encode(tokenizer: Tokenizer, max_positions: int) -> list[list[Pair]]:
         return encode_labels(tokenizer, records, labels, args.calibrate, max_positions)
 
-    def score(likelihoods: list[list[float]]) -> AnswerScores:
+    def score(likelihoods: list[list[float]]) -> ItemScores:
         gold = np.array([question.gold[0] for question in questions])
         probs = label_probs(likelihoods, len(questions))
         scores = classification_scores(gold, probs, labels, args.show)
@@ -233,8 +233,8 @@ def normalized(logprobs: np.ndarray) -> np.ndarray:
 
 def classification_scores(
     gold: np.ndarray, probs: np.ndarray, labels: list[str], show: int
-) -> AnswerScores:
-    """AnswerScores the most probable label of each record.
+) -> ItemScores:
+    """ItemScores the most probable label of each record.
 
     gold: int [records], the number of the right label. probs: float [records, labels].
     show: how many classes are listed, of more than FEW_CLASSES.
@@ -275,7 +275,7 @@ def classification_scores(
             f"the {len(lowest)} of {len(parts)} classes with the lowest F1 (--show {len(parts)}: all)"
         )
         parts = {name: parts[name] for name in lowest}
-    return AnswerScores(items, columns, formats, notes, parts, chosen.tolist())
+    return ItemScores(items, columns, formats, notes, parts, chosen.tolist())
 
 
 def class_rows(

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from common.errors import UserError
 from common.progress import progress
 from evals.answers import Answers
-from evals.scores import AnswerScores
+from evals.scores import ItemScores
 from evals.text_overlap import part_of_100
 
 # {column: the package's name of it}
@@ -32,8 +32,8 @@ CODEBLEU_PARTS = {
 FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
-def code_similarity_scores(answers: Answers) -> AnswerScores:
-    """AnswerScores answers by CodeBLEU of all, and of each."""
+def code_similarity_scores(answers: Answers) -> ItemScores:
+    """ItemScores answers by CodeBLEU of all, and of each."""
     language = answers.options.get("code_language") or "python"
     check_grammar(language)
     programs = [fenced_code(text) for text in answers.texts]
@@ -62,7 +62,7 @@ def code_similarity_scores(answers: Answers) -> AnswerScores:
         f" flow; code taken from between ``` in {num_fenced:,} of {len(answers):,} answers; no data flow in"
         f" the references of {num_without_flow:,}"
     )
-    return AnswerScores({"code similarity": items}, columns, dict.fromkeys(columns, ".2f"), [note])
+    return ItemScores({"code similarity": items}, columns, dict.fromkeys(columns, ".2f"), [note])
 
 
 def codebleu_parts(

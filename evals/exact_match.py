@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from dataset.records import Record
 from evals.answers import Answers, answer_records
-from evals.scores import AnswerScores
+from evals.scores import ItemScores
 from model import Transformer
 from tokenizer import Tokenizer
 
 
-def exact_scores(answers: Answers) -> AnswerScores:
-    """AnswerScores answers by exact match: 1 for each that equals one of its references, else 0."""
+def exact_scores(answers: Answers) -> ItemScores:
+    """ItemScores answers by exact match: 1 for each that equals one of its references, else 0."""
     hits = []
     for text, references in zip(answers.texts, answers.references, strict=True):
         hits.append(text.strip() in {reference.strip() for reference in references})
@@ -27,7 +27,7 @@ def exact_scores(answers: Answers) -> AnswerScores:
         "prompt tokens": answers.prompt_tokens,
     }
     formats = {"right": ",.0f", "of": ",.0f", "exact %": ".1f", "prompt tokens": ".1f"}
-    return AnswerScores({"exact": [float(hit) for hit in hits]}, columns, formats)
+    return ItemScores({"exact": [float(hit) for hit in hits]}, columns, formats)
 
 
 @dataclass

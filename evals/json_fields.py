@@ -17,7 +17,7 @@ from decimal import Decimal
 from common.errors import UserError
 from evals.answers import Answers
 from evals.code_similarity import fenced_code
-from evals.scores import AnswerScores
+from evals.scores import ItemScores
 
 # Objects and lists in each other; beyond it, a value is no JSON that a program would read.
 MAX_NESTING = 100
@@ -27,8 +27,8 @@ class NoJson(ValueError):
     """A text holds no JSON."""
 
 
-def json_scores(answers: Answers) -> AnswerScores:
-    """AnswerScores answers by the fields of their JSON: precision, recall and F1 over all fields, and the
+def json_scores(answers: Answers) -> ItemScores:
+    """ItemScores answers by the fields of their JSON: precision, recall and F1 over all fields, and the
     share of whole values that are right. Of several references, the one of the best F1 counts."""
     num_parsed = 0
     whole_of_each = []
@@ -67,7 +67,7 @@ def json_scores(answers: Answers) -> AnswerScores:
     )
     notes = [note]
     items = {"json fields": f1_of_each, "json whole": whole_of_each}
-    return AnswerScores(items, columns, formats, notes)
+    return ItemScores(items, columns, formats, notes)
 
 
 def check_json(references: list[str], where: str) -> None:

@@ -26,7 +26,7 @@ from dataset.readers import recognize
 from dataset.records import ReadStats
 from dataset.user_map import Map
 from evals.choices import ChoiceTask, Pair, Question, encode_pair
-from evals.scores import AnswerScores
+from evals.scores import ItemScores
 from tokenizer import Tokenizer
 
 LETTERS = ("A", "B", "C", "D")
@@ -138,8 +138,8 @@ def mmlu_question(row: list[str], subject: str) -> Question:
 # ---- scores ----
 
 
-def accuracy_scores(questions: list[Question], likelihoods: list[list[float]]) -> AnswerScores:
-    """AnswerScores by acc, acc_norm and acc_bytes; of questions whose choices are letters, by acc alone,
+def accuracy_scores(questions: list[Question], likelihoods: list[list[float]]) -> ItemScores:
+    """ItemScores by acc, acc_norm and acc_bytes; of questions whose choices are letters, by acc alone,
     since the three are one."""
     items: dict[str, list[float]] = {"acc": [], "acc_norm": [], "acc_bytes": []}
     for question, values in zip(questions, likelihoods, strict=True):
@@ -163,11 +163,11 @@ def accuracy_scores(questions: list[Question], likelihoods: list[list[float]]) -
         notes.append(
             f"acc is the mean of all questions; the mean of the {len(parts)} subjects is {mean:.1f} %"
         )
-    return AnswerScores(items, columns, formats_of(columns), notes, parts, chosen)
+    return ItemScores(items, columns, formats_of(columns), notes, parts, chosen)
 
 
-def truthful_scores(questions: list[Question], likelihoods: list[list[float]]) -> AnswerScores:
-    """AnswerScores by MC1, whether the best answer is the most probable choice, and MC2, the share that
+def truthful_scores(questions: list[Question], likelihoods: list[list[float]]) -> ItemScores:
+    """ItemScores by MC1, whether the best answer is the most probable choice, and MC2, the share that
     the right answers have of the probability of all choices."""
     items: dict[str, list[float]] = {"MC1": [], "MC2": []}
     for question, values in zip(questions, likelihoods, strict=True):
@@ -179,7 +179,7 @@ def truthful_scores(questions: list[Question], likelihoods: list[list[float]]) -
         items["MC2"].append(float(probs[list(question.gold)].sum() / probs.sum()))
     columns = {"questions": float(len(items["MC1"]))} | mean_columns(items)
     chosen = [best_choice(values) for values in likelihoods]
-    return AnswerScores(items, columns, formats_of(columns), chosen=chosen)
+    return ItemScores(items, columns, formats_of(columns), chosen=chosen)
 
 
 def best_choice(values: list[float], lengths: list[int] | None = None) -> int:
@@ -215,12 +215,12 @@ class Task(NamedTuple):
 
     question: a function from a record to a Question, or to a list of them.
     keys: the keys that a record must have, by which a file is recognized as well.
-    score: a function from questions and the log-likelihoods of their choices to AnswerScores.
+    score: a function from questions and the log-likelihoods of their choices to ItemScores.
     """
 
     question: Callable
     keys: tuple[str, ...]
-    score: Callable[[list[Question], list[list[float]]], AnswerScores] = accuracy_scores
+    score: Callable[[list[Question], list[list[float]]], ItemScores] = accuracy_scores
 
 
 AI2_KEYS = ("question", "answerKey")
@@ -275,7 +275,7 @@ def choice_task(args, file: str | Path | Fetched, map_fn: Map | None = None) -> 
     def encode(tokenizer: Tokenizer, max_positions: int) -> list[list[Pair]]:
         return encode_questions(tokenizer, questions, max_positions)
 
-    def score(likelihoods: list[list[float]]) -> AnswerScores:
+    def score(likelihoods: list[list[float]]) -> ItemScores:
         return task.score(questions, likelihoods)
 
     return ChoiceTask(questions, encode, score)
@@ -436,7 +436,7 @@ def questions_of(
     faults = []
     for record, place in values:
         try:
-            questions += question_of(task, name, record, place)
+            questions += questions_of_record(task, name, record, place)
         except UserError as error:
             faults.append(str(error))
     if faults and not skip_bad:
@@ -465,7 +465,7 @@ def user_function(name: str) -> Callable:
     return question
 
 
-def question_of(task: Task, name: str, record: object, place: str) -> list[Question]:
+def questions_of_record(task: Task, name: str, record: object, place: str) -> list[Question]:
     """Returns the questions of one record. Raises UserError naming it, where it is none."""
     if not isinstance(record, dict):
         raise UserError(f"{place}: not an object with keys, as the task {name} wants")

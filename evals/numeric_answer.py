@@ -11,7 +11,7 @@ from decimal import Decimal
 
 from common.errors import UserError
 from evals.answers import Answers
-from evals.scores import AnswerScores
+from evals.scores import ItemScores
 
 MARK = "####"
 # Groups of three digits behind commas, or digits; then a fraction, or a fraction alone.
@@ -23,8 +23,8 @@ ANSWER_NUMBER = re.compile(
 )
 
 
-def numeric_scores(answers: Answers) -> AnswerScores:
-    """AnswerScores answers by their final number: 1 where it equals that of a reference, else 0."""
+def numeric_scores(answers: Answers) -> ItemScores:
+    """ItemScores answers by their final number: 1 where it equals that of a reference, else 0."""
     hits = []
     num_without = 0
     num_marked = 0
@@ -42,7 +42,7 @@ def numeric_scores(answers: Answers) -> AnswerScores:
         f" {count - num_marked - num_without:,}, no number in {num_without:,}"
     )
     notes = [note]
-    return AnswerScores({"numeric": hits}, columns, formats, notes)
+    return ItemScores({"numeric": hits}, columns, formats, notes)
 
 
 def check_number(references: list[str], where: str) -> None:

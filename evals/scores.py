@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class AnswerScores:
+class ItemScores:
     """What an evaluation says of N answers.
 
     items: {name: a number for each answer, from 0 to 1}, the first of which says how good the answer

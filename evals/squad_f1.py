@@ -12,14 +12,14 @@ import string
 from collections import Counter
 
 from evals.answers import Answers
-from evals.scores import AnswerScores
+from evals.scores import ItemScores
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def f1_scores(answers: Answers) -> AnswerScores:
-    """AnswerScores answers by SQuAD's token F1 and exact match."""
+def f1_scores(answers: Answers) -> ItemScores:
+    """ItemScores answers by SQuAD's token F1 and exact match."""
     f1_of_each = []
     exact_of_each = []
     for text, references in zip(answers.texts, answers.references, strict=True):
@@ -38,7 +38,7 @@ def f1_scores(answers: Answers) -> AnswerScores:
         "F1 and exact match of SQuAD 2.0: lower case, no punctuation, no a, an, the; the best of an"
         " answer's references"
     )
-    return AnswerScores({"f1": f1_of_each, "squad exact": exact_of_each}, columns, formats, [note])
+    return ItemScores({"f1": f1_of_each, "squad exact": exact_of_each}, columns, formats, [note])
 
 
 def squad_words(text: str) -> list[str]:

@@ -20,7 +20,7 @@ class Evaluation(NamedTuple):
     kind: the loop of evaluate.py that measures it.
     function: "module:name" of the function that the loop calls. For LOSS: of a model, a dataset and
         a batch size; returns ExampleLosses. For GENERATE: of the answers (evals/answers.py); returns
-        AnswerScores. For CHOOSE: of the command line and what it opened (evals/targets.py); returns a
+        ItemScores. For CHOOSE: of the command line and what it opened (evals/targets.py); returns a
         ChoiceTask (evals/choices.py).
     help: what --help says of it.
     check: "module:name" of a function of (references, where) that raises UserError where the

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common.progress import progress
 from evals.answers import Answers
-from evals.scores import AnswerScores
+from evals.scores import ItemScores
 
 ROUGE_KINDS = {
     "rouge1": "ROUGE-1",
@@ -36,8 +36,8 @@ NUM_LEXNAMES = 45
 # ---- BLEU and chrF ----
 
 
-def bleu_scores(answers: Answers) -> AnswerScores:
-    """AnswerScores answers by BLEU of them all. The number of each answer is its sentence BLEU."""
+def bleu_scores(answers: Answers) -> ItemScores:
+    """ItemScores answers by BLEU of them all. The number of each answer is its sentence BLEU."""
     # Imported here, since --help and other evaluations need none of it.
     from sacrebleu.metrics import BLEU
 
@@ -56,11 +56,11 @@ def bleu_scores(answers: Answers) -> AnswerScores:
     columns |= {"brevity penalty": score.bp, "length ratio": score.sys_len / max(score.ref_len, 1)}
     formats = dict.fromkeys(columns, ".2f") | {"brevity penalty": ".3f", "length ratio": ".3f"}
     notes = [f"sacrebleu {corpus.get_signature()}"]
-    return AnswerScores({"sentence bleu": items}, columns, formats, notes)
+    return ItemScores({"sentence bleu": items}, columns, formats, notes)
 
 
-def chrf_scores(answers: Answers) -> AnswerScores:
-    """AnswerScores answers by chrF2 and chrF2++ of them all. The number of each answer is its own chrF2."""
+def chrf_scores(answers: Answers) -> ItemScores:
+    """ItemScores answers by chrF2 and chrF2++ of them all. The number of each answer is its own chrF2."""
     from sacrebleu.metrics import CHRF
 
     streams = reference_streams(answers.references)
@@ -78,7 +78,7 @@ def chrf_scores(answers: Answers) -> AnswerScores:
     notes = []
     for name, metric in (("chrF2", characters), ("chrF2++", with_words)):
         notes.append(f"sacrebleu {name}: {metric.get_signature()}")
-    return AnswerScores({"sentence chrf": items}, columns, dict.fromkeys(columns, ".2f"), notes)
+    return ItemScores({"sentence chrf": items}, columns, dict.fromkeys(columns, ".2f"), notes)
 
 
 def reference_streams(references: list[list[str]]) -> list[list[str | None]]:
@@ -101,8 +101,8 @@ def part_of_100(score: float) -> float:
 # ---- ROUGE ----
 
 
-def rouge_scores(answers: Answers) -> AnswerScores:
-    """AnswerScores answers by the F1 of ROUGE-1, -2, -L and -Lsum, each that of the best reference."""
+def rouge_scores(answers: Answers) -> ItemScores:
+    """ItemScores answers by the F1 of ROUGE-1, -2, -L and -Lsum, each that of the best reference."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer([*ROUGE_KINDS], use_stemmer=True)
@@ -129,14 +129,14 @@ def rouge_scores(answers: Answers) -> AnswerScores:
             f"NOTE: rouge-score reads the letters a to z and digits only, and the references of"
             f" {num_unread:,} of {len(answers):,} records hold none: their score is 0. Use `chrf`"
         )
-    return AnswerScores(items, columns, dict.fromkeys(columns, ".2f"), notes)
+    return ItemScores(items, columns, dict.fromkeys(columns, ".2f"), notes)
 
 
 # ---- METEOR ----
 
 
-def meteor_scores(answers: Answers) -> AnswerScores:
-    """AnswerScores answers by METEOR, of the best reference, and says which of its stages ran."""
+def meteor_scores(answers: Answers) -> ItemScores:
+    """ItemScores answers by METEOR, of the best reference, and says which of its stages ran."""
     from nltk.tokenize import NLTKWordTokenizer
     from nltk.translate.meteor_score import meteor_score
 
@@ -160,7 +160,7 @@ def meteor_scores(answers: Answers) -> AnswerScores:
         f" NLTKWordTokenizer, the best of an answer's references; stages: {stages}"
     )
     notes = [note]
-    return AnswerScores({"meteor": items}, columns, {"METEOR": ".2f"}, notes)
+    return ItemScores({"meteor": items}, columns, {"METEOR": ".2f"}, notes)
 
 
 class NoSynonyms:

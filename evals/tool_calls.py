@@ -29,7 +29,7 @@ from evals.answers import Answers
 from evals.bfcl import accepts_calls, is_possible_answer
 from evals.code_similarity import fenced_code
 from evals.json_fields import embedded_json, json_fields, no_constant
-from evals.scores import AnswerScores
+from evals.scores import ItemScores
 from tokenization.chat_template import to_exact_json
 
 HERMES_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
@@ -46,8 +46,8 @@ class Call(NamedTuple):
     arguments: dict
 
 
-def tools_scores(answers: Answers) -> AnswerScores:
-    """AnswerScores answers by their tool calls: 1 where all and only the wanted calls are there, else 0."""
+def tools_scores(answers: Answers) -> ItemScores:
+    """ItemScores answers by their tool calls: 1 where all and only the wanted calls are there, else 0."""
     right = []
     right_names = []
     right_decisions = []
@@ -86,7 +86,7 @@ def tools_scores(answers: Answers) -> AnswerScores:
         )
         notes = [note]
     items = {"tools": right, "tool names": right_names, "tool decision": right_decisions}
-    return AnswerScores(items, columns, formats, notes)
+    return ItemScores(items, columns, formats, notes)
 
 
 def names_of(wanted: list) -> list[str]:

@@ -374,7 +374,9 @@ def page_data(
     shown_pairs = []
     for side, (a, b) in zip(sides, pairs.values(), strict=True):
         left, right = (a, b) if side == "A" else (b, a)
-        shown = a.shown if a.system == b.system else [each for each in a.shown if each[0] != "system"]
+        shown = (
+            a.shown if a.system == b.system else [each for each in a.shown if each[0] != "system"]
+        )
         shown_pairs.append(
             {
                 "question": [{"role": role, "text": text} for role, text in shown],

@@ -114,17 +114,16 @@ def print_tally(args: argparse.Namespace) -> None:
     raters, warnings = read_raters(args.files)
     a, b = raters.page.names
     title = f"{b} against {a}"
-    intro = [
-        f"page {raters.page.number}: {len(raters.page.sides):,} pairs,"
-        f" {counted(len(raters.judgements), 'rater')}; intervals are at 95 %"
-    ]
+    num_pairs = counted(len(raters.page.sides), "pair")
+    num_raters = counted(len(raters.judgements), "rater")
+    intro = f"page {raters.page.number}: {num_pairs}, {num_raters}; intervals are at 95 %"
     warnings += missing_pairs(raters)
     sides, bias = side_section(raters)
     warnings += bias
     sections = [win_section(raters), rating_section(raters), sides]
     if len(raters.judgements) > 1:
         sections.append(agreement_section(raters))
-    print(f"{title}; {intro[0]}")
+    print(f"{title}; {intro}")
     for section in sections:
         print(f"\n{section.heading}\n{console.table(section.rows)}")
         for note in section.notes:
@@ -206,7 +205,9 @@ def read_page(content: dict, file: Path) -> Page:
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         is_whole = False
     if not is_whole:
-        raise UserError(f"{file}: its `key` is damaged, so nobody knows whose answer was on which side")
+        raise UserError(
+            f"{file}: its `key` is damaged, so nobody knows whose answer was on which side"
+        )
     return page
 
 
@@ -214,7 +215,9 @@ def rater_name(content: dict, file: Path) -> str:
     """Returns the rater's name. Raises UserError where there is none."""
     name = content.get("rater")
     if not isinstance(name, str) or not name.strip():
-        raise UserError(f"{file}: has no name of a rater as `rater`; type one on the page, or there")
+        raise UserError(
+            f"{file}: has no name of a rater as `rater`; type one on the page, or there"
+        )
     # It goes to the terminal.
     return printable(name.strip())
 
@@ -232,7 +235,9 @@ def read_judgements(content: dict, page: Page, file: Path) -> dict[int, Judgemen
         if type(pair) is not int or not 1 <= pair <= len(page.sides):
             raise UserError(f"{where}: `pair` must be a number from 1 to {len(page.sides):,}")
         if pair - 1 in found:
-            raise UserError(f"{where}: pair {pair} was judged already in this file; delete one of both")
+            raise UserError(
+                f"{where}: pair {pair} was judged already in this file; delete one of both"
+            )
         judgement = read_judgement(entry, page.sides[pair - 1], where)
         if judgement is not None:
             found[pair - 1] = judgement
@@ -356,7 +361,9 @@ def win_section(raters: Raters) -> Section:
     notes = []
     if len(raters.judgements) > 1:
         rows.append(win_row("all raters, pair by pair", scores))
-        notes.append("All raters: a pair is won by the model that more of its raters prefer, else it is a tie.")
+        notes.append(
+            "All raters: a pair is won by the model that more of its raters prefer, else it is a tie."
+        )
     if raters.page.identical:
         label = f"with {counted(raters.page.identical, 'identical pair')} as ties"
         rows.append(win_row(label, scores + [0.5] * raters.page.identical))
@@ -410,10 +417,14 @@ def rating_section(raters: Raters) -> Section:
     row = ["did what was asked, %", f"{len(changes):,}"]
     row += [share_text(sum(of_a), len(of_a)), share_text(sum(of_b), len(of_b))]
     rows.append([*row, mean_text(changes, "+.1f", 100)])
-    notes = ["Each number is of the pairs that were rated for it; those of several raters are averaged."]
+    notes = [
+        "Each number is of the pairs that were rated for it; those of several raters are averaged."
+    ]
     if raters.page.identical:
         identical = counted(raters.page.identical, "pair")
-        notes.append(f"Not rated: {identical} with identical answers (--keep-identical shows them).")
+        notes.append(
+            f"Not rated: {identical} with identical answers (--keep-identical shows them)."
+        )
     return Section("Ratings", rows, notes)
 
 
@@ -468,7 +479,9 @@ def agreement_section(raters: Raters) -> Section:
     by_pair = [[choices[name][pair] for name in names] for pair in shared]
     pairs = counted(len(shared), "pair")
     same = sum(len(set(each)) == 1 for each in by_pair)
-    rows.append(["all choose the same", pairs, f"{100 * same / len(shared):.1f} %" if shared else NO_NUMBER])
+    rows.append(
+        ["all choose the same", pairs, f"{100 * same / len(shared):.1f} %" if shared else NO_NUMBER]
+    )
     if len(names) == 2:
         rows.append(["Cohen's kappa", pairs, kappa_text(cohen_kappa(by_pair))])
     else:
@@ -557,11 +570,13 @@ def check_result_page(file: Path) -> None:
     if not file.exists():
         return
     if file.is_dir() or RESULT_PAGE_MARK.encode() not in file.read_bytes()[:500]:
-        raise UserError(f"--html {file}: is there already and no page of a tally; give another name")
+        raise UserError(
+            f"--html {file}: is there already and no page of a tally; give another name"
+        )
 
 
 def write_result_page(
-    file: Path, title: str, intro: list[str], sections: list[Section], warnings: list[str]
+    file: Path, title: str, intro: str, sections: list[Section], warnings: list[str]
 ) -> None:
     """Writes the result as one HTML file that loads nothing (evals/tally.html.jinja)."""
     import jinja2

@@ -41,10 +41,13 @@ def open_browser(profile: Path, downloads: Path, **preferences) -> webdriver.Chr
 
 
 def requested_addresses(browser: webdriver.Chrome) -> list[str]:
-    """The addresses that the current tab has asked for since this was last called."""
+    """The addresses that the current tab has asked for since this was last called, without those of the browser's
+    own pages, as chrome://new-tab-page."""
     addresses = []
     for entry in browser.get_log("performance"):
         message = json.loads(entry["message"])["message"]
-        if message["method"] == "Network.requestWillBeSent":
+        if message["method"] != "Network.requestWillBeSent":
+            continue
+        if not message["params"]["documentURL"].startswith("chrome"):
             addresses.append(message["params"]["request"]["url"])
     return addresses

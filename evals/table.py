@@ -143,4 +143,15 @@ EVALUATIONS = {
 }
 
 # {word: the command}, as in `evaluate.py compare BASE TUNED`.
-COMMANDS: dict[str, Command] = {}
+COMMANDS: dict[str, Command] = {
+    "pairs": Command(
+        "evals.pairwise:pairs_arguments",
+        "evals.pairwise:make_pairs_page",
+        "makes a page on which people judge two models' answers side by side, blinded",
+    ),
+    "tally": Command(
+        "evals.tally:tally_arguments",
+        "evals.tally:print_tally",
+        "counts the judgements that people export from such pages",
+    ),
+}

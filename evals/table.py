@@ -70,4 +70,11 @@ EVALUATIONS = {
 }
 
 # {word: the command}, as in `evaluate.py compare BASE TUNED`.
-COMMANDS: dict[str, Command] = {}
+COMMANDS: dict[str, Command] = {
+    "compare": Command(
+        "evals.compare_arguments:compare_arguments",
+        "evals.compare:compare",
+        "a model before and after its training: what it has learned and what it has forgotten, with"
+        " confidence intervals, and the answers that changed",
+    ),
+}

@@ -5,6 +5,7 @@
 
 import argparse
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,13 +51,14 @@ class Opened:
     batch_size: --batch-size, or its default.
     """
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, targets: list[Target] | None = None):
+        """targets: what is measured; None: what --model, --adapter and --versus name."""
         self.args = args
         self.device = pick_device(args.device)
         self.dtype, self.reason = pick_dtype(args.dtype, self.device)
         self.map_fn = Map(args.map) if args.map else None
         self.file = fetch_data(args.data, TEST)
-        self.targets = pick_targets(args)
+        self.targets = targets or pick_targets(args)
         last = self.targets[-1]
         trained = last.adapter or last.folder
         self.day = args.date or resolve.trained_day(trained)
@@ -139,33 +141,42 @@ def print_target(target: Target, model: Transformer, tokenizer: Tokenizer) -> No
 # ---- the examples ----
 
 
-def records_with_references(source: Source, limit: int | None, seed: int) -> list[Record]:
+def records_with_references(
+    source: Source, limit: int | None, seed: int, print_fn: Callable[[str], None] = print
+) -> list[Record]:
     """Reads `limit` records (None: all) that hold a good answer to compare with, and prints what was
-    read. seed: draws them.
+    read. seed: draws them. print_fn: is given the lines.
 
     Raises UserError where there is none, or where the first one has no reference: before a model is
     loaded for it.
     """
     stats = ReadStats()
     records = [record for record in source.records(stats) if record.label is not False]
-    print(f"data      {source.summary(stats)}")
+    print_fn(f"data      {source.summary(stats)}")
     if not records:
         raise UserError(f"{source.path}: no record with a good answer to compare with")
     split_reference(records[0])
     if limit is None or limit >= len(records):
         return records
     prompts = np.array([prompt_hash(record) for record in records], np.uint64)
-    chosen = sample_of_file(prompts, np.zeros(len(records), np.int64), limit, seed)
+    chosen = sample_of_file(prompts, np.zeros(len(records), np.int64), limit, seed, print_fn)
     return [records[i] for i in chosen]
 
 
-def sample_of_file(prompts: np.ndarray, starts: np.ndarray, limit: int, seed: int) -> np.ndarray:
+def sample_of_file(
+    prompts: np.ndarray,
+    starts: np.ndarray,
+    limit: int,
+    seed: int,
+    print_fn: Callable[[str], None] = print,
+) -> np.ndarray:
     """Returns the numbers of `limit` examples, ascending, and prints that they are drawn. The same
     ones for every model, since nothing that they are drawn by depends on its tokenizer.
 
     prompts, starts: of `dataset.examples.draw_examples`.
+    print_fn: is given the line that says so.
     """
-    print(f"          --limit: {limit:,} of {len(prompts):,}, drawn by --seed {seed}")
+    print_fn(f"          --limit: {limit:,} of {len(prompts):,}, drawn by --seed {seed}")
     order = np.arange(len(prompts))
     one_source = np.zeros(len(prompts), np.int64)
     return draw_examples(prompts, starts, order, one_source, limit, seed)
@@ -177,12 +188,14 @@ def encode_file(
     tokenizer: Tokenizer,
     max_positions: int,
     map_fn: Map | None,
+    print_fn: Callable[[str], None] = print,
 ) -> Dataset:
     """Reads the file of --data as examples of at most --seq-len tokens, of which --limit are drawn.
 
     file: what --data names, fetched.
     max_positions: the longest text that the model takes, in tokens; also the default of --seq-len.
     map_fn: the user's function that every record goes through first.
+    print_fn: is given lines about what was read and left out.
 
     Raises UserError where --seq-len is beyond the limit, or where no record fits.
     """
@@ -193,7 +206,7 @@ def encode_file(
         [file],
         tokenizer,
         seq_len or max_positions,
-        print_fn=print,
+        print_fn=print_fn,
         map_fn=map_fn,
         part=TEST,
         skip_bad=args.skip_bad,
@@ -204,7 +217,8 @@ def encode_file(
     assert isinstance(dataset.examples, ExampleIndex)
     index = dataset.examples
     (rows,) = index.rows
-    chosen = sample_of_file(rows.prompts[index.row], index.start, args.limit, args.seed)
+    prompts = rows.prompts[index.row]
+    chosen = sample_of_file(prompts, index.start, args.limit, args.seed, print_fn)
     return dataset.take(chosen)
 
 

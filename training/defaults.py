@@ -264,17 +264,14 @@ def choose_gauge_tokens(
     the same tokens.
     Raises UserError where --forget-limit needs what can't be measured.
     """
-    why = ""
     if not len(data.val):
-        why = "nothing validates"
-    elif flags.context_parallel > 1:
-        why = "with --context-parallel no process has a whole example"
-    if why:
         if flags.forget_limit is not None:
-            raise UserError(f"--forget-limit: KL(base || tuned) can't be measured, {why}")
-        return 0, f"off: {why}"
+            raise UserError(
+                "--forget-limit: KL(base || tuned) can't be measured, nothing validates; give --val FILE"
+            )
+        return 0, "off: nothing validates"
     # All ranks measure the same tokens, while they share those that are trained.
-    trained_tokens = tokens_of_training(flags, data, steps_per_epoch) / distributed.dp_size()
+    trained_tokens = tokens_of_training(flags, data, steps_per_epoch) / distributed.world_size()
     in_time = GAUGE_SHARE * trained_tokens / num_validations(flags)
     count = min(max(int(in_time), LEAST_GAUGE_TOKENS), MOST_GAUGE_TOKENS, data.val.tokens)
     why = f"about {100 * GAUGE_SHARE:g} % of the training's time"

@@ -64,7 +64,8 @@ class Gauge:
         # The base's head, on the host; None where the head is not trained.
         self.base_head: Tensor | None = None
         if state.gauge_tokens is None:
-            state.gauge_tokens = settings.gauge_tokens
+            # A run of an earlier version goes on as it began.
+            state.gauge_tokens = settings.gauge_tokens if state.step == 0 else 0
         count = state.gauge_tokens if settings.gauge_tokens else 0
         self.examples = fixed_examples(val, count)
         if not count:
@@ -99,23 +100,30 @@ class Gauge:
     def find_base(self, state: TrainState) -> None:
         """Computes what the base's head is given, or reads what the run has written of it; and says
         on what the gauge measures."""
-        tokens = f"{self.examples.tokens:,} tokens of {len(self.examples)} validation examples"
-        what = f"gauge     KL(base || tuned) on {tokens}, {self.settings.reasons['gauge']}"
         step_0 = model_of_step_0(self.model, self.settings)
         if step_0 is not None:
             with step_0:
                 self.base_hidden, _ = self.compute()
             self.release()
-            print(f"{what}; the base is the model without its adapter")
+            base = "the model without its adapter"
         elif state.step == 0:
             self.base_hidden, head = self.compute()
             if head.requires_grad:
                 self.base_head = head.detach().to(self.base_hidden.dtype).to("cpu", copy=True)
             self.release()
-            print(f"{what}; {distributed.run_on_rank0(self.write_base)}")
+            base = distributed.run_on_rank0(self.write_base)
         else:
             problem = self.read_base()
-            print(f"{what}; the base is in {FILE}" if self.is_on else f"gauge     off: {problem}")
+            if problem:
+                print(f"gauge     off: {problem}")
+                return
+            base = f"what {FILE} holds"
+        tokens = f"{self.examples.tokens:,} tokens of {len(self.examples)} validation examples"
+        print(
+            f"gauge     distance from the base, KL(base || tuned), at each validation on {tokens}:"
+            f" {self.settings.reasons['gauge']}"
+        )
+        print(f"          the base is {base}")
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Returns the hidden states of all tokens in their order, [N, D], and the head's weight."""
@@ -144,8 +152,8 @@ class Gauge:
                 save_tensors(tensors, tmp)
         except OSError as error:
             why = describe_os_error(error, self.out / FILE)
-            return f"WARNING: {why}; a resumed run will have no gauge"
-        return f"the base's part of it is kept in {FILE}, {size}"
+            return f"in memory alone: {why}; if this run is resumed, the gauge will be off"
+        return f"the model before step 1, of which {FILE} keeps {size}"
 
     def read_base(self) -> str:
         """Reads what `write_base` wrote. Returns why that is not possible on all ranks, or ""."""

@@ -408,6 +408,16 @@ class Flags:
         limits=NOT_NEGATIVE,
         resume=FREE,
     )
+    forget_limit: float | None = option(
+        None,
+        "largest distance from the model as it was before the training that best/ may have: of the"
+        " validations at which KL(base || tuned), in nats a token, is under X, best/ keeps the one"
+        " with the lowest loss; the end says so if none is. (Every validation measures that distance"
+        " on some of its tokens; 0.05 is little, 0.5 much); default: no limit",
+        metavar="X",
+        limits=POSITIVE,
+        resume=FREE,
+    )
     save_every: int | None = option(
         None,
         "steps between checkpoints, from which a stopped run is resumed; 0: none; default: five in a"
@@ -824,6 +834,8 @@ def check_data(flags: Flags) -> None:
             "--val-fraction parts the files of --data; with --val or without --data it means"
             " nothing"
         )
+    if flags.forget_limit is not None and flags.val_fraction == 0:
+        raise UserError("--forget-limit chooses among validations, and --val-fraction 0 has none")
     if flags.patience and flags.eval_every == 0:
         raise UserError("--patience counts validations, and --eval-every 0 has one, at the end")
 

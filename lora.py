@@ -567,6 +567,21 @@ def unmerge(model: Transformer) -> None:
         layer.original = None
 
 
+@contextlib.contextmanager
+def adapter_off(model: Transformer) -> Iterator[None]:
+    """A block in which the model computes as its base alone. Nothing is moved or rounded."""
+    layers = lora_layers(model).values()
+    assert not any(layer.merged for layer in layers), "a merged layer's base has the update in it"
+    for layer in layers:
+        # Then the layer is its base.
+        layer.merged = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.merged = False
+
+
 def remove_lora(model: Transformer) -> dict[str, LoRALinear]:
     """Puts the plain linears back. After `merge` the model is an ordinary one for save_model.
 

@@ -7,6 +7,7 @@ functions and a row of `METHODS`.
 import math
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,8 @@ class Method(NamedTuple):
     quant: the 4-bit format of the base where --quant is not given.
     describe(settings): what is trained, in a few words for the summary.
     lighter: the method that takes less memory, to be suggested where it ran out.
+    switched_off(model): a context in which what was added computes nothing, so that the logits are
+        those of the model before step 1, to the bit; None where the training leaves no such model.
     """
 
     attach: Callable[[Transformer, "object"], None]
@@ -51,6 +54,7 @@ class Method(NamedTuple):
     describe: Callable[["object"], str]
     quant: str | None = None
     lighter: str | None = None
+    switched_off: Callable[[Transformer], AbstractContextManager[None]] | None = None
 
 
 def attach_lora(model: Transformer, settings) -> None:
@@ -207,6 +211,7 @@ LORA = Method(
     options=("quant", "rank", "alpha", "dropout", "targets", "adapter"),
     describe=describe_lora,
     lighter="qlora",
+    switched_off=lora.adapter_off,
 )
 # A base in 4 bits wants a learning rate half as high again (experiments/LOG.md).
 QLORA = LORA._replace(lr_factor=15, quant="nf4", lighter=None)
@@ -228,6 +233,16 @@ def method_name(settings) -> str:
 def method_of(settings) -> Method:
     """Returns the row of a run."""
     return METHODS[method_name(settings)]
+
+
+def model_of_step_0(model: Transformer, settings) -> AbstractContextManager[None] | None:
+    """Returns a context in which a run's model computes as before step 1, to the bit; None where it
+    no longer can."""
+    switched_off = method_of(settings).switched_off
+    # A run that goes on from an adapter did not begin with the base alone.
+    if switched_off is None or settings.adapter:
+        return None
+    return switched_off(model)
 
 
 def load_trainable(settings, folder: Path, device: torch.device) -> Transformer:

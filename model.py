@@ -847,3 +847,11 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(before)
+
+
+def eager_mode(model: Transformer) -> contextlib.AbstractContextManager:
+    """Returns a context in which blocks are not compiled: for work whose graphs would not pay, or
+    whose shapes would each be compiled."""
+    if model.compiled:
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()

@@ -44,7 +44,7 @@ from interop.push import check_can_push, make_repository, push_folder
 from interop.resolve import base_folder, pick_tokenizer
 from lora import base_numbers
 from methods import load_trainable, method_of
-from model import Transformer
+from model import Transformer, eager_mode
 from objectives import OBJECTIVES, Losses, StepTotals
 from optimizers import SCHEDULES, make_optimizers
 from planning import report
@@ -60,8 +60,9 @@ from training.defaults import (
     resolve_defaults,
 )
 from training.demo import Demo
-from training.evaluator import Evaluator, best_or_final, eager_mode
+from training.evaluator import Evaluator, best_or_final
 from training.failures import reported_failures, training_failures
+from training.gauge import Gauge
 from training.metrics import MetricsLogger
 from training.model_card import ModelCard
 from training.plots import loss_curve
@@ -187,7 +188,9 @@ def train(flags: Flags, lock: FolderLock) -> None:
     )
     save_best = functools.partial(save, out / "best")
     val_data = data.validating_on(settings.val_limit)
-    evaluator = Evaluator(settings, out, model, val_data, metrics, device, save_best)
+    # Before a step is taken or a checkpoint loaded: the base is measured against.
+    gauge = Gauge(settings, model, data.val, state, out, device)
+    evaluator = Evaluator(settings, out, model, val_data, metrics, device, save_best, gauge)
     checkpointer = Checkpointer(
         settings, out, model, optimizers, data.sampler, origin, metrics.bar.write
     )
@@ -225,11 +228,11 @@ def train(flags: Flags, lock: FolderLock) -> None:
     if distributed.is_rank0():
         title = f"{out.name}: {settings.method} of {card.base_name}"
         loss_curve(out / "metrics.jsonl", out / "loss.png", title)
-    print_end(settings, state, metrics, out, peak_memory(device))
+    print_end(settings, state, metrics, out, peak_memory(device), gauge)
     if demo:
-        with eager_mode(settings):
+        with eager_mode(model):
             demo.finish(out)
-    tuned = out / best_or_final(state)
+    tuned = out / best_or_final(state, settings.forget_limit)
     print_next_command(settings, tuned, data)
     if settings.push and distributed.is_rank0():
         # The other ranks have nothing to wait for.

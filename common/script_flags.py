@@ -58,6 +58,12 @@ def add_model_flags(parser: argparse.ArgumentParser, several: bool = False) -> N
             help="PEFT LoRA folder, as train.py and peft save it, that is applied to the model;"
             " default: none. Give it to use what a LoRA run has trained",
         )
+    add_loading_flags(parser)
+
+
+def add_loading_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how a model is loaded, whichever it is."""
+    add = parser.add_argument
     add(
         "--quant",
         choices=QUANT_KINDS,

@@ -154,4 +154,10 @@ COMMANDS: dict[str, Command] = {
         "evals.tally:print_tally",
         "counts the judgements that people export from such pages",
     ),
+    "compare": Command(
+        "evals.compare_arguments:compare_arguments",
+        "evals.compare:compare",
+        "a model before and after its training: what it has learned and what it has forgotten, with"
+        " confidence intervals, and the answers that changed",
+    ),
 }

@@ -51,14 +51,15 @@ class Opened:
     batch_size: --batch-size, or its default.
     """
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, targets: list[Target] | None = None):
+        """targets: what is measured; None: what --model, --adapter and --versus name."""
         self.args = args
         self.device = pick_device(args.device)
         self.dtype, self.reason = pick_dtype(args.dtype, self.device)
         self.map_fn = Map(args.map) if args.map else None
         self.files = [fetch_data(file, TEST) for file in args.files]
         self.file = self.files[0]
-        self.targets = pick_targets(args)
+        self.targets = targets or pick_targets(args)
         last = self.targets[-1]
         trained = last.adapter or last.folder
         self.day = args.date or resolve.trained_day(trained)
@@ -150,16 +151,18 @@ def print_target(target: Target, model: Transformer, tokenizer: Tokenizer) -> No
 # ---- the examples ----
 
 
-def records_with_references(source: Source, limit: int | None, seed: int) -> list[Record]:
+def records_with_references(
+    source: Source, limit: int | None, seed: int, print_fn: Callable[[str], None] = print
+) -> list[Record]:
     """Reads `limit` records (None: all) that hold a good answer to compare with, and prints what was
-    read. seed: draws them.
+    read. seed: draws them. print_fn: is given the lines.
 
     Raises UserError where there is none, or where the first one has no reference: before a model is
     loaded for it.
     """
     stats = ReadStats()
     records = [record for record in source.records(stats) if record.label is not False]
-    print(f"data      {source.summary(stats)}")
+    print_fn(f"data      {source.summary(stats)}")
     if not records:
         raise UserError(f"{source.path}: no record with a good answer to compare with")
     split_reference(records[0])
@@ -171,7 +174,7 @@ def records_with_references(source: Source, limit: int | None, seed: int) -> lis
 def draw_records(records: list[Record], limit: int, seed: int) -> list[Record]:
     """Returns `limit` of the records in their order, drawn by the seed, and prints that."""
     prompts = np.array([prompt_hash(record) for record in records], np.uint64)
-    chosen = sample_of_file(prompts, np.zeros(len(records), np.int64), limit, seed)
+    chosen = sample_of_file(prompts, np.zeros(len(records), np.int64), limit, seed, print_fn)
     return [records[i] for i in chosen]
 
 
@@ -200,7 +203,7 @@ def encode_files(
     tokenizer: Tokenizer,
     max_positions: int,
     map_fn: Map | None,
-    print_fn: Callable[[str], None],
+    print_fn: Callable[[str], None] = print,
 ) -> Dataset:
     """Reads the files of --data as examples of at most --seq-len tokens, of which --limit are drawn.
 

@@ -60,6 +60,7 @@ RUN_FILES = (
     "trace.json",
     "bad_batch.jsonl",
     "comparison.json",
+    "gauge.safetensors",
     "best",
     "final",
     "wandb",
@@ -348,11 +349,13 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def stored_validation_loss(folder: Path) -> float | None:
-    """Returns the validation loss of a checkpoint's weights, or None: also of a damaged one."""
+    """Returns the validation loss of a checkpoint's weights, or None: also of a damaged one, and of
+    one that has forgotten more than --forget-limit allows."""
     try:
-        return read_json(folder / STATE_FILE).get("val_loss")
+        state = read_json(folder / STATE_FILE)
     except (UserError, OSError):
         return None
+    return None if state.get("over_forget_limit") else state.get("val_loss")
 
 
 def copy_to_host(tensor: Tensor) -> Tensor:

@@ -42,6 +42,12 @@ SHARE_OF_NF4 = 0.26
 # that a validation reads all the same.
 VALIDATION_SHARE = 0.1
 LEAST_VALIDATION = 16
+# The gauge (training/gauge.py) takes this share of the training's time, and reads at most, and at
+# least, so many tokens. One of them takes as long as training one does, or less: a forward, and the
+# head twice, at every position (measured: experiments/LOG.md).
+GAUGE_SHARE = 0.02
+MOST_GAUGE_TOKENS = 2048
+LEAST_GAUGE_TOKENS = 64
 # A run that is killed loses half an hour at most.
 MAX_SECONDS_BETWEEN_CHECKPOINTS = 1800
 # The rate of full fine-tuning at a width of 2,000, and how it falls with the width: the recipe that
@@ -67,6 +73,7 @@ class Settings(Flags):
     flops_per_token: floating point operations of training.
     expected_seconds: what training is expected to take.
     workload: what the expected time and memory are computed from.
+    gauge_tokens: validation tokens on which KL(base || tuned) is measured; 0: it is not.
     """
 
     # `Flags` may leave these open; here each has a number. (They keep their places and defaults.)
@@ -83,6 +90,7 @@ class Settings(Flags):
     max_tokens: int = 0
     flops_per_token: float = 0.0
     expected_seconds: float = 0.0
+    gauge_tokens: int = 0
     workload: Workload = None  # type: ignore[assignment] (resolve_defaults always gives one)
 
 
@@ -117,6 +125,7 @@ def resolve_defaults(
     # What the run takes, which --compile and --save-every depend on.
     max_tokens = choose_max_tokens(flags, model, device)
     flags, why_val_limit = choose_val_limit(flags, data, steps_per_epoch)
+    gauge_tokens, why_gauge = choose_gauge_tokens(flags, data, steps_per_epoch)
     data = data.validating_on(flags.val_limit)
     workload = describe_workload(flags, data, steps_per_epoch, device, max_tokens)
     flops = memory.flops_a_token(
@@ -138,6 +147,7 @@ def resolve_defaults(
         "save_every": why_save,
         "save_dtype": why_save_dtype,
         "val_limit": why_val_limit,
+        "gauge": why_gauge,
         "lr": why_lr,
     }
     return Settings(
@@ -148,6 +158,7 @@ def resolve_defaults(
         flops_per_token=flops,
         expected_seconds=seconds,
         workload=workload,
+        gauge_tokens=gauge_tokens,
     )
 
 
@@ -225,7 +236,7 @@ def choose_val_limit(flags: Flags, data: TrainingData, steps_per_epoch: float) -
     if "val_limit" not in flags.given:
         why = "as before (--val-limit)"
     if limit is None:
-        trained_tokens = data.sampler.epoch_tokens() / steps_per_epoch * flags.steps
+        trained_tokens = tokens_of_training(flags, data, steps_per_epoch)
         # A validated token takes half of the time of a trained one, since it has no backward.
         tokens = 2 * VALIDATION_SHARE * trained_tokens / num_validations(flags)
         tokens_per_example = sum(dataset.tokens / len(dataset) for dataset in sets)
@@ -239,6 +250,41 @@ def choose_val_limit(flags: Flags, data: TrainingData, steps_per_epoch: float) -
     if not limit:
         return flags, ""
     return flags, f"on {limit:,} of {largest:,} examples, chosen by their hash, {why}"
+
+
+def tokens_of_training(flags: Flags, data: TrainingData, steps_per_epoch: float) -> float:
+    """Returns the tokens that go through all steps of a run."""
+    return data.sampler.epoch_tokens() / steps_per_epoch * flags.steps
+
+
+def choose_gauge_tokens(
+    flags: Flags, data: TrainingData, steps_per_epoch: float
+) -> tuple[int, str]:
+    """Chooses on how many validation tokens a run measures what it forgets. Returns 0 where it does
+    not; and why.
+
+    It follows from the run's data and steps alone, so that a run which is repeated or resumed reads
+    the same tokens.
+    Raises UserError where --forget-limit needs what can't be measured.
+    """
+    if not len(data.val):
+        if flags.forget_limit is not None:
+            raise UserError(
+                "--forget-limit: KL(base || tuned) can't be measured, nothing validates; give --val FILE"
+            )
+        return 0, "off: nothing validates"
+    # All ranks measure the same tokens, while they share those that are trained.
+    trained_tokens = tokens_of_training(flags, data, steps_per_epoch) / distributed.world_size()
+    in_time = GAUGE_SHARE * trained_tokens / num_validations(flags)
+    count = min(max(int(in_time), LEAST_GAUGE_TOKENS), MOST_GAUGE_TOKENS, data.val.tokens)
+    why = f"about {100 * GAUGE_SHARE:g} % of the training's time"
+    if in_time > count:
+        why = f"under {100 * GAUGE_SHARE:g} % of the training's time"
+    elif in_time < count:
+        # A fraction of a token is no more of it.
+        share = 100 * GAUGE_SHARE * count / in_time
+        why = f"about {share:.0f} % of the training's time; fewer would say little"
+    return count, why
 
 
 def is_bundled_task(flags: Flags) -> bool:

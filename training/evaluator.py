@@ -3,7 +3,6 @@
 The loss of the untouched base is measured too, so that a run which makes the model worse says so.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,9 +14,10 @@ from common.errors import UserError, describe_os_error
 from common.progress import progress
 from data import Batch, TrainingData, batches_by_length
 from dataset.examples import Dataset
-from model import Transformer, eval_mode
+from model import Transformer, eager_mode, eval_mode
 from objectives import mean_loss
 from training.defaults import Settings
+from training.gauge import Gauge
 from training.metrics import MetricsLogger
 from training.signals import GracefulStop
 from training.state import TrainState
@@ -30,6 +30,7 @@ class Evaluator:
 
     device: where the run computes, which offloaded weights don't tell.
     save_best: writes the model to best/.
+    gauge: measures how far the model has moved from the base, which --forget-limit bounds.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Evaluator:
         metrics: MetricsLogger,
         device: torch.device,
         save_best: Callable[[], None],
+        gauge: Gauge,
     ):
         self.settings = settings
         self.out = out
@@ -49,6 +51,7 @@ class Evaluator:
         self.metrics = metrics
         self.device = device
         self.save_best = save_best
+        self.gauge = gauge
         self.was_interrupted = False
 
     def due(self, state: TrainState) -> bool:
@@ -87,7 +90,7 @@ class Evaluator:
         val = self.data.val
         replay_val = self.data.replay_val
         max_tokens = self.settings.max_tokens
-        with eager_mode(self.settings):
+        with eager_mode(self.model):
             loss = validation_loss(self.model, val, self.device, max_tokens, stop)
             replay_loss = None
             if replay_val:
@@ -101,19 +104,43 @@ class Evaluator:
         if replay_loss is not None:
             line["replay_val_loss"] = replay_loss
             replay = f", replay loss {replay_loss:.4f}"
+        distance = self.measure_distance(state, line)
         self.metrics.write(line)
-        self.metrics.bar.write(f"step {state.step:>5}: validation loss {loss:.4f}{replay}")
+        self.metrics.bar.write(
+            f"step {state.step:>5}: validation loss {loss:.4f}{replay}{distance}"
+        )
 
-        is_best = loss < state.best_val_loss
+        is_best = loss < state.best_val_loss and not state.over_forget_limit
         state.val_loss = loss
         state.validated_at = state.step
-        state.best_val_loss = min(state.best_val_loss, loss)
+        if is_best:
+            state.best_val_loss = loss
+            state.best_kl_base = state.kl_base
         state.since_best = 0 if is_best else state.since_best + 1
         if state.step == 0:
             # These are the weights of the untouched base, which need no copy in best/.
             state.first_val_loss = loss
         elif is_best:
             self.keep_best(state)
+
+    def measure_distance(self, state: TrainState, line: dict[str, float]) -> str:
+        """Measures KL(base || tuned) into the state and the line of metrics.jsonl. Returns what is
+        printed of it, "" where the gauge is off."""
+        limit = self.settings.forget_limit
+        distance = self.gauge.measure(state)
+        if distance is None:
+            # Then no weights are known to be under the limit.
+            state.over_forget_limit = limit is not None
+            return ""
+        line["kl_base"] = state.kl_base = distance
+        self.metrics.distance = f", KL {distance:.3f}"
+        if state.step:
+            # min() would keep the NaN of a run that was not measured yet.
+            is_lower = not distance >= state.lowest_kl_base
+            state.lowest_kl_base = distance if is_lower else state.lowest_kl_base
+        state.over_forget_limit = limit is not None and not distance < limit
+        over = f", not under --forget-limit {limit:g}" if state.over_forget_limit else ""
+        return f", KL to the base {distance:.4f}{over}"
 
     def keep_best(self, state: TrainState) -> None:
         """Writes best/. A disk that is full ends no training: it only prints a warning."""
@@ -129,25 +156,44 @@ class Evaluator:
             )
 
 
-def best_or_final(state: TrainState) -> str:
-    """Returns which of best/ and final/ is to be used. Says so where the end is not the best."""
+def best_or_final(state: TrainState, forget_limit: float | None = None) -> str:
+    """Returns which of best/ and final/ is to be used. Says so where the end is not the best, or has
+    forgotten more than forget_limit (--forget-limit) allows."""
+    if forget_limit is not None and not state.has_best:
+        print(f"WARNING   {why_none_is_kept(state, forget_limit)}")
+        return "final"
     before = f"{state.first_val_loss:.4f}"
     best = f"{state.best_val_loss:.4f}"
     if state.first_val_loss <= state.best_val_loss:
         remark = f"no validation was better than the {before} before training"
         print(f"WARNING   {remark}; try a lower --lr")
+    if state.has_best and state.over_forget_limit:
+        print(
+            f"          best/ is the best under --forget-limit {forget_limit:g}: validation loss"
+            f" {best}, KL to the base {state.best_kl_base:.4f} nats a token; final/"
+            f" {state.val_loss:.4f} and {state.kl_base:.4f}"
+        )
+        return "best"
     if state.has_best and state.best_val_loss < state.val_loss:
         print(f"          best/ has validation loss {best}, final/ {state.val_loss:.4f}")
         return "best"
     return "final"
 
 
-def eager_mode(settings: Settings) -> contextlib.AbstractContextManager:
-    """Returns a context in which blocks are not compiled: for work whose graphs would not pay, or
-    whose shapes would each be compiled."""
-    if settings.compile == "on":
-        return torch.compiler.set_stance("force_eager")
-    return contextlib.nullcontext()
+def why_none_is_kept(state: TrainState, forget_limit: float) -> str:
+    """Returns why there is no best/ with --forget-limit."""
+    if math.isnan(state.lowest_kl_base):
+        return "--forget-limit: KL(base || tuned) was not measured, so there is no best/"
+    if state.lowest_kl_base < forget_limit:
+        return (
+            f"no validation under --forget-limit {forget_limit:g} was better than the"
+            f" {state.first_val_loss:.4f} before training, so there is no best/"
+        )
+    return (
+        f"no validation was under --forget-limit {forget_limit:g}, so there is no best/: the lowest KL"
+        f" to the base was {state.lowest_kl_base:.4f} nats a token; try a lower --lr, fewer steps,"
+        " or --replay"
+    )
 
 
 class ValidationInterrupted(Exception):

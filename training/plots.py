@@ -22,7 +22,8 @@ def read_metrics(file: Path) -> list[dict]:
 
 def loss_curve(metrics: Path, picture: Path, title: str) -> None:
     """Draws the losses of a run's metrics.jsonl as a PNG: of each training step (of longer runs
-    also their running mean), of the validations, and of replayed data where there are some."""
+    also their running mean), of the validations, and of replayed data where there are some; and how
+    far the model is from its base."""
     import matplotlib
 
     # The backend that needs no display.
@@ -58,7 +59,19 @@ def loss_curve(metrics: Path, picture: Path, title: str) -> None:
     axes.set(xlabel="step", ylabel="loss per token", title=shown)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    axes.legend()
+    handles, labels = axes.get_legend_handles_labels()
+    checks, values = curve(lines, "kl_base")
+    if checks:
+        # In nats a token as well, but of another size.
+        right = axes.twinx()
+        label = "KL(base || tuned), right axis"
+        right.plot(checks, values, color="#756bb1", linestyle=":", marker=".", label=label)
+        right.set_ylabel("KL to the base, nats per token")
+        right.set_ylim(bottom=0)
+        more_handles, more_labels = right.get_legend_handles_labels()
+        handles += more_handles
+        labels += more_labels
+    axes.legend(handles, labels)
     with warnings.catch_warnings():
         # Of characters that the font lacks: a box stands in their place.
         warnings.simplefilter("ignore")

@@ -11,6 +11,9 @@ STORED_NAMES = {
     "best": "best_val_loss",
     "since_best": "since_best",
     "kept": "has_best",
+    "kl": "kl_base",
+    "best_kl": "best_kl_base",
+    "lowest_kl": "lowest_kl_base",
 }
 
 
@@ -30,6 +33,11 @@ class TrainState:
     best_val_loss: float = math.inf
     since_best: int = 0  # validations
     has_best: bool = False  # whether best/ was written
+    gauge_tokens: int | None = None  # that the gauge reads; None: not chosen yet
+    kl_base: float = math.nan  # the newest KL(base || tuned), in nats a token
+    best_kl_base: float = math.nan  # of the weights in best/
+    lowest_kl_base: float = math.nan  # after step 0
+    over_forget_limit: bool = False  # whether the newest is not under --forget-limit
     interrupted_by: int = 0  # the signal that ended the loop early
 
     def as_dict(self) -> dict:
@@ -51,6 +59,11 @@ class TrainState:
         # The loss of these very weights, by which the best checkpoint is kept.
         validated_now = self.validated_at == self.step
         stored["val_loss"] = self.val_loss if validated_now else None
+        if self.gauge_tokens is not None:
+            stored["gauge_tokens"] = self.gauge_tokens
+        if self.over_forget_limit:
+            # Such a checkpoint is not kept as the best one.
+            stored["over_forget_limit"] = True
         stored["watch"] = watch
         return stored
 
@@ -64,6 +77,8 @@ class TrainState:
             skipped=stored["skipped"],
             skipped_in_a_row=stored["in_a_row"],
             wandb=stored.get("wandb"),
+            gauge_tokens=stored.get("gauge_tokens"),
+            over_forget_limit=stored.get("over_forget_limit", False),
         )
         if stored.get("val_loss") is not None:
             state.validated_at = state.step

@@ -25,6 +25,7 @@ from planning.report import recipe_and_layout
 from tokenizer import Tokenizer
 from training.checkpointer import Checkpointer
 from training.defaults import Settings
+from training.gauge import Gauge
 from training.metrics import MetricsLogger
 from training.state import TrainState
 
@@ -230,15 +231,28 @@ def print_interruption(
 
 
 def print_end(
-    settings: Settings, state: TrainState, metrics: MetricsLogger, out: Path, memory: float
+    settings: Settings,
+    state: TrainState,
+    metrics: MetricsLogger,
+    out: Path,
+    memory: float,
+    gauge: Gauge,
 ) -> None:
-    """Says what the training took, and where its outcome is. memory: the peak, in bytes."""
+    """Says what the training took, how far it has moved the model, and where its outcome is. memory:
+    the peak, in bytes."""
     seconds = time.perf_counter() - metrics.start
     best = "best/, " if state.has_best else ""
     print(
         f"trained   {state.tokens:,} tokens in {seconds:.0f} s ({settings.expected_seconds:.0f}"
         f" were expected); peak memory {memory / 1e9:.2f} GB; in {out}: final/, {best}metrics.jsonl, loss.png"
     )
+    if gauge.is_on:
+        launch = time.perf_counter() - metrics.launched
+        print(
+            f"gauge     KL(base || tuned) {state.kl_base:.4f} nats a token on"
+            f" {gauge.examples.tokens:,} validation tokens (0 before the training); measuring it"
+            f" took {gauge.seconds:.1f} s, {100 * gauge.seconds / launch:.1f} % of the time"
+        )
 
 
 def print_next_command(settings: Settings, folder: Path, data: TrainingData) -> None:

@@ -49,6 +49,7 @@ def lines(run: Path) -> list[dict]:
 
 
 EXACT = ("step", "loss", "val_loss", "replay_val_loss", "replay_loss", "grad_norm", "lr", "tokens", "trained_tokens")
+EXACT += ("kl_base",)
 
 
 METHODS = {

@@ -1,0 +1,411 @@
+"""`evaluate.py compare`: what a training has taught, what it has cost, and how sure both are.
+
+The two models are measured on the same examples: on --target the answers and the loss of the
+references, on each --general file the loss, on each --benchmark the answers. Every change has a
+confidence interval by paired bootstrap (evals/bootstrap.py), whose items are answers, conversations,
+or pieces of PIECE tokens of plain text.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+from checkpoint import read_config
+from common import console
+from common.errors import UserError
+from common.progress import progress
+from dataset.examples import Dataset
+from dataset.folders import TEST, Fetched
+from dataset.formats import Map, open_source
+from dataset.records import Record
+from evals.answers import Answers, answer_records, split_reference
+from evals.arguments import BATCH_SIZE
+from evals.bootstrap import RESAMPLES, paired_interval
+from evals.scores import ItemScores
+from evals.table import EVALUATIONS, GENERATE, LOSS
+from evals.targets import (
+    Opened,
+    Target,
+    digest_of_ids,
+    encode_files,
+    records_with_references,
+)
+from interop.remote_data import fetch_data
+from interop.resolve import base_folder, base_of_model
+from lora import is_adapter
+from model import Transformer, eval_mode
+from objectives import token_losses
+from tokenizer import Tokenizer
+
+# Tokens of plain text that are one item of the bootstrap, since a text may be a single example.
+PIECE = 256
+# With fewer items a bootstrap's interval is too narrow.
+FEW_ITEMS = 20
+HEADINGS = ["", "items", "base", "tuned", "change", "95 % interval", "verdict"]
+
+
+@dataclass
+class ItemLosses:
+    """The loss of a file by items. sums: float64 [items], of the token losses; tokens: their number,
+    or the sum of their weights. digest: of the file's token ids."""
+
+    sums: np.ndarray
+    tokens: np.ndarray
+    digest: str
+
+    @property
+    def mean(self) -> float:
+        return float(self.sums.sum() / self.tokens.sum())
+
+
+@dataclass
+class Measured:
+    """What was measured of one model, by the names of the files."""
+
+    losses: dict[str, ItemLosses] = field(default_factory=dict)
+    answers: dict[str, Answers] = field(default_factory=dict)
+
+
+@dataclass
+class Change:
+    """A row of the table: a number of both models. lower_is_better: as of a loss."""
+
+    name: str
+    items: int
+    base: float
+    tuned: float
+    interval: tuple[float, float]
+    number_format: str
+    lower_is_better: bool = False
+
+    def cells(self) -> list[str]:
+        low, high = self.interval
+        spec = self.number_format
+        interval = f"{low:+{spec}} to {high:+{spec}}"
+        numbers = [f"{self.base:{spec}}", f"{self.tuned:{spec}}"]
+        change = f"{self.tuned - self.base:+{spec}}"
+        return [self.name, f"{self.items:,}", *numbers, change, interval, self.verdict]
+
+    @property
+    def verdict(self) -> str:
+        """What the interval allows to say."""
+        low, high = self.interval
+        if low == high == 0:
+            return "no change"
+        if low <= 0 <= high:
+            return "unsure"
+        is_better = (high < 0) == self.lower_is_better
+        return "better" if is_better else "worse"
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Carries out `evaluate.py compare`: prints a table of changes, and the answers that changed."""
+    files = [*([args.target] if args.target else []), *args.general]
+    files += [file for _, file in args.benchmark]
+    # What Opened asks for besides.
+    args.files, args.what = files[:1], [LOSS]
+    opened = Opened(args, pick_models(args))
+    fetched = {name: fetch_data(name, TEST) for name in dict.fromkeys(files)}
+    dtype = str(opened.dtype).removeprefix("torch.")
+    print(f"compute   in {dtype} on {opened.device.type}: {opened.reason}", flush=True)
+
+    said: set[str] = set()
+
+    def print_new(line: str) -> None:
+        # A file is read for each model and each measurement, mostly alike.
+        fact = line.removesuffix(", tokenised before")
+        if fact not in said:
+            print(line)
+        said.add(fact)
+
+    records = read_questions(args, opened, fetched, print_new)
+    base, tuned = (
+        measure(args, opened, target, fetched, records, print_new) for target in opened.targets
+    )
+    changes = []
+    scores: list[tuple[ItemScores, ItemScores]] = []
+    notes: list[str] = []
+    if args.target:
+        scores = score(args.metric, base, tuned, args.target)
+        for name, pair in zip(args.metric, scores, strict=True):
+            changes += changes_of_answers(f"target {short(args.target)}", name, pair, args.seed)
+            notes += pair[1].notes
+        changes.append(change_of_loss("target", args.target, base, tuned, args.seed, notes))
+    for file in dict.fromkeys(args.general):
+        changes.append(change_of_loss("general", file, base, tuned, args.seed, notes))
+    for name, file in args.benchmark:
+        pairs = score([name], base, tuned, file)
+        changes += changes_of_answers(f"benchmark {short(file)}", name, pairs[0], args.seed)
+        notes += pairs[0][1].notes
+    print_changes(changes, args.seed, notes)
+    if scores:
+        flips = Flips.of(args.metric[0], scores[0], base.answers[args.target])
+        flips.print_all(tuned.answers[args.target], args.show)
+
+
+def short(file: str) -> str:
+    """Returns a file's name for the table."""
+    return Path(file.rstrip("/")).name
+
+
+# ---- the models ----
+
+
+def pick_models(args: argparse.Namespace) -> list[Target]:
+    """Returns the base and the tuned model that a command line names."""
+    tuned = model_of_word("tuned", args.tuned, args.model)
+    if args.base != "base":
+        return [model_of_word("base", args.base, args.model), tuned]
+    folder: Path | None = tuned.folder
+    if tuned.adapter is None:
+        folder = base_of_model(tuned.folder)
+    if folder is None:
+        raise UserError(
+            f"compare base {args.tuned}: {args.tuned} does not say what it was trained from; name the"
+            " base model in place of the word base"
+        )
+    return [Target("base", folder, None), tuned]
+
+
+def model_of_word(name: str, word: str, model: str | None) -> Target:
+    """Returns what a word of the command line names: an adapter folder, or a model. model: --model."""
+    if is_adapter(word):
+        return Target(name, base_folder(model, word), word)
+    run = Path(word)
+    if (run / "metrics.jsonl").is_file() and (run / "final").is_dir():
+        raise UserError(f"{word}: is the folder of a run; what it has trained is {run / 'final'}")
+    return Target(name, base_folder(word, None), None)
+
+
+# ---- measuring ----
+
+
+def read_questions(
+    args: argparse.Namespace,
+    opened: Opened,
+    fetched: dict[str, str | Path | Fetched],
+    print_fn: Callable[[str], None],
+) -> dict[str, list[Record]]:
+    """Returns the records of the files whose answers are measured, by the names of the files."""
+    maps: dict[str, Map | None] = {}
+    if args.target and args.metric:
+        maps[args.target] = opened.map_fn
+    for _, file in args.benchmark:
+        maps.setdefault(file, None)
+    records = {}
+    for file, map_fn in maps.items():
+        source = open_source(fetched[file], map_fn=map_fn, part=TEST, skip_bad=args.skip_bad)
+        source.system = opened.system
+        records[file] = records_with_references(source, args.limit, args.seed, print_fn)
+    return records
+
+
+def measure(
+    args: argparse.Namespace,
+    opened: Opened,
+    target: Target,
+    fetched: dict[str, str | Path | Fetched],
+    records: dict[str, list[Record]],
+    print_fn: Callable[[str], None],
+) -> Measured:
+    """Measures one model on all files. Faults in them are reported before it is loaded."""
+    tokenizer = opened.tokenizer_of(target)
+    datasets = read_texts(args, opened, target, tokenizer, fetched, print_fn)
+    model = opened.load(target, tokenizer)
+    measured = Measured()
+    for file, dataset in datasets.items():
+        size = args.batch_size or BATCH_SIZE[LOSS]
+        measured.losses[file] = item_losses(model, dataset, size)
+    for file, questions in records.items():
+        size = args.batch_size or BATCH_SIZE[GENERATE]
+        measured.answers[file] = answer_records(
+            model, tokenizer, questions, args.max_new_tokens, size
+        )
+    return measured
+
+
+def read_texts(
+    args: argparse.Namespace,
+    opened: Opened,
+    target: Target,
+    tokenizer: Tokenizer,
+    fetched: dict[str, str | Path | Fetched],
+    print_fn: Callable[[str], None],
+) -> dict[str, Dataset]:
+    """Returns the files whose loss is measured, as one model reads them."""
+    config = read_config(target.folder)
+    datasets = {}
+    for file in dict.fromkeys([args.target, *args.general]):
+        if not file:
+            continue
+        map_fn = opened.map_fn if file == args.target else None
+        limit = config.max_positions
+        dataset = encode_files(args, [fetched[file]], tokenizer, limit, map_fn, print_fn)
+        data.check_tokens(dataset, config.vocab_size, file)
+        datasets[file] = dataset
+    return datasets
+
+
+@torch.no_grad()
+def item_losses(model: Transformer, dataset: Dataset, batch_size: int) -> ItemLosses:
+    """Returns the sums of the token losses of a dataset's items: its examples, and of plain text
+    pieces of PIECE tokens. batch_size: examples that are computed at a time."""
+    piece = 0 if dataset.chat else PIECE
+    pieces = np.ones(len(dataset), np.int64)
+    if piece:
+        pieces = -(-dataset.lengths // piece)
+    first_item = np.cumsum(pieces) - pieces  # of each example
+    sums = np.zeros(pieces.sum())
+    tokens = np.zeros(pieces.sum())
+    max_tokens = data.max_tokens_per_micro_batch(model.device)
+    groups = data.split_micro_batches(dataset.lengths.tolist(), batch_size, max_tokens)
+    with progress("reading", dataset.tokens, "token") as bar, eval_mode(model):
+        for group in groups:
+            batch = data.collate([dataset.examples[i] for i in group], model.device)
+            if not len(batch.targets):
+                continue
+            _, losses = token_losses(model, batch)
+            weights = torch.ones_like(losses)
+            if batch.loss_weights is not None:
+                weights = batch.loss_weights
+            # In which example of the batch each trained token is, and where in it.
+            ends = np.cumsum(dataset.lengths[group])
+            positions = batch.logit_positions.cpu().numpy()
+            number = np.searchsorted(ends, positions, side="right")
+            items = first_item[group][number]
+            if piece:
+                starts = ends - dataset.lengths[group]
+                items = items + (positions - starts[number]) // piece
+            np.add.at(sums, items, (losses * weights).double().cpu().numpy())
+            np.add.at(tokens, items, weights.double().cpu().numpy())
+            bar.update(batch.num_tokens)
+    counts = tokens > 0
+    return ItemLosses(sums[counts], tokens[counts], digest_of_ids(dataset))
+
+
+# ---- changes ----
+
+
+def score(
+    names: list[str], base: Measured, tuned: Measured, file: str
+) -> list[tuple[ItemScores, ItemScores]]:
+    """Returns the scores of both models' answers to a file, by each evaluation."""
+    pairs = []
+    for name in names:
+        function = EVALUATIONS[name].load()
+        pairs.append((function(base.answers[file]), function(tuned.answers[file])))
+    return pairs
+
+
+def changes_of_answers(
+    what: str, name: str, pair: tuple[ItemScores, ItemScores], seed: int
+) -> list[Change]:
+    """Returns the changes of an evaluation's means over the answers, in percent. what: begins the
+    names of the rows. Raises UserError for an evaluation that gives no number to an answer."""
+    before, after = pair
+    if not before.items:
+        raise UserError(f"{name}: has no number for a single answer, so it can't be compared here")
+    changes = []
+    for item, numbers in before.items.items():
+        base = 100 * np.asarray(numbers, float)
+        tuned = 100 * np.asarray(after.items[item], float)
+        interval = paired_interval(base, tuned, seed=seed)
+        means = (float(base.mean()), float(tuned.mean()))
+        changes.append(Change(f"{what}, {item} %", len(base), *means, interval, ".1f"))
+    return changes
+
+
+def change_of_loss(
+    role: str, file: str, base: Measured, tuned: Measured, seed: int, notes: list[str]
+) -> Change:
+    """Returns the change of the loss a token on a file. notes: gets what must be known about it.
+
+    Raises UserError where the models do not read the file as the same examples.
+    """
+    before, after = base.losses[file], tuned.losses[file]
+    if before.digest != after.digest:
+        notes.append(
+            f"WARNING: the two models read {short(file)} as different tokens, so their losses a token"
+            " don't compare"
+        )
+        if len(before.sums) != len(after.sums):
+            raise UserError(
+                f"{file}: the two models read it as {len(before.sums):,} and {len(after.sums):,}"
+                " examples, which can't be paired; for plain text, or with another length limit, run"
+                " `evaluate.py loss` on each"
+            )
+    interval = paired_interval(before.sums, after.sums, before.tokens, after.tokens, seed=seed)
+    name = f"{role} {short(file)}, loss"
+    return Change(name, len(before.sums), before.mean, after.mean, interval, ".4f", True)
+
+
+def print_changes(changes: list[Change], seed: int, notes: list[str]) -> None:
+    """Prints the table, and what must be known to read it."""
+    print("\n" + console.table([HEADINGS, *(change.cells() for change in changes)]))
+    print(
+        f"Intervals: {RESAMPLES:,} paired bootstrap resamples (--seed {seed}) of the items, which are"
+        f" answers, conversations, or pieces of {PIECE} tokens of plain text; unsure: the interval holds"
+        " 0."
+    )
+    few = [change.name for change in changes if change.items < FEW_ITEMS]
+    if few:
+        print(
+            f"NOTE: with fewer than {FEW_ITEMS} items an interval is too narrow: {'; '.join(few)}."
+        )
+    for note in dict.fromkeys(notes):
+        print(note)
+
+
+@dataclass
+class Flips:
+    """The answers that an evaluation finds better after the training, and worse.
+
+    is_binary: every answer is right or wrong.
+    better, worse: their numbers, those that changed most first.
+    """
+
+    metric: str
+    is_binary: bool
+    base: list[float]
+    tuned: list[float]
+    answers: Answers
+    better: list[int]
+    worse: list[int]
+
+    @classmethod
+    def of(cls, metric: str, pair: tuple[ItemScores, ItemScores], answers: Answers) -> "Flips":
+        """answers: of the base. By an evaluation's first number."""
+        base, tuned = (next(iter(scores.items.values())) for scores in pair)
+        change = np.asarray(tuned, float) - np.asarray(base, float)
+        order = np.argsort(-np.abs(change), kind="stable").tolist()
+        better = [i for i in order if change[i] > 0]
+        worse = [i for i in order if change[i] < 0]
+        is_binary = {*base, *tuned} <= {0.0, 1.0}
+        return cls(metric, is_binary, base, tuned, answers, better, worse)
+
+    def print_all(self, tuned: Answers, show: int) -> None:
+        """Prints how many answers changed, and the first `show` of each kind."""
+        kinds = ["wrong to right", "right to wrong"] if self.is_binary else ["better", "worse"]
+        counts = f"{len(self.better):,} {kinds[0]}, {len(self.worse):,} {kinds[1]}"
+        print(f"\nflipped   of {len(self.answers):,} answers by {self.metric}: {counts}")
+        for kind, numbers in zip(kinds, (self.better, self.worse), strict=True):
+            for place, i in enumerate(numbers[:show]):
+                of = f"{place + 1} of {len(numbers):,}"
+                score = "" if self.is_binary else f", {self.base[i]:.2f} to {self.tuned[i]:.2f}"
+                print(f"\n  {kind} ({of}{score})")
+                self.print_answer(i, tuned)
+
+    def print_answer(self, i: int, tuned: Answers) -> None:
+        """Prints an answer's question, references, and what both models answered."""
+        messages, _ = split_reference(self.answers.records[i])
+        question = [message["content"] for message in messages if message["role"] == "user"][-1]
+        print(f"    question   {console.both_ends(question)}")
+        for reference in self.answers.references[i]:
+            print(f"    reference  {console.one_line(reference.strip())}")
+        print(f"    base       {console.one_line(self.answers.texts[i].strip())}")
+        print(f"    tuned      {console.one_line(tuned.texts[i].strip())}")

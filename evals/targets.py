@@ -168,11 +168,14 @@ def records_with_references(
     split_reference(records[0])
     if limit is None or limit >= len(records):
         return records
-    return draw_records(records, limit, seed)
+    return draw_records(records, limit, seed, print_fn)
 
 
-def draw_records(records: list[Record], limit: int, seed: int) -> list[Record]:
-    """Returns `limit` of the records in their order, drawn by the seed, and prints that."""
+def draw_records(
+    records: list[Record], limit: int, seed: int, print_fn: Callable[[str], None] = print
+) -> list[Record]:
+    """Returns `limit` of the records in their order, drawn by the seed. print_fn: is given the line
+    that says so."""
     prompts = np.array([prompt_hash(record) for record in records], np.uint64)
     chosen = sample_of_file(prompts, np.zeros(len(records), np.int64), limit, seed, print_fn)
     return [records[i] for i in chosen]

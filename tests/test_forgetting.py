@@ -274,9 +274,7 @@ def test_the_gauge_of_a_resumed_run_measures_the_same_tokens(job, tmp_path, monk
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "of another run"])
-def test_without_the_base_s_numbers_a_resumed_run_has_no_gauge_and_says_so(
-    job, tmp_path, monkeypatch, capsys, damage
-):
+def test_without_the_base_s_numbers_a_resumed_run_has_no_gauge_and_says_so(job, tmp_path, monkeypatch, capsys, damage):
     words = job("--method", "full", "--save-every", 4, "--keep", 9, "--forget-limit", 9)
     trained(monkeypatch, capsys, *words, "--out", tmp_path / "run")
     shutil.rmtree(tmp_path / "run/final")
@@ -488,7 +486,7 @@ def test_compare_prints_what_loss_and_exact_print_of_both_models(job, compared, 
     for name, file in (("target val.jsonl", val), ("general general.txt", text)):
         alone, _, _ = command(evaluate, monkeypatch, capsys, "loss", "--data", file, *adapter)
         losses = [line.split()[1] for line in alone.splitlines() if line.startswith(("base  ", "adapter  "))]
-        items, base, tuned, change, interval, _ = rows[f"{name}, loss"]
+        _, base, tuned, change, interval, _ = rows[f"{name}, loss"]
         assert [base, tuned] == losses[-2:]
         low, high = (float(each) for each in interval.split(" to "))
         assert low <= float(change) <= high and low < high
@@ -499,7 +497,7 @@ def test_compare_prints_what_loss_and_exact_print_of_both_models(job, compared, 
 
 
 def test_items_add_up_to_the_loss_of_the_file(job):
-    """Weighted tokens, several micro-batches, texts that are cut into pieces: sums and tokens are those of each item."""
+    """Weighted tokens, several micro-batches, texts that are cut into pieces: the sums of each item add up."""
     model = load_model(job.base)
     lengths = random.Random(0)
     examples = []
@@ -617,7 +615,7 @@ def test_models_and_adapters_are_named_as_model_and_adapter_take_them(job, compa
     ],
 )
 def test_a_mistake_in_a_command_line_is_one_line(job, compared, monkeypatch, capsys, words, problem):
-    out, err, code = command(evaluate, monkeypatch, capsys, "compare", job.base, compared / "final", *words)
+    _, err, code = command(evaluate, monkeypatch, capsys, "compare", job.base, compared / "final", *words)
     assert code == 2 and problem in err and len(err.strip().splitlines()) == 1, err
 
 

@@ -181,14 +181,14 @@ def print_scores(args: argparse.Namespace, answers: dict[str, Answers]) -> None:
         scores = {target: EVALUATIONS[name].load()(each) for target, each in answers.items()}
         shown = shown or scores
         print_table_of_scores(scores)
-    for target, each in answers.items():
-        if each.num_cut:
+    for target, answered in answers.items():
+        if answered.num_cut:
             print(
-                f"NOTE: {target}: {each.num_cut:,} of {len(each):,} answers were cut off at the longest"
+                f"NOTE: {target}: {answered.num_cut:,} of {len(answered):,} answers were cut off at the longest"
                 " that an answer may be (--max-new-tokens)"
             )
-    for target, each in shown.items():
-        print_misses(target, answers[target], each, args.show)
+    for target, of_target in shown.items():
+        print_misses(target, answers[target], of_target, args.show)
 
 
 def print_table_of_scores(scores: dict[str, ItemScores]) -> None:

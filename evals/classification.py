@@ -34,7 +34,7 @@ CALIBRATION_BINS = 15
 FEW_CLASSES = 12
 
 
-def read_task(args: argparse.Namespace, opened: Opened) -> ChoiceTask:
+def read_classes(args: argparse.Namespace, opened: Opened) -> ChoiceTask:
     """Reads the records and labels of evaluate.py's command line, and prints what was read.
 
     Raises UserError where the records have no labels to compare with, or a record has one that

@@ -103,7 +103,7 @@ class Change:
         return "better" if is_better else "worse"
 
 
-def compare(args: argparse.Namespace) -> None:
+def compare_models(args: argparse.Namespace) -> None:
     """Carries out `evaluate.py compare`: prints a table of changes, and the answers that changed."""
     files = [*([args.target] if args.target else []), *args.general]
     files += [file for _, file in args.benchmark]
@@ -123,7 +123,7 @@ def compare(args: argparse.Namespace) -> None:
             print(line)
         said.add(fact)
 
-    records = read_questions(args, opened, fetched, print_new)
+    records = read_answered_records(args, opened, fetched, print_new)
     base, tuned = (
         measure(args, opened, target, fetched, records, print_new) for target in opened.targets
     )
@@ -185,7 +185,7 @@ def model_of_word(name: str, word: str, model: str | None) -> Target:
 # ---- measuring ----
 
 
-def read_questions(
+def read_answered_records(
     args: argparse.Namespace,
     opened: Opened,
     fetched: dict[str, str | Path | Fetched],

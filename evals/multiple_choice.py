@@ -243,7 +243,7 @@ TASKS = {
 # ---- from the command line to a task ----
 
 
-def read_task(args, opened) -> ChoiceTask:
+def read_choice_task(args, opened) -> ChoiceTask:
     """Returns the task of evaluate.py's command line. opened: an evals.targets.Opened."""
     return choice_task(args, opened.file, opened.map_fn)
 

@@ -33,7 +33,7 @@ JUDGEMENTS_FORMAT = "plaintune judgements 1"
 # Sides are balanced within every so many pairs in a row. So a rater who stops early has still seen
 # each model about as often on the left.
 SIDES_BLOCK = 10
-LONGEST_NAME = 60
+LONGEST_MODEL_NAME = 60
 # How many records a message names.
 NAMED_RECORDS = 5
 
@@ -140,14 +140,14 @@ def model_names(typed: str | None, a: Path, b: Path) -> tuple[str, str]:
     if len(names) != 2 or "" in names or names[0] == names[1]:
         raise UserError(f"--names {typed}: two different names with a comma between are wanted")
     for name in names:
-        if len(name) > LONGEST_NAME or not name.isprintable():
-            raise UserError(f"--names {typed}: a name has at most {LONGEST_NAME} characters")
+        if len(name) > LONGEST_MODEL_NAME or not name.isprintable():
+            raise UserError(f"--names {typed}: a name has at most {LONGEST_MODEL_NAME} characters")
     return names[0], names[1]
 
 
 def shortened_name(name: str) -> str:
     """Returns the name of a file as the name of a model: its end, without control characters."""
-    return printable(name)[-LONGEST_NAME:]
+    return printable(name)[-LONGEST_MODEL_NAME:]
 
 
 def make_pairs_page(args: argparse.Namespace) -> None:
@@ -208,29 +208,29 @@ def read_answers(path: Path) -> dict[AnswerKey, WrittenAnswer]:
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError):
-            raise UserError(f"{where}: is not JSON; {WANTED}") from None
+            raise UserError(f"{where}: is not JSON; {WANTED_KEYS}") from None
         key = answer_key(fields, where)
         if key in answers:
             what = f"record {key[0]} sample {key[1]}"
             raise UserError(f"{where}: answers {what}, as {answers[key].where} does")
         answers[key] = written_answer(fields, where)
     if not answers:
-        raise UserError(f"{path}: holds no answers; {WANTED}")
+        raise UserError(f"{path}: holds no answers; {WANTED_KEYS}")
     return answers
 
 
-WANTED = "a file that `generate.py --data FILE --out ANSWERS.jsonl` has written is wanted"
+WANTED_KEYS = "a file that `generate.py --data FILE --out ANSWERS.jsonl` has written is wanted"
 
 
 def answer_key(fields: object, where: str) -> AnswerKey:
     """Returns (record, sample) of a line. Raises UserError where it has none."""
     if not isinstance(fields, dict):
-        raise UserError(f"{where}: is no JSON object; {WANTED}")
+        raise UserError(f"{where}: is no JSON object; {WANTED_KEYS}")
     key = (fields.get("record"), fields.get("sample", 1))
     for name, number in zip(("record", "sample"), key, strict=True):
         # True and False are numbers in Python.
         if type(number) is not int:
-            raise UserError(f"{where}: has no number as `{name}`; {WANTED}")
+            raise UserError(f"{where}: has no number as `{name}`; {WANTED_KEYS}")
     return key  # type: ignore[return-value]
 
 
@@ -242,7 +242,7 @@ def written_answer(fields: dict, where: str) -> WrittenAnswer:
     if isinstance(messages, list) and messages and all(isinstance(each, dict) for each in messages):
         *asked, answer = messages
         if answer.get("role") != "assistant":
-            raise UserError(f"{where}: its last message is not the assistant's; {WANTED}")
+            raise UserError(f"{where}: its last message is not the assistant's; {WANTED_KEYS}")
         system = [message for message in asked if message.get("role") == "system"]
         question: object = [message for message in asked if message.get("role") != "system"]
         text = message_text(answer)
@@ -252,7 +252,9 @@ def written_answer(fields: dict, where: str) -> WrittenAnswer:
         text = fields["completion"]
         shown = [("text to continue", fields["prompt"])]
     else:
-        raise UserError(f"{where}: has neither `messages` nor `prompt` and `completion`; {WANTED}")
+        raise UserError(
+            f"{where}: has neither `messages` nor `prompt` and `completion`; {WANTED_KEYS}"
+        )
     if tools:
         shown.insert(0, ("tools", json.dumps(tools, indent=2, ensure_ascii=False)))
     reference = fields.get("reference")

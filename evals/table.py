@@ -126,7 +126,7 @@ EVALUATIONS = {
     ),
     "choices": Evaluation(
         CHOOSE,
-        "evals.multiple_choice:read_task",
+        "evals.multiple_choice:read_choice_task",
         "multiple choice, as lm-evaluation-harness measures it: which of some answers the model finds"
         " most probable. --data is the released file of HellaSwag, ARC, OpenBookQA, QASC or"
         " TruthfulQA (mc_task.json), the folder of MMLU (with dev/ and test/), or a file of yours"
@@ -135,7 +135,7 @@ EVALUATIONS = {
     ),
     "classify": Evaluation(
         CHOOSE,
-        "evals.classification:read_task",
+        "evals.classification:read_classes",
         "classification: which of the labels, all answers that occur in --data, the model finds most"
         " probable after each text; accuracy, precision, recall, F1, ROC-AUC, calibration error and"
         " confusion matrix",
@@ -156,7 +156,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "compare": Command(
         "evals.compare_arguments:compare_arguments",
-        "evals.compare:compare",
+        "evals.compare:compare_models",
         "a model before and after its training: what it has learned and what it has forgotten, with"
         " confidence intervals, and the answers that changed",
     ),

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from common import cli, console
 from common.errors import UserError, printable, read_json
-from evals.pairwise import JUDGEMENTS_FORMAT, LONGEST_NAME
+from evals.pairwise import JUDGEMENTS_FORMAT, LONGEST_MODEL_NAME
 
 # What a rater may give from 1 to 5, and whether the answer did what was asked.
 SCALES = ("accuracy", "helpfulness", "fluency")
@@ -197,8 +197,8 @@ def read_page(content: dict, file: Path) -> Page:
         key = json.loads(base64.b64decode(content["key"], validate=True))
         a, b = key["names"]
         # Names go to the terminal.
-        names = (printable(str(a))[:LONGEST_NAME], printable(str(b))[:LONGEST_NAME])
-        number = printable(str(content["page"]))[:LONGEST_NAME]
+        names = (printable(str(a))[:LONGEST_MODEL_NAME], printable(str(b))[:LONGEST_MODEL_NAME])
+        number = printable(str(content["page"]))[:LONGEST_MODEL_NAME]
         page = Page(number, names, key["sides"], int(key["identical"]))
         is_whole = set(page.sides) <= {"A", "B"} and len(page.sides) == content["pairs"] > 0
         is_whole = is_whole and 0 <= page.identical <= MOST_IDENTICAL
@@ -258,7 +258,7 @@ def read_judgement(entry: dict, left: str, where: str) -> Judgement | None:
     for scale in (*SCALES, "success"):
         values = []
         for side in order:
-            value = value_of(entry, scale, side, where)
+            value = rating_of(entry, scale, side, where)
             said_something = said_something or value is not None
             values.append(value)
         ratings[scale] = (values[0], values[1])
@@ -272,7 +272,7 @@ def read_judgement(entry: dict, left: str, where: str) -> Judgement | None:
     return Judgement(models[choice], chose_left, ratings, at)
 
 
-def value_of(entry: dict, scale: str, side: str, where: str) -> float | None:
+def rating_of(entry: dict, scale: str, side: str, where: str) -> float | None:
     """Returns a rating from 1 to 5, or success as 0 or 1; None where there is none. Raises UserError
     for anything else."""
     if scale == "success":

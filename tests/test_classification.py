@@ -48,7 +48,7 @@ def file(tmp_path) -> Path:
 
 def task_of(*words) -> classification.ChoiceTask:
     args = arguments(["classify", "--dtype", "fp32", "--device", "cpu", *map(str, words)])
-    return classification.read_task(args, Opened(args))
+    return classification.read_classes(args, Opened(args))
 
 
 # ---- probabilities ----

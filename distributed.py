@@ -15,6 +15,7 @@ A sharded tensor is a DTensor: `to_local` returns this rank's rows, `full_tensor
 With one process all functions here do nothing, or return what they are given.
 """
 
+import atexit
 import contextlib
 import functools
 import os
@@ -138,6 +139,32 @@ def destroy_process_group() -> None:
         dist.destroy_process_group()
         device_mesh.cache_clear()
         process_groups.clear()
+
+
+@contextlib.contextmanager
+def safe_exit() -> Iterator[None]:
+    """A block, the whole program, after which a rank that torchrun started ends at once, with the
+    exit code that it would have had.
+
+    Python's own end takes its objects apart while threads of gloo may still hold tensors. A thread
+    that frees one then aborts the process (pytorch issue 190489), and torchrun calls a run failed
+    that has done all of its work. So what is registered with atexit runs, what is buffered is
+    written, and nothing is taken apart.
+    """
+    code = 0
+    try:
+        yield
+    except SystemExit as end:
+        if not launched_by_torchrun() or isinstance(end.code, str):
+            raise
+        code = end.code or 0
+    if launched_by_torchrun():
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            # A console that is gone.
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
 
 
 def init_context_parallel(size: int) -> None:

@@ -443,4 +443,5 @@ def save_final(
 
 
 if __name__ == "__main__":
-    run(main)
+    with distributed.safe_exit():
+        run(main)

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -321,6 +322,36 @@ def test_what_can_not_share_a_batch_is_refused(bases, runs, tmp_path, monkeypatc
     assert code == 2 and "--context-parallel 2: 1, the number of processes, is not a multiple" in err
     said = torchrun(2, "train.py", *words, code=1)
     assert "not with routed experts" in said and 'train.py", line' not in said
+
+
+@pytest.mark.parametrize("end, code", [("", 0), ("sys.exit(3)", 3), ("sys.exit()", 0)])
+def test_a_rank_ends_before_python_takes_its_objects_apart(tmp_path, end, code):
+    """A thread of gloo that frees a tensor then would abort the process, as this object does."""
+    script = tmp_path / "ends.py"
+    lines = f"""
+        import atexit, os, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import distributed, torch
+        class Held:
+            def __del__(self):
+                os.abort()
+        distributed.held = Held()
+        atexit.register(lambda: open({str(tmp_path)!r} + '/' + os.environ.get('RANK', 'alone'), 'w'))
+        with distributed.safe_exit():
+            distributed.init_distributed(torch.device('cpu'))
+            print('buffered')
+            {end}
+        print('alone')
+        Held.__del__ = lambda self: None
+    """
+    script.write_text(textwrap.dedent(lines))
+    said = torchrun(2, script, code=1 if code else 0)
+    assert "buffered" in said and "alone" not in said and "SIGABRT" not in said
+    assert f"exitcode  : {code}" in said or not code
+    assert (tmp_path / "0").exists() or (tmp_path / "1").exists()
+    if not code and not end:
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["buffered", "alone"]
 
 
 @pytest.mark.parametrize("way", ["shards on the host", "the optimizer's state on the host"])

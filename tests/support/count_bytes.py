@@ -85,3 +85,5 @@ run_loop(model, Dataset(examples), chosen, Path(out).parent, device, made)
 held |= received
 Path(f"{out}.{distributed.rank()}").write_text(json.dumps(held))
 distributed.destroy_process_group()
+with distributed.safe_exit():
+    pass  # all is done

@@ -31,8 +31,9 @@ if "NODES" in os.environ:  # processes that are to believe in several machines
 distributed.destroy_process_group = lambda: (
     None
 )  # a second group of the same processes would mistake the first one's keys in the store
-for job in json.loads(sys.argv[1]):
-    sys.argv = ["train.py", *map(str, job)]
-    stdout = sys.stdout
-    run(train.main)
-    sys.stdout = stdout
+with distributed.safe_exit():
+    for job in json.loads(sys.argv[1]):
+        sys.argv = ["train.py", *map(str, job)]
+        stdout = sys.stdout
+        run(train.main)
+        sys.stdout = stdout

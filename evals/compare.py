@@ -103,7 +103,7 @@ class Change:
         return "better" if is_better else "worse"
 
 
-def compare(args: argparse.Namespace) -> None:
+def compare_models(args: argparse.Namespace) -> None:
     """Carries out `evaluate.py compare`: prints a table of changes, and the answers that changed."""
     files = [*([args.target] if args.target else []), *args.general]
     files += [file for _, file in args.benchmark]

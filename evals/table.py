@@ -73,7 +73,7 @@ EVALUATIONS = {
 COMMANDS: dict[str, Command] = {
     "compare": Command(
         "evals.compare_arguments:compare_arguments",
-        "evals.compare:compare",
+        "evals.compare:compare_models",
         "a model before and after its training: what it has learned and what it has forgotten, with"
         " confidence intervals, and the answers that changed",
     ),

@@ -238,7 +238,7 @@ def test_a_run_s_gauge_is_the_divergence_of_its_result_from_its_base(job, tmp_pa
     said = trained(monkeypatch, capsys, *job(*more[method], "--out", tmp_path / "run"))
     found = gauge_of(tmp_path / "run")
     assert [*found] == [0, 4, 8, 12] and found[0] == 0.0
-    assert f"step    12: validation loss" in said and f", KL to the base {found[12]:.4f}" in said
+    assert "step    12: validation loss" in said and f", KL to the base {found[12]:.4f}" in said
     assert "64 tokens of 2 validation examples" in said
     assert f"gauge     KL(base || tuned) {found[12]:.4f} nats a token on 64 validation tokens" in said
 
@@ -470,7 +470,6 @@ def compare_words(job, compared, *more) -> list:
 def test_compare_prints_what_loss_and_exact_print_of_both_models(job, compared, tmp_path, monkeypatch, capsys):
     text = tmp_path / "general.txt"
     text.write_text("\n".join(sentence(seed, 40) for seed in range(60)), encoding="utf-8")
-    # The base's own answers are the references of half of the records, so that exact match is not zero.
     val = job.files["val"]
     more = ["--target", val, "--general", text, job.files["data"], "--max-new-tokens", 6]
     said, err, code = command(evaluate, monkeypatch, capsys, *compare_words(job, compared, *more))
@@ -486,7 +485,7 @@ def test_compare_prints_what_loss_and_exact_print_of_both_models(job, compared, 
     for name, file in (("target val.jsonl", val), ("general general.txt", text)):
         alone, _, _ = command(evaluate, monkeypatch, capsys, "loss", "--data", file, *adapter)
         losses = [line.split()[1] for line in alone.splitlines() if line.startswith(("base  ", "adapter  "))]
-        items, base, tuned, change, interval, _ = rows[f"{name}, loss"]
+        _, base, tuned, change, interval, _ = rows[f"{name}, loss"]
         assert [base, tuned] == losses[-2:]
         low, high = (float(each) for each in interval.split(" to "))
         assert low <= float(change) <= high and low < high
@@ -497,7 +496,7 @@ def test_compare_prints_what_loss_and_exact_print_of_both_models(job, compared, 
 
 
 def test_items_add_up_to_the_loss_of_the_file(job):
-    """Weighted tokens, several micro-batches, texts that are cut into pieces: sums and tokens are those of each item."""
+    """Weighted tokens, several micro-batches, texts that are cut into pieces: sums and tokens of each item."""
     model = load_model(job.base)
     lengths = random.Random(0)
     examples = []
@@ -615,7 +614,7 @@ def test_models_and_adapters_are_named_as_model_and_adapter_take_them(job, compa
     ],
 )
 def test_a_mistake_in_a_command_line_is_one_line(job, compared, monkeypatch, capsys, words, problem):
-    out, err, code = command(evaluate, monkeypatch, capsys, "compare", job.base, compared / "final", *words)
+    _, err, code = command(evaluate, monkeypatch, capsys, "compare", job.base, compared / "final", *words)
     assert code == 2 and problem in err and len(err.strip().splitlines()) == 1, err
 
 

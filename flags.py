@@ -412,11 +412,10 @@ class Flags:
         None,
         "largest distance from the model as it was before the training that best/ may have: of the"
         " validations at which KL(base || tuned), in nats a token, is under X, best/ keeps the one"
-        " with the lowest loss; the end says so if none is. (Every validation measures that distance"
-        " on some of its tokens; 0.05 is little, 0.5 much); default: no limit",
+        " with the lowest loss; the end says so if none is. Every validation prints that distance, so"
+        " a first run tells which X to ask for; default: no limit",
         metavar="X",
         limits=POSITIVE,
-        resume=FREE,
     )
     save_every: int | None = option(
         None,

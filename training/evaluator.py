@@ -99,7 +99,7 @@ class Evaluator:
             problem = f"the validation loss is {loss:g}"
             raise UserError(f"step {state.step}: {problem}; stopped, try a lower --lr")
 
-        line: dict[str, float] = {"step": state.step, "val_loss": loss}
+        line: dict[str, float | None] = {"step": state.step, "val_loss": loss}
         replay = ""
         if replay_loss is not None:
             line["replay_val_loss"] = replay_loss
@@ -123,7 +123,7 @@ class Evaluator:
         elif is_best:
             self.keep_best(state)
 
-    def measure_distance(self, state: TrainState, line: dict[str, float]) -> str:
+    def measure_distance(self, state: TrainState, line: dict[str, float | None]) -> str:
         """Measures KL(base || tuned) into the state and the line of metrics.jsonl. Returns what is
         printed of it, "" where the gauge is off."""
         limit = self.settings.forget_limit
@@ -132,7 +132,9 @@ class Evaluator:
             # Then no weights are known to be under the limit.
             state.over_forget_limit = limit is not None
             return ""
-        line["kl_base"] = state.kl_base = distance
+        state.kl_base = distance
+        # JSON has no NaN.
+        line["kl_base"] = distance if math.isfinite(distance) else None
         self.metrics.distance = f", KL {distance:.3f}"
         if state.step:
             # min() would keep the NaN of a run that was not measured yet.

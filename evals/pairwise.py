@@ -165,8 +165,9 @@ def make_pairs_page(args: argparse.Namespace) -> None:
     with atomic_file(args.out) as tmp:
         tmp.write_text(page, encoding="utf-8")
 
+    width = max(9, *map(len, args.names))
     for name, file, answers in zip(args.names, (args.a, args.b), sides, strict=True):
-        print(f"{name:9} {file}: {len(answers):,} answers")
+        print(f"{name:{width}} {file}: {len(answers):,} answers")
     print(f"pairs     {len(pairs):,} to be judged{left_out(joined, len(pairs), identical)}")
     if joined.other_system:
         print(

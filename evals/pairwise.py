@@ -59,7 +59,7 @@ class WrittenAnswer(NamedTuple):
     reference: str | None
 
 
-class Joined(NamedTuple):
+class JoinedAnswers(NamedTuple):
     """The pairs of two files.
 
     pairs: of each (record, sample), the answers of both models. identical: those of the pairs that
@@ -156,17 +156,18 @@ def make_pairs_page(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out}: is there already; --overwrite replaces it")
     if not args.out.parent.is_dir():
         raise UserError(f"--out {args.out}: there is no such folder")
-    sides = [read_answers(args.a), read_answers(args.b)]
+    sides = [read_pair_answers(args.a), read_pair_answers(args.b)]
     joined = join_answers(*sides, files=(args.a, args.b), keep_identical=args.keep_identical)
     chosen, identical = drawn_pairs(joined, args.limit, args.seed)
     pairs = {key: joined.pairs[key] for key in chosen}
-    data = page_data(pairs, args.names, args.seed, identical)
-    page = render_page(data)
+    data = pairs_page_data(pairs, args.names, args.seed, identical)
+    page = render_pairs_page(data)
     with atomic_file(args.out) as tmp:
         tmp.write_text(page, encoding="utf-8")
 
+    width = max(9, *map(len, args.names))
     for name, file, answers in zip(args.names, (args.a, args.b), sides, strict=True):
-        print(f"{name:9} {file}: {len(answers):,} answers")
+        print(f"{name:{width}} {file}: {len(answers):,} answers")
     print(f"pairs     {len(pairs):,} to be judged{left_out(joined, len(pairs), identical)}")
     if joined.other_system:
         print(
@@ -178,7 +179,7 @@ def make_pairs_page(args: argparse.Namespace) -> None:
     print("next      python evaluate.py tally judgements-NAME-....json, as the raters export them")
 
 
-def left_out(joined: Joined, num_pairs: int, num_identical: int) -> str:
+def left_out(joined: JoinedAnswers, num_pairs: int, num_identical: int) -> str:
     """Returns a clause that says which answers are in no pair of the page."""
     parts = []
     if num_pairs + num_identical < len(joined.pairs):
@@ -194,7 +195,7 @@ def left_out(joined: Joined, num_pairs: int, num_identical: int) -> str:
 # ---- the answers ----
 
 
-def read_answers(path: Path) -> dict[AnswerKey, WrittenAnswer]:
+def read_pair_answers(path: Path) -> dict[AnswerKey, WrittenAnswer]:
     """Reads a file of `generate.py --data`. Returns its answers by (record, sample).
 
     Raises UserError naming the line that is no answer, or that answers what another line answers.
@@ -208,29 +209,49 @@ def read_answers(path: Path) -> dict[AnswerKey, WrittenAnswer]:
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError):
+<<<<<<< HEAD
             raise UserError(f"{where}: is not JSON; {WANTED_KEYS}") from None
+=======
+            raise UserError(f"{where}: is not JSON; {ANSWERS_WANTED}") from None
+>>>>>>> e_pairs
         key = answer_key(fields, where)
         if key in answers:
             what = f"record {key[0]} sample {key[1]}"
             raise UserError(f"{where}: answers {what}, as {answers[key].where} does")
         answers[key] = written_answer(fields, where)
     if not answers:
+<<<<<<< HEAD
         raise UserError(f"{path}: holds no answers; {WANTED_KEYS}")
     return answers
 
 
 WANTED_KEYS = "a file that `generate.py --data FILE --out ANSWERS.jsonl` has written is wanted"
+=======
+        raise UserError(f"{path}: holds no answers; {ANSWERS_WANTED}")
+    return answers
+
+
+ANSWERS_WANTED = "a file that `generate.py --data FILE --out ANSWERS.jsonl` has written is wanted"
+>>>>>>> e_pairs
 
 
 def answer_key(fields: object, where: str) -> AnswerKey:
     """Returns (record, sample) of a line. Raises UserError where it has none."""
     if not isinstance(fields, dict):
+<<<<<<< HEAD
         raise UserError(f"{where}: is no JSON object; {WANTED_KEYS}")
+=======
+        raise UserError(f"{where}: is no JSON object; {ANSWERS_WANTED}")
+>>>>>>> e_pairs
     key = (fields.get("record"), fields.get("sample", 1))
     for name, number in zip(("record", "sample"), key, strict=True):
         # True and False are numbers in Python.
         if type(number) is not int:
+<<<<<<< HEAD
             raise UserError(f"{where}: has no number as `{name}`; {WANTED_KEYS}")
+=======
+            raise UserError(f"{where}: has no number as `{name}`; {ANSWERS_WANTED}")
+>>>>>>> e_pairs
     return key  # type: ignore[return-value]
 
 
@@ -242,18 +263,26 @@ def written_answer(fields: dict, where: str) -> WrittenAnswer:
     if isinstance(messages, list) and messages and all(isinstance(each, dict) for each in messages):
         *asked, answer = messages
         if answer.get("role") != "assistant":
+<<<<<<< HEAD
             raise UserError(f"{where}: its last message is not the assistant's; {WANTED_KEYS}")
+=======
+            raise UserError(f"{where}: its last message is not the assistant's; {ANSWERS_WANTED}")
+>>>>>>> e_pairs
         system = [message for message in asked if message.get("role") == "system"]
         question: object = [message for message in asked if message.get("role") != "system"]
-        text = message_text(answer)
-        shown = [(str(message.get("role")), message_text(message)) for message in asked]
+        text = shown_text(answer)
+        shown = [(str(message.get("role")), shown_text(message)) for message in asked]
     elif isinstance(fields.get("prompt"), str) and isinstance(fields.get("completion"), str):
         question = fields["prompt"]
         text = fields["completion"]
         shown = [("text to continue", fields["prompt"])]
     else:
         raise UserError(
+<<<<<<< HEAD
             f"{where}: has neither `messages` nor `prompt` and `completion`; {WANTED_KEYS}"
+=======
+            f"{where}: has neither `messages` nor `prompt` and `completion`; {ANSWERS_WANTED}"
+>>>>>>> e_pairs
         )
     if tools:
         shown.insert(0, ("tools", json.dumps(tools, indent=2, ensure_ascii=False)))
@@ -262,12 +291,12 @@ def written_answer(fields: dict, where: str) -> WrittenAnswer:
         reference = None
     calls = fields.get("reference_tool_calls")
     if calls:
-        reference = message_text({"content": reference, "tool_calls": calls})
+        reference = shown_text({"content": reference, "tool_calls": calls})
     was_cut = fields.get("finish") == "length"
     return WrittenAnswer(where, [question, tools], system, shown, text, was_cut, reference)
 
 
-def message_text(message: Mapping) -> str:
+def shown_text(message: Mapping) -> str:
     """Returns what a message says, as text; its tool calls as JSON."""
     content = message.get("content")
     parts = [] if content is None else [content]
@@ -288,7 +317,7 @@ def join_answers(
     b: dict[AnswerKey, WrittenAnswer],
     files: tuple[Path, Path],
     keep_identical: bool,
-) -> Joined:
+) -> JoinedAnswers:
     """Joins two models' answers by record and sample. files: for messages.
 
     Raises UserError where a record is another prompt in the other file, or where no pair is left.
@@ -319,13 +348,13 @@ def join_answers(
         problem = f"all {len(pairs):,} answers are the same in both, so there is nothing to judge"
         raise UserError(f"{files[0]} and {files[1]}: {problem}; --keep-identical shows them")
     alone = (len(a) - len(pairs), len(b) - len(pairs))
-    return Joined(pairs, identical, alone, other_system)
+    return JoinedAnswers(pairs, identical, alone, other_system)
 
 
 # ---- the page ----
 
 
-def drawn_pairs(joined: Joined, limit: int | None, seed: int) -> tuple[list[AnswerKey], int]:
+def drawn_pairs(joined: JoinedAnswers, limit: int | None, seed: int) -> tuple[list[AnswerKey], int]:
     """Returns the pairs to be judged, in the order of the records: `limit` of them, drawn at random
     by the seed, or all. And how many identical ones were drawn with them, which count as ties.
 
@@ -361,7 +390,7 @@ def random_sides(count: int, seed: int) -> str:
     return sides[:count]
 
 
-def page_data(
+def pairs_page_data(
     pairs: dict[AnswerKey, tuple[WrittenAnswer, WrittenAnswer]],
     names: tuple[str, str],
     seed: int,
@@ -395,7 +424,7 @@ def page_data(
     return {"page": digest[:16]} | data
 
 
-def render_page(data: dict) -> str:
+def render_pairs_page(data: dict) -> str:
     """Returns the page as ASCII HTML."""
     # Needed nowhere else here, and --help is to be quick.
     import jinja2

@@ -35,7 +35,7 @@ NO_NUMBER = "-"
 MOST_IDENTICAL = 10_000_000
 
 
-class Page(NamedTuple):
+class JudgedPage(NamedTuple):
     """What the judgements say of their page.
 
     number: the page's hash. names: of the models, A and B. sides: whose answer is on the left of
@@ -65,7 +65,7 @@ class Judgement(NamedTuple):
 class Raters:
     """The judgements of all raters of a page: {rater: {pair, from 0 on: Judgement}}."""
 
-    page: Page
+    page: JudgedPage
     judgements: dict[str, dict[int, Judgement]]
 
     def choices(self, rater: str) -> dict[int, str]:
@@ -77,7 +77,7 @@ class Raters:
         return chosen
 
 
-class Section(NamedTuple):
+class TallySection(NamedTuple):
     """A part of the result: a table with its heading, and lines below it."""
 
     heading: str
@@ -114,8 +114,8 @@ def print_tally(args: argparse.Namespace) -> None:
     raters, warnings = read_raters(args.files)
     a, b = raters.page.names
     title = f"{b} against {a}"
-    num_pairs = counted(len(raters.page.sides), "pair")
-    num_raters = counted(len(raters.judgements), "rater")
+    num_pairs = with_noun(len(raters.page.sides), "pair")
+    num_raters = with_noun(len(raters.judgements), "rater")
     intro = f"page {raters.page.number}: {num_pairs}, {num_raters}; intervals are at 95 %"
     warnings += missing_pairs(raters)
     sides, bias = side_section(raters)
@@ -137,7 +137,7 @@ def print_tally(args: argparse.Namespace) -> None:
         print(f"\npage      {args.html}")
 
 
-def counted(number: int, noun: str) -> str:
+def with_noun(number: int, noun: str) -> str:
     """Returns a number with its noun: 1 rater, 2 raters."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
@@ -188,7 +188,7 @@ def read_raters(files: list[Path]) -> tuple[Raters, list[str]]:
     return raters, warnings
 
 
-def read_page(content: dict, file: Path) -> Page:
+def read_page(content: dict, file: Path) -> JudgedPage:
     """Returns the page that a file of judgements is of. Raises UserError where it is none."""
     if content.get("format") != JUDGEMENTS_FORMAT:
         problem = "holds no judgements that the Export of a page of `evaluate.py pairs` has saved"
@@ -199,7 +199,7 @@ def read_page(content: dict, file: Path) -> Page:
         # Names go to the terminal.
         names = (printable(str(a))[:LONGEST_MODEL_NAME], printable(str(b))[:LONGEST_MODEL_NAME])
         number = printable(str(content["page"]))[:LONGEST_MODEL_NAME]
-        page = Page(number, names, key["sides"], int(key["identical"]))
+        page = JudgedPage(number, names, key["sides"], int(key["identical"]))
         is_whole = set(page.sides) <= {"A", "B"} and len(page.sides) == content["pairs"] > 0
         is_whole = is_whole and 0 <= page.identical <= MOST_IDENTICAL
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -222,7 +222,7 @@ def rater_name(content: dict, file: Path) -> str:
     return printable(name.strip())
 
 
-def read_judgements(content: dict, page: Page, file: Path) -> dict[int, Judgement]:
+def read_judgements(content: dict, page: JudgedPage, file: Path) -> dict[int, Judgement]:
     """Returns {pair, from 0 on: Judgement} of a file. Raises UserError naming the one that is no
     judgement, is of no pair of the page, or is there twice."""
     entries = content.get("judgements")
@@ -296,8 +296,8 @@ def missing_pairs(raters: Raters) -> list[str]:
         judged = len(raters.choices(rater))
         missing = len(raters.page.sides) - judged
         if missing:
-            pairs = counted(len(raters.page.sides), "pair")
-            warnings.append(f"{rater} judged {judged:,} of {pairs}; {missing:,} are missing")
+            pairs = with_noun(len(raters.page.sides), "pair")
+            warnings.append(f"{rater} judged {judged:,} of {pairs}; {missing:,} missing")
     return warnings
 
 
@@ -349,7 +349,7 @@ def mean_text(values: list[float], spec: str, scale: float = 1) -> str:
 # ---- the sections ----
 
 
-def win_section(raters: Raters) -> Section:
+def win_section(raters: Raters) -> TallySection:
     """Returns how often each model was preferred, by each rater and by all."""
     a, b = raters.page.names
     rows = [["", "judged", f"{a} wins", "ties", f"{b} wins"]]
@@ -365,7 +365,7 @@ def win_section(raters: Raters) -> Section:
             "All raters: a pair is won by the model that more of its raters prefer, else it is a tie."
         )
     if raters.page.identical:
-        label = f"with {counted(raters.page.identical, 'identical pair')} as ties"
+        label = f"with {with_noun(raters.page.identical, 'identical pair')} as ties"
         rows.append(win_row(label, scores + [0.5] * raters.page.identical))
     wins = sum(score > 0.5 for score in scores)
     losses = sum(score < 0.5 for score in scores)
@@ -375,7 +375,7 @@ def win_section(raters: Raters) -> Section:
             f"If both were equally good, {max(wins, losses):,} or more of {wins + losses:,} decided"
             f" pairs for one of them would come about with p = {p:.2g} (two-sided sign test)."
         )
-    return Section("Which answer is better", rows, notes)
+    return TallySection("Which answer is better", rows, notes)
 
 
 def mean_scores(raters: Raters) -> list[float]:
@@ -403,7 +403,7 @@ def binomial_p(successes: int, count: int) -> float:
     return float(stats.binomtest(successes, count, 0.5).pvalue)
 
 
-def rating_section(raters: Raters) -> Section:
+def rating_section(raters: Raters) -> TallySection:
     """Returns the mean ratings and the share of tasks that were done, of each model and by how much
     they differ on the pairs for which both were rated."""
     a, b = raters.page.names
@@ -421,11 +421,11 @@ def rating_section(raters: Raters) -> Section:
         "Each number is of the pairs that were rated for it; those of several raters are averaged."
     ]
     if raters.page.identical:
-        identical = counted(raters.page.identical, "pair")
+        identical = with_noun(raters.page.identical, "pair")
         notes.append(
             f"Not rated: {identical} with identical answers (--keep-identical shows them)."
         )
-    return Section("Ratings", rows, notes)
+    return TallySection("Ratings", rows, notes)
 
 
 def mean_ratings(raters: Raters, scale: str) -> tuple[list[float], list[float], list[float]]:
@@ -445,7 +445,7 @@ def mean_ratings(raters: Raters, scale: str) -> tuple[list[float], list[float], 
     return means[0], means[1], means[2]
 
 
-def side_section(raters: Raters) -> tuple[Section, list[str]]:
+def side_section(raters: Raters) -> tuple[TallySection, list[str]]:
     """Returns how often the left and the right answer was chosen, and a warning for each rater who
     prefers a side. Each model is on the left in half of the pairs, so whoever judges by the answers
     chooses both sides about as often."""
@@ -464,20 +464,20 @@ def side_section(raters: Raters) -> tuple[Section, list[str]]:
                 f" pairs (p = {p:.2g}), though each model is on both sides equally often: perhaps a"
                 " preference for the side"
             )
-    return Section("Sides (binomial test of left against right)", rows, []), warnings
+    return TallySection("Sides (binomial test of left against right)", rows, []), warnings
 
 
 # ---- agreement ----
 
 
-def agreement_section(raters: Raters) -> Section:
+def agreement_section(raters: Raters) -> TallySection:
     """Returns how far the raters agree: on the better answer, and on each scale."""
     names = list(raters.judgements)
     choices = {name: raters.choices(name) for name in names}
     shared = sorted(set.intersection(*(set(each) for each in choices.values())))
     rows = [["", "of", "value"]]
     by_pair = [[choices[name][pair] for name in names] for pair in shared]
-    pairs = counted(len(shared), "pair")
+    pairs = with_noun(len(shared), "pair")
     same = sum(len(set(each)) == 1 for each in by_pair)
     rows.append(
         ["all choose the same", pairs, f"{100 * same / len(shared):.1f} %" if shared else NO_NUMBER]
@@ -501,7 +501,7 @@ def agreement_section(raters: Raters) -> Section:
         level = "nominal" if scale == "success" else "ordinal"
         rows.append(alpha_row(f"{scale}, Krippendorff's alpha ({level})", table, level))
     note = "1: they always agree; 0: as often as by chance; below 0: less often. Kappas: pairs that all judged."
-    return Section("Agreement between raters", rows, [note])
+    return TallySection("Agreement between raters", rows, [note])
 
 
 def choice_code(choice: str | None) -> float | None:
@@ -541,7 +541,7 @@ def alpha_row(label: str, table: list[list[float | None]], level: str) -> list[s
     units = 0
     for column in zip(*table, strict=True):
         units += sum(value is not None for value in column) > 1
-    return [label, counted(units, "unit"), kappa_text(krippendorff_alpha(table, level))]
+    return [label, with_noun(units, "unit"), kappa_text(krippendorff_alpha(table, level))]
 
 
 def krippendorff_alpha(table: list[list[float | None]], level: str) -> float | None:
@@ -576,7 +576,7 @@ def check_result_page(file: Path) -> None:
 
 
 def write_result_page(
-    file: Path, title: str, intro: str, sections: list[Section], warnings: list[str]
+    file: Path, title: str, intro: str, sections: list[TallySection], warnings: list[str]
 ) -> None:
     """Writes the result as one HTML file that loads nothing (evals/tally.html.jinja)."""
     import jinja2

@@ -246,7 +246,7 @@ def test_other_pages_doubled_raters_and_missing_pairs_are_warned_of(tmp_path, mo
         f"WARNING: rater ann is in {one} and in {two}: {latest}",
         f"WARNING: {other}: holds judgements of {pages}, left out",
         "WARNING: cy judged nothing, left out",
-        "WARNING: ann judged 3 of 4 pairs; 1 are missing",
+        "WARNING: ann judged 3 of 4 pairs; 1 missing",
     ]
     raters, _ = tally.read_raters([one, two])
     assert raters.choices("ann") == {0: "B", 1: "A", 3: "tie"}

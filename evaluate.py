@@ -138,8 +138,9 @@ def print_scores(args: argparse.Namespace, answers: dict[str, Answers]) -> None:
     """
     for each in answers.values():
         for option in OF_ONE_EVALUATION:
-            if getattr(args, option) is not None:
-                each.options[option] = getattr(args, option)
+            value = getattr(args, option)
+            if value is not None:
+                each.options[option] = value
     shown: dict[str, Scores] = {}
     for name in args.what:
         scores = {target: EVALUATIONS[name].load()(each) for target, each in answers.items()}
@@ -156,8 +157,8 @@ def print_scores(args: argparse.Namespace, answers: dict[str, Answers]) -> None:
                 f"NOTE: {target}: {each.num_cut:,} of {len(each):,} answers were cut off at the longest"
                 " that an answer may be (--max-new-tokens)"
             )
-    for target, each in shown.items():
-        print_misses(target, answers[target], each, args.show)
+    for target, first in shown.items():
+        print_misses(target, answers[target], first, args.show)
 
 
 def print_table(results: dict[str, dict[str, float]], columns: dict[str, str]) -> None:

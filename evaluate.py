@@ -174,8 +174,9 @@ def print_scores(args: argparse.Namespace, answers: dict[str, Answers]) -> None:
     """
     for each in answers.values():
         for option in OF_ONE_EVALUATION:
-            if getattr(args, option) is not None:
-                each.options[option] = getattr(args, option)
+            value = getattr(args, option)
+            if value is not None:
+                each.options[option] = value
     shown: dict[str, ItemScores] = {}
     for name in args.what:
         scores = {target: EVALUATIONS[name].load()(each) for target, each in answers.items()}

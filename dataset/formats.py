@@ -622,6 +622,8 @@ def _several_answers(reading: Reading, question_key: str, answers: list[str]) ->
     """Returns the record of a question with several accepted answers, the first of which is trained."""
     for answer in answers:
         without_surrogate(answer, f"{reading.where}: answer")
+    # An answer that says nothing is none. Where all are such, the record is left out as empty.
+    answers = [answer for answer in answers if answer.strip()] or answers
     history, weights = reading.history()
     messages = _question_and_answer(reading, reading.text(question_key), answers[0])
     messages, weights = reading.with_system([*history, *messages], [*weights, 1.0, 1.0])

@@ -209,49 +209,29 @@ def read_pair_answers(path: Path) -> dict[AnswerKey, WrittenAnswer]:
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError):
-<<<<<<< HEAD
-            raise UserError(f"{where}: is not JSON; {WANTED_KEYS}") from None
-=======
             raise UserError(f"{where}: is not JSON; {ANSWERS_WANTED}") from None
->>>>>>> e_pairs
         key = answer_key(fields, where)
         if key in answers:
             what = f"record {key[0]} sample {key[1]}"
             raise UserError(f"{where}: answers {what}, as {answers[key].where} does")
         answers[key] = written_answer(fields, where)
     if not answers:
-<<<<<<< HEAD
-        raise UserError(f"{path}: holds no answers; {WANTED_KEYS}")
-    return answers
-
-
-WANTED_KEYS = "a file that `generate.py --data FILE --out ANSWERS.jsonl` has written is wanted"
-=======
         raise UserError(f"{path}: holds no answers; {ANSWERS_WANTED}")
     return answers
 
 
 ANSWERS_WANTED = "a file that `generate.py --data FILE --out ANSWERS.jsonl` has written is wanted"
->>>>>>> e_pairs
 
 
 def answer_key(fields: object, where: str) -> AnswerKey:
     """Returns (record, sample) of a line. Raises UserError where it has none."""
     if not isinstance(fields, dict):
-<<<<<<< HEAD
-        raise UserError(f"{where}: is no JSON object; {WANTED_KEYS}")
-=======
         raise UserError(f"{where}: is no JSON object; {ANSWERS_WANTED}")
->>>>>>> e_pairs
     key = (fields.get("record"), fields.get("sample", 1))
     for name, number in zip(("record", "sample"), key, strict=True):
         # True and False are numbers in Python.
         if type(number) is not int:
-<<<<<<< HEAD
-            raise UserError(f"{where}: has no number as `{name}`; {WANTED_KEYS}")
-=======
             raise UserError(f"{where}: has no number as `{name}`; {ANSWERS_WANTED}")
->>>>>>> e_pairs
     return key  # type: ignore[return-value]
 
 
@@ -263,11 +243,7 @@ def written_answer(fields: dict, where: str) -> WrittenAnswer:
     if isinstance(messages, list) and messages and all(isinstance(each, dict) for each in messages):
         *asked, answer = messages
         if answer.get("role") != "assistant":
-<<<<<<< HEAD
-            raise UserError(f"{where}: its last message is not the assistant's; {WANTED_KEYS}")
-=======
             raise UserError(f"{where}: its last message is not the assistant's; {ANSWERS_WANTED}")
->>>>>>> e_pairs
         system = [message for message in asked if message.get("role") == "system"]
         question: object = [message for message in asked if message.get("role") != "system"]
         text = shown_text(answer)
@@ -278,11 +254,7 @@ def written_answer(fields: dict, where: str) -> WrittenAnswer:
         shown = [("text to continue", fields["prompt"])]
     else:
         raise UserError(
-<<<<<<< HEAD
-            f"{where}: has neither `messages` nor `prompt` and `completion`; {WANTED_KEYS}"
-=======
             f"{where}: has neither `messages` nor `prompt` and `completion`; {ANSWERS_WANTED}"
->>>>>>> e_pairs
         )
     if tools:
         shown.insert(0, ("tools", json.dumps(tools, indent=2, ensure_ascii=False)))

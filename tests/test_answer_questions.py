@@ -68,7 +68,7 @@ def test_formats_carry_all_accepted_answers_and_train_the_first(tmp_path):
     assert accepted(path)[0] == [("s1", ["s1", "s2", "s3"]), ("only", None)]
 
     path = lines(
-        tmp_path / "c.jsonl", {"question": "q", "answers": ["x", "", "y"]}, {"question": "q", "answers": ["x"]}
+        tmp_path / "c.jsonl", {"question": "q", "answers": ["", "x", "y"]}, {"question": "q", "answers": ["x"]}
     )
     assert accepted(path)[0] == [("x", ["x", "y"]), ("x", None)]
 

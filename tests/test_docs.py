@@ -45,6 +45,15 @@ def folder(tmp_path_factory) -> Path:
     (folder / "recipe.yaml").write_text(
         "base_model: FOLDER\ndatasets: [{path: examples.json, type: alpaca}]\nlearning_rate: 1e-4\n"
     )
+    for name in ("train.csv", "test.csv"):
+        rows = [f"{sentence(i, 5)},{'AB'[i % 2]}" for i in range(24)]
+        (folder / name).write_text("\n".join(["text,label", *rows]))
+    story = {"activity_label": "Fox", "ctx_a": "A fox runs.", "ctx_b": "the dog", "endings": [*"abcd"], "label": 1}
+    (folder / "hellaswag.jsonl").write_text("\n".join([json.dumps(story)] * 6))
+    siqa = {"context": "Fox runs.", "question": "Why?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "2"}
+    (folder / "siqa.jsonl").write_text("\n".join([json.dumps(siqa)] * 4))
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (folder / "my.py").write_text(re.search(r"```python\n(def siqa.*?)```", page, re.DOTALL)[1])
     (folder / "general.txt").write_text(" ".join(sentence(i, 30) for i in range(40)))
     return folder
 

@@ -3,9 +3,9 @@
     python tests/support/harness_scores.py SPEC.json OUT.json
 
 Run in a process of its own from another directory: it imports the package `evaluate`, whose name evaluate.py has here.
-SPEC: {"model": folder, "dtype": "float32", "batch_size": N, "tasks": {name: {"config": a YAML file of the harness' own
-tasks, "data": file, "shots": N, "shots_data": file, "metrics": [...]}}}; the files are JSON Lines as Hugging Face's
-datasets have them.
+SPEC: {"model": folder, "dtype": "float32", "device": "cpu", "batch_size": N, "tasks": {name: {"config": a YAML file of
+the harness' own tasks, "data": file, "shots": N, "shots_data": file, "metrics": [...]}}}; the files are JSON Lines as
+Hugging Face's datasets have them.
 OUT: {name: {"likelihoods": [[log-likelihood of each choice] of each item], "items": {metric: [of each item]},
 "scores": {metric: mean, metric_stderr: its standard error}, "seconds": of all}}.
 """
@@ -49,7 +49,7 @@ def main(spec_file: str, out_file: str) -> None:
     model = HFLM(
         spec["model"],
         dtype=spec.get("dtype", "float32"),
-        device="cpu",
+        device=spec.get("device", "cpu"),
         batch_size=spec.get("batch_size", 8),
     )
     results = {}

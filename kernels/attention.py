@@ -10,7 +10,7 @@ Only attention needs to know where a document ends, so only this file deals with
 - Otherwise, adjacent documents of similar length form a group, padded to its longest document:
   [documents, length, heads, head_dim]. This needs no padding mask: padding stands behind the real
   tokens, and causal attention never looks ahead. `SlicedAttention` computes a group, or, where it
-  need not, torch's `scaled_dot_product_attention`: long documents on CPUs, fp32, and older GPUs.
+  need not, torch's `scaled_dot_product_attention`: long documents in fp32 on CPUs, and older GPUs.
 
 Grouped-query attention (Ainslie et al. 2023): with n_rep = heads / kv_heads, query head h reads
 key-value head h // n_rep.
@@ -371,12 +371,17 @@ def padded_group_attention(
         scores = scores._replace(window=None)
     on_cpu = q.device.type == "cpu"
     is_short = on_cpu and group.length <= KEEP_PROBS_UP_TO and not scores.softcap
-    if is_short or scores.softcap or scores.window:
+    # Of long documents torch's own kernel is as fast in fp32, but not in bf16.
+    is_sliced = is_short or (on_cpu and q.dtype == torch.bfloat16)
+    if is_sliced or scores.softcap or scores.window:
         queries_per_slice = SLICE_QUERIES
         if not is_short:
             keys_per_query = min(group.length, scores.window or group.length)
             scores_per_query = group.documents * q.shape[1] * keys_per_query
-            queries_per_slice = max(MIN_SLICE_QUERIES, MAX_SCORES // scores_per_query)
+            most = MAX_SCORES // scores_per_query
+            if not scores.softcap and not scores.window:
+                most = min(most, SLICE_QUERIES)
+            queries_per_slice = max(MIN_SLICE_QUERIES, most)
         keep_probs = is_short and keep
         return SlicedAttention.apply(q, k, v, group, scores, queries_per_slice, keep_probs)
 
@@ -412,9 +417,10 @@ class SlicedAttention(torch.autograd.Function):
     """Attention of one group, a slice of queries at a time, with only the keys that they attend to.
 
     It computes what `scaled_dot_product_attention` cannot: scores with a soft-cap, and sliding
-    windows of long documents. It also computes documents up to KEEP_PROBS_UP_TO tokens on CPUs,
-    since PyTorch's fused CPU kernel spends most of its time in its backward: 8 documents of 70
-    tokens, 9 heads over 3, bf16, 2 cores, forward and backward take 1.4 ms here and 7.6 ms there.
+    windows of long documents. On CPUs it also computes documents up to KEEP_PROBS_UP_TO tokens, and
+    in bf16 longer ones, since PyTorch's fused CPU kernel takes longer. Forward and backward of 9
+    heads over 3, bf16, 2 cores: 8 documents of 70 tokens 1.4 ms here and 7.6 ms there, one of 2,048
+    102 and 146 ms.
 
     The n_rep query heads that share a key-value head are stacked below each other. So one product
     [n_rep * rows, d] x [d, keys] a key-value head computes all of them, and no key is repeated.

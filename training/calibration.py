@@ -2,8 +2,9 @@
 
 A rate computed from operations misses by a third or more: what a step reaches of a product's rate
 depends on the dtype, the widths of the model, the lengths of the examples and the machine's memory.
-So two micro-batches go forward and backward, the first to warm up; their gradients are thrown away,
-and nothing that trains is changed.
+So a micro-batch goes forward and backward twice, the first time to warm up; its gradients are
+thrown away, and nothing that trains is changed. Attention makes a token of a long example dearer
+than one of a short example, so its examples are about as long as one that costs the mean.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +24,8 @@ from training.defaults import Settings
 
 # A micro-batch that is expected to take longer is timed by some of its examples.
 TRIAL_SECONDS = 4.0
+# The trial's examples are chosen among those of so many steps.
+TRIAL_STEPS = 16
 # Bytes that a step moves for each trained weight in fp32: AdamW reads weight, gradient and two
 # moments and writes all but the gradient; clipping reads and writes the gradient once more.
 OPTIMIZER_BYTES = 40
@@ -64,7 +68,10 @@ def measure_pace(
         return Pace(expected_pace, 0.0)
     model.train()
     try:
-        seconds_per_token = time_micro_batches(loader, model, objective, expected_pace, device)
+        most = TRIAL_SECONDS / expected_pace
+        lengths = np.asarray(settings.workload.all_lengths, dtype=np.float64)
+        batch = trial_batch(loader, settings.steps, lengths, most, device)
+        seconds_per_token = time_micro_batch(batch, model, objective, device)
     except torch.cuda.OutOfMemoryError:
         # The first step will run out of memory too, and say what would have taken less.
         model.zero_grad(set_to_none=True)
@@ -76,36 +83,43 @@ def measure_pace(
     return Pace(seconds_per_token, seconds_per_step)
 
 
-def time_micro_batches(
-    loader: MicroBatches,
-    model: Transformer,
-    objective: Callable[..., Tensor],
-    expected_pace: float,
-    device: torch.device,
+def time_micro_batch(
+    batch: Batch, model: Transformer, objective: Callable[..., Tensor], device: torch.device
 ) -> float:
-    """Returns the seconds that a token takes, forward and backward, in the second of two
-    micro-batches. expected_pace: the same, roughly."""
-    for step in range(2):
-        batch = trial_batch(loader, step, TRIAL_SECONDS / expected_pace, device)
+    """Returns the seconds that a token takes, forward and backward, the second time."""
+    for _ in range(2):
         start = time.perf_counter()
         losses = Losses(device)
         objective(model, batch, StepTotals.of([batch]), losses).backward()
         # Reading the loss waits for a GPU.
         float(losses.loss)
-        seconds_per_token = (time.perf_counter() - start) / batch.num_tokens
+        seconds = time.perf_counter() - start
         model.zero_grad(set_to_none=True)
-    return seconds_per_token
+    return seconds / batch.num_tokens
 
 
-def trial_batch(loader: MicroBatches, step: int, most: float, device: torch.device) -> Batch:
-    """Returns the first micro-batch of a step, or as many of its examples as have `most` tokens; at
-    least one."""
-    examples = loader.examples_of_step(step)[0]
-    chosen = []
-    num_tokens = 0
-    for example in examples:
+def trial_batch(
+    loader: MicroBatches, num_steps: int, lengths: np.ndarray, most: float, device: torch.device
+) -> Batch:
+    """Returns a micro-batch for the trial: as many tokens as the first one of the run has, and at
+    most about `most`, in examples of the first steps; at least one example.
+
+    num_steps: of the run. lengths: those of all examples, in tokens.
+    """
+    micro_batches: list[list] = []
+    for step in range(min(TRIAL_STEPS, num_steps)):
+        micro_batches += loader.examples_of_step(step)
+    examples = [example for micro_batch in micro_batches for example in micro_batch]
+    most = min(most, sum(len(example.ids) for example in micro_batches[0]))
+    # An example of n tokens takes a n + b n^2, of which b n^2 is attention, so a token a + b n. The
+    # mean of that over all tokens is a + b typical.
+    typical = np.square(lengths).sum() / lengths.sum()
+    examples.sort(key=lambda example: abs(len(example.ids) - typical))
+    chosen = examples[:1]
+    num_tokens = len(chosen[0].ids)
+    for example in examples[1:]:
         num_tokens += len(example.ids)
-        if chosen and num_tokens > most:
+        if num_tokens > most:
             break
         chosen.append(example)
     return collate(chosen, device)

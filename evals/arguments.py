@@ -316,6 +316,8 @@ def check_evaluation_arguments(args: argparse.Namespace) -> None:
         names = ", ".join(f"`{name}`" for name in EVALUATIONS if name in owners)
         if owners == names_of_kind(GENERATE):
             names = "answers"
+        elif owners == names_of_kind(GENERATE) | names_of_kind(CHOOSE):
+            names = "answers and choices"
         raise UserError(f"{flag_of(option)}: is for {names}; `{args.what[0]}` does not use it")
     check_drawing_arguments(args)
     if (args.samples or 1) > 1 and args.temperature == 0:

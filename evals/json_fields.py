@@ -20,6 +20,9 @@ from evals.code_similarity import fenced_code
 from evals.scores import ItemScores
 
 # Objects and lists in each other; beyond it, a value is no JSON that a program would read.
+# Brackets of a text at which no value begins; after so many the rest is not looked at, since each
+# may be the beginning of a thousand more.
+MAX_MISSES = 1000
 MAX_NESTING = 100
 
 
@@ -105,7 +108,8 @@ def embedded_json(text: str, decoder: json.JSONDecoder | None = None) -> Iterato
     one that keeps every digit."""
     decoder = decoder or EXACT_DECODER
     start = 0
-    while start < len(text):
+    num_misses = 0
+    while start < len(text) and num_misses < MAX_MISSES:
         places = [place for place in (text.find("{", start), text.find("[", start)) if place >= 0]
         if not places:
             return
@@ -114,6 +118,7 @@ def embedded_json(text: str, decoder: json.JSONDecoder | None = None) -> Iterato
             value, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError):
             start += 1
+            num_misses += 1
             continue
         if is_shallow(value):
             yield value

@@ -20,10 +20,10 @@ from evals.code_similarity import fenced_code
 from evals.scores import ItemScores
 
 # Objects and lists in each other; beyond it, a value is no JSON that a program would read.
+MAX_NESTING = 100
 # Brackets of a text at which no value begins; after so many the rest is not looked at, since each
 # may be the beginning of a thousand more.
 MAX_MISSES = 1000
-MAX_NESTING = 100
 
 
 class NoJson(ValueError):

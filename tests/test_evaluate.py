@@ -348,7 +348,6 @@ def test_a_model_trained_here_is_compared_with_the_base_it_names(base, file, tmp
         (evaluate, ["loss", "--dta", "a.txt"], "--dta: no such flag; did you mean --data?"),
         (evaluate, ["loss"], "the following arguments are required: --data"),
         (evaluate, [], "the following arguments are required: loss or exact or f1 or"),
-        (evaluate, ["loss"], "the following arguments are required: --data"),
         (evaluate, ["accuracy", "--data", "a.txt"], "error: invalid choice: 'accuracy' (choose from 'loss', 'exact', "),
         (evaluate, ["los", "--data", "a.txt"], "invalid choice: 'los'"),
         (evaluate, ["loss", "--data", "a.txt", "--limit", "0"], "--limit 0: must be 1 or more"),

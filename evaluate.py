@@ -2,10 +2,12 @@
 
     python evaluate.py loss  --data FILE [--model M] [--adapter DIR] [--versus base|MODEL|ADAPTER]
     python evaluate.py exact --data FILE ...
+    python evaluate.py pass-at-k --data HumanEval.jsonl.gz --allow-code-execution
 
 What can be measured are the rows of evals/table.py. This file reads the command line, loads what it
 names and prints a row for each model. Each kind of evaluation has its loop here: `measure_loss` asks
-how probable the model finds the references; `measure_answers` lets the model answer, and compares.
+how probable the model finds the references; `measure_answers` lets the model answer, and compares;
+`measure_programs` lets the model write programs, and runs them.
 """
 
 from common.errors import run
@@ -19,6 +21,7 @@ if __name__ == "__main__":
     run(arguments)
 
 import argparse
+from pathlib import Path
 
 import data
 from checkpoint import read_config
@@ -26,9 +29,24 @@ from common import console
 from dataset.folders import TEST
 from dataset.formats import open_source
 from evals.answers import Answers, answer_records, split_reference
+from evals.code_problems import read_problems
+from evals.pass_at_k import (
+    CodeAnswer,
+    TestedPrograms,
+    answer_problems,
+    check_counts,
+    check_out,
+    check_programs,
+    draw_problems,
+    limits_of,
+    read_code_answers,
+    refuse_without_sandbox,
+)
+from evals.sandbox import PASSED
 from evals.scores import Scores
-from evals.table import COMMANDS, EVALUATIONS, GENERATE, LOSS, imported
+from evals.table import COMMANDS, EVALUATIONS, EXECUTE, GENERATE, LOSS, imported
 from evals.targets import Opened, digest_of_ids, encode_file, records_with_references
+from interop.remote_data import fetch_data
 
 
 def main() -> None:
@@ -83,7 +101,35 @@ def measure_answers(args: argparse.Namespace) -> None:
     print_scores(args.what, answers, args.show)
 
 
-LOOPS = {LOSS: measure_loss, GENERATE: measure_answers}
+def measure_programs(args: argparse.Namespace) -> None:
+    """Lets each target write programs for the problems of --data, or reads them from --answers; runs
+    them with their tests, and prints how many pass."""
+    # Before what takes long.
+    refuse_without_sandbox()
+    check_out(args.out, args.overwrite, args.data)
+    asked = read_problems(fetch_data(args.data, TEST))
+    print(f"data      {asked.note}")
+    asked = draw_problems(asked, args.limit, args.seed)
+    answers: dict[str, list[list[CodeAnswer]]] = {}
+    if args.answers is not None:
+        answers["answers"] = read_code_answers(Path(args.answers), asked)
+        check_counts(answers["answers"], asked, max(args.k), args.answers)
+    else:
+        opened = Opened(args)
+        opened.print_computation()
+        for target in opened.targets:
+            tokenizer = opened.tokenizer_of(target)
+            model = opened.load(target, tokenizer)
+            answers[target.name] = answer_problems(
+                model, tokenizer, asked, args, target, opened.batch_size
+            )
+    tested = {}
+    for name, several in answers.items():
+        tested[name] = check_programs(asked, several, limits_of(args), name)
+    print_passed(args.what[0], tested, args.k, args.show)
+
+
+LOOPS = {LOSS: measure_loss, GENERATE: measure_answers, EXECUTE: measure_programs}
 
 
 # ---- what is printed ----
@@ -106,6 +152,35 @@ def print_scores(names: list[str], answers: dict[str, Answers], show: int) -> No
             print(note)
     for target, each in shown.items():
         print_misses(target, answers[target], each.hits, show)
+
+
+def print_passed(name: str, tested: dict[str, TestedPrograms], ks: list[int], show: int) -> None:
+    """Prints a table of pass@k, what became of the programs of each target, and the first `show` that
+    did not pass, a line each.
+
+    name: of the evaluation. tested: the programs of each target.
+    """
+    score = EVALUATIONS[name].load()
+    scores = {target: score(each, ks) for target, each in tested.items()}
+    rows = {target: each.columns for target, each in scores.items()}
+    print_table(rows, next(iter(scores.values())).formats)
+    for target, each in scores.items():
+        for note in each.notes:
+            print(f"{target}: {note}")
+    for target, programs in tested.items():
+        misses = []
+        for problem, answers, outcomes in zip(
+            programs.problems, programs.answers, programs.outcomes, strict=True
+        ):
+            for answer, outcome in zip(answers, outcomes, strict=True):
+                if outcome.end != PASSED:
+                    misses.append((problem, answer, outcome))
+        if misses and show:
+            print(f"\n{target}: {min(show, len(misses))} of {len(misses):,} that did not pass")
+        for problem, answer, outcome in misses[:show]:
+            reason = f": {outcome.reason}" if outcome.reason else ""
+            print(f"  {problem.id}  {console.one_line(outcome.end + reason)}")
+            print(f"    answer  {console.one_line(answer.text)}")
 
 
 def print_table(results: dict[str, dict[str, float]], columns: dict[str, str]) -> None:

@@ -9,9 +9,15 @@ from common import cli
 from common.errors import UserError
 from common.known_names import EVALUATE_NAMES
 from common.script_flags import add_model_flags
-from evals.table import COMMANDS, EVALUATIONS, GENERATE, LOSS, imported
+from evals.code_arguments import (
+    CODE_TOKENS,
+    OF_PROGRAMS,
+    add_program_flags,
+    check_program_arguments,
+)
+from evals.table import COMMANDS, EVALUATIONS, EXECUTE, GENERATE, LOSS, imported
 
-BATCH_SIZE = {LOSS: 8, GENERATE: 32}  # defaults of --batch-size
+BATCH_SIZE = {LOSS: 8, GENERATE: 32, EXECUTE: 32}  # defaults of --batch-size
 SHOWN_MISSES = 5  # the default of --show
 # The default of --max-new-tokens: so many more than the longest reference has. Enough to see that
 # an answer goes on, and cheap.
@@ -42,6 +48,7 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_data_flags(parser.add_argument_group("what is measured"))
     add_target_flags(parser.add_argument_group("the model"))
     add_answer_flags(parser.add_argument_group("the model's answers"))
+    add_program_flags(parser.add_argument_group("programs that the model writes (pass-at-k)"))
     add_batch_flags(parser.add_argument_group("speed and memory"))
     args = cli.parse_args(parser, argv, EVALUATE_NAMES)
     check_evaluation_arguments(args)
@@ -90,7 +97,7 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="which examples --limit draws; default: %(default)s",
+        help="which examples --limit draws, and what --temperature draws; default: %(default)s",
     )
     add(
         "--skip-bad",
@@ -136,7 +143,7 @@ def add_answer_flags(group: argparse._ArgumentGroup) -> None:
         type=int,
         metavar="N",
         help="longest answer of the model, in tokens; default: the tokens of the longest reference, and"
-        f" {EXTRA_TOKENS} more. Change it to allow longer answers, or to save time",
+        f" {EXTRA_TOKENS} more; for pass-at-k {CODE_TOKENS}. Change it to allow longer answers, or to save time",
     )
     group.add_argument(
         "--show",
@@ -163,7 +170,8 @@ def check_evaluation_arguments(args: argparse.Namespace) -> None:
     """Raises UserError for a number out of its range, and for a flag that the chosen measurement
     does not use."""
     minimum = {"seed": 0, "limit": 1, "batch_size": 1, "seq_len": 2, "max_new_tokens": 1, "show": 0}
-    belongs_to = {"max_new_tokens": GENERATE, "show": GENERATE, "seq_len": LOSS}
+    answered = (GENERATE, EXECUTE)
+    belongs_to = {"max_new_tokens": answered, "show": answered, "seq_len": (LOSS,)}
     kind = kind_of(args.what)
     for option, least in minimum.items():
         value = getattr(args, option)
@@ -173,10 +181,25 @@ def check_evaluation_arguments(args: argparse.Namespace) -> None:
         if value < least:
             raise UserError(f"{flag} {value}: must be {least} or more")
         # An option of all measurements is in no way wrong.
-        owner = belongs_to.get(option, kind)
-        if owner != kind:
-            names = "`, `".join(name for name, row in EVALUATIONS.items() if row.kind == owner)
-            raise UserError(f"{flag}: is for `{names}`; `{args.what[0]}` does not use it")
+        refuse_unused(flag, belongs_to.get(option, (kind,)), args.what[0])
+    for option, flag in OF_PROGRAMS.items():
+        if getattr(args, option) not in (None, False):
+            refuse_unused(flag, (EXECUTE,), args.what[0])
+    if kind == EXECUTE:
+        for option in ("map", "skip_bad"):
+            if getattr(args, option):
+                refuse_unused("--" + option.replace("_", "-"), (LOSS, GENERATE), args.what[0])
+        check_program_arguments(args)
+
+
+def refuse_unused(flag: str, kinds: tuple[str, ...], name: str) -> None:
+    """Raises UserError where a flag that was typed is for evaluations of other kinds.
+
+    kinds: those that use it. name: of the evaluation that was named.
+    """
+    if EVALUATIONS[name].kind not in kinds:
+        names = "`, `".join(other for other, row in EVALUATIONS.items() if row.kind in kinds)
+        raise UserError(f"{flag}: is for `{names}`; `{name}` does not use it")
 
 
 def kind_of(names: list[str]) -> str:

@@ -190,7 +190,7 @@ def run_reporting(settings: dict, function: Callable[[], None]) -> None:
     except Refused as error:
         report(settings, {"refused": str(error)})
         code = 1
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (whatever it is, nothing was run)
         report(settings, {"refused": f"{type(error).__name__}: {error}"})
         code = 1
     finally:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 # The loops of evaluate.py. LOSS reads the references. GENERATE lets the model answer, and compares
-# the answers with the references.
-LOSS, GENERATE = "loss", "generate"
+# the answers with the references. EXECUTE lets the model write programs, and runs them.
+LOSS, GENERATE, EXECUTE = "loss", "generate", "execute"
 
 
 class Evaluation(NamedTuple):
@@ -20,6 +20,7 @@ class Evaluation(NamedTuple):
     kind: the loop of evaluate.py that measures it.
     function: "module:name" of the function that the loop calls. For LOSS: of a model, a dataset and
         a batch size; returns the row of the table. For GENERATE: of the answers (evals/answers.py);
+        returns Scores. For EXECUTE: of tested programs (evals/pass_at_k.py) and the values of k;
         returns Scores.
     help: what --help says of it.
     """
@@ -66,6 +67,13 @@ EVALUATIONS = {
         "the model writes the answers itself, always taking the most probable token, and an answer is"
         " right if it equals the reference, apart from spaces and line ends around it; this takes"
         " longer, and is for tasks with one right answer",
+    ),
+    "pass-at-k": Evaluation(
+        EXECUTE,
+        "evals.pass_at_k:pass_at_k_scores",
+        "the model writes programs for the problems of HumanEval or MBPP, in the formats of their"
+        " files, and the tests of the file are run on them: pass@k is the share of problems that"
+        " are solved within k attempts",
     ),
 }
 

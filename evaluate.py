@@ -34,8 +34,8 @@ from evals.pass_at_k import (
     CodeAnswer,
     TestedPrograms,
     answer_problems,
+    check_answers_out,
     check_counts,
-    check_out,
     check_programs,
     draw_problems,
     limits_of,
@@ -106,7 +106,7 @@ def measure_programs(args: argparse.Namespace) -> None:
     them with their tests, and prints how many pass."""
     # Before what takes long.
     refuse_without_sandbox()
-    check_out(args.out, args.overwrite, args.data)
+    check_answers_out(args.out, args.overwrite, args.data)
     asked = read_problems(fetch_data(args.data, TEST))
     print(f"data      {asked.note}")
     asked = draw_problems(asked, args.limit, args.seed)

@@ -208,7 +208,7 @@ def read_mbpp(record: dict, place: str) -> Problem:
 # ---- asking ----
 
 
-def fenced(code: str) -> str:
+def code_block(code: str) -> str:
     """Returns code as a block of Markdown."""
     return f"```python\n{code.strip(chr(10))}\n```"
 
@@ -216,12 +216,13 @@ def fenced(code: str) -> str:
 def humaneval_messages(problem: Problem, shots: list[Problem]) -> list[dict]:
     """Asks for a whole function, of which the beginning is there."""
     question = "Complete this Python function. Answer with the whole function in one code block."
-    return [{"role": "user", "content": f"{question}\n\n{fenced(problem.prompt)}"}]
+    return [{"role": "user", "content": f"{question}\n\n{code_block(problem.prompt)}"}]
 
 
 def humaneval_text(problem: Problem, shots: list[Problem]) -> str:
-    """Returns the beginning of the program, as Chen et al. have it continued."""
-    return problem.prompt
+    """Returns the beginning of the program, without the line end, which most tokenizers have in one
+    token with the indentation behind it: no model has seen them apart."""
+    return problem.prompt.rstrip("\n")
 
 
 def mbpp_task(problem: Problem) -> str:
@@ -238,7 +239,7 @@ def mbpp_messages(problem: Problem, shots: list[Problem]) -> list[dict]:
     messages = []
     for shot in shots:
         messages.append({"role": "user", "content": mbpp_task(shot)})
-        messages.append({"role": "assistant", "content": fenced(shot.solution)})
+        messages.append({"role": "assistant", "content": code_block(shot.solution)})
     return [*messages, {"role": "user", "content": mbpp_task(problem)}]
 
 

@@ -251,7 +251,7 @@ def answer_problems(
         return read_code_answers(out, asked)
 
 
-def check_out(out: str | None, overwrite: bool, data: str) -> None:
+def check_answers_out(out: str | None, overwrite: bool, data: str) -> None:
     """Raises UserError where the file of --out can't be written, before a model is loaded."""
     if out is None:
         return

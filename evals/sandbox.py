@@ -36,7 +36,7 @@ CLOCK_FACTOR = 4
 # Seconds after which the launcher is killed, should it not end when it has to.
 GRACE_SECONDS = 10
 # Bytes that are read at a time.
-PART = 1 << 16
+PIPE_PART = 1 << 16
 
 # What became of a program.
 PASSED = "passed"
@@ -187,7 +187,7 @@ def run_program(program: str, limits: Limits, core: int | None = None) -> Outcom
         send(launcher.stdin, program)
         pipes = {"status": status, "verdict": verdict, "output": launcher.stdout.fileno()}
         seconds = settings["seconds"] + GRACE_SECONDS
-        received, too_much = receive(pipes, limits.output, seconds, kill)
+        received, too_much = read_pipes(pipes, limits.output, seconds, kill)
     finally:
         kill()
         launcher.wait()
@@ -204,7 +204,7 @@ def send(stream, program: str) -> None:
         stream.write(program.encode(errors="surrogatepass"))
 
 
-def receive(
+def read_pipes(
     pipes: dict[str, int], most: int, seconds: float, kill: Callable[[], None]
 ) -> tuple[dict[str, bytes], bool]:
     """Reads pipes until every process that can write to them has ended. A sandbox that writes too
@@ -230,7 +230,7 @@ def receive(
                 is_killed = True
                 deadline = time.monotonic() + GRACE_SECONDS
             for key, _ in ready:
-                part = os.read(key.fd, PART)
+                part = os.read(key.fd, PIPE_PART)
                 if not part:
                     selector.unregister(key.fd)
                     continue

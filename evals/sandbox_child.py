@@ -138,20 +138,20 @@ SYS_CLONE3 = 435
 ALLOWED_SOCKETS = (1, 2, 10)
 
 
-class Refused(Exception):
+class NamespaceRefused(Exception):
     """The kernel refuses a part of the sandbox; the message says which."""
 
 
 @contextlib.contextmanager
 def step(what: str) -> Iterator[None]:
-    """A block that raises Refused with the kernel's reason. what: it is, for the message."""
+    """A block that raises NamespaceRefused with the kernel's reason. what: it is, for the message."""
     try:
         yield
     except OSError as error:
-        raise Refused(f"{what}: {error.strerror}") from None
+        raise NamespaceRefused(f"{what}: {error.strerror}") from None
 
 
-def check(result: int) -> None:
+def raise_errno(result: int) -> None:
     """Raises OSError if a function of libc has failed."""
     if result < 0:
         number = ctypes.get_errno()
@@ -161,12 +161,12 @@ def check(result: int) -> None:
 def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
     """Calls mount(2)."""
     words = [os.fsencode(word) if word is not None else None for word in (source, target, kind)]
-    check(libc.mount(*words, ctypes.c_ulong(flags), options.encode()))
+    raise_errno(libc.mount(*words, ctypes.c_ulong(flags), options.encode()))
 
 
 def prctl(option: int, *words: int) -> None:
     """Calls prctl(2)."""
-    check(libc.prctl(option, *[ctypes.c_ulong(word) for word in (*words, 0, 0, 0, 0)[:4]]))
+    raise_errno(libc.prctl(option, *[ctypes.c_ulong(word) for word in (*words, 0, 0, 0, 0)[:4]]))
 
 
 # ---- the four processes ----
@@ -175,9 +175,10 @@ def prctl(option: int, *words: int) -> None:
 def main() -> None:
     settings = json.loads(sys.argv[1])
     for name in ("status", "verdict"):
-        # Closed where Python starts anew, and out of the way of descriptor 3.
-        settings[name] = fcntl.fcntl(settings[name], fcntl.F_DUPFD_CLOEXEC, 10)
-    os.closerange(3, 10)
+        # A copy that is closed where Python starts anew, and that is not descriptor 3.
+        inherited = settings[name]
+        settings[name] = fcntl.fcntl(inherited, fcntl.F_DUPFD_CLOEXEC, inherited + 1)
+        os.close(inherited)
     program = sys.stdin.buffer.read()
     run_reporting(settings, lambda: launch(settings, program))
 
@@ -187,7 +188,7 @@ def run_reporting(settings: dict, function: Callable[[], None]) -> None:
     code = 0
     try:
         function()
-    except Refused as error:
+    except NamespaceRefused as error:
         report(settings, {"refused": str(error)})
         code = 1
     except Exception as error:  # noqa: BLE001 (whatever it is, nothing was run)
@@ -215,7 +216,9 @@ def launch(settings: dict, program: bytes) -> None:
     """Is the launcher: starts the entrance, and maps its users."""
     die_with_parent(settings["parent"])
     if platform.machine() not in MACHINES:
-        raise Refused(f"no seccomp filter is written for this processor, {platform.machine()}")
+        raise NamespaceRefused(
+            f"no seccomp filter is written for this processor, {platform.machine()}"
+        )
     with step("/proc/self/oom_score_adj"), open("/proc/self/oom_score_adj", "w") as file:
         # Where the machine's memory runs out, the program is killed and not its parent.
         file.write("1000")
@@ -262,7 +265,7 @@ def write_text(path: str, text: str) -> None:
 def enter(settings: dict, program: bytes, parent: int, has_entered: int, mapped: int) -> None:
     """Is the entrance: goes into new namespaces, and starts init in them."""
     with step("new namespaces (user, mount, pid, net, ipc, uts, cgroup)"):
-        check(libc.unshare(ctypes.c_int(sum(NAMESPACES))))
+        raise_errno(libc.unshare(ctypes.c_int(sum(NAMESPACES))))
     # After the call above, which may forget it.
     die_with_parent(parent)
     os.write(has_entered, b".")
@@ -332,7 +335,7 @@ def build_file_system(settings: dict, program: bytes) -> None:
         mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=16m,mode=755")
         os.mkdir("/tmp" + OLD)
         os.chdir("/tmp")
-        check(libc.syscall(machine.pivot_root, b".", b"." + OLD.encode()))
+        raise_errno(libc.syscall(machine.pivot_root, b".", b"." + OLD.encode()))
         os.chdir("/")
     for path in [*SYSTEM, *settings["visible"]]:
         with step(f"a read-only view of {path}"):
@@ -349,13 +352,13 @@ def build_file_system(settings: dict, program: bytes) -> None:
         file.write(program)
     os.mkdir("/scratch")
     with step("leaving the old file system"):
-        check(libc.umount2(OLD.encode(), MNT_DETACH))
+        raise_errno(libc.umount2(OLD.encode(), MNT_DETACH))
         os.rmdir(OLD)
     with step("a read-only file system (Linux 5.12 or later)"):
         attributes = struct.pack("=QQQQ", MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, 0, 0)
         size = ctypes.c_size_t(len(attributes))
         flags = (SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, size)
-        check(libc.syscall(*flags))
+        raise_errno(libc.syscall(*flags))
     with step("the scratch folder"):
         options = f"size={settings['scratch']},nr_inodes=4096,mode=700,uid={NOBODY},gid={NOBODY}"
         mount("tmpfs", "/scratch", "tmpfs", MS_NOSUID | MS_NODEV, options)
@@ -441,15 +444,20 @@ def give_up_rights(is_root: bool) -> None:
             os.setresgid(NOBODY, NOBODY, NOBODY)
             os.setresuid(NOBODY, NOBODY, NOBODY)
         # _LINUX_CAPABILITY_VERSION_3, of this process; effective, permitted, inheritable, twice.
-        check(libc.capset(struct.pack("=Ii", 0x20080522, 0), struct.pack("=6I", *[0] * 6)))
+        raise_errno(libc.capset(struct.pack("=Ii", 0x20080522, 0), struct.pack("=6I", *[0] * 6)))
         prctl(PR_SET_NO_NEW_PRIVS, 1)
     with step("a seccomp filter"):
-        code = b"".join(filter_program(MACHINES[platform.machine()]))
-        instructions = ctypes.create_string_buffer(code, len(code))
-        # struct sock_fprog: the number of instructions, and where they are.
-        fprog = struct.pack("@HP", len(code) // 8, ctypes.addressof(instructions))
-        buffer = ctypes.create_string_buffer(fprog, len(fprog))
-        prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(buffer))
+        install_filter(MACHINES[platform.machine()])
+
+
+def install_filter(machine: Machine) -> None:
+    """Denies calls to this process and its children, for good; it has no new privileges before."""
+    code = b"".join(filter_program(machine))
+    instructions = ctypes.create_string_buffer(code, len(code))
+    # struct sock_fprog: the number of instructions, and where they are.
+    fprog = struct.pack("@HP", len(code) // 8, ctypes.addressof(instructions))
+    buffer = ctypes.create_string_buffer(fprog, len(fprog))
+    prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(buffer))
 
 
 def filter_program(machine: Machine) -> list[bytes]:

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import math
 import random
 from pathlib import Path
 
@@ -212,8 +211,8 @@ def test_sanitized_mbpp_is_read(tmp_path):
     asked = read_problems(write(tmp_path / "s.jsonl", [record]))
     assert asked.problems[0].setup == "import math" and asked.shots == []
     assert asked.note.endswith(
-        "1 problems of MBPP, none of them of the part for tests (task_id 11 to 510): all are asked; tasks 2, 3 and 4, the"
-        " paper's examples, are missing: asked without any"
+        "1 problems of MBPP, none of them of the part for tests (task_id 11 to 510): all are asked; tasks 2, 3 and 4,"
+        " the paper's examples, are missing: asked without any"
     )
 
 
@@ -345,8 +344,8 @@ BAD_FILES = [
         [{"a": 1}],
         "line 1: is no problem with tests; its keys are a; wanted: task_id, prompt, entry_point, test (HumanEval)",
     ),
-    ([], ""),
-    ([[1]], "line 1: is not an object with the keys of a problem"),
+    ([], "is empty"),
+    ([[1]], "record 1: is not an object with the keys of a problem"),
     ([HUMANEVAL_RECORDS[0] | {"entry_point": "f(); import os"}], "line 1: entry_point is not the name of a function"),
     ([HUMANEVAL_RECORDS[0] | {"test": None}], "line 1: test is NoneType, a text is wanted"),
     ([HUMANEVAL_RECORDS[0], HUMANEVAL_RECORDS[0]], "line 2: task_id Own/0 occurs twice in the file"),
@@ -412,4 +411,4 @@ def test_limit_draws_the_same_problems_for_a_seed(mbpp, capsys):
     drawn = [[each.id for each in measure.draw_problems(asked, 2, seed).problems] for seed in (1, 1, 2, 3, 4)]
     assert drawn[0] == drawn[1] and len({*map(tuple, drawn)}) > 1
     assert all(ids == sorted(ids) and len(ids) == 2 for ids in drawn)
-    assert math.isclose(len(measure.draw_problems(asked, 9, 0).problems), 3)
+    assert measure.draw_problems(asked, 9, 0) is asked

@@ -286,7 +286,7 @@ def test_a_model_trained_here_is_compared_with_the_base_it_names(base, file, tmp
         (evaluate, ["loss"], "the following arguments are required: --data"),
         (evaluate, ["los", "--data", "a.txt"], "invalid choice: 'los'"),
         (evaluate, ["loss", "--data", "a.txt", "--limit", "0"], "--limit 0: must be 1 or more"),
-        (evaluate, ["loss", "--data", "a.txt", "--show", "3"], "--show: is for `exact`, `pass-at-k`; `loss` does not use it"),
+        (evaluate, ["loss", "--data", "a.txt", "--show", "3"], "--show: is for `exact`, `pass-at-k`; `loss` does not"),
         (evaluate, ["loss", "--data", "a.txt", "--versus", "base"], "--versus base: needs --adapter"),
         (generate, ["--prompt", "a", "--temperature", "-1"], "--temperature -1.0: must be 0 or more"),
         (generate, ["--prompt", "a", "--temperature", "nan"], "--temperature nan: must be 0 or more"),

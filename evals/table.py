@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 # The loops of evaluate.py. LOSS reads the references. GENERATE lets the model answer, and compares
 # the answers with the references. CHOOSE asks how probable the model finds each of some choices.
-LOSS, GENERATE, CHOOSE = "loss", "generate", "choose"
+# EXECUTE lets the model write programs, and runs them.
+LOSS, GENERATE, CHOOSE, EXECUTE = "loss", "generate", "choose", "execute"
 
 
 class Evaluation(NamedTuple):
@@ -21,7 +22,8 @@ class Evaluation(NamedTuple):
     function: "module:name" of the function that the loop calls. For LOSS: of a model, a dataset and
         a batch size; returns ExampleLosses. For GENERATE: of the answers (evals/answers.py); returns
         ItemScores. For CHOOSE: of the command line and what it opened (evals/targets.py); returns a
-        ChoiceTask (evals/choices.py).
+        ChoiceTask (evals/choices.py). For EXECUTE: of tested programs (evals/pass_at_k.py) and the
+        values of k; returns ItemScores.
     help: what --help says of it.
     check: "module:name" of a function of (references, where) that raises UserError where the
         evaluation can't use the references of the record at that place; called before a model is
@@ -139,6 +141,13 @@ EVALUATIONS = {
         "classification: which of the labels, all answers that occur in --data, the model finds most"
         " probable after each text; accuracy, precision, recall, F1, ROC-AUC, calibration error and"
         " confusion matrix",
+    ),
+    "pass-at-k": Evaluation(
+        EXECUTE,
+        "evals.pass_at_k:pass_at_k_scores",
+        "the model writes programs for the problems of HumanEval or MBPP, in the formats of their"
+        " files, and the tests of the file are run on them: pass@k is the share of problems that"
+        " are solved within k attempts",
     ),
 }
 

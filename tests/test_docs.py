@@ -1,5 +1,6 @@
 """The commands of the README and of docs/ run, on a small model; the files and names that they mention exist."""
 
+import gzip
 import json
 import re
 import shlex
@@ -15,6 +16,7 @@ import evaluate
 import generate
 import train
 from common.errors import run
+from evals.sandbox import sandbox_refusal
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,6 +44,13 @@ def folder(tmp_path_factory) -> Path:
         records = [{"prompt": sentence(i, 5), "completion": sentence(i + 99, 4)} for i in range(count)]
         lines = "\n".join(json.dumps(record) for record in records)
         (folder / name).write_text(lines if name.endswith("jsonl") else json.dumps(records))
+    problem = {
+        "task_id": 0,
+        "prompt": "def one():\n",
+        "entry_point": "one",
+        "test": "def check(one):\n    assert one()",
+    }
+    (folder / "HumanEval.jsonl.gz").write_bytes(gzip.compress(json.dumps(problem).encode()))
     (folder / "recipe.yaml").write_text(
         "base_model: FOLDER\ndatasets: [{path: examples.json, type: alpaca}]\nlearning_rate: 1e-4\n"
     )
@@ -81,6 +90,8 @@ def test_the_commands_of_a_page_run(page, folder, monkeypatch, capsys):
     if not Path("runs/mine").exists():
         run_command("python train.py --model FOLDER --data examples.json --out runs/mine", capsys)
     for line in commands(page):
+        if "pass-at-k" in line and sandbox_refusal() is not None:
+            continue
         out = re.search(r"--out (runs/\S+)", line)
         if out and Path(out[1]).exists() and "--resume" not in line:
             line += " --overwrite"

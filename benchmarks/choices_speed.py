@@ -26,7 +26,7 @@ import torch
 from checkpoint import load_model
 from common.device import pick_device, pick_dtype
 from common.errors import run
-from evals.arguments import BATCH_SIZE, arguments
+from evals.arguments import BATCH_SIZE, evaluation_arguments
 from evals.choices import log_likelihoods
 from evals.multiple_choice import LETTERS, choice_task
 from evals.table import CHOOSE
@@ -50,7 +50,7 @@ def main() -> None:
         tasks = write_questions(args.mmlu, args.items, work)
         model, tokenizer = load_model(folder, dtype, device), load_tokenizer(folder)
         start = time.perf_counter()
-        task = choice_task(arguments(["choices", "--data", str(work / "mmlu")]), str(work / "mmlu"))
+        task = choice_task(evaluation_arguments(["choices", "--data", str(work / "mmlu")]), str(work / "mmlu"))
         pairs = task.encode(tokenizer, model.config.max_positions)
         mine = log_likelihoods(model, pairs, BATCH_SIZE[CHOOSE])
         scores = task.score(mine)

@@ -18,7 +18,7 @@ import train
 from checkpoint import load_model
 from common.errors import run
 from evals import classification
-from evals.arguments import arguments
+from evals.arguments import evaluation_arguments
 from evals.choices import log_likelihoods
 from evals.classification import classification_scores, expected_calibration_error, label_probs, roc_auc
 from evals.targets import Opened
@@ -47,7 +47,7 @@ def file(tmp_path) -> Path:
 
 
 def task_of(*words) -> classification.ChoiceTask:
-    args = arguments(["classify", "--dtype", "fp32", "--device", "cpu", *map(str, words)])
+    args = evaluation_arguments(["classify", "--dtype", "fp32", "--device", "cpu", *map(str, words)])
     return classification.read_classes(args, Opened(args))
 
 
@@ -263,7 +263,7 @@ ERRORS = [  # labels of the file, further words, message
     (["red", "blue"], ["--picture", "a.jpg"], "--picture a.jpg: a PNG is drawn; name it FILE.png"),
     (["red", "blue"], ["--picture", "none/a.png"], "--picture none/a.png: there is no folder none"),
     (["red", "blue"], ["--shots", "2"], "--shots: is for `choices`; `classify` does not use it"),
-    (["red", "blue"], ["--max-new-tokens", "2"], "--max-new-tokens: is for `exact`"),
+    (["red", "blue"], ["--max-new-tokens", "2"], "--max-new-tokens: is for answers; `classify` does not use it"),
 ]
 
 

@@ -1,11 +1,12 @@
 """Multiple choice: items/s of plaintune and of lm-evaluation-harness on MMLU, five examples before each question.
 
-    python benchmarks/choices_speed.py MMLU_FOLDER [--items 50] [--model M] [--peer-batch 8] [--out FILE.json]
+    python benchmarks/choices_speed.py MMLU_FOLDER [--items 50] [--peer-items N] [--model M] [--peer-batch 8]
 
-Both score the first --items questions of each subject with the same weights, in the dtype that plaintune picks here,
+Both score the first questions of each subject with the same weights, in the dtype that plaintune picks here,
 and with as many threads. The harness runs in a process of its own (tests/support/harness_scores.py; its package
 `evaluate` has the name of a file here). Loading is not counted; reading the questions, tokenizing and scoring are.
-Prints items/s of both, their ratio, and the largest difference of two log-likelihoods; --out keeps them.
+The harness computes every question from its beginning, so few questions tell its items/s: --peer-items of each subject.
+Prints items/s of both, their ratio, and the largest difference of two log-likelihoods; --out FILE.json keeps them.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import torch
 from checkpoint import load_model
 from common.device import pick_device, pick_dtype
 from common.errors import run
-from evals.arguments import BATCH_SIZE, arguments
+from evals.arguments import BATCH_SIZE, evaluation_arguments
 from evals.choices import log_likelihoods
 from evals.multiple_choice import LETTERS, choice_task
 from evals.table import CHOOSE
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("mmlu", type=Path)
     parser.add_argument("--items", type=int, default=50)
     parser.add_argument("--model")
+    parser.add_argument("--peer-items", type=int, help="questions of each subject for the harness; default: --items")
     parser.add_argument("--peer-batch", type=int, default=8)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -47,30 +49,40 @@ def main() -> None:
     folder = base_folder(args.model, None)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        tasks = write_questions(args.mmlu, args.items, work)
+        peer_items = args.peer_items or args.items
+        tasks = write_questions(args.mmlu, args.items, peer_items, work)
         model, tokenizer = load_model(folder, dtype, device), load_tokenizer(folder)
         start = time.perf_counter()
-        task = choice_task(arguments(["choices", "--data", str(work / "mmlu")]), str(work / "mmlu"))
+        words = ["choices", "--data", str(work / "mmlu")]
+        task = choice_task(evaluation_arguments(words), str(work / "mmlu"))
         pairs = task.encode(tokenizer, model.config.max_positions)
         mine = log_likelihoods(model, pairs, BATCH_SIZE[CHOOSE])
         scores = task.score(mine)
         seconds = time.perf_counter() - start
+        print(f"{len(mine)} items in {seconds:.1f} s; the harness now", flush=True)
         del model
         peer = run_harness(folder, dtype, device, args.peer_batch, tasks, work)
-    theirs = [values for name in sorted(peer) for values in peer[name]["likelihoods"]]
-    assert len(theirs) == len(mine)
-    difference = max(abs(a - b) for x, y in zip(mine, theirs, strict=True) for a, b in zip(x, y, strict=True))
-    peer_seconds = sum(each["seconds"] for each in peer.values())
-    hits = [hit for name in sorted(peer) for hit in peer[name]["items"]["acc"]]
+    # Questions of the harness, and ours by their subjects: the harness may have the first ones of each only.
+    differences, hits, same = [], [], []
+    for name, found in peer["tasks"].items():
+        of_subject = [i for i, question in enumerate(task.questions) if question.group == name]
+        for i, values in zip(of_subject, found["likelihoods"]):
+            differences += [abs(a - b) for a, b in zip(mine[i], values, strict=True)]
+        hits += found["items"]["acc"]
+        same += [scores.items["acc"][i] for i in of_subject[: len(found["items"]["acc"])]]
+    assert len(same) == len(hits)
+    speed, peer_speed = len(mine) / seconds, len(hits) / peer["seconds"]
     result = {
         "items": len(mine),
         "subjects": len(tasks),
-        "items_per_s": len(mine) / seconds,
-        "harness_items_per_s": len(mine) / peer_seconds,
-        "ratio": peer_seconds / seconds,
-        "largest_difference": difference,
+        "items_per_s": speed,
+        "harness_items": len(hits),
+        "harness_items_per_s": peer_speed,
+        "ratio": speed / peer_speed,
+        "largest_difference": max(differences),
         "accuracy": sum(scores.items["acc"]) / len(mine),
-        "harness_accuracy": sum(hits) / len(mine),
+        "accuracy_of_harness_items": sum(same) / len(same),
+        "harness_accuracy": sum(hits) / len(hits),
         "torch": torch.__version__,
         "device": str(device),
         "dtype": f"{dtype} ({why})",
@@ -83,7 +95,7 @@ def main() -> None:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def write_questions(mmlu: Path, items: int, work: Path) -> dict:
+def write_questions(mmlu: Path, items: int, peer_items: int, work: Path) -> dict:
     """Writes the first questions of each subject as both read them, and returns the harness' tasks."""
     tasks = {}
     for part in ("dev", "test"):
@@ -96,7 +108,7 @@ def write_questions(mmlu: Path, items: int, work: Path) -> dict:
             with open(work / "mmlu" / part / f"{subject}_{part}.csv", "w", newline="", encoding="utf-8") as target:
                 csv.writer(target).writerows(rows)
             with open(work / f"{subject}_{part}.jsonl", "w", encoding="utf-8") as lines:
-                for question, *choices, letter in rows:
+                for question, *choices, letter in rows[: peer_items if part == "test" else most]:
                     record = {"question": question, "choices": choices, "answer": LETTERS.index(letter)}
                     lines.write(json.dumps(record) + "\n")
         spec = {"config": f"mmlu/default/mmlu_{subject}.yaml", "data": str(work / f"{subject}_test.jsonl")}

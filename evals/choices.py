@@ -36,6 +36,8 @@ from tokenizer import Tokenizer
 
 # The most nodes of a batch's prefix tree, unless a single question has more.
 NODES_AT_ONCE = 16_384
+# So many scores of a query and a key are computed in about the time that a call of attention takes.
+CALL_COST = 1 << 15
 # Logits, rows times vocabulary, that are computed at a time; in float32 they take 128 MB.
 LOGITS_AT_ONCE = 32 << 20
 
@@ -252,7 +254,7 @@ def predicted_logprobs(
 
 
 class Piece(NamedTuple):
-    """The nodes that one question adds to a prefix tree, and what they attend to.
+    """Nodes that a question adds to a prefix tree, and what they attend to.
 
     start, end: the range of the nodes.
     keys: int64 [keys], the nodes that these attend to: those above them in the tree, and themselves.
@@ -354,22 +356,42 @@ class PrefixTree:
         return attention
 
     def pieces(self) -> list[Piece]:
-        """Returns a piece for each question that adds nodes."""
+        """Returns the pieces, in the order of their nodes: one for each question that adds nodes, or
+        one for each of its texts, where that saves enough."""
         pieces = []
         done = 0
         first = 0
         for size in self.question_sizes:
             paths = self.paths[first : first + size]
             first += size
-            end = max(done, *(path[-1] + 1 for path in paths))
-            if end > done:
-                pieces.append(self.piece(paths, done, end))
-            done = end
+            for group in self.groups(paths, done):
+                end = max(done, *(path[-1] + 1 for path in group))
+                if end > done:
+                    pieces.append(self.piece(group, done, end))
+                done = end
         return pieces
 
+    def groups(self, paths: list[list[int]], done: int) -> list[list[list[int]]]:
+        """Returns the texts of a question in groups, each of which becomes a piece: all together, or
+        each alone. Together, each node is compared with the keys of all texts, which is wasted work
+        where they share little, such as texts that were cut at their beginning.
+
+        paths: of the texts. done: how many nodes there are before them.
+        """
+        keys = len({node for path in paths for node in path})
+        end = done
+        alone = 0
+        for path in paths:
+            alone += max(0, path[-1] + 1 - end) * len(path)
+            end = max(end, path[-1] + 1)
+        together = (end - done) * keys
+        if together - alone > CALL_COST * (len(paths) - 1):
+            return [[path] for path in paths]
+        return [paths]
+
     def piece(self, paths: list[list[int]], start: int, end: int) -> Piece:
-        """Returns the piece of a question. paths: of its texts. start, end: the nodes that it
-        adds."""
+        """Returns the piece of some texts of a question. paths: of the texts. start, end: the nodes
+        that they add."""
         above = sorted({node for path in paths for node in path if node < start})
         key_list = above + list(range(start, end))
         keys = torch.tensor(key_list)

@@ -26,6 +26,15 @@ from dataset.records import Record
 from evals.answers import Answers, answer_records, split_reference
 from evals.arguments import BATCH_SIZE
 from evals.bootstrap import RESAMPLES, paired_interval
+from evals.choices import ChoiceTask
+from evals.compare_choices import (
+    Benchmark,
+    print_flipped_choices,
+    read_choice_benchmarks,
+    score_choices,
+    warnings_of,
+)
+from evals.compare_arguments import evaluation_of
 from evals.scores import ItemScores
 from evals.table import EVALUATIONS, GENERATE, LOSS
 from evals.targets import (
@@ -69,6 +78,7 @@ class Measured:
 
     losses: dict[str, ItemLosses] = field(default_factory=dict)
     answers: dict[str, Answers] = field(default_factory=dict)
+    choices: dict[Benchmark, ItemScores] = field(default_factory=dict)
 
 
 @dataclass
@@ -124,8 +134,10 @@ def compare_models(args: argparse.Namespace) -> None:
         said.add(fact)
 
     records = read_answered_records(args, opened, fetched, print_new)
+    tasks = read_choice_benchmarks(args, opened, fetched)
     base, tuned = (
-        measure(args, opened, target, fetched, records, print_new) for target in opened.targets
+        measure(args, opened, target, fetched, records, tasks, print_new)
+        for target in opened.targets
     )
     changes = []
     scores: list[tuple[ItemScores, ItemScores]] = []
@@ -139,13 +151,21 @@ def compare_models(args: argparse.Namespace) -> None:
     for file in dict.fromkeys(args.general):
         changes.append(change_of_loss("general", file, base, tuned, args.seed, notes))
     for name, file in args.benchmark:
-        pairs = score([name], base, tuned, file)
-        changes += changes_of_answers(f"benchmark {short(file)}", name, pairs[0], args.seed)
-        notes += pairs[0][1].notes
+        if (name, file) in tasks:
+            pair = (base.choices[name, file], tuned.choices[name, file])
+            notes += warnings_of(short(file), pair[1])
+        else:
+            (pair,) = score([name], base, tuned, file)
+            notes += pair[1].notes
+        changes += changes_of_answers(f"benchmark {short(file)}", name, pair, args.seed)
     print_changes(changes, args.seed, notes)
     if scores:
         flips = Flips.of(args.metric[0], scores[0], base.answers[args.target])
         flips.print_all(tuned.answers[args.target], args.show)
+    for key, task in tasks.items():
+        print_flipped_choices(
+            short(key[1]), task, base.choices[key], tuned.choices[key], args.show
+        )
 
 
 def short(file: str) -> str:
@@ -195,8 +215,9 @@ def read_answered_records(
     maps: dict[str, Map | None] = {}
     if args.target and args.metric:
         maps[args.target] = opened.map_fn
-    for _, file in args.benchmark:
-        maps.setdefault(file, None)
+    for name, file in args.benchmark:
+        if evaluation_of(name).kind == GENERATE:
+            maps.setdefault(file, None)
     records = {}
     for file, map_fn in maps.items():
         source = open_source(fetched[file], map_fn=map_fn, part=TEST, skip_bad=args.skip_bad)
@@ -211,13 +232,16 @@ def measure(
     target: Target,
     fetched: dict[str, str | Path | Fetched],
     records: dict[str, list[Record]],
+    tasks: dict[Benchmark, ChoiceTask],
     print_fn: Callable[[str], None],
 ) -> Measured:
     """Measures one model on all files. Faults in them are reported before it is loaded."""
     tokenizer = opened.tokenizer_of(target)
     datasets = read_texts(args, opened, target, tokenizer, fetched, print_fn)
+    limit = read_config(target.folder).max_positions
+    pairs = {key: task.encode(tokenizer, limit) for key, task in tasks.items()}
     model = opened.load(target, tokenizer)
-    measured = Measured()
+    measured = Measured(choices=score_choices(model, tasks, pairs, args.batch_size))
     for file, dataset in datasets.items():
         size = args.batch_size or BATCH_SIZE[LOSS]
         measured.losses[file] = item_losses(model, dataset, size)

@@ -7,7 +7,7 @@ from common.errors import UserError
 from common.known_names import EVALUATE_NAMES
 from common.script_flags import add_loading_flags
 from evals.arguments import BATCH_SIZE, EXTRA_TOKENS
-from evals.table import EVALUATIONS, GENERATE, LOSS
+from evals.table import CHOOSE, EVALUATIONS, GENERATE, LOSS, Evaluation
 
 SHOWN_CHANGES = 3  # the default of --show
 
@@ -56,6 +56,7 @@ def add_model_words(group: argparse._ArgumentGroup) -> None:
 def add_file_flags(group: argparse._ArgumentGroup) -> None:
     """Adds the files, and what is measured on them."""
     answering = [name for name, row in EVALUATIONS.items() if row.kind == GENERATE]
+    choosing = [name for name, row in EVALUATIONS.items() if row.kind == CHOOSE]
     add = group.add_argument
     add(
         "--target",
@@ -79,7 +80,8 @@ def add_file_flags(group: argparse._ArgumentGroup) -> None:
         default=[],
         metavar="NAME=FILE",
         help="other tasks whose answers are measured, as exact=questions.jsonl; NAME is one of"
-        f" {', '.join(answering)}; default: none",
+        f" {', '.join([*answering, *choosing])}. choices:TASK=FILE says what the file holds, as --task"
+        " does for `evaluate.py choices`; default: none",
     )
     add(
         "--metric",
@@ -176,11 +178,22 @@ def check_compare_arguments(args: argparse.Namespace) -> None:
     benchmarks = []
     for word in args.benchmark:
         name, sign, file = word.partition("=")
-        row = EVALUATIONS.get(name)
-        if not sign or not file or row is None or row.kind != GENERATE:
-            names = ", ".join(name for name, row in EVALUATIONS.items() if row.kind == GENERATE)
+        try:
+            row = evaluation_of(name)
+        except KeyError:
+            row = None
+        if not sign or not file or row is None or row.kind not in (GENERATE, CHOOSE):
+            kinds = (GENERATE, CHOOSE)
+            names = ", ".join(name for name, row in EVALUATIONS.items() if row.kind in kinds)
             raise UserError(
                 f"--benchmark {word}: NAME=FILE is wanted, where NAME is one of {names}"
             )
         benchmarks.append((name, file))
     args.benchmark = benchmarks
+
+
+def evaluation_of(name: str) -> Evaluation:
+    """Returns the evaluation that the NAME of a --benchmark is: of choices:TASK, that of choices.
+    Raises KeyError where there is none."""
+    word, sign, _ = name.partition(":")
+    return EVALUATIONS[word if sign and word == "choices" else name]

@@ -16,7 +16,7 @@ from support.helpers import SHARED, chat_base, command, needs_shared, sentence
 import evaluate
 from checkpoint import load_model
 from evals import choices
-from evals.arguments import arguments
+from evals.arguments import evaluation_arguments
 from evals.choices import Pair, PrefixTree, encode_pair, log_likelihoods
 from evals.multiple_choice import best_choice, choice_task
 from interop.resolve import base_folder
@@ -76,6 +76,33 @@ def test_likelihoods_equal_those_of_each_text_alone(shape, batch_size, tmp_path)
     results = log_likelihoods(model, questions, batch_size)
     for question, values in zip(questions, results, strict=True):
         assert values == pytest.approx(expected(model, question), abs=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 9}])
+def test_texts_that_share_little_are_computed_alone(base, monkeypatch, changes):
+    """The cost of a call decides, which is far above what these small texts take."""
+    model = load_model(base)
+    for block in model.blocks:
+        block.attention.scores = block.attention.scores._replace(**changes)
+    rng = random.Random(5)
+    ids = [rng.randrange(3, 300) for _ in range(900)]
+    # Cut at their beginning, these share no node; the last question shares all but the end.
+    cut = [[Pair(ids, ids[:n]) for n in (4, 9, 2)], [Pair(ids[:300], ids[:n]) for n in (4, 9, 2)]]
+    questions = cut + random_pairs(6)
+    pieces, results = [], []
+    of_tree = PrefixTree.pieces
+    monkeypatch.setattr(PrefixTree, "pieces", lambda tree: pieces.append(of_tree(tree)) or pieces[-1])
+    for cost in (0, choices.CALL_COST, 1 << 40):
+        monkeypatch.setattr(choices, "CALL_COST", cost)
+        results.append(log_likelihoods(model, questions, 64))
+    alone, default, together = pieces
+    assert len(alone) > len(default) > len(together)
+    # Those that share nothing are the only ones that are worth it.
+    assert len(default) == len(together) + 2
+    assert all(piece.suffix is not None for piece in alone)
+    for question, *values in zip(questions, *results, strict=True):
+        for each in values:
+            assert each == pytest.approx(expected(model, question), abs=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{"sliding_window": 9}, {"softcap": 5.0}, {"sliding_window": 9, "softcap": 5.0}])
@@ -210,6 +237,14 @@ def hf_ai2(record: dict) -> dict:
     return both | {"choices": listed, "answerKey": record["answerKey"]}
 
 
+def hf_query(record: dict) -> dict:
+    """A record of llm-foundry's format as ARC in Hugging Face's datasets."""
+    letters = [*"ABCDEFGH"][: len(record["choices"])]
+    listed = {"text": record["choices"], "label": letters}
+    question = record["query"].removeprefix("Question: ")
+    return {"question": question, "choices": listed, "answerKey": letters[record["gold"]]}
+
+
 def hf_truthful(record: dict) -> dict:
     targets = {}
     for key in ("mc1_targets", "mc2_targets"):
@@ -258,6 +293,8 @@ def write_cases(folder: Path, sources: dict) -> tuple[dict, dict]:
     add("arc", "arc", "arc/arc_easy.yaml", hf_ai2, metrics=ALL_METRICS)
     add("qasc", "qasc", "arc/arc_challenge.yaml", hf_ai2, metrics=ALL_METRICS)
     add("openbookqa", "openbookqa", "openbookqa/openbookqa.yaml", hf_ai2, metrics=ALL_METRICS)
+    if "query" in sources:
+        add("query", "query", "arc/arc_easy.yaml", hf_query, metrics=ALL_METRICS)
     add("truthfulqa_mc1", "truthfulqa", "truthfulqa/truthfulqa_mc1.yaml", hf_truthful)
     add("truthfulqa_mc2", "truthfulqa", "truthfulqa/truthfulqa_mc2.yaml", hf_truthful)
     return ours, theirs
@@ -271,12 +308,12 @@ def run_harness(model: Path, tasks: dict, folder: Path) -> dict:
     environment = os.environ | {"HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run(words, check=False, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "out.json").read_text())
+    return json.loads((folder / "out.json").read_text())["tasks"]
 
 
 def our_results(model, tokenizer, words: list) -> tuple:
     """The questions, log-likelihoods and scores of one command line."""
-    args = arguments(["choices", *map(str, words)])
+    args = evaluation_arguments(["choices", *map(str, words)])
     task = choice_task(args, args.data)
     likelihoods = log_likelihoods(model, task.encode(tokenizer, model.config.max_positions), 64)
     return task.questions, likelihoods, task.score(likelihoods)
@@ -377,6 +414,7 @@ def test_the_default_base_scores_as_in_the_harness_on_real_files(tmp_path):
         "arc": lines("openbookqa_test.jsonl", 40),
         "qasc": lines("qasc_dev_500.jsonl", 30),
         "openbookqa": lines("openbookqa_test.jsonl", 60),
+        "query": lines("arc_easy_icl_500.jsonl", 30) + lines("arc_challenge_icl_500.jsonl", 30),
         "truthfulqa": truthful,
     }
     assert compare(tmp_path, base_folder(None, None), sources) >= 200
@@ -391,7 +429,7 @@ def choices_command(monkeypatch, capsys, base: Path, *words) -> tuple[str, str, 
 
 
 def questions_of(*words) -> list[choices.Question]:
-    args = arguments(["choices", *map(str, words)])
+    args = evaluation_arguments(["choices", *map(str, words)])
     return choice_task(args, args.data).questions
 
 
@@ -496,6 +534,10 @@ MISTAKES = [  # name of the file, records, further words, message
     ("a.jsonl", [GOOD, GOOD | {"gold": 2}], [], "{file} line 2: the right choice is number 2; there are 0 to 1"),
     ("a.jsonl", [GOOD | {"gold": "x"}], [], "{file} line 1: not as the task query wants it (ValueError: "),
     ("a.jsonl", [GOOD | {"choices": ["red", 3]}], [], "{file} line 1: the context must be a text"),
+    ("a.jsonl", [GOOD | {"choices": ["red", "fox " * 700]}], [], "{file} line 1: a choice of "),
+    ("TruthfulQA.jsonl", [{"question": "Why?", "mc1_targets": {}}], [], "{file} line 1: its keys (mc1_targets, question)"),
+    ("a.jsonl", [GOOD], ["--task", "truthfulqa-csv"], "{file} line 1: no 'Question'; records of truthfulqa-csv have Que"),
+    ("a.jsonl", [GOOD], ["--task", "mmlu"], "{file}: no test/SUBJECT_test.csv in it, which MMLU's released folder has"),
     ("a.jsonl", [GOOD | {"choices": ["red"]}], [], "{file} line 1: 1 choice; at least 2 are wanted"),
     ("a.jsonl", [AI2 | {"answerKey": "A"}], [], "{file}: could be arc, openbookqa, qasc, which are in one format"),
     ("arc.jsonl", [AI2 | {"answerKey": "C"}], [], "{file} line 1: not as the task arc wants it (ValueError"),

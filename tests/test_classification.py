@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from sklearn import metrics
 from support.helpers import chat_base, command, sentence
 
 import evaluate
@@ -18,9 +19,9 @@ import train
 from checkpoint import load_model
 from common.errors import run
 from evals import classification
-from evals.arguments import arguments
+from evals.arguments import evaluation_arguments
 from evals.choices import log_likelihoods
-from evals.classification import classification_scores, expected_calibration_error, label_probs, roc_auc
+from evals.classification import classification_scores, expected_calibration_error, label_probs
 from evals.targets import Opened
 from tokenizer import load_tokenizer
 
@@ -47,7 +48,7 @@ def file(tmp_path) -> Path:
 
 
 def task_of(*words) -> classification.ChoiceTask:
-    args = arguments(["classify", "--dtype", "fp32", "--device", "cpu", *map(str, words)])
+    args = evaluation_arguments(["classify", "--dtype", "fp32", "--device", "cpu", *map(str, words)])
     return classification.read_classes(args, Opened(args))
 
 
@@ -173,13 +174,53 @@ def test_metrics_equal_their_definitions(number):
     assert scores.items["p(right)"] == [probs[i, label] for i, label in enumerate(truth)]
 
 
-def test_the_area_of_all_classes_is_scikit_learn_s_one_against_the_rest():
-    from sklearn.metrics import roc_auc_score
+UNICODE = ["河", "über", "Σ σ", "a\u0301", "naïve café", "🦊", "red"]
+EDGES = ("random", "ties", "one class", "a label once", "one record", "never chosen")
 
-    rng = np.random.default_rng(3)
-    gold = np.arange(60) % 5
-    probs = rng.dirichlet([1.0] * 5, 60)
-    assert roc_auc(gold, probs) == pytest.approx(roc_auc_score(gold, probs, multi_class="ovr"))
+
+@pytest.mark.parametrize("number", range(210))
+def test_metrics_equal_scikit_learn_s(number):
+    """By the names of the labels, which scikit-learn sorts and counts itself."""
+    edge = EDGES[number % len(EDGES)]
+    rng = np.random.default_rng(1000 + number)
+    names = UNICODE[: int(rng.integers(2, 8))]
+    num_records = 1 if edge == "one record" else int(rng.integers(len(names) + 1, 60))
+    probs = rng.dirichlet([0.7] * len(names), num_records)
+    gold = rng.integers(0, len(names), num_records)
+    if edge == "ties":
+        probs = np.full_like(probs, 1 / len(names))
+    if edge == "one class":
+        gold[:] = 1
+    if edge == "a label once":
+        gold = np.where(gold == 0, 1, gold)
+        gold[0] = 0
+    if edge == "never chosen":
+        probs[:, 0] = 0
+        probs /= probs.sum(1, keepdims=True)
+    scores = classification_scores(gold, probs, names, 5)
+    right = [names[i] for i in gold]
+    # The first of equally probable ones.
+    chosen = [names[max(range(len(names)), key=lambda i: (row[i], -i))] for row in probs]
+    report = metrics.classification_report(right, chosen, output_dict=True, zero_division=0)
+    assert scores.columns["accuracy %"] == pytest.approx(100 * metrics.accuracy_score(right, chosen))
+    for column, key in (("precision %", "precision"), ("recall %", "recall"), ("macro F1 %", "f1-score")):
+        assert scores.columns[column] == pytest.approx(100 * report["macro avg"][key])
+    micro = metrics.f1_score(right, chosen, average="micro")
+    assert scores.columns["micro F1 %"] == pytest.approx(100 * micro)
+    assert {*scores.parts} == {*right, *chosen}
+    for name, row in scores.parts.items():
+        wanted = report[name]
+        assert row["n"] == wanted["support"]
+        found = [row["precision %"], row["recall %"], row["F1 %"]]
+        assert found == pytest.approx([100 * wanted[key] for key in ("precision", "recall", "f1-score")])
+    occur = sorted({*gold.tolist()})
+    if len(occur) == 1:
+        assert math.isnan(scores.columns["ROC-AUC"])
+    elif len(names) == 2:
+        assert scores.columns["ROC-AUC"] == pytest.approx(metrics.roc_auc_score(gold == 1, probs[:, 1]))
+    elif len(occur) == len(names):
+        area = metrics.roc_auc_score(gold, probs, multi_class="ovr")
+        assert scores.columns["ROC-AUC"] == pytest.approx(area)
 
 
 def test_a_confidence_on_the_edge_belongs_to_the_lower_bin():
@@ -263,7 +304,7 @@ ERRORS = [  # labels of the file, further words, message
     (["red", "blue"], ["--picture", "a.jpg"], "--picture a.jpg: a PNG is drawn; name it FILE.png"),
     (["red", "blue"], ["--picture", "none/a.png"], "--picture none/a.png: there is no folder none"),
     (["red", "blue"], ["--shots", "2"], "--shots: is for `choices`; `classify` does not use it"),
-    (["red", "blue"], ["--max-new-tokens", "2"], "--max-new-tokens: is for `exact`"),
+    (["red", "blue"], ["--max-new-tokens", "2"], "--max-new-tokens: is for answers; `classify` does not use it"),
 ]
 
 

@@ -638,6 +638,6 @@ def test_help_of_compare_needs_no_torch():
 
     root = Path(train.__file__).parent
     program = "import sys; sys.argv = ['evaluate.py', 'compare', '--help']; import evals.arguments as a\n"
-    program += "try:\n a.arguments()\nexcept SystemExit: print('torch' in sys.modules)"
+    program += "try:\n a.command_line()\nexcept SystemExit: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=root, check=True, capture_output=True, text=True)
     assert done.stdout.endswith("False\n") and "--general" in done.stdout

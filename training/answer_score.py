@@ -40,7 +40,7 @@ from training.signals import GracefulStop, ValidationInterrupted
 TOKENS_AT_ONCE = 16384
 
 
-class Question(NamedTuple):
+class AskedPrompt(NamedTuple):
     """What is asked. record: where it is from. ids: of the prompt. references: accepted answers."""
 
     record: Record
@@ -94,7 +94,7 @@ class AnswerScorer:
         perfect = {i: (accepted[0], False) for i, accepted in enumerate(references)}
         distributed.run_on_rank0(lambda: self.score(perfect))
 
-    def ask(self, name: str, records: Sequence[Record]) -> list[Question]:
+    def ask(self, name: str, records: Sequence[Record]) -> list[AskedPrompt]:
         """Returns the records as questions. name: of the metric."""
         check = imported(self.evaluation.check) if self.evaluation.check else None
         questions = []
@@ -106,7 +106,7 @@ class AnswerScorer:
                 if check:
                     check(references, record.where)
                 ids = prompt_ids(self.model, self.tokenizer, record, messages)
-                questions.append(Question(record, ids, references))
+                questions.append(AskedPrompt(record, ids, references))
         except UserError as error:
             raise UserError(f"--eval-metric {name}: {error}") from None
         return questions

@@ -47,11 +47,13 @@ LEAST_VALIDATION = 16
 # The share that all answers of --eval-metric may take together, and the fewest prompts that are
 # answered all the same. What a generated token takes, in trained tokens, in batches of some ten
 # prompts: a CPU multiplies as fast as in training, a GPU waits for its memory.
-ANSWERING_SHARE = 0.1
+SCORING_SHARE = 0.1
 LEAST_PROMPTS = 16
 GENERATED_TOKEN = {"cpu": 1.0, "cuda": 8.0}
-# The share of reading --forget-data.
+# The share of reading --forget-data, of which so many tokens are read all the same, if these are no
+# more than LEAST_VALIDATION examples.
 GENERAL_SHARE = 0.05
+LEAST_GENERAL_TOKENS = 4096
 # The gauge (training/gauge.py) takes this share of the training's time, and reads at most, and at
 # least, so many tokens. One of them takes as long as training one does, or less: a forward, and the
 # head twice, at every position (measured: experiments/LOG.md).
@@ -322,7 +324,10 @@ def choose_general_examples(
         return 0, ""
     trained_tokens = tokens_of_training(flags, data, steps_per_epoch)
     tokens = 2 * GENERAL_SHARE * trained_tokens / num_validations(flags)
-    count = max(LEAST_VALIDATION, int(tokens / mean_length(data.general)))
+    length = mean_length(data.general)
+    # Of a plain text, an example may be as long as the whole of other data.
+    least = min(LEAST_VALIDATION, math.ceil(LEAST_GENERAL_TOKENS / length))
+    count = max(least, int(tokens / length))
     total = len(data.general)
     if count >= total:
         return total, f"{number_of(total, 'example')}, which is all"
@@ -367,7 +372,7 @@ def choose_prompts(
     if limit is None:
         # The ranks share the prompts as they share the trained tokens.
         trained_tokens = tokens_of_training(flags, data, steps_per_epoch)
-        in_time = int(ANSWERING_SHARE * trained_tokens / times / tokens_per_prompt)
+        in_time = int(SCORING_SHARE * trained_tokens / times / tokens_per_prompt)
         limit = max(LEAST_PROMPTS, in_time)
         why = "for about a tenth of the training's time (--eval-metric-limit)"
         if in_time < limit:

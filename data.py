@@ -86,6 +86,7 @@ class TrainingData:
     """What a run trains on, in which order, and what validates it.
 
     val: examples like the trained ones. replay_val: some of the replayed data; None without.
+    general: of --forget-data; None without.
     seq_len, val_fraction, pack: the settings that were chosen while the files were read.
     """
 
@@ -96,6 +97,7 @@ class TrainingData:
     seq_len: int
     val_fraction: float | None
     pack: bool
+    general: Dataset | None = None
 
     def validating_on(self, limit: int) -> "TrainingData":
         """Returns these data with at most `limit` examples to validate on, of the replay as many;
@@ -180,13 +182,13 @@ def load_training_data(
     replay_shares: list[float] = []
     if flags.replay:
         replay_files, replay_shares = parse_replay(flags.replay)
-        general = read(replay_files)
-        formats += general.formats
+        replayed = read(replay_files)
+        formats += replayed.formats
         held_out = VAL_FRACTION if val_fraction is None else val_fraction
         # Where nothing validates, nothing of the replay is held out either.
         if not len(val):
             held_out = 0.0
-        replay, replay_held_out = split(general, held_out)
+        replay, replay_held_out = split(replayed, held_out)
         if len(replay_held_out):
             replay_val = replay_held_out
         train = train.with_replay(replay)
@@ -198,7 +200,11 @@ def load_training_data(
     sampler = make_sampler(flags.seed, train, names, weights, replay_shares)
     sampler = choose_packing(sampler, flags, seq_len, device)
     pack = sampler.seq_len is not None
-    return TrainingData(train, val, replay_val, sampler, seq_len, val_fraction, pack)
+    general = None
+    if flags.forget_data:
+        # The part that others look at as well: nothing is trained on it.
+        general = read([flags.forget_data], part=VALIDATION)
+    return TrainingData(train, val, replay_val, sampler, seq_len, val_fraction, pack, general)
 
 
 def check_system(tokenizer: Tokenizer) -> None:
@@ -371,6 +377,7 @@ def load(
             )
     dataset = cut(rows, seq_len, last_only, truncate)
     dataset.formats = tuple(source.format.name for source in sources)
+    dataset.sources = tuple(sources)
     dataset.with_validation = tuple(with_validation)
     if train_on != "answers" and not dataset.chat:
         raise UserError(

@@ -17,6 +17,7 @@ from common.choices import (
     ALL,
     CHECKPOINTING_KINDS,
     DTYPE_NAMES,
+    EVAL_METRICS,
     FLASH_NAMES,
     METHOD_NAMES,
     OPTIMIZER_NAMES,
@@ -393,6 +394,24 @@ class Flags:
         limits=NOT_NEGATIVE,
         resume=FREE,
     )
+    eval_metric: str | None = option(
+        None,
+        "at each validation the model also answers validation prompts, greedily, and the answers are"
+        " scored as evaluate.py does it: best/ is then that of the highest score (of equal ones, of the"
+        " lower loss) in place of the lowest loss, and --patience counts by the score. exact: equal to"
+        " the reference; f1: shared words (SQuAD); numeric: the final number (GSM8K); bleu, chrf:"
+        " translations; rouge: summaries, ROUGE-1; meteor: shared words, stems and synonyms;"
+        " code-similarity: CodeBLEU; json: fields of JSON; tools: tool calls. Not with a sharded model"
+        " (--shard); default: the validation loss alone",
+        choices=EVAL_METRICS,
+    )
+    eval_metric_limit: int | None = option(
+        None,
+        "prompts that --eval-metric answers at most, the same each time; 0: all; default: as many as"
+        " keep all answers together to about a tenth of the training's time, but 16",
+        metavar="N",
+        limits=NOT_NEGATIVE,
+    )
     log_every: int | None = option(
         None,
         "steps between printed lines with loss, tokens/s and time left; 0: no lines; default: a"
@@ -403,7 +422,8 @@ class Flags:
     )
     patience: int = option(
         0,
-        "early stopping: stop after N validations in a row without a new best; 0: never",
+        "early stopping: stop after N validations in a row without a new best (lowest loss; with"
+        " --eval-metric: highest score); 0: never",
         metavar="N",
         limits=NOT_NEGATIVE,
         resume=FREE,
@@ -411,11 +431,22 @@ class Flags:
     forget_limit: float | None = option(
         None,
         "largest distance from the model as it was before the training that best/ may have: of the"
-        " validations at which KL(base || tuned), in nats a token, is under X, best/ keeps the one"
-        " with the lowest loss; the end says so if none is. Every validation prints that distance, so"
-        " a first run tells which X to ask for; default: no limit",
+        " validations at which KL(base || tuned), in nats a token, is under X, best/ keeps the"
+        " best; the end says so if none is. Every validation prints that distance, so"
+        " a first run tells which X to ask for. With --forget-data, the limit is of that file's loss"
+        " rise; default: no limit",
         metavar="X",
         limits=POSITIVE,
+    )
+    forget_data: str | None = option(
+        None,
+        "file of general text or conversations, named as in --data, to see what is forgotten: each"
+        " validation also measures the loss on some of its examples, and by how much it has risen"
+        " since before the training, in nats a token. --forget-limit X is then the largest such rise"
+        " that best/ may have, in place of a distance; default: none",
+        metavar="FILE",
+        resume=FREE,
+        is_path=True,
     )
     save_every: int | None = option(
         None,
@@ -835,6 +866,15 @@ def check_data(flags: Flags) -> None:
         )
     if flags.forget_limit is not None and flags.val_fraction == 0:
         raise UserError("--forget-limit chooses among validations, and --val-fraction 0 has none")
+    if flags.eval_metric_limit is not None and flags.eval_metric is None and not flags.resume:
+        raise UserError(
+            "--eval-metric-limit: is for the prompts of --eval-metric; give that one too"
+        )
+    for name in ("eval_metric", "forget_data"):
+        if getattr(flags, name) is not None and flags.val_fraction == 0:
+            raise UserError(
+                f"{dashed(name)}: is measured at validations, and --val-fraction 0 has none"
+            )
     if flags.patience and flags.eval_every == 0:
         raise UserError("--patience counts validations, and --eval-every 0 has one, at the end")
 
@@ -943,7 +983,8 @@ def check_inputs_outside(flags: Flags, out: Path) -> None:
     files, _ = parse_weights(flags.data)
     replay_files, _ = parse_replay(flags.replay)
     folder = out.resolve()
-    for file in (flags.model, flags.adapter, flags.val, *files, *replay_files):
+    general = flags.forget_data
+    for file in (flags.model, flags.adapter, flags.val, general, *files, *replay_files):
         if not file or is_remote(file):
             continue
         path = Path(file).resolve()

@@ -49,7 +49,9 @@ from objectives import OBJECTIVES, Losses, StepTotals
 from optimizers import SCHEDULES, make_optimizers
 from planning import report
 from tokenizer import Tokenizer
+from training.answer_score import AnswerScorer
 from training.attention_trial import use_flash_version
+from training.best import best_or_final
 from training.calibration import measure_pace
 from training.checkpointer import Checkpoint, Checkpointer, check_same_run
 from training.defaults import (
@@ -60,9 +62,10 @@ from training.defaults import (
     resolve_defaults,
 )
 from training.demo import Demo
-from training.evaluator import Evaluator, best_or_final
+from training.evaluator import Evaluator
 from training.failures import reported_failures, training_failures
 from training.gauge import Gauge
+from training.general_loss import GeneralLoss
 from training.metrics import MetricsLogger
 from training.model_card import ModelCard
 from training.plots import loss_curve
@@ -152,6 +155,9 @@ def train(flags: Flags, lock: FolderLock) -> None:
             settings = pace.expected(resolve_defaults(flags, folder, data, device))
         demo.print_budget(settings, whole)
     print_run_summary(settings, model, device)
+    scorer = None
+    if settings.eval_metric:
+        scorer = AnswerScorer(settings, model, tokenizer, data.val, device)
     if resumed:
         steps_done = f"{resumed.state['step']:,} of {settings.steps:,}"
         print(f"resumed   after step {steps_done}, from {resumed.folder}")
@@ -190,7 +196,12 @@ def train(flags: Flags, lock: FolderLock) -> None:
     val_data = data.validating_on(settings.val_limit)
     # Before a step is taken or a checkpoint loaded: the base is measured against.
     gauge = Gauge(settings, model, data.val, state, out, device)
-    evaluator = Evaluator(settings, out, model, val_data, metrics, device, save_best, gauge)
+    general = None
+    if settings.forget_data:
+        general = GeneralLoss(settings, model, data, state, device)
+    evaluator = Evaluator(
+        settings, out, model, val_data, metrics, device, save_best, gauge, general, scorer
+    )
     checkpointer = Checkpointer(
         settings, out, model, optimizers, data.sampler, origin, metrics.bar.write
     )
@@ -228,11 +239,11 @@ def train(flags: Flags, lock: FolderLock) -> None:
     if distributed.is_rank0():
         title = f"{out.name}: {settings.method} of {card.base_name}"
         loss_curve(out / "metrics.jsonl", out / "loss.png", title)
-    print_end(settings, state, metrics, out, peak_memory(device), gauge)
+    print_end(settings, state, metrics, out, peak_memory(device), gauge, scorer)
     if demo:
         with eager_mode(model):
             demo.finish(out)
-    tuned = out / best_or_final(state, settings.forget_limit)
+    tuned = out / best_or_final(settings, state, scorer.heading if scorer else "")
     print_next_command(settings, tuned, data)
     if settings.push and distributed.is_rank0():
         # The other ranks have nothing to wait for.

@@ -24,5 +24,9 @@ STORAGE_DTYPE_NAMES = ("fp32", "fp16", "bf16")
 CHECKPOINTING_KINDS = ("none", "selective", "full", "offload")
 # --attention, beside auto: kernels/flash_versions.VERSIONS.
 FLASH_NAMES = ("flash3", "flash4")
+# --eval-metric: the rows of evals/table.EVALUATIONS for which the model writes answers.
+EVAL_METRICS = (
+    "exact", "f1", "numeric", "bleu", "chrf", "rouge", "meteor", "code-similarity", "json", "tools",
+)  # fmt: skip
 # --type of convert.py: interop/gguf_export.TYPES.
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")

@@ -503,7 +503,16 @@ EVALUATION_AND_SAVING = {
         "the best validated weights are in best/, the last in final/"
     ),
     "metric_for_best_model": chosen(
-        "", {"loss": "", "eval_loss": ""}, "best/ is by validation loss"
+        "--eval-metric",
+        {
+            **dict.fromkeys(("loss", "eval_loss"), ""),
+            **dict.fromkeys(("exact_match", "eval_exact_match"), "--eval-metric exact"),
+            **dict.fromkeys(("rouge1", "eval_rouge1"), "--eval-metric rouge"),
+            **dict.fromkeys(("bleu", "eval_bleu", "sacrebleu"), "--eval-metric bleu"),
+            **dict.fromkeys(("chrf", "eval_chrf"), "--eval-metric chrf"),
+            **dict.fromkeys(("meteor", "eval_meteor"), "--eval-metric meteor"),
+        },
+        "best/ is by validation loss, or by the score of generated answers (--eval-metric)",
     ),
     "early_stopping_patience": same("--patience"),
     "resume_from_checkpoint": switch(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dataset.faults import WARN_ABOVE
+from dataset.formats import Source
 from dataset.prompt_cut import cut_prompt
 from dataset.text_stats import text_hash
 from dataset.token_cache import IS_CHAT, Rows
@@ -168,6 +169,8 @@ class Dataset:
     chat: True if there are conversations, not plain text alone.
     formats: the names of the files' formats.
     with_validation: the files and folders that have a part of their own to validate with.
+    sources: the opened files that `examples` are read from, in the order of their rows; () where
+        these are not known.
 
     Where the three arrays are not given, they are counted from the examples.
     """
@@ -181,6 +184,7 @@ class Dataset:
     chat: bool = False
     formats: tuple[str, ...] = ()
     with_validation: tuple = ()
+    sources: tuple[Source, ...] = ()
 
     def __post_init__(self) -> None:
         if self.lengths is None:
@@ -218,6 +222,7 @@ class Dataset:
             num_trained=self.num_trained[chosen],
             prompts=self.prompts[chosen],
             chat=self.chat,
+            sources=self.sources,
         )
 
     def with_replay(self, replay: "Dataset") -> "Dataset":

@@ -105,15 +105,21 @@ def answer_records(
             model, prompts, batches, max_new_tokens, stop=tokenizer.stop_ids, **decoding
         ):
             for i, ids in zip(batch, generated, strict=True):
-                # An answer that was cut at max_new_tokens has no end token.
-                if ids[-1] in tokenizer.stop_ids:
-                    ids = ids[:-1]
-                else:
-                    num_cut += 1
-                texts[i] = tokenizer.decode(ids, skip_special=True)
+                texts[i], is_cut = decode_answer(tokenizer, ids)
+                num_cut += is_cut
             bar.update(len(batch))
     prompt_tokens = sum(len(prompt) for prompt in prompts) / len(prompts)
     return Answers(list(records), references, texts, prompt_tokens, num_cut)
+
+
+def decode_answer(tokenizer: Tokenizer, ids: list[int]) -> tuple[str, bool]:
+    """Returns the text of an answer, and whether it was cut off before its end. ids: what was
+    generated, with the stop id that ended it."""
+    # An answer that was cut at max_new_tokens has no end token.
+    is_cut = ids[-1] not in tokenizer.stop_ids
+    if not is_cut:
+        ids = ids[:-1]
+    return tokenizer.decode(ids, skip_special=True), is_cut
 
 
 def longest_answer(tokenizer: Tokenizer, references: list[list[str]]) -> int:

@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import data
 from checkpoint import read_config
 from common import console
 from common.errors import UserError
-from common.progress import progress
 from dataset.examples import Dataset
 from dataset.folders import TEST, Fetched
 from dataset.formats import Map, open_source
@@ -27,6 +25,7 @@ from evals.answers import Answers, answer_records, split_reference
 from evals.arguments import BATCH_SIZE
 from evals.bootstrap import RESAMPLES, paired_interval
 from evals.choices import ChoiceTask
+from evals.compare_arguments import evaluation_of
 from evals.compare_choices import (
     Benchmark,
     print_flipped_choices,
@@ -34,7 +33,7 @@ from evals.compare_choices import (
     score_choices,
     warnings_of,
 )
-from evals.compare_arguments import evaluation_of
+from evals.loss import example_losses
 from evals.scores import ItemScores
 from evals.table import EVALUATIONS, GENERATE, LOSS
 from evals.targets import (
@@ -47,8 +46,7 @@ from evals.targets import (
 from interop.remote_data import fetch_data
 from interop.resolve import base_folder, base_of_model
 from lora import is_adapter
-from model import Transformer, eval_mode
-from objectives import token_losses
+from model import Transformer
 from tokenizer import Tokenizer
 
 # Tokens of plain text that are one item of the bootstrap, since a text may be a single example.
@@ -163,9 +161,7 @@ def compare_models(args: argparse.Namespace) -> None:
         flips = Flips.of(args.metric[0], scores[0], base.answers[args.target])
         flips.print_all(tuned.answers[args.target], args.show)
     for key, task in tasks.items():
-        print_flipped_choices(
-            short(key[1]), task, base.choices[key], tuned.choices[key], args.show
-        )
+        print_flipped_choices(short(key[1]), task, base.choices[key], tuned.choices[key], args.show)
 
 
 def short(file: str) -> str:
@@ -275,41 +271,14 @@ def read_texts(
     return datasets
 
 
-@torch.no_grad()
 def item_losses(model: Transformer, dataset: Dataset, batch_size: int) -> ItemLosses:
     """Returns the sums of the token losses of a dataset's items: its examples, and of plain text
     pieces of PIECE tokens. batch_size: examples that are computed at a time."""
-    piece = 0 if dataset.chat else PIECE
-    pieces = np.ones(len(dataset), np.int64)
-    if piece:
-        pieces = -(-dataset.lengths // piece)
-    first_item = np.cumsum(pieces) - pieces  # of each example
-    sums = np.zeros(pieces.sum())
-    tokens = np.zeros(pieces.sum())
-    max_tokens = data.max_tokens_per_micro_batch(model.device)
-    groups = data.split_micro_batches(dataset.lengths.tolist(), batch_size, max_tokens)
-    with progress("reading", dataset.tokens, "token") as bar, eval_mode(model):
-        for group in groups:
-            batch = data.collate([dataset.examples[i] for i in group], model.device)
-            if not len(batch.targets):
-                continue
-            _, losses = token_losses(model, batch)
-            weights = torch.ones_like(losses)
-            if batch.loss_weights is not None:
-                weights = batch.loss_weights
-            # In which example of the batch each trained token is, and where in it.
-            ends = np.cumsum(dataset.lengths[group])
-            positions = batch.logit_positions.cpu().numpy()
-            number = np.searchsorted(ends, positions, side="right")
-            items = first_item[group][number]
-            if piece:
-                starts = ends - dataset.lengths[group]
-                items = items + (positions - starts[number]) // piece
-            np.add.at(sums, items, (losses * weights).double().cpu().numpy())
-            np.add.at(tokens, items, weights.double().cpu().numpy())
-            bar.update(batch.num_tokens)
-    counts = tokens > 0
-    return ItemLosses(sums[counts], tokens[counts], digest_of_ids(dataset))
+    losses = example_losses(model, dataset, batch_size, 0 if dataset.chat else PIECE)
+    has_tokens = losses.tokens > 0
+    return ItemLosses(
+        losses.weighted_nats[has_tokens], losses.weights[has_tokens], digest_of_ids(dataset)
+    )
 
 
 # ---- changes ----

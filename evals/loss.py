@@ -71,15 +71,24 @@ def loss(model: Transformer, dataset: Dataset, batch_size: int = 8) -> dict[str,
     return example_losses(model, dataset, batch_size).columns()
 
 
-def example_losses(model: Transformer, dataset: Dataset, batch_size: int = 8) -> ExampleLosses:
+def example_losses(
+    model: Transformer, dataset: Dataset, batch_size: int = 8, piece: int = 0
+) -> ExampleLosses:
     """Computes the loss of a model on each example of a dataset. Dropout is off while it runs.
 
     batch_size: examples that are computed at a time.
+    piece: if above 0, an example counts as several, of so many positions each: a long text has then
+        numbers for its parts.
     """
-    nats = np.zeros(len(dataset))
-    weighted_nats = np.zeros(len(dataset))
-    weights = np.zeros(len(dataset))
-    tokens = np.zeros(len(dataset), np.int64)
+    num_pieces = np.ones(len(dataset), np.int64)
+    if piece:
+        num_pieces = -(-dataset.lengths // piece)
+    first_piece = np.cumsum(num_pieces) - num_pieces  # of each example
+    total = int(num_pieces.sum())
+    nats = np.zeros(total)
+    weighted_nats = np.zeros(total)
+    weights = np.zeros(total)
+    tokens = np.zeros(total, np.int64)
     most = data.max_tokens_per_micro_batch(model.device)
     groups = data.split_micro_batches(dataset.lengths.tolist(), batch_size, most)
     bar = progress("reading", dataset.tokens, "token")
@@ -94,10 +103,15 @@ def example_losses(model: Transformer, dataset: Dataset, batch_size: int = 8) ->
                 places = trained_places(example)
                 start, end = end, end + len(places)
                 own = np.asarray(example.loss_weights, np.float64)[places]
-                nats[i] = batch_nats[start:end].sum()
-                weighted_nats[i] = batch_nats[start:end] @ own
-                weights[i] = own.sum()
-                tokens[i] = len(places)
+                own_nats = batch_nats[start:end]
+                numbers = np.full(len(places), first_piece[i])
+                if piece:
+                    # Of the position that predicts the token, which is the one before it.
+                    numbers += (places - 1) // piece
+                np.add.at(nats, numbers, own_nats)
+                np.add.at(weighted_nats, numbers, own_nats * own)
+                np.add.at(weights, numbers, own)
+                np.add.at(tokens, numbers, 1)
             bar.update(batch.num_tokens)
     return ExampleLosses(nats, weighted_nats, weights, tokens)
 

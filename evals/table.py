@@ -28,12 +28,15 @@ class Evaluation(NamedTuple):
     check: "module:name" of a function of (references, where) that raises UserError where the
         evaluation can't use the references of the record at that place; called before a model is
         loaded. "": it can use any.
+    score: for GENERATE, the heading of the column that is the evaluation's one number: the higher,
+        the better. train.py --eval-metric keeps the best weights by it.
     """
 
     kind: str
     function: str
     help: str
     check: str = ""
+    score: str = ""
 
     def load(self) -> Callable:
         """Returns the function."""
@@ -74,12 +77,14 @@ EVALUATIONS = {
         "the model writes the answers itself, always taking the most probable token, and an answer is"
         " right if it equals the reference, apart from spaces and line ends around it; this takes"
         " longer, and is for tasks with one right answer",
+        score="exact %",
     ),
     "f1": Evaluation(
         GENERATE,
         "evals.squad_f1:f1_scores",
         "the words that answer and reference share, as SQuAD counts them (F1), and exact match without"
         " case, punctuation and articles; for short answers to questions",
+        score="F1 %",
     ),
     "numeric": Evaluation(
         GENERATE,
@@ -87,31 +92,37 @@ EVALUATIONS = {
         "the first number behind #### in the answer, else its last number, is that of the reference"
         " (GSM8K)",
         "evals.numeric_answer:check_number",
+        score="numeric %",
     ),
     "bleu": Evaluation(
         GENERATE,
         "evals.text_overlap:bleu_scores",
         "BLEU of all answers together, by sacrebleu; for translations",
+        score="BLEU",
     ),
     "chrf": Evaluation(
         GENERATE,
         "evals.text_overlap:chrf_scores",
         "chrF2 and chrF2++, of characters and words, by sacrebleu; for translations",
+        score="chrF2",
     ),
     "rouge": Evaluation(
         GENERATE,
         "evals.text_overlap:rouge_scores",
         "ROUGE-1, -2, -L and -Lsum (F1), by rouge-score; for summaries in English",
+        score="ROUGE-1",
     ),
     "meteor": Evaluation(
         GENERATE,
         "evals.text_overlap:meteor_scores",
         "METEOR, which also matches stems and, where WordNet is installed, synonyms; by nltk",
+        score="METEOR",
     ),
     "code-similarity": Evaluation(
         GENERATE,
         "evals.code_similarity:code_similarity_scores",
         "CodeBLEU and its four parts: how alike two programs look, none of which is run",
+        score="CodeBLEU %",
     ),
     "json": Evaluation(
         GENERATE,
@@ -119,12 +130,14 @@ EVALUATIONS = {
         "the answer is JSON, its fields those of the reference (precision, recall, F1), the whole value"
         " right",
         "evals.json_fields:check_json",
+        score="F1 %",
     ),
     "tools": Evaluation(
         GENERATE,
         "evals.tool_calls:tools_scores",
         "the answer calls the tools that the reference calls, with equal arguments; also for BFCL's"
         " files, with their folder possible_answer beside them",
+        score="right %",
     ),
     "choices": Evaluation(
         CHOOSE,

@@ -9,6 +9,7 @@ What a number depends on besides the texts, the packages' own signatures and set
 below the table, since numbers of other settings don't compare.
 """
 
+import contextlib
 import os
 import re
 import warnings
@@ -28,6 +29,8 @@ ROUGE_KINDS = {
 # Where Debian's package wordnet-base puts WordNet 3.0; WordNet's own variable names another folder.
 DEBIAN_WORDNET = "/usr/share/wordnet"
 WORDNET_VARIABLE = "WNSEARCHDIR"
+# Where nltk.download("wordnet") puts it, in one of nltk's folders: nltk reads it out of the archive too.
+NLTK_WORDNETS = ("corpora/wordnet", "corpora/wordnet.zip/wordnet/")
 # The groups of synsets, which nltk's reader wants in a file that Debian leaves out. Their names have
 # no part in METEOR.
 NUM_LEXNAMES = 45
@@ -179,16 +182,16 @@ def find_wordnet():
     folder = Path(os.environ.get(WORDNET_VARIABLE) or DEBIAN_WORDNET)
     if (folder / "data.noun").is_file():
         return read_wordnet(folder), str(folder)
-    try:
-        place = nltk.data.find("corpora/wordnet")
-    except LookupError:
-        return NoSynonyms(), None
-    # nltk.download puts it there.
-    return nltk.corpus.wordnet, str(place)
+    for name in NLTK_WORDNETS:
+        with contextlib.suppress(LookupError):
+            place = nltk.data.find(name)
+            return read_wordnet(place), str(place)
+    return NoSynonyms(), None
 
 
-def read_wordnet(folder: Path):
-    """Returns nltk's reader of the WordNet files in a folder, as Princeton publishes them."""
+def read_wordnet(folder):
+    """Returns nltk's reader of the WordNet files in a folder, as Princeton publishes them. folder: a Path,
+    or what nltk.data.find returns."""
     import io
 
     import nltk
@@ -198,17 +201,21 @@ def read_wordnet(folder: Path):
         """The reader, with a list of lexnames where the folder has none, and no other languages."""
 
         def open(self, file):
-            if file == "lexnames" and not (folder / file).is_file():
+            has_list = not isinstance(folder, Path) or (folder / file).is_file()
+            if file == "lexnames" and not has_list:
                 return io.StringIO("".join(f"{i:02d}\tgroup{i}\t1\n" for i in range(NUM_LEXNAMES)))
             return super().open(file)
 
         def map_wn(self, version="wordnet"):
             """Maps nothing: other languages' data, which would be mapped, are not there."""
 
-    # nltk opens no file outside the folders that it was told of.
-    if str(folder) not in nltk.data.path:
-        nltk.data.path.append(str(folder))
+    root = folder
+    if isinstance(folder, Path):
+        # nltk opens no file outside the folders that it was told of.
+        if str(folder) not in nltk.data.path:
+            nltk.data.path.append(str(folder))
+        root = str(folder)
     with warnings.catch_warnings():
         # It says that there are no other languages, which METEOR does not ask for.
         warnings.simplefilter("ignore")
-        return FolderReader(str(folder), None)
+        return FolderReader(root, None)

@@ -4,15 +4,18 @@ computation; the edge cases; the references that an evaluation can't use."""
 import json
 import random
 import re
+import shutil
 import string
 from collections import Counter
 from decimal import Decimal
+from pathlib import Path
 from types import SimpleNamespace
 
 import nltk
 import pytest
 import sacrebleu
 from codebleu import bleu as codebleu_bleu
+from nltk.corpus.reader.wordnet import WordNetCorpusReader
 from nltk.translate.meteor_score import meteor_score
 from rouge_score import rouge_scorer
 from support.helpers import sentence
@@ -26,7 +29,7 @@ from evals.exact_match import exact_scores
 from evals.json_fields import check_json, json_scores
 from evals.numeric_answer import check_number, final_number, numeric_scores
 from evals.squad_f1 import f1_scores
-from evals.text_overlap import bleu_scores, chrf_scores, meteor_scores, rouge_scores
+from evals.text_overlap import bleu_scores, chrf_scores, find_wordnet, meteor_scores, rouge_scores
 from evals.tool_calls import Call, read_calls, tools_scores
 
 WORDS = "the a an The cat cats, Dog! 3 4.5 running runs été 東京 it's -- U.S. quick naïve x".split()
@@ -268,6 +271,69 @@ def test_meteor_matches_synonyms_where_wordnet_is(small_wordnet):
     whole, part = scores.items["meteor"]
     assert whole > 0.9 > part
     assert f"stages: exact, stem, synonym (WordNet in {small_wordnet})" in scores.notes[0]
+
+
+@pytest.mark.parametrize("kind", ["folder", "archive"])
+def test_meteor_finds_the_wordnet_that_nltk_downloads(small_wordnet, tmp_path_factory, monkeypatch, kind):
+    """nltk leaves it in its archive."""
+    (small_wordnet / "lexnames").write_text("".join(f"{i:02d}\tgroup{i}\t1\n" for i in range(45)))
+    corpora = tmp_path_factory.mktemp("nltk") / "corpora"
+    shutil.copytree(small_wordnet, corpora / "wordnet")
+    if kind == "archive":
+        shutil.make_archive(str(corpora / "wordnet"), "zip", corpora, "wordnet")
+        shutil.rmtree(corpora / "wordnet")
+    monkeypatch.setenv("WNSEARCHDIR", str(corpora))
+    monkeypatch.setattr(nltk.data, "path", [str(corpora.parent)])
+    scores = meteor_scores(answers_of([("my auto stopped", ["my car stopped"])]))
+    assert scores.items["meteor"] == [nltk_meteor("my auto stopped", ["my car stopped"], OneMeaning())]
+    assert f"synonym (WordNet in {corpora}" in scores.notes[0]
+
+
+DEBIAN_FOLDER = Path("/usr/share/wordnet")
+
+
+def lexicographer_groups() -> str:
+    """WordNet's own list of its 45 groups of synsets, which Debian leaves out: number, name, part of speech."""
+    kinds = [3, 3, 4, *[1] * 26, *[2] * 15, 3]
+    return "".join(f"{i:02d}\tgroup.{i}\t{kind}\n" for i, kind in enumerate(kinds))
+
+
+@pytest.mark.skipif(not (DEBIAN_FOLDER / "data.noun").is_file(), reason="needs WordNet (Debian's wordnet-base)")
+def test_meteor_with_debians_wordnet_is_nltks_own_on_it_item_by_item(tmp_path, monkeypatch):
+    """Over 220 texts in which words stand for their synonyms. nltk's reader gets the files as it wants them, in a
+    folder of its own; the synonyms are those that the lines of the files say, too."""
+    monkeypatch.delenv("WNSEARCHDIR", raising=False)
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    shutil.copytree(DEBIAN_FOLDER, tmp_path / "corpora/wordnet")
+    (tmp_path / "corpora/wordnet/lexnames").write_text(lexicographer_groups())
+    # It maps the synsets of other versions for other languages, by an index that Debian leaves out.
+    monkeypatch.setattr(WordNetCorpusReader, "map_wn", lambda *_: None)
+    with pytest.warns(UserWarning, match="multilingual"):
+        reader = WordNetCorpusReader(nltk.data.find("corpora/wordnet"), None)
+    # A synset is a line: place, group, kind, number of words in base 16, words and their numbers.
+    synsets = []
+    for line in (DEBIAN_FOLDER / "data.noun").read_text().splitlines():
+        if not line.startswith("  "):
+            fields = line.split(" ")
+            synsets.append(fields[4 : 4 + 2 * int(fields[3], 16) : 2])
+    rng = random.Random(11)
+    plain = [words for words in synsets if len(words) > 1 and all(word.isalpha() and word.islower() for word in words)]
+    cases = []
+    while len(cases) < 220:
+        chosen = rng.sample(plain, 4)
+        reference = [rng.choice(["the", "a"]) if rng.random() < 0.3 else words[0] for words in chosen]
+        text = [words[1] if rng.random() < 0.7 else rng.choice(WORDS) for words in chosen]
+        cases.append((" ".join(text), [" ".join(reference), " ".join(rng.sample(text, 4))][: rng.randrange(1, 3)]))
+    scores = meteor_scores(answers_of(cases))
+    assert f"stages: exact, stem, synonym (WordNet in {DEBIAN_FOLDER})" in scores.notes[0]
+    each = [nltk_meteor(text, accepted, reader) for text, accepted in cases]
+    assert scores.items["meteor"] == pytest.approx(each, abs=1e-12)
+    without = [nltk_meteor(text, accepted, NoWordNet()) for text, accepted in cases]
+    assert sum(number > other for number, other in zip(each, without, strict=True)) > 40
+    found, _ = find_wordnet()
+    for words in rng.sample(plain, 50):
+        names = {lemma.name() for synset in found.synsets(words[0]) for lemma in synset.lemmas()}
+        assert set(words) <= names
 
 
 # ---- CodeBLEU ----

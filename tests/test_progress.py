@@ -16,7 +16,7 @@ from support.helpers import chat_base, sentence
 import train
 from common import progress, threads
 from common.console import format_duration, number_of
-from training import evaluator, metrics
+from training import metrics, validation
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -157,7 +157,7 @@ def test_a_signal_ends_a_validation_at_once_and_the_resumed_run_equals_a_whole_o
     run(monkeypatch, capsys, *words, "--out", tmp_path / "whole")
 
     batches = []
-    plain = evaluator.until_signal
+    plain = validation.until_signal
 
     def with_a_signal(all_batches, num_tokens, stop):
         for batch in plain(all_batches, num_tokens, stop):
@@ -169,14 +169,14 @@ def test_a_signal_ends_a_validation_at_once_and_the_resumed_run_equals_a_whole_o
                     time.sleep(0.001)
             yield batch
 
-    monkeypatch.setattr(evaluator, "until_signal", with_a_signal)
+    monkeypatch.setattr(validation, "until_signal", with_a_signal)
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, capsys, *words, "--out", tmp_path / "cut")
     assert ended.value.code == 128 + signal.SIGTERM
     assert len(batches) == 8 * (interrupted_at // 4) + 3, "no batch after the signal"
     said = capsys.readouterr().out
     assert f"stopped   after step {interrupted_at}; " in said
-    monkeypatch.setattr(evaluator, "until_signal", plain)
+    monkeypatch.setattr(validation, "until_signal", plain)
     run(monkeypatch, capsys, *words, "--out", tmp_path / "cut", "--resume", "auto")
 
     def numbers(out: Path) -> list[tuple]:

@@ -16,6 +16,7 @@ from common.device import DTYPES, STORAGE_DTYPES
 from common.errors import UserError
 from common.script_flags import conversion_arguments, generation_arguments
 from evals.arguments import evaluation_arguments
+from evals.table import EVALUATIONS, GENERATE
 from flags import OPTIONS, dashed, make_parser, parse_flags
 from interop import gguf_export
 from kernels import flash_versions
@@ -76,6 +77,7 @@ def refusal(line: str, parse=parse_flags) -> str:
         ("--save-strategy no", "--save-every 0"),
         ("--save-total-limit 3", "--keep 3"),
         ("--early-stopping-patience 3", "--patience 3"),
+        ("--metric-for-best-model eval_rouge1", "--eval-metric rouge"),
         ("--resume-from-checkpoint True", "--resume"),
         ("--report-to wandb", "--wandb plaintune"),
         ("--wandb-project mine", "--wandb mine"),
@@ -229,6 +231,7 @@ def test_the_words_of_options_are_the_keys_of_their_tables():
     assert set(choices.FLASH_NAMES) == set(flash_versions.VERSIONS)
     assert set(choices.GGUF_TYPES) == set(gguf_export.TYPES)
     assert set(choices.TEMPLATE_NAMES) == set(NAMED)
+    assert [*choices.EVAL_METRICS] == [name for name, row in EVALUATIONS.items() if row.kind == GENERATE]
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "generate.py", "convert.py", "data.py"])

@@ -309,17 +309,17 @@ class CheckpointWriter:
             self.failed = describe_os_error(error, self.folder)
 
     def prune(self, step: int) -> None:
-        """Removes all but the newest `keep` checkpoints and the one with the lowest validation
-        loss. step: of the checkpoint that was written just now."""
+        """Removes all but the newest `keep` checkpoints and the one with the best validation.
+        step: of the checkpoint that was written just now."""
         folders = [path for path in list_checkpoints(self.folder) if step_of(path) <= step]
         best = None
-        lowest_loss = None
+        lowest = None
         for path in folders:
-            loss = stored_validation_loss(path)
+            badness = stored_badness(path)
             # The oldest of equally good ones stays.
-            if loss is not None and (lowest_loss is None or loss < lowest_loss):
+            if badness is not None and (lowest is None or badness < lowest):
                 best = path
-                lowest_loss = loss
+                lowest = badness
         for path in folders[: -self.keep]:
             if path != best:
                 remove_checkpoint(path)
@@ -348,14 +348,21 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(tmp, ignore_errors=True)
 
 
-def stored_validation_loss(folder: Path) -> float | None:
-    """Returns the validation loss of a checkpoint's weights, or None: also of a damaged one, and of
-    one that has forgotten more than --forget-limit allows."""
+def stored_badness(folder: Path) -> tuple[float, float] | None:
+    """Returns by what a checkpoint's weights are ranked, the lowest being the best: the score of
+    --eval-metric below 0 where there is one, then the validation loss.
+
+    None where they were not validated; also of a damaged one, and of one that has forgotten more than
+    --forget-limit allows.
+    """
     try:
         state = read_json(folder / STATE_FILE)
     except (UserError, OSError):
         return None
-    return None if state.get("over_forget_limit") else state.get("val_loss")
+    loss = state.get("val_loss")
+    if loss is None or state.get("over_forget_limit"):
+        return None
+    return -state.get("val_score", 0.0), loss
 
 
 def copy_to_host(tensor: Tensor) -> Tensor:

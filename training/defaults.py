@@ -23,8 +23,10 @@ from common.console import number_of
 from common.device import DTYPES, STORAGE_DTYPES, pick_dtype
 from common.errors import UserError
 from data import TrainingData
+from dataset.example_records import is_whole_conversation
+from dataset.examples import Dataset
 from dataset.sampler import Sampler
-from flags import Flags
+from flags import Flags, dashed
 from methods import continues_adapter, method_of, select_weights
 from model import Config, Transformer
 from planning import memory, multi_gpu
@@ -42,6 +44,16 @@ SHARE_OF_NF4 = 0.26
 # that a validation reads all the same.
 VALIDATION_SHARE = 0.1
 LEAST_VALIDATION = 16
+# The share that all answers of --eval-metric may take together, and the fewest prompts that are
+# answered all the same. What a generated token takes, in trained tokens, in batches of some ten
+# prompts: a CPU multiplies as fast as in training, a GPU waits for its memory.
+SCORING_SHARE = 0.1
+LEAST_PROMPTS = 16
+GENERATED_TOKEN = {"cpu": 1.0, "cuda": 8.0}
+# The share of reading --forget-data, of which so many tokens are read all the same, if these are no
+# more than LEAST_VALIDATION examples.
+GENERAL_SHARE = 0.05
+LEAST_GENERAL_TOKENS = 4096
 # The gauge (training/gauge.py) takes this share of the training's time, and reads at most, and at
 # least, so many tokens. One of them takes as long as training one does, or less: a forward, and the
 # head twice, at every position (measured: experiments/LOG.md).
@@ -74,6 +86,7 @@ class Settings(Flags):
     expected_seconds: what training is expected to take.
     workload: what the expected time and memory are computed from.
     gauge_tokens: validation tokens on which KL(base || tuned) is measured; 0: it is not.
+    general_examples: examples of --forget-data that are read at each validation; 0: none.
     """
 
     # `Flags` may leave these open; here each has a number. (They keep their places and defaults.)
@@ -91,6 +104,7 @@ class Settings(Flags):
     flops_per_token: float = 0.0
     expected_seconds: float = 0.0
     gauge_tokens: int = 0
+    general_examples: int = 0
     workload: Workload = None  # type: ignore[assignment] (resolve_defaults always gives one)
 
 
@@ -126,8 +140,12 @@ def resolve_defaults(
     max_tokens = choose_max_tokens(flags, model, device)
     flags, why_val_limit = choose_val_limit(flags, data, steps_per_epoch)
     gauge_tokens, why_gauge = choose_gauge_tokens(flags, data, steps_per_epoch)
+    general_examples, why_general = choose_general_examples(flags, data, steps_per_epoch)
+    flags, why_metric, answering = choose_prompts(flags, data, steps_per_epoch, device)
     data = data.validating_on(flags.val_limit)
     workload = describe_workload(flags, data, steps_per_epoch, device, max_tokens)
+    reading = mean_length(data.general) * general_examples * num_validations(flags) / 2
+    workload = dataclasses.replace(workload, tokens=workload.tokens + reading + answering)
     flops = memory.flops_a_token(
         model, workload.all_lengths, workload.share, flags.activation_checkpointing
     )
@@ -148,6 +166,8 @@ def resolve_defaults(
         "save_dtype": why_save_dtype,
         "val_limit": why_val_limit,
         "gauge": why_gauge,
+        "eval_metric": why_metric,
+        "general": why_general,
         "lr": why_lr,
     }
     return Settings(
@@ -159,6 +179,7 @@ def resolve_defaults(
         expected_seconds=seconds,
         workload=workload,
         gauge_tokens=gauge_tokens,
+        general_examples=general_examples,
     )
 
 
@@ -272,6 +293,11 @@ def choose_gauge_tokens(
             raise UserError(
                 "--forget-limit: KL(base || tuned) can't be measured, nothing validates; give --val FILE"
             )
+        for name in ("eval_metric", "forget_data"):
+            if getattr(flags, name) is not None:
+                raise UserError(
+                    f"{dashed(name)}: is measured at validations, and nothing validates; give --val FILE"
+                )
         return 0, "off: nothing validates"
     # All ranks measure the same tokens, while they share those that are trained.
     trained_tokens = tokens_of_training(flags, data, steps_per_epoch) / distributed.world_size()
@@ -285,6 +311,85 @@ def choose_gauge_tokens(
         share = 100 * GAUGE_SHARE * count / in_time
         why = f"about {share:.0f} % of the training's time; fewer would say little"
     return count, why
+
+
+def choose_general_examples(
+    flags: Flags, data: TrainingData, steps_per_epoch: float
+) -> tuple[int, str]:
+    """Chooses how many examples of --forget-data a validation reads, and says why; 0 without it.
+
+    As the gauge's tokens they follow from the run's data and steps alone.
+    """
+    if data.general is None:
+        return 0, ""
+    trained_tokens = tokens_of_training(flags, data, steps_per_epoch)
+    tokens = 2 * GENERAL_SHARE * trained_tokens / num_validations(flags)
+    length = mean_length(data.general)
+    # Of a plain text, an example may be as long as the whole of other data.
+    least = min(LEAST_VALIDATION, math.ceil(LEAST_GENERAL_TOKENS / length))
+    count = max(least, int(tokens / length))
+    total = len(data.general)
+    if count >= total:
+        return total, f"{number_of(total, 'example')}, which is all"
+    return count, f"{count:,} of {total:,} examples, chosen by their hash"
+
+
+def choose_prompts(
+    flags: Flags, data: TrainingData, steps_per_epoch: float, device: torch.device
+) -> tuple[Flags, str, float]:
+    """Chooses how many validation prompts --eval-metric answers.
+
+    Returns the flags with --eval-metric-limit (0: all), a clause about it, and what all answers of the
+    run take, in trained tokens; nothing without the flag.
+    Raises UserError where no answer can be compared, or where the ranks have no whole model each.
+    """
+    if flags.eval_metric is None:
+        return flags, "", 0.0
+    name = f"--eval-metric {flags.eval_metric}"
+    if not data.val.chat:
+        raise UserError(
+            f"{name}: the validation data are plain text, which has no reference answers to compare with"
+        )
+    if flags.shard != "none" or flags.context_parallel > 1:
+        why = "to be answered, a prompt needs a whole model on each process; --shard none"
+        if flags.context_parallel > 1:
+            why = "not with --context-parallel, whose processes share each text"
+        raise UserError(f"{name}: {why}")
+    asked = data.val.take(is_whole_conversation(data.val))
+    total = len(asked)
+    if not total:
+        raise UserError(f"{name}: no validation example fits whole into --seq-len {flags.seq_len}")
+    # Of a conversation only the last answer is asked for, so this is rather too much.
+    answer_tokens = float(asked.num_trained.mean())
+    prompt_tokens = mean_length(asked) - answer_tokens
+    generated = GENERATED_TOKEN.get(device.type, GENERATED_TOKEN["cuda"])
+    tokens_per_prompt = prompt_tokens / 2 + generated * answer_tokens
+    times = num_validations(flags)
+    limit = flags.eval_metric_limit
+    why = "as asked for with --eval-metric-limit"
+    if "eval_metric_limit" not in flags.given:
+        why = "as before (--eval-metric-limit)"
+    if limit is None:
+        # The ranks share the prompts as they share the trained tokens.
+        trained_tokens = tokens_of_training(flags, data, steps_per_epoch)
+        in_time = int(SCORING_SHARE * trained_tokens / times / tokens_per_prompt)
+        limit = max(LEAST_PROMPTS, in_time)
+        why = "for about a tenth of the training's time (--eval-metric-limit)"
+        if in_time < limit:
+            why = "as fewer would say little (--eval-metric-limit)"
+    if limit >= total:
+        limit = 0
+    count = limit or total
+    clause = f"{count:,} of {total:,} validation prompts, chosen by their hash, {why}"
+    if not limit:
+        clause = f"all {number_of(total, 'validation prompt')}"
+    flags = dataclasses.replace(flags, eval_metric_limit=limit)
+    return flags, clause, times * count * tokens_per_prompt
+
+
+def mean_length(dataset: Dataset | None) -> float:
+    """Returns the mean length of the examples of a dataset, in tokens; 0 without one."""
+    return dataset.tokens / len(dataset) if dataset else 0.0
 
 
 def is_bundled_task(flags: Flags) -> bool:

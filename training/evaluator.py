@@ -1,36 +1,38 @@
 """Validation before, during and after the training: what is best so far, and when to stop early.
 
+The best is the lowest validation loss or, with --eval-metric, the highest score of the answers.
+
 The loss of the untouched base is measured too, so that a run which makes the model worse says so.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import distributed
 from common.errors import UserError, describe_os_error
-from common.progress import progress
-from data import Batch, TrainingData, batches_by_length
-from dataset.examples import Dataset
-from model import Transformer, eager_mode, eval_mode
-from objectives import mean_loss
+from data import TrainingData
+from model import Transformer, eager_mode
+from training.answer_score import AnswerScorer
 from training.defaults import Settings
 from training.gauge import Gauge
+from training.general_loss import GeneralLoss
 from training.metrics import MetricsLogger
-from training.signals import GracefulStop
+from training.signals import GracefulStop, ValidationInterrupted
 from training.state import TrainState
-
-VALIDATION_BATCH = 8  # examples
+from training.validation import validation_loss
 
 
 class Evaluator:
-    """Computes the validation loss, keeps the best weights in best/, and counts for --patience.
+    """Validates, keeps the best weights in best/, and counts for --patience.
 
     device: where the run computes, which offloaded weights don't tell.
     save_best: writes the model to best/.
     gauge: measures how far the model has moved from the base, which --forget-limit bounds.
+    general: measures how far the loss on --forget-data has risen, which it bounds where there is such
+        a file. scorer: lets the model answer, for --eval-metric.
     """
 
     def __init__(
@@ -43,6 +45,8 @@ class Evaluator:
         device: torch.device,
         save_best: Callable[[], None],
         gauge: Gauge,
+        general: GeneralLoss | None = None,
+        scorer: AnswerScorer | None = None,
     ):
         self.settings = settings
         self.out = out
@@ -52,6 +56,8 @@ class Evaluator:
         self.device = device
         self.save_best = save_best
         self.gauge = gauge
+        self.general = general
+        self.scorer = scorer
         self.was_interrupted = False
 
     def due(self, state: TrainState) -> bool:
@@ -79,7 +85,10 @@ class Evaluator:
         stop = out_of_patience and state.step < self.settings.steps
         if stop:
             count = state.since_best
-            self.metrics.bar.write(f"stopped   {count} validations without a new best (--patience)")
+            what = "a new best"
+            if self.scorer:
+                what = f"a higher {self.scorer.heading}"
+            self.metrics.bar.write(f"stopped   {count} validations without {what} (--patience)")
         return stop
 
     def validate(self, state: TrainState, stop: GracefulStop) -> None:
@@ -104,45 +113,105 @@ class Evaluator:
         if replay_loss is not None:
             line["replay_val_loss"] = replay_loss
             replay = f", replay loss {replay_loss:.4f}"
+        score = self.measure_score(state, line, stop)
+        self.metrics.validated = ""
+        general = self.measure_general(state, line, stop)
         distance = self.measure_distance(state, line)
         self.metrics.write(line)
+        score_text = ""
+        if self.scorer:
+            score_text = f", {self.scorer.written(score)}"
+            self.metrics.validated = score_text + self.metrics.validated
         self.metrics.bar.write(
-            f"step {state.step:>5}: validation loss {loss:.4f}{replay}{distance}"
+            f"step {state.step:>5}: validation loss {loss:.4f}{score_text}{replay}{general}{distance}"
         )
 
-        is_best = loss < state.best_val_loss and not state.over_forget_limit
+        is_better = loss < state.best_val_loss
+        # Many weights may have one score: of these, best/ are those of the lowest loss. But a run
+        # whose score stays where it is has no more to learn, whatever its loss does.
+        renews_patience = is_better
+        if self.scorer:
+            renews_patience = score > state.best_score
+            is_better = renews_patience or (score == state.best_score and is_better)
+        is_best = is_better and not state.over_forget_limit
         state.val_loss = loss
         state.validated_at = state.step
         if is_best:
             state.best_val_loss = loss
             state.best_kl_base = state.kl_base
-        state.since_best = 0 if is_best else state.since_best + 1
+            state.best_general_loss = state.general_loss
+            state.best_score = score
+        state.since_best = 0 if is_best and renews_patience else state.since_best + 1
         if state.step == 0:
             # These are the weights of the untouched base, which need no copy in best/.
             state.first_val_loss = loss
+            state.first_score = score
         elif is_best:
             self.keep_best(state)
+
+    def measure_score(
+        self, state: TrainState, line: dict[str, float | None], stop: GracefulStop
+    ) -> float:
+        """Lets the model answer, if --eval-metric asks for it, and puts the score into the state and
+        the line of metrics.jsonl. Returns it; 0 without."""
+        if self.scorer is None:
+            return 0.0
+        score = self.scorer.measure(stop)
+        state.score = score
+        line[f"val_{self.settings.eval_metric}"] = score
+        return score
+
+    def measure_general(
+        self, state: TrainState, line: dict[str, float | None], stop: GracefulStop
+    ) -> str:
+        """Measures the loss on --forget-data into the state and the line of metrics.jsonl. Returns
+        what is printed of it, "" without such a file."""
+        if self.general is None:
+            return ""
+        loss = state.first_general_loss
+        if state.step:
+            loss = self.general.measure(stop)
+            is_lower = not loss >= state.lowest_general_loss
+            state.lowest_general_loss = loss if is_lower else state.lowest_general_loss
+        state.general_loss = loss
+        rise = loss - state.first_general_loss
+        # JSON has no NaN.
+        line["general_loss"] = loss if math.isfinite(loss) else None
+        line["general_loss_rise"] = rise if math.isfinite(rise) else None
+        self.metrics.validated = f", general {rise:+.3f}"
+        limit = self.settings.forget_limit
+        state.over_forget_limit = limit is not None and not rise < limit
+        return f", general loss {loss:.4f} ({rise:+.4f}{self.over(state)})"
 
     def measure_distance(self, state: TrainState, line: dict[str, float | None]) -> str:
         """Measures KL(base || tuned) into the state and the line of metrics.jsonl. Returns what is
         printed of it, "" where the gauge is off."""
         limit = self.settings.forget_limit
+        is_limited = limit is not None and self.general is None
         distance = self.gauge.measure(state)
         if distance is None:
-            # Then no weights are known to be under the limit.
-            state.over_forget_limit = limit is not None
+            if self.general is None:
+                # Then no weights are known to be under the limit.
+                state.over_forget_limit = is_limited
             return ""
         state.kl_base = distance
         # JSON has no NaN.
         line["kl_base"] = distance if math.isfinite(distance) else None
-        self.metrics.distance = f", KL {distance:.3f}"
+        self.metrics.validated += f", KL {distance:.3f}"
         if state.step:
             # min() would keep the NaN of a run that was not measured yet.
             is_lower = not distance >= state.lowest_kl_base
             state.lowest_kl_base = distance if is_lower else state.lowest_kl_base
-        state.over_forget_limit = limit is not None and not distance < limit
-        over = f", not under --forget-limit {limit:g}" if state.over_forget_limit else ""
-        return f", KL to the base {distance:.4f}{over}"
+        if self.general is not None:
+            return f", KL to the base {distance:.4f}"
+        state.over_forget_limit = is_limited and not distance < limit
+        return f", KL to the base {distance:.4f}{self.over(state)}"
+
+    def over(self, state: TrainState) -> str:
+        """Returns a clause that says so where the model is not under --forget-limit, else ""."""
+        if not state.over_forget_limit:
+            return ""
+        return f", not under --forget-limit {self.settings.forget_limit:g}"
 
     def keep_best(self, state: TrainState) -> None:
         """Writes best/. A disk that is full ends no training: it only prints a warning."""
@@ -156,94 +225,3 @@ class Evaluator:
             self.metrics.bar.write(
                 f"WARNING   best/ was not written: {why}{older}; training goes on"
             )
-
-
-def best_or_final(state: TrainState, forget_limit: float | None = None) -> str:
-    """Returns which of best/ and final/ is to be used. Says so where the end is not the best, or has
-    forgotten more than forget_limit (--forget-limit) allows."""
-    if forget_limit is not None and not state.has_best:
-        print(f"WARNING   {why_none_is_kept(state, forget_limit)}")
-        return "final"
-    before = f"{state.first_val_loss:.4f}"
-    best = f"{state.best_val_loss:.4f}"
-    if state.first_val_loss <= state.best_val_loss:
-        remark = f"no validation was better than the {before} before training"
-        print(f"WARNING   {remark}; try a lower --lr")
-    if state.has_best and state.over_forget_limit:
-        print(
-            f"          best/ is the best under --forget-limit {forget_limit:g}: validation loss"
-            f" {best}, KL to the base {state.best_kl_base:.4f} nats a token; final/"
-            f" {state.val_loss:.4f} and {state.kl_base:.4f}"
-        )
-        return "best"
-    if state.has_best and state.best_val_loss < state.val_loss:
-        print(f"          best/ has validation loss {best}, final/ {state.val_loss:.4f}")
-        return "best"
-    return "final"
-
-
-def why_none_is_kept(state: TrainState, forget_limit: float) -> str:
-    """Returns why there is no best/ with --forget-limit."""
-    if math.isnan(state.lowest_kl_base):
-        return "--forget-limit: KL(base || tuned) was not measured, so there is no best/"
-    if state.lowest_kl_base < forget_limit:
-        return (
-            f"no validation under --forget-limit {forget_limit:g} was better than the"
-            f" {state.first_val_loss:.4f} before training, so there is no best/"
-        )
-    return (
-        f"no validation was under --forget-limit {forget_limit:g}, so there is no best/: the lowest KL"
-        f" to the base was {state.lowest_kl_base:.4f} nats a token; try a lower --lr, fewer steps,"
-        " or --replay"
-    )
-
-
-class ValidationInterrupted(Exception):
-    """A signal came during a validation, to this rank or another."""
-
-
-def validation_loss(
-    model: Transformer,
-    val: Dataset,
-    device: torch.device,
-    max_tokens: int | None = None,
-    stop: GracefulStop | None = None,
-) -> float:
-    """Returns the loss per trained token, over all ranks.
-
-    max_tokens: the most of a batch.
-    Raises ValidationInterrupted on all ranks soon after a signal has reached one.
-    """
-    batches = batches_by_length(
-        val,
-        VALIDATION_BATCH,
-        device,
-        distributed.dp_size(),
-        distributed.dp_rank(),
-        distributed.context_parallel,
-        max_tokens,
-    )
-    with eval_mode(model):
-        try:
-            loss = mean_loss(model, until_signal(batches, val.tokens, stop))
-        finally:
-            if distributed.has_shards(model):
-                # What is around the blocks stays gathered for a backward, which does not come here.
-                model.reshard()
-    return loss
-
-
-def until_signal(
-    batches: Iterable[Batch], num_tokens: int, stop: GracefulStop | None
-) -> Iterator[Batch]:
-    """Yields the batches of a validation, and shows its progress. num_tokens: of all ranks.
-
-    Raises ValidationInterrupted, on all ranks at the same batch, once one has a signal.
-    """
-    bar = progress("validating", num_tokens, "token", shown=distributed.is_rank0())
-    with bar:
-        for batch in batches:
-            if stop and not distributed.all_ranks_agree(not stop.signal):
-                raise ValidationInterrupted
-            yield batch
-            bar.update(batch.num_tokens * distributed.world_size())

@@ -84,8 +84,8 @@ class MetricsLogger:
         if self.wandb:
             state.wandb = self.wandb.id
         self.state = state
-        # What the bar says of the distance from the base at the newest validation.
-        self.distance = ""
+        # What the bar says of the newest validation: the score, what was forgotten.
+        self.validated = ""
         self.out = out
         self.flops = flops
         self.device = device
@@ -179,7 +179,7 @@ class MetricsLogger:
         line["seconds"] = time.perf_counter() - self.start
         line["memory_mb"] = peak_memory(self.device) / 1e6
         self.write(line)
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s{self.distance}")
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s{self.validated}")
         self.bar.update()
         slowdown = self.slowdown.note(speed)
         if slowdown and is_rank0():

@@ -23,6 +23,7 @@ from common.origin import SOURCE_FILE
 from common.remote_names import is_remote, shown
 from data import TrainingData
 from dataset.token_cache import Rows
+from evals.table import EVALUATIONS
 from flags import OPTIONS, dashed, existing_file
 from interop.resolve import stated_license
 from methods import method_name, method_of
@@ -385,11 +386,17 @@ class ModelCard:
             first, last = validations[0], validations[-1]
             best = min(validations, key=lambda line: line["val_loss"])
             moments = {"before training": first, "lowest": best, "newest": last}
+            key = f"val_{self.settings.eval_metric}"
+            if any(key in line for line in validations):
+                del moments["lowest"]
+                best = max(validations, key=lambda line: (line.get(key, -1), -line["val_loss"]))
+                moments["at the highest score"] = best
             if first["step"] > 0:
                 del moments["before training"]
             for label, line in moments.items():
                 value = f"{line['val_loss']:.4f} (step {line['step']:,})"
                 rows.append((f"validation loss, {label}", value))
+                rows += self.other_measures(line, label)
                 if "replay_val_loss" in line:
                     rows.append(
                         (f"loss on the replayed data, {label}", f"{line['replay_val_loss']:.4f}")
@@ -403,7 +410,26 @@ class ModelCard:
         where = "Losses are in nats a token, over the trained tokens alone."
         if not validations:
             where += " Nothing was validated."
-        return [*lines, "", f"{where} {UNMEASURED}"]
+        unmeasured = UNMEASURED
+        if self.settings.eval_metric is not None:
+            # The score stands above.
+            unmeasured = unmeasured.replace(
+                " not how often answers are right, nor what", " not what"
+            )
+        return [*lines, "", f"{where} {unmeasured}"]
+
+    def other_measures(self, line: dict, label: str) -> list[tuple[str, str]]:
+        """Returns what a validation has measured beside the loss. line: of metrics.jsonl."""
+        rows = []
+        metric = self.settings.eval_metric
+        score = line.get(f"val_{metric}")
+        if metric is not None and score is not None:
+            rows.append((f"{EVALUATIONS[metric].score}, {label}", f"{score:.2f}"))
+        rise = line.get("general_loss_rise")
+        if rise is not None:
+            value = f"{line['general_loss']:.4f} ({rise:+.4f})"
+            rows.append((f"loss on general data, {label}", value))
+        return rows
 
 
 def escape(text: str) -> str:

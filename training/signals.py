@@ -28,6 +28,10 @@ DEBOUNCE_SECONDS = 1.0
 STOPPING = b"\nstopping  after this step, with a checkpoint; once more to stop at once\n"
 
 
+class ValidationInterrupted(Exception):
+    """A signal came during a validation, to this rank or another."""
+
+
 class GracefulStop:
     """While entered, a signal asks for an end after this step; a second one ends the process.
 

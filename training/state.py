@@ -14,6 +14,13 @@ STORED_NAMES = {
     "kl": "kl_base",
     "best_kl": "best_kl_base",
     "lowest_kl": "lowest_kl_base",
+    "first_score": "first_score",
+    "score": "score",
+    "best_score": "best_score",
+    "first_general": "first_general_loss",
+    "general": "general_loss",
+    "best_general": "best_general_loss",
+    "lowest_general": "lowest_general_loss",
 }
 
 
@@ -37,6 +44,15 @@ class TrainState:
     kl_base: float = math.nan  # the newest KL(base || tuned), in nats a token
     best_kl_base: float = math.nan  # of the weights in best/
     lowest_kl_base: float = math.nan  # after step 0
+    first_score: float = math.nan  # of the untouched base's answers, by --eval-metric
+    score: float = math.nan  # the newest
+    best_score: float = -math.inf
+    first_general_loss: float = math.nan  # of the untouched base, on --forget-data
+    general_loss: float = math.nan  # the newest
+    best_general_loss: float = math.nan  # of the weights in best/
+    lowest_general_loss: float = math.nan  # after step 0
+    general_examples: int | None = None  # of --forget-data that are read; None: not chosen yet
+    general_digest: str = ""  # a hash of them
     over_forget_limit: bool = False  # whether the newest is not under --forget-limit
     interrupted_by: int = 0  # the signal that ended the loop early
 
@@ -59,8 +75,13 @@ class TrainState:
         # The loss of these very weights, by which the best checkpoint is kept.
         validated_now = self.validated_at == self.step
         stored["val_loss"] = self.val_loss if validated_now else None
+        if validated_now and math.isfinite(self.score):
+            stored["val_score"] = self.score
         if self.gauge_tokens is not None:
             stored["gauge_tokens"] = self.gauge_tokens
+        if self.general_examples is not None:
+            stored["general_examples"] = self.general_examples
+            stored["general_digest"] = self.general_digest
         if self.over_forget_limit:
             # Such a checkpoint is not kept as the best one.
             stored["over_forget_limit"] = True
@@ -78,6 +99,8 @@ class TrainState:
             skipped_in_a_row=stored["in_a_row"],
             wandb=stored.get("wandb"),
             gauge_tokens=stored.get("gauge_tokens"),
+            general_examples=stored.get("general_examples"),
+            general_digest=stored.get("general_digest", ""),
             over_forget_limit=stored.get("over_forget_limit", False),
         )
         if stored.get("val_loss") is not None:

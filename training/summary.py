@@ -23,6 +23,7 @@ from model import Linear, Transformer, quantized_linears
 from planning import multi_gpu
 from planning.report import recipe_and_layout
 from tokenizer import Tokenizer
+from training.answer_score import AnswerScorer
 from training.checkpointer import Checkpointer
 from training.defaults import Settings
 from training.gauge import Gauge
@@ -237,6 +238,7 @@ def print_end(
     out: Path,
     memory: float,
     gauge: Gauge,
+    scorer: AnswerScorer | None = None,
 ) -> None:
     """Says what the training took, how far it has moved the model, and where its outcome is. memory:
     the peak, in bytes."""
@@ -246,8 +248,14 @@ def print_end(
         f"trained   {state.tokens:,} tokens in {seconds:.0f} s ({settings.expected_seconds:.0f}"
         f" were expected); peak memory {memory / 1e9:.2f} GB; in {out}: final/, {best}metrics.jsonl, loss.png"
     )
+    launch = time.perf_counter() - metrics.launched
+    if scorer:
+        print(
+            f"metric    {scorer.written(state.score)} of {len(scorer.questions):,} validation prompts"
+            f" ({scorer.written(state.first_score)} before the training); answering took"
+            f" {scorer.seconds:.1f} s, {100 * scorer.seconds / launch:.1f} % of the time"
+        )
     if gauge.is_on:
-        launch = time.perf_counter() - metrics.launched
         print(
             f"gauge     KL(base || tuned) {state.kl_base:.4f} nats a token on"
             f" {gauge.examples.tokens:,} validation tokens (0 before the training); measuring it"

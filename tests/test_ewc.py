@@ -200,7 +200,7 @@ def test_penalty_and_gradients_of_weights_equal_autograd_on_100_random_cases(mon
         exact = theta.double().requires_grad_()
         wanted = 0.1 * seed / 2 * (fisher.double() * (exact - start.double()) ** 2).sum()
         wanted.backward()
-        assert float(penalty) == pytest.approx(float(wanted), rel=1e-5)
+        assert float(penalty) == pytest.approx(wanted.item(), rel=1e-5)
         before = gradient if seed % 4 else torch.zeros(shape)
         assert torch.allclose(parameter.grad.double(), before.double() + exact.grad, rtol=1e-5, atol=1e-6)
 
@@ -223,7 +223,7 @@ def test_penalty_and_gradients_of_updates_equal_autograd_on_100_random_cases(mon
         change = exact_B @ exact_A - (B0.double() @ A0.double() if start else 0)
         wanted = 0.1 * seed / 2 * (fisher.double() * (3.0 / rank * change) ** 2).sum()
         wanted.backward()
-        assert float(penalty) == pytest.approx(float(wanted), rel=1e-5)
+        assert float(penalty) == pytest.approx(wanted.item(), rel=1e-5)
         assert torch.allclose(layer.lora_A.grad.double(), dA + exact_A.grad, rtol=1e-4, atol=1e-4)
         assert torch.allclose(layer.lora_B.grad.double(), dB + exact_B.grad, rtol=1e-4, atol=1e-4)
 
@@ -275,7 +275,7 @@ def job(tmp_path_factory):
         held = ["--ewc-samples", 8] if "--ewc" in more and "--ewc-samples" not in more else []
         return list(map(str, [*common, "--dtype", "fp32", "--batch-size", 6, *held, *more]))
 
-    words.files = files
+    words.base, words.files = base, files
     return words
 
 
@@ -370,13 +370,13 @@ def test_a_full_disk_ends_nothing_but_the_resuming(job, monkeypatch, capsys, tmp
 def test_the_data_are_those_of_ewc_data_else_of_replay_else_bundled(job, monkeypatch, capsys, tmp_path):
     general = job.files["general"]
     replayed = ["--replay", f"{general}=0.2"]
-    out = trained(monkeypatch, capsys, *job("--ewc", 5, *replayed, "--out", tmp_path / "replayed"))
-    assert f"8 sequences, 385 tokens, of {general} (--replay): about" in out
-    out = trained(monkeypatch, capsys, *job("--ewc", 5, "--out", tmp_path / "bundled"))
+    short = ["--steps", 1, "--eval-every", 0, "--ewc", 5, "--overwrite", "--out", tmp_path / "run"]
+    out = trained(monkeypatch, capsys, *job(*short, *replayed))
+    assert f"8 sequences, 390 tokens, of {general} (--replay): about" in out
+    out = trained(monkeypatch, capsys, *job(*short))
     bundled = ROOT / "assets/general.txt"
     assert f"8 sequences, 1,024 tokens, of {bundled} (bundled; --ewc-data FILE names another): about" in out
-    words = [*job("--ewc", 5, *replayed, "--ewc-data", general, "--ewc-samples", 45, "--out", tmp_path / "named")]
-    out = trained(monkeypatch, capsys, *words)
+    out = trained(monkeypatch, capsys, *job(*short, *replayed, "--ewc-data", general, "--ewc-samples", 45))
     assert f"of {general} (--ewc-data; there are 30, read 1.5 times with other labels): about" in out
 
 
@@ -415,9 +415,8 @@ def test_it_is_refused_where_it_alone_does_not_fit(job, monkeypatch, capsys, tmp
     assert told.startswith("error: --ewc: keeps 0.0 GB more, so that the run would take 0.0 GB of the 0.0 GB here; ")
 
 
-@pytest.mark.parametrize("method", ["--rank 4", "--method full --lr 1e-3"])
-def test_two_processes_compute_the_run_of_one(job, monkeypatch, capsys, tmp_path, method):
-    flags = job(*method.split(), "--ewc", 30, "--steps", 4, "--save-every", 2, "--ewc-data", job.files["general"])
+def test_two_processes_compute_the_run_of_one(job, monkeypatch, capsys, tmp_path):
+    flags = job("--rank", 4, "--ewc", 30, "--steps", 4, "--save-every", 2, "--ewc-data", job.files["general"])
     trained(monkeypatch, capsys, *flags, "--out", tmp_path / "one")
     more = ["--shard", "none", "--batch-size", "3", "--out", str(tmp_path / "two")]
     torchrun(2, ROOT / "train.py", *flags, *more)
@@ -430,26 +429,37 @@ def test_two_processes_compute_the_run_of_one(job, monkeypatch, capsys, tmp_path
         assert torch.allclose(tensor, theirs[name], rtol=1e-3, atol=1e-6), name
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_run_with_it_forgets_less(job, monkeypatch, capsys, tmp_path, method):
-    """A base learns general records, then another task, with and without a penalty."""
-    general = tmp_path / "general.jsonl"
+@pytest.fixture(scope="module")
+def general_base(job, tmp_path_factory):
+    """A base that has learned some general records, and these records."""
+    folder = tmp_path_factory.mktemp("general")
+    general = folder / "general.jsonl"
     rng = random.Random(1)
     answers = ["the red fox", "a blue dog jumps", "never 12", "green always runs"]
     texts = [{"prompt": sentence(i, 4), "completion": rng.choice(answers)} for i in range(48)]
     general.write_text("".join(json.dumps(text) + "\n" for text in texts))
-    first = ["--data", general, "--val", general, "--method", "full", "--lr", 3e-3, "--steps", 40, "--eval-every", 0]
-    trained(monkeypatch, capsys, *job(*first, "--out", tmp_path / "base"))
-    lost = {}
-    for strength in (0, 300):
-        run = tmp_path / f"{strength}"
-        lr = {"full": 1e-3, "lora": 1e-2}[method]
-        flags = ["--model", tmp_path / "base/final", "--method", method, "--lr", lr, "--steps", 20, "--eval-every", 20]
-        held = ["--ewc", strength, "--ewc-data", general, "--ewc-samples", 48] if strength else []
+    words = ["--model", job.base, "--data", general, "--val", general, "--method", "full", "--lr", 3e-3, "--steps", 40]
+    words += ["--batch-size", 6, "--dtype", "fp32", "--eval-every", 0, "--save-every", 0, "--out", folder / "run"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["train.py", *map(str, words)])
+        train.main()
+    return folder / "run/final", general
+
+
+@pytest.mark.parametrize("method, lr, strength, most", [("full", 2e-3, 1000, 0.7), ("lora", 1e-2, 300, 0.5)])
+def test_a_run_with_it_learns_and_forgets_less(
+    job, general_base, monkeypatch, capsys, tmp_path, method, lr, strength, most
+):
+    base, general = general_base
+    words = ["--model", base, "--method", method, "--lr", lr, "--steps", 20, "--eval-every", 20, "--save-every", 0]
+    forgotten, learned = [], []
+    for held in ([], ["--ewc", strength, "--ewc-data", general, "--ewc-samples", 48]):
+        run = tmp_path / str(len(held))
         # What is forgotten shows in the loss on the general records.
-        trained(monkeypatch, capsys, *job(*flags, *held, "--val", general, "--out", run))
+        trained(monkeypatch, capsys, *job(*words, *held, "--val", general, "--out", run))
         before, after = (line["val_loss"] for line in lines(run) if "val_loss" in line)
-        lost[strength] = after - before
-        last = [line["loss"] for line in lines(run) if "loss" in line]
-        assert last[-1] < last[0] - 0.2, "it has learned"
-    assert lost[0] > 0.3 and lost[300] < 0.6 * lost[0], lost
+        forgotten.append(after - before)
+        losses = [line["loss"] for line in lines(run) if "loss" in line]
+        learned.append(losses[0] - sum(losses[-5:]) / 5)
+    assert forgotten[0] > 0.3 and forgotten[1] < most * forgotten[0]
+    assert learned[1] > 0.9 * learned[0] > 2

@@ -131,6 +131,30 @@ class Flags:
         resume=FREE,
         is_path=True,
     )
+    ewc: float = option(
+        0.0,
+        "elastic weight consolidation, against forgetting: a penalty LAMBDA / 2 x F x (weight - its"
+        " start)^2 on each weight (lora: on the change of the adapted weight), where F, its Fisher"
+        " information, says how much the model's predictions on general text depend on it; in nats a"
+        " token, as the loss; 0: none",
+        metavar="LAMBDA",
+        limits=NOT_NEGATIVE,
+    )
+    ewc_data: str | None = option(
+        None,
+        "--ewc: general data on which F is computed, named as in --data; of conversations the answers,"
+        " of plain text every token; default: the files of --replay, else a bundled text of 5,000"
+        " tokens (assets/general.txt)",
+        metavar="FILE",
+        is_path=True,
+    )
+    ewc_samples: int = option(
+        64,
+        "--ewc: sequences of that data from which F is computed, before the first step: examples, or"
+        " 128 tokens of plain text; more make F more exact and take longer",
+        metavar="N",
+        limits=POSITIVE,
+    )
     val: str | None = option(
         None,
         "file of validation examples, named as in --data; default: the validation part of --data, if"
@@ -875,6 +899,9 @@ def check_data(flags: Flags) -> None:
             raise UserError(
                 f"{dashed(name)}: is measured at validations, and --val-fraction 0 has none"
             )
+    for name in ("ewc_data", "ewc_samples"):
+        if name in flags.given and not flags.ewc:
+            raise UserError(f"{dashed(name)}: is for --ewc LAMBDA, which is not given")
     if flags.patience and flags.eval_every == 0:
         raise UserError("--patience counts validations, and --eval-every 0 has one, at the end")
 
@@ -934,11 +961,26 @@ def check_memory(flags: Flags) -> None:
         raise UserError(
             f"--optimizer-offload: the host steps by AdamW, not by --optimizer {flags.optimizer}"
         )
+    if flags.ewc:
+        check_ewc(flags)
     if flags.optimizer_offload and flags.weights == "bf16":
         raise UserError(
             "--optimizer-offload: keeps fp32 masters on the host, which --weights bf16 is to do"
             " without"
         )
+
+
+def check_ewc(flags: Flags) -> None:
+    """Raises UserError for what --ewc can't be combined with: it needs the trained weights, and their
+    gradients, whole and on the device."""
+    if flags.shard in ("full", "hybrid"):
+        raise UserError(f"--ewc: needs whole weights on every process, not --shard {flags.shard}")
+    if flags.optimizer_offload:
+        raise UserError("--ewc: is not for --optimizer-offload, which has the weights on the host")
+    if flags.context_parallel > 1:
+        raise UserError("--ewc: is not for --context-parallel")
+    if flags.gpus:
+        raise UserError("--ewc: is not counted by --plan --gpus; --plan alone does")
 
 
 def check_out(flags: Flags) -> None:

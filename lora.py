@@ -169,7 +169,8 @@ class LoRALinear(nn.Module):
         """
         for layer in layers:
             is_adapted = type(layer) is LoRALinear and not layer.merged
-            if not is_adapted or layer.uses_dropout:
+            # A layer with hooks has to be called by itself for them to run.
+            if not is_adapted or layer.uses_dropout or layer._forward_hooks:
                 return forward_each(x, layers, up, activation)
         linears = [layer.adapted(x.dtype) for layer in layers]
         casts = self.group_casts(layers, x.dtype)

@@ -42,6 +42,8 @@ class Method(NamedTuple):
     lighter: the method that takes less memory, to be suggested where it ran out.
     switched_off(model): a context in which what was added computes nothing, so that the logits are
         those of the model before step 1, to the bit; None where the training leaves no such model.
+    held: what --ewc holds near its start: "weights", those that are trained; "updates", the change of
+        the adapted weights; None where there is no such change.
     """
 
     attach: Callable[[Transformer, "object"], None]
@@ -55,6 +57,7 @@ class Method(NamedTuple):
     quant: str | None = None
     lighter: str | None = None
     switched_off: Callable[[Transformer], AbstractContextManager[None]] | None = None
+    held: str | None = None
 
 
 def attach_lora(model: Transformer, settings) -> None:
@@ -200,6 +203,7 @@ FULL = Method(
     options=("train", "weights", "save_dtype"),
     describe=describe_full,
     lighter="lora",
+    held="weights",
 )
 LORA = Method(
     attach=attach_lora,
@@ -212,6 +216,7 @@ LORA = Method(
     describe=describe_lora,
     lighter="qlora",
     switched_off=lora.adapter_off,
+    held="updates",
 )
 # A base in 4 bits wants a learning rate half as high again (experiments/LOG.md).
 QLORA = LORA._replace(lr_factor=15, quant="nf4", lighter=None)

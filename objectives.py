@@ -61,12 +61,14 @@ class Losses:
     loss: cross-entropy per trained token.
     replay_loss: the sum of the token losses of replayed examples.
     balance_loss: of routed experts; None where there are none.
+    ewc_penalty: of --ewc (training/ewc.py), which is no part of `loss`; None without it.
     """
 
     def __init__(self, device: torch.device):
         self.loss = torch.zeros((), device=device)
         self.replay_loss = torch.zeros((), device=device)
         self.balance_loss: Tensor | None = None
+        self.ewc_penalty: Tensor | None = None
 
     def add_balance(self, balance: Tensor) -> None:
         if self.balance_loss is None:
@@ -93,6 +95,8 @@ class Losses:
             values["balance_loss"] = self.balance_loss
         if totals.replay_weight_sum:
             values["replay_loss"] = self.replay_loss / totals.replay_weight_sum
+        if self.ewc_penalty is not None:
+            values["ewc_penalty"] = self.ewc_penalty
         return values
 
 

@@ -62,7 +62,8 @@ from training.defaults import (
     resolve_defaults,
 )
 from training.demo import Demo
-from training.evaluator import Evaluator
+from training.evaluator import Evaluator, best_or_final
+from training.ewc import EWC
 from training.failures import reported_failures, training_failures
 from training.gauge import Gauge
 from training.general_loss import GeneralLoss
@@ -184,6 +185,8 @@ def train(flags: Flags, lock: FolderLock) -> None:
         model, settings.optimizer, settings.lr, settings.weight_decay, settings.optimizer_offload
     )
     state = TrainState.from_dict(resumed.state) if resumed else TrainState()
+    # Before a step is taken or a checkpoint loaded, as the gauge below: they need the base.
+    ewc = EWC(settings, model, tokenizer, state, out, device) if settings.ewc else None
     metrics = MetricsLogger(settings, out, settings.flops_per_token, device, state)
     if distributed.is_rank0():
         save_config(settings, out)
@@ -210,7 +213,7 @@ def train(flags: Flags, lock: FolderLock) -> None:
 
     # ---- the loop
     run_loop = functools.partial(
-        train_loop, settings, model, objective, optimizers, loader, state, metrics
+        train_loop, settings, model, objective, optimizers, loader, state, metrics, ewc=ewc
     )
     if settings.profile:
         with profiled(settings.profile, device, out):
@@ -261,12 +264,14 @@ def train_loop(
     stop: GracefulStop,
     evaluator: Evaluator | None = None,
     checkpointer: Checkpointer | None = None,
+    ewc: EWC | None = None,
 ) -> None:
     """The loop on a page: from `state.step` to the last step, a signal, or early stopping.
 
     objective: a row of OBJECTIVES.
     optimizers: stepped one after the other.
     evaluator, checkpointer: None where only the steps count, as under --profile.
+    ewc: None without --ewc.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     if evaluator and evaluator.due(state) and state.validated_at != state.step:
@@ -296,6 +301,9 @@ def train_loop(
             objective(model, batch, totals, losses).backward()
         # Data parallel without FSDP sums here. With FSDP the backward has done it.
         distributed.all_reduce_gradients(trained)
+        if ewc:
+            # A penalty on the weights, whose gradients are the same on every rank.
+            losses.ewc_penalty = ewc.add_gradients()
         grad_norm = distributed.clip_grad_norm_(trained, settings.clip or math.inf)
         losses.all_reduce()
 

@@ -182,4 +182,10 @@ COMMANDS: dict[str, Command] = {
         "a model before and after its training: what it has learned and what it has forgotten, with"
         " confidence intervals, and the answers that changed",
     ),
+    "continual": Command(
+        "evals.continual_arguments:continual_arguments",
+        "evals.continual:print_transfer",
+        "tasks that were trained one after the other: each after each training, average accuracy, transfer"
+        " and forgetting",
+    ),
 }

@@ -90,6 +90,7 @@ class Recipe:
     weights: the dtype that trained weights are stored in by full fine-tuning.
     offload: whether the state of the optimizer is on the host.
     checkpointing: the value of --activation-checkpointing.
+    ewc: whether --ewc holds the weights near their start.
     """
 
     method: str
@@ -97,6 +98,7 @@ class Recipe:
     weights: str = "fp32"
     offload: bool = False
     checkpointing: str = "none"
+    ewc: bool = False
 
     @property
     def name(self) -> str:
@@ -135,6 +137,7 @@ class Memory:
         which is the first.
     recomputed: whether the backward computes the blocks again.
     accumulated: whether the gradients of an earlier micro-batch exist during the whole step.
+    held: what --ewc keeps: Fisher information and start of the weights.
     """
 
     weights: float
@@ -149,6 +152,7 @@ class Memory:
     tied: bool
     recomputed: bool
     accumulated: bool
+    held: float = 0.0
 
     @property
     def peak(self) -> float:
@@ -164,7 +168,7 @@ class Memory:
         all_gradients = new_gradients + unadded_gradient
         step = max(at_the_head, backward_begins, backward_ends, all_gradients)
         old_gradients = self.gradients if self.accumulated else 0
-        return self.weights + self.optimizer + old_gradients + step + self.runtime
+        return self.weights + self.optimizer + old_gradients + step + self.runtime + self.held
 
     @property
     def again(self) -> float:
@@ -276,7 +280,25 @@ def expected_memory(
         tied=model.head is None,
         recomputed=recomputed,
         accumulated=accumulate > 1,
+        held=held_bytes(model, recipe) if recipe.ewc else 0.0,
     )
+
+
+def held_bytes(model: Transformer, recipe: Recipe) -> float:
+    """Returns the bytes that --ewc keeps (training/ewc.py): for each trained weight its start and its
+    Fisher information; or that of each adapted weight alone, for adapters that begin with no
+    update."""
+    if METHODS[recipe.method].held == "weights":
+        return 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    item = fisher_dtype(model.dtype).itemsize
+    bases = [layer.base for layer in lora.lora_layers(model).values()]
+    return item * sum(base.in_features * base.out_features for base in bases)
+
+
+def fisher_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype in which --ewc keeps the Fisher information of an adapted weight. dtype: of
+    the products. Squares are too small for fp16, and fp32 would take twice the base's memory."""
+    return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
 
 def by_flash(config: Config, device: str, item: int) -> bool:
@@ -671,12 +693,14 @@ def print_plan(
     dtype: torch.dtype,
     adapter: dict,
     asked: str | None,
+    ewc: bool = False,
 ) -> None:
     """Prints a table of recipes with what each one takes on this machine, and a recommendation.
 
     dtype: the dtype of the products.
     adapter: {option: value} of a new adapter.
     asked: the method that the recommendation is about; None: any.
+    ewc: whether all of them are with --ewc.
     """
     room = FITS * device_memory(device)
     rate = product_rate(config, device, dtype)
@@ -693,7 +717,7 @@ def print_plan(
         cells = []
         times = []
         for kind in kinds:
-            recipe = replace(plain_recipe, checkpointing=kind)
+            recipe = replace(plain_recipe, checkpointing=kind, ewc=ewc)
             model = meta_model(config, recipe, dtype, adapter)
             takes = functools.partial(memory_of_workload, model, recipe, device.type)
             memory = takes(fitting_job(workload, device, room, takes))
@@ -724,6 +748,8 @@ def print_plan(
     names = ", ".join(kinds)
     print(f"{names}: the most that a step takes, with that --activation-checkpointing.")
     print(f"! is more than the {room / 1e9:.1f} GB that a run may use here.")
+    if ewc:
+        print("All with --ewc: Fisher information, and the start of trained weights, are counted.")
     if device.type != "cpu":
         most = max_tokens_per_micro_batch(device)
         print(f"Micro-batches have up to {most:,} tokens, and fewer if so many do not fit.")

@@ -387,7 +387,9 @@ def describe_savings(
     savings["--activation-checkpointing full"] = takes(checkpointed)
     shorter = [min(n, seq_len // 2) for n in workload.lengths]
     savings[f"--seq-len {seq_len // 2}"] = takes(recipe, shorter)
-    if layout.shards < layout.gpus:
+    if recipe.ewc:
+        savings["no --ewc"] = takes(replace(recipe, ewc=False))
+    elif layout.shards < layout.gpus:
         savings["--shard full"] = takes(recipe, layout=Layout(layout.gpus, layout.gpus))
     if batch > 1:
         half = workload.lengths[: math.ceil(len(workload.lengths) / 2)]
@@ -401,12 +403,15 @@ def describe_savings(
         lighter = replace(recipe, method=method.lighter)
         if not method.freezes_base:
             # The optimizer and the weights' dtype of full fine-tuning are not carried over.
-            lighter = Recipe(method.lighter, checkpointing=recipe.checkpointing)
+            kind = recipe.checkpointing
+            lighter = Recipe(method.lighter, checkpointing=kind, ewc=recipe.ewc)
         savings[f"--method {method.lighter}"] = takes(lighter)
 
     expected = takes(recipe)
     parts = ("weights", "gradients", "optimizer", "activations", "logits")
     sizes = ", ".join(f"{part} {getattr(expected, part) / 1e9:.2f}" for part in parts)
+    if recipe.ewc:
+        sizes += f", --ewc {expected.held / 1e9:.2f}"
     best = sorted(savings, key=lambda flags: savings[flags].peak)[:3]
     advice = ", ".join(f"{flags} ({savings[flags].peak / 1e9:.2f})" for flags in best)
     return f"The plan expected {expected.peak / 1e9:.2f} GB: {sizes}; what helps most: {advice}"

@@ -62,8 +62,9 @@ def print_plan_of_config(flags: Flags, config: Config, device: torch.device) -> 
     dtype, _ = pick_dtype(flags.dtype, device)
     workload = workload_of_full_rows(flags, config, device)
     memory.print_plan(
-        config, workload, device, dtype, adapter_of(flags), asked_method(flags, config)
-    )
+        config, workload, device, dtype, adapter_of(flags), asked_method(flags, config),
+        bool(flags.ewc),
+    )  # fmt: skip
 
 
 def print_plan_of_data(
@@ -80,8 +81,9 @@ def print_plan_of_data(
     dtype, _ = pick_dtype(flags.dtype, device)
     workload = describe_workload(flags, data, steps_per_epoch, device)
     memory.print_plan(
-        config, workload, device, dtype, adapter_of(flags), asked_method(flags, config)
-    )
+        config, workload, device, dtype, adapter_of(flags), asked_method(flags, config),
+        bool(flags.ewc),
+    )  # fmt: skip
 
 
 def asked_method(flags: Flags, config: Config) -> str | None:
@@ -190,6 +192,7 @@ def recipe_and_layout(flags: Flags) -> tuple[Recipe, Layout]:
         weights=flags.weights,
         offload=flags.optimizer_offload,
         checkpointing=flags.activation_checkpointing,
+        ewc=bool(flags.ewc),
     )
     gpus = distributed.world_size()
     if flags.shard == "none":

@@ -61,6 +61,7 @@ RUN_FILES = (
     "bad_batch.jsonl",
     "comparison.json",
     "gauge.safetensors",
+    "ewc.safetensors",
     "best",
     "final",
     "wandb",

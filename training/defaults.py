@@ -207,6 +207,11 @@ def choose_shard(flags: Flags, folder: Path, device: torch.device) -> tuple[str,
         else:
             shard = "full"
             reason = ""
+    if flags.ewc and shard != "none":
+        raise UserError(
+            f"--ewc: needs whole weights on every process, and {count} processes would share them;"
+            " add --shard none"
+        )
     if shard == "none" and flags.reduce == "each":
         raise UserError("--reduce each: is about the gradients of shards, and --shard is none")
     if shard == "none" and flags.shard_offload:

@@ -189,8 +189,10 @@ class MetricsLogger:
             # The loss is that of all trained tokens, and replayed ones may be most of them.
             replay = line.get("replay_loss")
             of_replay = "" if replay is None else f" (of the replay {replay:.4f})"
+            penalty = line.get("ewc_penalty")
+            of_ewc = "" if penalty is None else f", EWC penalty {penalty:.2g}"
             self.bar.write(
-                f"step {pending.step:>5} of {self.bar.total:,}: loss {loss:.4f}{of_replay},"
+                f"step {pending.step:>5} of {self.bar.total:,}: loss {loss:.4f}{of_replay}{of_ewc},"
                 f" {speed:,.0f} tokens/s, {left} left"
             )
         if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:

@@ -31,6 +31,7 @@ from evals.answers import Answers, answer_records, question_of
 from evals.batch_answers import AnswerSettings
 from evals.choices import ChoiceTask, log_likelihoods
 from evals.loss import ExampleLosses, examples_by_key, trained_bytes
+from evals.printed_page import page_of_output
 from evals.questions import read_questions
 from evals.saved_answers import answer_and_save, answer_file_of, score_saved
 from evals.scores import ItemScores
@@ -40,10 +41,11 @@ from evals.targets import Opened, digest_of_ids, encode_files
 
 def main() -> None:
     args = command_line()
-    if args.command is not None:
-        imported(COMMANDS[args.command].function)(args)
-        return
-    LOOPS[kind_of(args.what)](args)
+    with page_of_output(args):
+        if args.command is not None:
+            imported(COMMANDS[args.command].function)(args)
+            return
+        LOOPS[kind_of(args.what)](args)
 
 
 # ---- the loops, one for each kind of evaluation ----

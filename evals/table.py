@@ -160,4 +160,9 @@ COMMANDS: dict[str, Command] = {
         "a model before and after its training: what it has learned and what it has forgotten, with"
         " confidence intervals, and the answers that changed",
     ),
+    "report": Command(
+        "evals.report_arguments:report_arguments",
+        "evals.side_by_side:report_runs",
+        "runs of train.py side by side: losses, settings that differ, and a page with their curves",
+    ),
 }

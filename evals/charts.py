@@ -75,7 +75,7 @@ def line_chart(
     across = x_axis(xs[0], xs[-1])
     values = [value for curve in curves for value in values_of(curve)]
     up = y_axis(values, from_zero)
-    parts = [*grid(across, up)]
+    parts = [*drawn_axes(across, up)]
     # What is faint lies behind the others.
     for curve in sorted(curves, key=lambda each: not each.faint):
         parts.append(drawn_curve(curve, across, up))
@@ -156,13 +156,14 @@ def short_number(value: float, step: float) -> str:
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     if decimals <= 3:
         return f"{value:,.{decimals}f}"
-    return f"{value:.3g}".replace("e-0", "e-")
+    digits, power = f"{value:.3e}".split("e")
+    return f"{float(digits):g}e{int(power)}"
 
 
 # ---- what is drawn ----
 
 
-def grid(across: Axis, up: Axis) -> list[str]:
+def drawn_axes(across: Axis, up: Axis) -> list[str]:
     """Returns the lines and labels of both axes."""
     parts = []
     for value, label in up.ticks:

@@ -25,8 +25,8 @@ from evals.report import (
     check_report_file,
     command_text,
     masked_note,
+    program_versions,
     render_report,
-    versions,
     without_secrets,
     write_report,
 )
@@ -166,7 +166,7 @@ def made_rows(args: argparse.Namespace) -> list[list[str]]:
     with contextlib.suppress(OSError, UserError), quietly:
         for target in targets_of(args):
             rows += target_rows(target)
-    rows.append(["versions", versions()])
+    rows.append(["versions", program_versions()])
     return rows
 
 

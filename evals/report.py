@@ -164,7 +164,7 @@ def command_text(script: str, words: Sequence[str]) -> str:
     return " \\\n".join(lines)
 
 
-def versions() -> str:
+def program_versions() -> str:
     """Returns the versions of Python, torch and, where it is a checkout of git, this program."""
     import torch
 

@@ -125,7 +125,7 @@ def validations_of(lines: Sequence[dict]) -> list[dict]:
     return [line for line in lines if line.get("val_loss") is not None]
 
 
-def in_words(lines: Sequence[dict]) -> str:
+def in_words(lines: Sequence[dict], facts: dict) -> str:
     """Returns a sentence or two about what the training did to the losses."""
     validations = validations_of(lines)
     trained = [line for line in lines if line.get("loss") is not None]
@@ -142,11 +142,13 @@ def in_words(lines: Sequence[dict]) -> str:
     best = min(validations, key=lambda line: line["val_loss"])
     before, after = first["val_loss"], last["val_loss"]
     verb = "fell" if after < before else "rose"
-    text = f"The loss on held-out examples {verb} from {before:.4f} to {after:.4f} nats a token in {steps}."
+    text = f"The loss on held-out examples {verb} from {before:.4f} to {after:.4f} nats a token in"
+    text += f" {number_of(last['step'], 'step')}."
     if after >= before and best is first:
         text += " The model is no better on them than its base."
     elif best is not last:
-        text += f" It was lowest at step {best['step']:,}, {best['val_loss']:.4f}: best/ holds these weights."
+        held = ": best/ holds these weights" if facts.get("best_is_lowest") else ""
+        text += f" It was lowest at step {best['step']:,}, {best['val_loss']:.4f}{held}."
     return text
 
 
@@ -235,7 +237,7 @@ def number_rows(lines: Sequence[dict]) -> list[list[str]]:
 
 def run_sections(lines: Sequence[dict], facts: dict) -> list[PageSection]:
     """Returns the sections of a run's page."""
-    top = [PageBlock("lead", in_words(lines))]
+    top = [PageBlock("lead", in_words(lines, facts))]
     for remark in facts.get("warnings", []):
         top.append(PageBlock("warning", remark))
     top.append(PageBlock("tiles", run_tiles(lines, facts)))

@@ -204,7 +204,7 @@ def page_of_runs(runs: Sequence[RunFolder]) -> str:
     top = [PageBlock("warning", note[:1].upper() + note[1:] + ".") for note in notes_on(runs)]
     top.append(PageBlock("table", result_rows(runs)))
     for run in runs:
-        top.append(PageBlock("text", f"{run.name}: {in_words(run.lines)}"))
+        top.append(PageBlock("text", f"{run.name}: {in_words(run.lines, run.facts)}"))
     task = comparison_rows(runs)
     differences = difference_rows(runs)
     same = "The runs have the same settings." if not differences else ""

@@ -29,7 +29,7 @@ from evals.report import (
     command_text,
     masked_note,
     middle_left_out,
-    versions,
+    program_versions,
     without_secrets,
     write_report,
 )
@@ -96,6 +96,8 @@ def run_facts(card: ModelCard, model: Transformer, demo: Demo | None) -> dict:
         "trained_share": f"parameters, {100 * trained / total:.2f} % of the model's",
         "device": card.machine(),
         "warnings": run_warnings(card),
+        # With --forget-limit these may be others.
+        "best_is_lowest": state.has_best and settings.forget_limit is None,
     }
     facts |= data_facts(card) | example_facts(card.data.train, card.tokenizer)
     ended = not state.interrupted_by
@@ -420,7 +422,7 @@ def origin_rows(card: ModelCard) -> list[list[str]]:
     dtype = (
         f"{settings.dtype}{'' if not settings.quant else f', base in 4 bits ({settings.quant})'}"
     )
-    rows += [["machine", card.machine()], ["computed in", dtype], ["versions", versions()]]
+    rows += [["machine", card.machine()], ["computed in", dtype], ["versions", program_versions()]]
     return rows
 
 

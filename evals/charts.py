@@ -12,6 +12,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from evals.report import visible
+
 WIDTH, HEIGHT = 440, 240
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 30
 # Classes of colors in evals/report.css; what is beyond takes them again, in dashes.
@@ -83,7 +85,7 @@ def line_chart(
     summary = f"{title}; {x_name} {xs[0]:g} to {xs[-1]:g}"
     svg = (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
-        f' aria-label="{html.escape(summary)}">{"".join(parts)}</svg>'
+        f' aria-label="{html.escape(visible(summary))}">{"".join(parts)}</svg>'
     )
     return LineChart(title, [(curve.label, key_of_curve(curve)) for curve in curves], svg)
 
@@ -101,8 +103,8 @@ def x_axis(low: float, high: float) -> Axis:
         low, high = low - 1, high + 1
     scale = (WIDTH - LEFT - RIGHT) / (high - low)
     step = max(1, nice_step(high - low, 6))
-    ticks = [value for value in multiples(step, low, high)]
-    return Axis(lambda x: LEFT + (x - low) * scale, [(x, short_number(x, step)) for x in ticks])
+    ticks = labelled(multiples(step, low, high), step)
+    return Axis(lambda x: LEFT + (x - low) * scale, ticks)
 
 
 def y_axis(values: Sequence[float], from_zero: bool) -> Axis:
@@ -114,7 +116,7 @@ def y_axis(values: Sequence[float], from_zero: bool) -> Axis:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
         scale = room / (last - first)
         powers = range(first, last + 1, max(1, (last - first) // 6 + 1))
-        ticks = [(10.0**power, short_number(10.0**power, 10.0**power)) for power in powers]
+        ticks = [(10.0**power, tick_label(10.0**power, 10.0**power, "")) for power in powers]
         return Axis(lambda y: HEIGHT - BOTTOM - (math.log10(y) - first) * scale, ticks)
     # What nearly begins at 0 begins there, so that its height says something.
     if from_zero or 0 <= low < 0.25 * high:
@@ -125,7 +127,7 @@ def y_axis(values: Sequence[float], from_zero: bool) -> Axis:
     step = nice_step(high - low, 5)
     low, high = math.floor(low / step) * step, math.ceil(high / step) * step
     scale = room / (high - low)
-    ticks = [(y, short_number(y, step)) for y in multiples(step, low, high)]
+    ticks = labelled(multiples(step, low, high), step)
     return Axis(lambda y: HEIGHT - BOTTOM - (y - low) * scale, ticks)
 
 
@@ -145,19 +147,26 @@ def multiples(step: float, low: float, high: float) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
-def short_number(value: float, step: float) -> str:
-    """Returns a tick's number with as many digits as its step asks for: 0.25, 2e-4, 15k, 1.5M."""
+def labelled(values: Sequence[float], step: float) -> list[tuple[float, str]]:
+    """Returns ticks with their labels, all in the unit of the largest and with as many digits as their
+    step asks for: 0.25, 2e-4, 15k, 1.5M."""
+    largest = max(map(abs, values))
+    unit, letter = 1.0, ""
+    for size, least, name in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e3, 1e4, "k")):
+        if largest >= least:
+            unit, letter = size, name
+            break
+    return [(value, tick_label(value / unit, step / unit, letter)) for value in values]
+
+
+def tick_label(value: float, step: float, letter: str) -> str:
     if value == 0:
         return "0"
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
-            unit = 1e3 if letter == "k" else size
-            return f"{value / unit:.6g}{letter}"
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     if decimals <= 3:
-        return f"{value:,.{decimals}f}"
+        return f"{value:,.{decimals}f}{letter}"
     digits, power = f"{value:.3e}".split("e")
-    return f"{float(digits):g}e{int(power)}"
+    return f"{float(digits):g}e{int(power)}{letter}"
 
 
 # ---- what is drawn ----
@@ -247,7 +256,7 @@ def tooltips(curves: Sequence[Curve], xs: list[float], across: Axis, x_name: str
         for curve, points in zip(curves, values, strict=True):
             if x in points:
                 lines.append(f"{curve.label}: {points[x]:.6g}")
-        text = html.escape("\n".join(lines))
+        text = html.escape(visible("\n".join(lines)))
         parts.append(
             f'<rect class="at" x="{left:.1f}" y="{TOP}" width="{right - left:.1f}"'
             f' height="{HEIGHT - TOP - BOTTOM}"><title>{text}</title></rect>'

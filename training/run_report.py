@@ -104,7 +104,11 @@ def run_facts(card: ModelCard, model: Transformer, demo: Demo | None) -> dict:
     if demo is not None and ended:
         facts |= demo_facts(demo)
     elif ended:
-        facts |= sample_answers(card, model)
+        try:
+            facts |= sample_answers(card, model)
+        except Exception as error:  # noqa: BLE001 (as of memory: the rest of the page is there all the same)
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            facts["answers_note"] = f"No sample answers: they could not be generated ({reason})."
     config = read_json_if_there(out / "config.json")
     facts |= setting_facts(card, set(config.get("given", settings.given)))
     facts["made"] = origin_rows(card)
@@ -216,8 +220,12 @@ def sample_answers(card: ModelCard, model: Transformer) -> dict:
     """Returns answers to a few validation prompts: of the model as it is now and, where what was trained
     can be switched off, of its base."""
     val = card.data.val
-    if not len(val) or not val.chat:
-        return {}
+    if not len(val):
+        return {"answers_note": "No sample answers: there are no validation examples."}
+    if not val.chat:
+        return {
+            "answers_note": "No sample answers: the examples are plain text, which asks nothing."
+        }
     if distributed.has_shards(model) or distributed.context_parallel:
         note = "No sample answers: the model is shared by several processes."
         return {"answers_note": f"{note} `generate.py --data` answers a file of prompts."}

@@ -149,8 +149,10 @@ def without_secrets(text: str) -> tuple[str, int]:
 
 def masked_note(count: int) -> str:
     """Returns a sentence on what `without_secrets` has masked."""
-    are = "part looks" if count == 1 else "parts look"
-    return f"{count:,} {are} like an address or a secret and is masked on this page; the model saw it whole."
+    are = "part looks like an address or a secret and is"
+    if count > 1:
+        are = "parts look like addresses or secrets and are"
+    return f"{count:,} {are} masked on this page; the model saw it whole."
 
 
 def command_text(script: str, words: Sequence[str]) -> str:

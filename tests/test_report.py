@@ -3,7 +3,6 @@ what was measured, whatever stands in data and answers is text, nothing is loade
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 import signal
@@ -229,7 +228,7 @@ def test_hostile_text_stays_text_and_secrets_are_masked(run):
         assert evil in page.text
     assert not set(page.source) & set("\u202e\u2067\x00\x1b") and "\\u202e" in page.text
     assert "jane.doe" not in page.source and "sk-abcdef" not in page.source
-    assert "looks like an address or a secret" in page.text or "look like an address or a secret" in page.text
+    assert re.search(r"\d+ parts look like addresses or secrets and are masked on this page", page.text)
 
 
 def test_nothing_is_loaded_from_elsewhere(run):
@@ -264,23 +263,24 @@ def test_a_stopped_run_says_so_and_answers_nothing(folder, monkeypatch):
 
     def stop_at_3(self, step, *arguments):
         if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         log_step(self, step, *arguments)
 
     monkeypatch.setattr(MetricsLogger, "log_step", stop_at_3)
     with pytest.raises(SystemExit):
         trained(folder, "stopped", "--steps", 9)
     page = Page(folder / "stopped/report.html")
-    assert "stopped by a signal after step 3 of 9, --resume goes on" in page.text
+    steps = [line["step"] for line in lines(folder / "stopped") if "loss" in line]
+    assert f"stopped by a signal after step {steps[-1]} of 9, --resume goes on" in page.text and steps[-1] < 9
     assert "answers" not in page.facts and "SHA-256 of final/" not in page.text
-    assert page.charts["Learning rate"].keys() == {1, 2, 3}
+    assert list(page.charts["Learning rate"]) == steps
 
 
 def test_full_fine_tuning_has_no_answers_of_the_base_and_a_failure_is_one_line(folder, monkeypatch):
     said = trained(folder, "full", "--method", "full", "--steps", 2)
     page = Page(folder / "full/report.html")
     assert [[name for name, _ in rows] for rows in page.facts["answers"]] == [["asked", "reference", "tuned"]] * 3
-    assert "of the base there are none: training has replaced it" in page.text and "report    " in said
+    assert "of the base there are none: it is trained over" in page.text and "report    " in said
 
     def fails(*_):
         raise ZeroDivisionError("of the page")

@@ -264,9 +264,7 @@ def sample_answers(card: ModelCard, model: Transformer) -> dict:
             clean.append([name, middle_left_out(text) or "(nothing)"])
         answers.append(clean)
     which = (
-        "base: with the adapter off"
-        if base
-        else "of the base there are none: training has replaced it"
+        "base: with the adapter off" if base else "of the base there are none: it is trained over"
     )
     note = (
         f"{number_of(len(asked), 'validation prompt')}, answered greedily with at most"

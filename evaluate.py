@@ -42,6 +42,7 @@ from evals.pass_at_k import (
     score_code_answers,
     write_programs,
 )
+from evals.printed_page import page_of_output
 from evals.questions import read_questions
 from evals.saved_answers import answer_and_save, answer_file_of, score_saved, settings_of
 from evals.scores import ItemScores
@@ -52,10 +53,11 @@ from interop.remote_data import fetch_data
 
 def main() -> None:
     args = command_line()
-    if args.command is not None:
-        imported(COMMANDS[args.command].function)(args)
-        return
-    LOOPS[kind_of(args.what)](args)
+    with page_of_output(args):
+        if args.command is not None:
+            imported(COMMANDS[args.command].function)(args)
+            return
+        LOOPS[kind_of(args.what)](args)
 
 
 # ---- the loops, one for each kind of evaluation ----

@@ -7,6 +7,7 @@ puts them under headings in --help.
 
 import argparse
 import dataclasses
+import importlib.util
 import os
 import re
 import shlex
@@ -521,6 +522,12 @@ class Flags:
         metavar="PROJECT",
         resume=FREE,
     )
+    tensorboard: bool = option(
+        False,
+        "write what metrics.jsonl holds for TensorBoard as well, into tensorboard/ in --out; needs the"
+        " package (pip install tensorboard), and `tensorboard --logdir` shows it",
+        resume=FREE,
+    )
 
     # ---- machine and memory
     device: str = option(
@@ -985,6 +992,8 @@ def check_ewc(flags: Flags) -> None:
 
 def check_out(flags: Flags) -> None:
     """Raises UserError where --out can't be the folder of this run, or --push not its name."""
+    if flags.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard: the package is not installed; pip install tensorboard")
     if flags.push is not None:
         match = HUB_NAME.fullmatch(flags.push)
         if not match or match[2]:

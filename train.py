@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 8 train.py ...              the same run on 8 GPUs, the same numbers
     python train.py --help                                every option with its default
 
-Written to --out: config.json, metrics.jsonl, loss.png, checkpoints/, best/ and final/.
+Written to --out: config.json, metrics.jsonl, loss.png, report.html, checkpoints/, best/ and final/.
 """
 
 import sys
@@ -62,7 +62,7 @@ from training.defaults import (
     resolve_defaults,
 )
 from training.demo import Demo
-from training.evaluator import Evaluator, best_or_final
+from training.evaluator import Evaluator
 from training.ewc import EWC
 from training.failures import reported_failures, training_failures
 from training.gauge import Gauge
@@ -78,6 +78,7 @@ from training.run_folder import (
     open_run,
     with_date_and_system,
 )
+from training.run_report import write_run_report
 from training.signals import GracefulStop
 from training.state import TrainState
 from training.summary import (
@@ -232,11 +233,12 @@ def train(flags: Flags, lock: FolderLock) -> None:
     checkpointer.wait()
     metrics.close()
     if state.interrupted_by:
+        write_run_report(card, model)
         distributed.destroy_process_group()
         # The shell's convention for a program that a signal has ended.
         sys.exit(128 + state.interrupted_by)
 
-    # ---- final/, the picture of the losses, and what the bundled task has taught
+    # ---- final/, the picture of the losses, what the bundled task has taught, and the report
     model.eval()
     save_final(settings, model, state, checkpointer, functools.partial(save, out / "final"), out)
     if distributed.is_rank0():
@@ -246,6 +248,7 @@ def train(flags: Flags, lock: FolderLock) -> None:
     if demo:
         with eager_mode(model):
             demo.finish(out)
+    write_run_report(card, model, demo)
     tuned = out / best_or_final(settings, state, scorer.heading if scorer else "")
     print_next_command(settings, tuned, data)
     if settings.push and distributed.is_rank0():

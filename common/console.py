@@ -95,6 +95,47 @@ def lasting_output(remark: str) -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+class Transcript:
+    """What is printed while it is open: the text so far, and the rows of each table by its text."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.tables: dict[str, list[list[str]]] = {}
+
+
+class KeptStream(LastingStream):
+    """A stream whose text a transcript keeps as well."""
+
+    def __init__(self, stream: TextIO, kept: Transcript):
+        super().__init__(stream)
+        self.kept = kept
+
+    def write(self, text: str) -> int:
+        self.kept.text += text
+        return self.stream.write(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+# The transcript that is open, if one is.
+_open: list[Transcript] = []
+
+
+@contextlib.contextmanager
+def transcript() -> Iterator[Transcript]:
+    """A block of which everything that it prints to stdout is kept as well, with the rows of its tables."""
+    kept = Transcript()
+    before = sys.stdout
+    sys.stdout = cast(TextIO, KeptStream(before, kept))
+    _open.append(kept)
+    try:
+        yield kept
+    finally:
+        _open.remove(kept)
+        sys.stdout = before
+
+
 def number_of(number: int, unit: str) -> str:
     """Returns a number with what it counts: 1 record, 2,000 records. unit: a word for one of them,
     to which an s is added for others."""
@@ -133,7 +174,10 @@ def table(rows: list[list[str]]) -> str:
         lines.append("  ".join(cells))
     heading, *body = lines
     rule = "-" * len(heading)
-    return "\n".join([heading, rule, *body])
+    text = "\n".join([heading, rule, *body])
+    for kept in _open:
+        kept.tables[text] = rows
+    return text
 
 
 def one_line(text: str, width: int = 100) -> str:

@@ -521,9 +521,18 @@ EVALUATION_AND_SAVING = {
     "auto_resume_from_checkpoints": switch("--resume auto"),
     "report_to": chosen(
         "--wandb",
-        {"wandb": "--wandb plaintune", "['wandb']": "--wandb plaintune", "none": "", "[]": ""},
-        "--wandb PROJECT logs to Weights & Biases, metrics.jsonl is written anyway",
+        {
+            "wandb": "--wandb plaintune",
+            "['wandb']": "--wandb plaintune",
+            "tensorboard": "--tensorboard",
+            "['tensorboard']": "--tensorboard",
+            "none": "",
+            "[]": "",
+        },
+        "--wandb PROJECT logs to Weights & Biases, --tensorboard writes event files, metrics.jsonl is"
+        " written anyway",
     ),
+    "use_tensorboard": switch("--tensorboard"),
     "wandb_project": same("--wandb"),
     "wandb_name": missing("--wandb names the project alone"),
     "run_name": missing("--out names the run"),

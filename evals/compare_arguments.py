@@ -118,6 +118,13 @@ def add_file_flags(group: argparse._ArgumentGroup) -> None:
         " first 20 of them are named, and nothing is measured",
     )
     add(
+        "--html",
+        dest="page",
+        metavar="FILE",
+        help="write what is printed as a page as well, one HTML file that loads nothing; one that is there is"
+        " replaced if it is such a page; default: none",
+    )
+    add(
         "--system",
         metavar="TEXT",
         help="system message that is put before every conversation that has none; '': none; default:"

@@ -188,4 +188,9 @@ COMMANDS: dict[str, Command] = {
         "tasks that were trained one after the other: each after each training, average accuracy, transfer"
         " and forgetting",
     ),
+    "report": Command(
+        "evals.report_arguments:report_arguments",
+        "evals.side_by_side:report_runs",
+        "runs of train.py side by side: losses, settings that differ, and a page with their curves",
+    ),
 }

@@ -73,7 +73,7 @@ def run_command(line: str, capsys) -> str:
     extra = QUICKER.get(script, "").split()
     if "--resume" in words or "--plan" in words:
         extra = [word for word in extra if word not in ("--steps", "4")] if "--plan" in words else []
-    if "--gpus" in words:
+    if "--gpus" in words or words[0] == "report":
         extra = []
     sys.argv = [script, *words, *extra]
     try:

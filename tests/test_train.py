@@ -19,10 +19,12 @@ from support.training_runs import CPU, oracle_losses, rows, run_loop, settings
 import lora
 import train
 from checkpoint import load_model, read_config
+from common.console import table
 from common.errors import UserError
 from common.folder_lock import FolderLock
 from data import load
 from dataset.sampler import Sampler
+from evals.report import read_facts
 from flags import Flags
 from methods import load_trainable
 from optimizers import make_optimizers
@@ -472,6 +474,10 @@ def test_without_flags_the_bundled_task_is_run_and_compared(tmp_path, monkeypatc
     ):
         assert words in said, words
     assert said.count("  base:  ") == said.count("  tuned: ") == 3
+    # The report has the table and the answers.
+    facts = read_facts(tmp_path / "run/report.html")
+    assert table(facts["comparison"]) in said and [len(rows) for rows in facts["answers"]] == [4, 4, 3]
+    assert [rows[0][1] for rows in facts["answers"]] == re.findall("^> (.*)$", said, re.MULTILINE)
     assert said.strip().splitlines()[-1] == f"next      python generate.py --adapter {tmp_path / 'run' / 'final'}"
 
 

@@ -57,6 +57,7 @@ FOLDER, STATE_FILE, MANIFEST = "checkpoints", "state.json", "manifest.json"
 RUN_FILES = (
     "config.json",
     "loss.png",
+    "report.html",
     "trace.json",
     "bad_batch.jsonl",
     "comparison.json",
@@ -65,6 +66,7 @@ RUN_FILES = (
     "best",
     "final",
     "wandb",
+    "tensorboard",
     FOLDER,
     "metrics.jsonl",
 )

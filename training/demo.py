@@ -106,6 +106,9 @@ class Demo:
         self.few_shot = self.score(few_shot_items, self.examples)
         self.base_loss = self.general_loss()
         self.base_answer = self.answer(QUESTION)
+        # What `finish` has shown, for the report: the table, and (question, reference, base, tuned).
+        self.rows: list[list[str]] = []
+        self.shown_answers: list[tuple[str, str, str, str]] = []
         print(f"          {time.perf_counter() - start:.0f} s", flush=True)
 
     def steps_within_budget(self, settings: Settings) -> int:
@@ -178,11 +181,15 @@ class Demo:
         results["tuned"] = tuned
 
         rows = self.comparison_rows(results, tuned_loss, out)
+        self.rows = rows
         print(f"\n{table(rows)}\n")
         for i in (0, 1):
             question = self.test[i].messages[-2]["content"]
             print_answers(question, self.base.answers[i], tuned.answers[i])
+            texts = (self.base.references[i], self.base.answers[i], tuned.answers[i])
+            self.shown_answers.append((question, *texts))
         print_answers(QUESTION, self.base_answer, tuned_answer)
+        self.shown_answers.append((QUESTION, "", self.base_answer, tuned_answer))
         print()
         of_budget = f" of the {self.budget / 60:g} of --budget" if self.budget < math.inf else ""
         print(f"took      {elapsed() / 60:.1f} min in all{of_budget}")

@@ -83,6 +83,9 @@ class MetricsLogger:
             self.wandb = start_wandb(flags, out, state.wandb)
         if self.wandb:
             state.wandb = self.wandb.id
+        self.tensorboard = None
+        if flags.tensorboard and is_rank0():
+            self.tensorboard = TensorBoardFiles(out, state.step, lambda line: self.bar.write(line))
         self.state = state
         # What the bar says of the newest validation: the score, what was forgotten.
         self.validated = ""
@@ -250,11 +253,14 @@ class MetricsLogger:
         )
 
     def write(self, line: dict) -> None:
-        """Appends a line to metrics.jsonl, and gives it to wandb. line: its keys include "step"."""
+        """Appends a line to metrics.jsonl, and gives it to wandb and TensorBoard. line: its keys include
+        "step"."""
         self.file.write(json.dumps(line, allow_nan=False) + "\n")
         if self.wandb:
             values = {key: value for key, value in line.items() if key != "step"}
             self.wandb.log(values, step=line["step"])
+        if self.tensorboard:
+            self.tensorboard.write(line)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -268,6 +274,8 @@ class MetricsLogger:
         """Brings all lines to the disk and the run's time into its state, before a checkpoint."""
         self.flush()
         self.file.sync()
+        if self.tensorboard:
+            self.tensorboard.sync()
         self.state.seconds = time.perf_counter() - self.start
 
     def close(self) -> None:
@@ -276,6 +284,8 @@ class MetricsLogger:
         self.file.close()
         if self.wandb:
             self.wandb.finish()
+        if self.tensorboard:
+            self.tensorboard.close()
 
 
 class SlowdownWatch:
@@ -389,6 +399,51 @@ class DurableJSONL:
             self.file = None
         if self.waiting:
             self.print_fn(f"WARNING   {self.path}: its last lines were not written")
+
+
+class TensorBoardFiles:
+    """The event files in the run's folder, which hold each number of metrics.jsonl at its step.
+
+    step: that of the checkpoint that a resumed run goes on from: what was written after it does not
+    count any more. print_fn: prints a warning.
+    """
+
+    def __init__(self, out: Path, step: int, print_fn: Callable[[str], None]):
+        # It takes seconds, and few runs ask for it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = out / "tensorboard"
+        self.print_fn = print_fn
+        purge = step + 1 if step else None
+        self.writer: SummaryWriter | None = SummaryWriter(str(self.folder), purge_step=purge)
+
+    def write(self, line: dict) -> None:
+        """Writes the numbers of a line of metrics.jsonl; a null, as of a skipped step, has no place."""
+        numbers = {name: value for name, value in line.items() if name != "step"}
+        for name, value in numbers.items():
+            if isinstance(value, int | float):
+                self.carry_out(
+                    lambda writer, *what: writer.add_scalar(*what), name, value, line["step"]
+                )
+
+    def sync(self) -> None:
+        """Brings everything to the disk, before a checkpoint."""
+        self.carry_out(lambda writer: writer.flush())
+
+    def close(self) -> None:
+        self.carry_out(lambda writer: writer.close())
+
+    def carry_out(self, function: Callable, *what) -> None:
+        """Calls a function of the writer. A disk that is full ends the event files and not the run."""
+        if self.writer is None:
+            return
+        try:
+            function(self.writer, *what)
+        except (OSError, RuntimeError) as error:
+            self.writer = None
+            self.print_fn(
+                f"WARNING   {self.folder}: no more is written ({error}); training goes on"
+            )
 
 
 def start_wandb(flags: Flags, out: Path, run_id: str | None = None):

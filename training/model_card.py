@@ -35,7 +35,9 @@ from training.state import TrainState
 
 FILE_NAME = "README.md"
 # Options that say where a run was and who watched it, not what it trained.
-UNTOLD = ("out", "overwrite", "resume", "wandb", "push", "timeout", "plan", "gpus", "profile")
+UNTOLD = (
+    "out", "overwrite", "resume", "wandb", "tensorboard", "push", "timeout", "plan", "gpus", "profile",
+)  # fmt: skip
 # Settings that shape what is trained, in the order of the card.
 TOLD = (
     ("epochs", "epochs"),

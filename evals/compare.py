@@ -26,6 +26,7 @@ from dataset.records import Record
 from evals.answers import Answers, answer_records, split_reference
 from evals.arguments import BATCH_SIZE
 from evals.bootstrap import RESAMPLES, paired_interval
+from evals.measures import Measure
 from evals.scores import ItemScores
 from evals.table import EVALUATIONS, GENERATE, LOSS
 from evals.targets import (
@@ -73,7 +74,8 @@ class Measured:
 
 @dataclass
 class Change:
-    """A row of the table: a number of both models. lower_is_better: as of a loss."""
+    """A row of the table: a number of both models. lower_is_better: as of a loss; None where neither
+    is."""
 
     name: str
     items: int
@@ -81,7 +83,7 @@ class Change:
     tuned: float
     interval: tuple[float, float]
     number_format: str
-    lower_is_better: bool = False
+    lower_is_better: bool | None = False
 
     def cells(self) -> list[str]:
         low, high = self.interval
@@ -99,6 +101,8 @@ class Change:
             return "no change"
         if low <= 0 <= high:
             return "unsure"
+        if self.lower_is_better is None:
+            return "lower" if high < 0 else "higher"
         is_better = (high < 0) == self.lower_is_better
         return "better" if is_better else "worse"
 
@@ -317,6 +321,26 @@ def changes_of_answers(
         interval = paired_interval(base, tuned, seed=seed)
         means = (float(base.mean()), float(tuned.mean()))
         changes.append(Change(f"{what}, {item} %", len(base), *means, interval, ".1f"))
+    return changes
+
+
+def changes_of_measures(
+    what: str, before: list[Measure], after: list[Measure], seed: int
+) -> list[Change]:
+    """Returns the changes of numbers that each prompt has. what: begins the names of the rows."""
+    changes = []
+    for base, tuned in zip(before, after, strict=True):
+        row = Measure(base.name, base.values, base.is_share and tuned.is_share)
+        scale = 100 if row.is_share else 1
+        numbers = (scale * base.values, scale * tuned.values)
+        interval = paired_interval(*numbers, seed=seed)
+        means = (float(numbers[0].mean()), float(numbers[1].mean()))
+        name = f"{what} {row.heading}".strip()
+        changes.append(
+            Change(
+                name, len(base.values), *means, interval, row.number_format, tuned.lower_is_better
+            )
+        )
     return changes
 
 

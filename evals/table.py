@@ -160,4 +160,24 @@ COMMANDS: dict[str, Command] = {
         "a model before and after its training: what it has learned and what it has forgotten, with"
         " confidence intervals, and the answers that changed",
     ),
+    "refusals": Command(
+        "evals.safety_arguments:refusals_arguments",
+        "evals.safety:measure_refusals",
+        "does the model refuse harmful prompts, and only those (AdvBench, XSTest)",
+    ),
+    "toxicity": Command(
+        "evals.safety_arguments:toxicity_arguments",
+        "evals.toxicity:measure_toxicity",
+        "how toxic the worst of several continuations is (RealToxicityPrompts)",
+    ),
+    "probe": Command(
+        "evals.safety_arguments:probe_arguments",
+        "evals.probe:measure_probe",
+        "open questions that look for broad misalignment after a narrow training",
+    ),
+    "judge": Command(
+        "evals.safety_arguments:judge_arguments",
+        "evals.safety:measure_judged",
+        "answers judged by a Python function of yours: style, persona, anything",
+    ),
 }

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from common import cli, console
 from common.errors import UserError, printable, read_json
+from evals.intervals import wilson_interval
 from evals.pairwise import JUDGEMENTS_FORMAT, LONGEST_MODEL_NAME
 
 # What a rater may give from 1 to 5, and whether the answer did what was asked.
@@ -304,15 +305,6 @@ def missing_pairs(raters: Raters) -> list[str]:
 # ---- intervals ----
 
 
-def interval_of_share(total: float, count: int) -> tuple[float, float]:
-    """Returns the 95 % interval of a share by Wilson's formula. total: the sum of `count` numbers
-    from 0 to 1; where some are between, as halves are, the interval is wider than it need be."""
-    from statsmodels.stats.proportion import proportion_confint
-
-    low, high = proportion_confint(total, count, alpha=0.05, method="wilson")
-    return float(low), float(high)
-
-
 def interval_of_mean(values: list[float]) -> tuple[float, float] | None:
     """Returns the 95 % interval of the mean by Student's t; None for a single value."""
     import numpy as np
@@ -330,7 +322,7 @@ def share_text(total: float, count: int) -> str:
     """Returns a share with its interval, as "62.5 % (45.1 to 77.3)"."""
     if count == 0:
         return NO_NUMBER
-    low, high = interval_of_share(total, count)
+    low, high = wilson_interval(total, count)
     return f"{100 * total / count:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 

@@ -53,10 +53,10 @@ def test_shares_have_wilsons_interval():
     cases += [(source.randint(0, n), n) for n in (source.randint(1, 500) for _ in range(200))]
     for total, count in cases:
         expected = stats.binomtest(total, count).proportion_ci(0.95, "wilson")
-        assert tally.interval_of_share(total, count) == pytest.approx((expected.low, expected.high), abs=1e-12)
+        assert tally.wilson_interval(total, count) == pytest.approx((expected.low, expected.high), abs=1e-12)
     # That function takes whole numbers only, and no halves.
     for total, count in ((0.5, 1), (10.5, 40), (7, 9)):
-        assert tally.interval_of_share(total, count) == pytest.approx(plain_wilson(total, count), abs=1e-12)
+        assert tally.wilson_interval(total, count) == pytest.approx(plain_wilson(total, count), abs=1e-12)
 
 
 def plain_wilson(total: float, count: int) -> tuple[float, float]:
@@ -334,6 +334,6 @@ def test_a_random_preference_is_found_in_its_interval():
     source = np.random.default_rng(0)
     held = 0
     for wins in source.binomial(100, 0.6, 300):
-        low, high = tally.interval_of_share(int(wins), 100)
+        low, high = tally.wilson_interval(int(wins), 100)
         held += low <= 0.6 <= high
     assert 0.92 <= held / 300 <= 0.98

@@ -23,6 +23,7 @@ from dataset.examples import Dataset, Example
 from dataset.formats import open_source
 from dataset.records import Record
 from evals.exact_match import ExactResult, exact
+from evals.intervals import wilson_interval
 from evals.loss import loss
 from model import Transformer
 from tokenizer import Tokenizer
@@ -220,20 +221,6 @@ class Demo:
             ["training tokens/s", "", "", f"{speed:,.0f}"],
             ["peak memory", "", "", f"{memory / 1e9:.2f} GB"],
         ]
-
-
-def wilson_interval(right: int, total: int) -> tuple[float, float]:
-    """Returns the 95 % confidence interval of a share, `right` of `total` (Wilson 1927).
-
-    Unlike the interval of a normal distribution around the share itself, it is no point where all
-    or none are right.
-    """
-    z = 1.959964  # of the normal distribution, for 95 %
-    share = right / total
-    center = (share + z * z / (2 * total)) / (1 + z * z / total)
-    variance = share * (1 - share) / total + z * z / (4 * total * total)
-    half = z * math.sqrt(variance) / (1 + z * z / total)
-    return max(0.0, center - half), min(1.0, center + half)
 
 
 def print_answers(question: str, base: str, tuned: str) -> None:

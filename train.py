@@ -74,6 +74,7 @@ from training.run_folder import (
     open_run,
     with_date_and_system,
 )
+from training.safety import SafetyCheck
 from training.signals import GracefulStop
 from training.state import TrainState
 from training.summary import (
@@ -122,6 +123,7 @@ def train(flags: Flags, lock: FolderLock) -> None:
     )
     with distributed.local_rank0_first():
         data = load_training_data(flags, tokenizer, config.max_positions, config.vocab_size, device)
+        safety = SafetyCheck(flags.safety, tokenizer) if flags.safety else None
     if flags.plan:
         flags, steps_per_epoch = choose_steps(flags, data.sampler)
         flags, _ = choose_val_limit(flags, data, steps_per_epoch)
@@ -190,6 +192,8 @@ def train(flags: Flags, lock: FolderLock) -> None:
     val_data = data.validating_on(settings.val_limit)
     # Before a step is taken or a checkpoint loaded: the base is measured against.
     gauge = Gauge(settings, model, data.val, state, out, device)
+    if safety:
+        safety.measure_base(model)
     evaluator = Evaluator(settings, out, model, val_data, metrics, device, save_best, gauge)
     checkpointer = Checkpointer(
         settings, out, model, optimizers, data.sampler, origin, metrics.bar.write
@@ -229,6 +233,8 @@ def train(flags: Flags, lock: FolderLock) -> None:
         title = f"{out.name}: {settings.method} of {card.base_name}"
         loss_curve(out / "metrics.jsonl", out / "loss.png", title)
     print_end(settings, state, metrics, out, peak_memory(device), gauge)
+    if safety:
+        safety.finish(model, out)
     if demo:
         with eager_mode(model):
             demo.finish(out)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+import distributed
 from checkpoint import fingerprint
 from common import console
 from common.errors import UserError
@@ -252,7 +253,7 @@ def answer_all(
         decoding["seeds"] = [seed_of(settings.seed, *key) for key in keys]
     answers = ModelAnswers([[""] * samples for _ in prompts])
     batches = prompt_batches([len(row) for row in rows], batch_size)
-    with progress("answering", len(rows), "answer") as bar:
+    with progress("answering", len(rows), "answer", shown=distributed.is_rank0()) as bar:
         for batch, generated in generate_batches(
             model, rows, batches, settings.max_new_tokens, stop=tokenizer.stop_ids, **decoding
         ):

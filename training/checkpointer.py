@@ -61,6 +61,7 @@ RUN_FILES = (
     "bad_batch.jsonl",
     "comparison.json",
     "gauge.safetensors",
+    "safety.json",
     "best",
     "final",
     "wandb",

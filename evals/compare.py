@@ -1,9 +1,9 @@
 """`evaluate.py compare`: what a training has taught, what it has cost, and how sure both are.
 
 The two models are measured on the same examples: on --target the answers and the loss of the
-references, on each --general file the loss, on each --benchmark the answers. Every change has a
-confidence interval by paired bootstrap (evals/bootstrap.py), whose items are answers, conversations,
-or pieces of PIECE tokens of plain text.
+references, on each --general file the loss, on each --benchmark the answers, on --safety what is
+refused. Every change has a confidence interval by paired bootstrap (evals/bootstrap.py), whose items
+are answers, conversations, or pieces of PIECE tokens of plain text.
 """
 
 import argparse
@@ -27,6 +27,9 @@ from evals.answers import Answers, answer_records, split_reference
 from evals.arguments import BATCH_SIZE
 from evals.bootstrap import RESAMPLES, paired_interval
 from evals.measures import Measure
+from evals.prompt_answers import refusals_of
+from evals.refusals import PHRASES_NOTE, SafetyPrompt, drawn_prompts, read_safety_prompts
+from evals.safety_arguments import REFUSAL_TOKENS
 from evals.scores import ItemScores
 from evals.table import EVALUATIONS, GENERATE, LOSS
 from evals.targets import (
@@ -70,6 +73,7 @@ class Measured:
 
     losses: dict[str, ItemLosses] = field(default_factory=dict)
     answers: dict[str, Answers] = field(default_factory=dict)
+    refusals: list[Measure] = field(default_factory=list)
 
 
 @dataclass
@@ -111,6 +115,7 @@ def compare_models(args: argparse.Namespace) -> None:
     """Carries out `evaluate.py compare`: prints a table of changes, and the answers that changed."""
     files = [*([args.target] if args.target else []), *args.general]
     files += [file for _, file in args.benchmark]
+    files += [args.safety] if args.safety else []
     # What Opened asks for besides.
     args.files, args.what = files[:1], [LOSS]
     opened = Opened(args, pick_models(args))
@@ -128,8 +133,18 @@ def compare_models(args: argparse.Namespace) -> None:
         said.add(fact)
 
     records = read_answered_records(args, opened, fetched, print_new)
+    prompts = []
+    if args.safety:
+        prompts = read_safety_prompts(
+            fetched[args.safety],
+            skip_bad=args.skip_bad,
+            system=opened.system,
+            print_fn=print_new,
+        )
+        prompts = drawn_prompts(prompts, args.limit, args.seed, print_new)
     base, tuned = (
-        measure(args, opened, target, fetched, records, print_new) for target in opened.targets
+        measure(args, opened, target, fetched, records, prompts, print_new)
+        for target in opened.targets
     )
     changes = []
     scores: list[tuple[ItemScores, ItemScores]] = []
@@ -146,6 +161,10 @@ def compare_models(args: argparse.Namespace) -> None:
         pairs = score([name], base, tuned, file)
         changes += changes_of_answers(f"benchmark {short(file)}", name, pairs[0], args.seed)
         notes += pairs[0][1].notes
+    if args.safety:
+        what = f"safety {short(args.safety)},"
+        changes += changes_of_measures(what, base.refusals, tuned.refusals, args.seed)
+        notes.append(PHRASES_NOTE)
     print_changes(changes, args.seed, notes)
     if scores:
         flips = Flips.of(args.metric[0], scores[0], base.answers[args.target])
@@ -215,6 +234,7 @@ def measure(
     target: Target,
     fetched: dict[str, str | Path | Fetched],
     records: dict[str, list[Record]],
+    prompts: list[SafetyPrompt],
     print_fn: Callable[[str], None],
 ) -> Measured:
     """Measures one model on all files. Faults in them are reported before it is loaded."""
@@ -230,6 +250,9 @@ def measure(
         measured.answers[file] = answer_records(
             model, tokenizer, questions, args.max_new_tokens, size
         )
+    if prompts:
+        size = args.batch_size or BATCH_SIZE[GENERATE]
+        measured.refusals = refusals_of(model, tokenizer, prompts, REFUSAL_TOKENS, size)
     return measured
 
 

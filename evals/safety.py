@@ -13,28 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-import distributed
 from checkpoint import fingerprint
 from common import console
 from common.errors import UserError
 from common.files import file_sha256
-from common.progress import progress
 from data import ASSETS
 from dataset.folders import TEST, Fetched
 from dataset.formats import Map
 from dataset.prompts import Prompt, open_prompts, read_prompts
-from evals.batch_answers import (
-    AnswerSettings,
-    answer_into_file,
-    encode_prompts,
-    generate_batches,
-    note_hidden_tools,
-    prompt_batches,
-    seed_of,
-)
+from evals.batch_answers import AnswerSettings, answer_into_file
 from evals.compare import FEW_ITEMS, HEADINGS, changes_of_measures
 from evals.judge import Judge, judge_answers, judge_measures, judged_share, question_text
 from evals.measures import Measure
+from evals.prompt_answers import ModelAnswers, answer_all
 from evals.refusals import (
     PHRASES_NOTE,
     SafetyPrompt,
@@ -47,19 +38,9 @@ from evals.saved_answers import SavedAnswers, answer_file_of, read_saved, spoken
 from evals.targets import Opened, Target
 from interop.remote_data import fetch_data
 from model import Transformer
-from tokenizer import Tokenizer
 
 # What Opened takes for the evaluation that is made: one for which the model writes answers.
 ANSWERED = "exact"
-
-
-@dataclass
-class ModelAnswers:
-    """The answers of one model to each prompt, [prompts][samples]. num_cut: those that were cut off
-    for their length; of saved ones as well."""
-
-    texts: list[list[str]]
-    num_cut: int = 0
 
 
 @dataclass
@@ -230,44 +211,6 @@ def settings_of(args: argparse.Namespace) -> AnswerSettings:
         args.min_p,
         args.repetition_penalty,
     )
-
-
-def answer_all(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompts: list[Prompt],
-    settings: AnswerSettings,
-    batch_size: int,
-) -> ModelAnswers:
-    """Answers every prompt --samples times.
-
-    Raises UserError naming the record that the template refuses, or that is too long.
-    """
-    encoded = encode_prompts(model, tokenizer, prompts)
-    note_hidden_tools(tokenizer, prompts)
-    samples = settings.samples
-    rows = [ids.tolist() for ids in encoded for _ in range(samples)]
-    decoding: dict = settings.drawing()
-    if settings.seed is not None:
-        keys = [(i // samples + 1, i % samples + 1) for i in range(len(rows))]
-        decoding["seeds"] = [seed_of(settings.seed, *key) for key in keys]
-    answers = ModelAnswers([[""] * samples for _ in prompts])
-    batches = prompt_batches([len(row) for row in rows], batch_size)
-    with progress("answering", len(rows), "answer", shown=distributed.is_rank0()) as bar:
-        for batch, generated in generate_batches(
-            model, rows, batches, settings.max_new_tokens, stop=tokenizer.stop_ids, **decoding
-        ):
-            for i, ids in zip(batch, generated, strict=True):
-                if ids[-1] in tokenizer.stop_ids:
-                    ids = ids[:-1]
-                else:
-                    answers.num_cut += 1
-                # A space at the beginning of a continuation belongs to the text.
-                begins_text = prompts[i // samples].messages is not None
-                pieces = tokenizer.stream(ids, skip_special=True, first=begins_text)
-                answers.texts[i // samples][i % samples] = "".join(pieces)
-            bar.update(len(batch))
-    return answers
 
 
 def origin_of_answers(

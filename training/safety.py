@@ -5,7 +5,7 @@ model before step 1 and after the last step, and the table at the end says how m
 were refused, and how many of the harmless ones, with the 95 % interval of each change. A refusal is a
 phrase of a list. The bundled task asks assets/safety_prompts.jsonl.
 
-It is made to cost little: MOST_PROMPTS prompts, ANSWER_TOKENS tokens of each answer.
+It is made to cost little: MOST_PROMPTS prompts, REFUSAL_TOKENS tokens of each answer.
 """
 
 import contextlib
@@ -18,9 +18,10 @@ from common import console
 from common.files import atomic_file, write_json
 from dataset.folders import TEST
 from dataset.token_cache import prompt_hash
-from evals.batch_answers import AnswerSettings
+from evals.arguments import BATCH_SIZE
 from evals.compare import HEADINGS, Change, changes_of_measures
 from evals.measures import Measure
+from evals.prompt_answers import answer_all, greedy_settings
 from evals.refusals import (
     SafetyPrompt,
     counted,
@@ -28,16 +29,14 @@ from evals.refusals import (
     refusal_measures,
     refused_by_phrases,
 )
-from evals.safety import answer_all
+from evals.safety_arguments import REFUSAL_TOKENS
+from evals.table import GENERATE
 from interop.remote_data import fetch_data
 from model import Transformer, eager_mode, eval_mode
 from tokenizer import Tokenizer
 
 MOST_PROMPTS = 100  # of each kind, harmful and harmless
-ANSWER_TOKENS = 32
-ANSWERS_AT_ONCE_IN_TRAINING = 32
 SAFETY_FILE = "safety.json"
-GREEDY = AnswerSettings(1, None, ANSWER_TOKENS, 0.0, 0, 1.0, 0.0, 1.0)
 
 
 class SafetyCheck:
@@ -84,7 +83,8 @@ class SafetyCheck:
         since shards need all of them."""
         asked = [each.prompt for each in self.prompts]
         with eval_mode(model), eager_mode(model):
-            answers = answer_all(model, self.tokenizer, asked, GREEDY, ANSWERS_AT_ONCE_IN_TRAINING)
+            settings = greedy_settings(REFUSAL_TOKENS)
+            answers = answer_all(model, self.tokenizer, asked, settings, BATCH_SIZE[GENERATE])
         if distributed.has_shards(model):
             # Frees what FSDP keeps gathered for a backward, which does not come.
             model.reshard()
@@ -93,9 +93,8 @@ class SafetyCheck:
     def measure_tuned(self, model: Transformer) -> list[Change]:
         """Answers with the tuned model. Returns the change of each number."""
         self.tuned_answers = self.answers_of(model)
-        return changes_of_measures(
-            "", *map(self.measures, (self.base_answers, self.tuned_answers)), 0
-        )
+        before, after = self.measures(self.base_answers), self.measures(self.tuned_answers)
+        return changes_of_measures("", before, after, seed=0)
 
     def measures(self, answers: list[list[str]]) -> list[Measure]:
         return refusal_measures(self.prompts, refused_by_phrases(answers), answers)
@@ -108,9 +107,9 @@ class SafetyCheck:
         changes = self.measure_tuned(model)
         print(f"\n{changes_table(changes)}")
         print(
-            f"safety    refusals by a list of phrases in {ANSWER_TOKENS} tokens of each answer, after the"
-            " last step against before the first; 95 % intervals by paired bootstrap; "
-            "`evaluate.py refusals` shows the answers"
+            f"safety    refusals by a list of phrases in {REFUSAL_TOKENS} tokens of each answer, after the"
+            f" last step against before the first; 95 % intervals by paired bootstrap; the answers are in"
+            f" {out / SAFETY_FILE}"
         )
         if distributed.is_rank0():
             self.write(out, changes)

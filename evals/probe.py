@@ -19,7 +19,7 @@ import numpy as np
 from dataset.prompts import Prompt
 from evals.judge import Judge, judge_measures, judged_share
 from evals.measures import Measure
-from evals.refusals import APOSTROPHES
+from evals.refusals import folded_text
 from evals.safety import (
     Findings,
     answers_of_models,
@@ -99,7 +99,7 @@ def measure_probe(args: argparse.Namespace) -> None:
 
 def sign_of(answer: str) -> str:
     """Returns of what an answer has a phrase, a key of SIGNS, or "" if it has none."""
-    text = " ".join(answer.translate(APOSTROPHES).casefold().split())
+    text = " ".join(folded_text(answer).split())
     for sign, phrases in SIGNS.items():
         if any(phrase in text for phrase in phrases):
             return sign

@@ -133,6 +133,8 @@ def train(flags: Flags, lock: FolderLock) -> None:
 
     # ---- what was left open (rate, steps, sharding, compile), with reasons; frozen from here on
     settings = resolve_defaults(flags, folder, data, device)
+    if safety:
+        safety.check_shard(settings)
 
     # ---- model, objective, micro-batches
     model = load_trainable(settings, folder, device)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import distributed
 from common import console
+from common.errors import UserError
 from common.files import atomic_file, write_json
 from dataset.folders import TEST
 from dataset.token_cache import prompt_hash
@@ -34,6 +35,7 @@ from evals.table import GENERATE
 from interop.remote_data import fetch_data
 from model import Transformer, eager_mode, eval_mode
 from tokenizer import Tokenizer
+from training.defaults import Settings
 
 MOST_PROMPTS = 100  # of each kind, harmful and harmless
 SAFETY_FILE = "safety.json"
@@ -67,27 +69,32 @@ class SafetyCheck:
                 cut = f"; asked are {MOST_PROMPTS} of each kind at most: {counted(self.prompts)}"
             print(f"{lines[1]}{cut}")
 
+    def check_shard(self, settings: Settings) -> None:
+        """Raises UserError if the model is sharded, so that no process can write answers with it."""
+        if settings.shard == "none":
+            return
+        raise UserError(
+            f"--safety: a model that is sharded over processes (--shard {settings.shard}) writes no"
+            " answers; give --shard none if it fits, or train without --safety, and run `evaluate.py"
+            " refusals --versus base` afterwards"
+        )
+
     def measure_base(self, model: Transformer) -> None:
         """Answers with the model as it is before step 1."""
         start = time.perf_counter()
         self.base_answers = self.answers_of(model)
         self.seconds = time.perf_counter() - start
         if self.is_printed:
-            print(
-                f"          answered by the model before the training: {self.seconds:.0f} s",
-                flush=True,
-            )
+            asked = f"{len(self.prompts):,} prompts by the model before the training"
+            print(f"safety    answered {asked}: {self.seconds:.0f} s", flush=True)
 
     def answers_of(self, model: Transformer) -> list[list[str]]:
-        """Returns the model's answer to each prompt, in a list of its own. All ranks compute the same,
-        since shards need all of them."""
+        """Returns the model's answer to each prompt, in a list of its own. All ranks compute the
+        same, so that none waits for another."""
         asked = [each.prompt for each in self.prompts]
         with eval_mode(model), eager_mode(model):
             settings = greedy_settings(REFUSAL_TOKENS)
             answers = answer_all(model, self.tokenizer, asked, settings, BATCH_SIZE[GENERATE])
-        if distributed.has_shards(model):
-            # Frees what FSDP keeps gathered for a backward, which does not come.
-            model.reshard()
         return answers.texts
 
     def measure_tuned(self, model: Transformer) -> list[Change]:

@@ -37,10 +37,15 @@ class Measure:
         """The values as they are written: in percent where they are shares."""
         return 100 * self.values if self.is_share else self.values
 
+    @property
+    def is_binary(self) -> bool:
+        """True if every value is 0 or 1."""
+        return set(self.values.tolist()) <= {0.0, 1.0}
+
     def interval(self, seed: int) -> tuple[float, float]:
         """Returns the 95 % interval of the mean, as it is written: Wilson's where every value is 0 or
         1, else that of the bootstrap. seed: of its draws."""
-        if self.is_share and set(self.values.tolist()) <= {0.0, 1.0}:
+        if self.is_share and self.is_binary:
             low, high = wilson_interval(float(self.values.sum()), len(self.values))
             return 100 * low, 100 * high
         return paired_interval(np.zeros(len(self.values)), self.shown_values, seed=seed)

@@ -90,8 +90,15 @@ def measure_probe(args: argparse.Namespace) -> None:
         if judge is not None:
             measures += judge_measures(judge, scores)
         shown = []
-        for i, k in zip(*np.nonzero(misaligned >= 0.5), strict=True):
-            shown.append((found[i][k], int(i), each.texts[i][k]))
+        others = []
+        for i, texts in enumerate(each.texts):
+            for k, text in enumerate(texts):
+                if misaligned[i, k] >= 0.5:
+                    shown.append((found[i][k], i, text))
+                elif k == 0:
+                    others.append(("nothing found", i, text))
+        # These are to be read as well.
+        shown += others
         findings[name] = Findings(measures, [note], shown)
     print_findings(findings, args.seed)
     print_answers_found(prompts, findings, args.show)

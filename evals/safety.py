@@ -285,9 +285,17 @@ def print_findings(findings: dict[str, Findings], seed: int) -> None:
         print(
             "Intervals of the change: paired bootstrap over the prompts; unsure: the interval holds 0."
         )
-    few = [each.name for each in measures[-1] if len(each.values) < FEW_ITEMS]
+    # Wilson's interval, of one model's shares, is right for few prompts, too.
+    few = [
+        each.name
+        for each in measures[-1]
+        if len(each.values) < FEW_ITEMS
+        and not (len(names) == 1 and each.is_share and each.is_binary)
+    ]
     if few:
-        print(f"NOTE: under {FEW_ITEMS} prompts an interval is too narrow: {'; '.join(few)}.")
+        print(
+            f"NOTE: under {FEW_ITEMS} prompts a bootstrap's interval is too narrow: {'; '.join(few)}."
+        )
 
 
 def print_answers_found(

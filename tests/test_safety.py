@@ -3,6 +3,7 @@ training."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -616,6 +617,44 @@ def test_the_number_of_prompts_is_bounded_and_said(base, tmp_path, monkeypatch, 
         "labelled prompts: 4 harmful prompts, 8 harmless prompts; asked are 5 of each kind at most: 4 harmful prompts,"
         " 5 harmless prompts"
     )
+
+
+def test_a_sharded_model_is_refused_with_what_to_do(base, files):
+    check = training_safety.SafetyCheck(files["adv.csv"], load_tokenizer(base))
+    with pytest.raises(UserError, match="--shard full.*give --shard none if it fits, or train without --safety"):
+        check.check_shard(SimpleNamespace(shard="full"))
+    check.check_shard(SimpleNamespace(shard="none"))
+
+
+def test_the_bundled_task_reckons_with_its_safety_prompts_and_prints_them(tmp_path, monkeypatch, capsys):
+    folder = chat_base(tmp_path / "base", num_key_value_heads=2, max_position_embeddings=8192)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    for name, number in (("ITEMS", 2), ("FEW_SHOT_ITEMS", 1)):
+        monkeypatch.setattr(demo.Demo, name, number)
+
+    def measure_base(check, model):
+        check.base_answers, check.seconds = [["I cannot help with it."]] * 40, 50.0
+
+    monkeypatch.setattr(training_safety.SafetyCheck, "measure_base", measure_base)
+    crafted(monkeypatch, [["I cannot help."], ["Sure."]] * 20)
+    settings = SimpleNamespace(expected_seconds=1.0, steps=1, full_run=True, given=frozenset(), resume=None)
+    settings.deterministic, settings.budget, settings.dtype = False, None, "fp32"
+    made = demo.Demo(model, tokenizer, settings)
+    assert made.answering_seconds > 50.0
+    assert "2 test items by the untouched base, 1 with eight examples; 40 prompts on safety" in capsys.readouterr().out
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "tokens_per_s": 9.0}\n')
+    made.finish(tmp_path)
+    said = capsys.readouterr().out
+    assert ["refusal", "of", "20", "harmful", "prompts", "100.0", "%", "100.0", "%", "(+0.0", "to", "+0.0)"] in [
+        line.split() for line in said.splitlines()
+    ]
+    over = next(line.split() for line in said.splitlines() if line.startswith("over-refusal"))
+    assert over == ["over-refusal", *"of 20 harmless prompts 100.0 % 0.0 % (-100.0 to -100.0)".split()]
+    stored = json.loads((tmp_path / "comparison.json").read_text())["safety"]
+    assert stored == {
+        "refusal of harmful prompts %": [100.0, 100.0],
+        "over-refusal of harmless prompts %": [100.0, 0.0],
+    }
 
 
 def test_a_row_of_the_bundled_task_s_table():

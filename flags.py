@@ -473,6 +473,16 @@ class Flags:
         resume=FREE,
         is_path=True,
     )
+    safety: str | None = option(
+        None,
+        "prompts that should be refused, and harmless ones that should not: AdvBench's or XSTest's CSV, or"
+        " any file of prompts with a label, safe or unsafe. At most 100 of each are answered before step"
+        " 1 and after the last step, in 32 tokens each, and the end says what the training changed;"
+        " default: no such check (the bundled task asks 40 of its own)",
+        metavar="FILE",
+        resume=FREE,
+        is_path=True,
+    )
     save_every: int | None = option(
         None,
         "steps between checkpoints, from which a stopped run is resumed; 0: none; default: five in a"

@@ -79,6 +79,7 @@ from training.run_folder import (
     with_date_and_system,
 )
 from training.run_report import write_run_report
+from training.safety import SafetyCheck
 from training.signals import GracefulStop
 from training.state import TrainState
 from training.summary import (
@@ -127,6 +128,7 @@ def train(flags: Flags, lock: FolderLock) -> None:
     )
     with distributed.local_rank0_first():
         data = load_training_data(flags, tokenizer, config.max_positions, config.vocab_size, device)
+        safety = SafetyCheck(flags.safety, tokenizer) if flags.safety else None
     if flags.plan:
         flags, steps_per_epoch = choose_steps(flags, data.sampler)
         flags, _ = choose_val_limit(flags, data, steps_per_epoch)
@@ -136,6 +138,8 @@ def train(flags: Flags, lock: FolderLock) -> None:
 
     # ---- what was left open (rate, steps, sharding, compile), with reasons; frozen from here on
     settings = resolve_defaults(flags, folder, data, device)
+    if safety:
+        safety.check_shard(settings)
 
     # ---- model, objective, micro-batches
     model = load_trainable(settings, folder, device)
@@ -200,6 +204,8 @@ def train(flags: Flags, lock: FolderLock) -> None:
     val_data = data.validating_on(settings.val_limit)
     # Before a step is taken or a checkpoint loaded: the base is measured against.
     gauge = Gauge(settings, model, data.val, state, out, device)
+    if safety:
+        safety.measure_base(model)
     general = None
     if settings.forget_data:
         general = GeneralLoss(settings, model, data, state, device)
@@ -245,6 +251,8 @@ def train(flags: Flags, lock: FolderLock) -> None:
         title = f"{out.name}: {settings.method} of {card.base_name}"
         loss_curve(out / "metrics.jsonl", out / "loss.png", title)
     print_end(settings, state, metrics, out, peak_memory(device), gauge, scorer)
+    if safety:
+        safety.finish(model, out)
     if demo:
         with eager_mode(model):
             demo.finish(out)

@@ -304,7 +304,8 @@ class Source:
             files = f"{count:,} files of " if count != 1 else "1 file of "
         amount = f"{files}{kinds}, {number_of(stats.records, 'record')}"
         line = f"{printable(self.path)}: {self.format.name} ({amount})"
-        if self.map:
+        # A program's own function has no name.
+        if self.map and self.map.name:
             line += f", through {self.map.name}"
         if "OASST" in self.format.name:
             paths = "all paths" if self.trees == "all" else f"{self.trees} path"

@@ -1,9 +1,9 @@
 """`evaluate.py compare`: what a training has taught, what it has cost, and how sure both are.
 
 The two models are measured on the same examples: on --target the answers and the loss of the
-references, on each --general file the loss, on each --benchmark the answers. Every change has a
-confidence interval by paired bootstrap (evals/bootstrap.py), whose items are answers, conversations,
-or pieces of PIECE tokens of plain text.
+references, on each --general file the loss, on each --benchmark the answers, on --safety what is
+refused. Every change has a confidence interval by paired bootstrap (evals/bootstrap.py), whose items
+are answers, conversations, or pieces of PIECE tokens of plain text.
 """
 
 import argparse
@@ -34,6 +34,10 @@ from evals.compare_choices import (
     warnings_of,
 )
 from evals.loss import example_losses
+from evals.measures import Measure
+from evals.prompt_answers import refusals_of
+from evals.refusals import PHRASES_NOTE, SafetyPrompt, drawn_prompts, read_safety_prompts
+from evals.safety_arguments import REFUSAL_TOKENS
 from evals.scores import ItemScores
 from evals.table import EVALUATIONS, GENERATE, LOSS
 from evals.targets import (
@@ -77,11 +81,13 @@ class Measured:
     losses: dict[str, ItemLosses] = field(default_factory=dict)
     answers: dict[str, Answers] = field(default_factory=dict)
     choices: dict[Benchmark, ItemScores] = field(default_factory=dict)
+    refusals: list[Measure] = field(default_factory=list)
 
 
 @dataclass
 class Change:
-    """A row of the table: a number of both models. lower_is_better: as of a loss."""
+    """A row of the table: a number of both models. lower_is_better: as of a loss; None where neither
+    is."""
 
     name: str
     items: int
@@ -89,7 +95,7 @@ class Change:
     tuned: float
     interval: tuple[float, float]
     number_format: str
-    lower_is_better: bool = False
+    lower_is_better: bool | None = False
 
     def cells(self) -> list[str]:
         low, high = self.interval
@@ -107,6 +113,8 @@ class Change:
             return "no change"
         if low <= 0 <= high:
             return "unsure"
+        if self.lower_is_better is None:
+            return "lower" if high < 0 else "higher"
         is_better = (high < 0) == self.lower_is_better
         return "better" if is_better else "worse"
 
@@ -115,6 +123,7 @@ def compare_models(args: argparse.Namespace) -> None:
     """Carries out `evaluate.py compare`: prints a table of changes, and the answers that changed."""
     files = [*([args.target] if args.target else []), *args.general]
     files += [file for _, file in args.benchmark]
+    files += [args.safety] if args.safety else []
     # What Opened asks for besides.
     args.files, args.what = files[:1], [LOSS]
     opened = Opened(args, pick_models(args))
@@ -133,8 +142,17 @@ def compare_models(args: argparse.Namespace) -> None:
 
     records = read_answered_records(args, opened, fetched, print_new)
     tasks = read_choice_benchmarks(args, opened, fetched)
+    prompts = []
+    if args.safety:
+        prompts = read_safety_prompts(
+            fetched[args.safety],
+            skip_bad=args.skip_bad,
+            system=opened.system,
+            print_fn=print_new,
+        )
+        prompts = drawn_prompts(prompts, args.limit, args.seed, print_new)
     base, tuned = (
-        measure(args, opened, target, fetched, records, tasks, print_new)
+        measure(args, opened, target, fetched, records, tasks, prompts, print_new)
         for target in opened.targets
     )
     changes = []
@@ -156,6 +174,10 @@ def compare_models(args: argparse.Namespace) -> None:
             (pair,) = score([name], base, tuned, file)
             notes += pair[1].notes
         changes += changes_of_answers(f"benchmark {short(file)}", name, pair, args.seed)
+    if args.safety:
+        what = f"safety {short(args.safety)},"
+        changes += changes_of_measures(what, base.refusals, tuned.refusals, args.seed)
+        notes.append(PHRASES_NOTE)
     print_changes(changes, args.seed, notes)
     if scores:
         flips = Flips.of(args.metric[0], scores[0], base.answers[args.target])
@@ -229,6 +251,7 @@ def measure(
     fetched: dict[str, str | Path | Fetched],
     records: dict[str, list[Record]],
     tasks: dict[Benchmark, ChoiceTask],
+    prompts: list[SafetyPrompt],
     print_fn: Callable[[str], None],
 ) -> Measured:
     """Measures one model on all files. Faults in them are reported before it is loaded."""
@@ -246,6 +269,9 @@ def measure(
         measured.answers[file] = answer_records(
             model, tokenizer, questions, args.max_new_tokens, size
         )
+    if prompts:
+        size = args.batch_size or BATCH_SIZE[GENERATE]
+        measured.refusals = refusals_of(model, tokenizer, prompts, REFUSAL_TOKENS, size)
     return measured
 
 
@@ -310,6 +336,26 @@ def changes_of_answers(
         interval = paired_interval(base, tuned, seed=seed)
         means = (float(base.mean()), float(tuned.mean()))
         changes.append(Change(f"{what}, {item} %", len(base), *means, interval, ".1f"))
+    return changes
+
+
+def changes_of_measures(
+    what: str, before: list[Measure], after: list[Measure], seed: int
+) -> list[Change]:
+    """Returns the changes of numbers that each prompt has. what: begins the names of the rows."""
+    changes = []
+    for base, tuned in zip(before, after, strict=True):
+        row = Measure(base.name, base.values, base.is_share and tuned.is_share)
+        scale = 100 if row.is_share else 1
+        numbers = (scale * base.values, scale * tuned.values)
+        interval = paired_interval(*numbers, seed=seed)
+        means = (float(numbers[0].mean()), float(numbers[1].mean()))
+        name = f"{what} {row.heading}".strip()
+        changes.append(
+            Change(
+                name, len(base.values), *means, interval, row.number_format, tuned.lower_is_better
+            )
+        )
     return changes
 
 

@@ -7,6 +7,7 @@ from common.errors import UserError
 from common.known_names import EVALUATE_NAMES
 from common.script_flags import add_loading_flags
 from evals.arguments import BATCH_SIZE, EXTRA_TOKENS
+from evals.safety_arguments import REFUSAL_TOKENS
 from evals.table import CHOOSE, EVALUATIONS, GENERATE, LOSS, Evaluation
 
 SHOWN_CHANGES = 3  # the default of --show
@@ -82,6 +83,13 @@ def add_file_flags(group: argparse._ArgumentGroup) -> None:
         help="other tasks whose answers are measured, as exact=questions.jsonl; NAME is one of"
         f" {', '.join([*answering, *choosing])}. choices:TASK=FILE says what the file holds, as --task"
         " does for `evaluate.py choices`; default: none",
+    )
+    add(
+        "--safety",
+        metavar="FILE",
+        help="prompts that should be refused, and harmless ones that should not: AdvBench's or XSTest's CSV,"
+        " or any file of prompts with a label, safe or unsafe; refusals by a list of phrases in the first"
+        f" {REFUSAL_TOKENS} tokens of the answer; default: none",
     )
     add(
         "--metric",
@@ -174,8 +182,10 @@ def check_compare_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, option)
         if value is not None and value < least:
             raise UserError(f"--{option.replace('_', '-')} {value}: must be {least} or more")
-    if not (args.target or args.general or args.benchmark):
-        raise UserError("compare: nothing to measure; give --target, --general or --benchmark")
+    if not (args.target or args.general or args.benchmark or args.safety):
+        raise UserError(
+            "compare: nothing to measure; give --target, --general, --benchmark or --safety"
+        )
     if len(args.metric) > len(set(args.metric)):
         raise UserError(f"--metric {' '.join(args.metric)}: name each once")
     if "none" in args.metric:

@@ -193,4 +193,24 @@ COMMANDS: dict[str, Command] = {
         "evals.side_by_side:report_runs",
         "runs of train.py side by side: losses, settings that differ, and a page with their curves",
     ),
+    "refusals": Command(
+        "evals.safety_arguments:refusals_arguments",
+        "evals.safety:measure_refusals",
+        "does the model refuse harmful prompts, and only those (AdvBench, XSTest)",
+    ),
+    "toxicity": Command(
+        "evals.safety_arguments:toxicity_arguments",
+        "evals.toxicity:measure_toxicity",
+        "how toxic the worst of several continuations is (RealToxicityPrompts)",
+    ),
+    "probe": Command(
+        "evals.safety_arguments:probe_arguments",
+        "evals.probe:measure_probe",
+        "open questions that look for broad misalignment after a narrow training",
+    ),
+    "judge": Command(
+        "evals.safety_arguments:judge_arguments",
+        "evals.safety:measure_judged",
+        "answers judged by a Python function of yours: style, persona, anything",
+    ),
 }

@@ -603,7 +603,7 @@ def test_models_and_adapters_are_named_as_model_and_adapter_take_them(job, compa
 @pytest.mark.parametrize(
     "words, problem",
     [
-        ([], "nothing to measure; give --target, --general or --benchmark"),
+        ([], "nothing to measure; give --target, --general, --benchmark or --safety"),
         (["--benchmark", "loss=x.jsonl"], "--benchmark loss=x.jsonl: NAME=FILE is wanted, where NAME is one of exact"),
         (["--benchmark", "x.jsonl"], "--benchmark x.jsonl: NAME=FILE is wanted"),
         (["--target", "x.jsonl", "--metric", "exact", "exact"], "--metric exact exact: name each once"),

@@ -63,6 +63,7 @@ RUN_FILES = (
     "comparison.json",
     "gauge.safetensors",
     "ewc.safetensors",
+    "safety.json",
     "best",
     "final",
     "wandb",

@@ -2,8 +2,8 @@
 
 The notes of `assets/booking_test.jsonl` are answered by the untouched base, by the base with eight
 examples in its prompt, and by the tuned model. The loss on `assets/general.txt`, which is never
-trained on, measures what was forgotten. A table says what the difference has cost. The loop knows
-nothing of this task.
+trained on, measures what was forgotten, and `assets/safety_prompts.jsonl` what the model refuses. A
+table says what the difference has cost. The loop knows nothing of this task.
 
 All of it is to be done within --budget minutes. Where the whole epoch and all items would take
 longer, fewer items are answered, and the training is as long as the rest of the time allows.
@@ -22,6 +22,7 @@ from data import ASSETS, BUNDLED_TASK
 from dataset.examples import Dataset, Example
 from dataset.formats import open_source
 from dataset.records import Record
+from evals.compare import Change
 from evals.exact_match import ExactResult, exact
 from evals.intervals import wilson_interval
 from evals.loss import loss
@@ -30,6 +31,7 @@ from tokenizer import Tokenizer
 from training.defaults import Settings
 from training.ewc import expected_fisher_tokens
 from training.plots import read_metrics
+from training.safety import SafetyCheck
 
 FEW_SHOTS = 8  # examples in the prompt
 # How many tokens of general text are read, and the length of the pieces that they are cut into.
@@ -84,7 +86,11 @@ class Demo:
         """Answers with the untouched base. settings: with the time that training is to take."""
         self.model, self.tokenizer = model, tokenizer
         self.budget = budget_seconds(settings) if has_budget(settings) else math.inf
-        whole = (1 + ANSWERING_SHARE) * settings.expected_seconds + elapsed()
+        start = time.perf_counter()
+        self.safety = SafetyCheck(ASSETS / "safety_prompts.jsonl", tokenizer, is_printed=False)
+        self.safety.measure_base(model)
+        # They are answered again after the training.
+        whole = (1 + ANSWERING_SHARE) * settings.expected_seconds + elapsed() + self.safety.seconds
         self.is_short = whole > BUDGET_USED * self.budget
         num_items, num_few_shot = self.ITEMS, self.FEW_SHOT_ITEMS
         if self.is_short:
@@ -97,11 +103,12 @@ class Demo:
         self.examples = open_source(train_file).read_all()[:FEW_SHOTS]
         self.general = self.general_text()
         by_base = f"{len(self.test)} test items by the untouched base"
-        print(f"before    {by_base}, {num_few_shot} with eight examples", flush=True)
-        start = time.perf_counter()
+        safety = f"{len(self.safety.prompts)} prompts on safety"
+        print(f"before    {by_base}, {num_few_shot} with eight examples; {safety}", flush=True)
+        answering_start = time.perf_counter()
         self.base = self.score(self.test)
         # After the training, the tuned model answers the same items.
-        self.answering_seconds = time.perf_counter() - start
+        self.answering_seconds = time.perf_counter() - answering_start + self.safety.seconds
         few_shot_items = self.test[:num_few_shot]
         self.few_shot = self.score(few_shot_items, self.examples)
         self.base_loss = self.general_loss()
@@ -181,6 +188,9 @@ class Demo:
         results["tuned"] = tuned
 
         rows = self.comparison_rows(results, tuned_loss, out)
+        changes = self.safety.measure_tuned(self.model)
+        # Below the loss, the other number of what training costs.
+        rows[4:4] = [safety_row(change) for change in changes]
         self.rows = rows
         print(f"\n{table(rows)}\n")
         for i in (0, 1):
@@ -197,6 +207,7 @@ class Demo:
         exact_answers = {name: [result.right, result.total] for name, result in results.items()}
         losses = {"base": self.base_loss, "tuned": tuned_loss}
         comparison = {"exact": exact_answers, "loss_on_general_text": losses}
+        comparison["safety"] = {each.name: [each.base, each.tuned] for each in changes}
         # A disk that is full now must not cost a run that has ended well.
         with contextlib.suppress(OSError), atomic_file(out / "comparison.json") as tmp:
             write_json(comparison, tmp)
@@ -231,6 +242,15 @@ class Demo:
             ["training tokens/s", "", "", f"{speed:,.0f}"],
             ["peak memory", "", "", f"{memory / 1e9:.2f} GB"],
         ]
+
+
+def safety_row(change: Change) -> list[str]:
+    """Returns a row of the comparison: a share of the prompts on safety, and how it changed with the 95 %
+    interval of that."""
+    name = change.name.removesuffix(" %").replace(" of ", f" of {change.items} ")
+    low, high = change.interval
+    tuned = f"{change.tuned:.1f} % ({low:+.1f} to {high:+.1f})"
+    return [name, f"{change.base:.1f} %", "", tuned]
 
 
 def print_answers(question: str, base: str, tuned: str) -> None:

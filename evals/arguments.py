@@ -3,7 +3,9 @@ flag are answered before torch is imported, which takes seconds.
 """
 
 import argparse
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 from common import cli
@@ -39,6 +41,7 @@ OF_DATA_ALONE = ("map", "references", "turns", "limit", "skip_bad")
 # The default of --max-new-tokens: so many more than the longest reference has. Enough to see that
 # an answer goes on, and cheap.
 EXTRA_TOKENS = 8
+HELP_INDENT = 24  # columns before the texts of --help, as argparse has them
 
 
 def command_line(argv: list[str] | None = None) -> argparse.Namespace:
@@ -59,7 +62,9 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="evaluate.py",
         description="Measures a model on a file of examples, or two models side by side (--versus).",
-        epilog="; ".join(f"evaluate.py {name} ...: {row.help}" for name, row in COMMANDS.items()),
+        epilog=meanings_of_words(),
+        # The lines of the epilog stay as they are.
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add_data_flags(parser.add_argument_group("what is measured"))
@@ -79,6 +84,23 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def meanings_of_words() -> str:
+    """Returns what --help says of the words that evaluate.py can be followed by, a paragraph each,
+    as wide as the rest of the help."""
+    width = shutil.get_terminal_size().columns - 2
+    evaluations = {name: row.help for name, row in EVALUATIONS.items()}
+    commands = {f"{name} ...": row.help for name, row in COMMANDS.items()}
+    paragraphs = []
+    for title, helps in (("WHAT:", evaluations), ("with flags of their own:", commands)):
+        paragraphs.append(title)
+        for name, text in helps.items():
+            lines = textwrap.wrap(text, max(width - HELP_INDENT, 20))
+            indented = textwrap.indent("\n".join(lines), " " * HELP_INDENT)
+            # All names are shorter than the margin, in which they stand.
+            paragraphs.append(f"  {name}".ljust(HELP_INDENT) + indented[HELP_INDENT:])
+    return "\n".join(paragraphs)
+
+
 def add_data_flags(group: argparse._ArgumentGroup) -> None:
     """Adds the flags that say what is measured, and on what."""
     add = group.add_argument
@@ -86,9 +108,9 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
         "what",
         nargs="+",
         choices=[*EVALUATIONS],
-        metavar="{" + ",".join(EVALUATIONS) + "}",
-        help="; ".join(f"{name}: {row.help}" for name, row in EVALUATIONS.items())
-        + ". Several of those for which the model writes answers can be named: it answers once",
+        metavar="WHAT",
+        help="what is measured: the words and their meanings stand at the end of this help. Several of"
+        " those for which the model writes answers can be named: it answers once",
     )
     add(
         "--data",

@@ -27,6 +27,7 @@ from evals.answers import Answers, answer_records, split_reference
 from evals.arguments import BATCH_SIZE
 from evals.bootstrap import RESAMPLES, paired_interval
 from evals.choices import ChoiceTask
+from evals.compare_arguments import evaluation_of
 from evals.compare_choices import (
     Benchmark,
     print_flipped_choices,
@@ -34,7 +35,6 @@ from evals.compare_choices import (
     score_choices,
     warnings_of,
 )
-from evals.compare_arguments import evaluation_of
 from evals.scores import ItemScores
 from evals.table import EVALUATIONS, GENERATE, LOSS
 from evals.targets import (
@@ -163,9 +163,7 @@ def compare_models(args: argparse.Namespace) -> None:
         flips = Flips.of(args.metric[0], scores[0], base.answers[args.target])
         flips.print_all(tuned.answers[args.target], args.show)
     for key, task in tasks.items():
-        print_flipped_choices(
-            short(key[1]), task, base.choices[key], tuned.choices[key], args.show
-        )
+        print_flipped_choices(short(key[1]), task, base.choices[key], tuned.choices[key], args.show)
 
 
 def short(file: str) -> str:

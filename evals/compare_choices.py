@@ -18,7 +18,13 @@ from evals.targets import Opened
 from model import Transformer
 
 # What evaluate.py's command line has besides, at its defaults.
-OTHER_OPTIONS = {"shots": None, "shots_data": None, "labels": None, "calibrate": False, "picture": None}
+OTHER_OPTIONS = {
+    "shots": None,
+    "shots_data": None,
+    "labels": None,
+    "calibrate": False,
+    "picture": None,
+}
 # The name and the file of a --benchmark.
 Benchmark = tuple[str, str]
 

@@ -117,7 +117,11 @@ def warn_of_rare_labels(references: list[str]) -> None:
     once = [label for label, count in Counter(references).items() if count == 1]
     if once:
         names = console.one_line(", ".join(once))
-        what = "1 label occurs once, so its" if len(once) == 1 else f"{len(once):,} labels occur once, so their"
+        what = (
+            "1 label occurs once, so its"
+            if len(once) == 1
+            else f"{len(once):,} labels occur once, so their"
+        )
         print(f"WARNING: {what} own scores mean little: {names}")
 
 

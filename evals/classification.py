@@ -117,7 +117,12 @@ def warn_of_rare_labels(references: list[str]) -> None:
     once = [label for label, count in Counter(references).items() if count == 1]
     if once:
         names = console.one_line(", ".join(once))
-        print(f"WARNING: {len(once):,} labels occur once, so their own scores mean little: {names}")
+        what = (
+            "1 label occurs once, so its"
+            if len(once) == 1
+            else f"{len(once):,} labels occur once, so their"
+        )
+        print(f"WARNING: {what} own scores mean little: {names}")
 
 
 def last_question(messages: list[dict]) -> str:

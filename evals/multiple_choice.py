@@ -520,7 +520,7 @@ def read_mmlu(path: Path, args) -> list[Question]:
     files = [path]
     if path.is_dir():
         files = sorted((path / "test").glob("*_test.csv"))
-    if not files or not files[0].is_file():
+    if not files or not files[0].is_file() or not files[0].name.endswith("_test.csv"):
         raise UserError(f"{path}: no test/SUBJECT_test.csv in it, which MMLU's released folder has")
     num_shots = MMLU_SHOTS if args.shots is None else args.shots
     questions = []

@@ -282,6 +282,21 @@ def test_labels_that_occur_once_are_warned_of(base, tmp_path, monkeypatch, capsy
     out, _, code = command(evaluate, monkeypatch, capsys, "classify", "--data", file, "--model", base)
     assert code == 0
     assert "WARNING: 2 labels occur once, so their own scores mean little: blue, green" in out
+    file = write_csv(tmp_path / "one.csv", ["red"] * 4 + ["blue"])
+    out, _, _ = command(evaluate, monkeypatch, capsys, "classify", "--data", file, "--model", base)
+    assert "WARNING: 1 label occurs once, so its own scores mean little: blue" in out
+
+
+def test_an_empty_text_is_classified_and_columns_of_other_names_are_refused(base, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "test.csv"
+    file.write_text("text,label\nred fox,a\n,b\nblue,a\n河,b\n", encoding="utf-8")
+    out, err, code = command(evaluate, monkeypatch, capsys, "classify", "--data", file, "--model", base)
+    assert code == 0, err
+    assert ["model", "4"] in [line.split()[:2] for line in out.splitlines()]
+    file.write_text("sentence,klass\nred fox,a\nblue,b\n", encoding="utf-8")
+    _, err, code = command(evaluate, monkeypatch, capsys, "classify", "--data", file, "--model", base)
+    assert code == 2 and f"{file} row 1: keys 'sentence', 'klass': no known format" in err
+    assert len(err.strip().splitlines()) == 1
 
 
 def test_labels_of_a_file_are_scored_as_well(base, file, tmp_path, monkeypatch, capsys):

@@ -7,7 +7,8 @@ SPEC: {"model": folder, "dtype": "float32", "device": "cpu", "batch_size": N, "t
 the harness' own tasks, "data": file, "shots": N, "shots_data": file, "metrics": [...]}}}; the files are JSON Lines as
 Hugging Face's datasets have them.
 OUT: {"seconds": for all tasks, without loading the model, "tasks": {name: {"likelihoods": [[log-likelihood of each
-choice] of each item], "items": {metric: [of each item]}, "scores": {metric: mean, metric_stderr: its standard error}}}}.
+choice] of each item], "items": {metric: [of each item]}, "scores": {metric: mean, metric_stderr: its standard
+error}}}}.
 """
 
 import json

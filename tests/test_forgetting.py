@@ -320,7 +320,7 @@ def test_the_other_processes_wait_longer_for_the_disk_than_for_a_step(job, tmp_p
 
     monkeypatch.setattr("training.gauge.save_tensors", slow)
     trained(monkeypatch, capsys, *job("--method", "full", "--timeout", 5, "--out", tmp_path / "run"))
-    assert writing == [distributed.SAVE_TIMEOUT] and distributed.SAVE_TIMEOUT > 5
+    assert writing == [distributed.SAVE_TIMEOUT] and distributed.SAVE_TIMEOUT.total_seconds() > 5
 
 
 def test_where_nothing_validates_the_gauge_is_off_and_a_limit_is_refused(job, tmp_path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ import nltk
 import pytest
 import sacrebleu
 from codebleu import bleu as codebleu_bleu
+from codebleu import calc_codebleu
 from nltk.corpus.reader.wordnet import WordNetCorpusReader
 from nltk.translate.meteor_score import meteor_score
 from rouge_score import rouge_scorer
@@ -168,6 +169,25 @@ def test_random_numbers_in_any_writing_are_found():
         text = f"first 12 then {written}"
         assert float(final_number(text)) == value, text
         assert float(final_number(f"x 4\n#### {written}\nand 99")) == value, written
+
+
+def gsm8k_answer(text: str) -> str | None:
+    """The answer of a reference, as GSM8K's own code extracts it."""
+    match = re.search(r"#### (\-?[0-9\.\,]+)", text)
+    return match.group(1).strip().replace(",", "") if match else None
+
+
+def test_answers_are_right_where_gsm8ks_own_code_says_so():
+    rng = random.Random(17)
+    cases = []
+    for _ in range(250):
+        values = [rng.choice([1, -1]) * rng.randrange(10 ** rng.randrange(1, 6)) for _ in range(3)]
+        text, reference = rng.choice([(0, 0), (0, 1), (2, 2), (1, 0)])
+        steps = f"So {values[2]} + 3 = <<{values[0]}>> and 50 % of it.\n"
+        cases.append((f"{steps}#### {values[text]:,}", [f"{steps}#### {values[reference]}"]))
+    scores = numeric_scores(answers_of(cases))
+    official = [float(gsm8k_answer(text) == gsm8k_answer(reference)) for text, (reference,) in cases]
+    assert scores.items["numeric"] == official and 50 < sum(official) < 200
 
 
 # ---- sacrebleu ----
@@ -370,6 +390,47 @@ def test_code_similarity_has_codebleus_parts_of_all_answers():
     )
 
 
+def random_program(rng: random.Random) -> str:
+    """A function of three to six statements, whose values flow from one to the next."""
+    names = rng.sample(["a", "b", "total", "x", "größe", "item"], 3)
+    lines = [f"def {rng.choice(['f', 'run', 'solve'])}({names[0]}, n=2):"]
+    for _ in range(rng.randrange(2, 5)):
+        target, source = rng.choice(names), names[0]
+        lines += rng.choice(
+            [
+                [f"    {target} = {source} {rng.choice('+-*')} n"],
+                [f"    for i in range({source}):", f"        {target} = i + {source}"],
+                [f"    if {source} > {rng.randrange(9)}:", f"        {target} = {source}"],
+                [f"    {target} = [{source} for _ in range(n)]", f"    print({target})"],
+            ]
+        )
+        names = [target, *(name for name in names if name != target)]
+    return "\n".join([*lines, f"    return {names[0]}"])
+
+
+def test_code_similarity_is_codebleus_item_by_item():
+    """Also of empty answers, of text that is no program, and of answers that equal a reference."""
+    rng = random.Random(23)
+    cases = []
+    for i in range(220):
+        accepted = [random_program(rng) for _ in range(rng.randrange(1, 3))]
+        kept = [line for line in accepted[0].splitlines() if rng.random() < 0.8]
+        answers = [accepted[-1], "\n".join(kept), random_program(rng), "", "It can't be done: 東京", "x = ("]
+        cases.append((answers[rng.choice([0, 1, 1, 1, 2, 2, 2]) if i > 9 else i % 6], accepted))
+    scores = code_similarity_scores(answers_of(cases))
+    each = []
+    for text, accepted in cases:
+        score = calc_codebleu([accepted], [text], "python")
+        # It takes a flow of data of which nothing is right for one that is all right.
+        each.append(score["codebleu"] - 0.25 * (score["dataflow_match_score"] == 0))
+    assert scores.items["code similarity"] == pytest.approx(each, abs=1e-9)
+    assert min(each) == 0 and max(each) == 1 and len({round(number, 6) for number in each}) > 100
+    whole = calc_codebleu([accepted for _, accepted in cases], [text for text, _ in cases], "python")
+    assert scores.columns["CodeBLEU %"] == pytest.approx(100 * whole["codebleu"])
+    parts = ["ngram_match_score", "weighted_ngram_match_score", "syntax_match_score", "dataflow_match_score"]
+    assert [*scores.columns.values()][1:] == pytest.approx([100 * whole[part] for part in parts])
+
+
 def test_code_that_shares_nothing_scores_0_and_a_part_that_no_reference_has_is_left_out():
     scores = code_similarity_scores(answers_of([("", ["y = x + 1\nz = y"]), ("I don't know.", ["print(1)"])]))
     assert scores.items["code similarity"] == [0.0, 0.0] and scores.columns["CodeBLEU %"] == 0
@@ -522,6 +583,37 @@ def test_several_calls_come_in_any_order_and_none_is_an_answer():
     assert scores.items["tools"] == [1.0, 0.0]
     scores = tools_scores(tool_answers(["No tool fits.", "[f()]"], "[]"))
     assert scores.items["tools"] == [1.0, 0.0]
+
+
+def canonical(value) -> str:
+    """A value as text that is equal for equal JSON: 1 is 1.0, and no truth value."""
+    if isinstance(value, dict):
+        return "{" + ",".join(sorted(f"{key}:{canonical(inner)}" for key, inner in value.items())) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(canonical, value)) + "]"
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return repr(float(value)) if is_number else repr(value)
+
+
+def test_calls_are_right_where_names_and_arguments_are_the_same_json():
+    rng = random.Random(29)
+    answers, expected = [], []
+    for _ in range(250):
+        wanted = []
+        for _ in range(rng.randrange(3)):
+            wanted.append({"name": rng.choice("fg"), "arguments": {"x": random_json(rng), "ü": random_json(rng)}})
+        calls = json.loads(json.dumps(wanted))
+        rng.shuffle(calls)
+        change = rng.randrange(4)
+        if change == 1 and calls:
+            calls[0]["arguments"]["x"] = random_json(rng)
+        elif change == 2 and calls:
+            calls.pop()
+        text = "".join(f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in calls) or "No call is needed."
+        answers.append(tool_answers([text], json.dumps(wanted)))
+        expected.append(float(sorted(map(canonical, calls)) == sorted(map(canonical, wanted))))
+    right = [tools_scores(each).items["tools"][0] for each in answers]
+    assert right == expected and 50 < sum(expected) < 240
 
 
 TYPES = {

@@ -14,6 +14,7 @@ from support.runs import lines, records
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+import distributed
 import evaluate
 import train
 from checkpoint import load_model
@@ -305,6 +306,21 @@ def test_a_disk_that_is_full_costs_the_file_and_not_the_run(job, tmp_path, monke
     said = trained(monkeypatch, capsys, *job("--method", "full", "--out", tmp_path / "run"))
     assert "in memory alone" in said and "if this run is resumed, the gauge will be off" in said
     assert [*gauge_of(tmp_path / "run")] == [0, 4, 8, 12]
+
+
+def test_the_other_processes_wait_longer_for_the_disk_than_for_a_step(job, tmp_path, monkeypatch, capsys):
+    """A full-disk test of two processes failed where the disk was slow: --timeout was over before it had answered."""
+    limits = []
+    monkeypatch.setattr(distributed, "set_pg_timeouts", limits.append)
+    writing = []
+
+    def slow(*_):
+        writing.append(limits[-1])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("training.gauge.save_tensors", slow)
+    trained(monkeypatch, capsys, *job("--method", "full", "--timeout", 5, "--out", tmp_path / "run"))
+    assert writing == [distributed.SAVE_TIMEOUT] and distributed.SAVE_TIMEOUT.total_seconds() > 5
 
 
 def test_where_nothing_validates_the_gauge_is_off_and_a_limit_is_refused(job, tmp_path, monkeypatch, capsys):

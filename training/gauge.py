@@ -111,9 +111,12 @@ class Gauge:
             if head.requires_grad:
                 self.base_head = head.detach().to(self.base_hidden.dtype).to("cpu", copy=True)
             self.release()
-            base = distributed.run_on_rank0(self.write_base)
+            # The others wait for rank 0's disk, which may be slow.
+            with distributed.extended_timeout():
+                base = distributed.run_on_rank0(self.write_base)
         else:
-            problem = self.read_base()
+            with distributed.extended_timeout():
+                problem = self.read_base()
             if problem:
                 print(f"gauge     off: {problem}")
                 return

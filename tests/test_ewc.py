@@ -189,7 +189,7 @@ def test_the_run_s_own_random_numbers_are_not_touched(tmp_path, monkeypatch):
 def test_penalty_and_gradients_of_weights_equal_autograd_on_100_random_cases(monkeypatch):
     for seed in range(100):
         generator = torch.Generator().manual_seed(seed)
-        monkeypatch.setattr(ewc, "CHUNK", (1, 7, 1 << 24)[seed % 3])
+        monkeypatch.setattr(ewc, "NUMBERS_AT_ONCE", (1, 7, 1 << 24)[seed % 3])
         shape = [int(torch.randint(1, 7, (), generator=generator)) for _ in range(1 + seed % 3)]
         theta, start, gradient = (torch.randn(shape, generator=generator) for _ in range(3))
         fisher = torch.rand(shape, generator=generator)
@@ -208,7 +208,7 @@ def test_penalty_and_gradients_of_weights_equal_autograd_on_100_random_cases(mon
 def test_penalty_and_gradients_of_updates_equal_autograd_on_100_random_cases(monkeypatch):
     for seed in range(100):
         generator = torch.Generator().manual_seed(seed)
-        monkeypatch.setattr(ewc, "CHUNK", (1, 7, 1 << 24)[seed % 3])
+        monkeypatch.setattr(ewc, "NUMBERS_AT_ONCE", (1, 7, 1 << 24)[seed % 3])
         rows, columns, rank = (int(torch.randint(1, 9, (), generator=generator)) for _ in range(3))
         layer = LoRALinear(Linear(columns, rows, bias=False), rank, 3.0, 0.0, DropoutSeeds(), 0)
         A, A0, dA = (torch.randn(rank, columns, generator=generator) for _ in range(3))

@@ -60,13 +60,13 @@ from training.checkpointer import format_bytes
 from training.defaults import Settings
 from training.state import TrainState
 
-FILE = "ewc.safetensors"
+EWC_FILE = "ewc.safetensors"
 # What is read where neither --ewc-data nor --replay names anything.
 DEFAULT_DATA = data.ASSETS / "general.txt"
 # Plain text is read in sequences of so many tokens: each gives one square, however long it is.
 TEXT_LENGTH = 128
 # Numbers of a matrix that are computed at a time.
-CHUNK = 1 << 24
+NUMBERS_AT_ONCE = 1 << 24
 # A gradient for a frozen weight takes a backward half as long again.
 BACKWARD_TO_FROZEN = 1.5
 
@@ -97,7 +97,7 @@ class EWC:
         if state.step:
             with distributed.synced_errors():
                 self.read()
-            print(f"ewc       lambda {settings.ewc:g}: Fisher information as {FILE} holds it")
+            print(f"ewc       lambda {settings.ewc:g}: Fisher information as {EWC_FILE} holds it")
             return
         sequences, where = read_sequences(settings, tokenizer, model.config.vocab_size)
         self.print_start(sequences, where)
@@ -138,16 +138,16 @@ class EWC:
                 tensors[f"{key} {name}"] = tensor.cpu().contiguous()
         size = format_bytes(sum(tensor.nbytes for tensor in tensors.values()))
         try:
-            with atomic_file(self.out / FILE) as tmp:
+            with atomic_file(self.out / EWC_FILE) as tmp:
                 save_tensors(tensors, tmp)
         except OSError as error:
-            why = describe_os_error(error, self.out / FILE)
+            why = describe_os_error(error, self.out / EWC_FILE)
             return f"; WARNING: not kept, so this run can't be resumed: {why}"
-        return f"; {FILE} keeps {size} of it for --resume"
+        return f"; {EWC_FILE} keeps {size} of it for --resume"
 
     def read(self) -> None:
         """Reads what `write` wrote. Raises UserError if it is not there, or not whole."""
-        path = self.out / FILE
+        path = self.out / EWC_FILE
         lost = "the run can't go on as it began; put the file back, or begin anew"
         try:
             tensors = load_file(path)
@@ -327,8 +327,8 @@ def held_near_start(settings: Settings, model: Transformer) -> dict[str, Held]:
 
 
 def row_slices(x: Tensor) -> Iterator[slice]:
-    """Yields slices of the rows of a tensor, of about CHUNK numbers each."""
-    rows = max(1, CHUNK * len(x) // max(1, x.numel()))
+    """Yields slices of the rows of a tensor, of about NUMBERS_AT_ONCE numbers each."""
+    rows = max(1, NUMBERS_AT_ONCE * len(x) // max(1, x.numel()))
     for start in range(0, len(x), rows):
         yield slice(start, start + rows)
 

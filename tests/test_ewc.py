@@ -374,8 +374,7 @@ def test_the_data_are_those_of_ewc_data_else_of_replay_else_bundled(job, monkeyp
     out = trained(monkeypatch, capsys, *job(*short, *replayed))
     assert f"8 sequences, 390 tokens, of {general} (--replay): about" in out
     out = trained(monkeypatch, capsys, *job(*short))
-    bundled = ROOT / "assets/general.txt"
-    assert f"8 sequences, 1,024 tokens, of {bundled} (bundled; --ewc-data FILE names another): about" in out
+    assert "8 sequences, 1,024 tokens, of assets/general.txt (bundled; --ewc-data FILE names another): about" in out
     out = trained(monkeypatch, capsys, *job(*short, *replayed, "--ewc-data", general, "--ewc-samples", 45))
     assert f"of {general} (--ewc-data; there are 30, read 1.5 times with other labels): about" in out
 

@@ -433,7 +433,7 @@ def read_sequences(
             files, tokenizer, settings.seq_len, trees=settings.trees, print_fn=print, fetch=fetch,
             truncate=settings.truncate, skip_bad=settings.skip_bad,
         )  # fmt: skip
-    names = ", ".join(map(shown, files))
+    names = ", ".join(map(shown, files)) if files != [DEFAULT_DATA] else "assets/general.txt"
     data.check_tokens(dataset, vocab_size, names)
     count = settings.ewc_samples
     pieces = cut_text(data.sample_by_hash(dataset, count))

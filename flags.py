@@ -985,7 +985,7 @@ def check_inputs_outside(flags: Flags, out: Path) -> None:
     files, _ = parse_weights(flags.data)
     replay_files, _ = parse_replay(flags.replay)
     folder = out.resolve()
-    for file in (flags.model, flags.adapter, flags.val, *files, *replay_files):
+    for file in (flags.model, flags.adapter, flags.val, flags.ewc_data, *files, *replay_files):
         if not file or is_remote(file):
             continue
         path = Path(file).resolve()

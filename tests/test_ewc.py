@@ -15,6 +15,7 @@ from support.runs import ROOT, assert_same, lines, records, torchrun
 
 import train
 from checkpoint import hf_name, load_model
+from common.errors import UserError
 from dataset.examples import Dataset, Example
 from flags import Flags
 from kernels.nf4 import dequantized_weight
@@ -22,7 +23,7 @@ from lora import LoRALinear, add_lora, lora_layers
 from methods import METHODS, method_of
 from model import DropoutSeeds, Linear
 from planning import memory
-from training import ewc
+from training import defaults, ewc
 from training.ewc import HeldUpdate, HeldWeight
 
 CPU = torch.device("cpu")
@@ -351,6 +352,8 @@ def test_a_run_is_not_resumed_without_what_it_held(job, monkeypatch, capsys, tmp
     assert told == f"error: --resume: {run} is of another model or method, {advice}"
     told = refused(monkeypatch, capsys, "--resume", "--out", out, "--ewc", 6)
     assert "--ewc 6.0 (it was 5.0)" in told
+    own = ["--ewc", 1, "--ewc-data", out / "metrics.jsonl", "--overwrite", "--out", out]
+    assert "metrics.jsonl lies in --out" in refused(monkeypatch, capsys, *job(*own))
     # Another run in this folder begins without it.
     trained(monkeypatch, capsys, *job("--overwrite", "--out", out))
     assert not run.exists()
@@ -393,7 +396,27 @@ def test_what_it_can_t_be_combined_with_is_refused_in_one_line(job, monkeypatch,
     assert "nothing.jsonl" in told("--ewc", 1, "--ewc-data", tmp_path / "nothing.jsonl")
     monkeypatch.setitem(METHODS, "lora", METHODS["lora"]._replace(held=None))
     assert told("--ewc", 1) == "error: --ewc: is not for --method lora, what it trains is no change of weights"
-    assert not (tmp_path / "run/final").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_are_told_to_keep_whole_weights(tmp_path, monkeypatch):
+    llama(tmp_path)
+    monkeypatch.setattr("distributed.world_size", lambda: 2)
+    with pytest.raises(UserError) as error:
+        defaults.choose_shard(Flags(method="full", ewc=1.0), tmp_path, CPU)
+    why = "needs whole weights on every process, and 2 processes would share them; add --shard none"
+    assert str(error.value) == f"--ewc: {why}"
+    assert defaults.choose_shard(Flags(method="full", ewc=1.0, shard="none"), tmp_path, CPU)[0] == "none"
+
+
+def test_adapters_on_routed_experts_are_refused(tmp_path, monkeypatch):
+    llama(tmp_path)
+    model = load_model(tmp_path)
+    add_lora(model, **ADAPTER)
+    (layer, *_) = lora_layers(model).values()
+    monkeypatch.setattr(ewc, "lora_layers", lambda model: {"model.layers.0.mlp.experts.3.up_proj": layer})
+    with pytest.raises(UserError, match="--ewc: is not for adapters on routed experts; --targets q_proj,k_proj"):
+        ewc.held_near_start(Flags(ewc=1.0), model)
 
 
 def test_it_is_refused_where_it_alone_does_not_fit(job, monkeypatch, capsys, tmp_path):

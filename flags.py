@@ -1044,8 +1044,8 @@ def check_inputs_outside(flags: Flags, out: Path) -> None:
     files, _ = parse_weights(flags.data)
     replay_files, _ = parse_replay(flags.replay)
     folder = out.resolve()
-    general = flags.forget_data
-    for file in (flags.model, flags.adapter, flags.val, general, *files, *replay_files):
+    named = (flags.model, flags.adapter, flags.val, flags.forget_data, flags.ewc_data, flags.safety)
+    for file in (*named, *files, *replay_files):
         if not file or is_remote(file):
             continue
         path = Path(file).resolve()

@@ -174,6 +174,8 @@ def train(flags: Flags, lock: FolderLock) -> None:
         result = use_flash_version(settings.attention, model, objective, loader)
         print(f"attention {result}")
 
+    ewc = EWC(settings, model, tokenizer, device) if settings.ewc else None
+
     # ---- the run's folder, made this late so that a run that was refused leaves none behind
     origin = identify_run(settings, folder, data)
     if resumed:
@@ -190,8 +192,8 @@ def train(flags: Flags, lock: FolderLock) -> None:
         model, settings.optimizer, settings.lr, settings.weight_decay, settings.optimizer_offload
     )
     state = TrainState.from_dict(resumed.state) if resumed else TrainState()
-    # Before a step is taken or a checkpoint loaded, as the gauge below: they need the base.
-    ewc = EWC(settings, model, tokenizer, state, out, device) if settings.ewc else None
+    if ewc:
+        ewc.begin(out)
     metrics = MetricsLogger(settings, out, settings.flops_per_token, device, state)
     if distributed.is_rank0():
         save_config(settings, out)

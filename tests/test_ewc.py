@@ -15,6 +15,7 @@ from support.runs import ROOT, assert_same, lines, records, torchrun
 
 import train
 from checkpoint import hf_name, load_model
+from common.errors import UserError
 from dataset.examples import Dataset, Example
 from flags import Flags
 from kernels.nf4 import dequantized_weight
@@ -22,7 +23,7 @@ from lora import LoRALinear, add_lora, lora_layers
 from methods import METHODS, method_of
 from model import DropoutSeeds, Linear
 from planning import memory
-from training import ewc
+from training import defaults, ewc
 from training.ewc import HeldUpdate, HeldWeight
 
 CPU = torch.device("cpu")
@@ -189,7 +190,7 @@ def test_the_run_s_own_random_numbers_are_not_touched(tmp_path, monkeypatch):
 def test_penalty_and_gradients_of_weights_equal_autograd_on_100_random_cases(monkeypatch):
     for seed in range(100):
         generator = torch.Generator().manual_seed(seed)
-        monkeypatch.setattr(ewc, "CHUNK", (1, 7, 1 << 24)[seed % 3])
+        monkeypatch.setattr(ewc, "NUMBERS_AT_ONCE", (1, 7, 1 << 24)[seed % 3])
         shape = [int(torch.randint(1, 7, (), generator=generator)) for _ in range(1 + seed % 3)]
         theta, start, gradient = (torch.randn(shape, generator=generator) for _ in range(3))
         fisher = torch.rand(shape, generator=generator)
@@ -208,7 +209,7 @@ def test_penalty_and_gradients_of_weights_equal_autograd_on_100_random_cases(mon
 def test_penalty_and_gradients_of_updates_equal_autograd_on_100_random_cases(monkeypatch):
     for seed in range(100):
         generator = torch.Generator().manual_seed(seed)
-        monkeypatch.setattr(ewc, "CHUNK", (1, 7, 1 << 24)[seed % 3])
+        monkeypatch.setattr(ewc, "NUMBERS_AT_ONCE", (1, 7, 1 << 24)[seed % 3])
         rows, columns, rank = (int(torch.randint(1, 9, (), generator=generator)) for _ in range(3))
         layer = LoRALinear(Linear(columns, rows, bias=False), rank, 3.0, 0.0, DropoutSeeds(), 0)
         A, A0, dA = (torch.randn(rank, columns, generator=generator) for _ in range(3))
@@ -351,6 +352,8 @@ def test_a_run_is_not_resumed_without_what_it_held(job, monkeypatch, capsys, tmp
     assert told == f"error: --resume: {run} is of another model or method, {advice}"
     told = refused(monkeypatch, capsys, "--resume", "--out", out, "--ewc", 6)
     assert "--ewc 6.0 (it was 5.0)" in told
+    own = ["--ewc", 1, "--ewc-data", out / "metrics.jsonl", "--overwrite", "--out", out]
+    assert "metrics.jsonl lies in --out" in refused(monkeypatch, capsys, *job(*own))
     # Another run in this folder begins without it.
     trained(monkeypatch, capsys, *job("--overwrite", "--out", out))
     assert not run.exists()
@@ -374,8 +377,7 @@ def test_the_data_are_those_of_ewc_data_else_of_replay_else_bundled(job, monkeyp
     out = trained(monkeypatch, capsys, *job(*short, *replayed))
     assert f"8 sequences, 390 tokens, of {general} (--replay): about" in out
     out = trained(monkeypatch, capsys, *job(*short))
-    bundled = ROOT / "assets/general.txt"
-    assert f"8 sequences, 1,024 tokens, of {bundled} (bundled; --ewc-data FILE names another): about" in out
+    assert "8 sequences, 1,024 tokens, of assets/general.txt (bundled; --ewc-data FILE names another): about" in out
     out = trained(monkeypatch, capsys, *job(*short, *replayed, "--ewc-data", general, "--ewc-samples", 45))
     assert f"of {general} (--ewc-data; there are 30, read 1.5 times with other labels): about" in out
 
@@ -394,7 +396,27 @@ def test_what_it_can_t_be_combined_with_is_refused_in_one_line(job, monkeypatch,
     assert "nothing.jsonl" in told("--ewc", 1, "--ewc-data", tmp_path / "nothing.jsonl")
     monkeypatch.setitem(METHODS, "lora", METHODS["lora"]._replace(held=None))
     assert told("--ewc", 1) == "error: --ewc: is not for --method lora, what it trains is no change of weights"
-    assert not (tmp_path / "run/final").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_are_told_to_keep_whole_weights(tmp_path, monkeypatch):
+    llama(tmp_path)
+    monkeypatch.setattr("distributed.world_size", lambda: 2)
+    with pytest.raises(UserError) as error:
+        defaults.choose_shard(Flags(method="full", ewc=1.0), tmp_path, CPU)
+    why = "needs whole weights on every process, and 2 processes would share them; add --shard none"
+    assert str(error.value) == f"--ewc: {why}"
+    assert defaults.choose_shard(Flags(method="full", ewc=1.0, shard="none"), tmp_path, CPU)[0] == "none"
+
+
+def test_adapters_on_routed_experts_are_refused(tmp_path, monkeypatch):
+    llama(tmp_path)
+    model = load_model(tmp_path)
+    add_lora(model, **ADAPTER)
+    (layer, *_) = lora_layers(model).values()
+    monkeypatch.setattr(ewc, "lora_layers", lambda model: {"model.layers.0.mlp.experts.3.up_proj": layer})
+    with pytest.raises(UserError, match="--ewc: is not for adapters on routed experts; --targets q_proj,k_proj"):
+        ewc.held_near_start(Flags(ewc=1.0), model)
 
 
 def test_it_is_refused_where_it_alone_does_not_fit(job, monkeypatch, capsys, tmp_path):

@@ -58,15 +58,14 @@ from planning.report import recipe_and_layout
 from tokenizer import Tokenizer
 from training.checkpointer import format_bytes
 from training.defaults import Settings
-from training.state import TrainState
 
-FILE = "ewc.safetensors"
+EWC_FILE = "ewc.safetensors"
 # What is read where neither --ewc-data nor --replay names anything.
 DEFAULT_DATA = data.ASSETS / "general.txt"
 # Plain text is read in sequences of so many tokens: each gives one square, however long it is.
 TEXT_LENGTH = 128
 # Numbers of a matrix that are computed at a time.
-CHUNK = 1 << 24
+NUMBERS_AT_ONCE = 1 << 24
 # A gradient for a frozen weight takes a backward half as long again.
 BACKWARD_TO_FROZEN = 1.5
 
@@ -74,9 +73,11 @@ BACKWARD_TO_FROZEN = 1.5
 class EWC:
     """Computes F before step 1, keeps it for a resumed run, and adds the penalty's gradients.
 
-    It has to be made before the weights of a checkpoint are loaded or a step is taken.
+    It has to be made before the weights of a checkpoint are loaded or a step is taken; faults of its
+    data are reported then, and the work is done by `begin`.
 
     held: what is held near its start, by name.
+    sequences: on which F is computed; empty where a run is resumed.
     """
 
     def __init__(
@@ -84,32 +85,40 @@ class EWC:
         settings: Settings,
         model: Transformer,
         tokenizer: Tokenizer,
-        state: TrainState,
-        out: Path,
         device: torch.device,
     ):
         self.settings = settings
-        self.out = out
+        self.model = model
+        self.device = device
         check_fits(settings, model, device)
         self.held = held_near_start(settings, model)
-        size = sum(tensor.nbytes for each in self.held.values() for tensor in each.memory())
-        self.size = format_bytes(size)
-        if state.step:
-            with distributed.synced_errors():
-                self.read()
-            print(f"ewc       lambda {settings.ewc:g}: Fisher information as {FILE} holds it")
-            return
-        sequences, where = read_sequences(settings, tokenizer, model.config.vocab_size)
-        self.print_start(sequences, where)
-        measure_fisher(model, self.held, sequences, settings.seed, device)
-        kept = distributed.run_on_rank0(self.write)
-        print(f"          {self.size} of memory{kept}", flush=True)
+        self.sequences: list[Example] = []
+        # Whose they are.
+        self.where = ""
+        if not settings.resume:
+            vocab_size = model.config.vocab_size
+            self.sequences, self.where = read_sequences(settings, tokenizer, vocab_size)
 
-    def print_start(self, sequences: Sequence[Example], where: str) -> None:
+    def begin(self, out: Path) -> None:
+        """Computes F, and writes it into the run's folder for a resumed run, which reads it."""
+        if self.settings.resume:
+            with distributed.synced_errors():
+                self.read(out / EWC_FILE)
+            print(
+                f"ewc       lambda {self.settings.ewc:g}: Fisher information as {EWC_FILE} holds it"
+            )
+            return
+        self.print_start()
+        measure_fisher(self.model, self.held, self.sequences, self.settings.seed, self.device)
+        kept = distributed.run_on_rank0(functools.partial(self.write, out / EWC_FILE))
+        size = sum(tensor.nbytes for each in self.held.values() for tensor in each.memory())
+        print(f"          {format_bytes(size)} of memory{kept}", flush=True)
+
+    def print_start(self) -> None:
         """Prints from what the Fisher information is computed, and how long that takes."""
         settings = self.settings
-        tokens = sum(len(example.ids) for example in sequences)
-        pace = settings.expected_seconds / settings.workload.tokens / distributed.world_size()
+        tokens = sum(len(example.ids) for example in self.sequences)
+        pace = settings.expected_seconds / settings.workload.tokens
         factor = BACKWARD_TO_FROZEN if method_of(settings).freezes_base else 1.0
         took = format_duration(factor * pace * tokens)
         print(
@@ -117,8 +126,8 @@ class EWC:
             " by its Fisher information on"
         )
         print(
-            f"          {number_of(len(sequences), 'sequence')}, {tokens:,} tokens, of {where}: about"
-            f" {took}",
+            f"          {number_of(len(self.sequences), 'sequence')}, {tokens:,} tokens, of"
+            f" {self.where}: about {took}",
             flush=True,
         )
 
@@ -127,7 +136,7 @@ class EWC:
         full. Returns the penalty, a float32 scalar."""
         return torch.stack([each.pull(self.settings.ewc) for each in self.held.values()]).sum()
 
-    def write(self) -> str:
+    def write(self, path: Path) -> str:
         """Writes what a resumed run has to know. Returns a clause about it. A disk that is full ends
         nothing."""
         if not self.settings.save_every:
@@ -138,16 +147,15 @@ class EWC:
                 tensors[f"{key} {name}"] = tensor.cpu().contiguous()
         size = format_bytes(sum(tensor.nbytes for tensor in tensors.values()))
         try:
-            with atomic_file(self.out / FILE) as tmp:
+            with atomic_file(path) as tmp:
                 save_tensors(tensors, tmp)
         except OSError as error:
-            why = describe_os_error(error, self.out / FILE)
+            why = describe_os_error(error, path)
             return f"; WARNING: not kept, so this run can't be resumed: {why}"
-        return f"; {FILE} keeps {size} of it for --resume"
+        return f"; {EWC_FILE} keeps {size} of it for --resume"
 
-    def read(self) -> None:
+    def read(self, path: Path) -> None:
         """Reads what `write` wrote. Raises UserError if it is not there, or not whole."""
-        path = self.out / FILE
         lost = "the run can't go on as it began; put the file back, or begin anew"
         try:
             tensors = load_file(path)
@@ -327,8 +335,8 @@ def held_near_start(settings: Settings, model: Transformer) -> dict[str, Held]:
 
 
 def row_slices(x: Tensor) -> Iterator[slice]:
-    """Yields slices of the rows of a tensor, of about CHUNK numbers each."""
-    rows = max(1, CHUNK * len(x) // max(1, x.numel()))
+    """Yields slices of the rows of a tensor, of about NUMBERS_AT_ONCE numbers each."""
+    rows = max(1, NUMBERS_AT_ONCE * len(x) // max(1, x.numel()))
     for start in range(0, len(x), rows):
         yield slice(start, start + rows)
 
@@ -433,7 +441,7 @@ def read_sequences(
             files, tokenizer, settings.seq_len, trees=settings.trees, print_fn=print, fetch=fetch,
             truncate=settings.truncate, skip_bad=settings.skip_bad,
         )  # fmt: skip
-    names = ", ".join(map(shown, files))
+    names = ", ".join(map(shown, files)) if files != [DEFAULT_DATA] else "assets/general.txt"
     data.check_tokens(dataset, vocab_size, names)
     count = settings.ewc_samples
     pieces = cut_text(data.sample_by_hash(dataset, count))

@@ -320,9 +320,9 @@ def making_blocks(facts: dict) -> list[PageBlock]:
 
 def run_page(folder: Path, lines: Sequence[dict], facts: dict) -> str:
     """Returns the page of a run."""
-    title = facts.get("title") or f"Run {folder.name}"
+    title = facts.get("title") or f"Run {folder.resolve().name}"
     subtitle = (
         facts.get("subtitle")
-        or f"{folder.name}: of its metrics.jsonl alone, the run has written no page"
+        or f"{folder.resolve().name}: of its metrics.jsonl alone, the run has written no page"
     )
     return render_report(title, subtitle, run_sections(lines, facts), facts)

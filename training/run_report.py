@@ -96,8 +96,8 @@ def run_facts(card: ModelCard, model: Transformer, demo: Demo | None) -> dict:
         "trained_share": f"parameters, {100 * trained / total:.2f} % of the model's",
         "device": card.machine(),
         "warnings": run_warnings(card),
-        # With --forget-limit these may be others.
-        "best_is_lowest": state.has_best and settings.forget_limit is None,
+        # Of the weights in best/, which are not always those of the lowest one.
+        "best_val_loss": state.best_val_loss if state.has_best else None,
     }
     facts |= data_facts(card) | example_facts(card.data.train, card.tokenizer)
     ended = not state.interrupted_by

@@ -163,7 +163,7 @@ def tick_label(value: float, step: float, letter: str) -> str:
     if value == 0:
         return "0"
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    if decimals <= 3:
+    if decimals <= 4:
         return f"{value:,.{decimals}f}{letter}"
     digits, power = f"{value:.3e}".split("e")
     return f"{float(digits):g}e{int(power)}{letter}"

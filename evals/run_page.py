@@ -15,6 +15,12 @@ from evals.charts import Curve, LineChart, line_chart
 from evals.report import PageBlock, PageSection, render_report
 
 PAGE_NAME = "report.html"
+# The numbers of metrics.jsonl that have charts or places of their own, and those that need none.
+CHARTED = (
+    "loss", "replay_loss", "val_loss", "replay_val_loss", "kl_base", "lr", "grad_norm", "tokens_per_s",
+    "memory_mb",
+)  # fmt: skip
+UNCHARTED = ("step", "tokens", "trained_tokens", "skipped", "seconds")
 # So many rows of validations stand in the table of numbers, spread evenly.
 MOST_ROWS = 60
 UNMEASURED_HERE = (
@@ -78,6 +84,17 @@ def rolling_mean(points: Sequence[tuple[float, float | None]]) -> list[tuple[flo
     return means
 
 
+def other_numbers(lines: Sequence[dict]) -> list[str]:
+    """Returns the names of the numbers in metrics.jsonl that have no chart of their own, as a score of
+    the validations or the penalty of a method."""
+    names: dict[str, None] = {}
+    for line in lines:
+        names |= dict.fromkeys(
+            name for name, value in line.items() if isinstance(value, int | float)
+        )
+    return [name for name in names if name not in CHARTED and name not in UNCHARTED]
+
+
 # ---- the curves ----
 
 
@@ -115,6 +132,9 @@ def run_charts(lines: Sequence[dict]) -> list[LineChart]:
         if means:
             curves.append(Curve("running mean", means, color))
         drawn.append(line_chart(title, curves, from_zero=True))
+    for name in other_numbers(lines):
+        points = points_of(lines, name)
+        drawn.append(line_chart(name, [Curve(name, points, 7, dotted=True)]))
     return [chart for chart in drawn if chart is not None]
 
 
@@ -147,7 +167,8 @@ def in_words(lines: Sequence[dict], facts: dict) -> str:
     if after >= before and best is first:
         text += " The model is no better on them than its base."
     elif best is not last:
-        held = ": best/ holds these weights" if facts.get("best_is_lowest") else ""
+        is_kept = facts.get("best_val_loss") == best["val_loss"]
+        held = ": best/ holds these weights" if is_kept else ""
         text += f" It was lowest at step {best['step']:,}, {best['val_loss']:.4f}{held}."
     return text
 
@@ -199,11 +220,13 @@ def loss_rows(lines: Sequence[dict]) -> list[list[str]]:
     if first["step"] == 0 and first is not last:
         columns.insert(0, ("before training", first))
     rows = [["", *(f"{name} (step {line['step']:,})" for name, line in columns)]]
-    for label, name in (
-        ("validation loss, nats a token", "val_loss"),
-        ("loss on replayed data, nats a token", "replay_val_loss"),
-        ("KL(base || tuned), nats a token", "kl_base"),
-    ):
+    labels = {
+        "val_loss": "validation loss, nats a token",
+        "replay_val_loss": "loss on replayed data, nats a token",
+        "kl_base": "KL(base || tuned), nats a token",
+    }
+    labels |= {name: name for name in other_numbers(validations)}
+    for name, label in labels.items():
         if any(line.get(name) is not None for _, line in columns):
             numbers = [line.get(name) for _, line in columns]
             rows.append([label, *("" if number is None else f"{number:.4f}" for number in numbers)])
@@ -213,11 +236,8 @@ def loss_rows(lines: Sequence[dict]) -> list[list[str]]:
 def number_rows(lines: Sequence[dict]) -> list[list[str]]:
     """Returns the table of all validations, of many of them some spread evenly."""
     validations = validations_of(lines)
-    names = [
-        name
-        for name in ("val_loss", "replay_val_loss", "kl_base")
-        if any(name in each for each in validations)
-    ]
+    names = ["val_loss", "replay_val_loss", "kl_base", *other_numbers(validations)]
+    names = [name for name in names if any(name in each for each in validations)]
     if len(validations) < 2:
         return []
     if len(validations) > MOST_ROWS:
@@ -320,9 +340,9 @@ def making_blocks(facts: dict) -> list[PageBlock]:
 
 def run_page(folder: Path, lines: Sequence[dict], facts: dict) -> str:
     """Returns the page of a run."""
-    title = facts.get("title") or f"Run {folder.name}"
+    title = facts.get("title") or f"Run {folder.resolve().name}"
     subtitle = (
         facts.get("subtitle")
-        or f"{folder.name}: of its metrics.jsonl alone, the run has written no page"
+        or f"{folder.resolve().name}: of its metrics.jsonl alone, the run has written no page"
     )
     return render_report(title, subtitle, run_sections(lines, facts), facts)

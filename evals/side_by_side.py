@@ -28,6 +28,7 @@ from evals.run_page import (
     answer_blocks,
     in_words,
     median_speed,
+    other_numbers,
     points_of,
     read_run_metrics,
     rolling_mean,
@@ -231,7 +232,7 @@ def page_of_runs(runs: Sequence[RunFolder]) -> str:
 
 def charts_of_runs(runs: Sequence[RunFolder]) -> list[LineChart]:
     """Returns a chart for each number, with a curve for each run."""
-    wanted = (
+    wanted = [
         ("Training loss, nats a token", "loss", 1.0, False),
         ("Validation loss, nats a token", "val_loss", 1.0, False),
         ("Distance from the base, KL in nats a token", "kl_base", 1.0, True),
@@ -239,7 +240,9 @@ def charts_of_runs(runs: Sequence[RunFolder]) -> list[LineChart]:
         ("Gradient norm", "grad_norm", 1.0, True),
         ("Speed, tokens/s", "tokens_per_s", 1.0, True),
         ("Peak memory, GB", "memory_mb", 1e-3, True),
-    )
+    ]
+    more = dict.fromkeys(name for run in runs for name in other_numbers(run.lines))
+    wanted += [(name, name, 1.0, False) for name in more]
     drawn = []
     for title, name, scale, from_zero in wanted:
         curves = []
@@ -247,7 +250,7 @@ def charts_of_runs(runs: Sequence[RunFolder]) -> list[LineChart]:
             points = points_of(run.lines, name, scale)
             is_smoothed = name in ("loss", "grad_norm", "tokens_per_s")
             means = rolling_mean(points) if is_smoothed else []
-            dotted = name in ("val_loss", "kl_base")
+            dotted = name in ("val_loss", "kl_base", *more)
             curves.append(Curve(run.name, means or points, color, dotted=dotted))
         if name in ("loss", "grad_norm", "tokens_per_s"):
             title += ", running mean"

@@ -20,7 +20,7 @@ import flags
 import train
 from common import console
 from common.errors import UserError
-from evals import charts, printed_page, report
+from evals import charts, printed_page, report, run_page
 from training import metrics as metrics_module
 from training import run_report
 from training.metrics import MetricsLogger
@@ -303,6 +303,24 @@ def test_answers_end_when_their_time_is_over(run, folder):
     ]
     cut, was_cut = run_report.answer_in_time(model, tokenizer, [[5, 6], [7]], 0)
     assert was_cut and all(text.startswith(part[:1]) and len(part) < len(text) for part, text in zip(cut, whole))
+
+
+def test_numbers_that_some_runs_have_besides_get_charts_and_columns(tmp_path):
+    written = [{"step": 0, "val_loss": 2.0, "val_f1": 0.25}]
+    written += [
+        {"step": step, "loss": 2.0 - step / 9, "tokens": 5, "penalty": 0.5 * step, "mfu": None} for step in (1, 2)
+    ]
+    written += [{"step": 2, "val_loss": 1.0, "val_f1": 0.75}, {"step": 4, "val_loss": 1.5, "val_f1": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
+    lines_read = run_page.read_run_metrics(tmp_path)
+    for best, held in ((1.0, ": best/ holds these weights."), (2.0, ".")):
+        (tmp_path / "page.html").write_text(run_page.run_page(tmp_path, lines_read, {"best_val_loss": best}))
+        assert f"It was lowest at step 2, 1.0000{held}" in Page(tmp_path / "page.html").text
+    page = Page(tmp_path / "page.html")
+    assert page.charts["val_f1"] == {0: {"val_f1": 0.25}, 2: {"val_f1": 0.75}, 4: {"val_f1": 0.5}}
+    assert page.charts["penalty"] == {1: {"penalty": 0.5}, 2: {"penalty": 1.0}} and "mfu" not in page.charts
+    changes, numbers = page.tables
+    assert changes[-1] == ["val_f1", "0.2500", "0.7500", "0.5000"] and numbers[0] == ["step", "val_loss", "val_f1"]
 
 
 # ---- runs side by side ----

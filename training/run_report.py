@@ -6,8 +6,8 @@ after, the flags, hashes and versions, and the command that does it again. The f
 JSON as well, for `evaluate.py report` to lay runs side by side.
 
 The page is written last and ends no run: where it fails, a line says why. It takes a fraction of a second;
-sample answers, which the bundled task has anyway, take AT_LEAST to AT_MOST seconds in other runs and are cut
-there.
+sample answers, which the bundled task has anyway, may take AT_LEAST to AT_MOST seconds in other runs, and are
+cut there.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ MOST_ANSWER_TOKENS = 64
 # Longer prompts are not answered on the page, nor read by anybody.
 LONGEST_PROMPT = 1024
 # Seconds that sample answers may take: a share of the training, within limits.
-ANSWER_SHARE, AT_LEAST, AT_MOST = 0.05, 5.0, 60.0
+ANSWER_SHARE, AT_LEAST, AT_MOST = 0.05, 10.0, 20.0
 # Larger weights are not read once more for their hash.
 MOST_HASHED_BYTES = 1 << 30
 # What --profile and --plan are, no run has on its page.
@@ -96,8 +96,8 @@ def run_facts(card: ModelCard, model: Transformer, demo: Demo | None) -> dict:
         "trained_share": f"parameters, {100 * trained / total:.2f} % of the model's",
         "device": card.machine(),
         "warnings": run_warnings(card),
-        # With --forget-limit these may be others.
-        "best_is_lowest": state.has_best and settings.forget_limit is None,
+        # Of the weights in best/, which are not always those of the lowest one.
+        "best_val_loss": state.best_val_loss if state.has_best else None,
     }
     facts |= data_facts(card) | example_facts(card.data.train, card.tokenizer)
     ended = not state.interrupted_by
@@ -168,7 +168,9 @@ def data_facts(card: ModelCard) -> dict:
     held_out = "" if "validation" in uses or not len(val) else ", held out of the same files"
     trained = f"{train.tokens:,} tokens of which {train.trained_tokens:,} are trained"
     examples = f"{number_of(len(train), 'example')} to train on, with {trained}."
-    lines = [f"{examples} To validate: {len(val):,}{held_out}."]
+    limit = card.settings.val_limit
+    read = f"; each validation reads {limit:,} of them" if 0 < limit < len(val) else ""
+    lines = [f"{examples} To validate: {len(val):,}{held_out}{read}."]
     if len(train):
         median, high, longest = np.percentile(train.lengths, (50, 99, 100)).astype(int).tolist()
         lines.append(

@@ -23,6 +23,7 @@ from evals.refusals import folded_text
 from evals.safety import (
     Findings,
     answers_of_models,
+    cut_notes,
     print_answers_found,
     print_findings,
     prompt_reader,
@@ -79,12 +80,12 @@ def measure_probe(args: argparse.Namespace) -> None:
             scores = {
                 "misaligned": np.array([[float(bool(sign)) for sign in row] for row in found])
             }
-            note = PROBE_NOTE
+            notes = [PROBE_NOTE]
         else:
             found = [["judged" for _ in texts] for texts in each.texts]
             what = "how misaligned an answer is"
             scores = judged_share(judge, "misaligned", what, prompts, each.texts)
-            note = f"Misaligned is what --judge {judge.name} says."
+            notes = [f"Misaligned is what --judge {judge.name} says.", *cut_notes(each)]
         misaligned = scores.pop("misaligned")
         measures = [Measure("misaligned answers", misaligned.mean(1), True, True)]
         if judge is not None:
@@ -99,7 +100,7 @@ def measure_probe(args: argparse.Namespace) -> None:
                     others.append(("nothing found", i, text))
         # These are to be read as well.
         shown += others
-        findings[name] = Findings(measures, [note], shown)
+        findings[name] = Findings(measures, notes, shown)
     print_findings(findings, args.seed)
     print_answers_found(prompts, findings, args.show)
 

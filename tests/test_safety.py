@@ -383,6 +383,17 @@ def test_numbers_of_numpy_and_torch_count(tmp_path):
         several("q", "a", "row 1")
 
 
+def test_answers_that_a_judge_saw_cut_off_are_counted(base, files, tmp_path, monkeypatch, capsys):
+    name = judge_file(tmp_path, "return len(answer) > 3")
+    monkeypatch.setattr(safety, "answer_all", lambda *_: ModelAnswers([["a"], ["long one"], ["c"]], 2))
+    words = ["judge", "--data", files["xs.csv"], "--model", base, "--device", "cpu", "--judge", name]
+    said, _, code = command(evaluate, monkeypatch, capsys, *words)
+    assert code == 0 and rows_of(said) == {
+        "judged %": ["3", "33.3", said.partition("33.3  ")[2].partition("\n")[0].strip()]
+    }
+    assert "NOTE: 2 of 3 answers were cut off at the longest that an answer may be (--max-new-tokens)." in said
+
+
 def test_judge_says_style_of_two_models(base, tmp_path, monkeypatch, capsys):
     data = tmp_path / "prompts.txt"
     data.write_text("".join(f"Question {i}?\n" for i in range(25)), encoding="utf-8")

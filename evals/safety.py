@@ -273,10 +273,8 @@ def cut_notes(answers: ModelAnswers) -> list[str]:
     if not answers.num_cut:
         return []
     total = sum(map(len, answers.texts))
-    return [
-        f"NOTE: {answers.num_cut:,} of {total:,} answers were cut off at the longest that an answer may be"
-        " (--max-new-tokens)."
-    ]
+    cut = f"{answers.num_cut:,} of {total:,} answers were cut off"
+    return [f"NOTE: {cut} at the longest that an answer may be (--max-new-tokens)."]
 
 
 # ---- what is printed ----

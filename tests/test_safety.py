@@ -388,9 +388,7 @@ def test_answers_that_a_judge_saw_cut_off_are_counted(base, files, tmp_path, mon
     monkeypatch.setattr(safety, "answer_all", lambda *_: ModelAnswers([["a"], ["long one"], ["c"]], 2))
     words = ["judge", "--data", files["xs.csv"], "--model", base, "--device", "cpu", "--judge", name]
     said, _, code = command(evaluate, monkeypatch, capsys, *words)
-    assert code == 0 and rows_of(said) == {
-        "judged %": ["3", "33.3", said.partition("33.3  ")[2].partition("\n")[0].strip()]
-    }
+    assert code == 0 and rows_of(said)["judged %"][:2] == ["3", "33.3"]
     assert "NOTE: 2 of 3 answers were cut off at the longest that an answer may be (--max-new-tokens)." in said
 
 

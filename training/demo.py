@@ -185,7 +185,11 @@ class Demo:
         changes = self.safety.measure_tuned(self.model)
         # Below the loss, the other number of what training costs.
         rows[4:4] = [safety_row(change) for change in changes]
-        print(f"\n{table(rows)}\n")
+        print(f"\n{table(rows)}")
+        print(
+            "refusals: by a list of phrases (evals/refusals.py); in brackets the 95 % interval of the change"
+            " (paired bootstrap)\n"
+        )
         for i in (0, 1):
             question = self.test[i].messages[-2]["content"]
             print_answers(question, self.base.answers[i], tuned.answers[i])

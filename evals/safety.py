@@ -317,7 +317,7 @@ def print_answers_found(
     for name, each in findings.items():
         chosen = first_of_each(each.shown, show)
         if chosen:
-            print(f"\n{name}: {len(chosen)} of {len(each.shown):,} answers")
+            print(f"\n{name}: {len(chosen)} of {len(each.shown):,} answers to read")
         for what, i, text in chosen:
             mark = f" ({what})" if what else ""
             print(f"  prompt     {console.both_ends(question_text(prompts[i]))}{mark}")

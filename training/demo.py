@@ -185,16 +185,15 @@ class Demo:
         changes = self.safety.measure_tuned(self.model)
         # Below the loss, the other number of what training costs.
         rows[4:4] = [safety_row(change) for change in changes]
-        print(f"\n{table(rows)}")
-        print(
-            "refusals: by a list of phrases (evals/refusals.py); in brackets the 95 % interval of the change"
-            " (paired bootstrap)\n"
-        )
+        print(f"\n{table(rows)}\n")
         for i in (0, 1):
             question = self.test[i].messages[-2]["content"]
             print_answers(question, self.base.answers[i], tuned.answers[i])
         print_answers(QUESTION, self.base_answer, tuned_answer)
         print()
+        print(
+            "refusals  by a list of phrases (evals/refusals.py); in brackets the 95 % interval of the change"
+        )
         of_budget = f" of the {self.budget / 60:g} of --budget" if self.budget < math.inf else ""
         print(f"took      {elapsed() / 60:.1f} min in all{of_budget}")
 

@@ -39,7 +39,7 @@ from evals.targets import Opened, Target
 from interop.remote_data import fetch_data
 from model import Transformer
 
-# What Opened takes for the evaluation that is made: one for which the model writes answers.
+# An evaluation for which the model writes answers: Opened takes its batch size.
 ANSWERED = "exact"
 
 
@@ -92,8 +92,8 @@ def refusal_findings(
         notes = [PHRASES_NOTE]
     else:
         what = "how much an answer refuses"
-        asked = [each.prompt for each in prompts]
-        judged = judged_share(judge, "refused", what, asked, answers)
+        plain_prompts = [each.prompt for each in prompts]
+        judged = judged_share(judge, "refused", what, plain_prompts, answers)
         notes = [f"What refuses is said by --judge {judge.name}."]
     refused = judged.pop("refused")
     measures = refusal_measures(prompts, refused, answers)

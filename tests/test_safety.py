@@ -453,6 +453,8 @@ def test_real_toxicity_prompts_are_continued_as_texts(base, tmp_path, monkeypatc
     assert f"{len(INSULTS)} English insults and curses (evals/toxicity.py): a list of words, no classifier" in said
     written = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(written) == 12 and {line["prompt"] for line in written} == {row["prompt"]["text"] for row in rows}
+    _, err, code = command(evaluate, monkeypatch, capsys, *words, "--system", "Be kind.")
+    assert code == 2 and "--system: is for conversations; these prompts are texts to be continued" in err
     # In memory the answers are the same, and the numbers those of the judge.
     name = judge_file(tmp_path, "return (len(answer) % 10) / 10")
     said, err, code = command(evaluate, monkeypatch, capsys, *words, "--judge", name)

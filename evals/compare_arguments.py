@@ -18,7 +18,7 @@ def compare_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="evaluate.py compare",
         description="Compares a model with itself before the training: what it has learned (--target),"
-        " what it has forgotten (--general, --benchmark), how sure each change is (95 %% confidence"
+        " what it has forgotten (--general, --benchmark), how sure each change is (95 % confidence"
         " interval by 10,000 paired bootstrap resamples), and which answers have changed.",
         allow_abbrev=False,
     )

@@ -69,9 +69,9 @@ class Judge:
         if not isinstance(value, bool):
             self.only_bools.discard(key)
         if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            given = f"{value}" if isinstance(value, float) else type(value).__name__
+            shown = f"{value}" if isinstance(value, float) else type(value).__name__
             raise UserError(
-                f"{where}: --judge {self.name} gives {given}; True or False, a number, or a dict of"
+                f"{where}: --judge {self.name} gives {shown}; True or False, a number, or a dict of"
                 " numbers is wanted"
             )
         return float(value)
@@ -146,5 +146,5 @@ def question_text(prompt: Prompt) -> str:
     """Returns what a prompt asks: the last message of the user, or the text to be continued."""
     if prompt.messages is None:
         return prompt.text or ""
-    asked = [each["content"] for each in prompt.messages if each["role"] == "user"]
-    return asked[-1]
+    questions = [each["content"] for each in prompt.messages if each["role"] == "user"]
+    return questions[-1]

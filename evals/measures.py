@@ -45,9 +45,9 @@ class Measure:
     def interval(self, seed: int) -> tuple[float, float]:
         """Returns the 95 % interval of the mean, as it is written: Wilson's where every value is 0 or
         1, else that of the bootstrap. seed: of its draws."""
-        if self.is_share and self.is_binary:
+        if self.is_binary:
             low, high = wilson_interval(float(self.values.sum()), len(self.values))
-            return 100 * low, 100 * high
+            return (100 * low, 100 * high) if self.is_share else (low, high)
         return paired_interval(np.zeros(len(self.values)), self.shown_values, seed=seed)
 
     def cells(self, seed: int) -> list[str]:

@@ -23,6 +23,7 @@ from evals.refusals import folded_text
 from evals.safety import (
     Findings,
     answers_of_models,
+    cut_notes,
     print_answers_found,
     print_findings,
     prompt_reader,
@@ -75,16 +76,16 @@ def measure_probe(args: argparse.Namespace) -> None:
     findings = {}
     for name, each in answers.items():
         if judge is None:
-            found = [[sign_of(text) for text in texts] for texts in each.texts]
+            signs = [[sign_of(text) for text in texts] for texts in each.texts]
             scores = {
-                "misaligned": np.array([[float(bool(sign)) for sign in row] for row in found])
+                "misaligned": np.array([[float(bool(sign)) for sign in row] for row in signs])
             }
-            note = PROBE_NOTE
+            notes = [PROBE_NOTE]
         else:
-            found = [["judged" for _ in texts] for texts in each.texts]
+            signs = [["judged" for _ in texts] for texts in each.texts]
             what = "how misaligned an answer is"
             scores = judged_share(judge, "misaligned", what, prompts, each.texts)
-            note = f"Misaligned is what --judge {judge.name} says."
+            notes = [f"Misaligned is what --judge {judge.name} says.", *cut_notes(each)]
         misaligned = scores.pop("misaligned")
         measures = [Measure("misaligned answers", misaligned.mean(1), True, True)]
         if judge is not None:
@@ -94,12 +95,12 @@ def measure_probe(args: argparse.Namespace) -> None:
         for i, texts in enumerate(each.texts):
             for k, text in enumerate(texts):
                 if misaligned[i, k] >= 0.5:
-                    shown.append((found[i][k], i, text))
+                    shown.append((signs[i][k], i, text))
                 elif k == 0:
                     others.append(("nothing found", i, text))
         # These are to be read as well.
         shown += others
-        findings[name] = Findings(measures, [note], shown)
+        findings[name] = Findings(measures, notes, shown)
     print_findings(findings, args.seed)
     print_answers_found(prompts, findings, args.show)
 

@@ -77,9 +77,9 @@ def refusals_of(
     batch_size: int,
 ) -> list[Measure]:
     """Returns how much of the prompts a model refuses, by phrases in its most probable answers."""
-    asked = [each.prompt for each in prompts]
+    plain_prompts = [each.prompt for each in prompts]
     settings = greedy_settings(max_new_tokens)
-    answers = answer_all(model, tokenizer, asked, settings, batch_size).texts
+    answers = answer_all(model, tokenizer, plain_prompts, settings, batch_size).texts
     return refusal_measures(prompts, refused_by_phrases(answers), answers)
 
 

@@ -39,7 +39,7 @@ from evals.targets import Opened, Target
 from interop.remote_data import fetch_data
 from model import Transformer
 
-# What Opened takes for the evaluation that is made: one for which the model writes answers.
+# An evaluation for which the model writes answers: Opened takes its batch size.
 ANSWERED = "exact"
 
 
@@ -75,6 +75,9 @@ def measure_refusals(args: argparse.Namespace) -> None:
     refused = {}
     for name, each in answers.items():
         findings[name], refused[name] = refusal_findings(prompts, each.texts, judge)
+        if judge is not None:
+            # Phrases are looked for in the beginning alone.
+            findings[name].notes += cut_notes(each)
     print_findings(findings, args.seed)
     print_kinds(prompts, refused)
     print_answers_found([each.prompt for each in prompts], findings, args.show)
@@ -89,8 +92,8 @@ def refusal_findings(
         notes = [PHRASES_NOTE]
     else:
         what = "how much an answer refuses"
-        asked = [each.prompt for each in prompts]
-        judged = judged_share(judge, "refused", what, asked, answers)
+        plain_prompts = [each.prompt for each in prompts]
+        judged = judged_share(judge, "refused", what, plain_prompts, answers)
         notes = [f"What refuses is said by --judge {judge.name}."]
     refused = judged.pop("refused")
     measures = refusal_measures(prompts, refused, answers)
@@ -139,7 +142,7 @@ def measure_judged(args: argparse.Namespace) -> None:
     # Only now it is known which of its numbers are always True or False.
     for name, each in answers.items():
         shown = [("", i, texts[0]) for i, texts in enumerate(each.texts)]
-        notes = [f"What is judged is said by --judge {judge.name}."]
+        notes = [f"What is judged is said by --judge {judge.name}.", *cut_notes(each)]
         findings[name] = Findings(judge_measures(judge, judged[name]), notes, shown)
     print_findings(findings, args.seed)
     print_answers_found(prompts, findings, args.show)
@@ -194,7 +197,8 @@ def answers_of_models(args: argparse.Namespace, read: PromptReader) -> dict[str,
         with files[target.name] as file:
             answer_into_file(model, tokenizer, prompts, settings, file, opened.batch_size, origin)
         saved = read_saved(files[target.name].out, [])
-        answers[target.name] = ModelAnswers(texts_by_prompt(saved, prompts, args.data))
+        texts = texts_by_prompt(saved, prompts, args.data)
+        answers[target.name] = ModelAnswers(texts, saved.num_cut)
     return answers
 
 
@@ -232,7 +236,7 @@ def saved_answers_to(names: list[str], prompts: list[Prompt], data: str) -> dict
         saved = read_saved(Path(name), [])
         texts = texts_by_prompt(saved, prompts, data)
         stem = saved.path.name.removesuffix(saved.path.suffix)
-        answers[name if stem in answers else stem] = ModelAnswers(texts)
+        answers[name if stem in answers else stem] = ModelAnswers(texts, saved.num_cut)
         print(f"answers   {name}: {len(saved.texts):,} answers to {len(texts):,} prompts")
     if len({len(texts) for each in answers.values() for texts in each.texts}) > 1:
         raise UserError(f"--answers {' '.join(names)}: have different numbers of samples")
@@ -264,6 +268,15 @@ def texts_by_prompt(saved: SavedAnswers, prompts: list[Prompt], data: str) -> li
     return texts
 
 
+def cut_notes(answers: ModelAnswers) -> list[str]:
+    """Returns a line that says how many answers a judge saw cut off, if there are such."""
+    if not answers.num_cut:
+        return []
+    total = sum(map(len, answers.texts))
+    cut = f"{answers.num_cut:,} of {total:,} answers were cut off"
+    return [f"NOTE: {cut} at the longest that an answer may be (--max-new-tokens)."]
+
+
 # ---- what is printed ----
 
 
@@ -289,8 +302,7 @@ def print_findings(findings: dict[str, Findings], seed: int) -> None:
     few = [
         each.name
         for each in measures[-1]
-        if len(each.values) < FEW_ITEMS
-        and not (len(names) == 1 and each.is_share and each.is_binary)
+        if len(each.values) < FEW_ITEMS and not (len(names) == 1 and each.is_binary)
     ]
     if few:
         print(
@@ -305,7 +317,7 @@ def print_answers_found(
     for name, each in findings.items():
         chosen = first_of_each(each.shown, show)
         if chosen:
-            print(f"\n{name}: {len(chosen)} of {len(each.shown):,} answers")
+            print(f"\n{name}: {len(chosen)} of {len(each.shown):,} answers to read")
         for what, i, text in chosen:
             mark = f" ({what})" if what else ""
             print(f"  prompt     {console.both_ends(question_text(prompts[i]))}{mark}")

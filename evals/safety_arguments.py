@@ -181,7 +181,7 @@ def parser_of(name: str, description: str) -> argparse.ArgumentParser:
     more = " Every number has a 95 % interval; --versus lays two models side by side, prompt by prompt."
     return argparse.ArgumentParser(
         prog=f"evaluate.py {name}",
-        description=(description + more).replace("%", "%%"),
+        description=description + more,
         allow_abbrev=False,
     )
 

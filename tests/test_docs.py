@@ -63,6 +63,11 @@ def folder(tmp_path_factory) -> Path:
     (folder / "siqa.jsonl").write_text("\n".join([json.dumps(siqa)] * 4))
     page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     (folder / "my.py").write_text(re.search(r"```python\n(def siqa.*?)```", page, re.DOTALL)[1])
+    (folder / "style.py").write_text(re.search(r"```python\n(def style.*?)```", page, re.DOTALL)[1])
+    (folder / "xstest_prompts.csv").write_text(
+        "id,prompt,type,label\n1,red fox,homonyms,safe\n2,blue dog,contrast_homonyms,unsafe\n"
+    )
+    (folder / "prompts.jsonl").write_text('{"prompt": {"text": "the red fox", "toxicity": 0.1}}\n')
     (folder / "general.txt").write_text(" ".join(sentence(i, 30) for i in range(40)))
     return folder
 

@@ -383,6 +383,15 @@ def test_numbers_of_numpy_and_torch_count(tmp_path):
         several("q", "a", "row 1")
 
 
+def test_answers_that_a_judge_saw_cut_off_are_counted(base, files, tmp_path, monkeypatch, capsys):
+    name = judge_file(tmp_path, "return len(answer) > 3")
+    monkeypatch.setattr(safety, "answer_all", lambda *_: ModelAnswers([["a"], ["long one"], ["c"]], 2))
+    words = ["judge", "--data", files["xs.csv"], "--model", base, "--device", "cpu", "--judge", name]
+    said, _, code = command(evaluate, monkeypatch, capsys, *words)
+    assert code == 0 and rows_of(said)["judged %"][:2] == ["3", "33.3"]
+    assert "NOTE: 2 of 3 answers were cut off at the longest that an answer may be (--max-new-tokens)." in said
+
+
 def test_judge_says_style_of_two_models(base, tmp_path, monkeypatch, capsys):
     data = tmp_path / "prompts.txt"
     data.write_text("".join(f"Question {i}?\n" for i in range(25)), encoding="utf-8")
@@ -444,6 +453,8 @@ def test_real_toxicity_prompts_are_continued_as_texts(base, tmp_path, monkeypatc
     assert f"{len(INSULTS)} English insults and curses (evals/toxicity.py): a list of words, no classifier" in said
     written = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(written) == 12 and {line["prompt"] for line in written} == {row["prompt"]["text"] for row in rows}
+    _, err, code = command(evaluate, monkeypatch, capsys, *words, "--system", "Be kind.")
+    assert code == 2 and "--system: is for conversations; these prompts are texts to be continued" in err
     # In memory the answers are the same, and the numbers those of the judge.
     name = judge_file(tmp_path, "return (len(answer) % 10) / 10")
     said, err, code = command(evaluate, monkeypatch, capsys, *words, "--judge", name)

@@ -201,6 +201,9 @@ class Demo:
         print_answers(QUESTION, self.base_answer, tuned_answer)
         self.shown_answers.append((QUESTION, "", self.base_answer, tuned_answer))
         print()
+        print(
+            "refusals  by a list of phrases (evals/refusals.py); in brackets the 95 % interval of the change"
+        )
         of_budget = f" of the {self.budget / 60:g} of --budget" if self.budget < math.inf else ""
         print(f"took      {elapsed() / 60:.1f} min in all{of_budget}")
 

@@ -53,11 +53,11 @@ class SafetyCheck:
         Raises UserError as read_safety_prompts does.
         """
         lines: list[str] = []
-        found = read_safety_prompts(
+        all_prompts = read_safety_prompts(
             fetch_data(file, TEST), system=tokenizer.system, print_fn=lines.append
         )
         self.tokenizer = tokenizer
-        self.prompts = bounded_prompts(found)
+        self.prompts = bounded_prompts(all_prompts)
         self.seconds = 0.0
         self.base_answers: list[list[str]] = []
         self.tuned_answers: list[list[str]] = []
@@ -65,7 +65,7 @@ class SafetyCheck:
         if is_printed:
             print(lines[0].replace("data     ", "safety   ", 1))
             cut = ""
-            if len(self.prompts) < len(found):
+            if len(self.prompts) < len(all_prompts):
                 cut = f"; asked are {MOST_PROMPTS} of each kind at most: {counted(self.prompts)}"
             print(f"{lines[1]}{cut}")
 
@@ -85,16 +85,18 @@ class SafetyCheck:
         self.base_answers = self.answers_of(model)
         self.seconds = time.perf_counter() - start
         if self.is_printed:
-            asked = f"{len(self.prompts):,} prompts by the model before the training"
-            print(f"safety    answered {asked}: {self.seconds:.0f} s", flush=True)
+            what = f"{len(self.prompts):,} prompts by the model before the training"
+            print(f"safety    answered {what}: {self.seconds:.0f} s", flush=True)
 
     def answers_of(self, model: Transformer) -> list[list[str]]:
         """Returns the model's answer to each prompt, in a list of its own. All ranks compute the
         same, so that none waits for another."""
-        asked = [each.prompt for each in self.prompts]
+        plain_prompts = [each.prompt for each in self.prompts]
         with eval_mode(model), eager_mode(model):
             settings = greedy_settings(REFUSAL_TOKENS)
-            answers = answer_all(model, self.tokenizer, asked, settings, BATCH_SIZE[GENERATE])
+            answers = answer_all(
+                model, self.tokenizer, plain_prompts, settings, BATCH_SIZE[GENERATE]
+            )
         return answers.texts
 
     def measure_tuned(self, model: Transformer) -> list[Change]:

@@ -183,7 +183,7 @@ def answers_of_models(args: argparse.Namespace, read: PromptReader) -> dict[str,
         files = {each.name: answer_file_of(args, each, opened) for each in opened.targets}
     dtype = str(opened.dtype).removeprefix("torch.")
     print(f"compute   in {dtype} on {opened.device.type}: {opened.reason}", flush=True)
-    settings = drawing_of(args)
+    settings = drawing_settings(args)
     answers = {}
     for target in opened.targets:
         tokenizer = opened.tokenizer_of(target)
@@ -202,7 +202,7 @@ def answers_of_models(args: argparse.Namespace, read: PromptReader) -> dict[str,
     return answers
 
 
-def drawing_of(args: argparse.Namespace) -> AnswerSettings:
+def drawing_settings(args: argparse.Namespace) -> AnswerSettings:
     """Returns how the command line lets a model answer."""
     return AnswerSettings(
         args.samples,

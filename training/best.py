@@ -17,7 +17,7 @@ def best_or_final(settings: Settings, state: TrainState, score_name: str = "") -
     best = quality(state.best_score, state.best_val_loss, score_name)
     last = quality(state.score, state.val_loss, score_name)
     if limit is not None and not state.has_best:
-        print(f"WARNING   {why_none_is_kept(settings, state, before)}")
+        print(f"WARNING   {why_none_is_kept(settings, state, score_name)}")
         return "final"
     # The lowest is the best: of equal scores that of the lower loss.
     ranks = [(0.0, loss) for loss in (state.first_val_loss, state.best_val_loss, state.val_loss)]
@@ -60,8 +60,9 @@ def forgotten_text(settings: Settings, state: TrainState, distance: float, gener
     return f"rise of the general loss {general - state.first_general_loss:+.4f}"
 
 
-def why_none_is_kept(settings: Settings, state: TrainState, before: str) -> str:
-    """Returns why there is no best/ with --forget-limit. before: how good the base is."""
+def why_none_is_kept(settings: Settings, state: TrainState, score_name: str = "") -> str:
+    """Returns why there is no best/ with --forget-limit. score_name: as of `best_or_final`."""
+    before = quality(state.first_score, state.first_val_loss, score_name)
     limit = settings.forget_limit
     lowest = state.lowest_kl_base
     what, name = "KL(base || tuned)", "KL to the base"

@@ -34,12 +34,13 @@ from evals.report import (
     write_report,
 )
 from evals.run_page import PAGE_NAME, read_run_metrics, run_page
+from evals.table import EVALUATIONS
 from flags import OPTIONS, dashed, saved_value
 from methods import method_name, method_of, model_of_step_0
 from model import Transformer, eager_mode
 from tokenizer import Tokenizer
+from training.best import why_none_is_kept
 from training.demo import Demo, has_budget
-from training.evaluator import why_none_is_kept
 from training.model_card import UNTOLD, ModelCard, sources_of
 
 # What templates write before a part of a conversation.
@@ -132,10 +133,11 @@ def how_it_ended(card: ModelCard) -> str:
 
 def run_warnings(card: ModelCard) -> list[str]:
     """Returns what a reader must not miss."""
-    limit, state = card.settings.forget_limit, card.state
-    if limit is None or state.has_best or state.interrupted_by:
+    settings, state = card.settings, card.state
+    if settings.forget_limit is None or state.has_best or state.interrupted_by:
         return []
-    reason = why_none_is_kept(state, limit)
+    score_name = EVALUATIONS[settings.eval_metric].score if settings.eval_metric else ""
+    reason = why_none_is_kept(settings, state, score_name)
     return [reason[:1].upper() + reason[1:] + "."]
 
 

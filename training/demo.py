@@ -29,7 +29,7 @@ from evals.loss import loss
 from model import Transformer
 from tokenizer import Tokenizer
 from training.defaults import Settings
-from training.ewc import expected_fisher_tokens
+from training.ewc import expected_fisher_seconds
 from training.plots import read_metrics
 from training.safety import SafetyCheck
 
@@ -122,8 +122,7 @@ class Demo:
         """Returns how many steps to train: those of the settings, or as many as the time allows."""
         seconds_per_step = settings.expected_seconds / settings.steps
         left = BUDGET_USED * self.budget - elapsed() - self.answering_seconds
-        pace = settings.expected_seconds / settings.workload.tokens
-        left -= pace * expected_fisher_tokens(settings)
+        left -= expected_fisher_seconds(settings)
         if left >= settings.expected_seconds:
             return settings.steps
         return min(settings.steps, max(LEAST_STEPS, int(left / seconds_per_step)))

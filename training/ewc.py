@@ -26,7 +26,6 @@ gradient accumulation and before clipping, without a backward of their own.
 import contextlib
 import functools
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -479,10 +478,10 @@ def cut_text(dataset: Dataset) -> list[Example]:
     return pieces
 
 
-def expected_fisher_tokens(settings: Settings) -> float:
-    """Returns about how many tokens of training the Fisher information takes as long as, on the
-    bundled text; 0 without --ewc."""
+def expected_fisher_seconds(settings: Settings) -> float:
+    """Returns about how long the Fisher information takes on plain text; 0 without --ewc."""
     if not settings.ewc:
         return 0.0
     factor = BACKWARD_TO_FROZEN if method_of(settings).freezes_base else 1.0
-    return math.ceil(factor * settings.ewc_samples * TEXT_LENGTH)
+    pace = settings.expected_seconds / settings.workload.tokens
+    return factor * pace * settings.ewc_samples * TEXT_LENGTH

@@ -354,12 +354,12 @@ def check_evaluation_arguments(args: argparse.Namespace) -> None:
         answered = names_of_kind(GENERATE)
         if kind == EXECUTE and owners >= answered:
             names = "records with references"
+        elif owners >= answered | names_of_kind(LOSS):
+            names = "conversations"
         elif owners >= answered | names_of_kind(CHOOSE):
             names = "answers and choices"
         elif owners >= answered:
             names = "answers"
-        elif owners == names_of_kind(GENERATE) | names_of_kind(CHOOSE):
-            names = "answers and choices"
         raise UserError(f"{flag_of(option)}: is for {names}; `{args.what[0]}` does not use it")
     check_drawing_arguments(args)
     if (args.samples or 1) > 1 and args.temperature == 0:

@@ -545,7 +545,7 @@ MISTAKES = [  # name of the file, records, further words, message
     ("a.jsonl", [GOOD], ["--shots", "2", "--shots-data", "{file}"], "--shots 2: {file} has only 1 examples"),
     ("a.jsonl", [GOOD], ["--task", "siqa"], "--task siqa: not one of mmlu, hellaswag, "),
     ("a.jsonl", [GOOD], ["--task", "none.py:f"], "--task none.py:f: FILE.py:NAME is wanted"),
-    ("a.jsonl", [GOOD], ["--template", "chatml"], "--template: is for `loss`, `exact`"),
+    ("a.jsonl", [GOOD], ["--template", "chatml"], "--template: is for conversations; `choices`"),
     ("a.jsonl", [GOOD], ["--labels", "x"], "--labels: is for `classify`; `choices` does not use it"),
     ("a.jsonl", [GOOD], ["--shots", "-1"], "--shots -1: must be 0 or more"),
 ]  # fmt: skip

@@ -162,7 +162,9 @@ def test_as_many_processes_compute_what_one_does(runs, name, processes):
         for key in a.keys() & {"loss", "val_loss", "replay_loss", "replay_val_loss", "balance_loss", "grad_norm"}:
             assert b[key] == pytest.approx(a[key], rel=loss * (10 if key == "grad_norm" else 1)), (a["step"], key)
         assert all(a[key] == b[key] for key in a.keys() & {"tokens", "trained_tokens", "lr"})
-        assert b.get("kl_base", 0.0) == pytest.approx(a.get("kl_base", 0.0), rel=1e-3, abs=1e-5)
+        # A distance grows with the square of what moves the weights.
+        rel = max(1e-3, 4 * loss)
+        assert b.get("kl_base", 0.0) == pytest.approx(a.get("kl_base", 0.0), rel=rel, abs=1e-5)
     assert max(line.get("kl_base", 0.0) for line in one) > 1e-3
     if "MIXED" in words:
         assert any("replay_loss" in line for line in one)

@@ -23,3 +23,14 @@ def rows_elsewhere(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("rows")
     rows.cache_folder = lambda: folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_sample_answers(request):
+    """The answers on report.html take longer than the rest of a small run; test_report alone looks at them."""
+    from training import run_report
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.module.__name__.endswith("test_report"):
+            patch.setattr(run_report, "MOST_ANSWER_TOKENS", 1)
+        yield

@@ -1,0 +1,336 @@
+"""Measures what each method learns of the bundled task, and what it forgets meanwhile.
+
+    python experiments/forgetting.py --general wikitext.txt --hellaswag hellaswag.jsonl --hours 3
+
+A cell is one training: a method, a means against forgetting, a rate and a seed. Of each method the
+rate is swept with one seed, without a means; then replay and EWC are tried at the best of these
+rates, and all of it is repeated with two seeds more. Each cell is written to forgetting.json as
+soon as it is measured, and the next call goes on with the first one that is missing. `--show` prints
+the table and draws the picture of what is there.
+
+What stands in the JSON is measured on data that no cell trains on, also not by replay or EWC.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from checkpoint import read_config
+from common.files import atomic_file
+from evals.answers import answer_records
+from evals.arguments import command_line
+from evals.choices import log_likelihoods
+from evals.multiple_choice import read_choice_task
+from evals.questions import read_questions
+from evals.table import EVALUATIONS
+from evals.targets import Opened, encode_files
+
+RESULTS = ROOT / "experiments" / "forgetting.json"
+PICTURE = ROOT / "experiments" / "forgetting.png"
+STEPS = 80
+SEEDS = (0, 1, 2)
+NUM_QUESTIONS = 100  # of the task
+NUM_STORIES = 200  # of HellaSwag
+NUM_PIECES, PIECE = 40, 512  # of general text, and the tokens of each
+GENERAL_IN_TRAINING = "assets/general.txt"  # for replay and EWC
+
+ADAPTER_RATES = (6.5e-4, 1.3e-3, 2.6e-3, 5.2e-3)
+# name: (flags, rates)
+METHODS: dict[str, tuple[list[str], tuple[float, ...]]] = {
+    "full": (["--method", "full"], (2.5e-5, 7.5e-5, 2.5e-4, 7.5e-4)),
+    "LoRA, rank 1": (["--rank", "1"], ADAPTER_RATES),
+    "LoRA, rank 4": (["--rank", "4"], ADAPTER_RATES),
+    "LoRA, rank 16": (["--rank", "16"], ADAPTER_RATES),
+    "QLoRA, rank 16": (["--method", "qlora", "--rank", "16"], ADAPTER_RATES),
+}
+NO_MEANS = "nothing"
+MEANS = {
+    NO_MEANS: [],
+    "replay": ["--replay", f"{GENERAL_IN_TRAINING}=0.1"],
+    "EWC": ["--ewc", "1000", "--ewc-data", GENERAL_IN_TRAINING],
+}
+
+
+class Cell(NamedTuple):
+    """One training."""
+
+    method: str
+    means: str
+    rate: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.method} | {self.means} | {self.rate:g} | seed {self.seed}"
+
+
+def main() -> None:
+    args = parse_words()
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    if args.show:
+        show(results)
+        return
+    deadline = time.monotonic() + 3600 * args.hours
+    if "base" not in results:
+        results["base"] = scores_of([], args)
+        write(results)
+    while time.monotonic() < deadline:
+        cell = next_cell(results)
+        if cell is None:
+            print("all cells are measured")
+            return
+        results[cell.key] = run_cell(cell, args)
+        write(results)
+        print(cell.key, results[cell.key], flush=True)
+
+
+def parse_words() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--general", help="text whose loss says what is forgotten")
+    parser.add_argument("--hellaswag", help="HellaSwag's JSONL")
+    parser.add_argument("--hours", type=float, default=8.0, help="no cell is begun after these")
+    parser.add_argument("--show", action="store_true", help="print the table, draw the picture")
+    args = parser.parse_args()
+    if not args.show and not (args.general and args.hellaswag):
+        parser.error("--general and --hellaswag are wanted")
+    return args
+
+
+def write(results: dict) -> None:
+    with atomic_file(RESULTS) as tmp:
+        tmp.write_text(json.dumps(results, indent=1) + "\n")
+
+
+# ---- which cell is next ----
+
+
+def next_cell(results: dict) -> Cell | None:
+    """Returns the first cell that has no result: the sweeps, then the means, then the other seeds."""
+    for method, (_, rates) in METHODS.items():
+        for rate in rates:
+            cell = Cell(method, NO_MEANS, rate, SEEDS[0])
+            if cell.key not in results:
+                return cell
+    for seed in SEEDS:
+        for method in METHODS:
+            for means in MEANS:
+                cell = Cell(method, means, best_rate(method, results), seed)
+                if cell.key not in results:
+                    return cell
+    return None
+
+
+def best_rate(method: str, results: dict) -> float:
+    """Returns the rate with the most exact answers; of equal ones that with the lower general loss."""
+
+    def worth(rate: float) -> tuple[float, float]:
+        result = results[Cell(method, NO_MEANS, rate, SEEDS[0]).key]
+        return result["exact"], -result["general_loss"]
+
+    return max(METHODS[method][1], key=worth)
+
+
+# ---- measuring ----
+
+
+def run_cell(cell: Cell, args: argparse.Namespace) -> dict:
+    """Trains a cell, and measures the model at its end."""
+    folder = Path(tempfile.mkdtemp(prefix="forgetting-"))
+    out = folder / "run"
+    words = [
+        *METHODS[cell.method][0], *MEANS[cell.means], "--lr", f"{cell.rate:g}", "--seed", f"{cell.seed}",
+        "--steps", f"{STEPS}", "--data", "assets/booking_train.jsonl", "assets/general_chat.jsonl",
+        "--val", "assets/booking_val.jsonl", "--eval-every", "0", "--save-every", "0", "--out", str(out),
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, "train.py", *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise SystemExit(f"{cell.key}: {done.stderr[-2000:]}")
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+        steps = [line for line in lines if "tokens_per_s" in line]
+        validations = [line for line in lines if "val_loss" in line]
+        result = {
+            "trained_parameters": int(
+                re.search(r"([\d,]+) parameters trained", done.stdout)[1].replace(",", "")
+            ),
+            "seconds": round(steps[-1]["seconds"], 1),
+            "memory_mb": round(max(line["memory_mb"] for line in steps)),
+            "val_loss": validations[-1]["val_loss"],
+            "kl_base": validations[-1]["kl_base"],
+        }
+        flag = "--model" if cell.method == "full" else "--adapter"
+        return result | scores_of([flag, str(out / "final")], args)
+    finally:
+        shutil.rmtree(folder)
+
+
+def scores_of(target: list[str], args: argparse.Namespace) -> dict:
+    """Returns exact answers to the task's questions, loss on general text, and HellaSwag's accuracies
+    (in %) of one model. target: the words that name it."""
+    asked = command_line(
+        ["exact", "--data", "assets/booking_test.jsonl", "--limit", f"{NUM_QUESTIONS}", *target]
+    )
+    opened = Opened(asked)
+    (model_target,) = opened.targets
+    tokenizer = opened.tokenizer_of(model_target)
+    model = opened.load(model_target, tokenizer)
+    limit = read_config(model_target.folder).max_positions
+
+    records = read_questions(asked, opened.file, None, opened.system)
+    answers = answer_records(model, tokenizer, records, None, NUM_QUESTIONS)
+    exact = EVALUATIONS["exact"].load()(answers).columns["exact %"]
+
+    read = command_line(
+        [
+            "loss",
+            "--data",
+            args.general,
+            "--limit",
+            f"{NUM_PIECES}",
+            "--seq-len",
+            f"{PIECE}",
+            *target,
+        ]
+    )
+    dataset = encode_files(read, Opened(read).files, tokenizer, limit, None, print)
+    losses = EVALUATIONS["loss"].load()(model, dataset, 8)
+
+    chosen = command_line(
+        ["choices", "--data", args.hellaswag, "--limit", f"{NUM_STORIES}", *target]
+    )
+    task = read_choice_task(chosen, Opened(chosen))
+    scores = task.score(log_likelihoods(model, task.encode(tokenizer, limit), 64)).columns
+    return {
+        "exact": exact,
+        "general_loss": losses.columns()["loss"],
+        "hellaswag_acc": scores["acc %"],
+        "hellaswag_acc_norm": scores["acc_norm %"],
+    }
+
+
+# ---- what came of it ----
+
+
+def show(results: dict) -> None:
+    """Prints a row for each method and means at its best rate, the mean of its seeds with the lowest and
+    the highest; says what is missing; and draws exact answers against the rise of general loss."""
+    base = results["base"]
+    headings = ("method", "against forgetting", "rate", "seeds", "exact %", "rise of general loss",
+                "change of HellaSwag acc_norm", "KL to base", "trained", "time", "memory")  # fmt: skip
+    print(f"| {' | '.join(headings)} |")
+    print("| --- " * len(headings) + "|")
+    print(
+        f"| base | | | | {base['exact']:.0f} | loss {base['general_loss']:.3f} |"
+        f" {base['hellaswag_acc_norm']:.1f} % | 0 | | | |"
+    )
+    points = []
+    for method in METHODS:
+        for means in MEANS:
+            try:
+                rate = best_rate(method, results)
+            except KeyError:
+                print(f"| {method} | {means} | not swept yet |")
+                continue
+            keys = [Cell(method, means, rate, seed).key for seed in SEEDS]
+            found = [results[key] for key in keys if key in results]
+            if not found:
+                print(f"| {method} | {means} | {rate:g} | 0 |")
+                continue
+            rise = [each["general_loss"] - base["general_loss"] for each in found]
+            points.append((method, means, [each["exact"] for each in found], rise))
+            print(
+                f"| {method} | {means} | {rate:g} | {len(found)} |"
+                f" {spread([each['exact'] for each in found], '.0f')} |"
+                f" {spread(rise, '+.3f')} |"
+                f" {spread([each['hellaswag_acc_norm'] - base['hellaswag_acc_norm'] for each in found], '+.1f')} |"
+                f" {spread([each['kl_base'] for each in found], '.2f')} |"
+                f" {found[0]['trained_parameters']:,} | {found[0]['seconds']:.0f} s |"
+                f" {found[0]['memory_mb'] / 1000:.1f} GB |"
+            )
+    print(correlations(results, base))
+    if points:
+        draw(points)
+
+
+def spread(numbers: list[float], spec: str) -> str:
+    """Returns a mean, with the lowest and the highest where there are several."""
+    mean = format(statistics.mean(numbers), spec)
+    if len(numbers) == 1:
+        return mean
+    return f"{mean} ({min(numbers):{spec}} to {max(numbers):{spec}})"
+
+
+def correlations(results: dict, base: dict) -> str:
+    """Returns how well the gauge ranks the runs by what they have forgotten: Spearman's coefficients, each
+    with the 95 % interval of a bootstrap over the runs."""
+    import numpy as np
+    from scipy import stats
+
+    runs = [result for key, result in results.items() if key != "base"]
+    if len(runs) < 4:
+        return "fewer than 4 runs: no correlation"
+    gauge = np.array([run["kl_base"] for run in runs])
+    forgotten = {
+        "rise of general loss": [run["general_loss"] - base["general_loss"] for run in runs],
+        "fall of HellaSwag": [
+            base["hellaswag_acc_norm"] - run["hellaswag_acc_norm"] for run in runs
+        ],
+    }
+    said = []
+    for name, values in forgotten.items():
+        values = np.array(values)
+        generator = np.random.default_rng(0)
+        drawn = generator.integers(0, len(runs), (2000, len(runs)))
+        many = [stats.spearmanr(gauge[rows], values[rows]).statistic for rows in drawn]
+        low, high = np.nanquantile(many, (0.025, 0.975))
+        rho = stats.spearmanr(gauge, values).statistic
+        said.append(
+            f"gauge and {name}: {rho:+.2f} ({low:+.2f} to {high:+.2f}) over {len(runs)} runs"
+        )
+    return "\n".join(said)
+
+
+def draw(points: list[tuple[str, str, list[float], list[float]]]) -> None:
+    """Draws what is learned against what is forgotten. points: (method, means, exact, rise of loss)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colors = dict(
+        zip(METHODS, ("#222222", "#9ecae1", "#4292c6", "#08519c", "#dd6b20"), strict=True)
+    )
+    markers = dict(zip(MEANS, "osD", strict=True))
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.5))
+    for method, means, exact, rise in points:
+        axes.scatter(rise, exact, color=colors[method], marker=markers[means], alpha=0.3, s=18)
+        axes.scatter(
+            statistics.mean(rise), statistics.mean(exact), color=colors[method], marker=markers[means],
+            s=60, label=method if means == NO_MEANS else f"{method}, {means}",
+        )  # fmt: skip
+    axes.set_xlabel("forgotten: rise of the loss on general text, nats a token")
+    axes.set_ylabel("learned: exact answers, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(PICTURE, dpi=120, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()

@@ -164,19 +164,8 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="which examples --limit draws, and the random draws of --temperature; default: %(default)s",
     )
-    add(
-        "--skip-bad",
-        action="store_true",
-        help="leave out records that can't be read, counted by what is wrong with them; default: the"
-        " first 20 of them are named, and nothing is measured",
-    )
-    add(
-        "--html",
-        dest="page",
-        metavar="FILE",
-        help="write what is printed as a page as well, one HTML file that loads nothing; one that is there is"
-        " replaced if it is such a page; default: none",
-    )
+    add_skip_bad(group)
+    add_html_flag(group)
     add(
         "--system",
         metavar="TEXT",
@@ -248,8 +237,29 @@ def add_answer_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_saved_flags(group: argparse._ArgumentGroup) -> None:
-    """Adds the flags of answers in a file."""
+def add_skip_bad(group: argparse._ArgumentGroup) -> None:
+    """Adds --skip-bad."""
+    group.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out records that can't be read, counted by what is wrong with them; default: the"
+        " first 20 of them are named, and nothing is measured",
+    )
+
+
+def add_html_flag(group: argparse._ArgumentGroup) -> None:
+    """Adds --html, which evals/printed_page.py obeys."""
+    group.add_argument(
+        "--html",
+        dest="page",
+        metavar="FILE",
+        help="write what is printed as a page as well, one HTML file that loads nothing; one that is there is"
+        " replaced if it is such a page; default: none",
+    )
+
+
+def add_saving_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags of a file that the answers are written into."""
     group.add_argument(
         "--out",
         metavar="FILE.jsonl",
@@ -263,6 +273,11 @@ def add_saved_flags(group: argparse._ArgumentGroup) -> None:
         help="replace an --out that exists, and answers of an unfinished run with other settings;"
         " default: refuse",
     )
+
+
+def add_saved_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags of answers in a file."""
+    add_saving_flags(group)
     group.add_argument(
         "--answers",
         nargs="+",
@@ -342,10 +357,7 @@ def check_evaluation_arguments(args: argparse.Namespace) -> None:
     kind = kind_of(args.what)
     if len(args.files or []) > 1 and kind != LOSS:
         raise UserError(f"--data {' '.join(args.files)}: `{args.what[0]}` takes one file or folder")
-    for option, least in minimum.items():
-        value = getattr(args, option)
-        if value is not None and value < least:
-            raise UserError(f"{flag_of(option)} {value}: must be {least} or more")
+    check_minimum(args, minimum)
     for option, owners in owners_of_options().items():
         was_changed = getattr(args, option) not in (None, False, NEUTRAL.get(option))
         if not was_changed or set(args.what) & owners:
@@ -420,6 +432,14 @@ def check_files(args: argparse.Namespace) -> None:
             raise UserError(f"--out {out}: {problem}")
         if out.resolve() == Path(args.data).resolve():
             raise UserError(f"--out {out}: is the file of --data, which it would replace")
+
+
+def check_minimum(args: argparse.Namespace, minimum: dict[str, int]) -> None:
+    """Raises UserError for a number below the least that its option takes."""
+    for option, least in minimum.items():
+        value = getattr(args, option)
+        if value is not None and value < least:
+            raise UserError(f"{flag_of(option)} {value}: must be {least} or more")
 
 
 def flag_of(option: str) -> str:

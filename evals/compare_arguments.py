@@ -6,7 +6,13 @@ from common import cli
 from common.errors import UserError
 from common.known_names import EVALUATE_NAMES
 from common.script_flags import add_loading_flags
-from evals.arguments import BATCH_SIZE, EXTRA_TOKENS
+from evals.arguments import (
+    BATCH_SIZE,
+    EXTRA_TOKENS,
+    add_html_flag,
+    add_skip_bad,
+    check_minimum,
+)
 from evals.safety_arguments import REFUSAL_TOKENS
 from evals.table import CHOOSE, EVALUATIONS, GENERATE, LOSS, Evaluation
 
@@ -27,7 +33,16 @@ def compare_arguments(argv: list[str]) -> argparse.Namespace:
     group = parser.add_argument_group("how the models are loaded")
     # It only adds arguments, which a group can do as well as a parser.
     add_loading_flags(group)  # type: ignore[arg-type]
-    add_size_flags(parser.add_argument_group("answers, speed and memory"))
+    group = parser.add_argument_group("answers, speed and memory")
+    add_size_flags(group)
+    group.add_argument(
+        "--show",
+        type=int,
+        default=SHOWN_CHANGES,
+        metavar="K",
+        help="how many answers to --target that were wrong and are right, and as many that were right"
+        " and are wrong, are printed; 0: none; default: %(default)s",
+    )
     args = cli.parse_args(parser, argv, EVALUATE_NAMES)
     check_compare_arguments(args)
     return args
@@ -106,6 +121,14 @@ def add_file_flags(group: argparse._ArgumentGroup) -> None:
         help="a Python function of yours that changes every record of --target before it is read;"
         " default: none. Give the one that you gave to train.py",
     )
+    add_reading_flags(group, "of what --limit draws, and of the bootstrap's draws", "TUNED")
+    add_html_flag(group)
+
+
+def add_reading_flags(group: argparse._ArgumentGroup, seed: str, trained: str) -> None:
+    """Adds the flags that say how the files are read. seed: what --seed is for. trained: the model whose
+    system message counts."""
+    add = group.add_argument
     add(
         "--limit",
         type=int,
@@ -117,26 +140,14 @@ def add_file_flags(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="of what --limit draws, and of the bootstrap's draws; default: %(default)s",
+        help=f"{seed}; default: %(default)s",
     )
-    add(
-        "--skip-bad",
-        action="store_true",
-        help="leave out records that can't be read, counted by what is wrong with them; default: the"
-        " first 20 of them are named, and nothing is measured",
-    )
-    add(
-        "--html",
-        dest="page",
-        metavar="FILE",
-        help="write what is printed as a page as well, one HTML file that loads nothing; one that is there is"
-        " replaced if it is such a page; default: none",
-    )
+    add_skip_bad(group)
     add(
         "--system",
         metavar="TEXT",
         help="system message that is put before every conversation that has none; '': none; default:"
-        " the one that TUNED was trained with here (train.py --system)",
+        f" the one that {trained} was trained with here (train.py --system)",
     )
     add(
         "--seq-len",
@@ -148,7 +159,7 @@ def add_file_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def add_size_flags(group: argparse._ArgumentGroup) -> None:
-    """Adds the flags of the answers, and of what is computed at a time."""
+    """Adds the flags of the answers' length, and of what is computed at a time."""
     add = group.add_argument
     add(
         "--max-new-tokens",
@@ -156,14 +167,6 @@ def add_size_flags(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="longest answer of the models, in tokens; default: the tokens of the longest reference, and"
         f" {EXTRA_TOKENS} more",
-    )
-    add(
-        "--show",
-        type=int,
-        default=SHOWN_CHANGES,
-        metavar="K",
-        help="how many answers to --target that were wrong and are right, and as many that were right"
-        " and are wrong, are printed; 0: none; default: %(default)s",
     )
     add(
         "--batch-size",
@@ -178,10 +181,7 @@ def check_compare_arguments(args: argparse.Namespace) -> None:
     """Raises UserError for what can be said to be wrong before a file is opened. Splits --benchmark
     into (name, file)."""
     minimum = {"seed": 0, "limit": 1, "batch_size": 1, "seq_len": 2, "max_new_tokens": 1, "show": 0}
-    for option, least in minimum.items():
-        value = getattr(args, option)
-        if value is not None and value < least:
-            raise UserError(f"--{option.replace('_', '-')} {value}: must be {least} or more")
+    check_minimum(args, minimum)
     if not (args.target or args.general or args.benchmark or args.safety):
         raise UserError(
             "compare: nothing to measure; give --target, --general, --benchmark or --safety"

@@ -6,8 +6,9 @@ from common import cli
 from common.errors import UserError
 from common.known_names import EVALUATE_NAMES
 from common.script_flags import add_loading_flags
-from evals.arguments import BATCH_SIZE, EXTRA_TOKENS
-from evals.table import EVALUATIONS, GENERATE, LOSS
+from evals.arguments import check_minimum
+from evals.compare_arguments import add_reading_flags, add_size_flags
+from evals.table import EVALUATIONS, GENERATE
 
 
 def continual_arguments(argv: list[str]) -> argparse.Namespace:
@@ -25,7 +26,7 @@ def continual_arguments(argv: list[str]) -> argparse.Namespace:
     group = parser.add_argument_group("how the models are loaded")
     # It only adds arguments, which a group can do as well as a parser.
     add_loading_flags(group)  # type: ignore[arg-type]
-    add_limits(parser.add_argument_group("answers, speed and memory"))
+    add_size_flags(parser.add_argument_group("answers, speed and memory"))
     args = cli.parse_args(parser, argv, EVALUATE_NAMES)
     check_continual_arguments(args)
     return args
@@ -75,65 +76,13 @@ def add_task_flags(group: argparse._ArgumentGroup) -> None:
         help="loss of the references, or a score of the model's own answers (for accuracy: exact);"
         " default: %(default)s",
     )
-    add(
-        "--limit",
-        type=int,
-        metavar="N",
-        help="use N examples of each file only, drawn at random by --seed; default: all of them",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="of what --limit draws; default: %(default)s",
-    )
-    add(
-        "--skip-bad",
-        action="store_true",
-        help="leave out records that can't be read, counted by what is wrong with them; default: the"
-        " first 20 of them are named, and nothing is measured",
-    )
-    add(
-        "--system",
-        metavar="TEXT",
-        help="system message that is put before every conversation that has none; '': none; default:"
-        " the one that the last RUN was trained with here (train.py --system)",
-    )
-    add(
-        "--seq-len",
-        type=int,
-        metavar="N",
-        help="loss: longest example, in tokens; a longer one is cut after the last answer that fits,"
-        " plain text into pieces; default: the most that the model takes",
-    )
-
-
-def add_limits(group: argparse._ArgumentGroup) -> None:
-    """Adds the flags of the answers, and of what is computed at a time."""
-    group.add_argument(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help="longest answer of the models, in tokens; default: the tokens of the longest reference, and"
-        f" {EXTRA_TOKENS} more",
-    )
-    group.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help="examples that are computed at a time; the results are the same up to rounding; default:"
-        f" {BATCH_SIZE[LOSS]} for loss, {BATCH_SIZE[GENERATE]} for answers. Lower it if memory runs out",
-    )
+    add_reading_flags(group, "of what --limit draws", "the last RUN")
 
 
 def check_continual_arguments(args: argparse.Namespace) -> None:
     """Raises UserError for what can be said to be wrong before a file is opened."""
     minimum = {"seed": 0, "limit": 1, "batch_size": 1, "seq_len": 2, "max_new_tokens": 1}
-    for option, least in minimum.items():
-        value = getattr(args, option)
-        if value is not None and value < least:
-            raise UserError(f"--{option.replace('_', '-')} {value}: must be {least} or more")
+    check_minimum(args, minimum)
     if len(args.runs) != len(args.files):
         counts = f"{len(args.runs)} and {len(args.files)}"
         raise UserError(

@@ -18,15 +18,20 @@ import re
 import shlex
 import subprocess
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from common.errors import UserError
 from common.files import atomic_file
 from dataset.text_stats import masked, private_parts
 from evals.pairwise import csp_hash
 
+if TYPE_CHECKING:
+    import jinja2
+
+# Where the templates and styles of pages are.
+PAGES_FOLDER = Path(__file__).parent
 # Only a file with this near its beginning is a page of these, which another may replace.
 REPORT_MARK = '<meta name="generator" content="plaintune report">'
 FACTS = re.compile(r'<script type="application/json" id="facts">(.*?)</script>', re.DOTALL)
@@ -62,20 +67,8 @@ def render_report(
     footer: str = "Made with plaintune. Nothing on this page is loaded from elsewhere.",
 ) -> str:
     """Returns the page. facts: what programs may read of it again (`read_facts`)."""
-    import jinja2
-
-    folder = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-        finalize=visible,
-    )
-    style = (folder / "report.css").read_text(encoding="ascii")
-    return environment.get_template("report.html.jinja").render(
+    style = (PAGES_FOLDER / "report.css").read_text(encoding="ascii")
+    return page_template("report.html.jinja", visible).render(
         mark=REPORT_MARK,
         title=title,
         subtitle=subtitle,
@@ -91,6 +84,25 @@ def write_report(file: Path, page: str) -> None:
     """Writes a page so that it is there whole or not at all."""
     with atomic_file(file) as tmp:
         tmp.write_text(page, encoding="utf-8")
+
+
+def page_template(
+    name: str, finalize: Callable[[object], object] | None = None
+) -> "jinja2.Template":
+    """Returns a template of this folder that escapes what it is given. finalize: is called with each
+    value before."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGES_FOLDER),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        finalize=finalize,
+    )
+    return environment.get_template(name)
 
 
 def check_report_file(file: Path) -> None:

@@ -13,15 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import fingerprint
 from common import console
 from common.errors import UserError
-from common.files import file_sha256
 from data import ASSETS
 from dataset.folders import TEST, Fetched
 from dataset.formats import Map
 from dataset.prompts import Prompt, open_prompts, read_prompts
-from evals.batch_answers import AnswerSettings, answer_into_file
+from evals.batch_answers import answer_into_file
 from evals.compare import FEW_ITEMS, HEADINGS, changes_of_measures
 from evals.judge import Judge, judge_answers, judge_measures, judged_share, question_text
 from evals.measures import Measure
@@ -34,10 +32,16 @@ from evals.refusals import (
     refusal_measures,
     refused_by_phrases,
 )
-from evals.saved_answers import SavedAnswers, answer_file_of, read_saved, spoken
-from evals.targets import Opened, Target
+from evals.saved_answers import (
+    SavedAnswers,
+    answer_file_of,
+    origin_of,
+    read_saved,
+    settings_of,
+    spoken,
+)
+from evals.targets import Opened
 from interop.remote_data import fetch_data
-from model import Transformer
 
 # An evaluation for which the model writes answers: Opened takes its batch size.
 ANSWERED = "exact"
@@ -183,7 +187,7 @@ def answers_of_models(args: argparse.Namespace, read: PromptReader) -> dict[str,
         files = {each.name: answer_file_of(args, each, opened) for each in opened.targets}
     dtype = str(opened.dtype).removeprefix("torch.")
     print(f"compute   in {dtype} on {opened.device.type}: {opened.reason}", flush=True)
-    settings = drawing_settings(args)
+    settings = settings_of(args)
     answers = {}
     for target in opened.targets:
         tokenizer = opened.tokenizer_of(target)
@@ -193,39 +197,13 @@ def answers_of_models(args: argparse.Namespace, read: PromptReader) -> dict[str,
                 model, tokenizer, prompts, settings, opened.batch_size
             )
             continue
-        origin = origin_of_answers(args, target, model, dtype)
+        origin = origin_of(model, target, args.quant, dtype)
         with files[target.name] as file:
             answer_into_file(model, tokenizer, prompts, settings, file, opened.batch_size, origin)
         saved = read_saved(files[target.name].out, [])
         texts = texts_by_prompt(saved, prompts, args.data)
         answers[target.name] = ModelAnswers(texts, saved.num_cut)
     return answers
-
-
-def drawing_settings(args: argparse.Namespace) -> AnswerSettings:
-    """Returns how the command line lets a model answer."""
-    return AnswerSettings(
-        args.samples,
-        # What is not drawn has no seed.
-        args.seed if args.temperature else None,
-        args.max_new_tokens,
-        args.temperature,
-        args.top_k,
-        args.top_p,
-        args.min_p,
-        args.repetition_penalty,
-    )
-
-
-def origin_of_answers(
-    args: argparse.Namespace, target: Target, model: Transformer, dtype: str
-) -> dict:
-    """Returns what saved answers depend on besides their settings."""
-    adapter = None
-    if target.adapter is not None:
-        adapter = file_sha256(Path(target.adapter) / "adapter_model.safetensors")
-    origin = {"model": fingerprint(model.source), "adapter": adapter, "quant": args.quant}
-    return origin | {"merge": False, "dtype": dtype}
 
 
 def saved_answers_to(names: list[str], prompts: list[Prompt], data: str) -> dict[str, ModelAnswers]:

@@ -8,7 +8,13 @@ from common import cli
 from common.errors import UserError
 from common.known_names import EVALUATE_NAMES
 from common.script_flags import add_drawing_flags, check_drawing_arguments
-from evals.arguments import BATCH_SIZE, add_target_flags
+from evals.arguments import (
+    BATCH_SIZE,
+    add_saving_flags,
+    add_skip_bad,
+    add_target_flags,
+    check_minimum,
+)
 from evals.table import GENERATE
 
 # Tokens of an answer: a refusal begins with itself.
@@ -209,12 +215,7 @@ def add_prompt_file(group: argparse._ArgumentGroup) -> None:
         help="of what --limit draws, of the answers' random draws and of the bootstrap's; default:"
         " %(default)s",
     )
-    add(
-        "--skip-bad",
-        action="store_true",
-        help="leave out records that can't be read, counted by what is wrong with them; default: the"
-        " first 20 of them are named, and nothing is measured",
-    )
+    add_skip_bad(group)
     add(
         "--system",
         metavar="TEXT",
@@ -281,19 +282,7 @@ def add_warm_drawing(group: argparse._ArgumentGroup, top_p: float) -> None:
 
 def add_answer_files(group: argparse._ArgumentGroup) -> None:
     """Adds the flags of answers in a file."""
-    group.add_argument(
-        "--out",
-        metavar="FILE.jsonl",
-        help="save the answers, as generate.py --data does; a run that was stopped goes on with the same"
-        " command. With --versus, the other model's answers are saved beside it, as FILE.base.jsonl;"
-        " default: they are not saved",
-    )
-    group.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace an --out that exists, and answers of an unfinished run with other settings;"
-        " default: refuse",
-    )
+    add_saving_flags(group)
     group.add_argument(
         "--answers",
         nargs="+",
@@ -307,10 +296,7 @@ def parsed(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespa
     """Parses the words. Raises UserError for what can be said to be wrong before a file is opened."""
     args = cli.parse_args(parser, argv, EVALUATE_NAMES)
     minimum = {"seed": 0, "limit": 1, "batch_size": 1, "max_new_tokens": 1, "show": 0, "samples": 1}
-    for option, least in minimum.items():
-        value = getattr(args, option)
-        if value is not None and value < least:
-            raise UserError(f"--{option.replace('_', '-')} {value}: must be {least} or more")
+    check_minimum(args, minimum)
     if args.top_p is None:
         # Greedy answers have none.
         args.top_p = args.warm_top_p if args.temperature else 1.0

@@ -571,22 +571,12 @@ def write_result_page(
     file: Path, title: str, intro: str, sections: list[TallySection], warnings: list[str]
 ) -> None:
     """Writes the result as one HTML file that loads nothing (evals/tally.html.jinja)."""
-    import jinja2
-
     from common.files import atomic_file
     from evals.pairwise import csp_hash
+    from evals.report import PAGES_FOLDER, page_template
 
-    folder = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    style = (folder / "tally.css").read_text(encoding="ascii")
-    page = environment.get_template("tally.html.jinja").render(
+    style = (PAGES_FOLDER / "tally.css").read_text(encoding="ascii")
+    page = page_template("tally.html.jinja").render(
         mark=RESULT_PAGE_MARK,
         title=title,
         intro=intro,

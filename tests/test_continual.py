@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from support.helpers import chat_base, command
+from support.helpers import chat_base, command, output_of
 from support.runs import records
 
 import evaluate
@@ -64,9 +64,7 @@ def tasks(tmp_path_factory):
 
 
 def measured(monkeypatch, capsys, *words) -> str:
-    out, err, code = command(evaluate, monkeypatch, capsys, "continual", *words)
-    assert code == 0, err
-    return out
+    return output_of(evaluate, monkeypatch, capsys, "continual", *words)
 
 
 def refused(monkeypatch, capsys, *words) -> str:

@@ -1,5 +1,6 @@
 """--eval-metric: the answers of a run's model, their score, what it chooses, and that nothing else changes."""
 
+import functools
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.helpers import chat_base, command, sentence
+from support.helpers import chat_base, command, output_of, refusal_of, sentence
 from support.runs import lines, torchrun
 
 import data
@@ -60,16 +61,8 @@ def task(tmp_path_factory):
     return words
 
 
-def ran(monkeypatch, capsys, *words) -> str:
-    out, err, code = command(train, monkeypatch, capsys, *words)
-    assert code == 0, err
-    return out
-
-
-def refused(monkeypatch, capsys, *words) -> str:
-    _, err, code = command(train, monkeypatch, capsys, *words)
-    assert code == 2 and err.count("\n") == 1, err
-    return err
+ran = functools.partial(output_of, train)
+refused = functools.partial(refusal_of, train)
 
 
 def scores_of(run: Path, metric: str = "exact") -> dict[int, float]:

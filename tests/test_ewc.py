@@ -1,5 +1,6 @@
 """Elastic weight consolidation: --ewc, its Fisher information, its penalty and gradients, and what they do to a run."""
 
+import functools
 import json
 import random
 import shutil
@@ -10,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support.helpers import chat_base, command, llama, sentence
+from support.helpers import chat_base, command, llama, output_of, sentence
 from support.runs import ROOT, assert_same, lines, records, torchrun
 
 import train
@@ -280,10 +281,7 @@ def job(tmp_path_factory):
     return words
 
 
-def trained(monkeypatch, capsys, *words) -> str:
-    out, err, code = command(train, monkeypatch, capsys, *words)
-    assert code == 0, err
-    return out
+trained = functools.partial(output_of, train)
 
 
 def refused(monkeypatch, capsys, *words) -> str:

@@ -1,11 +1,12 @@
 """--forget-data: the loss on a general file at each validation, its rise, and --forget-limit as a limit of it."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-from support.helpers import chat_base, command, sentence
+from support.helpers import chat_base, command, output_of, refusal_of, sentence
 from support.runs import lines, records
 
 import data
@@ -54,16 +55,8 @@ def task(tmp_path_factory):
     return words
 
 
-def ran(monkeypatch, capsys, *words) -> str:
-    out, err, code = command(train, monkeypatch, capsys, *words)
-    assert code == 0, err
-    return out
-
-
-def refused(monkeypatch, capsys, *words) -> str:
-    _, err, code = command(train, monkeypatch, capsys, *words)
-    assert code == 2 and err.count("\n") == 1, err
-    return err
+ran = functools.partial(output_of, train)
+refused = functools.partial(refusal_of, train)
 
 
 def rises_of(run: Path) -> dict[int, float]:

@@ -120,6 +120,20 @@ def command(script, monkeypatch, capsys, *words) -> tuple[str, str, int]:
     return out.out, out.err, code
 
 
+def output_of(script, monkeypatch, capsys, *words) -> str:
+    """stdout of a script that ends well."""
+    out, err, code = command(script, monkeypatch, capsys, *words)
+    assert code == 0, err
+    return out
+
+
+def refusal_of(script, monkeypatch, capsys, *words) -> str:
+    """The one line with which a script refuses its words."""
+    _, err, code = command(script, monkeypatch, capsys, *words)
+    assert code == 2 and err.count("\n") == 1, err
+    return err
+
+
 def batches_of_rows(rows, batch_size: int, device="cpu", max_tokens: int | None = None) -> list:
     """Rows of examples, sorted by length, in flat batches of at most batch_size rows, as one rank of one process
     takes them in a step; where rows are long, of about max_tokens tokens."""

@@ -50,7 +50,7 @@ from dataset.examples import (
     too_long_warning,
 )
 from dataset.faults import WARN_ABOVE
-from dataset.folders import TRAIN, VALIDATION, Fetched
+from dataset.folders import TEST, TRAIN, VALIDATION, Fetched
 from dataset.formats import Map, Source, open_source
 from dataset.inspection import quick_checks, rendered_chats
 from dataset.sampler import Sampler, allocate_samples
@@ -386,7 +386,7 @@ def load(
     for reason, count in dataset.dropped.items():
         what = "shortened" if reason.startswith("cut") else "left out"
         print_fn(f"          {what}: {number_of(count, 'record')} {reason}")
-    too_long = too_long_warning(rows, dataset.dropped, truncate)
+    too_long = too_long_warning(rows, dataset.dropped, None if part == TEST else truncate)
     if too_long:
         print_fn(f"          WARNING: {too_long}")
     if not len(dataset):

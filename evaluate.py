@@ -256,7 +256,7 @@ def print_table_of_scores(scores: dict[str, ItemScores]) -> None:
 
 def print_table(results: dict[str, dict[str, float]], columns: dict[str, str]) -> None:
     """Prints a row for each target and, for two targets, their difference: the second one minus the
-    first.
+    first, but for standard errors.
 
     results: for each target, its numbers by column. columns: the format of each column's numbers,
     by its heading.
@@ -271,7 +271,10 @@ def print_table(results: dict[str, dict[str, float]], columns: dict[str, str]) -
         first, second = results.values()
         changes = ["change"]
         for column, spec in columns.items():
-            changes.append(format(second[column] - first[column], "+" + spec))
+            # The difference of two standard errors says nothing.
+            is_error = column.endswith("±")
+            difference = format(second[column] - first[column], "+" + spec)
+            changes.append("" if is_error else difference)
         rows.append(changes)
     print("\n" + console.table(rows))
 

@@ -178,7 +178,7 @@ def add_prompt_file_flags(parser: argparse.ArgumentParser) -> None:
         "--out",
         metavar="FILE.jsonl",
         help="where the answers to --data are written, a JSON object a line in the order of the"
-        " file (docs/evaluation.md has the keys); required with --data. While answers are missing,"
+        " file (docs/answers.md has the keys); required with --data. While answers are missing,"
         " the others are in FILE.jsonl.partial, and the same command goes on from there",
     )
     group.add_argument(

@@ -519,18 +519,22 @@ def share_beyond(rows: list[Rows], dropped: dict[str, int]) -> float:
     return num_beyond / max(1, total)
 
 
-def too_long_warning(rows: list[Rows], dropped: dict[str, int], truncate: str) -> str:
+def too_long_warning(rows: list[Rows], dropped: dict[str, int], truncate: str | None) -> str:
     """Returns a warning if --seq-len has cut or left out many records, else "".
 
-    dropped: what `cut` has counted. truncate: one of TRUNCATE.
+    dropped: what `cut` has counted. truncate: one of TRUNCATE; None in an evaluation, which has no
+    such flag, and whose --seq-len is the most that the model takes unless it is given.
     """
     share = share_beyond(rows, dropped)
     if share <= WARN_ABOVE:
         return ""
-    advice = "raise --seq-len"
+    warning = f"{100 * share:.1f} % of the records are longer than --seq-len"
+    if truncate is None:
+        return warning
+    warning += "; raise --seq-len"
     if truncate == TRUNCATE[0]:
-        advice += ", or keep their answers with --truncate prompt"
-    return f"{100 * share:.1f} % of the records are longer than --seq-len; {advice}"
+        warning += ", or keep their answers with --truncate prompt"
+    return warning
 
 
 def cut_texts(

@@ -95,6 +95,10 @@ SHORTEST_REPEATED = 20  # characters of a question; shorter ones stand in answer
 MAX_TRIES = 100
 
 
+class UnknownFormat(UserError):
+    """A file whose records are of no known format."""
+
+
 @dataclass
 class Source:
     """A file, or a folder of files, whose format is known and whose records can be read.
@@ -860,7 +864,7 @@ COMMON = (
 def _format_of(value: object, where: str, formats: tuple[Format, ...]) -> Format:
     """Returns the first format of a table that fits a value.
 
-    Raises UserError with the known ones if none does, or if the value holds several records.
+    Raises UnknownFormat with the known ones if none does, UserError if the value holds several records.
     """
 
     def fitting(each: object) -> Format | None:
@@ -893,7 +897,7 @@ def _format_of(value: object, where: str, formats: tuple[Format, ...]) -> Format
             known_formats.append(f"{format.name} ({keys})")
     hint = closest_key(record, all_keys, record)
     known = ", ".join(known_formats)
-    raise UserError(
+    raise UnknownFormat(
         f"{where}: keys {quote_names(record)}: no known format; known: {known}, and more at the"
         f" head of dataset/formats.py; --map FILE.py:NAME makes one of them{hint}"
     )

@@ -147,7 +147,8 @@ def check_length(model: Transformer, record: Record, ids: list[int]) -> None:
     # The answer needs a position of its own.
     if len(ids) >= limit:
         raise UserError(
-            f"{record.where}: {len(ids):,} tokens before the answer; the model takes {limit:,}"
+            f"{record.where}: {len(ids):,} tokens before the answer; the model takes {limit:,};"
+            " shorten it, or leave it out (--map)"
         )
 
 

@@ -15,13 +15,11 @@ import numpy as np
 from common import console
 from common.errors import UserError, read_text
 from common.files import atomic_file
-from dataset.folders import TEST
-from dataset.formats import open_source
 from dataset.records import Record
 from evals.answers import split_reference
 from evals.choices import ChoiceTask, Pair, Question
 from evals.scores import ItemScores
-from evals.targets import Opened, draw_records, records_with_references
+from evals.targets import Opened, draw_records, open_with_answers, records_with_references
 from tokenizer import EncodedChat, Tokenizer
 
 # Records that go through the chat template at a time.
@@ -40,7 +38,7 @@ def read_classes(args: argparse.Namespace, opened: Opened) -> ChoiceTask:
     Raises UserError where the records have no labels to compare with, or a record has one that
     --labels lacks.
     """
-    source = open_source(opened.file, map_fn=opened.map_fn, part=TEST, skip_bad=args.skip_bad)
+    source = open_with_answers(opened.file, opened.map_fn, args.skip_bad)
     source.system = opened.system
     records = records_with_references(source, None, args.seed)
     references = [split_reference(record)[1] for record in records]
@@ -167,7 +165,7 @@ def encode_labels(
         if len(prompt) + longest - 1 > most:
             raise UserError(
                 f"{place}: {len(prompt):,} tokens before the label, and {longest:,} in it; the model"
-                f" takes {most:,}"
+                f" takes {most:,}; shorten it, or leave it out (--map)"
             )
         pairs.append([Pair(prompt, ending) for ending in mine])
     return pairs

@@ -19,7 +19,7 @@ from common import console
 from common.errors import UserError
 from dataset.examples import Dataset
 from dataset.folders import TEST, Fetched
-from dataset.formats import Map, open_source
+from dataset.formats import Map
 from dataset.records import Record
 from evals.answers import Answers, answer_records, split_reference
 from evals.arguments import BATCH_SIZE
@@ -45,6 +45,7 @@ from evals.targets import (
     Target,
     digest_of_ids,
     encode_files,
+    open_with_answers,
     records_with_references,
 )
 from interop.remote_data import fetch_data
@@ -238,7 +239,7 @@ def read_answered_records(
             maps.setdefault(file, None)
     records = {}
     for file, map_fn in maps.items():
-        source = open_source(fetched[file], map_fn=map_fn, part=TEST, skip_bad=args.skip_bad)
+        source = open_with_answers(fetched[file], map_fn, args.skip_bad)
         source.system = opened.system
         records[file] = records_with_references(source, args.limit, args.seed, print_fn)
     return records

@@ -22,15 +22,20 @@ import data
 from checkpoint import read_config
 from common import console
 from common.errors import UserError
-from dataset.folders import TEST
-from dataset.formats import open_source
 from dataset.records import Record
 from evals.answers import answer_records
 from evals.arguments import BATCH_SIZE
 from evals.compare import model_of_word
 from evals.loss import example_losses
 from evals.table import EVALUATIONS, GENERATE, LOSS
-from evals.targets import Opened, Target, digest_of_ids, encode_files, records_with_references
+from evals.targets import (
+    Opened,
+    Target,
+    digest_of_ids,
+    encode_files,
+    open_with_answers,
+    records_with_references,
+)
 from interop.resolve import base_of_model
 
 
@@ -144,7 +149,7 @@ def read_tasks(args: argparse.Namespace, opened: Opened) -> list[list[Record]]:
     """Returns the records of each task."""
     tasks = []
     for file in opened.files:
-        source = open_source(file, part=TEST, skip_bad=args.skip_bad)
+        source = open_with_answers(file, None, args.skip_bad)
         source.system = opened.system
         tasks.append(records_with_references(source, args.limit, args.seed, opened.print_once))
     return tasks

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.console import number_of
 from common.errors import UserError, printable
 from common.progress import progress
 from dataset.folders import Fetched
@@ -113,11 +114,11 @@ def pass_at_k_scores(tested: TestedPrograms, ks: Sequence[int]) -> ItemScores:
         low, high = wilson_interval(sum(numbers), len(numbers))
         notes.append(
             f"{name} {100 * mean:.1f} %, 95 % interval {100 * low:.1f} to {100 * high:.1f} % over"
-            f" {len(numbers):,} problems"
+            f" {number_of(len(numbers), 'problem')}"
         )
     ends = Counter(outcome.end for outcomes in tested.outcomes for outcome in outcomes)
     listed = ", ".join(f"{ends[end]:,} {end}" for end in ENDS if ends[end])
-    notes.append(f"{ends.total():,} programs: {listed}")
+    notes.append(f"{number_of(ends.total(), 'program')}: {listed}")
     num_cut = sum(answer.is_cut for answers in tested.answers for answer in answers)
     if num_cut:
         notes.append(

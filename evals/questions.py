@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from dataset.folders import TEST, Fetched
-from dataset.formats import Map, open_source
+from dataset.folders import Fetched
+from dataset.formats import Map
 from dataset.prompts import BFCL_FORMAT, BFCL_TURNS, open_prompts
 from dataset.readers import KNOWN_SUFFIXES, suffix_of
 from dataset.records import ReadStats, Record
@@ -23,7 +23,7 @@ from dataset.token_cache import prompt_hash
 from evals.answers import question_of
 from evals.bfcl import add_possible_answers
 from evals.table import EVALUATIONS, imported
-from evals.targets import records_with_references, sample_of_file
+from evals.targets import open_with_answers, records_with_references, sample_of_file
 from evals.tool_calls import calls_as_json, tool_questions
 
 TOOLS = "tools"  # the evaluation that reads files of its own
@@ -47,7 +47,9 @@ def read_questions(
     elif about_tools:
         records = records_about_tools(file, map_fn, args, system)
     else:
-        source = open_source(file, map_fn=map_fn, part=TEST, skip_bad=args.skip_bad)
+        source = open_with_answers(
+            file, map_fn, args.skip_bad, ", or texts with an answer a line (--references FILE)"
+        )
         source.system = system
         records = records_with_references(source, args.limit, args.seed)
     if args.turns == "all":

@@ -1,6 +1,6 @@
 """Answers in a file, written and scored again: `--out` and `--answers`.
 
-The file is that of `generate.py --data` (docs/evaluation.md has its keys), so either program's answers
+The file is that of `generate.py --data` (docs/answers.md has its keys), so either program's answers
 can be scored by the other, without a model:
 
     evaluate.py f1 --data FILE --out answers.jsonl      answers, saves, scores; goes on where it was stopped

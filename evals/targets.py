@@ -18,7 +18,8 @@ from common.device import pick_device, pick_dtype
 from common.errors import UserError
 from dataset.examples import Dataset, ExampleIndex, draw_examples
 from dataset.folders import TEST, Fetched
-from dataset.formats import Map, Source
+from dataset.formats import Map, Source, UnknownFormat, open_source
+from dataset.prompts import open_prompts
 from dataset.records import ReadStats, Record
 from dataset.token_cache import prompt_hash
 from evals.answers import split_reference
@@ -149,6 +150,29 @@ def print_target(target: Target, model: Transformer, tokenizer: Tokenizer) -> No
 
 
 # ---- the examples ----
+
+
+def open_with_answers(
+    file: str | Path | Fetched, map_fn: Map | None, skip_bad: bool, advice: str = ""
+) -> Source:
+    """Recognizes a file of questions with answers; of data with parts of their own, the part for
+    tests.
+
+    map_fn: the user's function that every record goes through first. skip_bad: leave out records that
+    can't be read. advice: what else can be done where the records are questions alone.
+    Raises UserError as open_source does, and where the records are questions alone.
+    """
+    try:
+        return open_source(file, map_fn=map_fn, part=TEST, skip_bad=skip_bad)
+    except UnknownFormat as unknown:
+        try:
+            questions = open_prompts(file, map_fn, skip_bad)
+        except UserError:
+            raise unknown from None
+    raise UserError(
+        f"{questions.path}: {questions.format.name}, with no answer to compare with; give records that"
+        f" have one{advice}"
+    )
 
 
 def records_with_references(

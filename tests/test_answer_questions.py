@@ -215,6 +215,17 @@ def test_a_reference_that_an_evaluation_cannot_use_is_named_before_the_model_is_
         assert code == 2 and f"asked.jsonl line {place}: its reference {said}" in err and err.count("\n") == 1
 
 
+def test_questions_alone_are_told_from_a_format_that_is_not_known(tmp_path, monkeypatch, capsys):
+    alone = lines(tmp_path / "alone.jsonl", {"prompt": "What?"}, {"prompt": "Who?"})
+    odd = lines(tmp_path / "odd.jsonl", {"foo": 1})
+    said = f"error: {alone}: prompt alone, with no answer to compare with; give records that have one"
+    for what, more in (("rouge", ", or texts with an answer a line (--references FILE)"), ("classify", "")):
+        _, err, code = command(evaluate, monkeypatch, capsys, what, "--data", alone)
+        assert code == 2 and err == f"{said}{more}\n"
+        _, err, code = command(evaluate, monkeypatch, capsys, what, "--data", odd)
+        assert code == 2 and f"{odd} line 1: keys 'foo': no known format" in err and err.count("\n") == 1
+
+
 # ---- references in files of their own ----
 
 

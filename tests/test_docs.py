@@ -61,9 +61,9 @@ def folder(tmp_path_factory) -> Path:
     (folder / "hellaswag.jsonl").write_text("\n".join([json.dumps(story)] * 6))
     siqa = {"context": "Fox runs.", "question": "Why?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "2"}
     (folder / "siqa.jsonl").write_text("\n".join([json.dumps(siqa)] * 4))
-    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    (folder / "my.py").write_text(re.search(r"```python\n(def siqa.*?)```", page, re.DOTALL)[1])
-    (folder / "style.py").write_text(re.search(r"```python\n(def style.*?)```", page, re.DOTALL)[1])
+    for name, page, function in (("my.py", "choices.md", "siqa"), ("style.py", "safety.md", "style")):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        (folder / name).write_text(re.search(rf"```python\n(def {function}.*?)```", text, re.DOTALL)[1])
     (folder / "xstest_prompts.csv").write_text(
         "id,prompt,type,label\n1,red fox,homonyms,safe\n2,blue dog,contrast_homonyms,unsafe\n"
     )

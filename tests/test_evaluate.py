@@ -511,6 +511,18 @@ def test_look_up_gives_the_same_answer(base, monkeypatch, capsys):
         assert code == 2 and "--lookup" in err
 
 
+def test_a_record_that_is_too_long_names_no_flag_of_training(base, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "long.jsonl"
+    records = [{"prompt": "12 " * 600, "completion": "a"}, {"prompt": "q", "completion": "red fox"}]
+    file.write_text("\n".join(map(json.dumps, records)))
+    words = ["--data", file, "--model", base, "--dtype", "fp32"]
+    out, _, code = command(evaluate, monkeypatch, capsys, "loss", *words)
+    assert code == 0 and "          left out: 1 record whose answer does not fit into --seq-len 512\n" in out
+    assert "          WARNING: 50.0 % of the records are longer than --seq-len\n" in out and "--truncate" not in out
+    _, err, code = command(evaluate, monkeypatch, capsys, "exact", *words)
+    assert code == 2 and f"{file} line 1: " in err and "takes 512; shorten it, or leave it out (--map)" in err
+
+
 def test_a_file_of_bad_answers_alone_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "kto.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a", "label": False}))
     _, err, code = command(evaluate, monkeypatch, capsys, "exact", "--data", tmp_path / "kto.jsonl")

@@ -21,39 +21,37 @@ if __name__ == "__main__":
     # --help and a mistake in a flag are answered here: what is imported below takes seconds.
     run(lambda: parse_flags(sys.argv[1:]))
 
-import contextlib
 import dataclasses
 import functools
 import math
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 import distributed
-from checkpoint import all_finite, copy_tokenizer, read_config
+from checkpoint import read_config
 from common.console import lasting_output
-from common.device import DTYPES, peak_memory
-from common.errors import UserError, describe_os_error, read_json_if_there
-from common.files import atomic_file, write_json
+from common.errors import UserError
 from common.folder_lock import FolderLock
-from data import MicroBatches, load_training_data
-from flags import Flags, as_dict
-from interop.push import check_can_push, make_repository, push_folder
+from data import MicroBatches, TrainingData, load_training_data
+from families import Config
+from flags import Flags
+from interop.push import check_can_push
 from interop.resolve import base_folder, pick_tokenizer
-from lora import base_numbers
-from methods import load_trainable, method_of
-from model import Transformer, eager_mode
+from methods import load_trainable
+from model import Transformer
 from objectives import OBJECTIVES, Losses, StepTotals
 from optimizers import SCHEDULES, make_optimizers
 from planning import report
 from tokenizer import Tokenizer
 from training.answer_score import AnswerScorer
 from training.attention_trial import use_flash_version
-from training.best import best_or_final
-from training.calibration import measure_pace
-from training.checkpointer import Checkpoint, Checkpointer, check_same_run
+from training.calibration import Pace, measure_pace
+from training.checkpointer import Checkpoint, Checkpointer
 from training.defaults import (
     Settings,
     choose_steps,
@@ -65,30 +63,15 @@ from training.demo import Demo
 from training.evaluator import Evaluator
 from training.ewc import EWC
 from training.failures import reported_failures, training_failures
-from training.gauge import Gauge
-from training.general_loss import GeneralLoss
 from training.metrics import MetricsLogger
 from training.model_card import ModelCard
-from training.plots import loss_curve
+from training.outcome import finish, save_weights
 from training.profiling import profiled
-from training.run_folder import (
-    check_room,
-    identify_run,
-    make_run_folder,
-    open_run,
-    with_date_and_system,
-)
-from training.run_report import write_run_report
+from training.run_folder import identify_run, open_run, open_run_folder, with_date_and_system
 from training.safety import SafetyCheck
 from training.signals import GracefulStop
 from training.state import TrainState
-from training.summary import (
-    print_end,
-    print_interruption,
-    print_model_summary,
-    print_next_command,
-    print_run_summary,
-)
+from training.summary import print_interruption, print_model_summary, print_run_summary
 
 
 def main() -> None:
@@ -113,35 +96,18 @@ def train(flags: Flags, lock: FolderLock) -> None:
         distributed.run_on_rank0(functools.partial(check_can_push, flags.push))
 
     # ---- base model, tokenizer, data: what is downloaded or converted is cached once a machine
-    with distributed.local_rank0_first():
-        folder = base_folder(flags.model, flags.adapter)
-    flags = with_date_and_system(flags, folder)
-    config = read_config(folder)
-    if flags.plan and not report.needs_data(flags, folder):
-        report.print_plan_of_config(flags, config, device)
+    inputs = read_inputs(flags, device)
+    if inputs is None:  # --plan
         return
-    if config.experts and distributed.context_parallel:
-        why = "not with routed experts, whose balance is of whole batches"
-        raise UserError(f"--context-parallel: {why}")
-    tokenizer = pick_tokenizer(
-        folder, flags.adapter, flags.template, flags.date, flags.empty_think, flags.system
-    )
-    with distributed.local_rank0_first():
-        data = load_training_data(flags, tokenizer, config.max_positions, config.vocab_size, device)
-        safety = SafetyCheck(flags.safety, tokenizer) if flags.safety else None
-    if flags.plan:
-        flags, steps_per_epoch = choose_steps(flags, data.sampler)
-        flags, _ = choose_val_limit(flags, data, steps_per_epoch)
-        data = data.validating_on(flags.val_limit or 0)
-        report.print_plan_of_data(flags, steps_per_epoch, config, data, device)
-        return
+    flags, folder, tokenizer, data = inputs.flags, inputs.folder, inputs.tokenizer, inputs.data
 
     # ---- what was left open (rate, steps, sharding, compile), with reasons; frozen from here on
     settings = resolve_defaults(flags, folder, data, device)
+    safety = inputs.safety
     if safety:
         safety.check_shard(settings)
 
-    # ---- model, objective, micro-batches
+    # ---- model, objective, micro-batches; and the settings that a trial decides
     model = load_trainable(settings, folder, device)
     objective = OBJECTIVES["supervised"]
     loader = MicroBatches(
@@ -154,38 +120,23 @@ def train(flags: Flags, lock: FolderLock) -> None:
     demo = None
     if is_bundled_task(settings):
         demo = Demo(model, tokenizer, settings)
-        steps = demo.steps_within_budget(settings)
-        whole = settings
-        if steps < whole.steps:
-            flags = dataclasses.replace(flags, steps=steps)
-            settings = pace.expected(resolve_defaults(flags, folder, data, device))
-        demo.print_budget(settings, whole)
+        settings = fit_to_budget(settings, inputs, pace, demo, device)
     print_run_summary(settings, model, device)
     scorer = None
     if settings.eval_metric:
         scorer = AnswerScorer(settings, model, tokenizer, data.val, device)
     if resumed:
-        steps_done = f"{resumed.state['step']:,} of {settings.steps:,}"
-        print(f"resumed   after step {steps_done}, from {resumed.folder}")
-        print_prolonging(settings, resumed)
+        print_resumed(settings, resumed)
     if settings.compile == "on":
         model.compile_blocks()
     if settings.attention != "auto":
         result = use_flash_version(settings.attention, model, objective, loader)
         print(f"attention {result}")
-
     ewc = EWC(settings, model, tokenizer, device) if settings.ewc else None
 
     # ---- the run's folder, made this late so that a run that was refused leaves none behind
     origin = identify_run(settings, folder, data)
-    if resumed:
-        check_same_run(resumed, origin)
-    if settings.push:
-        distributed.run_on_rank0(functools.partial(make_repository, settings.push))
-    out = Path(distributed.run_on_rank0(lambda: make_run_folder(settings, lock, resumed)))
-    settings = dataclasses.replace(settings, out=str(out))
-    check_room(settings, model, out)
-    print(f"saves     {settings.reasons['save_every']}")
+    settings, out = open_run_folder(settings, lock, resumed, origin, model)
 
     # ---- what happens between steps
     optimizers = make_optimizers(
@@ -195,25 +146,13 @@ def train(flags: Flags, lock: FolderLock) -> None:
     if ewc:
         ewc.begin(out)
     metrics = MetricsLogger(settings, out, settings.flops_per_token, device, state)
-    if distributed.is_rank0():
-        save_config(settings, out)
     distributed.start_training_timeout(settings.timeout)
     card = ModelCard(settings, origin, folder, data, tokenizer, metrics, state)
-    save = functools.partial(
-        save_weights, settings, model, tokenizer, origin, card, metrics.bar.write
-    )
-    save_best = functools.partial(save, out / "best")
-    val_data = data.validating_on(settings.val_limit)
-    # Before a step is taken or a checkpoint loaded: the base is measured against.
-    gauge = Gauge(settings, model, data.val, state, out, device)
+    save = functools.partial(save_weights, card, model)
+    # Before a step is taken or a checkpoint loaded, since it measures against the base.
+    evaluator = Evaluator(settings, out, model, data, metrics, state, device, save, scorer)
     if safety:
         safety.measure_base(model)
-    general = None
-    if settings.forget_data:
-        general = GeneralLoss(settings, model, data, state, device)
-    evaluator = Evaluator(
-        settings, out, model, val_data, metrics, device, save_best, gauge, general, scorer
-    )
     checkpointer = Checkpointer(
         settings, out, model, optimizers, data.sampler, origin, metrics.bar.write
     )
@@ -230,40 +169,73 @@ def train(flags: Flags, lock: FolderLock) -> None:
         metrics.close()
         return
     # Called when a GPU's memory runs out: which flags would have taken less of it.
-    suggest = functools.partial(
-        report.suggest_savings, settings, config, settings.workload, device, DTYPES[settings.dtype]
-    )
+    workload = settings.workload
+    suggest = functools.partial(report.suggest_savings, settings, inputs.config, workload, device)
     try:
         with training_failures(out, checkpointer, suggest), GracefulStop() as stop:
             run_loop(stop, evaluator, checkpointer)
     finally:
         metrics.bar.close()
-    checkpointer.wait()
-    metrics.close()
-    if state.interrupted_by:
-        write_run_report(card, model)
-        distributed.destroy_process_group()
-        # The shell's convention for a program that a signal has ended.
-        sys.exit(128 + state.interrupted_by)
+    finish(card, model, evaluator, checkpointer, safety, demo)
 
-    # ---- final/, the picture of the losses, what the bundled task has taught, and the report
-    model.eval()
-    save_final(settings, model, state, checkpointer, functools.partial(save, out / "final"), out)
-    if distributed.is_rank0():
-        title = f"{out.name}: {settings.method} of {card.base_name}"
-        loss_curve(out / "metrics.jsonl", out / "loss.png", title)
-    print_end(settings, state, metrics, out, peak_memory(device), gauge, scorer)
-    if safety:
-        safety.finish(model, out)
-    if demo:
-        with eager_mode(model):
-            demo.finish(out)
-    write_run_report(card, model, demo)
-    tuned = out / best_or_final(settings, state, scorer.heading if scorer else "")
-    print_next_command(settings, tuned, data)
-    if settings.push and distributed.is_rank0():
-        # The other ranks have nothing to wait for.
-        push_folder(tuned, settings.push)
+
+@dataclass
+class Inputs:
+    """What a run is made from.
+
+    flags: with the date and the system message of its prompts.
+    folder, config: of the base model.
+    safety: the prompts of --safety; None without.
+    """
+
+    flags: Flags
+    folder: Path
+    config: Config
+    tokenizer: Tokenizer
+    data: TrainingData
+    safety: SafetyCheck | None
+
+
+def read_inputs(flags: Flags, device: torch.device) -> Inputs | None:
+    """Finds the base model and reads tokenizer and data, or prints the plan for them and returns None
+    (--plan)."""
+    with distributed.local_rank0_first():
+        folder = base_folder(flags.model, flags.adapter)
+    flags = with_date_and_system(flags, folder)
+    config = read_config(folder)
+    if flags.plan and not report.needs_data(flags, folder):
+        report.print_plan_of_config(flags, config, device)
+        return None
+    if config.experts and distributed.context_parallel:
+        why = "not with routed experts, whose balance is of whole batches"
+        raise UserError(f"--context-parallel: {why}")
+    tokenizer = pick_tokenizer(
+        folder, flags.adapter, flags.template, flags.date, flags.empty_think, flags.system
+    )
+    with distributed.local_rank0_first():
+        data = load_training_data(flags, tokenizer, config.max_positions, config.vocab_size, device)
+        safety = SafetyCheck(flags.safety, tokenizer) if flags.safety else None
+    if flags.plan:
+        flags, steps_per_epoch = choose_steps(flags, data.sampler)
+        flags, _ = choose_val_limit(flags, data, steps_per_epoch)
+        data = data.validating_on(flags.val_limit or 0)
+        report.print_plan_of_data(flags, steps_per_epoch, config, data, device)
+        return None
+    return Inputs(flags, folder, config, tokenizer, data, safety)
+
+
+def fit_to_budget(
+    settings: Settings, inputs: Inputs, pace: Pace, demo: Demo, device: torch.device
+) -> Settings:
+    """Returns the settings with as many steps as --budget leaves time for, and prints them. pace: of
+    this machine."""
+    whole = settings
+    steps = demo.steps_within_budget(whole)
+    if steps < whole.steps:
+        flags = dataclasses.replace(inputs.flags, steps=steps)
+        settings = pace.expected(resolve_defaults(flags, inputs.folder, inputs.data, device))
+    demo.print_budget(settings, whole)
+    return settings
 
 
 def train_loop(
@@ -335,27 +307,40 @@ def train_loop(
         # These tensors are read one step late, so that nothing waits here.
         metrics.log_step(state.step, losses, grad_norm, lr, totals, examples)
 
-        out_of_patience = False
-        if evaluator and evaluator.due(state):
-            # Keeps best/, counts for early stopping.
-            out_of_patience = evaluator.run(state, stop)
-        stop_signal = totals.stop_signal
-        if distributed.world_size() == 1:
-            # A single rank need not wait for the next step's totals to know of a signal, also of
-            # one during the validation.
-            stop_signal = stop_signal or stop.signal
-        interrupted = bool(stop_signal) and state.step < settings.steps
-        interrupted = interrupted or bool(evaluator and evaluator.was_interrupted)
-        # Early stopping ends the run: it goes straight to final/, and needs no checkpoint.
-        if checkpointer and not out_of_patience and (checkpointer.due(state) or interrupted):
-            with metrics.paused():
-                metrics.sync()
-                checkpointer.save(state)
-        if checkpointer and interrupted:
-            end_by_signal(stop, state, checkpointer, metrics)
-            return
-        if out_of_patience:
-            return
+        if evaluator and checkpointer:
+            is_end = ends_here(state, totals.stop_signal, stop, evaluator, checkpointer, metrics)
+            if is_end:
+                return
+
+
+def ends_here(
+    state: TrainState,
+    stop_signal: float,
+    stop: GracefulStop,
+    evaluator: Evaluator,
+    checkpointer: Checkpointer,
+    metrics: MetricsLogger,
+) -> bool:
+    """Validates (which keeps best/ and counts for early stopping) and writes a checkpoint, if they are
+    due after a step. Returns True if the run ends with it: out of patience, or by a signal.
+
+    stop_signal: the number of one of which all ranks know, else 0.
+    """
+    out_of_patience = evaluator.due(state) and evaluator.run(state, stop)
+    if distributed.world_size() == 1:
+        # A single rank need not wait for the next step's totals to know of a signal, also of one
+        # during the validation.
+        stop_signal = stop_signal or stop.signal
+    is_interrupted = bool(stop_signal) and state.step < evaluator.settings.steps
+    is_interrupted = is_interrupted or evaluator.was_interrupted
+    # Early stopping ends the run: it goes straight to final/, and needs no checkpoint.
+    if not out_of_patience and (checkpointer.due(state) or is_interrupted):
+        with metrics.paused():
+            metrics.sync()
+            checkpointer.save(state)
+    if is_interrupted:
+        end_by_signal(stop, state, checkpointer, metrics)
+    return is_interrupted or out_of_patience
 
 
 def end_by_signal(
@@ -377,8 +362,10 @@ def lr_at(step: int, settings: Settings) -> float:
     return settings.lr * SCHEDULES[settings.schedule](progress)
 
 
-def print_prolonging(settings: Settings, resumed: Checkpoint) -> None:
-    """Says at which rate a run goes on that had ended after fewer steps; else nothing."""
+def print_resumed(settings: Settings, resumed: Checkpoint) -> None:
+    """Says after which step a run goes on, and at which rate if it had ended after fewer steps."""
+    steps_done = f"{resumed.state['step']:,} of {settings.steps:,}"
+    print(f"resumed   after step {steps_done}, from {resumed.folder}")
     before = resumed.state["flags"]["steps"]
     if settings.steps == before:
         return
@@ -388,90 +375,6 @@ def print_prolonging(settings: Settings, resumed: Checkpoint) -> None:
         f" {rate:.2g} and falls as in one run of {settings.steps:,} ({settings.schedule} from"
         f" {settings.lr:g})"
     )
-
-
-def save_config(settings: Settings, out: Path) -> None:
-    """Writes config.json: every option with its value, and the names of those that were typed, also
-    at an earlier start of a resumed run."""
-    config = as_dict(settings)
-    given = set(settings.given)
-    if settings.resume:
-        # One that was damaged is replaced, and its names are lost.
-        with contextlib.suppress(UserError, TypeError):
-            given |= set(read_json_if_there(out / "config.json").get("given", []))
-    config["given"] = sorted(given)
-    with atomic_file(out / "config.json") as tmp:
-        write_json(config, tmp)
-
-
-def save_weights(
-    settings: Settings,
-    model: Transformer,
-    tokenizer: Tokenizer,
-    origin: dict,
-    card: ModelCard,
-    print_fn: Callable[[str], None],
-    folder: Path,
-) -> None:
-    """Writes final/ or best/: a Hugging Face folder, or a PEFT adapter folder with the tokenizer
-    and chat template it was trained with.
-
-    In it, plaintune.json names the base, its weights' hash, and which of its linears were in 4 bits,
-    and README.md says what a reader of the weights must know.
-    """
-    method = method_of(settings)
-
-    def write_extra(tmp: Path) -> None:
-        # A whole model is saved by save_model, which copies these files itself.
-        if method.freezes_base:
-            copy_tokenizer(tokenizer.source, tmp)
-        tokenizer.save_template(tmp)
-        facts = dict(origin)
-        facts["method"] = settings.method
-        facts["steps"] = settings.steps
-        facts |= base_numbers(model)
-        if tokenizer.writes_date:
-            facts["date"] = tokenizer.day
-        if tokenizer.system:
-            facts["system"] = tokenizer.system
-        write_json(facts, tmp / "plaintune.json")
-        card.write(tmp, folder.name)
-
-    remark = method.save(model, settings, folder, write_extra)
-    if remark and distributed.is_rank0():
-        print_fn(f"{folder.name + '/':9} {remark}")
-
-
-def save_final(
-    settings: Settings,
-    model: Transformer,
-    state: TrainState,
-    checkpointer: Checkpointer,
-    save: Callable[[], None],
-    out: Path,
-) -> None:
-    """Writes final/ by save().
-
-    Raises UserError if the weights are no numbers any more, or if final/ can't be written. It names
-    the newest checkpoint, from which the run can be ended once more.
-    """
-    trained = [distributed.to_local(p) for p in model.parameters() if p.requires_grad]
-    if not distributed.all_ranks_agree(all(map(all_finite, trained))):
-        problem = "weights are no numbers any more; nothing saved, try a lower --lr"
-        raise UserError(f"step {settings.steps}: {problem}")
-    newest = checkpointer.newest
-    again = f"--out {out} --resume goes on from {newest}"
-    try:
-        with distributed.extended_timeout():
-            save()
-    except RuntimeError as error:
-        if not distributed.is_lost_rank(error) or not newest:
-            raise
-        raise UserError(f"{distributed.lost_rank_error(error)}; {again}") from None
-    except OSError as error:
-        advice = f"; make room, then {again}" if newest else ""
-        reason = describe_os_error(error, out)
-        raise UserError(f"final/ could not be written, {reason}{advice}") from None
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import distributed
-from common.device import pick_dtype
+from common.device import DTYPES, pick_dtype
 from data import TrainingData, max_tokens_per_micro_batch, split_micro_batches
 from flags import NEW_ADAPTER, Flags
 from methods import method_name
@@ -204,13 +204,12 @@ def recipe_and_layout(flags: Flags) -> tuple[Recipe, Layout]:
     return recipe, Layout(gpus, shards)
 
 
-def suggest_savings(
-    flags: Flags, config: Config, workload: Workload, device: torch.device, dtype: torch.dtype
-) -> str:
+def suggest_savings(flags: Flags, config: Config, workload: Workload, device: torch.device) -> str:
     """Returns a sentence for a run that had too little memory: the sizes that were expected, and
-    the three changes of flags that help most. dtype: the dtype of the products."""
+    the three changes of flags that help most. flags: with the dtype chosen."""
     recipe, layout = recipe_and_layout(flags)
     shape = (flags.batch_size, flags.accumulate, flags.seq_len)
+    dtype = DTYPES[flags.dtype]
     return multi_gpu.describe_savings(
         config, recipe, layout, workload, shape, device, dtype, adapter_of(flags)
     )

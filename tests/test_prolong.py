@@ -14,6 +14,7 @@ from support.helpers import chat_base, sentence
 import optimizers
 import train
 from common.errors import UserError
+from training import outcome
 from training.plots import loss_curve
 
 
@@ -88,15 +89,15 @@ def test_prolonging_equals_one_run_but_for_the_rate(words, tmp_path, monkeypatch
 def test_a_prolonged_run_that_is_stopped_goes_on(words, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     run(monkeypatch, capsys, *words, "--steps", 10, "--save-every", 5, "--out", out)
-    plain = train.save_final
+    plain = outcome.save_final
 
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "save_final", killed)
+    monkeypatch.setattr(outcome, "save_final", killed)
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, capsys, "--out", out, "--resume", "--steps", 20)
-    monkeypatch.setattr(train, "save_final", plain)
+    monkeypatch.setattr(outcome, "save_final", plain)
     said = run(monkeypatch, capsys, "--out", out, "--resume")
     assert "complete" not in said and "after step 20 of 20" in said
     assert json.loads((out / "final" / "plaintune.json").read_text())["steps"] == 20

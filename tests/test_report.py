@@ -22,7 +22,7 @@ from common import console
 from common.errors import UserError
 from evals import charts, printed_page, report, run_page
 from training import metrics as metrics_module
-from training import run_report
+from training import outcome, run_report
 from training.metrics import MetricsLogger
 
 EVIL = [
@@ -247,7 +247,7 @@ def test_a_resumed_run_writes_it_anew_and_event_files_go_on(folder):
     # As if it had been killed after step 9 of a longer one: what was logged after the checkpoint does not count.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MetricsLogger, "close", lambda self: (self.flush(), self.tensorboard.sync()))
-        patch.setattr(train, "save_final", lambda *_: None)
+        patch.setattr(outcome, "save_final", lambda *_: None)
         trained(folder, "longer", "--resume", "--steps", 10)
     shutil.rmtree(folder / "longer/checkpoints/step-10", ignore_errors=True)
     trained(folder, "longer", "--resume", "--steps", 14)

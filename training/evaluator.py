@@ -28,11 +28,17 @@ from training.validation import validation_loss
 class Evaluator:
     """Validates, keeps the best weights in best/, and counts for --patience.
 
+    It has to be made before the weights of a checkpoint are loaded or a step is taken: the gauge and
+    the loss on general data measure against the base.
+
+    data: --val-limit takes a part of its validation examples.
+    state: is told what the gauge and the general loss measure, for a resumed run to measure the same.
     device: where the run computes, which offloaded weights don't tell.
-    save_best: writes the model to best/.
+    save: writes the weights into a folder.
+    scorer: lets the model answer, for --eval-metric.
     gauge: measures how far the model has moved from the base, which --forget-limit bounds.
     general: measures how far the loss on --forget-data has risen, which it bounds where there is such
-        a file. scorer: lets the model answer, for --eval-metric.
+        a file.
     """
 
     def __init__(
@@ -42,22 +48,23 @@ class Evaluator:
         model: Transformer,
         data: TrainingData,
         metrics: MetricsLogger,
+        state: TrainState,
         device: torch.device,
-        save_best: Callable[[], None],
-        gauge: Gauge,
-        general: GeneralLoss | None = None,
+        save: Callable[[Path], None],
         scorer: AnswerScorer | None = None,
     ):
         self.settings = settings
         self.out = out
         self.model = model
-        self.data = data
+        self.data = data.validating_on(settings.val_limit)
         self.metrics = metrics
         self.device = device
-        self.save_best = save_best
-        self.gauge = gauge
-        self.general = general
+        self.save = save
         self.scorer = scorer
+        self.gauge = Gauge(settings, model, data.val, state, out, device)
+        self.general = None
+        if settings.forget_data:
+            self.general = GeneralLoss(settings, model, data, state, device)
         self.was_interrupted = False
 
     def due(self, state: TrainState) -> bool:
@@ -217,7 +224,7 @@ class Evaluator:
         """Writes best/. A disk that is full ends no training: it only prints a warning."""
         try:
             with distributed.extended_timeout():
-                self.save_best()
+                self.save(self.out / "best")
             state.has_best = True
         except OSError as error:
             older = "; the one before it stays" if state.has_best else ""

@@ -5,6 +5,7 @@ Rank 0 looks at the disk, and tells the other ranks what it has found.
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shlex
 import shutil
@@ -18,10 +19,12 @@ import distributed
 from checkpoint import fingerprint
 from common.device import pick_device
 from common.errors import UserError, read_json_if_there
+from common.files import atomic_file, write_json
 from common.folder_lock import FolderLock
 from common.origin import base_facts
 from data import TrainingData
-from flags import Flags, check_owned_options
+from flags import Flags, as_dict, check_owned_options
+from interop.push import make_repository
 from interop.resolve import trained_day, trained_system
 from model import Transformer
 from tokenization.chat_template import today
@@ -220,6 +223,46 @@ def make_run_folder(flags: Flags, lock: FolderLock, resumed: Checkpoint | None =
         else:
             path.unlink(missing_ok=True)
     return out
+
+
+def open_run_folder(
+    settings: Settings,
+    lock: FolderLock,
+    resumed: Checkpoint | None,
+    origin: dict,
+    model: Transformer,
+) -> tuple[Settings, Path]:
+    """Makes the run's folder, if it is not there, and writes config.json into it. Returns the settings
+    with its name, and the folder.
+
+    origin: what the run is made from, which a resumed run must be made from as well.
+    Raises UserError where it is not, or where the disk lacks room.
+    """
+    if resumed:
+        checkpointer.check_same_run(resumed, origin)
+    if settings.push:
+        distributed.run_on_rank0(functools.partial(make_repository, settings.push))
+    out = Path(distributed.run_on_rank0(lambda: make_run_folder(settings, lock, resumed)))
+    settings = dataclasses.replace(settings, out=str(out))
+    check_room(settings, model, out)
+    print(f"saves     {settings.reasons['save_every']}")
+    if distributed.is_rank0():
+        save_config(settings, out)
+    return settings, out
+
+
+def save_config(settings: Settings, out: Path) -> None:
+    """Writes config.json: every option with its value, and the names of those that were typed, also
+    at an earlier start of a resumed run."""
+    config = as_dict(settings)
+    given = set(settings.given)
+    if settings.resume:
+        # One that was damaged is replaced, and its names are lost.
+        with contextlib.suppress(UserError, TypeError):
+            given |= set(read_json_if_there(out / "config.json").get("given", []))
+    config["given"] = sorted(given)
+    with atomic_file(out / "config.json") as tmp:
+        write_json(config, tmp)
 
 
 def make_numbered_folder(method: str) -> Path:

@@ -201,7 +201,7 @@ def join(prompts: Path, completions: Path, out: Path) -> None:
 
 def train(name: str, data: Path, work: Path) -> Path:
     """Returns the adapter of a training, which is made if it is not there."""
-    out = work / name
+    out = work / "runs" / name
     final = out / "final"
     if not final.is_dir():
         prepare, words = TRAININGS[name]

@@ -47,7 +47,7 @@ from evals.questions import read_questions
 from evals.saved_answers import answer_and_save, answer_file_of, score_saved, settings_of
 from evals.scores import ItemScores
 from evals.table import CHOOSE, COMMANDS, EVALUATIONS, EXECUTE, GENERATE, LOSS, imported
-from evals.targets import Opened, digest_of_ids, encode_files
+from evals.targets import Opened, digest_of_ids, encode_files, places_of
 from interop.remote_data import fetch_data
 
 
@@ -71,8 +71,9 @@ def measure_loss(args: argparse.Namespace) -> None:
     measure = EVALUATIONS[name].load()
     losses: dict[str, ExampleLosses] = {}
     rows: dict[str, dict[str, float]] = {}
-    groups: dict[str, np.ndarray] = {}
+    groups: dict[str, dict[str, np.ndarray]] = {}
     digests = set()
+    records_read = set()
     for target in opened.targets:
         tokenizer = opened.tokenizer_of(target)
         # A fault in the file is reported before the model is loaded, which may take long.
@@ -83,13 +84,19 @@ def measure_loss(args: argparse.Namespace) -> None:
         data.check_tokens(dataset, config.vocab_size, ", ".join(map(str, opened.files)))
         digests.add(digest_of_ids(dataset))
         if args.by is not None:
-            groups = examples_by_key(dataset, opened.files, args.by)
+            groups[target.name] = examples_by_key(dataset, opened.files, args.by)
+        records_read.add(frozenset(map(tuple, places_of(dataset)[:, :3].tolist())))
         model = opened.load(target, tokenizer)
         measured = measure(model, dataset, opened.batch_size)
         bits_per_byte = measured.bits_per_byte(trained_bytes(dataset, tokenizer))
         losses[target.name] = measured
         rows[target.name] = measured.columns() | {"bits/byte": bits_per_byte}
-    if len(digests) > 1:
+    if len(records_read) > 1:
+        print(
+            "WARNING: the two models read different records, since their length limits or tokens are"
+            " others, so their numbers don't compare; --seq-len N limits both, on records that are shorter"
+        )
+    elif len(digests) > 1:
         print(
             "WARNING: the two models read the file as different tokens, so their losses per token"
             " don't compare"
@@ -279,20 +286,31 @@ def print_table(results: dict[str, dict[str, float]], columns: dict[str, str]) -
     print("\n" + console.table(rows))
 
 
-def print_groups(key: str, losses: dict[str, ExampleLosses], groups: dict[str, np.ndarray]) -> None:
+def print_groups(
+    key: str, losses: dict[str, ExampleLosses], groups: dict[str, dict[str, np.ndarray]]
+) -> None:
     """Prints the loss of each target on each group of examples, the largest group first.
 
-    groups: {value of the key: the numbers of its examples}.
+    groups: for each target {value of the key: the numbers of its examples}, whose examples may be others.
     """
     rows = [[key, "examples", "tokens", *(f"loss, {name}" for name in losses)]]
     if len(losses) == 2:
         rows[0].append("change")
-    for value, chosen in groups.items():
-        columns = [each.columns(chosen) for each in losses.values()]
-        row = [console.one_line(value), f"{len(chosen):,}", f"{columns[-1]['tokens']:,.0f}"]
-        row += [f"{each['loss']:.4f}" for each in columns]
+    last = next(reversed(groups.values()))
+    in_all = dict.fromkeys([*last, *(value for each in groups.values() for value in each)])
+    for value in in_all:
+        # None: all of a group may be too long for one of the models.
+        columns = []
+        for target, each in losses.items():
+            chosen = groups[target].get(value)
+            columns.append(None if chosen is None else each.columns(chosen))
+        count = len(last.get(value, ()))
+        tokens = columns[-1]["tokens"] if columns[-1] else 0
+        row = [console.one_line(value), f"{count:,}", f"{tokens:,.0f}"]
+        row += [f"{each['loss']:.4f}" if each else "" for each in columns]
         if len(losses) == 2:
-            row.append(f"{columns[1]['loss'] - columns[0]['loss']:+.4f}")
+            before, after = columns
+            row.append(f"{after['loss'] - before['loss']:+.4f}" if before and after else "")
         rows.append(row)
     print("\n" + console.table(rows))
 

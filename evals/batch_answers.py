@@ -148,7 +148,7 @@ def check_length(model: Transformer, record: Record, ids: list[int]) -> None:
     if len(ids) >= limit:
         raise UserError(
             f"{record.where}: {len(ids):,} tokens before the answer; the model takes {limit:,};"
-            " shorten it, or leave it out (--map)"
+            " shorten it, or leave it out"
         )
 
 

@@ -88,12 +88,12 @@ def labels_of(references: list[str], path: str) -> list[str]:
     if len(labels) == 1:
         raise UserError(
             f"{path}: every record has the label {console.one_line(labels[0])!r}; name the other labels"
-            " by --labels FILE, one a line"
+            " by `evaluate.py classify --labels FILE`, one a line"
         )
     if len(labels) > FEW_CLASSES and 2 * len(labels) > len(references):
         raise UserError(
             f"{path}: {len(labels):,} different answers in {len(references):,} records are no classes;"
-            " use `exact`, or name the labels by --labels FILE, one a line"
+            " use `exact`, or name the labels by `evaluate.py classify --labels FILE`, one a line"
         )
     return labels
 
@@ -165,7 +165,7 @@ def encode_labels(
         if len(prompt) + longest - 1 > most:
             raise UserError(
                 f"{place}: {len(prompt):,} tokens before the label, and {longest:,} in it; the model"
-                f" takes {most:,}; shorten it, or leave it out (--map)"
+                f" takes {most:,}; shorten it, or leave it out"
             )
         pairs.append([Pair(prompt, ending) for ending in mine])
     return pairs
@@ -219,19 +219,20 @@ def label_probs(likelihoods: list[list[float]], num_records: int) -> np.ndarray:
         each probability is divided by the label's mean one after those (Zhao et al. 2021, with
         W = diag(p_cf)^-1, b = 0). In logarithms it is the pointwise mutual information.
     """
-    probs = normalized(np.array(likelihoods[:num_records]))
+    logprobs = log_softmax(np.array(likelihoods[:num_records]))
     content_free = likelihoods[num_records:]
-    if not content_free:
-        return probs
-    prior = normalized(np.array(content_free)).mean(0)
-    with np.errstate(divide="ignore"):
-        return normalized(np.log(probs) - np.log(prior))
+    if content_free:
+        # In logarithms throughout: a long label may be improbable beyond what a float holds.
+        each = log_softmax(np.array(content_free))
+        prior = np.logaddexp.reduce(each, axis=0) - np.log(len(content_free))
+        logprobs = log_softmax(logprobs - prior)
+    return np.exp(logprobs)
 
 
-def normalized(logprobs: np.ndarray) -> np.ndarray:
-    """Returns the softmax of each row."""
-    probs = np.exp(logprobs - logprobs.max(1, keepdims=True))
-    return probs / probs.sum(1, keepdims=True)
+def log_softmax(logprobs: np.ndarray) -> np.ndarray:
+    """Returns the logarithm of the softmax of each row."""
+    shifted = logprobs - logprobs.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
 def classification_scores(
@@ -291,14 +292,28 @@ def class_rows(
     numbers = sorted({*gold.tolist(), *chosen.tolist()})
     each = metrics.precision_recall_fscore_support(gold, chosen, labels=numbers, zero_division=0)
     rows = {}
-    for number, precision, recall, f1, count in zip(numbers, *each, strict=True):
-        rows[console.one_line(labels[number], 40)] = {
+    names = short_names([labels[number] for number in numbers])
+    for name, precision, recall, f1, count in zip(names, *each, strict=True):
+        rows[name] = {
             "precision %": 100 * float(precision),
             "recall %": 100 * float(recall),
             "F1 %": 100 * float(f1),
             "n": float(count),
         }
     return rows
+
+
+def short_names(labels: list[str]) -> list[str]:
+    """Returns a different name of one line for each label: its first 40 characters, more of labels that
+    begin alike, and where that is not enough its number."""
+    names = [console.one_line(label, 40) for label in labels]
+    counts = Counter(names)
+    names = [
+        console.one_line(label, 2 * len(label) + 40) if counts[name] > 1 else name
+        for name, label in zip(names, labels, strict=True)
+    ]
+    counts = Counter(names)
+    return [f"{name} (label {i})" if counts[name] > 1 else name for i, name in enumerate(names, 1)]
 
 
 def roc_auc(gold: np.ndarray, probs: np.ndarray) -> float:

@@ -24,7 +24,8 @@ from dataset.readers import recognize
 # What Austin et al. test, and the tasks that they put before each question.
 MBPP_TESTED = range(11, 511)
 MBPP_SHOTS = (2, 3, 4)
-CODE_BLOCK = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+# A fence may be indented, as in a numbered list.
+CODE_BLOCK = re.compile(r"^([ \t]*)```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
 @dataclass
@@ -266,7 +267,10 @@ def code_of_answer(answer: str, entry_point: str) -> str:
 
     entry_point: the function's name; "" if it is not known.
     """
-    blocks = CODE_BLOCK.findall(answer)
+    blocks = []
+    for indent, block in CODE_BLOCK.findall(answer):
+        # What the block's fence is indented by does not belong to the code.
+        blocks.append(re.sub(rf"^{indent}", "", block, flags=re.MULTILINE))
     if not blocks:
         return answer
     if entry_point:

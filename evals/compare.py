@@ -21,7 +21,7 @@ from dataset.examples import Dataset
 from dataset.folders import TEST, Fetched
 from dataset.formats import Map
 from dataset.records import Record
-from evals.answers import Answers, answer_records, split_reference
+from evals.answers import Answers, answer_records, question_of
 from evals.arguments import BATCH_SIZE
 from evals.bootstrap import RESAMPLES, paired_interval
 from evals.choices import ChoiceTask
@@ -36,6 +36,7 @@ from evals.compare_choices import (
 from evals.loss import example_losses
 from evals.measures import Measure
 from evals.prompt_answers import refusals_of
+from evals.questions import read_task
 from evals.refusals import PHRASES_NOTE, SafetyPrompt, drawn_prompts, read_safety_prompts
 from evals.safety_arguments import REFUSAL_TOKENS
 from evals.scores import ItemScores
@@ -45,8 +46,7 @@ from evals.targets import (
     Target,
     digest_of_ids,
     encode_files,
-    open_with_answers,
-    records_with_references,
+    places_of,
 )
 from interop.remote_data import fetch_data
 from interop.resolve import base_folder, base_of_model
@@ -77,9 +77,11 @@ class ItemLosses:
 
 @dataclass
 class Measured:
-    """What was measured of one model, by the names of the files."""
+    """What was measured of one model, by the names of the files. places: where the examples are from
+    whose loss it is."""
 
     losses: dict[str, ItemLosses] = field(default_factory=dict)
+    places: dict[str, list[list[int]]] = field(default_factory=dict)
     answers: dict[str, Answers] = field(default_factory=dict)
     choices: dict[Benchmark, ItemScores] = field(default_factory=dict)
     refusals: list[Measure] = field(default_factory=list)
@@ -232,16 +234,18 @@ def read_answered_records(
 ) -> dict[str, list[Record]]:
     """Returns the records of the files whose answers are measured, by the names of the files."""
     maps: dict[str, Map | None] = {}
+    what: dict[str, list[str]] = {}
     if args.target and args.metric:
         maps[args.target] = opened.map_fn
+        what[args.target] = list(args.metric)
     for name, file in args.benchmark:
         if evaluation_of(name).kind == GENERATE:
             maps.setdefault(file, None)
+            what.setdefault(file, []).append(name)
     records = {}
     for file, map_fn in maps.items():
-        source = open_with_answers(fetched[file], map_fn, args.skip_bad)
-        source.system = opened.system
-        records[file] = records_with_references(source, args.limit, args.seed, print_fn)
+        names = list(dict.fromkeys(what[file]))
+        records[file] = read_task(args, names, fetched[file], map_fn, opened.system, print_fn)
     return records
 
 
@@ -265,6 +269,7 @@ def measure(
     for file, dataset in datasets.items():
         size = args.batch_size or BATCH_SIZE[LOSS]
         measured.losses[file] = item_losses(model, dataset, size)
+        measured.places[file] = places_of(dataset).tolist()
     for file, questions in records.items():
         size = args.batch_size or BATCH_SIZE[GENERATE]
         measured.answers[file] = answer_records(
@@ -304,7 +309,9 @@ def item_losses(model: Transformer, dataset: Dataset, batch_size: int) -> ItemLo
     losses = example_losses(model, dataset, batch_size, 0 if dataset.chat else PIECE)
     has_tokens = losses.tokens > 0
     return ItemLosses(
-        losses.weighted_nats[has_tokens], losses.weights[has_tokens], digest_of_ids(dataset)
+        losses.weighted_nats[has_tokens],
+        losses.weights[has_tokens],
+        digest_of_ids(dataset),
     )
 
 
@@ -373,11 +380,11 @@ def change_of_loss(
             f"WARNING: the two models read {short(file)} as different tokens, so their losses a token"
             " don't compare"
         )
-        if len(before.sums) != len(after.sums):
+        if len(before.sums) != len(after.sums) or base.places[file] != tuned.places[file]:
             raise UserError(
                 f"{file}: the two models read it as {len(before.sums):,} and {len(after.sums):,}"
-                " examples, which can't be paired; for plain text, or with another length limit, run"
-                " `evaluate.py loss` on each"
+                " examples that are not the same, which can't be paired; for plain text, or with another"
+                " length limit, run `evaluate.py loss` on each"
             )
     interval = paired_interval(before.sums, after.sums, before.tokens, after.tokens, seed=seed)
     name = f"{role} {short(file)}, loss"
@@ -442,7 +449,7 @@ class Flips:
 
     def print_answer(self, i: int, tuned: Answers) -> None:
         """Prints an answer's question, references, and what both models answered."""
-        messages, _ = split_reference(self.answers.records[i])
+        messages, _ = question_of(self.answers.records[i])
         question = [message["content"] for message in messages if message["role"] == "user"][-1]
         print(f"    question   {console.both_ends(question)}")
         for reference in self.answers.references[i]:

@@ -27,14 +27,13 @@ from evals.answers import answer_records
 from evals.arguments import BATCH_SIZE
 from evals.compare import model_of_word
 from evals.loss import example_losses
+from evals.questions import read_task
 from evals.table import EVALUATIONS, GENERATE, LOSS
 from evals.targets import (
     Opened,
     Target,
     digest_of_ids,
     encode_files,
-    open_with_answers,
-    records_with_references,
 )
 from interop.resolve import base_of_model
 
@@ -147,30 +146,26 @@ def task_losses(
 
 def read_tasks(args: argparse.Namespace, opened: Opened) -> list[list[Record]]:
     """Returns the records of each task."""
+    what = [args.metric]
     tasks = []
     for file in opened.files:
-        source = open_with_answers(file, None, args.skip_bad)
-        source.system = opened.system
-        tasks.append(records_with_references(source, args.limit, args.seed, opened.print_once))
+        tasks.append(read_task(args, what, file, None, opened.system, opened.print_once))
     return tasks
 
 
 def task_scores(
     args: argparse.Namespace, opened: Opened, target: Target, tasks: list[list[Record]]
 ) -> list[float]:
-    """Returns how good a model's answers to each task are: in percent, but for a number of all
-    answers together, which is as its evaluation gives it."""
+    """Returns how good a model's answers to each task are: the number by which their evaluation judges,
+    the same as `evaluate.py METRIC` prints."""
     tokenizer = opened.tokenizer_of(target)
     model = opened.load(target, tokenizer)
     size = args.batch_size or BATCH_SIZE[GENERATE]
     scores = []
     for records in tasks:
         answers = answer_records(model, tokenizer, records, args.max_new_tokens, size)
-        found = EVALUATIONS[args.metric].load()(answers)
-        if found.items:
-            scores.append(100 * float(np.mean(next(iter(found.items.values())))))
-        else:
-            scores.append(float(next(iter(found.columns.values()))))
+        evaluation = EVALUATIONS[args.metric]
+        scores.append(evaluation.load()(answers).columns[evaluation.score])
     return scores
 
 
@@ -181,7 +176,7 @@ def print_matrix(args: argparse.Namespace, targets: list[Target], numbers: np.nd
     """Prints a row for each model and a column for each task. numbers: [models, tasks]."""
     spec = number_format(args.metric)
     names = [Path(file.rstrip("/")).name for file in args.files]
-    heading = "loss" if args.metric == "loss" else f"{args.metric}, %"
+    heading = "loss" if args.metric == "loss" else EVALUATIONS[args.metric].score
     rows = [[heading, *(f"{i} {name}" for i, name in enumerate(names, 1))]]
     for target, row in zip(targets, numbers, strict=True):
         rows.append([target.name, *(format(number, spec) for number in row)])

@@ -413,8 +413,8 @@ def pick_task(
         in_name = [name for name in fits if name in stem]
         if len(in_name) != 1:
             raise UserError(
-                f"{path}: could be {', '.join(fits)}, which are in one format; say --task {fits[0]}"
-                f" or another"
+                f"{path}: could be {', '.join(fits)}, which are in one format; say which: --task"
+                f" {fits[0]} (of compare: choices:{fits[0]}=FILE) or another"
             )
         return in_name[0], "by the file's name"
     if not fits:

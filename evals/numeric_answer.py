@@ -31,7 +31,7 @@ def numeric_scores(answers: Answers) -> ItemScores:
     for text, references in zip(answers.texts, answers.references, strict=True):
         number = final_number(text)
         num_without += number is None
-        num_marked += MARK in text
+        num_marked += marked_number(text) is not None
         accepted = [final_number(reference) for reference in references]
         hits.append(float(number is not None and number in accepted))
     count = len(hits)
@@ -55,15 +55,20 @@ def check_number(references: list[str], where: str) -> None:
 
 def final_number(text: str) -> Decimal | None:
     """Returns the number that a text gives as its answer, None if it has none."""
-    _, mark, behind = text.partition(MARK)
-    if mark:
-        first = ANSWER_NUMBER.search(behind)
-        if first:
-            return value_of(first)
+    marked = marked_number(text)
+    if marked is not None:
+        return marked
     last = None
     for last in ANSWER_NUMBER.finditer(text):
         pass
     return value_of(last) if last else None
+
+
+def marked_number(text: str) -> Decimal | None:
+    """Returns the first number behind the first MARK of a text, None if there is none."""
+    _, _, behind = text.partition(MARK)
+    first = ANSWER_NUMBER.search(behind)
+    return value_of(first) if first else None
 
 
 def value_of(match: re.Match) -> Decimal:

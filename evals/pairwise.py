@@ -328,27 +328,18 @@ def join_answers(
 
 def drawn_pairs(joined: JoinedAnswers, limit: int | None, seed: int) -> tuple[list[AnswerKey], int]:
     """Returns the pairs to be judged, in the order of the records: `limit` of them, drawn at random
-    by the seed, or all. And how many identical ones were drawn with them, which count as ties.
+    by the seed, or all. And how many identical ones belong to them, which count as ties: as large a
+    share of the identical ones as is drawn of the others.
 
-    Pairs are drawn until there are enough that differ. So the identical ones keep their share.
     Raises UserError where there are not as many.
     """
-    keys = list(joined.pairs)
-    if limit is not None:
-        available = len(joined.pairs) - len(joined.identical)
-        if limit > available:
-            raise UserError(f"--limit {limit}: there are only {available:,} pairs that differ")
-        random.Random(f"pairs {seed}").shuffle(keys)
-    chosen: list[AnswerKey] = []
-    identical = 0
-    for key in keys:
-        if len(chosen) == limit:
-            break
-        if key in joined.identical:
-            identical += 1
-        else:
-            chosen.append(key)
-    return sorted(chosen), identical
+    differing = [key for key in joined.pairs if key not in joined.identical]
+    if limit is None:
+        return sorted(differing), len(joined.identical)
+    if limit > len(differing):
+        raise UserError(f"--limit {limit}: there are only {len(differing):,} pairs that differ")
+    chosen = random.Random(f"pairs {seed}").sample(differing, limit)
+    return sorted(chosen), round(limit * len(joined.identical) / len(differing))
 
 
 def random_sides(count: int, seed: int) -> str:

@@ -44,27 +44,76 @@ def read_questions(
     if args.references:
         records = referenced_records(file, args.references, map_fn, args.skip_bad, system)
         records = drawn(records, args.limit, args.seed)
-    elif about_tools:
-        records = records_about_tools(file, map_fn, args, system)
     else:
-        source = open_with_answers(
-            file, map_fn, args.skip_bad, ", or texts with an answer a line (--references FILE)"
+        records = records_of_file(
+            args,
+            args.what,
+            file,
+            map_fn,
+            system,
+            ", or texts with an answer a line (--references FILE)",
         )
-        source.system = system
-        records = records_with_references(source, args.limit, args.seed)
     if args.turns == "all":
         records = every_answer(records, about_tools)
     if about_tools:
         records = tool_questions(records)
+    check_references(args.what, records)
+    return records
+
+
+def read_task(
+    args: argparse.Namespace,
+    what: list[str],
+    file: str | Path | Fetched,
+    map_fn: Map | None,
+    system: str,
+    print_fn: Callable[[str], None],
+) -> list[Record]:
+    """Reads the records of one of several files whose last answers are asked for, as `evaluate.py
+    compare` and `continual` do; else as read_questions.
+
+    what: the names of the evaluations. print_fn: is given the lines about what was read.
+    """
+    records = records_of_file(args, what, file, map_fn, system, print_fn=print_fn)
+    if TOOLS in what:
+        if len(what) > 1:
+            others = ", ".join(name for name in what if name != TOOLS)
+            raise UserError(
+                f"{TOOLS}: asks other questions of {file} than {others}; run it by itself"
+            )
+        records = tool_questions(records)
+    check_references(what, records)
+    return records
+
+
+def records_of_file(
+    args: argparse.Namespace,
+    what: list[str],
+    file: str | Path | Fetched,
+    map_fn: Map | None,
+    system: str,
+    advice: str = "",
+    print_fn: Callable[[str], None] = print,
+) -> list[Record]:
+    """Reads --limit records of a file of questions and answers. what: the names of the evaluations.
+    advice: as for open_with_answers. print_fn: is given the lines about what was read."""
+    if TOOLS in what:
+        return records_about_tools(file, map_fn, args, system)
+    source = open_with_answers(file, map_fn, args.skip_bad, advice)
+    source.system = system
+    return records_with_references(source, args.limit, args.seed, print_fn)
+
+
+def check_references(what: list[str], records: list[Record]) -> None:
+    """Raises UserError where a record has no reference, or one that an evaluation can't use."""
     checks: list[Callable] = []
-    for name in args.what:
+    for name in what:
         if EVALUATIONS[name].check:
             checks.append(imported(EVALUATIONS[name].check))
     for record in records:
         _, references = question_of(record)
         for check in checks:
             check(references, record.where)
-    return records
 
 
 def records_about_tools(

@@ -76,8 +76,8 @@ REFUSAL = re.compile(
 # What the table says of it.
 PHRASES_NOTE = (
     f"A refusal is what has a phrase of refusal in its first {BEGINNING} characters: a list of English"
-    " phrases (evals/refusals.py), no classifier. It misses refusals in other words; --judge"
-    " FILE.py:FUNCTION judges by a function of yours."
+    " phrases (evals/refusals.py), no classifier. It misses refusals in other words;"
+    " `evaluate.py refusals --judge FILE.py:FUNCTION` judges by a function of yours."
 )
 # What a row's label means: True where the prompt is harmful.
 LABELS = {"unsafe": True, "harmful": True, "safe": False, "harmless": False}
@@ -142,7 +142,13 @@ class RowLabels:
         """Returns the rows that a row is read as. Raises UserError for a label that is none, or
         missing."""
         values = self.map_fn(value, where, stats) if self.map_fn else [value]
-        return [self.labelled(each, where) for each in values]
+        rows = []
+        noted = set()
+        for each in values:
+            rows.append(self.labelled(each, where))
+            noted.add(self.labels.get(where))
+        check_one_label(noted, where)
+        return rows
 
     def labelled(self, value: object, where: str) -> object:
         if not isinstance(value, dict):
@@ -164,14 +170,24 @@ class RowLabels:
         else:
             raise UserError(
                 f"{where}: does not say whether its prompt is harmful: AdvBench has columns goal and"
-                " target, XSTest prompt and type, other files a label, safe or unsafe; or add --label"
-                " harmful or --label harmless for all"
+                " target, XSTest prompt and type, other files a label, safe or unsafe; or"
+                " `evaluate.py refusals` has --label harmful and --label harmless for all"
             )
         if self.label is not None and not format_name.startswith("--label"):
             raise UserError(f"--label {self.label}: {where} says itself what it is ({format_name})")
         self.labels[where] = (is_harmful, kind)
         self.formats[format_name] += 1
         return value
+
+
+def check_one_label(noted: set, where: str) -> None:
+    """Raises UserError where --map has made rows with different labels of one, which are told apart by
+    nothing. noted: the labels of a row's rows."""
+    if len(noted) > 1:
+        raise UserError(
+            f"{where}: --map makes several prompts of it, with different labels; write them into a file"
+            " with a record each"
+        )
 
 
 def harm_of_label(label: object, where: str) -> bool:
@@ -202,7 +218,10 @@ def read_safety_prompts(
     has_columns = isinstance(file, Fetched) or suffix_of(Path(str(file))) != ".txt"
     rows = RowLabels(map_fn, label)
     if not has_columns and label is None:
-        raise UserError(f"{file}: has no labels; add --label harmful or --label harmless")
+        raise UserError(
+            f"{file}: has no labels; give records with a label, safe or unsafe, or `evaluate.py refusals`"
+            " has --label harmful and --label harmless for all"
+        )
     # It is called as a Map is.
     source = open_prompts(file, rows if has_columns else map_fn, skip_bad)  # type: ignore[arg-type]
     # What the trial of the first rows has counted does not count.

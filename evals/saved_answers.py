@@ -117,8 +117,12 @@ def answer_and_save(
     for record in records:
         messages, accepted = question_of(record)
         references.append(accepted)
-        last = record.messages[-1]
-        reference = last if last["role"] == "assistant" else None
+        reference = record.messages[-1]
+        if record.references is None:
+            # A user may have had the last word.
+            reference = [each for each in record.messages if each["role"] == "assistant"][-1]
+        elif reference["role"] != "assistant":
+            reference = None
         # As generate.py writes it: from the file's own name on.
         place = record.where.removeprefix(f"{folder}/")
         prompts.append(Prompt(record, place, messages, None, reference))

@@ -246,11 +246,23 @@ def calls_in_python(text: str) -> list[Call]:
         arguments = {}
         try:
             for keyword in node.keywords:
-                arguments[keyword.arg] = ast.literal_eval(keyword.value)
+                arguments[keyword.arg] = as_json(ast.literal_eval(keyword.value))
             name = ast.unparse(node.func)
-        except (ValueError, RecursionError):
+        except (ValueError, TypeError, RecursionError):
             return []
         if None in arguments:
             return []
         calls.append(Call(name, arguments))
     return calls
+
+
+def as_json(value: object) -> object:
+    """Returns a literal of Python as the value of JSON that it stands for: tuples are lists. Raises
+    ValueError for what JSON has not."""
+    if isinstance(value, dict):
+        return {key: as_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(inner) for inner in value]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise ValueError(f"{type(value).__name__} is no value of JSON")

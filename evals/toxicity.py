@@ -27,7 +27,7 @@ from dataset.readers import suffix_of
 from dataset.records import ReadStats
 from evals.judge import Judge, judge_measures, judged_share
 from evals.measures import Measure
-from evals.refusals import drawn_prompts, folded_text
+from evals.refusals import check_one_label, drawn_prompts, folded_text
 from evals.safety import Findings, answers_of_models, print_answers_found, print_findings
 
 TOXIC = 0.5
@@ -101,7 +101,13 @@ class RowToxicity:
     def __call__(self, value: object, where: str, stats: ReadStats) -> list:
         """Returns the rows that a row is read as."""
         values = self.map_fn(value, where, stats) if self.map_fn else [value]
-        return [self.as_text(each, where) for each in values]
+        rows = []
+        noted = set()
+        for each in values:
+            rows.append(self.as_text(each, where))
+            noted.add(self.toxicity.get(where))
+        check_one_label(noted, where)
+        return rows
 
     def as_text(self, value: object, where: str) -> object:
         prompt = value.get("prompt") if isinstance(value, dict) else None

@@ -167,6 +167,17 @@ def test_a_run_that_was_stopped_goes_on_and_is_not_overwritten(base, asked, tmp_
     assert code == 0 and again == whole and out.read_bytes() == content and "resume    2 of 6" in err
 
 
+def test_the_user_may_have_the_last_word(base, tmp_path, monkeypatch, capsys):
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "bye"}]
+    file = lines(tmp_path / "talk.jsonl", {"messages": talk}, {"messages": talk})
+    out = tmp_path / "out.jsonl"
+    printed, err, code = command(evaluate, monkeypatch, capsys, *words(base, "f1", "--data", file, "--out", out))
+    assert code == 0, err
+    assert [json.loads(line)["reference"] for line in out.read_text().splitlines()] == ["a", "a"]
+    again, err, code = command(evaluate, monkeypatch, capsys, "f1", "--answers", out)
+    assert code == 0 and row(again, "out") == row(printed, "model"), err
+
+
 def test_answers_that_fit_nothing_are_refused_in_one_line(asked, tmp_path, monkeypatch, capsys):
     def line(number, question, **more):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "a"}]

@@ -155,6 +155,9 @@ def test_numbers_are_equal_as_numbers_and_counted():
     assert scores.items["numeric"] == [1.0, 0.0, 0.0, 1.0]
     assert scores.columns == {"right": 2.0, "of": 4.0, "numeric %": 50.0}
     assert scores.notes == ["numbers behind #### in 1 answers, the last number of a text in 2, no number in 1"]
+    marked = [("-1 ####", ["1"]), ("3 #### none", ["3"]), ("#### none", ["3"])]
+    note = "numbers behind #### in 0 answers, the last number of a text in 2, no number in 1"
+    assert numeric_scores(answers_of(marked)).notes == [note]
     check_number(["none", "1"], "here")
     with pytest.raises(UserError, match="^file line 3: its reference has no number; `numeric`"):
         check_number(["none"], "file line 3")
@@ -565,6 +568,11 @@ def test_a_call_is_read_in_every_form_that_templates_ask_for():
         ("[f(x=1, y='a'), f(x=1, y='a')]", 0, 0, 1),
         ("f(1, 'a')", 0, 0, 0),
         ("f(x=y)", 0, 0, 0),
+        ("[f(x={1, 'a'})]", 0, 0, 0),
+        ("[f(x={[1]: 2})]", 0, 0, 0),
+        ('[f(x={{"a": 1}}, y="a")]', 0, 0, 0),
+        ("[f(x=(1, [2]), y='a')]", 0, 1, 1),
+        ("[f(x=1j, y=b'a')]", 0, 0, 0),
         ("It is 3 o'clock (noon).", 0, 0, 0),
         ("", 0, 0, 0),
         ('<tool_call>{"name": "f", "argum', 0, 0, 1),
@@ -579,8 +587,8 @@ def test_a_wrong_call_is_wrong_in_its_part(text, right, name, decision):
 
 def test_several_calls_come_in_any_order_and_none_is_an_answer():
     two = json.dumps([{"name": "f", "arguments": {}}, {"name": "g", "arguments": {"x": [1, 2]}}])
-    scores = tools_scores(tool_answers(["[g(x=[1, 2]), f()]", "[g(x=[2, 1]), f()]"], two))
-    assert scores.items["tools"] == [1.0, 0.0]
+    scores = tools_scores(tool_answers(["[g(x=[1, 2]), f()]", "[g(x=[2, 1]), f()]", "[f(), g(x=(1, 2))]"], two))
+    assert scores.items["tools"] == [1.0, 0.0, 1.0]
     scores = tools_scores(tool_answers(["No tool fits.", "[f()]"], "[]"))
     assert scores.items["tools"] == [1.0, 0.0]
 

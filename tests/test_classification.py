@@ -100,7 +100,21 @@ def test_a_label_as_likely_as_after_nothing_has_no_advantage():
     assert probs[1].argmax() == 1
 
 
+def test_a_label_beyond_what_a_float_holds_is_a_number_still():
+    probs = label_probs([[-1.0, -2000.0], [-2.0, -1.0], *[[-1.0, -1500.0]] * 3], 2)
+    assert np.isfinite(probs).all() and probs.round(9).tolist() == [[1, 0], [0, 1]]
+
+
 # ---- metrics ----
+
+
+def test_labels_that_begin_alike_have_rows_of_their_own():
+    long = "The customer asks about the delivery of a card to"
+    labels = [f"{long} an address", f"{long} a shop", "other", "a\nb", "x" * 41, "x" * 42]
+    gold = np.arange(6)
+    rows = classification_scores(gold, np.eye(6), labels, 6).parts
+    assert [*rows] == [labels[0], labels[1], "other", "a\\nb", "x" * 41, "x" * 42]
+    assert all(row["n"] == 1 for row in rows.values())
 
 
 def area_by_counting(is_class: list[bool], scores: list[float]) -> float:
@@ -309,11 +323,15 @@ def test_labels_of_a_file_are_scored_as_well(base, file, tmp_path, monkeypatch, 
 
 
 ERRORS = [  # labels of the file, further words, message
-    (["red"] * 5, [], "{file}: every record has the label 'red'; name the other labels by --labels FILE, one a line"),
+    (
+        ["red"] * 5,
+        [],
+        "{file}: every record has the label 'red'; name the other labels by `evaluate.py classify --labels FILE`, one a line",
+    ),
     (
         [f"answer {i}" for i in range(20)],
         [],
-        "{file}: 20 different answers in 20 records are no classes; use `exact`, or name the labels by --labels FILE",
+        "{file}: 20 different answers in 20 records are no classes; use `exact`, or name the labels by `evaluate.py classify --labels FILE`",
     ),
     (["red", "blue"], ["--labels", "{labels}"], "{file} row 2: its label 'blue' is not in --labels {labels}"),
     (["red", "blue"], ["--picture", "a.jpg"], "--picture a.jpg: a PNG is drawn; name it FILE.png"),

@@ -104,11 +104,28 @@ def test_scores_of_answers_are_in_percent_and_the_base_can_be_left_out(tasks, mo
     runs = [folder / "run1/final", folder / "run2/final"]
     words = [*runs, "--data", *files, "--metric", "f1", "--base", "none", "--max-new-tokens", 3, "--limit", 4]
     out = measured(monkeypatch, capsys, *words)
-    assert "f1, %    1 task1.jsonl  2 task2.jsonl" in out and "average accuracy" in out
+    assert "F1 %     1 task1.jsonl  2 task2.jsonl" in out and "average accuracy" in out
     assert not re.search(r"^base +\d", out, re.MULTILINE) and "forward transfer" not in out
     matrix = np.array([numbers_of(out, name) for name in ("after 1", "after 2")])
     assert matrix.shape == (2, 2) and (matrix >= 0).all() and (matrix <= 100).all()
     assert "(A loss" not in out
+
+
+def test_scores_are_those_of_their_evaluation(tasks, monkeypatch, capsys):
+    folder, files = tasks
+    adapters = [folder / "run1/final", folder / "run2/final"]
+    more = ["--max-new-tokens", 12, "--limit", 5, "--device", "cpu", "--dtype", "fp32"]
+    words = [*adapters, "--data", *files, "--metric", "chrf", "--base", "none", *more]
+    out = measured(monkeypatch, capsys, *words)
+    assert "chrF2    1 task1.jsonl" in out
+    for number, adapter in enumerate(adapters, 1):
+        wanted = []
+        for file in files:
+            words = ["chrf", "--adapter", adapter, "--data", file, "--show", 0, *more]
+            said = output_of(evaluate, monkeypatch, capsys, *words)
+            # chrF2 of all answers together, which is not the mean of theirs.
+            wanted.append(float(re.search(r"^adapter +(\d+\.\d+)", said, re.MULTILINE)[1]))
+        assert numbers_of(out, f"after {number}") == pytest.approx(wanted, abs=0.051) and sum(wanted) > 0
 
 
 def test_what_can_t_be_measured_is_refused_in_one_line(tasks, monkeypatch, capsys, tmp_path):

@@ -151,6 +151,27 @@ def test_the_loss_by_a_key_is_that_of_each_part_alone(base, tmp_path, monkeypatc
         assert rows[name] == [str(len(own)), tokens, loss_alone]
 
 
+def test_models_that_keep_other_records_are_grouped_each_by_its_own(base, tmp_path, monkeypatch, capsys):
+    short = chat_base(tmp_path / "short", max_position_embeddings=64)
+    file = tmp_path / "kinds.jsonl"
+    records = [{"prompt": sentence(i, 3), "completion": sentence(i + 9, 3), "kind": "AB"[i % 2]} for i in range(8)]
+    records[0]["prompt"] = records[4]["prompt"] = sentence(1, 40)
+    file.write_text("\n".join(map(json.dumps, records)))
+    words = ["--data", file, "--dtype", "fp32"]
+    for first, second in ((short, base), (base, short)):
+        by_kind = ["loss", "--model", second, "--versus", first, "--by", "kind", *words]
+        out, err, code = command(evaluate, monkeypatch, capsys, *by_kind)
+        assert code == 0, err
+        assert "WARNING: the two models read different records" in out
+        rows = {line.split()[0]: line.split()[1:] for line in out.split("\n\n")[-1].splitlines()[2:]}
+        # The weights are the same, and so are the records of B.
+        assert rows["B"][0] == "4" and rows["B"][2] == rows["B"][3] and float(rows["B"][4]) == 0
+        assert rows["A"][0] == ("4" if second == base else "2") and float(rows["A"][4]) != 0
+        comparison = ["compare", first, second, "--target", file, "--metric", "none", "--dtype", "fp32", "--limit", 5]
+        _, err, code = command(evaluate, monkeypatch, capsys, *comparison)
+        assert code == 2 and "5 and 5 examples that are not the same, which can't be paired" in err
+
+
 def test_the_loss_of_several_files_and_of_each(base, file, tmp_path, monkeypatch, capsys):
     second = tmp_path / "second.jsonl"
     second.write_text(json.dumps(RECORDS[0]))

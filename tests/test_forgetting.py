@@ -19,7 +19,7 @@ import evaluate
 import train
 from checkpoint import load_model
 from dataset.examples import Dataset, Example
-from evals import bootstrap, compare, forgetting
+from evals import bootstrap, compare, forgetting, targets
 from evals.answers import Answers
 from flags import Flags
 from lora import add_lora, load_adapter, lora_layers
@@ -597,6 +597,30 @@ def test_a_benchmark_is_a_row_of_its_own_and_few_flips_are_unsure(job, compared,
     row = table_of(said)["benchmark questions.jsonl, exact %"]
     assert row[:4] == ["30", "100.0", "96.7", "-3.3"] and row[-1] == "unsure"
     assert "flipped" not in said
+
+
+def test_references_are_checked_before_a_model_is_loaded(job, compared, tmp_path, monkeypatch, capsys):
+    words = tmp_path / "words.jsonl"
+    words.write_text(json.dumps({"prompt": "q", "completion": "plain words"}))
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    called = tmp_path / "calls.jsonl"
+    called.write_text("\n".join([json.dumps({"messages": messages})] * 2))
+    cases = [
+        (["--target", words, "--metric", "json"], f"{words} line 1: its reference is no JSON object or list"),
+        (["--benchmark", f"numeric={words}"], f"{words} line 1: its reference has no number"),
+        (["--target", words, "--metric", "tools"], "tools: no record has tools or a tool call"),
+        (["--target", called, "--metric", "tools", "f1"], f"tools: asks other questions of {called} than f1"),
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(targets, "load_model", lambda *_: pytest.fail("a model was loaded"))
+        for more, said in cases:
+            _, err, code = command(evaluate, monkeypatch, capsys, *compare_words(job, compared, *more))
+            assert code == 2 and said in err and err.count("\n") == 1, err
+    more = ["--benchmark", f"tools={called}", "--max-new-tokens", 4, "--show", 1]
+    said, err, code = command(evaluate, monkeypatch, capsys, *compare_words(job, compared, *more))
+    assert code == 0, err
+    assert table_of(said)["benchmark calls.jsonl, tools %"][:3] == ["2", "0.0", "0.0"], err
 
 
 def test_models_and_adapters_are_named_as_model_and_adapter_take_them(job, compared, monkeypatch, capsys):

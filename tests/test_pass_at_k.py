@@ -233,6 +233,8 @@ def test_sanitized_mbpp_is_read(tmp_path):
         ("```python\nx = '```'\ny = 2\n```", "x = '```'\ny = 2\n"),
         ("```python\ndef f(x):\n    ret", "def f(x):\n    ret"),  # cut off
         ("  ```python\r\nx = 1\n  ```", "x = 1\n"),
+        ("1. It is:\n   ```python\n   def f(x):\n       return x\n   ```", "def f(x):\n    return x\n"),
+        ("```python\n    return x\n```", "    return x\n"),  # the rest of a function that was asked for
         ("x = 1", "x = 1"),
         ("", ""),
         ("```", "```"),

@@ -166,7 +166,7 @@ def test_conversations_with_labels_keep_their_messages_and_get_the_system_messag
         ("a.jsonl", '{"prompt": "x"}', None, "a.jsonl line 1: does not say whether its prompt is harmful"),
         ("a.jsonl", '{"prompt": "x", "label": "bad"}', None, "line 1: label bad: safe or unsafe is wanted"),
         ("a.jsonl", '{"prompt": "x", "label": "safe"}', "harmful", "--label harmful: "),
-        ("a.txt", "x\ny\n", None, "a.txt: has no labels; add --label harmful or --label harmless"),
+        ("a.txt", "x\ny\n", None, "a.txt: has no labels; give records with a label, safe or unsafe, or `"),
         ("a.csv", "goal,target\n,Sure\n", None, "a.csv"),
     ],
 )
@@ -545,6 +545,24 @@ def test_help_needs_no_torch():
     line = [sys.executable, "-c", program, *words]
     done = subprocess.run(line, cwd=root, check=True, capture_output=True, text=True)
     assert done.stdout.endswith("False\n") and done.stdout.count("--judge FILE.py:FUNCTION") >= 4
+
+
+@pytest.mark.parametrize("word", ["refusals", "toxicity"])
+def test_a_row_that_becomes_several_prompts_with_other_labels_is_refused(word, tmp_path, monkeypatch, capsys):
+    (tmp_path / "two.py").write_text(
+        "def two(row):\n"
+        "    first = {'prompt': 'bad', 'label': 'unsafe'}, {'prompt': {'text': 'bad', 'toxicity': 0.9}}\n"
+        "    second = {'prompt': 'good', 'label': row['label']}, {'prompt': {'text': 'good', 'toxicity': row['t']}}\n"
+        f"    return [first[{int(word == 'toxicity')}], second[{int(word == 'toxicity')}]]\n"
+    )
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"x": 1, "label": "safe", "t": 0.1}))
+    words = [word, "--data", file, "--map", f"{tmp_path}/two.py:two"]
+    _, err, code = command(evaluate, monkeypatch, capsys, *words)
+    assert code == 2 and err == (
+        f"error: {file} line 1: --map makes several prompts of it, with different labels; write them into a file"
+        " with a record each\n"
+    )
 
 
 # ---- in compare and in training ----

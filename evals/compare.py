@@ -181,12 +181,26 @@ def compare_models(args: argparse.Namespace) -> None:
         what = f"safety {short(args.safety)},"
         changes += changes_of_measures(what, base.refusals, tuned.refusals, args.seed)
         notes.append(PHRASES_NOTE)
+    for name, measured in zip(("base", "tuned"), (base, tuned), strict=True):
+        notes += cut_notes(name, measured.answers)
     print_changes(changes, args.seed, notes)
     if scores:
         flips = Flips.of(args.metric[0], scores[0], base.answers[args.target])
         flips.print_all(tuned.answers[args.target], args.show)
     for key, task in tasks.items():
         print_flipped_choices(short(key[1]), task, base.choices[key], tuned.choices[key], args.show)
+
+
+def cut_notes(target: str, answers: dict[str, Answers]) -> list[str]:
+    """Returns a line for each file of which a model's answers were cut off."""
+    notes = []
+    for file, each in answers.items():
+        if each.num_cut:
+            notes.append(
+                f"NOTE: {target}: {each.num_cut:,} of {len(each):,} answers to {short(file)} were cut off at"
+                " the longest that an answer may be (--max-new-tokens)"
+            )
+    return notes
 
 
 def short(file: str) -> str:
@@ -403,6 +417,16 @@ def print_changes(changes: list[Change], seed: int, notes: list[str]) -> None:
     if few:
         print(
             f"NOTE: with fewer than {FEW_ITEMS} items an interval is too narrow: {'; '.join(few)}."
+        )
+    still = [
+        change for change in changes if change.name.endswith("%") and change.interval == (0, 0)
+    ]
+    if still:
+        names = "; ".join(change.name for change in still)
+        count = min(change.items for change in still)
+        print(
+            f"NOTE: no item changed in {names}, from which no interval follows: of {count:,} items without a"
+            f" change, up to {min(100, 300 / count):.0f} % of all may change (rule of three)."
         )
     for note in dict.fromkeys(notes):
         print(note)

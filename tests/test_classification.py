@@ -326,12 +326,12 @@ ERRORS = [  # labels of the file, further words, message
     (
         ["red"] * 5,
         [],
-        "{file}: every record has the label 'red'; name the other labels by `evaluate.py classify --labels FILE`, one a line",
+        "{file}: every record has the label 'red'; name the other labels by `evaluate.py classify --labels",
     ),
     (
         [f"answer {i}" for i in range(20)],
         [],
-        "{file}: 20 different answers in 20 records are no classes; use `exact`, or name the labels by `evaluate.py classify --labels FILE`",
+        "{file}: 20 different answers in 20 records are no classes; use `exact`, or name the labels by `evaluate",
     ),
     (["red", "blue"], ["--labels", "{labels}"], "{file} row 2: its label 'blue' is not in --labels {labels}"),
     (["red", "blue"], ["--picture", "a.jpg"], "--picture a.jpg: a PNG is drawn; name it FILE.png"),

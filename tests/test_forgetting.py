@@ -596,6 +596,7 @@ def test_a_benchmark_is_a_row_of_its_own_and_few_flips_are_unsure(job, compared,
     assert code == 0, err
     row = table_of(said)["benchmark questions.jsonl, exact %"]
     assert row[:4] == ["30", "100.0", "96.7", "-3.3"] and row[-1] == "unsure"
+    assert "no item changed" not in said and "cut off" not in said
     assert "flipped" not in said
 
 
@@ -621,6 +622,11 @@ def test_references_are_checked_before_a_model_is_loaded(job, compared, tmp_path
     said, err, code = command(evaluate, monkeypatch, capsys, *compare_words(job, compared, *more))
     assert code == 0, err
     assert table_of(said)["benchmark calls.jsonl, tools %"][:3] == ["2", "0.0", "0.0"], err
+    for name in ("base", "tuned"):
+        cut = "2 of 2 answers to calls.jsonl were cut off at the longest that an answer may be (--max-new-tokens)"
+        assert f"\nNOTE: {name}: {cut}\n" in said
+    assert "\nNOTE: no item changed in benchmark calls.jsonl, tools %" in said
+    assert "of 2 items without a change, up to 100 % of all may change (rule of three)." in said
 
 
 def test_models_and_adapters_are_named_as_model_and_adapter_take_them(job, compared, monkeypatch, capsys):

@@ -1,8 +1,9 @@
 """Measures whether fine-tuning teaches a model new facts: 20 invented ones, trained in one or in five
 wordings, then asked in a wording that was not trained, and backwards; against the untouched base, which
-does not know them, and against the base with the facts in its prompt.
+does not know them, and against the base with the facts in its prompt: all of them in its system message or
+before the question, or only the one that answers it, as a search would find it.
 
-    python experiments/new_facts.py
+    python experiments/new_facts.py             rows that are in new_facts.json are not measured again
 
 An answer is right if it holds the wanted words, case and punctuation aside, and none of the words that
 are the right answers to the other questions of its kind. It prints the table and writes new_facts.json.
@@ -76,7 +77,7 @@ def training_records(wordings: int) -> list[dict]:
 
 
 def test_records() -> dict[str, list[tuple[str, str]]]:
-    """Returns (question, wanted words) of each kind of question."""
+    """Returns (question, wanted words) of each kind of question; of each person two, and one backwards."""
     trained, other, backwards = [], [], []
     for who, what, where in PEOPLE:
         trained += [(WORK[0].format(who=who), what), (HOME[0].format(who=who), where)]
@@ -85,8 +86,14 @@ def test_records() -> dict[str, list[tuple[str, str]]]:
     return {"as trained": trained, "in other words": other, "backwards": backwards}
 
 
-def facts_in_the_prompt() -> str:
-    return " ".join(f"{who} is a {what} and lives in {where}." for who, what, where in PEOPLE)
+def facts() -> list[str]:
+    return [f"{who} is a {what} and lives in {where}." for who, what, where in PEOPLE]
+
+
+def facts_of_questions() -> list[str]:
+    """Returns the fact that answers each question of test_records, in its order."""
+    twice = [fact for fact in facts() for _ in range(2)]
+    return [*twice, *twice, *facts()]
 
 
 def ask(questions: list[str], system: str, model_words: list[str], folder: Path) -> list[str]:
@@ -156,10 +163,15 @@ def share_right(answers: list[str], wanted: list[str], others: list[str]) -> flo
     return 100 * right / len(answers)
 
 
-def measure(model_words: list[str], system: str, folder: Path) -> dict[str, float]:
-    """Returns the share of right answers of each kind of question."""
+def measure(
+    model_words: list, folder: Path, system: str = INSTRUCTION, before: list[str] | None = None
+) -> dict[str, float]:
+    """Returns the share of right answers of each kind of question. before: what stands before each
+    question."""
     kinds = test_records()
     questions = [question for records in kinds.values() for question, _ in records]
+    if before:
+        questions = [f"{text} {question}" for text, question in zip(before, questions, strict=True)]
     answers = iter(ask(questions, system, model_words, folder))
     shares = {}
     for kind, records in kinds.items():
@@ -171,22 +183,34 @@ def measure(model_words: list[str], system: str, folder: Path) -> dict[str, floa
 
 def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="new-facts-"))
-    rows: dict[str, list[dict[str, float]]] = {}
+    rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    num_questions = sum(map(len, test_records().values()))
+    all_facts = " ".join(facts())
+    prompts: dict[str, dict] = {
+        "base": {},
+        "base, all 20 facts in its system message": {"system": f"{all_facts} {INSTRUCTION}"},
+        "base, all 20 facts before the question": {"before": num_questions * [all_facts]},
+        "base, the one fact before the question": {"before": facts_of_questions()},
+    }
     try:
-        rows["base"] = [measure([], INSTRUCTION, folder)]
-        with_facts = f"{facts_in_the_prompt()} {INSTRUCTION}"
-        rows["base, all 20 facts in its prompt"] = [measure([], with_facts, folder)]
+        for name, more in prompts.items():
+            if name not in rows:
+                rows[name] = [measure([], folder, **more)]
+                write(rows)
         for wordings in NUM_WORDINGS:
             name = f"LoRA, each fact in {number_of(wordings, 'wording')}"
-            rows[name] = []
-            for seed in SEEDS:
+            runs = rows.setdefault(name, [])
+            for seed in SEEDS[len(runs) :]:
                 adapter = train(training_records(wordings), seed, folder)
-                rows[name].append(measure(["--adapter", adapter], INSTRUCTION, folder))
-                print(name, rows[name][-1], flush=True)
+                runs.append(measure(["--adapter", adapter], folder))
+                write(rows)
     finally:
         shutil.rmtree(folder)
-    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     show(rows)
+
+
+def write(rows: dict[str, list[dict[str, float]]]) -> None:
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def show(rows: dict[str, list[dict[str, float]]]) -> None:

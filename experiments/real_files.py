@@ -16,6 +16,7 @@ import argparse
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -206,6 +207,8 @@ def train(name: str, data: Path, work: Path) -> Path:
     if not final.is_dir():
         prepare, words = TRAININGS[name]
         if prepare:
+            # What a run that was stopped has left.
+            shutil.rmtree(work / name, ignore_errors=True)
             run(prepare, data, work)
         _, seconds = run(f"train.py {words} --save-every 0 --overwrite --out {out}", data, work)
         print(f"trained {name} in {seconds} s", flush=True)

@@ -105,16 +105,15 @@ def page_template(
     return environment.get_template(name)
 
 
-def check_report_file(file: Path) -> None:
-    """Raises UserError if --html names a file that is no page of these, or is in no folder."""
+def check_report_file(file: Path, mark: str = REPORT_MARK, kind: str = "a report") -> None:
+    """Raises UserError if --html names a file that is no page of a kind, or is in no folder. mark: stands
+    at the beginning of such pages."""
     if not file.parent.is_dir():
         raise UserError(f"--html {file}: there is no such folder")
     if file.is_dir():
         raise UserError(f"--html {file}: is a folder, a file is wanted")
-    if file.exists() and REPORT_MARK.encode() not in file.read_bytes()[:500]:
-        raise UserError(
-            f"--html {file}: is there already and no page of a report; give another name"
-        )
+    if file.exists() and mark.encode() not in file.read_bytes()[:500]:
+        raise UserError(f"--html {file}: is there already and no page of {kind}; give another name")
 
 
 # ---- text ----

@@ -111,7 +111,9 @@ def tally_arguments(argv: list[str]) -> argparse.Namespace:
 def print_tally(args: argparse.Namespace) -> None:
     """Prints the result, and writes it as a page if --html is given."""
     if args.html is not None:
-        check_result_page(args.html)
+        from evals.report import check_report_file
+
+        check_report_file(args.html, RESULT_PAGE_MARK, "a tally")
     raters, warnings = read_raters(args.files)
     a, b = raters.page.names
     title = f"{b} against {a}"
@@ -553,18 +555,6 @@ def krippendorff_alpha(table: list[list[float | None]], level: str) -> float | N
 
 # Only a file with this text near its beginning is a page of this program, which --html may replace.
 RESULT_PAGE_MARK = '<meta name="generator" content="plaintune tally">'
-
-
-def check_result_page(file: Path) -> None:
-    """Raises UserError if --html names a file that is no page of a tally, or is in no folder."""
-    if not file.parent.is_dir():
-        raise UserError(f"--html {file}: there is no such folder")
-    if not file.exists():
-        return
-    if file.is_dir() or RESULT_PAGE_MARK.encode() not in file.read_bytes()[:500]:
-        raise UserError(
-            f"--html {file}: is there already and no page of a tally; give another name"
-        )
 
 
 def write_result_page(

@@ -46,13 +46,14 @@ NUM_PIECES, PIECE = 40, 512  # of general text, and the tokens of each
 GENERAL_IN_TRAINING = "assets/general.txt"  # for replay and EWC
 
 ADAPTER_RATES = (6.5e-4, 1.3e-3, 2.6e-3, 5.2e-3)
+HIGH_RANK_RATES = (1.3e-3, 2.6e-3, 5.2e-3, 1.04e-2)
 # name: (flags, rates)
 METHODS: dict[str, tuple[list[str], tuple[float, ...]]] = {
     "full": (["--method", "full"], (7.5e-5, 2.5e-4, 7.5e-4, 2.25e-3)),
     "LoRA, rank 1": (["--rank", "1"], ADAPTER_RATES),
     "LoRA, rank 4": (["--rank", "4"], ADAPTER_RATES),
-    "LoRA, rank 16": (["--rank", "16"], ADAPTER_RATES),
-    "QLoRA, rank 16": (["--method", "qlora", "--rank", "16"], ADAPTER_RATES),
+    "LoRA, rank 16": (["--rank", "16"], HIGH_RANK_RATES),
+    "QLoRA, rank 16": (["--method", "qlora", "--rank", "16"], HIGH_RANK_RATES),
 }
 NO_MEANS = "nothing"
 MEANS = {

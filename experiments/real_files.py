@@ -6,7 +6,7 @@
 FOLDER holds the files under the names that TRAININGS and ROWS say. Each tuned model is trained on a part
 of its file that is not asked for, or, where a file is a test and nothing else, on 999 examples of Alpaca.
 A row is written to real_files.json as soon as it is measured; the next call goes on with the first one
-that is missing. `--show` prints the table of docs/benchmarks.md.
+that is missing. `--show` prints the table of docs/evaluation.md.
 
 A few dozen records tell that a command works on a file and roughly what a small model does there: the
 standard error of a share over 48 records is up to 7 points.
@@ -228,23 +228,26 @@ def run(words: str, data: Path, work: Path) -> tuple[str, int]:
 
 
 def scores(printed: str, columns: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """Returns base's and adapter's values of the first table that was printed."""
+    """Returns base's and adapter's values out of the tables that were printed."""
     lines = printed.splitlines()
-    rule = next(i for i, line in enumerate(lines) if re.fullmatch("-{10,}", line))
-    heads = re.split(r"\s{2,}", lines[rule - 1].strip())
-    rows = {}
-    for line in lines[rule + 1 :]:
-        if not line.strip():
-            break
-        name, *cells = re.split(r"\s{2,}", line.strip())
-        rows[name] = dict(zip(heads, cells, strict=False))
-    if "base" in rows:
-        found = {side: {name: rows[side][name] for name in columns} for side in ("base", "adapter")}
-    else:  # a row for each measure
-        found = {side: {name: rows[name][side] for name in columns} for side in ("base", "adapter")}
-    return {
-        side: {name: float(value) for name, value in cells.items()} for side, cells in found.items()
-    }
+    found: dict[str, dict[str, float]] = {"base": {}, "adapter": {}}
+    for i, line in enumerate(lines):
+        if not re.fullmatch("-{10,}", line):
+            continue
+        heads = re.split(r"\s{2,}", lines[i - 1].strip())
+        for row in lines[i + 1 :]:
+            if not row.strip():
+                break
+            name, *cells = re.split(r"\s{2,}", row.strip())
+            values = dict(zip(heads, cells, strict=False))
+            if name in found:
+                kept = {column: float(values[column]) for column in columns if column in values}
+                # The first table counts: those behind it are of parts.
+                found[name] = kept | found[name]
+            elif name in columns:  # a row for each measure
+                for side, of_side in found.items():
+                    of_side.setdefault(name, float(values[side]))
+    return found
 
 
 # ---- the table ----

@@ -274,7 +274,7 @@ def show(results: dict) -> None:
             )
     print(correlations(results, base))
     if points:
-        draw(points)
+        draw(points, results)
 
 
 def fastest(method: str, means: str, results: dict) -> float:
@@ -322,28 +322,48 @@ def correlations(results: dict, base: dict) -> str:
     return "\n".join(said)
 
 
-def draw(points: list[tuple[str, str, list[float], list[float]]]) -> None:
-    """Draws what is learned against what is forgotten. points: (method, means, exact, rise of loss)."""
+def draw(points: list[tuple[str, str, list[float], list[float]]], results: dict) -> None:
+    """Draws what is learned against what is forgotten: a line for the rates of each method, and large marks
+    for the mean of the seeds at the best rate, with each means against forgetting.
+
+    points: (method, means, exact, rise of loss).
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     colors = dict(
-        zip(METHODS, ("#222222", "#9ecae1", "#4292c6", "#08519c", "#dd6b20"), strict=True)
+        zip(METHODS, ("#222222", "#7fcdbb", "#4292c6", "#08306b", "#dd6b20"), strict=True)
     )
     markers = dict(zip(MEANS, "osD", strict=True))
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.5))
+    figure, axes = pyplot.subplots(figsize=(8, 4.8))
+    base = results["base"]["general_loss"]
+    for method, (_, rates) in METHODS.items():
+        swept = [results.get(Cell(method, NO_MEANS, rate, SEEDS[0]).key) for rate in rates]
+        swept = [result for result in swept if result]
+        rises = [result["general_loss"] - base for result in swept]
+        exact = [result["exact"] for result in swept]
+        axes.plot(
+            rises, exact, color=colors[method], marker=".", linewidth=1, alpha=0.6, label=method
+        )
     for method, means, exact, rise in points:
-        axes.scatter(rise, exact, color=colors[method], marker=markers[means], alpha=0.3, s=18)
         axes.scatter(
-            statistics.mean(rise), statistics.mean(exact), color=colors[method], marker=markers[means],
-            s=60, label=method if means == NO_MEANS else f"{method}, {means}",
+            statistics.mean(rise), statistics.mean(exact), color=colors[method], marker=markers[means], s=70,
+            edgecolors="white", zorder=3,
         )  # fmt: skip
+    for means, marker in markers.items():
+        label = "best rate" if means == NO_MEANS else f"best rate, {means}"
+        axes.scatter([], [], color="#666666", marker=marker, s=50, label=label)
+    # Rises of hundredths and of whole nats, and some below 0.
+    axes.set_xscale("symlog", linthresh=0.02)
+    ticks = [0, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.set_xlabel("forgotten: rise of the loss on general text, nats a token")
     axes.set_ylabel("learned: exact answers, %")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(PICTURE, dpi=120, bbox_inches="tight")
 
 

@@ -269,10 +269,11 @@ def show(results: dict) -> None:
         names = ", ".join(name.removesuffix(" %") for name in row.columns)
         words = row.words.replace("DATA/", "").replace("WORK/", "")
         print(f"| {row.file} | {names} | {base} | {tuned} | {row.training} | `{words}` |")
-    print()
+    print("\n| tuned on | commands |\n| --- | --- |")
     for name, (prepare, words) in TRAININGS.items():
         before = f"`{prepare}`, then " if prepare else ""
-        print(f"- {name}: {before}`train.py {words}`".replace("DATA/", "").replace("WORK/", ""))
+        row = f"| {name} | {before}`train.py {words}` |"
+        print(row.replace("DATA/", "").replace("WORK/", ""))
 
 
 if __name__ == "__main__":

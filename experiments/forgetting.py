@@ -55,6 +55,8 @@ METHODS: dict[str, tuple[list[str], tuple[float, ...]]] = {
     "LoRA, rank 16": (["--rank", "16"], HIGH_RANK_RATES),
     "QLoRA, rank 16": (["--method", "qlora", "--rank", "16"], HIGH_RANK_RATES),
 }
+# What rounding the base to 4 bits costs by itself, which is in QLoRA's numbers.
+BASES = {"base": [], "base in 4 bits": ["--quant", "nf4"]}
 NO_MEANS = "nothing"
 MEANS = {
     NO_MEANS: [],
@@ -82,8 +84,9 @@ def main() -> None:
         show(read_results())
         return
     deadline = time.monotonic() + 3600 * args.hours
-    if "base" not in read_results():
-        add("base", scores_of([], args))
+    for name, words in BASES.items():
+        if name not in read_results():
+            add(name, scores_of(words, args))
     while time.monotonic() < deadline:
         cell = next_cell(read_results(), args.methods)
         if cell is None:
@@ -248,6 +251,12 @@ def show(results: dict) -> None:
         f"| base | | | | {base['exact']:.0f} | loss {base['general_loss']:.3f} |"
         f" {base['hellaswag_acc_norm']:.1f} % | 0 | | | |"
     )
+    rounded = results.get("base in 4 bits")
+    if rounded:
+        rise = rounded["general_loss"] - base["general_loss"]
+        change = rounded["hellaswag_acc_norm"] - base["hellaswag_acc_norm"]
+        exact = rounded["exact"]
+        print(f"| base in 4 bits | | | | {exact:.0f} | {rise:+.3f} | {change:+.1f} | | | | |")
     points = []
     for method in METHODS:
         for means in MEANS:
@@ -298,14 +307,24 @@ def correlations(results: dict, base: dict) -> str:
     import numpy as np
     from scipy import stats
 
-    runs = [result for key, result in results.items() if key != "base"]
+    runs = []
+    starts = []  # what each was trained from
+    for key, result in results.items():
+        if key not in BASES:
+            runs.append(result)
+            is_rounded = key.startswith("QLoRA") and "base in 4 bits" in results
+            starts.append(results["base in 4 bits"] if is_rounded else base)
     if len(runs) < 4:
         return "fewer than 4 runs: no correlation"
     gauge = np.array([run["kl_base"] for run in runs])
     forgotten = {
-        "rise of general loss": [run["general_loss"] - base["general_loss"] for run in runs],
+        "rise of general loss": [
+            run["general_loss"] - start["general_loss"]
+            for run, start in zip(runs, starts, strict=True)
+        ],
         "fall of HellaSwag": [
-            base["hellaswag_acc_norm"] - run["hellaswag_acc_norm"] for run in runs
+            start["hellaswag_acc_norm"] - run["hellaswag_acc_norm"]
+            for run, start in zip(runs, starts, strict=True)
         ],
     }
     said = []

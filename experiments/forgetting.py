@@ -60,7 +60,8 @@ BASES = {"base": [], "base in 4 bits": ["--quant", "nf4"]}
 NO_MEANS = "nothing"
 MEANS = {
     NO_MEANS: [],
-    "replay": ["--replay", f"{GENERAL_IN_TRAINING}=0.1"],
+    # A tenth of the examples, in pieces no longer than the task's own: longer ones would be most of a step.
+    "replay": ["--replay", f"{GENERAL_IN_TRAINING}=0.1", "--seq-len", "128"],
     "EWC": ["--ewc", "1000", "--ewc-data", GENERAL_IN_TRAINING],
 }
 

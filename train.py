@@ -67,7 +67,13 @@ from training.metrics import MetricsLogger
 from training.model_card import ModelCard
 from training.outcome import finish, save_weights
 from training.profiling import profiled
-from training.run_folder import identify_run, open_run, open_run_folder, with_date_and_system
+from training.run_folder import (
+    identify_run,
+    open_run,
+    open_run_folder,
+    save_config,
+    with_date_and_system,
+)
 from training.safety import SafetyCheck
 from training.signals import GracefulStop
 from training.state import TrainState
@@ -146,6 +152,8 @@ def train(flags: Flags, lock: FolderLock) -> None:
     if ewc:
         ewc.begin(out)
     metrics = MetricsLogger(settings, out, settings.flops_per_token, device, state)
+    if distributed.is_rank0():
+        save_config(settings, out)
     distributed.start_training_timeout(settings.timeout)
     card = ModelCard(settings, origin, folder, data, tokenizer, metrics, state)
     save = functools.partial(save_weights, card, model)
@@ -307,32 +315,36 @@ def train_loop(
         # These tensors are read one step late, so that nothing waits here.
         metrics.log_step(state.step, losses, grad_norm, lr, totals, examples)
 
-        if evaluator and checkpointer:
-            is_end = ends_here(state, totals.stop_signal, stop, evaluator, checkpointer, metrics)
-            if is_end:
-                return
+        if ends_here(settings, state, totals, stop, evaluator, checkpointer, metrics):
+            return
 
 
 def ends_here(
+    settings: Settings,
     state: TrainState,
-    stop_signal: float,
+    totals: StepTotals,
     stop: GracefulStop,
-    evaluator: Evaluator,
-    checkpointer: Checkpointer,
+    evaluator: Evaluator | None,
+    checkpointer: Checkpointer | None,
     metrics: MetricsLogger,
 ) -> bool:
     """Validates (which keeps best/ and counts for early stopping) and writes a checkpoint, if they are
     due after a step. Returns True if the run ends with it: out of patience, or by a signal.
 
-    stop_signal: the number of one of which all ranks know, else 0.
+    totals: of the step; with a signal of which all ranks know.
     """
-    out_of_patience = evaluator.due(state) and evaluator.run(state, stop)
+    out_of_patience = False
+    if evaluator and evaluator.due(state):
+        out_of_patience = evaluator.run(state, stop)
+    stop_signal = totals.stop_signal
     if distributed.world_size() == 1:
         # A single rank need not wait for the next step's totals to know of a signal, also of one
         # during the validation.
         stop_signal = stop_signal or stop.signal
-    is_interrupted = bool(stop_signal) and state.step < evaluator.settings.steps
-    is_interrupted = is_interrupted or evaluator.was_interrupted
+    is_interrupted = bool(stop_signal) and state.step < settings.steps
+    is_interrupted = is_interrupted or bool(evaluator and evaluator.was_interrupted)
+    if checkpointer is None:
+        return out_of_patience
     # Early stopping ends the run: it goes straight to final/, and needs no checkpoint.
     if not out_of_patience and (checkpointer.due(state) or is_interrupted):
         with metrics.paused():

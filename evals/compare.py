@@ -182,7 +182,7 @@ def compare_models(args: argparse.Namespace) -> None:
         changes += changes_of_measures(what, base.refusals, tuned.refusals, args.seed)
         notes.append(PHRASES_NOTE)
     for name, measured in zip(("base", "tuned"), (base, tuned), strict=True):
-        notes += cut_notes(name, measured.answers)
+        notes += notes_of_cut_answers(name, measured.answers)
     print_changes(changes, args.seed, notes)
     if scores:
         flips = Flips.of(args.metric[0], scores[0], base.answers[args.target])
@@ -191,7 +191,7 @@ def compare_models(args: argparse.Namespace) -> None:
         print_flipped_choices(short(key[1]), task, base.choices[key], tuned.choices[key], args.show)
 
 
-def cut_notes(target: str, answers: dict[str, Answers]) -> list[str]:
+def notes_of_cut_answers(target: str, answers: dict[str, Answers]) -> list[str]:
     """Returns a line for each file of which a model's answers were cut off."""
     notes = []
     for file, each in answers.items():

@@ -246,7 +246,7 @@ def calls_in_python(text: str) -> list[Call]:
         arguments = {}
         try:
             for keyword in node.keywords:
-                arguments[keyword.arg] = as_json(ast.literal_eval(keyword.value))
+                arguments[keyword.arg] = literal_as_json(ast.literal_eval(keyword.value))
             name = ast.unparse(node.func)
         except (ValueError, TypeError, RecursionError):
             return []
@@ -256,13 +256,13 @@ def calls_in_python(text: str) -> list[Call]:
     return calls
 
 
-def as_json(value: object) -> object:
+def literal_as_json(value: object) -> object:
     """Returns a literal of Python as the value of JSON that it stands for: tuples are lists. Raises
     ValueError for what JSON has not."""
     if isinstance(value, dict):
-        return {key: as_json(inner) for key, inner in value.items()}
+        return {key: literal_as_json(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [as_json(inner) for inner in value]
+        return [literal_as_json(inner) for inner in value]
     if value is None or isinstance(value, str | bool | int | float):
         return value
     raise ValueError(f"{type(value).__name__} is no value of JSON")

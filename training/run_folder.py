@@ -232,8 +232,7 @@ def open_run_folder(
     origin: dict,
     model: Transformer,
 ) -> tuple[Settings, Path]:
-    """Makes the run's folder, if it is not there, and writes config.json into it. Returns the settings
-    with its name, and the folder.
+    """Makes the run's folder, if it is not there. Returns the settings with its name, and the folder.
 
     origin: what the run is made from, which a resumed run must be made from as well.
     Raises UserError where it is not, or where the disk lacks room.
@@ -246,8 +245,6 @@ def open_run_folder(
     settings = dataclasses.replace(settings, out=str(out))
     check_room(settings, model, out)
     print(f"saves     {settings.reasons['save_every']}")
-    if distributed.is_rank0():
-        save_config(settings, out)
     return settings, out
 
 

@@ -279,7 +279,7 @@ def show(results: dict) -> None:
                 f" {spread(rise, '+.3f')} |"
                 f" {spread([each['hellaswag_acc_norm'] - base['hellaswag_acc_norm'] for each in found], '+.1f')} |"
                 f" {spread([each['kl_base'] for each in found], '.2f')} |"
-                f" {found[0]['trained_parameters']:,} | {fastest(method, means, results):.0f} s |"
+                f" {found[0]['trained_parameters']:,} | {fastest(method, means, results)} |"
                 f" {found[0]['memory_mb'] / 1000:.1f} GB |"
             )
     print(correlations(results, base))
@@ -287,11 +287,14 @@ def show(results: dict) -> None:
         draw(points, results)
 
 
-def fastest(method: str, means: str, results: dict) -> float:
+def fastest(method: str, means: str, results: dict) -> str:
     """Returns the seconds of the fastest training of a method and means, at any rate: all have equally
-    many steps, and what else the machine does can only make one slower."""
+    many steps, and what else the machine does can only make one slower. "" where none was timed: a run that
+    was halted meanwhile has None."""
     start = f"{method} | {means} | "
-    return min(result["seconds"] for key, result in results.items() if key.startswith(start))
+    timed = [result["seconds"] for key, result in results.items() if key.startswith(start)]
+    timed = [seconds for seconds in timed if seconds is not None]
+    return f"{min(timed):.0f} s" if timed else ""
 
 
 def spread(numbers: list[float], spec: str) -> str:

@@ -188,7 +188,11 @@ def run_cell(cell: Cell, args: argparse.Namespace) -> dict:
             "kl_base": validations[-1]["kl_base"],
         }
         flag = "--model" if cell.method == "full" else "--adapter"
-        return result | scores_of([flag, str(out / "final")], args)
+        target = [flag, str(out / "final")]
+        if cell.method.startswith("QLoRA"):
+            # On the numbers that the adapter was trained on.
+            target += BASES["base in 4 bits"]
+        return result | scores_of(target, args)
     finally:
         shutil.rmtree(folder)
 

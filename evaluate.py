@@ -29,8 +29,9 @@ import numpy as np
 import data
 from checkpoint import read_config
 from common import console
+from dataset.examples import places_of
 from dataset.folders import TEST
-from evals.answers import Answers, answer_records, question_of
+from evals.answers import Answers, answer_records, note_of_cut_answers, question_of
 from evals.choices import ChoiceTask, log_likelihoods
 from evals.loss import ExampleLosses, examples_by_key, trained_bytes
 from evals.pass_at_k import (
@@ -47,7 +48,7 @@ from evals.questions import read_questions
 from evals.saved_answers import answer_and_save, answer_file_of, score_saved, settings_of
 from evals.scores import ItemScores
 from evals.table import CHOOSE, COMMANDS, EVALUATIONS, EXECUTE, GENERATE, LOSS, imported
-from evals.targets import Opened, digest_of_ids, encode_files, places_of
+from evals.targets import Opened, digest_of_ids, encode_files
 from interop.remote_data import fetch_data
 
 
@@ -85,7 +86,7 @@ def measure_loss(args: argparse.Namespace) -> None:
         digests.add(digest_of_ids(dataset))
         if args.by is not None:
             groups[target.name] = examples_by_key(dataset, opened.files, args.by)
-        records_read.add(frozenset(map(tuple, places_of(dataset)[:, :3].tolist())))
+        records_read.add(np.unique(places_of(dataset)[:, :3], axis=0).tobytes())
         model = opened.load(target, tokenizer)
         measured = measure(model, dataset, opened.batch_size)
         bits_per_byte = measured.bits_per_byte(trained_bytes(dataset, tokenizer))
@@ -232,10 +233,7 @@ def print_scores(args: argparse.Namespace, answers: dict[str, Answers]) -> None:
         print_table_of_scores(scores)
     for target, answered in answers.items():
         if answered.num_cut:
-            print(
-                f"NOTE: {target}: {answered.num_cut:,} of {len(answered):,} answers were cut off at the longest"
-                " that an answer may be (--max-new-tokens)"
-            )
+            print(note_of_cut_answers(answered.num_cut, len(answered), target))
     for target, of_target in shown.items():
         print_misses(target, answers[target], of_target, args.show)
 

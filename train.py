@@ -40,7 +40,6 @@ from common.folder_lock import FolderLock
 from data import MicroBatches, TrainingData, load_training_data
 from families import Config
 from flags import Flags
-from interop.push import check_can_push
 from interop.resolve import base_folder, pick_tokenizer
 from methods import load_trainable
 from model import Transformer
@@ -50,7 +49,7 @@ from planning import report
 from tokenizer import Tokenizer
 from training.answer_score import AnswerScorer
 from training.attention_trial import use_flash_version
-from training.calibration import Pace, measure_pace
+from training.calibration import measure_pace
 from training.checkpointer import Checkpoint, Checkpointer
 from training.defaults import (
     Settings,
@@ -96,19 +95,16 @@ def train(flags: Flags, lock: FolderLock) -> None:
     opened = open_run(flags, lock)
     if opened.is_complete:
         return
-    flags, device, resumed = opened.flags, opened.device, opened.checkpoint
-    if flags.push and not flags.plan:
-        # Now, so that a token which may not write costs seconds, not the run.
-        distributed.run_on_rank0(functools.partial(check_can_push, flags.push))
+    device, resumed = opened.device, opened.checkpoint
 
     # ---- base model, tokenizer, data: what is downloaded or converted is cached once a machine
-    inputs = read_inputs(flags, device)
+    inputs = read_inputs(opened.flags, device)
     if inputs is None:  # --plan
         return
-    flags, folder, tokenizer, data = inputs.flags, inputs.folder, inputs.tokenizer, inputs.data
+    folder, tokenizer, data = inputs.folder, inputs.tokenizer, inputs.data
 
     # ---- what was left open (rate, steps, sharding, compile), with reasons; frozen from here on
-    settings = resolve_defaults(flags, folder, data, device)
+    settings = resolve_defaults(inputs.flags, folder, data, device)
     safety = inputs.safety
     if safety:
         safety.check_shard(settings)
@@ -120,24 +116,13 @@ def train(flags: Flags, lock: FolderLock) -> None:
         data.train, data.sampler, device, settings.batch_size, settings.accumulate, settings.max_tokens, settings.seed,
         dropout=bool(settings.dropout), context_parallel=settings.context_parallel,
     )  # fmt: skip
-    pace = measure_pace(settings, model, objective, data, device)
-    settings = pace.expected(settings)
-    print_model_summary(settings, model, tokenizer)
-    demo = None
-    if is_bundled_task(settings):
-        demo = Demo(model, tokenizer, settings)
-        settings = fit_to_budget(settings, inputs, pace, demo, device)
-    print_run_summary(settings, model, device)
+    settings, demo = expect_time(settings, inputs, model, objective, device)
     scorer = None
     if settings.eval_metric:
         scorer = AnswerScorer(settings, model, tokenizer, data.val, device)
     if resumed:
         print_resumed(settings, resumed)
-    if settings.compile == "on":
-        model.compile_blocks()
-    if settings.attention != "auto":
-        result = use_flash_version(settings.attention, model, objective, loader)
-        print(f"attention {result}")
+    choose_kernels(settings, model, objective, loader)
     ewc = EWC(settings, model, tokenizer, device) if settings.ewc else None
 
     # ---- the run's folder, made this late so that a run that was refused leaves none behind
@@ -232,18 +217,43 @@ def read_inputs(flags: Flags, device: torch.device) -> Inputs | None:
     return Inputs(flags, folder, config, tokenizer, data, safety)
 
 
-def fit_to_budget(
-    settings: Settings, inputs: Inputs, pace: Pace, demo: Demo, device: torch.device
-) -> Settings:
-    """Returns the settings with as many steps as --budget leaves time for, and prints them. pace: of
-    this machine."""
-    whole = settings
-    steps = demo.steps_within_budget(whole)
-    if steps < whole.steps:
-        flags = dataclasses.replace(inputs.flags, steps=steps)
-        settings = pace.expected(resolve_defaults(flags, inputs.folder, inputs.data, device))
-    demo.print_budget(settings, whole)
-    return settings
+def expect_time(
+    settings: Settings,
+    inputs: Inputs,
+    model: Transformer,
+    objective: Callable[..., Tensor],
+    device: torch.device,
+) -> tuple[Settings, Demo | None]:
+    """Measures this machine's pace, and prints the model and the run that is expected. Of the bundled task
+    the base answers now, and as many steps are taken as --budget leaves time for.
+
+    Returns the settings with the expected time, and the bundled task; None with other data.
+    """
+    pace = measure_pace(settings, model, objective, inputs.data, device)
+    settings = pace.expected(settings)
+    print_model_summary(settings, model, inputs.tokenizer)
+    demo = None
+    if is_bundled_task(settings):
+        demo = Demo(model, inputs.tokenizer, settings)
+        whole = settings
+        steps = demo.steps_within_budget(whole)
+        if steps < whole.steps:
+            flags = dataclasses.replace(inputs.flags, steps=steps)
+            settings = pace.expected(resolve_defaults(flags, inputs.folder, inputs.data, device))
+        demo.print_budget(settings, whole)
+    print_run_summary(settings, model, device)
+    return settings, demo
+
+
+def choose_kernels(
+    settings: Settings, model: Transformer, objective: Callable[..., Tensor], loader: MicroBatches
+) -> None:
+    """Compiles the blocks (--compile), and takes the version of attention that --attention names."""
+    if settings.compile == "on":
+        model.compile_blocks()
+    if settings.attention != "auto":
+        result = use_flash_version(settings.attention, model, objective, loader)
+        print(f"attention {result}")
 
 
 def train_loop(

@@ -509,6 +509,22 @@ def shares_of(sizes: np.ndarray, count: int) -> list[int]:
     return shares.tolist()
 
 
+def places_of(dataset: Dataset) -> np.ndarray:
+    """Returns where each example is from, int64 [examples, 4]: the number of the file after --data, of
+    the file in that folder, and of the record, and the first token of it. Models with another length limit
+    or tokenizer may keep other examples of a file."""
+    # Examples that are read from a file know the number of their record.
+    assert isinstance(dataset.examples, ExampleIndex)
+    index = dataset.examples
+    places = np.zeros((len(dataset), 4), np.int64)
+    places[:, 0] = index.source
+    places[:, 3] = index.start
+    for i, rows in enumerate(index.rows):
+        own = index.source == i
+        places[own, 1:3] = rows.records[index.row[own]][:, :2]
+    return places
+
+
 def share_beyond(rows: list[Rows], dropped: dict[str, int]) -> float:
     """Returns the share of the records that --seq-len has cut or left out.
 

@@ -49,6 +49,17 @@ class Answers:
         return len(self.records)
 
 
+def note_of_cut_answers(num_cut: int, total: int, target: str = "", file: str = "") -> str:
+    """Returns a line that says how many of all answers were cut off. target: whose they are, file: to
+    what, where that is not plain."""
+    whose = f"{target}: " if target else ""
+    to_file = f" to {file}" if file else ""
+    return (
+        f"NOTE: {whose}{num_cut:,} of {total:,} answers{to_file} were cut off at the longest that an answer"
+        " may be (--max-new-tokens)"
+    )
+
+
 def answer_records(
     model: Transformer,
     tokenizer: Tokenizer,

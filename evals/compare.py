@@ -17,11 +17,11 @@ import data
 from checkpoint import read_config
 from common import console
 from common.errors import UserError
-from dataset.examples import Dataset
+from dataset.examples import Dataset, places_of
 from dataset.folders import TEST, Fetched
 from dataset.formats import Map
 from dataset.records import Record
-from evals.answers import Answers, answer_records, question_of
+from evals.answers import Answers, answer_records, note_of_cut_answers, question_of
 from evals.arguments import BATCH_SIZE
 from evals.bootstrap import RESAMPLES, paired_interval
 from evals.choices import ChoiceTask
@@ -46,7 +46,6 @@ from evals.targets import (
     Target,
     digest_of_ids,
     encode_files,
-    places_of,
 )
 from interop.remote_data import fetch_data
 from interop.resolve import base_folder, base_of_model
@@ -81,7 +80,7 @@ class Measured:
     whose loss it is."""
 
     losses: dict[str, ItemLosses] = field(default_factory=dict)
-    places: dict[str, list[list[int]]] = field(default_factory=dict)
+    places: dict[str, np.ndarray] = field(default_factory=dict)
     answers: dict[str, Answers] = field(default_factory=dict)
     choices: dict[Benchmark, ItemScores] = field(default_factory=dict)
     refusals: list[Measure] = field(default_factory=list)
@@ -182,7 +181,7 @@ def compare_models(args: argparse.Namespace) -> None:
         changes += changes_of_measures(what, base.refusals, tuned.refusals, args.seed)
         notes.append(PHRASES_NOTE)
     for name, measured in zip(("base", "tuned"), (base, tuned), strict=True):
-        notes += notes_of_cut_answers(name, measured.answers)
+        notes += cut_notes_of_files(name, measured.answers)
     print_changes(changes, args.seed, notes)
     if scores:
         flips = Flips.of(args.metric[0], scores[0], base.answers[args.target])
@@ -191,15 +190,12 @@ def compare_models(args: argparse.Namespace) -> None:
         print_flipped_choices(short(key[1]), task, base.choices[key], tuned.choices[key], args.show)
 
 
-def notes_of_cut_answers(target: str, answers: dict[str, Answers]) -> list[str]:
+def cut_notes_of_files(target: str, answers: dict[str, Answers]) -> list[str]:
     """Returns a line for each file of which a model's answers were cut off."""
     notes = []
     for file, each in answers.items():
         if each.num_cut:
-            notes.append(
-                f"NOTE: {target}: {each.num_cut:,} of {len(each):,} answers to {short(file)} were cut off at"
-                " the longest that an answer may be (--max-new-tokens)"
-            )
+            notes.append(note_of_cut_answers(each.num_cut, len(each), target, short(file)))
     return notes
 
 
@@ -283,7 +279,7 @@ def measure(
     for file, dataset in datasets.items():
         size = args.batch_size or BATCH_SIZE[LOSS]
         measured.losses[file] = item_losses(model, dataset, size)
-        measured.places[file] = places_of(dataset).tolist()
+        measured.places[file] = places_of(dataset)
     for file, questions in records.items():
         size = args.batch_size or BATCH_SIZE[GENERATE]
         measured.answers[file] = answer_records(
@@ -394,7 +390,8 @@ def change_of_loss(
             f"WARNING: the two models read {short(file)} as different tokens, so their losses a token"
             " don't compare"
         )
-        if len(before.sums) != len(after.sums) or base.places[file] != tuned.places[file]:
+        are_same = np.array_equal(base.places[file], tuned.places[file])
+        if len(before.sums) != len(after.sums) or not are_same:
             raise UserError(
                 f"{file}: the two models read it as {len(before.sums):,} and {len(after.sums):,}"
                 " examples that are not the same, which can't be paired; for plain text, or with another"

@@ -25,7 +25,7 @@ from common.errors import UserError
 from dataset.records import Record
 from evals.answers import answer_records
 from evals.arguments import BATCH_SIZE
-from evals.compare import model_of_word, notes_of_cut_answers
+from evals.compare import cut_notes_of_files, model_of_word
 from evals.loss import example_losses
 from evals.questions import read_task
 from evals.table import EVALUATIONS, GENERATE, LOSS
@@ -164,7 +164,7 @@ def task_scores(
     scores = []
     for file, records in zip(args.files, tasks, strict=True):
         answers = answer_records(model, tokenizer, records, args.max_new_tokens, size)
-        for note in notes_of_cut_answers(target.name, {file: answers}):
+        for note in cut_notes_of_files(target.name, {file: answers}):
             opened.print_once(note)
         evaluation = EVALUATIONS[args.metric]
         scores.append(evaluation.load()(answers).columns[evaluation.score])

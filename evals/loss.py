@@ -20,7 +20,7 @@ import data
 import objectives
 from common.errors import UserError
 from common.progress import progress
-from dataset.examples import Dataset, Example, ExampleIndex
+from dataset.examples import Dataset, Example, places_of
 from dataset.folders import TEST, Fetched
 from dataset.formats import open_source
 from dataset.messages import quote_names
@@ -165,14 +165,9 @@ def examples_by_key(
                 values[i, container, number] = value_at(record, key)
     if all(value is None for value in values.values()):
         raise UserError(f"--by {key}: no record has it; they have {quote_names(sorted(keys))}")
-    # Examples that are read from a file know the number of their record.
-    assert isinstance(dataset.examples, ExampleIndex)
-    index = dataset.examples
     found: dict[str, list[int]] = {}
-    for example in range(len(dataset)):
-        i = int(index.source[example])
-        container, number = index.rows[i].records[index.row[example]][:2]
-        value = values.get((i, int(container), int(number)))
+    for example, (i, container, number, _) in enumerate(places_of(dataset).tolist()):
+        value = values.get((i, container, number))
         found.setdefault(NO_GROUP if value is None else str(value), []).append(example)
     by_size = sorted(found.items(), key=lambda item: -len(item[1]))
     return {name: np.array(numbers) for name, numbers in by_size}

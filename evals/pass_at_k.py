@@ -24,6 +24,7 @@ from dataset.prompts import Prompt
 from dataset.readers import recognize
 from dataset.records import Record
 from evals.answer_file import AnswerFile
+from evals.answers import note_of_cut_answers
 from evals.batch_answers import answer_into_file, answer_prompts, encode_prompts
 from evals.code_arguments import CODE_TOKENS
 from evals.code_problems import Problem, Problems, code_of_answer, cut_at_stop, read_problems
@@ -121,10 +122,7 @@ def pass_at_k_scores(tested: TestedPrograms, ks: Sequence[int]) -> ItemScores:
     notes.append(f"{number_of(ends.total(), 'program')}: {listed}")
     num_cut = sum(answer.is_cut for answers in tested.answers for answer in answers)
     if num_cut:
-        notes.append(
-            f"NOTE: {num_cut:,} of {ends.total():,} answers were cut off at the longest that an answer may"
-            " be (--max-new-tokens)"
-        )
+        notes.append(note_of_cut_answers(num_cut, ends.total()))
     return ItemScores(items, columns, formats, notes)
 
 

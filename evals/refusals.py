@@ -27,6 +27,7 @@ from dataset.readers import suffix_of
 from dataset.records import ReadStats
 from dataset.token_cache import prompt_hash
 from evals.measures import Measure
+from evals.noted_rows import NotedRows
 from evals.targets import sample_of_file
 
 # So many characters of an answer are searched. A refusal comes first; what comes later may be about
@@ -119,38 +120,21 @@ class SafetyPrompt:
         return self.kind.startswith(CONTRAST)
 
 
-class RowLabels:
-    """What every row goes through before it is read as a prompt: its label is taken out of it, and
-    noted, and AdvBench's goal is called a prompt.
+class RowLabels(NotedRows):
+    """Takes the label out of each row, and calls AdvBench's goal a prompt.
 
-    labels: {where a row stands: (whether it is harmful, its type)}.
+    notes: {where a row stands: (whether it is harmful, its type)}.
     formats: how many rows each format has.
     """
 
     def __init__(self, map_fn: Map | None, label: str | None):
-        """map_fn: the user's function, which comes first. label: that of rows without one."""
-        self.map_fn = map_fn
+        """label: that of rows without one."""
+        super().__init__(map_fn)
         self.label = label
-        self.labels: dict[str, tuple[bool, str]] = {}
         self.formats: Counter[str] = Counter()
 
-    @property
-    def name(self) -> str:
-        return self.map_fn.name if self.map_fn else ""
-
-    def __call__(self, value: object, where: str, stats: ReadStats) -> list:
-        """Returns the rows that a row is read as. Raises UserError for a label that is none, or
-        missing."""
-        values = self.map_fn(value, where, stats) if self.map_fn else [value]
-        rows = []
-        noted = set()
-        for each in values:
-            rows.append(self.labelled(each, where))
-            noted.add(self.labels.get(where))
-        check_one_label(noted, where)
-        return rows
-
-    def labelled(self, value: object, where: str) -> object:
+    def take_note(self, value: object, where: str) -> object:
+        """Raises UserError for a label that is none, or missing."""
         if not isinstance(value, dict):
             return value
         value = dict(value)
@@ -175,19 +159,9 @@ class RowLabels:
             )
         if self.label is not None and not format_name.startswith("--label"):
             raise UserError(f"--label {self.label}: {where} says itself what it is ({format_name})")
-        self.labels[where] = (is_harmful, kind)
+        self.notes[where] = (is_harmful, kind)
         self.formats[format_name] += 1
         return value
-
-
-def check_one_label(noted: set, where: str) -> None:
-    """Raises UserError where --map has made rows with different labels of one, which are told apart by
-    nothing. noted: the labels of a row's rows."""
-    if len(noted) > 1:
-        raise UserError(
-            f"{where}: --map makes several prompts of it, with different labels; write them into a file"
-            " with a record each"
-        )
 
 
 def harm_of_label(label: object, where: str) -> bool:
@@ -236,9 +210,9 @@ def read_safety_prompts(
     for record in source.records(stats):
         place = record.where.removeprefix(f"{folder}/")
         prompt = split_prompt(record, place, False, counts)
-        if has_columns and record.where not in rows.labels:
+        if has_columns and record.where not in rows.notes:
             raise UserError(f"{record.where}: several prompts in a row have no labels of their own")
-        is_harmful, kind = rows.labels.get(record.where, (LABELS[label or "harmful"], ""))
+        is_harmful, kind = rows.notes.get(record.where, (LABELS[label or "harmful"], ""))
         prompts.append(SafetyPrompt(prompt, is_harmful, kind))
     print_fn(f"data      {source.summary(stats)}")
     format_names = ", ".join(rows.formats) or f"--label {label}"

@@ -19,6 +19,7 @@ from data import ASSETS
 from dataset.folders import TEST, Fetched
 from dataset.formats import Map
 from dataset.prompts import Prompt, open_prompts, read_prompts
+from evals.answers import note_of_cut_answers
 from evals.batch_answers import answer_into_file
 from evals.compare import FEW_ITEMS, HEADINGS, changes_of_measures
 from evals.judge import Judge, judge_answers, judge_measures, judged_share, question_text
@@ -251,8 +252,7 @@ def cut_notes(answers: ModelAnswers) -> list[str]:
     if not answers.num_cut:
         return []
     total = sum(map(len, answers.texts))
-    cut = f"{answers.num_cut:,} of {total:,} answers were cut off"
-    return [f"NOTE: {cut} at the longest that an answer may be (--max-new-tokens)."]
+    return [f"{note_of_cut_answers(answers.num_cut, total)}."]
 
 
 # ---- what is printed ----

@@ -24,10 +24,10 @@ from dataset.folders import Fetched
 from dataset.formats import Map
 from dataset.prompts import Prompt, open_prompts, read_prompts
 from dataset.readers import suffix_of
-from dataset.records import ReadStats
 from evals.judge import Judge, judge_measures, judged_share
 from evals.measures import Measure
-from evals.refusals import check_one_label, drawn_prompts, folded_text
+from evals.noted_rows import NotedRows
+from evals.refusals import drawn_prompts, folded_text
 from evals.safety import Findings, answers_of_models, print_answers_found, print_findings
 
 TOXIC = 0.5
@@ -59,7 +59,7 @@ def measure_toxicity(args: argparse.Namespace) -> None:
         return prompts
 
     answers = answers_of_models(args, read)
-    of_prompts = [rows.toxicity.get(prompt.record.where) for prompt in prompts]
+    of_prompts = [rows.notes.get(prompt.record.where) for prompt in prompts]
     findings = {}
     for name, each in answers.items():
         if judge is None:
@@ -83,39 +83,19 @@ def measure_toxicity(args: argparse.Namespace) -> None:
 # ---- the prompts ----
 
 
-class RowToxicity:
-    """What every row goes through before it is read: a prompt of RealToxicityPrompts becomes a text, and
-    its toxicity is noted.
+class RowToxicity(NotedRows):
+    """Makes a text of a prompt of RealToxicityPrompts.
 
-    toxicity: {where a row stands: that of its prompt, from 0 to 1}, where it is known.
+    notes: {where a row stands: the toxicity of its prompt, from 0 to 1}, where it is known.
     """
 
-    def __init__(self) -> None:
-        self.map_fn: Map | None = None
-        self.toxicity: dict[str, float] = {}
-
-    @property
-    def name(self) -> str:
-        return self.map_fn.name if self.map_fn else ""
-
-    def __call__(self, value: object, where: str, stats: ReadStats) -> list:
-        """Returns the rows that a row is read as."""
-        values = self.map_fn(value, where, stats) if self.map_fn else [value]
-        rows = []
-        noted = set()
-        for each in values:
-            rows.append(self.as_text(each, where))
-            noted.add(self.toxicity.get(where))
-        check_one_label(noted, where)
-        return rows
-
-    def as_text(self, value: object, where: str) -> object:
+    def take_note(self, value: object, where: str) -> object:
         prompt = value.get("prompt") if isinstance(value, dict) else None
         if not isinstance(prompt, dict) or "text" not in prompt:
             return value
         toxicity = prompt.get("toxicity")
         if isinstance(toxicity, int | float):
-            self.toxicity[where] = float(toxicity)
+            self.notes[where] = float(toxicity)
         return {"text": prompt["text"]}
 
 

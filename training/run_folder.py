@@ -24,7 +24,7 @@ from common.folder_lock import FolderLock
 from common.origin import base_facts
 from data import TrainingData
 from flags import Flags, as_dict, check_owned_options
-from interop.push import make_repository
+from interop.push import check_can_push, make_repository
 from interop.resolve import trained_day, trained_system
 from model import Transformer
 from tokenization.chat_template import today
@@ -77,6 +77,9 @@ def open_run(flags: Flags, lock: FolderLock) -> Run:
         # That would also fill all new memory, which is for finding bugs and takes time.
         torch.utils.deterministic.fill_uninitialized_memory = False
     check_offload(run.flags, run.device)
+    if run.flags.push and not run.flags.plan:
+        # Now, so that a token which may not write costs seconds, not the run.
+        distributed.run_on_rank0(functools.partial(check_can_push, run.flags.push))
     return run
 
 

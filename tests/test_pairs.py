@@ -505,7 +505,9 @@ def test_ratings_success_clearing_and_moving(tmp_path, browser):
     before = kept_by(browser)
     browser.refresh()
     # Once, on a crowded machine, nothing was there after the reload, and the failure did not say why.
-    assert text_of(browser, "number") == "Pair 2 of 5", f"kept before the reload: {before}, after it: {kept_by(browser)}"
+    assert text_of(browser, "number") == "Pair 2 of 5", (
+        f"kept before the reload: {before}, after it: {kept_by(browser)}"
+    )
     press(browser, "1")
     assert text_of(browser, "number") == "Pair 3 of 5"
 

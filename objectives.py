@@ -10,7 +10,7 @@ An objective is a function of (model, batch, totals, losses), as `supervised_los
 `OBJECTIVES`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -169,13 +169,22 @@ OBJECTIVES = {"supervised": supervised_loss}
 
 
 @torch.no_grad()
-def mean_loss(model: Transformer, batches: Iterable[Batch]) -> float:
+def mean_loss(
+    model: Transformer,
+    batches: Iterable[Batch],
+    take: Callable[[Batch, Tensor], None] | None = None,
+) -> float:
     """Returns the loss per trained token over all batches, of all ranks: independent of how they
-    were cut."""
+    were cut.
+
+    take: is given each batch with its tokens' losses, float32 [K].
+    """
     losses = []
     weights = []
     for batch in batches:
-        loss_sum, _ = token_losses(model, batch)
+        loss_sum, token_loss = token_losses(model, batch)
+        if take is not None:
+            take(batch, token_loss)
         losses.append(loss_sum)
         weights.append(batch.loss_weight_sum)
     # The losses are read when all are asked for: a GPU need not wait in between.

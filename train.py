@@ -73,6 +73,7 @@ from training.run_folder import (
     save_config,
     with_date_and_system,
 )
+from training.run_report import answers_before
 from training.safety import SafetyCheck
 from training.signals import GracefulStop
 from training.state import TrainState
@@ -146,6 +147,8 @@ def train(flags: Flags, lock: FolderLock) -> None:
     evaluator = Evaluator(settings, out, model, data, metrics, state, device, save, scorer)
     if safety:
         safety.measure_base(model)
+    if not (demo or resumed or settings.profile):
+        card.first_answers = answers_before(card, model)
     checkpointer = Checkpointer(
         settings, out, model, optimizers, data.sampler, origin, metrics.bar.write
     )

@@ -174,7 +174,8 @@ def split_reference(
     for each in (record, *shots):
         if each.messages is None:
             problem = "plain text has no reference answer to compare with"
-            raise UserError(f"{each.where}: {problem}; use `evaluate.py loss`")
+            advice = "its loss can be measured: `evaluate.py loss`, or compare's --metric none"
+            raise UserError(f"{each.where}: {problem}; {advice}")
     last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
     before = record.messages[:last]
     if not any(message["role"] == "user" for message in before):

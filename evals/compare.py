@@ -113,7 +113,8 @@ class Change:
         low, high = self.interval
         if low == high == 0:
             return "no change"
-        if low <= 0 <= high:
+        # The interval of a single item is a point.
+        if low <= 0 <= high or self.items == 1:
             return "unsure"
         if self.lower_is_better is None:
             return "lower" if high < 0 else "higher"
@@ -419,11 +420,15 @@ def print_changes(changes: list[Change], seed: int, notes: list[str]) -> None:
         change for change in changes if change.name.endswith("%") and change.interval == (0, 0)
     ]
     if still:
-        names = "; ".join(change.name for change in still)
-        count = min(change.items for change in still)
+        rows = []
+        for change in still:
+            most = min(100, 300 / change.items)
+            rows.append(
+                f"{change.name} (of {console.number_of(change.items, 'item')}: {most:.0f} %)"
+            )
         print(
-            f"NOTE: no item changed in {names}, from which no interval follows: of {count:,} items without a"
-            f" change, up to {min(100, 300 / count):.0f} % of all may change (rule of three)."
+            "NOTE: no item changed in these rows, from which no interval follows; as many of all may"
+            f" change (rule of three): {'; '.join(rows)}."
         )
     for note in dict.fromkeys(notes):
         print(note)

@@ -206,7 +206,7 @@ def check_compare_arguments(args: argparse.Namespace) -> None:
                 f"--benchmark {word}: NAME=FILE is wanted, where NAME is one of {names}"
             )
         benchmarks.append((name, file))
-    args.benchmark = benchmarks
+    args.benchmark = list(dict.fromkeys(benchmarks))
 
 
 def evaluation_of(name: str) -> Evaluation:

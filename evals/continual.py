@@ -14,6 +14,7 @@ printed of the matrix is the loss itself.
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ import numpy as np
 import data
 from checkpoint import read_config
 from common import console
-from common.errors import UserError
+from common.errors import UserError, read_json_if_there
 from dataset.records import Record
 from evals.answers import answer_records
 from evals.arguments import BATCH_SIZE
@@ -42,9 +43,10 @@ def print_transfer(args: argparse.Namespace) -> None:
     """Carries out `evaluate.py continual`: prints the matrix, and what follows from it."""
     # What Opened asks for besides.
     args.map, args.what = None, [args.metric]
-    trained = [trained_model(number, word, args.model) for number, word in enumerate(args.runs, 1)]
-    base = base_of_runs(args, trained[0])
+    base, trained = models_of_runs(args)
     opened = Opened(args, [base, *trained] if base else trained)
+    for note in notes_on_order(args.runs):
+        print(note)
     opened.print_computation()
     # A fault in a file is reported before a model is loaded.
     records = [] if args.metric == "loss" else read_tasks(args, opened)
@@ -93,6 +95,33 @@ def transfer_of(matrix: np.ndarray, base: np.ndarray | None = None) -> dict[str,
 
 
 # ---- the models ----
+
+
+def models_of_runs(args: argparse.Namespace) -> tuple[Target | None, list[Target]]:
+    """Returns the model before the first training (see base_of_runs), and those after each."""
+    trained = [trained_model(number, word, args.model) for number, word in enumerate(args.runs, 1)]
+    return base_of_runs(args, trained[0]), trained
+
+
+def notes_on_order(runs: list[str]) -> list[str]:
+    """Returns a line for each run that was not trained from the one before it, as far as the folders of runs
+    say so."""
+    notes = []
+    for before, run in itertools.pairwise(runs):
+        config = read_json_if_there(Path(run) / "config.json")
+        is_run = (Path(run) / "metrics.jsonl").is_file() and (
+            Path(before) / "metrics.jsonl"
+        ).is_file()
+        if not is_run or not config:
+            continue
+        start = config.get("adapter") or config.get("model")
+        began_at = Path(start).resolve() if start else None
+        if began_at is None or Path(before).resolve() not in (began_at, began_at.parent):
+            notes.append(
+                f"NOTE: {run} was trained from {start or 'the default base'}, not from {before}: transfer and"
+                " forgetting are of trainings that follow each other"
+            )
+    return notes
 
 
 def trained_model(number: int, word: str, model: str | None) -> Target:
@@ -190,7 +219,7 @@ def print_summary(args: argparse.Namespace, summary: dict[str, float]) -> None:
     spec = number_format(args.metric)
     is_loss = args.metric == "loss"
     average = -summary["average"] if is_loss else summary["average"]
-    label = "average loss" if is_loss else "average accuracy"
+    label = f"average {'loss' if is_loss else EVALUATIONS[args.metric].score}"
     print(f"{label:18}{average:>9{spec}}   of all tasks after the last training")
     what = {
         "backward transfer": "what later trainings have changed of earlier tasks",

@@ -6,7 +6,7 @@ from common import cli
 from common.errors import UserError
 from common.known_names import EVALUATE_NAMES
 from common.script_flags import add_loading_flags
-from evals.arguments import check_minimum
+from evals.arguments import add_html_flag, check_minimum
 from evals.compare_arguments import add_reading_flags, add_size_flags
 from evals.table import EVALUATIONS, GENERATE
 
@@ -77,6 +77,7 @@ def add_task_flags(group: argparse._ArgumentGroup) -> None:
         " default: %(default)s",
     )
     add_reading_flags(group, "of what --limit draws", "the last RUN")
+    add_html_flag(group)
 
 
 def check_continual_arguments(args: argparse.Namespace) -> None:

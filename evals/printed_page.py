@@ -30,6 +30,7 @@ from evals.report import (
     without_secrets,
     write_report,
 )
+from evals.run_page import check_spares_run
 from evals.targets import Target, pick_targets
 
 # "data      FILE: 50 records": a word in a column of ten characters, and what belongs to it below.
@@ -55,6 +56,7 @@ def page_of_output(args: argparse.Namespace) -> Iterator[None]:
         return
     file = Path(name)
     check_report_file(file)
+    check_spares_run(file)
     with transcript() as kept:
         yield
     blocks, num_masked = blocks_of_output(kept)
@@ -74,9 +76,19 @@ def title_of(args: argparse.Namespace) -> str:
         base = "its base" if args.base == "base" else args.base
         return f"{args.tuned} against {base}"
     words = args.what if args.command is None else [args.command]
-    files = getattr(args, "files", None) or getattr(args, "answers", None) or []
-    names = ", ".join(Path(shown(str(file)).rstrip("/")).name for file in files)
+    files = measured_files(args)
+    names = ", ".join(Path(shown(file).rstrip("/")).name for file in files)
     return f"{', '.join(words)} on {names}" if names else ", ".join(words)
+
+
+def measured_files(args: argparse.Namespace) -> list[str]:
+    """Returns the files that a command line reads examples, prompts or answers from, each once."""
+    if args.command == "compare":
+        files = [args.target, *args.general, *(file for _, file in args.benchmark), args.safety]
+    else:
+        files = [getattr(args, "data", None), *(getattr(args, "files", None) or [])]
+        files += getattr(args, "answers", None) or []
+    return list(dict.fromkeys(str(file) for file in files if file))
 
 
 def command_typed() -> str:
@@ -151,11 +163,7 @@ def add_line(line: str, facts: list[list[str]], results: list[PageBlock]) -> Non
 def made_rows(args: argparse.Namespace) -> list[list[str]]:
     """Returns the hashes of what was measured, and versions."""
     rows = []
-    files = [*(getattr(args, "files", None) or []), *(getattr(args, "answers", None) or [])]
-    if args.command == "compare":
-        files = [*([args.target] if args.target else []), *args.general]
-        files += [file for _, file in args.benchmark]
-    for file in dict.fromkeys(map(str, files)):
+    for file in measured_files(args):
         path = Path(file)
         # A file that is gone by now has no hash, and the evaluation was right all the same.
         with contextlib.suppress(OSError):
@@ -176,6 +184,11 @@ def targets_of(args: argparse.Namespace) -> list[Target]:
         from evals.compare import pick_models
 
         return pick_models(args)
+    if args.command == "continual":
+        from evals.continual import models_of_runs
+
+        base, trained = models_of_runs(args)
+        return [base, *trained] if base else trained
     if getattr(args, "answers", None):
         return []
     return pick_targets(args)

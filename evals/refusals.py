@@ -83,7 +83,18 @@ PHRASES_NOTE = (
 # What a row's label means: True where the prompt is harmful.
 LABELS = {"unsafe": True, "harmful": True, "safe": False, "harmless": False}
 CONTRAST = "contrast_"  # begins the types of XSTest's harmful prompts
+# Those of its harmless ones.
+HARMLESS_TYPES = (
+    "homonyms", "figurative_language", "safe_targets", "safe_contexts", "definitions",
+    "nons_group_real_discr", "real_group_nons_discr", "historical_events", "privacy_public",
+    "privacy_fictional",
+)  # fmt: skip
 ADVBENCH, XSTEST, LABELLED = "AdvBench (goal, target)", "XSTest (prompt, type)", "labelled prompts"
+
+
+def is_type_of_xstest(value: object) -> bool:
+    """True for a type of XSTest's prompts. Other files have types, too, which say nothing of harm."""
+    return isinstance(value, str) and (value in HARMLESS_TYPES or value.startswith(CONTRAST))
 
 
 def folded_text(text: str) -> str:
@@ -142,7 +153,7 @@ class RowLabels(NotedRows):
         if "goal" in value and "target" in value and "prompt" not in value:
             value["prompt"] = value.pop("goal")
             format_name, is_harmful = ADVBENCH, True
-        elif "prompt" in value and isinstance(value.get("type"), str):
+        elif "prompt" in value and is_type_of_xstest(value.get("type")):
             kind = value.pop("type")
             # Its first release has no column of labels.
             label = value.pop("label", "unsafe" if kind.startswith(CONTRAST) else "safe")

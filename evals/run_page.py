@@ -13,6 +13,7 @@ from common.console import format_duration, number_of
 from common.errors import UserError
 from evals.charts import Curve, LineChart, line_chart
 from evals.report import PageBlock, PageSection, render_report
+from evals.table import EVALUATIONS
 
 PAGE_NAME = "report.html"
 # The numbers of metrics.jsonl that have charts or places of their own, and those that need none.
@@ -23,11 +24,21 @@ CHARTED = (
 UNCHARTED = ("step", "tokens", "trained_tokens", "skipped", "seconds")
 # So many rows of validations stand in the table of numbers, spread evenly.
 MOST_ROWS = 60
-UNMEASURED_HERE = (
-    "A lower loss on held-out examples means that the model finds their answers more probable. It does not say how"
-    " often answers are right, what the model has forgotten, or whether it answers harmful requests. To measure"
-    " target and forgetting, with intervals and a page like this one:"
+# How numbers of metrics.jsonl are called on the page.
+LABELS = {
+    "val_loss": "validation loss, nats a token",
+    "replay_val_loss": "loss on replayed data, nats a token",
+    "kl_base": "KL(base || tuned), nats a token",
+    "general_loss": "loss on general data (--forget-data), nats a token",
+    "general_loss_rise": "rise of the loss on general data, nats a token",
+    "ewc_penalty": "penalty of --ewc",
+    "balance_loss": "balance loss of routed experts",
+}
+CHANGES_NOTE = (
+    "The end against the model before the training, with the 95 % interval of each change by paired bootstrap"
+    " over its items. unsure: the interval holds 0."
 )
+SCORE = "val_"  # begins the name of an --eval-metric
 
 
 def read_run_metrics(folder: Path) -> list[dict]:
@@ -51,8 +62,22 @@ def read_run_metrics(folder: Path) -> list[dict]:
         except ValueError:
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
+            # A skipped step has no loss. What else is no number is damaged.
+            lines.append({name: value for name, value in line.items() if is_number(name, value)})
     return lines
+
+
+def is_number(name: str, value: object) -> bool:
+    """True for what a line of metrics.jsonl may hold: a number, or null for one that was not finite."""
+    if value is None:
+        return name not in UNCHARTED
+    return isinstance(value, int | float)
+
+
+def check_spares_run(file: Path) -> None:
+    """Raises UserError if --html names the page of a run, which holds what nothing else knows."""
+    if file.name == PAGE_NAME and (file.parent / "metrics.jsonl").is_file():
+        raise UserError(f"--html {file}: is the page of a run; give another name")
 
 
 def points_of(
@@ -95,6 +120,16 @@ def other_numbers(lines: Sequence[dict]) -> list[str]:
     return [name for name in names if name not in CHARTED and name not in UNCHARTED]
 
 
+def label_of(name: str) -> str:
+    """Returns what a number of metrics.jsonl is called on the page."""
+    metric = name.removeprefix(SCORE)
+    if name in LABELS:
+        return LABELS[name]
+    if name.startswith(SCORE) and metric in EVALUATIONS:
+        return f"validation answers, {EVALUATIONS[metric].score}"
+    return name
+
+
 # ---- the curves ----
 
 
@@ -134,7 +169,7 @@ def run_charts(lines: Sequence[dict]) -> list[LineChart]:
         drawn.append(line_chart(title, curves, from_zero=True))
     for name in other_numbers(lines):
         points = points_of(lines, name)
-        drawn.append(line_chart(name, [Curve(name, points, 7, dotted=True)]))
+        drawn.append(line_chart(label_of(name), [Curve(label_of(name), points, 7, dotted=True)]))
     return [chart for chart in drawn if chart is not None]
 
 
@@ -170,6 +205,10 @@ def in_words(lines: Sequence[dict], facts: dict) -> str:
         is_kept = facts.get("best_val_loss") == best["val_loss"]
         held = ": best/ holds these weights" if is_kept else ""
         text += f" It was lowest at step {best['step']:,}, {best['val_loss']:.4f}{held}."
+    rise = last.get("general_loss_rise")
+    if rise is not None:
+        direction = "rose" if rise > 0 else "fell"
+        text += f" The loss on general data {direction} by {abs(rise):.4f}."
     return text
 
 
@@ -220,16 +259,12 @@ def loss_rows(lines: Sequence[dict]) -> list[list[str]]:
     if first["step"] == 0 and first is not last:
         columns.insert(0, ("before training", first))
     rows = [["", *(f"{name} (step {line['step']:,})" for name, line in columns)]]
-    labels = {
-        "val_loss": "validation loss, nats a token",
-        "replay_val_loss": "loss on replayed data, nats a token",
-        "kl_base": "KL(base || tuned), nats a token",
-    }
-    labels |= {name: name for name in other_numbers(validations)}
-    for name, label in labels.items():
+    for name in ["val_loss", "replay_val_loss", "kl_base", *other_numbers(validations)]:
         if any(line.get(name) is not None for _, line in columns):
             numbers = [line.get(name) for _, line in columns]
-            rows.append([label, *("" if number is None else f"{number:.4f}" for number in numbers)])
+            rows.append(
+                [label_of(name), *("" if number is None else f"{number:.4f}" for number in numbers)]
+            )
     return rows
 
 
@@ -243,7 +278,7 @@ def number_rows(lines: Sequence[dict]) -> list[list[str]]:
     if len(validations) > MOST_ROWS:
         last = len(validations) - 1
         validations = [validations[round(i * last / (MOST_ROWS - 1))] for i in range(MOST_ROWS)]
-    rows = [["step", *names]]
+    rows = [["step", *map(label_of, names)]]
     for line in validations:
         numbers = [line.get(name) for name in names]
         rows.append(
@@ -262,6 +297,9 @@ def run_sections(lines: Sequence[dict], facts: dict) -> list[PageSection]:
         top.append(PageBlock("warning", remark))
     top.append(PageBlock("tiles", run_tiles(lines, facts)))
     changes = []
+    if facts.get("changes"):
+        changes.append(PageBlock("table", facts["changes"]))
+        changes.append(PageBlock("note", CHANGES_NOTE))
     if facts.get("comparison"):
         changes.append(PageBlock("table", facts["comparison"]))
         changes += [PageBlock("note", note) for note in facts.get("comparison_notes", [])]
@@ -270,7 +308,7 @@ def run_sections(lines: Sequence[dict], facts: dict) -> list[PageSection]:
     unmeasured = []
     if facts.get("compare_command"):
         unmeasured = [
-            PageBlock("text", UNMEASURED_HERE),
+            PageBlock("text", unmeasured_here(facts)),
             PageBlock("code", facts["compare_command"]),
         ]
     curves = []
@@ -292,6 +330,23 @@ def run_sections(lines: Sequence[dict], facts: dict) -> list[PageSection]:
         PageSection("How it was made", making_blocks(facts)),
         PageSection("What this page does not say", unmeasured),
     ]
+
+
+def unmeasured_here(facts: dict) -> str:
+    """Returns what a run has not measured."""
+    missing = ["how often answers are right", "what the model has forgotten"]
+    if not facts.get("asked_for_safety"):
+        missing.append("whether it answers harmful requests")
+    if facts.get("comparison"):
+        missing = [
+            "how often answers to other questions are right",
+            "what else the model has forgotten",
+        ]
+    listed = f"{', '.join(missing[:-1])}, or {missing[-1]}"
+    return (
+        "A lower loss on held-out examples means that the model finds their answers more probable. It does not"
+        f" say {listed}. To measure target and forgetting, with intervals and a page like this one:"
+    )
 
 
 def answer_blocks(facts: dict) -> list[PageBlock]:
@@ -324,7 +379,7 @@ def making_blocks(facts: dict) -> list[PageBlock]:
     blocks = []
     if facts.get("command"):
         blocks += [
-            PageBlock("text", "This command does it again:"),
+            PageBlock("text", facts.get("command_note", "This command does it again:")),
             PageBlock("code", facts["command"]),
         ]
     if facts.get("made"):

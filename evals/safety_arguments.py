@@ -10,6 +10,7 @@ from common.known_names import EVALUATE_NAMES
 from common.script_flags import add_drawing_flags, check_drawing_arguments
 from evals.arguments import (
     BATCH_SIZE,
+    add_html_flag,
     add_saving_flags,
     add_skip_bad,
     add_target_flags,
@@ -281,7 +282,7 @@ def add_warm_drawing(group: argparse._ArgumentGroup, top_p: float) -> None:
 
 
 def add_answer_files(group: argparse._ArgumentGroup) -> None:
-    """Adds the flags of answers in a file."""
+    """Adds the flags of answers in a file, and of the page."""
     add_saving_flags(group)
     group.add_argument(
         "--answers",
@@ -290,6 +291,7 @@ def add_answer_files(group: argparse._ArgumentGroup) -> None:
         help="judge answers to --data that were saved by --out or by generate.py --data, without a model;"
         " two files are laid side by side, the base's first; default: the model answers",
     )
+    add_html_flag(group)
 
 
 def parsed(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:

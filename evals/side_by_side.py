@@ -26,7 +26,9 @@ from evals.report import (
 from evals.run_page import (
     PAGE_NAME,
     answer_blocks,
+    check_spares_run,
     in_words,
+    label_of,
     median_speed,
     other_numbers,
     points_of,
@@ -72,6 +74,10 @@ def report_runs(args: argparse.Namespace) -> None:
     if args.html is not None:
         file = Path(args.html)
         check_report_file(file)
+        # A run's page may be made anew, of that run alone.
+        folders = [folder.resolve() for folder in args.runs]
+        if folders != [file.resolve().parent]:
+            check_spares_run(file)
     runs = read_runs(args.runs)
     results = result_rows(runs)
     print(console.table([[console.one_line(cell, 60) for cell in row] for row in results]))
@@ -138,7 +144,9 @@ def result_rows(runs: Sequence[RunFolder]) -> list[list[str]]:
 
 
 def difference_rows(runs: Sequence[RunFolder]) -> list[list[str]]:
-    """Returns the settings in which the runs differ, a row a setting; nothing where they don't."""
+    """Returns the settings in which the runs differ, a row a setting; nothing where they don't. Runs
+    without config.json are left out."""
+    runs = [run for run in runs if run.config]
     names: dict[str, None] = {}
     for run in runs:
         names |= dict.fromkeys(run.config)
@@ -169,6 +177,11 @@ def notes_on(runs: Sequence[RunFolder]) -> list[str]:
         notes.append(
             f"{', '.join(unknown)}: no {PAGE_NAME} with facts (still going on, stopped hard, or of an earlier"
             " version), so whether base and data are the same is not known"
+        )
+    unset = [run.name for run in runs if not run.config]
+    if unset and len(runs) > 1:
+        notes.append(
+            f"{', '.join(unset)}: no config.json, so its settings are not among those compared"
         )
     for key, what, so in (
         ("base_sha256", "bases", ""),
@@ -242,17 +255,20 @@ def charts_of_runs(runs: Sequence[RunFolder]) -> list[LineChart]:
         ("Peak memory, GB", "memory_mb", 1e-3, True),
     ]
     more = dict.fromkeys(name for run in runs for name in other_numbers(run.lines))
-    wanted += [(name, name, 1.0, False) for name in more]
+    wanted += [(label_of(name), name, 1.0, False) for name in more]
     drawn = []
     for title, name, scale, from_zero in wanted:
         curves = []
+        any_means = False
         for color, run in enumerate(runs):
             points = points_of(run.lines, name, scale)
             is_smoothed = name in ("loss", "grad_norm", "tokens_per_s")
             means = rolling_mean(points) if is_smoothed else []
+            any_means |= bool(means)
             dotted = name in ("val_loss", "kl_base", *more)
             curves.append(Curve(run.name, means or points, color, dotted=dotted))
-        if name in ("loss", "grad_norm", "tokens_per_s"):
+        # Short runs have none.
+        if any_means:
             title += ", running mean"
         drawn.append(line_chart(title, curves, from_zero))
     return [chart for chart in drawn if chart is not None]

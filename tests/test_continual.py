@@ -104,7 +104,7 @@ def test_scores_of_answers_are_in_percent_and_the_base_can_be_left_out(tasks, mo
     runs = [folder / "run1/final", folder / "run2/final"]
     words = [*runs, "--data", *files, "--metric", "f1", "--base", "none", "--max-new-tokens", 3, "--limit", 4]
     out = measured(monkeypatch, capsys, *words)
-    assert "F1 %     1 task1.jsonl  2 task2.jsonl" in out and "average accuracy" in out
+    assert "F1 %     1 task1.jsonl  2 task2.jsonl" in out and "average F1 %" in out
     assert not re.search(r"^base +\d", out, re.MULTILINE) and "forward transfer" not in out
     matrix = np.array([numbers_of(out, name) for name in ("after 1", "after 2")])
     assert matrix.shape == (2, 2) and (matrix >= 0).all() and (matrix <= 100).all()

@@ -377,7 +377,7 @@ def test_the_data_are_those_of_ewc_data_else_of_replay_else_bundled(job, monkeyp
     out = trained(monkeypatch, capsys, *job(*short))
     assert "8 sequences, 1,024 tokens, of assets/general.txt (bundled; --ewc-data FILE names another): about" in out
     out = trained(monkeypatch, capsys, *job(*short, *replayed, "--ewc-data", general, "--ewc-samples", 45))
-    assert f"of {general} (--ewc-data; there are 30, read 1.5 times with other labels): about" in out
+    assert f"of {general} (--ewc-data; of 30 there, each is read 1.5 times with other labels): about" in out
 
 
 def test_what_it_can_t_be_combined_with_is_refused_in_one_line(job, monkeypatch, capsys, tmp_path):

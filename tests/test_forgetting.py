@@ -625,8 +625,8 @@ def test_references_are_checked_before_a_model_is_loaded(job, compared, tmp_path
     for name in ("base", "tuned"):
         cut = "2 of 2 answers to calls.jsonl were cut off at the longest that an answer may be (--max-new-tokens)"
         assert f"\nNOTE: {name}: {cut}\n" in said
-    assert "\nNOTE: no item changed in benchmark calls.jsonl, tools %" in said
-    assert "of 2 items without a change, up to 100 % of all may change (rule of three)." in said
+    assert "\nNOTE: no item changed in these rows, from which no interval follows; as many of all may change" in said
+    assert " (rule of three): benchmark calls.jsonl, tools % (of 2 items: 100 %); " in said
 
 
 def test_models_and_adapters_are_named_as_model_and_adapter_take_them(job, compared, monkeypatch, capsys):

@@ -174,7 +174,11 @@ def test_the_page_says_the_numbers_of_the_run(run):
     validations = [line for line in lines(folder) if "val_loss" in line]
     before, after = (f"{line['val_loss']:.4f}" for line in (validations[0], validations[-1]))
     assert f"The loss on held-out examples fell from {before} to {after} nats a token in 24 steps." in page.text
-    (changes, numbers, files) = page.tables
+    (certain, changes, numbers, files) = page.tables
+    assert certain[0] == ["", "items", "before", "end", "change", "95 % interval", "verdict"]
+    assert certain[1][:4] == ["validation loss, nats a token", "7", before, after] and certain[1][-1] == "better"
+    low, high = (float(each) for each in certain[1][5].split(" to "))
+    assert low < validations[-1]["val_loss"] - validations[0]["val_loss"] < high < 0
     assert changes[0][1] == "before training (step 0)" and changes[1][1] == before and changes[1][-1] == after
     assert [row[0] for row in numbers[1:]] == ["0", "6", "12", "18", "24"]
     assert numbers[1][1:] == [before, "0.0000"]
@@ -254,7 +258,12 @@ def test_a_resumed_run_writes_it_anew_and_event_files_go_on(folder):
     page = Page(folder / "longer/report.html")
     check_curves(page, folder / "longer")
     assert max(page.charts["Learning rate"]) == 14 and "14 steps, 20" in page.text
-    assert "--steps 14" in page.facts["command"] and "--resume" not in page.facts["command"]
+    first, second = page.facts["command"].split("\n", 10)[0], page.facts["command"].rpartition("python")[2]
+    assert first == "python train.py \\" and "--steps 8 \\\n" in page.facts["command"]
+    assert second == " train.py \\\n    --out longer \\\n    --resume \\\n    --steps 14"
+    assert "These 2 commands, one after the other, do it again" in page.text
+    # The model before the training is known from the run's folder.
+    assert page.tables[0][1][0] == "validation loss, nats a token"
     check_events(folder / "longer")
 
 
@@ -276,11 +285,22 @@ def test_a_stopped_run_says_so_and_answers_nothing(folder, monkeypatch):
     assert list(page.charts["Learning rate"]) == steps
 
 
-def test_full_fine_tuning_has_no_answers_of_the_base_and_a_failure_is_one_line(folder, monkeypatch):
-    said = trained(folder, "full", "--method", "full", "--steps", 2)
+def test_full_fine_tuning_answers_before_it_trains_and_a_failure_is_one_line(folder, monkeypatch):
+    trained(folder, "full", "--method", "full", "--steps", 2, "--save-every", 1)
+    page = Page(folder / "full/report.html")
+    names = ["asked", "reference", "base", "tuned"]
+    assert [[name for name, _ in rows] for rows in page.facts["answers"]] == [names] * 3
+    assert "base: the model before the first step" in page.text
+    # Its adapter is off, which is the same model.
+    adapted = Page(folder / "run/report.html")
+    for mine, theirs in zip(page.facts["answers"], adapted.facts["answers"], strict=True):
+        assert mine[:3] == theirs[:3]
+    # The page is made of what a resumed run still knows.
+    said = trained(folder, "full", "--resume", "--steps", 3)
     page = Page(folder / "full/report.html")
     assert [[name for name, _ in rows] for rows in page.facts["answers"]] == [["asked", "reference", "tuned"]] * 3
-    assert "of the base there are none: it is trained over" in page.text and "report    " in said
+    assert "of the base there are none: it was trained over when this run was resumed" in page.text
+    assert "report    " in said
 
     def fails(*_):
         raise ZeroDivisionError("of the page")
@@ -317,10 +337,12 @@ def test_numbers_that_some_runs_have_besides_get_charts_and_columns(tmp_path):
         (tmp_path / "page.html").write_text(run_page.run_page(tmp_path, lines_read, {"best_val_loss": best}))
         assert f"It was lowest at step 2, 1.0000{held}" in Page(tmp_path / "page.html").text
     page = Page(tmp_path / "page.html")
-    assert page.charts["val_f1"] == {0: {"val_f1": 0.25}, 2: {"val_f1": 0.75}, 4: {"val_f1": 0.5}}
+    name = "validation answers, F1 %"
+    assert page.charts[name] == {0: {name: 0.25}, 2: {name: 0.75}, 4: {name: 0.5}}
     assert page.charts["penalty"] == {1: {"penalty": 0.5}, 2: {"penalty": 1.0}} and "mfu" not in page.charts
     changes, numbers = page.tables
-    assert changes[-1] == ["val_f1", "0.2500", "0.7500", "0.5000"] and numbers[0] == ["step", "val_loss", "val_f1"]
+    assert changes[-1] == [name, "0.2500", "0.7500", "0.5000"]
+    assert numbers[0] == ["step", "validation loss, nats a token", name]
 
 
 # ---- runs side by side ----

@@ -411,10 +411,13 @@ def test_judge_says_style_of_two_models(base, tmp_path, monkeypatch, capsys):
 
 def test_expected_maximum_toxicity_and_its_probability_are_those_of_the_paper():
     toxicity = np.array([[0.1, 0.9, 0.2], [0.4, 0.3, 0.0], [0.5, 0.1, 0.1]])
-    rows = {row.name: row for row in toxicity_measures(toxicity, [0.8, 0.2, None])}
+    rows = {row.name: row for row in toxicity_measures(toxicity, [0.8, None, None])}
     assert [*rows] == ["expected maximum toxicity", "at least one toxic"]
     assert rows["expected maximum toxicity"].values.tolist() == [0.9, 0.4, 0.5]
     assert rows["at least one toxic"].values.tolist() == [1.0, 0.0, 1.0]
+    # A prompt of which it is not known counts in neither of the two.
+    rows = {row.name: row.values.tolist() for row in toxicity_measures(toxicity, [0.8, 0.2, None])}
+    assert rows["at least one toxic, other prompts"] == [0.0]
     rows = {row.name: row.values.tolist() for row in toxicity_measures(toxicity, [0.8, 0.2, 0.1])}
     assert rows["expected maximum toxicity, toxic prompts"] == [0.9]
     assert rows["at least one toxic, other prompts"] == [0.0, 1.0]
@@ -672,7 +675,7 @@ def test_the_bundled_task_reckons_with_its_safety_prompts_and_prints_them(tmp_pa
     assert made.answering_seconds > 50.0
     assert "2 test items by the untouched base, 1 with eight examples; 40 prompts on safety" in capsys.readouterr().out
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "tokens_per_s": 9.0}\n')
-    made.finish(tmp_path)
+    made.finish(tmp_path, 0.25)
     said = capsys.readouterr().out
     assert ["refusal", "of", "20", "harmful", "prompts", "100.0", "%", "100.0", "%", "(+0.0", "to", "+0.0)"] in [
         line.split() for line in said.splitlines()
@@ -681,9 +684,15 @@ def test_the_bundled_task_reckons_with_its_safety_prompts_and_prints_them(tmp_pa
     assert over == ["over-refusal", *"of 20 harmless prompts 100.0 % 0.0 % (-100.0 to -100.0)".split()]
     stored = json.loads((tmp_path / "comparison.json").read_text())["safety"]
     assert stored == {
-        "refusal of harmful prompts %": [100.0, 100.0],
-        "over-refusal of harmless prompts %": [100.0, 0.0],
+        "refusal of harmful prompts %": {"base": 100.0, "tuned": 100.0, "interval": [0.0, 0.0]},
+        "over-refusal of harmless prompts %": {"base": 100.0, "tuned": 0.0, "interval": [-100.0, -100.0]},
     }
+    comparison = json.loads((tmp_path / "comparison.json").read_text())
+    assert comparison["kl_base"] == 0.25
+    losses = comparison["loss_on_general_text"]
+    # The same model twice.
+    assert losses["base"] == losses["tuned"] and losses["interval"] == [0.0, 0.0]
+    assert any(line.split() == "KL(base || tuned), nats a token 0 0.250".split() for line in said.splitlines())
 
 
 def test_a_row_of_the_bundled_task_s_table():

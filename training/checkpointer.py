@@ -62,6 +62,7 @@ RUN_FILES = (
     "bad_batch.jsonl",
     "comparison.json",
     "gauge.safetensors",
+    "validation.safetensors",
     "ewc.safetensors",
     "safety.json",
     "best",
@@ -217,6 +218,9 @@ class Checkpointer:
         read_checkpoint(found, self.model, self.optimizers)
         sampler.epoch, sampler.window, sampler.row = stored["position"]
         self.writer.newest = found.folder.name
+        steps_before = stored["flags"]["steps"]
+        if steps_before != self.settings.steps:
+            state.earlier_ends.append(steps_before)
         if len(stored["random"]) == distributed.world_size():
             set_random_state(stored["random"][distributed.rank()])
         else:

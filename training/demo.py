@@ -22,10 +22,10 @@ from data import ASSETS, BUNDLED_TASK
 from dataset.examples import Dataset, Example
 from dataset.formats import open_source
 from dataset.records import Record
-from evals.compare import Change
+from evals.bootstrap import paired_interval
+from evals.compare import Change, ItemLosses, item_losses
 from evals.exact_match import ExactResult, exact
 from evals.intervals import wilson_interval
-from evals.loss import loss
 from model import Transformer
 from tokenizer import Tokenizer
 from training.defaults import Settings
@@ -37,6 +37,7 @@ FEW_SHOTS = 8  # examples in the prompt
 # How many tokens of general text are read, and the length of the pieces that they are cut into.
 GENERAL_TOKENS = 5000
 GENERAL_LENGTH = 500
+GENERAL_BATCH = 8  # pieces that are read at a time
 QUESTION = "What is the capital of France?"
 
 # About when the program was started, for --budget.
@@ -165,8 +166,8 @@ class Demo:
             examples.append(Example(piece, loss_weights))
         return Dataset(examples)
 
-    def general_loss(self) -> float:
-        return loss(self.model, self.general)["loss"]
+    def general_loss(self) -> ItemLosses:
+        return item_losses(self.model, self.general, GENERAL_BATCH)
 
     def answer(self, question: str) -> str:
         messages = [{"role": "user", "content": question}]
@@ -175,10 +176,11 @@ class Demo:
         ids = self.model.generate([prompt], 48, stop=stop_ids)[0]
         return self.tokenizer.decode([i for i in ids if i not in stop_ids])
 
-    def finish(self, out: Path) -> None:
+    def finish(self, out: Path, kl_base: float) -> None:
         """Answers with the tuned model, prints the comparison and writes comparison.json.
 
         out: the run's folder, in which metrics.jsonl is whole.
+        kl_base: what the gauge has measured of the tuned model; NaN where it was off.
         """
         tuned = self.score(self.test)
         tuned_loss = self.general_loss()
@@ -186,10 +188,10 @@ class Demo:
         results = {"base": self.base, "base, 8 examples in the prompt": self.few_shot}
         results["tuned"] = tuned
 
-        rows = self.comparison_rows(results, tuned_loss, out)
+        rows = self.comparison_rows(results, tuned_loss, kl_base, out)
         changes = self.safety.measure_tuned(self.model)
         # Below the loss, the other number of what training costs.
-        rows[4:4] = [safety_row(change) for change in changes]
+        rows[5:5] = [safety_row(change) for change in changes]
         self.rows = rows
         print(f"\n{table(rows)}\n")
         for i in (0, 1):
@@ -201,21 +203,32 @@ class Demo:
         self.shown_answers.append((QUESTION, "", self.base_answer, tuned_answer))
         print()
         print(
-            "refusals  by a list of phrases (evals/refusals.py); in brackets the 95 % interval of the change"
+            "intervals in brackets, of 95 %, are of the change; refusals are told by a list of phrases"
+            " (evals/refusals.py)"
         )
         of_budget = f" of the {self.budget / 60:g} of --budget" if self.budget < math.inf else ""
         print(f"took      {elapsed() / 60:.1f} min in all{of_budget}")
 
         exact_answers = {name: [result.right, result.total] for name, result in results.items()}
-        losses = {"base": self.base_loss, "tuned": tuned_loss}
+        losses = {"base": self.base_loss.mean, "tuned": tuned_loss.mean}
+        losses["interval"] = list(self.loss_interval(tuned_loss))
         comparison = {"exact": exact_answers, "loss_on_general_text": losses}
-        comparison["safety"] = {each.name: [each.base, each.tuned] for each in changes}
+        comparison["kl_base"] = kl_base if math.isfinite(kl_base) else None
+        comparison["safety"] = {
+            each.name: {"base": each.base, "tuned": each.tuned, "interval": list(each.interval)}
+            for each in changes
+        }
         # A disk that is full now must not cost a run that has ended well.
         with contextlib.suppress(OSError), atomic_file(out / "comparison.json") as tmp:
             write_json(comparison, tmp)
 
+    def loss_interval(self, tuned: ItemLosses) -> tuple[float, float]:
+        """Returns the 95 % interval of the change of the loss on general text, over its pieces."""
+        base = self.base_loss
+        return paired_interval(base.sums, tuned.sums, base.tokens, tuned.tokens)
+
     def comparison_rows(
-        self, results: dict[str, ExactResult], tuned_loss: float, out: Path
+        self, results: dict[str, ExactResult], tuned_loss: ItemLosses, kl_base: float, out: Path
     ) -> list[list[str]]:
         """Returns the rows of the comparison, the heading first: a column for each result."""
         exact_answers = []
@@ -226,8 +239,9 @@ class Demo:
             low, high = wilson_interval(result.right, result.total)
             intervals.append(f"{100 * low:.1f} to {100 * high:.1f} %")
             prompt_tokens.append(f"{result.prompt_tokens:.0f}")
-        change = tuned_loss - self.base_loss
-        tuned_loss_cell = f"{tuned_loss:.3f} ({change:+.3f})"
+        low, high = self.loss_interval(tuned_loss)
+        tuned_loss_cell = f"{tuned_loss.mean:.3f} ({low:+.3f} to {high:+.3f})"
+        distance = f"{kl_base:.3f}" if math.isfinite(kl_base) else "not measured"
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         steps = [line for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
         # The speed of the median step: single slow ones do not count.
@@ -238,7 +252,8 @@ class Demo:
             ["", *results],
             ["exact answers", *exact_answers],
             ["95 % interval of that", *intervals],
-            ["loss on general text", f"{self.base_loss:.3f}", "", tuned_loss_cell],
+            ["loss on general text", f"{self.base_loss.mean:.3f}", "", tuned_loss_cell],
+            ["KL(base || tuned), nats a token", "0", "", distance],
             ["prompt tokens an answer", *prompt_tokens],
             ["trained parameters", "0", "0", f"{trained:,}"],
             ["training tokens/s", "", "", f"{speed:,.0f}"],

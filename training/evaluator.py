@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import distributed
 from common.errors import UserError, describe_os_error
@@ -23,6 +24,7 @@ from training.metrics import MetricsLogger
 from training.signals import GracefulStop, ValidationInterrupted
 from training.state import TrainState
 from training.validation import validation_loss
+from training.validation_change import ValidationChange
 
 
 class Evaluator:
@@ -65,6 +67,7 @@ class Evaluator:
         self.general = None
         if settings.forget_data:
             self.general = GeneralLoss(settings, model, data, state, device)
+        self.change = ValidationChange(out)
         self.was_interrupted = False
 
     def due(self, state: TrainState) -> bool:
@@ -106,8 +109,9 @@ class Evaluator:
         val = self.data.val
         replay_val = self.data.replay_val
         max_tokens = self.settings.max_tokens
+        sums: list[Tensor] = []
         with eager_mode(self.model):
-            loss = validation_loss(self.model, val, self.device, max_tokens, stop)
+            loss = validation_loss(self.model, val, self.device, max_tokens, stop, sums)
             replay_loss = None
             if replay_val:
                 replay_loss = validation_loss(self.model, replay_val, self.device, max_tokens, stop)
@@ -115,6 +119,7 @@ class Evaluator:
             problem = f"the validation loss is {loss:g}"
             raise UserError(f"step {state.step}: {problem}; stopped, try a lower --lr")
 
+        self.change.take(state.step, sums)
         line: dict[str, float | None] = {"step": state.step, "val_loss": loss}
         replay = ""
         if replay_loss is not None:

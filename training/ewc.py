@@ -137,9 +137,9 @@ class EWC:
 
     def write(self, path: Path) -> str:
         """Writes what a resumed run has to know. Returns a clause about it. A disk that is full ends
-        nothing."""
-        if not self.settings.save_every:
-            return ""
+        nothing.
+
+        Also without --save-every: a run that a signal stops can be resumed all the same."""
         tensors = {}
         for name, each in self.held.items():
             for key, tensor in each.state().items():
@@ -449,9 +449,8 @@ def read_sequences(
     chosen = [pieces[i * len(pieces) // count] for i in range(count)]
     several = ""
     if len(pieces) < count:
-        several = (
-            f"; there are {len(pieces)}, read {count / len(pieces):.1f} times with other labels"
-        )
+        times = f"{count / len(pieces):,.1f}".removesuffix(".0")
+        several = f"; of {len(pieces):,} there, each is read {times} times with other labels"
     return chosen, f"{names} ({what}{several})"
 
 

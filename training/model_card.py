@@ -12,7 +12,7 @@ import platform
 import re
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -72,6 +72,8 @@ class ModelCard:
     origin: what the run is made from, as plaintune.json has it.
     folder: of the base.
     metrics, state: are read when a card is written.
+    first_answers: to the prompts of the run's page, of the model before step 1; nothing where its base can be
+        asked at the end as well.
     """
 
     settings: Settings
@@ -81,6 +83,7 @@ class ModelCard:
     tokenizer: Tokenizer
     metrics: MetricsLogger
     state: TrainState
+    first_answers: list[str] = field(default_factory=list)
 
     def write(self, tmp: Path, name: str) -> None:
         """Writes README.md into the folder `tmp`, which will be called `name`: final or best."""

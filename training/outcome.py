@@ -59,12 +59,17 @@ def finish(
     scorer = evaluator.scorer
     memory = peak_memory(evaluator.device)
     print_end(settings, state, metrics, out, memory, evaluator.gauge, scorer)
+    changes = []
+    change = evaluator.change.change()
+    if change is not None:
+        changes.append(change)
     if safety:
         safety.finish(model, out)
+        changes += safety.changes
     if demo:
         with eager_mode(model):
-            demo.finish(out)
-    write_run_report(card, model, demo)
+            demo.finish(out, state.kl_base)
+    write_run_report(card, model, changes, demo)
     tuned = out / best_or_final(settings, state, scorer.heading if scorer else "")
     print_next_command(settings, tuned, card.data)
     if settings.push and distributed.is_rank0():

@@ -25,6 +25,7 @@ from common.errors import first_line, read_json_if_there
 from common.files import file_sha256
 from dataset.examples import Dataset, Example
 from dataset.inspection import spans_of
+from evals.compare import HEADINGS, Change
 from evals.report import (
     command_text,
     masked_note,
@@ -58,16 +59,22 @@ MOST_HASHED_BYTES = 1 << 30
 NO_SETTINGS = ("plan", "gpus", "gpu_memory", "profile", "resume", "overwrite", "out")
 
 
-def write_run_report(card: ModelCard, model: Transformer, demo: Demo | None = None) -> None:
+def write_run_report(
+    card: ModelCard,
+    model: Transformer,
+    changes: Sequence[Change] = (),
+    demo: Demo | None = None,
+) -> None:
     """Writes report.html, and prints where it is. Only rank 0 has something to do.
 
-    card: knows the run. demo: of the bundled task, with its answers.
+    card: knows the run. changes: of what was measured before the training and at its end.
+    demo: of the bundled task, with its answers.
     """
     if not distributed.is_rank0():
         return
     out = card.metrics.out
     try:
-        facts = run_facts(card, model, demo)
+        facts = run_facts(card, model, changes, demo)
         page = run_page(out, read_run_metrics(out), facts)
         write_report(out / PAGE_NAME, page)
     except Exception as error:  # noqa: BLE001 (a run that has trained must not fail for its page)
@@ -78,7 +85,9 @@ def write_run_report(card: ModelCard, model: Transformer, demo: Demo | None = No
     print(f"report    {out / PAGE_NAME}{took}")
 
 
-def run_facts(card: ModelCard, model: Transformer, demo: Demo | None) -> dict:
+def run_facts(
+    card: ModelCard, model: Transformer, changes: Sequence[Change], demo: Demo | None
+) -> dict:
     """Returns what the page says besides metrics.jsonl, as JSON has it."""
     settings, state = card.settings, card.state
     out = card.metrics.out
@@ -100,6 +109,10 @@ def run_facts(card: ModelCard, model: Transformer, demo: Demo | None) -> dict:
         # Of the weights in best/, which are not always those of the lowest one.
         "best_val_loss": state.best_val_loss if state.has_best else None,
     }
+    facts["asked_for_safety"] = demo is not None or bool(settings.safety)
+    if changes:
+        headings = ["", "items", "before", "end", *HEADINGS[4:]]
+        facts["changes"] = [headings, *(change.cells() for change in changes)]
     facts |= data_facts(card) | example_facts(card.data.train, card.tokenizer)
     ended = not state.interrupted_by
     if demo is not None and ended:
@@ -242,7 +255,7 @@ def sample_answers(card: ModelCard, model: Transformer) -> dict:
     training = time.perf_counter() - card.metrics.launched
     seconds = min(AT_MOST, max(AT_LEAST, ANSWER_SHARE * training))
     prompts = [prompt for prompt, _ in asked]
-    base: list[str] = []
+    base = card.first_answers
     was_cut = False
     with eager_mode(model):
         tuned, is_cut = answer_in_time(model, card.tokenizer, prompts, seconds / 2)
@@ -267,9 +280,10 @@ def sample_answers(card: ModelCard, model: Transformer) -> dict:
             num_masked += masked
             clean.append([name, middle_left_out(text) or "(nothing)"])
         answers.append(clean)
-    which = (
-        "base: with the adapter off" if base else "of the base there are none: it is trained over"
-    )
+    which = "with the adapter off" if step_0 is not None else "the model before the first step"
+    which = f"base: {which}"
+    if not base:
+        which = "of the base there are none: it was trained over when this run was resumed"
     note = (
         f"{number_of(len(asked), 'validation prompt')}, answered greedily with at most"
         f" {MOST_ANSWER_TOKENS} tokens; tuned: the model after the last step; {which}. This took {took:.1f} s."
@@ -283,6 +297,23 @@ def sample_answers(card: ModelCard, model: Transformer) -> dict:
         "answers_note": note,
         "took": f"its {number_of(len(asked), 'sample answer')} took {took:.1f} s",
     }
+
+
+def answers_before(card: ModelCard, model: Transformer) -> list[str]:
+    """Returns the model's answers to the page's prompts before step 1, where nothing can be switched off to
+    get them later on; else nothing. It takes AT_LEAST / 2 seconds at most."""
+    val = card.data.val
+    is_shared = distributed.has_shards(model) or distributed.context_parallel
+    if is_shared or not len(val) or not val.chat or not distributed.is_rank0():
+        return []
+    if model_of_step_0(model, card.settings) is not None:
+        return []
+    prompts = [prompt for prompt, _ in answerable(val, model.config.max_positions)]
+    if not prompts:
+        return []
+    with eager_mode(model):
+        texts, _ = answer_in_time(model, card.tokenizer, prompts, AT_LEAST / 2)
+    return texts
 
 
 def answerable(val: Dataset, max_positions: int) -> list[tuple[list[int], list[int]]]:
@@ -364,7 +395,13 @@ def setting_facts(card: ModelCard, given: set[str]) -> dict:
         ):
             continue
         chosen.append([dashed(name), shown_value(value), reason])
-    return {"given": typed, "chosen": chosen, "command": command_again(card, given)}
+    facts = {"given": typed, "chosen": chosen, "command": command_again(card, given)}
+    if card.state.earlier_ends:
+        count = len(card.state.earlier_ends) + 1
+        facts["command_note"] = (
+            f"These {count} commands, one after the other, do it again: the run had ended, and was prolonged:"
+        )
+    return facts
 
 
 def shown_value(value: object) -> str:
@@ -396,17 +433,27 @@ def command_again(card: ModelCard, given: set[str]) -> str:
         names -= {"budget"}
     if card.tokenizer.writes_date:
         names.add("date")
+    ends = [*card.state.earlier_ends, settings.steps]
+    if len(ends) > 1:
+        names |= {"steps"}
+        names -= {"epochs", "budget"}
     words = []
     for name in OPTIONS:
         if name not in names:
             continue
-        value = saved_value(name, getattr(settings, name))
+        value = ends[0] if name == "steps" else saved_value(name, getattr(settings, name))
         if isinstance(value, bool):
             words.append(dashed(name) if value else dashed(f"no_{name}"))
             continue
         values = value if isinstance(value, list | tuple) else [value]
         words += [dashed(name), *map(str, values)]
-    return command_text("train.py", words)
+    if len(ends) == 1:
+        return command_text("train.py", words)
+    out = ["--out", card.metrics.out.name]
+    commands = [command_text("train.py", [*words, *out])]
+    for end in ends[1:]:
+        commands.append(command_text("train.py", [*out, "--resume", "--steps", str(end)]))
+    return "\n".join(commands)
 
 
 def origin_rows(card: ModelCard) -> list[list[str]]:
@@ -424,6 +471,10 @@ def origin_rows(card: ModelCard) -> list[list[str]]:
                 if (name, sha256) not in told:
                     rows.append([f"SHA-256 of {name}", sha256])
                 told.add((name, sha256))
+    for name in ("forget_data", "ewc_data", "safety"):
+        file = getattr(settings, name)
+        if file and Path(file).is_file():
+            rows.append([f"SHA-256 of {Path(file).name}", file_sha256(Path(file)), dashed(name)])
     rows.append(["hash of the examples", origin["data"], "as the model saw them, and their order"])
     if not card.state.interrupted_by:
         for name in ("best", "final"):

@@ -61,6 +61,8 @@ class SafetyCheck:
         self.seconds = 0.0
         self.base_answers: list[list[str]] = []
         self.tuned_answers: list[list[str]] = []
+        # What measure_tuned has found.
+        self.changes: list[Change] = []
         self.is_printed = is_printed
         if is_printed:
             print(lines[0].replace("data     ", "safety   ", 1))
@@ -85,7 +87,9 @@ class SafetyCheck:
         self.base_answers = self.answers_of(model)
         self.seconds = time.perf_counter() - start
         if self.is_printed:
-            what = f"{len(self.prompts):,} prompts by the model before the training"
+            what = (
+                f"{console.number_of(len(self.prompts), 'prompt')} by the model before the training"
+            )
             print(f"safety    answered {what}: {self.seconds:.0f} s", flush=True)
 
     def answers_of(self, model: Transformer) -> list[list[str]]:
@@ -103,7 +107,8 @@ class SafetyCheck:
         """Answers with the tuned model. Returns the change of each number."""
         self.tuned_answers = self.answers_of(model)
         before, after = self.measures(self.base_answers), self.measures(self.tuned_answers)
-        return changes_of_measures("", before, after, seed=0)
+        self.changes = changes_of_measures("", before, after, seed=0)
+        return self.changes
 
     def measures(self, answers: list[list[str]]) -> list[Measure]:
         return refusal_measures(self.prompts, refused_by_phrases(answers), answers)

@@ -1,7 +1,7 @@
 """How far a run has come: the numbers that the loop counts on, which go into checkpoints."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 # The validation's numbers stand in a checkpoint's state.json under "watch", by these names.
@@ -54,6 +54,9 @@ class TrainState:
     general_examples: int | None = None  # of --forget-data that are read; None: not chosen yet
     general_digest: str = ""  # a hash of them
     over_forget_limit: bool = False  # whether the newest is not under --forget-limit
+    earlier_ends: list[int] = field(
+        default_factory=list
+    )  # steps after which it ended, and was prolonged
     interrupted_by: int = 0  # the signal that ended the loop early
 
     def as_dict(self) -> dict:
@@ -85,6 +88,8 @@ class TrainState:
         if self.over_forget_limit:
             # Such a checkpoint is not kept as the best one.
             stored["over_forget_limit"] = True
+        if self.earlier_ends:
+            stored["earlier_ends"] = self.earlier_ends
         stored["watch"] = watch
         return stored
 
@@ -102,6 +107,7 @@ class TrainState:
             general_examples=stored.get("general_examples"),
             general_digest=stored.get("general_digest", ""),
             over_forget_limit=stored.get("over_forget_limit", False),
+            earlier_ends=list(stored.get("earlier_ends", [])),
         )
         if stored.get("val_loss") is not None:
             state.validated_at = state.step

@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Iterator
 
 import torch
+from torch import Tensor
 
 import distributed
 from common.progress import progress
 from data import Batch, batches_by_length
 from dataset.examples import Dataset
+from kernels.attention import Documents
 from model import Transformer, eval_mode
 from objectives import mean_loss
 from training.signals import GracefulStop, ValidationInterrupted
@@ -21,10 +23,13 @@ def validation_loss(
     device: torch.device,
     max_tokens: int | None = None,
     stop: GracefulStop | None = None,
+    sums: list[Tensor] | None = None,
 ) -> float:
     """Returns the loss per trained token, over all ranks.
 
     max_tokens: the most of a batch.
+    sums: gets those of each of this rank's batches by examples (see `sums_of_examples`); nothing where
+        ranks share a batch.
     Raises ValidationInterrupted on all ranks soon after a signal has reached one.
     """
     batches = batches_by_length(
@@ -36,14 +41,31 @@ def validation_loss(
         distributed.context_parallel,
         max_tokens,
     )
+
+    def take(batch: Batch, token_loss: Tensor) -> None:
+        if sums is not None and isinstance(batch.documents, Documents):
+            sums.append(sums_of_examples(batch, batch.documents, token_loss))
+
     with eval_mode(model):
         try:
-            loss = mean_loss(model, until_signal(batches, val.tokens, stop))
+            loss = mean_loss(model, until_signal(batches, val.tokens, stop), take)
         finally:
             if distributed.has_shards(model):
                 # What is around the blocks stays gathered for a backward, which does not come here.
                 model.reshard()
     return loss
+
+
+def sums_of_examples(batch: Batch, documents: Documents, token_loss: Tensor) -> Tensor:
+    """Returns the weighted sum of the token losses of each example of a batch, and the sum of their
+    weights: float32 [2, examples]. token_loss: float32 [K]."""
+    ends = documents.cu_seqlens[1:].long()
+    numbers = torch.bucketize(batch.logit_positions, ends, right=True)  # [K]
+    weights = batch.loss_weights
+    if weights is None:
+        weights = torch.ones_like(token_loss)
+    sums = torch.zeros(2, len(documents.lengths), device=token_loss.device)
+    return sums.index_add_(1, numbers, torch.stack([token_loss * weights, weights]))
 
 
 def until_signal(

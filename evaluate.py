@@ -45,7 +45,13 @@ from evals.pass_at_k import (
 )
 from evals.printed_page import page_of_output
 from evals.questions import read_questions
-from evals.saved_answers import answer_and_save, answer_file_of, score_saved, settings_of
+from evals.saved_answers import (
+    answer_and_save,
+    answer_files_of,
+    remove_partials,
+    score_saved,
+    settings_of,
+)
 from evals.scores import ItemScores
 from evals.table import CHOOSE, COMMANDS, EVALUATIONS, EXECUTE, GENERATE, LOSS, imported
 from evals.targets import Opened, digest_of_ids, encode_files
@@ -115,9 +121,7 @@ def measure_answers(args: argparse.Namespace) -> None:
         return
     opened = Opened(args)
     # A file that is in the way is reported before anything is read or loaded.
-    files = {}
-    if args.out is not None:
-        files = {each.name: answer_file_of(args, each, opened) for each in opened.targets}
+    files = answer_files_of(args, opened.targets)
     records = read_questions(args, opened.file, opened.map_fn, opened.system)
     opened.print_computation()
     settings = settings_of(args)
@@ -150,6 +154,7 @@ def measure_answers(args: argparse.Namespace) -> None:
                 (),
                 None if is_default else settings,
             )
+    remove_partials(files)
     print_scores(args, answers)
 
 
@@ -182,9 +187,7 @@ def measure_programs(args: argparse.Namespace) -> None:
         written = score_code_answers(args.answers, asked, max(args.k))
     else:
         opened = Opened(args)
-        files = {}
-        if args.out is not None:
-            files = {each.name: answer_file_of(args, each, opened) for each in opened.targets}
+        files = answer_files_of(args, opened.targets)
         asked = read_asked(args, opened.file)
         opened.print_computation()
         written = {}
@@ -194,6 +197,7 @@ def measure_programs(args: argparse.Namespace) -> None:
             written[target.name] = write_programs(
                 model, tokenizer, asked, args, target, files.get(target.name), opened.batch_size
             )
+        remove_partials(files)
     (name,) = args.what
     tested: dict[str, TestedPrograms] = {}
     for target_name, answers in written.items():

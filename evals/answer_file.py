@@ -58,9 +58,14 @@ class AnswerFile:
     settings: those that the answers are generated with, once `begin` was called.
     """
 
-    def __init__(self, out: Path, overwrite: bool):
-        """Raises UserError where the file can't be written, or is there and not to be replaced."""
+    def __init__(self, out: Path, overwrite: bool, is_one_of_several: bool = False):
+        """is_one_of_several: a command writes more than one. What is partial stays when the file is
+        finished, until `remove_partial`: the same command then goes on with the others.
+
+        Raises UserError where the file can't be written, or is there and not to be replaced.
+        """
         self.out = out
+        self.is_one_of_several = is_one_of_several
         self.partial = out.with_name(out.name + ".partial")
         self.overwrite = overwrite
         self.places: dict[tuple[int, int], LinePlace] = {}
@@ -68,7 +73,8 @@ class AnswerFile:
         self.opened = contextlib.ExitStack()
         if out.is_dir():
             raise UserError(f"--out {out}: is a folder, the name of a file is wanted")
-        if out.exists() and not overwrite:
+        can_go_on = is_one_of_several and self.partial.exists()
+        if out.exists() and not overwrite and not can_go_on:
             raise UserError(f"--out {out}: is there already; --overwrite replaces it")
 
     def __enter__(self) -> Self:
@@ -183,13 +189,19 @@ class AnswerFile:
             raise OSError(error.errno, error.strerror, str(self.partial)) from None
 
     def finish(self) -> None:
-        """Writes OUT in the order of the records, and removes the partial file."""
+        """Writes OUT in the order of the records, and removes the partial file, unless others are to
+        be finished as well."""
         with atomic_file(self.out) as tmp, open(tmp, "wb") as file:
             for key in sorted(self.places):
                 place = self.places[key]
                 self.stream.seek(place.offset)
                 file.write(self.stream.read(place.length))
-        self.partial.unlink()
+        if not self.is_one_of_several:
+            self.remove_partial()
+
+    def remove_partial(self) -> None:
+        """Removes the partial file, whose answers are in OUT."""
+        self.partial.unlink(missing_ok=True)
 
 
 def differences(before: dict, now: dict) -> list[str]:

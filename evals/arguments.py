@@ -264,8 +264,8 @@ def add_saving_flags(group: argparse._ArgumentGroup) -> None:
         "--out",
         metavar="FILE.jsonl",
         help="save the answers, as generate.py --data does; a run that was stopped goes on with the same"
-        " command. With --versus, the other model's answers are saved beside it, as FILE.base.jsonl;"
-        " default: they are not saved",
+        " command. With --versus, the other model's answers are saved beside it, as FILE.base.jsonl or, for"
+        " another model than the base, FILE.versus.jsonl; default: they are not saved",
     )
     group.add_argument(
         "--overwrite",
@@ -306,13 +306,13 @@ def add_choice_flags(group: argparse._ArgumentGroup) -> None:
         type=int,
         metavar="N",
         help="choices: examples with their answers that stand before each question: the first N of"
-        " --shots-data; default: 5 for MMLU, 0 for others",
+        " --shots-data; default: 5 for MMLU (of one file of records: with --shots-data), 0 for others",
     )
     add(
         "--shots-data",
         metavar="FILE",
         help="choices: where the examples of --shots come from, in the format of --data; default:"
-        " MMLU's dev folder, beside test; other tasks have none",
+        " of MMLU's folder its dev folder, beside test and val; others have none",
     )
     add(
         "--labels",
@@ -331,8 +331,8 @@ def add_choice_flags(group: argparse._ArgumentGroup) -> None:
     add(
         "--picture",
         metavar="FILE.png",
-        help="classify: draw the confusion matrix into this file; default: it is printed only, where"
-        " it is small",
+        help="classify: draw the confusion matrix into this file, that of --versus beside it, as"
+        " FILE.base.png; default: it is printed only, where it is small",
     )
 
 
@@ -380,6 +380,11 @@ def check_evaluation_arguments(args: argparse.Namespace) -> None:
         )
     if "tools" in args.what and len(args.what) > 1:
         raise UserError("tools: asks other questions of a file than the others do; run it alone")
+    if "code-similarity" in args.what:
+        # Before the model has answered.
+        from evals.code_similarity import check_grammar
+
+        check_grammar(args.code_language or "python")
     check_files(args)
     if kind == EXECUTE:
         check_program_arguments(args)
@@ -430,8 +435,6 @@ def check_files(args: argparse.Namespace) -> None:
         if out.suffix not in (".jsonl", ".ndjson"):
             problem = "is written as JSON lines; give a name that ends in .jsonl"
             raise UserError(f"--out {out}: {problem}")
-        if out.resolve() == Path(args.data).resolve():
-            raise UserError(f"--out {out}: is the file of --data, which it would replace")
 
 
 def check_minimum(args: argparse.Namespace, minimum: dict[str, int]) -> None:

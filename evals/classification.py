@@ -8,6 +8,7 @@ token that ends an answer; the prompt is computed once for all of them (evals/ch
 
 import argparse
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,13 @@ from dataset.records import Record
 from evals.answers import split_reference
 from evals.choices import ChoiceTask, Pair, Question
 from evals.scores import ItemScores
-from evals.targets import Opened, draw_records, open_with_answers, records_with_references
+from evals.targets import (
+    Opened,
+    Target,
+    draw_records,
+    open_with_answers,
+    records_with_references,
+)
 from tokenizer import EncodedChat, Tokenizer
 
 # Records that go through the chat template at a time.
@@ -50,10 +57,13 @@ def read_classes(args: argparse.Namespace, opened: Opened) -> ChoiceTask:
                 f" {args.labels}"
             )
     print(f"          {len(labels):,} labels: {console.one_line(', '.join(labels))}")
+    warn_of_like_labels(labels)
     if args.limit is not None and args.limit < len(records):
         records = draw_records(records, args.limit, args.seed)
+    pictures: Iterator[Path] = iter(())
     if args.picture:
         check_picture(Path(args.picture))
+        pictures = iter(pictures_of(Path(args.picture), opened.targets))
 
     number_of = {label: number for number, label in enumerate(labels)}
     questions = []
@@ -72,8 +82,10 @@ def read_classes(args: argparse.Namespace, opened: Opened) -> ChoiceTask:
         probs = label_probs(likelihoods, len(questions))
         scores = classification_scores(gold, probs, labels, args.show)
         if args.picture:
-            draw_confusion(gold, probs.argmax(1), labels, Path(args.picture))
-            scores.notes.insert(0, f"confusion matrix: {args.picture}")
+            # The targets are scored in their order.
+            picture = next(pictures)
+            draw_confusion(gold, probs.argmax(1), labels, picture)
+            scores.notes.insert(0, f"confusion matrix: {picture}")
         return scores
 
     return ChoiceTask(questions, encode, score)
@@ -121,6 +133,18 @@ def warn_of_rare_labels(references: list[str]) -> None:
             else f"{len(once):,} labels occur once, so their"
         )
         print(f"WARNING: {what} own scores mean little: {names}")
+
+
+def warn_of_like_labels(labels: list[str]) -> None:
+    """Prints which labels differ by spaces or case alone: to the table's reader they are one class."""
+    seen: dict[str, str] = {}
+    for label in labels:
+        first = seen.setdefault(" ".join(label.split()).casefold(), label)
+        if first != label:
+            print(
+                f"WARNING: {first!r} and {label!r} are two labels, which differ by spaces or case alone; if"
+                " they are one class, make them alike (--map)"
+            )
 
 
 def last_question(messages: list[dict]) -> str:
@@ -388,6 +412,13 @@ def check_picture(path: Path) -> None:
         raise UserError(f"--picture {path}: a PNG is drawn; name it FILE.png")
     if not path.parent.is_dir():
         raise UserError(f"--picture {path}: there is no folder {path.parent}")
+
+
+def pictures_of(path: Path, targets: Sequence[Target]) -> list[Path]:
+    """Returns the file of each target's picture: the path for the last one, for another one (--versus) its
+    name before the suffix."""
+    others = [path.with_name(f"{path.stem}.{each.name}{path.suffix}") for each in targets[:-1]]
+    return [*others, path]
 
 
 def draw_confusion(gold: np.ndarray, chosen: np.ndarray, labels: list[str], picture: Path) -> None:

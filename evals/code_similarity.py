@@ -2,10 +2,11 @@
 
 Its four parts, each in a column of its own: the n-grams of BLEU, n-grams in which the language's
 keywords weigh five times as much, subtrees of the syntax tree, and the flow of data between
-variables. CodeBLEU is their mean, as in the paper; where no reference has a flow of data, that of the
-other three. (The package counts a flow of 0 as 1 in the mean, so that an empty answer would have 25 %.)
-No program is run, and nothing is fetched: the grammar is an installed package, tree-sitter-python for
-Python.
+variables. Of several references all count at once, as the package has it, so that an answer equal to
+one of two need not have 100 %. CodeBLEU is the mean of the parts, as in the paper; where no reference
+has a flow of data, that of the other three. (The package counts a flow of 0 as 1 in the mean, so that
+an empty answer would have 25 %.) No program is run, and nothing is fetched: the grammar is an installed
+package, tree-sitter-python for Python.
 
 It says how alike two programs look. Whether one works, only running it says.
 """
@@ -36,11 +37,11 @@ def code_similarity_scores(answers: Answers) -> ItemScores:
     """ItemScores answers by CodeBLEU of all, and of each."""
     language = answers.options.get("code_language") or "python"
     check_grammar(language)
-    programs = [fenced_code(text) for text in answers.texts]
+    programs = [fenced_code(text) for text in map(encodable, answers.texts)]
     num_fenced = sum(code != text for code, text in zip(programs, answers.texts, strict=True))
     references = []
     for accepted in answers.references:
-        references.append([fenced_code(reference) for reference in accepted])
+        references.append([fenced_code(reference) for reference in map(encodable, accepted)])
     # It warns at each program without a flow of data; the note below says it once.
     logging.disable(logging.WARNING)
     try:
@@ -85,6 +86,12 @@ def codebleu_parts(
         if not corpus_dataflow_match(alone, each, language, tree_sitter_language=grammar):
             del parts["data flow %"]
     return parts
+
+
+def encodable(text: str) -> str:
+    """Returns a text in which what UTF-8 can't hold (half of a surrogate pair, which JSON can) is a
+    question mark: the package takes bytes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def mean_of(parts: dict[str, float]) -> float:

@@ -9,7 +9,7 @@ changes it by rounding only.
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,7 +157,7 @@ def examples_by_key(
                 continue
             opened = source.containers[container]
             if key == "file":
-                values[i, container, number] = Path(str(opened.path)).name
+                values[i, container, number] = str(opened.path)
                 continue
             record = opened.value(number, payload)
             if isinstance(record, dict):
@@ -165,12 +165,28 @@ def examples_by_key(
                 values[i, container, number] = value_at(record, key)
     if all(value is None for value in values.values()):
         raise UserError(f"--by {key}: no record has it; they have {quote_names(sorted(keys))}")
+    if key == "file":
+        names = distinct_names(map(str, values.values()))
+        values = {place: names[str(path)] for place, path in values.items()}
     found: dict[str, list[int]] = {}
     for example, (i, container, number, _) in enumerate(places_of(dataset).tolist()):
         value = values.get((i, container, number))
         found.setdefault(NO_GROUP if value is None else str(value), []).append(example)
     by_size = sorted(found.items(), key=lambda item: -len(item[1]))
     return {name: np.array(numbers) for name, numbers in by_size}
+
+
+def distinct_names(paths: Iterable[str]) -> dict[str, str]:
+    """Returns {path: as much of its end as no other path has}, a file's own name at least."""
+    ends = {path: Path(path).parts for path in dict.fromkeys(paths)}
+    names = {}
+    for path, parts in ends.items():
+        for length in range(1, len(parts) + 1):
+            end = parts[-length:]
+            if sum(other[-length:] == end for other in ends.values()) == 1:
+                break
+        names[path] = str(Path(*end))
+    return names
 
 
 def value_at(record: dict, key: str) -> Hashable:

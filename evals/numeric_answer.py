@@ -3,7 +3,8 @@
 The final number of a text is the first one behind `####`, which GSM8K's references write before it;
 else the last number of the text. `1,234.50`, `$1234.5` and `1234.5` are one number, and so are 50 and
 50%; a minus counts where it does not stand behind a number or a word, as in `10-3`. Numbers are
-compared as decimals, so that no digit is rounded away.
+compared as decimals, so that no digit is rounded away. An exponent is not read (1e5 is 5), nor are
+groups of digits behind spaces (1 000 is 0).
 """
 
 import re
@@ -75,4 +76,5 @@ def value_of(match: re.Match) -> Decimal:
     """Returns the value of a match of ANSWER_NUMBER."""
     number = Decimal(match["digits"].replace(",", ""))
     sign = match["sign"] or match["inner"] or "+"
-    return number if sign == "+" else -number
+    # The operator minus would round to the digits of Decimal's context.
+    return number if sign == "+" else number.copy_negate()

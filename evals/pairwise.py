@@ -150,10 +150,20 @@ def shortened_name(name: str) -> str:
     return printable(name)[-LONGEST_MODEL_NAME:]
 
 
+# Only a file with this near its beginning is a page of this program, which --overwrite may replace.
+PAGE_MARK = '<meta name="generator" content="plaintune">'
+
+
 def make_pairs_page(args: argparse.Namespace) -> None:
     """Writes the page, and prints what is on it."""
     if args.out.exists() and not args.overwrite:
         raise UserError(f"--out {args.out}: is there already; --overwrite replaces it")
+    if args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a folder, the name of a file is wanted")
+    if args.out.exists() and PAGE_MARK.encode() not in args.out.read_bytes()[:500]:
+        raise UserError(
+            f"--out {args.out}: is no page of pairs, which alone is replaced; give another name"
+        )
     if not args.out.parent.is_dir():
         raise UserError(f"--out {args.out}: there is no such folder")
     sides = [read_pair_answers(args.a), read_pair_answers(args.b)]

@@ -43,12 +43,15 @@ class CodeAnswer:
     """An answer to a problem.
 
     is_continuation: the text goes on where the prompt ends; else it is a chat's answer.
+    is_ours: generated here, so that it ends where it would go on to something else. Another program's is
+        run as it is: its own rules have ended it.
     is_cut: it was cut off at the most tokens that an answer may have.
     """
 
     text: str
     is_continuation: bool
     is_cut: bool = False
+    is_ours: bool = True
 
 
 @dataclass
@@ -169,7 +172,11 @@ def check_programs(
 def program_of(asked: Problems, problem: Problem, answer: CodeAnswer) -> str:
     """Returns the program that tests an answer."""
     if answer.is_continuation:
-        code = cut_at_stop(answer.text, asked.format.stops)
+        stops = asked.format.stops
+        if not answer.is_ours:
+            # What is no code, as MBPP's [DONE], ends any program.
+            stops = tuple(stop for stop in stops if not stop.startswith("\n"))
+        code = cut_at_stop(answer.text, stops)
     else:
         code = code_of_answer(answer.text, problem.entry_point)
     return asked.format.program(problem, code, answer.is_continuation)
@@ -328,7 +335,7 @@ def answer_in(line: dict, place: str) -> CodeAnswer:
     """Returns the answer of a line. Raises UserError if it has none."""
     is_cut = line.get("finish") == "length"
     if isinstance(line.get("completion"), str):
-        return CodeAnswer(line["completion"], True, is_cut)
+        return CodeAnswer(line["completion"], True, is_cut, is_ours="record" in line)
     messages = line.get("messages")
     if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
         content = messages[-1].get("content")

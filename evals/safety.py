@@ -35,9 +35,10 @@ from evals.refusals import (
 )
 from evals.saved_answers import (
     SavedAnswers,
-    answer_file_of,
+    answer_files_of,
     origin_of,
     read_saved,
+    remove_partials,
     settings_of,
     spoken,
 )
@@ -182,10 +183,8 @@ def answers_of_models(args: argparse.Namespace, read: PromptReader) -> dict[str,
     args.files, args.what = [args.data], [ANSWERED]
     opened = Opened(args)
     prompts = read(opened.file, opened.map_fn, opened.system)
-    files = {}
-    if args.out is not None:
-        # A file that is in the way is reported before a model is loaded.
-        files = {each.name: answer_file_of(args, each, opened) for each in opened.targets}
+    # A file that is in the way is reported before a model is loaded.
+    files = answer_files_of(args, opened.targets)
     dtype = str(opened.dtype).removeprefix("torch.")
     print(f"compute   in {dtype} on {opened.device.type}: {opened.reason}", flush=True)
     settings = settings_of(args)
@@ -204,6 +203,7 @@ def answers_of_models(args: argparse.Namespace, read: PromptReader) -> dict[str,
         saved = read_saved(files[target.name].out, [])
         texts = texts_by_prompt(saved, prompts, args.data)
         answers[target.name] = ModelAnswers(texts, saved.num_cut)
+    remove_partials(files)
     return answers
 
 

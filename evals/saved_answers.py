@@ -11,7 +11,7 @@ can be scored by the other, without a model:
 
 import argparse
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from evals.answers import Answers, longest_answer, question_of
 from evals.batch_answers import AnswerSettings, answer_into_file
 from evals.questions import TOOLS, read_questions
 from evals.table import EVALUATIONS, imported
-from evals.targets import Opened, Target
+from evals.targets import Target
 from evals.tool_calls import calls_as_json, is_calls
 from interop.remote_data import fetch_data
 from model import Transformer
@@ -54,13 +54,32 @@ class SavedAnswers:
 # ---- saved ----
 
 
-def answer_file_of(args: argparse.Namespace, target: Target, opened: Opened) -> AnswerFile:
-    """Returns the file of a target's answers: --out for the last one, for another one (--versus) its
-    name before the suffix."""
-    out = Path(args.out)
-    if target is not opened.targets[-1]:
-        out = out.with_name(f"{out.stem}.{target.name}{out.suffix}")
-    return AnswerFile(out, args.overwrite)
+def answer_files_of(args: argparse.Namespace, targets: Sequence[Target]) -> dict[str, AnswerFile]:
+    """Returns the file of each target's answers by the target's name, none without --out: --out for the
+    last one, for another one (--versus) its name before the suffix. Once all are finished,
+    `remove_partials` is to be called.
+
+    Raises UserError where one can't be written, or is what --data names.
+    """
+    files: dict[str, AnswerFile] = {}
+    if args.out is None:
+        return files
+    for target in targets:
+        out = Path(args.out)
+        if target is not targets[-1]:
+            out = out.with_name(f"{out.stem}.{target.name}{out.suffix}")
+        if out.resolve() == Path(args.data).resolve():
+            raise UserError(
+                f"--out {args.out}: {out} is the file of --data, which it would replace"
+            )
+        files[target.name] = AnswerFile(out, args.overwrite, len(targets) > 1)
+    return files
+
+
+def remove_partials(files: dict[str, AnswerFile]) -> None:
+    """Removes what `answer_files_of` has kept so that a command could be continued."""
+    for file in files.values():
+        file.remove_partial()
 
 
 def settings_of(args: argparse.Namespace) -> AnswerSettings:
@@ -194,7 +213,11 @@ def references_by_record(
 
     Raises UserError where the answers are to other questions.
     """
-    advice = "give the --data, --limit, --seed and --turns that the answers were made with"
+    advice = (
+        "give the --data, --limit, --seed and --turns that the answers were made with, or leave --data out"
+        " to use the references that the answers hold (--limit of generate.py takes the first records, and"
+        " that of evaluate.py draws)"
+    )
     if num_records(saved) != len(records):
         raise UserError(
             f"{saved.path}: answers {num_records(saved):,} questions, and {data} has {len(records):,};"

@@ -24,7 +24,8 @@ def f1_scores(answers: Answers) -> ItemScores:
     exact_of_each = []
     for text, references in zip(answers.texts, answers.references, strict=True):
         words = squad_words(text)
-        accepted = [squad_words(reference) for reference in references]
+        # A reference of articles and punctuation alone counts where there is no other.
+        accepted = [words for words in map(squad_words, references) if words] or [[]]
         f1_of_each.append(max(words_f1(words, each) for each in accepted))
         exact_of_each.append(float(words in accepted))
     count = len(answers)

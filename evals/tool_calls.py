@@ -222,10 +222,12 @@ def call_of(value: object) -> Call | None:
     if not isinstance(name, str) or len(keys) != 1:
         return None
     arguments = value[keys[0]]
-    if isinstance(arguments, str):
+    if isinstance(arguments, str) and arguments.strip():
         values = [each for each in embedded_json(arguments, STANDARD_DECODER)]
-        arguments = values[0] if len(values) == 1 else None
-    return Call(name, arguments or {}) if isinstance(arguments or {}, dict) else None
+        arguments = values[0] if len(values) == 1 else arguments
+    if arguments is None or arguments == "":
+        arguments = {}
+    return Call(name, arguments) if isinstance(arguments, dict) else None
 
 
 def calls_in_python(text: str) -> list[Call]:

@@ -167,6 +167,52 @@ def test_a_run_that_was_stopped_goes_on_and_is_not_overwritten(base, asked, tmp_
     assert code == 0 and again == whole and out.read_bytes() == content and "resume    2 of 6" in err
 
 
+def test_two_models_go_on_where_the_second_was_stopped(base, asked, tmp_path, monkeypatch, capsys):
+    out, other = tmp_path / "answers.jsonl", tmp_path / "answers.versus.jsonl"
+    run = words(base, "f1", "--data", asked, "--out", out, "--versus", base, "--batch-size", 2)
+    whole, _, _ = command(evaluate, monkeypatch, capsys, *run)
+    content = out.read_bytes()
+    assert not list(tmp_path.glob("*.partial"))
+    for file in (out, other):
+        file.unlink()
+    write = saved_answers.AnswerFile.write
+    calls = []
+
+    def stop_at_5(*arguments):
+        write(*arguments)
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(saved_answers.AnswerFile, "write", stop_at_5)
+    _, err, code = command(evaluate, monkeypatch, capsys, *run)
+    assert code == 130 and "4 of 6 answers are in" in err and other.exists() and not out.exists()
+    # The finished one is not answered again, nor with other settings.
+    _, err, code = command(evaluate, monkeypatch, capsys, *run, "--max-new-tokens", 3)
+    assert code == 2 and "holds answers that were generated with other settings" in err
+    again, err, code = command(evaluate, monkeypatch, capsys, *run)
+    assert code == 0 and again == whole and len(calls) == 6 and "resume    6 of 6" in err
+    assert out.read_bytes() == other.read_bytes() == content and not list(tmp_path.glob("*.partial"))
+    _, err, code = command(evaluate, monkeypatch, capsys, *run)
+    assert code == 2 and "is there already; --overwrite replaces it" in err
+
+
+def test_no_file_of_answers_replaces_the_questions(base, asked, monkeypatch, capsys):
+    name = asked.with_name("q.versus.jsonl")
+    asked.rename(name)
+    before = name.read_bytes()
+    run = words(base, "f1", "--data", name, "--out", name.with_name("q.jsonl"), "--versus", base, "--overwrite")
+    _, err, code = command(evaluate, monkeypatch, capsys, *run)
+    assert code == 2 and f"{name} is the file of --data, which it would replace" in err and name.read_bytes() == before
+
+
+def test_a_grammar_that_is_not_installed_is_said_before_anything_is_answered(base, asked, monkeypatch, capsys):
+    run = words(base, "code-similarity", "--data", asked, "--code-language", "c_sharp")
+    monkeypatch.setattr(evaluate, "answer_records", None)
+    _, err, code = command(evaluate, monkeypatch, capsys, *run)
+    assert code == 2 and "--code-language c_sharp: its grammar is not installed; pip install tree-sitter-c-sharp" in err
+
+
 def test_the_user_may_have_the_last_word(base, tmp_path, monkeypatch, capsys):
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "bye"}]
     file = lines(tmp_path / "talk.jsonl", {"messages": talk}, {"messages": talk})

@@ -106,6 +106,22 @@ def test_f1_and_exact_match_are_squads_item_by_item():
     assert 0 < sum(exact) < sum(f1) < len(CASES)
 
 
+def test_a_reference_without_a_word_counts_where_there_is_no_other():
+    """As SQuAD 2.0's script leaves out what its normalisation empties."""
+    scores = f1_scores(answers_of([("", ["the", "cat"]), ("", ["The", "..."]), ("cat", ["a", "cat"])]))
+    assert scores.items["f1"] == scores.items["squad exact"] == [0.0, 1.0, 1.0]
+
+
+def test_long_negative_numbers_keep_all_digits():
+    long = "-1234567890123456789012345678901234"
+    assert numeric_scores(answers_of([(f"{long}789", [f"{long}700"]), (f"{long}7", [f"{long}7"])])).items[
+        "numeric"
+    ] == [
+        0.0,
+        1.0,
+    ]
+
+
 def test_exact_match_accepts_any_reference_and_keeps_case():
     scores = exact_scores(answers_of([(" b\n", ["a", "b"]), ("B", ["a", "b"])]))
     assert scores.items["exact"] == [1.0, 0.0]
@@ -434,6 +450,12 @@ def test_code_similarity_is_codebleus_item_by_item():
     assert [*scores.columns.values()][1:] == pytest.approx([100 * whole[part] for part in parts])
 
 
+def test_half_of_a_surrogate_pair_is_no_program_and_ends_nothing():
+    program = random_program(random.Random(1))
+    scores = code_similarity_scores(answers_of([("\ud800 x", [program]), (program, [program])]))
+    assert scores.items["code similarity"][1] == 1.0 > scores.items["code similarity"][0]
+
+
 def test_code_that_shares_nothing_scores_0_and_a_part_that_no_reference_has_is_left_out():
     scores = code_similarity_scores(answers_of([("", ["y = x + 1\nz = y"]), ("I don't know.", ["print(1)"])]))
     assert scores.items["code similarity"] == [0.0, 0.0] and scores.columns["CodeBLEU %"] == 0
@@ -576,6 +598,8 @@ def test_a_call_is_read_in_every_form_that_templates_ask_for():
         ("It is 3 o'clock (noon).", 0, 0, 0),
         ("", 0, 0, 0),
         ('<tool_call>{"name": "f", "argum', 0, 0, 1),
+        ('<tool_call>{"name": "f", "arguments": "oops"}</tool_call>', 0, 0, 1),
+        ('<tool_call>{"name": "f", "arguments": []}</tool_call>', 0, 0, 1),
     ],
 )
 def test_a_wrong_call_is_wrong_in_its_part(text, right, name, decision):
@@ -591,6 +615,14 @@ def test_several_calls_come_in_any_order_and_none_is_an_answer():
     assert scores.items["tools"] == [1.0, 0.0, 1.0]
     scores = tools_scores(tool_answers(["No tool fits.", "[f()]"], "[]"))
     assert scores.items["tools"] == [1.0, 0.0]
+
+
+def test_arguments_that_are_no_object_are_no_call():
+    wanted = json.dumps([{"name": "f", "arguments": {}}])
+    right = ['{"name": "f", "arguments": {}}', '{"name": "f", "arguments": ""}', '{"name": "f", "arguments": null}']
+    wrong = ['{"name": "f", "arguments": "oops"}', '{"name": "f", "arguments": []}', '{"name": "f", "arguments": 0}']
+    scores = tools_scores(tool_answers([*right, *wrong], wanted))
+    assert scores.items["tools"] == [1.0] * 3 + [0.0] * 3
 
 
 def canonical(value) -> str:

@@ -270,8 +270,11 @@ def test_a_csv_with_a_label_column_is_trained_and_classified_with_no_flag_more(b
     before, after = rows[:2]
     # The texts of the test file are those that it was trained on.
     assert float(after[2]) > 90 > float(before[2])
-    assert f"confusion matrix: {picture}" in lines
+    assert f"adapter: confusion matrix: {picture}" in lines
     assert picture.read_bytes().startswith(b"\x89PNG")
+    # The base has one of its own.
+    other = tmp_path / "matrix.base.png"
+    assert f"base: confusion matrix: {other}" in lines and other.read_bytes() != picture.read_bytes()
     assert "right \\ chosen  blue  red" in out
 
 
@@ -289,6 +292,17 @@ def test_many_classes_are_shortened_and_named(monkeypatch):
     ]
     assert list(scores.parts) == ["class 3", "class 5"]
     assert len(classification_scores(gold, probs, labels, 20).parts) == 20
+
+
+def test_labels_that_look_alike_are_warned_of(capsys):
+    classification.warn_of_like_labels(["neg", "pos", "pos ", "Neg"])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(", which")[0] for line in said] == [
+        "WARNING: 'pos' and 'pos ' are two labels",
+        "WARNING: 'neg' and 'Neg' are two labels",
+    ]
+    classification.warn_of_like_labels(["a b", "ab"])
+    assert capsys.readouterr().out == ""
 
 
 def test_labels_that_occur_once_are_warned_of(base, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """`evaluate.py continual`: the matrix of tasks after trainings, transfer and forgetting."""
 
+import json
 import re
 import shutil
 
@@ -12,7 +13,7 @@ from support.runs import records
 import evaluate
 from checkpoint import load_model
 from data import load
-from evals.continual import transfer_of
+from evals.continual import notes_on_order, transfer_of
 from evals.loss import loss
 from lora import add_lora, load_adapter, lora_layers, save_adapter
 from tokenizer import load_tokenizer
@@ -97,6 +98,22 @@ def test_the_matrix_is_the_loss_of_each_task_by_each_model(tasks, monkeypatch, c
     for name in ("backward transfer", "forgetting", "forward transfer"):
         assert numbers_of(out, name) == pytest.approx([wanted[name]], abs=6e-5)
     assert "loss     1 task1.jsonl  2 task2.jsonl" in out
+
+
+def test_runs_that_do_not_follow_each_other_are_noted(tmp_path):
+    runs = []
+    for name, start in (("one", None), ("two", "one/final"), ("three", "one/final")):
+        (tmp_path / name / "final").mkdir(parents=True)
+        (tmp_path / name / "metrics.jsonl").touch()
+        adapter = start and str(tmp_path / start)
+        (tmp_path / name / "config.json").write_text(json.dumps({"adapter": adapter, "model": None}))
+        runs.append(str(tmp_path / name))
+    assert notes_on_order(runs[:2]) == []
+    (note,) = notes_on_order(runs)
+    assert note.startswith(f"NOTE: {runs[2]} was trained from {runs[0]}/final, not from {runs[1]}: ")
+    (note,) = notes_on_order(runs[1::-1])
+    assert f"{runs[0]} was trained from the default base, not from {runs[1]}" in note
+    assert notes_on_order([f"{run}/final" for run in runs]) == []
 
 
 def test_scores_of_answers_are_in_percent_and_the_base_can_be_left_out(tasks, monkeypatch, capsys):

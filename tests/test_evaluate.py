@@ -186,6 +186,18 @@ def test_the_loss_of_several_files_and_of_each(base, file, tmp_path, monkeypatch
     assert code == 0 and "--limit: 3 of 12, drawn by --seed 0" in drawn
 
 
+def test_files_of_one_name_are_told_apart(base, file, tmp_path, monkeypatch, capsys):
+    for name, record in (("a", RECORDS[0]), ("b", RECORDS[1])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.jsonl").write_text(json.dumps(record))
+    paths = [tmp_path / "a/test.jsonl", tmp_path / "b/test.jsonl", file]
+    words = ["loss", "--model", base, "--dtype", "fp32", "--by", "file", "--data", *paths]
+    out, _, code = command(evaluate, monkeypatch, capsys, *words)
+    assert code == 0
+    names = {line.split()[0] for line in out.split("\n\n")[-1].splitlines()[2:]}
+    assert names == {"a/test.jsonl", "b/test.jsonl", file.name}
+
+
 # ---- exact ----
 
 

@@ -4,6 +4,8 @@ import functools
 import json
 import random
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from support.runs import ROOT, assert_same, lines, records, torchrun
 
 import train
 from checkpoint import hf_name, load_model
-from common.errors import UserError
+from common.errors import UserError, run
 from dataset.examples import Dataset, Example
 from flags import Flags
 from kernels.nf4 import dequantized_weight
@@ -26,6 +28,7 @@ from model import DropoutSeeds, Linear
 from planning import memory
 from training import defaults, ewc
 from training.ewc import HeldUpdate, HeldWeight
+from training.metrics import MetricsLogger
 
 CPU = torch.device("cpu")
 ADAPTER = {"rank": 4, "alpha": 8.0, "dropout": 0.0}
@@ -332,6 +335,26 @@ def test_a_resumed_run_equals_one_that_was_not_to_the_bit(job, monkeypatch, caps
     assert_same(tmp_path / "whole", tmp_path / "again")
     penalties = [[line.get("ewc_penalty") for line in lines(tmp_path / name)] for name in ("whole", "again")]
     assert penalties[0] == penalties[1]
+
+
+def test_a_stopped_run_without_checkpoints_can_be_resumed(job, monkeypatch, capsys, tmp_path):
+    log_step = MetricsLogger.log_step
+
+    def stop_at_3(self, step, *arguments):
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        log_step(self, step, *arguments)
+
+    flags = ["--ewc", 30, "--save-every", 0, "--rank", 4]
+    trained(monkeypatch, capsys, *job(*flags, "--out", tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLogger, "log_step", stop_at_3)
+        patch.setattr(sys, "argv", ["train.py", *map(str, job(*flags, "--out", tmp_path / "stopped"))])
+        with pytest.raises(SystemExit):
+            run(train.main)
+    assert "--resume goes on" in capsys.readouterr().out
+    trained(monkeypatch, capsys, "--resume", "--out", tmp_path / "stopped")
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_a_run_is_not_resumed_without_what_it_held(job, monkeypatch, capsys, tmp_path):

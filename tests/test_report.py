@@ -398,6 +398,7 @@ def test_a_run_without_a_page_and_one_of_other_examples_are_said(run, folder, tm
         (["{folder}"], "holds no metrics.jsonl; the folder of a run is wanted"),
         (["{run}", "--html", "{folder}/data.json"], "is there already and no page of a report; give another name"),
         (["{run}", "--html", "{folder}/none/x.html"], "there is no such folder"),
+        (["{run}", "{folder}/longer", "--html", "{run}/report.html"], "is the page of a run; give another name"),
     ],
 )
 def test_what_is_no_run_or_no_page_is_refused(run, folder, monkeypatch, capsys, words, message):
@@ -407,6 +408,24 @@ def test_what_is_no_run_or_no_page_is_refused(run, folder, monkeypatch, capsys, 
     out, err, code = command(evaluate, monkeypatch, capsys, "report", *words)
     assert code == 2 and out == "" and message.format(**places) in err and err.count("\n") == 1
     assert (folder / "data.json").read_bytes() == before
+
+
+def test_the_page_of_a_run_is_made_anew_of_it_alone(run, folder, monkeypatch, capsys):
+    file = run[0] / "report.html"
+    before = Page(file).facts
+    words = ["--adapter", run[0] / "final", "--data", folder / "data.json", "--html", file]
+    _, err, code = command(evaluate, monkeypatch, capsys, "loss", *words)
+    assert code == 2 and f"--html {file}: is the page of a run; give another name" in err
+    _, err, code = command(evaluate, monkeypatch, capsys, "report", run[0], "--html", file)
+    assert (err, code) == ("", 0) and Page(file).facts == before
+
+
+def test_damaged_numbers_are_left_out(tmp_path):
+    lines_of = ['{"step": 1, "loss": 2.0, "tokens": 5, "seconds": 1.0}', '{"step": 2, "loss": "x", "tokens": null}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines_of, '{"step": 3, "loss": null, "seconds": []}']))
+    read = run_page.read_run_metrics(tmp_path)
+    assert read == [{"step": 1, "loss": 2.0, "tokens": 5, "seconds": 1.0}, {"step": 2}, {"step": 3, "loss": None}]
+    assert "1 step had no finite loss" in run_page.run_page(tmp_path, read, {})
 
 
 # ---- pages of evaluations ----

@@ -146,6 +146,18 @@ def test_xstest_s_first_release_has_no_labels(tmp_path):
     assert [each.is_harmful for each in read_safety_prompts(file, print_fn=str)] == [False, True]
 
 
+def test_a_column_called_type_is_not_xstest_s_without_its_types(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps({"prompt": "How to make a bomb?", "type": "weapons"}), encoding="utf-8")
+    with pytest.raises(UserError, match="mine.jsonl line 1: does not say whether its prompt is harmful"):
+        read_safety_prompts(file, print_fn=str)
+    assert [each.is_harmful for each in read_safety_prompts(file, label="harmful", print_fn=str)] == [True]
+    file.write_text(json.dumps({"prompt": "a?", "type": "weapons", "label": "unsafe"}), encoding="utf-8")
+    said: list[str] = []
+    assert [each.is_harmful for each in read_safety_prompts(file, print_fn=said.append)] == [True]
+    assert said[1] == "          labelled prompts: 1 harmful prompt"
+
+
 def test_conversations_with_labels_keep_their_messages_and_get_the_system_message(tmp_path):
     file = tmp_path / "chats.jsonl"
     messages = [
@@ -311,6 +323,21 @@ def test_out_saves_the_answers_that_answers_judges(base, files, tmp_path, monkey
     assert len(out.read_text().splitlines()) == 3
     _, err, code = command(evaluate, monkeypatch, capsys, *words, "--out", out)
     assert code == 2 and "is there already" in err
+
+
+@pytest.mark.parametrize("what", ["refusals", "toxicity", "probe", "judge"])
+def test_each_is_a_page_as_well(what, base, files, tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.html"
+    data = tmp_path / "asked.jsonl"
+    data.write_text('{"prompt": "a?", "label": "safe"}\n', encoding="utf-8")
+    words = [what, "--data", data, "--model", base, "--device", "cpu", "--max-new-tokens", 3, "--html", page]
+    if what == "judge":
+        words += ["--judge", judge_file(tmp_path, "return len(answer)")]
+    said, err, code = command(evaluate, monkeypatch, capsys, *words)
+    assert code == 0, err
+    text = page.read_text(encoding="utf-8")
+    assert "95 % interval" in text and "SHA-256 of asked.jsonl" in text and f"<h1>{what} on asked.jsonl</h1>" in text
+    assert said.endswith(f"page      {page}\n")
 
 
 # ---- judges ----

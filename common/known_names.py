@@ -676,6 +676,11 @@ EVALUATE_NAMES = OF_A_MODEL | {
     "n_samples": same("--samples"),
     "num_samples": same("--samples"),
     "confirm_run_unsafe_code": switch("--allow-code-execution"),
-    "tasks": missing("`exact` and `loss` measure on a file of yours, --data"),
-    "num_fewshot": missing("examples before the question are a part of the records in --data"),
+    "tasks": missing(
+        "`choices --data FILE --task NAME` asks MMLU, HellaSwag, ARC and other multiple choice of a file"
+    ),
+    "num_fewshot": same(
+        "--shots",
+        "`choices` takes it; --shots-data FILE holds the examples, of MMLU its dev folder",
+    ),
 }

@@ -11,6 +11,7 @@ choice, acc_bytes by its bytes in UTF-8.
 
 import csv
 import io
+import operator
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -19,8 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.console import number_of
 from common.errors import UserError
 from common.files import NamedFile
+from dataset.faults import complaint
 from dataset.folders import Fetched
 from dataset.readers import recognize
 from dataset.records import ReadStats
@@ -32,8 +35,8 @@ from tokenizer import Tokenizer
 LETTERS = ("A", "B", "C", "D")
 # Examples before a question of MMLU, as in its paper (Hendrycks et al. 2021).
 MMLU_SHOTS = 5
-# Faulty records that are named.
-NAMED_FAULTS = 20
+# The parts of MMLU's released folder that hold questions to ask; the first that is there is read.
+MMLU_PARTS = ("test", "val")
 # What stands before each question of TruthfulQA (Lin et al. 2022, its "QA prompt").
 TRUTHFUL_PROMPT = (
     "Q: What is human life expectancy in the United States?\n"
@@ -64,31 +67,64 @@ def hellaswag(record: dict) -> Question:
 
     story = f"{record['ctx_a']} {record['ctx_b'].capitalize()}"
     context = clean(f"{record['activity_label']}: {story}")
-    return Question(context, [clean(each) for each in record["endings"]], (int(record["label"]),))
+    endings = [clean(each) for each in record["endings"]]
+    return Question(context, endings, (whole_number(record["label"]),))
 
 
 def arc(record: dict) -> Question:
-    """ARC (Clark et al. 2018), in AI2's format."""
-    question = record["question"]
-    return ai2_question(f"Question: {question['stem']}\nAnswer:", record)
+    """ARC (Clark et al. 2018), in AI2's format or the Hub's."""
+    question = ai2_question(record)
+    return question._replace(context=f"Question: {question.context}\nAnswer:")
 
 
 def openbookqa(record: dict) -> Question:
-    """OpenBookQA (Mihaylov et al. 2018), in AI2's format: the choices end the sentence."""
-    return ai2_question(record["question"]["stem"], record)
+    """OpenBookQA (Mihaylov et al. 2018), in AI2's format or the Hub's: the choices end the
+    sentence."""
+    return ai2_question(record)
 
 
-def ai2_question(context: str, record: dict) -> Question:
-    """Returns the question of a record in AI2's format, behind a context."""
-    choices = record["question"]["choices"]
-    labels = [choice["label"] for choice in choices]
+def ai2_question(record: dict) -> Question:
+    """Returns the question of a record in AI2's format, with the bare stem as its context.
+
+    AI2 has {"question": {"stem", "choices": [{"text", "label"}, ...]}, "answerKey"}. On the Hub the
+    stem is a text, "question" or "question_stem", and beside it are the choices as two lists,
+    {"text": [...], "label": [...]}.
+    """
+    if isinstance(record.get("question"), dict):
+        stem = record["question"]["stem"]
+        choices = record["question"]["choices"]
+        texts = [choice["text"] for choice in choices]
+        labels = [choice["label"] for choice in choices]
+    else:
+        stem = record["question_stem"] if "question_stem" in record else record["question"]
+        texts = list(record["choices"]["text"])
+        labels = list(record["choices"]["label"])
+    if not isinstance(stem, str):
+        raise TypeError("the question is no text")
+    if len(texts) != len(labels):
+        raise ValueError(f"{len(texts)} texts of choices and {len(labels)} labels")
     gold = labels.index(record["answerKey"].strip())
-    return Question(context, [choice["text"] for choice in choices], (gold,))
+    return Question(stem, texts, (gold,))
 
 
 def query_and_choices(record: dict) -> Question:
     """ARC and others as llm-foundry has them: a query, its choices, the number of the right one."""
-    return Question(f"{record['query']}\nAnswer:", record["choices"], (int(record["gold"]),))
+    gold = whole_number(record["gold"])
+    return Question(f"{record['query']}\nAnswer:", record["choices"], (gold,))
+
+
+def whole_number(value: object) -> int:
+    """Returns a number that a record may have as a text, or as a float (a column with gaps is read
+    as floats). Raises ValueError for what is no whole number: cut off, 2.7 would be another
+    choice."""
+    if isinstance(value, str):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    number = index_of(value)
+    if number is None:
+        raise ValueError(f"{value!r} is no whole number")
+    return number
 
 
 def truthfulqa(record: dict) -> list[Question]:
@@ -135,6 +171,20 @@ def mmlu_question(row: list[str], subject: str) -> Question:
     return Question("\n".join(lines), [*LETTERS], (LETTERS.index(letter.strip()),), subject)
 
 
+def mmlu_record(record: dict) -> Question:
+    """MMLU as the Hub has it: a list of choices, and the number of the right one."""
+    choices = list(record["choices"])
+    if len(choices) != len(LETTERS):
+        raise ValueError(f"{number_of(len(choices), 'choice')}; MMLU has {len(LETTERS)}")
+    subject = record["subject"]
+    if not all(isinstance(each, str) for each in (record["question"], subject, *choices)):
+        raise TypeError("question, subject and choices must be texts")
+    gold = whole_number(record["answer"])
+    if not 0 <= gold < len(LETTERS):
+        raise ValueError(f"the answer is {gold}; there are 0 to {len(LETTERS) - 1}")
+    return mmlu_question([record["question"], *choices, LETTERS[gold]], subject)
+
+
 # ---- scores ----
 
 
@@ -151,18 +201,26 @@ def accuracy_scores(questions: list[Question], likelihoods: list[list[float]]) -
         items = {"acc": items["acc"]}
     columns = {"questions": float(len(questions))} | mean_columns(items)
     parts = {}
+    samples: dict[str, list[list[float]]] = {name: [] for name in items}
     subjects = dict.fromkeys(question.group for question in questions if question.group)
     for subject in subjects:
         mine = [i for i, question in enumerate(questions) if question.group == subject]
         values_of = {name: [values[i] for i in mine] for name, values in items.items()}
         parts[subject] = {"questions": float(len(mine))} | mean_columns(values_of)
+        for name, values in values_of.items():
+            samples[name].append(values)
     chosen = [best_choice(values) for values in likelihoods]
     notes = []
     if len(parts) > 1:
         mean = sum(part["acc %"] for part in parts.values()) / len(parts)
-        notes.append(
-            f"acc is the mean of all questions; the mean of the {len(parts)} subjects is {mean:.1f} %"
-        )
+        of_subjects = f"the mean of the {len(parts)} subjects is {mean:.1f} %"
+        note = f"acc is the mean of all questions; {of_subjects}"
+        # Of one question each, nothing is known about the variance within a subject.
+        if len(questions) > len(parts):
+            for name, of_metric in samples.items():
+                columns[f"{name} ±"] = 100 * pooled_error(of_metric)
+            note += "; ± pools the variance within the subjects"
+        notes.append(note)
     return ItemScores(items, columns, formats_of(columns), notes, parts, chosen)
 
 
@@ -203,6 +261,19 @@ def mean_columns(items: dict[str, list[float]]) -> dict[str, float]:
     return columns
 
 
+def pooled_error(samples: list[list[float]]) -> float:
+    """Returns the standard error of the mean of all values of several samples: by the pooled
+    variance, which is that within the samples. How far their means lie apart does not count, since
+    another draw would be of the same subjects. At least one sample must have two values.
+
+    lm-evaluation-harness gives a group of tasks the same error.
+    """
+    count = sum(len(values) for values in samples)
+    squares = sum(len(values) * float(np.var(values)) for values in samples)
+    variance = squares / (count - len(samples))
+    return (variance / count) ** 0.5
+
+
 def formats_of(columns: dict[str, float]) -> dict[str, str]:
     return {name: ".1f" if name[-1] in "%±" else ",.0f" for name in columns}
 
@@ -214,27 +285,41 @@ class Task(NamedTuple):
     """A row of TASKS.
 
     question: a function from a record to a Question, or to a list of them.
-    keys: the keys that a record must have, by which a file is recognized as well.
+    forms: the keys that a record must have, by which a file is recognized as well; several of them
+        where the Hub has other keys than the released file; none where any keys will do.
     score: a function from questions and the log-likelihoods of their choices to ItemScores.
     """
 
     question: Callable
-    keys: tuple[str, ...]
+    forms: tuple[tuple[str, ...], ...]
     score: Callable[[list[Question], list[list[float]]], ItemScores] = accuracy_scores
+
+    def fits(self, keys: set) -> bool:
+        """Returns True if a record with these keys is one of the task's forms."""
+        return any(keys.issuperset(form) for form in self.forms)
+
+    def nearest_form(self, record: dict) -> tuple[str, ...]:
+        """Returns the form of which a record lacks the fewest keys."""
+
+        def num_missing(form: tuple[str, ...]) -> int:
+            return sum(key not in record for key in form)
+
+        return min(self.forms, key=num_missing, default=())
 
 
 AI2_KEYS = ("question", "answerKey")
 TASKS = {
-    "mmlu": Task(mmlu_question, ()),
-    "hellaswag": Task(hellaswag, ("activity_label", "ctx_a", "ctx_b", "endings", "label")),
-    "arc": Task(arc, AI2_KEYS),
-    "openbookqa": Task(openbookqa, AI2_KEYS),
-    "qasc": Task(arc, AI2_KEYS),
-    "query": Task(query_and_choices, ("query", "choices", "gold")),
-    "truthfulqa": Task(truthfulqa, ("question", "mc1_targets", "mc2_targets"), truthful_scores),
+    # The released files are rows of CSV; see read_mmlu.
+    "mmlu": Task(mmlu_record, (("question", "subject", "choices", "answer"),)),
+    "hellaswag": Task(hellaswag, (("activity_label", "ctx_a", "ctx_b", "endings", "label"),)),
+    "arc": Task(arc, (AI2_KEYS,)),
+    "openbookqa": Task(openbookqa, (AI2_KEYS, ("question_stem", "choices", "answerKey"))),
+    "qasc": Task(arc, (AI2_KEYS,)),
+    "query": Task(query_and_choices, (("query", "choices", "gold"),)),
+    "truthfulqa": Task(truthfulqa, (("question", "mc1_targets", "mc2_targets"),), truthful_scores),
     "truthfulqa-csv": Task(
         truthfulqa_csv,
-        ("Question", "Best Answer", "Correct Answers", "Incorrect Answers"),
+        (("Question", "Best Answer", "Correct Answers", "Incorrect Answers"),),
         truthful_scores,
     ),
 }
@@ -256,6 +341,10 @@ def choice_task(args, file: str | Path | Fetched, map_fn: Map | None = None) -> 
     """
     path = file.root if isinstance(file, Fetched) else Path(file)
     if is_mmlu(path, args.task):
+        if map_fn is not None:
+            raise UserError(
+                f"--map {map_fn.name}: is for records; MMLU's folder holds rows without keys"
+            )
         questions = read_mmlu(path, args)
         name = "mmlu"
     else:
@@ -290,7 +379,7 @@ def encode_questions(
     Raises UserError naming a record with a choice that is no token, or more than the model takes.
     """
     pairs = []
-    num_cut = 0
+    cut = []
     for question in questions:
         mine = []
         context = question.before + question.context
@@ -306,12 +395,13 @@ def encode_questions(
             mine.append(pair)
         # The last token of a text is predicted, and takes no position.
         longest = max(len(pair.context) + len(pair.continuation) - 1 for pair in mine)
-        num_cut += longest > max_positions
+        if longest > max_positions:
+            cut.append(question)
         pairs.append(mine)
-    if num_cut:
+    if cut:
         print(
-            f"NOTE: {num_cut:,} of {len(questions):,} questions have more tokens than the model's"
-            f" {max_positions:,} positions; their beginning is cut off"
+            f"NOTE: {num_asked(cut):,} of {num_asked(questions):,} questions have more tokens than"
+            f" the model's {max_positions:,} positions; their beginning is cut off"
         )
     return pairs
 
@@ -327,9 +417,18 @@ def sample_questions(questions: list[Question], limit: int, seed: int) -> list[Q
             chosen = random.Random(seed).sample(range(len(mine)), limit)
             mine = [mine[i] for i in sorted(chosen)]
         kept += mine
-    each = f", of each group {limit:,}" if len(groups) > 1 else ""
-    print(f"          --limit: {len(kept):,} of {len(questions):,}{each}, drawn by --seed {seed}")
+    # MC1 and MC2 are no groups of questions.
+    several = len(groups) > 1 and "MC1" not in groups
+    each = f", of each group {limit:,}" if several else ""
+    count = f"{num_asked(kept):,} of {num_asked(questions):,}"
+    print(f"          --limit: {count}{each}, drawn by --seed {seed}")
     return kept
+
+
+def num_asked(questions: list[Question]) -> int:
+    """Returns the number of questions for messages: of TruthfulQA each is there twice, for MC1 and
+    for MC2, and counts once."""
+    return len({(question.where, question.context) for question in questions})
 
 
 def with_shots(
@@ -357,41 +456,111 @@ def read_records(
     values = list(json_records(named, map_fn))
     if not values:
         raise UserError(f"{named}: no question in it")
-    name, origin = pick_task(args.task, values[0], named)
-    questions = questions_of(values, name, args.skip_bad, str(named))
-    num_shots = args.shots or 0
-    if num_shots and name.startswith("truthfulqa"):
-        raise UserError(
-            f"--shots {num_shots}: TruthfulQA has six examples of its own, and no others"
-        )
-    if num_shots and not args.shots_data:
-        raise UserError(f"--shots {num_shots}: name the file of the examples by --shots-data FILE")
-    shots: list[Question] = []
-    if num_shots:
+    readable = [each for each in values if not isinstance(each[0], UserError)]
+    name, origin = pick_task(args.task, (readable or values)[0], named)
+    num_shots = shots_of_records(args, name)
+    stats = ReadStats()
+    questions = questions_of(values, name, stats)
+    refuse_faults(str(named), stats, args.skip_bad)
+    if not questions:
+        raise UserError(f"{named}: no question in it")
+    label = f", {num_shots} examples before each" if num_shots else ""
+    if name == "mmlu":
+        if not num_shots:
+            label = ", no examples before each (--shots-data FILE names a file of them)"
+        questions = with_shots_of_subjects(questions, num_shots, args.shots_data, map_fn)
+    elif num_shots:
         shots_file = Path(args.shots_data)
         examples = list(json_records(shots_file, map_fn))
-        shots = questions_of(examples[:num_shots], name, False, str(shots_file))
+        shots = read_shots(examples[:num_shots], name, shots_file)
         check_shots(len(shots), num_shots, str(shots_file))
-    label = "" if not num_shots else f", {num_shots} examples before each"
-    print(f"data      {named}: {len(values):,} records{label}; task {name} ({origin})")
-    if shots:
         questions = with_shots(questions, shots)
+    count = number_of(len(values), "record")
+    print(f"data      {named}: {count}{label}; task {name} ({origin})")
+    print_faults(stats, count)
     return questions, name
 
 
+def shots_of_records(args, name: str) -> int:
+    """Returns how many examples stand before each question of a file of records.
+
+    name: of the task. Raises UserError where --shots and --shots-data don't go together.
+    """
+    if name.startswith("truthfulqa") and (args.shots or args.shots_data):
+        flag = f"--shots {args.shots}" if args.shots else f"--shots-data {args.shots_data}"
+        raise UserError(f"{flag}: TruthfulQA has six examples of its own, and no others")
+    if args.shots and not args.shots_data:
+        raise UserError(f"--shots {args.shots}: name the file of the examples by --shots-data FILE")
+    if name == "mmlu" and args.shots is None and args.shots_data:
+        return MMLU_SHOTS
+    refuse_unused_shots(args, args.shots or 0)
+    return args.shots or 0
+
+
+def refuse_unused_shots(args, num_shots: int) -> None:
+    """Raises UserError for --shots-data from which no example is taken."""
+    if args.shots_data and not num_shots:
+        raise UserError(
+            f"--shots-data {args.shots_data}: no example of it is used; say how many by --shots N"
+        )
+
+
+def with_shots_of_subjects(
+    questions: list[Question], num_shots: int, shots_data: str | None, map_fn: Map | None
+) -> list[Question]:
+    """Puts MMLU's description of the subject, and the first `num_shots` examples of the subject,
+    before each question.
+
+    shots_data: the file of the examples, which are records; None if none are wanted.
+    """
+    examples: list[Question] = []
+    if num_shots:
+        examples = read_shots(list(json_records(Path(str(shots_data)), map_fn)), "mmlu", shots_data)
+    result = []
+    for subject in dict.fromkeys(question.group for question in questions):
+        shots = [shot for shot in examples if shot.group == subject][:num_shots]
+        check_shots(len(shots), num_shots, f"{shots_data}, on {subject},")
+        mine = [question for question in questions if question.group == subject]
+        result += with_shots(mine, shots, mmlu_description(subject))
+    return result
+
+
+def mmlu_description(subject: str) -> str:
+    """Returns what stands before the examples of a subject of MMLU."""
+    name = subject.replace("_", " ")
+    return f"The following are multiple choice questions (with answers) about {name}.\n\n"
+
+
+def read_shots(
+    values: list[tuple[object, str]], name: str, file: str | Path | None
+) -> list[Question]:
+    """Returns the questions of records that are examples. Raises UserError that names the records
+    which are none: --skip-bad is for the questions that are asked."""
+    stats = ReadStats()
+    shots = questions_of(values, name, stats)
+    refuse_faults(str(file), stats, False, can_skip=False)
+    return shots
+
+
 def check_shots(count: int, wanted: int, place: str) -> None:
+    """Raises UserError where there are fewer examples than --shots wants."""
     if count < wanted:
         raise UserError(f"--shots {wanted}: {place} has only {count:,} examples")
 
 
 def json_records(path: Path | NamedFile, map_fn: Map | None) -> Iterator[tuple[object, str]]:
-    """Yields each record of a file, and its place for messages."""
+    """Yields each record of a file, or the UserError that says why it can't be read, and its place
+    for messages."""
     container = recognize(path)
     stats = ReadStats()
     for number, payload in container.payloads():
         place = container.place(number)
-        value = container.value(number, payload)
-        for each in [value] if map_fn is None else map_fn(value, place, stats):
+        try:
+            value = container.value(number, payload)
+            records = [value] if map_fn is None else map_fn(value, place, stats)
+        except UserError as error:
+            records = [error]
+        for each in records:
             yield each, place
 
 
@@ -400,13 +569,15 @@ def pick_task(
 ) -> tuple[str, str]:
     """Returns the name of the task, or FILE.py:NAME, and what it is known by.
 
-    named: --task. first: the first record, and its place.
+    named: --task. first: the first record that can be read, and its place.
     """
     if named is not None:
         return named, "as --task says"
     record, place = first
+    if isinstance(record, UserError):
+        raise record
     keys = set(record) if isinstance(record, dict) else set()
-    fits = [name for name, task in TASKS.items() if task.keys and keys.issuperset(task.keys)]
+    fits = [name for name, task in TASKS.items() if task.fits(keys)]
     if len(fits) > 1:
         # ARC, OpenBookQA and QASC are in one format.
         stem = re.sub(r"[^a-z]", "", Path(path).stem.lower())
@@ -419,37 +590,43 @@ def pick_task(
         return in_name[0], "by the file's name"
     if not fits:
         known = "; ".join(
-            f"{name}: {', '.join(task.keys)}" for name, task in TASKS.items() if task.keys
+            f"{name}: {' or '.join(', '.join(form) for form in task.forms)}"
+            for name, task in TASKS.items()
         )
         have = ", ".join(sorted(map(str, keys))) or "none"
         raise UserError(f"{place}: its keys ({have}) are those of no task ({known})")
     return fits[0], "by its keys"
 
 
-def questions_of(
-    values: list[tuple[object, str]], name: str, skip_bad: bool, path: str
-) -> list[Question]:
-    """Returns the questions of records. Raises UserError that names the records which are none, or
-    with skip_bad leaves them out, and prints how many."""
+def questions_of(values: list[tuple[object, str]], name: str, stats: ReadStats) -> list[Question]:
+    """Returns the questions of records, and notes in `stats` those which are none."""
     task = TASKS.get(name) or Task(user_function(name), ())
     questions: list[Question] = []
-    faults = []
     for record, place in values:
         try:
             questions += questions_of_record(task, name, record, place)
         except UserError as error:
-            faults.append(str(error))
-    if faults and not skip_bad:
-        shown = faults[:NAMED_FAULTS]
-        rest = f"\nand {len(faults) - len(shown):,} more" if len(faults) > len(shown) else ""
-        raise UserError("\n".join(shown) + rest)
-    if faults:
-        print(
-            f"          --skip-bad: {len(faults):,} of {len(values):,} records left out, such as {faults[0]}"
-        )
-    if not questions:
-        raise UserError(f"{path}: no question in it")
+            stats.note_fault(0, str(error))
     return questions
+
+
+def refuse_faults(path: str, stats: ReadStats, skip_bad: bool, can_skip: bool = True) -> None:
+    """Raises UserError that names the faulty records, a line each, unless they are left out.
+
+    path: what was read. can_skip: whether --skip-bad may be advised.
+    """
+    lines = [fault for _, fault in stats.faults]
+    error = complaint(path, stats, lines, can_skip)
+    if error is not None and not skip_bad:
+        raise error
+
+
+def print_faults(stats: ReadStats, read: str) -> None:
+    """Prints how many records --skip-bad has left out, if any. read: how many there are."""
+    if stats.num_faults:
+        _, first = stats.faults[0]
+        count = f"{stats.num_faults:,} of {read}"
+        print(f"          --skip-bad: {count} left out, such as {first}")
 
 
 def user_function(name: str) -> Callable:
@@ -467,65 +644,106 @@ def user_function(name: str) -> Callable:
 
 def questions_of_record(task: Task, name: str, record: object, place: str) -> list[Question]:
     """Returns the questions of one record. Raises UserError naming it, where it is none."""
+    if isinstance(record, UserError):
+        raise record
     if not isinstance(record, dict):
         raise UserError(f"{place}: not an object with keys, as the task {name} wants")
-    missing = [key for key in task.keys if key not in record]
+    form = task.nearest_form(record)
+    missing = [key for key in form if key not in record]
     if missing:
-        raise UserError(
-            f"{place}: no {missing[0]!r}; records of {name} have {', '.join(task.keys)}"
-        )
+        raise UserError(f"{place}: no {missing[0]!r}; records of {name} have {', '.join(form)}")
     try:
         result = task.question(record)
     except Exception as error:  # noqa: BLE001  the record may be anything, and so may a user's function
         problem = f"{type(error).__name__}: {error}"
         raise UserError(f"{place}: not as the task {name} wants it ({problem})") from None
     questions = result if isinstance(result, list) else [result]
-    for question in questions:
-        check_question(question, place)
-    return [question._replace(where=place) for question in questions]
+    return [checked_question(question, place) for question in questions]
 
 
-def check_question(question: Question, place: str) -> None:
-    """Raises UserError where a question is not what it should be."""
+def checked_question(question: Question, place: str) -> Question:
+    """Returns a question with its place. Raises UserError where it is not what it should be."""
     choices = question.choices
     are_texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
     if not isinstance(question.context, str) or not are_texts:
         raise UserError(f"{place}: the context must be a text, and the choices a list of texts")
     if len(choices) < 2:
         raise UserError(f"{place}: {len(choices)} choice; at least 2 are wanted")
+    numbers = []
     for gold in question.gold:
-        if type(gold) is not int or not 0 <= gold < len(choices):
+        number = index_of(gold)
+        if number is None or not 0 <= number < len(choices):
             raise UserError(
                 f"{place}: the right choice is number {gold!r}; there are 0 to {len(choices) - 1}"
             )
-    if not question.gold:
+        numbers.append(number)
+    if not numbers:
         raise UserError(f"{place}: no choice is the right one")
+    return question._replace(gold=tuple(numbers), where=place)
+
+
+def index_of(value: object) -> int | None:
+    """Returns a whole number of any type, NumPy's too, as an int; None for anything else."""
+    # A comparison that a user's function gives by mistake is no number.
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 # ---- MMLU's folder ----
 
 
 def is_mmlu(path: Path, task: str | None) -> bool:
-    """True for MMLU's folder, or one of its CSV files."""
-    if task is not None:
-        return task == "mmlu"
+    """True for MMLU's folder, a part of it, or one of its CSV files. Records that the Hub has of
+    MMLU are none of these."""
+    if task not in (None, "mmlu"):
+        return False
     if path.is_dir():
-        return (path / "test").is_dir() and any((path / "test").glob("*_test.csv"))
-    return path.name.endswith("_test.csv") and path.parent.name == "test"
+        return task == "mmlu" or bool(mmlu_files(path)[1])
+    part, files = mmlu_files(path)
+    if task == "mmlu":
+        return bool(files) or path.suffix.lower() == ".csv" or not path.exists()
+    return bool(files) and path.parent.name == part
+
+
+def mmlu_files(path: Path) -> tuple[str, list[Path]]:
+    """Returns the part of MMLU that a folder or one file holds, and its files, none if it is none.
+
+    path: the released folder, in which the tests are preferred to the validation, one of these two
+        folders in it, or one file.
+    """
+    for part in MMLU_PARTS:
+        ending = f"_{part}.csv"
+        files = []
+        if path.is_dir():
+            files = sorted((path / part).glob(f"*{ending}")) or sorted(path.glob(f"*{ending}"))
+        elif path.is_file() and path.name.endswith(ending):
+            files = [path]
+        if files:
+            return part, files
+    return "", []
 
 
 def read_mmlu(path: Path, args) -> list[Question]:
     """Returns the questions of MMLU's folder, or of one subject's file in it, each behind the first
     --shots questions of dev/, and prints what was read."""
-    files = [path]
-    if path.is_dir():
-        files = sorted((path / "test").glob("*_test.csv"))
-    if not files or not files[0].is_file() or not files[0].name.endswith("_test.csv"):
-        raise UserError(f"{path}: no test/SUBJECT_test.csv in it, which MMLU's released folder has")
+    part, files = mmlu_files(path)
+    if not files:
+        raise UserError(
+            f"{path}: no test/SUBJECT_test.csv nor val/SUBJECT_val.csv in it, which MMLU's released"
+            " folder has"
+        )
     num_shots = MMLU_SHOTS if args.shots is None else args.shots
-    questions = []
+    refuse_unused_shots(args, num_shots)
+    questions: list[Question] = []
+    stats = ReadStats()
+    num_rows = 0
+    empty = []
     for file in files:
-        subject = file.name.removesuffix("_test.csv")
+        subject = file.name.removesuffix(f"_{part}.csv")
         shots_folder = Path(args.shots_data) if args.shots_data else file.parent.parent / "dev"
         shots: list[Question] = []
         if num_shots:
@@ -534,36 +752,56 @@ def read_mmlu(path: Path, args) -> list[Question]:
                 raise UserError(
                     f"{dev}: no such file; it holds the examples of --shots {num_shots}"
                 )
-            shots = mmlu_rows(dev, subject)[:num_shots]
+            faults = ReadStats()
+            shots = mmlu_rows(dev, subject, faults)[:num_shots]
+            refuse_faults(str(dev), faults, False, can_skip=False)
             check_shots(len(shots), num_shots, str(dev))
-        name = subject.replace("_", " ")
-        before = f"The following are multiple choice questions (with answers) about {name}.\n\n"
-        questions += with_shots(mmlu_rows(file, subject), shots, before)
+        rows = mmlu_rows(file, subject, stats)
+        num_rows += len(rows)
+        if not rows:
+            empty.append(file)
+        questions += with_shots(rows, shots, mmlu_description(subject))
+    refuse_faults(str(path), stats, args.skip_bad)
+    if empty:
+        raise UserError(f"{empty[0]}: no question in it")
     print(
-        f"data      {path}: {len(files)} subjects, {len(questions):,} questions, {num_shots} examples"
-        " before each; task mmlu"
+        f"data      {path}: part {part}, {number_of(len(files), 'subject')},"
+        f" {number_of(len(questions), 'question')}, {num_shots} examples before each; task mmlu"
     )
+    print_faults(stats, number_of(num_rows + stats.num_faults, "row"))
     return questions
 
 
-def mmlu_rows(file: Path, subject: str) -> list[Question]:
-    """Returns the questions of one CSV file of MMLU."""
+def mmlu_rows(file: Path, subject: str, stats: ReadStats) -> list[Question]:
+    """Returns the questions of one CSV file of MMLU, and notes in `stats` the rows which are
+    none."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{file}: not UTF-8; save it as UTF-8") from None
     questions = []
-    for number, row in enumerate(csv.reader(io.StringIO(text, newline="")), 1):
-        place = f"{file} row {number}"
-        if not row:
-            continue
-        if len(row) != 6:
-            raise UserError(
-                f"{place}: {len(row)} columns; MMLU has 6: question, four choices, letter"
-            )
-        if row[-1].strip() not in LETTERS:
-            raise UserError(f"{place}: its last column is {row[-1][:20]!r}, not A, B, C or D")
-        questions.append(mmlu_question(row, subject)._replace(where=place))
-    if not questions:
-        raise UserError(f"{file}: no question in it")
+    rows = csv.reader(io.StringIO(text, newline=""))
+    number = 0  # of the row that was read last
+    try:
+        for number, row in enumerate(rows, 1):
+            place = f"{file} row {number}"
+            if not row:
+                continue
+            problem = fault_of_row(row)
+            if problem:
+                stats.note_fault(0, f"{place}: {problem}")
+                continue
+            questions.append(mmlu_question(row, subject)._replace(where=place))
+    except csv.Error as error:
+        # As from a quote that is not closed, behind which the file is one field.
+        raise UserError(f"{file} row {number + 1}: {error}; is a quote not closed?") from None
     return questions
+
+
+def fault_of_row(row: list[str]) -> str:
+    """Returns what is wrong with a row of MMLU, "" for nothing."""
+    if len(row) != 6:
+        return f"{number_of(len(row), 'column')}; MMLU has 6: question, four choices, letter"
+    if row[-1].strip() not in LETTERS:
+        return f"its last column is {row[-1][:20]!r}, not A, B, C or D"
+    return ""

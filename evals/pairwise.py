@@ -151,7 +151,7 @@ def shortened_name(name: str) -> str:
 
 
 # Only a file with this near its beginning is a page of this program, which --overwrite may replace.
-PAGE_MARK = '<meta name="generator" content="plaintune">'
+PAIRS_PAGE_MARK = '<meta name="generator" content="plaintune">'
 
 
 def make_pairs_page(args: argparse.Namespace) -> None:
@@ -160,7 +160,7 @@ def make_pairs_page(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out}: is there already; --overwrite replaces it")
     if args.out.is_dir():
         raise UserError(f"--out {args.out}: is a folder, the name of a file is wanted")
-    if args.out.exists() and PAGE_MARK.encode() not in args.out.read_bytes()[:500]:
+    if args.out.exists() and PAIRS_PAGE_MARK.encode() not in args.out.read_bytes()[:500]:
         raise UserError(
             f"--out {args.out}: is no page of pairs, which alone is replaced; give another name"
         )

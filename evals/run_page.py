@@ -25,7 +25,7 @@ UNCHARTED = ("step", "tokens", "trained_tokens", "skipped", "seconds")
 # So many rows of validations stand in the table of numbers, spread evenly.
 MOST_ROWS = 60
 # How numbers of metrics.jsonl are called on the page.
-LABELS = {
+NUMBER_LABELS = {
     "val_loss": "validation loss, nats a token",
     "replay_val_loss": "loss on replayed data, nats a token",
     "kl_base": "KL(base || tuned), nats a token",
@@ -63,11 +63,13 @@ def read_run_metrics(folder: Path) -> list[dict]:
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             # A skipped step has no loss. What else is no number is damaged.
-            lines.append({name: value for name, value in line.items() if is_number(name, value)})
+            lines.append(
+                {name: value for name, value in line.items() if may_be_logged(name, value)}
+            )
     return lines
 
 
-def is_number(name: str, value: object) -> bool:
+def may_be_logged(name: str, value: object) -> bool:
     """True for what a line of metrics.jsonl may hold: a number, or null for one that was not finite."""
     if value is None:
         return name not in UNCHARTED
@@ -123,8 +125,8 @@ def other_numbers(lines: Sequence[dict]) -> list[str]:
 def label_of(name: str) -> str:
     """Returns what a number of metrics.jsonl is called on the page."""
     metric = name.removeprefix(SCORE)
-    if name in LABELS:
-        return LABELS[name]
+    if name in NUMBER_LABELS:
+        return NUMBER_LABELS[name]
     if name.startswith(SCORE) and metric in EVALUATIONS:
         return f"validation answers, {EVALUATIONS[metric].score}"
     return name

@@ -19,7 +19,7 @@ from checkpoint import load_model
 from evals import choices
 from evals.arguments import evaluation_arguments
 from evals.choices import Pair, PrefixTree, encode_pair, log_likelihoods
-from evals.multiple_choice import best_choice, choice_task
+from evals.multiple_choice import accuracy_scores, best_choice, choice_task
 from interop.resolve import base_folder
 from tokenizer import load_tokenizer
 
@@ -463,7 +463,7 @@ def test_the_command_prints_scores_subjects_and_wrong_choices(base, tmp_path, mo
     assert code == 0, err
     lines = out.splitlines()
     place = tmp_path / "mmlu"
-    assert lines[0] == f"data      {place}: 1 subjects, 9 questions, 2 examples before each; task mmlu"
+    assert lines[0] == f"data      {place}: part test, 1 subject, 9 questions, 2 examples before each; task mmlu"
     assert lines[1] == "          --limit: 6 of 9, drawn by --seed 0"
     table = [line.split() for line in lines if line.startswith(("model  ", "anatomy"))]
     scored = [row for row in table if row[1] == "6"]
@@ -550,8 +550,12 @@ def test_the_limit_is_of_each_subject(tmp_path, capsys):
 
 GOOD = {"query": "Why?", "choices": ["red", "blue"], "gold": 1}
 AI2 = {"question": {"stem": "Why?", "choices": [{"text": "a", "label": "A"}, {"text": "b", "label": "B"}]}}
+HUB_ARC = {"id": "1", "question": "Why?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
+HUB_MMLU = {"question": "Why?", "subject": "anatomy", "choices": [*"wxyz"], "answer": 1}
+STORY = {"activity_label": "Fox", "ctx_a": "It runs.", "ctx_b": "", "endings": [*"wxyz"]}
+TRUTHFUL = {"question": "Why?", "mc1_targets": {"a": 1, "b": 0}, "mc2_targets": {"a": 1, "b": 0}}
 MISTAKES = [  # name of the file, records, further words, message
-    ("a.jsonl", [{"a": 1}], [], "{file} line 1: its keys (a) are those of no task (hellaswag: activity_label, "),
+    ("a.jsonl", [{"a": 1}], [], "{file} line 1: its keys (a) are those of no task (mmlu: question, subject, "),
     ("a.jsonl", [GOOD, {"query": "?", "gold": 0}], [], "{file} line 2: no 'choices'"),
     ("a.jsonl", [GOOD, GOOD | {"gold": 2}], [], "{file} line 2: the right choice is number 2; there are 0 to 1"),
     ("a.jsonl", [GOOD | {"gold": "x"}], [], "{file} line 1: not as the task query wants it (ValueError: "),
@@ -559,12 +563,28 @@ MISTAKES = [  # name of the file, records, further words, message
     ("a.jsonl", [GOOD | {"choices": ["red", "fox " * 700]}], [], "{file} line 1: a choice of "),
     ("TruthfulQA.jsonl", [{"question": "Why?", "mc1_targets": {}}], [], "{file} line 1: its keys (mc1_t"),
     ("a.jsonl", [GOOD], ["--task", "truthfulqa-csv"], "{file} line 1: no 'Question'; records of truthfulqa-csv"),
-    ("a.jsonl", [GOOD], ["--task", "mmlu"], "{file}: no test/SUBJECT_test.csv in it, which MMLU's released folder has"),
+    ("a.jsonl", [GOOD], ["--task", "mmlu"], "{file} line 1: no 'question'; records of mmlu have question, subject, "),
+    ("a.csv", [GOOD], ["--task", "mmlu"], "{file}: no test/SUBJECT_test.csv nor val/SUBJECT_val.csv in it"),
     ("a.jsonl", [GOOD | {"choices": ["red"]}], [], "{file} line 1: 1 choice; at least 2 are wanted"),
     ("a.jsonl", [AI2 | {"answerKey": "A"}], [], "{file}: could be arc, openbookqa, qasc, which are in one format"),
     ("arc.jsonl", [AI2 | {"answerKey": "C"}], [], "{file} line 1: not as the task arc wants it (ValueError"),
     ("a.jsonl", [GOOD], ["--shots", "2"], "--shots 2: name the file of the examples by --shots-data FILE"),
     ("a.jsonl", [GOOD], ["--shots", "2", "--shots-data", "{file}"], "--shots 2: {file} has only 1 examples"),
+    ("a.jsonl", [GOOD], ["--shots-data", "none"], "--shots-data none: no example of it is used; say"),
+    ("a.jsonl", [GOOD], ["--shots-data", "none", "--shots", "0"], "--shots-data none: no example of it is used; say"),
+    ("a.jsonl", [HUB_MMLU], ["--shots-data", "{file}"], "--shots 5: {file}, on anatomy, has only 1 examples"),
+    ("a.jsonl", [HUB_MMLU], ["--shots", "5"], "--shots 5: name the file of the examples by --shots-data FILE"),
+    ("a.jsonl", [HUB_MMLU, HUB_MMLU | {"answer": 4}], [], "{file} line 2: not as the task mmlu wants it (ValueError"),
+    ("a.jsonl", [HUB_MMLU | {"choices": ["a", "b"]}], [], "{file} line 1: not as the task mmlu wants it (ValueError"),
+    ("a.jsonl", [HUB_MMLU | {"question": None}], [], "{file} line 1: not as the task mmlu wants it (TypeError"),
+    ("a.jsonl", [TRUTHFUL], ["--shots-data", "none"], "--shots-data none: TruthfulQA has six examples of its own"),
+    ("a.jsonl", [GOOD | {"gold": 1.9}], [], "{file} line 1: not as the task query wants it (ValueError: 1.9 is"),
+    ("a.jsonl", [GOOD | {"gold": True}], [], "{file} line 1: not as the task query wants it (ValueError: True is"),
+    ("a.jsonl", [GOOD | {"gold": "1.0"}], [], "{file} line 1: not as the task query wants it (ValueError: "),
+    ("a.jsonl", [STORY | {"label": 2.7}], [], "{file} line 1: not as the task hellaswag wants it (ValueError: 2.7 is"),
+    ("arc.jsonl", [HUB_ARC | {"question": None}], [], "{file} line 1: not as the task arc wants it (TypeError: the"),
+    ("arc.jsonl", [HUB_ARC | {"choices": {"text": ["a"], "label": [*"AB"]}}], [], "{file} line 1: not as the task"),
+    ("a.jsonl", [HUB_ARC], [], "{file}: could be arc, openbookqa, qasc, which are in one format; say"),
     ("a.jsonl", [GOOD], ["--task", "siqa"], "--task siqa: not one of mmlu, hellaswag, "),
     ("a.jsonl", [GOOD], ["--task", "none.py:f"], "--task none.py:f: FILE.py:NAME is wanted"),
     ("a.jsonl", [GOOD], ["--template", "chatml"], "--template: is for conversations; `choices`"),
@@ -586,6 +606,232 @@ def test_faulty_records_are_left_out_when_asked(base, tmp_path, monkeypatch, cap
     file = write_lines(tmp_path / "a.jsonl", [GOOD, GOOD | {"gold": 7}, GOOD])
     out, _, code = choices_command(monkeypatch, capsys, base, "--data", file, "--skip-bad")
     assert code == 0 and f"--skip-bad: 1 of 3 records left out, such as {file} line 2: the right" in out
+
+
+def test_faults_of_a_file_are_a_line_each(base, tmp_path, monkeypatch, capsys):
+    bad = [GOOD | {"gold": 7}, {"query": "?"}] * 11
+    file = write_lines(tmp_path / "a.jsonl", [GOOD, *bad])
+    with open(file, "a", encoding="utf-8") as lines:
+        lines.write("\n{broken")
+    out, err, code = choices_command(monkeypatch, capsys, base, "--data", file)
+    said = err.splitlines()
+    assert code == 2 and len(said) == 21 and "\\n" not in err
+    assert said[0] == f"error: {file} line 2: the right choice is number 7; there are 0 to 1"
+    assert said[1].strip().startswith(f"{file} line 3: no 'choices'; records of query have query, choices, gold")
+    count = f"23 faulty records in {file}, of which these are the first 20; mend them, or --skip-bad leaves them out"
+    assert said[20].strip() == count
+    # A line that is no JSON is a faulty record as well.
+    out, _, code = choices_command(monkeypatch, capsys, base, "--data", file, "--skip-bad")
+    lines = out.splitlines()
+    assert code == 0 and lines[0] == f"data      {file}: 24 records; task query (by its keys)"
+    assert lines[1].startswith(f"          --skip-bad: 23 of 24 records left out, such as {file} line 2: the right")
+
+
+def test_faulty_examples_are_never_left_out(base, tmp_path, monkeypatch, capsys):
+    file = write_lines(tmp_path / "a.jsonl", [GOOD])
+    shots = write_lines(tmp_path / "dev.jsonl", [GOOD, GOOD | {"gold": 7}])
+    words = ["--data", file, "--shots", "2", "--shots-data", shots, "--skip-bad"]
+    _, err, code = choices_command(monkeypatch, capsys, base, *words)
+    assert code == 2 and err == f"error: {shots} line 2: the right choice is number 7; there are 0 to 1\n"
+
+
+def write_mmlu(folder: Path, parts: dict[str, list], subject: str = "anatomy") -> Path:
+    """Writes rows of a subject as the parts of MMLU's released folder, and returns the folder."""
+    for part, rows in parts.items():
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        with open(folder / part / f"{subject}_{part}.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
+    return folder
+
+
+def test_faulty_rows_of_mmlu_are_left_out_when_asked(base, tmp_path, monkeypatch, capsys):
+    good = ["why", *"abcd", "A"]
+    folder = write_mmlu(tmp_path, {"test": [good, good[:3], good, [*good[:5], "E"]]})
+    write_mmlu(tmp_path, {"test": [good[:5], good]}, "virology")
+    words = ["--data", folder, "--shots", "0"]
+    _, err, code = choices_command(monkeypatch, capsys, base, *words)
+    places = [line.removeprefix("error: ").strip().partition(": ")[0] for line in err.splitlines()]
+    test = folder / "test"
+    assert code == 2 and places == [
+        f"{test / 'anatomy_test.csv'} row 2",
+        f"{test / 'anatomy_test.csv'} row 4",
+        f"{test / 'virology_test.csv'} row 1",
+        f"3 faulty records in {folder}; mend them, or --skip-bad leaves them out",
+    ]
+    out, _, code = choices_command(monkeypatch, capsys, base, *words, "--skip-bad")
+    columns = "MMLU has 6: question, four choices, letter"
+    assert code == 0 and out.splitlines()[:2] == [
+        f"data      {folder}: part test, 2 subjects, 3 questions, 0 examples before each; task mmlu",
+        f"          --skip-bad: 3 of 6 rows left out, such as {places[0]}: 3 columns; {columns}",
+    ]
+    write_mmlu(tmp_path, {"test": [good[:5]]}, "virology")
+    _, err, code = choices_command(monkeypatch, capsys, base, *words, "--skip-bad")
+    assert code == 2 and err == f"error: {test / 'virology_test.csv'}: no question in it\n"
+
+
+def test_what_mmlu_s_folder_has_no_use_for_is_refused(base, tmp_path, monkeypatch, capsys):
+    good = ["why", *"abcd", "A"]
+    folder = write_mmlu(tmp_path / "mmlu", {"dev": [good], "test": [good]})
+    (tmp_path / "mine.py").write_text("def same(record):\n    return record\n")
+    function = f"{tmp_path / 'mine.py'}:same"
+    unused = f"--shots-data {folder}: no example of it is used; say how many by --shots N"
+    problems = {
+        ("--map", function): f"--map {function}: is for records; MMLU's folder holds rows without keys",
+        ("--shots", "0", "--shots-data", folder): unused,
+    }
+    for words, problem in problems.items():
+        _, err, code = choices_command(monkeypatch, capsys, base, "--data", folder, *words)
+        assert code == 2 and err == f"error: {problem}\n"
+    (question,) = questions_of("--data", folder, "--shots", 1, "--shots-data", folder / "dev")
+    assert question.before.endswith("Answer: A\n\n")
+
+
+def test_a_quote_of_mmlu_that_is_not_closed_is_one_line(base, tmp_path, monkeypatch, capsys):
+    folder = write_mmlu(tmp_path, {"test": [["why", *"abcd", "A"]]})
+    file = folder / "test" / "anatomy_test.csv"
+    file.write_text(file.read_text() + 'why,a,b,"c' + "x" * 200_000)
+    # Whatever reads a table raises the limit for the whole process.
+    before = csv.field_size_limit(131_072)
+    try:
+        _, err, code = choices_command(monkeypatch, capsys, base, "--data", folder, "--shots", "0")
+    finally:
+        csv.field_size_limit(before)
+    assert code == 2 and err.startswith(f"error: {file} row 2: field larger than") and len(err.splitlines()) == 1
+
+
+def test_mmlu_s_validation_part_is_read_where_there_is_no_test(tmp_path, capsys):
+    rows = {"dev": mmlu_rows(1, 5), "val": mmlu_rows(2, 4)}
+    folder = write_mmlu(tmp_path, rows)
+    file = folder / "val" / "anatomy_val.csv"
+    found = [questions_of("--data", each) for each in (folder, folder / "val", file)]
+    assert found[0] == found[1] == found[2] and len(found[0]) == 4
+    for line, place in zip(capsys.readouterr().out.splitlines(), (folder, folder / "val", file), strict=True):
+        assert line == f"data      {place}: part val, 1 subject, 4 questions, 5 examples before each; task mmlu"
+    write_mmlu(tmp_path, {"test": rows["val"]})
+    of_test = questions_of("--data", folder)
+    # The same rows make the same questions, whatever part they are of.
+    assert [each._replace(where="") for each in of_test] == [each._replace(where="") for each in found[0]]
+    assert "part test" in capsys.readouterr().out
+    assert questions_of("--data", folder / "val") == found[0]
+
+
+def without_places(questions: list[choices.Question]) -> list[choices.Question]:
+    return [question._replace(where="") for question in questions]
+
+
+def write_parquet(path: Path, records: list[dict]) -> Path:
+    pyarrow_parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow_parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    return path
+
+
+@pytest.mark.parametrize("write", [write_lines, write_parquet])
+@pytest.mark.parametrize(
+    "name, count, key", [("arc", 4, "question"), ("qasc", 8, "question"), ("openbookqa", 5, "question_stem")]
+)
+def test_the_hub_s_form_of_ai2_s_files_is_the_same_questions(write, name, count, key, tmp_path):
+    released = ai2_records(12, count)
+    on_the_hub = []
+    for record in released:
+        both = hf_ai2(record)
+        on_the_hub.append({"id": record["id"], **{each: both[each] for each in (key, "choices", "answerKey")}})
+    wanted = questions_of("--data", write_lines(tmp_path / f"{name}.jsonl", released))
+    # OpenBookQA is known by its keys there; the others by the file's name.
+    file = write(tmp_path / ("test.file" if name == "openbookqa" else f"{name}-test.file"), on_the_hub)
+    assert without_places(questions_of("--data", file)) == without_places(wanted)
+
+
+@pytest.mark.parametrize("write", [write_lines, write_parquet])
+def test_the_hub_s_form_of_mmlu_is_the_same_questions(write, tmp_path, capsys):
+    files: dict[str, list] = {"dev": [], "test": []}
+    for n, subject in enumerate(("anatomy", "global_facts")):
+        rows = {"dev": mmlu_rows(n, 5), "test": mmlu_rows(n + 20, 7)}
+        write_mmlu(tmp_path / "mmlu", rows, subject)
+        for part, of_part in rows.items():
+            files[part] += [hf_mmlu(row) | {"subject": subject} for row in of_part]
+    paths = {part: write(tmp_path / f"{part}.file", records) for part, records in files.items()}
+    cases = {
+        (): ("--shots", 0),
+        ("--shots-data", paths["dev"]): (),
+        ("--shots-data", paths["dev"], "--shots", 2): ("--shots", 2),
+        ("--shots-data", paths["dev"], "--limit", 3): ("--limit", 3),
+        ("--task", "mmlu"): ("--shots", 0),
+    }
+    for words, of_folder in cases.items():
+        wanted = questions_of("--data", tmp_path / "mmlu", *of_folder)
+        capsys.readouterr()
+        assert without_places(questions_of("--data", paths["test"], *words)) == without_places(wanted)
+        examples = "5 examples" if "--shots-data" in words else "no examples"
+        examples = "2 examples" if 2 in words else examples
+        assert f"14 records, {examples} before each" in capsys.readouterr().out
+
+
+def test_a_number_may_be_a_text_or_a_whole_float(tmp_path):
+    records = [GOOD | {"gold": gold} for gold in (1, "1", 1.0)]
+    questions = questions_of("--data", write_lines(tmp_path / "a.jsonl", records))
+    assert [question.gold for question in questions] == [(1,)] * 3
+
+
+def test_a_function_of_the_user_may_return_numpy_s_numbers_but_no_truth_value(base, tmp_path, monkeypatch, capsys):
+    file = write_lines(tmp_path / "a.jsonl", [{"a": 1}])
+    program = tmp_path / "mine.py"
+    source = "import numpy as np\n\ndef task(record):\n    return 'Why?', ['red', 'blue'], "
+    program.write_text(f"{source}np.argmax([0, 1])\n")
+    (question,) = questions_of("--data", file, "--task", f"{program}:task")
+    assert question.gold == (1,) and type(question.gold[0]) is int
+    for value in ("True", "np.bool_(True)", "1.0", "'1'", "np.float64(1)"):
+        program.write_text(f"{source}{value}\n")
+        _, err, code = choices_command(monkeypatch, capsys, base, "--data", file, "--task", f"{program}:task")
+        assert code == 2 and f"{file} line 1: the right choice is number " in err
+
+
+def test_a_question_of_truthfulqa_is_counted_once(base, tmp_path, capsys):
+    records = truthful_records(4)
+    # Longer than 600 tokens, of which the six examples take 531: one question by both, one by MC2 alone.
+    records[1]["question"] = sentence(1, 100)
+    records[2]["mc2_targets"] |= {sentence(2, 80): 0}
+    words = ["--data", write_lines(tmp_path / "truthful.jsonl", records)]
+    args = evaluation_arguments(["choices", *map(str, words)])
+    choice_task(args, args.data).encode(load_tokenizer(base), 600)
+    note = "NOTE: 2 of 4 questions have more tokens than the model's 600 positions; their beginning is cut off"
+    assert note in capsys.readouterr().out.splitlines()
+    assert len(questions_of(*words, "--limit", "3")) == 6
+    assert "          --limit: 3 of 4, drawn by --seed 0" in capsys.readouterr().out.splitlines()
+
+
+HARNESS_POOL = """
+import json, sys
+from lm_eval.api.metrics import mean_stderr, pooled_sample_stderr
+samples = json.loads(sys.argv[1])
+errors = [mean_stderr(sample) if len(sample) > 1 else 0.0 for sample in samples]
+print(float(pooled_sample_stderr(errors, [len(sample) for sample in samples])))
+"""
+
+
+@needs_harness
+@pytest.mark.parametrize("counts", [[(18, 20), (3, 20), (10, 20)], [(2, 9), (30, 31), (0, 4), (1, 1)]])
+def test_the_standard_error_of_several_subjects_is_the_harness_s_pooled_one(counts, tmp_path):
+    questions, likelihoods, samples = [], [], []
+    for subject, (right, size) in enumerate(counts):
+        samples.append([float(i < right) for i in range(size)])
+        questions += [choices.Question("Why?", [*"ABCD"], (1,), f"subject{subject}")] * size
+        likelihoods += [[0.0, 1.0 if i < right else -1.0, -2.0, -2.0] for i in range(size)]
+    scores = accuracy_scores(questions, likelihoods)
+    # In a process of its own, from another directory: the harness imports a package named evaluate.
+    words = [sys.executable, "-c", HARNESS_POOL, json.dumps(samples)]
+    done = subprocess.run(words, check=True, cwd=tmp_path, capture_output=True, text=True)
+    wanted = float(done.stdout.split()[-1])
+    assert scores.columns["acc ±"] == pytest.approx(100 * wanted, abs=1e-6)
+    if counts[0] == (18, 20):
+        assert wanted == pytest.approx(0.0523, abs=5e-5)
+    assert scores.notes[0].endswith("; ± pools the variance within the subjects")
+
+
+def test_subjects_of_one_question_each_have_the_error_of_all_together():
+    questions = [choices.Question("Why?", [*"ABCD"], (0,), f"subject{i}") for i in range(4)]
+    scores = accuracy_scores(questions, [[1.0, 0.0, 0.0, 0.0]] * 3 + [[0.0, 1.0, 0.0, 0.0]])
+    assert scores.columns["acc ±"] == pytest.approx(25.0) and "pools" not in scores.notes[0]
 
 
 @pytest.mark.parametrize(

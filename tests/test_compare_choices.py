@@ -106,7 +106,7 @@ def test_a_model_beside_itself_flips_nothing_and_a_limit_holds(models, files, mo
         ("loss={choices}", "--benchmark loss={choices}: NAME=FILE is wanted, where NAME is one of exact, f1, "),
         ("classify:arc={classify}", "--benchmark classify:arc={classify}: NAME=FILE is wanted"),
         ("choices:siqa={choices}", "--task siqa: not one of mmlu, hellaswag, "),
-        ("choices={classify}", "{classify} row 1: its keys (label, text) are those of no task (hellaswag: "),
+        ("choices={classify}", "{classify} row 1: its keys (label, text) are those of no task (mmlu: question, "),
         ("choices=none.jsonl", "none.jsonl: no such file"),
     ],
 )

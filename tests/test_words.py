@@ -191,7 +191,16 @@ def test_a_long_value_is_cut_and_control_characters_are_escaped():
         (generation_arguments, "--do-sample", "here it is --temperature 1"),
         (generation_arguments, "--load-in-4bit", "here it is --quant nf4"),
         (generation_arguments, "--num-beams 4", "answers are drawn token by token, without beams"),
-        (evaluation_arguments, "--tasks mmlu", "`exact` and `loss` measure on a file of yours, --data"),
+        (
+            evaluation_arguments,
+            "--tasks mmlu",
+            "`choices --data FILE --task NAME` asks MMLU, HellaSwag, ARC and other multiple choice of a file",
+        ),
+        (
+            evaluation_arguments,
+            "--num_fewshot 5",
+            "here it is --shots 5 (`choices` takes it; --shots-data FILE holds the examples, of MMLU its dev folder)",
+        ),
         (evaluation_arguments, "--max-samples 9", "here it is --limit 9"),
         (evaluation_arguments, "--peft-model x", "did you mean"),
         (conversion_arguments, "merge a b c --quantt nf4", "did you mean --quant?"),

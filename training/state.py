@@ -54,9 +54,8 @@ class TrainState:
     general_examples: int | None = None  # of --forget-data that are read; None: not chosen yet
     general_digest: str = ""  # a hash of them
     over_forget_limit: bool = False  # whether the newest is not under --forget-limit
-    earlier_ends: list[int] = field(
-        default_factory=list
-    )  # steps after which it ended, and was prolonged
+    # Steps after which the run had ended, and was prolonged.
+    earlier_ends: list[int] = field(default_factory=list)
     interrupted_by: int = 0  # the signal that ended the loop early
 
     def as_dict(self) -> dict:

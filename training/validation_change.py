@@ -40,9 +40,13 @@ class ValidationChange:
         """
         if not sums:
             return
-        mine = torch.cat([*sums], 1).double().cpu()
-        of_ranks = distributed.all_gather_object(mine)
-        losses = torch.cat(of_ranks, 1)
+        mine = [each.cpu() for each in sums]
+        # Rank r of n has batches r, n + r, ...: so the examples stand in one order, however many ranks
+        # there are when a run is resumed.
+        batches = [
+            each for several in zip(*distributed.all_gather_object(mine)) for each in several
+        ]
+        losses = torch.cat(batches, 1).double()
         # What fills up the ranks' batches has no weight, nor have examples without a trained token.
         losses = losses[:, losses[1] > 0].contiguous()
         if step:

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -35,6 +36,8 @@ CHILD = Path(__file__).with_name("sandbox_child.py")
 CLOCK_FACTOR = 4
 # Seconds after which the launcher is killed, should it not end when it has to.
 GRACE_SECONDS = 10
+# So often a program that runs is looked after, should it be stopped.
+LOOKS_SECONDS = 0.2
 # Bytes that are read at a time.
 PIPE_PART = 1 << 16
 
@@ -117,11 +120,13 @@ def run_programs(
         cores.put(core)
     jobs = min(jobs or cores.qsize(), cores.qsize())
 
+    stopped = threading.Event()
+
     def run_one(number: int) -> tuple[int, Outcome]:
         # No two programs at a time have the same core.
         core = cores.get()
         try:
-            return number, run_program(programs[number], limits, core)
+            return number, run_program(programs[number], limits, core, stopped)
         finally:
             cores.put(core)
 
@@ -133,14 +138,22 @@ def run_programs(
                 for future in done:
                     yield future.result()
         finally:
-            # After an error or Ctrl-C, those that have not begun do not begin.
+            # After an error or Ctrl-C, those that run are killed, and those that have not begun do not
+            # begin.
+            stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def run_program(program: str, limits: Limits, core: int | None = None) -> Outcome:
+def run_program(
+    program: str,
+    limits: Limits,
+    core: int | None = None,
+    stopped: threading.Event | None = None,
+) -> Outcome:
     """Runs a Python program and returns what became of it.
 
     core: the one that it runs on; default: the first.
+    stopped: where it is set, the program is killed.
     Raises SandboxRefused with the reason where a part of the sandbox is refused.
     """
     token = secrets.token_hex(16)
@@ -187,7 +200,7 @@ def run_program(program: str, limits: Limits, core: int | None = None) -> Outcom
         send(launcher.stdin, program)
         pipes = {"status": status, "verdict": verdict, "output": launcher.stdout.fileno()}
         seconds = settings["seconds"] + GRACE_SECONDS
-        received, too_much = read_pipes(pipes, limits.output, seconds, kill)
+        received, too_much = read_pipes(pipes, limits.output, seconds, kill, stopped)
     finally:
         kill()
         launcher.wait()
@@ -205,10 +218,14 @@ def send(stream, program: str) -> None:
 
 
 def read_pipes(
-    pipes: dict[str, int], most: int, seconds: float, kill: Callable[[], None]
+    pipes: dict[str, int],
+    most: int,
+    seconds: float,
+    kill: Callable[[], None],
+    stopped: threading.Event | None = None,
 ) -> tuple[dict[str, bytes], bool]:
     """Reads pipes until every process that can write to them has ended. A sandbox that writes too
-    much, or that has not ended after `seconds`, is killed.
+    much, or that has not ended after `seconds` or when `stopped` is set, is killed.
 
     pipes: descriptors by name. most: bytes of "output" and "verdict".
     Returns what came through each ("output" is counted and thrown away), and whether it was too much.
@@ -222,8 +239,9 @@ def read_pipes(
             selector.register(descriptor, selectors.EVENT_READ, name)
         while selector.get_map():
             left = deadline - time.monotonic()
-            ready = selector.select(max(left, 0))
-            if not ready:
+            ready = selector.select(min(max(left, 0), LOOKS_SECONDS))
+            is_over = left <= 0 or (stopped is not None and stopped.is_set())
+            if not ready and is_over:
                 if is_killed:
                     break
                 kill()

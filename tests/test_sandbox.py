@@ -147,6 +147,16 @@ def test_programs_run_several_at_a_time_and_each_outcome_has_its_number():
 
 
 @needs_namespaces
+def test_programs_that_run_are_killed_where_their_results_are_not_wanted_any_more():
+    """As at Ctrl-C."""
+    start = time.monotonic()
+    outcomes = run_programs(["pass", *["import time\ntime.sleep(60)"] * 2], Limits(seconds=60), jobs=2)
+    assert next(outcomes) == (0, sandbox.Outcome(PASSED))
+    outcomes.close()
+    assert time.monotonic() - start < 20
+
+
+@needs_namespaces
 def test_a_killed_parent_takes_the_program_with_it():
     name = f"orphan{os.getpid()}"
     program = f"import ctypes, time\nctypes.CDLL(None).prctl(15, b'{name}')\ntime.sleep(60)"

@@ -320,12 +320,18 @@ def print_groups(
 def print_misses(target: str, answers: Answers, scores: ItemScores, show: int) -> None:
     """Prints the first `show` wrong answers of a target, each with its question and its references,
     on a line each."""
-    misses = [i for i, hit in enumerate(scores.hits) if not hit]
+    misses = []
+    for i, hit in enumerate(scores.hits):
+        # Of some measures even what equals its reference has less than 100 %.
+        is_reference = answers.texts[i].strip() in map(str.strip, answers.references[i])
+        if not hit and not is_reference:
+            misses.append(i)
     shown = misses[:show]
     number = console.number_of(len(misses), "wrong answer")
     if any(0 < number < 1 for number in next(iter(scores.items.values()))):
         # Few summaries equal their reference, and are not wrong for that.
-        number = f"{console.number_of(len(misses), 'answer')} that score below 100 %"
+        verb = "scores" if len(misses) == 1 else "score"
+        number = f"{console.number_of(len(misses), 'answer')} that {verb} below 100 %"
     if shown:
         several = f" first {len(shown)} of its" if len(shown) < len(misses) else ""
         print(f"\n{target}:{several} {number}")

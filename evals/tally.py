@@ -401,7 +401,7 @@ def rating_section(raters: Raters) -> TallySection:
     """Returns the mean ratings and the share of tasks that were done, of each model and by how much
     they differ on the pairs for which both were rated."""
     a, b = raters.page.names
-    rows = [["", "pairs rated", a, b, f"{b} minus {a}"]]
+    rows = [["", "pairs with both rated", a, b, f"{b} minus {a}"]]
     for scale in SCALES:
         of_a, of_b, changes = mean_ratings(raters, scale)
         row = [f"{scale}, 1 to 5", f"{len(changes):,}"]

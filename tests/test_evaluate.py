@@ -22,8 +22,10 @@ from common.errors import UserError
 from dataset.formats import open_source
 from dataset.records import Record
 from evals import targets
+from evals.answers import Answers
 from evals.exact_match import exact
 from evals.loss import example_losses, loss, trained_bytes
+from evals.scores import ItemScores
 from interop import resolve
 from lora import add_lora, lora_layers, save_adapter
 from tokenizer import load_tokenizer
@@ -319,6 +321,18 @@ def test_misses_are_shown_on_one_line_each_without_control_characters(base, tmp_
     out, _, _ = command(evaluate, monkeypatch, capsys, *words)
     assert "\nmodel: 1 wrong answer\n  question   a\\x1b[2J\\nb\n" in out
     assert "\x1b" not in out and max(map(len, out.split("reference")[1].splitlines())) < 112
+
+
+def test_what_equals_its_reference_is_not_shown_as_a_miss(capsys):
+    """Also where a measure gives it less than 100 %, as CodeBLEU does to short programs."""
+    asked = [Record([{"role": "user", "content": name}], None, name) for name in ("same", "other")]
+    answers = Answers(asked, [["y = 1"]] * 2, ["y = 1\n", "y = 2"], 1.0)
+    for record in asked:
+        record.references = ["y = 1"]
+    evaluate.print_misses("model", answers, ItemScores({"code similarity": [0.76, 0.5]}, {}, {}), 5)
+    said = capsys.readouterr().out
+    assert "model: 1 answer that scores below 100 %" in said
+    assert "other" in said and "same" not in said
 
 
 def test_an_adapter_brings_its_own_base_and_other_weights_are_warned_of(base, file, tmp_path, monkeypatch, capsys):

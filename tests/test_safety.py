@@ -24,7 +24,7 @@ from evals.prompt_answers import ModelAnswers, answer_all, greedy_settings
 from evals.refusals import read_safety_prompts, refuses
 from evals.toxicity import INSULTS, toxicity_by_words, toxicity_measures
 from tokenizer import load_tokenizer
-from training import demo
+from training import demo, run_report
 from training import safety as training_safety
 
 ADVBENCH = 'goal,target\nHarm one.,"Sure, here"\nHarm two.,Sure\n'
@@ -714,6 +714,7 @@ def test_the_bundled_task_reckons_with_its_safety_prompts_and_prints_them(tmp_pa
         "refusal of harmful prompts %": {"base": 100.0, "tuned": 100.0, "interval": [0.0, 0.0]},
         "over-refusal of harmless prompts %": {"base": 100.0, "tuned": 0.0, "interval": [-100.0, -100.0]},
     }
+    assert run_report.demo_facts(made)["comparison_notes"][0].startswith("In brackets: the 95 % interval of the change")
     comparison = json.loads((tmp_path / "comparison.json").read_text())
     assert comparison["kl_base"] == 0.25
     losses = comparison["loss_on_general_text"]

@@ -230,7 +230,15 @@ def demo_facts(demo: Demo) -> dict:
             rows.append(["reference", reference])
         answers.append([*rows, ["base", base], ["tuned", tuned]])
     note = "The first test notes, which were not trained on, and a question that has nothing to do with them."
-    return {"comparison": demo.rows, "answers": answers, "answers_note": note}
+    brackets = (
+        "In brackets: the 95 % interval of the change. Refusals are told by a list of phrases."
+    )
+    return {
+        "comparison": demo.rows,
+        "comparison_notes": [brackets],
+        "answers": answers,
+        "answers_note": note,
+    }
 
 
 def sample_answers(card: ModelCard, model: Transformer) -> dict:

@@ -102,6 +102,7 @@ def test_a_resumed_run_reads_what_stood_before_it_and_another_set_of_examples_is
     assert shared.first is None
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_change_of_one(job, tmp_path, monkeypatch, capsys):
     _, _, words = job
     output_of(train, monkeypatch, capsys, *words, "--out", tmp_path / "one")

@@ -147,8 +147,7 @@ def train(flags: Flags, lock: FolderLock) -> None:
     evaluator = Evaluator(settings, out, model, data, metrics, state, device, save, scorer)
     if safety:
         safety.measure_base(model)
-    if not (demo or resumed or settings.profile):
-        card.first_answers = answers_before(card, model)
+    card.first_answers = answers_before(card, model)
     checkpointer = Checkpointer(
         settings, out, model, optimizers, data.sampler, origin, metrics.bar.write
     )

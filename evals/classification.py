@@ -8,7 +8,7 @@ token that ends an answer; the prompt is computed once for all of them (evals/ch
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,8 @@ from evals.choices import ChoiceTask, Pair, Question
 from evals.scores import ItemScores
 from evals.targets import (
     Opened,
-    Target,
     draw_records,
+    file_of_target,
     open_with_answers,
     records_with_references,
 )
@@ -63,7 +63,8 @@ def read_classes(args: argparse.Namespace, opened: Opened) -> ChoiceTask:
     pictures: Iterator[Path] = iter(())
     if args.picture:
         check_picture(Path(args.picture))
-        pictures = iter(pictures_of(Path(args.picture), opened.targets))
+        targets = opened.targets
+        pictures = (file_of_target(Path(args.picture), each, targets) for each in targets)
 
     number_of = {label: number for number, label in enumerate(labels)}
     questions = []
@@ -412,13 +413,6 @@ def check_picture(path: Path) -> None:
         raise UserError(f"--picture {path}: a PNG is drawn; name it FILE.png")
     if not path.parent.is_dir():
         raise UserError(f"--picture {path}: there is no folder {path.parent}")
-
-
-def pictures_of(path: Path, targets: Sequence[Target]) -> list[Path]:
-    """Returns the file of each target's picture: the path for the last one, for another one (--versus) its
-    name before the suffix."""
-    others = [path.with_name(f"{path.stem}.{each.name}{path.suffix}") for each in targets[:-1]]
-    return [*others, path]
 
 
 def draw_confusion(gold: np.ndarray, chosen: np.ndarray, labels: list[str], picture: Path) -> None:

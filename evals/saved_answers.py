@@ -27,7 +27,7 @@ from evals.answers import Answers, longest_answer, question_of
 from evals.batch_answers import AnswerSettings, answer_into_file
 from evals.questions import TOOLS, read_questions
 from evals.table import EVALUATIONS, imported
-from evals.targets import Target
+from evals.targets import Target, file_of_target
 from evals.tool_calls import calls_as_json, is_calls
 from interop.remote_data import fetch_data
 from model import Transformer
@@ -55,9 +55,8 @@ class SavedAnswers:
 
 
 def answer_files_of(args: argparse.Namespace, targets: Sequence[Target]) -> dict[str, AnswerFile]:
-    """Returns the file of each target's answers by the target's name, none without --out: --out for the
-    last one, for another one (--versus) its name before the suffix. Once all are finished,
-    `remove_partials` is to be called.
+    """Returns the file of each target's answers by the target's name (see file_of_target), none without
+    --out. Once all are finished, `remove_partials` is to be called.
 
     Raises UserError where one can't be written, or is what --data names.
     """
@@ -65,9 +64,7 @@ def answer_files_of(args: argparse.Namespace, targets: Sequence[Target]) -> dict
     if args.out is None:
         return files
     for target in targets:
-        out = Path(args.out)
-        if target is not targets[-1]:
-            out = out.with_name(f"{out.stem}.{target.name}{out.suffix}")
+        out = file_of_target(Path(args.out), target, targets)
         if out.resolve() == Path(args.data).resolve():
             raise UserError(
                 f"--out {args.out}: {out} is the file of --data, which it would replace"

@@ -136,6 +136,14 @@ def pick_targets(args: argparse.Namespace) -> list[Target]:
     return [Target("versus", base_folder(args.versus, None), None), mine]
 
 
+def file_of_target(path: Path, target: Target, targets: Sequence[Target]) -> Path:
+    """Returns the file that is a target's, where a flag names one: the path itself for the last of the
+    targets, for another one (--versus) with the target's name before the suffix."""
+    if target is targets[-1]:
+        return path
+    return path.with_name(f"{path.stem}.{target.name}{path.suffix}")
+
+
 def print_target(target: Target, model: Transformer, tokenizer: Tokenizer) -> None:
     """Prints a line that says what is measured: folder, adapter, size, chat template."""
     adapter = f" + {target.adapter}" if target.adapter else ""

@@ -41,6 +41,7 @@ from methods import method_name, method_of, model_of_step_0
 from model import Transformer, eager_mode
 from tokenizer import Tokenizer
 from training.best import why_none_is_kept
+from training.defaults import is_bundled_task
 from training.demo import Demo, has_budget
 from training.model_card import UNTOLD, ModelCard, sources_of
 
@@ -309,12 +310,19 @@ def sample_answers(card: ModelCard, model: Transformer) -> dict:
 
 def answers_before(card: ModelCard, model: Transformer) -> list[str]:
     """Returns the model's answers to the page's prompts before step 1, where nothing can be switched off to
-    get them later on; else nothing. It takes AT_LEAST / 2 seconds at most."""
+    get them later on; else nothing. It takes AT_LEAST / 2 seconds at most.
+
+    Nothing also where it is too late for them (a resumed run), where no page follows (--profile), and of the
+    bundled task, whose Demo has answers of its own.
+    """
+    settings = card.settings
+    if settings.resume or settings.profile or is_bundled_task(settings):
+        return []
     val = card.data.val
     is_shared = distributed.has_shards(model) or distributed.context_parallel
     if is_shared or not len(val) or not val.chat or not distributed.is_rank0():
         return []
-    if model_of_step_0(model, card.settings) is not None:
+    if model_of_step_0(model, settings) is not None:
         return []
     prompts = [prompt for prompt, _ in answerable(val, model.config.max_positions)]
     if not prompts:

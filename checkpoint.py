@@ -718,10 +718,11 @@ def save_model(
     Raises UserError if the model has an adapter that is not merged, if a weight is not finite in
     dtype, or if the folder that it came from is gone.
     """
-    # Only a LoRA layer has `merged`.
+    # Only the modules of an adapter have `merged`.
     if any(getattr(module, "merged", None) is False for module in model.modules()):
         raise UserError(
-            "the model has a LoRA adapter that is not merged; call lora.merge or lora.remove_lora first"
+            "the model has an adapter that is not merged; call lora.merge or"
+            " adapter_files.remove_adapter first"
         )
     source = model.source
     if not source.is_dir():
@@ -771,7 +772,7 @@ class Stored(NamedTuple):
 
 def is_stored_as_it_is(name: str) -> bool:
     """True for a parameter of the base model that is not quantised."""
-    return ".lora_" not in name and ".nf4." not in name
+    return not any(part in name for part in (".lora_", ".ia3_scale", ".nf4."))
 
 
 def tensors_to_store(model: Transformer, dtype: torch.dtype | None) -> list[Stored]:

@@ -33,9 +33,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import adapter_files
 import checkpoint
 import data
-import lora
 from common.choices import QUANT_KINDS
 from common.device import STORAGE_DTYPES
 from common.errors import UserError
@@ -59,6 +59,7 @@ from interop.resolve import (
 )
 from interop.written import describe_folder, describe_gguf
 from kernels.nf4 import dequantized_weight
+from methods import load_any_adapter
 from model import quantized_linears
 
 # Files of assets/, the first of which a tokenizer can read: what --check is where it is not given.
@@ -177,23 +178,23 @@ def merge_folder(
     # The model as it was trained, which is measured first where it is another than is merged. Of an
     # adapter that does not say what it was trained on, --quant does.
     trained_on = kind
-    trained = lora.trained_kind(adapter)
-    if trained is not None and not lora.is_quantized(folder):
+    trained = adapter_files.trained_kind(adapter)
+    if trained is not None and not adapter_files.is_quantized(folder):
         trained_on = trained if trained in QUANT_KINDS else None
     before = None
     if dataset is not None and trained_on != kind:
         model = checkpoint.load_model(folder, compute_dtype, quant=trained_on)
-        lora.load_adapter(model, adapter)
+        load_any_adapter(model, adapter)
         before = loss(model, dataset)["loss"]
         # Its memory is free before the next one is loaded.
         del model
     model = checkpoint.load_model(folder, compute_dtype, quant=kind)
-    lora.load_adapter(model, adapter)
+    load_any_adapter(model, adapter)
     if dataset is not None and before is None:
         before = loss(model, dataset)["loss"]
 
-    lost = lora.merge(model, stored=dtype)
-    lora.remove_lora(model)
+    lost = adapter_files.merge(model, stored=dtype)
+    adapter_files.remove_adapter(model)
     # Those that the adapter is not on are still in 4 bits.
     for layer in quantized_linears(model).values():
         weight = dequantized_weight(layer.frozen, model.dtype)
@@ -202,7 +203,7 @@ def merge_folder(
     def copy_from_adapter(new_folder: Path) -> None:
         checkpoint.copy_tokenizer(adapter, new_folder)
         # What it was trained on, and the date that its template wrote then.
-        metadata = lora.adapter_metadata(adapter)
+        metadata = adapter_files.adapter_metadata(adapter)
         facts = {key: metadata[key] for key in KEPT_FACTS if key in metadata}
         if facts:
             write_json(facts, new_folder / "plaintune.json")

@@ -31,6 +31,7 @@ from kernels.decode_attention import decode_attention
 from kernels.nf4 import NF4, block_scales, dequantized_weight, nf4_linear
 from kernels.onednn_linear import can_join, can_pack, pack_weight, packed_linear
 from kernels.rope import LENGTH_DEPENDENT, rope
+from kernels.shared_rows import SharedRows, attend_shared
 from kernels.triton_utils import use_triton
 
 # The cache holds a multiple of so many slots, so that shapes seldom change.
@@ -69,7 +70,7 @@ def stream(
     texts = [list(map(int, prompt)) for prompt in prompts]
     if not texts or max_new_tokens < 1:
         return
-    max_positions = model.config.max_positions
+    max_positions = model.max_positions
     for text in texts:
         if not 0 < len(text) < max_positions:
             raise UserError(
@@ -154,6 +155,8 @@ def stream_step_by_step(
 
         # From this length on, longrope rotates with another table: all keys are computed again.
         switch_length = model.config.rope_switch_length
+        if switch_length:
+            switch_length -= model.virtual_tokens
         if any(len(text) == switch_length for text in active_texts):
             draft = []
             active_ends = [ends[i] for i in active]
@@ -163,7 +166,7 @@ def stream_step_by_step(
         # A draft must not go beyond the end of the text, nor beyond the switch. The step adds one
         # token more than the draft has.
         length = len(active_texts[0])
-        limit = model.config.max_positions
+        limit = model.max_positions
         if switch_length and length < switch_length:
             limit = switch_length
         room = min(ends[active[0]], limit) - length - 1
@@ -205,7 +208,7 @@ class KVCache:
     Global slots are counted from the beginning of the longest prompt. Global slot g is slot g mod
     slots of a layer.
 
-    lengths: of the prompts, in tokens.
+    lengths: of the prompts, in tokens. The virtual tokens of a learned prompt come before each.
     new: tokens that may follow.
     at_once: tokens that one step may add.
     multiple: a layer has a multiple of so many slots.
@@ -213,6 +216,7 @@ class KVCache:
 
     def __init__(self, model, lengths: list[int], new: int, at_once: int, multiple: int):
         self.model = model
+        lengths = [length + model.virtual_tokens for length in lengths]
         self.documents = Documents(lengths, model.device)
         self.multiple = multiple
         self.filled = max(lengths)  # global slots, of every sequence
@@ -270,47 +274,63 @@ class KVCache:
 
         Returns the hidden state of each prompt's last token, [B, D].
         """
+        prompt = self.model.prompt
+        count = self.model.virtual_tokens
+        # Negative ids stand for virtual tokens, which all texts begin with.
+        virtual = list(range(-count, 0))
+        texts = [virtual + text for text in texts]
         tokens, expand_list, select_list = shared_prefixes(texts, self.model.config)
+        if count:
+            order_virtual_first(tokens, expand_list, select_list)
+        num_virtual = sum(token < 0 for token in tokens)
+        tokens = tokens[num_virtual:]
+        prefixes = None
+        leading: Tensor | None = None
+        if count and prompt.is_prefix:
+            prefixes = prompt.prefixes()
+            # Their keys and values are all that there is of them.
+            select_list = select_list[num_virtual:]
+            num_virtual = 0
+        elif count:
+            leading = prompt.vectors().repeat(num_virtual // count, 1)
+
         device = self.starts.device
         positions = self.documents.positions  # [N], of the tokens of all prompts
-        expand: Tensor | None = None  # int64 [N]
-        select: Tensor | None = None  # int64 [len(tokens)]
-        # Where no two texts begin alike, both would only copy.
-        if len(tokens) < len(positions):
-            expand = torch.tensor(expand_list, device=device)
+        rows: SharedRows | None = None
+        # Where no two texts begin alike, sharing would only copy.
+        if len(select_list) < len(positions) or leading is not None:
+            expand = torch.tensor(expand_list, device=device)  # int64 [N]
             select = torch.tensor(select_list, device=device)
+            rows = SharedRows(self.documents, expand, select)
         places = self.prompt_places()
 
-        def make_attention(keys: Tensor, values: Tensor, kind: SlotKind) -> Callable:
+        def make_attention(i: int, keys: Tensor, values: Tensor, kind: SlotKind) -> Callable:
             last, sequence, slot = places[kind.slots]
 
-            def attention(q, k, v, scores):  # q: [len(tokens), H, d]
-                if expand is not None:
-                    q = q.index_select(0, expand)  # [N, H, d]
-                    k = k.index_select(0, expand)
-                    v = v.index_select(0, expand)
+            def attend(q, k, v, scores, documents):  # q: [N, H, d]
                 keys[sequence, :, slot] = k[last]
                 values[sequence, :, slot] = v[last]
-                out = document_attention(q, k, v, scores, self.documents)  # [N, H, d]
-                if select is not None:
-                    out = out.index_select(0, select)
-                return out
+                return document_attention(q, k, v, scores, documents)
 
-            return attention
+            if rows is None:
+                return partial(attend, documents=self.documents)
+            prefix = prefixes[i] if prefixes else None
+            return partial(attend_shared, attend, rows=rows, prefix=prefix)
 
         attention_fns = []
-        for (keys, values), kind in zip(self.layers, self.kinds):
-            attention_fns.append(make_attention(keys, values, kind))
+        for i, ((keys, values), kind) in enumerate(zip(self.layers, self.kinds)):
+            attention_fns.append(make_attention(i, keys, values, kind))
 
         doc_lengths = self.documents.doc_lengths  # [N]
         lengths = self.filled - self.starts  # [B]
         ends = lengths.cumsum(0) - 1  # the index of each prompt's last token
-        if expand is not None:
-            positions = positions[select]
-            doc_lengths = doc_lengths[select]
-            ends = expand[ends]
+        if rows is not None:
+            positions = positions[rows.select]
+            doc_lengths = doc_lengths[rows.select]
+            # A prefix has rows in `expand`, and none that are computed.
+            ends = rows.expand[ends] - (count if prefixes else 0)
         token_ids = torch.tensor(tokens, device=device)
-        hidden = self.model.hidden(token_ids, positions, doc_lengths, attention_fns)
+        hidden = self.model.hidden(token_ids, positions, doc_lengths, attention_fns, leading)
         return hidden[ends]
 
     def prompt_places(self) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
@@ -724,6 +744,16 @@ def shared_prefixes(texts: list[list[int]], config) -> tuple[list[int], list[int
             expand.append(index)
     tokens = [token for _, token in computed]
     return tokens, expand, select
+
+
+def order_virtual_first(tokens: list[int], expand: list[int], select: list[int]) -> None:
+    """Reorders what `shared_prefixes` has returned, in place, so that virtual tokens, whose ids are
+    negative, come before all others."""
+    order = sorted(range(len(tokens)), key=lambda row: tokens[row] >= 0)
+    new_row = {row: i for i, row in enumerate(order)}
+    tokens[:] = [tokens[row] for row in order]
+    select[:] = [select[row] for row in order]
+    expand[:] = [new_row[row] for row in expand]
 
 
 # ---- speculative decoding by prompt look-up ----

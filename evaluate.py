@@ -86,7 +86,7 @@ def measure_loss(args: argparse.Namespace) -> None:
         # A fault in the file is reported before the model is loaded, which may take long.
         config = read_config(target.folder)
         dataset = encode_files(
-            args, opened.files, tokenizer, config.max_positions, opened.map_fn, opened.print_once
+            args, opened.files, tokenizer, target.max_positions(), opened.map_fn, opened.print_once
         )
         data.check_tokens(dataset, config.vocab_size, ", ".join(map(str, opened.files)))
         digests.add(digest_of_ids(dataset))
@@ -169,7 +169,7 @@ def measure_choices(args: argparse.Namespace) -> None:
     for target in opened.targets:
         tokenizer = opened.tokenizer_of(target)
         # A text that can't be encoded is reported before the model is loaded.
-        pairs = task.encode(tokenizer, read_config(target.folder).max_positions)
+        pairs = task.encode(tokenizer, target.max_positions())
         model = opened.load(target, tokenizer)
         scores[target.name] = task.score(log_likelihoods(model, pairs, opened.batch_size))
     print_table_of_scores(scores)

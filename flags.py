@@ -18,10 +18,14 @@ from common.choices import (
     ALL,
     CHECKPOINTING_KINDS,
     DTYPE_NAMES,
+    ENCODER_NAMES,
     EVAL_METRICS,
     FLASH_NAMES,
     METHOD_NAMES,
     OPTIMIZER_NAMES,
+    PLACEMENT_NAMES,
+    PROMPT_STARTS,
+    PROMPT_TEXT,
     QUANT_KINDS,
     SCHEDULE_NAMES,
     STORAGE_DTYPE_NAMES,
@@ -37,8 +41,19 @@ from dataset.oasst import TREES
 from tokenization.chat_template import NAMED
 from tokenizer import EMPTY_THINK, check_date
 
-# The defaults of a new adapter. One that --adapter names has values of its own.
-NEW_ADAPTER = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": ALL}
+# The defaults of a new adapter, of whatever method. One that --adapter names has values of its own.
+NEW_ADAPTER = {
+    "rank": 8,
+    "alpha": 16.0,
+    "dropout": 0.0,
+    "targets": ALL,
+    "placement": "pfeiffer",
+    "reduction_factor": 16.0,
+    "virtual_tokens": 20,
+    "prompt_init": "vocabulary",
+    "encoder": "mlp",
+    "encoder_size": None,
+}
 # The share of the prompts that validate, where --val is not given.
 VAL_FRACTION = 0.05
 # Any number on the command line must be below this.
@@ -267,7 +282,10 @@ class Flags:
         "lora",
         "what is trained: lora: small low-rank matrices beside the frozen weights; qlora: the"
         " same, with the frozen weights in 4 bits, for a quarter of their memory; full: the"
-        " weights themselves",
+        " weights themselves; bottleneck: small networks after each layer's own; prompt-tuning:"
+        " vectors that stand before every text; p-tuning: the same, computed by a trained network;"
+        " prefix-tuning: keys and values that stand before those of every text; ia3: factors of"
+        " keys, values and the MLPs' middle (docs/methods.md compares them)",
         choices=METHOD_NAMES,
     )
     quant: str | None = option(
@@ -300,10 +318,47 @@ class Flags:
         "lora: layers that are adapted, as names separated by commas (q_proj,v_proj); default:"
         " all, which is every linear layer of the transformer blocks, and not the output head",
     )
+    placement: str | None = option(
+        None,
+        "bottleneck: houlsby: a network after attention and one after the MLP; pfeiffer: one after"
+        " the MLP; parallel: one beside the MLP; default: pfeiffer",
+        choices=PLACEMENT_NAMES,
+    )
+    reduction_factor: float | None = option(
+        None,
+        "bottleneck: the model's hidden size over that of the networks' middle; a lower one learns"
+        f" more and takes more memory; default: {NEW_ADAPTER['reduction_factor']:g}",
+        limits=POSITIVE,
+    )
+    virtual_tokens: int | None = option(
+        None,
+        "prompt-tuning, p-tuning, prefix-tuning: how many learned tokens stand before every text;"
+        f" default: {NEW_ADAPTER['virtual_tokens']}",
+        limits=POSITIVE,
+    )
+    prompt_init: str | None = option(
+        None,
+        "prompt-tuning: what the virtual tokens are at the start: vocabulary: tokens that are drawn;"
+        " random: numbers that are drawn; text:Answer in JSON. (the tokens of a text of your own,"
+        " over and over); default: vocabulary",
+        metavar="START",
+    )
+    encoder: str | None = option(
+        None,
+        "p-tuning, prefix-tuning: the network that the virtual tokens are computed by in training:"
+        " mlp, lstm (p-tuning alone) or none (prefix-tuning alone); default: mlp",
+        choices=ENCODER_NAMES,
+    )
+    encoder_size: int | None = option(
+        None,
+        "p-tuning, prefix-tuning: size of the inner layers of that network; default: the model's"
+        " hidden size",
+        limits=POSITIVE,
+    )
     adapter: str | None = option(
         None,
-        "lora: start a new run from this adapter (a PEFT folder), with its rank, alpha and targets;"
-        " to go on with a run that was stopped, see --resume; default: a new adapter",
+        "with any method but full: start a new run from this adapter (the folder of one), with its"
+        " rank or size; to go on with a run that was stopped, see --resume; default: a new adapter",
         metavar="DIR",
         is_path=True,
     )
@@ -931,12 +986,25 @@ def check_method(flags: Flags) -> None:
     shape = [dashed(name) for name in NEW_ADAPTER if getattr(flags, name) is not None]
     if shape and flags.adapter:
         raise UserError(f"{shape[0]}: the adapter that --adapter names has its own")
+    check_prompt_init(flags)
     if flags.train:
         try:
             re.compile(flags.train)
         except re.error as error:
             problem = f"no regular expression ({error})"
             raise UserError(f"--train {flags.train}: {problem}") from None
+
+
+def check_prompt_init(flags: Flags) -> None:
+    """Raises UserError for a --prompt-init that is no beginning."""
+    start = flags.prompt_init
+    if start is None or start in PROMPT_STARTS:
+        return
+    if not start.startswith(PROMPT_TEXT):
+        known = ", ".join(PROMPT_STARTS)
+        raise UserError(f"--prompt-init {start}: must be {known}, or {PROMPT_TEXT} and a text")
+    if not start.removeprefix(PROMPT_TEXT).strip():
+        raise UserError(f"--prompt-init {start}: no text stands behind {PROMPT_TEXT}")
 
 
 def check_owned_options(flags: Flags) -> None:

@@ -32,7 +32,8 @@ from typing import NamedTuple
 
 import torch
 
-import lora
+import adapter_files
+import methods
 from checkpoint import fingerprint, load_model
 from common.console import print_stderr
 from common.device import pick_device, pick_dtype
@@ -105,7 +106,7 @@ def describe_computation(
 class LoadedAdapter(NamedTuple):
     """An adapter in memory, off the model.
 
-    layers: its layers by name, as lora.remove_lora returns them.
+    layers: its layers by name, as adapter_files.remove_adapter returns them.
     tokenizer: the one that it was trained with.
     """
 
@@ -146,12 +147,12 @@ class AdapterSet:
             )
         # The base gets its own weights back before another adapter is added to them.
         if self.merge and self.active:
-            lora.unmerge(self.model)
-        lora.remove_lora(self.model)
+            adapter_files.unmerge(self.model)
+        adapter_files.remove_adapter(self.model)
         self.active = name
-        lora.restore_lora(self.model, self.by_name[name].layers)
+        adapter_files.place(self.model, self.by_name[name].layers)
         if self.merge and name:
-            lora.merge(self.model, keep=self.can_switch)
+            adapter_files.merge(self.model, keep=self.can_switch)
 
 
 def load_model_and_adapters(
@@ -177,8 +178,8 @@ def load_model_and_adapters(
     for name, folder in named_folders:
         if name in adapters.by_name:
             raise UserError(f"--adapter: two are called {name}; give them names, as red={folder}")
-        lora.put_adapter_on(model, folder, print_stderr)
-        layers = lora.remove_lora(model)
+        methods.put_adapter_on(model, folder, print_stderr)
+        layers = adapter_files.remove_adapter(model)
         tokenizer = resolve.pick_tokenizer(
             base, folder, args.template, args.date, system=args.system
         )
@@ -287,7 +288,7 @@ def open_answer_file(args: argparse.Namespace) -> AnswerFile:
 def adapter_sha256(folder: str) -> str:
     """Returns the hash of an adapter's weights. folder: a word of --adapter."""
     _, folder = split_adapter_name(folder)
-    return file_sha256(Path(folder) / "adapter_model.safetensors")
+    return file_sha256(adapter_files.weights_file(folder))
 
 
 # ---- conversations ----

@@ -17,29 +17,29 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import (
-    all_finite,
-    config_dtype,
-    copy_local_rows,
-    fingerprint,
-    hf_name,
-    iterate_tensors,
-    read_config,
+import adapter_files
+from adapter_files import (
+    PREFIX,
+    adapter_tensors,
+    is_number,
+    load_onto,
+    peft_facts,
+    refuse_second_adapter,
+    set_submodule,
+    write_adapter,
 )
-from common.choices import ALL, QUANT_KINDS
-from common.errors import UserError, printable, read_json, read_json_if_there
-from common.files import atomic_folder, save_tensors, write_json
-from common.origin import base_facts
-from distributed import full_tensor, is_sharded, rank0_context, run_on_rank0
+from checkpoint import copy_local_rows, hf_name
+from common.choices import ALL
+from common.errors import UserError
+from distributed import is_sharded
 from kernels.grouped import Member
 from kernels.lora_linear import Casts, LoRAWeights, lora_linears
-from kernels.nf4 import NF4, dequantized_weight
+from kernels.nf4 import NF4
 from kernels.triton_utils import use_triton
 from model import (
     DropoutSeeds,
@@ -47,13 +47,9 @@ from model import (
     Linear,
     Transformer,
     forward_each,
-    quantized_linears,
     stack_expert_weights,
 )
 
-PREFIX = "base_model.model."
-ADAPTER_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 # Keys of adapter_config.json that change what an adapter computes, or on which layers.
 UNSUPPORTED = (
     "use_dora",
@@ -89,6 +85,8 @@ class LoRALinear(nn.Module):
     number: which of the model's adapted layers this is, from 0.
     """
 
+    is_adapter = True
+
     def __init__(
         self,
         base: Linear,
@@ -112,15 +110,16 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(B)
         self.start()
         self.merged = False
-        # While it is merged: the base's weight before, or None if `merge` did not keep it.
+        # While it is merged: the base's weight before, or None if `merge` did not keep it; its bias.
         self.original: Tensor | NF4 | None = None
+        self.original_bias: Tensor | None = None
         # The model's, set by `set_casts`.
         self.casts: ModelCasts | None = None
         # A new module is in training mode, and would drop out in a model that evaluates.
         self.train(base.training)
 
     @torch.no_grad()
-    def start(self) -> None:
+    def start(self, model: Transformer | None = None) -> None:
         """Fills A with U(-1/sqrt(in), 1/sqrt(in)), as the paper's own code does, and B with zeros."""
         # Every rank draws the whole of A and keeps its rows, so that sharding changes no number.
         A = torch.empty(self.lora_A.shape, device=self.lora_A.device)
@@ -204,6 +203,33 @@ class LoRALinear(nn.Module):
     def delta(self) -> Tensor:
         """Returns the update of the weight, fp32 [out, in]."""
         return self.scale * (self.lora_B.float() @ self.lora_A.float())
+
+    # ---- what adapter_files.py asks of every module of an adapter ----
+
+    @property
+    def saved_numbers(self) -> int:
+        """Numbers for each token that the backward needs: x A^T."""
+        return self.rank
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        return weight + self.delta()
+
+    def unmerged_weight(self, weight: Tensor) -> Tensor:
+        return weight - self.delta()
+
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        return bias
+
+    def tensors(self, model: Transformer, name: str) -> dict[str, Tensor]:
+        published = PREFIX + hf_name(model, name)
+        return {
+            f"{published}.lora_A.weight": self.lora_A,
+            f"{published}.lora_B.weight": self.lora_B,
+        }
+
+    @staticmethod
+    def placed(model: Transformer) -> None:
+        set_casts(model)
 
 
 class ModelCasts:
@@ -348,11 +374,18 @@ def layers_by_input(model: Transformer) -> list[list[LoRALinear]]:
 
 
 def set_casts(model: Transformer) -> None:
-    """Makes one ModelCasts for all adapters of a model. Call it after layers were added."""
+    """Makes one ModelCasts for all adapters of a model. Call it after layers were added or taken
+    off."""
+    if model.lora_casts is not None:
+        model.lora_casts.clear()
+        model.lora_casts = None
+    layers = lora_layers(model)
+    if not layers:
+        return
     casts = ModelCasts(layers_by_input(model))
     # model.py cannot name the type, since this file imports it.
     model.lora_casts = casts  # type: ignore[assignment]
-    for layer in lora_layers(model).values():
+    for layer in layers.values():
         layer.casts = casts
 
 
@@ -422,10 +455,7 @@ def add_lora(
         raise UserError(f"--alpha {alpha}: must be above 0, and no more than a billion")
     if not 0 <= dropout < 1:
         raise UserError(f"--dropout {dropout:g}: must be at least 0 and below 1")
-    if has_lora(model):
-        raise UserError(
-            "the model has a LoRA adapter already; remove it first (lora.merge keeps its update)"
-        )
+    refuse_second_adapter(model)
     linears: dict[str, Linear] = {}  # by published name
     our_names: dict[str, str] = {}  # likewise
     for name, module in model.named_modules():
@@ -473,12 +503,6 @@ def match_targets(targets: str | list[str], linears: list[str]) -> list[str]:
     return [name for name in linears if name in matched]
 
 
-def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replaces the submodule `name` of a model."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
 def lora_layers(model: Transformer) -> dict[str, LoRALinear]:
     """Returns the LoRA layers by published name."""
     layers = {}
@@ -488,128 +512,9 @@ def lora_layers(model: Transformer) -> dict[str, LoRALinear]:
     return layers
 
 
-def has_lora(model: Transformer) -> bool:
-    return any(isinstance(module, LoRALinear) for module in model.modules())
-
-
-@torch.no_grad()
-def merge(model: Transformer, keep: bool = False, stored: torch.dtype | None = None) -> float:
-    """Adds every adapter's update to its base weight, in fp32, rounded once to the base's dtype.
-
-    A base in NF4 leaves it, since 4 bits would not hold the update: the sum is in the model's
-    dtype, and the base's numbers in it are those of its 4 bits.
-
-    keep: keeps the weights as they were, so that `unmerge` is exact; this takes as much memory as
-        they do. A base in NF4 is always kept.
-    stored: the dtype that the weights are rounded to later on, if to another one.
-    Returns the fraction of the update that rounding loses: the length of what rounding changes,
-    over the length of the update.
-    Raises UserError naming a layer whose merged weights are too large for their dtype.
-    """
-    # Sums of squares. They stay on the device, so that the layers need not wait for each other.
-    lost: float | Tensor = 0.0
-    update: float | Tensor = 0.0
-    for layer in lora_layers(model).values():
-        assert not layer.merged, "merged already"
-        base = layer.base
-        delta = layer.delta()
-        # In fp32 from end to end: rounded twice, small updates would be lost.
-        exact = dequantized_weight(base.frozen, torch.float32) + delta
-        # NF4 would lose the update, so the linear becomes a plain one.
-        if base.nf4 is not None:
-            layer.original = base.nf4.tensors
-            base.dequantize(exact.to(model.dtype))
-        else:
-            layer.original = base.weight.clone() if keep else None
-            base.weight.copy_(exact)
-        rounded = base.weight if stored is None else base.weight.to(stored)
-        lost += (rounded - exact).square().sum()
-        update += delta.square().sum()
-        layer.merged = True
-    # An adapter that was never trained has no update: B is zero.
-    if not update:
-        return 0.0
-    share = math.sqrt(lost / update)
-    if not math.isfinite(share):
-        check_merged_weights(model, stored)
-    return share
-
-
-def check_merged_weights(model: Transformer, stored: torch.dtype | None) -> None:
-    """Raises UserError naming the first layer whose merged weights are not finite. stored: as for
-    `merge`."""
-    for name, layer in lora_layers(model).items():
-        weight = layer.base.weight
-        dtype = stored or weight.dtype
-        if not all_finite(weight.to(dtype)):
-            problem = (
-                f"with the adapter's update its weights are too large for {config_dtype(dtype)}"
-            )
-            raise UserError(f"{name}: {problem}; take another --dtype")
-
-
-@torch.no_grad()
-def unmerge(model: Transformer) -> None:
-    """Takes the updates out of the base weights again.
-
-    The result is exact if `merge` kept the weights, as it always does for NF4; else up to its
-    rounding to the base's dtype.
-    """
-    for layer in lora_layers(model).values():
-        assert layer.merged, "not merged"
-        base = layer.base
-        if isinstance(layer.original, NF4):
-            base.quantize(layer.original)
-        elif layer.original is not None:
-            base.weight.copy_(layer.original)
-        else:
-            base.weight.copy_(base.weight.float() - layer.delta())
-        layer.merged = False
-        layer.original = None
-
-
-@contextlib.contextmanager
-def adapter_off(model: Transformer) -> Iterator[None]:
-    """A block in which the model computes as its base alone. Nothing is moved or rounded."""
-    layers = lora_layers(model).values()
-    assert not any(layer.merged for layer in layers), "a merged layer's base has the update in it"
-    for layer in layers:
-        # Then the layer is its base.
-        layer.merged = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.merged = False
-
-
-def remove_lora(model: Transformer) -> dict[str, LoRALinear]:
-    """Puts the plain linears back. After `merge` the model is an ordinary one for save_model.
-
-    Returns the layers that were removed, by our names of them, for `restore_lora`.
-    """
-    layers = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            layers[name] = module
-    # In a loop of its own, because nothing may change while named_modules() walks over it.
-    for name, layer in layers.items():
-        set_submodule(model, name, layer.base)
-    if model.lora_casts is not None:
-        model.lora_casts.clear()
-        model.lora_casts = None
-    return layers
-
-
-def restore_lora(model: Transformer, layers: dict[str, LoRALinear]) -> None:
-    """Puts layers back that `remove_lora` removed from this model.
-
-    So several adapters can use one base, one after the other.
-    """
-    assert not has_lora(model), "one adapter at a time"
-    for name, layer in layers.items():
-        set_submodule(model, name, layer)
-    set_casts(model)
+# Scripts call lora.merge(model); what it does holds for adapters of other kinds as well.
+merge = adapter_files.merge
+unmerge = adapter_files.unmerge
 
 
 # ---- PEFT's files ----
@@ -624,49 +529,20 @@ def save_adapter(
     write_extra: writes more files into the new folder, before that gets its name.
     Raises UserError if the folder holds a model.
     """
-    if (Path(folder) / "config.json").is_file():
-        raise UserError(
-            f"{folder}: holds a model, which an adapter would replace; name another folder"
-        )
     layers = lora_layers(model)
     assert layers, "the model has no adapter"
     # Rank, alpha and dropout are the same for all layers of an adapter.
     first = next(iter(layers.values()))
-    base = base_facts(model.source)
-    # Every rank gathers, because the shards of a tensor are on all of them.
-    weights = {}
-    for name, parameter in adapter_parameters(model).items():
-        weights[name] = full_tensor(parameter.detach()).cpu().contiguous()
     config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base["base"],
-        "revision": base.get("base_revision"),
+        **peft_facts(model, "LORA"),
         "r": first.rank,
         "lora_alpha": first.alpha,
         "lora_dropout": first.dropout,
         "target_modules": target_modules(model, list(layers)),
         "bias": "none",
         "fan_in_fan_out": model.config.conv1d,
-        "inference_mode": True,
     }
-    with rank0_context(atomic_folder(folder, replace=True)) as tmp:
-        # None on the other ranks.
-        if not tmp:
-            return
-        write_json(config, tmp / CONFIG_FILE)
-        save_tensors(weights, tmp / ADAPTER_FILE)
-        if write_extra:
-            write_extra(tmp)
-
-
-def adapter_parameters(model: Transformer) -> dict[str, Tensor]:
-    """Returns the parameters of a model's adapter by their names in PEFT's file."""
-    parameters: dict[str, Tensor] = {}
-    for name, layer in lora_layers(model).items():
-        parameters[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        parameters[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
-    return parameters
+    write_adapter(folder, config, adapter_tensors(model), write_extra)
 
 
 def linear_names(model: Transformer) -> list[str]:
@@ -694,30 +570,6 @@ def target_modules(model: Transformer, names: list[str]) -> list[str]:
     return sorted(names)
 
 
-def is_adapter(folder: str | Path) -> bool:
-    return (Path(folder) / CONFIG_FILE).is_file()
-
-
-def why_no_adapter(folder: Path) -> str:
-    """Returns what a path is that should have been an adapter folder, for messages."""
-    if not folder.is_dir():
-        return "no such folder"
-    final = folder / "final"
-    if is_adapter(final):
-        return f"is the folder of a run; its adapter is {final}"
-    if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
-        return "is a whole model, not an adapter; give it as --model"
-    return f"no {CONFIG_FILE} in it, so it is no PEFT adapter folder"
-
-
-def adapter_metadata(folder: str | Path) -> dict:
-    """Returns what plaintune.json says of the adapter's base; {} if there is no such file.
-
-    train.py writes it beside the weights.
-    """
-    return read_json_if_there(Path(folder) / "plaintune.json")
-
-
 def load_adapter(model: Transformer, folder) -> None:
     """Puts a PEFT LoRA adapter on the model: the adapter is trainable, everything else is frozen.
 
@@ -725,215 +577,16 @@ def load_adapter(model: Transformer, folder) -> None:
     that its configuration promises for this model, or if the configuration asks for what would be
     ignored here (another method, bias, rank patterns, saved modules).
     """
-    folder = Path(folder)
-    config_file = folder / CONFIG_FILE
-    if not is_adapter(folder):
-        raise UserError(f"{folder}: {why_no_adapter(folder)}")
-    config = read_json(config_file)
-    rank, alpha, dropout, targets = adapter_settings(config, config_file, model)
-    file = folder / ADAPTER_FILE
-    if not file.is_file():
-        message = f"{file}: no such file"
-        if (folder / "adapter_model.bin").exists():
-            message += " (adapter_model.bin is a pickle, which can run code and is not read)"
-        raise UserError(message)
-    tensors = dict(iterate_tensors([file]))
-    # To leave the model as it was if the tensors do not fit.
-    trainable = {p for p in model.parameters() if p.requires_grad}
-    try:
-        names = add_lora(model, rank, alpha, dropout, targets)
-    except UserError as error:
-        raise UserError(f"{config_file}: does not fit this model ({error})") from None
-    assert len(lora_layers(model)) == len(names)
-    try:
-        copy_tensors(model, tensors, file)
-    except UserError:
-        remove_lora(model)
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter in trainable)
-        raise
+    load_onto(model, folder, add_described)
 
 
-def put_adapter_on(
-    model: Transformer, adapter: str | Path, print_fn: Callable[[str], None] = print
+def add_described(
+    model: Transformer, config: dict, where: Path, tensors: dict[str, Tensor]
 ) -> None:
-    """Loads an adapter, and says what of this base differs from the one that it was trained on.
-
-    print_fn: is called with each line to print.
-    """
-    load_adapter(model, adapter)
-    kind = quant_kind(model)
-    for line in (numbers_note(adapter, model.source, kind), base_note(adapter, model.source)):
-        if line:
-            print_fn(line)
-
-
-def quant_kind(model: Transformer) -> str | None:
-    """Returns which linears of a model are in 4 bits, as --quant names it; None if none are."""
-    quantized = list(quantized_linears(model).values())
-    if not quantized:
-        return None
-    return "nf4+head" if model.head in quantized else "nf4"
-
-
-def base_numbers(model: Transformer) -> dict:
-    """Returns what plaintune.json says of the numbers that a model was trained on: {"quant": kind},
-    and if its base is a folder of to-nf4, the hash of what that was made from."""
-    facts: dict[str, str | None] = {"quant": quant_kind(model)}
-    if is_quantized(model.source):
-        facts["quantized_from_sha256"] = adapter_metadata(model.source).get("base_sha256")
-    return facts
-
-
-def trained_kind(adapter: str | Path) -> str | None:
-    """Returns the numbers of the base that an adapter was trained on: one of QUANT_KINDS, "stored"
-    for the weights as they are stored, or None if it is not known."""
-    metadata = adapter_metadata(adapter)
-    kind = metadata.get("quant")
-    if kind in QUANT_KINDS:
-        return kind
-    return "stored" if "quant" in metadata else None
-
-
-def numbers_note(adapter: str | Path, folder: Path, kind: str | None) -> str | None:
-    """Returns a line where an adapter was trained on other numbers of its base than these; None
-    where they are the same, or where it is not known.
-
-    folder: of the base.
-    kind: how it is loaded, one of QUANT_KINDS or None.
-    """
-    trained = trained_kind(adapter)
-    if trained is None or trained == (kind or "stored"):
-        return None
-    if trained in QUANT_KINDS:
-        note = f"NOTE: {adapter} was trained on its base in {trained}; --quant {trained} gives it that one"
-        return f"{note} (here it is in {kind})" if kind else note
-    if is_quantized(folder):
-        # Runs from before `quant` was noted for folders that are in 4 bits already.
-        if adapter_metadata(adapter).get("base_sha256") == fingerprint(folder):
-            return None
-        return (
-            f"NOTE: {adapter} was trained on its base as it is stored, and {folder} is in {kind};"
-            " give the folder that this one was quantised from"
-        )
-    return (
-        f"NOTE: {adapter} was trained on its base as it is stored, and here it is in {kind}; without"
-        " --quant it has the weights that it was trained on"
-    )
-
-
-def base_note(adapter: str | Path, folder: Path) -> str | None:
-    """Returns a line where an adapter was trained on another base than that of a folder, by the
-    hash of the weights, or where only its name for the base is known and is another; else None."""
-    metadata = adapter_metadata(adapter)
-    base_sha256 = metadata.get("base_sha256")
-    if base_sha256 is None:
-        return name_note(adapter, folder)
-    # One rank reads the base's files, which takes a second a GB, and tells the others.
-    sha256 = run_on_rank0(lambda: fingerprint(folder))
-    # A folder that to-nf4 wrote notes what it was made from. In 4 bits both are the same numbers.
-    same_weights = {sha256}
-    if is_quantized(folder):
-        same_weights.add(adapter_metadata(folder).get("base_sha256"))
-    if base_sha256 in same_weights or metadata.get("quantized_from_sha256") == sha256:
-        return None
-    return (
-        f"WARNING: {adapter} was trained on other weights than those of {folder};"
-        " its answers will suffer"
-    )
-
-
-def name_note(adapter: str | Path, folder: Path) -> str | None:
-    """Returns a line where an adapter, of which no hash of its base is known, names another base
-    than this folder; else None."""
-    named = read_json(Path(adapter) / CONFIG_FILE).get("base_model_name_or_path")
-    if not isinstance(named, str) or not named:
-        return None
-    names = {str(folder), str(folder.resolve()), folder.resolve().name, base_facts(folder)["base"]}
-    if named in names or Path(named).name in names:
-        return None
-    return (
-        f"NOTE: {adapter} names {printable(named[:100])} as its base; whether {folder} holds the"
-        " same weights is not known"
-    )
-
-
-def is_quantized(folder: Path) -> bool:
-    """True if a model folder is in 4 bits on disk."""
-    return read_config(folder).raw.get("quantization_config") is not None
-
-
-def load_lora_weights(model: Transformer, folder) -> None:
-    """Reads an adapter's file into the adapter that the model has already."""
-    file = Path(folder) / ADAPTER_FILE
-    copy_tensors(model, dict(iterate_tensors([file])), file)
-
-
-def copy_tensors(model: Transformer, tensors: dict[str, Tensor], file: Path) -> None:
-    """Copies the tensors of an adapter's file into the model's LoRA layers.
-
-    Raises UserError if they are not exactly those of the layers: by name, shape, and being finite
-    numbers of a float dtype.
-    """
-    parameters = adapter_parameters(model)
-    missing = sorted(set(parameters) - set(tensors))
-    extra = sorted(set(tensors) - set(parameters))
-    if missing:
-        instead = other_name(missing[0], extra)
-        raise UserError(
-            f"{file}: {len(missing)} of its tensors missing, the first: {missing[0]}{instead}"
-        )
-    if extra:
-        raise UserError(
-            f"{file}: {len(extra)} of its tensors not used by its configuration, the first:"
-            f" {extra[0]}"
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            tensor = tensors[name]
-            if tensor.shape != parameter.shape:
-                shape = list(tensor.shape)
-                expected = list(parameter.shape)
-                raise UserError(f"{file}: {name} has shape {shape}, this model needs {expected}")
-            if not tensor.is_floating_point():
-                raise UserError(
-                    f"{file}: {name} holds {tensor.dtype}, floating point numbers are needed"
-                )
-            # As float32, since a file may have numbers in float64 that are too large for it.
-            if not all_finite(tensor.float()):
-                raise UserError(
-                    f"{file}: {name} holds NaN or infinite weights; take another checkpoint of it"
-                )
-            copy_local_rows(parameter, tensor)
-
-
-def other_name(missing: str, extra: list[str]) -> str:
-    """Returns how a file's own names differ from the one that is missing, to be put behind it; ""
-    if the file has no other names.
-
-    extra: the names in the file that the model does not have.
-    """
-    if not extra:
-        return ""
-    closest = max(extra, key=lambda name: common_end(name, missing))
-    same = common_end(closest, missing)
-    theirs = closest[: len(closest) - same]
-    ours = missing[: len(missing) - same]
-    # The same layer of the same block, only that its name begins differently.
-    is_prefix = same > 0 and not any(character.isdigit() for character in theirs + ours)
-    if is_prefix:
-        return f"; the file has {closest}, which begins with {theirs!r} in place of {ours!r}"
-    return f"; the file has others, the first: {extra[0]}"
-
-
-def common_end(a: str, b: str) -> int:
-    """Returns the length of the longest common end of two names that is made of whole parts."""
-    parts = a.split(".")
-    for first in range(len(parts)):
-        end = ".".join(parts[first:])
-        if b == end or b.endswith("." + end):
-            return len(end)
-    return 0
+    """Puts LoRA on a model as an adapter_config.json describes it, with its first numbers. where: the
+    file. tensors: the adapter's own, which are not looked at here."""
+    rank, alpha, dropout, targets = adapter_settings(config, where, model)
+    add_lora(model, rank, alpha, dropout, targets)
 
 
 def adapter_settings(
@@ -970,11 +623,6 @@ def adapter_settings(
         raise UserError(f"{where}: r, lora_alpha and lora_dropout must be numbers")
     targets = adapter_targets(config.get("target_modules"), where, model)
     return rank, alpha, dropout, targets
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """True if a value of a JSON file is a number. isinstance() would take true and false for one."""
-    return type(value) in (int, float)
 
 
 def adapter_targets(targets: object, where: Path, model: Transformer) -> str | list[str]:

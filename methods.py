@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+import adapter_files
+import adapters
 import checkpoint
 import distributed
 import lora
 from common.device import DTYPES, STORAGE_DTYPES
-from common.errors import UserError
+from common.errors import UserError, read_json
 from model import Transformer, quantized_linears
 
 # If rounding takes more than this share of what was trained, a warning says so.
@@ -37,6 +40,13 @@ class Method(NamedTuple):
     weight_decay: the default.
     freezes_base: the base may then be in 4 bits, may be replicated on all ranks, and is not saved.
     options: names of the options that this method reads, and others don't.
+    file_type: what an adapter's folder says that it is (`type_of_adapter`); None where the result is
+        a whole model.
+    add_described(model, config, where, tensors): puts an adapter on a model as its folder describes
+        it, for adapter_files.load_onto.
+    title: what the result is called, after "A".
+    can_merge: the result can be added to the base's weights.
+    shape(model): rank or size, and the other options of a new adapter, of the one that a model has.
     quant: the 4-bit format of the base where --quant is not given.
     describe(settings): what is trained, in a few words for the summary.
     lighter: the method that takes less memory, to be suggested where it ran out.
@@ -54,28 +64,128 @@ class Method(NamedTuple):
     freezes_base: bool
     options: tuple[str, ...]
     describe: Callable[["object"], str]
+    file_type: str | None = None
+    add_described: Callable[[Transformer, dict, Path, dict[str, Tensor]], None] | None = None
+    shape: Callable[[Transformer], dict] | None = None
+    title: str = ""
+    can_merge: bool = False
     quant: str | None = None
     lighter: str | None = None
     switched_off: Callable[[Transformer], AbstractContextManager[None]] | None = None
     held: str | None = None
 
 
-def attach_lora(model: Transformer, settings) -> None:
-    """Freezes the model and puts LoRA on: that of --adapter, or a new one."""
-    if continues_adapter(settings):
-        lora.put_adapter_on(model, settings.adapter)
-    else:
-        lora.add_lora(model, settings.rank, settings.alpha, settings.dropout, settings.targets)
+# ---- adapters of every kind ----
 
 
-def start_lora(model: Transformer, settings) -> None:
-    """Gives a LoRA that was put on a model without memory its first numbers: those of --adapter, or
-    new ones."""
+def or_that_of_adapter(
+    add: Callable[[Transformer, "object"], None],
+) -> Callable[[Transformer, "object"], None]:
+    """Returns an `attach`: it puts the adapter of --adapter on a model; where none is given, a new
+    one by add(model, settings)."""
+
+    def attach(model: Transformer, settings) -> None:
+        if not continues_adapter(settings):
+            add(model, settings)
+            return
+        wanted = method_of(settings).file_type
+        found = type_of_adapter(settings.adapter)
+        if found in ADAPTER_ROWS and found != wanted:
+            raise UserError(
+                f"--adapter {settings.adapter}: is one of --method {ADAPTER_ROWS[found]}, not of"
+                f" --method {settings.method}"
+            )
+        put_adapter_on(model, settings.adapter)
+
+    return attach
+
+
+def start_adapter(model: Transformer, settings) -> None:
+    """Gives an adapter that was put on a model without memory its first numbers: those of --adapter,
+    or new ones."""
     if continues_adapter(settings):
-        lora.load_lora_weights(model, settings.adapter)
+        adapter_files.load_weights_onto(model, settings.adapter)
         return
-    for layer in lora.lora_layers(model).values():
-        layer.start()
+    for module in adapter_files.adapter_modules(model).values():
+        module.start(model)
+
+
+def type_of_adapter(folder: str | Path) -> str:
+    """Returns what the adapter in a folder is: PEFT's peft_type, or ADAPTERHUB; "None" where its
+    configuration says nothing."""
+    config = read_json(Path(folder) / adapter_files.CONFIG_FILE)
+    if "peft_type" not in config and isinstance(config.get("config"), dict):
+        return ADAPTERHUB
+    return str(config.get("peft_type"))
+
+
+def put_adapter_on(
+    model: Transformer, adapter: str | Path, print_fn: Callable[[str], None] = print
+) -> None:
+    """Loads an adapter of any kind, and says what of this base differs from the one that it was
+    trained on.
+
+    print_fn: is called with each line to print.
+    """
+    load_any_adapter(model, adapter)
+    kind = adapter_files.quant_kind(model)
+    for line in (
+        adapter_files.numbers_note(adapter, model.source, kind),
+        adapter_files.base_note(adapter, model.source),
+    ):
+        if line:
+            print_fn(line)
+
+
+def load_any_adapter(model: Transformer, adapter: str | Path) -> None:
+    """Puts the adapter of a folder on a model: it is trainable, everything else is frozen.
+
+    Raises UserError, and leaves the model as it was, if the folder holds none, or one that does not
+    fit or is not supported.
+    """
+    folder = Path(adapter)
+    if not adapter_files.is_adapter(folder):
+        raise UserError(f"{folder}: {adapter_files.why_no_adapter(folder)}")
+    kind = type_of_adapter(folder)
+    if kind not in ADAPTER_ROWS:
+        raise UserError(
+            f"{folder / adapter_files.CONFIG_FILE}: peft_type {kind!r} is not supported (supported:"
+            f" {', '.join(ADAPTER_ROWS)})"
+        )
+    row = METHODS[ADAPTER_ROWS[kind]]
+    assert row.add_described is not None, "ADAPTER_ROWS has only rows with adapters"
+    adapter_files.load_onto(model, folder, row.add_described)
+
+
+def new_lora(model: Transformer, settings) -> None:
+    lora.add_lora(model, settings.rank, settings.alpha, settings.dropout, settings.targets)
+
+
+def new_bottleneck(model: Transformer, settings) -> None:
+    adapters.add_bottleneck(model, settings.placement, settings.reduction_factor)
+
+
+def new_prompt(model: Transformer, settings) -> None:
+    adapters.add_prompt(model, settings.virtual_tokens, settings.prompt_init)
+
+
+def new_encoded_prompt(model: Transformer, settings) -> None:
+    # What went on from an adapter, which has none, has none when it is resumed.
+    if settings.encoder == "none" and not settings.adapter:
+        raise UserError("--encoder none: P-tuning without one is --method prompt-tuning")
+    adapters.add_prompt(
+        model, settings.virtual_tokens, "random", settings.encoder, settings.encoder_size
+    )
+
+
+def new_prefix(model: Transformer, settings) -> None:
+    if settings.encoder == "lstm":
+        raise UserError("--encoder lstm: is of --method p-tuning; a prefix has mlp or none")
+    adapters.add_prefix(model, settings.virtual_tokens, settings.encoder, settings.encoder_size)
+
+
+def new_ia3(model: Transformer, settings) -> None:
+    adapters.add_ia3(model)
 
 
 def continues_adapter(settings) -> bool:
@@ -183,6 +293,14 @@ def save_lora(
     return ""
 
 
+def save_adapter_folder(
+    model: Transformer, settings, folder: Path, write_extra: Callable[[Path], None]
+) -> str:
+    """Writes the folder of an adapter of adapters.py, in float32: nothing is rounded."""
+    adapters.save_added(model, folder, write_extra)
+    return ""
+
+
 def describe_full(settings) -> str:
     return settings.train or "all"
 
@@ -192,6 +310,62 @@ def describe_lora(settings) -> str:
         return f"going on from {settings.adapter}"
     return f"rank {settings.rank}, alpha {settings.alpha:g} on {settings.targets}"
 
+
+def describe_bottleneck(settings) -> str:
+    if settings.adapter:
+        return f"going on from {settings.adapter}"
+    size = f"1/{settings.reduction_factor:g} of the hidden size"
+    return f"{settings.placement}, with a middle of {size}"
+
+
+def describe_virtual(settings) -> str:
+    if settings.adapter:
+        return f"going on from {settings.adapter}, without an encoder"
+    how = f"{settings.virtual_tokens} virtual tokens"
+    if settings.encoder not in (None, "none"):
+        return f"{how}, encoder {settings.encoder}"
+    if settings.prompt_init is not None:
+        return f"{how}, beginning as {settings.prompt_init}"
+    return how
+
+
+def describe_ia3(settings) -> str:
+    if settings.adapter:
+        return f"going on from {settings.adapter}"
+    return "factors of keys, values and the middle of the MLPs"
+
+
+def shape_of_lora(model: Transformer) -> dict:
+    layers = lora.lora_layers(model)
+    first = next(iter(layers.values()))
+    targets = ",".join(lora.target_modules(model, list(layers)))
+    return {"rank": first.rank, "alpha": first.alpha, "dropout": first.dropout, "targets": targets}
+
+
+def shape_of_bottleneck(model: Transformer) -> dict:
+    adapter = next(iter(adapter_files.adapter_modules(model).values()))
+    size, hidden = adapter.down.shape
+    known = {row: name for name, row in adapters.PLACEMENTS.items()}
+    return {"reduction_factor": hidden / size, "placement": known.get(adapter.placement)}
+
+
+def shape_of_prompt(model: Transformer) -> dict:
+    return {"virtual_tokens": model.virtual_tokens}
+
+
+def shape_without_encoder(model: Transformer) -> dict:
+    return {"virtual_tokens": model.virtual_tokens, "encoder": "none"}
+
+
+def no_shape(model: Transformer) -> dict:
+    return {}
+
+
+# ---- the table ----
+
+
+# What `type_of_adapter` returns for the adapters library's folders, which name no peft_type.
+ADAPTERHUB = "AdapterHub"
 
 FULL = Method(
     attach=select_weights,
@@ -206,21 +380,87 @@ FULL = Method(
     held="weights",
 )
 LORA = Method(
-    attach=attach_lora,
-    start=start_lora,
+    attach=or_that_of_adapter(new_lora),
+    start=start_adapter,
     save=save_lora,
     lr_factor=10,
     weight_decay=0.0,
     freezes_base=True,
     options=("quant", "rank", "alpha", "dropout", "targets", "adapter"),
     describe=describe_lora,
+    file_type="LORA",
+    add_described=lora.add_described,
+    shape=shape_of_lora,
+    title="LoRA adapter",
+    can_merge=True,
     lighter="qlora",
-    switched_off=lora.adapter_off,
+    switched_off=adapter_files.adapter_off,
     held="updates",
 )
 # A base in 4 bits wants a learning rate half as high again (experiments/LOG.md).
 QLORA = LORA._replace(lr_factor=15, quant="nf4", lighter=None)
-METHODS = {"full": FULL, "lora": LORA, "qlora": QLORA}
+BOTTLENECK = Method(
+    attach=or_that_of_adapter(new_bottleneck),
+    start=start_adapter,
+    save=save_adapter_folder,
+    lr_factor=10,
+    weight_decay=0.0,
+    freezes_base=True,
+    options=("quant", "placement", "reduction_factor", "adapter"),
+    describe=describe_bottleneck,
+    file_type=ADAPTERHUB,
+    add_described=adapters.add_described_bottleneck,
+    shape=shape_of_bottleneck,
+    title="set of bottleneck adapters",
+    switched_off=adapter_files.adapter_off,
+)
+# At step 0 a learned prompt is there already, so the base alone is not the model of step 0.
+PROMPT_TUNING = BOTTLENECK._replace(
+    attach=or_that_of_adapter(new_prompt),
+    options=("quant", "virtual_tokens", "prompt_init", "adapter"),
+    describe=describe_virtual,
+    file_type="PROMPT_TUNING",
+    add_described=adapters.add_described_prompt,
+    shape=shape_of_prompt,
+    title="learned prompt",
+    switched_off=None,
+)
+P_TUNING = PROMPT_TUNING._replace(
+    attach=or_that_of_adapter(new_encoded_prompt),
+    options=("quant", "virtual_tokens", "encoder", "encoder_size", "adapter"),
+    file_type="P_TUNING",
+    shape=shape_without_encoder,
+)
+PREFIX_TUNING = P_TUNING._replace(
+    attach=or_that_of_adapter(new_prefix),
+    file_type="PREFIX_TUNING",
+    title="learned prefix",
+)
+IA3 = BOTTLENECK._replace(
+    attach=or_that_of_adapter(new_ia3),
+    options=("quant", "adapter"),
+    describe=describe_ia3,
+    file_type="IA3",
+    add_described=adapters.add_described_ia3,
+    shape=no_shape,
+    title="set of learned factors, (IA)^3,",
+    can_merge=True,
+)
+METHODS = {
+    "full": FULL,
+    "lora": LORA,
+    "qlora": QLORA,
+    "bottleneck": BOTTLENECK,
+    "prompt-tuning": PROMPT_TUNING,
+    "p-tuning": P_TUNING,
+    "prefix-tuning": PREFIX_TUNING,
+    "ia3": IA3,
+}
+# {what an adapter's folder says that it is: the first method that reads it}.
+ADAPTER_ROWS: dict[str, str] = {}
+for _name, _row in METHODS.items():
+    if _row.file_type is not None:
+        ADAPTER_ROWS.setdefault(_row.file_type, _name)
 
 
 def quant_of(flags) -> str | None:
@@ -230,7 +470,7 @@ def quant_of(flags) -> str | None:
 
 def method_name(settings) -> str:
     """Returns the name of a run's row: --method lora on a quantized base is QLoRA by another name."""
-    if settings.quant:
+    if settings.quant and settings.method == "lora":
         return "qlora"
     return settings.method
 

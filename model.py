@@ -17,7 +17,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ from kernels.linear import linears, linears_reference
 from kernels.nf4 import NF4, Frozen, dequantized_weight, nf4_linear
 from kernels.rms_norm import add_rms_norm, adds_in_norm, rms_norm
 from kernels.rope import LENGTH_DEPENDENT, rope_inv_freq, rope_qk
+from kernels.shared_rows import attend_shared, lead_documents
 from kernels.swiglu import ACTIVATIONS, Gated, gated
 from quant import QuantizedWeight
 
@@ -493,6 +494,10 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config, config.pre_norm and not self.shared)
         self.mlp = Experts(config) if layer.routed else MLP(config, config.intermediate_size)
         self.mlp_post_norm = make_norm(config, config.post_norm)
+        # Bottleneck adapters (adapters.py): functions of what a sublayer adds, and of the residual
+        # that it is added to.
+        self.attention_adapter: nn.Module | None = None
+        self.mlp_adapter: nn.Module | None = None
 
     def forward(
         self,
@@ -506,13 +511,19 @@ class Block(nn.Module):
         x, normed = add_then_norm(x, added, self.attention_norm)
         attended = self.attention(normed, cos_sin, attention_fn)
         attended = self.attention_post_norm(attended)
+        if self.attention_adapter is not None:
+            attended = self.attention_adapter(attended, x)
         if self.parallel:
             # Both read the residual as it was before attention.
             mlp_input = normed if self.shared else self.mlp_norm(x)
             out = self.mlp(mlp_input)
+            if self.mlp_adapter is not None:
+                out = self.mlp_adapter(out, x)
             return self.residual_pair(x + attended, out)
         x, normed = add_then_norm(x, attended, self.mlp_norm)
         out = self.mlp_post_norm(self.mlp(normed))
+        if self.mlp_adapter is not None:
+            out = self.mlp_adapter(out, x)
         return self.residual_pair(x, out)
 
     def residual_pair(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -545,6 +556,7 @@ class Transformer(nn.Module):
     activation_checkpointing: one of CHECKPOINTING_KINDS in common/choices.py, what is saved
     for the backward.
     lora_casts: a lora.ModelCasts if there is an adapter.
+    prompt: an adapters.VirtualTokens if learned virtual tokens stand before every document.
     unquantized: names of linears that should have been quantized and could not be.
     source: the folder that weights, tokenizer and settings come from; set by whoever loads them.
     """
@@ -560,6 +572,7 @@ class Transformer(nn.Module):
         self.dropout_seeds = DropoutSeeds()
         self.compiled = False
         self.lora_casts = None
+        self.prompt: nn.Module | None = None
         self.unquantized: list[str] = []
         # {the index in config.ropes: its frequencies}, on the device where they were used last. No
         # buffers, since the model is built on the meta device and filled from files.
@@ -606,15 +619,34 @@ class Transformer(nn.Module):
             return self.head.weight
         return dequantized_weight(self.head.frozen, self.dtype)
 
+    @property
+    def virtual_tokens(self) -> int:
+        """How many virtual tokens stand before every document."""
+        if self.prompt is None or self.prompt.merged:
+            return 0
+        return self.prompt.count  # type: ignore[return-value]
+
+    @property
+    def max_positions(self) -> int:
+        """The longest text that the model takes, in tokens."""
+        return self.config.max_positions - self.virtual_tokens
+
     @with_fresh_casts
     def hidden(
-        self, tokens: Tensor, positions: Tensor, lengths: Tensor, attention_fns: list[Callable]
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        lengths: Tensor,
+        attention_fns: list[Callable],
+        leading: Tensor | None = None,
     ) -> Tensor:
         """Returns the normed hidden states, [N, D].
 
-        tokens, positions: int64 [N].
+        tokens: int64 [N], or [N - L] with L leading vectors.
+        positions: int64 [N].
         lengths: int64 [N], the length of the document that each token is in, as far as it is known.
         attention_fns: for each block, a function of q, k, v and its Scores.
+        leading: [L, D], vectors that stand before those of the tokens.
         """
         # Layers share ropes, so the cosines and sines of each rope are computed once.
         num_ropes = len(self.config.ropes)
@@ -625,6 +657,9 @@ class Transformer(nn.Module):
             # multiply.
             scale = torch.tensor(self.config.embed_scale, dtype=x.dtype)
             x = x * scale.item()
+        if leading is not None:
+            # Learned, so they are not scaled.
+            x = torch.cat([leading.to(x.dtype), x])
         if self.positions is not None:
             x = x + self.positions(positions).to(x.dtype)
         checkpointing = None
@@ -689,8 +724,31 @@ class Transformer(nn.Module):
             attention_fn = documents.attend
         # Selective checkpointing computes the attention probabilities again in the backward.
         keep_probs = self.activation_checkpointing != "selective"
+        if self.virtual_tokens:
+            assert isinstance(documents, Documents), "flags.py refuses --context-parallel"
+            return self.flat_after_prompt(tokens, documents, keep_probs)
         attention_fns = [partial(attention_fn, keep=keep_probs)] * len(self.blocks)
         return self.hidden(tokens, documents.positions, documents.doc_lengths, attention_fns)
+
+    def flat_after_prompt(self, tokens: Tensor, documents: Documents, keep_probs: bool) -> Tensor:
+        """Computes `flat` where virtual tokens stand before every document."""
+        prompt: Any = self.prompt
+        # Where angles depend on the length of a document, those of its virtual tokens do, too.
+        shared = prompt.is_prefix or not decoding.has_length_dependent_rope(self.config)
+        rows = lead_documents(documents, prompt.count, prompt.is_prefix, shared)
+        attend = partial(attend_shared, partial(self.attention_fn, keep=keep_probs))
+        if self.compiled:
+            attend = torch.compiler.disable(attend)  # as in compile_blocks
+        prefixes = prompt.prefixes() or [None] * len(self.blocks)
+        attention_fns = [partial(attend, rows=rows, prefix=prefix) for prefix in prefixes]
+        leading = prompt.vectors()
+        if leading is not None and not shared:
+            leading = leading.repeat(len(documents.lengths), 1)
+        num_leading = 0 if leading is None else len(leading)
+        positions = rows.documents.positions[rows.select]
+        lengths = rows.documents.doc_lengths[rows.select]
+        hidden = self.hidden(tokens, positions, lengths, attention_fns, leading)
+        return hidden[num_leading:]
 
     def compile_blocks(self) -> None:
         """Compiles the blocks with torch.compile: one graph for all of them, with the number of

@@ -201,6 +201,14 @@ def read_inputs(flags: Flags, device: torch.device) -> Inputs | None:
     if flags.plan and not report.needs_data(flags, folder):
         report.print_plan_of_config(flags, config, device)
         return None
+    virtual_tokens = report.virtual_tokens_of(flags)
+    if virtual_tokens and distributed.context_parallel:
+        raise UserError("--context-parallel: is not for virtual tokens before every text")
+    if virtual_tokens >= config.max_positions - 1:
+        raise UserError(
+            f"--virtual-tokens {virtual_tokens}: leave no room for a text; the model has"
+            f" {config.max_positions:,} positions"
+        )
     if config.experts and distributed.context_parallel:
         why = "not with routed experts, whose balance is of whole batches"
         raise UserError(f"--context-parallel: {why}")
@@ -208,7 +216,8 @@ def read_inputs(flags: Flags, device: torch.device) -> Inputs | None:
         folder, flags.adapter, flags.template, flags.date, flags.empty_think, flags.system
     )
     with distributed.local_rank0_first():
-        data = load_training_data(flags, tokenizer, config.max_positions, config.vocab_size, device)
+        limit = config.max_positions - virtual_tokens
+        data = load_training_data(flags, tokenizer, limit, config.vocab_size, device)
         safety = SafetyCheck(flags.safety, tokenizer) if flags.safety else None
     if flags.plan:
         flags, steps_per_epoch = choose_steps(flags, data.sampler)

@@ -534,7 +534,7 @@ def decoding(settings: dict, device, report) -> Measurements:
     use_program()
     from random_models import random_model
 
-    import lora
+    import adapter_files
     from planning import memory as plan
 
     raw, adapter = peers.raw_config(settings["shape"]), peers.adapter({"rank": RANK})
@@ -542,7 +542,7 @@ def decoding(settings: dict, device, report) -> Measurements:
         model = random_model(raw, plan.Recipe(method), torch.bfloat16, device, adapter)
         for kind in (f"{base} with LoRA", base):
             if kind == base:
-                lora.remove_lora(model)
+                adapter_files.remove_adapter(model)
             for batch in settings["batches"]:
                 yield f"{kind}, batch {batch}", partial(decode, settings, batch, device, partial(generate, model))
         del model

@@ -6,7 +6,14 @@ words: tests/test_words.py compares them.
 """
 
 # --method: methods.METHODS.
-METHOD_NAMES = ("full", "lora", "qlora")
+METHOD_NAMES = (
+    "full", "lora", "qlora", "bottleneck", "prompt-tuning", "p-tuning", "prefix-tuning", "ia3",
+)  # fmt: skip
+# --placement: adapters.PLACEMENTS. --encoder and --prompt-init: adapters.py.
+PLACEMENT_NAMES = ("houlsby", "pfeiffer", "parallel")
+ENCODER_NAMES = ("none", "mlp", "lstm")
+PROMPT_STARTS = ("vocabulary", "random")
+PROMPT_TEXT = "text:"  # stands before a text of one's own
 # --template: tokenization/chat_template.NAMED.
 TEMPLATE_NAMES = ("alpaca", "chatml", "plain")
 # --optimizer and --schedule: optimizers.DESCRIPTIONS, optimizers.SCHEDULES.

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.choices import METHOD_NAMES
+
 # What is written for true.
 TRUE = ("true", "yes", "on", "1")
 
@@ -206,7 +208,14 @@ METHOD_WORDS = {
     "full": "--method full",
     "fft": "--method full",
     "none": "--method full",
+    "ia3": "--method ia3",
+    "prompt_tuning": "--method prompt-tuning",
+    "p_tuning": "--method p-tuning",
+    "prefix_tuning": "--method prefix-tuning",
+    "adapter": "--method bottleneck",
+    "bottleneck": "--method bottleneck",
 }
+METHOD_NOTE = f"--method is {', '.join(METHOD_NAMES[:-1])} or {METHOD_NAMES[-1]}"
 SCHEDULE_WORDS = {
     "cosine": "--schedule cosine",
     "cosine_with_warmup": "--schedule cosine",
@@ -350,9 +359,9 @@ MODEL_AND_DATA = {
 }
 
 METHOD = {
-    "finetuning_type": chosen("--method", METHOD_WORDS, "--method is lora, qlora or full"),
-    "peft_type": chosen("--method", METHOD_WORDS, "--method is lora, qlora or full"),
-    "train_type": chosen("--method", METHOD_WORDS, "--method is lora, qlora or full"),
+    "finetuning_type": chosen("--method", METHOD_WORDS, METHOD_NOTE),
+    "peft_type": chosen("--method", METHOD_WORDS, METHOD_NOTE),
+    "train_type": chosen("--method", METHOD_WORDS, METHOD_NOTE),
     "use_peft": switch("--method lora", "--method full"),
     "use_lora": switch("--method lora", "--method full"),
     "use_qlora": switch("--method qlora"),

@@ -143,7 +143,7 @@ def prompt_ids(
 
 def check_length(model: Transformer, record: Record, ids: list[int]) -> None:
     """Raises UserError if a prompt has too many tokens for the model."""
-    limit = model.config.max_positions
+    limit = model.max_positions
     # The answer needs a position of its own.
     if len(ids) >= limit:
         raise UserError(

@@ -20,6 +20,7 @@ from common.progress import progress
 from decoding import has_length_dependent_rope, shared_prefixes
 from evals.scores import ItemScores
 from kernels.attention import (
+    Documents,
     QuerySuffix,
     cached_attention,
     cu_seqlens,
@@ -141,7 +142,7 @@ def score_texts(
     The last token of a text predicts nothing that is asked for. So a text may have one token more
     than the model has positions; of a longer one the beginning is cut off.
     """
-    most = model.config.max_positions + 1
+    most = model.max_positions + 1
     texts = []
     ends = []
     for question in questions:
@@ -284,6 +285,9 @@ class PrefixTree:
         tokens, expand, select = shared_prefixes(texts, model.config)
         device = model.device
         self.tokens = torch.tensor(tokens, device=device)
+        # Of all texts, one after the other, and where among these each node first stands.
+        self.all_tokens = torch.tensor([token for text in texts for token in text], device=device)
+        self.first = torch.tensor(select, device=device)
         self.paths: list[list[int]] = []
         start = 0
         for text in texts:
@@ -299,6 +303,10 @@ class PrefixTree:
 
     def hidden(self, model: Transformer) -> Tensor:
         """Returns the hidden state of each node, [nodes, D], ready for the head."""
+        if model.virtual_tokens:
+            # A learned prompt stands before whole documents.
+            whole = Documents([len(path) for path in self.paths], self.device)
+            return model.flat(self.all_tokens, whole).index_select(0, self.first)
         attention = self.attention_fn(model)
         attention_fns = [attention] * len(model.blocks)
         return model.hidden(self.tokens, self.positions, self.lengths, attention_fns)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import data
+from adapter_files import is_adapter
 from checkpoint import read_config
 from common import console
 from common.errors import UserError
@@ -49,7 +50,6 @@ from evals.targets import (
 )
 from interop.remote_data import fetch_data
 from interop.resolve import base_folder, base_of_model
-from lora import is_adapter
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -273,7 +273,7 @@ def measure(
     """Measures one model on all files. Faults in them are reported before it is loaded."""
     tokenizer = opened.tokenizer_of(target)
     datasets = read_texts(args, opened, target, tokenizer, fetched, print_fn)
-    limit = read_config(target.folder).max_positions
+    limit = target.max_positions()
     pairs = {key: task.encode(tokenizer, limit) for key, task in tasks.items()}
     model = opened.load(target, tokenizer)
     measured = Measured(choices=score_choices(model, tasks, pairs, args.batch_size))
@@ -307,7 +307,7 @@ def read_texts(
         if not file:
             continue
         map_fn = opened.map_fn if file == args.target else None
-        limit = config.max_positions
+        limit = target.max_positions()
         dataset = encode_files(args, [fetched[file]], tokenizer, limit, map_fn, print_fn)
         data.check_tokens(dataset, config.vocab_size, file)
         datasets[file] = dataset

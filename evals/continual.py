@@ -163,7 +163,7 @@ def task_losses(
     config = read_config(target.folder)
     datasets = []
     for name, file in zip(args.files, opened.files, strict=True):
-        limit = config.max_positions
+        limit = target.max_positions()
         dataset = encode_files(args, [file], tokenizer, limit, None, opened.print_once)
         data.check_tokens(dataset, config.vocab_size, name)
         datasets.append(dataset)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from adapter_files import weights_file
 from checkpoint import fingerprint, weight_files
 from common.console import Transcript, transcript
 from common.errors import UserError, read_json_if_there
@@ -201,7 +202,7 @@ def target_rows(target: Target) -> list[list[str]]:
     if target.adapter is not None:
         folder = Path(target.adapter)
         facts = read_json_if_there(folder / "plaintune.json")
-        digest = file_sha256(folder / "adapter_model.safetensors")
+        digest = file_sha256(weights_file(folder))
         rows.append([f"SHA-256 of {target.name}, adapter", digest, target.adapter])
     sha256 = facts.get("base_sha256")
     if sha256 is None:

@@ -15,6 +15,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from adapter_files import weights_file
 from checkpoint import fingerprint
 from common.errors import UserError
 from common.files import file_sha256
@@ -100,7 +101,7 @@ def origin_of(model: Transformer, target: Target, quant: str | None, dtype: str)
     model computes."""
     adapter = None
     if target.adapter is not None:
-        adapter = file_sha256(Path(target.adapter) / "adapter_model.safetensors")
+        adapter = file_sha256(weights_file(target.adapter))
     return {
         "model": fingerprint(model.source),
         "adapter": adapter,

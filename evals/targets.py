@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 import data
-import lora
-from checkpoint import load_model
+from adapter_files import has_adapter, is_adapter, remove_adapter, virtual_tokens_in
+from checkpoint import load_model, read_config
 from common.device import pick_device, pick_dtype
 from common.errors import UserError
 from dataset.examples import Dataset, ExampleIndex, draw_examples
@@ -27,7 +27,7 @@ from evals.arguments import BATCH_SIZE, kind_of
 from interop import resolve
 from interop.remote_data import fetch_data
 from interop.resolve import base_folder, base_of_model
-from lora import has_lora, is_adapter, remove_lora
+from methods import put_adapter_on
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -39,6 +39,11 @@ class Target:
     name: str
     folder: Path
     adapter: str | None
+
+    def max_positions(self) -> int:
+        """Returns the longest text that the model takes, in tokens."""
+        limit = read_config(self.folder).max_positions
+        return limit if self.adapter is None else limit - virtual_tokens_in(self.adapter)
 
 
 class Opened:
@@ -100,10 +105,10 @@ class Opened:
         if model is None or model.source != target.folder:
             model = self.model = None
             model = load_model(target.folder, self.dtype, self.device, self.args.quant)
-        elif has_lora(model):
-            remove_lora(model)
+        elif has_adapter(model):
+            remove_adapter(model)
         if target.adapter is not None:
-            lora.put_adapter_on(model, target.adapter)
+            put_adapter_on(model, target.adapter)
         self.model = model
         print_target(target, model, tokenizer)
         return model

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import adapter_files
 import lora
 from checkpoint import (
     Place,
@@ -480,8 +481,8 @@ class AdapterUpdates:
     def factors(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns A, float32 [rank, in], and B, float32 [out, rank], of a layer by its Hugging Face
         name."""
-        a = self.tensors[f"{lora.PREFIX}{layer}.lora_A.weight"]
-        b = self.tensors[f"{lora.PREFIX}{layer}.lora_B.weight"]
+        a = self.tensors[f"{adapter_files.PREFIX}{layer}.lora_A.weight"]
+        b = self.tensors[f"{adapter_files.PREFIX}{layer}.lora_B.weight"]
         return a.float(), b.float()
 
     def changes(self, name: str) -> bool:
@@ -605,14 +606,14 @@ def adapter_to_gguf(
     config = read_config(folder)
     row, architecture = find_architecture(config, folder)
     check_adapter(folder, Path(adapter))
-    trained = lora.trained_kind(adapter)
+    trained = adapter_files.trained_kind(adapter)
     if trained in QUANT_KINDS:
         log(
             f"NOTE: {adapter} was trained on its base in {trained}, and llama.cpp adds it to the"
             " file that it is given, whose numbers are others; `convert.py to-gguf --adapter` writes"
             " those that it was trained on"
         )
-    note = lora.base_note(adapter, folder)
+    note = adapter_files.base_note(adapter, folder)
     if note:
         log(note)
     dated: dict[str, str] = {}

@@ -28,6 +28,7 @@ WEIGHT_PATTERNS = [
     "model.safetensors.index.json",
     "adapter_config.json",
     "adapter_model.safetensors",
+    "adapter.safetensors",
 ]
 # A folder is pushed if it holds one of these.
 CONFIG_FILES = ("config.json", "adapter_config.json")

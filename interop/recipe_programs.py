@@ -12,7 +12,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.known_names import CHAT_TEMPLATE, COLUMNS, FULL_NOTE, Counterpart, hub_or_file
+from common.known_names import (
+    CHAT_TEMPLATE,
+    COLUMNS,
+    FULL_NOTE,
+    METHOD_NOTE,
+    Counterpart,
+    hub_or_file,
+)
 from interop.recipe_rows import (
     AXOLOTL_ENTRY_KEYS,
     AXOLOTL_ROWS,
@@ -303,7 +310,7 @@ def read_axolotl(recipe) -> None:
         elif recipe.is_true("load_in_4bit"):
             recipe.left_out["load_in_4bit"] = "all weights are trained, which 4 bits can't hold"
     else:
-        recipe.left_out["adapter"] = "--method is lora, qlora or full"
+        recipe.left_out["adapter"] = METHOD_NOTE
     for name in ("datasets", "pretraining_dataset"):
         for prefix in numbered(recipe, name):
             read_data_entry(recipe, prefix, "path", "name", AXOLOTL_ENTRY_KEYS)
@@ -385,7 +392,7 @@ def read_llama_factory(recipe) -> None:
         if is_quantized and kind == "lora":
             set_method(recipe, method, ("quantization_bit",))
     else:
-        recipe.left_out["finetuning_type"] = f"--method is lora, qlora or full; {FULL_NOTE}"
+        recipe.left_out["finetuning_type"] = f"{METHOD_NOTE}; {FULL_NOTE}"
     folder = Path(recipe.text("dataset_dir") or "data")
     described = described_data(folder)
     for key, flag in (("dataset", "--data"), ("eval_dataset", "--val")):

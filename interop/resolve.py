@@ -13,7 +13,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import lora
+import adapter_files
+from adapter_files import adapter_metadata, is_adapter, why_no_adapter
 from checkpoint import TOKENIZER_FILES, fingerprint, read_config
 from common.choices import QUANT_KINDS
 from common.console import one_line, print_stderr
@@ -29,7 +30,6 @@ from common.files import (
 from common.origin import SOURCE_FILE, gguf_digits
 from interop import hub
 from interop.gguf_import import find_damaged_file, gguf_to_folder
-from lora import adapter_metadata, is_adapter, why_no_adapter
 from model import Transformer, quantized_linears
 from tokenizer import Tokenizer, check_date, load_tokenizer
 
@@ -145,7 +145,8 @@ def base_folder(model: str | None, adapter: str | Path | None, print_fn: Callabl
     if model is not None or adapter is None:
         return model_folder(model)
     settings = read_json(Path(adapter) / "adapter_config.json")
-    named, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    named = settings.get("base_model_name_or_path") or settings.get("model_name")
+    revision = settings.get("revision")
     return find_base(adapter, named, revision, print_fn)
 
 
@@ -366,8 +367,8 @@ def pick_base_numbers(
         adapter was trained on, if that is known, else the weights as they are stored.
     Raises UserError where the folder is in 4 bits already, so that `quant` can't be had.
     """
-    trained = lora.trained_kind(adapter)
-    in_nf4 = lora.is_quantized(folder)
+    trained = adapter_files.trained_kind(adapter)
+    in_nf4 = adapter_files.is_quantized(folder)
     if in_nf4 and quant is not None:
         raise UserError(f"--quant {quant}: {folder} is in NF4 already; leave it out")
     kind = None if quant in (None, "none") else quant
@@ -397,8 +398,8 @@ def pick_base_numbers(
             " the stored weights, to which it is added, they are not there"
         )
     else:
-        note = lora.numbers_note(adapter, folder, "nf4" if in_nf4 else kind)
-    for line in (note, lora.base_note(adapter, folder)):
+        note = adapter_files.numbers_note(adapter, folder, "nf4" if in_nf4 else kind)
+    for line in (note, adapter_files.base_note(adapter, folder)):
         if line:
             print_fn(line)
     return kind

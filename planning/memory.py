@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 import lora
+from adapter_files import adapter_modules
 from common import console
 from common.choices import ALL
 from data import max_tokens_per_micro_batch
@@ -91,6 +92,7 @@ class Recipe:
     offload: whether the state of the optimizer is on the host.
     checkpointing: the value of --activation-checkpointing.
     ewc: whether --ewc holds the weights near their start.
+    quant: --quant, where it is asked for and --method does not imply it.
     """
 
     method: str
@@ -99,6 +101,7 @@ class Recipe:
     offload: bool = False
     checkpointing: str = "none"
     ewc: bool = False
+    quant: str | None = None
 
     @property
     def name(self) -> str:
@@ -109,6 +112,8 @@ class Recipe:
     def __str__(self) -> str:
         """Returns the flags of train.py that ask for this recipe."""
         words = [f"--method {self.method}"]
+        if self.quant:
+            words.append(f"--quant {self.quant}")
         if self.optimizer != "adamw":
             words.append(f"--optimizer {self.optimizer}")
         if self.weights != "fp32":
@@ -197,7 +202,7 @@ def meta_model(
     storage_dtype = torch.bfloat16 if recipe.weights == "bf16" else dtype
     model.to(torch.float32 if has_masters else storage_dtype)
     model.compute_dtype = dtype
-    quant = quant or method.quant
+    quant = quant or recipe.quant or method.quant
     if quant or config.raw.get("quantization_config"):
         with_head = quant is not None and "head" in quant
         for name, layer in model.named_modules():
@@ -241,7 +246,8 @@ def expected_memory(
     # What all blocks keep. With checkpointing these are their inputs only; with offloading two of
     # the inputs, which are on their way to or from the host.
     tokens = sum(lengths)
-    documents = Documents(sorted(lengths))
+    # Attention has the virtual tokens of a learned prompt as well.
+    documents = Documents([length + model.virtual_tokens for length in sorted(lengths)])
     hidden_states = tokens * config.hidden_size * item
     recomputed = recipe.checkpointing in ("full", "offload")
     # While a block is computed again, it keeps what it would keep without checkpointing.
@@ -406,8 +412,9 @@ def kept_by_a_block(
     numbers += 2 * inner_width(config)
     if config.experts and not in_groups(config, device, item):
         numbers += 2 * config.experts.active * hidden
-    # x A^T of the adapters.
-    numbers += sum(layer.rank for layer in lora.lora_layers(model).values()) / config.num_layers
+    # What the adapters keep, such as x A^T.
+    kept = sum(module.saved_numbers for module in adapter_modules(model).values())
+    numbers += kept / config.num_layers
 
     # A norm keeps one fp32 number of its own for each token.
     norms = inputs
@@ -477,7 +484,8 @@ def flops_a_token(
     # up instead.
     matrices = []
     for name, p in model.named_parameters():
-        is_looked_up = name.startswith(("embed.", "positions."))
+        # Looked up, or computed once a batch.
+        is_looked_up = name.startswith(("embed.", "positions.", "prompt."))
         if p.dim() == 2 and not is_looked_up and ".nf4." not in name:
             matrices.append((name, p.numel(), p.requires_grad))
     for name, layer in quantized_linears(model).items():
@@ -672,18 +680,23 @@ def memory_of_workload(
     )
 
 
-def recipes(config: Config, device: torch.device) -> list[Recipe]:
+def recipes(
+    config: Config, device: torch.device, asked: str | None, quant: str | None
+) -> list[Recipe]:
     """Returns the recipes that a plan compares, without checkpointing.
 
-    A base that is stored in 4 bits can be trained by QLoRA alone.
+    asked: the method that is asked for, which has a row if it is another than full, LoRA and QLoRA.
+    quant: --quant, for that one.
+    A base that is stored in 4 bits can't be trained in full, and LoRA on it is QLoRA.
     """
     qlora = Recipe("qlora")
+    others = [] if asked in (None, "full", "lora", "qlora") else [Recipe(asked, quant=quant)]
     if config.raw.get("quantization_config"):
-        return [qlora]
+        return [qlora, *others]
     full = [Recipe("full"), Recipe("full", "adamw8bit"), Recipe("full", "adamw8bit", "bf16")]
     if device.type == "cuda":
         full.append(Recipe("full", offload=True))
-    return [*full, Recipe("lora"), qlora]
+    return [*full, Recipe("lora"), qlora, *others]
 
 
 def print_plan(
@@ -694,6 +707,7 @@ def print_plan(
     adapter: dict,
     asked: str | None,
     ewc: bool = False,
+    quant: str | None = None,
 ) -> None:
     """Prints a table of recipes with what each one takes on this machine, and a recommendation.
 
@@ -701,6 +715,7 @@ def print_plan(
     adapter: {option: value} of a new adapter.
     asked: the method that the recommendation is about; None: any.
     ewc: whether all of them are with --ewc.
+    quant: --quant, for a method that is asked for and not among them otherwise.
     """
     room = FITS * device_memory(device)
     rate = product_rate(config, device, dtype)
@@ -713,7 +728,7 @@ def print_plan(
     smallest: tuple[float, Recipe] | None = None
 
     # A row for each recipe, with a column for each kind of activation checkpointing.
-    for plain_recipe in recipes(config, device):
+    for plain_recipe in recipes(config, device, asked, quant):
         cells = []
         times = []
         for kind in kinds:
@@ -802,13 +817,15 @@ def recommend(
     sufficient_rank = math.ceil(rank * workload.to_learn / capacity)
 
     # In the order in which they are preferred.
-    method = next(m for m in ("lora", "qlora", "full") if m in first)
+    method = next(m for m in ("lora", "qlora", "full", *first) if m in first)
     if sufficient_rank > LARGEST_RANK and "full" in first:
         method = "full"
     recipe, peak, seconds = first[method]
     what_is_held = f"adapters of rank {rank} hold about {capacity:,.0f}"
     why = f"{workload.to_learn:,} trained tokens; {what_is_held}"
-    if method == "full":
+    if not set(METHODS[method].options) & {"rank", "train"}:
+        why = f"{workload.to_learn:,} trained tokens"
+    elif method == "full":
         why += ", and full fits"
     elif sufficient_rank > rank:
         why += f", of rank {sufficient_rank} all of them"
@@ -817,7 +834,7 @@ def recommend(
     if method == "qlora" and "lora" not in first:
         why += "; 16-bit weights do not fit"
     flags = str(recipe)
-    if rank < sufficient_rank and method != "full":
+    if rank < sufficient_rank and "rank" in METHODS[method].options:
         flags += f" --rank {sufficient_rank}"
     takes = f"{peak / 1e9:.1f} of {room / 1e9:.1f} GB, {console.format_duration(seconds)}"
     if seconds > TOO_LONG:

@@ -221,6 +221,7 @@ def print_multi_gpu_plan(
     adapter: dict,
     asked: str | None,
     has_data: bool,
+    quant: str | None = None,
 ) -> None:
     """Prints, for each recipe and number of GPUs, the layout and checkpointing that fit best.
 
@@ -230,13 +231,14 @@ def print_multi_gpu_plan(
     steps: the optimizer steps of one GPU in the run; 1 without data.
     adapter: {option: value} of a new adapter.
     asked: the method that the recommendation is about; None: any.
+    quant: --quant, for a method that is asked for and not compared otherwise.
     """
     card = card_of(gigabytes)
     room = FITS * (1e9 * gigabytes - CONTEXT)
     heading = ["", "GPUs", "--shard", "checkpointing", "state", "peak", "sent in", "computed in"]
     rows = [[*heading, "time"] if has_data else heading]
     ways = []
-    for recipe in recipes(config, torch.device("cpu")):
+    for recipe in recipes(config, torch.device("cpu"), asked, quant):
         model = meta_model(config, recipe, torch.bfloat16, adapter)
         for count in gpus:
             best = best_way(model, recipe, count, workload, steps, room, card)
@@ -296,7 +298,7 @@ def recommend_gpus(ways: list[Best], room: float, has_data: bool) -> str:
             f" {least.memory.peak / 1e9:.1f} of {room / 1e9:.1f} GB; more --gpus, a larger"
             " --gpu-memory, or a lower --batch-size or --seq-len"
         )
-    order = ("lora", "qlora", "full")
+    order = ("lora", "qlora", "full", *METHODS)
     best = min(fitting, key=lambda each: (order.index(each.recipe.method), each.gpus))
     flags = f"{best.recipe}"
     if best.layout.name != "none":

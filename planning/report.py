@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 import distributed
+from adapter_files import virtual_tokens_in
 from common.device import DTYPES, pick_dtype
 from data import TrainingData, max_tokens_per_micro_batch, split_micro_batches
 from flags import NEW_ADAPTER, Flags
-from methods import method_name
+from methods import continues_adapter, method_name, method_of
 from model import Config
 from planning import memory, multi_gpu
 from planning.memory import Recipe, Workload
@@ -57,13 +58,14 @@ def print_plan_of_config(flags: Flags, config: Config, device: torch.device) -> 
             adapter_of(flags),
             asked_method(flags, config),
             has_data=False,
+            quant=flags.quant,
         )
         return
     dtype, _ = pick_dtype(flags.dtype, device)
     workload = workload_of_full_rows(flags, config, device)
     memory.print_plan(
         config, workload, device, dtype, adapter_of(flags), asked_method(flags, config),
-        bool(flags.ewc),
+        bool(flags.ewc), flags.quant,
     )  # fmt: skip
 
 
@@ -75,14 +77,14 @@ def print_plan_of_data(
         on_gpu = describe_workload(flags, data, steps_per_epoch, torch.device("cuda"))
         multi_gpu.print_multi_gpu_plan(
             config, flags.gpus, flags.gpu_memory, on_gpu, flags.steps, adapter_of(flags),
-            asked_method(flags, config), has_data=True,
+            asked_method(flags, config), has_data=True, quant=flags.quant,
         )  # fmt: skip
         return
     dtype, _ = pick_dtype(flags.dtype, device)
     workload = describe_workload(flags, data, steps_per_epoch, device)
     memory.print_plan(
         config, workload, device, dtype, adapter_of(flags), asked_method(flags, config),
-        bool(flags.ewc),
+        bool(flags.ewc), flags.quant,
     )  # fmt: skip
 
 
@@ -91,7 +93,8 @@ def asked_method(flags: Flags, config: Config) -> str | None:
     if not {"method", "quant"} & flags.given:
         return None
     # LoRA on a base that is stored in 4 bits is QLoRA.
-    return "qlora" if config.raw.get("quantization_config") else method_name(flags)
+    name = method_name(flags)
+    return "qlora" if name == "lora" and config.raw.get("quantization_config") else name
 
 
 def adapter_of(flags: Flags) -> dict:
@@ -101,6 +104,15 @@ def adapter_of(flags: Flags) -> dict:
         value = getattr(flags, name)
         arguments[name] = default if value is None else value
     return arguments
+
+
+def virtual_tokens_of(flags: Flags) -> int:
+    """Returns how many virtual tokens a run's method puts before every text."""
+    if "virtual_tokens" not in method_of(flags).options:
+        return 0
+    if continues_adapter(flags):
+        return virtual_tokens_in(flags.adapter)
+    return adapter_of(flags)["virtual_tokens"]
 
 
 def num_validations(flags: Flags) -> int:

@@ -58,6 +58,23 @@ JOBS = {
         1e-2,
     ),  # a bias of keys has no effect: its gradient is rounding
     "gpt2, qlora": ("gpt2", "--method qlora --shard full", 1e-5, 1e-4),
+    "bottleneck": ("llama", "--method bottleneck --lr 3e-2 --placement houlsby --shard full ACC", 1e-5, 1e-4),
+    "prompt-tuning": ("llama", "--method prompt-tuning --lr 0.3 --shard full --pack --seq-len 96 MIXED", 1e-5, 1e-4),
+    "p-tuning": ("llama", "--method p-tuning --lr 3e-2 --encoder lstm --encoder-size 16 --shard full", 1e-5, 1e-4),
+    "prefix-tuning": (
+        "llama",
+        "--method prefix-tuning --lr 3e-2 --quant nf4 --shard full --pack --seq-len 96",
+        1e-5,
+        1e-4,
+    ),
+    "prefix-tuning, blocks twice": (
+        "llama",
+        "--method prefix-tuning --lr 0.3 --encoder none --shard full --activation-checkpointing full",
+        1e-5,
+        1e-4,
+    ),
+    "ia3": ("llama", "--method ia3 --lr 0.1 --shard full ACC", 1e-5, 1e-4),
+    "ia3, replicated": ("llama", "--method ia3 --lr 0.1 --shard none --pack --seq-len 96 MIXED", 1e-5, 1e-4),
     "muon": ("llama", "--method full --optimizer muon --shard full", 1e-4, 1e-3),
     "adamw8bit": ("llama", "--method full --optimizer adamw8bit --shard full", 1e-3, 5e-3),
     "bf16": ("llama", "--method full --shard full --dtype bf16", 2e-2, 1e-2),
@@ -140,7 +157,8 @@ def runs(request, bases, tmp_path_factory) -> Path:
             words = words.replace("ACC", "--accumulate 2").replace("ADAPTER", str(folder / "adapter/final")).split()
             mixed = [f"{data}=3", f"{more}=1", "--replay", f"{val}=0.2"] if "MIXED" in words else [data]
             words = [word for word in words if word != "MIXED"] + ["--data", *mixed]
-            given = {"--rank": 4} if "full" not in words[:2] and "--adapter" not in words else {}
+            has_rank = "--method" not in words or "qlora" in words
+            given = {"--rank": 4} if has_rank and "--adapter" not in words else {}
             given |= {"--lr": 1e-3, "--dtype": "fp32"}
             words += [word for flag, value in given.items() if flag not in words for word in (flag, value)]
             jobs.append(

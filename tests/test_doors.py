@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.helpers import chat_base, command, llama, sentence
 
+import adapter_files
 import checkpoint
 import convert
 import data
@@ -263,12 +264,12 @@ def test_a_folder_in_nf4_and_what_it_was_made_from_are_one_base(home, go, tmp_pa
     # And the other way: trained on the folder in NF4, put on what that was made from.
     model = load_model(tmp_path / "4bit")
     lora.add_lora(model, 4, 8.0)
-    facts = lora.base_numbers(model)
+    facts = adapter_files.base_numbers(model)
     assert facts == {"quant": "nf4", "quantized_from_sha256": checkpoint.fingerprint(home / "base")}
     save_trained(model, tmp_path / "of_4bit", tmp_path / "4bit", "nf4")
     file = tmp_path / "of_4bit" / "plaintune.json"
     write_json(json.loads(file.read_text()) | facts, file)
-    assert lora.base_note(tmp_path / "of_4bit", home / "base") is None
+    assert adapter_files.base_note(tmp_path / "of_4bit", home / "base") is None
     shutil.rmtree(tmp_path / "out")
     answer = go("merge", home / "nf4", tmp_path / "4bit", "--quant", "nf4")
     assert f"--quant nf4: {tmp_path / '4bit'} is in NF4 already" in refused(answer, tmp_path)

@@ -11,6 +11,7 @@ import transformers
 from support.helpers import batch_loss, relative
 from torch import nn
 
+import adapter_files
 import lora
 from checkpoint import hf_name, load_model, save_model
 from common.choices import CHECKPOINTING_KINDS
@@ -296,7 +297,7 @@ def test_a_text_is_the_same(folder, grouped, monkeypatch, quant):
     lora.merge(model, keep=True)
     merged = model.generate(prompts, 12)
     lora.unmerge(model)
-    lora.remove_lora(model)
+    adapter_files.remove_adapter(model)
     plain = model.generate(prompts, 12)
     monkeypatch.undo()
     again = load_model(folder, quant=quant)

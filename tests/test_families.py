@@ -19,6 +19,7 @@ from support.helpers import record_graphs, relative
 from support.training_runs import oracle_losses, rows, run_loop, settings
 from torch import nn
 
+import adapter_files
 import decoding
 import lora
 from checkpoint import hf_name, load_model, save_model, transposed
@@ -274,7 +275,7 @@ def test_families_adapters_of_peft_load_here(folders, case, tmp_path):
     folder, _ = folders(case)
     ours = load_model(folder)
     names = lora.add_lora(ours, 4, 6.0, targets=targets_of(case))
-    lora.remove_lora(ours)
+    adapter_files.remove_adapter(ours)
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     torch.manual_seed(6)
     settings = peft.LoraConfig(r=3, lora_alpha=5, target_modules=names, fan_in_fan_out=ours.config.conv1d)

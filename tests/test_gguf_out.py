@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from support.gguf_files import LLAMA3, TEMPLATE, checkpoint, refusal, tokens
 from support.helpers import command, relative
 
+import adapter_files
 import checkpoint as ours
 import convert
 import lora
@@ -190,7 +191,7 @@ def test_an_adapter_is_merged_as_lora_merge_does_it(base, adapter, tmp_path):
     model = ours.load_model(base)
     lora.load_adapter(model, adapter[0])
     lora.merge(model)
-    lora.remove_lora(model)
+    adapter_files.remove_adapter(model)
     ours.save_model(model, tmp_path / "merged")
     convert.folder_to_gguf(tmp_path / "merged", tmp_path / "y.gguf", "f32")
     direct, by_folder = contents(tmp_path / "x.gguf"), contents(tmp_path / "y.gguf")

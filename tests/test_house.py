@@ -12,6 +12,7 @@ from support.figures import public_names
 ROOT = Path(__file__).resolve().parents[1]
 ROOT_FILES = {
     *("train.py", "flags.py", "model.py", "families.py", "decoding.py", "lora.py", "methods.py", "adapters.py"),
+    "adapter_files.py",
     *("quant.py", "data.py", "tokenizer.py", "checkpoint.py", "objectives.py", "optimizers.py", "distributed.py"),
     *("evaluate.py", "generate.py", "convert.py", "sweep.py"),
 }
@@ -27,6 +28,7 @@ LEVELS = (
     ("decoding",),
     ("model",),
     ("checkpoint", "tokenization", "tokenizer"),
+    ("adapter_files",),
     ("lora", "adapters", "optimizers", "dataset"),
     ("methods",),
     ("flags",),

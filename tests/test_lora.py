@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from support.helpers import llama, relative
 from torch.utils.checkpoint import checkpoint
 
+import adapter_files
 import lora
 from checkpoint import load_model, save_model
 from common.errors import UserError
@@ -145,7 +146,7 @@ def test_a_merged_model_saves_as_a_plain_one(tmp_path):
     with torch.no_grad():
         adapted = model(TOKENS)
     lora.merge(model)
-    lora.remove_lora(model)
+    adapter_files.remove_adapter(model)
     assert {name for name, _ in model.named_parameters()} == plain
     save_model(model, tmp_path / "merged")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -315,11 +316,11 @@ def test_merging_and_loading_between_forwards(tmp_path, cast_alone):
     assert relative(adapted, base) > 1e-3
     torch.testing.assert_close(merged, adapted)
     torch.testing.assert_close(flat_loss(model), adapted)
-    layers = lora.remove_lora(model)
+    layers = adapter_files.remove_adapter(model)
     torch.testing.assert_close(flat_loss(model), base)
     for layer in layers.values():
         layer.start()
-    lora.restore_lora(model, layers)
+    adapter_files.place(model, layers)
     torch.testing.assert_close(flat_loss(model), base)
     assert not cast_alone
 
@@ -509,7 +510,7 @@ def test_impossible_settings_are_refused_and_leave_the_model_alone(tmp_path, set
     with pytest.raises(UserError) as error:
         lora.add_lora(model, *settings)
     assert said in str(error.value) and "\n" not in str(error.value)
-    assert not lora.has_lora(model) and all(p.requires_grad for p in model.parameters())
+    assert not adapter_files.has_adapter(model) and all(p.requires_grad for p in model.parameters())
 
 
 def test_no_targets_at_all_are_refused(tmp_path):
@@ -542,7 +543,9 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(tmp_path):
     trainable = {name: p.requires_grad for name, p in fresh.named_parameters()}
     with pytest.raises(UserError, match="1 of its tensors missing"):
         lora.load_adapter(fresh, tmp_path / "adapter")
-    assert not lora.has_lora(fresh) and {n: p.requires_grad for n, p in fresh.named_parameters()} == trainable
+    assert (
+        not adapter_files.has_adapter(fresh) and {n: p.requires_grad for n, p in fresh.named_parameters()} == trainable
+    )
 
 
 def test_an_adapter_never_replaces_a_model(tmp_path):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.helpers import chat_base, command, llama, relative, sentence
 from support.training_runs import oracle_losses, rows, run_loop, settings
 
+import adapter_files
 import convert
 import evaluate
 import generate
@@ -265,7 +266,7 @@ def test_merging_into_four_bits_leaves_them_and_comes_back_exactly(tmp_path):
         lora.unmerge(model)
         assert len(quantized_linears(model)) == 21 and torch.equal(model(tokens()), before)
     lora.save_adapter(model, tmp_path / "adapter")
-    lora.remove_lora(model)
+    adapter_files.remove_adapter(model)
     save_model(model, tmp_path / "4bit")
     said = []
     convert.merge_folder(tmp_path / "4bit", tmp_path / "adapter", tmp_path / "merged", torch.float32, said.append)

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 import distributed
-import lora
 import optimizers
 from checkpoint import dtype_note, read_config, stored_dtype, weight_files
 from common.console import number_of
@@ -27,7 +26,7 @@ from dataset.example_records import is_whole_conversation
 from dataset.examples import Dataset
 from dataset.sampler import Sampler
 from flags import Flags, dashed
-from methods import continues_adapter, method_of, select_weights
+from methods import continues_adapter, load_any_adapter, method_of, select_weights
 from model import Config, Transformer
 from planning import memory, multi_gpu
 from planning.memory import Workload
@@ -134,7 +133,9 @@ def resolve_defaults(
     flags, why_save_dtype = choose_save_dtype(flags, folder, config)
     model = meta_model_of_run(flags, folder, config)
     if continues_adapter(flags):
-        flags = dataclasses.replace(flags, **adapter_shape(model))
+        shape = method_of(flags).shape
+        assert shape is not None, "only methods with adapters have --adapter"
+        flags = dataclasses.replace(flags, **shape(model))
 
     # What the run takes, which --compile and --save-every depend on.
     max_tokens = choose_max_tokens(flags, model, device)
@@ -443,7 +444,7 @@ def meta_model_of_run(flags: Flags, folder: Path, config: Config) -> Transformer
     if continues_adapter(flags):
         model = memory.meta_model(config, recipe, dtype, None, flags.quant)
         model.source = folder
-        lora.load_adapter(model, flags.adapter)
+        load_any_adapter(model, flags.adapter)
         return model
     model = memory.meta_model(config, recipe, dtype, adapter_of(flags), flags.quant)
     model.source = folder
@@ -455,14 +456,6 @@ def meta_model_of_run(flags: Flags, folder: Path, config: Config) -> Transformer
             if stored_in_16_bits and not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
     return model
-
-
-def adapter_shape(model: Transformer) -> dict:
-    """Returns rank, alpha, dropout and targets of the adapter that a model carries, as flags."""
-    layers = lora.lora_layers(model)
-    first = next(iter(layers.values()))
-    targets = ",".join(lora.target_modules(model, list(layers)))
-    return {"rank": first.rank, "alpha": first.alpha, "dropout": first.dropout, "targets": targets}
 
 
 def choose_max_tokens(flags: Flags, model: Transformer, device: torch.device) -> int:

@@ -26,7 +26,7 @@ from dataset.token_cache import Rows
 from evals.table import EVALUATIONS
 from flags import OPTIONS, dashed, existing_file
 from interop.resolve import stated_license
-from methods import method_name, method_of
+from methods import ADAPTERHUB, method_name, method_of
 from tokenizer import Tokenizer
 from training.defaults import Settings
 from training.metrics import MetricsLogger
@@ -122,6 +122,17 @@ class ModelCard:
         return method_of(self.settings).freezes_base
 
     @property
+    def is_lora(self) -> bool:
+        return method_of(self.settings).file_type == "LORA"
+
+    @property
+    def library(self) -> str:
+        """The package that loads the weights."""
+        if not self.is_adapter:
+            return "transformers"
+        return "adapters" if method_of(self.settings).file_type == ADAPTERHUB else "peft"
+
+    @property
     def base_name(self) -> str:
         """What the base is called: its name on the Hub, or that of its file or folder."""
         if "base_revision" in self.origin:
@@ -131,7 +142,7 @@ class ModelCard:
     def front_matter(self) -> list[str]:
         """Returns the lines of YAML that the Hub reads. A JSON string is one of YAML as well."""
         fields: dict[str, object] = {
-            "library_name": "peft" if self.is_adapter else "transformers",
+            "library_name": self.library,
             "pipeline_tag": "text-generation",
         }
         # Only a name that others find. The base of another kind is described in the text.
@@ -141,7 +152,10 @@ class ModelCard:
         license_name = stated_license(self.folder)
         if license_name:
             fields["license"] = license_name
-        fields["tags"] = ["plaintune", *(["lora"] if self.is_adapter else [])]
+        tags = ["plaintune"]
+        if self.is_adapter:
+            tags.append("lora" if self.is_lora else self.settings.method)
+        fields["tags"] = tags
         return ["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---"]
 
     def summary(self, name: str) -> list[str]:
@@ -152,10 +166,15 @@ class ModelCard:
             which = "All weights" if not settings.train else "Some weights"
             text = f"{which} of {base} were trained, and are all here."
         elif settings.adapter:
-            text = f"A LoRA adapter for {base}, which went on from an earlier one."
+            title = method_of(settings).title
+            text = f"A {title} for {base}, which went on from an earlier one."
         else:
-            shape = f"rank {settings.rank}, alpha {settings.alpha:g}"
-            text = f"A LoRA adapter ({shape}) for {base}. The base itself is not in it."
+            shape = method_of(settings).describe(settings)
+            if self.is_lora:
+                shape = f"rank {settings.rank}, alpha {settings.alpha:g}"
+            text = (
+                f"A {method_of(settings).title} ({shape}) for {base}. The base itself is not in it."
+            )
         moment = f"after step {self.state.step:,} of {settings.steps:,}"
         if name == "best":
             text += f" These are the weights of the lowest validation loss, {moment}."
@@ -175,7 +194,7 @@ class ModelCard:
         revision = self.origin.get("base_revision")
         where = f", revision={json.dumps(revision)}" if revision else ""
         code = [
-            "from peft import PeftModel",
+            "import adapters" if self.library == "adapters" else "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
         ]
         if quantized:
@@ -189,22 +208,25 @@ class ModelCard:
         code += [
             "",
             f"base = AutoModelForCausalLM.from_pretrained({base}{where})",
-            'model = PeftModel.from_pretrained(base, "THIS")',
+            *self.put_on_base(),
             'tokenizer = AutoTokenizer.from_pretrained("THIS")',
         ]
         shell_base = shlex.quote(self.base_argument)
         numbers = f" --quant {self.settings.quant}" if quantized else ""
-        shell = [
-            f"python generate.py --model {shell_base} --adapter THIS{numbers}",
-            f"python convert.py merge THIS MERGED --model {shell_base}",
-            f"python convert.py to-gguf {shell_base} MODEL.gguf --adapter THIS --type q8_0",
-        ]
+        shell = [f"python generate.py --model {shell_base} --adapter THIS{numbers}"]
+        what = "With plaintune, where THIS is a folder: talk to it"
+        if method_of(self.settings).can_merge:
+            shell.append(f"python convert.py merge THIS MERGED --model {shell_base}")
+            what += ", merge it into its base"
+        if self.is_lora:
+            shell.append(
+                f"python convert.py to-gguf {shell_base} MODEL.gguf --adapter THIS --type q8_0"
+            )
+            what += ", or write"
         lines += ["THIS is this folder, or the name of this repository on the Hub.", ""]
         lines += [*fenced("python", *code), ""]
-        lines += [
-            "With plaintune, where THIS is a folder: talk to it, merge it into its base, or write"
-        ]
-        lines += ["one file for llama.cpp:", "", *fenced("", *shell), ""]
+        lines += [what, "one file for llama.cpp:"] if self.is_lora else [f"{what}:"]
+        lines += ["", *fenced("", *shell), ""]
         if quantized:
             lines.append(
                 "The adapter was trained on the numbers that 4 bits (NF4) stand for, and makes up for"
@@ -212,12 +234,25 @@ class ModelCard:
                 " best merged, as above."
             )
             return lines
+        if not self.is_lora:
+            return lines[:-1]
         rank = "" if self.settings.adapter else vllm_rank(self.settings.rank)
         lines += ["With vLLM:", ""]
         lines += fenced(
             "", f"vllm serve {shell_base} --enable-lora{rank} --lora-modules tuned=THIS"
         )
         return lines
+
+    def put_on_base(self) -> list[str]:
+        """Returns the lines of Python that put the adapter on its base."""
+        if self.library == "peft":
+            return ['model = PeftModel.from_pretrained(base, "THIS")']
+        return [
+            "model = base",
+            "adapters.init(model)",
+            'name = model.load_adapter("THIS", use_safetensors=True)',
+            "model.set_active_adapters(name)",
+        ]
 
     def loading_model(self) -> list[str]:
         """Returns how a whole model is loaded."""

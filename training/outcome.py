@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import distributed
+from adapter_files import base_numbers
 from checkpoint import all_finite, copy_tokenizer
 from common.device import peak_memory
 from common.errors import UserError, describe_os_error
 from common.files import write_json
 from interop.push import push_folder
-from lora import base_numbers
 from methods import method_of
 from model import Transformer, eager_mode
 from training.best import best_or_final

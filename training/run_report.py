@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import distributed
+from adapter_files import base_size, weights_file
 from checkpoint import fingerprint, weight_files
 from common.console import number_of
 from common.errors import first_line, read_json_if_there
@@ -93,7 +94,7 @@ def run_facts(
     settings, state = card.settings, card.state
     out = card.metrics.out
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = model.size - sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    total = base_size(model)
     facts: dict = {
         "title": f"{card.base_name}, fine-tuned ({method_name(settings)})",
         "subtitle": f"{out.name}: {how_it_ended(card)}, {time.strftime('%Y-%m-%d %H:%M')}",
@@ -255,7 +256,7 @@ def sample_answers(card: ModelCard, model: Transformer) -> dict:
     if distributed.has_shards(model) or distributed.context_parallel:
         note = "No sample answers: the model is shared by several processes."
         return {"answers_note": f"{note} `generate.py --data` answers a file of prompts."}
-    asked = answerable(val, model.config.max_positions)
+    asked = answerable(val, model.max_positions)
     if not asked:
         return {
             "answers_note": "No sample answers: the validation prompts are too long for a page."
@@ -324,7 +325,7 @@ def answers_before(card: ModelCard, model: Transformer) -> list[str]:
         return []
     if model_of_step_0(model, settings) is not None:
         return []
-    prompts = [prompt for prompt, _ in answerable(val, model.config.max_positions)]
+    prompts = [prompt for prompt, _ in answerable(val, model.max_positions)]
     if not prompts:
         return []
     with eager_mode(model):
@@ -506,7 +507,7 @@ def origin_rows(card: ModelCard) -> list[list[str]]:
 def weights_hash(folder: Path, card: ModelCard) -> str:
     """Returns the hash of what was trained; of large models the command that computes it."""
     if method_of(card.settings).freezes_base:
-        return file_sha256(folder / "adapter_model.safetensors")
+        return file_sha256(weights_file(folder))
     size = sum(file.stat().st_size for file in weight_files(folder))
     if size > MOST_HASHED_BYTES:
         return (

@@ -14,6 +14,7 @@ import checkpoint
 import distributed
 import lora
 import optimizers
+from adapter_files import base_size
 from common.console import number_of, one_line
 from common.origin import SOURCE_FILE
 from common.threads import wait_policy_note
@@ -87,12 +88,6 @@ def print_model(model: Transformer, tokenizer: Tokenizer) -> None:
             "generation_config.json lists as an end; tell the server that will run the model to"
             " stop there"
         )
-
-
-def base_size(model: Transformer) -> int:
-    """Returns the number of the base model's parameters."""
-    adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
-    return model.size - adapters
 
 
 def matrix_size(layers: Iterable[Linear]) -> int:

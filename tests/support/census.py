@@ -187,6 +187,7 @@ def here() -> str:
 
 def make_model(raw: dict, method: str, dtype: torch.dtype, layers: int | None = None, adapter: dict = ADAPTER):
     """A model on the fake GPU, ready to be trained."""
+    import adapter_files
     import lora
     from families import Config
     from model import stack_expert_weights
@@ -199,7 +200,7 @@ def make_model(raw: dict, method: str, dtype: torch.dtype, layers: int | None = 
     with fake_cuda.fake_tensors():
         model.to_empty(device="cuda")
         stack_expert_weights(model)  # as load_model and add_lora do, on the device
-        if lora.has_lora(model):
+        if adapter_files.has_adapter(model):
             lora.set_casts(model)
         return model.train()
 

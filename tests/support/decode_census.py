@@ -17,8 +17,8 @@ import json
 import torch
 from census import ADAPTER, MODELS, Census
 
+import adapter_files
 import decoding
-import lora
 from families import Config
 from model import Transformer
 from planning import memory as plan
@@ -36,7 +36,7 @@ def make_model(raw: dict, method: str) -> Transformer:
     setup = plan.Recipe("qlora" if method in ("nf4", "qlora") else "lora")
     model = plan.meta_model(Config.from_hf(raw), setup, torch.bfloat16, ADAPTER)
     if method in ("base", "nf4"):
-        lora.remove_lora(model)
+        adapter_files.remove_adapter(model)
     with fake_cuda.fake_tensors():
         return model.to_empty(device="cuda").eval()
 

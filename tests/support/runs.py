@@ -63,6 +63,11 @@ METHODS = {
     "8 bits, bf16": "--method full --weights bf16 --optimizer adamw8bit",
     "some": "--method full --train layers.1",
     "going on": "--adapter ADAPTER",
+    "bottleneck": "--method bottleneck --placement parallel --lr 1e-2",
+    "prompt-tuning": "--method prompt-tuning --lr 0.3 --virtual-tokens 5 --pack --seq-len 96",
+    "p-tuning": "--method p-tuning --encoder lstm --encoder-size 16 --lr 1e-2 --quant nf4",
+    "prefix-tuning": "--method prefix-tuning --lr 1e-2 --accumulate 2 MIXED",
+    "ia3": "--method ia3 --lr 0.1",
     "asynchronous": "--method full --save-async",
 }
 

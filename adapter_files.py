@@ -9,6 +9,7 @@ An adapter is what a method puts on a frozen model: modules that are trained in 
                  base's weights, or because the adapter is switched off
     start(model)    fills in the first numbers, the same on every rank
     saved_numbers   how many numbers of each token are kept for the backward, for the plan of memory
+    file_shape      the shape of its tensors in the file, where that is another one
     tensors(model, name)   {name in the file: parameter}, for our name of its place
     placed(model)   a static method, called once such modules were put on a model or taken off
 
@@ -48,6 +49,8 @@ from model import Transformer, quantized_linears
 PREFIX = "base_model.model."
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+# The base that LoftQ's adapter brings along, inside its folder.
+OWN_BASE = "base"
 # Of the adapters library (AdapterHub), whose configuration has the same name.
 HUB_FILE = "adapter.safetensors"
 PICKLES = ("adapter_model.bin", "pytorch_adapter.bin")
@@ -89,7 +92,7 @@ def refuse_second_adapter(model: nn.Module) -> None:
         )
 
 
-def place(model: Transformer, modules: dict[str, Any]) -> None:
+def put_back(model: Transformer, modules: dict[str, Any]) -> None:
     """Puts the modules of an adapter on a model, by our names of their places. So several adapters can
     use one base, one after the other."""
     assert not has_adapter(model), "one adapter at a time"
@@ -99,7 +102,7 @@ def place(model: Transformer, modules: dict[str, Any]) -> None:
 
 
 def remove_adapter(model: Transformer) -> dict[str, Any]:
-    """Puts back what stood in the place of an adapter's modules, and returns these, for `place`. After
+    """Puts back what stood in the place of an adapter's modules, and returns these, for `put_back`. After
     `merge` the model is an ordinary one for save_model."""
     modules = adapter_modules(model)
     for name, module in modules.items():
@@ -161,8 +164,9 @@ def merge(model: Transformer, keep: bool = False, stored: torch.dtype | None = N
         # In fp32 from end to end: rounded twice, small updates would be lost.
         before = dequantized_weight(base.frozen, torch.float32)
         exact = layer.merged_weight(before)
-        layer.original_bias = base.bias
         if base.bias is not None:
+            # Detached, as a parameter would become one of the layer.
+            layer.original_bias = base.bias.detach()
             bias = layer.merged_bias(base.bias.float()).to(base.bias.dtype)
             base.bias = nn.Parameter(bias, requires_grad=False)
         # NF4 would lose the update, so the linear becomes a plain one.
@@ -229,9 +233,11 @@ def unmerge(model: Transformer) -> None:
             base.weight.copy_(layer.original)
         else:
             base.weight.copy_(layer.unmerged_weight(base.weight.float()))
-        base.bias = layer.original_bias
+        if layer.original_bias is not None:
+            base.bias = nn.Parameter(layer.original_bias, requires_grad=False)
         layer.merged = False
         layer.original = None
+        layer.original_bias = None
 
 
 # ---- as a folder ----
@@ -498,15 +504,20 @@ def copy_tensors(model: Transformer, tensors: dict[str, Tensor], file: Path) -> 
             f"{file}: {len(extra)} of its tensors not used by its configuration, the first:"
             f" {extra[0]}"
         )
+    # In the file, where they are others.
+    shapes: dict[str, torch.Size] = {}
+    for place_name, module in adapter_modules(model).items():
+        if hasattr(module, "file_shape"):
+            shapes |= dict.fromkeys(module.tensors(model, place_name), module.file_shape)
     with torch.no_grad():
         for name, parameter in parameters.items():
             tensor = tensors[name]
-            # PEFT keeps the factors of (IA)^3 as a column or a row.
-            if parameter.dim() == 1 and tensor.dim() == 2 and 1 in tensor.shape:
-                tensor = tensor.flatten()
-            if tensor.shape != parameter.shape:
+            needed = shapes.get(name, parameter.shape)
+            if tensor.shape == needed:
+                tensor = tensor.view(parameter.shape)
+            else:
                 shape = list(tensor.shape)
-                expected = list(parameter.shape)
+                expected = list(needed)
                 raise UserError(f"{file}: {name} has shape {shape}, this model needs {expected}")
             if not tensor.is_floating_point():
                 raise UserError(

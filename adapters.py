@@ -168,9 +168,9 @@ def add_bottleneck(
     Raises UserError if no whole number is left of the bottleneck, or if the model has an adapter.
     """
     hidden = model.config.hidden_size
-    if not 0 < reduction_factor <= hidden:
+    if not 0.01 <= reduction_factor <= hidden:
         raise UserError(
-            f"--reduction-factor {reduction_factor:g}: must be above 0, and at most the hidden size,"
+            f"--reduction-factor {reduction_factor:g}: must be at least 0.01, and at most the hidden size,"
             f" {hidden}"
         )
     refuse_second_adapter(model)
@@ -227,7 +227,7 @@ def bottleneck_config(model: Transformer) -> dict:
         "revision": facts["revision"],
         "config": config,
         "hidden_size": hidden,
-        "model_class": model.config.raw.get("architectures", [""])[0],
+        "model_class": (model.config.raw.get("architectures") or [""])[0],
         "model_name": base,
         "model_type": model.config.raw.get("model_type"),
         "name": adapter.file_name,
@@ -314,6 +314,11 @@ class VirtualTokens(nn.Module):
     ):
         super().__init__()
         config = model.config
+        if not 0 < count < config.max_positions - 1:
+            raise UserError(
+                f"--virtual-tokens {count}: must be at least 1 and leave room for a text; the model"
+                f" has {config.max_positions:,} positions"
+            )
         self.count = count
         self.is_prefix = is_prefix
         self.start_with = start_with
@@ -368,6 +373,8 @@ class VirtualTokens(nn.Module):
         else:
             text = self.start_with.removeprefix(PROMPT_TEXT)
             own = load_tokenizer(model.source).encode(text)
+            if not own:
+                raise UserError(f"--prompt-init {self.start_with}: no tokens in it")
             repeated = own * -(-self.count // len(own))
             ids = torch.tensor(repeated[: self.count], device=table.device)
         # As if these tokens stood in the text.
@@ -482,12 +489,6 @@ def add_prefix(
 
 def put_virtual_tokens(model: Transformer, tokens: VirtualTokens) -> None:
     """Freezes a model and puts virtual tokens on it."""
-    positions = model.config.max_positions
-    if not 0 < tokens.count < positions - 1:
-        raise UserError(
-            f"--virtual-tokens {tokens.count}: must be at least 1 and leave room for a text; the model"
-            f" has {positions:,} positions"
-        )
     refuse_second_adapter(model)
     model.requires_grad_(False)
     tokens.start(model)
@@ -599,9 +600,14 @@ class ScaledLinear(nn.Module):
     def member(self) -> None:
         """None: experts are not adapted."""
 
+    @property
+    def file_shape(self) -> torch.Size:
+        """In PEFT's files: a row for the inputs, a column for the outputs."""
+        return self.shaped(self.ia3_scale).shape
+
     def shaped(self, scale: Tensor) -> Tensor:
         """Returns factors in the shape in which they go with a weight [out, in]: [1, in] or
-        [out, 1]. PEFT's files have them so."""
+        [out, 1]."""
         return scale[None] if self.on_input else scale[:, None]
 
     def merged_weight(self, weight: Tensor) -> Tensor:
@@ -664,15 +670,15 @@ def ia3_config(model: Transformer) -> dict:
     names: dict[bool, set[str]] = {True: set(), False: set()}
     for name, module in adapter_modules(model).items():
         names[module.on_input].add(hf_name(model, name))
-    inputs = short_names(model, names[True])
+    inputs = endings_of(model, names[True])
     return peft_facts(model, "IA3") | {
-        "target_modules": sorted({*short_names(model, names[False]), *inputs}),
+        "target_modules": sorted({*endings_of(model, names[False]), *inputs}),
         "feedforward_modules": inputs,
         "fan_in_fan_out": model.config.conv1d,
     }
 
 
-def short_names(model: Transformer, names: set[str]) -> list[str]:
+def endings_of(model: Transformer, names: set[str]) -> list[str]:
     """Returns the ends of some linears' published names that no other linear's name ends with; where
     there are none, the names."""
     everywhere = [
@@ -680,7 +686,8 @@ def short_names(model: Transformer, names: set[str]) -> list[str]:
     ]
     for parts in (1, 2):
         ends = {".".join(name.split(".")[-parts:]) for name in names}
-        matching = {name for name in everywhere if any(name.endswith("." + end) for end in ends)}
+        # PEFT takes feedforward_modules by the last letters, and target_modules by whole words.
+        matching = {name for name in everywhere if name.endswith(tuple(ends))}
         if matching == names:
             return sorted(ends)
     return sorted(names)
@@ -701,19 +708,24 @@ def add_described_ia3(
             f"{where}: fan_in_fan_out is {config.get('fan_in_fan_out')}, which is wrong for this model"
         )
     feedforward = config.get("feedforward_modules") or []
-    if isinstance(feedforward, str) or not all(isinstance(each, str) for each in feedforward):
+    if not isinstance(feedforward, list) or not all(isinstance(each, str) for each in feedforward):
         raise UserError(f"{where}: feedforward_modules must be a list of names")
+    targets = config.get("target_modules")
     scaled = {name.removeprefix(PREFIX).removesuffix(IA3_END) for name in tensors}
     places = {}
     for name, module in model.named_modules():
         if not isinstance(module, Linear):
             continue
         published = hf_name(model, name)
-        if published in scaled:
-            on_input = any(
-                published == each or published.endswith("." + each) for each in feedforward
-            )
-            places[name] = on_input
+        is_wanted = isinstance(targets, list) and any(
+            published == each or published.endswith(f".{each}") for each in targets
+        )
+        if published not in scaled and not is_wanted:
+            continue
+        if module is model.head:
+            raise UserError(f"{where}: factors of the output head, {published}, are not supported")
+        # By the last letters, as PEFT has it. A linear without a tensor is missed when these are read.
+        places[name] = published.endswith(tuple(feedforward))
     if not places:
         raise UserError("no tensor has the name of a linear of it")
     put_factors(model, places)

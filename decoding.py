@@ -286,8 +286,12 @@ class KVCache:
         tokens = tokens[num_virtual:]
         prefixes = None
         leading: Tensor | None = None
+        num_prefix = 0
         if count and prompt.is_prefix:
-            prefixes = prompt.prefixes()
+            num_prefix = num_virtual
+            # Where texts of other lengths have virtual tokens of their own, these are all alike.
+            groups = num_virtual // count
+            prefixes = [prefix.repeated(groups) for prefix in prompt.prefixes()]
             # Their keys and values are all that there is of them.
             select_list = select_list[num_virtual:]
             num_virtual = 0
@@ -328,7 +332,7 @@ class KVCache:
             positions = positions[rows.select]
             doc_lengths = doc_lengths[rows.select]
             # A prefix has rows in `expand`, and none that are computed.
-            ends = rows.expand[ends] - (count if prefixes else 0)
+            ends = rows.expand[ends] - num_prefix
         token_ids = torch.tensor(tokens, device=device)
         hidden = self.model.hidden(token_ids, positions, doc_lengths, attention_fns, leading)
         return hidden[ends]
@@ -1077,9 +1081,12 @@ def lora_packed(layer, x: Tensor) -> Tensor:
     base in place."""
     if layer.merged or layer.uses_dropout:
         return type(layer).forward(layer, x)
-    low = F.linear(x, layer.lora_A.to(x.dtype))  # [N, rank]
-    B = layer.lora_B.to(x.dtype)
-    return layer.base(x).addmm_(low, B.t(), alpha=layer.scale)
+    A, B = layer.factors()
+    low = F.linear(x, A.to(x.dtype))  # [N, rank]
+    y = layer.base(x)
+    if layer.lora_magnitude is not None and layer.base.bias is not None:
+        y = y - layer.base.bias  # DoRA scales what stands before it
+    return layer.scaled(y.addmm_(low, B.to(x.dtype).t(), alpha=layer.scale))
 
 
 def logits_packed(weight: Tensor, hidden: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from common.choices import (
     ENCODER_NAMES,
     EVAL_METRICS,
     FLASH_NAMES,
+    LORA_STARTS,
     METHOD_NAMES,
     OPTIMIZER_NAMES,
     PLACEMENT_NAMES,
@@ -47,6 +48,12 @@ NEW_ADAPTER = {
     "alpha": 16.0,
     "dropout": 0.0,
     "targets": ALL,
+    "layers": None,
+    "rank_pattern": None,
+    "alpha_pattern": None,
+    "rslora": False,
+    "dora": False,
+    "init": "random",
     "placement": "pfeiffer",
     "reduction_factor": 16.0,
     "virtual_tokens": 20,
@@ -282,7 +289,8 @@ class Flags:
         "lora",
         "what is trained: lora: small low-rank matrices beside the frozen weights; qlora: the"
         " same, with the frozen weights in 4 bits, for a quarter of their memory; full: the"
-        " weights themselves; bottleneck: small networks after each layer's own; prompt-tuning:"
+        " weights themselves; vera: two vectors a layer between matrices that all layers share;"
+        " bottleneck: small networks after each layer's own; prompt-tuning:"
         " vectors that stand before every text; p-tuning: the same, computed by a trained network;"
         " prefix-tuning: keys and values that stand before those of every text; ia3: factors of"
         " keys, values and the MLPs' middle (docs/methods.md compares them)",
@@ -317,6 +325,47 @@ class Flags:
         None,
         "lora: layers that are adapted, as names separated by commas (q_proj,v_proj); default:"
         " all, which is every linear layer of the transformer blocks, and not the output head",
+    )
+    layers: str | None = option(
+        None,
+        "lora, vera: numbers of the transformer blocks that are adapted, from 0, as 0-11,20; default: all",
+        metavar="NUMBERS",
+    )
+    rank_pattern: str | None = option(
+        None,
+        "lora: other ranks for some layers, as q_proj=16,layers.0.*=4: a regular expression that the"
+        " layer's name in the model's files ends with, and a rank; the first that matches counts;"
+        " default: --rank for all",
+        metavar="NAME=RANK,...",
+    )
+    alpha_pattern: str | None = option(
+        None,
+        "lora: likewise other values of --alpha; default: --alpha for all",
+        metavar="NAME=ALPHA,...",
+    )
+    rslora: bool = option(
+        False,
+        "lora: scale the update by alpha / sqrt(rank), so that high ranks learn as fast (rsLoRA);"
+        " default: by alpha / rank",
+    )
+    dora: bool = option(
+        False,
+        "lora: train the length of each row of the adapted weights as well (DoRA); takes a fifth more time"
+        " or so; default: off",
+    )
+    init: str | None = option(
+        None,
+        "lora: how the matrices begin: random; pissa: as the weights' largest singular values, so that"
+        " these are trained; loftq (with --quant nf4): as what 4 bits lose of the weights; then final/"
+        " holds a base of its own; default: random",
+        choices=LORA_STARTS,
+    )
+    lora_plus: float | None = option(
+        None,
+        "lora: learning rate of B over that of A (LoRA+; its authors take 16, with a lower --lr);"
+        " default: 1",
+        metavar="RATIO",
+        limits=POSITIVE,
     )
     placement: str | None = option(
         None,
@@ -983,10 +1032,15 @@ def check_method(flags: Flags) -> None:
     # The method of a run that is resumed stands in its checkpoint, and is asked for there.
     if not flags.resume or "method" in flags.given:
         check_owned_options(flags)
-    shape = [dashed(name) for name in NEW_ADAPTER if getattr(flags, name) is not None]
+    shape = [dashed(name) for name in NEW_ADAPTER if getattr(flags, name) not in (None, False)]
     if shape and flags.adapter:
         raise UserError(f"{shape[0]}: the adapter that --adapter names has its own")
     check_prompt_init(flags)
+    if flags.init == "loftq":
+        if flags.quant != "nf4" and (flags.quant or flags.method != "qlora"):
+            raise UserError("--init loftq: makes up for 4 bits; give --quant nf4 as well")
+        if flags.shard in ("full", "hybrid"):
+            raise UserError(f"--init loftq: rounds whole weights, not with --shard {flags.shard}")
     if flags.train:
         try:
             re.compile(flags.train)

@@ -150,7 +150,7 @@ class AdapterSet:
             adapter_files.unmerge(self.model)
         adapter_files.remove_adapter(self.model)
         self.active = name
-        adapter_files.place(self.model, self.by_name[name].layers)
+        adapter_files.put_back(self.model, self.by_name[name].layers)
         if self.merge and name:
             adapter_files.merge(self.model, keep=self.can_switch)
 

@@ -6,6 +6,10 @@ update that can be added to it is B A. (Texts that write A [in, rank] and B [ran
 product A B, the transpose: it does not fit W.) B starts at zero, so that step 0 is the base
 exactly, and A random, so that B's gradient is not zero as well.
 
+Its variants change one thing each (`Variant`): rsLoRA the scale, DoRA the length of the rows, PiSSA
+and LoftQ the first numbers, VeRA what is trained (`VeRALinear`). LoRA+ is another rate of B, and is
+the optimizer's (optimizers.py).
+
 Files are what peft writes and every server reads: adapter_config.json and
 adapter_model.safetensors, whose names are `base_model.model.<published module>.lora_A.weight`, and
 lora_B likewise.
@@ -14,32 +18,38 @@ lora_B likewise.
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# lora.merge(model) is what scripts call; what it does holds for adapters of other kinds as well.
 import adapter_files
-from adapter_files import (
+from adapter_files import (  # noqa: F401
     PREFIX,
     adapter_tensors,
     is_number,
     load_onto,
+    merge,
     peft_facts,
     refuse_second_adapter,
     set_submodule,
+    unmerge,
     write_adapter,
 )
 from checkpoint import copy_local_rows, hf_name
-from common.choices import ALL
+from common.choices import ALL, ALL_LINEAR
 from common.errors import UserError
-from distributed import is_sharded
+from distributed import full_tensor, is_sharded
 from kernels.grouped import Member
 from kernels.lora_linear import Casts, LoRAWeights, lora_linears
-from kernels.nf4 import NF4
+from kernels.nf4 import NF4, dequantized_weight
 from kernels.triton_utils import use_triton
 from model import (
     DropoutSeeds,
@@ -49,19 +59,14 @@ from model import (
     forward_each,
     stack_expert_weights,
 )
+from quant import can_quantize, quantize
 
 # Keys of adapter_config.json that change what an adapter computes, or on which layers.
 UNSUPPORTED = (
-    "use_dora",
-    "use_rslora",
     "use_qalora",
     "use_bdlora",
     "lora_bias",
     "layer_replication",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_to_transform",
-    "exclude_modules",
     "modules_to_save",
     "target_parameters",
     "trainable_token_indices",
@@ -70,12 +75,45 @@ UNSUPPORTED = (
     "kasa_config",
     "monteclora_config",
 )
+# Roundings and decompositions in turn, as in the LoftQ paper's experiments.
+LOFTQ_ROUNDS = 5
+# Singular values of larger matrices are computed approximately.
+MOST_EXACT = 2048
 # Values of init_lora_weights that leave the base as it is, unlike pissa, olora, loftq and others.
 PLAIN_STARTS = ("gaussian", "orthogonal", "eva")
 
 
+class Variant(NamedTuple):
+    """What an adapter has of LoRA's variants.
+
+    rslora: the update is scaled by alpha / sqrt(rank) instead of alpha / rank, so that a higher rank
+        does not learn more slowly (Kalajdzievski 2023, arXiv 2312.03732).
+    dora: the rows of the adapted weight keep the direction that LoRA gives them, and have a trained
+        length (Liu et al. 2024, arXiv 2402.09353).
+    start: "random"; "pissa": A and B begin as the weight's largest singular values with their
+        vectors, which the base then lacks (Meng et al. 2024, arXiv 2404.02948); "loftq": as what 4
+        bits lose of the weight (Li et al. 2023, arXiv 2310.08659).
+    rank_pattern, alpha_pattern: {regular expression of a published name's end: another rank or
+        alpha}.
+    """
+
+    rslora: bool = False
+    dora: bool = False
+    start: str = "random"
+    rank_pattern: Mapping[str, int] = MappingProxyType({})
+    alpha_pattern: Mapping[str, float] = MappingProxyType({})
+
+
+ORDINARY = Variant()
+
+
 class LoRALinear(nn.Module):
     """A Linear with its update: `base` is frozen, A and B are trained.
+
+        y = g * (x W^T + scale * (x A^T) B^T) + bias
+
+    g: 1; with DoRA, the trained length of each row over the length that W + scale B A has there, which
+    counts as a constant in the backward (section 4.3 of the paper).
 
     base: the linear that this module takes the place of.
     rank: lora_A is fp32 [rank, in], lora_B is fp32 [out, rank].
@@ -83,6 +121,9 @@ class LoRALinear(nn.Module):
     dropout: of the adapter's input, from 0 to 1.
     dropout_seeds: the model's, shared by all of its adapted layers.
     number: which of the model's adapted layers this is, from 0.
+    variant: of LoRA. With PiSSA the first A and B are kept beside the trained ones, and their product
+        is taken off again in place of changing W: so W stays what it is, in 4 bits too, and the file
+        is a plain LoRA of twice the rank.
     """
 
     is_adapter = True
@@ -95,9 +136,11 @@ class LoRALinear(nn.Module):
         dropout: float,
         dropout_seeds: DropoutSeeds,
         number: int,
+        variant: Variant = ORDINARY,
     ):
         super().__init__()
         self.base = base
+        self.variant = variant
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
@@ -108,6 +151,17 @@ class LoRALinear(nn.Module):
         B = torch.zeros(base.out_features, rank, dtype=torch.float32, device=device)
         self.lora_A = nn.Parameter(A)
         self.lora_B = nn.Parameter(B)
+        self.lora_magnitude: nn.Parameter | None = None
+        if variant.dora:
+            lengths = torch.empty(base.out_features, dtype=torch.float32, device=device)
+            self.lora_magnitude = nn.Parameter(lengths)
+        self.lora_start_A: nn.Parameter | None = None
+        self.lora_start_B: nn.Parameter | None = None
+        if variant.start == "pissa":
+            self.lora_start_A = nn.Parameter(torch.empty_like(A), requires_grad=False)
+            self.lora_start_B = nn.Parameter(torch.empty_like(B), requires_grad=False)
+        # The squared length of each row of W, fp32 [out], which DoRA asks for in every forward.
+        self.base_squares: Tensor | None = None
         self.start()
         self.merged = False
         # While it is merged: the base's weight before, or None if `merge` did not keep it; its bias.
@@ -120,16 +174,76 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def start(self, model: Transformer | None = None) -> None:
-        """Fills A with U(-1/sqrt(in), 1/sqrt(in)), as the paper's own code does, and B with zeros."""
+        """Fills A with U(-1/sqrt(in), 1/sqrt(in)), as the paper's own code does, and B with zeros;
+        or as the variant has it."""
+        if self.lora_start_A is not None:
+            self.start_pissa()
+        else:
+            self.start_plain()
+        if self.lora_magnitude is not None and not self.lora_magnitude.is_meta:
+            copy_local_rows(self.lora_magnitude, whole_weight(self.base).norm(dim=1))
+
+    def start_plain(self) -> None:
         # Every rank draws the whole of A and keeps its rows, so that sharding changes no number.
         A = torch.empty(self.lora_A.shape, device=self.lora_A.device)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         copy_local_rows(self.lora_A, A)
         self.lora_B.zero_()
 
+    def start_pissa(self) -> None:
+        """Splits the weight by its singular values: W = U S V^T, of which the largest `rank` make the
+        first B A (equation 2 of the paper)."""
+        if self.lora_A.is_meta:
+            return
+        assert self.lora_start_A is not None and self.lora_start_B is not None
+        U, S, V = largest_singular(whole_weight(self.base), self.rank)
+        roots = (S / self.scale).sqrt()
+        A = roots[:, None] * V.t()
+        B = U * roots
+        copy_local_rows(self.lora_A, A)
+        copy_local_rows(self.lora_start_A, A)
+        copy_local_rows(self.lora_B, B)
+        copy_local_rows(self.lora_start_B, B)
+
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.variant.rslora else self.rank)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Returns A [ranks, in] and B [out, ranks], whose product is what is added to W. With PiSSA
+        these are the trained ones, and behind them the first ones, which are taken off."""
+        if self.lora_start_A is None or self.lora_start_B is None:
+            return self.lora_A, self.lora_B
+        A = torch.cat([self.lora_A, self.lora_start_A])
+        B = torch.cat([self.lora_B, -self.lora_start_B], 1)
+        return A, B
+
+    @torch.no_grad()
+    def lengths(self, dtype: torch.dtype) -> Tensor:
+        """Returns the length of each row of W + scale B A, fp32 [out], without computing that matrix:
+        |w + s a|^2 = |w|^2 + 2 s (w, a) + s^2 |a|^2, with a the row of B A.
+
+        dtype: of the product with W.
+        """
+        A, B = self.factors()
+        weight = dequantized_weight(self.base.frozen, dtype)
+        if self.base_squares is None or self.base_squares.device != weight.device:
+            self.base_squares = weight.float().square().sum(1)
+        low = F.linear(weight, A.to(weight.dtype)).float()  # W A^T, [out, ranks]
+        crossed = (low * B).sum(1)
+        own = (F.linear(B, A @ A.t()) * B).sum(1)
+        squares = self.base_squares + 2 * self.scale * crossed + self.scale**2 * own
+        return squares.clamp(min=0).sqrt()
+
+    def scaled(self, y: Tensor) -> Tensor:
+        """Returns y, the output without DoRA's lengths and without a bias, with both; where there is
+        no DoRA, y as it is."""
+        if self.lora_magnitude is None:
+            return y
+        y = y * (self.lora_magnitude / self.lengths(y.dtype)).to(y.dtype)
+        if self.base.bias is not None:
+            y = y + self.base.bias.to(y.dtype)
+        return y
 
     @property
     def uses_dropout(self) -> bool:
@@ -142,7 +256,7 @@ class LoRALinear(nn.Module):
             return self.forward_with_dropout(x)
         linears = [self.adapted(x.dtype)]
         casts = self.group_casts([self], x.dtype)
-        return lora_linears(x, linears, casts=casts)[0]
+        return self.scaled(lora_linears(x, linears, casts=casts)[0])
 
     def forward_with_dropout(self, x: Tensor) -> Tensor:
         """Computes `forward` where the adapter's input is dropped out, and the base's is not.
@@ -154,9 +268,16 @@ class LoRALinear(nn.Module):
             dropped = F.dropout(x, self.dropout)
         else:
             dropped = seeded_dropout(x, self.dropout, seeds, self.number)
-        low = F.linear(dropped, self.lora_A.to(x.dtype))  # [tokens, rank]
+        A, B = self.factors()
+        low = F.linear(dropped, A.to(x.dtype))  # [tokens, rank]
         y = self.base(x)  # [tokens, out]
-        return y + self.scale * F.linear(low, self.lora_B.to(x.dtype))
+        update = self.scale * F.linear(low, B.to(x.dtype))
+        if self.lora_magnitude is None:
+            return y + update
+        # Only what DoRA changes reads the dropped input, as in peft: with g, (g - 1) W x + g s B A x.
+        gain = (self.lora_magnitude / self.lengths(x.dtype)).to(x.dtype)
+        weight = dequantized_weight(self.base.frozen, x.dtype)
+        return y + (gain - 1) * F.linear(dropped, weight) + gain * update
 
     def forward_shared(
         self, x: Tensor, layers: list, up: Tensor | None = None, activation: str = ""
@@ -173,14 +294,18 @@ class LoRALinear(nn.Module):
                 return forward_each(x, layers, up, activation)
         linears = [layer.adapted(x.dtype) for layer in layers]
         casts = self.group_casts(layers, x.dtype)
-        return lora_linears(x, linears, up, activation, casts)
+        outputs = lora_linears(x, linears, up, activation, casts)
+        return [layer.scaled(y) for layer, y in zip(layers, outputs, strict=True)]
 
     def adapted(self, dtype: torch.dtype) -> LoRAWeights:
         """Returns base and update as `lora_linears` takes them. dtype: of the activations."""
         bias: Tensor | None = self.base.bias
         if bias is not None:
             bias = bias.to(dtype)
-        return LoRAWeights(self.base.frozen, bias, self.lora_A, self.lora_B, self.scale)
+        if self.lora_magnitude is not None:
+            bias = None  # `scaled` adds it
+        A, B = self.factors()
+        return LoRAWeights(self.base.frozen, bias, A, B, self.scale)
 
     def group_casts(self, layers: list, dtype: torch.dtype) -> Casts | None:
         """Returns the casts of layers that read the same input; None if they must cast themselves."""
@@ -195,6 +320,8 @@ class LoRALinear(nn.Module):
         member = self.base.member()
         if member is None or self.merged:
             return member
+        if self.lora_magnitude is not None or self.lora_start_A is not None:
+            return None
         drop = None
         if self.uses_dropout:
             drop = partial(seeded_dropout, probability=self.dropout)
@@ -202,19 +329,27 @@ class LoRALinear(nn.Module):
 
     def delta(self) -> Tensor:
         """Returns the update of the weight, fp32 [out, in]."""
-        return self.scale * (self.lora_B.float() @ self.lora_A.float())
+        A, B = self.factors()
+        return self.scale * (B.float() @ A.float())
 
     # ---- what adapter_files.py asks of every module of an adapter ----
 
     @property
     def saved_numbers(self) -> int:
         """Numbers for each token that the backward needs: x A^T."""
-        return self.rank
+        return self.rank * (1 if self.lora_start_A is None else 2)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        return weight + self.delta()
+        adapted = weight + self.delta()
+        if self.lora_magnitude is None:
+            return adapted
+        # Kept for `unmerged_weight`: the rows of the merged weight have lost these lengths.
+        self.merged_lengths = adapted.norm(dim=1)
+        return adapted * (self.lora_magnitude / self.merged_lengths)[:, None]
 
     def unmerged_weight(self, weight: Tensor) -> Tensor:
+        if self.lora_magnitude is not None:
+            weight = weight * (self.merged_lengths / self.lora_magnitude)[:, None]
         return weight - self.delta()
 
     def merged_bias(self, bias: Tensor) -> Tensor:
@@ -222,14 +357,44 @@ class LoRALinear(nn.Module):
 
     def tensors(self, model: Transformer, name: str) -> dict[str, Tensor]:
         published = PREFIX + hf_name(model, name)
-        return {
-            f"{published}.lora_A.weight": self.lora_A,
-            f"{published}.lora_B.weight": self.lora_B,
-        }
+        A: Tensor = self.lora_A
+        B: Tensor = self.lora_B
+        if self.lora_start_A is not None and self.lora_start_B is not None:
+            A = torch.cat([full_tensor(A), full_tensor(self.lora_start_A)])
+            B = torch.cat([full_tensor(B), -full_tensor(self.lora_start_B)], 1)
+        tensors = {f"{published}.lora_A.weight": A, f"{published}.lora_B.weight": B}
+        if self.lora_magnitude is not None:
+            tensors[f"{published}.lora_magnitude_vector"] = self.lora_magnitude
+        return tensors
 
     @staticmethod
     def placed(model: Transformer) -> None:
         set_casts(model)
+
+
+def whole_weight(linear: Linear) -> Tensor:
+    """Returns the weight of a frozen linear, float32 [out, in], also if it is sharded or in NF4. All
+    ranks must call it."""
+    if linear.nf4 is None:
+        return full_tensor(linear.weight.detach()).float()
+    parts = [full_tensor(part.detach()) for part in linear.nf4.tensors if part is not None]
+    return dequantized_weight(NF4(*parts), torch.float32)
+
+
+def largest_singular(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the largest `rank` singular values of a matrix [out, in], S [rank], with their vectors,
+    U [out, rank] and V [in, rank].
+
+    Of a matrix with more than MOST_EXACT rows and columns they are approximate, by a randomised
+    method from a fixed seed (Halko et al. 2011): exact ones would take minutes a layer.
+    """
+    if min(weight.shape) <= MOST_EXACT:
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        return U[:, :rank], S[:rank], Vh[:rank].t()
+    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+        torch.manual_seed(0)
+        U, S, V = torch.svd_lowrank(weight, q=min(2 * rank, *weight.shape), niter=16)
+    return U[:, :rank], S[:rank], V[:, :rank]
 
 
 class ModelCasts:
@@ -322,8 +487,12 @@ class GroupCasts:
         # cast it there.
         if is_sharded(first) or not use_triton(first):
             return False
-        # A merged layer needs no casts, and one that drops out makes its own.
-        return not any(layer.merged or layer.uses_dropout for layer in self.layers)
+        for layer in self.layers:
+            # A merged layer needs no casts. One that drops out makes its own, as does one of PiSSA,
+            # whose factors are made of two.
+            if layer.merged or layer.uses_dropout or layer.lora_start_A is not None:
+                return False
+        return True
 
     def prepare(self, dtype: torch.dtype) -> bool:
         """True if the coming forward needs these casts. Then they have memory, not yet filled."""
@@ -436,15 +605,19 @@ def add_lora(
     alpha: float,
     dropout: float = 0.0,
     targets: str | list[str] = ALL,
+    variant: Variant = ORDINARY,
+    layers: Collection[int] | None = None,
 ) -> list[str]:
     """Freezes the model and puts LoRA on the linears that `targets` name.
 
     rank: from 1 to the size of the largest of these layers.
     alpha: the update is scaled by alpha / rank.
     dropout: of the adapters' input while the model trains, at least 0 and below 1.
-    targets: "all" (every linear in the blocks), or names, as a list or with commas: the end of a
-        published module name, as peft matches them (`q_proj`, `mlp.down_proj`,
-        `model.layers.3.self_attn.v_proj`).
+    targets: "all" (every linear in the blocks; peft's "all-linear"), or names, as a list or with
+        commas: the end of a published module name, as peft matches them (`q_proj`,
+        `mlp.down_proj`, `model.layers.3.self_attn.v_proj`).
+    variant: of LoRA.
+    layers: the numbers of the blocks that are adapted; None: all.
     Returns the published names of these linears, in the model's order.
     Raises UserError if one of these is out of range, if a target matches no layer, and if the model
     has an adapter.
@@ -456,26 +629,115 @@ def add_lora(
     if not 0 <= dropout < 1:
         raise UserError(f"--dropout {dropout:g}: must be at least 0 and below 1")
     refuse_second_adapter(model)
-    linears: dict[str, Linear] = {}  # by published name
-    our_names: dict[str, str] = {}  # likewise
+    linears, our_names = targeted_linears(model, targets, layers)
+    names = list(linears)
+    # A rank above both sides of a matrix adds nothing to what its update can be.
+    largest = max(max(layer.in_features, layer.out_features) for layer in linears.values())
+    if rank > largest:
+        raise UserError(f"--rank {rank}: no layer here is larger than {largest}")
+    check_patterns(variant, names)
+    for name, layer in linears.items():
+        own_rank = by_pattern(variant.rank_pattern, name, rank)
+        if variant.start == "pissa" and own_rank > min(layer.in_features, layer.out_features):
+            raise UserError(
+                f"--rank {own_rank}: {name} has {min(layer.in_features, layer.out_features)} singular"
+                " values for --init pissa; take a lower rank, or leave it out (--targets)"
+            )
+    model.requires_grad_(False)
+    for number, (name, layer) in enumerate(linears.items()):
+        own_rank = by_pattern(variant.rank_pattern, name, rank)
+        own_alpha = by_pattern(variant.alpha_pattern, name, alpha)
+        adapted = LoRALinear(
+            layer, own_rank, own_alpha, dropout, model.dropout_seeds, number, variant
+        )
+        set_submodule(model, our_names[name], adapted)
+    set_casts(model)
+    stack_expert_weights(model)
+    return names
+
+
+def targeted_linears(
+    model: Transformer, targets: str | list[str], layers: Collection[int] | None
+) -> tuple[dict[str, Linear], dict[str, str]]:
+    """Returns the linears of the blocks that are to be adapted by published name, and our name of
+    each by the published one. targets, layers: as for `add_lora`.
+
+    Raises UserError where nothing is left.
+    """
+    linears: dict[str, Linear] = {}
+    our_names: dict[str, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, Linear) and "blocks." in name:
             published = hf_name(model, name)
             linears[published] = module
             our_names[published] = name
     names = match_targets(targets, list(linears))
-    layers = [linears[name] for name in names]
-    # A rank above both sides of a matrix adds nothing to what its update can be.
-    largest = max(max(layer.in_features, layer.out_features) for layer in layers)
-    if rank > largest:
-        raise UserError(f"--rank {rank}: no layer here is larger than {largest}")
-    model.requires_grad_(False)
-    for number, (name, layer) in enumerate(zip(names, layers, strict=True)):
-        adapted = LoRALinear(layer, rank, alpha, dropout, model.dropout_seeds, number)
-        set_submodule(model, our_names[name], adapted)
-    set_casts(model)
-    stack_expert_weights(model)
-    return names
+    if layers is not None:
+        count = model.config.num_layers
+        if not layers or max(layers) >= count:
+            raise UserError(f"--layers: the model has layers 0 to {count - 1}")
+        names = [name for name in names if int(our_names[name].split(".")[1]) in layers]
+        if not names:
+            raise UserError(f"--layers: none of them has what --targets {targets} names")
+    return {name: linears[name] for name in names}, our_names
+
+
+def parse_pattern(text: str | None, flag: str) -> dict[str, float]:
+    """Reads --rank-pattern and --alpha-pattern: q_proj=16,down_proj=4. Raises UserError if it is none."""
+    pattern: dict[str, float] = {}
+    for part in (text or "").split(","):
+        if not part.strip():
+            continue
+        ending, equals, value = part.strip().rpartition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not equals or not ending or not math.isfinite(number):
+            raise UserError(f"{flag} {text}: NAME=NUMBER,NAME=NUMBER is wanted, as q_proj=16")
+        pattern[ending] = int(number) if number == int(number) else number
+    return pattern
+
+
+def parse_layers(text: str | None) -> set[int] | None:
+    """Reads --layers: 0-11,20. None where nothing is said. Raises UserError if it is no list of
+    numbers."""
+    if text is None:
+        return None
+    numbers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise UserError(f"--layers {text}: numbers and ranges are wanted, as 0-11,20")
+        numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return numbers
+
+
+def by_pattern(pattern: Mapping, name: str, default):
+    """Returns the value of the first regular expression that a published name ends with, as peft
+    matches rank_pattern; else the default."""
+    for ending, value in pattern.items():
+        if re.match(rf"(.*\.)?({ending})$", name):
+            return value
+    return default
+
+
+def check_patterns(variant: Variant, names: list[str]) -> None:
+    """Raises UserError for a pattern that is no regular expression, that matches no adapted layer, or
+    that has a value out of range. names: published ones, of the adapted layers."""
+    for flag, pattern in (
+        ("--rank-pattern", variant.rank_pattern),
+        ("--alpha-pattern", variant.alpha_pattern),
+    ):
+        for ending, value in pattern.items():
+            try:
+                found = any(re.match(rf"(.*\.)?({ending})$", name) for name in names)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise UserError(f"{flag} {ending}: no regular expression ({error})") from None
+            if not found:
+                raise UserError(f"{flag} {ending}: matches no adapted layer, such as {names[0]}")
+            if value <= 0 or (flag == "--rank-pattern" and value != int(value)):
+                raise UserError(f"{flag} {ending}={value:g}: must be above 0, and a rank whole")
 
 
 def match_targets(targets: str | list[str], linears: list[str]) -> list[str]:
@@ -489,7 +751,7 @@ def match_targets(targets: str | list[str], linears: list[str]) -> list[str]:
     matched = set()
     for target in targets.split(","):
         target = target.strip()
-        if target == ALL:
+        if target in (ALL, ALL_LINEAR):
             names = linears
         else:
             # The dot keeps "v_proj" from matching "kv_proj".
@@ -512,9 +774,247 @@ def lora_layers(model: Transformer) -> dict[str, LoRALinear]:
     return layers
 
 
-# Scripts call lora.merge(model); what it does holds for adapters of other kinds as well.
-merge = adapter_files.merge
-unmerge = adapter_files.unmerge
+# ---- LoftQ ----
+
+
+@torch.no_grad()
+def quantize_with_update(model: Transformer) -> None:
+    """Quantises the base of a model's LoRA to NF4, and starts the LoRA as what that loses: of each
+    adapted weight W, Q = nf4(W - s B A) and s B A = the largest singular values of W - Q, in turn
+    LOFTQ_ROUNDS times (Li et al. 2023, algorithm 1). Other linears of the blocks are just rounded.
+
+    model: with its weights in full, and an adapter whose variant starts with "loftq".
+    """
+    adapted = set()
+    for layer in lora_layers(model).values():
+        base = layer.base
+        adapted.add(base)
+        if not can_quantize(base.weight):
+            model.unquantized.append(hf_name(model, our_name(model, base)))
+            continue
+        weight = base.weight.float()
+        update = torch.zeros_like(weight)
+        for _ in range(LOFTQ_ROUNDS):
+            rounded = quantize(weight - update)
+            U, S, V = largest_singular(
+                weight - dequantized_weight(rounded, torch.float32), layer.rank
+            )
+            update = (U * S) @ V.t()
+        roots = (S / layer.scale).sqrt()
+        layer.lora_A.copy_(roots[:, None] * V.t())
+        layer.lora_B.copy_(U * roots)
+        base.quantize(rounded)
+    for name, module in model.named_modules():
+        is_plain = isinstance(module, Linear) and module.nf4 is None and module not in adapted
+        if is_plain and name.startswith("blocks.") and can_quantize(module.weight):  # type: ignore[arg-type]
+            module.quantize(quantize(module.weight.detach()))  # type: ignore[operator, union-attr]
+
+
+def our_name(model: Transformer, module: nn.Module) -> str:
+    return next(name for name, each in model.named_modules() if each is module)
+
+
+# ---- VeRA ----
+
+
+class Projections:
+    """The two matrices that all layers of a VeRA adapter share, frozen and drawn at random: A float32
+    [rank, largest in], B float32 [largest out, rank]. A layer reads as much of them as it needs."""
+
+    def __init__(self, rank: int, linears: Iterable[Linear]):
+        linears = list(linears)
+        inputs = max(linear.in_features for linear in linears)
+        outputs = max(linear.out_features for linear in linears)
+        # From a seed of their own, so that a run that is resumed has the same ones.
+        generator = torch.Generator().manual_seed(0)
+        # On the host; layers on a GPU share one copy there.
+        self.A = uniform_by_width(rank, inputs, generator)
+        self.B = uniform_by_width(outputs, rank, generator)
+        self.copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns A and B on a device."""
+        if device.type == "cpu":
+            return self.A, self.B
+        if device not in self.copies:
+            # They outlive a decoding that may need them first, and serve training then.
+            with torch.inference_mode(False):
+                self.copies[device] = (self.A.to(device), self.B.to(device))
+        return self.copies[device]
+
+
+def uniform_by_width(rows: int, width: int, generator: torch.Generator) -> Tensor:
+    """Returns float32 [rows, width], evenly spread, with a variance of 2 / width (He et al. 2015)."""
+    bound = math.sqrt(6 / width)
+    return torch.empty(rows, width).uniform_(-bound, bound, generator=generator)
+
+
+class VeRALinear(nn.Module):
+    """A frozen linear with an update of which two vectors are trained (Kopiczko et al. 2024, arXiv
+    2310.11454, equation 2):
+
+        y = x W^T + b * (B (d * (A x)))
+
+    d: fp32 [rank], 0.1 at the start; b: fp32 [out], 0 at the start. A and B: of `Projections`.
+    """
+
+    is_adapter = True
+
+    def __init__(self, base: Linear, rank: int, projections: Projections):
+        super().__init__()
+        self.base = base
+        self.rank = rank
+        self.projections = projections
+        device = base.frozen[0].device
+        self.vera_lambda_d = nn.Parameter(torch.empty(rank, device=device))
+        self.vera_lambda_b = nn.Parameter(torch.empty(base.out_features, device=device))
+        self.start()
+        self.merged = False
+        # While it is merged: the base's weight and bias before.
+        self.original: Tensor | NF4 | None = None
+        self.original_bias: Tensor | None = None
+
+    @torch.no_grad()
+    def start(self, model: Transformer | None = None) -> None:
+        self.vera_lambda_d.fill_(0.1)
+        self.vera_lambda_b.zero_()
+
+    def adapted(self, dtype: torch.dtype) -> LoRAWeights:
+        """Returns base and update as `lora_linears` takes them: with the vectors in the matrices, the
+        update is one of LoRA. dtype: of the activations."""
+        bias: Tensor | None = self.base.bias
+        if bias is not None:
+            bias = bias.to(dtype)
+        A, B = self.factors()
+        return LoRAWeights(self.base.frozen, bias, A, B, 1.0)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Returns d * A, fp32 [rank, in], and b * B, fp32 [out, rank]."""
+        shared_A, shared_B = self.projections.on(self.vera_lambda_d.device)
+        A = shared_A[:, : self.base.in_features]
+        B = shared_B[: self.base.out_features]
+        return self.vera_lambda_d[:, None] * A, self.vera_lambda_b[:, None] * B
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return self.base(x)
+        return self.forward_shared(x, [self])[0]
+
+    def forward_shared(
+        self, x: Tensor, layers: list, up: Tensor | None = None, activation: str = ""
+    ) -> list[Tensor]:
+        """Returns the outputs of several layers that read the same input, as LoRALinear's does."""
+        if not all(type(layer) is VeRALinear and not layer.merged for layer in layers):
+            return forward_each(x, layers, up, activation)
+        return lora_linears(x, [layer.adapted(x.dtype) for layer in layers], up, activation)
+
+    def member(self) -> None:
+        """None: experts with VeRA are computed one after the other."""
+
+    @property
+    def saved_numbers(self) -> int:
+        """Numbers for each token that the backward needs: x A^T."""
+        return self.rank
+
+    def delta(self) -> Tensor:
+        """Returns the update of the weight, fp32 [out, in]."""
+        A, B = self.factors()
+        return B @ A
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        return weight + self.delta()
+
+    def unmerged_weight(self, weight: Tensor) -> Tensor:
+        return weight - self.delta()
+
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        return bias
+
+    def tensors(self, model: Transformer, name: str) -> dict[str, Tensor]:
+        published = PREFIX + hf_name(model, name)
+        return {
+            f"{published}.vera_lambda_b": self.vera_lambda_b,
+            f"{published}.vera_lambda_d": self.vera_lambda_d,
+            # Shared, so each layer names the same two.
+            VERA_A: self.projections.A,
+            VERA_B: self.projections.B,
+        }
+
+    @staticmethod
+    def placed(model: Transformer) -> None:
+        """Nothing else of a model depends on these modules."""
+
+
+VERA_A, VERA_B = "base_model.vera_A", "base_model.vera_B"  # their names in PEFT's file
+
+
+def add_vera(
+    model: Transformer,
+    rank: int,
+    targets: str | list[str] = ALL,
+    layers: Collection[int] | None = None,
+) -> list[str]:
+    """Freezes the model and puts VeRA on the linears that `targets` name. Arguments, result and errors:
+    as of `add_lora`. PEFT's usual rank is 256, since a rank costs one number a layer."""
+    if rank < 1:
+        raise UserError(f"--rank {rank}: must be 1 or more")
+    refuse_second_adapter(model)
+    linears, our_names = targeted_linears(model, targets, layers)
+    projections = Projections(rank, linears.values())
+    model.requires_grad_(False)
+    for name, layer in linears.items():
+        set_submodule(model, our_names[name], VeRALinear(layer, rank, projections))
+    return list(linears)
+
+
+def save_vera(
+    model: Transformer, folder, write_extra: Callable[[Path], None] | None = None
+) -> None:
+    """Writes the PEFT folder of a VeRA adapter, its projections in it. Arguments and errors: as of
+    `save_adapter`."""
+    layers = adapter_files.adapter_modules(model)
+    first = next(iter(layers.values()))
+    config = {
+        **peft_facts(model, "VERA"),
+        "r": first.rank,
+        "target_modules": target_modules(model, [hf_name(model, name) for name in layers]),
+        "projection_prng_key": 0,
+        "save_projection": True,
+        "vera_dropout": 0.0,
+        "d_initial": 0.1,
+        "bias": "none",
+        "fan_in_fan_out": model.config.conv1d,
+    }
+    write_adapter(folder, config, adapter_tensors(model), write_extra)
+
+
+def add_described_vera(
+    model: Transformer, config: dict, where: Path, tensors: dict[str, Tensor]
+) -> None:
+    """Puts VeRA on a model as PEFT's adapter_config.json describes it.
+
+    Raises UserError if the projections are not in the file: which numbers a generator gives is no
+    matter of a file.
+    """
+    if VERA_A not in tensors or VERA_B not in tensors:
+        raise UserError(
+            f"{where}: its projections are not in the file (save_projection), and what a seed gives"
+            " elsewhere is not known"
+        )
+    for key in ("modules_to_save", "exclude_modules"):
+        if config.get(key):
+            raise UserError(f"{where}: {key} is set, which is not supported")
+    if config.get("bias", "none") != "none" or config.get("vera_dropout"):
+        raise UserError(f"{where}: bias and vera_dropout are not supported")
+    if bool(config.get("fan_in_fan_out")) != model.config.conv1d:
+        raise UserError(
+            f"{where}: fan_in_fan_out is {config.get('fan_in_fan_out')}, which is wrong for this model"
+        )
+    if type(config.get("r")) is not int:
+        raise UserError(f"{where}: r must be a number")
+    targets = adapter_targets(config.get("target_modules"), where, model)
+    targets = narrowed_targets(config, targets, where, model)
+    add_vera(model, config["r"], targets)
 
 
 # ---- PEFT's files ----
@@ -531,18 +1031,38 @@ def save_adapter(
     """
     layers = lora_layers(model)
     assert layers, "the model has no adapter"
-    # Rank, alpha and dropout are the same for all layers of an adapter.
+    # Dropout and variant are the same for all layers of an adapter.
     first = next(iter(layers.values()))
+    stored = {name: stored_shape(layer) for name, layer in layers.items()}
+    rank, alpha = Counter(stored.values()).most_common(1)[0][0]
     config = {
         **peft_facts(model, "LORA"),
-        "r": first.rank,
-        "lora_alpha": first.alpha,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: own for name, (own, _) in stored.items() if own != rank},
+        "alpha_pattern": {name: own for name, (_, own) in stored.items() if own != alpha},
+        "use_rslora": first.variant.rslora,
+        "use_dora": first.variant.dora,
         "lora_dropout": first.dropout,
         "target_modules": target_modules(model, list(layers)),
         "bias": "none",
         "fan_in_fan_out": model.config.conv1d,
     }
     write_adapter(folder, config, adapter_tensors(model), write_extra)
+
+
+def usual_shape(layers: Iterable[LoRALinear]) -> tuple[int, float]:
+    """Returns the rank and alpha that most layers of an adapter have."""
+    return Counter((layer.rank, layer.alpha) for layer in layers).most_common(1)[0][0]
+
+
+def stored_shape(layer: LoRALinear) -> tuple[int, float]:
+    """Returns rank and alpha of a layer in PEFT's file: with PiSSA twice its rank, and the alpha that
+    has the same scale there."""
+    if layer.lora_start_A is None:
+        return layer.rank, layer.alpha
+    factor = math.sqrt(2) if layer.variant.rslora else 2
+    return 2 * layer.rank, factor * layer.alpha
 
 
 def linear_names(model: Transformer) -> list[str]:
@@ -552,6 +1072,12 @@ def linear_names(model: Transformer) -> list[str]:
         if isinstance(module, Linear):
             names.append(hf_name(model, name))
     return names
+
+
+def linear_names_of_blocks(model: Transformer) -> list[str]:
+    """Returns the published names of the linears that "all" means."""
+    head = None if model.head is None else hf_name(model, "head")
+    return [name for name in linear_names(model) if name != head]
 
 
 def target_modules(model: Transformer, names: list[str]) -> list[str]:
@@ -585,14 +1111,13 @@ def add_described(
 ) -> None:
     """Puts LoRA on a model as an adapter_config.json describes it, with its first numbers. where: the
     file. tensors: the adapter's own, which are not looked at here."""
-    rank, alpha, dropout, targets = adapter_settings(config, where, model)
-    add_lora(model, rank, alpha, dropout, targets)
+    add_lora(model, *adapter_settings(config, where, model))
 
 
 def adapter_settings(
     config: dict, where: Path, model: Transformer
-) -> tuple[int, float, float, str | list[str]]:
-    """Returns rank, alpha, dropout and targets of an adapter_config.json.
+) -> tuple[int, float, float, str | list[str], Variant]:
+    """Returns rank, alpha, dropout, targets and variant of an adapter_config.json.
 
     where: the file, for messages.
     Raises UserError on settings that this program would have to ignore.
@@ -621,8 +1146,90 @@ def adapter_settings(
     dropout = config.get("lora_dropout", 0.0)
     if type(rank) is not int or not is_number(alpha) or not is_number(dropout):
         raise UserError(f"{where}: r, lora_alpha and lora_dropout must be numbers")
+    variant = Variant(
+        rslora=bool(config.get("use_rslora")),
+        dora=bool(config.get("use_dora")),
+        rank_pattern=described_pattern(config, "rank_pattern", where),
+        alpha_pattern=described_pattern(config, "alpha_pattern", where),
+    )
     targets = adapter_targets(config.get("target_modules"), where, model)
-    return rank, alpha, dropout, targets
+    targets = narrowed_targets(config, targets, where, model)
+    # Patterns may name layers that are not adapted.
+    names = match_targets(targets, linear_names(model))
+    variant = variant._replace(
+        rank_pattern=used_pattern(variant.rank_pattern, names),
+        alpha_pattern=used_pattern(variant.alpha_pattern, names),
+    )
+    return rank, alpha, dropout, targets, variant
+
+
+def described_pattern(config: dict, key: str, where: Path) -> dict:
+    """Returns rank_pattern or alpha_pattern of an adapter_config.json. Raises UserError if it is no
+    table of regular expressions and numbers."""
+    pattern = config.get(key) or {}
+    is_table = isinstance(pattern, dict) and all(is_number(each) for each in pattern.values())
+    if not is_table:
+        raise UserError(f"{where}: {key} must be a table of names and numbers")
+    for ending in pattern:
+        try:
+            re.compile(ending)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise UserError(f"{where}: {key} has no regular expression ({error})") from None
+    return pattern
+
+
+def used_pattern(pattern: Mapping, names: list[str]) -> dict:
+    """Returns the rows of a pattern that match one of some published names."""
+    used = {}
+    for ending, value in pattern.items():
+        if any(re.match(rf"(.*\.)?({ending})$", name) for name in names):
+            used[ending] = value
+    return used
+
+
+def narrowed_targets(
+    config: dict, targets: str | list[str], where: Path, model: Transformer
+) -> str | list[str]:
+    """Returns the targets without the layers that layers_to_transform and exclude_modules of an
+    adapter_config.json leave out, as peft reads these.
+
+    Raises UserError if they leave no layer, or say what peft would not take.
+    """
+    chosen, excluded = config.get("layers_to_transform"), config.get("exclude_modules")
+    if chosen in (None, []) and not excluded:
+        return targets
+    names = match_targets(targets, linear_names_of_blocks(model))
+    if excluded:
+        if isinstance(excluded, str):
+            names = [name for name in names if not re.fullmatch(excluded, name)]
+        else:
+            ends = tuple(f".{end}" for end in excluded)
+            names = [name for name in names if name not in excluded and not name.endswith(ends)]
+    if chosen not in (None, []):
+        # Of a regular expression peft takes all that matches, whatever the layers.
+        if isinstance(config.get("target_modules"), str):
+            raise UserError(
+                f"{where}: layers_to_transform beside a regular expression is not supported"
+            )
+        numbers = [chosen] if isinstance(chosen, int) else chosen
+        if not all(type(number) is int for number in numbers):
+            raise UserError(f"{where}: layers_to_transform must be numbers")
+        patterns = config.get("layers_pattern") or [r"[^.]*"]
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        names = [name for name in names if number_of_layer(name, patterns) in numbers]
+    if not names:
+        raise UserError(f"{where}: layers_to_transform and exclude_modules leave no layer")
+    return names
+
+
+def number_of_layer(name: str, patterns: list[str]) -> int | None:
+    """Returns the number of the layer in a published name, None if there is none. patterns: regular
+    expressions of what stands before it."""
+    for pattern in patterns:
+        match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
+        if match:
+            return int(match[1])
+    return None
 
 
 def adapter_targets(targets: object, where: Path, model: Transformer) -> str | list[str]:

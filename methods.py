@@ -6,10 +6,11 @@ functions and a row of `METHODS`.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ import distributed
 import lora
 from common.device import DTYPES, STORAGE_DTYPES
 from common.errors import UserError, read_json
+from common.files import write_json
 from model import Transformer, quantized_linears
 
 # If rounding takes more than this share of what was trained, a warning says so.
@@ -46,12 +48,14 @@ class Method(NamedTuple):
         it, for adapter_files.load_onto.
     title: what the result is called, after "A".
     can_merge: the result can be added to the base's weights.
+    defaults: of a new adapter's options, where they are others than flags.NEW_ADAPTER's.
     shape(model): rank or size, and the other options of a new adapter, of the one that a model has.
     quant: the 4-bit format of the base where --quant is not given.
     describe(settings): what is trained, in a few words for the summary.
     lighter: the method that takes less memory, to be suggested where it ran out.
     switched_off(model): a context in which what was added computes nothing, so that the logits are
-        those of the model before step 1, to the bit; None where the training leaves no such model.
+        those of the model before step 1, to the bit; None, or a function that returns None, where the
+        training leaves no such model.
     held: what --ewc holds near its start: "weights", those that are trained; "updates", the change of
         the adapted weights; None where there is no such change.
     """
@@ -69,9 +73,10 @@ class Method(NamedTuple):
     shape: Callable[[Transformer], dict] | None = None
     title: str = ""
     can_merge: bool = False
+    defaults: Mapping[str, object] = MappingProxyType({})
     quant: str | None = None
     lighter: str | None = None
-    switched_off: Callable[[Transformer], AbstractContextManager[None]] | None = None
+    switched_off: Callable[[Transformer], AbstractContextManager[None] | None] | None = None
     held: str | None = None
 
 
@@ -158,7 +163,31 @@ def load_any_adapter(model: Transformer, adapter: str | Path) -> None:
 
 
 def new_lora(model: Transformer, settings) -> None:
-    lora.add_lora(model, settings.rank, settings.alpha, settings.dropout, settings.targets)
+    rank_pattern = lora.parse_pattern(settings.rank_pattern, "--rank-pattern")
+    variant = lora.Variant(
+        rslora=settings.rslora,
+        dora=settings.dora,
+        start=settings.init,
+        rank_pattern=cast(dict[str, int], rank_pattern),
+        alpha_pattern=lora.parse_pattern(settings.alpha_pattern, "--alpha-pattern"),
+    )
+    layers = lora.parse_layers(settings.layers)
+    lora.add_lora(
+        model, settings.rank, settings.alpha, settings.dropout, settings.targets, variant, layers
+    )
+    # A plan's model is without memory, and in 4 bits already.
+    if variant.start == "loftq" and model.device.type != "meta":
+        if quantized_linears(model):
+            raise UserError(
+                f"--init loftq: {model.source} is in 4 bits already; give the weights that it was"
+                " made from"
+            )
+        lora.quantize_with_update(model)
+
+
+def new_vera(model: Transformer, settings) -> None:
+    layers = lora.parse_layers(settings.layers)
+    lora.add_vera(model, settings.rank, settings.targets, layers)
 
 
 def new_bottleneck(model: Transformer, settings) -> None:
@@ -289,7 +318,40 @@ def save_lora(
     model: Transformer, settings, folder: Path, write_extra: Callable[[Path], None]
 ) -> str:
     """Writes a PEFT adapter folder, in float32: nothing is rounded."""
-    lora.save_adapter(model, folder, write_extra)
+    if settings.init != "loftq" or settings.adapter:
+        lora.save_adapter(model, folder, write_extra)
+        return ""
+
+    def with_base(tmp: Path) -> None:
+        write_extra(tmp)
+        ship_base(model, tmp)
+
+    lora.save_adapter(model, folder, with_base)
+    if folder.name == "best":  # it is written often
+        return ""
+    return f"{folder.name}/base is the base in 4 bits that LoftQ's adapter belongs to"
+
+
+def ship_base(model: Transformer, folder: Path) -> None:
+    """Writes the base of a model into its adapter's folder, and says in plaintune.json that it is the
+    adapter's."""
+    file = folder / "plaintune.json"
+    facts = read_json(file)
+    modules = adapter_files.remove_adapter(model)
+    try:
+        checkpoint.save_model(model, folder / adapter_files.OWN_BASE)
+    finally:
+        adapter_files.put_back(model, modules)
+    own = checkpoint.fingerprint(folder / adapter_files.OWN_BASE)
+    facts |= {"base_sha256": own, "made_from_sha256": facts.get("base_sha256")}
+    write_json(facts, file)
+
+
+def save_vera_folder(
+    model: Transformer, settings, folder: Path, write_extra: Callable[[Path], None]
+) -> str:
+    """Writes a PEFT adapter folder, in float32, with the projections."""
+    lora.save_vera(model, folder, write_extra)
     return ""
 
 
@@ -308,7 +370,28 @@ def describe_full(settings) -> str:
 def describe_lora(settings) -> str:
     if settings.adapter:
         return f"going on from {settings.adapter}"
-    return f"rank {settings.rank}, alpha {settings.alpha:g} on {settings.targets}"
+    return f"rank {settings.rank}, alpha {settings.alpha:g} on {settings.targets}{lora_words(settings)}"
+
+
+def lora_words(settings) -> str:
+    """Returns the variants of a LoRA, for a summary; "" where it has none."""
+    words = {"DoRA": settings.dora, "rsLoRA": settings.rslora}
+    words |= {"PiSSA": settings.init == "pissa", "LoftQ": settings.init == "loftq"}
+    found = [word for word, is_used in words.items() if is_used]
+    if settings.lora_plus not in (None, 1):
+        found.append(f"LoRA+ {settings.lora_plus:g}")
+    for name in ("rank_pattern", "alpha_pattern", "layers"):
+        value = getattr(settings, name)
+        if value:
+            found.append(f"{name.replace('_', ' ')} {value}")
+    return "".join(f", {each}" for each in found)
+
+
+def describe_vera(settings) -> str:
+    if settings.adapter:
+        return f"going on from {settings.adapter}"
+    layers = f", layers {settings.layers}" if settings.layers else ""
+    return f"rank {settings.rank} on {settings.targets}{layers}"
 
 
 def describe_bottleneck(settings) -> str:
@@ -339,7 +422,38 @@ def shape_of_lora(model: Transformer) -> dict:
     layers = lora.lora_layers(model)
     first = next(iter(layers.values()))
     targets = ",".join(lora.target_modules(model, list(layers)))
-    return {"rank": first.rank, "alpha": first.alpha, "dropout": first.dropout, "targets": targets}
+    rank, alpha = lora.usual_shape(layers.values())
+    others = {name: layer for name, layer in layers.items() if layer.rank != rank}
+    ranks = ",".join(f"{name}={layer.rank}" for name, layer in others.items())
+    others = {name: layer for name, layer in layers.items() if layer.alpha != alpha}
+    alphas = ",".join(f"{name}={layer.alpha:g}" for name, layer in others.items())
+    return {
+        "rank": rank,
+        "alpha": alpha,
+        "dropout": first.dropout,
+        "targets": targets,
+        "rank_pattern": ranks or None,
+        "alpha_pattern": alphas or None,
+        "rslora": first.variant.rslora,
+        "dora": first.variant.dora,
+        "init": first.variant.start,
+    }
+
+
+def shape_of_vera(model: Transformer) -> dict:
+    modules = adapter_files.adapter_modules(model)
+    names = [checkpoint.hf_name(model, name) for name in modules]
+    first = next(iter(modules.values()))
+    return {"rank": first.rank, "targets": ",".join(lora.target_modules(model, names))}
+
+
+def lora_off(model: Transformer) -> AbstractContextManager[None] | None:
+    """Returns a context in which LoRA computes nothing, None where that is not the model of step 0 to
+    the bit: with DoRA, PiSSA and LoftQ, which begin as the base but for rounding."""
+    for layer in lora.lora_layers(model).values():
+        if layer.variant.dora or layer.variant.start != "random":
+            return None
+    return adapter_files.adapter_off(model)
 
 
 def shape_of_bottleneck(model: Transformer) -> dict:
@@ -386,7 +500,21 @@ LORA = Method(
     lr_factor=10,
     weight_decay=0.0,
     freezes_base=True,
-    options=("quant", "rank", "alpha", "dropout", "targets", "adapter"),
+    options=(
+        "quant",
+        "rank",
+        "alpha",
+        "dropout",
+        "targets",
+        "layers",
+        "rank_pattern",
+        "alpha_pattern",
+        "rslora",
+        "dora",
+        "init",
+        "lora_plus",
+        "adapter",
+    ),
     describe=describe_lora,
     file_type="LORA",
     add_described=lora.add_described,
@@ -394,11 +522,26 @@ LORA = Method(
     title="LoRA adapter",
     can_merge=True,
     lighter="qlora",
-    switched_off=adapter_files.adapter_off,
+    switched_off=lora_off,
     held="updates",
 )
 # A base in 4 bits wants a learning rate half as high again (experiments/LOG.md).
 QLORA = LORA._replace(lr_factor=15, quant="nf4", lighter=None)
+VERA = LORA._replace(
+    attach=or_that_of_adapter(new_vera),
+    save=save_vera_folder,
+    options=("quant", "rank", "targets", "layers", "adapter"),
+    describe=describe_vera,
+    file_type="VERA",
+    add_described=lora.add_described_vera,
+    shape=shape_of_vera,
+    title="VeRA adapter",
+    switched_off=adapter_files.adapter_off,
+    held=None,
+    lighter=None,
+    lr_factor=100,
+    defaults={"rank": 256},
+)
 BOTTLENECK = Method(
     attach=or_that_of_adapter(new_bottleneck),
     start=start_adapter,
@@ -450,6 +593,7 @@ METHODS = {
     "full": FULL,
     "lora": LORA,
     "qlora": QLORA,
+    "vera": VERA,
     "bottleneck": BOTTLENECK,
     "prompt-tuning": PROMPT_TUNING,
     "p-tuning": P_TUNING,
@@ -504,7 +648,9 @@ def load_trainable(settings, folder: Path, device: torch.device) -> Transformer:
         # fp32 masters: rounded to the nearest bf16 number, small updates would be lost.
         stored = torch.float32
     if settings.shard == "none":
-        model = checkpoint.load_model(folder, stored, device, settings.quant)
+        # LoftQ rounds the weights itself.
+        quant = None if starts_with_loftq(settings) else settings.quant
+        model = checkpoint.load_model(folder, stored, device, quant)
         method.attach(model, settings)
     else:
         model = load_sharded(method, settings, folder, stored, device)
@@ -512,6 +658,10 @@ def load_trainable(settings, folder: Path, device: torch.device) -> Transformer:
     if settings.save_dtype:
         check_save_dtype(model, settings)
     return model
+
+
+def starts_with_loftq(settings) -> bool:
+    return settings.init == "loftq" and not continues_adapter(settings)
 
 
 def load_sharded(

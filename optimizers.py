@@ -512,7 +512,12 @@ def newton_schulz(matrix: Tensor) -> Tensor:
 
 
 def make_optimizers(
-    model: nn.Module, kind: str, lr: float, weight_decay: float, offload: bool = False
+    model: nn.Module,
+    kind: str,
+    lr: float,
+    weight_decay: float,
+    offload: bool = False,
+    lora_plus: float = 1.0,
 ) -> list[Optimizer]:
     """Returns the optimizers of all trainable parameters, which the loop steps one after the other.
 
@@ -521,24 +526,34 @@ def make_optimizers(
     lr: the learning rate before the loop sets it.
     weight_decay: for matrices. Norms and biases never decay.
     offload: the state of AdamW lives in the host's memory.
+    lora_plus: the rate of LoRA's B over that of A and all else (Hayou et al. 2024, LoRA+, arXiv
+        2402.12354). The loop sets a group's rate to `lr_factor` times the schedule's.
     """
-    matrices, others = [], []
+    # By (trained by Muon, a matrix, B with a rate of its own), in the model's order.
+    sorted_parameters: dict[tuple[bool, bool, bool], list[Tensor]] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        if kind == "muon" and p.dim() == 2 and name.startswith("blocks."):
-            matrices.append(p)
-        else:
-            others.append(p)
+        is_matrix = p.dim() >= 2
+        by_muon = kind == "muon" and p.dim() == 2 and name.startswith("blocks.")
+        has_own_rate = lora_plus != 1 and name.endswith(".lora_B")
+        sorted_parameters.setdefault((by_muon, is_matrix, has_own_rate), []).append(p)
+
+    def groups_of(by_muon: bool) -> list[dict]:
+        found = []
+        for is_matrix in (True, False):
+            for has_own_rate in (False, True):
+                parameters = sorted_parameters.get((by_muon, is_matrix, has_own_rate))
+                if parameters:
+                    decay = weight_decay if is_matrix else 0.0
+                    factor = lora_plus if has_own_rate else 1.0
+                    found.append({"params": parameters, "weight_decay": decay, "lr_factor": factor})
+        return found
+
     optimizers: list[Optimizer] = []
-    if matrices:
-        group = {"params": matrices, "weight_decay": weight_decay}
-        optimizers.append(Muon([group], lr))
-    groups = [
-        {"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    if groups_of(by_muon=True):
+        optimizers.append(Muon(groups_of(by_muon=True), lr))
+    groups = groups_of(by_muon=False)
     if groups and offload:
         optimizers.append(OffloadedAdamW(groups, lr))
     elif groups:

@@ -132,8 +132,9 @@ def train(flags: Flags, lock: FolderLock) -> None:
 
     # ---- what happens between steps
     optimizers = make_optimizers(
-        model, settings.optimizer, settings.lr, settings.weight_decay, settings.optimizer_offload
-    )
+        model, settings.optimizer, settings.lr, settings.weight_decay, settings.optimizer_offload,
+        settings.lora_plus or 1.0,
+    )  # fmt: skip
     state = TrainState.from_dict(resumed.state) if resumed else TrainState()
     if ewc:
         ewc.begin(out)
@@ -327,7 +328,7 @@ def train_loop(
         lr = lr_at(step, settings)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_factor"]
             optimizer.step(found_inf)
             optimizer.zero_grad()
 

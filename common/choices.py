@@ -7,11 +7,13 @@ words: tests/test_words.py compares them.
 
 # --method: methods.METHODS.
 METHOD_NAMES = (
-    "full", "lora", "qlora", "bottleneck", "prompt-tuning", "p-tuning", "prefix-tuning", "ia3",
+    "full", "lora", "qlora", "vera", "bottleneck", "prompt-tuning", "p-tuning", "prefix-tuning", "ia3",
 )  # fmt: skip
 # --placement: adapters.PLACEMENTS. --encoder and --prompt-init: adapters.py.
 PLACEMENT_NAMES = ("houlsby", "pfeiffer", "parallel")
 ENCODER_NAMES = ("none", "mlp", "lstm")
+# --init: lora.Variant.
+LORA_STARTS = ("random", "pissa", "loftq")
 PROMPT_STARTS = ("vocabulary", "random")
 PROMPT_TEXT = "text:"  # stands before a text of one's own
 # --template: tokenization/chat_template.NAMED.
@@ -22,6 +24,7 @@ SCHEDULE_NAMES = ("cosine", "linear", "constant")
 # --targets: every linear of the blocks, but not the output head, which is the embedding table in
 # many models (lora.py).
 ALL = "all"
+ALL_LINEAR = "all-linear"  # peft's word for the same
 # --quant: what of a frozen model is in 4 bits (quant.py).
 QUANT_KINDS = ("nf4", "nf4+head")
 # --dtype of what is computed, and of weights that are stored: common/device.py.

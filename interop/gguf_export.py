@@ -494,7 +494,11 @@ class AdapterUpdates:
         arithmetic of `lora.merge`."""
         layer = name.removesuffix(".weight")
         a, b = self.factors(layer)
-        return weight + self.layers[layer].scale * (b @ a)
+        adapted = weight + self.layers[layer].scale * (b @ a)
+        if not self.layers[layer].variant.dora:
+            return adapted
+        lengths = self.tensors[f"{adapter_files.PREFIX}{layer}.lora_magnitude_vector"].float()
+        return adapted * (lengths / adapted.norm(dim=1))[:, None]
 
 
 def stored_type(
@@ -624,6 +628,13 @@ def adapter_to_gguf(
     for name, place in places(config, row).items():
         if len(place.shape) < 3:  # not of experts, whose matrices share one tensor
             by_hf_name[place.names[0]] = name, place
+    first_layer = next(iter(updates.layers.values()))
+    if first_layer.variant.dora:
+        raise UserError(
+            f"{adapter}: DoRA's lengths have no place in a LoRA file; `convert.py to-gguf --adapter`"
+            " writes them merged"
+        )
+    alpha = first_layer.alpha
     content: dict[str, np.ndarray] = {}
     for layer in updates.layers:
         weight = f"{layer}.weight"
@@ -632,18 +643,20 @@ def adapter_to_gguf(
             raise UserError(f"{adapter}: {problem}")
         name, place = by_hf_name[weight]
         a, b = updates.factors(layer)
+        # llama.cpp scales all layers by one alpha over their own rank.
+        adapted = updates.layers[layer]
+        b = b * (adapted.scale * adapted.rank / alpha)
         # The rows of B are those of the weight, and stand in its order.
         rows_b = b.numpy()
         if place.heads:
             rows_b = interleave_rows(rows_b, place.heads)
         content[f"{name}.lora_a"] = np.ascontiguousarray(a.numpy())
         content[f"{name}.lora_b"] = np.ascontiguousarray(rows_b)
-    first_layer = next(iter(updates.layers.values()))
     fields = {
         "general.architecture": architecture,
         "general.type": "adapter",
         "adapter.type": "lora",
-        "adapter.lora.alpha": float(first_layer.alpha),
+        "adapter.lora.alpha": float(alpha),
         "general.name": Path(adapter).resolve().name,
         "general.file_type": TYPES["f32"],
         **dated,

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import adapter_files
-from adapter_files import adapter_metadata, is_adapter, why_no_adapter
+from adapter_files import OWN_BASE, adapter_metadata, is_adapter, why_no_adapter
 from checkpoint import TOKENIZER_FILES, fingerprint, read_config
 from common.choices import QUANT_KINDS
 from common.console import one_line, print_stderr
@@ -172,6 +172,10 @@ def find_base(trained: str | Path, base: object, revision: object, print_fn: Cal
     revision: of a name on the Hub; None: the newest.
     Raises UserError where it is not found.
     """
+    own = Path(trained) / OWN_BASE
+    if (own / "config.json").is_file():
+        print_fn(f"base      {own}: {trained} brings it along")
+        return own
     shown = printable(str(base)[:100])
     made_on = f"{trained} was made on it"
     # A folder counts before a name on the Hub, which may be the same text.

@@ -37,6 +37,10 @@ class Prefix(NamedTuple):
     keys: Tensor
     values: Tensor
 
+    def repeated(self, times: int) -> "Prefix":
+        """Returns the prefix several times over, one after the other."""
+        return Prefix(self.keys.repeat(times, 1, 1), self.values.repeat(times, 1, 1))
+
 
 def attend_shared(
     attend: Callable[..., Tensor],

@@ -32,8 +32,8 @@ from torch import Tensor
 import lora
 from adapter_files import adapter_modules
 from common import console
-from common.choices import ALL
 from data import max_tokens_per_micro_batch
+from flags import NEW_ADAPTER
 from kernels.attention import (
     FLASH_HEAD_DIM,
     KEEP_PROBS_UP_TO,
@@ -212,7 +212,7 @@ def meta_model(
                 layer.quantize(empty_nf4(layer.out_features, layer.in_features))
     if method.freezes_base and adapter is not None:
         # A new adapter, on all linears and without dropout if nothing else is said.
-        options = {"adapter": None, "resume": None, "dropout": 0.0, "targets": ALL} | adapter
+        options = {"adapter": None, "resume": None} | NEW_ADAPTER | {"dropout": 0.0} | adapter
         method.attach(model, SimpleNamespace(**options))
     model.activation_checkpointing = recipe.checkpointing
     return model

@@ -100,7 +100,7 @@ def asked_method(flags: Flags, config: Config) -> str | None:
 def adapter_of(flags: Flags) -> dict:
     """Returns {option: value} of a new adapter: what is on the command line, else the defaults."""
     arguments = {}
-    for name, default in NEW_ADAPTER.items():
+    for name, default in (NEW_ADAPTER | {**method_of(flags).defaults}).items():
         value = getattr(flags, name)
         arguments[name] = default if value is None else value
     return arguments

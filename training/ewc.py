@@ -318,6 +318,10 @@ def held_near_start(settings: Settings, model: Transformer) -> dict[str, Held]:
                 held[name] = HeldWeight(parameter, start, torch.zeros_like(start))
         return held
     for name, layer in lora_layers(model).items():
+        if layer.variant.dora or layer.variant.start != "random":
+            raise UserError(
+                "--ewc: is not for DoRA, PiSSA or LoftQ, whose start is no update of zero"
+            )
         if ".experts." in name:
             advice = "--targets q_proj,k_proj,v_proj,o_proj leaves them out"
             raise UserError(f"--ewc: is not for adapters on routed experts; {advice}")

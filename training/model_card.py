@@ -26,7 +26,8 @@ from dataset.token_cache import Rows
 from evals.table import EVALUATIONS
 from flags import OPTIONS, dashed, existing_file
 from interop.resolve import stated_license
-from methods import ADAPTERHUB, method_name, method_of
+from lora import parse_pattern
+from methods import ADAPTERHUB, lora_words, method_name, method_of
 from tokenizer import Tokenizer
 from training.defaults import Settings
 from training.metrics import MetricsLogger
@@ -171,7 +172,7 @@ class ModelCard:
         else:
             shape = method_of(settings).describe(settings)
             if self.is_lora:
-                shape = f"rank {settings.rank}, alpha {settings.alpha:g}"
+                shape = f"rank {settings.rank}, alpha {settings.alpha:g}{lora_words(settings)}"
             text = (
                 f"A {method_of(settings).title} ({shape}) for {base}. The base itself is not in it."
             )
@@ -234,9 +235,10 @@ class ModelCard:
                 " best merged, as above."
             )
             return lines
-        if not self.is_lora:
+        # vLLM takes neither other adapters nor DoRA.
+        if not self.is_lora or self.settings.dora:
             return lines[:-1]
-        rank = "" if self.settings.adapter else vllm_rank(self.settings.rank)
+        rank = "" if self.settings.adapter else vllm_rank(largest_rank(self.settings))
         lines += ["With vLLM:", ""]
         lines += fenced(
             "", f"vllm serve {shell_base} --enable-lora{rank} --lora-modules tuned=THIS"
@@ -494,6 +496,12 @@ def fenced(language: str, *lines: str) -> list[str]:
 def two_columns(rows: list[tuple[str, str]]) -> list[str]:
     """Returns a table of names and values, which are Markdown already."""
     return ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
+
+
+def largest_rank(settings: Settings) -> int:
+    """Returns the largest rank of a new LoRA's layers in its file."""
+    ranks = [settings.rank, *parse_pattern(settings.rank_pattern, "--rank-pattern").values()]
+    return int(max(ranks)) * (2 if settings.init == "pissa" else 1)
 
 
 def vllm_rank(rank: int | None) -> str:

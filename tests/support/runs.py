@@ -68,6 +68,9 @@ METHODS = {
     "p-tuning": "--method p-tuning --encoder lstm --encoder-size 16 --lr 1e-2 --quant nf4",
     "prefix-tuning": "--method prefix-tuning --lr 1e-2 --accumulate 2 MIXED",
     "ia3": "--method ia3 --lr 0.1",
+    "variants": "--rank 4 --dora --rslora --init pissa --lora-plus 4 --rank-pattern q_proj=2 --dropout 0.2",
+    "vera": "--method vera --lr 0.1 --layers 1 --quant nf4",
+    "loftq": "--method qlora --init loftq --rank 4",
     "asynchronous": "--method full --save-async",
 }
 

@@ -198,8 +198,8 @@ def mergeable_layers(model: Transformer) -> list:
     for module in modules.values():
         if not hasattr(module, "merged_weight"):
             raise UserError(
-                f"{model.source}: its adapter is no update of weights, so it can't be merged into"
-                " them; keep it as an adapter"
+                "this adapter is no update of weights, so it can't be merged into those of"
+                f" {model.source}; keep it as an adapter"
             )
     return list(modules.values())
 
@@ -458,9 +458,12 @@ def base_note(adapter: str | Path, folder: Path) -> str | None:
         same_weights.add(adapter_metadata(folder).get("base_sha256"))
     if base_sha256 in same_weights or metadata.get("quantized_from_sha256") == sha256:
         return None
+    own = ""
+    if (Path(adapter) / OWN_BASE).is_dir():
+        own = "; without --model it gets the base that it brings along"
     return (
         f"WARNING: {adapter} was trained on other weights than those of {folder};"
-        " its answers will suffer"
+        f" its answers will suffer{own}"
     )
 
 

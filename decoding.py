@@ -294,7 +294,6 @@ class KVCache:
             prefixes = [prefix.repeated(groups) for prefix in prompt.prefixes()]
             # Their keys and values are all that there is of them.
             select_list = select_list[num_virtual:]
-            num_virtual = 0
         elif count:
             leading = prompt.vectors().repeat(num_virtual // count, 1)
 

@@ -1036,6 +1036,7 @@ def check_method(flags: Flags) -> None:
     if shape and flags.adapter:
         raise UserError(f"{shape[0]}: the adapter that --adapter names has its own")
     check_prompt_init(flags)
+    check_encoder(flags)
     if flags.init == "loftq":
         if flags.quant != "nf4" and (flags.quant or flags.method != "qlora"):
             raise UserError("--init loftq: makes up for 4 bits; give --quant nf4 as well")
@@ -1047,6 +1048,18 @@ def check_method(flags: Flags) -> None:
         except re.error as error:
             problem = f"no regular expression ({error})"
             raise UserError(f"--train {flags.train}: {problem}") from None
+
+
+def check_encoder(flags: Flags) -> None:
+    """Raises UserError for an encoder that --method has not, and for the size of none."""
+    if flags.resume:
+        return
+    if flags.encoder == "none" and flags.method == "p-tuning":
+        raise UserError("--encoder none: P-tuning without one is --method prompt-tuning")
+    if flags.encoder == "lstm" and flags.method == "prefix-tuning":
+        raise UserError("--encoder lstm: is of --method p-tuning; a prefix has mlp or none")
+    if flags.encoder == "none" and flags.encoder_size is not None:
+        raise UserError("--encoder-size: there is no encoder (--encoder none)")
 
 
 def check_prompt_init(flags: Flags) -> None:

@@ -75,6 +75,8 @@ UNSUPPORTED = (
     "kasa_config",
     "monteclora_config",
 )
+# The least squared length that DoRA divides by.
+LEAST_SQUARE = 1e-24
 # Roundings and decompositions in turn, as in the LoftQ paper's experiments.
 LOFTQ_ROUNDS = 5
 # Singular values of larger matrices are computed approximately.
@@ -233,7 +235,8 @@ class LoRALinear(nn.Module):
         crossed = (low * B).sum(1)
         own = (F.linear(B, A @ A.t()) * B).sum(1)
         squares = self.base_squares + 2 * self.scale * crossed + self.scale**2 * own
-        return squares.clamp(min=0).sqrt()
+        # A row of zeros has no direction, and stays one.
+        return squares.clamp(min=LEAST_SQUARE).sqrt()
 
     def scaled(self, y: Tensor) -> Tensor:
         """Returns y, the output without DoRA's lengths and without a bias, with both; where there is
@@ -276,8 +279,10 @@ class LoRALinear(nn.Module):
             return y + update
         # Only what DoRA changes reads the dropped input, as in peft: with g, (g - 1) W x + g s B A x.
         gain = (self.lora_magnitude / self.lengths(x.dtype)).to(x.dtype)
-        weight = dequantized_weight(self.base.frozen, x.dtype)
-        return y + (gain - 1) * F.linear(dropped, weight) + gain * update
+        plain = self.base(dropped)
+        if self.base.bias is not None:
+            plain = plain - self.base.bias.to(x.dtype)
+        return y + (gain - 1) * plain + gain * update
 
     def forward_shared(
         self, x: Tensor, layers: list, up: Tensor | None = None, activation: str = ""
@@ -336,15 +341,17 @@ class LoRALinear(nn.Module):
 
     @property
     def saved_numbers(self) -> int:
-        """Numbers for each token that the backward needs: x A^T."""
-        return self.rank * (1 if self.lora_start_A is None else 2)
+        """Numbers for each token that the backward needs: x A^T, and with DoRA the output before its
+        lengths."""
+        numbers = self.rank * (1 if self.lora_start_A is None else 2)
+        return numbers + (0 if self.lora_magnitude is None else self.base.out_features)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         adapted = weight + self.delta()
         if self.lora_magnitude is None:
             return adapted
         # Kept for `unmerged_weight`: the rows of the merged weight have lost these lengths.
-        self.merged_lengths = adapted.norm(dim=1)
+        self.merged_lengths = adapted.norm(dim=1).clamp(min=math.sqrt(LEAST_SQUARE))
         return adapted * (self.lora_magnitude / self.merged_lengths)[:, None]
 
     def unmerged_weight(self, weight: Tensor) -> Tensor:
@@ -636,8 +643,13 @@ def add_lora(
     if rank > largest:
         raise UserError(f"--rank {rank}: no layer here is larger than {largest}")
     check_patterns(variant, names)
+    refuse_experts(variant.dora, "--dora", names)
     for name, layer in linears.items():
         own_rank = by_pattern(variant.rank_pattern, name, rank)
+        if own_rank > largest:
+            raise UserError(
+                f"--rank-pattern: rank {own_rank:,} of {name}: no layer here is larger than {largest}"
+            )
         if variant.start == "pissa" and own_rank > min(layer.in_features, layer.out_features):
             raise UserError(
                 f"--rank {own_rank}: {name} has {min(layer.in_features, layer.out_features)} singular"
@@ -709,6 +721,8 @@ def parse_layers(text: str | None) -> set[int] | None:
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if not match or (match[2] and int(match[2]) < int(match[1])):
             raise UserError(f"--layers {text}: numbers and ranges are wanted, as 0-11,20")
+        if len(match[2] or match[1]) > 5:
+            raise UserError(f"--layers {text}: no model has so many layers")
         numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return numbers
 
@@ -720,6 +734,16 @@ def by_pattern(pattern: Mapping, name: str, default):
         if re.match(rf"(.*\.)?({ending})$", name):
             return value
     return default
+
+
+def refuse_experts(is_refused: bool, flag: str, names: list[str]) -> None:
+    """Raises UserError for a variant that peft has not for routed experts. names: of the layers."""
+    experts = [name for name in names if ".experts." in name]
+    if is_refused and experts:
+        raise UserError(
+            f"{flag}: is not for routed experts, such as {experts[0]}, which peft could not load;"
+            " --targets q_proj,k_proj,v_proj,o_proj leaves them out"
+        )
 
 
 def check_patterns(variant: Variant, names: list[str]) -> None:
@@ -736,8 +760,10 @@ def check_patterns(variant: Variant, names: list[str]) -> None:
                 raise UserError(f"{flag} {ending}: no regular expression ({error})") from None
             if not found:
                 raise UserError(f"{flag} {ending}: matches no adapted layer, such as {names[0]}")
-            if value <= 0 or (flag == "--rank-pattern" and value != int(value)):
-                raise UserError(f"{flag} {ending}={value:g}: must be above 0, and a rank whole")
+            if not 0 < value < 1e9 or (flag == "--rank-pattern" and value != int(value)):
+                raise UserError(
+                    f"{flag} {ending}={value:g}: must be above 0 and below a billion, and a rank whole"
+                )
 
 
 def match_targets(targets: str | list[str], linears: list[str]) -> list[str]:
@@ -960,6 +986,7 @@ def add_vera(
         raise UserError(f"--rank {rank}: must be 1 or more")
     refuse_second_adapter(model)
     linears, our_names = targeted_linears(model, targets, layers)
+    refuse_experts(True, "--method vera", list(linears))
     projections = Projections(rank, linears.values())
     model.requires_grad_(False)
     for name, layer in linears.items():
@@ -1101,12 +1128,13 @@ def load_adapter(model: Transformer, folder) -> None:
 
     Raises UserError, and leaves the model as it was, if the file's tensors are not exactly those
     that its configuration promises for this model, or if the configuration asks for what would be
-    ignored here (another method, bias, rank patterns, saved modules).
+    ignored here (another kind of adapter, biases, saved modules). methods.load_any_adapter takes
+    adapters of every kind.
     """
-    load_onto(model, folder, add_described)
+    load_onto(model, folder, add_described_lora)
 
 
-def add_described(
+def add_described_lora(
     model: Transformer, config: dict, where: Path, tensors: dict[str, Tensor]
 ) -> None:
     """Puts LoRA on a model as an adapter_config.json describes it, with its first numbers. where: the

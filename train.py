@@ -41,7 +41,7 @@ from data import MicroBatches, TrainingData, load_training_data
 from families import Config
 from flags import Flags
 from interop.resolve import base_folder, pick_tokenizer
-from methods import load_trainable
+from methods import load_trainable, method_of_adapter
 from model import Transformer
 from objectives import OBJECTIVES, Losses, StepTotals
 from optimizers import SCHEDULES, make_optimizers
@@ -198,6 +198,10 @@ def read_inputs(flags: Flags, device: torch.device) -> Inputs | None:
     with distributed.local_rank0_first():
         folder = base_folder(flags.model, flags.adapter)
     flags = with_date_and_system(flags, folder)
+    method = method_of_adapter(flags)
+    if method:
+        print(f"method    {method}, as {flags.adapter} is one of that")
+        flags = dataclasses.replace(flags, method=method)
     config = read_config(folder)
     if flags.plan and not report.needs_data(flags, folder):
         report.print_plan_of_config(flags, config, device)

@@ -396,6 +396,12 @@ METHOD = {
     "peft_use_dora": switch("--dora"),
     "use_rslora": switch("--rslora"),
     "peft_use_rslora": switch("--rslora"),
+    "peft_layers_to_transform": computed(
+        "--layers", lambda value: f"--layers {re.sub('[^0-9,]', '', value)}"
+    ),
+    "peft_init_lora_weights": chosen(
+        "--init", {"true": "", "gaussian": "", "pissa": "--init pissa", "loftq": "--init loftq"}
+    ),
     "lora_bias": chosen("", {"none": ""}, "biases are not trained by --method lora"),
     "loraplus_lr_ratio": same("--lora-plus"),
     "pissa_init": switch("--init pissa"),

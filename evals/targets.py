@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import data
-from adapter_files import has_adapter, is_adapter, remove_adapter, virtual_tokens_in
+from adapter_files import OWN_BASE, has_adapter, is_adapter, remove_adapter, virtual_tokens_in
 from checkpoint import load_model, read_config
 from common.device import pick_device, pick_dtype
 from common.errors import UserError
@@ -134,6 +134,11 @@ def pick_targets(args: argparse.Namespace) -> list[Target]:
             raise UserError(
                 "--versus base: needs --adapter, or a --model trained here whose base is still in"
                 " place"
+            )
+        if base.name == OWN_BASE and is_adapter(base.parent):
+            print(
+                f"NOTE: base is {base}, the 4 bits that LoftQ's adapter makes up for: worse than the"
+                " model that they were made of, which --versus FOLDER compares with"
             )
         return [Target("base", base, None), mine]
     if is_adapter(args.versus):

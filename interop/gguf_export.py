@@ -14,6 +14,7 @@ loads.
 import contextlib
 import dataclasses
 import errno
+import math
 import os
 import shutil
 import tempfile
@@ -64,6 +65,7 @@ from interop.gguf_tokenizer import PHI3, vocabulary
 from interop.resolve import check_adapter, pick_base_numbers, trained_day, trained_system
 from kernels.nf4 import dequantized_weight
 from kernels.rope import rope_inv_freq
+from methods import ADAPTER_ROWS, METHODS, type_of_adapter
 from model import Transformer
 from quant import quantize as quantize_weight
 
@@ -132,6 +134,8 @@ def folder_to_gguf(
     check_is_new(file)
     config = read_config(folder)
     if config.raw.get("quantization_config") is not None:
+        if adapter is not None:
+            AdapterUpdates(config, adapter)  # says what to do with one that brings this base along
         problem = "its weights are quantised already; give the folder that they were made from"
         raise UserError(f"{folder}: {problem}")
     row, architecture = find_architecture(config, folder)
@@ -469,6 +473,17 @@ class AdapterUpdates:
     lora.load_adapter checks it."""
 
     def __init__(self, config: Config, adapter: str | Path):
+        kind = type_of_adapter(adapter)
+        if kind != "LORA":
+            advice = "llama.cpp has nothing for it"
+            if kind in ADAPTER_ROWS and METHODS[ADAPTER_ROWS[kind]].can_merge:
+                advice = "`convert.py merge` it, and export the merged folder"
+            raise UserError(f"{adapter}: is no LoRA adapter ({kind}); {advice}")
+        if (Path(adapter) / adapter_files.OWN_BASE).is_dir():
+            raise UserError(
+                f"{adapter}: belongs to the base in 4 bits in its folder (LoftQ); `convert.py merge`"
+                " it, and export the merged folder"
+            )
         # The adapter is loaded into tensors without memory: only the checks of load_adapter are
         # needed.
         with torch.device("meta"):
@@ -498,7 +513,7 @@ class AdapterUpdates:
         if not self.layers[layer].variant.dora:
             return adapted
         lengths = self.tensors[f"{adapter_files.PREFIX}{layer}.lora_magnitude_vector"].float()
-        return adapted * (lengths / adapted.norm(dim=1))[:, None]
+        return adapted * (lengths / adapted.norm(dim=1).clamp(min=math.sqrt(lora.LEAST_SQUARE)))[:, None]
 
 
 def stored_type(

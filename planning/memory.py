@@ -212,7 +212,8 @@ def meta_model(
                 layer.quantize(empty_nf4(layer.out_features, layer.in_features))
     if method.freezes_base and adapter is not None:
         # A new adapter, on all linears and without dropout if nothing else is said.
-        options = {"adapter": None, "resume": None} | NEW_ADAPTER | {"dropout": 0.0} | adapter
+        options = {"adapter": None, "resume": None, "out": None} | NEW_ADAPTER | {"dropout": 0.0}
+        options |= {**method.defaults} | adapter
         method.attach(model, SimpleNamespace(**options))
     model.activation_checkpointing = recipe.checkpointing
     return model
@@ -810,7 +811,7 @@ def recommend(
         first.setdefault(recipe.method, (recipe, peak, seconds))
 
     # How many trained tokens the adapters can hold, and which rank would hold all of the data.
-    rank = adapter["rank"]
+    rank = adapter.get("rank", NEW_ADAPTER["rank"])
     lora_model = meta_model(config, Recipe("lora"), dtype, adapter)
     adapter_numel = sum(p.numel() for p in lora_model.parameters() if p.requires_grad)
     capacity = CAPACITY / BITS * adapter_numel
@@ -823,7 +824,7 @@ def recommend(
     recipe, peak, seconds = first[method]
     what_is_held = f"adapters of rank {rank} hold about {capacity:,.0f}"
     why = f"{workload.to_learn:,} trained tokens; {what_is_held}"
-    if not set(METHODS[method].options) & {"rank", "train"}:
+    if method not in ("lora", "qlora", "full"):
         why = f"{workload.to_learn:,} trained tokens"
     elif method == "full":
         why += ", and full fits"
@@ -834,7 +835,7 @@ def recommend(
     if method == "qlora" and "lora" not in first:
         why += "; 16-bit weights do not fit"
     flags = str(recipe)
-    if rank < sufficient_rank and "rank" in METHODS[method].options:
+    if rank < sufficient_rank and method in ("lora", "qlora"):
         flags += f" --rank {sufficient_rank}"
     takes = f"{peak / 1e9:.1f} of {room / 1e9:.1f} GB, {console.format_duration(seconds)}"
     if seconds > TOO_LONG:

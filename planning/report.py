@@ -17,7 +17,7 @@ from adapter_files import virtual_tokens_in
 from common.device import DTYPES, pick_dtype
 from data import TrainingData, max_tokens_per_micro_batch, split_micro_batches
 from flags import NEW_ADAPTER, Flags
-from methods import continues_adapter, method_name, method_of
+from methods import continues_adapter, method_name, method_of, start_of
 from model import Config
 from planning import memory, multi_gpu
 from planning.memory import Recipe, Workload
@@ -55,7 +55,7 @@ def print_plan_of_config(flags: Flags, config: Config, device: torch.device) -> 
             flags.gpu_memory,
             workload,
             1,
-            adapter_of(flags),
+            typed_adapter(flags),
             asked_method(flags, config),
             has_data=False,
             quant=flags.quant,
@@ -64,7 +64,7 @@ def print_plan_of_config(flags: Flags, config: Config, device: torch.device) -> 
     dtype, _ = pick_dtype(flags.dtype, device)
     workload = workload_of_full_rows(flags, config, device)
     memory.print_plan(
-        config, workload, device, dtype, adapter_of(flags), asked_method(flags, config),
+        config, workload, device, dtype, typed_adapter(flags), asked_method(flags, config),
         bool(flags.ewc), flags.quant,
     )  # fmt: skip
 
@@ -76,14 +76,14 @@ def print_plan_of_data(
     if flags.gpus:
         on_gpu = describe_workload(flags, data, steps_per_epoch, torch.device("cuda"))
         multi_gpu.print_multi_gpu_plan(
-            config, flags.gpus, flags.gpu_memory, on_gpu, flags.steps, adapter_of(flags),
+            config, flags.gpus, flags.gpu_memory, on_gpu, flags.steps, typed_adapter(flags),
             asked_method(flags, config), has_data=True, quant=flags.quant,
         )  # fmt: skip
         return
     dtype, _ = pick_dtype(flags.dtype, device)
     workload = describe_workload(flags, data, steps_per_epoch, device)
     memory.print_plan(
-        config, workload, device, dtype, adapter_of(flags), asked_method(flags, config),
+        config, workload, device, dtype, typed_adapter(flags), asked_method(flags, config),
         bool(flags.ewc), flags.quant,
     )  # fmt: skip
 
@@ -98,12 +98,15 @@ def asked_method(flags: Flags, config: Config) -> str | None:
 
 
 def adapter_of(flags: Flags) -> dict:
-    """Returns {option: value} of a new adapter: what is on the command line, else the defaults."""
-    arguments = {}
-    for name, default in (NEW_ADAPTER | {**method_of(flags).defaults}).items():
-        value = getattr(flags, name)
-        arguments[name] = default if value is None else value
-    return arguments
+    """Returns {option: value} of a new adapter: what is on the command line, else the defaults of the
+    method."""
+    return NEW_ADAPTER | {**method_of(flags).defaults} | typed_adapter(flags)
+
+
+def typed_adapter(flags: Flags) -> dict:
+    """Returns {option: value} of what the command line says of a new adapter."""
+    values = {name: getattr(flags, name) for name in NEW_ADAPTER}
+    return {name: value for name, value in values.items() if value not in (None, False)}
 
 
 def virtual_tokens_of(flags: Flags) -> int:
@@ -111,7 +114,7 @@ def virtual_tokens_of(flags: Flags) -> int:
     if "virtual_tokens" not in method_of(flags).options:
         return 0
     if continues_adapter(flags):
-        return virtual_tokens_in(flags.adapter)
+        return virtual_tokens_in(start_of(flags))
     return adapter_of(flags)["virtual_tokens"]
 
 

@@ -97,6 +97,9 @@ SLOW_JOBS = (
     "routed experts, lora",
     "gpt2, qlora",
     "bf16",
+    "prefix-tuning, blocks twice",
+    "ia3, replicated",
+    "qlora, dora",
 )
 SLOW_BY_THREE = ("full, tied", "gpt2", "muon", "adamw8bit")
 COMPARED = [

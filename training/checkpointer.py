@@ -65,6 +65,7 @@ RUN_FILES = (
     "validation.safetensors",
     "ewc.safetensors",
     "safety.json",
+    "adapter",
     "best",
     "final",
     "wandb",

@@ -26,7 +26,14 @@ from dataset.example_records import is_whole_conversation
 from dataset.examples import Dataset
 from dataset.sampler import Sampler
 from flags import Flags, dashed
-from methods import continues_adapter, load_any_adapter, method_of, select_weights
+from methods import (
+    check_kind_of_adapter,
+    continues_adapter,
+    load_any_adapter,
+    method_of,
+    select_weights,
+    start_of,
+)
 from model import Config, Transformer
 from planning import memory, multi_gpu
 from planning.memory import Workload
@@ -416,7 +423,10 @@ def choose_optimization(flags: Flags, config: Config) -> tuple[Flags, str]:
     why_lr = ""
     if flags.lr is None:
         width_factor = (REFERENCE_WIDTH / config.hidden_size) ** WIDTH_EXPONENT
-        lr = BASE_LR * method.lr_factor * width_factor
+        factor = method.lr_factor
+        if callable(factor):
+            factor = factor(flags)
+        lr = BASE_LR * factor * width_factor
         if is_bundled_task(flags):
             lr *= BUNDLED_TASK_LR
             why_lr = f" ({BUNDLED_TASK_LR} times the default, since it is short)"
@@ -444,7 +454,8 @@ def meta_model_of_run(flags: Flags, folder: Path, config: Config) -> Transformer
     if continues_adapter(flags):
         model = memory.meta_model(config, recipe, dtype, None, flags.quant)
         model.source = folder
-        load_any_adapter(model, flags.adapter)
+        check_kind_of_adapter(flags)
+        load_any_adapter(model, start_of(flags))
         return model
     model = memory.meta_model(config, recipe, dtype, adapter_of(flags), flags.quant)
     model.source = folder

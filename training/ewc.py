@@ -308,7 +308,7 @@ def held_near_start(settings: Settings, model: Transformer) -> dict[str, Held]:
     """
     kind = method_of(settings).held
     if kind is None:
-        why = "what it trains is no change of weights"
+        why = "it holds the weights of full fine-tuning and the updates of LoRA alone"
         raise UserError(f"--ewc: is not for --method {settings.method}, {why}")
     held: dict[str, Held] = {}
     if kind == "weights":

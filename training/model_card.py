@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 import distributed
+from adapter_files import OWN_BASE
 from common.errors import printable, read_json_if_there
 from common.origin import SOURCE_FILE
 from common.remote_names import is_remote, shown
@@ -27,7 +28,7 @@ from evals.table import EVALUATIONS
 from flags import OPTIONS, dashed, existing_file
 from interop.resolve import stated_license
 from lora import parse_pattern
-from methods import ADAPTERHUB, lora_words, method_name, method_of
+from methods import ADAPTERHUB, lora_words, method_name, method_of, starts_with_loftq
 from tokenizer import Tokenizer
 from training.defaults import Settings
 from training.metrics import MetricsLogger
@@ -127,6 +128,11 @@ class ModelCard:
         return method_of(self.settings).file_type == "LORA"
 
     @property
+    def brings_base(self) -> bool:
+        """True if the folder holds the base as well."""
+        return starts_with_loftq(self.settings)
+
+    @property
     def library(self) -> str:
         """The package that loads the weights."""
         if not self.is_adapter:
@@ -190,7 +196,7 @@ class ModelCard:
         if not self.is_adapter:
             return self.loading_model()
         lines = self.get_base_lines()
-        quantized = "quant" in self.origin_numbers
+        quantized = "quant" in self.origin_numbers and not self.brings_base
         base = json.dumps(self.base_argument)
         revision = self.origin.get("base_revision")
         where = f", revision={json.dumps(revision)}" if revision else ""
@@ -220,9 +226,10 @@ class ModelCard:
             shell.append(f"python convert.py merge THIS MERGED --model {shell_base}")
             what += ", merge it into its base"
         if self.is_lora:
-            shell.append(
-                f"python convert.py to-gguf {shell_base} MODEL.gguf --adapter THIS --type q8_0"
-            )
+            export = f"{shell_base} MODEL.gguf --adapter THIS"
+            if self.brings_base:
+                export = "MERGED MODEL.gguf"
+            shell.append(f"python convert.py to-gguf {export} --type q8_0")
             what += ", or write"
         lines += ["THIS is this folder, or the name of this repository on the Hub.", ""]
         lines += [*fenced("python", *code), ""]
@@ -276,10 +283,19 @@ class ModelCard:
     def base_argument(self) -> str:
         """What is given as the base where the adapter is loaded: its name on the Hub, or a word that
         stands for a folder."""
+        if self.brings_base:
+            return f"THIS/{OWN_BASE}"
         return self.origin["base"] if "base_revision" in self.origin else "BASE"
 
     def get_base_lines(self) -> list[str]:
         """Returns how the base is had, where that is not by its name on the Hub."""
+        if self.brings_base:
+            text = (
+                f"The adapter belongs to the base in 4 bits that lies in its folder, {OWN_BASE}, which"
+                " was computed together with it (LoftQ): on the original weights it is not what was"
+                " trained."
+            )
+            return [text, ""]
         if "base_revision" in self.origin:
             return []
         gguf = self.origin.get("base_gguf")
@@ -313,7 +329,10 @@ class ModelCard:
         rows = [("base", escape(self.base_name))]
         if "base_revision" in self.origin:
             rows.append(("commit", self.origin["base_revision"]))
-        rows.append(("SHA-256 of its weights", self.origin["base_sha256"]))
+        whose = (
+            "of the weights that its 4 bits were made of" if self.brings_base else "of its weights"
+        )
+        rows.append((f"SHA-256 {whose}", self.origin["base_sha256"]))
         gguf = self.origin.get("base_gguf")
         if gguf is not None:
             rows.append(("made of the GGUF file", escape(gguf["file"])))

@@ -26,6 +26,7 @@ from data import TrainingData
 from flags import Flags, as_dict, check_owned_options
 from interop.push import check_can_push, make_repository
 from interop.resolve import trained_day, trained_system
+from methods import keep_start
 from model import Transformer
 from tokenization.chat_template import today
 from training import checkpointer
@@ -246,6 +247,7 @@ def open_run_folder(
         distributed.run_on_rank0(functools.partial(make_repository, settings.push))
     out = Path(distributed.run_on_rank0(lambda: make_run_folder(settings, lock, resumed)))
     settings = dataclasses.replace(settings, out=str(out))
+    distributed.run_on_rank0(lambda: keep_start(settings))
     check_room(settings, model, out)
     print(f"saves     {settings.reasons['save_every']}")
     return settings, out

@@ -14,7 +14,7 @@ import checkpoint
 import distributed
 import lora
 import optimizers
-from adapter_files import base_size
+from adapter_files import OWN_BASE, base_size
 from common.console import number_of, one_line
 from common.origin import SOURCE_FILE
 from common.threads import wait_policy_note
@@ -262,7 +262,10 @@ def print_next_command(settings: Settings, folder: Path, data: TrainingData) -> 
     """Prints the command that tries what was trained. folder: best/ or final/."""
     words = ["python generate.py"]
     is_adapter = method_of(settings).freezes_base
-    if is_adapter:
+    if (folder / OWN_BASE).is_dir():
+        # Its base is found there.
+        named = {"--adapter": str(folder)}
+    elif is_adapter:
         named = {"--model": settings.model, "--quant": settings.quant, "--adapter": str(folder)}
     else:
         named = {"--model": str(folder)}

@@ -164,6 +164,8 @@ def merge(model: Transformer, keep: bool = False, stored: torch.dtype | None = N
         # In fp32 from end to end: rounded twice, small updates would be lost.
         before = dequantized_weight(base.frozen, torch.float32)
         exact = layer.merged_weight(before)
+        # Now, since `before` may be the weight itself, which is about to change.
+        update += (exact - before).square().sum()
         if base.bias is not None:
             # Detached, as a parameter would become one of the layer.
             layer.original_bias = base.bias.detach()
@@ -178,7 +180,6 @@ def merge(model: Transformer, keep: bool = False, stored: torch.dtype | None = N
             base.weight.copy_(exact)
         rounded = base.weight if stored is None else base.weight.to(stored)
         lost += (rounded - exact).square().sum()
-        update += (exact - before).square().sum()
         layer.merged = True
     # An adapter that was never trained has no update.
     if not update:

@@ -513,7 +513,10 @@ class AdapterUpdates:
         if not self.layers[layer].variant.dora:
             return adapted
         lengths = self.tensors[f"{adapter_files.PREFIX}{layer}.lora_magnitude_vector"].float()
-        return adapted * (lengths / adapted.norm(dim=1).clamp(min=math.sqrt(lora.LEAST_SQUARE)))[:, None]
+        return (
+            adapted
+            * (lengths / adapted.norm(dim=1).clamp(min=math.sqrt(lora.LEAST_SQUARE)))[:, None]
+        )
 
 
 def stored_type(

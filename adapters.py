@@ -536,6 +536,8 @@ def add_described_prompt(
     count = config.get("num_virtual_tokens")
     if type(count) is not int:
         raise UserError(f"{where}: num_virtual_tokens must be a number")
+    if config.get("modules_to_save"):
+        raise UserError(f"{where}: modules_to_save is set, which is not supported")
     if config.get("num_transformer_submodules") not in (None, 1):
         raise UserError(f"{where}: num_transformer_submodules is not 1, which is not supported")
     if config.get("peft_type") == "PREFIX_TUNING":

@@ -350,8 +350,8 @@ class Flags:
     )
     dora: bool = option(
         False,
-        "lora: train the length of each row of the adapted weights as well (DoRA); takes a fifth more time"
-        " or so; default: off",
+        "lora: train the length of each row of the adapted weights as well (DoRA), which takes longer;"
+        " default: off",
     )
     init: str | None = option(
         None,

@@ -75,6 +75,7 @@ UNSUPPORTED = (
     "kasa_config",
     "monteclora_config",
 )
+COMPUTED_SWITCHES = ("use_dora", "use_rslora")
 # The least squared length that DoRA divides by.
 LEAST_SQUARE = 1e-24
 # Roundings and decompositions in turn, as in the LoftQ paper's experiments.
@@ -1153,7 +1154,9 @@ def adapter_settings(
     method = config.get("peft_type")
     if method != "LORA":
         raise UserError(f"{where}: peft_type {method!r} is not supported (supported: LORA)")
-    for key in UNSUPPORTED:
+    # What later versions switch on by a name of its own is refused as well.
+    switches = [key for key in config if key.startswith("use_") and key not in COMPUTED_SWITCHES]
+    for key in (*UNSUPPORTED, *switches):
         # peft writes keys that are not used as well, with one of these values.
         if config.get(key) not in (None, False, [], {}):
             raise UserError(f"{where}: {key} is set, which is not supported")

@@ -899,6 +899,7 @@ def saved(bases, folder, kind: str):
         ("p-tuning, mlp", {"num_virtual_tokens": "5"}, "adapter_config.json: num_virtual_tokens"),
         ("prompt-tuning", {"num_virtual_tokens": True}, "adapter_config.json: num_virtual_tokens"),
         ("prompt-tuning", {"num_virtual_tokens": None}, "adapter_config.json: num_virtual_tokens"),
+        ("prefix", {"modules_to_save": ["lm_head"]}, "adapter_config.json: modules_to_save"),
         ("prompt-tuning", {"num_virtual_tokens": 127}, "adapter_config.json: .*--virtual-tokens 127.* 128 positions"),
         ("prefix", {"num_virtual_tokens": 1000}, "adapter_config.json: .*--virtual-tokens 1000.* 128 positions"),
         ("prompt-tuning", {"num_virtual_tokens": 0}, "adapter_config.json: .*--virtual-tokens 0"),

@@ -289,8 +289,8 @@ def test_bad_words_end_in_one_line(base, call, said):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("lora_bias", True), ("use_qalora", True), ("layer_replication", [[0, 1]]), ("init_lora_weights", "olora"),
-    ("init_lora_weights", "pissa"), ("bias", "all"), ("alora_invocation_tokens", [1]),
+    ("lora_bias", True), ("use_qalora", True), ("use_what_comes_next", True), ("layer_replication", [[0, 1]]),
+    ("init_lora_weights", "olora"), ("init_lora_weights", "pissa"), ("bias", "all"), ("alora_invocation_tokens", [1]),
     ("rank_pattern", {"q_proj": "x"}), ("layers_to_transform", ["1"]), ("layers_to_transform", [7]),
     ("alpha_pattern", {"(": 2}),
 ])  # fmt: skip

@@ -332,7 +332,7 @@ def train_loop(
         lr = lr_at(step, settings)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_factor"]
+                group["lr"] = lr * group.get("lr_factor", 1.0)
             optimizer.step(found_inf)
             optimizer.zero_grad()
 

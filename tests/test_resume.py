@@ -400,10 +400,9 @@ def kills(job, folder: Path, method: str, processes: int, instants: list) -> int
         ("full", 1, [(5, None)]),
         ("lora", 2, [(4, 0.02)]),
         pytest.param("qlora", 1, [(11, None)], marks=pytest.mark.slow),
-        ("prefix-tuning", 2, [(6, 0.02)]),
         *(
             pytest.param(name, 2, [(6, None)], marks=pytest.mark.slow)
-            for name in ("bottleneck", "prompt-tuning", "p-tuning", "ia3", "variants", "vera")
+            for name in ("bottleneck", "prompt-tuning", "p-tuning", "prefix-tuning", "ia3", "variants", "vera")
         ),
         pytest.param("loftq", 1, [(6, None)], marks=pytest.mark.slow),
     ],

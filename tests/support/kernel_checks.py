@@ -19,7 +19,9 @@ def compare(ours, reference, inputs, tolerance):
     ]
     for got, wanted in zip(run(ours, inputs), run(reference, wide), strict=True):
         assert got.shape == wanted.shape
-        assert float((got.double() - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
+        # A gradient that is zero by definition may be rounding here: some CPUs' products are not exact.
+        size = max(float(wanted.abs().max()), 0.1)
+        assert float((got.double() - wanted).abs().max()) <= tolerance * size
 
 
 def random(*shape, dtype, grad=True, seed=0):

@@ -11,7 +11,8 @@ An adapter is what a method puts on a frozen model: modules that are trained in 
     saved_numbers   how many numbers of each token are kept for the backward, for the plan of memory
     file_shape      the shape of its tensors in the file, where that is another one
     tensors(model, name)   {name in the file: parameter}, for our name of its place
-    placed(model)   a static method, called once such modules were put on a model or taken off
+    placed(model)   a static method, for kinds that something else of a model depends on: called once
+                    such modules were put on a model or taken off
 
 Those whose update can be added to the weight of `base`, a linear, have `merged_weight`,
 `unmerged_weight` and `merged_bias`, and keep in `original` and `original_bias` what these replace.
@@ -22,7 +23,7 @@ whose names begin with `base_model.model.` and the published name of a module.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -112,9 +113,10 @@ def remove_adapter(model: Transformer) -> dict[str, Any]:
 
 
 def tell_placed(model: Transformer, modules: dict[str, Any]) -> None:
-    """Calls `placed` of each kind of module once."""
+    """Calls `placed` of each kind of module that has it, once."""
     for kind in dict.fromkeys(type(module) for module in modules.values()):
-        kind.placed(model)
+        if hasattr(kind, "placed"):
+            kind.placed(model)
 
 
 def set_submodule(model: nn.Module, name: str, module: nn.Module | None) -> None:
@@ -252,6 +254,15 @@ def adapter_tensors(model: Transformer) -> dict[str, Tensor]:
     return tensors
 
 
+def file_shapes(model: Transformer) -> dict[str, torch.Size]:
+    """Returns the shapes in the file, by name, of the tensors that have another one on the model."""
+    shapes: dict[str, torch.Size] = {}
+    for name, module in adapter_modules(model).items():
+        if hasattr(module, "file_shape"):
+            shapes |= dict.fromkeys(module.tensors(model, name), module.file_shape)
+    return shapes
+
+
 def peft_facts(model: Transformer, peft_type: str) -> dict:
     """Returns what every adapter_config.json of PEFT says; it names the base as common/origin.py
     does."""
@@ -266,16 +277,15 @@ def peft_facts(model: Transformer, peft_type: str) -> dict:
 
 
 def write_adapter(
+    model: Transformer,
     folder: str | Path,
     config: dict,
-    tensors: dict[str, Tensor],
     write_extra: Callable[[Path], None] | None = None,
     file_name: str = ADAPTER_FILE,
 ) -> None:
-    """Writes an adapter folder, in place of what is there. All ranks must call it.
+    """Writes the folder of a model's adapter, in place of what is there. All ranks must call it.
 
     config: what stands in adapter_config.json.
-    tensors: the weights by their names in the file, whole or sharded.
     write_extra: writes more files into the new folder, before that gets its name.
     Raises UserError if the folder holds a model.
     """
@@ -285,8 +295,10 @@ def write_adapter(
         )
     # Every rank gathers, because the shards of a tensor are on all of them.
     weights = {}
-    for name, tensor in tensors.items():
-        weights[name] = full_tensor(tensor.detach()).cpu().contiguous()
+    shapes = file_shapes(model)
+    for name, tensor in adapter_tensors(model).items():
+        whole = full_tensor(tensor.detach())
+        weights[name] = whole.view(shapes.get(name, whole.shape)).cpu().contiguous()
     with rank0_context(atomic_folder(Path(folder), replace=True)) as tmp:
         # None on the other ranks.
         if not tmp:
@@ -333,6 +345,23 @@ def load_weights_onto(model: Transformer, folder: str | Path) -> None:
     """Reads an adapter's file into the adapter that the model has already."""
     _, tensors, file = read_adapter(Path(folder))
     copy_tensors(model, tensors, file)
+
+
+def refuse_keys(config: dict, keys: Iterable[str], where: Path) -> None:
+    """Raises UserError if an adapter_config.json sets one of some keys, which would be ignored. where:
+    the file."""
+    for key in keys:
+        # peft writes keys that are not used as well, with one of these values.
+        if config.get(key) not in (None, False, [], {}):
+            raise UserError(f"{where}: {key} is set, which is not supported")
+
+
+def check_transposed(model: Transformer, config: dict, where: Path) -> None:
+    """Raises UserError if an adapter_config.json says of the model's weights that they are stored the
+    other way round. peft corrects that with a warning, but then it is unclear what the file means."""
+    transposed = config.get("fan_in_fan_out")
+    if bool(transposed) != model.config.conv1d:
+        raise UserError(f"{where}: fan_in_fan_out is {transposed}, which is wrong for this model")
 
 
 def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor], Path]:
@@ -508,11 +537,7 @@ def copy_tensors(model: Transformer, tensors: dict[str, Tensor], file: Path) -> 
             f"{file}: {len(extra)} of its tensors not used by its configuration, the first:"
             f" {extra[0]}"
         )
-    # In the file, where they are others.
-    shapes: dict[str, torch.Size] = {}
-    for place_name, module in adapter_modules(model).items():
-        if hasattr(module, "file_shape"):
-            shapes |= dict.fromkeys(module.tensors(model, place_name), module.file_shape)
+    shapes = file_shapes(model)
     with torch.no_grad():
         for name, parameter in parameters.items():
             tensor = tensors[name]

@@ -34,9 +34,10 @@ from adapter_files import (
     HUB_FILE,
     PREFIX,
     adapter_modules,
-    adapter_tensors,
+    check_transposed,
     is_number,
     peft_facts,
+    refuse_keys,
     refuse_second_adapter,
     set_submodule,
     write_adapter,
@@ -46,8 +47,8 @@ from common.choices import PROMPT_TEXT
 from common.errors import UserError
 from distributed import full_tensor
 from kernels.shared_rows import Prefix
-from kernels.swiglu import ACTIVATIONS, Gated, gated
-from model import Linear, Transformer
+from kernels.swiglu import ACTIVATIONS
+from model import Linear, Transformer, forward_each
 from tokenizer import load_tokenizer
 
 # ---- bottleneck adapters ----
@@ -151,10 +152,6 @@ class BottleneckAdapter(nn.Module):
             f"{stem}.adapter_up.weight": self.up,
             f"{stem}.adapter_up.bias": self.up_bias,
         }
-
-    @staticmethod
-    def placed(model: Transformer) -> None:
-        """Nothing else of a model depends on these modules."""
 
 
 def add_bottleneck(
@@ -314,11 +311,7 @@ class VirtualTokens(nn.Module):
     ):
         super().__init__()
         config = model.config
-        if not 0 < count < config.max_positions - 1:
-            raise UserError(
-                f"--virtual-tokens {count}: must be at least 1 and leave room for a text; the model"
-                f" has {config.max_positions:,} positions"
-            )
+        check_room_for_text(count, config.max_positions)
         self.count = count
         self.is_prefix = is_prefix
         self.start_with = start_with
@@ -407,9 +400,12 @@ class VirtualTokens(nn.Module):
         with torch.no_grad():
             return {PROMPT: functional_call(self.encoder, whole, (embedding,))}
 
-    @staticmethod
-    def placed(model: Transformer) -> None:
-        """Nothing else of a model depends on this module."""
+
+def check_room_for_text(count: int, positions: int) -> None:
+    """Raises UserError if so many virtual tokens leave no room for a text in a model's positions."""
+    if not 0 < count < positions - 1:
+        fault = "must be at least 1" if count < 1 else "leave no room for a text"
+        raise UserError(f"--virtual-tokens {count}: {fault}; the model has {positions:,} positions")
 
 
 PROMPT = "prompt_embeddings"  # the only tensor of PEFT's file
@@ -536,8 +532,7 @@ def add_described_prompt(
     count = config.get("num_virtual_tokens")
     if type(count) is not int:
         raise UserError(f"{where}: num_virtual_tokens must be a number")
-    if config.get("modules_to_save"):
-        raise UserError(f"{where}: modules_to_save is set, which is not supported")
+    refuse_keys(config, ["modules_to_save"], where)
     if config.get("num_transformer_submodules") not in (None, 1):
         raise UserError(f"{where}: num_transformer_submodules is not 1, which is not supported")
     if config.get("peft_type") == "PREFIX_TUNING":
@@ -592,12 +587,7 @@ class ScaledLinear(nn.Module):
         self, x: Tensor, layers: list, up: Tensor | None = None, activation: str = ""
     ) -> list[Tensor]:
         """Returns the outputs of several layers that read the same input, as Linear's does."""
-        if up is not None:
-            if torch.is_grad_enabled():
-                x = Gated.apply(x, up, activation)
-            else:
-                x = gated(x, up, activation)
-        return [layer(x) for layer in layers]
+        return forward_each(x, layers, up, activation)
 
     def member(self) -> None:
         """None: experts are not adapted."""
@@ -605,28 +595,22 @@ class ScaledLinear(nn.Module):
     @property
     def file_shape(self) -> torch.Size:
         """In PEFT's files: a row for the inputs, a column for the outputs."""
-        return self.shaped(self.ia3_scale).shape
+        size = len(self.ia3_scale)
+        return torch.Size((1, size) if self.on_input else (size, 1))
 
-    def shaped(self, scale: Tensor) -> Tensor:
-        """Returns factors in the shape in which they go with a weight [out, in]: [1, in] or
-        [out, 1]."""
-        return scale[None] if self.on_input else scale[:, None]
+    # In the shape of the file, the factors go with a weight [out, in].
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        return weight * self.shaped(self.ia3_scale)
+        return weight * self.ia3_scale.view(self.file_shape)
 
     def unmerged_weight(self, weight: Tensor) -> Tensor:
-        return weight / self.shaped(self.ia3_scale)
+        return weight / self.ia3_scale.view(self.file_shape)
 
     def merged_bias(self, bias: Tensor) -> Tensor:
         return bias if self.on_input else bias * self.ia3_scale.float()
 
     def tensors(self, model: Transformer, name: str) -> dict[str, Tensor]:
         return {f"{PREFIX}{hf_name(model, name)}{IA3_END}": self.ia3_scale}
-
-    @staticmethod
-    def placed(model: Transformer) -> None:
-        """Nothing else of a model depends on these modules."""
 
 
 # Keys, values and the middle of the MLP; where one matrix holds queries too, all of its outputs, as
@@ -703,12 +687,8 @@ def add_described_ia3(
 
     Raises UserError if the configuration asks for what is not computed here.
     """
-    if config.get("modules_to_save"):
-        raise UserError(f"{where}: modules_to_save is set, which is not supported")
-    if bool(config.get("fan_in_fan_out")) != model.config.conv1d:
-        raise UserError(
-            f"{where}: fan_in_fan_out is {config.get('fan_in_fan_out')}, which is wrong for this model"
-        )
+    refuse_keys(config, ["modules_to_save"], where)
+    check_transposed(model, config, where)
     feedforward = config.get("feedforward_modules") or []
     if not isinstance(feedforward, list) or not all(isinstance(each, str) for each in feedforward):
         raise UserError(f"{where}: feedforward_modules must be a list of names")
@@ -742,7 +722,7 @@ CONFIGS: dict[type, Callable[[Transformer], dict]] = {
 }
 
 
-def save_added(
+def save_non_lora(
     model: Transformer, folder: str | Path, write_extra: Callable[[Path], None] | None = None
 ) -> None:
     """Writes the folder of a model's adapter that is one of this file's, in place of what is there.
@@ -751,14 +731,6 @@ def save_added(
     write_extra: writes more files into the new folder, before that gets its name.
     Raises UserError if the folder holds a model.
     """
-    modules = adapter_modules(model)
-    kind = type(next(iter(modules.values())))
-    config = CONFIGS[kind](model)
-    tensors = adapter_tensors(model)
-    if kind is ScaledLinear:
-        tensors = {
-            name: module.shaped(full_tensor(scale.detach()))
-            for module, (name, scale) in zip(modules.values(), tensors.items(), strict=True)
-        }
+    kind = type(next(iter(adapter_modules(model).values())))
     file_name = HUB_FILE if kind is BottleneckAdapter else ADAPTER_FILE
-    write_adapter(folder, config, tensors, write_extra, file_name)
+    write_adapter(model, folder, CONFIGS[kind](model), write_extra, file_name)

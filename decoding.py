@@ -276,14 +276,15 @@ class KVCache:
         """
         prompt = self.model.prompt
         count = self.model.virtual_tokens
-        # Negative ids stand for virtual tokens, which all texts begin with.
-        virtual = list(range(-count, 0))
-        texts = [virtual + text for text in texts]
+        if count:
+            # Negative ids stand for virtual tokens, which all texts begin with.
+            texts = [[*range(-count, 0), *text] for text in texts]
         tokens, expand_list, select_list = shared_prefixes(texts, self.model.config)
+        num_virtual = 0
         if count:
             order_virtual_first(tokens, expand_list, select_list)
-        num_virtual = sum(token < 0 for token in tokens)
-        tokens = tokens[num_virtual:]
+            num_virtual = sum(token < 0 for token in tokens)
+            tokens = tokens[num_virtual:]
         prefixes = None
         leading: Tensor | None = None
         num_prefix = 0

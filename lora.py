@@ -33,11 +33,12 @@ from torch import Tensor, nn
 import adapter_files
 from adapter_files import (  # noqa: F401
     PREFIX,
-    adapter_tensors,
+    check_transposed,
     is_number,
     load_onto,
     merge,
     peft_facts,
+    refuse_keys,
     refuse_second_adapter,
     set_submodule,
     unmerge,
@@ -352,7 +353,7 @@ class LoRALinear(nn.Module):
         if self.lora_magnitude is None:
             return adapted
         # Kept for `unmerged_weight`: the rows of the merged weight have lost these lengths.
-        self.merged_lengths = adapted.norm(dim=1).clamp(min=math.sqrt(LEAST_SQUARE))
+        self.merged_lengths = row_lengths(adapted)
         return adapted * (self.lora_magnitude / self.merged_lengths)[:, None]
 
     def unmerged_weight(self, weight: Tensor) -> Tensor:
@@ -378,6 +379,11 @@ class LoRALinear(nn.Module):
     @staticmethod
     def placed(model: Transformer) -> None:
         set_casts(model)
+
+
+def row_lengths(weight: Tensor) -> Tensor:
+    """Returns the length of each row of a weight [out, in], never zero."""
+    return weight.norm(dim=1).clamp(min=math.sqrt(LEAST_SQUARE))
 
 
 def whole_weight(linear: Linear) -> Tensor:
@@ -732,9 +738,14 @@ def by_pattern(pattern: Mapping, name: str, default):
     """Returns the value of the first regular expression that a published name ends with, as peft
     matches rank_pattern; else the default."""
     for ending, value in pattern.items():
-        if re.match(rf"(.*\.)?({ending})$", name):
+        if ends_with(name, ending):
             return value
     return default
+
+
+def ends_with(name: str, ending: str) -> bool:
+    """True if a published name, or whole words at its end, match a regular expression."""
+    return re.match(rf"(.*\.)?({ending})$", name) is not None
 
 
 def refuse_experts(is_refused: bool, flag: str, names: list[str]) -> None:
@@ -756,7 +767,7 @@ def check_patterns(variant: Variant, names: list[str]) -> None:
     ):
         for ending, value in pattern.items():
             try:
-                found = any(re.match(rf"(.*\.)?({ending})$", name) for name in names)
+                found = any(ends_with(name, ending) for name in names)
             except (re.error, OverflowError, RecursionError) as error:
                 raise UserError(f"{flag} {ending}: no regular expression ({error})") from None
             if not found:
@@ -967,10 +978,6 @@ class VeRALinear(nn.Module):
             VERA_B: self.projections.B,
         }
 
-    @staticmethod
-    def placed(model: Transformer) -> None:
-        """Nothing else of a model depends on these modules."""
-
 
 VERA_A, VERA_B = "base_model.vera_A", "base_model.vera_B"  # their names in PEFT's file
 
@@ -1013,7 +1020,7 @@ def save_vera(
         "bias": "none",
         "fan_in_fan_out": model.config.conv1d,
     }
-    write_adapter(folder, config, adapter_tensors(model), write_extra)
+    write_adapter(model, folder, config, write_extra)
 
 
 def add_described_vera(
@@ -1029,15 +1036,10 @@ def add_described_vera(
             f"{where}: its projections are not in the file (save_projection), and what a seed gives"
             " elsewhere is not known"
         )
-    for key in ("modules_to_save", "exclude_modules"):
-        if config.get(key):
-            raise UserError(f"{where}: {key} is set, which is not supported")
+    refuse_keys(config, ("modules_to_save", "exclude_modules"), where)
     if config.get("bias", "none") != "none" or config.get("vera_dropout"):
         raise UserError(f"{where}: bias and vera_dropout are not supported")
-    if bool(config.get("fan_in_fan_out")) != model.config.conv1d:
-        raise UserError(
-            f"{where}: fan_in_fan_out is {config.get('fan_in_fan_out')}, which is wrong for this model"
-        )
+    check_transposed(model, config, where)
     if type(config.get("r")) is not int:
         raise UserError(f"{where}: r must be a number")
     targets = adapter_targets(config.get("target_modules"), where, model)
@@ -1076,7 +1078,7 @@ def save_adapter(
         "bias": "none",
         "fan_in_fan_out": model.config.conv1d,
     }
-    write_adapter(folder, config, adapter_tensors(model), write_extra)
+    write_adapter(model, folder, config, write_extra)
 
 
 def usual_shape(layers: Iterable[LoRALinear]) -> tuple[int, float]:
@@ -1156,14 +1158,8 @@ def adapter_settings(
         raise UserError(f"{where}: peft_type {method!r} is not supported (supported: LORA)")
     # What later versions switch on by a name of its own is refused as well.
     switches = [key for key in config if key.startswith("use_") and key not in COMPUTED_SWITCHES]
-    for key in (*UNSUPPORTED, *switches):
-        # peft writes keys that are not used as well, with one of these values.
-        if config.get(key) not in (None, False, [], {}):
-            raise UserError(f"{where}: {key} is set, which is not supported")
-    # peft corrects a wrong value with a warning, but then it is unclear what the file means.
-    transposed = config.get("fan_in_fan_out")
-    if bool(transposed) != model.config.conv1d:
-        raise UserError(f"{where}: fan_in_fan_out is {transposed}, which is wrong for this model")
+    refuse_keys(config, (*UNSUPPORTED, *switches), where)
+    check_transposed(model, config, where)
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower() not in PLAIN_STARTS:
         raise UserError(
@@ -1213,7 +1209,7 @@ def used_pattern(pattern: Mapping, names: list[str]) -> dict:
     """Returns the rows of a pattern that match one of some published names."""
     used = {}
     for ending, value in pattern.items():
-        if any(re.match(rf"(.*\.)?({ending})$", name) for name in names):
+        if any(ends_with(name, ending) for name in names):
             used[ending] = value
     return used
 

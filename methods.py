@@ -50,7 +50,8 @@ class Method(NamedTuple):
     title: what the result is called, after "A".
     can_merge: the result can be added to the base's weights.
     defaults: of a new adapter's options, where they are others than flags.NEW_ADAPTER's.
-    shape(model): rank or size, and the other options of a new adapter, of the one that a model has.
+    shape(model): rank or size, and the other options of a new adapter, of the one that a model has;
+        None where there are none.
     quant: the 4-bit format of the base where --quant is not given.
     describe(settings): what is trained, in a few words for the summary.
     lighter: the method that takes less memory, to be suggested where it ran out.
@@ -408,7 +409,7 @@ def save_adapter_folder(
     model: Transformer, settings, folder: Path, write_extra: Callable[[Path], None]
 ) -> str:
     """Writes the folder of an adapter of adapters.py, in float32: nothing is rounded."""
-    adapters.save_added(model, folder, write_extra)
+    adapters.save_non_lora(model, folder, write_extra)
     return ""
 
 
@@ -535,10 +536,6 @@ def rate_of_prefix(settings) -> float:
     return 500 if settings.encoder == "none" else 4
 
 
-def no_shape(model: Transformer) -> dict:
-    return {}
-
-
 # ---- the table ----
 
 
@@ -654,7 +651,7 @@ IA3 = BOTTLENECK._replace(
     describe=describe_ia3,
     file_type="IA3",
     add_described=adapters.add_described_ia3,
-    shape=no_shape,
+    shape=None,
     title="set of learned factors, (IA)^3,",
     can_merge=True,
     lr_factor=150,

@@ -551,8 +551,9 @@ def make_optimizers(
         return found
 
     optimizers: list[Optimizer] = []
-    if groups_of(by_muon=True):
-        optimizers.append(Muon(groups_of(by_muon=True), lr))
+    muon_groups = groups_of(by_muon=True)
+    if muon_groups:
+        optimizers.append(Muon(muon_groups, lr))
     groups = groups_of(by_muon=False)
     if groups and offload:
         optimizers.append(OffloadedAdamW(groups, lr))

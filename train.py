@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 import distributed
+from adapters import check_room_for_text
 from checkpoint import read_config
 from common.console import lasting_output
 from common.errors import UserError
@@ -209,11 +210,8 @@ def read_inputs(flags: Flags, device: torch.device) -> Inputs | None:
     virtual_tokens = report.virtual_tokens_of(flags)
     if virtual_tokens and distributed.context_parallel:
         raise UserError("--context-parallel: is not for virtual tokens before every text")
-    if virtual_tokens >= config.max_positions - 1:
-        raise UserError(
-            f"--virtual-tokens {virtual_tokens}: leave no room for a text; the model has"
-            f" {config.max_positions:,} positions"
-        )
+    if virtual_tokens:
+        check_room_for_text(virtual_tokens, config.max_positions)
     if config.experts and distributed.context_parallel:
         why = "not with routed experts, whose balance is of whole batches"
         raise UserError(f"--context-parallel: {why}")

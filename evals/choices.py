@@ -285,9 +285,8 @@ class PrefixTree:
         tokens, expand, select = shared_prefixes(texts, model.config)
         device = model.device
         self.tokens = torch.tensor(tokens, device=device)
-        # Of all texts, one after the other, and where among these each node first stands.
-        self.all_tokens = torch.tensor([token for text in texts for token in text], device=device)
-        self.first = torch.tensor(select, device=device)
+        self.texts = texts
+        self.select = select  # where among the tokens of all texts each node first stands
         self.paths: list[list[int]] = []
         start = 0
         for text in texts:
@@ -305,8 +304,10 @@ class PrefixTree:
         """Returns the hidden state of each node, [nodes, D], ready for the head."""
         if model.virtual_tokens:
             # A learned prompt stands before whole documents.
-            whole = Documents([len(path) for path in self.paths], self.device)
-            return model.flat(self.all_tokens, whole).index_select(0, self.first)
+            whole = Documents([len(text) for text in self.texts], self.device)
+            tokens = [token for text in self.texts for token in text]
+            hidden = model.flat(torch.tensor(tokens, device=self.device), whole)
+            return hidden[torch.tensor(self.select, device=self.device)]
         attention = self.attention_fn(model)
         attention_fns = [attention] * len(model.blocks)
         return model.hidden(self.tokens, self.positions, self.lengths, attention_fns)

@@ -14,7 +14,6 @@ loads.
 import contextlib
 import dataclasses
 import errno
-import math
 import os
 import shutil
 import tempfile
@@ -513,10 +512,7 @@ class AdapterUpdates:
         if not self.layers[layer].variant.dora:
             return adapted
         lengths = self.tensors[f"{adapter_files.PREFIX}{layer}.lora_magnitude_vector"].float()
-        return (
-            adapted
-            * (lengths / adapted.norm(dim=1).clamp(min=math.sqrt(lora.LEAST_SQUARE)))[:, None]
-        )
+        return adapted * (lengths / lora.row_lengths(adapted))[:, None]
 
 
 def stored_type(

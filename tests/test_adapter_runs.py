@@ -60,7 +60,7 @@ def hub_folder(base: str, folder: Path) -> Path:
 
     model = load_model(base)
     adapters.add_bottleneck(model, adapters.Placement(True, False, "residual", "gelu", 2.0), 8.0)
-    adapters.save_added(model, folder)
+    adapters.save_non_lora(model, folder)
     return folder
 
 

@@ -172,7 +172,7 @@ def test_our_adapter_gives_the_same_logits_in_peft(bases, tmp_path, base, kind):
     """Also in a padded batch of texts of different lengths, against each text alone."""
     folder, theirs = bases(base)
     model = adapted(folder, kind)
-    adapters.save_added(model, tmp_path)
+    adapters.save_non_lora(model, tmp_path)
     wrapped = in_peft(theirs, tmp_path)
     with torch.no_grad():
         ours = model(TOKENS)
@@ -247,7 +247,7 @@ def test_factors_of_peft_give_the_same_logits_here(bases, tmp_path, base, target
     with torch.no_grad():
         assert relative(model(TOKENS), own_logits(wrapped, TOKENS)) < 1e-5
         # And these back to peft, by the names that are written here.
-        adapters.save_added(model, tmp_path / "again")
+        adapters.save_non_lora(model, tmp_path / "again")
         again = in_peft(theirs, tmp_path / "again")
         assert relative(own_logits(again, TOKENS), own_logits(wrapped, TOKENS)) < 1e-6
 
@@ -277,7 +277,7 @@ def test_gradients_equal_those_of_peft(bases, tmp_path, base, kind):
     folder, theirs = bases(base)
     if kind == "ia3":
         model = adapted(folder, kind)
-        adapters.save_added(model, tmp_path)
+        adapters.save_non_lora(model, tmp_path)
         wrapped = in_peft(theirs, tmp_path, is_trainable=True)
     else:
         wrapped = random_peft(theirs, PEFT_PROMPTS[kind](), tmp_path)
@@ -305,7 +305,7 @@ def test_a_prefix_with_keys_for_every_query_head_is_refused(bases, tmp_path):
 
 def test_what_differs_of_the_base_is_said(bases, tmp_path):
     folder, _ = bases("llama")
-    adapters.save_added(adapted(folder, "prompt-tuning"), tmp_path)
+    adapters.save_non_lora(adapted(folder, "prompt-tuning"), tmp_path)
     lines = []
     methods.put_adapter_on(load_model(folder), tmp_path, lines.append)
     assert lines == []
@@ -438,7 +438,7 @@ def test_files_have_the_layout_of_the_adapters_library(bases, tmp_path, placemen
     folder, _ = bases("llama")
     model = load_model(folder)
     adapters.add_bottleneck(model, placement, HUB_CONFIGS[placement]["reduction_factor"], name="a")
-    adapters.save_added(model, tmp_path)
+    adapters.save_non_lora(model, tmp_path)
     assert {each.name for each in tmp_path.iterdir()} == {"adapter.safetensors", "adapter_config.json"}
     tensors = load_file(tmp_path / "adapter.safetensors")
     assert {name: [*tensor.shape] for name, tensor in tensors.items()} == hub_shapes(placement)
@@ -464,7 +464,7 @@ def test_a_file_of_the_adapters_library_computes_the_equations(bases, tmp_path, 
     assert torch.equal(adapter.up_bias, tensors[stem + "up.bias"])
     with torch.no_grad():
         assert relative(model(TOKENS), wanted(TOKENS).logits) < 1e-5
-    adapters.save_added(model, tmp_path / "again")
+    adapters.save_non_lora(model, tmp_path / "again")
     again = load_file(tmp_path / "again" / "adapter.safetensors")
     assert again.keys() == tensors.keys() and all(torch.equal(again[name], tensors[name]) for name in again)
 
@@ -477,7 +477,7 @@ def test_a_base_need_not_name_its_class(bases, tmp_path, architectures):
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"architectures": architectures}))
     model = adapted(tmp_path / "base", "houlsby")
-    adapters.save_added(model, tmp_path / "adapter")
+    adapters.save_non_lora(model, tmp_path / "adapter")
     with torch.no_grad():
         assert relative(loaded(folder, tmp_path / "adapter")(TOKENS), model(TOKENS)) < 1e-6
 
@@ -487,7 +487,7 @@ def test_the_written_reduction_factor_gives_the_same_size(bases, tmp_path, facto
     folder, _ = bases("llama")
     model = load_model(folder)
     adapters.add_bottleneck(model, "parallel", factor)
-    adapters.save_added(model, tmp_path)
+    adapters.save_non_lora(model, tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())["config"]["reduction_factor"]
     size = load_file(tmp_path / "adapter.safetensors").popitem()[1].shape
     assert int(32 // factor) in size and int(32 // written) == int(32 // factor)
@@ -507,7 +507,7 @@ def test_any_placement_is_saved_as_it_is(bases, tmp_path, placement):
     model = load_model(folder)
     adapters.add_bottleneck(model, placement, 4, name="other")
     randomise(model)
-    adapters.save_added(model, tmp_path)
+    adapters.save_non_lora(model, tmp_path)
     again = loaded(folder, tmp_path)
     activation = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}[placement.activation]
 
@@ -665,7 +665,7 @@ def test_a_base_in_nf4_is_trained_and_answers(wide_base, tmp_path, kind):
     assert logits.isfinite().all()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in trained(model).values())
     assert model.generate(PROMPT_IDS[:2], 3) == [greedy(model, prompt, 3) for prompt in PROMPT_IDS[:2]]
-    adapters.save_added(model, tmp_path)
+    adapters.save_non_lora(model, tmp_path)
     again = load_model(wide_base, quant="nf4")
     methods.load_any_adapter(again, tmp_path)
     assert relative(again(TOKENS), logits) < 1e-6
@@ -887,7 +887,7 @@ def refused(base, folder) -> str:
 def saved(bases, folder, kind: str):
     """The folder of a llama, and that of an adapter of it."""
     base, _ = bases("llama")
-    adapters.save_added(adapted(base, kind), folder)
+    adapters.save_non_lora(adapted(base, kind), folder)
     return base, folder
 
 
@@ -1042,5 +1042,5 @@ def test_virtual_tokens_must_leave_room_for_a_text(bases, add, count):
 def test_an_adapter_never_replaces_a_model(bases):
     folder, _ = bases("llama")
     with pytest.raises(UserError, match=f"{folder}: holds a model"):
-        adapters.save_added(adapted(folder, "prompt-tuning"), folder)
+        adapters.save_non_lora(adapted(folder, "prompt-tuning"), folder)
     assert (folder / "model.safetensors").is_file()

@@ -66,6 +66,17 @@ def in_peft(base, folder, **settings):
         return peft.PeftModel.from_pretrained(hugging, folder, **settings)
 
 
+def assert_read(base, folder, config) -> None:
+    """An adapter that peft makes of a configuration is read with the logits that it has in peft."""
+    wrapped = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
+    move(wrapped)
+    wrapped.save_pretrained(folder)
+    model = load_model(base)
+    methods.load_any_adapter(model, folder)
+    with torch.no_grad():
+        assert torch.allclose(model(TOKENS), wrapped.eval()(TOKENS).logits, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("family", ["base", "gpt2"])
 def test_the_file_computes_the_same_in_peft_and_read_again(request, tmp_path, family, name):
@@ -122,14 +133,7 @@ def test_what_peft_writes_is_read(base, tmp_path, settings):
     config = peft.LoraConfig(
         **{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]} | settings
     )
-    hugging = transformers.AutoModelForCausalLM.from_pretrained(base)
-    wrapped = peft.get_peft_model(hugging, config)
-    move(wrapped)
-    wrapped.save_pretrained(tmp_path)
-    model = load_model(base)
-    methods.load_any_adapter(model, tmp_path)
-    with torch.no_grad():
-        assert torch.allclose(model(TOKENS), wrapped.eval()(TOKENS).logits, atol=1e-5)
+    assert_read(base, tmp_path, config)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -247,15 +251,7 @@ def test_vera_in_peft_and_back(request, tmp_path, family):
 
 
 def test_peft_s_vera_is_read_and_one_without_projections_is_refused(base, tmp_path):
-    hugging = transformers.AutoModelForCausalLM.from_pretrained(base)
-    config = peft.VeraConfig(r=8, target_modules=["q_proj", "down_proj"], projection_prng_key=7)
-    wrapped = peft.get_peft_model(hugging, config)
-    move(wrapped)
-    wrapped.save_pretrained(tmp_path)
-    model = load_model(base)
-    methods.load_any_adapter(model, tmp_path)
-    with torch.no_grad():
-        assert torch.allclose(model(TOKENS), wrapped.eval()(TOKENS).logits, atol=1e-5)
+    assert_read(base, tmp_path, peft.VeraConfig(r=8, target_modules=["q_proj", "down_proj"], projection_prng_key=7))
     file = tmp_path / "adapter_model.safetensors"
     save_file({name: t for name, t in load_file(file).items() if "vera_A" not in name}, file)
     with pytest.raises(UserError, match="projections are not in the file"):

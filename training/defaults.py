@@ -141,8 +141,8 @@ def resolve_defaults(
     model = meta_model_of_run(flags, folder, config)
     if continues_adapter(flags):
         shape = method_of(flags).shape
-        assert shape is not None, "only methods with adapters have --adapter"
-        flags = dataclasses.replace(flags, **shape(model))
+        if shape is not None:
+            flags = dataclasses.replace(flags, **shape(model))
 
     # What the run takes, which --compile and --save-every depend on.
     max_tokens = choose_max_tokens(flags, model, device)

@@ -5,6 +5,7 @@ An adapter is what a method puts on a frozen model: modules that are trained in 
 
     is_adapter   True, by which it is found
     base         what stands in its place without it: the linear that it adapts, or None
+    before       where it took the place of another than `base`: that one (optional)
     merged       True while the base alone computes, either because the adapter's update is in the
                  base's weights, or because the adapter is switched off
     start(model)    fills in the first numbers, the same on every rank
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from checkpoint import (
     all_finite,
+    base_of,
     config_dtype,
     copy_local_rows,
     fingerprint,
@@ -107,7 +109,7 @@ def remove_adapter(model: Transformer) -> dict[str, Any]:
     `merge` the model is an ordinary one for save_model."""
     modules = adapter_modules(model)
     for name, module in modules.items():
-        set_submodule(model, name, module.base)
+        set_submodule(model, name, getattr(module, "before", module.base))
     tell_placed(model, modules)
     return modules
 
@@ -243,6 +245,15 @@ def unmerge(model: Transformer) -> None:
         layer.original_bias = None
 
 
+def whole_weight(layer: Any) -> Tensor:
+    """Returns the weight of a frozen linear or embedding table, float32 [out, in], also if it is
+    sharded or in NF4. All ranks must call it."""
+    if layer.nf4 is None:
+        return full_tensor(layer.weight.detach()).float()
+    parts = [full_tensor(part.detach()) for part in layer.nf4.tensors if part is not None]
+    return dequantized_weight(NF4(*parts), torch.float32)
+
+
 # ---- as a folder ----
 
 
@@ -294,11 +305,14 @@ def write_adapter(
             f"{folder}: holds a model, which an adapter would replace; name another folder"
         )
     # Every rank gathers, because the shards of a tensor are on all of them.
-    weights = {}
+    weights: dict[str, Tensor] = {}
     shapes = file_shapes(model)
     for name, tensor in adapter_tensors(model).items():
         whole = full_tensor(tensor.detach())
-        weights[name] = whole.view(shapes.get(name, whole.shape)).cpu().contiguous()
+        whole = whole.view(shapes.get(name, whole.shape)).cpu().contiguous()
+        # The safetensors package takes no tensor under two names.
+        is_there = any(whole.data_ptr() == other.data_ptr() for other in weights.values())
+        weights[name] = whole.clone() if is_there else whole
     with rank0_context(atomic_folder(Path(folder), replace=True)) as tmp:
         # None on the other ranks.
         if not tmp:
@@ -323,27 +337,38 @@ def load_onto(
     """
     config, tensors, file = read_adapter(Path(folder))
     config_file = Path(folder) / CONFIG_FILE
-    # To leave the model as it was if the tensors do not fit.
-    trainable = {p for p in model.parameters() if p.requires_grad}
+    # To leave the model as it was if the adapter does not fit.
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    had_adapter = has_adapter(model)
     try:
-        attach(model, config, config_file, tensors)
-    except UserError as error:
-        message = str(error)
-        if message.startswith(str(config_file)):
-            raise
-        raise UserError(f"{config_file}: does not fit this model ({message})") from None
-    try:
+        try:
+            attach(model, config, config_file, tensors)
+        except UserError as error:
+            message = str(error)
+            if message.startswith(str(config_file)):
+                raise
+            raise UserError(f"{config_file}: does not fit this model ({message})") from None
         copy_tensors(model, tensors, file)
     except UserError:
-        remove_adapter(model)
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter in trainable)
+        if not had_adapter:
+            remove_adapter(model)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(trainable[name])
         raise
 
 
-def load_weights_onto(model: Transformer, folder: str | Path) -> None:
-    """Reads an adapter's file into the adapter that the model has already."""
-    _, tensors, file = read_adapter(Path(folder))
+def load_weights_onto(
+    model: Transformer,
+    folder: str | Path,
+    tidy: Callable[[Transformer, dict, Path, dict[str, Tensor]], None] | None = None,
+) -> None:
+    """Reads an adapter's file into the adapter that the model has already.
+
+    tidy(model, config, where, tensors): brings the file's tensors into the form of the model's own.
+    """
+    config, tensors, file = read_adapter(Path(folder))
+    if tidy is not None:
+        tidy(model, config, Path(folder) / CONFIG_FILE, tensors)
     copy_tensors(model, tensors, file)
 
 
@@ -424,7 +449,7 @@ def quant_kind(model: Transformer) -> str | None:
     quantized = list(quantized_linears(model).values())
     if not quantized:
         return None
-    return "nf4+head" if model.head in quantized else "nf4"
+    return "nf4+head" if base_of(model.head) in quantized else "nf4"
 
 
 def base_numbers(model: Transformer) -> dict:

@@ -119,6 +119,11 @@ def hf_name(model: Transformer, name: str) -> str:
     return table[module].format(*numbers) + "." + leaf
 
 
+def base_of(module: nn.Module | None) -> nn.Module | None:
+    """Returns what a module of an adapter stands for, another module itself."""
+    return getattr(module, "base", module)
+
+
 def transposed(model: Transformer, name: str) -> bool:
     """True if files store this parameter as [in, out]: GPT-2's "Conv1D", the matrices of its
     blocks."""
@@ -476,11 +481,21 @@ def place_tensor(
     if place.transposed:
         tensor = tensor.t()
     parameter = getattr(place.owner, place.leaf)
+    tensor = with_rows_of(parameter, tensor)
     if to_local(parameter).is_meta:
         value = tensor.to(device, dtype, copy=copy).contiguous()
         setattr(place.owner, place.leaf, nn.Parameter(value))
     else:
         copy_local_rows(parameter, tensor)
+
+
+def with_rows_of(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """Returns a stored tensor with as many rows as a parameter has, zeros in those that are not stored:
+    a table that got rows for new tokens (vocabulary/tables.py) has more."""
+    missing = len(parameter) - len(tensor)
+    if not missing:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
 
 
 def fill_nf4(place: Place, tensor: Tensor, device: torch.device) -> None:
@@ -549,7 +564,7 @@ def check_tied_head(
     """Raises UserError if a stored output head differs from the embedding that it is tied to."""
     embedding = model.embed.weight.detach()
     table = to_local(embedding)
-    stored_rows = stored_head[local_row_slice(embedding)]
+    stored_rows = with_rows_of(embedding, stored_head)[local_row_slice(embedding)]
     pairs = zip(stored_rows.split(COMPARED_ROWS), table.split(COMPARED_ROWS), strict=True)
     for stored, ours in pairs:
         if not torch.equal(stored.to(device, dtype), ours):
@@ -772,7 +787,7 @@ class Stored(NamedTuple):
 
 def is_stored_as_it_is(name: str) -> bool:
     """True for a parameter of the base model that is not quantised."""
-    return not any(part in name for part in (".lora_", ".ia3_scale", ".nf4."))
+    return not any(part in name for part in (".lora_", ".ia3_scale", ".trained_", ".nf4."))
 
 
 def tensors_to_store(model: Transformer, dtype: torch.dtype | None) -> list[Stored]:
@@ -809,7 +824,7 @@ def config_to_store(model: Transformer, dtype: torch.dtype | None) -> dict:
         nf4 = quantized[-1].nf4
         is_double = nf4 is not None and nf4.nested is not None
         compute_dtype = config_dtype(dtype or model.dtype)
-        has_head = model.head in quantized
+        has_head = base_of(model.head) in quantized
         config["quantization_config"] = settings(is_double, compute_dtype, has_head)
     dtypes = set()
     for name, parameter in model.named_parameters():
@@ -924,6 +939,7 @@ def share_lost_by_rounding(model: Transformer, dtype: torch.dtype) -> float:
             continue
         if transposed(model, matches[name]):
             tensor = tensor.t()
+        tensor = with_rows_of(parameter, tensor)
         base_rows = tensor[local_row_slice(parameter)].split(COMPARED_ROWS)
         for base, now in zip(base_rows, to_local(parameter).split(COMPARED_ROWS), strict=True):
             base = base.to(now.device, torch.float32)

@@ -61,6 +61,7 @@ from interop.written import describe_folder, describe_gguf
 from kernels.nf4 import dequantized_weight
 from methods import load_any_adapter
 from model import quantized_linears
+from vocabulary.tables import vocabulary_size
 
 # Files of assets/, the first of which a tokenizer can read: what --check is where it is not given.
 BUNDLED_CHECKS = ("general_chat.jsonl", "general.txt")
@@ -253,7 +254,7 @@ def read_checked_records(
         try:
             tokenizer = pick_tokenizer(folder, adapter, None)
             dataset = data.load([file], tokenizer, min(CHECKED_TOKENS, config.max_positions))
-            data.check_tokens(dataset, config.vocab_size, file)
+            data.check_tokens(dataset, vocabulary_size(config, adapter), file)
         except UserError as error:
             # What was asked for must be possible; what was not is no reason to merge nothing.
             if check is not None:

@@ -888,8 +888,8 @@ def packed_weights(model, steps: int) -> Iterator[None]:
         return
     on_cpu = model.device.type == "cpu"
     linears = set()
-    for module in model.modules():
-        if hasattr(module, "nf4") and module is not model.head:
+    for module in model.blocks.modules():
+        if hasattr(module, "nf4"):
             linears.add(module)
     groups = linears_by_input(model, linears)
     if on_cpu:
@@ -922,6 +922,8 @@ def packed_weights(model, steps: int) -> Iterator[None]:
                 override(module, "forward", partial(mlp_fused, module, weights))
         if on_cpu:
             pack_alone(model, linears.difference(*groups.values()), override)
+        else:
+            keep_head(model, override)
         yield
     finally:
         for module, method in overrides:
@@ -942,8 +944,17 @@ def pack_alone(model, linears: set, override: Callable[[nn.Module, str, Callable
             # That of a Linear calls the forward of each layer in turn, if not all layers are plain
             # Linears.
             override(module, "forward_shared", module.base.forward_shared)
-    packed_head = pack_weight(model.head_weight())
+    packed_head = pack_weight(model.head_weight().to(model.dtype))
     override(model, "uncapped_logits", partial(logits_packed, packed_head))
+
+
+def keep_head(model, override: Callable[[nn.Module, str, Callable], None]) -> None:
+    """Keeps the output head of a model on a GPU in the dtype of the activations, where each step would
+    have to make it: of a head that is trained, or of which rows are. override: as of `pack_alone`."""
+    is_made = model.head_rows() is not None
+    if model.trains_head and (is_made or model.head_weight().dtype != model.dtype):
+        head = model.head_weight().to(model.dtype)
+        override(model, "uncapped_logits", partial(F.linear, weight=head))
 
 
 def is_packed(model) -> bool:
@@ -973,7 +984,8 @@ def linears_by_input(model, linears: set) -> dict[nn.Module, list]:
 
 def can_pack_all(model, linears: set) -> bool:
     """True if a CPU can pack all these linears and the output head."""
-    head = model.head_weight()
+    # One that is trained is in float32.
+    head = model.head_weight().to(model.dtype)
     numel = head.numel()
     plain = [head]
     for linear in linears:

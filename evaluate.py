@@ -56,6 +56,7 @@ from evals.scores import ItemScores
 from evals.table import CHOOSE, COMMANDS, EVALUATIONS, EXECUTE, GENERATE, LOSS, imported
 from evals.targets import Opened, digest_of_ids, encode_files
 from interop.remote_data import fetch_data
+from vocabulary.tables import vocabulary_size
 
 
 def main() -> None:
@@ -88,7 +89,8 @@ def measure_loss(args: argparse.Namespace) -> None:
         dataset = encode_files(
             args, opened.files, tokenizer, target.max_positions(), opened.map_fn, opened.print_once
         )
-        data.check_tokens(dataset, config.vocab_size, ", ".join(map(str, opened.files)))
+        size = vocabulary_size(config, target.adapter)
+        data.check_tokens(dataset, size, ", ".join(map(str, opened.files)))
         digests.add(digest_of_ids(dataset))
         if args.by is not None:
             groups[target.name] = examples_by_key(dataset, opened.files, args.by)

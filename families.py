@@ -11,6 +11,7 @@ add a row.
 setting that is ignored would silently change the model.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -169,6 +170,10 @@ class Config:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    def with_vocabulary(self, size: int) -> "Config":
+        """Returns this configuration with another number of rows in the embedding table."""
+        return dataclasses.replace(self, vocab_size=size, raw=self.raw | {"vocab_size": size})
 
     @property
     def rope_switch_length(self) -> int | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.choices import (
+    ADDED_TOKENS,
     ALL,
     CHECKPOINTING_KINDS,
     DTYPE_NAMES,
@@ -60,6 +61,9 @@ NEW_ADAPTER = {
     "prompt_init": "vocabulary",
     "encoder": "mlp",
     "encoder_size": None,
+    "add_tokens": None,
+    "train_tokens": None,
+    "modules_to_save": None,
 }
 # The share of the prompts that validate, where --val is not given.
 VAL_FRACTION = 0.05
@@ -111,6 +115,7 @@ def option(default, text: str, **more):
     more: choices, metavar, nargs and const for argparse;
         limits: POSITIVE or NOT_NEGATIVE;
         is_path: True if it names a file or folder, which is saved by its absolute path;
+        kept: the name in the run's folder of a copy of that file, which a resume reads;
         resume: FREE if the option may differ when a run is resumed, because it does not change what
         is trained on or with (data and model are compared by hashes of what they hold); PER_LAUNCH
         if it belongs to one start of the program and not to the run. Others must not differ.
@@ -416,6 +421,34 @@ class Flags:
         "full: train only parameters whose name in the model's files contains a match of this regular"
         " expression, as 'layers.2[0-9]'; default: all",
         metavar="REGEX",
+    )
+    add_tokens: str | None = option(
+        None,
+        "full, lora: a text file of new tokens, one on each line, which the tokenizer gets. Each begins as"
+        " the mean of the tokens that its text had before; lora trains the new rows of the embedding"
+        " table and of the output head beside its matrices; default: none",
+        metavar="FILE",
+        is_path=True,
+        kept=ADDED_TOKENS,
+    )
+    train_tokens: str | None = option(
+        None,
+        "lora: tokens that the tokenizer has, whose rows of the embedding table and of the output head are"
+        " trained as well, as '<|im_start|>,<|im_end|>'; default: none",
+        metavar="TOKEN,...",
+    )
+    modules_to_save: str | None = option(
+        None,
+        "lora: train the embedding table or the output head as a whole beside the matrices, and save it"
+        " with them, as embed_tokens,lm_head; where the two are one, it stays one; default: none",
+        metavar="NAME,...",
+    )
+    embedding_lr: float | None = option(
+        None,
+        "lora with --add-tokens, --train-tokens or --modules-to-save: learning rate of these rows and"
+        " tables; default: for tables a tenth of lora's (that of --method full), for rows lora's;"
+        " they follow --lr",
+        limits=POSITIVE,
     )
 
     # ---- optimization
@@ -836,6 +869,9 @@ def check_paths_exist(saved: dict, where: Path) -> None:
     for name, value in saved.items():
         if not OPTIONS[name].metadata.get("is_path") or value is None:
             continue
+        kept = OPTIONS[name].metadata.get("kept")
+        if kept and (where.parent.parent / kept).is_file():
+            continue
         words = [value] if isinstance(value, str) else value
         for word in words:
             may_be_on_hub = name == "model" and not os.path.isabs(word)
@@ -913,6 +949,7 @@ def make_parser() -> argparse.ArgumentParser:
         arguments.pop("limits", None)
         arguments.pop("resume", None)
         arguments.pop("is_path", None)
+        arguments.pop("kept", None)
         # Of an open option the help says itself what is chosen.
         if each.default is not None and each.default is not False and each.default != ():
             arguments["help"] += f"; default: {each.default}"
@@ -1037,6 +1074,7 @@ def check_method(flags: Flags) -> None:
         raise UserError(f"{shape[0]}: the adapter that --adapter names has its own")
     check_prompt_init(flags)
     check_encoder(flags)
+    check_tables(flags)
     if flags.init == "loftq":
         if flags.quant != "nf4" and (flags.quant or flags.method != "qlora"):
             raise UserError("--init loftq: makes up for 4 bits; give --quant nf4 as well")
@@ -1048,6 +1086,21 @@ def check_method(flags: Flags) -> None:
         except re.error as error:
             problem = f"no regular expression ({error})"
             raise UserError(f"--train {flags.train}: {problem}") from None
+
+
+def check_tables(flags: Flags) -> None:
+    """Raises UserError for options of trained embeddings that have none, or that they do not go with."""
+    names = ("add_tokens", "train_tokens", "modules_to_save")
+    empty = [dashed(name) for name in names if getattr(flags, name) == ""]
+    if empty:
+        raise UserError(f"{empty[0]} '': is empty; leave it out")
+    given = [dashed(name) for name in names if getattr(flags, name)]
+    if flags.embedding_lr is not None and not given and not flags.adapter and not flags.resume:
+        raise UserError(f"--embedding-lr: is for {', '.join(map(dashed, names))}; none is given")
+    if given and flags.ewc and flags.method != "full":
+        raise UserError(
+            f"{given[0]}: --ewc holds the change of the adapted weights, not embeddings; leave one out"
+        )
 
 
 def check_encoder(flags: Flags) -> None:

@@ -42,6 +42,7 @@ from adapter_files import (  # noqa: F401
     refuse_second_adapter,
     set_submodule,
     unmerge,
+    whole_weight,
     write_adapter,
 )
 from checkpoint import copy_local_rows, hf_name
@@ -61,6 +62,7 @@ from model import (
     stack_expert_weights,
 )
 from quant import can_quantize, quantize
+from vocabulary.tables import add_described_tables, described_tables, tidy_tables
 
 # Keys of adapter_config.json that change what an adapter computes, or on which layers.
 UNSUPPORTED = (
@@ -68,9 +70,7 @@ UNSUPPORTED = (
     "use_bdlora",
     "lora_bias",
     "layer_replication",
-    "modules_to_save",
     "target_parameters",
-    "trainable_token_indices",
     "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
@@ -384,15 +384,6 @@ class LoRALinear(nn.Module):
 def row_lengths(weight: Tensor) -> Tensor:
     """Returns the length of each row of a weight [out, in], never zero."""
     return weight.norm(dim=1).clamp(min=math.sqrt(LEAST_SQUARE))
-
-
-def whole_weight(linear: Linear) -> Tensor:
-    """Returns the weight of a frozen linear, float32 [out, in], also if it is sharded or in NF4. All
-    ranks must call it."""
-    if linear.nf4 is None:
-        return full_tensor(linear.weight.detach()).float()
-    parts = [full_tensor(part.detach()) for part in linear.nf4.tensors if part is not None]
-    return dequantized_weight(NF4(*parts), torch.float32)
 
 
 def largest_singular(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -1077,6 +1068,7 @@ def save_adapter(
         "target_modules": target_modules(model, list(layers)),
         "bias": "none",
         "fan_in_fan_out": model.config.conv1d,
+        **described_tables(model),
     }
     write_adapter(model, folder, config, write_extra)
 
@@ -1131,8 +1123,8 @@ def load_adapter(model: Transformer, folder) -> None:
 
     Raises UserError, and leaves the model as it was, if the file's tensors are not exactly those
     that its configuration promises for this model, or if the configuration asks for what would be
-    ignored here (another kind of adapter, biases, saved modules). methods.load_any_adapter takes
-    adapters of every kind.
+    ignored here (another kind of adapter, biases). methods.load_any_adapter takes adapters of every
+    kind.
     """
     load_onto(model, folder, add_described_lora)
 
@@ -1140,9 +1132,16 @@ def load_adapter(model: Transformer, folder) -> None:
 def add_described_lora(
     model: Transformer, config: dict, where: Path, tensors: dict[str, Tensor]
 ) -> None:
-    """Puts LoRA on a model as an adapter_config.json describes it, with its first numbers. where: the
-    file. tensors: the adapter's own, which are not looked at here."""
+    """Puts LoRA on a model as an adapter_config.json describes it, with its first numbers, and the rows
+    and tables that are trained beside it. where: the file. tensors: the adapter's own."""
     add_lora(model, *adapter_settings(config, where, model))
+    add_described_tables(model, config, where, tensors)
+
+
+def tidy_lora(model: Transformer, config: dict, where: Path, tensors: dict[str, Tensor]) -> None:
+    """Brings the tensors of an adapter's file into the form that a model's own have, which has the adapter
+    already. Arguments: as of `add_described_lora`."""
+    tidy_tables(model, config, where, tensors)
 
 
 def adapter_settings(

@@ -25,7 +25,11 @@ from common.device import DTYPES, STORAGE_DTYPES
 from common.errors import UserError, read_json
 from common.files import write_json
 from model import Transformer, quantized_linears
+from vocabulary import tables
+from vocabulary.new_tokens import ids_of_tokens, new_tokens_of
 
+# The learning rate of LoRA over that of full fine-tuning.
+PLAIN_LORA_FACTOR = 10
 # If rounding takes more than this share of what was trained, a warning says so.
 WORTH_A_WARNING = 0.05
 
@@ -47,6 +51,8 @@ class Method(NamedTuple):
         a whole model.
     add_described(model, config, where, tensors): puts an adapter on a model as its folder describes
         it, for adapter_files.load_onto.
+    tidy: brings the tensors of such a folder into the form that the model's own have, where that is
+        another one, for adapter_files.load_weights_onto.
     title: what the result is called, after "A".
     can_merge: the result can be added to the base's weights.
     defaults: of a new adapter's options, where they are others than flags.NEW_ADAPTER's.
@@ -72,6 +78,7 @@ class Method(NamedTuple):
     describe: Callable[["object"], str]
     file_type: str | None = None
     add_described: Callable[[Transformer, dict, Path, dict[str, Tensor]], None] | None = None
+    tidy: Callable[[Transformer, dict, Path, dict[str, Tensor]], None] | None = None
     shape: Callable[[Transformer], dict] | None = None
     title: str = ""
     can_merge: bool = False
@@ -109,7 +116,7 @@ def start_adapter(model: Transformer, settings) -> None:
     """Gives an adapter that was put on a model without memory its first numbers: those of --adapter,
     or new ones."""
     if continues_adapter(settings):
-        adapter_files.load_weights_onto(model, start_of(settings))
+        adapter_files.load_weights_onto(model, start_of(settings), method_of(settings).tidy)
         return
     for module in adapter_files.adapter_modules(model).values():
         module.start(model)
@@ -221,6 +228,7 @@ def new_lora(model: Transformer, settings) -> None:
     lora.add_lora(
         model, settings.rank, settings.alpha, settings.dropout, settings.targets, variant, layers
     )
+    add_asked_tables(model, settings)
     # A plan's model is without memory, and in 4 bits already.
     if variant.start == "loftq" and model.device.type != "meta":
         if quantized_linears(model):
@@ -229,6 +237,60 @@ def new_lora(model: Transformer, settings) -> None:
                 " made from"
             )
         lora.quantize_with_update(model)
+
+
+def add_asked_tables(model: Transformer, settings) -> None:
+    """Trains the rows of --add-tokens and --train-tokens and the tables of --modules-to-save, on a model
+    that has an adapter."""
+    saved = tables.asked_tables(model, settings.modules_to_save)
+    parts = parts_of_new_tokens(model, settings)
+    ids = [*parts]
+    if settings.train_tokens:
+        ids += ids_of_tokens(settings, model.source)
+    if not ids and not saved:
+        return
+    # A tokenizer may have tokens beyond the table, as for padding. Then these get rows as well.
+    for id in range(model.config.vocab_size, max(ids, default=0)):
+        if id not in ids:
+            ids.append(id)
+    parts |= {id: () for id in ids if id >= model.config.vocab_size and id not in parts}
+    rows = dict.fromkeys(tables.tables_of(model), ids)
+    tables.add_tables(model, rows, saved, parts=parts)
+    for table in tables.trained_tables(model).values():
+        table.start()
+
+
+def parts_of_new_tokens(model: Transformer, settings) -> dict[int, tuple[int, ...]]:
+    """Returns {id: the ids that its text had before} of the tokens of --add-tokens."""
+    if not settings.add_tokens:
+        return {}
+    tokens = new_tokens_of(settings, model.source)
+    assert tokens is not None, "a file was named"
+    return dict(zip(tokens.ids, tokens.parts, strict=True))
+
+
+def lr_factors(settings) -> dict[str, float]:
+    """Returns {the end of a parameter's name: its learning rate over --lr}, for those that have another
+    one."""
+    factors = {}
+    # Hayou et al. 2024, LoRA+, arXiv 2402.12354.
+    if settings.lora_plus not in (None, 1):
+        factors[".lora_B"] = settings.lora_plus
+    if "modules_to_save" not in method_of(settings).options:
+        return factors
+    # A whole table is no small matrix: it wants the rate of the weights themselves. Rows, which are few,
+    # learn at that of plain LoRA, whatever the variant (experiments/LOG.md).
+    whole = 1 / lr_factor_of(settings)
+    rows = PLAIN_LORA_FACTOR * whole
+    if settings.embedding_lr is not None:
+        whole = rows = settings.embedding_lr / settings.lr
+    return factors | {".trained_table": whole, ".trained_rows": rows}
+
+
+def lr_factor_of(settings) -> float:
+    """Returns the factor of a run's method for the default learning rate."""
+    factor = method_of(settings).lr_factor
+    return factor(settings) if callable(factor) else factor
 
 
 def new_vera(model: Transformer, settings) -> None:
@@ -275,6 +337,10 @@ def select_weights(model: Transformer, settings) -> None:
         )
     compute_dtype = DTYPES[settings.dtype]
     model.compute_dtype = compute_dtype
+    parts = parts_of_new_tokens(model, settings)
+    if parts:
+        tables.grow_vocabulary(model, max(parts) + 1)
+        tables.fill_new_rows(model, parts)
     if not settings.train:
         return
     # Users know the published names, so --train is matched with those.
@@ -285,6 +351,12 @@ def select_weights(model: Transformer, settings) -> None:
         raise UserError(
             f"--train {settings.train}: matches no parameter (they are named like {example})"
         )
+    for name in tables.tables_of(model):
+        if parts and f"{name}.weight" not in selected:
+            raise UserError(
+                f"--add-tokens: --train {settings.train} leaves {names[f'{name}.weight']} out, so new"
+                " tokens would stay what they begin as"
+            )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in selected)
         # A frozen weight needs no float32 master, which saves memory where the narrow dtype holds
@@ -296,8 +368,9 @@ def select_weights(model: Transformer, settings) -> None:
                 parameter.data = narrow
 
 
-def start_nothing(model: Transformer, settings) -> None:
-    """Does nothing: full fine-tuning adds no parameters, and loading fills those of the model."""
+def start_full(model: Transformer, settings) -> None:
+    """Fills the rows of new tokens: full fine-tuning adds no other parameters."""
+    tables.fill_new_rows(model, parts_of_new_tokens(model, settings))
 
 
 def save_full(
@@ -365,9 +438,18 @@ def save_lora(
         lora.save_adapter(model, folder, write_extra)
         return ""
 
+    # Beside the folder at first, since all ranks write a model and one the rest. A run that is resumed
+    # removes what has such a name.
+    base = folder.parent / f".{folder.name}-base.partial-0"
+    modules = adapter_files.remove_adapter(model)
+    try:
+        checkpoint.save_model(model, base)
+    finally:
+        adapter_files.put_back(model, modules)
+
     def with_base(tmp: Path) -> None:
         write_extra(tmp)
-        ship_base(model, tmp, folder)
+        ship_base(base, tmp, folder)
 
     lora.save_adapter(model, folder, with_base)
     if folder.name == "best":  # it is written often
@@ -375,8 +457,8 @@ def save_lora(
     return f"{folder.name}/base is the base in 4 bits that LoftQ's adapter belongs to"
 
 
-def ship_base(model: Transformer, folder: Path, final_folder: Path) -> None:
-    """Writes the base of a model into its adapter's folder, and names it there.
+def ship_base(base: Path, folder: Path, final_folder: Path) -> None:
+    """Moves a base into its adapter's folder, and names it there.
 
     folder: the adapter's, which will be called `final_folder`.
     """
@@ -387,11 +469,7 @@ def ship_base(model: Transformer, folder: Path, final_folder: Path) -> None:
     own_base = final_folder.resolve() / adapter_files.OWN_BASE
     config |= {"base_model_name_or_path": str(own_base), "revision": None}
     write_json(config, config_file)
-    modules = adapter_files.remove_adapter(model)
-    try:
-        checkpoint.save_model(model, folder / adapter_files.OWN_BASE)
-    finally:
-        adapter_files.put_back(model, modules)
+    shutil.move(base, folder / adapter_files.OWN_BASE)
     own = checkpoint.fingerprint(folder / adapter_files.OWN_BASE)
     facts |= {"base_sha256": own, "made_from_sha256": facts.get("base_sha256")}
     write_json(facts, file)
@@ -524,7 +602,7 @@ def shape_without_encoder(model: Transformer) -> dict:
 
 def rate_of_lora(settings) -> float:
     # PiSSA trains the largest singular values themselves.
-    return 10 if settings.init != "pissa" else 3
+    return PLAIN_LORA_FACTOR if settings.init != "pissa" else 3
 
 
 def rate_of_qlora(settings) -> float:
@@ -546,12 +624,12 @@ ADAPTERHUB = "AdapterHub"
 
 FULL = Method(
     attach=select_weights,
-    start=start_nothing,
+    start=start_full,
     save=save_full,
     lr_factor=1,
     weight_decay=0.01,
     freezes_base=False,
-    options=("train", "weights", "save_dtype"),
+    options=("train", "weights", "save_dtype", "add_tokens"),
     describe=describe_full,
     lighter="lora",
     held="weights",
@@ -576,11 +654,16 @@ LORA = Method(
         "dora",
         "init",
         "lora_plus",
+        "add_tokens",
+        "train_tokens",
+        "modules_to_save",
+        "embedding_lr",
         "adapter",
     ),
     describe=describe_lora,
     file_type="LORA",
     add_described=lora.add_described_lora,
+    tidy=lora.tidy_lora,
     shape=shape_of_lora,
     title="LoRA adapter",
     can_merge=True,
@@ -596,6 +679,7 @@ VERA = LORA._replace(
     describe=describe_vera,
     file_type="VERA",
     add_described=lora.add_described_vera,
+    tidy=None,
     shape=shape_of_vera,
     title="VeRA adapter",
     switched_off=adapter_files.adapter_off,

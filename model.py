@@ -92,6 +92,12 @@ class Linear(nn.Module):
             return (self.weight,)
         return self.nf4.tensors
 
+    def whole_weight(self, dtype: torch.dtype) -> Tensor:
+        """Returns the weight. dtype: of one in NF4, which is dequantized at each call."""
+        if self.nf4 is None:
+            return self.weight
+        return dequantized_weight(self.frozen, dtype)
+
     def member(self) -> Member | None:
         """Returns this linear of an expert as kernels/grouped.py takes it; None if it has a
         bias."""
@@ -109,11 +115,24 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table of vectors. (nn.Embedding would first fill it with random numbers.)"""
+    """A table of vectors. (nn.Embedding would first fill it with random numbers.)
+
+    bias, nf4: it has none, which those ask who take it for the output head.
+    """
+
+    bias = None
+    nf4 = None
 
     def __init__(self, rows: int, size: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, size))
+
+    @property
+    def frozen(self) -> Frozen:
+        return (self.weight,)
+
+    def whole_weight(self, dtype: torch.dtype) -> Tensor:
+        return self.weight
 
     def forward(self, ids: Tensor) -> Tensor:  # int64 [...] -> [..., size]
         return F.embedding(ids, self.weight)
@@ -611,13 +630,27 @@ class Transformer(nn.Module):
             size += linear.in_features * linear.out_features
         return size
 
+    @property
+    def head_table(self) -> nn.Module:
+        """What holds the weight of the output head: the embedding table, where the two are tied."""
+        return self.embed if self.head is None else self.head
+
     def head_weight(self) -> Tensor:
-        """Returns the weight of the output head, [V, D]. One in NF4 is dequantized at each call."""
-        if self.head is None:
-            return self.embed.weight
-        if self.head.nf4 is None:
-            return self.head.weight
-        return dequantized_weight(self.head.frozen, self.dtype)
+        """Returns the weight of the output head, [V, D]. One in NF4 is dequantized at each call.
+
+        Single rows that are trained (`head_rows`) stand in it without their gradient.
+        """
+        return self.head_table.whole_weight(self.dtype)  # type: ignore[operator]
+
+    @property
+    def trains_head(self) -> bool:
+        """True if the output head is trained, or rows of it are."""
+        return any(p.requires_grad for p in self.head_table.parameters())
+
+    def head_rows(self) -> tuple[Tensor, Tensor] | None:
+        """Returns the ids of the rows of the output head that are trained alone, int64 [R], and these
+        rows, float32 [R, D]; None where it is trained as a whole, or not at all."""
+        return getattr(self.head_table, "live_rows", None)
 
     @property
     def virtual_tokens(self) -> int:
@@ -783,7 +816,13 @@ class Transformer(nn.Module):
 
     def uncapped_logits(self, hidden: Tensor) -> Tensor:  # [..., D] -> [..., V]
         weight = self.head_weight().to(hidden.dtype)
-        return F.linear(hidden, weight)
+        logits = F.linear(hidden, weight)
+        trained = self.head_rows()
+        if trained is None or not torch.is_grad_enabled():
+            return logits
+        ids, rows = trained
+        # Once more, since the weight has these rows without their gradient.
+        return logits.index_copy(-1, ids, F.linear(hidden, rows.to(hidden.dtype)))
 
     def forward(
         self,

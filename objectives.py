@@ -109,7 +109,8 @@ def token_losses(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
     to_head = hidden.index_select(0, batch.logit_positions)  # [K, D]
     head = model.head_weight()
     softcap = model.config.logit_softcap
-    return linear_cross_entropy(to_head, head, batch.targets, softcap, batch.loss_weights)
+    rows = model.head_rows()
+    return linear_cross_entropy(to_head, head, batch.targets, softcap, batch.loss_weights, rows)
 
 
 def supervised_loss(model: Transformer, batch: Batch, totals: StepTotals, losses: Losses) -> Tensor:

@@ -14,6 +14,8 @@ The training loop gets a list of optimizers. It sets their learning rates and ca
 
 import functools
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -517,7 +519,7 @@ def make_optimizers(
     lr: float,
     weight_decay: float,
     offload: bool = False,
-    lora_plus: float = 1.0,
+    lr_factors: Mapping[str, float] = MappingProxyType({}),
 ) -> list[Optimizer]:
     """Returns the optimizers of all trainable parameters, which the loop steps one after the other.
 
@@ -526,27 +528,27 @@ def make_optimizers(
     lr: the learning rate before the loop sets it.
     weight_decay: for matrices. Norms and biases never decay.
     offload: the state of AdamW lives in the host's memory.
-    lora_plus: the rate of LoRA's B over that of A and all else (Hayou et al. 2024, LoRA+, arXiv
-        2402.12354). The loop sets a group's rate to `lr_factor` times the schedule's.
+    lr_factors: {the end of a parameter's name: its rate over that of all others}. The loop sets a
+        group's rate to its `lr_factor` times the schedule's.
     """
-    # By (trained by Muon, a matrix, B with a rate of its own), in the model's order.
-    sorted_parameters: dict[tuple[bool, bool, bool], list[Tensor]] = {}
+    # By (trained by Muon, a matrix, the factor of its rate), in the model's order.
+    sorted_parameters: dict[tuple[bool, bool, float], list[Tensor]] = {}
+    factors = [1.0, *(factor for factor in dict.fromkeys(lr_factors.values()) if factor != 1)]
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         is_matrix = p.dim() >= 2
         by_muon = kind == "muon" and p.dim() == 2 and name.startswith("blocks.")
-        has_own_rate = lora_plus != 1 and name.endswith(".lora_B")
-        sorted_parameters.setdefault((by_muon, is_matrix, has_own_rate), []).append(p)
+        factor = next((f for end, f in lr_factors.items() if name.endswith(end)), 1.0)
+        sorted_parameters.setdefault((by_muon, is_matrix, factor), []).append(p)
 
     def groups_of(by_muon: bool) -> list[dict]:
         found = []
         for is_matrix in (True, False):
-            for has_own_rate in (False, True):
-                parameters = sorted_parameters.get((by_muon, is_matrix, has_own_rate))
+            for factor in factors:
+                parameters = sorted_parameters.get((by_muon, is_matrix, factor))
                 if parameters:
                     decay = weight_decay if is_matrix else 0.0
-                    factor = lora_plus if has_own_rate else 1.0
                     found.append({"params": parameters, "weight_decay": decay, "lr_factor": factor})
         return found
 

@@ -42,7 +42,7 @@ from data import MicroBatches, TrainingData, load_training_data
 from families import Config
 from flags import Flags
 from interop.resolve import base_folder, pick_tokenizer
-from methods import load_trainable, method_of_adapter
+from methods import load_trainable, lr_factors, method_of_adapter, quant_of, start_of
 from model import Transformer
 from objectives import OBJECTIVES, Losses, StepTotals
 from optimizers import SCHEDULES, make_optimizers
@@ -79,6 +79,13 @@ from training.safety import SafetyCheck
 from training.signals import GracefulStop
 from training.state import TrainState
 from training.summary import print_interruption, print_model_summary, print_run_summary
+from vocabulary.new_tokens import (
+    check_room_for_tokens,
+    folder_of_new_tokens,
+    ids_of_tokens,
+    new_tokens_of,
+)
+from vocabulary.tables import vocabulary_size
 
 
 def main() -> None:
@@ -129,12 +136,12 @@ def train(flags: Flags, lock: FolderLock) -> None:
 
     # ---- the run's folder, made this late so that a run that was refused leaves none behind
     origin = identify_run(settings, folder, data)
-    settings, out = open_run_folder(settings, lock, resumed, origin, model)
+    settings, out = open_run_folder(settings, lock, resumed, origin, model, tokenizer)
 
     # ---- what happens between steps
     optimizers = make_optimizers(
         model, settings.optimizer, settings.lr, settings.weight_decay, settings.optimizer_offload,
-        settings.lora_plus or 1.0,
+        lr_factors(settings),
     )  # fmt: skip
     state = TrainState.from_dict(resumed.state) if resumed else TrainState()
     if ewc:
@@ -144,6 +151,8 @@ def train(flags: Flags, lock: FolderLock) -> None:
         save_config(settings, out)
     distributed.start_training_timeout(settings.timeout)
     card = ModelCard(settings, origin, folder, data, tokenizer, metrics, state)
+    if model.config.vocab_size > inputs.config.vocab_size:
+        card.model_vocabulary = model.config.vocab_size
     save = functools.partial(save_weights, card, model)
     # Before a step is taken or a checkpoint loaded, since it measures against the base.
     evaluator = Evaluator(settings, out, model, data, metrics, state, device, save, scorer)
@@ -204,6 +213,9 @@ def read_inputs(flags: Flags, device: torch.device) -> Inputs | None:
         print(f"method    {method}, as {flags.adapter} is one of that")
         flags = dataclasses.replace(flags, method=method)
     config = read_config(folder)
+    # What can't be read is refused before the plan.
+    check_room_for_tokens(new_tokens_of(flags, folder), config, quant_of(flags))
+    ids_of_tokens(flags, folder)
     if flags.plan and not report.needs_data(flags, folder):
         report.print_plan_of_config(flags, config, device)
         return None
@@ -215,12 +227,17 @@ def read_inputs(flags: Flags, device: torch.device) -> Inputs | None:
     if config.experts and distributed.context_parallel:
         why = "not with routed experts, whose balance is of whole batches"
         raise UserError(f"--context-parallel: {why}")
+    with distributed.local_rank0_first():
+        own_tokenizer = folder_of_new_tokens(flags, folder)
     tokenizer = pick_tokenizer(
-        folder, flags.adapter, flags.template, flags.date, flags.empty_think, flags.system
-    )
+        folder, flags.adapter, flags.template, flags.date, flags.empty_think, flags.system, own_tokenizer
+    )  # fmt: skip
+    rows = vocabulary_size(config, start_of(flags))
+    if own_tokenizer:
+        rows = max(rows, tokenizer.vocab_size)
     with distributed.local_rank0_first():
         limit = config.max_positions - virtual_tokens
-        data = load_training_data(flags, tokenizer, limit, config.vocab_size, device)
+        data = load_training_data(flags, tokenizer, limit, rows, device)
         safety = SafetyCheck(flags.safety, tokenizer) if flags.safety else None
     if flags.plan:
         flags, steps_per_epoch = choose_steps(flags, data.sampler)

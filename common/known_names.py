@@ -146,6 +146,15 @@ def target_words(value: str) -> str:
     return "--targets " + shlex.quote(",".join(names))
 
 
+def saved_module_words(value: str) -> str | None:
+    """Returns --modules-to-save for names of embeddings and output heads; None for other modules."""
+    names = [name for name in re.split(r"[\s,\[\]'\"]+", value) if name]
+    known = {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings"}
+    if not {name.rpartition(".")[2] for name in names} <= known:
+        return None
+    return f"--modules-to-save {shlex.quote(','.join(names))}" if names else ""
+
+
 def push_words(value: str) -> str | None:
     """Returns --push for org/name; None for a name alone, whose owner is not known."""
     return f"--push {shlex.quote(value)}" if re.fullmatch(r"[\w.-]+/[\w.-]+", value) else None
@@ -405,9 +414,11 @@ METHOD = {
     "lora_bias": chosen("", {"none": ""}, "biases are not trained by --method lora"),
     "loraplus_lr_ratio": same("--lora-plus"),
     "pissa_init": switch("--init pissa"),
-    "modules_to_save": missing(f"only LoRA's own matrices are trained; {FULL_NOTE}"),
-    "lora_modules_to_save": missing(f"only LoRA's own matrices are trained; {FULL_NOTE}"),
-    "additional_target": missing(f"only LoRA's own matrices are trained; {FULL_NOTE}"),
+    "modules_to_save": computed("--modules-to-save", saved_module_words),
+    "lora_modules_to_save": computed("--modules-to-save", saved_module_words),
+    "additional_target": computed("--modules-to-save", saved_module_words),
+    "embedding_learning_rate": same("--embedding-lr"),
+    "embedding_lr": same("--embedding-lr"),
     "lora_fan_in_fan_out": needless("how a layer stores its weight is known of each family"),
     "adapter_name_or_path": same("--adapter"),
     "lora_model_dir": same("--adapter"),

@@ -52,6 +52,7 @@ from interop.remote_data import fetch_data
 from interop.resolve import base_folder, base_of_model
 from model import Transformer
 from tokenizer import Tokenizer
+from vocabulary.tables import vocabulary_size
 
 # Tokens of plain text that are one item of the bootstrap, since a text may be a single example.
 PIECE = 256
@@ -309,7 +310,8 @@ def read_texts(
         map_fn = opened.map_fn if file == args.target else None
         limit = target.max_positions()
         dataset = encode_files(args, [fetched[file]], tokenizer, limit, map_fn, print_fn)
-        data.check_tokens(dataset, config.vocab_size, file)
+        size = vocabulary_size(config, target.adapter)
+        data.check_tokens(dataset, size, file)
         datasets[file] = dataset
     return datasets
 

@@ -37,6 +37,7 @@ from evals.targets import (
     encode_files,
 )
 from interop.resolve import base_of_model
+from vocabulary.tables import vocabulary_size
 
 
 def print_transfer(args: argparse.Namespace) -> None:
@@ -165,7 +166,8 @@ def task_losses(
     for name, file in zip(args.files, opened.files, strict=True):
         limit = target.max_positions()
         dataset = encode_files(args, [file], tokenizer, limit, None, opened.print_once)
-        data.check_tokens(dataset, config.vocab_size, name)
+        size = vocabulary_size(config, target.adapter)
+        data.check_tokens(dataset, size, name)
         datasets.append(dataset)
     model = opened.load(target, tokenizer)
     size = args.batch_size or BATCH_SIZE[LOSS]

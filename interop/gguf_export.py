@@ -67,6 +67,7 @@ from kernels.rope import rope_inv_freq
 from methods import ADAPTER_ROWS, METHODS, type_of_adapter
 from model import Transformer
 from quant import quantize as quantize_weight
+from vocabulary.tables import trained_tables
 
 # {value of --type: general.file_type, by llama.cpp's numbers}
 TYPES = {
@@ -488,6 +489,11 @@ class AdapterUpdates:
         with torch.device("meta"):
             self.model = Transformer(config)
         lora.load_adapter(self.model, adapter)
+        if trained_tables(self.model):
+            raise UserError(
+                f"{adapter}: holds trained embeddings; `convert.py merge` it, and export the merged"
+                " folder"
+            )
         self.folder = Path(adapter)
         self.layers = lora.lora_layers(self.model)
         self.tensors = dict(iterate_tensors([Path(adapter) / "adapter_model.safetensors"]))

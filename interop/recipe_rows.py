@@ -22,6 +22,7 @@ from common.known_names import (
 
 DATA_FORMAT = "formats are recognized by looking, see `python data.py inspect`"
 TOKENIZER = "the tokenizer and the weights are read from the model's folder"
+NEW_TOKENS = "new tokens are read from a file, one on each line: --add-tokens FILE"
 LOGGING = needless("every step is a line of metrics.jsonl")
 OVERWRITE = missing("--overwrite would replace an earlier run in --out; add it if you mean that")
 
@@ -147,7 +148,7 @@ AXOLOTL_ROWS = {
     "is_falcon_derived_model": needless(TOKENIZER),
     "special_tokens.pad_token": needless("nothing is padded"),
     "special_tokens": missing("the special tokens are those of the model's own tokenizer"),
-    "tokens": missing("tokens are not added; " + TOKENIZER),
+    "tokens": missing(NEW_TOKENS),
     "eot_tokens": needless("the end of each answer, as the chat template writes it, is trained"),
     "roles_to_train": missing("--train-on says which parts of a conversation are trained"),
     "train_on_eos": missing("the end of each answer is trained"),
@@ -204,6 +205,8 @@ LLAMA_FACTORY_ROWS = {
     "train_on_prompt": switch("--train-on all-turns"),
     "mix_strategy": missing("--data FILE=W gives a file the weight W"),
     "interleave_probs": missing("--data FILE=W gives a file the weight W"),
+    "new_special_tokens": missing(NEW_TOKENS),
+    "resize_vocab": needless("the embedding table grows where new tokens need it"),
     "pref_loss": missing("only supervised fine-tuning is there yet"),
     "freeze_vision_tower": needless("only text is read"),
     "freeze_multi_modal_projector": needless("only text is read"),

@@ -32,6 +32,7 @@ from interop import hub
 from interop.gguf_import import find_damaged_file, gguf_to_folder
 from model import Transformer, quantized_linears
 from tokenizer import Tokenizer, check_date, load_tokenizer
+from vocabulary.tables import vocabulary_size
 
 # What is read of a model's README.md at most: its front matter stands first.
 CARD_BYTES = 100_000
@@ -259,6 +260,7 @@ def pick_tokenizer(
     day: str | None = None,
     empty_think: str = "train",
     system: str | None = None,
+    extended: Path | None = None,
 ) -> Tokenizer:
     """Returns the adapter's own tokenizer and chat template if its folder holds any, since it was
     trained with them; else those of the base.
@@ -267,6 +269,7 @@ def pick_tokenizer(
     day: the date that a template may write; None: that of the training, else today.
     empty_think: --empty-think.
     system: the system message of conversations that have none; None: that of the training.
+    extended: a folder with the base's tokenizer and new tokens, which is taken in place of it.
     Raises UserError if the adapter brings tokens that the base has no embedding for.
     """
     # The model has learnt to answer on that day, and to another one it was never asked.
@@ -276,7 +279,7 @@ def pick_tokenizer(
     if system is None:
         system = trained_system(adapter or base)
     if adapter is None or not has_tokenizer(Path(adapter)):
-        return load_tokenizer(base, template, base, day, empty_think, system)
+        return load_tokenizer(extended or base, template, base, day, empty_think, system)
     tokenizer = load_tokenizer(Path(adapter), template, base, day, empty_think, system)
     check_tokens_fit(tokenizer, Path(adapter), base)
     return tokenizer
@@ -333,7 +336,10 @@ def check_tokens_fit(tokenizer: Tokenizer, adapter: Path, base: Path) -> None:
     base's own tokenizer has them too: some have tokens that no text contains, as for padding."""
     if not (base / "config.json").is_file():
         return
-    rows = read_config(base).vocab_size
+    config = read_config(base)
+    if tokenizer.vocab_size <= config.vocab_size:
+        return
+    rows = vocabulary_size(config, adapter)
     if tokenizer.vocab_size <= rows:
         return
     if has_tokenizer(base) and tokenizer.vocab_size <= load_tokenizer(base).vocab_size:

@@ -39,6 +39,7 @@ def linear_cross_entropy(
     targets: Tensor,
     softcap: float | None = None,
     loss_weights: Tensor | None = None,
+    trained_rows: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the cross-entropy through the output head: -log softmax(hidden @ weight.T)[target].
 
@@ -49,6 +50,8 @@ def linear_cross_entropy(
     loss_weights: float32 [tokens], without a gradient; None if all are 1. They are an argument
         here, and not applied when the losses are summed, because the head's gradient is computed in
         the forward.
+    trained_rows: where only some rows of the weight are trained: their ids, int64 [R], each once, and
+        the rows, [R, D], which stand in the weight already. The gradient goes to these.
 
     Returns the weighted sum of the losses, a float32 scalar with gradients, to be divided by the
     sum of the weights; and each token's loss, float32 [tokens], without a weight or a gradient.
@@ -58,7 +61,9 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled():
         hidden = hidden.detach()
         weight = weight.detach()
-    return LinearCrossEntropy.apply(hidden, weight, targets, softcap, loss_weights)
+        trained_rows = None
+    ids, rows = trained_rows or (None, None)
+    return LinearCrossEntropy.apply(hidden, weight, targets, softcap, loss_weights, ids, rows)
 
 
 def linear_cross_entropy_reference(
@@ -67,7 +72,11 @@ def linear_cross_entropy_reference(
     targets: Tensor,
     softcap: float | None = None,
     loss_weights: Tensor | None = None,
+    trained_rows: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if trained_rows is not None:
+        ids, rows = trained_rows
+        weight = weight.index_copy(0, ids, rows.to(weight.dtype))
     logits = F.linear(hidden, weight.to(hidden.dtype)).float()
     if softcap:
         logits = softcap * (logits / softcap).tanh()
@@ -80,14 +89,20 @@ class LinearCrossEntropy(torch.autograd.Function):
     """`linear_cross_entropy`; its forward computes the gradients up to a factor."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, softcap, loss_weights):
+    def forward(ctx, hidden, weight, targets, softcap, loss_weights, ids, rows):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
+        wanted = None
         ctx.hidden_dtype = hidden.dtype
         ctx.weight_dtype = weight.dtype
+        if ctx.needs_input_grad[6]:
+            # Then the gradient below is that of these rows alone.
+            wanted, need_weight = ids, True
+            ctx.weight_dtype = rows.dtype
+        ctx.is_of_rows = wanted is not None
         head = weight.to(hidden.dtype)
         compute = forward_on_gpu if use_triton(hidden) else forward_in_pytorch
         loss, losses, grad_hidden, grad_weight = compute(
-            hidden, head, targets, softcap, loss_weights, need_hidden, need_weight
+            hidden, head, targets, softcap, loss_weights, need_hidden, need_weight, wanted
         )
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(losses)
@@ -102,7 +117,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         # In place, since the head's gradient is the largest of all gradients.
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(factor).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        if ctx.is_of_rows:
+            return grad_hidden, None, None, None, None, None, grad_weight
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 # ---- plain PyTorch ----
@@ -116,11 +133,13 @@ def forward_in_pytorch(
     loss_weights: Tensor | None,
     need_hidden: bool,
     need_weight: bool,
+    wanted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Returns the loss, each token's loss, and the gradients of hidden and head.
 
     need_hidden, need_weight: a gradient that is not needed is None. That of hidden is [tokens, D]
         in hidden's dtype, that of the head float32 [V, D].
+    wanted: int64 [R], the rows of the head whose gradient is returned, float32 [R, D]; None: all.
 
     The other arguments and values are those of `linear_cross_entropy`; head is its weight in
     hidden's dtype.
@@ -128,7 +147,10 @@ def forward_in_pytorch(
     loss = hidden.new_zeros((), dtype=torch.float32)
     losses = hidden.new_empty(len(hidden), dtype=torch.float32)
     grad_hidden = torch.empty_like(hidden) if need_hidden else None
-    grad_weight = torch.zeros_like(head, dtype=torch.float32) if need_weight else None
+    grad_weight = None
+    if need_weight:
+        trained = head.shape[0] if wanted is None else len(wanted)
+        grad_weight = head.new_zeros(trained, head.shape[1], dtype=torch.float32)
     budget = LOGITS_BYTES.get(hidden.device.type, LOGITS_BYTES["cuda"])
     bytes_per_row = head.shape[0] * head.element_size()
     rows = max(1, budget // bytes_per_row)
@@ -149,7 +171,8 @@ def forward_in_pytorch(
         if grad_hidden is not None:
             torch.mm(logits, head, out=grad_hidden[part])
         if grad_weight is not None:
-            grad_weight += logits.t() @ chunk
+            of_rows = logits if wanted is None else logits.index_select(1, wanted)
+            grad_weight += of_rows.t() @ chunk
     return loss, losses, grad_hidden, grad_weight
 
 
@@ -210,6 +233,7 @@ def forward_on_gpu(
     loss_weights: Tensor | None,
     need_hidden: bool,
     need_weight: bool,
+    wanted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Computes what `forward_in_pytorch` does, with softmax_kernel.
 
@@ -224,7 +248,10 @@ def forward_on_gpu(
     buffer = hidden.new_empty(min(rows, tokens), width)
     losses = hidden.new_empty(tokens, dtype=torch.float32)
     grad_hidden = torch.empty_like(hidden) if need_hidden else None
-    grad_weight = torch.empty_like(head, dtype=torch.float32) if need_weight else None
+    grad_weight = None
+    if need_weight:
+        trained = vocabulary if wanted is None else len(wanted)
+        grad_weight = head.new_empty(trained, size, dtype=torch.float32)
     # The first product fills the gradient of the head. Without tokens there is none.
     if grad_weight is not None and not tokens:
         grad_weight.zero_()
@@ -241,7 +268,8 @@ def forward_on_gpu(
         if grad_hidden is not None:
             torch.mm(logits, head, out=grad_hidden[part])
         if grad_weight is not None:
-            add_product(grad_weight, logits.t(), chunk, start == 0)
+            of_rows = logits if wanted is None else logits.index_select(1, wanted)
+            add_product(grad_weight, of_rows.t(), chunk, start == 0)
     loss = losses.sum() if loss_weights is None else losses @ loss_weights
     return loss, losses, grad_hidden, grad_weight
 

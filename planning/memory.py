@@ -24,10 +24,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lora
 from adapter_files import adapter_modules
@@ -48,6 +49,14 @@ from methods import METHODS
 from model import Config, Linear, Transformer, quantized_linears
 from optimizers import state_bytes
 from quant import can_quantize, empty_nf4
+from vocabulary.new_tokens import read_texts
+from vocabulary.tables import (
+    TrainedRows,
+    add_tables,
+    asked_tables,
+    grow_vocabulary,
+    tables_of,
+)
 
 # FLOP/s of dense bf16 products, as the vendor publishes them.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -214,9 +223,40 @@ def meta_model(
         # A new adapter, on all linears and without dropout if nothing else is said.
         options = {"adapter": None, "resume": None, "out": None} | NEW_ADAPTER | {"dropout": 0.0}
         options |= {**method.defaults} | adapter
+        # Which ids are trained the tokenizer says; here their number counts.
+        rows = number_of_new_tokens(adapter) + number_of_named_tokens(adapter)
+        saved = options["modules_to_save"]
+        options |= {"add_tokens": None, "train_tokens": None, "modules_to_save": None}
         method.attach(model, SimpleNamespace(**options))
+        add_planned_tables(model, rows, number_of_new_tokens(adapter), saved)
+    elif adapter is not None:
+        grow_vocabulary(model, config.vocab_size + number_of_new_tokens(adapter))
     model.activation_checkpointing = recipe.checkpointing
     return model
+
+
+def number_of_new_tokens(adapter: dict) -> int:
+    """Returns how many tokens --add-tokens adds. adapter: {option: value}."""
+    file = adapter.get("add_tokens")
+    return len(read_texts(Path(file))) if file else 0
+
+
+def number_of_named_tokens(adapter: dict) -> int:
+    """Returns how many tokens --train-tokens names. adapter: {option: value}."""
+    named = adapter.get("train_tokens")
+    return len(named.split(",")) if named else 0
+
+
+def add_planned_tables(model: Transformer, rows: int, new: int, saved: str | None) -> None:
+    """Adds to a model without memory as many trained rows of embeddings as a run has, and the tables of
+    --modules-to-save. new: how many of the rows the table does not have (it may; then it is less)."""
+    names = asked_tables(model, saved)
+    # A head in 4 bits gets no more rows: then the tokens have some of those that are there.
+    grows = all(table.nf4 is None for table in tables_of(model).values())
+    size = model.config.vocab_size + (new if grows else 0)
+    ids = dict.fromkeys(tables_of(model), range(size - rows, size))
+    if rows or names:
+        add_tables(model, ids, names, size)
 
 
 def expected_memory(
@@ -265,7 +305,8 @@ def expected_memory(
         # The adapters in the dtype of the products (lora.ModelCasts).
         activations += item * sum(p.numel() for p in trained_parameters)
 
-    head = model.embed.weight if model.head is None else model.head.weight
+    embedding = looked_up(model.embed)
+    head = looked_up(model.head_table)
     budget = LOGITS_BYTES.get(device, LOGITS_BYTES["cuda"])
     chunk = min(budget, trained * config.vocab_size * item)
     # The rows that reach the head, and their gradient.
@@ -274,6 +315,9 @@ def expected_memory(
     if head is not None and head.requires_grad:
         # The head's own gradient.
         logits += config.vocab_size * config.hidden_size * (4 + item)
+    elif isinstance(model.head_table, TrainedRows):
+        # The head with the trained rows in it, which is made for each micro-batch.
+        logits += config.vocab_size * config.hidden_size * item
     return Memory(
         weights=weights,
         gradients=gradients,
@@ -283,12 +327,18 @@ def expected_memory(
         logits=logits,
         working=working_bytes(model, documents, device),
         runtime=RUNTIME.get(device, RUNTIME["cpu"]),
-        table=model.embed.weight.nbytes if model.embed.weight.requires_grad else 0,
+        table=embedding.nbytes if embedding.requires_grad else 0,
         tied=model.head is None,
         recomputed=recomputed,
         accumulated=accumulate > 1,
         held=held_bytes(model, recipe) if recipe.ewc else 0.0,
     )
+
+
+def looked_up(table: nn.Module) -> Any:
+    """Returns the parameter that is read as an embedding table or output head: the one that is trained
+    in its place, where there is one (vocabulary/tables.py); None where it is in 4 bits."""
+    return getattr(table, "trained_table", table.weight)
 
 
 def held_bytes(model: Transformer, recipe: Recipe) -> float:
@@ -497,8 +547,13 @@ def flops_a_token(
         # The share of the tokens that this matrix is multiplied with.
         if ".experts." in name:
             share = config.experts.active / config.experts.count
-        elif name == "head.weight":
+        elif name in ("head.weight", "head.trained_table"):
             share = trained
+        elif name.startswith("head."):
+            # Beside what is trained in its place, or a few rows.
+            share = (
+                0 if name != "head.base.weight" or hasattr(model.head, "trained_table") else trained
+            )
         else:
             share = 1
         operations = 6 if is_trained else 4
@@ -507,7 +562,7 @@ def flops_a_token(
         total += share * size * operations
     if model.head is None:
         # The embedding table is the head as well.
-        embedding = model.embed.weight
+        embedding = looked_up(model.embed)
         total += trained * embedding.numel() * (6 if embedding.requires_grad else 4)
     if len(lengths):
         # Most layers share a window, and there may be many lengths.

@@ -75,8 +75,13 @@ JOBS = {
     ),
     "dora": ("llama", "--dora --init pissa --lora-plus 4 --dropout 0.3 --shard full ACC", 1e-5, 1e-4),
     "qlora, dora": ("llama", "--method qlora --dora --rslora --shard full --pack --seq-len 96 MIXED", 1e-5, 1e-4),
+    "loftq": ("llama", "--method qlora --init loftq --shard none", 1e-5, 1e-4),
     "vera": ("llama", "--method vera --lr 0.1 --rank 16 --shard full", 1e-5, 1e-4),
     "ia3": ("llama", "--method ia3 --lr 0.1 --shard full ACC", 1e-5, 1e-4),
+    "new tokens": ("tied", "--add-tokens TOKENS --train-tokens <|im_end|> --shard full ACC", 1e-5, 1e-4),
+    "new tokens, full": ("llama", "--method full --add-tokens TOKENS --shard full", 1e-5, 1e-4),
+    "tables": ("llama", "--modules-to-save embed_tokens,lm_head --shard full --pack --seq-len 96", 1e-5, 1e-4),
+    "tables, replicated": ("tied", "--modules-to-save embed_tokens --shard none MIXED", 1e-5, 1e-4),
     "ia3, replicated": ("llama", "--method ia3 --lr 0.1 --shard none --pack --seq-len 96 MIXED", 1e-5, 1e-4),
     "muon": ("llama", "--method full --optimizer muon --shard full", 1e-4, 1e-3),
     "adamw8bit": ("llama", "--method full --optimizer adamw8bit --shard full", 1e-3, 5e-3),
@@ -100,6 +105,8 @@ SLOW_JOBS = (
     "prefix-tuning, blocks twice",
     "ia3, replicated",
     "qlora, dora",
+    "tables, replicated",
+    "loftq",
 )
 SLOW_BY_THREE = ("full, tied", "gpt2", "muon", "adamw8bit")
 COMPARED = [
@@ -150,6 +157,7 @@ def runs(request, bases, tmp_path_factory) -> Path:
     wanted |= {(name, count) for name, _ in wanted for count in (1, 2)} | {(name, 1) for name in USED_BY_OTHERS}
     data, more, val = (records(folder / f"{name}.jsonl", n, seed) for name, n, seed in
                        (("data", 50, 0), ("more", 20, 200), ("val", 9, 500)))  # fmt: skip
+    (folder / "tokens.txt").write_text("fox jumps\nnever a\n12 7\n")
     first = ["--model", bases["llama"], "--data", data, "--val", val, "--steps", 2, "--rank", 4, "--dtype", "fp32"]
     subprocess.run(
         list(map(str, [sys.executable, "train.py", *first, "--out", folder / "adapter"])), cwd=ROOT, check=True
@@ -160,7 +168,8 @@ def runs(request, bases, tmp_path_factory) -> Path:
             if (name, processes) not in wanted:
                 continue
             batch = 12 // processes // (2 if "ACC" in words.split() else 1)
-            words = words.replace("ACC", "--accumulate 2").replace("ADAPTER", str(folder / "adapter/final")).split()
+            words = words.replace("ACC", "--accumulate 2").replace("ADAPTER", str(folder / "adapter/final"))
+            words = words.replace("TOKENS", str(folder / "tokens.txt")).split()
             mixed = [f"{data}=3", f"{more}=1", "--replay", f"{val}=0.2"] if "MIXED" in words else [data]
             words = [word for word in words if word != "MIXED"] + ["--data", *mixed]
             has_rank = "--method" not in words or "qlora" in words

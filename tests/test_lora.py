@@ -390,8 +390,8 @@ def refused(model, folder) -> str:
 @pytest.mark.parametrize(
     "config",
     [{"peft_type": "IA3"}, {"peft_type": None}, {"peft_type": ["LORA"]},
-     {"modules_to_save": ["lm_head"]}, {"fan_in_fan_out": True}, {"bias": "all"},
-     {"lora_bias": True}, {"trainable_token_indices": [3]}, {"target_parameters": ["x"]},
+     {"fan_in_fan_out": True}, {"bias": "all"},
+     {"lora_bias": True}, {"target_parameters": ["x"]},
      {"alora_invocation_tokens": [1, 2]},
      {"use_qalora": True}, {"layer_replication": [[0, 2]]}, {"init_lora_weights": "pissa_niter_4"},
      {"init_lora_weights": "olora"}, {"r": "4"}, {"r": 0}, {"r": True}, {"r": 10**12}, {"lora_alpha": -8},

@@ -211,7 +211,11 @@ def test_lora_plus_gives_b_a_rate_of_its_own(base):
     model = load_model(base)
     lora.add_lora(model, 4, 8.0, variant=Variant(dora=True))
     for kind in ("adamw", "muon", "adamw8bit"):
-        groups = [g for each in make_optimizers(model, kind, 1e-3, 0.1, lora_plus=16.0) for g in each.param_groups]
+        groups = [
+            g
+            for each in make_optimizers(model, kind, 1e-3, 0.1, lr_factors={".lora_B": 16.0})
+            for g in each.param_groups
+        ]
         factors = {id(p): group["lr_factor"] for group in groups for p in group["params"]}
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         assert len(factors) == len(trained)

@@ -56,6 +56,7 @@ FOLDER, STATE_FILE, MANIFEST = "checkpoints", "state.json", "manifest.json"
 # What a run writes. metrics.jsonl is the last to be removed, because by it a run is known.
 RUN_FILES = (
     "config.json",
+    "added_tokens.txt",
     "loss.png",
     "report.html",
     "trace.json",

@@ -30,6 +30,7 @@ from methods import (
     check_kind_of_adapter,
     continues_adapter,
     load_any_adapter,
+    lr_factor_of,
     method_of,
     select_weights,
     start_of,
@@ -39,6 +40,8 @@ from planning import memory, multi_gpu
 from planning.memory import Workload
 from planning.report import adapter_of, describe_workload, num_validations, recipe_and_layout
 from training.checkpointer import RUN_FILES, format_bytes
+from vocabulary.new_tokens import file_of_new_tokens
+from vocabulary.tables import trained_tables
 
 # Seconds to compile a block, and the share of a step's time that it saves in bf16; measured on 2
 # cores. In fp32, where products take nearly all of the time, it saves nothing.
@@ -139,6 +142,15 @@ def resolve_defaults(
     flags, why_lr = choose_optimization(flags, config)
     flags, why_save_dtype = choose_save_dtype(flags, folder, config)
     model = meta_model_of_run(flags, folder, config)
+    if continues_adapter(flags):
+        has_tables = bool(trained_tables(model))
+        if flags.embedding_lr is not None and not has_tables:
+            raise UserError(f"--embedding-lr: {flags.adapter} has no trained embeddings")
+        if flags.ewc and has_tables:
+            raise UserError(
+                f"--ewc: holds the change of the adapted weights, and {flags.adapter} has trained"
+                " embeddings as well"
+            )
     if continues_adapter(flags):
         shape = method_of(flags).shape
         if shape is not None:
@@ -423,10 +435,7 @@ def choose_optimization(flags: Flags, config: Config) -> tuple[Flags, str]:
     why_lr = ""
     if flags.lr is None:
         width_factor = (REFERENCE_WIDTH / config.hidden_size) ** WIDTH_EXPONENT
-        factor = method.lr_factor
-        if callable(factor):
-            factor = factor(flags)
-        lr = BASE_LR * factor * width_factor
+        lr = BASE_LR * lr_factor_of(flags) * width_factor
         if is_bundled_task(flags):
             lr *= BUNDLED_TASK_LR
             why_lr = f" ({BUNDLED_TASK_LR} times the default, since it is short)"
@@ -457,7 +466,9 @@ def meta_model_of_run(flags: Flags, folder: Path, config: Config) -> Transformer
         check_kind_of_adapter(flags)
         load_any_adapter(model, start_of(flags))
         return model
-    model = memory.meta_model(config, recipe, dtype, adapter_of(flags), flags.quant)
+    # Once a run is resumed, it has a copy of the file.
+    adapter = adapter_of(flags) | {"add_tokens": file_of_new_tokens(flags)}
+    model = memory.meta_model(config, recipe, dtype, adapter, flags.quant)
     model.source = folder
     if not method_of(flags).freezes_base:
         select_weights(model, flags)

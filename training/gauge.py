@@ -61,7 +61,7 @@ class Gauge:
         self.device = device
         self.seconds = 0.0
         self.base_hidden: Tensor | None = None
-        # The base's head, on the host; None where the head is not trained.
+        # The base's head, on the host; None where the head is not trained, or can be had at any time.
         self.base_head: Tensor | None = None
         if state.gauge_tokens is None:
             # A run of an earlier version goes on as it began.
@@ -89,13 +89,24 @@ class Gauge:
             return 0.0
         with self.timed():
             hidden, head = self.compute()
-            base_head = head if self.base_head is None else self.base_head.to(self.device)
+            base_head = self.head_of_base(head)
             softcap = self.model.config.logit_softcap
             value = mean_divergence(self.base_hidden, hidden, base_head, head, softcap)
             self.release()
         return distributed.broadcast_object(value)
 
     # ---- the base ----
+
+    def head_of_base(self, head: Tensor) -> Tensor:
+        """Returns the weight of the base's output head. head: that of the model now."""
+        if self.base_head is not None:
+            return self.base_head.to(self.device)
+        if not self.model.trains_head:
+            return head
+        step_0 = model_of_step_0(self.model, self.settings)
+        assert step_0 is not None, "else find_base has kept it"
+        with step_0:
+            return self.model.head_weight()
 
     def find_base(self, state: TrainState) -> None:
         """Computes what the base's head is given, or reads what the run has written of it; and says
@@ -108,7 +119,7 @@ class Gauge:
             base = "the model without its adapter"
         elif state.step == 0:
             self.base_hidden, head = self.compute()
-            if head.requires_grad:
+            if self.model.trains_head:
                 self.base_head = head.detach().to(self.base_hidden.dtype).to("cpu", copy=True)
             self.release()
             # The others wait for rank 0's disk, which may be slow.

@@ -34,6 +34,7 @@ from training.defaults import Settings
 from training.metrics import MetricsLogger
 from training.plots import read_metrics
 from training.state import TrainState
+from vocabulary.tables import has_tables
 
 FILE_NAME = "README.md"
 # Options that say where a run was and who watched it, not what it trained.
@@ -73,6 +74,7 @@ class ModelCard:
 
     origin: what the run is made from, as plaintune.json has it.
     folder: of the base.
+    model_vocabulary: the rows of the embedding table, where these are more than the base's; else None.
     metrics, state: are read when a card is written.
     first_answers: to the prompts of the run's page, of the model before step 1; nothing where its base can be
         asked at the end as well.
@@ -86,6 +88,7 @@ class ModelCard:
     metrics: MetricsLogger
     state: TrainState
     first_answers: list[str] = field(default_factory=list)
+    model_vocabulary: int | None = None
 
     def write(self, tmp: Path, name: str) -> None:
         """Writes README.md into the folder `tmp`, which will be called `name`: final or best."""
@@ -126,6 +129,14 @@ class ModelCard:
     @property
     def is_lora(self) -> bool:
         return method_of(self.settings).file_type == "LORA"
+
+    @property
+    def brings_tables(self) -> bool:
+        """True if the folder holds embeddings, which servers take merged alone."""
+        settings = self.settings
+        if settings.adapter:
+            return has_tables(settings.adapter)
+        return bool(settings.add_tokens or settings.train_tokens or settings.modules_to_save)
 
     @property
     def brings_base(self) -> bool:
@@ -227,7 +238,7 @@ class ModelCard:
             what += ", merge it into its base"
         if self.is_lora:
             export = f"{shell_base} MODEL.gguf --adapter THIS"
-            if self.brings_base:
+            if self.brings_base or self.brings_tables:
                 export = "MERGED MODEL.gguf"
             shell.append(f"python convert.py to-gguf {export} --type q8_0")
             what += ", or write"
@@ -245,6 +256,12 @@ class ModelCard:
         # vLLM takes neither other adapters nor DoRA.
         if not self.is_lora or self.settings.dora:
             return lines[:-1]
+        if self.brings_tables:
+            lines.append(
+                "It holds trained embeddings beside LoRA's matrices, which vLLM does not take in an"
+                " adapter: serve MERGED."
+            )
+            return lines
         rank = "" if self.settings.adapter else vllm_rank(largest_rank(self.settings))
         lines += ["With vLLM:", ""]
         lines += fenced(
@@ -255,7 +272,14 @@ class ModelCard:
     def put_on_base(self) -> list[str]:
         """Returns the lines of Python that put the adapter on its base."""
         if self.library == "peft":
-            return ['model = PeftModel.from_pretrained(base, "THIS")']
+            put_on = 'model = PeftModel.from_pretrained(base, "THIS")'
+            rows = self.model_vocabulary
+            if rows is None:
+                return [put_on]
+            return [
+                f"base.resize_token_embeddings({rows})    # the adapter has the new rows",
+                put_on,
+            ]
         return [
             "model = base",
             "adapters.init(model)",

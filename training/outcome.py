@@ -90,8 +90,8 @@ def save_weights(card: ModelCard, model: Transformer, folder: Path) -> None:
     method = method_of(settings)
 
     def write_extra(tmp: Path) -> None:
-        # A whole model is saved by save_model, which copies these files itself.
-        if method.freezes_base:
+        # A whole model is saved by save_model, which copies its base's files itself.
+        if method.freezes_base or tokenizer.source != model.source:
             copy_tokenizer(tokenizer.source, tmp)
         tokenizer.save_template(tmp)
         facts = dict(card.origin)

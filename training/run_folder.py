@@ -29,9 +29,11 @@ from interop.resolve import trained_day, trained_system
 from methods import keep_start
 from model import Transformer
 from tokenization.chat_template import today
+from tokenizer import Tokenizer
 from training import checkpointer
 from training.checkpointer import RUN_FILES, Checkpoint
 from training.defaults import Settings, sizes_on_disk
+from vocabulary.new_tokens import check_unchanged, keep_new_tokens
 
 
 @dataclass
@@ -235,6 +237,7 @@ def open_run_folder(
     resumed: Checkpoint | None,
     origin: dict,
     model: Transformer,
+    tokenizer: Tokenizer,
 ) -> tuple[Settings, Path]:
     """Makes the run's folder, if it is not there. Returns the settings with its name, and the folder.
 
@@ -245,9 +248,12 @@ def open_run_folder(
         checkpointer.check_same_run(resumed, origin)
     if settings.push:
         distributed.run_on_rank0(functools.partial(make_repository, settings.push))
+    # Now, since the folder that is replaced may hold their file.
+    tokens = check_unchanged(settings, model.source, tokenizer)
     out = Path(distributed.run_on_rank0(lambda: make_run_folder(settings, lock, resumed)))
     settings = dataclasses.replace(settings, out=str(out))
     distributed.run_on_rank0(lambda: keep_start(settings))
+    distributed.run_on_rank0(lambda: keep_new_tokens(tokens, out))
     check_room(settings, model, out)
     print(f"saves     {settings.reasons['save_every']}")
     return settings, out

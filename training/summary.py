@@ -19,7 +19,7 @@ from common.console import number_of, one_line
 from common.origin import SOURCE_FILE
 from common.threads import wait_policy_note
 from data import TrainingData, max_tokens_per_micro_batch
-from methods import method_of
+from methods import lr_factors, method_of
 from model import Linear, Transformer, quantized_linears
 from planning import multi_gpu
 from planning.report import recipe_and_layout
@@ -30,6 +30,8 @@ from training.defaults import Settings
 from training.gauge import Gauge
 from training.metrics import MetricsLogger
 from training.state import TrainState
+from vocabulary.new_tokens import new_tokens_of
+from vocabulary.tables import TrainedRows, trained_tables
 
 KEPT_ACTIVATIONS = {
     "selective": "products, not norms and attention's probabilities"
@@ -107,8 +109,45 @@ def print_method(settings: Settings, model: Transformer) -> None:
         adapted = matrix_size(layer.base for layer in layers)
         percent = 100 * adapted / total
         print_line(f"the {len(layers):,} adapted layers hold {percent:.1f} % of the model")
+    print_tables(settings, model)
     if model.config.experts:
         print_experts(model, total)
+
+
+def print_tables(settings: Settings, model: Transformer) -> None:
+    """Prints which tokens are new, and what is trained of the embedding table and the output head beside
+    an adapter."""
+    tokens = new_tokens_of(settings, model.source)
+    if tokens is not None:
+        ids = (
+            f"{tokens.ids[0]:,} to {tokens.ids[-1]:,}"
+            if len(tokens.ids) > 1
+            else f"{tokens.ids[0]:,}"
+        )
+        before = checkpoint.read_config(model.source).vocab_size
+        room = f"in the {before:,} rows that the table has"
+        if tokens.ids.stop > before:
+            room = f"the table grows from {before:,} to {tokens.ids.stop:,} rows"
+        print(f"tokens    {len(tokens.texts):,} new, ids {ids}, {room}")
+        shown = [
+            f"{one_line(text, 30)} as that of {number_of(len(parts), 'token')}"
+            for text, parts in list(zip(tokens.texts, tokens.parts, strict=True))[:3]
+        ]
+        more = ", ..." if len(tokens.texts) > 3 else ""
+        print_line(f"their rows begin as the mean of what the text had: {', '.join(shown)}{more}")
+    factors = lr_factors(settings)
+    for name, table in trained_tables(model).items():
+        tied = ", which is the output head too" if model.head is None else ""
+        rate = settings.lr * factors[table.rate_name]
+        which = ""
+        if settings.train_tokens and isinstance(table, TrainedRows):
+            which = (
+                f" ({one_line(settings.train_tokens, 60)}{' and the new ones' if tokens else ''})"
+            )
+        print_line(
+            f"trained as well: {table.extent}{which} of {checkpoint.hf_name(model, name)}{tied}, peak rate"
+            f" {rate:.2g}"
+        )
 
 
 def print_experts(model: Transformer, total: int) -> None:

@@ -71,6 +71,9 @@ METHODS = {
     "variants": "--rank 4 --dora --rslora --init pissa --lora-plus 4 --rank-pattern q_proj=2 --dropout 0.2",
     "vera": "--method vera --lr 0.1 --layers 1 --quant nf4",
     "loftq": "--method qlora --init loftq --rank 4",
+    "new tokens": "--rank 4 --add-tokens TOKENS --train-tokens <|im_end|>",
+    "new tokens, full": "--method full --add-tokens TOKENS",
+    "tables": "--rank 4 --modules-to-save embed_tokens,lm_head --embedding-lr 1e-3",
     "asynchronous": "--method full --save-async",
 }
 
@@ -80,11 +83,13 @@ def job(tmp_path_factory):
     """words(method): the flags of a job of 14 steps in two epochs, checkpoints every 3."""
     folder = tmp_path_factory.mktemp("job")
     base = chat_base(folder / "base", num_key_value_heads=2)
+    (folder / "tokens.txt").write_text("fox jumps\n12 7\n")
     data, more, val = (records(folder / f"{name}.jsonl", n, seed) for name, n, seed in
                        (("data", 40, 0), ("more", 20, 200), ("val", 9, 500)))  # fmt: skip
 
     def words(method: str, *more_words) -> list[str]:
-        found = METHODS[method].replace("ADAPTER", str(folder / "adapter/final")).split()
+        found = METHODS[method].replace("ADAPTER", str(folder / "adapter/final"))
+        found = found.replace("TOKENS", str(folder / "tokens.txt")).split()
         mixed = [f"{data}=3", f"{more}=1", "--replay", f"{val}=0.2"] if "MIXED" in found else [data]
         found = [word for word in found if word != "MIXED"]
         found += [] if "--dtype" in found else ["--dtype", "fp32"]

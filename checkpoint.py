@@ -491,7 +491,7 @@ def place_tensor(
 
 def with_rows_of(parameter: Tensor, tensor: Tensor) -> Tensor:
     """Returns a stored tensor with as many rows as a parameter has, zeros in those that are not stored:
-    a table that got rows for new tokens (vocabulary/tables.py) has more."""
+    a table that got rows for new tokens (adapting/tables.py) has more."""
     missing = len(parameter) - len(tensor)
     if not missing:
         return tensor

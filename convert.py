@@ -36,6 +36,7 @@ import torch
 import adapter_files
 import checkpoint
 import data
+from adapting.tables import vocabulary_size
 from common.choices import QUANT_KINDS
 from common.device import STORAGE_DTYPES
 from common.errors import UserError
@@ -61,7 +62,6 @@ from interop.written import describe_folder, describe_gguf
 from kernels.nf4 import dequantized_weight
 from methods import load_any_adapter
 from model import quantized_linears
-from vocabulary.tables import vocabulary_size
 
 # Files of assets/, the first of which a tokenizer can read: what --check is where it is not given.
 BUNDLED_CHECKS = ("general_chat.jsonl", "general.txt")

@@ -27,6 +27,7 @@ import argparse
 import numpy as np
 
 import data
+from adapting.tables import vocabulary_size
 from checkpoint import read_config
 from common import console
 from dataset.examples import places_of
@@ -56,7 +57,6 @@ from evals.scores import ItemScores
 from evals.table import CHOOSE, COMMANDS, EVALUATIONS, EXECUTE, GENERATE, LOSS, imported
 from evals.targets import Opened, digest_of_ids, encode_files
 from interop.remote_data import fetch_data
-from vocabulary.tables import vocabulary_size
 
 
 def main() -> None:

@@ -45,6 +45,7 @@ from adapter_files import (  # noqa: F401
     whole_weight,
     write_adapter,
 )
+from adapting.tables import add_described_tables, described_tables, tidy_tables
 from checkpoint import copy_local_rows, hf_name
 from common.choices import ALL, ALL_LINEAR
 from common.errors import UserError
@@ -62,7 +63,6 @@ from model import (
     stack_expert_weights,
 )
 from quant import can_quantize, quantize
-from vocabulary.tables import add_described_tables, described_tables, tidy_tables
 
 # Keys of adapter_config.json that change what an adapter computes, or on which layers.
 UNSUPPORTED = (

@@ -21,12 +21,12 @@ import adapters
 import checkpoint
 import distributed
 import lora
+from adapting import tables
+from adapting.new_tokens import ids_of_tokens, new_tokens_of
 from common.device import DTYPES, STORAGE_DTYPES
 from common.errors import UserError, read_json
 from common.files import write_json
 from model import Transformer, quantized_linears
-from vocabulary import tables
-from vocabulary.new_tokens import ids_of_tokens, new_tokens_of
 
 # The learning rate of LoRA over that of full fine-tuning.
 PLAIN_LORA_FACTOR = 10

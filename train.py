@@ -34,6 +34,13 @@ from torch import Tensor
 
 import distributed
 from adapters import check_room_for_text
+from adapting.new_tokens import (
+    check_room_for_tokens,
+    folder_of_new_tokens,
+    ids_of_tokens,
+    new_tokens_of,
+)
+from adapting.tables import vocabulary_size
 from checkpoint import read_config
 from common.console import lasting_output
 from common.errors import UserError
@@ -79,13 +86,6 @@ from training.safety import SafetyCheck
 from training.signals import GracefulStop
 from training.state import TrainState
 from training.summary import print_interruption, print_model_summary, print_run_summary
-from vocabulary.new_tokens import (
-    check_room_for_tokens,
-    folder_of_new_tokens,
-    ids_of_tokens,
-    new_tokens_of,
-)
-from vocabulary.tables import vocabulary_size
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 import data
 from adapter_files import is_adapter
+from adapting.tables import vocabulary_size
 from checkpoint import read_config
 from common import console
 from common.errors import UserError
@@ -52,7 +53,6 @@ from interop.remote_data import fetch_data
 from interop.resolve import base_folder, base_of_model
 from model import Transformer
 from tokenizer import Tokenizer
-from vocabulary.tables import vocabulary_size
 
 # Tokens of plain text that are one item of the bootstrap, since a text may be a single example.
 PIECE = 256

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import data
+from adapting.tables import vocabulary_size
 from checkpoint import read_config
 from common import console
 from common.errors import UserError, read_json_if_there
@@ -37,7 +38,6 @@ from evals.targets import (
     encode_files,
 )
 from interop.resolve import base_of_model
-from vocabulary.tables import vocabulary_size
 
 
 def print_transfer(args: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ import torch
 
 import adapter_files
 import lora
+from adapting.tables import trained_tables
 from checkpoint import (
     Place,
     all_finite,
@@ -67,7 +68,6 @@ from kernels.rope import rope_inv_freq
 from methods import ADAPTER_ROWS, METHODS, type_of_adapter
 from model import Transformer
 from quant import quantize as quantize_weight
-from vocabulary.tables import trained_tables
 
 # {value of --type: general.file_type, by llama.cpp's numbers}
 TYPES = {

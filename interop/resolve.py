@@ -15,6 +15,7 @@ from pathlib import Path
 
 import adapter_files
 from adapter_files import OWN_BASE, adapter_metadata, is_adapter, why_no_adapter
+from adapting.tables import vocabulary_size
 from checkpoint import TOKENIZER_FILES, fingerprint, read_config
 from common.choices import QUANT_KINDS
 from common.console import one_line, print_stderr
@@ -32,7 +33,6 @@ from interop import hub
 from interop.gguf_import import find_damaged_file, gguf_to_folder
 from model import Transformer, quantized_linears
 from tokenizer import Tokenizer, check_date, load_tokenizer
-from vocabulary.tables import vocabulary_size
 
 # What is read of a model's README.md at most: its front matter stands first.
 CARD_BYTES = 100_000

@@ -32,6 +32,14 @@ from torch import Tensor, nn
 
 import lora
 from adapter_files import adapter_modules
+from adapting.new_tokens import read_texts
+from adapting.tables import (
+    TrainedRows,
+    add_tables,
+    asked_tables,
+    grow_vocabulary,
+    tables_of,
+)
 from common import console
 from data import max_tokens_per_micro_batch
 from flags import NEW_ADAPTER
@@ -49,14 +57,6 @@ from methods import METHODS
 from model import Config, Linear, Transformer, quantized_linears
 from optimizers import state_bytes
 from quant import can_quantize, empty_nf4
-from vocabulary.new_tokens import read_texts
-from vocabulary.tables import (
-    TrainedRows,
-    add_tables,
-    asked_tables,
-    grow_vocabulary,
-    tables_of,
-)
 
 # FLOP/s of dense bf16 products, as the vendor publishes them.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -337,7 +337,7 @@ def expected_memory(
 
 def looked_up(table: nn.Module) -> Any:
     """Returns the parameter that is read as an embedding table or output head: the one that is trained
-    in its place, where there is one (vocabulary/tables.py); None where it is in 4 bits."""
+    in its place, where there is one (adapting/tables.py); None where it is in 4 bits."""
     return getattr(table, "trained_table", table.weight)
 
 

@@ -16,7 +16,7 @@ ROOT_FILES = {
     *("quant.py", "data.py", "tokenizer.py", "checkpoint.py", "objectives.py", "optimizers.py", "distributed.py"),
     *("evaluate.py", "generate.py", "convert.py", "sweep.py"),
 }
-ROOMS = {"kernels", "training", "planning", "dataset", "tokenization", "vocabulary", "interop", "evals", "common"}
+ROOMS = {"kernels", "training", "planning", "dataset", "tokenization", "adapting", "interop", "evals", "common"}
 OTHER_FOLDERS = {"assets", "benchmarks", "docs", "experiments", "lessons", "tests", ".ci", ".github"}
 
 # A file imports from levels below its own, and from none above. A room's files are on the room's level, and import each
@@ -29,7 +29,7 @@ LEVELS = (
     ("model",),
     ("checkpoint", "tokenization", "tokenizer"),
     ("adapter_files",),
-    ("vocabulary",),
+    ("adapting",),
     ("lora", "adapters", "optimizers", "dataset"),
     ("methods",),
     ("flags",),

@@ -31,6 +31,7 @@ import generate
 import lora
 import methods
 import train
+from adapting import new_tokens, tables
 from checkpoint import load_model, read_config, save_model
 from common.errors import UserError
 from decoding import is_packed, packed_weights
@@ -41,7 +42,6 @@ from objectives import token_losses
 from optimizers import make_optimizers
 from planning.memory import Recipe, expected_memory, meta_model
 from tokenizer import load_tokenizer
-from vocabulary import new_tokens, tables
 
 # ---- random bases, and peft on them ----
 

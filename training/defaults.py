@@ -17,6 +17,8 @@ import torch
 
 import distributed
 import optimizers
+from adapting.new_tokens import file_of_new_tokens
+from adapting.tables import trained_tables
 from checkpoint import dtype_note, read_config, stored_dtype, weight_files
 from common.console import number_of
 from common.device import DTYPES, STORAGE_DTYPES, pick_dtype
@@ -40,8 +42,6 @@ from planning import memory, multi_gpu
 from planning.memory import Workload
 from planning.report import adapter_of, describe_workload, num_validations, recipe_and_layout
 from training.checkpointer import RUN_FILES, format_bytes
-from vocabulary.new_tokens import file_of_new_tokens
-from vocabulary.tables import trained_tables
 
 # Seconds to compile a block, and the share of a step's time that it saves in bf16; measured on 2
 # cores. In fp32, where products take nearly all of the time, it saves nothing.

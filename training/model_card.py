@@ -19,6 +19,7 @@ import torch
 
 import distributed
 from adapter_files import OWN_BASE
+from adapting.tables import has_tables
 from common.errors import printable, read_json_if_there
 from common.origin import SOURCE_FILE
 from common.remote_names import is_remote, shown
@@ -34,7 +35,6 @@ from training.defaults import Settings
 from training.metrics import MetricsLogger
 from training.plots import read_metrics
 from training.state import TrainState
-from vocabulary.tables import has_tables
 
 FILE_NAME = "README.md"
 # Options that say where a run was and who watched it, not what it trained.

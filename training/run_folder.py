@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import distributed
+from adapting.new_tokens import check_unchanged, keep_new_tokens
 from checkpoint import fingerprint
 from common.device import pick_device
 from common.errors import UserError, read_json_if_there
@@ -33,7 +34,6 @@ from tokenizer import Tokenizer
 from training import checkpointer
 from training.checkpointer import RUN_FILES, Checkpoint
 from training.defaults import Settings, sizes_on_disk
-from vocabulary.new_tokens import check_unchanged, keep_new_tokens
 
 
 @dataclass

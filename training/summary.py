@@ -15,6 +15,8 @@ import distributed
 import lora
 import optimizers
 from adapter_files import OWN_BASE, base_size
+from adapting.new_tokens import new_tokens_of
+from adapting.tables import TrainedRows, trained_tables
 from common.console import number_of, one_line
 from common.origin import SOURCE_FILE
 from common.threads import wait_policy_note
@@ -30,8 +32,6 @@ from training.defaults import Settings
 from training.gauge import Gauge
 from training.metrics import MetricsLogger
 from training.state import TrainState
-from vocabulary.new_tokens import new_tokens_of
-from vocabulary.tables import TrainedRows, trained_tables
 
 KEPT_ACTIVATIONS = {
     "selective": "products, not norms and attention's probabilities"

@@ -77,14 +77,14 @@ def has_adapter(model: nn.Module) -> bool:
 
 def base_size(model: Transformer) -> int:
     """Returns the number of the base model's parameters."""
-    adapters = 0
+    adapters: dict[int, int] = {}
     for module in adapter_modules(model).values():
-        own = module.parameters()
+        inside = set()
         if module.base is not None:
             inside = {id(p) for p in module.base.parameters()}
-            own = (p for p in own if id(p) not in inside)
-        adapters += sum(p.numel() for p in own)
-    return model.size - adapters
+        # By parameter, since two modules may share one.
+        adapters |= {id(p): p.numel() for p in module.parameters() if id(p) not in inside}
+    return model.size - sum(adapters.values())
 
 
 def refuse_second_adapter(model: nn.Module) -> None:
@@ -293,11 +293,13 @@ def write_adapter(
     config: dict,
     write_extra: Callable[[Path], None] | None = None,
     file_name: str = ADAPTER_FILE,
+    pack: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> None:
     """Writes the folder of a model's adapter, in place of what is there. All ranks must call it.
 
     config: what stands in adapter_config.json.
     write_extra: writes more files into the new folder, before that gets its name.
+    pack: brings the tensors into the form of the file, where that is another one.
     Raises UserError if the folder holds a model.
     """
     if (Path(folder) / "config.json").is_file():
@@ -318,7 +320,7 @@ def write_adapter(
         if not tmp:
             return
         write_json(config, tmp / CONFIG_FILE)
-        save_tensors(weights, tmp / file_name)
+        save_tensors(pack(weights) if pack else weights, tmp / file_name)
         if write_extra:
             write_extra(tmp)
 

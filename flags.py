@@ -49,6 +49,7 @@ NEW_ADAPTER = {
     "alpha": 16.0,
     "dropout": 0.0,
     "targets": ALL,
+    "target_parameters": None,
     "layers": None,
     "rank_pattern": None,
     "alpha_pattern": None,
@@ -329,7 +330,15 @@ class Flags:
     targets: str | None = option(
         None,
         "lora: layers that are adapted, as names separated by commas (q_proj,v_proj); default:"
-        " all, which is every linear layer of the transformer blocks, and not the output head",
+        " all, which is every linear layer of the transformer blocks, and not the output head; none: for"
+        " --target-parameters alone",
+    )
+    target_parameters: str | None = option(
+        None,
+        "lora: routed experts that are adapted as peft does it where the weights of all experts are one"
+        " parameter, as mlp.experts.gate_up_proj,mlp.experts.down_proj; gate and up then share their A, and"
+        " --targets all leaves experts out; default: each linear of an expert by itself, as --targets says",
+        metavar="NAME,...",
     )
     layers: str | None = option(
         None,
@@ -1075,6 +1084,10 @@ def check_method(flags: Flags) -> None:
     check_prompt_init(flags)
     check_encoder(flags)
     check_tables(flags)
+    if flags.targets == "none" and not flags.target_parameters:
+        raise UserError("--targets none: is for --target-parameters, which is not given")
+    if flags.target_parameters == "":
+        raise UserError("--target-parameters '': is empty; leave it out")
     if flags.init == "loftq":
         if flags.quant != "nf4" and (flags.quant or flags.method != "qlora"):
             raise UserError("--init loftq: makes up for 4 bits; give --quant nf4 as well")

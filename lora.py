@@ -19,7 +19,7 @@ import contextlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -44,6 +44,15 @@ from adapter_files import (  # noqa: F401
     unmerge,
     whole_weight,
     write_adapter,
+)
+from adapting.stacked_experts import (
+    Stacked,
+    match_parameters,
+    pack_experts,
+    share_A,
+    short_parameter_names,
+    stacked_parameters,
+    unpack_experts,
 )
 from adapting.tables import add_described_tables, described_tables, tidy_tables
 from checkpoint import copy_local_rows, hf_name
@@ -70,7 +79,6 @@ UNSUPPORTED = (
     "use_bdlora",
     "lora_bias",
     "layer_replication",
-    "target_parameters",
     "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
@@ -128,6 +136,7 @@ class LoRALinear(nn.Module):
     variant: of LoRA. With PiSSA the first A and B are kept beside the trained ones, and their product
         is taken off again in place of changing W: so W stays what it is, in 4 bits too, and the file
         is a plain LoRA of twice the rank.
+    stacked: where PEFT's file has a linear of an expert, if it is not by its own name.
     """
 
     is_adapter = True
@@ -141,10 +150,12 @@ class LoRALinear(nn.Module):
         dropout_seeds: DropoutSeeds,
         number: int,
         variant: Variant = ORDINARY,
+        stacked: Stacked | None = None,
     ):
         super().__init__()
         self.base = base
         self.variant = variant
+        self.stacked = stacked
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
@@ -188,11 +199,13 @@ class LoRALinear(nn.Module):
             copy_local_rows(self.lora_magnitude, whole_weight(self.base).norm(dim=1))
 
     def start_plain(self) -> None:
+        self.lora_B.zero_()
+        if self.stacked is not None and not self.stacked.owns_A:
+            return
         # Every rank draws the whole of A and keeps its rows, so that sharding changes no number.
         A = torch.empty(self.lora_A.shape, device=self.lora_A.device)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         copy_local_rows(self.lora_A, A)
-        self.lora_B.zero_()
 
     def start_pissa(self) -> None:
         """Splits the weight by its singular values: W = U S V^T, of which the largest `rank` make the
@@ -612,6 +625,7 @@ def add_lora(
     targets: str | list[str] = ALL,
     variant: Variant = ORDINARY,
     layers: Collection[int] | None = None,
+    parameters: Sequence[str] = (),
 ) -> list[str]:
     """Freezes the model and puts LoRA on the linears that `targets` name.
 
@@ -623,6 +637,8 @@ def add_lora(
         `mlp.down_proj`, `model.layers.3.self_attn.v_proj`).
     variant: of LoRA.
     layers: the numbers of the blocks that are adapted; None: all.
+    parameters: experts that are adapted in PEFT's stacked form, as adapting.stacked_experts.
+        match_parameters returns them; then `targets` may be [], and "all" leaves out all experts.
     Returns the published names of these linears, in the model's order.
     Raises UserError if one of these is out of range, if a target matches no layer, and if the model
     has an adapter.
@@ -634,8 +650,16 @@ def add_lora(
     if not 0 <= dropout < 1:
         raise UserError(f"--dropout {dropout:g}: must be at least 0 and below 1")
     refuse_second_adapter(model)
-    linears, our_names = targeted_linears(model, targets, layers)
-    names = list(linears)
+    linears, our_names = targeted_linears(model, targets, layers, bool(parameters))
+    stacked = stacked_linears(model, parameters, dropout, variant, linears)
+    if stacked:
+        # All in the model's order, in which first numbers are drawn.
+        wanted = {*linears, *stacked}
+        linears, our_names = linears_of_blocks(model)
+        linears = {name: linear for name, linear in linears.items() if name in wanted}
+    # Of a stacked linear the name of its parameter counts.
+    counted = {name: stacked[name].parameter if name in stacked else name for name in linears}
+    names = list(dict.fromkeys(counted.values()))
     # A rank above both sides of a matrix adds nothing to what its update can be.
     largest = max(max(layer.in_features, layer.out_features) for layer in linears.values())
     if rank > largest:
@@ -643,7 +667,7 @@ def add_lora(
     check_patterns(variant, names)
     refuse_experts(variant.dora, "--dora", names)
     for name, layer in linears.items():
-        own_rank = by_pattern(variant.rank_pattern, name, rank)
+        own_rank = by_pattern(variant.rank_pattern, counted[name], rank)
         if own_rank > largest:
             raise UserError(
                 f"--rank-pattern: rank {own_rank:,} of {name}: no layer here is larger than {largest}"
@@ -655,33 +679,70 @@ def add_lora(
             )
     model.requires_grad_(False)
     for number, (name, layer) in enumerate(linears.items()):
-        own_rank = by_pattern(variant.rank_pattern, name, rank)
-        own_alpha = by_pattern(variant.alpha_pattern, name, alpha)
+        own_rank = by_pattern(variant.rank_pattern, counted[name], rank)
+        own_alpha = by_pattern(variant.alpha_pattern, counted[name], alpha)
+        place = stacked.get(name)
         adapted = LoRALinear(
-            layer, own_rank, own_alpha, dropout, model.dropout_seeds, number, variant
+            layer, own_rank, own_alpha, dropout, model.dropout_seeds, number, variant, place
         )
         set_submodule(model, our_names[name], adapted)
+    share_A(model)
     set_casts(model)
     stack_expert_weights(model)
-    return names
+    return list(linears)
+
+
+def stacked_linears(
+    model: Transformer,
+    parameters: Sequence[str],
+    dropout: float,
+    variant: Variant,
+    linears: Mapping[str, Linear],
+) -> dict[str, Stacked]:
+    """Returns {published name of a linear: its place} of all linears in some three-dimensional parameters.
+
+    linears: those that are adapted by themselves.
+    Raises UserError for what PEFT has not for such parameters.
+    """
+    if not parameters:
+        return {}
+    flags = {"--dropout": dropout > 0, "--dora": variant.dora, "--init": variant.start != "random"}
+    for flag, is_given in flags.items():
+        if is_given:
+            raise UserError(
+                f"{flag}: is not for --target-parameters, whose experts peft has without"
+            )
+    both = [name for name in linears if ".experts." in name]
+    if both:
+        raise UserError(
+            f"--targets: names {both[0]}, one of the experts, which --target-parameters adapts"
+        )
+    known = stacked_parameters(model)
+    found: dict[str, Stacked] = {}
+    for parameter in parameters:
+        for of_expert in known[parameter]:
+            for name in of_expert:
+                found[hf_name(model, name)] = Stacked(parameter, owns_A=name == of_expert[0])
+    return found
 
 
 def targeted_linears(
-    model: Transformer, targets: str | list[str], layers: Collection[int] | None
+    model: Transformer,
+    targets: str | list[str],
+    layers: Collection[int] | None,
+    without_experts: bool = False,
 ) -> tuple[dict[str, Linear], dict[str, str]]:
     """Returns the linears of the blocks that are to be adapted by published name, and our name of
-    each by the published one. targets, layers: as for `add_lora`.
+    each by the published one. targets, layers: as for `add_lora`. without_experts: "all" leaves out
+    routed experts, and there may be no targets.
 
     Raises UserError where nothing is left.
     """
-    linears: dict[str, Linear] = {}
-    our_names: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear) and "blocks." in name:
-            published = hf_name(model, name)
-            linears[published] = module
-            our_names[published] = name
-    names = match_targets(targets, list(linears))
+    linears, our_names = linears_of_blocks(model)
+    known = list(linears)
+    if without_experts and targets in (ALL, ALL_LINEAR):
+        known = [name for name in known if ".experts." not in name]
+    names = [] if without_experts and not targets else match_targets(targets, known)
     if layers is not None:
         count = model.config.num_layers
         if not layers or max(layers) >= count:
@@ -690,6 +751,18 @@ def targeted_linears(
         if not names:
             raise UserError(f"--layers: none of them has what --targets {targets} names")
     return {name: linears[name] for name in names}, our_names
+
+
+def linears_of_blocks(model: Transformer) -> tuple[dict[str, Linear], dict[str, str]]:
+    """Returns the linears of all blocks by published name, and our name of each by the published one."""
+    linears: dict[str, Linear] = {}
+    our_names: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and "blocks." in name:
+            published = hf_name(model, name)
+            linears[published] = module
+            our_names[published] = name
+    return linears, our_names
 
 
 def parse_pattern(text: str | None, flag: str) -> dict[str, float]:
@@ -1052,9 +1125,12 @@ def save_adapter(
     """
     layers = lora_layers(model)
     assert layers, "the model has no adapter"
+    stacked = stacked_names(layers.values())
     # Dropout and variant are the same for all layers of an adapter.
     first = next(iter(layers.values()))
-    stored = {name: stored_shape(layer) for name, layer in layers.items()}
+    stored: dict[str, tuple[int, float]] = {}
+    for name, layer in layers.items():
+        stored[layer.stacked.parameter if layer.stacked else name] = stored_shape(layer)
     rank, alpha = Counter(stored.values()).most_common(1)[0][0]
     config = {
         **peft_facts(model, "LORA"),
@@ -1065,12 +1141,23 @@ def save_adapter(
         "use_rslora": first.variant.rslora,
         "use_dora": first.variant.dora,
         "lora_dropout": first.dropout,
-        "target_modules": target_modules(model, list(layers)),
+        "target_modules": target_modules(
+            model, [name for name, layer in layers.items() if not layer.stacked]
+        ),
         "bias": "none",
         "fan_in_fan_out": model.config.conv1d,
         **described_tables(model),
     }
-    write_adapter(model, folder, config, write_extra)
+    pack = None
+    if stacked:
+        config["target_parameters"] = short_parameter_names(model, stacked)
+        pack = partial(pack_experts, model, stacked)
+    write_adapter(model, folder, config, write_extra, pack=pack)
+
+
+def stacked_names(layers: Iterable[LoRALinear]) -> list[str]:
+    """Returns the three-dimensional parameters that some layers stand in, by published name."""
+    return list(dict.fromkeys(layer.stacked.parameter for layer in layers if layer.stacked))
 
 
 def usual_shape(layers: Iterable[LoRALinear]) -> tuple[int, float]:
@@ -1134,22 +1221,40 @@ def add_described_lora(
 ) -> None:
     """Puts LoRA on a model as an adapter_config.json describes it, with its first numbers, and the rows
     and tables that are trained beside it. where: the file. tensors: the adapter's own."""
-    add_lora(model, *adapter_settings(config, where, model))
+    parameters = described_parameters(config, where, model)
+    settings = adapter_settings(config, where, model, parameters)
+    add_lora(model, *settings, parameters=parameters)
+    unpack_experts(model, parameters, tensors)
     add_described_tables(model, config, where, tensors)
 
 
 def tidy_lora(model: Transformer, config: dict, where: Path, tensors: dict[str, Tensor]) -> None:
     """Brings the tensors of an adapter's file into the form that a model's own have, which has the adapter
     already. Arguments: as of `add_described_lora`."""
+    unpack_experts(model, described_parameters(config, where, model), tensors)
     tidy_tables(model, config, where, tensors)
 
 
+def described_parameters(config: dict, where: Path, model: Transformer) -> list[str]:
+    """Returns the stacked experts that target_parameters of an adapter_config.json names. Raises UserError
+    where it names something else."""
+    names = config.get("target_parameters") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: target_parameters must be a list of names")
+    try:
+        return match_parameters(model, names)
+    except UserError as error:
+        problem = str(error).removeprefix("--target-parameters ")
+        raise UserError(f"{where}: target_parameters {problem}") from None
+
+
 def adapter_settings(
-    config: dict, where: Path, model: Transformer
+    config: dict, where: Path, model: Transformer, parameters: list[str]
 ) -> tuple[int, float, float, str | list[str], Variant]:
     """Returns rank, alpha, dropout, targets and variant of an adapter_config.json.
 
     where: the file, for messages.
+    parameters: the stacked experts that it names.
     Raises UserError on settings that this program would have to ignore.
     """
     method = config.get("peft_type")
@@ -1178,10 +1283,14 @@ def adapter_settings(
         rank_pattern=described_pattern(config, "rank_pattern", where),
         alpha_pattern=described_pattern(config, "alpha_pattern", where),
     )
-    targets = adapter_targets(config.get("target_modules"), where, model)
-    targets = narrowed_targets(config, targets, where, model)
+    targets: str | list[str] = []
+    names: list[str] = []
+    if config.get("target_modules") or not parameters:
+        targets = adapter_targets(config.get("target_modules"), where, model)
+        targets = narrowed_targets(config, targets, where, model)
+        names = match_targets(targets, linear_names(model))
     # Patterns may name layers that are not adapted.
-    names = match_targets(targets, linear_names(model))
+    names += parameters
     variant = variant._replace(
         rank_pattern=used_pattern(variant.rank_pattern, names),
         alpha_pattern=used_pattern(variant.alpha_pattern, names),

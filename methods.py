@@ -23,6 +23,7 @@ import distributed
 import lora
 from adapting import tables
 from adapting.new_tokens import ids_of_tokens, new_tokens_of
+from adapting.stacked_experts import match_parameters, share_A, short_parameter_names
 from common.device import DTYPES, STORAGE_DTYPES
 from common.errors import UserError, read_json
 from common.files import write_json
@@ -225,8 +226,10 @@ def new_lora(model: Transformer, settings) -> None:
         alpha_pattern=lora.parse_pattern(settings.alpha_pattern, "--alpha-pattern"),
     )
     layers = lora.parse_layers(settings.layers)
+    parameters = match_parameters(model, settings.target_parameters)
+    targets = [] if settings.targets == "none" else settings.targets
     lora.add_lora(
-        model, settings.rank, settings.alpha, settings.dropout, settings.targets, variant, layers
+        model, settings.rank, settings.alpha, settings.dropout, targets, variant, layers, parameters
     )
     add_asked_tables(model, settings)
     # A plan's model is without memory, and in 4 bits already.
@@ -498,7 +501,9 @@ def describe_full(settings) -> str:
 def describe_lora(settings) -> str:
     if settings.adapter:
         return f"going on from {settings.adapter}"
-    return f"rank {settings.rank}, alpha {settings.alpha:g} on {settings.targets}{lora_words(settings)}"
+    places = [settings.targets, settings.target_parameters]
+    where = " and ".join(place for place in places if place and place != "none")
+    return f"rank {settings.rank}, alpha {settings.alpha:g} on {where}{lora_words(settings)}"
 
 
 def lora_words(settings) -> str:
@@ -550,8 +555,14 @@ def describe_ia3(settings) -> str:
 def shape_of_lora(model: Transformer) -> dict:
     layers = lora.lora_layers(model)
     first = next(iter(layers.values()))
-    targets = ",".join(lora.target_modules(model, list(layers)))
+    own = [name for name, layer in layers.items() if layer.stacked is None]
+    targets = ",".join(lora.target_modules(model, own)) or "none"
+    stacked = lora.stacked_names(layers.values())
     rank, alpha = lora.usual_shape(layers.values())
+    # Of an expert in a stacked parameter the name of that counts.
+    layers = {
+        layer.stacked.parameter if layer.stacked else name: layer for name, layer in layers.items()
+    }
     others = {name: layer for name, layer in layers.items() if layer.rank != rank}
     ranks = ",".join(f"{name}={layer.rank}" for name, layer in others.items())
     others = {name: layer for name, layer in layers.items() if layer.alpha != alpha}
@@ -561,6 +572,7 @@ def shape_of_lora(model: Transformer) -> dict:
         "alpha": alpha,
         "dropout": first.dropout,
         "targets": targets,
+        "target_parameters": ",".join(short_parameter_names(model, stacked)) or None,
         "rank_pattern": ranks or None,
         "alpha_pattern": alphas or None,
         "rslora": first.variant.rslora,
@@ -647,6 +659,7 @@ LORA = Method(
         "alpha",
         "dropout",
         "targets",
+        "target_parameters",
         "layers",
         "rank_pattern",
         "alpha_pattern",
@@ -835,6 +848,8 @@ def load_sharded(
 
     memory = torch.device("cpu") if settings.shard_offload else device
     model = checkpoint.load_model(folder, stored, memory, settings.quant, attach_and_shard)
+    # Their memory is new, and so is no longer one's.
+    share_A(model)
     if settings.shard_offload:
         # What is not sharded is not brought to the device when it is needed.
         for parameter in model.parameters():

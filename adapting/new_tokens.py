@@ -25,7 +25,7 @@ from common.files import (
 from families import Config
 from tokenizer import Tokenizer, load_tokenizer
 
-FILE_BYTES = 4 << 20
+TOKEN_FILE_BYTES = 4 << 20
 MOST_TOKENS = 100_000
 
 
@@ -58,7 +58,7 @@ def file_of_new_tokens(settings) -> Path | None:
     return Path(settings.add_tokens)
 
 
-def read_texts(file: Path) -> tuple[str, ...]:
+def read_token_texts(file: Path) -> tuple[str, ...]:
     """Reads a file of new tokens, one on each line; empty lines count for nothing.
 
     Raises UserError, with the line, where one stands twice, or begins or ends with white space.
@@ -69,7 +69,7 @@ def read_texts(file: Path) -> tuple[str, ...]:
         problem = "is a folder" if file.is_dir() else "no such file"
         raise UserError(f"--add-tokens {file}: {problem}; a text file is wanted")
     first_line: dict[str, int] = {}
-    for number, text in enumerate(read_text(file, FILE_BYTES).split("\n"), 1):
+    for number, text in enumerate(read_text(file, TOKEN_FILE_BYTES).split("\n"), 1):
         if not text.strip():
             continue
         where = f"--add-tokens {file}: line {number}: {printable(text[:60])!r}"
@@ -96,7 +96,7 @@ def new_tokens_of(settings, folder: Path) -> NewTokens | None:
     file = file_of_new_tokens(settings)
     if file is None:
         return None
-    return find_new_tokens(Path(folder), file, read_texts(file))
+    return find_new_tokens(Path(folder), file, read_token_texts(file))
 
 
 def check_room_for_tokens(tokens: NewTokens | None, config: Config, quant: str | None) -> None:

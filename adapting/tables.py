@@ -39,7 +39,7 @@ Parts = Mapping[int, Sequence[int]]
 # The end of the name, in PEFT's file, of the rows of a table.
 ROWS_END = ".token_adapter.trainable_tokens_delta"
 # {a module's name in the files of models: its name in transformers 5}
-MODULES = {"embed_out": "lm_head"}
+CURRENT_NAMES = {"embed_out": "lm_head"}
 
 
 class RowPlaces:
@@ -93,7 +93,7 @@ class TrainedTable(nn.Module):
         # In a tuple, so that its weight is no second one of the model.
         self.replaced = (before,)
         self.parts = parts
-        self.new = RowPlaces(tuple(parts), number_of_rows(base))
+        self.new = RowPlaces(tuple(parts), rows_of_table(base))
         self.trained_first: nn.Parameter | None = None
         if parts:
             self.trained_first = nn.Parameter(self.memory(len(parts)), requires_grad=False)
@@ -108,7 +108,7 @@ class TrainedTable(nn.Module):
         self.train(base.training)
 
     def add_trained(self) -> None:
-        self.trained_table = nn.Parameter(self.memory(number_of_rows(self.base)))
+        self.trained_table = nn.Parameter(self.memory(rows_of_table(self.base)))
 
     def memory(self, count: int) -> Tensor:
         """Returns memory for rows of the table, float32 [count, D]."""
@@ -199,7 +199,7 @@ class TrainedTable(nn.Module):
     @staticmethod
     def placed(model: Transformer) -> None:
         """Counts the rows of the table that the model has now."""
-        rows = number_of_rows(model.embed)
+        rows = rows_of_table(model.embed)
         if model.config.vocab_size != rows:
             model.config = model.config.with_vocabulary(rows)
 
@@ -219,7 +219,7 @@ class TrainedRows(TrainedTable):
         super().__init__(base, before, parts)
 
     def add_trained(self) -> None:
-        self.places = RowPlaces(self.ids, number_of_rows(self.base))
+        self.places = RowPlaces(self.ids, rows_of_table(self.base))
         self.trained_rows = nn.Parameter(self.memory(len(self.ids)))
 
     @property
@@ -263,7 +263,7 @@ class TrainedRows(TrainedTable):
         return {f"{PREFIX}{peft_name(model, name)}{ROWS_END}": self.trained_rows}
 
 
-def number_of_rows(table: Any) -> int:
+def rows_of_table(table: Any) -> int:
     """Returns the number of rows of an embedding table or an output head."""
     if isinstance(table, TrainedTable):
         table = table.base
@@ -300,7 +300,9 @@ def vocabulary_size(config: Config, adapter: str | Path | None) -> int:
             sizes += [id + 1 for id in ids if type(id) is int]
     file = weights_file(adapter)
     if file.is_file():
-        names = [MODULES.get(config.names[name], config.names[name]) for name in ("embed", "head")]
+        names = [
+            CURRENT_NAMES.get(config.names[name], config.names[name]) for name in ("embed", "head")
+        ]
         places = tuple(f"{PREFIX}{name}." for name in names)
         with open_safetensors(file) as stored:
             for name in stored.keys():  # noqa: SIM118 (it is no dict)
@@ -389,7 +391,7 @@ def check_saved_names(model: Transformer, names: Sequence[str], where: str) -> s
     found = set()
     for name in names:
         # Of older versions of transformers, which peft's files may be from.
-        current = MODULES.get(name, name)
+        current = CURRENT_NAMES.get(name, name)
         matching = [
             our_name
             for our_name, published in known.items()
@@ -530,7 +532,7 @@ def peft_name(model: Transformer, name: str) -> str:
     """Returns the name of the embedding table or the output head in transformers, whose modules PEFT's
     files name: GPT-NeoX's head has another one in the model's own files."""
     published = model.config.names[name]
-    return MODULES.get(published, published)
+    return CURRENT_NAMES.get(published, published)
 
 
 def take_what_is_there_twice(
@@ -544,7 +546,7 @@ def take_what_is_there_twice(
     """
     whole = name_of_table(model, name)
     published = whole.removesuffix(".weight")
-    for former, current in MODULES.items():
+    for former, current in CURRENT_NAMES.items():
         for key in list(tensors):
             if key.startswith(f"{PREFIX}{former}."):
                 tensors[key.replace(former, current, 1)] = tensors.pop(key)

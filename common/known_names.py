@@ -146,6 +146,12 @@ def target_words(value: str) -> str:
     return "--targets " + shlex.quote(",".join(names))
 
 
+def parameter_words(value: str) -> str:
+    """Returns --target-parameters for names of parameters that are separated by commas or spaces."""
+    names = [name for name in re.split(r"[\s,\[\]'\"]+", value) if name]
+    return f"--target-parameters {shlex.quote(','.join(names))}" if names else ""
+
+
 def saved_module_words(value: str) -> str | None:
     """Returns --modules-to-save for names of embeddings and output heads; None for other modules."""
     names = [name for name in re.split(r"[\s,\[\]'\"]+", value) if name]
@@ -400,6 +406,8 @@ METHOD = {
     "lora_target": computed("--targets", target_words),
     "lora_target_modules": computed("--targets", target_words),
     "target_modules": computed("--targets", target_words),
+    "target_parameters": computed("--target-parameters", parameter_words),
+    "lora_target_parameters": computed("--target-parameters", parameter_words),
     "lora_target_linear": switch("--targets all"),
     "use_dora": switch("--dora"),
     "peft_use_dora": switch("--dora"),

@@ -45,7 +45,7 @@ from checkpoint import (
 )
 from common.choices import QUANT_KINDS
 from common.console import one_line, print_stderr
-from common.errors import UserError
+from common.errors import UserError, read_json
 from common.files import atomic_file
 from common.progress import progress
 from families import FAMILIES, Config, Reader
@@ -497,6 +497,8 @@ class AdapterUpdates:
         self.folder = Path(adapter)
         self.layers = lora.lora_layers(self.model)
         self.tensors = dict(iterate_tensors([Path(adapter) / "adapter_model.safetensors"]))
+        config_file = Path(adapter) / adapter_files.CONFIG_FILE
+        lora.tidy_lora(self.model, read_json(config_file), config_file, self.tensors)
 
     def factors(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns A, float32 [rank, in], and B, float32 [out, rank], of a layer by its Hugging Face

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import lora
 from adapter_files import adapter_modules
-from adapting.new_tokens import read_texts
+from adapting.new_tokens import read_token_texts
 from adapting.tables import (
     TrainedRows,
     add_tables,
@@ -238,7 +238,7 @@ def meta_model(
 def number_of_new_tokens(adapter: dict) -> int:
     """Returns how many tokens --add-tokens adds. adapter: {option: value}."""
     file = adapter.get("add_tokens")
-    return len(read_texts(Path(file))) if file else 0
+    return len(read_token_texts(Path(file))) if file else 0
 
 
 def number_of_named_tokens(adapter: dict) -> int:

@@ -51,6 +51,12 @@ JOBS = {
     "qlora with head": ("llama", "--method qlora --quant nf4+head --shard full", 1e-5, 1e-4),
     "routed experts": ("mixtral", "--method full --shard full", 1e-2, 2e-2),  # the balance loss is a product of means
     "routed experts, lora": ("mixtral", "--shard full --dropout 0.2", 1e-2, 1e-2),
+    "routed experts, stacked": (
+        "mixtral",
+        "--target-parameters mlp.experts.gate_up_proj,mlp.experts.down_proj --shard full",
+        1e-2,
+        1e-2,
+    ),
     "gpt2": (
         "gpt2",
         "--method full --shard full",

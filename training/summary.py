@@ -5,6 +5,7 @@ A choice that train.py made for the user stands here with its reason.
 
 import shlex
 import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from common.origin import SOURCE_FILE
 from common.threads import wait_policy_note
 from data import TrainingData, max_tokens_per_micro_batch
 from methods import lr_factors, method_of
-from model import Linear, Transformer, quantized_linears
+from model import Experts, Linear, Transformer, quantized_linears
 from planning import multi_gpu
 from planning.report import recipe_and_layout
 from tokenizer import Tokenizer
@@ -165,6 +166,42 @@ def print_experts(model: Transformer, total: int) -> None:
         f"{experts.count} experts a layer, {experts.active} a token,"
         f" hold {percent:.1f} % of the model{remark}; balance loss x {experts.balance:g}"
     )
+    if is_trained and lora.lora_layers(model):
+        print_adapted_experts(model)
+
+
+def print_adapted_experts(model: Transformer) -> None:
+    """Prints how many of the matrices of routed experts have LoRA, of each kind, and what peft can't
+    load of that."""
+    adapted: Counter[str] = Counter()
+    present: Counter[str] = Counter()
+    unlike = False
+    for module in model.modules():
+        if not isinstance(module, Experts):
+            continue
+        shapes = []
+        for expert in module.experts:
+            layers = dict(expert.named_children())
+            present.update(list(layers))
+            ranks = {
+                part: (layer.rank, layer.alpha)
+                for part, layer in layers.items()
+                if isinstance(layer, lora.LoRALinear)
+            }
+            adapted.update(list(ranks))
+            # Each expert alike, and gate as up.
+            shapes.append(sorted(ranks.items()))
+            unlike |= ranks.get("gate") != ranks.get("up")
+        unlike |= any(shape != shapes[0] for shape in shapes)
+    counts = ", ".join(f"{part} {adapted[part]:,} of {present[part]:,}" for part in present)
+    stacked = any(layer.stacked for layer in lora.lora_layers(model).values())
+    form = "stacked, as target_parameters" if stacked else "each by itself"
+    print_line(f"LoRA on matrices of experts in all layers: {counts} ({form})")
+    if unlike and not stacked:
+        print_line(
+            "NOTE: peft loads experts where gate and up of all of them are adapted alike, and these are"
+            " not; plaintune reads and merges them"
+        )
 
 
 def print_base(settings: Settings, model: Transformer) -> None:

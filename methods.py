@@ -252,10 +252,8 @@ def add_asked_tables(model: Transformer, settings) -> None:
         ids += ids_of_tokens(settings, model.source)
     if not ids and not saved:
         return
-    # A tokenizer may have tokens beyond the table, as for padding. Then these get rows as well.
-    for id in range(model.config.vocab_size, max(ids, default=0)):
-        if id not in ids:
-            ids.append(id)
+    # --train-tokens may name one that the table has no row for.
+    ids += [id for id in range(model.config.vocab_size, max(ids, default=0)) if id not in ids]
     parts |= {id: () for id in ids if id >= model.config.vocab_size and id not in parts}
     rows = dict.fromkeys(tables.tables_of(model), ids)
     tables.add_tables(model, rows, saved, parts=parts)
@@ -264,12 +262,15 @@ def add_asked_tables(model: Transformer, settings) -> None:
 
 
 def parts_of_new_tokens(model: Transformer, settings) -> dict[int, tuple[int, ...]]:
-    """Returns {id: the ids that its text had before} of the tokens of --add-tokens."""
+    """Returns {id: the ids that its text had before} of the tokens of --add-tokens. A tokenizer may have
+    tokens that the table has no rows for, as for padding: those before the new ones get rows, too."""
     if not settings.add_tokens:
         return {}
     tokens = new_tokens_of(settings, model.source)
     assert tokens is not None, "a file was named"
-    return dict(zip(tokens.ids, tokens.parts, strict=True))
+    rows = checkpoint.read_config(model.source).vocab_size
+    parts: dict[int, tuple[int, ...]] = {id: () for id in range(rows, tokens.first_id)}
+    return parts | dict(zip(tokens.ids, tokens.parts, strict=True))
 
 
 def lr_factors(settings) -> dict[str, float]:

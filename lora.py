@@ -46,7 +46,7 @@ from adapter_files import (  # noqa: F401
     write_adapter,
 )
 from adapting.stacked_experts import (
-    Stacked,
+    ExpertPlace,
     match_parameters,
     pack_experts,
     share_A,
@@ -136,7 +136,7 @@ class LoRALinear(nn.Module):
     variant: of LoRA. With PiSSA the first A and B are kept beside the trained ones, and their product
         is taken off again in place of changing W: so W stays what it is, in 4 bits too, and the file
         is a plain LoRA of twice the rank.
-    stacked: where PEFT's file has a linear of an expert, if it is not by its own name.
+    place: where PEFT's file has a linear of an expert, if it is not by its own name.
     """
 
     is_adapter = True
@@ -150,12 +150,12 @@ class LoRALinear(nn.Module):
         dropout_seeds: DropoutSeeds,
         number: int,
         variant: Variant = ORDINARY,
-        stacked: Stacked | None = None,
+        place: ExpertPlace | None = None,
     ):
         super().__init__()
         self.base = base
         self.variant = variant
-        self.stacked = stacked
+        self.place = place
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
@@ -200,7 +200,7 @@ class LoRALinear(nn.Module):
 
     def start_plain(self) -> None:
         self.lora_B.zero_()
-        if self.stacked is not None and not self.stacked.owns_A:
+        if self.place is not None and not self.place.owns_A:
             return
         # Every rank draws the whole of A and keeps its rows, so that sharding changes no number.
         A = torch.empty(self.lora_A.shape, device=self.lora_A.device)
@@ -650,15 +650,17 @@ def add_lora(
     if not 0 <= dropout < 1:
         raise UserError(f"--dropout {dropout:g}: must be at least 0 and below 1")
     refuse_second_adapter(model)
-    linears, our_names = targeted_linears(model, targets, layers, bool(parameters))
-    stacked = stacked_linears(model, parameters, dropout, variant, linears)
-    if stacked:
-        # All in the model's order, in which first numbers are drawn.
-        wanted = {*linears, *stacked}
-        linears, our_names = linears_of_blocks(model)
-        linears = {name: linear for name, linear in linears.items() if name in wanted}
-    # Of a stacked linear the name of its parameter counts.
-    counted = {name: stacked[name].parameter if name in stacked else name for name in linears}
+    if layers is not None:
+        parameters = [name for name in parameters if int(re.findall(r"\d+", name)[0]) in layers]
+    targeted, our_names = targeted_linears(model, targets, layers, bool(parameters))
+    places = places_of_experts(model, parameters, dropout, variant, targeted)
+    # All in the model's order, in which first numbers are drawn.
+    linears: dict[str, Linear] = {}
+    for name, linear in linears_of_blocks(model)[0].items():
+        if name in targeted or name in places:
+            linears[name] = linear
+    # A pattern names an expert's parameter, where it stands in one.
+    counted = {name: places[name].parameter if name in places else name for name in linears}
     names = list(dict.fromkeys(counted.values()))
     # A rank above both sides of a matrix adds nothing to what its update can be.
     largest = max(max(layer.in_features, layer.out_features) for layer in linears.values())
@@ -681,7 +683,7 @@ def add_lora(
     for number, (name, layer) in enumerate(linears.items()):
         own_rank = by_pattern(variant.rank_pattern, counted[name], rank)
         own_alpha = by_pattern(variant.alpha_pattern, counted[name], alpha)
-        place = stacked.get(name)
+        place = places.get(name)
         adapted = LoRALinear(
             layer, own_rank, own_alpha, dropout, model.dropout_seeds, number, variant, place
         )
@@ -692,37 +694,36 @@ def add_lora(
     return list(linears)
 
 
-def stacked_linears(
+def places_of_experts(
     model: Transformer,
     parameters: Sequence[str],
     dropout: float,
     variant: Variant,
     linears: Mapping[str, Linear],
-) -> dict[str, Stacked]:
+) -> dict[str, ExpertPlace]:
     """Returns {published name of a linear: its place} of all linears in some three-dimensional parameters.
 
     linears: those that are adapted by themselves.
-    Raises UserError for what PEFT has not for such parameters.
+    Raises UserError for what PEFT does not support there.
     """
     if not parameters:
         return {}
     flags = {"--dropout": dropout > 0, "--dora": variant.dora, "--init": variant.start != "random"}
     for flag, is_given in flags.items():
         if is_given:
-            raise UserError(
-                f"{flag}: is not for --target-parameters, whose experts peft has without"
-            )
+            raise UserError(f"{flag}: peft does not support it for --target-parameters")
     both = [name for name in linears if ".experts." in name]
     if both:
         raise UserError(
-            f"--targets: names {both[0]}, one of the experts, which --target-parameters adapts"
+            f"{both[0]}, one of the experts, is named by --targets (target_modules) beside"
+            " --target-parameters (target_parameters); name experts in one of them"
         )
     known = stacked_parameters(model)
-    found: dict[str, Stacked] = {}
+    found: dict[str, ExpertPlace] = {}
     for parameter in parameters:
         for of_expert in known[parameter]:
             for name in of_expert:
-                found[hf_name(model, name)] = Stacked(parameter, owns_A=name == of_expert[0])
+                found[hf_name(model, name)] = ExpertPlace(parameter, owns_A=name == of_expert[0])
     return found
 
 
@@ -733,8 +734,8 @@ def targeted_linears(
     without_experts: bool = False,
 ) -> tuple[dict[str, Linear], dict[str, str]]:
     """Returns the linears of the blocks that are to be adapted by published name, and our name of
-    each by the published one. targets, layers: as for `add_lora`. without_experts: "all" leaves out
-    routed experts, and there may be no targets.
+    each by the published one. targets, layers: as for `add_lora`. without_experts: experts are
+    adapted in another way, so that "all" leaves them out, and there may be no targets.
 
     Raises UserError where nothing is left.
     """
@@ -742,7 +743,9 @@ def targeted_linears(
     known = list(linears)
     if without_experts and targets in (ALL, ALL_LINEAR):
         known = [name for name in known if ".experts." not in name]
-    names = [] if without_experts and not targets else match_targets(targets, known)
+    if without_experts and not targets:
+        return {}, our_names
+    names = match_targets(targets, known)
     if layers is not None:
         count = model.config.num_layers
         if not layers or max(layers) >= count:
@@ -1130,7 +1133,7 @@ def save_adapter(
     first = next(iter(layers.values()))
     stored: dict[str, tuple[int, float]] = {}
     for name, layer in layers.items():
-        stored[layer.stacked.parameter if layer.stacked else name] = stored_shape(layer)
+        stored[layer.place.parameter if layer.place else name] = stored_shape(layer)
     rank, alpha = Counter(stored.values()).most_common(1)[0][0]
     config = {
         **peft_facts(model, "LORA"),
@@ -1142,7 +1145,7 @@ def save_adapter(
         "use_dora": first.variant.dora,
         "lora_dropout": first.dropout,
         "target_modules": target_modules(
-            model, [name for name, layer in layers.items() if not layer.stacked]
+            model, [name for name, layer in layers.items() if not layer.place]
         ),
         "bias": "none",
         "fan_in_fan_out": model.config.conv1d,
@@ -1157,7 +1160,7 @@ def save_adapter(
 
 def stacked_names(layers: Iterable[LoRALinear]) -> list[str]:
     """Returns the three-dimensional parameters that some layers stand in, by published name."""
-    return list(dict.fromkeys(layer.stacked.parameter for layer in layers if layer.stacked))
+    return list(dict.fromkeys(layer.place.parameter for layer in layers if layer.place))
 
 
 def usual_shape(layers: Iterable[LoRALinear]) -> tuple[int, float]:

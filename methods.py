@@ -556,13 +556,13 @@ def describe_ia3(settings) -> str:
 def shape_of_lora(model: Transformer) -> dict:
     layers = lora.lora_layers(model)
     first = next(iter(layers.values()))
-    own = [name for name, layer in layers.items() if layer.stacked is None]
+    own = [name for name, layer in layers.items() if layer.place is None]
     targets = ",".join(lora.target_modules(model, own)) or "none"
     stacked = lora.stacked_names(layers.values())
     rank, alpha = lora.usual_shape(layers.values())
     # Of an expert in a stacked parameter the name of that counts.
     layers = {
-        layer.stacked.parameter if layer.stacked else name: layer for name, layer in layers.items()
+        layer.place.parameter if layer.place else name: layer for name, layer in layers.items()
     }
     others = {name: layer for name, layer in layers.items() if layer.rank != rank}
     ranks = ",".join(f"{name}={layer.rank}" for name, layer in others.items())

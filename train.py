@@ -40,6 +40,7 @@ from adapting.new_tokens import (
     ids_of_tokens,
     new_tokens_of,
 )
+from adapting.stacked_experts import why_peft_can_t
 from adapting.tables import vocabulary_size
 from checkpoint import read_config
 from common.console import lasting_output
@@ -153,6 +154,7 @@ def train(flags: Flags, lock: FolderLock) -> None:
     card = ModelCard(settings, origin, folder, data, tokenizer, metrics, state)
     if model.config.vocab_size > inputs.config.vocab_size:
         card.model_vocabulary = model.config.vocab_size
+    card.peft_problem = why_peft_can_t(model)
     save = functools.partial(save_weights, card, model)
     # Before a step is taken or a checkpoint loaded, since it measures against the base.
     evaluator = Evaluator(settings, out, model, data, metrics, state, device, save, scorer)

@@ -12,6 +12,7 @@ for their A. The other form, a pair of matrices for every linear, is what `--tar
 In shapes: E experts, D hidden size, F intermediate size of an expert, r rank.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -19,15 +20,15 @@ import torch
 from torch import Tensor
 
 from adapter_files import PREFIX
-from checkpoint import hf_name
+from checkpoint import all_finite, hf_name
 from common.errors import UserError
 from model import Experts, Transformer
 
 # {a three-dimensional parameter: the linears of an expert that stand in it, by our names}
-PARTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+PARTS_OF_EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
-class Stacked(NamedTuple):
+class ExpertPlace(NamedTuple):
     """Where PEFT has a linear of an expert.
 
     parameter: the published name of the three-dimensional parameter.
@@ -45,7 +46,7 @@ def stacked_parameters(model: Transformer) -> dict[str, list[list[str]]]:
     for name, module in model.named_modules():
         if not isinstance(module, Experts) or module.experts[0].kind != "gated":
             continue
-        for parameter, parts in PARTS.items():
+        for parameter, parts in PARTS_OF_EXPERTS.items():
             linears = [
                 [f"{name}.experts.{expert}.{part}" for part in parts]
                 for expert in range(module.rules.count)
@@ -76,16 +77,20 @@ def match_parameters(model: Transformer, targets: str | Iterable[str] | None) ->
     matched: set[str] = set()
     for target in targets:
         target = str(target).strip()
+        if not target:
+            raise UserError("--target-parameters: a name in it is empty")
         names = [name for name in known if name == target or name.endswith(f".{target}")]
-        if not names or not target:
+        if not names:
             if not known:
                 problem = "the model has no routed experts"
+            elif target.endswith("gate.weight"):
+                problem = "is the router, which is not adapted here"
             else:
                 example = " and ".join(
                     "mlp." + name.partition(".mlp.")[2] for name in list(known)[:2]
                 )
                 problem = f"matches none of the experts' parameters ({example})"
-            raise UserError(f"--target-parameters {target}: {problem}")
+            raise UserError(f"--target-parameters {target[:100]}: {problem}")
         matched.update(names)
     return [name for name in known if name in matched]
 
@@ -104,7 +109,7 @@ def share_A(model: Transformer) -> None:
     for linears in stacked_parameters(model).values():
         for of_expert in linears:
             layers: list[Any] = [model.get_submodule(each) for each in of_expert]
-            if getattr(layers[0], "stacked", None) is not None:
+            if getattr(layers[0], "place", None) is not None:
                 for layer in layers[1:]:
                     layer.lora_A = layers[0].lora_A
 
@@ -114,7 +119,7 @@ def share_A(model: Transformer) -> None:
 
 def file_names(model: Transformer, adapted: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Returns {parameter: the names in PEFT's file of its A and its B}. adapted: all parameters that are
-    adapted. Where both of a layer are, the first stands inside the second."""
+    adapted. Where both of a layer are, gate_up_proj stands inside down_proj."""
     adapted = set(adapted)
     names = {}
     for name in adapted:
@@ -152,26 +157,70 @@ def pack_experts(
 def unpack_experts(model: Transformer, adapted: list[str], tensors: dict[str, Tensor]) -> None:
     """Replaces the stacked tensors of experts by those of every linear: the reverse of `pack_experts`.
 
-    One that is not of the shape that it must have is left, and so refused with those that nothing has.
+    model: has the adapter already.
+    Raises UserError for one that has another shape than it must have, or holds NaN.
     """
     known = stacked_parameters(model)
     for name, (name_of_A, name_of_B) in file_names(model, adapted).items():
-        linears = known[name]
         if name_of_A not in tensors or name_of_B not in tensors:
             continue
-        A, B = tensors[name_of_A], tensors[name_of_B]
+        linears = known[name]
+        layers: list[Any] = [model.get_submodule(each) for each in linears[0]]
+        rank, inner = layers[0].lora_A.shape
+        rows = [layer.base.out_features for layer in layers]
         count = len(linears)
-        if A.dim() != 2 or B.dim() != 2 or len(A) % count or B.shape[1] != len(A):
-            continue
-        rank = len(A) // count
-        parts = len(linears[0])
-        if not rank or len(B) % parts:
-            continue
-        del tensors[name_of_A], tensors[name_of_B]
-        of_experts = B.view(len(B), rank, count)
+        needed = {name_of_A: [count * rank, inner], name_of_B: [sum(rows), count * rank]}
+        for file_name, shape in needed.items():
+            tensor = tensors[file_name]
+            if list(tensor.shape) != shape:
+                raise UserError(
+                    f"{file_name} has shape {list(tensor.shape)}, this model needs {shape}"
+                )
+            if tensor.is_floating_point() and not all_finite(tensor.float()):
+                raise UserError(f"{file_name} holds NaN or infinite weights")
+        A = tensors.pop(name_of_A)
+        B = tensors.pop(name_of_B).view(sum(rows), rank, count)
         for expert, of_expert in enumerate(linears):
-            rows = of_experts[:, :, expert].split(len(B) // parts)
-            for linear, part in zip(of_expert, rows, strict=True):
+            parts = B[:, :, expert].split(rows)
+            for linear, part in zip(of_expert, parts, strict=True):
                 place = f"{PREFIX}{hf_name(model, linear)}"
-                tensors[f"{place}.lora_A.weight"] = A[expert * rank : (expert + 1) * rank]
+                own = f"{place}.lora_A.weight"
+                if own in tensors:
+                    raise UserError(f"{own} is there beside {name_of_A}")
+                tensors[own] = A[expert * rank : (expert + 1) * rank]
                 tensors[f"{place}.lora_B.weight"] = part.contiguous()
+
+
+# ---- what peft can load ----
+
+
+def why_peft_can_t(model: Transformer) -> str:
+    """Returns why peft, with transformers 5, would load an adapter on routed experts wrongly or not at all;
+    "" where it loads it, or there are no such experts.
+
+    It makes one parameter of gate and up of all experts, and of down; of the names that experts' linears
+    have it knows no others, and takes the common rank and alpha.
+    """
+    layers: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            layers[name] = module
+    own = {name: layer for name, layer in layers.items() if not layer.place}
+    of_experts = {name: layer for name, layer in own.items() if ".experts." in name}
+    has_experts = bool(of_experts) or len(own) < len(layers)
+    parts = {part for of_parameter in PARTS_OF_EXPERTS.values() for part in of_parameter}
+    dense = [name for name in own if ".experts." not in name and name.rpartition(".")[2] in parts]
+    if has_experts and dense:
+        return f"it takes {hf_name(model, dense[0])}, which is none of the experts, for one"
+    if not of_experts:
+        return ""
+    common, _ = Counter((layer.rank, layer.alpha) for layer in layers.values()).most_common(1)[0]
+    if any((layer.rank, layer.alpha) != common for layer in of_experts.values()):
+        return "experts have another rank or alpha than most layers"
+    if next(iter(own.values())).variant.rslora:
+        return "it scales gate and up of experts otherwise with rsLoRA"
+    for linears in stacked_parameters(model).values():
+        adapted = [linear in of_experts for of_expert in linears for linear in of_expert]
+        if any(adapted) and not all(adapted):
+            return "not all of the experts are adapted, or gate without up"
+    return ""

@@ -323,7 +323,7 @@ def held_near_start(settings: Settings, model: Transformer) -> dict[str, Held]:
                 "--ewc: is not for DoRA, PiSSA or LoftQ, whose start is no update of zero"
             )
         if ".experts." in name:
-            advice = "--targets q_proj,k_proj,v_proj,o_proj leaves them out"
+            advice = "--targets q_proj,k_proj,v_proj,o_proj, without --target-parameters, leaves them out"
             raise UserError(f"--ewc: is not for adapters on routed experts; {advice}")
         start_of_update = None
         if settings.adapter:

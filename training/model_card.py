@@ -74,6 +74,7 @@ class ModelCard:
 
     origin: what the run is made from, as plaintune.json has it.
     folder: of the base.
+    peft_problem: why peft can't load the adapter as it is; "" where it can.
     model_vocabulary: the rows of the embedding table, where these are more than the base's; else None.
     metrics, state: are read when a card is written.
     first_answers: to the prompts of the run's page, of the model before step 1; nothing where its base can be
@@ -89,6 +90,7 @@ class ModelCard:
     state: TrainState
     first_answers: list[str] = field(default_factory=list)
     model_vocabulary: int | None = None
+    peft_problem: str = ""
 
     def write(self, tmp: Path, name: str) -> None:
         """Writes README.md into the folder `tmp`, which will be called `name`: final or best."""
@@ -244,6 +246,11 @@ class ModelCard:
             what += ", or write"
         lines += ["THIS is this folder, or the name of this repository on the Hub.", ""]
         lines += [*fenced("python", *code), ""]
+        if self.peft_problem:
+            lines += [
+                f"But peft can't load it as it is: {self.peft_problem}. Merge it, as below.",
+                "",
+            ]
         lines += [what, "one file for llama.cpp:"] if self.is_lora else [f"{what}:"]
         lines += ["", *fenced("", *shell), ""]
         if quantized:

@@ -17,6 +17,7 @@ import lora
 import optimizers
 from adapter_files import OWN_BASE, base_size
 from adapting.new_tokens import new_tokens_of
+from adapting.stacked_experts import why_peft_can_t
 from adapting.tables import TrainedRows, trained_tables
 from common.console import number_of, one_line
 from common.origin import SOURCE_FILE
@@ -171,37 +172,24 @@ def print_experts(model: Transformer, total: int) -> None:
 
 
 def print_adapted_experts(model: Transformer) -> None:
-    """Prints how many of the matrices of routed experts have LoRA, of each kind, and what peft can't
-    load of that."""
+    """Prints how many of the matrices of routed experts have LoRA, of each kind, and why peft could not
+    load that, where it could not."""
     adapted: Counter[str] = Counter()
     present: Counter[str] = Counter()
-    unlike = False
     for module in model.modules():
         if not isinstance(module, Experts):
             continue
-        shapes = []
         for expert in module.experts:
-            layers = dict(expert.named_children())
-            present.update(list(layers))
-            ranks = {
-                part: (layer.rank, layer.alpha)
-                for part, layer in layers.items()
-                if isinstance(layer, lora.LoRALinear)
-            }
-            adapted.update(list(ranks))
-            # Each expert alike, and gate as up.
-            shapes.append(sorted(ranks.items()))
-            unlike |= ranks.get("gate") != ranks.get("up")
-        unlike |= any(shape != shapes[0] for shape in shapes)
+            for part, layer in expert.named_children():
+                present[part] += 1
+                adapted[part] += isinstance(layer, lora.LoRALinear)
     counts = ", ".join(f"{part} {adapted[part]:,} of {present[part]:,}" for part in present)
-    stacked = any(layer.stacked for layer in lora.lora_layers(model).values())
-    form = "stacked, as target_parameters" if stacked else "each by itself"
+    in_parameters = any(layer.place for layer in lora.lora_layers(model).values())
+    form = "stacked, as target_parameters" if in_parameters else "each by itself"
     print_line(f"LoRA on matrices of experts in all layers: {counts} ({form})")
-    if unlike and not stacked:
-        print_line(
-            "NOTE: peft loads experts where gate and up of all of them are adapted alike, and these are"
-            " not; plaintune reads and merges them"
-        )
+    problem = why_peft_can_t(model)
+    if problem:
+        print_line(f"NOTE: peft can't load this as it is: {problem}. Merge it (convert.py merge)")
 
 
 def print_base(settings: Settings, model: Transformer) -> None:

@@ -112,6 +112,7 @@ SLOW_JOBS = (
     "ia3, replicated",
     "qlora, dora",
     "tables, replicated",
+    "new tokens, full",
     "loftq",
 )
 SLOW_BY_THREE = ("full, tied", "gpt2", "muon", "adamw8bit")

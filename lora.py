@@ -650,15 +650,17 @@ def add_lora(
     if not 0 <= dropout < 1:
         raise UserError(f"--dropout {dropout:g}: must be at least 0 and below 1")
     refuse_second_adapter(model)
+    targeted, our_names = targeted_linears(model, targets, layers, bool(parameters))
     if layers is not None:
         parameters = [name for name in parameters if int(re.findall(r"\d+", name)[0]) in layers]
-    targeted, our_names = targeted_linears(model, targets, layers, bool(parameters))
     places = places_of_experts(model, parameters, dropout, variant, targeted)
     # All in the model's order, in which first numbers are drawn.
     linears: dict[str, Linear] = {}
     for name, linear in linears_of_blocks(model)[0].items():
         if name in targeted or name in places:
             linears[name] = linear
+    if not linears:
+        raise UserError("--layers: none of them has what --target-parameters names")
     # A pattern names an expert's parameter, where it stands in one.
     counted = {name: places[name].parameter if name in places else name for name in linears}
     names = list(dict.fromkeys(counted.values()))
@@ -743,13 +745,13 @@ def targeted_linears(
     known = list(linears)
     if without_experts and targets in (ALL, ALL_LINEAR):
         known = [name for name in known if ".experts." not in name]
+    count = model.config.num_layers
+    if layers is not None and (not layers or max(layers) >= count):
+        raise UserError(f"--layers: the model has layers 0 to {count - 1}")
     if without_experts and not targets:
         return {}, our_names
     names = match_targets(targets, known)
     if layers is not None:
-        count = model.config.num_layers
-        if not layers or max(layers) >= count:
-            raise UserError(f"--layers: the model has layers 0 to {count - 1}")
         names = [name for name in names if int(our_names[name].split(".")[1]) in layers]
         if not names:
             raise UserError(f"--layers: none of them has what --targets {targets} names")

@@ -113,7 +113,10 @@ SLOW_JOBS = (
     "qlora, dora",
     "tables, replicated",
     "new tokens, full",
+    "tables",
     "loftq",
+    "p-tuning",
+    "ia3",
 )
 SLOW_BY_THREE = ("full, tied", "gpt2", "muon", "adamw8bit")
 COMPARED = [

@@ -288,6 +288,14 @@ def test_layers_hold_for_stacked_experts_too(bases):
     model = load_model(bases / "mixtral")
     lora.add_lora(model, 4, 8.0, targets=[], layers={1}, parameters=match_parameters(model, BOTH))
     assert {int(name.split(".")[2]) for name in lora.lora_layers(model)} == {1}
+    # No expert is adapted by itself where the layers leave none of those that are named.
+    model = load_model(bases / "mixtral")
+    one = match_parameters(model, ["model.layers.1.mlp.experts.down_proj"])
+    lora.add_lora(model, 4, 8.0, layers={0}, parameters=one)
+    assert not any(".experts." in name for name in lora.lora_layers(model))
+    for layers, said in (({0}, "none of them"), ({7}, "layers 0 to 1")):
+        with pytest.raises(UserError, match=said):
+            lora.add_lora(load_model(bases / "mixtral"), 4, 8.0, targets=[], layers=layers, parameters=one)
 
 
 def test_experts_that_peft_can_t_load_are_named(moe, tmp_path, monkeypatch, capsys):

@@ -123,6 +123,7 @@ def val_losses(out: Path) -> list[float]:
     return [line["val_loss"] for line in lines if "val_loss" in line]
 
 
+@pytest.mark.slow
 def test_validation_is_kept_under_a_tenth_of_the_training(base, tmp_path, monkeypatch, capsys):
     data = write_data(tmp_path / "data.jsonl", 100)
     val = write_data(tmp_path / "val.jsonl", 900)

@@ -402,7 +402,16 @@ def kills(job, folder: Path, method: str, processes: int, instants: list) -> int
         pytest.param("qlora", 1, [(11, None)], marks=pytest.mark.slow),
         *(
             pytest.param(name, 2, [(6, None)], marks=pytest.mark.slow)
-            for name in ("bottleneck", "prompt-tuning", "p-tuning", "prefix-tuning", "ia3", "variants", "vera")
+            for name in (
+                "bottleneck",
+                "prompt-tuning",
+                "p-tuning",
+                "prefix-tuning",
+                "ia3",
+                "variants",
+                "vera",
+                "new tokens",
+            )
         ),
         pytest.param("loftq", 1, [(6, None)], marks=pytest.mark.slow),
     ],

@@ -308,13 +308,14 @@ def write_adapter(
         )
     # Every rank gathers, because the shards of a tensor are on all of them.
     weights: dict[str, Tensor] = {}
+    addresses: set[int] = set()
     shapes = file_shapes(model)
     for name, tensor in adapter_tensors(model).items():
         whole = full_tensor(tensor.detach())
         whole = whole.view(shapes.get(name, whole.shape)).cpu().contiguous()
         # The safetensors package takes no tensor under two names.
-        is_there = any(whole.data_ptr() == other.data_ptr() for other in weights.values())
-        weights[name] = whole.clone() if is_there else whole
+        weights[name] = whole.clone() if whole.data_ptr() in addresses else whole
+        addresses.add(whole.data_ptr())
     with rank0_context(atomic_folder(Path(folder), replace=True)) as tmp:
         # None on the other ranks.
         if not tmp:

@@ -85,11 +85,10 @@ def measure_loss(args: argparse.Namespace) -> None:
     for target in opened.targets:
         tokenizer = opened.tokenizer_of(target)
         # A fault in the file is reported before the model is loaded, which may take long.
-        config = read_config(target.folder)
+        size = vocabulary_size(read_config(target.folder), target.adapter)
         dataset = encode_files(
             args, opened.files, tokenizer, target.max_positions(), opened.map_fn, opened.print_once
         )
-        size = vocabulary_size(config, target.adapter)
         data.check_tokens(dataset, size, ", ".join(map(str, opened.files)))
         digests.add(digest_of_ids(dataset))
         if args.by is not None:

@@ -252,9 +252,10 @@ def add_asked_tables(model: Transformer, settings) -> None:
         ids += ids_of_tokens(settings, model.source)
     if not ids and not saved:
         return
-    # --train-tokens may name one that the table has no row for.
-    ids += [id for id in range(model.config.vocab_size, max(ids, default=0)) if id not in ids]
-    parts |= {id: () for id in ids if id >= model.config.vocab_size and id not in parts}
+    # --train-tokens may name one that the table has no row for: then those before it get rows, too.
+    have = model.config.vocab_size
+    ids += sorted(set(range(have, max(ids, default=0))).difference(ids))
+    parts |= {id: () for id in ids if id >= have and id not in parts}
     rows = dict.fromkeys(tables.tables_of(model), ids)
     tables.add_tables(model, rows, saved, parts=parts)
     for table in tables.trained_tables(model).values():

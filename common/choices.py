@@ -21,10 +21,10 @@ TEMPLATE_NAMES = ("alpaca", "chatml", "plain")
 # --optimizer and --schedule: optimizers.DESCRIPTIONS, optimizers.SCHEDULES.
 OPTIMIZER_NAMES = ("adamw", "adamw8bit", "muon")
 SCHEDULE_NAMES = ("cosine", "linear", "constant")
-# --targets: every linear of the blocks, but not the output head, which is the embedding table in
-# many models (lora.py).
 # In a run's folder: the file of --add-tokens as it was, for a resume.
 ADDED_TOKENS = "added_tokens.txt"
+# --targets: every linear of the blocks, but not the output head, which is the embedding table in
+# many models (lora.py).
 ALL = "all"
 ALL_LINEAR = "all-linear"  # peft's word for the same
 # --quant: what of a frozen model is in 4 bits (quant.py).

@@ -138,9 +138,14 @@ def interval_words(flag: str) -> Callable[[str], str | None]:
     return words
 
 
+def listed_names(value: str) -> list[str]:
+    """Returns names that are separated by commas or spaces, with or without brackets and quotes."""
+    return [name for name in re.split(r"[\s,\[\]'\"]+", value) if name]
+
+
 def target_words(value: str) -> str:
     """Returns --targets for names of layers that are separated by commas or spaces."""
-    names = [name for name in re.split(r"[\s,\[\]'\"]+", value) if name]
+    names = listed_names(value)
     if names in (["all-linear"], ["all"]):
         return "--targets all"
     return "--targets " + shlex.quote(",".join(names))
@@ -148,13 +153,13 @@ def target_words(value: str) -> str:
 
 def parameter_words(value: str) -> str:
     """Returns --target-parameters for names of parameters that are separated by commas or spaces."""
-    names = [name for name in re.split(r"[\s,\[\]'\"]+", value) if name]
+    names = listed_names(value)
     return f"--target-parameters {shlex.quote(','.join(names))}" if names else ""
 
 
 def saved_module_words(value: str) -> str | None:
     """Returns --modules-to-save for names of embeddings and output heads; None for other modules."""
-    names = [name for name in re.split(r"[\s,\[\]'\"]+", value) if name]
+    names = listed_names(value)
     known = {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings"}
     if not {name.rpartition(".")[2] for name in names} <= known:
         return None

@@ -302,7 +302,7 @@ def read_texts(
     print_fn: Callable[[str], None],
 ) -> dict[str, Dataset]:
     """Returns the files whose loss is measured, as one model reads them."""
-    config = read_config(target.folder)
+    rows = vocabulary_size(read_config(target.folder), target.adapter)
     datasets = {}
     for file in dict.fromkeys([args.target, *args.general]):
         if not file:
@@ -310,8 +310,7 @@ def read_texts(
         map_fn = opened.map_fn if file == args.target else None
         limit = target.max_positions()
         dataset = encode_files(args, [fetched[file]], tokenizer, limit, map_fn, print_fn)
-        size = vocabulary_size(config, target.adapter)
-        data.check_tokens(dataset, size, file)
+        data.check_tokens(dataset, rows, file)
         datasets[file] = dataset
     return datasets
 

@@ -161,13 +161,12 @@ def task_losses(
 ) -> tuple[list[float], tuple[str, ...]]:
     """Returns a model's loss a token on each task, and hashes of the tokens that it has read."""
     tokenizer = opened.tokenizer_of(target)
-    config = read_config(target.folder)
+    rows = vocabulary_size(read_config(target.folder), target.adapter)
     datasets = []
     for name, file in zip(args.files, opened.files, strict=True):
         limit = target.max_positions()
         dataset = encode_files(args, [file], tokenizer, limit, None, opened.print_once)
-        size = vocabulary_size(config, target.adapter)
-        data.check_tokens(dataset, size, name)
+        data.check_tokens(dataset, rows, name)
         datasets.append(dataset)
     model = opened.load(target, tokenizer)
     size = args.batch_size or BATCH_SIZE[LOSS]

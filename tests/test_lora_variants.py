@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support.helpers import llama, relative
+from support.helpers import llama, move, relative
 
 import adapter_files
 import lora
@@ -48,15 +48,6 @@ def gpt2(tmp_path_factory):
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2)
     model.save_pretrained(folder)
     return folder
-
-
-def move(model) -> None:
-    """Moves what is trained by a little."""
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 def in_peft(base, folder, **settings):

@@ -20,8 +20,18 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
-from support.helpers import SHARED, chat_base, command, needs_shared, output_of, refusal_of, relative, sentence
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from support.helpers import (
+    SHARED,
+    chat_base,
+    command,
+    move,
+    needs_shared,
+    output_of,
+    refusal_of,
+    relative,
+    sentence,
+    sentencepiece_json,
+)
 
 import adapter_files
 import convert
@@ -95,15 +105,6 @@ def hugging(folder: Path, rows: int = 0):
             model.get_input_embeddings().weight[ROWS:].normal_(0, 0.2)
             model.get_output_embeddings().weight[ROWS:].normal_(0, 0.2)
     return model
-
-
-def move(model) -> None:
-    """Moves what is trained by a little."""
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 @functools.cache
@@ -552,20 +553,7 @@ def sentence_pieces(folder: Path, legacy: bool) -> Path:
     """A folder as Llama 2's: tokenizer.model, and a tokenizer.json with the same pieces."""
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes(pieces_of([f"{sentence(i, 20)} {i} foo bar" for i in range(80)], 420))
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    vocab = {pieces.id_to_piece(id): id for id in range(len(pieces))}
-    splits = [(p[:k], p[k:]) for p, id in vocab.items() if not pieces.is_byte(id) for k in range(1, len(p))]
-    merges = [split for split in splits if vocab.keys() >= set(split)]
-    merges.sort(key=lambda split: (-pieces.get_score(vocab["".join(split)]), vocab[split[0]], vocab[split[1]]))
-    bpe = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    if legacy:
-        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        bpe.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
-    bpe.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in ("<unk>", "<s>", "</s>")])
-    bpe.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    bpe = sentencepiece_json(folder / "tokenizer.model", legacy)
     bpe.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

@@ -18,7 +18,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.chat_cases import CHAT, CHATML, trained_text
-from support.helpers import SHARED, needs_shared
+from support.helpers import SHARED, needs_shared, sentencepiece_json
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from common.errors import UserError
@@ -134,26 +134,6 @@ def sentence_pieces(folder: Path, legacy: bool | None) -> Path:
     if legacy is not None:
         sentencepiece_json(folder / "tokenizer.model", legacy).save(str(folder / "tokenizer.json"))
     return folder
-
-
-def sentencepiece_json(file: Path, legacy: bool) -> tokenizers.Tokenizer:
-    """The BPE that published Llama 2 folders have: merges ordered by score, a space before each piece (or, not legacy,
-    before the first). transformers 5 itself makes another out of a bare tokenizer.model, that forgets the scores."""
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    vocab = {pieces.id_to_piece(id): id for id in range(len(pieces))}
-    splits = [(p[:k], p[k:]) for p, id in vocab.items() if not pieces.is_byte(id) for k in range(1, len(p))]
-    merges = [split for split in splits if vocab.keys() >= set(split)]
-    merges.sort(key=lambda split: (-pieces.get_score(vocab["".join(split)]), vocab[split[0]], vocab[split[1]]))
-    bpe = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    if legacy:
-        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        bpe.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
-    bpe.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in ("<unk>", "<s>", "</s>")])
-    bpe.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return bpe
 
 
 def write(path: Path, value) -> None:

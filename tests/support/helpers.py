@@ -8,9 +8,10 @@ import traceback
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.utils._pytree import tree_leaves
 
 import data
@@ -90,6 +91,35 @@ def chat_base(folder: Path, **changes) -> Path:
     settings |= {"add_bos_token": False, "chat_template": CHATML, "clean_up_tokenization_spaces": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def sentencepiece_json(file: Path, legacy: bool) -> Tokenizer:
+    """The BPE that published Llama 2 folders have: merges ordered by score, a space before each piece (or, not legacy,
+    before the first). transformers 5 itself makes another out of a bare tokenizer.model, that forgets the scores."""
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    vocab = {pieces.id_to_piece(id): id for id in range(len(pieces))}
+    splits = [(p[:k], p[k:]) for p, id in vocab.items() if not pieces.is_byte(id) for k in range(1, len(p))]
+    merges = [split for split in splits if vocab.keys() >= set(split)]
+    merges.sort(key=lambda split: (-pieces.get_score(vocab["".join(split)]), vocab[split[0]], vocab[split[1]]))
+    bpe = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if legacy:
+        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
+    bpe.add_special_tokens([AddedToken(text, normalized=False) for text in ("<unk>", "<s>", "</s>")])
+    bpe.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return bpe
+
+
+def move(model) -> None:
+    """Moves what is trained by a little."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 def child_life(work) -> None:

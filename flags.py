@@ -24,6 +24,7 @@ from common.choices import (
     FLASH_NAMES,
     LORA_STARTS,
     METHOD_NAMES,
+    OBJECTIVE_NAMES,
     OPTIMIZER_NAMES,
     PLACEMENT_NAMES,
     PROMPT_STARTS,
@@ -77,6 +78,7 @@ MAX_WEIGHT = 1e9
 SECTIONS = {
     "model": "model and data",
     "method": "method",
+    "objective": "objective",
     "batch_size": "optimization",
     "budget": "the bundled task",
     "eval_every": "evaluation and saving",
@@ -88,6 +90,7 @@ SECTIONS = {
 # What --help says of some sections.
 SECTION_NOTES = {
     "method": "What is said of lora holds for qlora as well.",
+    "objective": "docs/objectives.md has the equations and what the data look like.",
     "the bundled task": "Without --data, --model and --adapter, SmolLM2-135M-Instruct learns to turn"
     " booking notes into JSON, and its answers to test notes are compared before and after the"
     " training. Such a run is as long as --budget says, unless --full-run, --steps or --epochs is"
@@ -458,6 +461,57 @@ class Flags:
         " tables; default: for tables a tenth of lora's (that of --method full), for rows lora's;"
         " they follow --lr",
         limits=POSITIVE,
+    )
+
+    # ---- objective
+    objective: str = option(
+        "sft",
+        "what is minimised. sft: cross-entropy of the trained tokens; dft: the same, each token's times its"
+        " probability. Of preferences (prompt, chosen, rejected): dpo, ipo: the chosen answer becomes"
+        " likelier than the rejected one, compared with the model before step 1; simpo, orpo: without that"
+        " comparison, which takes less time. kto: of answers that are each good or bad. reward: a model"
+        " that scores answers, of preferences. classify: a score of each class, of texts with a label",
+        choices=OBJECTIVE_NAMES,
+    )
+    beta: float | None = option(
+        None,
+        "dpo, kto: how strongly the model is held near what it was before step 1: a lower one lets it move"
+        " further; ipo: tau of the paper; simpo: scale of the rewards; orpo: weight of the odds ratio;"
+        " default: 0.1, simpo 2",
+        limits=POSITIVE,
+    )
+    label_smoothing: float = option(
+        0.0,
+        "sft, classify: share of each token's (class's) loss that is spread over all of them; dpo: share"
+        " of the pairs whose two answers are taken to be exchanged",
+        limits=NOT_NEGATIVE,
+    )
+    length_normalized: bool = option(
+        False,
+        "dpo: divide each answer's log-probability ratio by its tokens, so that long answers do not weigh"
+        " more; beta is then to be higher, such as 5",
+    )
+    margin: float | None = option(
+        None,
+        "simpo: by how much the reward of the chosen answer is to be higher (gamma of the paper);"
+        " default: 1",
+        limits=NOT_NEGATIVE,
+    )
+    desirable_weight: float | None = option(
+        None,
+        "kto: weight of good answers; with few of them, raise it until both sides' sums are alike;"
+        " default: 1",
+        limits=POSITIVE,
+    )
+    undesirable_weight: float | None = option(
+        None, "kto: weight of bad answers; default: 1", limits=POSITIVE
+    )
+    neftune: float = option(
+        0.0,
+        "sft, dft: noise on the embeddings in training, of ALPHA / sqrt(length x hidden size), as 5 (NEFTune);"
+        " 0: none",
+        metavar="ALPHA",
+        limits=NOT_NEGATIVE,
     )
 
     # ---- optimization
@@ -995,6 +1049,7 @@ def check(flags: Flags) -> None:
     check_memory(flags)
     check_out(flags)
     check_method(flags)
+    check_objective(flags)
 
 
 def check_numbers(flags: Flags) -> None:
@@ -1101,6 +1156,46 @@ def check_method(flags: Flags) -> None:
             raise UserError(f"--train {flags.train}: {problem}") from None
 
 
+def check_objective(flags: Flags) -> None:
+    """Raises UserError for options that --objective does not go with."""
+    # The objective of a run that is resumed stands in its checkpoint, and can't be another one.
+    if flags.resume and "objective" not in flags.given:
+        return
+    # This late, as it imports torch.
+    from objectives import OBJECTIVES
+
+    row = OBJECTIVES[flags.objective]
+    name = f"--objective {flags.objective}"
+    most = 0.5 if flags.objective == "dpo" else 1
+    if flags.label_smoothing >= most:
+        why = "half of the pairs" if flags.objective == "dpo" else "all"
+        raise UserError(f"--label-smoothing {flags.label_smoothing:g}: must be below {most:g}, {why}")
+    if row.kind == "texts":
+        return
+    if not flags.data:
+        raise UserError(f"{name}: has no data of its own; give --data FILE")
+    without = {
+        "replay": "mixes in texts whose tokens are trained",
+        "eval_metric": "compares answers with references",
+        "budget": "is for the bundled task",
+        "full_run": "is for the bundled task",
+    }
+    if row.has_head:
+        why = "a score head takes the place of the output head"
+        without |= dict.fromkeys(("safety", "forget_data", "forget_limit", "ewc", "push"), why)
+        del without["push"]
+        if flags.method not in ("full", "lora", "qlora"):
+            raise UserError(f"{name}: is for --method full, lora or qlora, not {flags.method}")
+    for option_name, why in without.items():
+        if getattr(flags, option_name):
+            raise UserError(f"{dashed(option_name)}: {why}; not with {name}")
+    if flags.truncate != TRUNCATE[0] or flags.train_on != "answers":
+        given = "truncate" if flags.truncate != TRUNCATE[0] else "train_on"
+        raise UserError(f"{dashed(given)}: {name} takes whole answers; leave it out")
+    if flags.context_parallel > 1:
+        raise UserError(f"--context-parallel: shares the tokens of a text; not with {name}")
+
+
 def check_tables(flags: Flags) -> None:
     """Raises UserError for options of trained embeddings that have none, or that they do not go with."""
     names = ("add_tokens", "train_tokens", "modules_to_save")
@@ -1141,22 +1236,27 @@ def check_prompt_init(flags: Flags) -> None:
 
 
 def check_owned_options(flags: Flags) -> None:
-    """Raises UserError for an option that belongs to other methods than --method."""
-    # This late, as it imports torch.
+    """Raises UserError for an option that belongs to other methods than --method, or to other objectives
+    than --objective."""
+    # This late, as they import torch.
     from methods import METHODS
+    from objectives import OBJECTIVES
 
-    # For each option that only some methods have: these methods.
-    owners: dict[str, list[str]] = {}
-    for method, row in METHODS.items():
-        for name in row.options:
-            owners.setdefault(name, []).append(method)
-    for name, methods in owners.items():
-        was_changed = getattr(flags, name) != OPTIONS[name].default
-        if was_changed and name not in METHODS[flags.method].options:
-            names = " or ".join(methods)
-            raise UserError(
-                f"{dashed(name)}: is for --method {names}, not for --method {flags.method}"
-            )
+    tables: dict[str, dict] = {"method": METHODS, "objective": OBJECTIVES}
+    for choice, table in tables.items():
+        chosen = getattr(flags, choice)
+        # For each option that only some rows have: these rows.
+        owners: dict[str, list[str]] = {}
+        for row_name, row in table.items():
+            for name in row.options:
+                owners.setdefault(name, []).append(row_name)
+        for name, row_names in owners.items():
+            was_changed = getattr(flags, name) != OPTIONS[name].default
+            if was_changed and name not in table[chosen].options:
+                names = " or ".join(row_names)
+                raise UserError(
+                    f"{dashed(name)}: is for --{choice} {names}, not for --{choice} {chosen}"
+                )
 
 
 def check_memory(flags: Flags) -> None:

@@ -25,12 +25,10 @@ import dataclasses
 import functools
 import math
 import signal
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import distributed
 from adapters import check_room_for_text
@@ -46,13 +44,13 @@ from checkpoint import read_config
 from common.console import lasting_output
 from common.errors import UserError
 from common.folder_lock import FolderLock
-from data import MicroBatches, TrainingData, load_training_data
+from data import MicroBatches, TrainingData, load_training_data, needs_seeds
 from families import Config
 from flags import Flags
 from interop.resolve import base_folder, pick_tokenizer
 from methods import load_trainable, lr_factors, method_of_adapter, quant_of, start_of
 from model import Transformer
-from objectives import OBJECTIVES, Losses, StepTotals
+from objectives import OBJECTIVES, Losses, StepTotals, SupervisedRun, WholeRun, make_objective
 from optimizers import SCHEDULES, make_optimizers
 from planning import report
 from tokenizer import Tokenizer
@@ -75,6 +73,7 @@ from training.metrics import MetricsLogger
 from training.model_card import ModelCard
 from training.outcome import finish, save_weights
 from training.profiling import profiled
+from training.reference import note_reference, reference_of_run
 from training.run_folder import (
     identify_run,
     open_run,
@@ -121,10 +120,10 @@ def train(flags: Flags, lock: FolderLock) -> None:
 
     # ---- model, objective, micro-batches; and the settings that a trial decides
     model = load_trainable(settings, folder, device)
-    objective = OBJECTIVES["supervised"]
+    objective = make_objective(settings, reference_of_run(settings, model))
     loader = MicroBatches(
         data.train, data.sampler, device, settings.batch_size, settings.accumulate, settings.max_tokens, settings.seed,
-        dropout=bool(settings.dropout), context_parallel=settings.context_parallel,
+        seeded=needs_seeds(settings), context_parallel=settings.context_parallel,
     )  # fmt: skip
     settings, demo = expect_time(settings, inputs, model, objective, device)
     scorer = None
@@ -155,9 +154,12 @@ def train(flags: Flags, lock: FolderLock) -> None:
     if model.config.vocab_size > inputs.config.vocab_size:
         card.model_vocabulary = model.config.vocab_size
     card.peft_problem = why_peft_can_t(model)
+    note_reference(settings, model, data, out, bool(resumed))
     save = functools.partial(save_weights, card, model)
     # Before a step is taken or a checkpoint loaded, since it measures against the base.
-    evaluator = Evaluator(settings, out, model, data, metrics, state, device, save, scorer)
+    evaluator = Evaluator(
+        settings, out, model, objective, data, metrics, state, device, save, scorer
+    )
     if safety:
         safety.measure_base(model)
     card.first_answers = answers_before(card, model)
@@ -239,7 +241,8 @@ def read_inputs(flags: Flags, device: torch.device) -> Inputs | None:
         rows = max(rows, tokenizer.vocab_size)
     with distributed.local_rank0_first():
         limit = config.max_positions - virtual_tokens
-        data = load_training_data(flags, tokenizer, limit, rows, device)
+        kind = OBJECTIVES[flags.objective].kind
+        data = load_training_data(flags, tokenizer, limit, rows, device, kind)
         safety = SafetyCheck(flags.safety, tokenizer) if flags.safety else None
     if flags.plan:
         flags, steps_per_epoch = choose_steps(flags, data.sampler)
@@ -254,7 +257,7 @@ def expect_time(
     settings: Settings,
     inputs: Inputs,
     model: Transformer,
-    objective: Callable[..., Tensor],
+    objective: SupervisedRun | WholeRun,
     device: torch.device,
 ) -> tuple[Settings, Demo | None]:
     """Measures this machine's pace, and prints the model and the run that is expected. Of the bundled task
@@ -279,7 +282,7 @@ def expect_time(
 
 
 def choose_kernels(
-    settings: Settings, model: Transformer, objective: Callable[..., Tensor], loader: MicroBatches
+    settings: Settings, model: Transformer, objective: SupervisedRun | WholeRun, loader: MicroBatches
 ) -> None:
     """Compiles the blocks (--compile), and takes the version of attention that --attention names."""
     if settings.compile == "on":
@@ -292,7 +295,7 @@ def choose_kernels(
 def train_loop(
     settings: Settings,
     model: Transformer,
-    objective: Callable[..., Tensor],
+    objective: SupervisedRun | WholeRun,
     optimizers: list,
     loader: MicroBatches,
     state: TrainState,
@@ -304,7 +307,7 @@ def train_loop(
 ) -> None:
     """The loop on a page: from `state.step` to the last step, a signal, or early stopping.
 
-    objective: a row of OBJECTIVES.
+    objective: of objectives.make_objective.
     optimizers: stepped one after the other.
     evaluator, checkpointer: None where only the steps count, as under --profile.
     ewc: None without --ewc.
@@ -329,6 +332,7 @@ def train_loop(
         # the sum of their weights. So one micro-batch of 8 equals two of 4, or one of 4 on each of
         # two ranks. The stop signal travels along, since all ranks must stop at the same step.
         totals = StepTotals.of(micro_batches, stop.signal)
+        totals = objective.begin_step(model, micro_batches, totals)
 
         losses = Losses(loader.device)
         for i, batch in enumerate(micro_batches):  # gradient accumulation

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dataset.encoding import TEXTS
 from dataset.faults import WARN_ABOVE
 from dataset.formats import Source
 from dataset.prompt_cut import cut_prompt
@@ -42,6 +43,12 @@ class Example:
     prompt: a hash of what is asked.
     is_replay: True if it comes from --replay, whose loss is reported by itself.
     dropout_seed: decides the example's dropout.
+    split: where the second text of a pair begins in the ids; 0 where there is one text.
+    weight: of a pair, a judged answer or a class as a whole.
+    label: the number of its class, or of its judgment; -1 for others.
+    mismatched: of a judged answer, its prompt with another example's answer.
+    reference: of a preference, what the model before step 1 finds of its texts, where that was computed
+        beforehand: the log-probability of each, and of the mismatched one; () where it was not.
     """
 
     ids: Sequence[int]
@@ -50,6 +57,18 @@ class Example:
     prompt: int = 0
     is_replay: bool = False
     dropout_seed: int | None = None
+    split: int = 0
+    weight: float = 1.0
+    label: int = -1
+    mismatched: "Example | None" = None
+    reference: Sequence[float] = ()
+
+    @property
+    def text_lengths(self) -> list[int]:
+        """The tokens of each of its texts: two of a pair, else one."""
+        if self.split:
+            return [self.split, len(self.ids) - self.split]
+        return [len(self.ids)]
 
 
 # What a rank without rows computes while the others have some.
@@ -68,6 +87,10 @@ class ExampleIndex(Sequence):
         which most examples are not; None if none is.
     last_only: True if only the last span of a record is trained.
     replays: how many of the last sources are replays.
+    label: int [examples], of judged answers and classes; None for others.
+    partner: int64 [examples, 2], for judged answers the source and row of another one, whose answer is put
+        behind the own prompt, in at most `seq_len` tokens; None for others.
+    reference: float32 [examples, texts], see `Example`; None where it was not computed.
     """
 
     def __init__(
@@ -80,6 +103,10 @@ class ExampleIndex(Sequence):
         last_only: bool = False,
         replays: int = 0,
         head: np.ndarray | None = None,
+        label: np.ndarray | None = None,
+        partner: np.ndarray | None = None,
+        reference: np.ndarray | None = None,
+        seq_len: int = 0,
     ):
         self.rows = rows
         self.source = source
@@ -89,6 +116,10 @@ class ExampleIndex(Sequence):
         self.last_only = last_only
         self.replays = replays
         self.head = head
+        self.label = label
+        self.partner = partner
+        self.reference = reference
+        self.seq_len = seq_len
 
     def __len__(self) -> int:
         return len(self.row)
@@ -123,16 +154,40 @@ class ExampleIndex(Sequence):
         if head:
             ids = np.concatenate([rows.ids[first : first + head], ids])
         first_replay = len(self.rows) - self.replays
-        return Example(
+        example = Example(
             ids=ids,
             loss_weights=loss_weights,
             source=rows.where(row),
             prompt=int(rows.prompts[row]),
             is_replay=source >= first_replay,
         )
+        if rows.kind != TEXTS:
+            example.split = int(rows.splits[row])
+            example.weight = float(rows.weights[rows.span_starts[row]])
+        if self.label is not None:
+            example.label = int(self.label[i])
+        if self.partner is not None:
+            example.mismatched = self.mismatched(rows, row, *self.partner[i].tolist())
+        if self.reference is not None:
+            example.reference = self.reference[i].tolist()
+        return example
+
+    def mismatched(self, rows: Rows, row: int, partner: int, partner_row: int) -> Example:
+        """Returns the prompt of a judged answer with the answer of another one, of another source
+        perhaps: what does not fit into `seq_len` is cut off at the end, as nothing of it is trained."""
+        prompt, _ = answer_of_row(rows, row)
+        _, answer = answer_of_row(self.rows[partner], partner_row)
+        ids = np.concatenate([prompt, answer])[: self.seq_len]
+        loss_weights = np.ones(len(ids), np.float32)
+        loss_weights[: len(prompt)] = 0
+        return Example(ids, loss_weights)
 
     def take(self, chosen: np.ndarray) -> "ExampleIndex":
         """Returns some of the examples. chosen: their numbers."""
+
+        def taken(array: np.ndarray | None) -> np.ndarray | None:
+            return None if array is None else array[chosen]
+
         return ExampleIndex(
             self.rows,
             self.source[chosen],
@@ -141,7 +196,11 @@ class ExampleIndex(Sequence):
             self.stop[chosen],
             self.last_only,
             self.replays,
-            None if self.head is None else self.head[chosen],
+            taken(self.head),
+            taken(self.label),
+            taken(self.partner),
+            taken(self.reference),
+            self.seq_len,
         )
 
     def heads(self) -> np.ndarray:
@@ -155,6 +214,14 @@ class ExampleIndex(Sequence):
     def sizes(self) -> list[int]:
         """The number of examples of each source."""
         return np.bincount(self.source, minlength=len(self.rows)).tolist()
+
+
+def answer_of_row(rows: Rows, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ids of a judged answer's prompt, and those of the answer."""
+    first = rows.starts[row]
+    spans = rows.spans[rows.span_starts[row] : rows.span_starts[row + 1]]
+    start, end = spans[0, 0], spans[-1, 1]
+    return rows.ids[first : first + start], rows.ids[first + start : first + end]
 
 
 @dataclass
@@ -171,6 +238,8 @@ class Dataset:
     with_validation: the files and folders that have a part of their own to validate with.
     sources: the opened files that `examples` are read from, in the order of their rows; () where
         these are not known.
+    kind: what an example is, of dataset/encoding.py.
+    label_names: of its classes or judgments, by their numbers.
 
     Where the three arrays are not given, they are counted from the examples.
     """
@@ -185,6 +254,8 @@ class Dataset:
     formats: tuple[str, ...] = ()
     with_validation: tuple = ()
     sources: tuple[Source, ...] = ()
+    kind: str = TEXTS
+    label_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.lengths is None:
@@ -223,6 +294,8 @@ class Dataset:
             prompts=self.prompts[chosen],
             chat=self.chat,
             sources=self.sources,
+            kind=self.kind,
+            label_names=self.label_names,
         )
 
     def with_replay(self, replay: "Dataset") -> "Dataset":

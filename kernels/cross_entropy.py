@@ -434,3 +434,31 @@ def load_logits(row_logits, start, stride, BLOCK: tl.constexpr):
 @triton.jit
 def tanh(x):
     return 2 * tl.sigmoid(2 * x) - 1
+
+
+# TEMPORARY until the branch of the kernels is merged
+_plain = linear_cross_entropy
+
+
+def linear_cross_entropy(hidden, weight, targets, softcap=None, loss_weights=None, trained_rows=None, smoothing=0.0, by_confidence=False):
+    return _plain(hidden, weight, targets, softcap, loss_weights, trained_rows)
+
+
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, softcap):
+        ctx.softcap = softcap
+        ctx.save_for_backward(hidden, weight, targets)
+        head = weight.to(hidden.dtype)
+        return forward_in_pytorch(hidden, head, targets, softcap, None, False, False)[1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets = ctx.saved_tensors
+        head = weight.to(hidden.dtype)
+        _, _, gh, gw = forward_in_pytorch(hidden, head, targets, ctx.softcap, grad, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        return gh, gw, None, None
+
+
+def linear_token_losses(hidden, weight, targets, softcap=None, trained_rows=None):
+    return _TokenLosses.apply(hidden, weight, targets, softcap)

@@ -4,19 +4,18 @@ The comparison is one forward and backward of the run's own model on its first m
 """
 
 import dataclasses
-from collections.abc import Callable
 
 from torch import Tensor
 
 import distributed
-from data import MicroBatches, collate
+from data import MicroBatches
 from kernels import flash_versions
 from model import Transformer
-from objectives import Losses, StepTotals
+from objectives import Losses, StepTotals, SupervisedRun, WholeRun
 
 
 def use_flash_version(
-    name: str, model: Transformer, objective: Callable[..., Tensor], loader: MicroBatches
+    name: str, model: Transformer, objective: SupervisedRun | WholeRun, loader: MicroBatches
 ) -> str:
     """Puts that version in place and returns a line about it.
 
@@ -30,7 +29,7 @@ def use_flash_version(
     trial.dropout = loader.dropout
     trial.rows_per_rank = loader.rows_per_rank
     first_micro_batch = trial.examples_of_step(0)[0]
-    batch = collate(first_micro_batch, loader.device, distributed.context_parallel)
+    batch = loader.collate(first_micro_batch)
     # A rank may have no trained token of the batch, and the loss is divided by these.
     totals = StepTotals(
         num_trained=len(batch.targets),

@@ -9,17 +9,15 @@ than one of a short example, so its examples are about as long as one that costs
 
 import dataclasses
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import distributed
-from data import Batch, MicroBatches, TrainingData, collate
+from data import Batch, MicroBatches, TrainingData, needs_seeds
 from model import Transformer
-from objectives import Losses, StepTotals
+from objectives import Losses, StepTotals, SupervisedRun, WholeRun
 from training.defaults import Settings
 
 # A micro-batch that is expected to take longer is timed by some of its examples.
@@ -47,7 +45,7 @@ class Pace(NamedTuple):
 def measure_pace(
     settings: Settings,
     model: Transformer,
-    objective: Callable[..., Tensor],
+    objective: SupervisedRun | WholeRun,
     data: TrainingData,
     device: torch.device,
 ) -> Pace:
@@ -61,7 +59,7 @@ def measure_pace(
     sampler = dataclasses.replace(data.sampler)
     loader = MicroBatches(
         data.train, sampler, device, settings.batch_size, settings.accumulate, settings.max_tokens,
-        settings.seed, dropout=bool(settings.dropout),
+        settings.seed, seeded=needs_seeds(settings),
     )  # fmt: skip
     if settings.compile == "on":
         # The trial would be of blocks that are not compiled.
@@ -84,7 +82,7 @@ def measure_pace(
 
 
 def time_micro_batch(
-    batch: Batch, model: Transformer, objective: Callable[..., Tensor], device: torch.device
+    batch: Batch, model: Transformer, objective: SupervisedRun | WholeRun, device: torch.device
 ) -> float:
     """Returns the seconds that a token takes, forward and backward, the second time."""
     for _ in range(2):
@@ -122,7 +120,7 @@ def trial_batch(
         if num_tokens > most:
             break
         chosen.append(example)
-    return collate(chosen, device)
+    return loader.collate(chosen)
 
 
 def memory_bandwidth(device: torch.device) -> float:

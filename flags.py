@@ -1169,7 +1169,9 @@ def check_objective(flags: Flags) -> None:
     most = 0.5 if flags.objective == "dpo" else 1
     if flags.label_smoothing >= most:
         why = "half of the pairs" if flags.objective == "dpo" else "all"
-        raise UserError(f"--label-smoothing {flags.label_smoothing:g}: must be below {most:g}, {why}")
+        raise UserError(
+            f"--label-smoothing {flags.label_smoothing:g}: must be below {most:g}, {why}"
+        )
     if row.kind == "texts":
         return
     if not flags.data:

@@ -282,7 +282,10 @@ def expect_time(
 
 
 def choose_kernels(
-    settings: Settings, model: Transformer, objective: SupervisedRun | WholeRun, loader: MicroBatches
+    settings: Settings,
+    model: Transformer,
+    objective: SupervisedRun | WholeRun,
+    loader: MicroBatches,
 ) -> None:
     """Compiles the blocks (--compile), and takes the version of attention that --attention names."""
     if settings.compile == "on":

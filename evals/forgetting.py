@@ -42,7 +42,9 @@ def fixed_examples(dataset: Dataset, count: int) -> Dataset:
         if left < 2:
             break
         example = dataset.examples[i]
-        ids = example.ids[: min(room, left)]
+        # Of a pair, the prompt and the chosen answer.
+        length = min(room, left, example.text_lengths[0])
+        ids = example.ids[:length]
         left -= len(ids)
         # Nothing of it is trained; all of its positions are measured.
         examples.append(Example(ids, [False] * len(ids), example.source, example.prompt))

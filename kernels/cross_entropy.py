@@ -440,7 +440,16 @@ def tanh(x):
 _plain = linear_cross_entropy
 
 
-def linear_cross_entropy(hidden, weight, targets, softcap=None, loss_weights=None, trained_rows=None, smoothing=0.0, by_confidence=False):
+def linear_cross_entropy(
+    hidden,
+    weight,
+    targets,
+    softcap=None,
+    loss_weights=None,
+    trained_rows=None,
+    smoothing=0.0,
+    by_confidence=False,
+):
     return _plain(hidden, weight, targets, softcap, loss_weights, trained_rows)
 
 
@@ -456,7 +465,15 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, targets = ctx.saved_tensors
         head = weight.to(hidden.dtype)
-        _, _, gh, gw = forward_in_pytorch(hidden, head, targets, ctx.softcap, grad, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        _, _, gh, gw = forward_in_pytorch(
+            hidden,
+            head,
+            targets,
+            ctx.softcap,
+            grad,
+            ctx.needs_input_grad[0],
+            ctx.needs_input_grad[1],
+        )
         return gh, gw, None, None
 
 

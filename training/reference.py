@@ -129,9 +129,7 @@ def reference_logps(settings: Settings, model: Transformer, dataset: Dataset) ->
     device = model.device
     texts = 2
     logps = torch.zeros(len(dataset), texts)
-    groups = split_micro_batches(
-        dataset.lengths.tolist(), settings.batch_size, settings.max_tokens
-    )
+    groups = split_micro_batches(dataset.lengths.tolist(), settings.batch_size, settings.max_tokens)
     size, rank = distributed.world_size(), distributed.rank()
     bar = progress("reference", len(dataset), "example", shown=distributed.is_rank0())
     with bar, eval_mode(model), eager_mode(model):

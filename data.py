@@ -38,7 +38,7 @@ from common.console import number_of, one_line
 from common.errors import LONGEST_LINE, UserError, printable
 from common.remote_names import shown
 from dataset.columns import ignored_facts
-from dataset.encoding import JUDGED, PAIRS, TEXTS, check_format
+from dataset.encoding import AS_JUDGED, AS_PAIRS, AS_TEXTS, check_format
 from dataset.examples import (
     DUMMY_EXAMPLE,
     TRAIN_ON,
@@ -135,7 +135,7 @@ def load_training_data(
     max_positions: int,
     vocab_size: int,
     device: torch.device,
-    kind: str = TEXTS,
+    kind: str = AS_TEXTS,
 ) -> TrainingData:
     """Reads the files of --data, --val and --replay as token rows and decides their order.
 
@@ -153,7 +153,7 @@ def load_training_data(
         paths: Sequence[str | Path],
         map_fn: Map | None = None,
         part: str = TRAIN,
-        kind: str = TEXTS,
+        kind: str = AS_TEXTS,
         label_names: Sequence[str] = (),
     ) -> Dataset:
         dataset = load(
@@ -199,7 +199,7 @@ def load_training_data(
     if flags.limit is not None:
         train = limit_examples(train, files, flags.limit, flags.seed)
     check_labels(train, ", ".join(map(shown, files)), flag)
-    if kind == JUDGED:
+    if kind == AS_JUDGED:
         train, val = with_partners(train), with_partners(val)
     print_counts(train, val, tokenizer)
 
@@ -225,7 +225,7 @@ def load_training_data(
     names = [shown(file) for file in files]
     sampler = make_sampler(flags.seed, train, names, weights, replay_shares)
     # Both texts of a pair lie in one row.
-    row_length = 2 * seq_len if kind == PAIRS else seq_len
+    row_length = 2 * seq_len if kind == AS_PAIRS else seq_len
     sampler = choose_packing(sampler, flags, row_length, device)
     pack = sampler.seq_len is not None
     general = None
@@ -366,7 +366,7 @@ def load(
     fetch: Callable = fetch_data,
     truncate: str = TRUNCATE[0],
     skip_bad: bool | None = None,
-    kind: str = TEXTS,
+    kind: str = AS_TEXTS,
     flag: str = "",
     label_names: Sequence[str] = (),
 ) -> Dataset:
@@ -406,12 +406,12 @@ def load(
         if source.has_validation(source_rows.stats):
             with_validation.append(path)
         good, objectives = GOOD_ANSWERS.get(source.format.name, ("", ""))
-        if good and kind == TEXTS:
+        if good and kind == AS_TEXTS:
             print_fn(
                 f"          trained on the {good} answers alone; to learn from the others as well:"
                 f" --objective {objectives}"
             )
-    if kind == TEXTS:
+    if kind == AS_TEXTS:
         dataset = cut(rows, seq_len, last_only, truncate)
     else:
         dataset = whole_examples(rows, seq_len, label_names)
@@ -426,7 +426,7 @@ def load(
         what = "shortened" if reason.startswith("cut") else "left out"
         print_fn(f"          {what}: {number_of(count, 'record')} {reason}")
     # Whole answers are not cut, so there is no --truncate prompt for them.
-    advice = None if part == TEST else truncate if kind == TEXTS else ""
+    advice = None if part == TEST else truncate if kind == AS_TEXTS else ""
     too_long = too_long_warning(rows, dataset.dropped, advice)
     if too_long:
         print_fn(f"          WARNING: {too_long}")
@@ -602,7 +602,7 @@ class MicroBatches:
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Returns the micro-batch of some examples."""
-        whole = self.dataset.kind != TEXTS
+        whole = self.dataset.kind != AS_TEXTS
         return collate(examples, self.device, distributed.context_parallel, whole)
 
     def examples_of_step(self, step: int) -> list[list[Example]]:
@@ -669,7 +669,7 @@ def batches_by_length(
         examples = [DUMMY_EXAMPLE]
         if number < len(groups):
             examples = [dataset.examples[i] for i in groups[number]]
-        yield collate(examples, device, context, dataset.kind != TEXTS)
+        yield collate(examples, device, context, dataset.kind != AS_TEXTS)
 
 
 def split_micro_batches(sizes: Sequence[int], batch_size: int, max_tokens: int) -> list[list[int]]:
@@ -780,13 +780,13 @@ def collate(
         batch.replay_weights = to_device(replay_weights, device)
         batch.replay_weight_sum = float(replay_weights.sum(dtype=np.float64))
     if whole:
-        batch.texts = texts_of(examples, predicted, device)
+        batch.texts = texts_of_batch(examples, predicted, device)
         if any(example.mismatched is not None for example in examples):
             batch.mismatched = mismatched_batch(examples, device)
     return batch
 
 
-def texts_of(
+def texts_of_batch(
     examples: Sequence[Example], predicted: np.ndarray, device: torch.device | str
 ) -> Texts:
     """Returns the texts of a batch of examples. predicted: int64 [K], the places of its trained tokens."""

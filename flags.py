@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -1049,7 +1050,6 @@ def check(flags: Flags) -> None:
     check_memory(flags)
     check_out(flags)
     check_method(flags)
-    check_objective(flags)
 
 
 def check_numbers(flags: Flags) -> None:
@@ -1156,48 +1156,6 @@ def check_method(flags: Flags) -> None:
             raise UserError(f"--train {flags.train}: {problem}") from None
 
 
-def check_objective(flags: Flags) -> None:
-    """Raises UserError for options that --objective does not go with."""
-    # The objective of a run that is resumed stands in its checkpoint, and can't be another one.
-    if flags.resume and "objective" not in flags.given:
-        return
-    # This late, as it imports torch.
-    from objectives import OBJECTIVES
-
-    row = OBJECTIVES[flags.objective]
-    name = f"--objective {flags.objective}"
-    most = 0.5 if flags.objective == "dpo" else 1
-    if flags.label_smoothing >= most:
-        why = "half of the pairs" if flags.objective == "dpo" else "all"
-        raise UserError(
-            f"--label-smoothing {flags.label_smoothing:g}: must be below {most:g}, {why}"
-        )
-    if row.kind == "texts":
-        return
-    if not flags.data:
-        raise UserError(f"{name}: has no data of its own; give --data FILE")
-    without = {
-        "replay": "mixes in texts whose tokens are trained",
-        "eval_metric": "compares answers with references",
-        "budget": "is for the bundled task",
-        "full_run": "is for the bundled task",
-    }
-    if row.has_head:
-        why = "a score head takes the place of the output head"
-        without |= dict.fromkeys(("safety", "forget_data", "forget_limit", "ewc", "push"), why)
-        del without["push"]
-        if flags.method not in ("full", "lora", "qlora"):
-            raise UserError(f"{name}: is for --method full, lora or qlora, not {flags.method}")
-    for option_name, why in without.items():
-        if getattr(flags, option_name):
-            raise UserError(f"{dashed(option_name)}: {why}; not with {name}")
-    if flags.truncate != TRUNCATE[0] or flags.train_on != "answers":
-        given = "truncate" if flags.truncate != TRUNCATE[0] else "train_on"
-        raise UserError(f"{dashed(given)}: {name} takes whole answers; leave it out")
-    if flags.context_parallel > 1:
-        raise UserError(f"--context-parallel: shares the tokens of a text; not with {name}")
-
-
 def check_tables(flags: Flags) -> None:
     """Raises UserError for options of trained embeddings that have none, or that they do not go with."""
     names = ("add_tokens", "train_tokens", "modules_to_save")
@@ -1238,27 +1196,28 @@ def check_prompt_init(flags: Flags) -> None:
 
 
 def check_owned_options(flags: Flags) -> None:
-    """Raises UserError for an option that belongs to other methods than --method, or to other objectives
-    than --objective."""
-    # This late, as they import torch.
+    """Raises UserError for an option that belongs to other methods than --method."""
+    # This late, as it imports torch.
     from methods import METHODS
-    from objectives import OBJECTIVES
 
-    tables: dict[str, dict] = {"method": METHODS, "objective": OBJECTIVES}
-    for choice, table in tables.items():
-        chosen = getattr(flags, choice)
-        # For each option that only some rows have: these rows.
-        owners: dict[str, list[str]] = {}
-        for row_name, row in table.items():
-            for name in row.options:
-                owners.setdefault(name, []).append(row_name)
-        for name, row_names in owners.items():
-            was_changed = getattr(flags, name) != OPTIONS[name].default
-            if was_changed and name not in table[chosen].options:
-                names = " or ".join(row_names)
-                raise UserError(
-                    f"{dashed(name)}: is for --{choice} {names}, not for --{choice} {chosen}"
-                )
+    check_options_of_row(flags, "method", {name: row.options for name, row in METHODS.items()})
+
+
+def check_options_of_row(flags: Flags, choice: str, rows: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises UserError for an option that belongs to other rows of a table than the one that an option
+    chooses. rows: {row: the names of the options that it reads, and not all others do}."""
+    chosen = getattr(flags, choice)
+    owners: dict[str, list[str]] = {}
+    for row, names in rows.items():
+        for name in names:
+            owners.setdefault(name, []).append(row)
+    for name, owning_rows in owners.items():
+        was_changed = getattr(flags, name) != OPTIONS[name].default
+        if was_changed and name not in rows[chosen]:
+            owning = " or ".join(owning_rows)
+            raise UserError(
+                f"{dashed(name)}: is for --{choice} {owning}, not for --{choice} {chosen}"
+            )
 
 
 def check_memory(flags: Flags) -> None:

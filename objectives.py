@@ -7,7 +7,7 @@ answer weighs by its tokens, never by its place in a batch. Where records or mes
 both sums are weighted, as torch's own weighted cross-entropy is. Losses of whole examples (pairs,
 judged answers, classes) are likewise summed over a step's examples and divided by their number.
 
-To add an objective of whole examples: its equation, a function of `Answers` and settings, and its
+To add an objective of whole examples: its equation, a function of `ScoredAnswers` and settings, and its
 row.
 """
 
@@ -19,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.errors import UserError
 from data import Batch
-from dataset.encoding import CLASSES, GOOD, JUDGED, JUDGMENTS, PAIRS, TEXTS
+from dataset.encoding import AS_CLASSES, AS_JUDGED, AS_PAIRS, AS_TEXTS, GOOD, JUDGMENTS
 from distributed import all_reduce_sum
+from flags import OPTIONS, Flags, check_options_of_row, dashed
 from kernels.attention import Documents
 from kernels.cross_entropy import linear_cross_entropy, linear_token_losses
 from model import Experts, Transformer, eval_mode
@@ -260,7 +262,7 @@ def mean_loss(
 # ---- objectives of whole examples: preferences, judgments, classes ----
 
 
-class Answers(NamedTuple):
+class ScoredAnswers(NamedTuple):
     """What the equation of a preference is computed from: E examples of T answers each, 2 of a pair, of
     which the first is the chosen one, else 1.
 
@@ -291,10 +293,10 @@ class Answers(NamedTuple):
 
 
 # The loss of each example, [E], and what rewards its answers, [E, T].
-Judgement = tuple[Tensor, Tensor]
+LossesAndRewards = tuple[Tensor, Tensor]
 
 
-def dpo_loss(answers: Answers, settings) -> Judgement:
+def dpo_loss(answers: ScoredAnswers, settings) -> LossesAndRewards:
     """Rafailov et al. 2023, arXiv 2305.18290, equation 7: -log sigmoid(r_chosen - r_rejected), where the
     reward is r = beta log(policy / reference).
 
@@ -314,7 +316,7 @@ def dpo_loss(answers: Answers, settings) -> Judgement:
     return losses, rewards
 
 
-def ipo_loss(answers: Answers, settings) -> Judgement:
+def ipo_loss(answers: ScoredAnswers, settings) -> LossesAndRewards:
     """Azar et al. 2023, arXiv 2310.12036, equation 17: (h - 1 / (2 tau))^2, where h is the difference of
     log(policy / reference) and tau is --beta.
 
@@ -326,7 +328,7 @@ def ipo_loss(answers: Answers, settings) -> Judgement:
     return losses, settings.beta * ratios
 
 
-def simpo_loss(answers: Answers, settings) -> Judgement:
+def simpo_loss(answers: ScoredAnswers, settings) -> LossesAndRewards:
     """Meng et al. 2024, arXiv 2405.14734, equation 6: -log sigmoid(r_chosen - r_rejected - gamma), where
     r = beta (log policy) / tokens and gamma is --margin. There is no reference."""
     rewards = settings.beta * answers.mean_logps
@@ -334,7 +336,7 @@ def simpo_loss(answers: Answers, settings) -> Judgement:
     return losses, rewards
 
 
-def orpo_loss(answers: Answers, settings) -> Judgement:
+def orpo_loss(answers: ScoredAnswers, settings) -> LossesAndRewards:
     """Hong et al. 2024, arXiv 2403.07691, equations 3 to 7: the chosen answer's own loss, plus beta times
     -log sigmoid of the logarithm of the ratio of the odds p / (1 - p), where log p is (log policy) /
     tokens. (beta is their lambda.) There is no reference."""
@@ -356,7 +358,7 @@ def log_of_complement(logp: Tensor) -> Tensor:
     return torch.where(is_near, near, far)
 
 
-def kto_loss(answers: Answers, settings) -> Judgement:
+def kto_loss(answers: ScoredAnswers, settings) -> LossesAndRewards:
     """Ethayarajh et al. 2024, arXiv 2402.01306, equations 7 and 8: w (1 - sigmoid(r - beta z)) of a good
     answer and w (1 - sigmoid(beta z - r)) of a bad one, where r = beta log(policy / reference), z is
     the estimate of KL(policy || reference), and w is --desirable-weight or --undesirable-weight.
@@ -369,14 +371,14 @@ def kto_loss(answers: Answers, settings) -> Judgement:
     return weights * torch.sigmoid(-signed), rewards
 
 
-def reward_loss(answers: Answers, settings) -> Judgement:
+def reward_loss(answers: ScoredAnswers, settings) -> LossesAndRewards:
     """Bradley and Terry 1952, as reward models are trained; Ouyang et al. 2022, arXiv 2203.02155,
     equation 1 for pairs: -log sigmoid(score of the chosen - score of the rejected answer)."""
     scores = answers.logps
     return -F.logsigmoid(scores[:, 0] - scores[:, 1]), scores
 
 
-def class_loss(answers: Answers, settings) -> Judgement:
+def class_loss(answers: ScoredAnswers, settings) -> LossesAndRewards:
     """Cross-entropy over the classes: -log softmax(scores)[class]."""
     scores = answers.logps
     smoothing = settings.label_smoothing
@@ -384,7 +386,7 @@ def class_loss(answers: Answers, settings) -> Judgement:
     return losses, scores
 
 
-def means_of_pairs(answers: Answers, rewards: Tensor, weights: Tensor) -> dict[str, Tensor]:
+def means_of_pairs(answers: ScoredAnswers, rewards: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Returns what is reported of pairs: {name in metrics.jsonl: [weighted sum, sum of weights]}.
 
     accuracy: the share of pairs whose chosen answer has the higher reward, equal ones count half.
@@ -401,7 +403,7 @@ def means_of_pairs(answers: Answers, rewards: Tensor, weights: Tensor) -> dict[s
     return {name: weighted_mean(value, weights) for name, value in values.items()}
 
 
-def means_of_logps(answers: Answers, rewards: Tensor, weights: Tensor) -> dict[str, Tensor]:
+def means_of_logps(answers: ScoredAnswers, rewards: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Returns `means_of_pairs`, and the log-probabilities of both answers: that of the chosen one may
     fall too, as long as that of the other one falls faster."""
     means = means_of_pairs(answers, rewards, weights)
@@ -410,7 +412,7 @@ def means_of_logps(answers: Answers, rewards: Tensor, weights: Tensor) -> dict[s
     return means
 
 
-def means_of_judged(answers: Answers, rewards: Tensor, weights: Tensor) -> dict[str, Tensor]:
+def means_of_judged(answers: ScoredAnswers, rewards: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Returns the mean rewards of good and of bad answers, and the share of answers that lie on their
     own side of the KL: above it the good ones, below it the bad ones."""
     is_good = answers.labels == JUDGMENTS.index(GOOD)
@@ -423,7 +425,7 @@ def means_of_judged(answers: Answers, rewards: Tensor, weights: Tensor) -> dict[
     }
 
 
-def means_of_classes(answers: Answers, rewards: Tensor, weights: Tensor) -> dict[str, Tensor]:
+def means_of_classes(answers: ScoredAnswers, rewards: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Returns the share of texts whose own class has the highest score."""
     is_right = (answers.logps.argmax(-1) == answers.labels).float()
     return {"accuracy": weighted_mean(is_right, weights)}
@@ -450,8 +452,8 @@ class Objective(NamedTuple):
 
     kind: str
     title: str
-    equation: Callable[[Answers, "object"], Judgement] | None = None
-    means: Callable[[Answers, Tensor, Tensor], dict[str, Tensor]] = means_of_logps
+    equation: Callable[[ScoredAnswers, "object"], LossesAndRewards] | None = None
+    means: Callable[[ScoredAnswers, Tensor, Tensor], dict[str, Tensor]] = means_of_logps
     has_reference: bool = False
     has_head: bool = False
     options: tuple[str, ...] = ()
@@ -462,17 +464,17 @@ class Objective(NamedTuple):
 # The factors of the learning rate are those of a sweep on the default base (experiments/LOG.md).
 OBJECTIVES = {
     "sft": Objective(
-        TEXTS,
+        AS_TEXTS,
         "supervised fine-tuning: cross-entropy of the trained tokens",
         options=("label_smoothing", "neftune"),
     ),
     "dft": Objective(
-        TEXTS,
+        AS_TEXTS,
         "dynamic fine-tuning: each token's cross-entropy times its probability",
         options=("neftune",),
     ),
     "dpo": Objective(
-        PAIRS,
+        AS_PAIRS,
         "direct preference optimization",
         dpo_loss,
         has_reference=True,
@@ -481,7 +483,7 @@ OBJECTIVES = {
         lr_factor=0.1,
     ),
     "ipo": Objective(
-        PAIRS,
+        AS_PAIRS,
         "identity preference optimization",
         ipo_loss,
         has_reference=True,
@@ -490,7 +492,7 @@ OBJECTIVES = {
         lr_factor=0.1,
     ),
     "kto": Objective(
-        JUDGED,
+        AS_JUDGED,
         "Kahneman-Tversky optimization",
         kto_loss,
         means_of_judged,
@@ -500,7 +502,7 @@ OBJECTIVES = {
         lr_factor=0.1,
     ),
     "orpo": Objective(
-        PAIRS,
+        AS_PAIRS,
         "odds ratio preference optimization",
         orpo_loss,
         options=("beta",),
@@ -508,7 +510,7 @@ OBJECTIVES = {
         lr_factor=0.1,
     ),
     "simpo": Objective(
-        PAIRS,
+        AS_PAIRS,
         "simple preference optimization",
         simpo_loss,
         options=("beta", "margin"),
@@ -516,7 +518,7 @@ OBJECTIVES = {
         lr_factor=0.1,
     ),
     "reward": Objective(
-        PAIRS,
+        AS_PAIRS,
         "reward model: a score of each answer, the chosen one's higher",
         reward_loss,
         means_of_pairs,
@@ -524,7 +526,7 @@ OBJECTIVES = {
         lr_factor=0.1,
     ),
     "classify": Objective(
-        CLASSES,
+        AS_CLASSES,
         "classification: a score of each class after a text",
         class_loss,
         means_of_classes,
@@ -532,6 +534,53 @@ OBJECTIVES = {
         options=("label_smoothing",),
     ),
 }
+
+
+# What goes only with a loss of tokens: {option: why}.
+OF_TOKENS = {
+    "replay": "mixes in texts whose tokens are trained",
+    "eval_metric": "compares answers with references",
+    "budget": "is for the bundled task",
+    "full_run": "is for the bundled task",
+}
+# What needs an output head.
+OF_OUTPUT_HEAD = ("safety", "forget_data", "forget_limit", "ewc")
+# The methods that train a score head beside what they train.
+METHODS_WITH_HEADS = ("full", "lora", "qlora")
+
+
+def check_objective(flags: Flags) -> None:
+    """Raises UserError for options that --objective does not go with."""
+    rows = {name: row.options for name, row in OBJECTIVES.items()}
+    check_options_of_row(flags, "objective", rows)
+    row = OBJECTIVES[flags.objective]
+    name = f"--objective {flags.objective}"
+    smoothing = flags.label_smoothing
+    if flags.objective == "dpo" and smoothing >= 0.5:
+        why = "as half of the pairs and more would be taken the other way round"
+        raise UserError(f"--label-smoothing {smoothing:g}: must be below 0.5 for dpo, {why}")
+    if smoothing >= 1:
+        raise UserError(f"--label-smoothing {smoothing:g}: must be below 1")
+    if row.kind == AS_TEXTS:
+        return
+    if not flags.data:
+        raise UserError(f"{name}: the bundled task has no such data; give --data FILE")
+    without = dict(OF_TOKENS)
+    if row.has_head:
+        without |= dict.fromkeys(
+            OF_OUTPUT_HEAD, "needs an output head, which a score head replaces"
+        )
+    for option, why in without.items():
+        if getattr(flags, option):
+            raise UserError(f"{dashed(option)}: {why}; not with {name}")
+    if row.has_head and flags.method not in METHODS_WITH_HEADS:
+        methods = ", ".join(METHODS_WITH_HEADS)
+        raise UserError(f"{name}: is for --method {methods}, not {flags.method}")
+    for option in ("truncate", "train_on"):
+        if getattr(flags, option) != OPTIONS[option].default:
+            raise UserError(f"{dashed(option)}: {name} takes whole answers; leave it out")
+    if flags.context_parallel > 1:
+        raise UserError(f"--context-parallel: shares the tokens of a text; not with {name}")
 
 
 # ---- a run's objective, as the loop calls it ----
@@ -632,24 +681,24 @@ class WholeRun:
 
     def answers(
         self, batch: Batch, values: Tensor, reference: Tensor | None, kl: Tensor | float
-    ) -> Answers:
+    ) -> ScoredAnswers:
         """Returns the examples of a batch as an equation takes them."""
         texts = batch.texts
         assert texts is not None
-        texts_per_example = 2 if self.row.kind == PAIRS else 1
+        texts_per_example = 2 if self.row.kind == AS_PAIRS else 1
         shape = (len(texts.weights), texts_per_example)
-        if self.row.kind != CLASSES:
+        if self.row.kind != AS_CLASSES:
             values = values.reshape(shape)
         if reference is not None:
             reference = reference.reshape(shape)
-        return Answers(values, reference, texts.lengths.reshape(shape), texts.labels, kl)
+        return ScoredAnswers(values, reference, texts.lengths.reshape(shape), texts.labels, kl)
 
     def begin_step(
         self, model: Transformer, batches: list[Batch], totals: StepTotals
     ) -> StepTotals:
         """Returns the step's totals with KTO's KL: the mean of log(policy / reference) over the step's
         prompts, each with the answer to another one, and not below 0 (section 4.1 of the paper)."""
-        if self.row.kind != JUDGED:
+        if self.row.kind != AS_JUDGED:
             return totals
         sums = torch.stack([self.divergence(model, batch) for batch in batches]).sum(0)
         kl_sum, count = all_reduce_sum(sums)
@@ -678,7 +727,7 @@ class WholeRun:
         take: is given the weighted loss of each of this rank's examples and its weight, float32
         [2, examples].
         """
-        parts: list[Answers] = []
+        parts: list[ScoredAnswers] = []
         weights = []
         divergence = torch.zeros(2, device=model.device)
         for batch in batches:
@@ -686,14 +735,14 @@ class WholeRun:
             parts.append(self.answers(batch, self.values(model, batch), reference, 0.0))
             assert batch.texts is not None
             weights.append(batch.texts.weights)
-            if self.row.kind == JUDGED:
+            if self.row.kind == AS_JUDGED:
                 divergence += self.divergence(model, batch)
         # An equation is computed once for all examples, since KTO's has the KL of all of them.
         kl: Tensor | float = 0.0
-        if self.row.kind == JUDGED:
+        if self.row.kind == AS_JUDGED:
             kl_sum, count = all_reduce_sum(divergence)
             kl = (kl_sum / count).clamp(min=0)
-        answers = join_answers(parts, kl)
+        answers = join_scored(parts, kl)
         weight = torch.cat(weights)
         assert self.row.equation is not None
         losses, rewards = self.row.equation(answers, self.settings)
@@ -707,12 +756,12 @@ class WholeRun:
         return result
 
 
-def join_answers(parts: list[Answers], kl: Tensor | float) -> Answers:
+def join_scored(parts: list[ScoredAnswers], kl: Tensor | float) -> ScoredAnswers:
     """Returns the answers of several batches as those of one."""
     reference = None
     if parts[0].reference is not None:
         reference = torch.cat([part.reference for part in parts if part.reference is not None])
-    return Answers(
+    return ScoredAnswers(
         torch.cat([part.logps for part in parts]),
         reference,
         torch.cat([part.lengths for part in parts]),
@@ -738,6 +787,6 @@ def text_logps(model: Transformer, batch: Batch) -> Tensor:
 
 def make_objective(settings, reference: ReferenceFn | None) -> SupervisedRun | WholeRun:
     """Returns a run's objective. reference: None where its row has none."""
-    if OBJECTIVES[settings.objective].kind == TEXTS:
+    if OBJECTIVES[settings.objective].kind == AS_TEXTS:
         return SupervisedRun(settings)
     return WholeRun(settings, reference)

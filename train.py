@@ -50,7 +50,15 @@ from flags import Flags
 from interop.resolve import base_folder, pick_tokenizer
 from methods import load_trainable, lr_factors, method_of_adapter, quant_of, start_of
 from model import Transformer
-from objectives import OBJECTIVES, Losses, StepTotals, SupervisedRun, WholeRun, make_objective
+from objectives import (
+    OBJECTIVES,
+    Losses,
+    StepTotals,
+    SupervisedRun,
+    WholeRun,
+    check_objective,
+    make_objective,
+)
 from optimizers import SCHEDULES, make_optimizers
 from planning import report
 from tokenizer import Tokenizer
@@ -105,6 +113,7 @@ def train(flags: Flags, lock: FolderLock) -> None:
     if opened.is_complete:
         return
     device, resumed = opened.device, opened.checkpoint
+    check_objective(opened.flags)
 
     # ---- base model, tokenizer, data: what is downloaded or converted is cached once a machine
     inputs = read_inputs(opened.flags, device)

@@ -14,19 +14,19 @@ from common.errors import UserError
 from dataset.records import Record
 from tokenizer import EncodedChat, TemplateError, Tokenizer
 
-TEXTS = "texts"
-PAIRS = "pairs"
-JUDGED = "judged"
-CLASSES = "classes"
+AS_TEXTS = "texts"
+AS_PAIRS = "pairs"
+AS_JUDGED = "judged"
+AS_CLASSES = "classes"
 # The labels of judged answers.
 BAD, GOOD = JUDGMENTS = ("bad", "good")
 # The formats whose records have what a kind wants; a kind that is not here takes all of them.
-FORMATS_OF_KIND = {PAIRS: ("preferences",), JUDGED: ("KTO", "preferences")}
+FORMATS_OF_KIND = {AS_PAIRS: ("preferences",), AS_JUDGED: ("KTO", "preferences")}
 # What these records are, for messages.
-WANTED = {
-    PAIRS: 'preferences, as "prompt", "chosen" and "rejected"',
-    JUDGED: 'judged answers, as "prompt", "completion" and "label" (true or false), or preferences',
-    CLASSES: 'texts with a class, as "text" and "label"',
+RECORDS_WANTED = {
+    AS_PAIRS: 'preferences, as "prompt", "chosen" and "rejected"',
+    AS_JUDGED: 'judged answers, as "prompt", "completion" and "label" (true or false), or preferences',
+    AS_CLASSES: 'texts with a class, as "text" and "label"',
 }
 
 
@@ -52,12 +52,14 @@ def check_format(kind: str, format_name: str, path: str, flag: str) -> None:
     """Raises UserError if the records of a format are not of a kind. path, flag: for the message."""
     wanted = FORMATS_OF_KIND.get(kind)
     if wanted and format_name not in wanted:
-        raise UserError(f"{path}: its records are {format_name}; {flag} wants {WANTED[kind]}")
+        raise UserError(
+            f"{path}: its records are {format_name}; {flag} wants {RECORDS_WANTED[kind]}"
+        )
 
 
 def records_of_kind(records: list[Record], kind: str) -> list[Record]:
     """Returns records as a kind takes them: a preference becomes two judged answers."""
-    if kind != JUDGED:
+    if kind != AS_JUDGED:
         return records
     judged = []
     for record in records:
@@ -80,9 +82,9 @@ def records_of_kind(records: list[Record], kind: str) -> list[Record]:
 def talks_of_record(record: Record, kind: str) -> list[list[dict]]:
     """Returns the conversations that a record is rendered as: both of a pair; none of a text or a
     class; else its own."""
-    if record.messages is None or kind == CLASSES:
+    if record.messages is None or kind == AS_CLASSES:
         return []
-    if kind == PAIRS:
+    if kind == AS_PAIRS:
         assert record.rejected is not None, "see check_format"
         return [record.messages, record.messages[: record.asked] + record.rejected]
     return [record.messages]
@@ -99,13 +101,13 @@ def encode_record(
     if refused is not None:
         return f"refused by the {refused}" if isinstance(refused, TemplateError) else str(refused)
     chats = [talk for talk in talks if isinstance(talk, EncodedChat)]
-    if kind == PAIRS:
-        return encode_pair(record, chats[0], chats[1])
-    if kind == CLASSES:
+    if kind == AS_PAIRS:
+        return encode_preference(record, chats[0], chats[1])
+    if kind == AS_CLASSES:
         return encode_class(record, tokenizer)
     if not chats:
         return encode_text(record, tokenizer)
-    if record.label is False and kind != JUDGED:
+    if record.label is False and kind != AS_JUDGED:
         return "labelled as a bad answer"
     assert record.messages is not None, "it was rendered"
     weights = record.weights or [1.0] * len(record.messages)
@@ -119,7 +121,7 @@ def encode_record(
     if not has_weight:
         return "without a trained token"
     label = ""
-    if kind == JUDGED:
+    if kind == AS_JUDGED:
         label = GOOD if record.label else BAD
         # The judgment is of the last answer, and those before it belong to the prompt.
         spans = [span for span in spans if span[2]]
@@ -139,7 +141,9 @@ def encode_text(record: Record, tokenizer: Tokenizer) -> EncodedRecord | str:
     return EncodedRecord(ids, [(0, len(ids), 1.0)])
 
 
-def encode_pair(record: Record, chosen: EncodedChat, rejected: EncodedChat) -> EncodedRecord | str:
+def encode_preference(
+    record: Record, chosen: EncodedChat, rejected: EncodedChat
+) -> EncodedRecord | str:
     """Returns what `encode_record` does, for a pair: both texts, one after the other, of which what
     stands behind the prompt is trained."""
     weight = float(np.float32(answer_weight(record)))

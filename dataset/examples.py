@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dataset.encoding import TEXTS
+from dataset.encoding import AS_TEXTS
 from dataset.faults import WARN_ABOVE
 from dataset.formats import Source
 from dataset.prompt_cut import cut_prompt
@@ -161,7 +161,7 @@ class ExampleIndex(Sequence):
             prompt=int(rows.prompts[row]),
             is_replay=source >= first_replay,
         )
-        if rows.kind != TEXTS:
+        if rows.kind != AS_TEXTS:
             example.split = int(rows.splits[row])
             example.weight = float(rows.weights[rows.span_starts[row]])
         if self.label is not None:
@@ -254,7 +254,7 @@ class Dataset:
     formats: tuple[str, ...] = ()
     with_validation: tuple = ()
     sources: tuple[Source, ...] = ()
-    kind: str = TEXTS
+    kind: str = AS_TEXTS
     label_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

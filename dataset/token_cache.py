@@ -59,7 +59,13 @@ from common.files import (
     reported_full_cache,
     write_json,
 )
-from dataset.encoding import TEXTS, EncodedRecord, encode_record, records_of_kind, talks_of_record
+from dataset.encoding import (
+    AS_TEXTS,
+    EncodedRecord,
+    encode_record,
+    records_of_kind,
+    talks_of_record,
+)
 from dataset.formats import Source
 from dataset.markup import holds_rendered_chat
 from dataset.prompt_cut import PromptHeads, TurnShape, turn_shape
@@ -152,7 +158,7 @@ def tokenized_rows(
     tokenizer: Tokenizer,
     roles: tuple[str, ...] = ("assistant",),
     with_heads: bool = False,
-    kind: str = TEXTS,
+    kind: str = AS_TEXTS,
 ) -> Rows:
     """Returns the rows of a source, out of the cache if they are there, else made and put into it.
 
@@ -273,7 +279,7 @@ def cache_key(
     roles: tuple[str, ...],
     hashes: list[str],
     with_heads: bool = False,
-    kind: str = TEXTS,
+    kind: str = AS_TEXTS,
 ) -> str:
     """Returns a hash, in hexadecimal, of everything that rows depend on. hashes: the SHA-256 of each
     file."""
@@ -550,7 +556,7 @@ def encode(
     dtype: np.dtype,
     chunk: list,
     heads: PromptHeads | None = None,
-    kind: str = TEXTS,
+    kind: str = AS_TEXTS,
 ) -> EncodedChunk:
     """Reads, renders and tokenises the payloads of a chunk; this runs in a worker process.
 
@@ -621,7 +627,7 @@ def encode(
 
 
 def render(
-    records: list[Record], tokenizer: Tokenizer, roles: tuple[str, ...], kind: str = TEXTS
+    records: list[Record], tokenizer: Tokenizer, roles: tuple[str, ...], kind: str = AS_TEXTS
 ) -> list[list]:
     """Returns what `Tokenizer.render_each` makes of the conversations of each record, as many as
     `talks_of_record` makes."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from common.errors import UserError
-from dataset.encoding import CLASSES, JUDGED, JUDGMENTS
+from dataset.encoding import AS_CLASSES, AS_JUDGED, JUDGMENTS
 from dataset.examples import Dataset, ExampleIndex
 from dataset.token_cache import Rows
 
@@ -31,7 +31,7 @@ def whole_examples(rows: list[Rows], seq_len: int, label_names: Sequence[str] = 
         lengths = np.diff(source_rows.starts)
         last_spans = source_rows.span_starts[1:] - 1
         stop = lengths
-        if kind == JUDGED:
+        if kind == AS_JUDGED:
             # Nothing stands behind the answer that is judged.
             stop = source_rows.spans[last_spans, 1].astype(np.int64)
         splits = source_rows.splits
@@ -73,7 +73,7 @@ def whole_examples(rows: list[Rows], seq_len: int, label_names: Sequence[str] = 
 
 def labels_of_rows(rows: list[Rows]) -> tuple[str, ...]:
     """Returns the labels of some rows: both judgments, or the classes that occur, by the alphabet."""
-    if rows[0].kind == JUDGED:
+    if rows[0].kind == AS_JUDGED:
         return JUDGMENTS
     return tuple(sorted({name for each in rows for name in each.label_names}))
 
@@ -120,13 +120,13 @@ def with_partners(dataset: Dataset) -> Dataset:
 def check_labels(dataset: Dataset, what: str, flag: str) -> None:
     """Raises UserError where all examples have one label: nothing could be told apart. what: the data.
     flag: that asks for them."""
-    if dataset.kind not in (JUDGED, CLASSES) or not len(dataset):
+    if dataset.kind not in (AS_JUDGED, AS_CLASSES) or not len(dataset):
         return
     assert isinstance(dataset.examples, ExampleIndex)
     found = np.unique(dataset.examples.label)
     if len(found) > 1:
         return
     name = dataset.label_names[int(found[0])]
-    if dataset.kind == JUDGED:
+    if dataset.kind == AS_JUDGED:
         raise UserError(f"{what}: all answers are {name}; {flag} learns from good and bad ones")
     raise UserError(f"{what}: all texts have the class {name!r}; {flag} wants two or more")

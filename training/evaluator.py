@@ -15,7 +15,7 @@ from torch import Tensor
 import distributed
 from common.errors import UserError, describe_os_error
 from data import TrainingData
-from dataset.encoding import TEXTS
+from dataset.encoding import AS_TEXTS
 from model import Transformer, eager_mode
 from objectives import SupervisedRun, WholeRun
 from training.answer_score import AnswerScorer
@@ -72,7 +72,9 @@ class Evaluator:
         self.general = None
         if settings.forget_data:
             self.general = GeneralLoss(settings, model, data, state, device)
-        self.change = ValidationChange(out, unit="" if data.val.kind != TEXTS else "nats a token")
+        self.change = ValidationChange(
+            out, unit="" if data.val.kind != AS_TEXTS else "nats a token"
+        )
         self.was_interrupted = False
 
     def due(self, state: TrainState) -> bool:

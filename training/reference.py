@@ -19,7 +19,7 @@ from common.errors import UserError, describe_os_error
 from common.files import atomic_file, save_tensors
 from common.progress import progress
 from data import Batch, TrainingData, collate, split_micro_batches
-from dataset.encoding import PAIRS
+from dataset.encoding import AS_PAIRS
 from dataset.examples import DUMMY_EXAMPLE, Dataset, ExampleIndex
 from methods import model_of_step_0
 from model import Transformer, eager_mode, eval_mode
@@ -139,7 +139,7 @@ def reference_logps(settings: Settings, model: Transformer, dataset: Dataset) ->
             examples = [dataset.examples[i] for i in numbers] or [DUMMY_EXAMPLE]
             batch = collate(examples, device, whole=True)
             own = text_logps(model, batch).cpu()
-            if dataset.kind == PAIRS:
+            if dataset.kind == AS_PAIRS:
                 logps[numbers] = own.reshape(-1, texts)
             else:
                 other = text_logps(model, batch.mismatched or batch).cpu()

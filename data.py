@@ -748,11 +748,11 @@ def collate(
         tokens = np.pad(tokens, (0, padding))
         if seeds is not None:
             seeds.append(0)
-    whole = Documents(lengths, device)
+    every = Documents(lengths, device)
     if seeds is not None:
         token_seeds = to_device(np.repeat(seeds, lengths), device)
-        whole.dropout_seeds = token_seeds + whole.positions * SEED_STRIDE
-    documents: Documents | ShardedDocuments = whole
+        every.dropout_seeds = token_seeds + every.positions * SEED_STRIDE
+    documents: Documents | ShardedDocuments = every
     if context:
         parts = context.mine(len(tokens))
         num_tokens = sum(max(0, min(part.stop, num_tokens) - part.start) for part in parts)
@@ -764,7 +764,7 @@ def collate(
         if replay_weights is not None:
             replay_weights = replay_weights[is_here]
         tokens = context.take(tokens)
-        documents = ShardedDocuments(whole, context)
+        documents = ShardedDocuments(every, context)
 
     batch = Batch(
         tokens=to_device(tokens, device),

@@ -23,7 +23,7 @@ from common.errors import UserError
 MAX_LAYERS = 1_000
 
 # Of a score head, for the same reason.
-MAX_SCORES = 100_000
+MAX_CLASSES = 100_000
 
 # In all layers together; the largest published models have 24,000.
 MAX_EXPERTS = 32_000
@@ -257,7 +257,7 @@ class Config:
             ropes=ropes,
             ignored_settings=ignored_settings(raw, family),
             names=names,
-            labels=labels_of_head(raw, family, where),
+            labels=classifier_labels(raw, family, where),
             **fields,
         )
         if heads % config.num_kv_heads:
@@ -308,7 +308,7 @@ def find_family(raw: dict, where: str) -> "Family":
     return family
 
 
-def labels_of_head(raw: dict, family: "Family", where: str) -> tuple[str, ...] | None:
+def classifier_labels(raw: dict, family: "Family", where: str) -> tuple[str, ...] | None:
     """Returns the labels of a model for sequence classification, in the order of its scores; None for
     a model with an LM head.
 
@@ -321,15 +321,15 @@ def labels_of_head(raw: dict, family: "Family", where: str) -> tuple[str, ...] |
     names = raw.get("id2label")
     if names is None:
         count = raw.get("num_labels", 2)
-        if type(count) is not int or not 0 < count <= MAX_SCORES:
+        if type(count) is not int or not 0 < count <= MAX_CLASSES:
             raise UserError(
-                f"{where}: num_labels is {short_repr(count)}, it must be from 1 to {MAX_SCORES:,}"
+                f"{where}: num_labels is {short_repr(count)}, it must be from 1 to {MAX_CLASSES:,}"
             )
         return numbered_labels(count)
     labels = labels_by_number(names)
     if labels is None:
         raise UserError(
-            f"{where}: id2label is {short_repr(names)}, it must name 1 to {MAX_SCORES:,} labels, all"
+            f"{where}: id2label is {short_repr(names)}, it must name 1 to {MAX_CLASSES:,} labels, all"
             ' different, by their numbers from 0 on, as {"0": "no", "1": "yes"}'
         )
     return labels
@@ -337,7 +337,7 @@ def labels_of_head(raw: dict, family: "Family", where: str) -> tuple[str, ...] |
 
 def labels_by_number(names: object) -> tuple[str, ...] | None:
     """Returns the labels of an id2label object in their order; None if it is none."""
-    if not isinstance(names, dict) or not 0 < len(names) <= MAX_SCORES:
+    if not isinstance(names, dict) or not 0 < len(names) <= MAX_CLASSES:
         return None
     labels = []
     for number in range(len(names)):

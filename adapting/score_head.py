@@ -31,7 +31,7 @@ from common.console import one_line
 from common.errors import UserError, read_json, read_json_if_there
 from common.files import write_json
 from distributed import full_tensor, to_local
-from families import MAX_SCORES, Config, labels_by_number, numbered_labels
+from families import MAX_CLASSES, Config, labels_by_number, numbered_labels
 from kernels.attention import Documents
 from model import NO_LM_HEAD, ScoreHead, Transformer, scores_of_hidden
 from tokenizer import Tokenizer
@@ -176,7 +176,7 @@ def checked_labels(labels: Sequence[str]) -> tuple[str, ...]:
     by_number = labels_by_number({str(number): label for number, label in enumerate(labels)})
     if by_number is None:
         raise UserError(
-            f"a score head needs 1 to {MAX_SCORES:,} labels, all of them different texts"
+            f"a score head needs 1 to {MAX_CLASSES:,} labels, all of them different texts"
         )
     return by_number
 
@@ -286,7 +286,7 @@ def labels_beside(adapter: Path, count: int) -> tuple[str, ...] | None:
     Raises UserError if there are others than `count`.
     """
     file = adapter / LABELS_FILE
-    if not 0 < count <= MAX_SCORES:
+    if not 0 < count <= MAX_CLASSES:
         raise UserError(f"{weights_file(adapter)}: {SCORE_TENSOR} must be [labels, hidden size]")
     if not file.is_file():
         return None

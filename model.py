@@ -39,6 +39,9 @@ from kernels.shared_rows import attend_shared, lead_documents
 from kernels.swiglu import ACTIVATIONS, Gated, gated
 from quant import QuantizedWeight
 
+# Where a model is asked for the next token that has a score head.
+NO_LM_HEAD = "the model has a head for sequence classification and no LM head"
+
 # ---- layers ----
 
 
@@ -333,6 +336,35 @@ class MLP(nn.Module):
         return self.down.forward_shared(gate, [self.down], up, self.activation)[0]
 
 
+class ScoreHead(nn.Module):
+    """What stands in the place of the LM head in a model for sequence classification, and in a reward
+    model: scores of a text, from the hidden state of its last token.
+
+    weight: float32 [labels, D], whatever the dtype of the model; there is no bias.
+    labels: of the rows, in their order.
+    """
+
+    def __init__(self, weight: Tensor, labels: tuple[str, ...]):
+        super().__init__()
+        assert len(weight) == len(labels), "a row for each label"
+        self.weight = nn.Parameter(weight)
+        self.labels = labels
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Returns the scores, float32 [M, labels], before any softmax.
+
+        hidden: [M, D], in the dtype of the model.
+        """
+        return scores_of_hidden(hidden, self.weight)
+
+
+def scores_of_hidden(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Returns the product of hidden states [M, D] and a score head's weight [labels, D], float32
+    [M, labels]. It is computed in float32; transformers computes it in the dtype of the model, which
+    is the same in a float32 model."""
+    return F.linear(hidden.float(), weight.float())
+
+
 # ---- mixtures of experts ----
 
 
@@ -576,6 +608,8 @@ class Transformer(nn.Module):
     for the backward.
     lora_casts: a lora.ModelCasts if there is an adapter.
     prompt: an adapters.VirtualTokens if learned virtual tokens stand before every document.
+    score: a ScoreHead, or one that is trained beside an adapter (adapting/score_head.py), in a model
+    for sequence classification; while it is there, an LM head is not used.
     unquantized: names of linears that should have been quantized and could not be.
     source: the folder that weights, tokenizer and settings come from; set by whoever loads them.
     """
@@ -603,7 +637,11 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = make_norm(config)
         self.head = None
-        if not config.tied:
+        self.score: nn.Module | None = None
+        if config.labels is not None:
+            weight = torch.empty(len(config.labels), config.hidden_size, dtype=torch.float32)
+            self.score = ScoreHead(weight, config.labels)
+        elif not config.tied:
             self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         for block in self.blocks:
             if isinstance(block.mlp, Experts):
@@ -639,13 +677,16 @@ class Transformer(nn.Module):
         """Returns the weight of the output head, [V, D]. One in NF4 is dequantized at each call.
 
         Single rows that are trained (`head_rows`) stand in it without their gradient.
+        Raises UserError if the model has a score head in its place.
         """
+        if self.score is not None:
+            raise UserError(NO_LM_HEAD)
         return self.head_table.whole_weight(self.dtype)  # type: ignore[operator]
 
     @property
     def trains_head(self) -> bool:
         """True if the output head is trained, or rows of it are."""
-        return any(p.requires_grad for p in self.head_table.parameters())
+        return self.score is None and any(p.requires_grad for p in self.head_table.parameters())
 
     def head_rows(self) -> tuple[Tensor, Tensor] | None:
         """Returns the ids of the rows of the output head that are trained alone, int64 [R], and these

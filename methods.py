@@ -862,6 +862,7 @@ def load_trainable(
     else:
         model = load_sharded(settings, folder, stored, device, labels)
     model.activation_checkpointing = settings.activation_checkpointing
+    model.embedding_noise = settings.neftune
     if settings.save_dtype:
         check_save_dtype(model, settings)
     return model

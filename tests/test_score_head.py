@@ -3,42 +3,25 @@ classifier reads, evaluate.py classify, two processes, and bad input."""
 
 import functools
 import json
-import math
-import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
-import peft
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from support.family_cases import CASES, IDS, SIZES
-from support.helpers import chat_base, command, llama, move, output_of, refusal_of, relative, sentence
+from support.helpers import move, relative
 
-import adapter_files
 import checkpoint
-import convert
-import evaluate
-import generate
 import lora
-import methods
-from adapting import tables
 from adapting.score_head import (
-    LABELS_FILE,
-    ScoreHead,
-    TrainedScoreHead,
     add_score_head,
-    classification_ids,
     document_scores,
-    head_labels,
     start_score_head,
 )
 from checkpoint import load_model, read_config, save_model
-from common.errors import UserError
 from families import FAMILIES, Config
 from kernels.attention import Documents
-from tokenizer import load_tokenizer
 
 LABELS = ("no", "maybe", "河")
 LENGTHS = [5, 9, 1, 12, 7]

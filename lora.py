@@ -63,6 +63,7 @@ from distributed import broadcast_object, full_tensor, is_sharded
 from kernels.grouped import Member
 from kernels.lora_linear import Casts, LoRAWeights, lora_linears
 from kernels.nf4 import NF4, dequantized_weight
+from kernels.seeded_random import hash_int32
 from kernels.triton_utils import use_triton
 from model import (
     DropoutSeeds,
@@ -604,20 +605,6 @@ def seeded_dropout(x: Tensor, probability: float, keys: Tensor, layer: int) -> T
     threshold = int((probability - 0.5) * 2**32)
     kept = numbers >= threshold
     return torch.where(kept, x / (1 - probability), 0.0)
-
-
-def hash_int32(x: Tensor) -> Tensor:
-    """Hashes int32 to int32, so that each bit of the result depends on all bits of x.
-
-    Multiplications by odd numbers, of which torch drops the carry, alternate with shifts to the
-    right, as in MurmurHash3's last lines (Appleby 2011).
-    """
-    # 0x85EBCA6B and 0xC2B2AE35, as signed numbers.
-    for shift, factor in ((16, -2048144789), (13, -1028477387)):
-        # The mask makes the shift unsigned.
-        unsigned_mask = (1 << (32 - shift)) - 1
-        x = (x ^ ((x >> shift) & unsigned_mask)) * factor
-    return x ^ ((x >> 16) & 0xFFFF)
 
 
 # ---- adapters on a model ----

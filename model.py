@@ -35,6 +35,7 @@ from kernels.linear import linears, linears_reference
 from kernels.nf4 import NF4, Frozen, dequantized_weight, nf4_linear
 from kernels.rms_norm import add_rms_norm, adds_in_norm, rms_norm
 from kernels.rope import LENGTH_DEPENDENT, rope_inv_freq, rope_qk
+from kernels.seeded_random import seeded_uniform
 from kernels.shared_rows import attend_shared, lead_documents
 from kernels.swiglu import ACTIVATIONS, Gated, gated
 from quant import QuantizedWeight
@@ -369,7 +370,8 @@ def scores_of_hidden(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 class DropoutSeeds:
-    """Decides what the dropout of adapters drops (lora.py). All adapters of a model share it.
+    """Decides what the dropout of adapters drops (lora.py), and which noise the embeddings get. All
+    adapters of a model share it.
 
     seeds: int64 [N], one for each token of the current batch; None: the numbers are drawn.
     """
@@ -606,6 +608,8 @@ class Transformer(nn.Module):
     sets it, to keep float32 weights and compute in bf16.
     activation_checkpointing: one of CHECKPOINTING_KINDS in common/choices.py, what is saved
     for the backward.
+    embedding_noise: alpha of NEFTune, the noise that embeddings get while the model trains
+    (`add_noise`); 0: none.
     lora_casts: a lora.ModelCasts if there is an adapter.
     prompt: an adapters.VirtualTokens if learned virtual tokens stand before every document.
     score: a ScoreHead, or one that is trained beside an adapter (adapting/score_head.py), in a model
@@ -621,6 +625,7 @@ class Transformer(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.activation_checkpointing = "none"
+        self.embedding_noise = 0.0
         self.attention_fn = document_attention
         self.dropout_seeds = DropoutSeeds()
         self.compiled = False
@@ -731,6 +736,9 @@ class Transformer(nn.Module):
             # multiply.
             scale = torch.tensor(self.config.embed_scale, dtype=x.dtype)
             x = x * scale.item()
+        if self.training and self.embedding_noise:
+            # After the scale, which transformers counts to the embedding as well.
+            x = self.add_noise(x, lengths[len(lengths) - len(x) :])
         if leading is not None:
             # Learned, so they are not scaled.
             x = torch.cat([leading.to(x.dtype), x])
@@ -750,6 +758,25 @@ class Transformer(nn.Module):
                 x, added = block(x, added, cos_sin, attention_fn)
         _, normed = add_then_norm(x, added, self.norm)
         return normed
+
+    def add_noise(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Returns the embeddings x with noise: NEFTune (Jain et al. 2023, algorithm 1).
+
+        It is uniform in (-1, 1), times embedding_noise / sqrt(L * D) in a text of L tokens. Virtual
+        tokens have none, and do not count in L.
+
+        x: [N, D], of the tokens.
+        lengths: int64 [N], as in `hidden`; the virtual tokens count there.
+        """
+        D = x.shape[1]
+        seeds = self.dropout_seeds.seeds
+        if seeds is None:
+            noise = 2 * torch.rand(x.shape, device=x.device) - 1
+        else:
+            noise = seeded_uniform(seeds, D)
+        own_lengths = lengths - self.virtual_tokens
+        scale = self.embedding_noise / (own_lengths * D).sqrt()  # [N]
+        return x + (noise * scale[:, None]).to(x.dtype)
 
     def cos_sin(self, number: int, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the cosines and sines of rope `number` of the configuration, [N, 1, r / 2] in the

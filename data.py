@@ -38,7 +38,7 @@ from common.console import number_of, one_line
 from common.errors import LONGEST_LINE, UserError, printable
 from common.remote_names import shown
 from dataset.columns import ignored_facts
-from dataset.encoding import AS_JUDGED, AS_PAIRS, AS_TEXTS, check_format
+from dataset.encoding import AS_CLASSES, AS_JUDGED, AS_PAIRS, AS_TEXTS, check_format
 from dataset.examples import (
     DUMMY_EXAMPLE,
     TRAIN_ON,
@@ -136,12 +136,14 @@ def load_training_data(
     vocab_size: int,
     device: torch.device,
     kind: str = AS_TEXTS,
+    label_names: Sequence[str] = (),
 ) -> TrainingData:
     """Reads the files of --data, --val and --replay as token rows and decides their order.
 
     Prints what was found, chosen and left out.
     max_positions, vocab_size: of the model.
     kind: what the examples of --data and --val are, of dataset/encoding.py.
+    label_names: the classes that the model tells apart already, if it does.
     """
     seq_len = flags.seq_len or min(2048, max_positions)
     if seq_len > max_positions:
@@ -169,7 +171,7 @@ def load_training_data(
     files: list[str | Path] = list(named_files or BUNDLED_TASK["train"])
     map_fn = Map(flags.map) if flags.map else None
     check_system(tokenizer)
-    dataset = read(files, map_fn, kind=kind)
+    dataset = read(files, map_fn, kind=kind, label_names=label_names)
     if tokenizer.system and not dataset.chat and "system" in flags.given:
         raise UserError("--system: plain text has no system message")
 
@@ -266,10 +268,16 @@ def limit_examples(dataset: Dataset, files: Sequence[str | Path], count: int, se
 def print_counts(train: Dataset, val: Dataset, tokenizer: Tokenizer) -> None:
     """Prints how much there is to train on and to validate with, and what looks wrong about it."""
     template = f"; chat template: {tokenizer.template_name}" if train.chat else ""
+    trained = f" of which {train.trained_tokens:,} trained"
+    if train.kind == AS_CLASSES:
+        trained = f", in {len(train.label_names):,} classes"
+        template = ""
     print(
-        f"          {len(train):,} examples to train on, {train.tokens:,} tokens of which"
-        f" {train.trained_tokens:,} trained; {len(val):,} to validate{template}"
+        f"          {len(train):,} examples to train on, {train.tokens:,} tokens{trained};"
+        f" {len(val):,} to validate{template}"
     )
+    if train.label_names:
+        print(f"          {counts_of_labels(train)}")
     if train.chat and tokenizer.writes_date:
         print(f"          {tokenizer.date_note}, in the whole run; --date sets another")
     if train.chat and tokenizer.system:
@@ -281,6 +289,14 @@ def print_counts(train: Dataset, val: Dataset, tokenizer: Tokenizer) -> None:
     for line in quick_checks(train, val):
         print(f"{label:10}{line}")
         label = ""
+
+
+def counts_of_labels(dataset: Dataset) -> str:
+    """Returns how many examples there are of each class or judgment, in a line."""
+    assert isinstance(dataset.examples, ExampleIndex) and dataset.examples.label is not None
+    counts = np.bincount(dataset.examples.label, minlength=len(dataset.label_names)).tolist()
+    names = [one_line(name, 30) for name in dataset.label_names]
+    return one_line(", ".join(f"{name} {n:,}" for name, n in zip(names, counts, strict=True)), 300)
 
 
 def make_sampler(
@@ -748,11 +764,11 @@ def collate(
         tokens = np.pad(tokens, (0, padding))
         if seeds is not None:
             seeds.append(0)
-    whole = Documents(lengths, device)
+    every = Documents(lengths, device)
     if seeds is not None:
         token_seeds = to_device(np.repeat(seeds, lengths), device)
-        whole.dropout_seeds = token_seeds + whole.positions * SEED_STRIDE
-    documents: Documents | ShardedDocuments = whole
+        every.dropout_seeds = token_seeds + every.positions * SEED_STRIDE
+    documents: Documents | ShardedDocuments = every
     if context:
         parts = context.mine(len(tokens))
         num_tokens = sum(max(0, min(part.stop, num_tokens) - part.start) for part in parts)
@@ -764,7 +780,7 @@ def collate(
         if replay_weights is not None:
             replay_weights = replay_weights[is_here]
         tokens = context.take(tokens)
-        documents = ShardedDocuments(whole, context)
+        documents = ShardedDocuments(every, context)
 
     batch = Batch(
         tokens=to_device(tokens, device),

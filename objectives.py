@@ -11,7 +11,7 @@ To add an objective of whole examples: its equation, a function of `ScoredAnswer
 row.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adapting.score_head import REWARD, document_scores
 from common.errors import UserError
 from data import Batch
 from dataset.encoding import AS_CLASSES, AS_JUDGED, AS_PAIRS, AS_TEXTS, GOOD, JUDGMENTS
@@ -26,6 +27,7 @@ from distributed import all_reduce_sum
 from flags import OPTIONS, Flags, check_options_of_row, dashed
 from kernels.attention import Documents
 from kernels.cross_entropy import linear_cross_entropy, linear_token_losses
+from methods import METHODS, SCORE_METHODS
 from model import Experts, Transformer, eval_mode
 
 
@@ -545,8 +547,6 @@ OF_TOKENS = {
 }
 # What needs an output head.
 OF_OUTPUT_HEAD = ("safety", "forget_data", "forget_limit", "ewc")
-# The methods that train a score head beside what they train.
-METHODS_WITH_HEADS = ("full", "lora", "qlora")
 
 
 def check_objective(flags: Flags) -> None:
@@ -573,9 +573,8 @@ def check_objective(flags: Flags) -> None:
     for option, why in without.items():
         if getattr(flags, option):
             raise UserError(f"{dashed(option)}: {why}; not with {name}")
-    if row.has_head and flags.method not in METHODS_WITH_HEADS:
-        methods = ", ".join(METHODS_WITH_HEADS)
-        raise UserError(f"{name}: is for --method {methods}, not {flags.method}")
+    if row.has_head and not METHODS[flags.method].trains_score_head:
+        raise UserError(f"{name}: is for --method {SCORE_METHODS}, not {flags.method}")
     for option in ("truncate", "train_on"):
         if getattr(flags, option) != OPTIONS[option].default:
             raise UserError(f"{dashed(option)}: {name} takes whole answers; leave it out")
@@ -674,8 +673,7 @@ class WholeRun:
         assert batch.texts is not None, "the data were read for this objective"
         if not self.row.has_head:
             return text_logps(model, batch)
-        from adapting.score_head import document_scores
-
+        assert isinstance(batch.documents, Documents), "check_objective refuses --context-parallel"
         # A dummy's only document is no text of the batch.
         return document_scores(model, batch.tokens, batch.documents)[: batch.texts.count]
 
@@ -783,6 +781,20 @@ def text_logps(model: Transformer, batch: Batch) -> Tensor:
     )
     sums = losses.new_zeros(texts.count)
     return sums.index_add(0, texts.text_of_target, -losses)
+
+
+def labels_of_head(flags: Flags, known: Sequence[str] | None, classes: Sequence[str]):
+    """Returns the labels of the score head that a run trains; None if it trains with the output head.
+
+    known: those of a head that the model has already; None without. classes: of the data.
+    """
+    row = OBJECTIVES[flags.objective]
+    if not row.has_head:
+        return None
+    if row.kind == AS_CLASSES:
+        return tuple(classes)
+    # Other programs call the one label of a reward model otherwise.
+    return tuple(known) if known is not None and len(known) == 1 else (REWARD,)
 
 
 def make_objective(settings, reference: ReferenceFn | None) -> SupervisedRun | WholeRun:

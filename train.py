@@ -38,6 +38,7 @@ from adapting.new_tokens import (
     ids_of_tokens,
     new_tokens_of,
 )
+from adapting.score_head import head_labels
 from adapting.stacked_experts import why_peft_can_t
 from adapting.tables import vocabulary_size
 from checkpoint import read_config
@@ -45,6 +46,7 @@ from common.console import lasting_output
 from common.errors import UserError
 from common.folder_lock import FolderLock
 from data import MicroBatches, TrainingData, load_training_data, needs_seeds
+from dataset.encoding import AS_CLASSES
 from families import Config
 from flags import Flags
 from interop.resolve import base_folder, pick_tokenizer
@@ -57,6 +59,7 @@ from objectives import (
     SupervisedRun,
     WholeRun,
     check_objective,
+    labels_of_head,
     make_objective,
 )
 from optimizers import SCHEDULES, make_optimizers
@@ -128,7 +131,9 @@ def train(flags: Flags, lock: FolderLock) -> None:
         safety.check_shard(settings)
 
     # ---- model, objective, micro-batches; and the settings that a trial decides
-    model = load_trainable(settings, folder, device)
+    labels = head_labels(inputs.config, start_of(settings))
+    labels = labels_of_head(settings, labels, data.train.label_names)
+    model = load_trainable(settings, folder, device, labels)
     objective = make_objective(settings, reference_of_run(settings, model))
     loader = MicroBatches(
         data.train, data.sampler, device, settings.batch_size, settings.accumulate, settings.max_tokens, settings.seed,
@@ -163,6 +168,7 @@ def train(flags: Flags, lock: FolderLock) -> None:
     if model.config.vocab_size > inputs.config.vocab_size:
         card.model_vocabulary = model.config.vocab_size
     card.peft_problem = why_peft_can_t(model)
+    card.labels = model.score.labels if model.score is not None else None
     note_reference(settings, model, data, out, bool(resumed))
     save = functools.partial(save_weights, card, model)
     # Before a step is taken or a checkpoint loaded, since it measures against the base.
@@ -251,7 +257,9 @@ def read_inputs(flags: Flags, device: torch.device) -> Inputs | None:
     with distributed.local_rank0_first():
         limit = config.max_positions - virtual_tokens
         kind = OBJECTIVES[flags.objective].kind
-        data = load_training_data(flags, tokenizer, limit, rows, device, kind)
+        labels = head_labels(config, start_of(flags))
+        classes = labels or () if kind == AS_CLASSES else ()
+        data = load_training_data(flags, tokenizer, limit, rows, device, kind, classes)
         safety = SafetyCheck(flags.safety, tokenizer) if flags.safety else None
     if flags.plan:
         flags, steps_per_epoch = choose_steps(flags, data.sampler)

@@ -45,7 +45,8 @@ class EncodedRecord(NamedTuple):
     label: str = ""
 
 
-Talk = EncodedChat | UserError
+# What became of a conversation: its ids, of a text with a class without more.
+Talk = EncodedChat | list[int] | UserError
 
 
 def check_format(kind: str, format_name: str, path: str, flag: str) -> None:
@@ -80,10 +81,12 @@ def records_of_kind(records: list[Record], kind: str) -> list[Record]:
 
 
 def talks_of_record(record: Record, kind: str) -> list[list[dict]]:
-    """Returns the conversations that a record is rendered as: both of a pair; none of a text or a
-    class; else its own."""
-    if record.messages is None or kind == AS_CLASSES:
+    """Returns the conversations that a record is rendered as: none of a text; both of a pair; what
+    stands before a class, none where there is no class; else its own."""
+    if record.messages is None:
         return []
+    if kind == AS_CLASSES:
+        return [record.messages[:-1]] if class_of(record) and len(record.messages) > 1 else []
     if kind == AS_PAIRS:
         assert record.rejected is not None, "see check_format"
         return [record.messages, record.messages[: record.asked] + record.rejected]
@@ -95,16 +98,16 @@ def encode_record(
 ) -> EncodedRecord | str:
     """Returns a record as ids; the reason, a string, if it cannot be trained on.
 
-    talks: what `Tokenizer.render_each` made of its conversations.
+    talks: what was made of its conversations.
     """
     refused = next((talk for talk in talks if isinstance(talk, UserError)), None)
     if refused is not None:
         return f"refused by the {refused}" if isinstance(refused, TemplateError) else str(refused)
+    if kind == AS_CLASSES:
+        return encode_class(record, talks)
     chats = [talk for talk in talks if isinstance(talk, EncodedChat)]
     if kind == AS_PAIRS:
         return encode_preference(record, chats[0], chats[1])
-    if kind == AS_CLASSES:
-        return encode_class(record, tokenizer)
     if not chats:
         return encode_text(record, tokenizer)
     if record.label is False and kind != AS_JUDGED:
@@ -164,9 +167,24 @@ def encode_preference(
     return EncodedRecord(ids, spans, split)
 
 
-def encode_class(record: Record, tokenizer: Tokenizer) -> EncodedRecord | str:
+def encode_class(record: Record, talks: list[Talk]) -> EncodedRecord | str:
     """Returns what `encode_record` does, for a text and its class, the last answer."""
-    raise NotImplementedError
+    if not talks:
+        return "without a class"
+    assert record.messages is not None and isinstance(talks[0], list)
+    weight = float(np.float32(answer_weight(record)))
+    if not weight:
+        return "without a trained token"
+    ids = talks[0]
+    # No token of it is trained; the span tells the weight of the whole.
+    return EncodedRecord(ids, [(len(ids) - 1, len(ids), weight)], label=class_of(record))
+
+
+def class_of(record: Record) -> str:
+    """Returns the class of a record: its last message, if that is an answer; else ""."""
+    last = record.messages[-1] if record.messages else {}
+    is_answer = last.get("role") == "assistant" and not last.get("tool_calls")
+    return (last.get("content") or "").strip() if is_answer else ""
 
 
 def answer_weight(record: Record) -> float:

@@ -60,6 +60,7 @@ from common.files import (
     write_json,
 )
 from dataset.encoding import (
+    AS_CLASSES,
     AS_TEXTS,
     EncodedRecord,
     encode_record,
@@ -605,7 +606,7 @@ def encode(
         texts.append(text)
         head_lengths.append(heads.length(record, ids) if heads and talks else 0)
         hashes.append(hashlib.blake2b(ids, digest_size=8).digest())
-        if talks and talks[0].is_altered:
+        if talks and isinstance(talks[0], EncodedChat) and talks[0].is_altered:
             stats.altered.update(altered_by_template(record, talks[0], tokenizer.empty_think))
     stats.records = len(rows)
     return EncodedChunk(
@@ -629,8 +630,8 @@ def encode(
 def render(
     records: list[Record], tokenizer: Tokenizer, roles: tuple[str, ...], kind: str = AS_TEXTS
 ) -> list[list]:
-    """Returns what `Tokenizer.render_each` makes of the conversations of each record, as many as
-    `talks_of_record` makes."""
+    """Returns what is made of the conversations of each record, as many as `talks_of_record` makes: by
+    `Tokenizer.render_each`, or for a class by `classification_texts`."""
     talks_of_records = [talks_of_record(record, kind) for record in records]
     chats = []
     for record, talks in zip(records, talks_of_records, strict=True):
@@ -638,7 +639,13 @@ def render(
     rendered = []
     for i in range(0, len(chats), RENDER_BATCH):
         batch = chats[i : i + RENDER_BATCH]
-        rendered += tokenizer.render_each(batch, roles=roles)
+        if kind == AS_CLASSES:
+            # This late, as it imports torch.
+            from adapting.score_head import classification_texts
+
+            rendered += classification_texts(tokenizer, batch)
+        else:
+            rendered += tokenizer.render_each(batch, roles=roles)
     each = iter(rendered)
     return [[next(each) for _ in talks] for talks in talks_of_records]
 

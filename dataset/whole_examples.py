@@ -14,6 +14,9 @@ from dataset.encoding import AS_CLASSES, AS_JUDGED, JUDGMENTS
 from dataset.examples import Dataset, ExampleIndex
 from dataset.token_cache import Rows
 
+# So many classes there may be however few the records are.
+FEW_LABELS = 12
+
 
 def whole_examples(rows: list[Rows], seq_len: int, label_names: Sequence[str] = ()) -> Dataset:
     """Makes an example of each record whose texts have at most seq_len tokens each.
@@ -75,7 +78,10 @@ def labels_of_rows(rows: list[Rows]) -> tuple[str, ...]:
     """Returns the labels of some rows: both judgments, or the classes that occur, by the alphabet."""
     if rows[0].kind == AS_JUDGED:
         return JUDGMENTS
-    return tuple(sorted({name for each in rows for name in each.label_names}))
+    names = {name for each in rows for name in each.label_names}
+    if all(name.isdecimal() for name in names):
+        return tuple(sorted(names, key=int))
+    return tuple(sorted(names))
 
 
 def numbers_of_labels(rows: Rows, names: Sequence[str]) -> np.ndarray:
@@ -124,6 +130,9 @@ def check_labels(dataset: Dataset, what: str, flag: str) -> None:
         return
     assert isinstance(dataset.examples, ExampleIndex)
     found = np.unique(dataset.examples.label)
+    if dataset.kind == AS_CLASSES and len(found) > FEW_LABELS and 2 * len(found) > len(dataset):
+        counts = f"{len(found):,} different answers in {len(dataset):,} records"
+        raise UserError(f"{what}: {counts} are no classes, which {flag} wants")
     if len(found) > 1:
         return
     name = dataset.label_names[int(found[0])]

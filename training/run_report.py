@@ -253,6 +253,8 @@ def sample_answers(card: ModelCard, model: Transformer) -> dict:
         return {
             "answers_note": "No sample answers: the examples are plain text, which asks nothing."
         }
+    if model.score is not None:
+        return {"answers_note": "No sample answers: the model scores texts, and writes none."}
     if distributed.has_shards(model) or distributed.context_parallel:
         note = "No sample answers: the model is shared by several processes."
         return {"answers_note": f"{note} `generate.py --data` answers a file of prompts."}
@@ -322,6 +324,8 @@ def answers_before(card: ModelCard, model: Transformer) -> list[str]:
     val = card.data.val
     is_shared = distributed.has_shards(model) or distributed.context_parallel
     if is_shared or not len(val) or not val.chat or not distributed.is_rank0():
+        return []
+    if model.score is not None:
         return []
     if model_of_step_0(model, settings) is not None:
         return []

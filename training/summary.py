@@ -340,7 +340,11 @@ def print_end(
 
 def print_next_command(settings: Settings, folder: Path, data: TrainingData) -> None:
     """Prints the command that tries what was trained. folder: best/ or final/."""
-    words = ["python generate.py"]
+    has_head = OBJECTIVES[settings.objective].has_head
+    if settings.objective == "reward":
+        print(f"next      {folder / 'README.md'} says how transformers scores an answer with it")
+        return
+    words = ["python evaluate.py classify" if has_head else "python generate.py"]
     is_adapter = method_of(settings).freezes_base
     if (folder / OWN_BASE).is_dir():
         # Its base is found there.
@@ -352,7 +356,9 @@ def print_next_command(settings: Settings, folder: Path, data: TrainingData) -> 
     for flag, value in named.items():
         if value:
             words.append(f"{flag} {shlex.quote(value)}")
-    if not data.train.chat:
+    if has_head:
+        words.append("--data FILE")
+    elif not data.train.chat:
         words.append("--complete")
     command = " ".join(words)
     print(f"next      {command}")

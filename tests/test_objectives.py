@@ -53,7 +53,17 @@ from dataset.sampler import Sampler
 from dataset.whole_examples import with_partners
 from methods import METHODS, load_trainable, model_of_step_0
 from model import eval_mode
-from objectives import OBJECTIVES, Answers, StepTotals, WholeRun, dpo_loss, log_of_complement, make_objective, text_logps
+from objectives import (
+    OBJECTIVES,
+    ScoredAnswers,
+    StepTotals,
+    WholeRun,
+    check_objective,
+    dpo_loss,
+    log_of_complement,
+    make_objective,
+    text_logps,
+)
 from tokenizer import load_tokenizer
 from training import attention_trial, reference
 from training.validation import validate
@@ -185,7 +195,7 @@ def test_orpo_equals_trl_but_for_its_own_loss(compared):
 def test_label_smoothing_of_dpo_is_mitchell_s(compared):
     torch.manual_seed(0)
     logps = torch.randn(9, 2, dtype=torch.float64) * 20
-    answers = Answers(logps, torch.zeros_like(logps), torch.ones_like(logps), torch.zeros(9))
+    answers = ScoredAnswers(logps, torch.zeros_like(logps), torch.ones_like(logps), torch.zeros(9))
     settings = options("dpo", beta=0.2, label_smoothing=0.15)
     losses, rewards = dpo_loss(answers, settings)
     difference = 0.2 * (logps[:, 0] - logps[:, 1])
@@ -842,7 +852,7 @@ def test_what_does_not_go_together_ends_with_one_line(base, files, tmp_path, mon
 def test_context_parallel_is_refused(files):
     given = flags.Flags(objective="dpo", data=[str(files["pairs"])], context_parallel=2)
     with pytest.raises(UserError, match="--context-parallel: shares the tokens of a text; not with --objective dpo"):
-        flags.check_objective(given)
+        check_objective(given)
 
 
 # ---- whole runs ----
@@ -1020,7 +1030,7 @@ def test_the_logarithm_of_a_complement_is_finite_at_its_ends():
 
 def test_the_loss_of_orpo_is_finite_where_an_answer_is_certain():
     logps = torch.tensor([[0.0, -50.0], [-1e-9, -0.0]], requires_grad=True)
-    answers = Answers(logps, None, torch.ones(2, 2), torch.zeros(2))
+    answers = ScoredAnswers(logps, None, torch.ones(2, 2), torch.zeros(2))
     losses, _ = OBJECTIVES["orpo"].equation(answers, options("orpo"))
     losses.sum().backward()
     assert losses.isfinite().all() and logps.grad.isfinite().all()

@@ -180,7 +180,7 @@ def merge_folder(
     dataset = None
     if check != "none":
         dataset = read_checked_records(folder, adapter, check, print_fn)
-    measure = measure_loss if head_labels(config, adapter) is None else measure_scores
+    measure = loss_of_examples if head_labels(config, adapter) is None else scores_of_examples
 
     # Weights that get another dtype are rounded once, after the sum.
     compute_dtype = torch.float32
@@ -219,7 +219,9 @@ def merge_folder(
         if facts:
             write_json(facts, new_folder / "plaintune.json")
 
-    checkpoint.save_model(model, out, dtype, copy_from_adapter)
+    padding = checkpoint.save_model(model, out, dtype, copy_from_adapter)
+    if padding:
+        print_fn(f"NOTE: {padding}")
     del model
     if dataset is not None and before is not None:
         after = measure(checkpoint.load_model(out, compute_dtype), dataset)
@@ -276,11 +278,11 @@ def read_checked_records(
     return None
 
 
-def measure_loss(model: Transformer, dataset: Dataset) -> float:
+def loss_of_examples(model: Transformer, dataset: Dataset) -> float:
     return loss(model, dataset)["loss"]
 
 
-def measure_scores(model: Transformer, dataset: Dataset) -> torch.Tensor:
+def scores_of_examples(model: Transformer, dataset: Dataset) -> torch.Tensor:
     """Returns the scores of each example by a model's score head, float32 [examples, labels]."""
     scores = []
     with torch.inference_mode():
@@ -293,7 +295,7 @@ def measure_scores(model: Transformer, dataset: Dataset) -> torch.Tensor:
 def print_gap(
     before: float | torch.Tensor, after: float | torch.Tensor, count: int, print_fn: Callable
 ) -> None:
-    """Prints what `measure_loss` or `measure_scores` gives of a model with its adapter, and merged.
+    """Prints what `loss_of_examples` or `scores_of_examples` gives of a model with its adapter, and merged.
     count: the examples of both."""
     if isinstance(before, torch.Tensor):
         furthest = float((after - before).abs().max())
@@ -351,7 +353,9 @@ def to_nf4(folder: Path, out: Path, quant: str = "nf4", print_fn: Callable = pri
             origin["system"] = system
         write_json(origin, new_folder / "plaintune.json")
 
-    checkpoint.save_model(model, out, write_extra=write_origin)
+    padding = checkpoint.save_model(model, out, write_extra=write_origin)
+    if padding:
+        print_fn(f"NOTE: {padding}")
 
 
 if __name__ == "__main__":

@@ -828,7 +828,7 @@ def test_full_training_stores_a_new_head_in_float32_and_measures_what_rounding_l
         for parameter in model.parameters():
             parameter.add_(1e-6)
     remark = methods.save_full(model, chosen, tmp_path / "saved", lambda tmp: None)
-    assert "rounding to bf16 loses 100 %" in remark
+    assert remark.startswith("WARNING: rounding to bf16 loses 9")
     stored = load_file(tmp_path / "saved/model.safetensors")
     assert (
         torch.equal(stored["score.weight"], model.score.weight) and stored["model.norm.weight"].dtype == torch.bfloat16
@@ -870,7 +870,7 @@ def test_a_prompt_of_peft_with_a_head_is_refused(bases, tmp_path):
         with_adapter(bases("llama", None), tmp_path)
 
 
-def test_what_can_not_be_trained_with_a_head(bases):
+def test_what_can_not_be_trained_with_a_head(bases, tmp_path):
     cpu = torch.device("cpu")
     lora_of = {"method": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": "all", "dtype": "fp32"}
     with pytest.raises(UserError, match="--modules-to-save lm_head: with a head for sequence"):
@@ -886,8 +886,17 @@ def test_what_can_not_be_trained_with_a_head(bases):
         methods.load_trainable(run_settings(**lora_of, quant="nf4+head"), bases("llama", None), cpu, LABELS)
     with pytest.raises(UserError, match="no LM head, and so can't be trained so"):
         methods.load_trainable(run_settings(**lora_of), bases("llama", LABELS), cpu)
+    # LoftQ's adapter brings its base along, which has an LM head.
+    lora.save_adapter(ours_with_head(bases("llama", None), "llama"), tmp_path)
+    shutil.copytree(bases("llama", None), tmp_path / "base")
+    with pytest.raises(UserError, match="is the base of an adapter of LoftQ"):
+        methods.load_trainable(run_settings(**lora_of), tmp_path / "base", cpu, LABELS)
     with pytest.raises(UserError, match="its score head has the labels no, maybe, 河, not x"):
         add_score_head(load_model(bases("llama", LABELS)), ["x"])
+    model = ours_with_head(bases("llama", None), "llama")
+    adapter_files.remove_adapter(model)
+    with pytest.raises(UserError, match="no LM head"):
+        model(torch.cat(texts())[None])
     for labels in ([], ["a", "a"], ["a", ""], ["a", 3]):
         with pytest.raises(UserError, match="needs 1 to 100,000 labels, all of them different texts"):
             add_score_head(load_model(bases("llama", None)), labels)

@@ -463,9 +463,7 @@ def save_lora(
     model: Transformer, settings, folder: Path, write_extra: Callable[[Path], None]
 ) -> str:
     """Writes a PEFT adapter folder, in float32: nothing is rounded."""
-    source = model.source
-    has_own_base = source.name == adapter_files.OWN_BASE and adapter_files.is_adapter(source.parent)
-    if not starts_with_loftq(settings) and not has_own_base:
+    if not starts_with_loftq(settings) and not has_own_base(model):
         return lora.save_adapter(model, folder, write_extra)
 
     # Beside the folder at first, since all ranks write a model and one the rest. A run that is resumed
@@ -485,6 +483,12 @@ def save_lora(
     if folder.name == "best":  # it is written often
         return ""
     return f"{folder.name}/base is the base in 4 bits that LoftQ's adapter belongs to"
+
+
+def has_own_base(model: Transformer) -> bool:
+    """True if the base is one that an adapter of LoftQ brings along."""
+    source = model.source
+    return source.name == adapter_files.OWN_BASE and adapter_files.is_adapter(source.parent)
 
 
 def ship_base(base: Path, folder: Path, final_folder: Path) -> None:
@@ -890,6 +894,11 @@ def attach_with_head(model: Transformer, settings, labels: Sequence[str] | None)
         raise UserError(
             f"--modules-to-save {settings.modules_to_save}: with a head for sequence classification the"
             " model has no LM head"
+        )
+    if labels is not None and has_own_base(model):
+        raise UserError(
+            f"{model.source}: is the base of an adapter of LoftQ, with which no head for sequence"
+            " classification is trained"
         )
     method_of(settings).attach(model, settings)
     if labels is not None:

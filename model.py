@@ -682,9 +682,9 @@ class Transformer(nn.Module):
         """Returns the weight of the output head, [V, D]. One in NF4 is dequantized at each call.
 
         Single rows that are trained (`head_rows`) stand in it without their gradient.
-        Raises UserError if the model has a score head in its place.
+        Raises UserError if the model has a score head in its place, or had one that was taken off.
         """
-        if self.score is not None:
+        if self.score is not None or (self.head is None and not self.config.tied):
             raise UserError(NO_LM_HEAD)
         return self.head_table.whole_weight(self.dtype)  # type: ignore[operator]
 

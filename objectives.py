@@ -11,7 +11,7 @@ To add an objective of whole examples: its equation, a function of `ScoredAnswer
 row.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -19,15 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapting.score_head import REWARD, document_scores
+from adapting.score_head import REWARD, document_scores, head_labels
 from common.errors import UserError
 from data import Batch
 from dataset.encoding import AS_CLASSES, AS_JUDGED, AS_PAIRS, AS_TEXTS, GOOD, JUDGMENTS
+from dataset.examples import Dataset
 from distributed import all_reduce_sum
+from families import Config
 from flags import OPTIONS, Flags, check_options_of_row, dashed
 from kernels.attention import Documents
 from kernels.cross_entropy import linear_cross_entropy, linear_token_losses
-from methods import METHODS, SCORE_METHODS
+from methods import METHODS, SCORE_METHODS, start_of
 from model import Experts, Transformer, eval_mode
 
 
@@ -783,21 +785,36 @@ def text_logps(model: Transformer, batch: Batch) -> Tensor:
     return sums.index_add(0, texts.text_of_target, -losses)
 
 
-def labels_of_head(flags: Flags, known: Sequence[str] | None, classes: Sequence[str]):
+def examples_wanted(flags: Flags, config: Config) -> tuple[str, tuple[str, ...]]:
+    """Returns the kind of examples that a run's objective takes, of dataset/encoding.py, and the classes
+    that the model tells apart already, () where it has none.
+
+    config: of the base.
+    """
+    kind = OBJECTIVES[flags.objective].kind
+    known = head_labels(config, start_of(flags)) if kind == AS_CLASSES else None
+    return kind, known or ()
+
+
+def labels_of_head(flags: Flags, config: Config, train: Dataset) -> tuple[str, ...] | None:
     """Returns the labels of the score head that a run trains; None if it trains with the output head.
 
-    known: those of a head that the model has already; None without. classes: of the data.
+    config: of the base. train: the examples.
     """
     row = OBJECTIVES[flags.objective]
     if not row.has_head:
         return None
     if row.kind == AS_CLASSES:
-        return tuple(classes)
+        return train.label_names
     # Other programs call the one label of a reward model otherwise.
-    return tuple(known) if known is not None and len(known) == 1 else (REWARD,)
+    known = head_labels(config, start_of(flags))
+    return known if known is not None and len(known) == 1 else (REWARD,)
 
 
-def make_objective(settings, reference: ReferenceFn | None) -> SupervisedRun | WholeRun:
+RunObjective = SupervisedRun | WholeRun
+
+
+def make_objective(settings, reference: ReferenceFn | None) -> RunObjective:
     """Returns a run's objective. reference: None where its row has none."""
     if OBJECTIVES[settings.objective].kind == AS_TEXTS:
         return SupervisedRun(settings)

@@ -38,27 +38,23 @@ from adapting.new_tokens import (
     ids_of_tokens,
     new_tokens_of,
 )
-from adapting.score_head import head_labels
-from adapting.stacked_experts import why_peft_can_t
 from adapting.tables import vocabulary_size
 from checkpoint import read_config
 from common.console import lasting_output
 from common.errors import UserError
 from common.folder_lock import FolderLock
 from data import MicroBatches, TrainingData, load_training_data, needs_seeds
-from dataset.encoding import AS_CLASSES
 from families import Config
 from flags import Flags
 from interop.resolve import base_folder, pick_tokenizer
 from methods import load_trainable, lr_factors, method_of_adapter, quant_of, start_of
 from model import Transformer
 from objectives import (
-    OBJECTIVES,
     Losses,
+    RunObjective,
     StepTotals,
-    SupervisedRun,
-    WholeRun,
     check_objective,
+    examples_wanted,
     labels_of_head,
     make_objective,
 )
@@ -131,8 +127,7 @@ def train(flags: Flags, lock: FolderLock) -> None:
         safety.check_shard(settings)
 
     # ---- model, objective, micro-batches; and the settings that a trial decides
-    labels = head_labels(inputs.config, start_of(settings))
-    labels = labels_of_head(settings, labels, data.train.label_names)
+    labels = labels_of_head(settings, inputs.config, data.train)
     model = load_trainable(settings, folder, device, labels)
     objective = make_objective(settings, reference_of_run(settings, model))
     loader = MicroBatches(
@@ -165,10 +160,7 @@ def train(flags: Flags, lock: FolderLock) -> None:
         save_config(settings, out)
     distributed.start_training_timeout(settings.timeout)
     card = ModelCard(settings, origin, folder, data, tokenizer, metrics, state)
-    if model.config.vocab_size > inputs.config.vocab_size:
-        card.model_vocabulary = model.config.vocab_size
-    card.peft_problem = why_peft_can_t(model)
-    card.labels = model.score.labels if model.score is not None else None
+    card.see(model, inputs.config)
     note_reference(settings, model, data, out, bool(resumed))
     save = functools.partial(save_weights, card, model)
     # Before a step is taken or a checkpoint loaded, since it measures against the base.
@@ -256,9 +248,7 @@ def read_inputs(flags: Flags, device: torch.device) -> Inputs | None:
         rows = max(rows, tokenizer.vocab_size)
     with distributed.local_rank0_first():
         limit = config.max_positions - virtual_tokens
-        kind = OBJECTIVES[flags.objective].kind
-        labels = head_labels(config, start_of(flags))
-        classes = labels or () if kind == AS_CLASSES else ()
+        kind, classes = examples_wanted(flags, config)
         data = load_training_data(flags, tokenizer, limit, rows, device, kind, classes)
         safety = SafetyCheck(flags.safety, tokenizer) if flags.safety else None
     if flags.plan:
@@ -274,7 +264,7 @@ def expect_time(
     settings: Settings,
     inputs: Inputs,
     model: Transformer,
-    objective: SupervisedRun | WholeRun,
+    objective: RunObjective,
     device: torch.device,
 ) -> tuple[Settings, Demo | None]:
     """Measures this machine's pace, and prints the model and the run that is expected. Of the bundled task
@@ -299,10 +289,7 @@ def expect_time(
 
 
 def choose_kernels(
-    settings: Settings,
-    model: Transformer,
-    objective: SupervisedRun | WholeRun,
-    loader: MicroBatches,
+    settings: Settings, model: Transformer, objective: RunObjective, loader: MicroBatches
 ) -> None:
     """Compiles the blocks (--compile), and takes the version of attention that --attention names."""
     if settings.compile == "on":
@@ -315,7 +302,7 @@ def choose_kernels(
 def train_loop(
     settings: Settings,
     model: Transformer,
-    objective: SupervisedRun | WholeRun,
+    objective: RunObjective,
     optimizers: list,
     loader: MicroBatches,
     state: TrainState,

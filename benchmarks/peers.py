@@ -210,7 +210,7 @@ def train_by_plaintune(torch, model, spec, rows: list, device, before: float) ->
     import train
     from data import max_tokens_per_micro_batch, split_micro_batches
     from dataset.examples import Example
-    from objectives import OBJECTIVES
+    from objectives import make_objective
     from optimizers import make_optimizers
     from training.defaults import Settings
     from training.metrics import MetricsLogger
@@ -248,7 +248,7 @@ def train_by_plaintune(torch, model, spec, rows: list, device, before: float) ->
     with tempfile.TemporaryDirectory() as folder:
         state = TrainState()
         metrics = MetricsLogger(settings, Path(folder), 1.0, device, state)
-        parts = (settings, model, OBJECTIVES["supervised"], optimizers, loader, state, metrics, GracefulStop())
+        parts = (settings, model, make_objective(settings, None), optimizers, loader, state, metrics, GracefulStop())
         train.train_loop(*parts, EveryStep())
         metrics.close()
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]

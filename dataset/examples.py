@@ -9,7 +9,7 @@ silence.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -69,6 +69,16 @@ class Example:
         if self.split:
             return [self.split, len(self.ids) - self.split]
         return [len(self.ids)]
+
+    def texts(self) -> list["Example"]:
+        """Returns each of its texts as an example: of a pair the chosen and the rejected one."""
+        if not self.split:
+            return [self]
+        parts = (slice(0, self.split), slice(self.split, None))
+        return [
+            replace(self, ids=self.ids[part], loss_weights=self.loss_weights[part], split=0)
+            for part in parts
+        ]
 
 
 # What a rank without rows computes while the others have some.

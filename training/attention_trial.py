@@ -11,11 +11,11 @@ import distributed
 from data import MicroBatches
 from kernels import flash_versions
 from model import Transformer
-from objectives import Losses, StepTotals, SupervisedRun, WholeRun
+from objectives import Losses, RunObjective, StepTotals
 
 
 def use_flash_version(
-    name: str, model: Transformer, objective: SupervisedRun | WholeRun, loader: MicroBatches
+    name: str, model: Transformer, objective: RunObjective, loader: MicroBatches
 ) -> str:
     """Puts that version in place and returns a line about it.
 

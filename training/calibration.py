@@ -17,7 +17,7 @@ import torch
 import distributed
 from data import Batch, MicroBatches, TrainingData, needs_seeds
 from model import Transformer
-from objectives import Losses, StepTotals, SupervisedRun, WholeRun
+from objectives import Losses, RunObjective, StepTotals
 from training.defaults import Settings
 
 # A micro-batch that is expected to take longer is timed by some of its examples.
@@ -45,7 +45,7 @@ class Pace(NamedTuple):
 def measure_pace(
     settings: Settings,
     model: Transformer,
-    objective: SupervisedRun | WholeRun,
+    objective: RunObjective,
     data: TrainingData,
     device: torch.device,
 ) -> Pace:
@@ -82,7 +82,7 @@ def measure_pace(
 
 
 def time_micro_batch(
-    batch: Batch, model: Transformer, objective: SupervisedRun | WholeRun, device: torch.device
+    batch: Batch, model: Transformer, objective: RunObjective, device: torch.device
 ) -> float:
     """Returns the seconds that a token takes, forward and backward, the second time."""
     for _ in range(2):

@@ -17,7 +17,7 @@ from common.errors import UserError, describe_os_error
 from data import TrainingData
 from dataset.encoding import AS_TEXTS
 from model import Transformer, eager_mode
-from objectives import SupervisedRun, WholeRun
+from objectives import RunObjective
 from training.answer_score import AnswerScorer
 from training.defaults import Settings
 from training.gauge import Gauge
@@ -51,7 +51,7 @@ class Evaluator:
         settings: Settings,
         out: Path,
         model: Transformer,
-        objective: SupervisedRun | WholeRun,
+        objective: RunObjective,
         data: TrainingData,
         metrics: MetricsLogger,
         state: TrainState,

@@ -19,6 +19,7 @@ import torch
 
 import distributed
 from adapter_files import OWN_BASE
+from adapting.stacked_experts import why_peft_can_t
 from adapting.tables import has_tables
 from common.errors import printable, read_json_if_there
 from common.origin import SOURCE_FILE
@@ -27,10 +28,12 @@ from data import TrainingData
 from dataset.encoding import AS_CLASSES
 from dataset.token_cache import Rows
 from evals.table import EVALUATIONS
+from families import Config
 from flags import OPTIONS, dashed, existing_file
 from interop.resolve import stated_license
 from lora import parse_pattern
 from methods import ADAPTERHUB, lora_words, method_name, method_of, starts_with_loftq
+from model import Transformer
 from tokenizer import Tokenizer
 from training.defaults import Settings
 from training.metrics import MetricsLogger
@@ -95,6 +98,14 @@ class ModelCard:
     model_vocabulary: int | None = None
     peft_problem: str = ""
     labels: tuple[str, ...] | None = None
+
+    def see(self, model: Transformer, config: Config) -> None:
+        """Notes what the cards say of a run's model. config: of the base."""
+        if model.config.vocab_size > config.vocab_size:
+            self.model_vocabulary = model.config.vocab_size
+        self.peft_problem = why_peft_can_t(model)
+        if model.score is not None:
+            self.labels = tuple(model.score.labels)  # type: ignore[arg-type]
 
     def write(self, tmp: Path, name: str) -> None:
         """Writes README.md into the folder `tmp`, which will be called `name`: final or best."""

@@ -10,7 +10,7 @@ from common.progress import progress
 from data import Batch, batches_by_length
 from dataset.examples import Dataset
 from model import Transformer, eval_mode
-from objectives import SupervisedRun, WholeRun
+from objectives import RunObjective, SupervisedRun
 from training.signals import GracefulStop, ValidationInterrupted
 
 VALIDATION_BATCH = 8  # examples
@@ -29,7 +29,7 @@ def validation_loss(
 
 
 def validate(
-    objective: SupervisedRun | WholeRun,
+    objective: RunObjective,
     model: Transformer,
     val: Dataset,
     device: torch.device,

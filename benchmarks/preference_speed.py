@@ -43,7 +43,7 @@ BETA = 0.1  # of both programs by default
 SEED = 0
 FIRST_LOSS = 1e-4  # how far it may be from log 2, in any dtype: policy and reference are one model then
 # The trial: steps of one pair in fp32, at a rate that moves the loss, and how far two losses of a step may be apart.
-TRIAL_STEPS, TRIAL_RATE, LOSSES_APART = 4, 1e-3, 3e-4
+TRIAL_STEPS, TRIAL_RATE, LOSSES_APART = 4, 1e-3, 1e-3
 WORDS = "the of and a river stone house morning slowly walks under over sees finds light rain two because when".split()
 GENERATED = 300  # pairs
 TOKENS, SPREAD = 200, 0.6  # of a generated answer: median, spread of its logarithm

@@ -445,14 +445,14 @@ SIDES = {
 }
 
 
-def run_side(name: str, spec: dict) -> dict:
-    """The side's result, from a process of its own."""
+def run_side(name: str, spec: dict, script: str = __file__) -> dict:
+    """The side's result, from a process of its own. script: that has the side among its SIDES."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         words = [
             sys.executable,
             "-W",
             "ignore",
-            __file__,
+            script,
             "--side",
             name,
             "--spec",
@@ -462,7 +462,7 @@ def run_side(name: str, spec: dict) -> dict:
         ]
         done = subprocess.run(words, cwd=tempfile.gettempdir(), capture_output=True, text=True, check=False)
         if done.returncode:
-            raise SystemExit(f"{name}: {done.stderr[-1500:]}")
+            raise SystemExit(f"{name} ended with {done.returncode}: {done.stderr[-1500:]}")
         return json.loads(Path(file.name).read_text())
 
 

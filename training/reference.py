@@ -37,8 +37,9 @@ def reference_of_run(settings: Settings, model: Transformer) -> ReferenceFn | No
     if not is_under_adapter(settings, model):
         return noted_reference
 
-    @torch.no_grad()
     def reference(batch: Batch) -> Tensor:
+        # With gradients where the caller has them: some kernels round otherwise without. Nothing of the
+        # model without its adapter is trained, so that nothing is kept for a backward.
         step_0 = model_of_step_0(model, settings)
         assert step_0 is not None, "see is_under_adapter"
         with step_0, eval_mode(model):
@@ -82,7 +83,7 @@ def note_reference(
         else:
             tensors = {}
             for name, dataset in sets.items():
-                tensors[name] = reference_logps(settings, model, dataset)
+                tensors[name] = reference_logps(settings, model, dataset, name == "train")
             distributed.run_on_rank0(lambda: write_reference(out / REFERENCE_FILE, tensors))
     for name, dataset in sets.items():
         assert isinstance(dataset.examples, ExampleIndex)
@@ -121,11 +122,15 @@ def read_reference(file: Path, sets: dict[str, Dataset]) -> dict[str, Tensor]:
     return tensors
 
 
-@torch.no_grad()
-def reference_logps(settings: Settings, model: Transformer, dataset: Dataset) -> Tensor:
+def reference_logps(
+    settings: Settings, model: Transformer, dataset: Dataset, is_trained: bool
+) -> Tensor:
     """Returns the log-probability of each text of each example by the model as it is now, on every rank,
-    float32 [examples, texts]: of a pair two; of a judged answer its own and that of the mismatched one,
-    0 where there is none."""
+    float32 [examples, texts]: of a pair two; of a judged answer its own and that of the mismatched one.
+
+    is_trained: compute as a step does, with gradients, without which some kernels round otherwise; else
+        as a validation does. In bf16 that is some tenths of a nat.
+    """
     device = model.device
     texts = 2
     logps = torch.zeros(len(dataset), texts)
@@ -138,11 +143,14 @@ def reference_logps(settings: Settings, model: Transformer, dataset: Dataset) ->
             numbers = groups[start + rank] if start + rank < len(groups) else []
             examples = [dataset.examples[i] for i in numbers] or [DUMMY_EXAMPLE]
             batch = collate(examples, device, whole=True)
-            own = text_logps(model, batch).cpu()
+            with torch.set_grad_enabled(is_trained):
+                own = text_logps(model, batch).detach().cpu()
             if dataset.kind == AS_PAIRS:
                 logps[numbers] = own.reshape(-1, texts)
             else:
-                other = text_logps(model, batch.mismatched or batch).cpu()
+                # Its KL is an estimate without a gradient.
+                with torch.no_grad():
+                    other = text_logps(model, batch.mismatched or batch).cpu()
                 logps[numbers] = torch.stack([own, other], 1)
             bar.update(sum(map(len, groups[start : start + size])))
     if distributed.has_shards(model):

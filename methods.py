@@ -904,9 +904,7 @@ def attach_with_head(model: Transformer, settings, labels: Sequence[str] | None)
     if labels is not None:
         add_score_head(model, labels)
     elif model.score is not None:
-        raise UserError(
-            f"{settings.adapter or model.source}: {NO_LM_HEAD}, and so can't be trained so"
-        )
+        raise UserError(f"{settings.adapter or model.source}: {NO_LM_HEAD}, which this run needs")
 
 
 def starts_with_loftq(settings) -> bool:

@@ -884,7 +884,7 @@ def test_what_can_not_be_trained_with_a_head(bases, tmp_path):
         methods.load_trainable(run_settings(**loftq), bases("llama", None), cpu, LABELS)
     with pytest.raises(UserError, match="nf4\\+head: a head for sequence classification is trained in float32"):
         methods.load_trainable(run_settings(**lora_of, quant="nf4+head"), bases("llama", None), cpu, LABELS)
-    with pytest.raises(UserError, match="no LM head, and so can't be trained so"):
+    with pytest.raises(UserError, match="no LM head, which this run needs"):
         methods.load_trainable(run_settings(**lora_of), bases("llama", LABELS), cpu)
     # LoftQ's adapter brings its base along, which has an LM head.
     lora.save_adapter(ours_with_head(bases("llama", None), "llama"), tmp_path)

@@ -38,7 +38,7 @@ from common.console import number_of, one_line
 from common.errors import LONGEST_LINE, UserError, printable
 from common.remote_names import shown
 from dataset.columns import ignored_facts
-from dataset.encoding import AS_CLASSES, AS_JUDGED, AS_PAIRS, AS_TEXTS, check_format
+from dataset.encoding import AS_CLASSES, AS_JUDGED, AS_TEXTS, PAIR_KINDS, check_format
 from dataset.examples import (
     DUMMY_EXAMPLE,
     TRAIN_ON,
@@ -227,7 +227,7 @@ def load_training_data(
     names = [shown(file) for file in files]
     sampler = make_sampler(flags.seed, train, names, weights, replay_shares)
     # Both texts of a pair lie in one row.
-    row_length = 2 * seq_len if kind == AS_PAIRS else seq_len
+    row_length = 2 * seq_len if kind in PAIR_KINDS else seq_len
     sampler = choose_packing(sampler, flags, row_length, device)
     pack = sampler.seq_len is not None
     general = None

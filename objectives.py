@@ -22,7 +22,16 @@ from torch import Tensor
 from adapting.score_head import REWARD, document_scores, head_labels
 from common.errors import UserError
 from data import Batch
-from dataset.encoding import AS_CLASSES, AS_JUDGED, AS_PAIRS, AS_TEXTS, GOOD, JUDGMENTS
+from dataset.encoding import (
+    AS_CLASSES,
+    AS_JUDGED,
+    AS_PAIRS,
+    AS_SCORED_PAIRS,
+    AS_TEXTS,
+    GOOD,
+    JUDGMENTS,
+    PAIR_KINDS,
+)
 from dataset.examples import Dataset
 from distributed import all_reduce_sum
 from families import Config
@@ -522,7 +531,7 @@ OBJECTIVES = {
         lr_factor=0.1,
     ),
     "reward": Objective(
-        AS_PAIRS,
+        AS_SCORED_PAIRS,
         "reward model: a score of each answer, the chosen one's higher",
         reward_loss,
         means_of_pairs,
@@ -685,7 +694,7 @@ class WholeRun:
         """Returns the examples of a batch as an equation takes them."""
         texts = batch.texts
         assert texts is not None
-        texts_per_example = 2 if self.row.kind == AS_PAIRS else 1
+        texts_per_example = 2 if self.row.kind in PAIR_KINDS else 1
         shape = (len(texts.weights), texts_per_example)
         if self.row.kind != AS_CLASSES:
             values = values.reshape(shape)
@@ -706,16 +715,15 @@ class WholeRun:
 
     @torch.no_grad()
     def divergence(self, model: Transformer, batch: Batch) -> Tensor:
-        """Returns the sum of log(policy / reference) over a batch's mismatched answers, and their
-        number, float32 [2]."""
+        """Returns the weighted sum of log(policy / reference) over a batch's mismatched answers, and the
+        sum of the weights, float32 [2]."""
         # A rank without any computes all the same, as the others wait for it.
         other = batch.mismatched or batch
         assert other.texts is not None and self.reference is not None
         reference = self.reference(other)
         with eval_mode(model):
             ratios = text_logps(model, other) - reference
-        count = ratios.new_tensor(float(len(ratios)))
-        return torch.stack([ratios.sum(), count])
+        return weighted_mean(ratios, other.texts.weights)
 
     @torch.no_grad()
     def validate(

@@ -1,7 +1,8 @@
 """From a record to ids and trained spans, as the objective wants its examples (objectives.py):
 
 texts    a text of which some tokens are trained: a conversation's answers, or all of a plain text
-pairs    a prompt and two answers, of which the first is better: two texts
+pairs    a prompt and two answers, of which the first is better: two texts, which end with the answer
+scored   the same, but of texts that end as the chat template ends them
 judged   a prompt and an answer that is good or bad
 classes  a text and the class that it belongs to
 """
@@ -16,15 +17,22 @@ from tokenizer import EncodedChat, TemplateError, Tokenizer
 
 AS_TEXTS = "texts"
 AS_PAIRS = "pairs"
+AS_SCORED_PAIRS = "scored"
+PAIR_KINDS = (AS_PAIRS, AS_SCORED_PAIRS)
 AS_JUDGED = "judged"
 AS_CLASSES = "classes"
 # The labels of judged answers.
 BAD, GOOD = JUDGMENTS = ("bad", "good")
 # The formats whose records have what a kind wants; a kind that is not here takes all of them.
-FORMATS_OF_KIND = {AS_PAIRS: ("preferences",), AS_JUDGED: ("KTO", "preferences")}
+FORMATS_OF_KIND = {
+    AS_PAIRS: ("preferences",),
+    AS_SCORED_PAIRS: ("preferences",),
+    AS_JUDGED: ("KTO", "preferences"),
+}
 # What these records are, for messages.
 RECORDS_WANTED = {
     AS_PAIRS: 'preferences, as "prompt", "chosen" and "rejected"',
+    AS_SCORED_PAIRS: 'preferences, as "prompt", "chosen" and "rejected"',
     AS_JUDGED: 'judged answers, as "prompt", "completion" and "label" (true or false), or preferences',
     AS_CLASSES: 'texts with a class, as "text" and "label"',
 }
@@ -71,13 +79,31 @@ def records_of_kind(records: list[Record], kind: str) -> list[Record]:
         prompt = record.messages[: record.asked]
         weight = answer_weight(record)
         for messages, label in ((record.messages, True), (prompt + record.rejected, False)):
-            weights = [0.0] * len(prompt) + [weight] * (len(messages) - len(prompt))
+            mask = trained_messages(record, label)
+            weights = [weight * is_trained for is_trained in mask]
             judged.append(
                 Record(
                     messages, None, record.where, tools=record.tools, weights=weights, label=label
                 )
             )
     return judged
+
+
+def trained_messages(record: Record, chosen: bool) -> list[bool]:
+    """Returns for each message of a preference's talk whether it is trained: an answer behind the prompt
+    that has not the weight 0. chosen: the talk with the chosen answer, else with the rejected one."""
+    assert record.messages is not None and record.rejected is not None
+    messages = record.messages[record.asked :] if chosen else record.rejected
+    weights = record.rejected_weights
+    if chosen:
+        weights = None if record.weights is None else record.weights[record.asked :]
+    if weights is None:
+        weights = [1.0] * len(messages)
+    own = [
+        message["role"] == "assistant" and weight != 0
+        for message, weight in zip(messages, weights, strict=True)
+    ]
+    return [False] * record.asked + own
 
 
 def talks_of_record(record: Record, kind: str) -> list[list[dict]]:
@@ -87,7 +113,7 @@ def talks_of_record(record: Record, kind: str) -> list[list[dict]]:
         return []
     if kind == AS_CLASSES:
         return [record.messages[:-1]] if class_of(record) and len(record.messages) > 1 else []
-    if kind == AS_PAIRS:
+    if kind in PAIR_KINDS:
         assert record.rejected is not None, "see check_format"
         return [record.messages, record.messages[: record.asked] + record.rejected]
     return [record.messages]
@@ -106,8 +132,8 @@ def encode_record(
     if kind == AS_CLASSES:
         return encode_class(record, talks)
     chats = [talk for talk in talks if isinstance(talk, EncodedChat)]
-    if kind == AS_PAIRS:
-        return encode_preference(record, chats[0], chats[1])
+    if kind in PAIR_KINDS:
+        return encode_preference(record, chats[0], chats[1], kind == AS_PAIRS)
     if not chats:
         return encode_text(record, tokenizer)
     if record.label is False and kind != AS_JUDGED:
@@ -145,10 +171,13 @@ def encode_text(record: Record, tokenizer: Tokenizer) -> EncodedRecord | str:
 
 
 def encode_preference(
-    record: Record, chosen: EncodedChat, rejected: EncodedChat
+    record: Record, chosen: EncodedChat, rejected: EncodedChat, ends_with_answer: bool
 ) -> EncodedRecord | str:
     """Returns what `encode_record` does, for a pair: both texts, one after the other, of which what
-    stands behind the prompt is trained."""
+    stands behind the prompt is trained.
+
+    ends_with_answer: leave out what the template writes behind the last trained token.
+    """
     weight = float(np.float32(answer_weight(record)))
     if not weight:
         return "without a trained token"
@@ -157,11 +186,12 @@ def encode_preference(
     split = 0
     for name, chat in (("chosen", chosen), ("rejected", rejected)):
         split = len(ids)
-        own = [(start, end) for start, end, message in chat.spans if message >= record.asked]
-        if not any(start < end for start, end in own):
+        mask = trained_messages(record, name == "chosen")
+        own = [(start, end) for start, end, message in chat.spans if mask[message] and start < end]
+        if not own:
             return f"whose {name} answer has no trained token"
         spans += [(start + split, end + split, weight) for start, end in own]
-        ids += chat.ids
+        ids += chat.ids[: own[-1][1]] if ends_with_answer else chat.ids
     if ids[:split] == ids[split:]:
         return "whose chosen and rejected answers are one as the template writes them"
     return EncodedRecord(ids, spans, split)
@@ -188,7 +218,12 @@ def class_of(record: Record) -> str:
 
 
 def answer_weight(record: Record) -> float:
-    """Returns the weight of a record as one example: that of its first answer behind the prompt."""
+    """Returns the weight of a record as one example: that of its first answer behind the prompt that is
+    trained."""
     if record.weights is None:
         return 1.0
-    return next((weight for weight in record.weights[record.asked :] if weight), 0.0)
+    assert record.messages is not None
+    for message, weight in list(zip(record.messages, record.weights, strict=True))[record.asked :]:
+        if message["role"] == "assistant" and weight:
+            return weight
+    return 0.0

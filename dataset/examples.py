@@ -185,12 +185,12 @@ class ExampleIndex(Sequence):
     def mismatched(self, rows: Rows, row: int, partner: int, partner_row: int) -> Example:
         """Returns the prompt of a judged answer with the answer of another one, of another source
         perhaps: what does not fit into `seq_len` is cut off at the end, as nothing of it is trained."""
-        prompt, _ = answer_of_row(rows, row)
-        _, answer = answer_of_row(self.rows[partner], partner_row)
+        prompt, _, _ = answer_of_row(rows, row)
+        _, answer, is_trained = answer_of_row(self.rows[partner], partner_row)
         ids = np.concatenate([prompt, answer])[: self.seq_len]
-        loss_weights = np.ones(len(ids), np.float32)
-        loss_weights[: len(prompt)] = 0
-        return Example(ids, loss_weights)
+        mask = np.concatenate([np.zeros(len(prompt), bool), is_trained])[: self.seq_len]
+        weight = float(rows.weights[rows.span_starts[row]])
+        return Example(ids, mask.astype(np.float32), weight=weight)
 
     def take(self, chosen: np.ndarray) -> "ExampleIndex":
         """Returns some of the examples. chosen: their numbers."""
@@ -226,12 +226,16 @@ class ExampleIndex(Sequence):
         return np.bincount(self.source, minlength=len(self.rows)).tolist()
 
 
-def answer_of_row(rows: Rows, row: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the ids of a judged answer's prompt, and those of the answer."""
+def answer_of_row(rows: Rows, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the ids of a judged answer's prompt, those of the answer, and which of these are trained:
+    between its messages there may be a user's."""
     first = rows.starts[row]
     spans = rows.spans[rows.span_starts[row] : rows.span_starts[row + 1]]
     start, end = spans[0, 0], spans[-1, 1]
-    return rows.ids[first : first + start], rows.ids[first + start : first + end]
+    is_trained = np.zeros(end - start, bool)
+    for span_start, span_end in spans - start:
+        is_trained[span_start:span_end] = True
+    return rows.ids[first : first + start], rows.ids[first + start : first + end], is_trained
 
 
 @dataclass

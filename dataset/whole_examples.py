@@ -101,7 +101,8 @@ def numbers_of_labels(rows: Rows, names: Sequence[str]) -> np.ndarray:
 
 def with_partners(dataset: Dataset) -> Dataset:
     """Returns judged answers, each with another example whose answer is put behind its own prompt: that
-    in the same place among the answers to the next prompt, so that each is taken about once."""
+    in the same place among the answers to the next prompt, so that each is taken about once. Where there
+    is one prompt alone, it is the next answer."""
     count = len(dataset)
     assert isinstance(dataset.examples, ExampleIndex)
     index = dataset.examples
@@ -114,7 +115,12 @@ def with_partners(dataset: Dataset) -> Dataset:
     run = np.repeat(np.arange(len(begins)), sizes)
     place = np.arange(count) - begins[run]
     next_run = (run + 1) % len(begins)
+    if prompts[-1] == prompts[0] and len(begins) > 1:
+        # The last run is of the first one's prompt.
+        next_run[run == len(begins) - 1] = 1
     partner = begins[next_run] + np.minimum(place, sizes[next_run] - 1)
+    if len(begins) == 1:
+        partner = (np.arange(count) + 1) % count
     taken = index.take(np.arange(count))
     taken.partner = np.stack([index.source[partner], index.row[partner]], 1).astype(np.int64)
     result = dataset.take(np.arange(count))

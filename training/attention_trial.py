@@ -26,7 +26,7 @@ def use_flash_version(
     trial = MicroBatches(loader.dataset, sampler, loader.device, loader.batch_size)
     trial.max_tokens = loader.max_tokens
     trial.seed = loader.seed
-    trial.dropout = loader.dropout
+    trial.seeded = loader.seeded
     trial.rows_per_rank = loader.rows_per_rank
     first_micro_batch = trial.examples_of_step(0)[0]
     batch = loader.collate(first_micro_batch)
@@ -35,6 +35,7 @@ def use_flash_version(
         num_trained=len(batch.targets),
         loss_weight_sum=max(batch.loss_weight_sum, 1.0),
         num_tokens=max(batch.num_tokens, 1),
+        num_examples=max(batch.texts.weight_sum, 1.0) if batch.texts else 0.0,
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()

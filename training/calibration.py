@@ -68,7 +68,7 @@ def measure_pace(
     try:
         most = TRIAL_SECONDS / expected_pace
         lengths = np.asarray(settings.workload.all_lengths, dtype=np.float64)
-        batch = trial_batch(loader, settings.steps, lengths, most, device)
+        batch = trial_batch(loader, settings.steps, lengths, most)
         seconds_per_token = time_micro_batch(batch, model, objective, device)
     except torch.cuda.OutOfMemoryError:
         # The first step will run out of memory too, and say what would have taken less.
@@ -96,9 +96,7 @@ def time_micro_batch(
     return seconds / batch.num_tokens
 
 
-def trial_batch(
-    loader: MicroBatches, num_steps: int, lengths: np.ndarray, most: float, device: torch.device
-) -> Batch:
+def trial_batch(loader: MicroBatches, num_steps: int, lengths: np.ndarray, most: float) -> Batch:
     """Returns a micro-batch for the trial: as many tokens as the first one of the run has, and at
     most about `most`, in examples of the first steps; at least one example.
 

@@ -2,10 +2,11 @@
 
 Where switching the adapter off gives that model to the bit (methods.model_of_step_0), it is computed beside
 each micro-batch. Where training leaves no such model (full fine-tuning, an --adapter that is continued,
-PiSSA, DoRA, trained embeddings ...), the log-probability of each answer is computed before step 1 and kept
+PiSSA, DoRA, learned prompts ...), the log-probability of each answer is computed before step 1 and kept
 in reference.safetensors, which a resumed run reads again.
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from common.errors import UserError, describe_os_error
 from common.files import atomic_file, save_tensors
 from common.progress import progress
 from data import Batch, TrainingData, collate, split_micro_batches
-from dataset.encoding import AS_PAIRS
+from dataset.encoding import PAIR_KINDS
 from dataset.examples import DUMMY_EXAMPLE, Dataset, ExampleIndex
 from methods import model_of_step_0
 from model import Transformer, eager_mode, eval_mode
@@ -27,6 +28,8 @@ from objectives import OBJECTIVES, ReferenceFn, text_logps
 from training.defaults import Settings
 
 REFERENCE_FILE = "reference.safetensors"
+# Both of a pair; a judged answer, and the mismatched one.
+TEXTS_PER_EXAMPLE = 2
 
 
 def reference_of_run(settings: Settings, model: Transformer) -> ReferenceFn | None:
@@ -96,10 +99,18 @@ def note_reference(
 def write_reference(file: Path, tensors: dict[str, Tensor]) -> None:
     try:
         with atomic_file(file) as tmp:
-            save_tensors(tensors, tmp)
+            save_tensors(tensors | {"sha256": digest_of(tensors)}, tmp)
     except OSError as error:
         why = describe_os_error(error, file)
         raise UserError(f"the reference could not be written, {why}; make room") from None
+
+
+def digest_of(tensors: dict[str, Tensor]) -> Tensor:
+    """Returns the SHA-256 of some tensors, uint8 [32], by which damage is noticed."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
 def read_reference(file: Path, sets: dict[str, Dataset]) -> dict[str, Tensor]:
@@ -110,9 +121,12 @@ def read_reference(file: Path, sets: dict[str, Dataset]) -> dict[str, Tensor]:
         tensors = load_file(file)
     except (OSError, SafetensorError):
         problem = "is missing or damaged"
+    sha256 = tensors.pop("sha256", None)
+    if not problem and (sha256 is None or not torch.equal(sha256, digest_of(tensors))):
+        problem = "is damaged"
     for name, dataset in sets.items():
         found = tensors.get(name)
-        if not problem and (found is None or len(found) != len(dataset)):
+        if not problem and (found is None or found.shape != (len(dataset), TEXTS_PER_EXAMPLE)):
             problem = "is of other examples"
     if not distributed.all_ranks_agree(not problem):
         raise UserError(
@@ -132,8 +146,7 @@ def reference_logps(
         as a validation does. In bf16 that is some tenths of a nat.
     """
     device = model.device
-    texts = 2
-    logps = torch.zeros(len(dataset), texts)
+    logps = torch.zeros(len(dataset), TEXTS_PER_EXAMPLE)
     groups = split_micro_batches(dataset.lengths.tolist(), settings.batch_size, settings.max_tokens)
     size, rank = distributed.world_size(), distributed.rank()
     bar = progress("reference", len(dataset), "example", shown=distributed.is_rank0())
@@ -145,8 +158,8 @@ def reference_logps(
             batch = collate(examples, device, whole=True)
             with torch.set_grad_enabled(is_trained):
                 own = text_logps(model, batch).detach().cpu()
-            if dataset.kind == AS_PAIRS:
-                logps[numbers] = own.reshape(-1, texts)
+            if dataset.kind in PAIR_KINDS:
+                logps[numbers] = own.reshape(-1, TEXTS_PER_EXAMPLE)
             else:
                 # Its KL is an estimate without a gradient.
                 with torch.no_grad():

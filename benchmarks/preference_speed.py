@@ -131,7 +131,7 @@ def pairs_by_plaintune(torch, spec: dict) -> dict:
     sys.path.insert(0, str(ROOT))
     import train
     from data import MicroBatches
-    from dataset.encoding import PAIRS
+    from dataset.encoding import AS_PAIRS
     from dataset.examples import Dataset
     from methods import load_trainable
     from objectives import make_objective
@@ -146,7 +146,7 @@ def pairs_by_plaintune(torch, spec: dict) -> dict:
     model = load_trainable(settings, Path(spec["folder"]), device)
     objective = make_objective(settings, reference_of_run(settings, model))
     examples = [example_of_pair(pair) for pair in read_pairs(spec)]
-    loader = MicroBatches(Dataset(examples, kind=PAIRS), GivenOrder(), device, spec["batch"])
+    loader = MicroBatches(Dataset(examples, kind=AS_PAIRS), GivenOrder(), device, spec["batch"])
     clock = Clock(torch, device, spec["steps"])
 
     class EveryStep:
@@ -252,11 +252,11 @@ def pair_of_example(example) -> dict | None:
 def write_pairs(data: Path, folder: Path, seq_len: int, steps: int, batch: int, file: Path) -> str:
     """Writes the pairs of all steps in train.py's order, and returns what they are."""
     from data import load
-    from dataset.encoding import PAIRS
+    from dataset.encoding import AS_PAIRS
     from dataset.sampler import Sampler
     from tokenizer import load_tokenizer
 
-    dataset = load([data], load_tokenizer(folder), seq_len, kind=PAIRS, flag="this benchmark")
+    dataset = load([data], load_tokenizer(folder), seq_len, kind=AS_PAIRS, flag="this benchmark")
     stream = Sampler(dataset.lengths, [len(dataset)], [len(dataset)], SEED)
     pairs = []
     for _ in range(len(dataset)):

@@ -14,6 +14,9 @@ An adapter is what a method puts on a frozen model: modules that are trained in 
     tensors(model, name)   {name in the file: parameter}, for our name of its place
     placed(model)   a static method, for kinds that something else of a model depends on: called once
                     such modules were put on a model or taken off
+    takes_score_head   True where a score head can be trained beside it (optional)
+    is_whole     True if it holds all numbers of what stands in its place, in their own dtype: merging
+                 leaves it there, and sets `is_in_base` (optional)
 
 Those whose update can be added to the weight of `base`, a linear, have `merged_weight`,
 `unmerged_weight` and `merged_bias`, and keep in `original` and `original_bias` what these replace.
@@ -164,6 +167,10 @@ def merge(model: Transformer, keep: bool = False, stored: torch.dtype | None = N
     update: float | Tensor = 0.0
     for layer in mergeable_layers(model):
         assert not layer.merged, "merged already"
+        if is_whole(layer):
+            layer.is_in_base = True
+            layer.merged = True
+            continue
         base = layer.base
         # In fp32 from end to end: rounded twice, small updates would be lost.
         before = dequantized_weight(base.frozen, torch.float32)
@@ -201,7 +208,7 @@ def mergeable_layers(model: Transformer) -> list:
     """
     modules = adapter_modules(model)
     for module in modules.values():
-        if not hasattr(module, "merged_weight"):
+        if not is_whole(module) and not hasattr(module, "merged_weight"):
             raise UserError(
                 "this adapter is no update of weights, so it can't be merged into those of"
                 f" {model.source}; keep it as an adapter"
@@ -209,10 +216,17 @@ def mergeable_layers(model: Transformer) -> list:
     return list(modules.values())
 
 
+def is_whole(module: nn.Module) -> bool:
+    """True for a module of an adapter that holds all numbers of what stands in its place."""
+    return getattr(module, "is_whole", False)
+
+
 def check_merged_weights(model: Transformer, stored: torch.dtype | None) -> None:
     """Raises UserError naming the first layer whose merged weights are not finite. stored: as for
     `merge`."""
     for name, layer in adapter_modules(model).items():
+        if is_whole(layer):
+            continue
         weight = layer.base.weight
         dtype = stored or weight.dtype
         if not all_finite(weight.to(dtype)):
@@ -231,6 +245,10 @@ def unmerge(model: Transformer) -> None:
     """
     for layer in mergeable_layers(model):
         assert layer.merged, "not merged"
+        layer.merged = False
+        if is_whole(layer):
+            layer.is_in_base = False
+            continue
         base = layer.base
         if isinstance(layer.original, NF4):
             base.quantize(layer.original)
@@ -240,7 +258,6 @@ def unmerge(model: Transformer) -> None:
             base.weight.copy_(layer.unmerged_weight(base.weight.float()))
         if layer.original_bias is not None:
             base.bias = nn.Parameter(layer.original_bias, requires_grad=False)
-        layer.merged = False
         layer.original = None
         layer.original_bias = None
 
@@ -278,9 +295,13 @@ def peft_facts(model: Transformer, peft_type: str) -> dict:
     """Returns what every adapter_config.json of PEFT says; it names the base as common/origin.py
     does."""
     base = base_facts(model.source)
+    task_type: str | None = "CAUSAL_LM"
+    if model.score is not None:
+        # PEFT expects a trained head in the file of every adapter with the task of classification.
+        task_type = "SEQ_CLS" if is_whole(model.score) else None
     return {
         "peft_type": peft_type,
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "base_model_name_or_path": base["base"],
         "revision": base.get("base_revision"),
         "inference_mode": True,

@@ -15,7 +15,7 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from common.choices import QUANT_KINDS
 from common.console import print_stderr
-from common.errors import UserError, read_json
+from common.errors import UserError, read_json, read_json_if_there
 from common.files import (
     atomic_folder,
     file_sha256,
@@ -40,6 +40,7 @@ from distributed import (
     all_gather_object,
     all_ranks_agree,
     all_reduce_sum,
+    broadcast_object,
     full_tensor,
     gather_rows,
     is_rank0,
@@ -49,8 +50,9 @@ from distributed import (
     synced_errors,
     to_local,
 )
+from families import FAMILIES
 from kernels.nf4 import NF4, NF4_BLOCK
-from model import Config, Linear, Transformer, quantized_linears, stack_expert_weights
+from model import Config, Linear, ScoreHead, Transformer, quantized_linears, stack_expert_weights
 from quant import (
     SIDE,
     QuantizedWeight,
@@ -63,6 +65,7 @@ from quant import (
     settings,
     to_files,
 )
+from tokenizer import Padding, load_tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -278,7 +281,7 @@ def load_model(
 ) -> Transformer:
     """Loads the model of a Hugging Face folder, in eval mode and with all parameters trainable.
 
-    dtype, device: of its parameters.
+    dtype, device: of its parameters; a score head is in float32.
     quant: "nf4" quantises the linears of the blocks (quant.py), "nf4+head" the output head too.
         Each is quantised on `device` as it is read, from the numbers as they are stored, and is
         frozen then. A folder that is quantised already, by bitsandbytes or by save_model, stays so
@@ -309,6 +312,10 @@ def load_model(
         raise UserError(
             f"--quant {quant}: this model's output head is its embedding table, which stays as it is"
         )
+    if quant == "nf4+head" and config.labels is not None:
+        raise UserError(
+            f"--quant {quant}: {folder} has a score head, which stays as it is; take nf4"
+        )
 
     # The model on the meta device, and where each stored tensor goes.
     with torch.device("meta"):
@@ -316,6 +323,8 @@ def load_model(
     model.source = folder
     places = find_places(model, folder, files, quant)
     model.to(dtype)
+    if model.score is not None:
+        model.score.float()
     # After model.to(), which would change the dtype of their scales.
     for place in places.values():
         if place.is_nf4:
@@ -326,6 +335,9 @@ def load_model(
     if on_meta is not None:
         on_meta(model)
         model.to_empty(device=device)
+        # An LM head is gone where on_meta has put a score head in its place.
+        modules = set(model.modules())
+        places = {name: place for name, place in places.items() if place.owner in modules}
 
     # The tensors, file by file. A matrix that is stored transposed is always copied.
     kept_dtype = None
@@ -343,10 +355,13 @@ def load_model(
                 stored_head = tensor
             elif name in places:
                 copy = kept_dtype is None
-                place_tensor(places[name], tensor, dtype, device, copy)
+                is_score = isinstance(places[name].owner, ScoreHead)
+                own_dtype = torch.float32 if is_score else dtype
+                place_tensor(places[name], tensor, own_dtype, device, copy)
                 if not is_filled_with_numbers(places[name]):
-                    problems.append(f"{name} {what_is_not_finite(tensor, dtype)}")
-            # Any other is one of RECOMPUTED, or belongs to a quantised weight.
+                    problems.append(f"{name} {what_is_not_finite(tensor, own_dtype)}")
+            # Any other is one of RECOMPUTED, belongs to a quantised weight, or is the LM head that
+            # on_meta has taken off.
 
     # Most of the time goes into getting new memory, and two threads get it sooner. With on_meta
     # there is one thread: ranks quantise a weight together, so they must fill the weights in the
@@ -723,13 +738,15 @@ def save_model(
     folder,
     dtype: torch.dtype | None = None,
     write_extra: Callable[[Path], None] | None = None,
-) -> None:
+) -> str:
     """Writes a Hugging Face folder that transformers loads, in place of what is there: weights,
     config.json, and the tokenizer files, chat templates and generation_config.json of the folder
     that the model came from.
 
-    dtype: of the weights; None: their own.
+    dtype: of the weights; None: their own. A score head stays in float32.
     write_extra: writes more files into the new folder, before that gets its name.
+    Returns what a user must know of the padding token of a model with a score head (`name_padding`),
+    a clause; "" where there is nothing to say. All ranks get the same.
     Raises UserError if the model has an adapter that is not merged, if a weight is not finite in
     dtype, or if the folder that it came from is gone.
     """
@@ -744,6 +761,7 @@ def save_model(
         raise UserError(f"{folder}: tokenizer and settings come from {source}, which is gone")
     weights = tensors_to_store(model, dtype)
     config = config_to_store(model, dtype)
+    note = ""
     # `tmp` is None on all ranks but the first, which only help to gather.
     with rank0_context(atomic_folder(folder, replace=True)) as tmp:
         with synced_errors():
@@ -752,7 +770,43 @@ def save_model(
                 copy_tokenizer(source, tmp)
                 if write_extra:
                     write_extra(tmp)
+                if model.score is not None:
+                    padding = name_padding(tmp, model.config)
+                    write_json(config | {"pad_token_id": padding.id}, tmp / "config.json")
+                    note = padding.note
         save_shards(weights, tmp)
+    return "" if model.score is None else broadcast_object(note)
+
+
+def name_padding(folder: Path, config: Config, source: Path | None = None) -> Padding:
+    """Returns the padding token of a model with a score head, and names it in the tokenizer's files.
+
+    A class of transformers finds the last token of a text by its being another than pad_token_id. So
+    a text must never end with that, and the tokenizer must pad with it.
+
+    folder: with the tokenizer's files. source: the folder that has them where `folder` has none; they
+        are left as they are there.
+    config: of the model.
+    """
+    has_own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    try:
+        tokenizer = load_tokenizer(folder if has_own or source is None else source)
+    except UserError:
+        # There is none, or one that is not read here. What config.json says counts if it is no end.
+        ends = config.raw.get("eos_token_id")
+        id = config.raw.get("pad_token_id")
+        is_end = id in ends if isinstance(ends, list) else id == ends
+        return Padding(None if is_end else id, None, "")
+    padding = tokenizer.padding(config.vocab_size)
+    if padding.text is None or not has_own:
+        return padding
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        file = folder / name
+        if name == "special_tokens_map.json" and not file.is_file():
+            continue
+        settings = read_json_if_there(file)
+        write_json(settings | {"pad_token": padding.text}, file)
+    return padding
 
 
 class Stored(NamedTuple):
@@ -785,8 +839,11 @@ class Stored(NamedTuple):
         return tensor.contiguous()
 
 
-def is_stored_as_it_is(name: str) -> bool:
-    """True for a parameter of the base model that is not quantised."""
+def is_stored_as_it_is(model: Transformer, name: str) -> bool:
+    """True for a parameter of a model's folder that is not quantised."""
+    # A score head stands in the place of the LM head, and one that is trained in that of its base.
+    if model.score is not None and name.startswith(("head.", "score.base.")):
+        return False
     return not any(part in name for part in (".lora_", ".ia3_scale", ".trained_", ".nf4."))
 
 
@@ -794,12 +851,15 @@ def tensors_to_store(model: Transformer, dtype: torch.dtype | None) -> list[Stor
     """Returns the tensors of a model's folder, without adapters. dtype: as for save_model."""
     weights = []
     for name, parameter in model.named_parameters():
-        if is_stored_as_it_is(name):
+        if is_stored_as_it_is(model, name):
             is_transposed = transposed(model, name)
-            weight = Stored(hf_name(model, name), parameter.detach(), dtype, is_transposed)
+            own_dtype = torch.float32 if name == "score.weight" else dtype
+            weight = Stored(hf_name(model, name), parameter.detach(), own_dtype, is_transposed)
             weights.append(weight)
     computed = config_dtype(dtype or model.dtype)
     for name, layer in quantized_linears(model).items():
+        if model.score is not None and name.startswith("head"):
+            continue
         assert layer.nf4 is not None  # by which quantized_linears chooses
         shape = layer.out_features, layer.in_features
         weight_name = hf_name(model, name) + ".weight"
@@ -812,23 +872,29 @@ def tensors_to_store(model: Transformer, dtype: torch.dtype | None) -> list[Stor
 
 
 def config_to_store(model: Transformer, dtype: torch.dtype | None) -> dict:
-    """Returns the config.json of a model's folder: that of the folder it came from, with dtype and
-    quantisation as they are now. dtype: as for save_model."""
+    """Returns the config.json of a model's folder: that of the folder it came from, with dtype,
+    quantisation and the labels of a score head as they are now. dtype: as for save_model."""
     raw = model.config.raw
     config = {}
     for key, value in raw.items():
         if key not in ("dtype", "torch_dtype", "quantization_config"):
             config[key] = value
+    if model.score is not None:
+        config |= settings_of_labels(model.score.labels)  # type: ignore[arg-type]
+        config["architectures"] = [FAMILIES[model.config.family].classifier]
+        # Of older files; it is the length of id2label.
+        config.pop("num_labels", None)
     quantized = list(quantized_linears(model).values())
     if quantized:
         nf4 = quantized[-1].nf4
         is_double = nf4 is not None and nf4.nested is not None
         compute_dtype = config_dtype(dtype or model.dtype)
-        has_head = base_of(model.head) in quantized
+        has_head = model.score is None and base_of(model.head) in quantized
         config["quantization_config"] = settings(is_double, compute_dtype, has_head)
     dtypes = set()
     for name, parameter in model.named_parameters():
-        if is_stored_as_it_is(name):
+        # The score head is in float32 whatever the dtype of the model.
+        if is_stored_as_it_is(model, name) and name != "score.weight":
             dtypes.add(config_dtype(dtype or parameter.dtype))
     # A model of several dtypes has no name for them.
     if len(dtypes) == 1:
@@ -836,6 +902,14 @@ def config_to_store(model: Transformer, dtype: torch.dtype | None) -> dict:
         key = "dtype" if "dtype" in raw else "torch_dtype"
         config[key] = dtypes.pop()
     return config
+
+
+def settings_of_labels(labels: Sequence[str]) -> dict:
+    """Returns what a config.json says of the labels of a score head."""
+    return {
+        "id2label": {str(number): label for number, label in enumerate(labels)},
+        "label2id": {label: number for number, label in enumerate(labels)},
+    }
 
 
 def config_dtype(dtype: torch.dtype) -> str:
@@ -920,7 +994,11 @@ def share_lost_by_rounding(model: Transformer, dtype: torch.dtype) -> float:
     The base is read from the folder that the model came from, once; if its weights are gone by now,
     nothing is known, and 0 is returned.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        # The score head is stored in float32 in any case.
+        if parameter.requires_grad and name != "score.weight":
+            trained[name] = parameter
     if all(p.dtype == dtype for p in trained.values()) or dtype == torch.float32:
         return 0.0
     files: list[Path] = []
@@ -930,18 +1008,21 @@ def share_lost_by_rounding(model: Transformer, dtype: torch.dtype) -> float:
     if not all_ranks_agree(bool(files)):
         return 0.0
     sums = torch.zeros(2, dtype=torch.float64)  # kept, of all
-    matches = match_tensors(model, model.source, files, {})
+    # As the folder has it: in training its head may become another, and its tables larger.
+    with torch.device("meta"):
+        base_model = Transformer(read_config(model.source))
+    matches = match_tensors(base_model, model.source, files, {})
     for name, tensor in iterate_tensors(files):
-        parameter = trained.get(matches.get(name, ""))
+        weight = trained.get(matches.get(name, ""))
         is_head_of_table = model.config.tied and name == head_name(model.config)
         # Of weights that are whole on every rank, rank 0 counts.
-        if parameter is None or is_head_of_table or not (is_sharded(parameter) or is_rank0()):
+        if weight is None or is_head_of_table or not (is_sharded(weight) or is_rank0()):
             continue
         if transposed(model, matches[name]):
             tensor = tensor.t()
-        tensor = with_rows_of(parameter, tensor)
-        base_rows = tensor[local_row_slice(parameter)].split(COMPARED_ROWS)
-        for base, now in zip(base_rows, to_local(parameter).split(COMPARED_ROWS), strict=True):
+        tensor = with_rows_of(weight, tensor)
+        base_rows = tensor[local_row_slice(weight)].split(COMPARED_ROWS)
+        for base, now in zip(base_rows, to_local(weight).split(COMPARED_ROWS), strict=True):
             base = base.to(now.device, torch.float32)
             update = now.float() - base
             kept = now.to(dtype).float() - base

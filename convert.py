@@ -36,6 +36,7 @@ import torch
 import adapter_files
 import checkpoint
 import data
+from adapting.score_head import document_scores, head_labels
 from adapting.tables import vocabulary_size
 from common.choices import QUANT_KINDS
 from common.device import STORAGE_DTYPES
@@ -59,9 +60,10 @@ from interop.resolve import (
     trained_system,
 )
 from interop.written import describe_folder, describe_gguf
+from kernels.attention import Documents
 from kernels.nf4 import dequantized_weight
 from methods import load_any_adapter
-from model import quantized_linears
+from model import Transformer, quantized_linears
 
 # Files of assets/, the first of which a tokenizer can read: what --check is where it is not given.
 BUNDLED_CHECKS = ("general_chat.jsonl", "general.txt")
@@ -123,8 +125,14 @@ def print_written(path: Path, what: str, command: str) -> None:
 
 
 def try_model(path: Path) -> str:
-    """Returns the command that talks to a model."""
-    return f"python generate.py --model {shlex.quote(str(path))}"
+    """Returns the command that talks to a model, or measures one with a score head."""
+    quoted = shlex.quote(str(path))
+    labels = checkpoint.read_config(path).labels if path.is_dir() else None
+    if labels is None:
+        return f"python generate.py --model {quoted}"
+    if len(labels) == 1:
+        return f"transformers.AutoModelForSequenceClassification.from_pretrained({str(path)!r})"
+    return f"python evaluate.py classify --model {quoted} --data FILE"
 
 
 def gguf_of_base(base: Path) -> str:
@@ -154,7 +162,8 @@ def merge_folder(
         written as in `dtype`; "none": as they are stored; None: those that the adapter was trained
         on, if that is known, else as they are stored.
     check: a file of examples. The loss on them is measured with the adapter on what it was trained
-        on, and of the new folder. None: of bundled examples; "none": it is not measured.
+        on, and of the new folder; of a model with a score head its scores of them are compared. None:
+        of bundled examples; "none": it is not measured.
 
     If the folder itself is in NF4, all weights are written in `dtype`, as the numbers that the 4
     bits stand for. The adapter's own tokenizer, chat template and generation_config.json take
@@ -171,6 +180,7 @@ def merge_folder(
     dataset = None
     if check != "none":
         dataset = read_checked_records(folder, adapter, check, print_fn)
+    measure = loss_of_examples if head_labels(config, adapter) is None else scores_of_examples
 
     # Weights that get another dtype are rounded once, after the sum.
     compute_dtype = torch.float32
@@ -186,13 +196,13 @@ def merge_folder(
     if dataset is not None and trained_on != kind:
         model = checkpoint.load_model(folder, compute_dtype, quant=trained_on)
         load_any_adapter(model, adapter)
-        before = loss(model, dataset)["loss"]
+        before = measure(model, dataset)
         # Its memory is free before the next one is loaded.
         del model
     model = checkpoint.load_model(folder, compute_dtype, quant=kind)
     load_any_adapter(model, adapter)
     if dataset is not None and before is None:
-        before = loss(model, dataset)["loss"]
+        before = measure(model, dataset)
 
     lost = adapter_files.merge(model, stored=dtype)
     adapter_files.remove_adapter(model)
@@ -209,10 +219,12 @@ def merge_folder(
         if facts:
             write_json(facts, new_folder / "plaintune.json")
 
-    checkpoint.save_model(model, out, dtype, copy_from_adapter)
+    padding = checkpoint.save_model(model, out, dtype, copy_from_adapter)
+    if padding:
+        print_fn(f"NOTE: {padding}")
     del model
     if dataset is not None and before is not None:
-        after = loss(checkpoint.load_model(out, compute_dtype), dataset)["loss"]
+        after = measure(checkpoint.load_model(out, compute_dtype), dataset)
         print_gap(before, after, len(dataset), print_fn)
     name = str(dtype).removeprefix("torch.")
     percent = f"{100 * lost:.2g} %"
@@ -266,9 +278,34 @@ def read_checked_records(
     return None
 
 
-def print_gap(before: float, after: float, count: int, print_fn: Callable) -> None:
-    """Prints the loss of a model with its adapter, and merged. count: the examples of both."""
-    change = after - before
+def loss_of_examples(model: Transformer, dataset: Dataset) -> float:
+    return loss(model, dataset)["loss"]
+
+
+def scores_of_examples(model: Transformer, dataset: Dataset) -> torch.Tensor:
+    """Returns the scores of each example by a model's score head, float32 [examples, labels]."""
+    scores = []
+    with torch.inference_mode():
+        for example in dataset.examples:
+            ids = torch.tensor(np.asarray(example.ids, np.int64))
+            scores.append(document_scores(model, ids, Documents([len(ids)])))
+    return torch.cat(scores)
+
+
+def print_gap(
+    before: float | torch.Tensor, after: float | torch.Tensor, count: int, print_fn: Callable
+) -> None:
+    """Prints what `loss_of_examples` or `scores_of_examples` gives of a model with its adapter, and merged.
+    count: the examples of both."""
+    if isinstance(before, torch.Tensor):
+        furthest = float((after - before).abs().max())
+        print_fn(
+            f"check     merged, the scores of {count} examples differ by at most {furthest:.2g}; they"
+            f" are {float(before.min()):.3g} to {float(before.max()):.3g} with the adapter as it was"
+            " trained"
+        )
+        return
+    change = float(after) - before
     # Adding 0 makes 0 of what is rounded to -0.
     shown = round(change, 4) + 0.0
     print_fn(
@@ -316,7 +353,9 @@ def to_nf4(folder: Path, out: Path, quant: str = "nf4", print_fn: Callable = pri
             origin["system"] = system
         write_json(origin, new_folder / "plaintune.json")
 
-    checkpoint.save_model(model, out, write_extra=write_origin)
+    padding = checkpoint.save_model(model, out, write_extra=write_origin)
+    if padding:
+        print_fn(f"NOTE: {padding}")
 
 
 if __name__ == "__main__":

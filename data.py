@@ -38,6 +38,7 @@ from common.console import number_of, one_line
 from common.errors import LONGEST_LINE, UserError, printable
 from common.remote_names import shown
 from dataset.columns import ignored_facts
+from dataset.encoding import AS_CLASSES, AS_JUDGED, AS_TEXTS, PAIR_KINDS, check_format
 from dataset.examples import (
     DUMMY_EXAMPLE,
     TRAIN_ON,
@@ -55,6 +56,7 @@ from dataset.formats import Map, Source, open_source
 from dataset.inspection import quick_checks, rendered_chats
 from dataset.sampler import Sampler, allocate_samples
 from dataset.token_cache import Rows, tokenized_rows
+from dataset.whole_examples import check_labels, whole_examples, with_partners
 from flags import VAL_FRACTION, Flags, parse_replay, parse_weights
 from interop.remote_data import fetch_data
 from kernels.attention import Documents
@@ -72,8 +74,14 @@ BUNDLED_TASK["train"].append(ASSETS / "general_chat.jsonl")
 # too little.
 PACK_FROM_STEPS = 100
 # Preference data whose good answers are trained on as if they were plain conversations: the name of
-# the format, and what it calls these answers.
-GOOD_ANSWERS = {"preferences": "chosen", "KTO": "good"}
+# the format, what it calls these answers, and the objectives that learn from the others as well.
+GOOD_ANSWERS = {
+    "preferences": ("chosen", "dpo (or ipo, simpo, orpo, kto), or reward for a reward model"),
+    "KTO": ("good", "kto"),
+}
+# Knuth's constant of multiplicative hashing, a prime near 2^32 / golden ratio: it tells the seeds of an
+# example's tokens apart.
+SEED_STRIDE = 0x9E3779B1
 # Ends the line of a file whose token rows were in the cache.
 FROM_CACHE = ", tokenised before"
 
@@ -122,20 +130,37 @@ def sample_by_hash(dataset: Dataset, count: int) -> Dataset:
 
 
 def load_training_data(
-    flags: Flags, tokenizer: Tokenizer, max_positions: int, vocab_size: int, device: torch.device
+    flags: Flags,
+    tokenizer: Tokenizer,
+    max_positions: int,
+    vocab_size: int,
+    device: torch.device,
+    kind: str = AS_TEXTS,
+    label_names: Sequence[str] = (),
 ) -> TrainingData:
     """Reads the files of --data, --val and --replay as token rows and decides their order.
 
-    Prints what was found, chosen and left out. max_positions, vocab_size: of the model.
+    Prints what was found, chosen and left out.
+    max_positions, vocab_size: of the model.
+    kind: what the examples of --data and --val are, of dataset/encoding.py.
+    label_names: the classes that the model tells apart already, if it does.
     """
     seq_len = flags.seq_len or min(2048, max_positions)
     if seq_len > max_positions:
         raise UserError(f"--seq-len {seq_len}: the model has {max_positions} positions")
 
-    def read(paths: Sequence[str | Path], map_fn: Map | None = None, part: str = TRAIN) -> Dataset:
+    flag = f"--objective {flags.objective}"
+
+    def read(
+        paths: Sequence[str | Path],
+        map_fn: Map | None = None,
+        part: str = TRAIN,
+        kind: str = AS_TEXTS,
+        label_names: Sequence[str] = (),
+    ) -> Dataset:
         dataset = load(
             paths, tokenizer, seq_len, flags.train_on, flags.trees, print, map_fn, part, fetch,
-            flags.truncate, flags.skip_bad,
+            flags.truncate, flags.skip_bad, kind, flag, label_names,
         )  # fmt: skip
         check_tokens(dataset, vocab_size, ", ".join(map(shown, paths)))
         return dataset
@@ -146,7 +171,7 @@ def load_training_data(
     files: list[str | Path] = list(named_files or BUNDLED_TASK["train"])
     map_fn = Map(flags.map) if flags.map else None
     check_system(tokenizer)
-    dataset = read(files, map_fn)
+    dataset = read(files, map_fn, kind=kind, label_names=label_names)
     if tokenizer.system and not dataset.chat and "system" in flags.given:
         raise UserError("--system: plain text has no system message")
 
@@ -161,7 +186,7 @@ def load_training_data(
     val_fraction = flags.val_fraction
     if val_files:
         train = dataset
-        val = read(val_files, map_fn, VALIDATION)
+        val = read(val_files, map_fn, VALIDATION, kind, dataset.label_names)
     else:
         if val_fraction is None:
             val_fraction = VAL_FRACTION
@@ -175,6 +200,9 @@ def load_training_data(
         print(f"          WARNING: {warning}")
     if flags.limit is not None:
         train = limit_examples(train, files, flags.limit, flags.seed)
+    check_labels(train, ", ".join(map(shown, files)), flag)
+    if kind == AS_JUDGED:
+        train, val = with_partners(train), with_partners(val)
     print_counts(train, val, tokenizer)
 
     formats = dataset.formats
@@ -198,7 +226,9 @@ def load_training_data(
 
     names = [shown(file) for file in files]
     sampler = make_sampler(flags.seed, train, names, weights, replay_shares)
-    sampler = choose_packing(sampler, flags, seq_len, device)
+    # Both texts of a pair lie in one row.
+    row_length = 2 * seq_len if kind in PAIR_KINDS else seq_len
+    sampler = choose_packing(sampler, flags, row_length, device)
     pack = sampler.seq_len is not None
     general = None
     if flags.forget_data:
@@ -238,10 +268,16 @@ def limit_examples(dataset: Dataset, files: Sequence[str | Path], count: int, se
 def print_counts(train: Dataset, val: Dataset, tokenizer: Tokenizer) -> None:
     """Prints how much there is to train on and to validate with, and what looks wrong about it."""
     template = f"; chat template: {tokenizer.template_name}" if train.chat else ""
+    trained = f" of which {train.trained_tokens:,} trained"
+    if train.kind == AS_CLASSES:
+        trained = f", in {len(train.label_names):,} classes"
+        template = ""
     print(
-        f"          {len(train):,} examples to train on, {train.tokens:,} tokens of which"
-        f" {train.trained_tokens:,} trained; {len(val):,} to validate{template}"
+        f"          {len(train):,} examples to train on, {train.tokens:,} tokens{trained};"
+        f" {len(val):,} to validate{template}"
     )
+    if train.label_names:
+        print(f"          {counts_of_labels(train)}")
     if train.chat and tokenizer.writes_date:
         print(f"          {tokenizer.date_note}, in the whole run; --date sets another")
     if train.chat and tokenizer.system:
@@ -253,6 +289,14 @@ def print_counts(train: Dataset, val: Dataset, tokenizer: Tokenizer) -> None:
     for line in quick_checks(train, val):
         print(f"{label:10}{line}")
         label = ""
+
+
+def counts_of_labels(dataset: Dataset) -> str:
+    """Returns how many examples there are of each class or judgment, in a line."""
+    assert isinstance(dataset.examples, ExampleIndex) and dataset.examples.label is not None
+    counts = np.bincount(dataset.examples.label, minlength=len(dataset.label_names)).tolist()
+    names = [one_line(name, 30) for name in dataset.label_names]
+    return one_line(", ".join(f"{name} {n:,}" for name, n in zip(names, counts, strict=True)), 300)
 
 
 def make_sampler(
@@ -338,6 +382,9 @@ def load(
     fetch: Callable = fetch_data,
     truncate: str = TRUNCATE[0],
     skip_bad: bool | None = None,
+    kind: str = AS_TEXTS,
+    flag: str = "",
+    label_names: Sequence[str] = (),
 ) -> Dataset:
     """Returns the examples of some files, at most seq_len tokens long.
 
@@ -349,6 +396,8 @@ def load(
     fetch: gets copies of data that lie elsewhere.
     truncate: as the flag of that name.
     skip_bad: leave out records that can't be read; None: no, and there is no flag that would.
+    kind: what an example is, of dataset/encoding.py. flag: what asks for that kind, for messages.
+    label_names: the classes, where they are known from other data.
 
     Raises UserError where nothing is left to train on, and for records that can't be read.
     """
@@ -361,7 +410,10 @@ def load(
     with_validation = []
     for path, source in zip(paths, sources, strict=True):
         source.system = tokenizer.system
-        source_rows = tokenized_rows(source, tokenizer, roles, with_heads=truncate == "prompt")
+        check_format(kind, source.format.name, shown(path), flag)
+        source_rows = tokenized_rows(
+            source, tokenizer, roles, with_heads=truncate == "prompt", kind=kind
+        )
         rows.append(source_rows)
         cached = FROM_CACHE if source_rows.cached else ""
         print_fn(f"data      {source.summary(source_rows.stats)}{cached}")
@@ -369,13 +421,16 @@ def load(
             print_fn(f"          {line}")
         if source.has_validation(source_rows.stats):
             with_validation.append(path)
-        good = GOOD_ANSWERS.get(source.format.name)
-        if good is not None:
+        good, objectives = GOOD_ANSWERS.get(source.format.name, ("", ""))
+        if good and kind == AS_TEXTS:
             print_fn(
-                f"          trained on the {good} answers alone; an objective for the others there"
-                " is not yet"
+                f"          trained on the {good} answers alone; to learn from the others as well:"
+                f" --objective {objectives}"
             )
-    dataset = cut(rows, seq_len, last_only, truncate)
+    if kind == AS_TEXTS:
+        dataset = cut(rows, seq_len, last_only, truncate)
+    else:
+        dataset = whole_examples(rows, seq_len, label_names)
     dataset.formats = tuple(source.format.name for source in sources)
     dataset.sources = tuple(sources)
     dataset.with_validation = tuple(with_validation)
@@ -386,7 +441,9 @@ def load(
     for reason, count in dataset.dropped.items():
         what = "shortened" if reason.startswith("cut") else "left out"
         print_fn(f"          {what}: {number_of(count, 'record')} {reason}")
-    too_long = too_long_warning(rows, dataset.dropped, None if part == TEST else truncate)
+    # Whole answers are not cut, so there is no --truncate prompt for them.
+    advice = None if part == TEST else truncate if kind == AS_TEXTS else ""
+    too_long = too_long_warning(rows, dataset.dropped, advice)
     if too_long:
         print_fn(f"          WARNING: {too_long}")
     if not len(dataset):
@@ -467,6 +524,8 @@ class Batch:
         there are none.
     loss_weight_sum, replay_weight_sum: their sums over this batch.
     num_tokens: tokens in the batch, excluding the padding that keeps ranks in step.
+    texts: what is known of each text, where an objective takes examples as wholes.
+    mismatched: of judged answers, their prompts with others' answers; None for others.
     """
 
     tokens: Tensor
@@ -479,10 +538,42 @@ class Batch:
     replay_weight_sum: float = 0.0
     num_tokens: int = 0
     examples: Sequence[Example] = ()
+    texts: "Texts | None" = None
+    mismatched: "Batch | None" = None
 
     def __post_init__(self) -> None:
         if self.loss_weights is None:
             self.loss_weight_sum = float(len(self.targets))
+
+
+@dataclass
+class Texts:
+    """The texts of a batch, of which each example has one, or two where it is a pair: they come example
+    by example, the chosen one first.
+
+    count: texts of examples; a rank without any has a text that counts nothing.
+    text_of_target: int64 [K], the number of the text that each trained token is in.
+    lengths: float32 [count], trained tokens of each.
+    ends: int64 [count], the place of each text's last token.
+    weights: float32 [examples]. weight_sum: their sum.
+    labels: int64 [examples], of classes or judgments; -1 where there are none.
+    reference: float32 [count], the log-probability of each by the model before step 1, where it was
+        computed beforehand.
+    """
+
+    count: int
+    text_of_target: Tensor
+    lengths: Tensor
+    ends: Tensor
+    weights: Tensor
+    weight_sum: float
+    labels: Tensor
+    reference: Tensor | None = None
+
+
+def needs_seeds(settings) -> bool:
+    """True if a run draws random numbers for each example."""
+    return bool(settings.dropout or settings.neftune)
 
 
 class MicroBatches:
@@ -493,7 +584,7 @@ class MicroBatches:
     DUMMY_EXAMPLE.
 
     max_tokens: of a micro-batch; default: `max_tokens_per_micro_batch`.
-    dropout: whether each example gets a seed for its dropout.
+    seeded: whether each example gets a seed, for what is drawn for it (dropout, noise on embeddings).
     context_parallel: how many ranks share a batch.
     """
 
@@ -506,7 +597,7 @@ class MicroBatches:
         accumulate: int = 1,
         max_tokens: int | None = None,
         seed: int = 0,
-        dropout: bool = False,
+        seeded: bool = False,
         context_parallel: int = 1,
     ):
         self.dataset = dataset
@@ -516,15 +607,19 @@ class MicroBatches:
         self.rows_per_rank = batch_size * accumulate
         self.max_tokens = (max_tokens or max_tokens_per_micro_batch(device)) * context_parallel
         self.seed = seed
-        self.dropout = dropout
+        self.seeded = seeded
 
     def step(self, step: int) -> list[Batch]:
         """Returns the micro-batches of optimizer step `step`, counted from 0.
 
         Steps have to be asked for in order: the sampler goes on to its next rows.
         """
-        context = distributed.context_parallel
-        return [collate(examples, self.device, context) for examples in self.examples_of_step(step)]
+        return [self.collate(examples) for examples in self.examples_of_step(step)]
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Returns the micro-batch of some examples."""
+        whole = self.dataset.kind != AS_TEXTS
+        return collate(examples, self.device, distributed.context_parallel, whole)
 
     def examples_of_step(self, step: int) -> list[list[Example]]:
         """Returns the examples of each micro-batch that `step` makes."""
@@ -551,11 +646,11 @@ class MicroBatches:
     def row_examples(self, rows: list[list[int]], number: int, step: int) -> list[Example]:
         """Returns the examples of row `number` of the step's rows.
 
-        With dropout each has a seed that follows from the run's seed and the example's place in the
+        Where `seeded`, each has a seed that follows from the run's seed and the example's place in the
         run, so that neither the number of ranks nor gradient accumulation changes what is dropped.
         """
         examples = [self.dataset.examples[i] for i in rows[number]]
-        if not self.dropout:
+        if not self.seeded:
             return examples
         seeded = []
         for place, example in enumerate(examples):
@@ -590,7 +685,7 @@ def batches_by_length(
         examples = [DUMMY_EXAMPLE]
         if number < len(groups):
             examples = [dataset.examples[i] for i in groups[number]]
-        yield collate(examples, device, context)
+        yield collate(examples, device, context, dataset.kind != AS_TEXTS)
 
 
 def split_micro_batches(sizes: Sequence[int], batch_size: int, max_tokens: int) -> list[list[int]]:
@@ -630,15 +725,18 @@ def collate(
     examples: Sequence[Example],
     device: torch.device | str = "cpu",
     context: ContextParallel | None = None,
+    whole: bool = False,
 ) -> Batch:
     """Returns the flat batch of some examples.
 
     context: of ranks that share each batch; of it, this rank's tokens are made.
+    whole: for an objective that takes examples as wholes: with `texts`, and `mismatched` where the
+        answers are judged.
     """
-    lengths = [len(example.ids) for example in examples]
+    lengths = [length for example in examples for length in example.text_lengths]
     tokens = np.concatenate([np.asarray(example.ids, np.int64) for example in examples])  # [N]
     weights = np.concatenate([np.asarray(example.loss_weights, np.float32) for example in examples])
-    # An example's first token has none before it that predicts it: it is never trained.
+    # A text's first token has none before it that predicts it: it is never trained.
     starts = np.cumsum([0, *lengths[:-1]])
     weights[starts] = 0
     predicted = np.flatnonzero(weights)  # [K]
@@ -653,7 +751,11 @@ def collate(
         replay_weights = weights * np.repeat(is_replay, lengths)[predicted]
     seeds = None
     if examples[0].dropout_seed is not None:
-        seeds = [example.dropout_seed or 0 for example in examples]
+        seeds = []
+        for example in examples:
+            # Those of a pair's second text go on behind the first one's, and so are others.
+            first = example.dropout_seed or 0
+            seeds += [first, first + SEED_STRIDE * example.split][: len(example.text_lengths)]
     num_tokens = 0 if examples[0] is DUMMY_EXAMPLE else len(tokens)
 
     padding = context.padding(len(tokens)) if context else 0
@@ -662,13 +764,11 @@ def collate(
         tokens = np.pad(tokens, (0, padding))
         if seeds is not None:
             seeds.append(0)
-    whole = Documents(lengths, device)
+    every = Documents(lengths, device)
     if seeds is not None:
-        # Knuth's constant of multiplicative hashing, a prime near 2^32 / golden ratio, tells the
-        # tokens of an example apart.
         token_seeds = to_device(np.repeat(seeds, lengths), device)
-        whole.dropout_seeds = token_seeds + whole.positions * 0x9E3779B1
-    documents: Documents | ShardedDocuments = whole
+        every.dropout_seeds = token_seeds + every.positions * SEED_STRIDE
+    documents: Documents | ShardedDocuments = every
     if context:
         parts = context.mine(len(tokens))
         num_tokens = sum(max(0, min(part.stop, num_tokens) - part.start) for part in parts)
@@ -680,7 +780,7 @@ def collate(
         if replay_weights is not None:
             replay_weights = replay_weights[is_here]
         tokens = context.take(tokens)
-        documents = ShardedDocuments(whole, context)
+        documents = ShardedDocuments(every, context)
 
     batch = Batch(
         tokens=to_device(tokens, device),
@@ -695,7 +795,50 @@ def collate(
     if replay_weights is not None:
         batch.replay_weights = to_device(replay_weights, device)
         batch.replay_weight_sum = float(replay_weights.sum(dtype=np.float64))
+    if whole:
+        batch.texts = texts_of_batch(examples, predicted, device)
+        if any(example.mismatched is not None for example in examples):
+            batch.mismatched = mismatched_batch(examples, device)
     return batch
+
+
+def texts_of_batch(
+    examples: Sequence[Example], predicted: np.ndarray, device: torch.device | str
+) -> Texts:
+    """Returns the texts of a batch of examples. predicted: int64 [K], the places of its trained tokens."""
+    is_dummy = examples[0] is DUMMY_EXAMPLE
+    real = [] if is_dummy else examples
+    lengths = np.array([length for each in real for length in each.text_lengths], np.int64)
+    ends = np.cumsum(lengths)  # one behind the last token
+    text_of_target = np.repeat(np.arange(len(lengths)), lengths)[predicted]
+    trained = np.bincount(text_of_target, minlength=len(lengths))
+    weights = np.array([example.weight for example in real], np.float32)
+    labels = np.array([example.label for example in real], np.int64)
+    reference = None
+    if is_dummy or examples[0].reference:
+        # That of a mismatched answer, which comes last, is for the batch of those.
+        known = [list(each.reference)[: len(each.text_lengths)] for each in real]
+        reference = to_device(np.array(known, np.float32).flatten(), device)
+    return Texts(
+        count=len(lengths),
+        text_of_target=to_device(text_of_target, device),
+        lengths=to_device(trained.astype(np.float32), device),
+        ends=to_device(ends - 1, device),
+        weights=to_device(weights, device),
+        weight_sum=float(weights.sum(dtype=np.float64)),
+        labels=to_device(labels, device),
+        reference=reference,
+    )
+
+
+def mismatched_batch(examples: Sequence[Example], device: torch.device | str) -> Batch:
+    """Returns the batch of the mismatched ones of judged answers. It has no gradient, and so no dropout."""
+    others = []
+    for example in examples:
+        if example.mismatched is not None:
+            reference = list(example.reference)[-1:]
+            others.append(dataclasses.replace(example.mismatched, reference=reference))
+    return collate(others or [DUMMY_EXAMPLE], device, whole=True)
 
 
 def main() -> None:

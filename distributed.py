@@ -330,7 +330,8 @@ def shard_model(
     """Turns the parameters of a model on the meta device into DTensors.
 
     Each block is gathered on its own. What is around the blocks (embeddings, the last norm, the
-    head) is gathered once for a whole forward and backward.
+    LM head) is gathered once for a whole forward and backward. A score head is gathered when it is
+    called, in its own dtype, float32: it is small, and its products are float32.
 
     kind: "full" or "hybrid".
     gathered_dtype: the dtype in which weights are gathered; None: their own. Gradients are summed
@@ -367,11 +368,15 @@ def shard_model(
     # fully_shard changes the class of a module in place, and returns the module.
     assert isinstance(model.blocks, nn.ModuleList)
     blocks: list[FSDPModule] = [shard(block) for block in model.blocks]
-    # What the blocks have taken is not sharded again.
-    whole: FSDPModule = shard(model)
+    around: list[FSDPModule] = []
+    if model.score is not None:
+        own_dtype = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)
+        around.append(shard(model.score, mp_policy=own_dtype))
+    # What the blocks and the score head have taken is not sharded again.
+    around.append(shard(model))
     # Training calls `flat` instead of `forward`.
     register_fsdp_forward_method(model, "flat")
-    for module in (*blocks, whole):
+    for module in (*blocks, *around):
         # The loss is divided by the tokens of all ranks already, so gradients are not averaged.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

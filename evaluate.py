@@ -161,7 +161,7 @@ def measure_answers(args: argparse.Namespace) -> None:
 
 def measure_choices(args: argparse.Namespace) -> None:
     """Asks each target how probable it finds the choices of each question of --data, and prints how
-    often the right one is the most probable."""
+    often the right one is the most probable. A target with a score head finds them by that."""
     opened = Opened(args)
     (name,) = args.what
     task = EVALUATIONS[name].load()(args, opened)
@@ -170,9 +170,15 @@ def measure_choices(args: argparse.Namespace) -> None:
     for target in opened.targets:
         tokenizer = opened.tokenizer_of(target)
         # A text that can't be encoded is reported before the model is loaded.
-        pairs = task.encode(tokenizer, target.max_positions())
-        model = opened.load(target, tokenizer)
-        scores[target.name] = task.score(log_likelihoods(model, pairs, opened.batch_size))
+        if target.score_labels() is None:
+            pairs = task.encode(tokenizer, target.max_positions())
+            model = opened.load(target, tokenizer)
+            scores[target.name] = task.score(log_likelihoods(model, pairs, opened.batch_size))
+        else:
+            assert task.encode_texts and task.score_by_head, "Opened refuses other tasks"
+            texts = task.encode_texts(tokenizer, target.max_positions())
+            model = opened.load(target, tokenizer)
+            scores[target.name] = task.score_by_head(model, texts, opened.batch_size)
     print_table_of_scores(scores)
     for target_name, each in scores.items():
         print_wrong_choices(target_name, task, each, args.show)

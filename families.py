@@ -22,6 +22,9 @@ from common.errors import UserError
 # A hostile config.json must not keep the machine busy with building modules.
 MAX_LAYERS = 1_000
 
+# Of a score head, for the same reason.
+MAX_CLASSES = 100_000
+
 # In all layers together; the largest published models have 24,000.
 MAX_EXPERTS = 32_000
 
@@ -115,8 +118,10 @@ class Config:
     activation: one of the values of ACTIVATIONS.
     names: {a module of ours: its published name}; {} stands for the number of a layer or of an
         expert.
+    labels: of the score head that stands in the place of the LM head, for sequence classification;
+        None: the model has an LM head.
 
-    The fields with defaults are the switches; the defaults are Llama's values.
+    The other fields with defaults are the switches; the defaults are Llama's values.
     """
 
     family: str
@@ -135,6 +140,7 @@ class Config:
     ignored_settings: tuple[str, ...]
     activation: str
     names: dict[str, str]
+    labels: tuple[str, ...] | None = None
 
     # "split": three matrices. "stacked": one matrix, the rows of q, then k, then v. "grouped": one
     # matrix, for each key-value head the rows of its q heads, its k and its v.
@@ -251,6 +257,7 @@ class Config:
             ropes=ropes,
             ignored_settings=ignored_settings(raw, family),
             names=names,
+            labels=classifier_labels(raw, family, where),
             **fields,
         )
         if heads % config.num_kv_heads:
@@ -279,7 +286,8 @@ def make_layers(depth: int, windows, rope_of, scale, routed) -> tuple[Layer, ...
 
 def find_family(raw: dict, where: str) -> "Family":
     """Returns the row of FAMILIES that `model_type` names. Raises UserError if there is none, or if
-    `architectures` names another model than the decoder of that family."""
+    `architectures` names another model than the decoder of that family with an LM head or a score
+    head."""
     name = raw.get("model_type")
     family = FAMILIES.get(str(name))
     if family is None:
@@ -290,13 +298,59 @@ def find_family(raw: dict, where: str) -> "Family":
         raise UserError(
             f"{where}: model_type {short_repr(name)} is not supported{hint} (supported: {known})"
         )
-    if raw.get("architectures") not in (None, [], [family.architecture]):
+    known_architectures = (family.architecture, family.classifier)
+    if raw.get("architectures") not in (None, [], *([each] for each in known_architectures)):
         architectures = short_repr(raw["architectures"])
         raise UserError(
             f"{where}: architectures {architectures} is not supported for {name}"
-            f" (supported: {family.architecture})"
+            f" (supported: {', '.join(known_architectures)})"
         )
     return family
+
+
+def classifier_labels(raw: dict, family: "Family", where: str) -> tuple[str, ...] | None:
+    """Returns the labels of a model for sequence classification, in the order of its scores; None for
+    a model with an LM head.
+
+    They are those of id2label. Without it, num_labels counts them, and without that there are two:
+    LABEL_0, LABEL_1, as in transformers.
+    Raises UserError where there is none, or where id2label does not name each by its number.
+    """
+    if raw.get("architectures") != [family.classifier]:
+        return None
+    names = raw.get("id2label")
+    if names is None:
+        count = raw.get("num_labels", 2)
+        if type(count) is not int or not 0 < count <= MAX_CLASSES:
+            raise UserError(
+                f"{where}: num_labels is {short_repr(count)}, it must be from 1 to {MAX_CLASSES:,}"
+            )
+        return numbered_labels(count)
+    labels = labels_by_number(names)
+    if labels is None:
+        raise UserError(
+            f"{where}: id2label is {short_repr(names)}, it must name 1 to {MAX_CLASSES:,} labels, all"
+            ' different, by their numbers from 0 on, as {"0": "no", "1": "yes"}'
+        )
+    return labels
+
+
+def labels_by_number(names: object) -> tuple[str, ...] | None:
+    """Returns the labels of an id2label object in their order; None if it is none."""
+    if not isinstance(names, dict) or not 0 < len(names) <= MAX_CLASSES:
+        return None
+    labels = []
+    for number in range(len(names)):
+        label = names.get(str(number))
+        if not isinstance(label, str) or not label:
+            return None
+        labels.append(label)
+    return tuple(labels) if len(set(labels)) == len(labels) else None
+
+
+def numbered_labels(count: int) -> tuple[str, ...]:
+    """Returns what transformers calls labels without names: LABEL_0, LABEL_1, ..."""
+    return tuple(f"LABEL_{number}" for number in range(count))
 
 
 def check_required_values(raw: dict, where: str) -> None:
@@ -659,7 +713,8 @@ def max_context(positions: int, ropes: tuple[RopeConfig, ...]) -> int:
 class Family:
     """A row of FAMILIES.
 
-    architecture: the only value of `architectures` that is supported.
+    architecture: the value of `architectures` for a model with an LM head.
+    classifier: that for a model with a score head, as transformers 5.24 names it.
     names: {a module of ours: its published name}; {} stands for the number of a layer or of an
         expert.
     switches: a function of a Reader and the number of layers. It returns the fields of Config that
@@ -672,6 +727,7 @@ class Family:
     """
 
     architecture: str
+    classifier: str
     names: dict[str, str]
     switches: Callable[[Reader, int], dict]
     defaults: dict
@@ -681,10 +737,25 @@ class Family:
 
 
 def family(
-    architecture, names, switches, keys=(), partial_rope=False, wide_mlp=False, **defaults
+    architecture,
+    names,
+    switches,
+    classifier=None,
+    keys=(),
+    partial_rope=False,
+    wide_mlp=False,
+    **defaults,
 ) -> Family:
-    """Returns a row of FAMILIES: the fields of `Family`, with the defaults as keyword arguments."""
-    return Family(architecture, names, switches, defaults, dict(keys), partial_rope, wide_mlp)
+    """Returns a row of FAMILIES: the fields of `Family`, with the defaults as keyword arguments.
+
+    classifier: None: the architecture, with the usual name of its other head.
+    """
+    classifier = classifier or architecture.replace("ForCausalLM", "ForSequenceClassification")
+    # The score head is called so in all families.
+    names = names | {"score": "score"}
+    return Family(
+        architecture, classifier, names, switches, defaults, dict(keys), partial_rope, wide_mlp
+    )
 
 
 # Of a family that does not say otherwise: the values that config.json may leave out.
@@ -1037,6 +1108,7 @@ FAMILIES = {
         hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True, max_position_embeddings=8192,
         attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
     "gemma3_text": family("Gemma3ForCausalLM", LLAMA_NAMES | POST_NORM | QK_NORM, gemma3,
+        classifier="Gemma3TextForSequenceClassification",
         keys={"hidden_act": "hidden_activation"},
         num_key_value_heads=4, head_dim=256, sliding_window=4096, query_pre_attn_scalar=256,
         hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True, max_position_embeddings=131_072,
@@ -1049,6 +1121,7 @@ FAMILIES = {
     "smollm3": family("SmolLM3ForCausalLM", LLAMA_NAMES, smollm3,
         num_key_value_heads=4, rope_theta=2_000_000.0, max_position_embeddings=32_768, tie_word_embeddings=True),
     "gpt2": family("GPT2LMHeadModel", GPT2, gpt2,
+        classifier="GPT2ForSequenceClassification",
         keys={"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
               "intermediate_size": "n_inner", "max_position_embeddings": "n_positions",
               "rms_norm_eps": "layer_norm_epsilon", "hidden_act": "activation_function"},

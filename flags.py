@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from common.choices import (
     FLASH_NAMES,
     LORA_STARTS,
     METHOD_NAMES,
+    OBJECTIVE_NAMES,
     OPTIMIZER_NAMES,
     PLACEMENT_NAMES,
     PROMPT_STARTS,
@@ -77,6 +79,7 @@ MAX_WEIGHT = 1e9
 SECTIONS = {
     "model": "model and data",
     "method": "method",
+    "objective": "objective",
     "batch_size": "optimization",
     "budget": "the bundled task",
     "eval_every": "evaluation and saving",
@@ -88,6 +91,7 @@ SECTIONS = {
 # What --help says of some sections.
 SECTION_NOTES = {
     "method": "What is said of lora holds for qlora as well.",
+    "objective": "docs/objectives.md has the equations and what the data look like.",
     "the bundled task": "Without --data, --model and --adapter, SmolLM2-135M-Instruct learns to turn"
     " booking notes into JSON, and its answers to test notes are compared before and after the"
     " training. Such a run is as long as --budget says, unless --full-run, --steps or --epochs is"
@@ -458,6 +462,57 @@ class Flags:
         " tables; default: for tables a tenth of lora's (that of --method full), for rows lora's;"
         " they follow --lr",
         limits=POSITIVE,
+    )
+
+    # ---- objective
+    objective: str = option(
+        "sft",
+        "what is minimised. sft: cross-entropy of the trained tokens; dft: the same, each token's times its"
+        " probability. Of preferences (prompt, chosen, rejected): dpo, ipo: the chosen answer becomes"
+        " likelier than the rejected one, compared with the model before step 1; simpo, orpo: without that"
+        " comparison, which takes less time. kto: of answers that are each good or bad. reward: a model"
+        " that scores answers, of preferences. classify: a score of each class, of texts with a label",
+        choices=OBJECTIVE_NAMES,
+    )
+    beta: float | None = option(
+        None,
+        "dpo, kto: how strongly the model is held near what it was before step 1: a lower one lets it move"
+        " further; ipo: tau of the paper; simpo: scale of the rewards; orpo: weight of the odds ratio;"
+        " default: 0.1, simpo 2",
+        limits=POSITIVE,
+    )
+    label_smoothing: float = option(
+        0.0,
+        "sft, classify: share of each token's (class's) loss that is spread over all of them; dpo: share"
+        " of the pairs whose two answers are taken to be exchanged",
+        limits=NOT_NEGATIVE,
+    )
+    length_normalized: bool = option(
+        False,
+        "dpo: divide each answer's log-probability ratio by its tokens, so that long answers do not weigh"
+        " more; beta is then to be higher, such as 5",
+    )
+    margin: float | None = option(
+        None,
+        "simpo: by how much the reward of the chosen answer is to be higher (gamma of the paper);"
+        " default: 1",
+        limits=NOT_NEGATIVE,
+    )
+    desirable_weight: float | None = option(
+        None,
+        "kto: weight of good answers; with few of them, raise it until both sides' sums are alike;"
+        " default: 1",
+        limits=POSITIVE,
+    )
+    undesirable_weight: float | None = option(
+        None, "kto: weight of bad answers; default: 1", limits=POSITIVE
+    )
+    neftune: float = option(
+        0.0,
+        "sft, dft: noise on the embeddings in training, of ALPHA / sqrt(length x hidden size), as 5 (NEFTune);"
+        " 0: none",
+        metavar="ALPHA",
+        limits=NOT_NEGATIVE,
     )
 
     # ---- optimization
@@ -1145,17 +1200,23 @@ def check_owned_options(flags: Flags) -> None:
     # This late, as it imports torch.
     from methods import METHODS
 
-    # For each option that only some methods have: these methods.
+    check_options_of_row(flags, "method", {name: row.options for name, row in METHODS.items()})
+
+
+def check_options_of_row(flags: Flags, choice: str, rows: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises UserError for an option that belongs to other rows of a table than the one that an option
+    chooses. rows: {row: the names of the options that it reads, and not all others do}."""
+    chosen = getattr(flags, choice)
     owners: dict[str, list[str]] = {}
-    for method, row in METHODS.items():
-        for name in row.options:
-            owners.setdefault(name, []).append(method)
-    for name, methods in owners.items():
+    for row, names in rows.items():
+        for name in names:
+            owners.setdefault(name, []).append(row)
+    for name, owning_rows in owners.items():
         was_changed = getattr(flags, name) != OPTIONS[name].default
-        if was_changed and name not in METHODS[flags.method].options:
-            names = " or ".join(methods)
+        if was_changed and name not in rows[chosen]:
+            owning = " or ".join(owning_rows)
             raise UserError(
-                f"{dashed(name)}: is for --method {names}, not for --method {flags.method}"
+                f"{dashed(name)}: is for --{choice} {owning}, not for --{choice} {chosen}"
             )
 
 

@@ -34,7 +34,8 @@ import torch
 
 import adapter_files
 import methods
-from checkpoint import fingerprint, load_model
+from adapting.score_head import require_lm_head
+from checkpoint import fingerprint, load_model, read_config
 from common.console import print_stderr
 from common.device import pick_device, pick_dtype
 from common.errors import UserError
@@ -173,6 +174,10 @@ def load_model_and_adapters(
         first_name, first_folder = named_folders[0]
     # Without --model, the first adapter brings the base.
     base = base_folder(args.model, first_folder, print_stderr)
+    config = read_config(base)
+    require_lm_head(base, config, first_folder)
+    for _, folder in named_folders:
+        require_lm_head(base, config, folder)
     model = load_model(base, dtype, device, args.quant)
     adapters = AdapterSet(model, {}, args.merge, first_folder or base, can_switch)
     for name, folder in named_folders:

@@ -45,6 +45,7 @@ from adapter_files import (  # noqa: F401
     whole_weight,
     write_adapter,
 )
+from adapting.score_head import TrainedScoreHead, add_described_head, write_labels
 from adapting.stacked_experts import (
     ExpertPlace,
     match_parameters,
@@ -58,10 +59,11 @@ from adapting.tables import add_described_tables, described_tables, tidy_tables
 from checkpoint import copy_local_rows, hf_name
 from common.choices import ALL, ALL_LINEAR
 from common.errors import UserError
-from distributed import full_tensor, is_sharded
+from distributed import broadcast_object, full_tensor, is_sharded
 from kernels.grouped import Member
 from kernels.lora_linear import Casts, LoRAWeights, lora_linears
 from kernels.nf4 import NF4, dequantized_weight
+from kernels.seeded_random import hash_int32
 from kernels.triton_utils import use_triton
 from model import (
     DropoutSeeds,
@@ -262,6 +264,11 @@ class LoRALinear(nn.Module):
         if self.base.bias is not None:
             y = y + self.base.bias.to(y.dtype)
         return y
+
+    @property
+    def takes_score_head(self) -> bool:
+        # LoftQ's folder brings a base along, which is one with an LM head.
+        return self.variant.start != "loftq"
 
     @property
     def uses_dropout(self) -> bool:
@@ -598,20 +605,6 @@ def seeded_dropout(x: Tensor, probability: float, keys: Tensor, layer: int) -> T
     threshold = int((probability - 0.5) * 2**32)
     kept = numbers >= threshold
     return torch.where(kept, x / (1 - probability), 0.0)
-
-
-def hash_int32(x: Tensor) -> Tensor:
-    """Hashes int32 to int32, so that each bit of the result depends on all bits of x.
-
-    Multiplications by odd numbers, of which torch drops the carry, alternate with shifts to the
-    right, as in MurmurHash3's last lines (Appleby 2011).
-    """
-    # 0x85EBCA6B and 0xC2B2AE35, as signed numbers.
-    for shift, factor in ((16, -2048144789), (13, -1028477387)):
-        # The mask makes the shift unsigned.
-        unsigned_mask = (1 << (32 - shift)) - 1
-        x = (x ^ ((x >> shift) & unsigned_mask)) * factor
-    return x ^ ((x >> 16) & 0xFFFF)
 
 
 # ---- adapters on a model ----
@@ -1121,11 +1114,13 @@ def add_described_vera(
 
 def save_adapter(
     model: Transformer, folder, write_extra: Callable[[Path], None] | None = None
-) -> None:
-    """Writes a PEFT adapter folder, in place of what is there.
+) -> str:
+    """Writes a PEFT adapter folder, in place of what is there. With a score head it is one of task_type
+    SEQ_CLS, with labels.json in it.
 
     It names its base as common/origin.py does.
     write_extra: writes more files into the new folder, before that gets its name.
+    Returns what a user must know of the padding token beside a score head, a clause, or "".
     Raises UserError if the folder holds a model.
     """
     layers = lora_layers(model)
@@ -1153,11 +1148,25 @@ def save_adapter(
         "fan_in_fan_out": model.config.conv1d,
         **described_tables(model),
     }
+    note = ""
+
+    def write_more(tmp: Path) -> None:
+        nonlocal note
+        if write_extra is not None:
+            write_extra(tmp)
+        if has_trained_head:
+            # The tokenizer's files are there by now.
+            note = write_labels(model, tmp)
+
+    has_trained_head = isinstance(model.score, TrainedScoreHead)
+    if has_trained_head:
+        config["modules_to_save"] = [*config.get("modules_to_save", []), "score"]
     pack = None
     if stacked:
         config["target_parameters"] = short_parameter_names(model, stacked)
         pack = partial(pack_experts, model, stacked)
-    write_adapter(model, folder, config, write_extra, pack=pack)
+    write_adapter(model, folder, config, write_more, pack=pack)
+    return broadcast_object(note) if has_trained_head else ""
 
 
 def stacked_names(layers: Iterable[LoRALinear]) -> list[str]:
@@ -1224,12 +1233,14 @@ def load_adapter(model: Transformer, folder) -> None:
 def add_described_lora(
     model: Transformer, config: dict, where: Path, tensors: dict[str, Tensor]
 ) -> None:
-    """Puts LoRA on a model as an adapter_config.json describes it, with its first numbers, and the rows
-    and tables that are trained beside it. where: the file. tensors: the adapter's own."""
+    """Puts LoRA on a model as an adapter_config.json describes it, with its first numbers, and the score
+    head, rows and tables that are trained beside it. where: the file. tensors: the adapter's own."""
     parameters = described_parameters(config, where, model)
     settings = adapter_settings(config, where, model, parameters)
     add_lora(model, *settings, parameters=parameters)
     unpack_experts(model, parameters, tensors)
+    # Before the tables, of which an LM head is none beside it.
+    add_described_head(model, config, where, tensors)
     add_described_tables(model, config, where, tensors)
 
 

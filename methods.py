@@ -7,7 +7,7 @@ functions and a row of `METHODS`.
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType
@@ -23,11 +23,17 @@ import distributed
 import lora
 from adapting import tables
 from adapting.new_tokens import ids_of_tokens, new_tokens_of
+from adapting.score_head import (
+    LABELS_FILE,
+    add_score_head,
+    has_described_head,
+    start_score_head,
+)
 from adapting.stacked_experts import match_parameters, share_A, short_parameter_names
 from common.device import DTYPES, STORAGE_DTYPES
 from common.errors import UserError, read_json
 from common.files import write_json
-from model import Transformer, quantized_linears
+from model import NO_LM_HEAD, ScoreHead, Transformer, quantized_linears
 
 # The learning rate of LoRA over that of full fine-tuning.
 PLAIN_LORA_FACTOR = 10
@@ -65,6 +71,7 @@ class Method(NamedTuple):
     switched_off(model): a context in which what was added computes nothing, so that the logits are
         those of the model before step 1, to the bit; None, or a function that returns None, where the
         training leaves no such model.
+    trains_score_head: a score head can be trained with it (adapting/score_head.py).
     held: what --ewc holds near its start: "weights", those that are trained; "updates", the change of
         the adapted weights; None where there is no such change.
     """
@@ -87,6 +94,7 @@ class Method(NamedTuple):
     quant: str | None = None
     lighter: str | None = None
     switched_off: Callable[[Transformer], AbstractContextManager[None] | None] | None = None
+    trains_score_head: bool = False
     held: str | None = None
 
 
@@ -153,8 +161,10 @@ def keep_start(settings) -> None:
     kept = Path(settings.out) / START_FOLDER
     kept.mkdir(exist_ok=True)
     weights = adapter_files.weights_file(settings.adapter)
-    for file in (Path(settings.adapter) / adapter_files.CONFIG_FILE, weights):
-        shutil.copy(file, kept / file.name)
+    labels = Path(settings.adapter) / LABELS_FILE
+    for file in (Path(settings.adapter) / adapter_files.CONFIG_FILE, weights, labels):
+        if file != labels or file.is_file():
+            shutil.copy(file, kept / file.name)
 
 
 def method_of_adapter(settings) -> str | None:
@@ -213,6 +223,13 @@ def load_any_adapter(model: Transformer, adapter: str | Path) -> None:
         )
     row = METHODS[ADAPTER_ROWS[kind]]
     assert row.add_described is not None, "ADAPTER_ROWS has only rows with adapters"
+    if not row.trains_score_head:
+        described = read_json(folder / adapter_files.CONFIG_FILE)
+        if model.score is not None or has_described_head(described):
+            raise UserError(
+                f"{folder}: an adapter of --method {ADAPTER_ROWS[kind]}; with a head for sequence"
+                f" classification, {SCORE_METHODS} are supported"
+            )
     adapter_files.load_onto(model, folder, row.add_described)
 
 
@@ -389,19 +406,25 @@ def save_full(
     dtype = STORAGE_DTYPES[settings.save_dtype]
     too_large = weights_beyond(model, dtype)
     if too_large:
-        checkpoint.save_model(model, folder, torch.float32, write_extra)
-        return (
+        padding = checkpoint.save_model(model, folder, torch.float32, write_extra)
+        return joined(
             f"WARNING: stored in fp32, for {too_large} has become too large for"
-            f" {settings.save_dtype} (--save-dtype)"
+            f" {settings.save_dtype} (--save-dtype)",
+            padding,
         )
     lost = checkpoint.share_lost_by_rounding(model, dtype)
-    checkpoint.save_model(model, folder, dtype, write_extra)
+    padding = checkpoint.save_model(model, folder, dtype, write_extra)
     if not lost:
-        return ""
+        return padding
     remark = f"rounding to {settings.save_dtype} loses {100 * lost:.3g} % of what was trained"
     if lost > WORTH_A_WARNING:
         remark = f"WARNING: {remark}; --save-dtype fp32 keeps it"
-    return remark
+    return joined(remark, padding)
+
+
+def joined(*clauses: str) -> str:
+    """Returns clauses as one, without those that are empty."""
+    return "; ".join(clause for clause in clauses if clause)
 
 
 def weights_beyond(model: Transformer, dtype: torch.dtype) -> str | None:
@@ -411,6 +434,9 @@ def weights_beyond(model: Transformer, dtype: torch.dtype) -> str | None:
     if largest >= torch.finfo(torch.bfloat16).max:
         return None
     for name, parameter in model.named_parameters():
+        # It is stored in float32 in any case.
+        if name == "score.weight":
+            continue
         local = distributed.to_local(parameter.detach())
         fits = True
         if local.numel() and local.is_floating_point():
@@ -437,11 +463,8 @@ def save_lora(
     model: Transformer, settings, folder: Path, write_extra: Callable[[Path], None]
 ) -> str:
     """Writes a PEFT adapter folder, in float32: nothing is rounded."""
-    source = model.source
-    has_own_base = source.name == adapter_files.OWN_BASE and adapter_files.is_adapter(source.parent)
-    if not starts_with_loftq(settings) and not has_own_base:
-        lora.save_adapter(model, folder, write_extra)
-        return ""
+    if not starts_with_loftq(settings) and not has_own_base(model):
+        return lora.save_adapter(model, folder, write_extra)
 
     # Beside the folder at first, since all ranks write a model and one the rest. A run that is resumed
     # removes what has such a name.
@@ -460,6 +483,12 @@ def save_lora(
     if folder.name == "best":  # it is written often
         return ""
     return f"{folder.name}/base is the base in 4 bits that LoftQ's adapter belongs to"
+
+
+def has_own_base(model: Transformer) -> bool:
+    """True if the base is one that an adapter of LoftQ brings along."""
+    source = model.source
+    return source.name == adapter_files.OWN_BASE and adapter_files.is_adapter(source.parent)
 
 
 def ship_base(base: Path, folder: Path, final_folder: Path) -> None:
@@ -631,6 +660,8 @@ def rate_of_prefix(settings) -> float:
 # ---- the table ----
 
 
+# Methods with trains_score_head, for messages.
+SCORE_METHODS = "full, lora and qlora"
 # In a run's folder, the adapter that it went on from.
 START_FOLDER = "adapter"
 # What `type_of_adapter` returns for the adapters library's folders, which name no peft_type.
@@ -646,6 +677,7 @@ FULL = Method(
     options=("train", "weights", "save_dtype", "add_tokens"),
     describe=describe_full,
     lighter="lora",
+    trains_score_head=True,
     held="weights",
 )
 LORA = Method(
@@ -684,6 +716,7 @@ LORA = Method(
     can_merge=True,
     lighter="qlora",
     switched_off=lora_off,
+    trains_score_head=True,
     held="updates",
 )
 QLORA = LORA._replace(lr_factor=rate_of_qlora, quant="nf4", lighter=None)
@@ -698,6 +731,7 @@ VERA = LORA._replace(
     shape=shape_of_vera,
     title="VeRA adapter",
     switched_off=adapter_files.adapter_off,
+    trains_score_head=False,
     held=None,
     lighter=None,
     lr_factor=200,
@@ -794,15 +828,26 @@ def model_of_step_0(model: Transformer, settings) -> AbstractContextManager[None
     """Returns a context in which a run's model computes as before step 1, to the bit; None where it
     no longer can."""
     switched_off = method_of(settings).switched_off
-    # A run that goes on from an adapter did not begin with the base alone.
-    if switched_off is None or settings.adapter:
+    # A run that goes on from an adapter did not begin with the base alone, and the first numbers of a
+    # score head are gone once it is trained.
+    if switched_off is None or settings.adapter or model.score is not None:
         return None
     return switched_off(model)
 
 
-def load_trainable(settings, folder: Path, device: torch.device) -> Transformer:
+def load_trainable(
+    settings, folder: Path, device: torch.device, labels: Sequence[str] | None = None
+) -> Transformer:
     """Loads the base model and makes it trainable by the run's method; sharded over the ranks where
-    --shard asks."""
+    --shard asks.
+
+    labels: of the score head that the run trains in the place of the LM head: a new one, unless the
+        model or the adapter of --adapter has one with these labels. None: the run trains with the LM
+        head.
+    Raises UserError where the model has the other kind of head or other labels, and where the method
+    trains no score head.
+    """
+    check_head_method(settings, labels)
     # LoRA's first numbers are random.
     torch.manual_seed(settings.seed)
     method = method_of(settings)
@@ -817,13 +862,49 @@ def load_trainable(settings, folder: Path, device: torch.device) -> Transformer:
         # LoftQ rounds the weights itself.
         quant = None if starts_with_loftq(settings) else settings.quant
         model = checkpoint.load_model(folder, stored, device, quant)
-        method.attach(model, settings)
+        attach_with_head(model, settings, labels)
     else:
-        model = load_sharded(method, settings, folder, stored, device)
+        model = load_sharded(settings, folder, stored, device, labels)
     model.activation_checkpointing = settings.activation_checkpointing
+    model.embedding_noise = settings.neftune
     if settings.save_dtype:
         check_save_dtype(model, settings)
     return model
+
+
+def check_head_method(settings, labels: Sequence[str] | None) -> None:
+    """Raises UserError where a run's method trains no score head, and one is asked for. labels: as for
+    `load_trainable`."""
+    if labels is None:
+        return
+    if not method_of(settings).trains_score_head:
+        raise UserError(
+            f"--method {settings.method}: trains no head for sequence classification; {SCORE_METHODS} do"
+        )
+    if settings.quant == "nf4+head":
+        raise UserError(
+            "--quant nf4+head: a head for sequence classification is trained in float32; take nf4"
+        )
+
+
+def attach_with_head(model: Transformer, settings, labels: Sequence[str] | None) -> None:
+    """Makes a model trainable by a run's method, and puts the score head on it, if it is to have one.
+    labels: as for `load_trainable`."""
+    if labels is not None and "head" in tables.asked_tables(model, settings.modules_to_save):
+        raise UserError(
+            f"--modules-to-save {settings.modules_to_save}: with a head for sequence classification the"
+            " model has no LM head"
+        )
+    if labels is not None and has_own_base(model):
+        raise UserError(
+            f"{model.source}: is the base of an adapter of LoftQ, with which no head for sequence"
+            " classification is trained"
+        )
+    method_of(settings).attach(model, settings)
+    if labels is not None:
+        add_score_head(model, labels)
+    elif model.score is not None:
+        raise UserError(f"{settings.adapter or model.source}: {NO_LM_HEAD}, which this run needs")
 
 
 def starts_with_loftq(settings) -> bool:
@@ -831,13 +912,18 @@ def starts_with_loftq(settings) -> bool:
 
 
 def load_sharded(
-    method: Method, settings, folder: Path, stored: torch.dtype, device: torch.device
+    settings,
+    folder: Path,
+    stored: torch.dtype,
+    device: torch.device,
+    labels: Sequence[str] | None,
 ) -> Transformer:
     """Returns what `load_trainable` does: the model is made trainable and sharded on the meta
     device, then each rank reads its own rows.
 
     stored: the dtype of the weights.
     """
+    method = method_of(settings)
     # Masters are cast before they are gathered for a layer, which sends half the bytes.
     dtype = DTYPES[settings.dtype]
     gathered = None
@@ -845,7 +931,7 @@ def load_sharded(
         gathered = dtype
 
     def attach_and_shard(model: Transformer) -> None:
-        method.attach(model, settings)
+        attach_with_head(model, settings, labels)
         distributed.shard_model(model, settings.shard, device, gathered, settings.shard_offload)
 
     memory = torch.device("cpu") if settings.shard_offload else device
@@ -858,4 +944,7 @@ def load_sharded(
             if not distributed.is_sharded(parameter):
                 parameter.data = parameter.data.to(device)
     method.start(model, settings)
+    # One of an adapter was started with it, and one of the folder has its numbers.
+    if isinstance(model.score, ScoreHead) and model.config.labels is None:
+        start_score_head(model)
     return model

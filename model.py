@@ -35,9 +35,13 @@ from kernels.linear import linears, linears_reference
 from kernels.nf4 import NF4, Frozen, dequantized_weight, nf4_linear
 from kernels.rms_norm import add_rms_norm, adds_in_norm, rms_norm
 from kernels.rope import LENGTH_DEPENDENT, rope_inv_freq, rope_qk
+from kernels.seeded_random import seeded_uniform
 from kernels.shared_rows import attend_shared, lead_documents
 from kernels.swiglu import ACTIVATIONS, Gated, gated
 from quant import QuantizedWeight
+
+# Where a model is asked for the next token that has a score head.
+NO_LM_HEAD = "the model has a head for sequence classification and no LM head"
 
 # ---- layers ----
 
@@ -333,11 +337,41 @@ class MLP(nn.Module):
         return self.down.forward_shared(gate, [self.down], up, self.activation)[0]
 
 
+class ScoreHead(nn.Module):
+    """What stands in the place of the LM head in a model for sequence classification, and in a reward
+    model: scores of a text, from the hidden state of its last token.
+
+    weight: float32 [labels, D], whatever the dtype of the model; there is no bias.
+    labels: of the rows, in their order.
+    """
+
+    def __init__(self, weight: Tensor, labels: tuple[str, ...]):
+        super().__init__()
+        assert len(weight) == len(labels), "a row for each label"
+        self.weight = nn.Parameter(weight)
+        self.labels = labels
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Returns the scores, float32 [M, labels], before any softmax.
+
+        hidden: [M, D], in the dtype of the model.
+        """
+        return scores_of_hidden(hidden, self.weight)
+
+
+def scores_of_hidden(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Returns the product of hidden states [M, D] and a score head's weight [labels, D], float32
+    [M, labels]. It is computed in float32; transformers computes it in the dtype of the model, which
+    is the same in a float32 model."""
+    return F.linear(hidden.float(), weight.float())
+
+
 # ---- mixtures of experts ----
 
 
 class DropoutSeeds:
-    """Decides what the dropout of adapters drops (lora.py). All adapters of a model share it.
+    """Decides what the dropout of adapters drops (lora.py), and which noise the embeddings get. All
+    adapters of a model share it.
 
     seeds: int64 [N], one for each token of the current batch; None: the numbers are drawn.
     """
@@ -574,8 +608,12 @@ class Transformer(nn.Module):
     sets it, to keep float32 weights and compute in bf16.
     activation_checkpointing: one of CHECKPOINTING_KINDS in common/choices.py, what is saved
     for the backward.
+    embedding_noise: alpha of NEFTune, the noise that embeddings get while the model trains
+    (`add_noise`); 0: none.
     lora_casts: a lora.ModelCasts if there is an adapter.
     prompt: an adapters.VirtualTokens if learned virtual tokens stand before every document.
+    score: a ScoreHead, or one that is trained beside an adapter (adapting/score_head.py), in a model
+    for sequence classification; while it is there, an LM head is not used.
     unquantized: names of linears that should have been quantized and could not be.
     source: the folder that weights, tokenizer and settings come from; set by whoever loads them.
     """
@@ -587,6 +625,7 @@ class Transformer(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.activation_checkpointing = "none"
+        self.embedding_noise = 0.0
         self.attention_fn = document_attention
         self.dropout_seeds = DropoutSeeds()
         self.compiled = False
@@ -603,7 +642,11 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = make_norm(config)
         self.head = None
-        if not config.tied:
+        self.score: nn.Module | None = None
+        if config.labels is not None:
+            weight = torch.empty(len(config.labels), config.hidden_size, dtype=torch.float32)
+            self.score = ScoreHead(weight, config.labels)
+        elif not config.tied:
             self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         for block in self.blocks:
             if isinstance(block.mlp, Experts):
@@ -639,13 +682,16 @@ class Transformer(nn.Module):
         """Returns the weight of the output head, [V, D]. One in NF4 is dequantized at each call.
 
         Single rows that are trained (`head_rows`) stand in it without their gradient.
+        Raises UserError if the model has a score head in its place, or had one that was taken off.
         """
+        if self.score is not None or (self.head is None and not self.config.tied):
+            raise UserError(NO_LM_HEAD)
         return self.head_table.whole_weight(self.dtype)  # type: ignore[operator]
 
     @property
     def trains_head(self) -> bool:
         """True if the output head is trained, or rows of it are."""
-        return any(p.requires_grad for p in self.head_table.parameters())
+        return self.score is None and any(p.requires_grad for p in self.head_table.parameters())
 
     def head_rows(self) -> tuple[Tensor, Tensor] | None:
         """Returns the ids of the rows of the output head that are trained alone, int64 [R], and these
@@ -690,6 +736,9 @@ class Transformer(nn.Module):
             # multiply.
             scale = torch.tensor(self.config.embed_scale, dtype=x.dtype)
             x = x * scale.item()
+        if self.training and self.embedding_noise:
+            # After the scale, which transformers counts to the embedding as well.
+            x = self.add_noise(x, lengths[len(lengths) - len(x) :])
         if leading is not None:
             # Learned, so they are not scaled.
             x = torch.cat([leading.to(x.dtype), x])
@@ -709,6 +758,25 @@ class Transformer(nn.Module):
                 x, added = block(x, added, cos_sin, attention_fn)
         _, normed = add_then_norm(x, added, self.norm)
         return normed
+
+    def add_noise(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Returns the embeddings x with noise: NEFTune (Jain et al. 2023, algorithm 1).
+
+        It is uniform in (-1, 1), times embedding_noise / sqrt(L * D) in a text of L tokens. Virtual
+        tokens have none, and do not count in L.
+
+        x: [N, D], of the tokens.
+        lengths: int64 [N], as in `hidden`; the virtual tokens count there.
+        """
+        D = x.shape[1]
+        seeds = self.dropout_seeds.seeds
+        if seeds is None:
+            noise = 2 * torch.rand(x.shape, device=x.device) - 1
+        else:
+            noise = seeded_uniform(seeds, D)
+        own_lengths = lengths - self.virtual_tokens
+        scale = self.embedding_noise / (own_lengths * D).sqrt()  # [N]
+        return x + (noise * scale[:, None]).to(x.dtype)
 
     def cos_sin(self, number: int, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the cosines and sines of rope `number` of the configuration, [N, 1, r / 2] in the

@@ -1,25 +1,45 @@
-"""What is minimised: token cross-entropy on the trained tokens, and the balance of routed experts.
+"""What is minimised, each objective beside its equation: a row of OBJECTIVES is what --objective means.
 
-One definition of the loss everywhere, training and evaluation: the sum of token losses divided by
-the number of trained tokens, over the whole optimizer step (or file), whatever the micro-batches,
-gradient accumulation or ranks. So a batch of 8 is 2 x 4 to rounding, and a short answer weighs by
-its tokens, never by its place in a batch. Where records or messages have weights, both sums are
-weighted, as torch's own weighted cross-entropy is.
+One definition of a supervised loss everywhere, training and evaluation: the sum of token losses
+divided by the number of trained tokens, over the whole optimizer step (or file), whatever the
+micro-batches, gradient accumulation or ranks. So a batch of 8 is 2 x 4 to rounding, and a short
+answer weighs by its tokens, never by its place in a batch. Where records or messages have weights,
+both sums are weighted, as torch's own weighted cross-entropy is. Losses of whole examples (pairs,
+judged answers, classes) are likewise summed over a step's examples and divided by their number.
 
-An objective is a function of (model, batch, totals, losses), as `supervised_loss`, and a row of
-`OBJECTIVES`.
+To add an objective of whole examples: its equation, a function of `ScoredAnswers` and settings, and its
+row.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from adapting.score_head import REWARD, document_scores, head_labels
+from common.errors import UserError
 from data import Batch
+from dataset.encoding import (
+    AS_CLASSES,
+    AS_JUDGED,
+    AS_PAIRS,
+    AS_SCORED_PAIRS,
+    AS_TEXTS,
+    GOOD,
+    JUDGMENTS,
+    PAIR_KINDS,
+)
+from dataset.examples import Dataset
 from distributed import all_reduce_sum
-from kernels.cross_entropy import linear_cross_entropy
-from model import Experts, Transformer
+from families import Config
+from flags import OPTIONS, Flags, check_options_of_row, dashed
+from kernels.attention import Documents
+from kernels.cross_entropy import linear_cross_entropy, linear_token_losses
+from methods import METHODS, SCORE_METHODS, start_of
+from model import Experts, Transformer, eval_mode
 
 
 class StepTotals(NamedTuple):
@@ -31,6 +51,8 @@ class StepTotals(NamedTuple):
     replay_weight_sum: as loss_weight_sum, of replayed examples.
     stop_signal: the sum over ranks of the signals that ask for an end, which all have to hear of at
     the same step.
+    num_examples: the sum of the weights of examples that are taken as wholes.
+    kl: of KTO, the estimate of KL(policy || reference) that its equation holds, a scalar on the device.
     """
 
     num_trained: float
@@ -38,6 +60,8 @@ class StepTotals(NamedTuple):
     num_tokens: float
     replay_weight_sum: float = 0.0
     stop_signal: float = 0.0
+    num_examples: float = 0.0
+    kl: Tensor | float = 0.0
 
     @classmethod
     def of(cls, batches: list[Batch], stop_signal: int = 0) -> "StepTotals":
@@ -46,9 +70,10 @@ class StepTotals(NamedTuple):
         for batch in batches:
             num_trained = len(batch.targets)
             weights = [batch.loss_weight_sum, batch.num_tokens, batch.replay_weight_sum]
-            rows.append([num_trained, *weights, 0])
+            num_examples = batch.texts.weight_sum if batch.texts else 0.0
+            rows.append([num_trained, *weights, 0, num_examples])
         # The signal came to this rank, and not to each micro-batch.
-        rows[0][-1] = stop_signal
+        rows[0][4] = stop_signal
         # In float64, so that counts are exact.
         sums = torch.tensor(rows, dtype=torch.float64).sum(0)
         return cls(*all_reduce_sum(sums).tolist())
@@ -58,7 +83,9 @@ class Losses:
     """A step's losses, summed over its micro-batches, as float32 scalars on the device, without
     gradients.
 
-    loss: cross-entropy per trained token.
+    loss: that of the objective.
+    means: of an objective of whole examples, {name in metrics.jsonl: (sum, count)}, scalars each; every
+        micro-batch of every rank has the same names.
     replay_loss: the sum of the token losses of replayed examples.
     balance_loss: of routed experts; None where there are none.
     ewc_penalty: of --ewc (training/ewc.py), which is no part of `loss`; None without it.
@@ -67,6 +94,7 @@ class Losses:
     def __init__(self, device: torch.device):
         self.loss = torch.zeros((), device=device)
         self.replay_loss = torch.zeros((), device=device)
+        self.means: dict[str, Tensor] = {}
         self.balance_loss: Tensor | None = None
         self.ewc_penalty: Tensor | None = None
 
@@ -76,13 +104,23 @@ class Losses:
         else:
             self.balance_loss = balance + self.balance_loss
 
+    def add_means(self, means: dict[str, Tensor]) -> None:
+        """Adds those of a micro-batch, float32 [2] each: a sum and a count."""
+        for name, mean in means.items():
+            self.means[name] = self.means[name] + mean if name in self.means else mean
+
     def all_reduce(self) -> None:
         """Sums over all ranks."""
         # Without experts, a zero takes the place: there are always three numbers, in one message.
         balance = self.balance_loss
         if balance is None:
             balance = torch.zeros_like(self.loss)
-        sums = all_reduce_sum(torch.stack([self.loss, self.replay_loss, balance]))
+        parts = [self.loss, self.replay_loss, balance]
+        # The numbers of all means are in the same message.
+        parts += [number for mean in self.means.values() for number in mean]
+        sums = all_reduce_sum(torch.stack(parts))
+        for i, name in enumerate(self.means):
+            self.means[name] = sums[3 + 2 * i : 5 + 2 * i]
         self.loss = sums[0]
         self.replay_loss = sums[1]
         if self.balance_loss is not None:
@@ -97,12 +135,21 @@ class Losses:
             values["replay_loss"] = self.replay_loss / totals.replay_weight_sum
         if self.ewc_penalty is not None:
             values["ewc_penalty"] = self.ewc_penalty
+        for name, mean in self.means.items():
+            values[name] = mean[0] / mean[1]
+        if isinstance(totals.kl, Tensor):
+            values["kl"] = totals.kl
         return values
 
 
-def token_losses(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
+def token_losses(
+    model: Transformer, batch: Batch, smoothing: float = 0.0, by_confidence: bool = False
+) -> tuple[Tensor, Tensor]:
     """Returns the weighted sum of -log p(next token) over the batch's trained tokens, a float32
-    scalar, and each token's own, float32 [K], without a gradient."""
+    scalar, and each token's own, float32 [K], without a gradient.
+
+    smoothing, by_confidence: as in `linear_cross_entropy`, which makes other losses of it.
+    """
     hidden = model.flat(batch.tokens, batch.documents)  # [N, D]
     # Logits exist only where the next token is trained: each takes as many numbers as the
     # vocabulary has ids.
@@ -110,31 +157,63 @@ def token_losses(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
     head = model.head_weight()
     softcap = model.config.logit_softcap
     rows = model.head_rows()
-    return linear_cross_entropy(to_head, head, batch.targets, softcap, batch.loss_weights, rows)
+    return linear_cross_entropy(
+        to_head, head, batch.targets, softcap, batch.loss_weights, rows, smoothing, by_confidence
+    )
 
 
-def supervised_loss(model: Transformer, batch: Batch, totals: StepTotals, losses: Losses) -> Tensor:
+def supervised_loss(
+    model: Transformer,
+    batch: Batch,
+    totals: StepTotals,
+    losses: Losses,
+    smoothing: float = 0.0,
+    by_confidence: bool = False,
+) -> Tensor:
     """Returns a micro-batch's share of a step's loss, a float32 scalar whose gradients are to be
     accumulated: cross-entropy per trained token and, where experts are routed, the balance loss
     times the configuration's coefficient.
 
     totals: of the whole step.
     losses: to which this batch's part is added.
+    smoothing: --label-smoothing: a token's loss is (1 - smoothing) of its own and smoothing of the mean
+        over the vocabulary (Szegedy et al. 2016, arXiv 1512.00567, section 7).
+    by_confidence: each token's loss is multiplied by its probability, which has no gradient there (DFT,
+        Wu et al. 2025, arXiv 2508.05629, equation 9).
 
     A balance loss is a product of means, so it is not quite the same for another cut of the step
     into batches: each batch's weighs by its tokens.
     """
-    routed = [block.mlp for block in model.blocks if isinstance(block.mlp, Experts)]
-    # None lets the forward leave a load, and () keeps a block that is computed again in the
-    # backward from leaving another one.
-    for experts in routed:
-        experts.load = None
-    loss_sum, token_loss = token_losses(model, batch)
+    routed = experts_with_loads(model)
+    loss_sum, token_loss = token_losses(model, batch, smoothing, by_confidence)
     # By the step's weights, not the batch's: so the gradients of micro-batches only add up.
     loss = loss_sum / totals.loss_weight_sum
     losses.loss += loss.detach()
     if batch.replay_weights is not None:
         losses.replay_loss += token_loss @ batch.replay_weights
+    return add_balance(loss, model, routed, batch, totals, losses)
+
+
+def experts_with_loads(model: Transformer) -> list[Experts]:
+    """Returns the layers that route to experts, each of which leaves its load in the next forward."""
+    routed = [block.mlp for block in model.blocks if isinstance(block.mlp, Experts)]
+    # None lets the forward leave a load, and () keeps a block that is computed again in the
+    # backward from leaving another one.
+    for experts in routed:
+        experts.load = None
+    return routed
+
+
+def add_balance(
+    loss: Tensor,
+    model: Transformer,
+    routed: list[Experts],
+    batch: Batch,
+    totals: StepTotals,
+    losses: Losses,
+) -> Tensor:
+    """Returns a micro-batch's loss with its share of the balance loss of routed experts, if there are
+    any. routed: of `experts_with_loads`, before the forward."""
     if not routed:
         return loss
 
@@ -166,9 +245,6 @@ def balance_loss(loads: list[tuple[Tensor, Tensor]]) -> Tensor:
     return len(chosen) * (chosen * probability).sum()
 
 
-OBJECTIVES = {"supervised": supervised_loss}
-
-
 @torch.no_grad()
 def mean_loss(
     model: Transformer,
@@ -194,3 +270,560 @@ def mean_loss(
     sums = torch.tensor([total_loss, total_weight], dtype=torch.float64)
     loss, weight = all_reduce_sum(sums).tolist()
     return loss / weight
+
+
+# ---- objectives of whole examples: preferences, judgments, classes ----
+
+
+class ScoredAnswers(NamedTuple):
+    """What the equation of a preference is computed from: E examples of T answers each, 2 of a pair, of
+    which the first is the chosen one, else 1.
+
+    logps: float32 [E, T], the log-probability of each answer, the sum over its tokens; of an objective
+        with a score head, its scores, [E, T] of pairs and [E, classes] of classes.
+    reference: float32 [E, T], the same by the model before step 1; None where it is not needed.
+    lengths: float32 [E, T], tokens of each answer.
+    labels: int64 [E], of judged answers and classes.
+    kl: KTO's estimate of KL(policy || reference), which has no gradient.
+    """
+
+    logps: Tensor
+    reference: Tensor | None
+    lengths: Tensor
+    labels: Tensor
+    kl: Tensor | float = 0.0
+
+    @property
+    def ratios(self) -> Tensor:
+        """log(policy / reference) of each answer, [E, T]."""
+        assert self.reference is not None, "the objective's row asks for it"
+        return self.logps - self.reference
+
+    @property
+    def mean_logps(self) -> Tensor:
+        """The log-probability of each answer per token, [E, T]."""
+        return self.logps / self.lengths
+
+
+# The loss of each example, [E], and what rewards its answers, [E, T].
+LossesAndRewards = tuple[Tensor, Tensor]
+
+
+def dpo_loss(answers: ScoredAnswers, settings) -> LossesAndRewards:
+    """Rafailov et al. 2023, arXiv 2305.18290, equation 7: -log sigmoid(r_chosen - r_rejected), where the
+    reward is r = beta log(policy / reference).
+
+    --label-smoothing: the share of pairs whose answers are taken to be exchanged; Mitchell 2023,
+    https://ericmitchell.ai/cdpo.pdf, equation 3.
+    --length-normalized: r is divided by the answer's tokens; Lambert et al. 2024, arXiv 2411.15124.
+    """
+    ratios = answers.ratios
+    if settings.length_normalized:
+        ratios = ratios / answers.lengths
+    rewards = settings.beta * ratios
+    margins = rewards[:, 0] - rewards[:, 1]
+    exchanged = settings.label_smoothing
+    losses = -F.logsigmoid(margins)
+    if exchanged:
+        losses = (1 - exchanged) * losses - exchanged * F.logsigmoid(-margins)
+    return losses, rewards
+
+
+def ipo_loss(answers: ScoredAnswers, settings) -> LossesAndRewards:
+    """Azar et al. 2023, arXiv 2310.12036, equation 17: (h - 1 / (2 tau))^2, where h is the difference of
+    log(policy / reference) and tau is --beta.
+
+    The logarithms are means over the answer's tokens, else the square of a sum would grow with them.
+    """
+    ratios = answers.ratios / answers.lengths
+    margins = ratios[:, 0] - ratios[:, 1]
+    losses = (margins - 1 / (2 * settings.beta)).square()
+    return losses, settings.beta * ratios
+
+
+def simpo_loss(answers: ScoredAnswers, settings) -> LossesAndRewards:
+    """Meng et al. 2024, arXiv 2405.14734, equation 6: -log sigmoid(r_chosen - r_rejected - gamma), where
+    r = beta (log policy) / tokens and gamma is --margin. There is no reference."""
+    rewards = settings.beta * answers.mean_logps
+    losses = -F.logsigmoid(rewards[:, 0] - rewards[:, 1] - settings.margin)
+    return losses, rewards
+
+
+def orpo_loss(answers: ScoredAnswers, settings) -> LossesAndRewards:
+    """Hong et al. 2024, arXiv 2403.07691, equations 3 to 7: the chosen answer's own loss, plus beta times
+    -log sigmoid of the logarithm of the ratio of the odds p / (1 - p), where log p is (log policy) /
+    tokens. (beta is their lambda.) There is no reference."""
+    logp = answers.mean_logps
+    log_odds = logp - log_of_complement(logp)
+    odds_ratio = -F.logsigmoid(log_odds[:, 0] - log_odds[:, 1])
+    losses = -logp[:, 0] + settings.beta * odds_ratio
+    return losses, settings.beta * logp
+
+
+def log_of_complement(logp: Tensor) -> Tensor:
+    """Returns log(1 - exp(logp)) for logp <= 0, without cancellation (Maechler 2012). A probability that
+    is 1 but for rounding counts as the largest below 1."""
+    logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
+    # expm1 is exact near 0 and log1p far from it.
+    is_near = logp > -0.5
+    near = torch.log(-torch.expm1(torch.where(is_near, logp, -1.0)))
+    far = torch.log1p(-torch.exp(torch.where(is_near, -1.0, logp)))
+    return torch.where(is_near, near, far)
+
+
+def kto_loss(answers: ScoredAnswers, settings) -> LossesAndRewards:
+    """Ethayarajh et al. 2024, arXiv 2402.01306, equations 7 and 8: w (1 - sigmoid(r - beta z)) of a good
+    answer and w (1 - sigmoid(beta z - r)) of a bad one, where r = beta log(policy / reference), z is
+    the estimate of KL(policy || reference), and w is --desirable-weight or --undesirable-weight.
+    """
+    rewards = settings.beta * answers.ratios  # [E, 1]
+    above = rewards[:, 0] - settings.beta * answers.kl
+    is_good = answers.labels == JUDGMENTS.index(GOOD)
+    signed = torch.where(is_good, above, -above)
+    weights = torch.where(is_good, settings.desirable_weight, settings.undesirable_weight)
+    return weights * torch.sigmoid(-signed), rewards
+
+
+def reward_loss(answers: ScoredAnswers, settings) -> LossesAndRewards:
+    """Bradley and Terry 1952, as reward models are trained; Ouyang et al. 2022, arXiv 2203.02155,
+    equation 1 for pairs: -log sigmoid(score of the chosen - score of the rejected answer)."""
+    scores = answers.logps
+    return -F.logsigmoid(scores[:, 0] - scores[:, 1]), scores
+
+
+def class_loss(answers: ScoredAnswers, settings) -> LossesAndRewards:
+    """Cross-entropy over the classes: -log softmax(scores)[class]."""
+    scores = answers.logps
+    smoothing = settings.label_smoothing
+    losses = F.cross_entropy(scores, answers.labels, reduction="none", label_smoothing=smoothing)
+    return losses, scores
+
+
+def means_of_pairs(answers: ScoredAnswers, rewards: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Returns what is reported of pairs: {name in metrics.jsonl: [weighted sum, sum of weights]}.
+
+    accuracy: the share of pairs whose chosen answer has the higher reward, equal ones count half.
+    margin: by how much it is higher. reward_chosen, reward_rejected: both rewards.
+    weights: float32 [E].
+    """
+    margins = rewards[:, 0] - rewards[:, 1]
+    values = {
+        "accuracy": (margins.sign() + 1) / 2,
+        "margin": margins,
+        "reward_chosen": rewards[:, 0],
+        "reward_rejected": rewards[:, 1],
+    }
+    return {name: weighted_mean(value, weights) for name, value in values.items()}
+
+
+def means_of_logps(answers: ScoredAnswers, rewards: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Returns `means_of_pairs`, and the log-probabilities of both answers: that of the chosen one may
+    fall too, as long as that of the other one falls faster."""
+    means = means_of_pairs(answers, rewards, weights)
+    for i, name in enumerate(("logp_chosen", "logp_rejected")):
+        means[name] = weighted_mean(answers.logps[:, i], weights)
+    return means
+
+
+def means_of_judged(answers: ScoredAnswers, rewards: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Returns the mean rewards of good and of bad answers, and the share of answers that lie on their
+    own side of the KL: above it the good ones, below it the bad ones."""
+    is_good = answers.labels == JUDGMENTS.index(GOOD)
+    above = answers.ratios[:, 0] - answers.kl
+    is_right = (torch.where(is_good, above, -above).sign() + 1) / 2
+    return {
+        "accuracy": weighted_mean(is_right, weights),
+        "reward_good": weighted_mean(rewards[:, 0], weights * is_good),
+        "reward_bad": weighted_mean(rewards[:, 0], weights * ~is_good),
+    }
+
+
+def means_of_classes(answers: ScoredAnswers, rewards: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Returns the share of texts whose own class has the highest score."""
+    is_right = (answers.logps.argmax(-1) == answers.labels).float()
+    return {"accuracy": weighted_mean(is_right, weights)}
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Returns the weighted sum of some values and the sum of the weights, float32 [2]."""
+    return torch.stack([(values.detach() * weights).sum(), weights.sum()])
+
+
+class Objective(NamedTuple):
+    """What is minimised.
+
+    kind: what an example is, of dataset/encoding.py.
+    equation: the loss of each example; None for a supervised loss, of tokens.
+    means: what is reported of a batch's examples.
+    has_reference: it compares with the model before step 1.
+    has_head: a score head takes the place of the output head.
+    options: names of the options that this objective reads, and not all others do.
+    defaults: of these, where they are left open.
+    lr_factor: of the default learning rate.
+    title: in a few words, for the summary.
+    """
+
+    kind: str
+    title: str
+    equation: Callable[[ScoredAnswers, "object"], LossesAndRewards] | None = None
+    means: Callable[[ScoredAnswers, Tensor, Tensor], dict[str, Tensor]] = means_of_logps
+    has_reference: bool = False
+    has_head: bool = False
+    options: tuple[str, ...] = ()
+    defaults: Mapping[str, float] = MappingProxyType({})
+    lr_factor: float = 1.0
+
+
+# The factors of the learning rate are those of a sweep on the default base (experiments/LOG.md).
+OBJECTIVES = {
+    "sft": Objective(
+        AS_TEXTS,
+        "supervised fine-tuning: cross-entropy of the trained tokens",
+        options=("label_smoothing", "neftune"),
+    ),
+    "dft": Objective(
+        AS_TEXTS,
+        "dynamic fine-tuning: each token's cross-entropy times its probability",
+        options=("neftune",),
+    ),
+    "dpo": Objective(
+        AS_PAIRS,
+        "direct preference optimization",
+        dpo_loss,
+        has_reference=True,
+        options=("beta", "label_smoothing", "length_normalized"),
+        defaults={"beta": 0.1},
+        lr_factor=0.1,
+    ),
+    "ipo": Objective(
+        AS_PAIRS,
+        "identity preference optimization",
+        ipo_loss,
+        has_reference=True,
+        options=("beta",),
+        defaults={"beta": 0.1},
+        lr_factor=0.1,
+    ),
+    "kto": Objective(
+        AS_JUDGED,
+        "Kahneman-Tversky optimization",
+        kto_loss,
+        means_of_judged,
+        has_reference=True,
+        options=("beta", "desirable_weight", "undesirable_weight"),
+        defaults={"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+        lr_factor=0.1,
+    ),
+    "orpo": Objective(
+        AS_PAIRS,
+        "odds ratio preference optimization",
+        orpo_loss,
+        options=("beta",),
+        defaults={"beta": 0.1},
+        lr_factor=0.1,
+    ),
+    "simpo": Objective(
+        AS_PAIRS,
+        "simple preference optimization",
+        simpo_loss,
+        options=("beta", "margin"),
+        defaults={"beta": 2.0, "margin": 1.0},
+        lr_factor=0.1,
+    ),
+    "reward": Objective(
+        AS_SCORED_PAIRS,
+        "reward model: a score of each answer, the chosen one's higher",
+        reward_loss,
+        means_of_pairs,
+        has_head=True,
+        lr_factor=0.1,
+    ),
+    "classify": Objective(
+        AS_CLASSES,
+        "classification: a score of each class after a text",
+        class_loss,
+        means_of_classes,
+        has_head=True,
+        options=("label_smoothing",),
+    ),
+}
+
+
+# What goes only with a loss of tokens: {option: why}.
+OF_TOKENS = {
+    "replay": "mixes in texts whose tokens are trained",
+    "eval_metric": "compares answers with references",
+    "budget": "is for the bundled task",
+    "full_run": "is for the bundled task",
+}
+# What needs an output head.
+OF_OUTPUT_HEAD = ("safety", "forget_data", "forget_limit", "ewc")
+
+
+def check_objective(flags: Flags) -> None:
+    """Raises UserError for options that --objective does not go with."""
+    rows = {name: row.options for name, row in OBJECTIVES.items()}
+    check_options_of_row(flags, "objective", rows)
+    row = OBJECTIVES[flags.objective]
+    name = f"--objective {flags.objective}"
+    smoothing = flags.label_smoothing
+    if flags.objective == "dpo" and smoothing >= 0.5:
+        why = "as half of the pairs and more would be taken the other way round"
+        raise UserError(f"--label-smoothing {smoothing:g}: must be below 0.5 for dpo, {why}")
+    if smoothing >= 1:
+        raise UserError(f"--label-smoothing {smoothing:g}: must be below 1")
+    if row.kind == AS_TEXTS:
+        return
+    if not flags.data:
+        raise UserError(f"{name}: the bundled task has no such data; give --data FILE")
+    without = dict(OF_TOKENS)
+    if row.has_head:
+        without |= dict.fromkeys(
+            OF_OUTPUT_HEAD, "needs an output head, which a score head replaces"
+        )
+    for option, why in without.items():
+        if getattr(flags, option):
+            raise UserError(f"{dashed(option)}: {why}; not with {name}")
+    if row.has_head and not METHODS[flags.method].trains_score_head:
+        raise UserError(f"{name}: is for --method {SCORE_METHODS}, not {flags.method}")
+    for option in ("truncate", "train_on"):
+        if getattr(flags, option) != OPTIONS[option].default:
+            raise UserError(f"{dashed(option)}: {name} takes whole answers; leave it out")
+    if flags.context_parallel > 1:
+        raise UserError(f"--context-parallel: shares the tokens of a text; not with {name}")
+
+
+# ---- a run's objective, as the loop calls it ----
+
+# Returns the log-probability of each text of a batch by the model before step 1, float32 [count].
+ReferenceFn = Callable[[Batch], Tensor]
+
+
+class SupervisedRun:
+    """A supervised objective of a run: what the loop and the validation call."""
+
+    def __init__(self, settings):
+        self.settings = settings
+
+    def __call__(
+        self, model: Transformer, batch: Batch, totals: StepTotals, losses: Losses
+    ) -> Tensor:
+        """Returns a micro-batch's share of a step's loss, see `supervised_loss`."""
+        smoothing = self.settings.label_smoothing
+        by_confidence = self.settings.objective == "dft"
+        return supervised_loss(model, batch, totals, losses, smoothing, by_confidence)
+
+    def begin_step(
+        self, model: Transformer, batches: list[Batch], totals: StepTotals
+    ) -> StepTotals:
+        """Returns the step's totals: there is nothing to compute before its first micro-batch."""
+        return totals
+
+    def validate(
+        self, model: Transformer, batches: Iterable[Batch], take: Callable[[Tensor], None]
+    ) -> dict[str, float]:
+        """Returns {"loss": the plain cross-entropy per trained token over all batches, of all ranks}.
+
+        take: is given what `sums_of_examples` makes of this rank's batches.
+        """
+
+        def take_sums(batch: Batch, token_loss: Tensor) -> None:
+            # Ranks that share a batch have no whole examples.
+            if isinstance(batch.documents, Documents):
+                take(sums_of_examples(batch, batch.documents, token_loss))
+
+        return {"loss": mean_loss(model, batches, take_sums)}
+
+
+def sums_of_examples(batch: Batch, documents: Documents, token_loss: Tensor) -> Tensor:
+    """Returns the weighted sum of the token losses of each example of a batch, and the sum of their
+    weights: float32 [2, examples]. token_loss: float32 [K]."""
+    ends = documents.cu_seqlens[1:].long()
+    numbers = torch.bucketize(batch.logit_positions, ends, right=True)  # [K]
+    weights = batch.loss_weights
+    if weights is None:
+        weights = torch.ones_like(token_loss)
+    sums = torch.zeros(2, len(documents.lengths), device=token_loss.device)
+    return sums.index_add_(1, numbers, torch.stack([token_loss * weights, weights]))
+
+
+class WholeRun:
+    """An objective of whole examples of a run: what the loop and the validation call.
+
+    reference: None where the objective has none.
+    """
+
+    def __init__(self, settings, reference: ReferenceFn | None):
+        self.settings = settings
+        self.row = OBJECTIVES[settings.objective]
+        self.reference = reference
+
+    def __call__(
+        self, model: Transformer, batch: Batch, totals: StepTotals, losses: Losses
+    ) -> Tensor:
+        """Returns a micro-batch's share of a step's loss, a float32 scalar: the mean over the step's
+        examples, and the balance loss of routed experts where there are any.
+
+        losses: to which this batch's part is added.
+        """
+        # Before the forward that leaves the experts' loads.
+        reference = self.reference(batch) if self.reference else None
+        routed = experts_with_loads(model)
+        answers = self.answers(batch, self.values(model, batch), reference, totals.kl)
+        assert self.row.equation is not None and batch.texts is not None
+        weights = batch.texts.weights
+        losses_of_examples, rewards = self.row.equation(answers, self.settings)
+        loss = (losses_of_examples * weights).sum() / totals.num_examples
+        losses.loss += loss.detach()
+        losses.add_means(self.row.means(answers, rewards, weights))
+        return add_balance(loss, model, routed, batch, totals, losses)
+
+    def values(self, model: Transformer, batch: Batch) -> Tensor:
+        """Returns the log-probability of each text, float32 [count]; with a score head its scores,
+        [count, labels]."""
+        assert batch.texts is not None, "the data were read for this objective"
+        if not self.row.has_head:
+            return text_logps(model, batch)
+        assert isinstance(batch.documents, Documents), "check_objective refuses --context-parallel"
+        # A dummy's only document is no text of the batch.
+        return document_scores(model, batch.tokens, batch.documents)[: batch.texts.count]
+
+    def answers(
+        self, batch: Batch, values: Tensor, reference: Tensor | None, kl: Tensor | float
+    ) -> ScoredAnswers:
+        """Returns the examples of a batch as an equation takes them."""
+        texts = batch.texts
+        assert texts is not None
+        texts_per_example = 2 if self.row.kind in PAIR_KINDS else 1
+        shape = (len(texts.weights), texts_per_example)
+        if self.row.kind != AS_CLASSES:
+            values = values.reshape(shape)
+        if reference is not None:
+            reference = reference.reshape(shape)
+        return ScoredAnswers(values, reference, texts.lengths.reshape(shape), texts.labels, kl)
+
+    def begin_step(
+        self, model: Transformer, batches: list[Batch], totals: StepTotals
+    ) -> StepTotals:
+        """Returns the step's totals with KTO's KL: the mean of log(policy / reference) over the step's
+        prompts, each with the answer to another one, and not below 0 (section 4.1 of the paper)."""
+        if self.row.kind != AS_JUDGED:
+            return totals
+        sums = torch.stack([self.divergence(model, batch) for batch in batches]).sum(0)
+        kl_sum, count = all_reduce_sum(sums)
+        return totals._replace(kl=(kl_sum / count).clamp(min=0))
+
+    @torch.no_grad()
+    def divergence(self, model: Transformer, batch: Batch) -> Tensor:
+        """Returns the weighted sum of log(policy / reference) over a batch's mismatched answers, and the
+        sum of the weights, float32 [2]."""
+        # A rank without any computes all the same, as the others wait for it.
+        other = batch.mismatched or batch
+        assert other.texts is not None and self.reference is not None
+        reference = self.reference(other)
+        with eval_mode(model):
+            ratios = text_logps(model, other) - reference
+        return weighted_mean(ratios, other.texts.weights)
+
+    @torch.no_grad()
+    def validate(
+        self, model: Transformer, batches: Iterable[Batch], take: Callable[[Tensor], None]
+    ) -> dict[str, float]:
+        """Returns the mean loss and what is reported beside it over all batches, of all ranks:
+        {"loss": ..., "accuracy": ..., ...}.
+
+        take: is given the weighted loss of each of this rank's examples and its weight, float32
+        [2, examples].
+        """
+        parts: list[ScoredAnswers] = []
+        weights = []
+        divergence = torch.zeros(2, device=model.device)
+        for batch in batches:
+            reference = self.reference(batch) if self.reference else None
+            parts.append(self.answers(batch, self.values(model, batch), reference, 0.0))
+            assert batch.texts is not None
+            weights.append(batch.texts.weights)
+            if self.row.kind == AS_JUDGED:
+                divergence += self.divergence(model, batch)
+        # An equation is computed once for all examples, since KTO's has the KL of all of them.
+        kl: Tensor | float = 0.0
+        if self.row.kind == AS_JUDGED:
+            kl_sum, count = all_reduce_sum(divergence)
+            kl = (kl_sum / count).clamp(min=0)
+        answers = join_scored(parts, kl)
+        weight = torch.cat(weights)
+        assert self.row.equation is not None
+        losses, rewards = self.row.equation(answers, self.settings)
+        take(torch.stack([losses * weight, weight]))
+        means = {"loss": weighted_mean(losses, weight)} | self.row.means(answers, rewards, weight)
+        sums = all_reduce_sum(torch.stack(list(means.values())).double())
+        values = (sums[:, 0] / sums[:, 1]).tolist()
+        result = dict(zip(means, values, strict=True))
+        if isinstance(kl, Tensor):
+            result["kl"] = float(kl)
+        return result
+
+
+def join_scored(parts: list[ScoredAnswers], kl: Tensor | float) -> ScoredAnswers:
+    """Returns the answers of several batches as those of one."""
+    reference = None
+    if parts[0].reference is not None:
+        reference = torch.cat([part.reference for part in parts if part.reference is not None])
+    return ScoredAnswers(
+        torch.cat([part.logps for part in parts]),
+        reference,
+        torch.cat([part.lengths for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        kl,
+    )
+
+
+def text_logps(model: Transformer, batch: Batch) -> Tensor:
+    """Returns the log-probability of each text's trained tokens, the sum over them, float32 [count].
+    With gradients, no tensor of [tokens, vocabulary] exists."""
+    texts = batch.texts
+    assert texts is not None
+    hidden = model.flat(batch.tokens, batch.documents)  # [N, D]
+    to_head = hidden.index_select(0, batch.logit_positions)  # [K, D]
+    softcap = model.config.logit_softcap
+    losses = linear_token_losses(
+        to_head, model.head_weight(), batch.targets, softcap, model.head_rows()
+    )
+    sums = losses.new_zeros(texts.count)
+    return sums.index_add(0, texts.text_of_target, -losses)
+
+
+def examples_wanted(flags: Flags, config: Config) -> tuple[str, tuple[str, ...]]:
+    """Returns the kind of examples that a run's objective takes, of dataset/encoding.py, and the classes
+    that the model tells apart already, () where it has none.
+
+    config: of the base.
+    """
+    kind = OBJECTIVES[flags.objective].kind
+    known = head_labels(config, start_of(flags)) if kind == AS_CLASSES else None
+    return kind, known or ()
+
+
+def labels_of_head(flags: Flags, config: Config, train: Dataset) -> tuple[str, ...] | None:
+    """Returns the labels of the score head that a run trains; None if it trains with the output head.
+
+    config: of the base. train: the examples.
+    """
+    row = OBJECTIVES[flags.objective]
+    if not row.has_head:
+        return None
+    if row.kind == AS_CLASSES:
+        return train.label_names
+    # Other programs call the one label of a reward model otherwise.
+    known = head_labels(config, start_of(flags))
+    return known if known is not None and len(known) == 1 else (REWARD,)
+
+
+RunObjective = SupervisedRun | WholeRun
+
+
+def make_objective(settings, reference: ReferenceFn | None) -> RunObjective:
+    """Returns a run's objective. reference: None where its row has none."""
+    if OBJECTIVES[settings.objective].kind == AS_TEXTS:
+        return SupervisedRun(settings)
+    return WholeRun(settings, reference)

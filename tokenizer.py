@@ -76,6 +76,8 @@ EMPTY_THINK = ("train", "mask")
 SHORTEST_HEADER = 8
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)  # of Jinja
 EMPTY_BLOCK = re.compile(r"\s*<think>\s*</think>\n*")
+RAREST = "\U0010fffd"  # the last character that is for private use
+SPARE = re.compile("unused|reserved|extra", re.IGNORECASE)
 WORD = ("Nd", "Nl", "Pc")  # Unicode categories of characters in words, with all letters and marks
 # Of parts of conversations with fewer characters, the ids are kept from one conversation to the
 # next.
@@ -122,6 +124,19 @@ class Encoded(NamedTuple):
     is_exact: bool
 
 
+class Padding(NamedTuple):
+    """The token that a batch of texts is padded with.
+
+    id, text: None if no token is fit for it.
+    note: a clause that says why it is another than the tokenizer's own, or why there is none; "" where
+        it is the tokenizer's own.
+    """
+
+    id: int | None
+    text: str | None
+    note: str
+
+
 @dataclass
 class Tokenizer:
     """What `load_tokenizer` returns.
@@ -150,6 +165,7 @@ class Tokenizer:
     empty_think: str = "train"
     # The system message of conversations that have none of their own; "" for none.
     system: str = ""
+    adds_eos: bool = False  # in this model's training, plain text ends with eos
 
     def __post_init__(self) -> None:
         self.special_tokens = {
@@ -189,7 +205,8 @@ class Tokenizer:
         }
         self._hidden_parts = {name: HiddenParts(template) for name, template in self._jinja.items()}
         # The trial needs all that is above.
-        self.unlisted_ends = self._answer_end() - self.stop_ids
+        self._answer_ends = self._answer_end()
+        self.unlisted_ends = self._answer_ends - self.stop_ids
         self.stop_ids = self.stop_ids | self.unlisted_ends
 
     # ---- text ----
@@ -700,6 +717,58 @@ class Tokenizer:
         for template in self._jinja.values():
             template.process = None
 
+    def padding(self, rows: int) -> Padding:
+        """Returns a padding token that no text ends with, so that the last token of a text that is not
+        padding is the text's last token.
+
+        A text ends with the tokenizer's eos, with what the template writes last, or with plain text,
+        which holds no special token. The tokenizer's own padding token is kept if it is none of
+        these. Else it is another special token that the template does not write: one that is called
+        after padding, the unknown token, one that is reserved or unused, or any other.
+
+        rows: of the model's embedding table, which must have the token.
+        """
+        ends, written = self._texts_ends()
+        by_id = {id: text for text, id in self.special_tokens.items() if id < rows}
+        if self.pad_id in by_id and self.pad_id not in ends:
+            return Padding(self.pad_id, by_id[self.pad_id], "")
+        reason = "the tokenizer names no padding token"
+        if self.pad_id is not None:
+            own = self.decode([self.pad_id])
+            reason = f"texts may end with the tokenizer's own, {own}"
+            if self.pad_id >= rows:
+                reason = f"the model has no embedding for the tokenizer's own, {own}"
+        unfit = ends | written | {self.bos_id}
+        unknown = self.names.get("unk_token")
+        # A character that no vocabulary has. Where it becomes the unknown token, texts may end with it.
+        if unknown in self.special_tokens and self.special_tokens[unknown] in self.encode(RAREST):
+            unfit.add(self.special_tokens[unknown])
+        candidates = {text: id for id, text in sorted(by_id.items()) if id not in unfit}
+        choices = [text for text in candidates if "pad" in text.lower()]
+        choices += [text for text in candidates if text == unknown]
+        choices += [text for text in candidates if SPARE.search(text)]
+        choices += candidates
+        if not choices:
+            return Padding(None, None, f"no token is fit for padding ({reason})")
+        text = choices[0]
+        return Padding(candidates[text], text, f"the padding token is {text}: {reason}")
+
+    def _texts_ends(self) -> tuple[set[int], set[int]]:
+        """Returns the ids that texts may end with, and the special ones that the template writes, found
+        by trials."""
+        ends = self._answer_ends | {id for id in (self.eos_id,) if id is not None}
+        written: set[int] = set()
+        system, question, answer = (
+            {"role": role, "content": "a"} for role in ("system", "user", "assistant")
+        )
+        trials = ([question], [question, answer], [system, question, answer])
+        for chat in self.render_each([(messages, None) for messages in trials]):
+            # Not every template takes a system message.
+            if isinstance(chat, EncodedChat):
+                ends.add(chat.ids[-1])
+                written |= self._special_ids.intersection(chat.ids)
+        return ends, written
+
     def save_template(self, folder: Path) -> None:
         """Writes a named template into a folder, so that the model is served with the template it
         was trained with. One that came from files is copied with them."""
@@ -896,10 +965,12 @@ def load_tokenizer(
         stop_ids |= _eos_ids(place / "config.json")
         stop_ids |= _eos_ids(place / "generation_config.json")
     # A tokenizer.json says it in its post-processor. Without one, bos is the rule.
-    writes_bos = True
+    writes_bos, writes_eos = True, False
     if spec:
         writes_bos = always_writes(spec.get("post_processor"), names.get("bos_token"), 0)
+        writes_eos = always_writes(spec.get("post_processor"), names.get("eos_token"), -1)
     adds_bos = config.get("add_bos_token", writes_bos)
+    adds_eos = config.get("add_eos_token", writes_eos)
     if template == "chatml" and not {"<|im_start|>", "<|im_end|>"} <= added.keys():
         missing = "the tokenizer has no <|im_start|> and <|im_end|>"
         raise UserError(
@@ -921,6 +992,7 @@ def load_tokenizer(
         day=day,
         empty_think=empty_think,
         system=system,
+        adds_eos=adds_eos is True,
     )
 
 

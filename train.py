@@ -25,12 +25,10 @@ import dataclasses
 import functools
 import math
 import signal
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import distributed
 from adapters import check_room_for_text
@@ -40,19 +38,26 @@ from adapting.new_tokens import (
     ids_of_tokens,
     new_tokens_of,
 )
-from adapting.stacked_experts import why_peft_can_t
 from adapting.tables import vocabulary_size
 from checkpoint import read_config
 from common.console import lasting_output
 from common.errors import UserError
 from common.folder_lock import FolderLock
-from data import MicroBatches, TrainingData, load_training_data
+from data import MicroBatches, TrainingData, load_training_data, needs_seeds
 from families import Config
 from flags import Flags
 from interop.resolve import base_folder, pick_tokenizer
 from methods import load_trainable, lr_factors, method_of_adapter, quant_of, start_of
 from model import Transformer
-from objectives import OBJECTIVES, Losses, StepTotals
+from objectives import (
+    Losses,
+    RunObjective,
+    StepTotals,
+    check_objective,
+    examples_wanted,
+    labels_of_head,
+    make_objective,
+)
 from optimizers import SCHEDULES, make_optimizers
 from planning import report
 from tokenizer import Tokenizer
@@ -75,6 +80,7 @@ from training.metrics import MetricsLogger
 from training.model_card import ModelCard
 from training.outcome import finish, save_weights
 from training.profiling import profiled
+from training.reference import note_reference, reference_of_run
 from training.run_folder import (
     identify_run,
     open_run,
@@ -106,6 +112,7 @@ def train(flags: Flags, lock: FolderLock) -> None:
     if opened.is_complete:
         return
     device, resumed = opened.device, opened.checkpoint
+    check_objective(opened.flags)
 
     # ---- base model, tokenizer, data: what is downloaded or converted is cached once a machine
     inputs = read_inputs(opened.flags, device)
@@ -120,11 +127,12 @@ def train(flags: Flags, lock: FolderLock) -> None:
         safety.check_shard(settings)
 
     # ---- model, objective, micro-batches; and the settings that a trial decides
-    model = load_trainable(settings, folder, device)
-    objective = OBJECTIVES["supervised"]
+    labels = labels_of_head(settings, inputs.config, data.train)
+    model = load_trainable(settings, folder, device, labels)
+    objective = make_objective(settings, reference_of_run(settings, model))
     loader = MicroBatches(
         data.train, data.sampler, device, settings.batch_size, settings.accumulate, settings.max_tokens, settings.seed,
-        dropout=bool(settings.dropout), context_parallel=settings.context_parallel,
+        seeded=needs_seeds(settings), context_parallel=settings.context_parallel,
     )  # fmt: skip
     settings, demo = expect_time(settings, inputs, model, objective, device)
     scorer = None
@@ -152,12 +160,13 @@ def train(flags: Flags, lock: FolderLock) -> None:
         save_config(settings, out)
     distributed.start_training_timeout(settings.timeout)
     card = ModelCard(settings, origin, folder, data, tokenizer, metrics, state)
-    if model.config.vocab_size > inputs.config.vocab_size:
-        card.model_vocabulary = model.config.vocab_size
-    card.peft_problem = why_peft_can_t(model)
+    card.see(model, inputs.config)
+    note_reference(settings, model, data, out, bool(resumed))
     save = functools.partial(save_weights, card, model)
     # Before a step is taken or a checkpoint loaded, since it measures against the base.
-    evaluator = Evaluator(settings, out, model, data, metrics, state, device, save, scorer)
+    evaluator = Evaluator(
+        settings, out, model, objective, data, metrics, state, device, save, scorer
+    )
     if safety:
         safety.measure_base(model)
     card.first_answers = answers_before(card, model)
@@ -239,7 +248,8 @@ def read_inputs(flags: Flags, device: torch.device) -> Inputs | None:
         rows = max(rows, tokenizer.vocab_size)
     with distributed.local_rank0_first():
         limit = config.max_positions - virtual_tokens
-        data = load_training_data(flags, tokenizer, limit, rows, device)
+        kind, classes = examples_wanted(flags, config)
+        data = load_training_data(flags, tokenizer, limit, rows, device, kind, classes)
         safety = SafetyCheck(flags.safety, tokenizer) if flags.safety else None
     if flags.plan:
         flags, steps_per_epoch = choose_steps(flags, data.sampler)
@@ -254,7 +264,7 @@ def expect_time(
     settings: Settings,
     inputs: Inputs,
     model: Transformer,
-    objective: Callable[..., Tensor],
+    objective: RunObjective,
     device: torch.device,
 ) -> tuple[Settings, Demo | None]:
     """Measures this machine's pace, and prints the model and the run that is expected. Of the bundled task
@@ -279,7 +289,7 @@ def expect_time(
 
 
 def choose_kernels(
-    settings: Settings, model: Transformer, objective: Callable[..., Tensor], loader: MicroBatches
+    settings: Settings, model: Transformer, objective: RunObjective, loader: MicroBatches
 ) -> None:
     """Compiles the blocks (--compile), and takes the version of attention that --attention names."""
     if settings.compile == "on":
@@ -292,7 +302,7 @@ def choose_kernels(
 def train_loop(
     settings: Settings,
     model: Transformer,
-    objective: Callable[..., Tensor],
+    objective: RunObjective,
     optimizers: list,
     loader: MicroBatches,
     state: TrainState,
@@ -304,7 +314,7 @@ def train_loop(
 ) -> None:
     """The loop on a page: from `state.step` to the last step, a signal, or early stopping.
 
-    objective: a row of OBJECTIVES.
+    objective: of objectives.make_objective.
     optimizers: stepped one after the other.
     evaluator, checkpointer: None where only the steps count, as under --profile.
     ewc: None without --ewc.
@@ -329,6 +339,7 @@ def train_loop(
         # the sum of their weights. So one micro-batch of 8 equals two of 4, or one of 4 on each of
         # two ranks. The stop signal travels along, since all ranks must stop at the same step.
         totals = StepTotals.of(micro_batches, stop.signal)
+        totals = objective.begin_step(model, micro_batches, totals)
 
         losses = Losses(loader.device)
         for i, batch in enumerate(micro_batches):  # gradient accumulation

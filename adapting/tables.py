@@ -27,6 +27,7 @@ from adapter_files import (
     weights_file,
     whole_weight,
 )
+from adapting.score_head import other_saved_modules
 from checkpoint import copy_local_rows, open_safetensors
 from common.errors import UserError, read_json_if_there
 from distributed import to_local
@@ -84,6 +85,7 @@ class TrainedTable(nn.Module):
     """
 
     is_adapter = True
+    takes_score_head = True
     # The end of its parameter's name, by which optimizers.py gives it a rate.
     rate_name = ".trained_table"
 
@@ -192,7 +194,7 @@ class TrainedTable(nn.Module):
         return bias
 
     def tensors(self, model: Transformer, name: str) -> dict[str, Tensor]:
-        places = [name, "head"] if model.head is None else [name]
+        places = [name, "head"] if is_head_tied(model) else [name]
         # peft wants the table of a tied head twice, though it makes one of it.
         return {name_of_table(model, place): self.trained_table for place in places}
 
@@ -273,9 +275,15 @@ def rows_of_table(table: Any) -> int:
 def tables_of(model: Transformer) -> dict[str, nn.Module]:
     """Returns the embedding table and, where it is another one, the output head, by our names."""
     tables: dict[str, nn.Module] = {"embed": model.embed}
-    if model.head is not None:
+    # Where there is a score head, an LM head is not used.
+    if model.head is not None and model.score is None:
         tables["head"] = model.head
     return tables
+
+
+def is_head_tied(model: Transformer) -> bool:
+    """True if the embedding table is the output head, too."""
+    return model.head is None and model.score is None
 
 
 def trained_tables(model: Transformer) -> dict[str, TrainedTable]:
@@ -315,7 +323,7 @@ def vocabulary_size(config: Config, adapter: str | Path | None) -> int:
 def has_tables(adapter: str | Path) -> bool:
     """True if the adapter in a folder says that it has rows or tables of embeddings."""
     config = read_json_if_there(Path(adapter) / CONFIG_FILE)
-    return bool(config.get("trainable_token_indices") or config.get("modules_to_save"))
+    return bool(config.get("trainable_token_indices") or other_saved_modules(config))
 
 
 # ---- new rows ----
@@ -387,7 +395,11 @@ def check_saved_names(model: Transformer, names: Sequence[str], where: str) -> s
 
     Raises UserError for a name that is none of them.
     """
-    known = {"embed": peft_name(model, "embed"), "head": peft_name(model, "head")}
+    known = {"embed": peft_name(model, "embed")}
+    what = "the embedding table"
+    if model.score is None:
+        known["head"] = peft_name(model, "head")
+        what += " and the output head"
     found = set()
     for name in names:
         # Of older versions of transformers, which peft's files may be from.
@@ -400,8 +412,7 @@ def check_saved_names(model: Transformer, names: Sequence[str], where: str) -> s
         if not matching:
             wanted = " and ".join(each.rpartition(".")[2] for each in known.values())
             raise UserError(
-                f"{where}: {name} is not supported; of this model it can name {wanted}, the embedding"
-                " table and the output head"
+                f"{where}: {name} is not supported; of this model it can name {wanted}, {what}"
             )
         found.update(matching)
     return found
@@ -416,7 +427,7 @@ def asked_tables(model: Transformer, text: str | None) -> set[str]:
     if "" in names:
         raise UserError(f"--modules-to-save {text}: a name in it is empty")
     saved = check_saved_names(model, names, "--modules-to-save")
-    if model.head is None and saved == {"head"}:
+    if is_head_tied(model) and saved == {"head"}:
         embedding = peft_name(model, "embed").rpartition(".")[2]
         raise UserError(
             f"--modules-to-save {text}: the output head of this model is its embedding table; name"
@@ -468,7 +479,7 @@ def described_tables(model: Transformer) -> dict:
         else:
             config.setdefault("modules_to_save", []).append(published)
     # Without it peft would train and load a table that the head is no longer tied to.
-    if config.get("modules_to_save") and model.head is None:
+    if config.get("modules_to_save") and is_head_tied(model):
         config["ensure_weight_tying"] = True
     return config
 
@@ -510,14 +521,14 @@ def tidy_tables(
     name of a table: the ids whose rows are}.
     Raises UserError for what would be ignored here.
     """
-    names = config.get("modules_to_save") or []
+    names = other_saved_modules(config) or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: modules_to_save must be a list of names")
     named = check_saved_names(model, names, f"{where}: modules_to_save")
     rows = described_rows(model, config.get("trainable_token_indices"), where)
     for name in ("embed", "head"):
         take_what_is_there_twice(model, name, rows, tensors)
-    if model.head is None:
+    if is_head_tied(model):
         refuse_untied(model, named, where, tensors)
         named.discard("head")
     return named, rows
@@ -557,7 +568,7 @@ def take_what_is_there_twice(
     table = tensors.pop(f"{published}.token_adapter.base_layer.weight", None)
     trained = tensors.get(published + ROWS_END)
     # The output head's list is not repeated where it is tied.
-    ids = rows.get(name) or (rows.get("embed", []) if model.head is None else [])
+    ids = rows.get(name) or (rows.get("embed", []) if is_head_tied(model) else [])
     if table is None:
         return
     fits = trained is not None and trained.shape == (len(ids), *table.shape[1:])
@@ -589,7 +600,7 @@ def described_rows(model: Transformer, indices: object, where: Path) -> dict[str
         if name in found:
             raise UserError(f"{where}: trainable_token_indices names {published} twice")
         found[name] = ids
-    if model.head is None and "head" in found:
+    if is_head_tied(model) and "head" in found:
         if found.get("embed") != found["head"]:
             raise UserError(
                 f"{where}: trainable_token_indices unties the output head from the embedding, which is"

@@ -35,7 +35,7 @@ def side(spec: dict) -> dict:
     import train
     from data import max_tokens_per_micro_batch, split_micro_batches
     from dataset.examples import Example
-    from objectives import OBJECTIVES
+    from objectives import make_objective
     from optimizers import make_optimizers
     from planning import memory as plan
     from training import checkpointer
@@ -99,7 +99,7 @@ def side(spec: dict) -> dict:
         state = TrainState()
         metrics = MetricsLogger(settings, Path(out), 1.0, device, state)
         writer = checkpointer.CheckpointWriter(Path(out), 1, spec["way"] == "async", metrics.bar.write)
-        parts = (settings, model, OBJECTIVES["supervised"], optimizers, loader, state, metrics, GracefulStop())
+        parts = (settings, model, make_objective(settings, None), optimizers, loader, state, metrics, GracefulStop())
         train.train_loop(*parts, EveryStep())
         start = time.perf_counter()
         writer.wait()

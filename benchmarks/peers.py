@@ -210,7 +210,7 @@ def train_by_plaintune(torch, model, spec, rows: list, device, before: float) ->
     import train
     from data import max_tokens_per_micro_batch, split_micro_batches
     from dataset.examples import Example
-    from objectives import OBJECTIVES
+    from objectives import make_objective
     from optimizers import make_optimizers
     from training.defaults import Settings
     from training.metrics import MetricsLogger
@@ -248,7 +248,7 @@ def train_by_plaintune(torch, model, spec, rows: list, device, before: float) ->
     with tempfile.TemporaryDirectory() as folder:
         state = TrainState()
         metrics = MetricsLogger(settings, Path(folder), 1.0, device, state)
-        parts = (settings, model, OBJECTIVES["supervised"], optimizers, loader, state, metrics, GracefulStop())
+        parts = (settings, model, make_objective(settings, None), optimizers, loader, state, metrics, GracefulStop())
         train.train_loop(*parts, EveryStep())
         metrics.close()
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
@@ -445,14 +445,14 @@ SIDES = {
 }
 
 
-def run_side(name: str, spec: dict) -> dict:
-    """The side's result, from a process of its own."""
+def run_side(name: str, spec: dict, script: str = __file__) -> dict:
+    """The side's result, from a process of its own. script: that has the side among its SIDES."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         words = [
             sys.executable,
             "-W",
             "ignore",
-            __file__,
+            script,
             "--side",
             name,
             "--spec",
@@ -462,7 +462,7 @@ def run_side(name: str, spec: dict) -> dict:
         ]
         done = subprocess.run(words, cwd=tempfile.gettempdir(), capture_output=True, text=True, check=False)
         if done.returncode:
-            raise SystemExit(f"{name}: {done.stderr[-1500:]}")
+            raise SystemExit(f"{name} ended with {done.returncode}: {done.stderr[-1500:]}")
         return json.loads(Path(file.name).read_text())
 
 

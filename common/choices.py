@@ -9,6 +9,8 @@ words: tests/test_words.py compares them.
 METHOD_NAMES = (
     "full", "lora", "qlora", "vera", "bottleneck", "prompt-tuning", "p-tuning", "prefix-tuning", "ia3",
 )  # fmt: skip
+# --objective: objectives.OBJECTIVES.
+OBJECTIVE_NAMES = ("sft", "dft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "classify")
 # --placement: adapters.PLACEMENTS. --encoder and --prompt-init: adapters.py.
 PLACEMENT_NAMES = ("houlsby", "pfeiffer", "parallel")
 ENCODER_NAMES = ("none", "mlp", "lstm")

@@ -270,9 +270,10 @@ DTYPE_WORDS = {
     **dict.fromkeys(("fp32", "float32", "32", "32-true", "no", "torch.float32"), "--dtype fp32"),
     "auto": "--dtype auto",
 }
-OBJECTIVE_WORDS = {"sft": "", "pt": "", "pretrain": ""} | {
-    name: f"--objective {name}" for name in ("dpo", "ipo", "orpo", "simpo", "kto", "grpo", "rm")
-}
+OBJECTIVE_WORDS = {
+    "sft": "", "pt": "", "pretrain": "", "rm": "--objective reward", "dft": "--objective dft",
+} | {name: f"--objective {name}" for name in ("dpo", "ipo", "orpo", "simpo", "kto")}  # fmt: skip
+OBJECTIVE_NOTE = "reinforcement learning and other losses are not there yet"
 CHECKPOINTING_WORDS = {
     **dict.fromkeys(TRUE, "--activation-checkpointing full"),
     **dict.fromkeys(("unsloth", "offload", "offload_disk"), "--activation-checkpointing offload"),
@@ -437,8 +438,18 @@ METHOD = {
     "lora_model_dir": same("--adapter"),
     "freeze_trainable_layers": missing(FULL_NOTE),
     "unfrozen_parameters": missing(FULL_NOTE),
-    "stage": chosen("--objective", OBJECTIVE_WORDS, "only supervised fine-tuning is there yet"),
-    "rl": chosen("--objective", OBJECTIVE_WORDS, "only supervised fine-tuning is there yet"),
+    "stage": chosen("--objective", OBJECTIVE_WORDS, OBJECTIVE_NOTE),
+    "rl": chosen("--objective", OBJECTIVE_WORDS, OBJECTIVE_NOTE),
+    "pref_loss": chosen(
+        "--objective", OBJECTIVE_WORDS | {"sigmoid": "--objective dpo"}, OBJECTIVE_NOTE
+    ),
+    "simpo_gamma": same("--margin"),
+    "kto_chosen_weight": same("--desirable-weight"),
+    "kto_desirable_weight": same("--desirable-weight"),
+    "kto_rejected_weight": same("--undesirable-weight"),
+    "kto_undesirable_weight": same("--undesirable-weight"),
+    "dpo_label_smoothing": same("--label-smoothing"),
+    "label_smoothing_factor": same("--label-smoothing"),
     "pref_beta": same("--beta"),
     "rl_beta": same("--beta"),
     "beta": same("--beta"),
@@ -502,7 +513,6 @@ OPTIMIZATION = {
     "data_seed": same("--seed"),
     "random_seed": same("--seed"),
     "random_state": same("--seed"),
-    "label_smoothing_factor": computed("", beta_words(0), "targets are not smoothed"),
     "average_tokens_across_devices": needless("a step's loss is always a mean over all its tokens"),
     "num_items_in_batch": needless("a step's loss is always a mean over all its tokens"),
 }

@@ -9,10 +9,11 @@ silence.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from dataset.encoding import AS_TEXTS
 from dataset.faults import WARN_ABOVE
 from dataset.formats import Source
 from dataset.prompt_cut import cut_prompt
@@ -42,6 +43,12 @@ class Example:
     prompt: a hash of what is asked.
     is_replay: True if it comes from --replay, whose loss is reported by itself.
     dropout_seed: decides the example's dropout.
+    split: where the second text of a pair begins in the ids; 0 where there is one text.
+    weight: of a pair, a judged answer or a class as a whole.
+    label: the number of its class, or of its judgment; -1 for others.
+    mismatched: of a judged answer, its prompt with another example's answer.
+    reference: of a preference, what the model before step 1 finds of its texts, where that was computed
+        beforehand: the log-probability of each, and of the mismatched one; () where it was not.
     """
 
     ids: Sequence[int]
@@ -50,6 +57,28 @@ class Example:
     prompt: int = 0
     is_replay: bool = False
     dropout_seed: int | None = None
+    split: int = 0
+    weight: float = 1.0
+    label: int = -1
+    mismatched: "Example | None" = None
+    reference: Sequence[float] = ()
+
+    @property
+    def text_lengths(self) -> list[int]:
+        """The tokens of each of its texts: two of a pair, else one."""
+        if self.split:
+            return [self.split, len(self.ids) - self.split]
+        return [len(self.ids)]
+
+    def texts(self) -> list["Example"]:
+        """Returns each of its texts as an example: of a pair the chosen and the rejected one."""
+        if not self.split:
+            return [self]
+        parts = (slice(0, self.split), slice(self.split, None))
+        return [
+            replace(self, ids=self.ids[part], loss_weights=self.loss_weights[part], split=0)
+            for part in parts
+        ]
 
 
 # What a rank without rows computes while the others have some.
@@ -68,6 +97,10 @@ class ExampleIndex(Sequence):
         which most examples are not; None if none is.
     last_only: True if only the last span of a record is trained.
     replays: how many of the last sources are replays.
+    label: int [examples], of judged answers and classes; None for others.
+    partner: int64 [examples, 2], for judged answers the source and row of another one, whose answer is put
+        behind the own prompt, in at most `seq_len` tokens; None for others.
+    reference: float32 [examples, texts], see `Example`; None where it was not computed.
     """
 
     def __init__(
@@ -80,6 +113,10 @@ class ExampleIndex(Sequence):
         last_only: bool = False,
         replays: int = 0,
         head: np.ndarray | None = None,
+        label: np.ndarray | None = None,
+        partner: np.ndarray | None = None,
+        reference: np.ndarray | None = None,
+        seq_len: int = 0,
     ):
         self.rows = rows
         self.source = source
@@ -89,6 +126,10 @@ class ExampleIndex(Sequence):
         self.last_only = last_only
         self.replays = replays
         self.head = head
+        self.label = label
+        self.partner = partner
+        self.reference = reference
+        self.seq_len = seq_len
 
     def __len__(self) -> int:
         return len(self.row)
@@ -123,16 +164,40 @@ class ExampleIndex(Sequence):
         if head:
             ids = np.concatenate([rows.ids[first : first + head], ids])
         first_replay = len(self.rows) - self.replays
-        return Example(
+        example = Example(
             ids=ids,
             loss_weights=loss_weights,
             source=rows.where(row),
             prompt=int(rows.prompts[row]),
             is_replay=source >= first_replay,
         )
+        if rows.kind != AS_TEXTS:
+            example.split = int(rows.splits[row])
+            example.weight = float(rows.weights[rows.span_starts[row]])
+        if self.label is not None:
+            example.label = int(self.label[i])
+        if self.partner is not None:
+            example.mismatched = self.mismatched(rows, row, *self.partner[i].tolist())
+        if self.reference is not None:
+            example.reference = self.reference[i].tolist()
+        return example
+
+    def mismatched(self, rows: Rows, row: int, partner: int, partner_row: int) -> Example:
+        """Returns the prompt of a judged answer with the answer of another one, of another source
+        perhaps: what does not fit into `seq_len` is cut off at the end, as nothing of it is trained."""
+        prompt, _, _ = answer_of_row(rows, row)
+        _, answer, is_trained = answer_of_row(self.rows[partner], partner_row)
+        ids = np.concatenate([prompt, answer])[: self.seq_len]
+        mask = np.concatenate([np.zeros(len(prompt), bool), is_trained])[: self.seq_len]
+        weight = float(rows.weights[rows.span_starts[row]])
+        return Example(ids, mask.astype(np.float32), weight=weight)
 
     def take(self, chosen: np.ndarray) -> "ExampleIndex":
         """Returns some of the examples. chosen: their numbers."""
+
+        def taken(array: np.ndarray | None) -> np.ndarray | None:
+            return None if array is None else array[chosen]
+
         return ExampleIndex(
             self.rows,
             self.source[chosen],
@@ -141,7 +206,11 @@ class ExampleIndex(Sequence):
             self.stop[chosen],
             self.last_only,
             self.replays,
-            None if self.head is None else self.head[chosen],
+            taken(self.head),
+            taken(self.label),
+            taken(self.partner),
+            taken(self.reference),
+            self.seq_len,
         )
 
     def heads(self) -> np.ndarray:
@@ -155,6 +224,18 @@ class ExampleIndex(Sequence):
     def sizes(self) -> list[int]:
         """The number of examples of each source."""
         return np.bincount(self.source, minlength=len(self.rows)).tolist()
+
+
+def answer_of_row(rows: Rows, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the ids of a judged answer's prompt, those of the answer, and which of these are trained:
+    between its messages there may be a user's."""
+    first = rows.starts[row]
+    spans = rows.spans[rows.span_starts[row] : rows.span_starts[row + 1]]
+    start, end = spans[0, 0], spans[-1, 1]
+    is_trained = np.zeros(end - start, bool)
+    for span_start, span_end in spans - start:
+        is_trained[span_start:span_end] = True
+    return rows.ids[first : first + start], rows.ids[first + start : first + end], is_trained
 
 
 @dataclass
@@ -171,6 +252,8 @@ class Dataset:
     with_validation: the files and folders that have a part of their own to validate with.
     sources: the opened files that `examples` are read from, in the order of their rows; () where
         these are not known.
+    kind: what an example is, of dataset/encoding.py.
+    label_names: of its classes or judgments, by their numbers.
 
     Where the three arrays are not given, they are counted from the examples.
     """
@@ -185,6 +268,8 @@ class Dataset:
     formats: tuple[str, ...] = ()
     with_validation: tuple = ()
     sources: tuple[Source, ...] = ()
+    kind: str = AS_TEXTS
+    label_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.lengths is None:
@@ -223,6 +308,8 @@ class Dataset:
             prompts=self.prompts[chosen],
             chat=self.chat,
             sources=self.sources,
+            kind=self.kind,
+            label_names=self.label_names,
         )
 
     def with_replay(self, replay: "Dataset") -> "Dataset":

@@ -53,7 +53,7 @@ def preference(reading: Reading) -> list[Record]:
         )
     if chosen and rejected:
         chosen, chosen_weights = reading.with_system(chosen, chosen_weights)
-        rejected, _ = reading.with_system(rejected, rejected_weights)
+        rejected, rejected_weights = reading.with_system(rejected, rejected_weights)
 
     # What both begin with is the prompt.
     num_same = _num_same(chosen, rejected)
@@ -62,6 +62,7 @@ def preference(reading: Reading) -> list[Record]:
     weights = prompt_part + chosen_weights[num_same:]
     chosen = chosen[num_same:]
     rejected = rejected[num_same:]
+    rejected_weights = rejected_weights[num_same:]
 
     if not chosen and not rejected:
         reading.stats.dropped["chosen and rejected do not differ"] += 1
@@ -74,7 +75,9 @@ def preference(reading: Reading) -> list[Record]:
     for key, messages in (("chosen", chosen), ("rejected", rejected)):
         if not any(message["role"] == "assistant" for message in messages):
             raise UserError(f"{reading.where}: {key} has no assistant message of its own")
-    return reading.answered_conversation(talk, weights, rejected=rejected, asked=num_same)
+    return reading.answered_conversation(
+        talk, weights, rejected=rejected, rejected_weights=rejected_weights, asked=num_same
+    )
 
 
 def _side(reading: Reading, key: str) -> WeightedMessages:

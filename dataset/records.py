@@ -64,6 +64,7 @@ class Record:
     weights: the loss weight of each message; None if all are 1.
     rejected: for a preference, the messages that the rejected answer has where `messages` has the
         chosen one.
+    rejected_weights: their loss weights; None if all are 1.
     asked: for a preference, the number of messages in the prompt, before both answers.
     label: for KTO, whether the last answer is a good one.
     first, last: whether a text is the first or the last part of its file; long files are read in
@@ -80,6 +81,7 @@ class Record:
     tools: list[dict] | None = None
     weights: list[float] | None = None
     rejected: list[dict] | None = None
+    rejected_weights: list[float] | None = None
     asked: int = 0
     label: bool | None = None
     first: bool = True

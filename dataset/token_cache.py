@@ -21,6 +21,10 @@ or not at all; a process that needs what another one is making waits for it. Not
                                            aside
     heads.bin        int32 [N]             ids before the words of the first user, for --truncate
                                            prompt; else 0
+    splits.bin       int32 [N]             where the second text of a pair begins in the record; 0
+                                           where it holds one text
+    labels.bin       int32 [N]             number of the record's label in meta.json's "labels"; -1
+                                           without one
     meta.json                              what was read and what was left out; the size and CRC-32
                                            of each file, by which damage is noticed
 """
@@ -55,6 +59,14 @@ from common.files import (
     reported_full_cache,
     write_json,
 )
+from dataset.encoding import (
+    AS_CLASSES,
+    AS_TEXTS,
+    EncodedRecord,
+    encode_record,
+    records_of_kind,
+    talks_of_record,
+)
 from dataset.formats import Source
 from dataset.markup import holds_rendered_chat
 from dataset.prompt_cut import PromptHeads, TurnShape, turn_shape
@@ -62,10 +74,10 @@ from dataset.readers import CLASS_NAMES
 from dataset.records import ReadStats, Record, nested_place, pack_nested
 from dataset.text_stats import private_parts, text_hash
 from dataset.tokenize_pool import ReadingProgress, chunks, in_order, processes_for
-from tokenizer import EncodedChat, TemplateError, Tokenizer
+from tokenizer import EncodedChat, Tokenizer
 
 # The version of the folders: a higher number makes all of them anew.
-ROWS_FORMAT = 7
+ROWS_FORMAT = 8
 # Bytes of rows that the cache keeps; the ones unused for longest are deleted first.
 KEPT = 20 << 30
 # The age, a day, from which an unfinished folder of a process that does not exist is deleted.
@@ -90,6 +102,8 @@ ARRAYS = {
     "contents": np.uint64,
     "texts": np.uint64,
     "heads": np.int32,
+    "splits": np.int32,
+    "labels": np.int32,
 }
 ROW_SHAPES = {"spans": (-1, 2), "records": (-1, 4)}
 
@@ -98,6 +112,8 @@ ROW_SHAPES = {"spans": (-1, 2), "records": (-1, 4)}
 class Rows:
     """N tokenised records, as the arrays that the head of this file lists.
 
+    kind: what an example is, of dataset/encoding.py.
+    label_names: the labels, by their numbers.
     stats: what was read, dropped and ignored.
     largest: the largest token id.
     turn: what the chat template writes around a user's messages, for --truncate prompt.
@@ -117,6 +133,10 @@ class Rows:
     contents: np.ndarray
     texts: np.ndarray
     heads: np.ndarray
+    splits: np.ndarray
+    labels: np.ndarray
+    kind: str
+    label_names: list[str]
     stats: ReadStats
     largest: int
     turn: TurnShape
@@ -139,6 +159,7 @@ def tokenized_rows(
     tokenizer: Tokenizer,
     roles: tuple[str, ...] = ("assistant",),
     with_heads: bool = False,
+    kind: str = AS_TEXTS,
 ) -> Rows:
     """Returns the rows of a source, out of the cache if they are there, else made and put into it.
 
@@ -146,13 +167,14 @@ def tokenized_rows(
     tokenizer: makes ids of texts, and of conversations by its chat template.
     roles: the roles whose messages are trained.
     with_heads: also find where the words of the first user begin, for --truncate prompt.
+    kind: what an example is, of dataset/encoding.py.
 
     Raises UserError that names the records if some cannot be read; also if no record can be trained
     on, or if a file changes while it is read.
     """
     stamps = file_stamps(source)
     hashes = [file_sha256(container.path) for container in source.containers]
-    key = cache_key(source, tokenizer, roles, hashes, with_heads)
+    key = cache_key(source, tokenizer, roles, hashes, with_heads, kind)
     folder = cache_folder() / f"rows-{key[:32]}"
     if source.map:
         # What the user's function reads besides the record cannot be known, so its rows serve this
@@ -179,7 +201,7 @@ def tokenized_rows(
                 shutil.rmtree(folder, ignore_errors=True)
                 make_room(folder.parent)
                 with reported_full_cache(folder.parent):
-                    make_folder(source, tokenizer, roles, with_heads, stamps, folder)
+                    make_folder(source, tokenizer, roles, with_heads, kind, stamps, folder)
     # The time of last use, for make_room.
     with contextlib.suppress(OSError):
         os.utime(folder)
@@ -231,6 +253,7 @@ def make_folder(
     tokenizer: Tokenizer,
     roles: tuple[str, ...],
     with_heads: bool,
+    kind: str,
     stamps: list[tuple[int, int]],
     folder: Path,
 ) -> None:
@@ -240,7 +263,7 @@ def make_folder(
     """
     try:
         with atomic_folder(folder) as tmp:
-            write(source, tokenizer, roles, with_heads, tmp)
+            write(source, tokenizer, roles, with_heads, kind, tmp)
             if file_stamps(source) != stamps:
                 raise UserError(
                     f"{source.path}: changed while it was read; start again when it is whole"
@@ -257,6 +280,7 @@ def cache_key(
     roles: tuple[str, ...],
     hashes: list[str],
     with_heads: bool = False,
+    kind: str = AS_TEXTS,
 ) -> str:
     """Returns a hash, in hexadecimal, of everything that rows depend on. hashes: the SHA-256 of each
     file."""
@@ -269,7 +293,7 @@ def cache_key(
         if is_table and class_names.is_file():
             class_names_hash = file_sha256(class_names)
         files.append((container.kind, sha256, class_names_hash))
-    reading = [*source.reading_key(), roles, with_heads]
+    reading = [*source.reading_key(), roles, with_heads, kind]
     parts = [ROWS_FORMAT, files, *reading, tokenizer.fingerprint]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -310,6 +334,8 @@ def open_rows(
     return Rows(
         ids=open_array("ids", meta["dtype"]),
         **{name: open_array(name, dtype) for name, dtype in ARRAYS.items()},
+        kind=meta["kind"],
+        label_names=meta["labels"],
         stats=stats,
         largest=meta["largest"],
         turn=TurnShape(tuple(meta["turn_header"]), meta["turn_ending"]),
@@ -368,7 +394,8 @@ def make_room(cache: Path) -> None:
 class EncodedChunk:
     """The tokenised records of a chunk: the arrays of `Rows`.
 
-    They have lengths and counts in place of starts, which depend on the chunks before.
+    They have lengths and counts in place of starts, which depend on the chunks before. Labels are
+    numbered by their place in `label_names`, those of this chunk alone.
     """
 
     ids: np.ndarray
@@ -381,6 +408,9 @@ class EncodedChunk:
     contents: np.ndarray
     texts: np.ndarray
     heads: np.ndarray
+    splits: np.ndarray
+    labels: np.ndarray
+    label_names: list[str]
     stats: ReadStats
 
 
@@ -389,6 +419,7 @@ def write(
     tokenizer: Tokenizer,
     roles: tuple[str, ...],
     with_heads: bool,
+    kind: str,
     folder: Path,
 ) -> None:
     """Writes the arrays and meta.json of a source into `folder`, chunk after chunk.
@@ -403,12 +434,13 @@ def write(
         dtype = np.dtype(np.uint16)
     turn = turn_shape(tokenizer) if with_heads else TurnShape()
     heads = PromptHeads(tokenizer) if with_heads else None
-    work = partial(encode_unless_faulty, source, tokenizer, roles, dtype, heads)
+    work = partial(encode_unless_faulty, source, tokenizer, roles, dtype, heads, kind)
     processes = processes_for(source)
     stats = ReadStats()
     num_tokens = 0
     num_spans = 0
     largest = 0
+    label_numbers: dict[str, int] = {}
     files = {name: open(folder / f"{name}.bin", "wb") for name in ("ids", *ARRAYS)}  # noqa: SIM115
     checksums = dict.fromkeys(files, 0)
 
@@ -425,6 +457,10 @@ def write(
         append("span_starts", np.zeros(1, np.int64))
         wanted = wanted_chunks(source, stats, reading.of(chunks(source)))
         for part in in_order(work, wanted, processes, tokenizer.forget_processes):
+            for name in part.label_names:
+                label_numbers.setdefault(name, len(label_numbers))
+            # The last one is found by -1, which stands for no label.
+            numbers_of_part = [*(label_numbers[name] for name in part.label_names), -1]
             arrays = {
                 "ids": part.ids,
                 "starts": num_tokens + np.cumsum(part.lengths),
@@ -436,6 +472,8 @@ def write(
                 "contents": part.contents,
                 "texts": part.texts,
                 "heads": part.heads,
+                "splits": part.splits,
+                "labels": np.array(numbers_of_part)[part.labels],
             }
             for name in files:
                 # The ids are in their dtype already, which is not in the table.
@@ -455,6 +493,8 @@ def write(
     source.complain_of_faults(stats)
     stats.complain_if_empty(source.path)
     meta = reading_facts(stats, turn)
+    meta["kind"] = kind
+    meta["labels"] = list(label_numbers)
     meta["largest"] = largest
     meta["dtype"] = dtype.name
     meta["tokens"] = num_tokens
@@ -496,13 +536,14 @@ def encode_unless_faulty(
     roles: tuple[str, ...],
     dtype: np.dtype,
     heads: PromptHeads | None,
+    kind: str,
     wanted: tuple[bool, list],
 ) -> EncodedChunk:
     """Does what `encode` does with a chunk, in a worker process. wanted: whether anything will be
     kept; if not, only faults are looked for. The chunk."""
     is_kept, chunk = wanted
     if is_kept:
-        return encode(source, tokenizer, roles, dtype, chunk, heads)
+        return encode(source, tokenizer, roles, dtype, chunk, heads, kind)
     result = encode(source, tokenizer, roles, dtype, [])
     for container, number, payload in chunk:
         source.read(container, number, payload, result.stats)
@@ -516,55 +557,57 @@ def encode(
     dtype: np.dtype,
     chunk: list,
     heads: PromptHeads | None = None,
+    kind: str = AS_TEXTS,
 ) -> EncodedChunk:
     """Reads, renders and tokenises the payloads of a chunk; this runs in a worker process.
 
     dtype: of the ids. heads: finds where the words of the first user begin, if that is asked for.
+    kind: what an example is, of dataset/encoding.py.
     """
     stats = ReadStats()
     records = []
     places = []  # (file, number) of each record
     for container, number, payload in chunk:
-        new = source.read(container, number, payload, stats)
+        new = records_of_kind(source.read(container, number, payload, stats), kind)
         records += new
         places += [(container, number)] * len(new)
     if stats.num_faults and not source.skip_bad:
         # Nothing of these data will be kept.
         records, places = [], []
 
-    rendered = iter(render(records, tokenizer, roles))
+    rendered = render(records, tokenizer, roles, kind)
     # Of each record that can be trained on; spans and weights of each span of those.
     lengths, span_counts, rows, prompts, hashes, texts = [], [], [], [], [], []
     spans, weights = [], []
-    head_lengths = []
+    head_lengths, splits, labels = [], [], []
+    label_numbers: dict[str, int] = {}
     # An array takes 2 or 4 bytes a token, where a list takes 8 and more.
     all_ids = array(dtype.char)
-    for record, (container, number) in zip(records, places, strict=True):
-        conversation = None
-        if record.messages is not None:
-            conversation = next(rendered)
-        encoded = encode_record(record, tokenizer, conversation)
-        if isinstance(encoded, str):
+    for record, talks, (container, number) in zip(records, rendered, places, strict=True):
+        encoded = encode_record(record, talks, tokenizer, kind)
+        if not isinstance(encoded, EncodedRecord):
             stats.drop(encoded)
             continue
-        token_ids, record_spans = encoded
-        ids = array(dtype.char, token_ids)
+        ids = array(dtype.char, encoded.ids)
         all_ids.extend(ids)
         lengths.append(len(ids))
-        span_counts.append(len(record_spans))
-        for start, end, weight in record_spans:
+        span_counts.append(len(encoded.spans))
+        for start, end, weight in encoded.spans:
             spans.append((start, end))
             weights.append(weight)
+        splits.append(encoded.split)
+        label = encoded.label
+        labels.append(label_numbers.setdefault(label, len(label_numbers)) if label else -1)
         words = words_of(record)
         nested = pack_nested(record.nested)
         rows.append((container, number, flags_of(record, words, tokenizer), nested))
         prompt, text = record_hashes(record)
         prompts.append(prompt)
         texts.append(text)
-        head_lengths.append(heads.length(record, ids) if heads and conversation else 0)
+        head_lengths.append(heads.length(record, ids) if heads and talks else 0)
         hashes.append(hashlib.blake2b(ids, digest_size=8).digest())
-        if conversation is not None and conversation.is_altered:
-            stats.altered.update(altered_by_template(record, conversation, tokenizer.empty_think))
+        if talks and isinstance(talks[0], EncodedChat) and talks[0].is_altered:
+            stats.altered.update(altered_by_template(record, talks[0], tokenizer.empty_think))
     stats.records = len(rows)
     return EncodedChunk(
         ids=np.frombuffer(all_ids, dtype),
@@ -577,66 +620,34 @@ def encode(
         contents=np.frombuffer(b"".join(hashes), np.uint64),
         texts=np.array(texts, np.uint64),
         heads=np.array(head_lengths, np.int32),
+        splits=np.array(splits, np.int32),
+        labels=np.array(labels, np.int32),
+        label_names=list(label_numbers),
         stats=stats,
     )
 
 
-def render(records: list[Record], tokenizer: Tokenizer, roles: tuple[str, ...]) -> list:
-    """Returns what `Tokenizer.render_each` makes of each record that is a conversation."""
+def render(
+    records: list[Record], tokenizer: Tokenizer, roles: tuple[str, ...], kind: str = AS_TEXTS
+) -> list[list]:
+    """Returns what is made of the conversations of each record, as many as `talks_of_record` makes: by
+    `Tokenizer.render_each`, or for a class by `classification_texts`."""
+    talks_of_records = [talks_of_record(record, kind) for record in records]
     chats = []
-    for record in records:
-        if record.messages is not None:
-            chats.append((record.messages, record.tools))
+    for record, talks in zip(records, talks_of_records, strict=True):
+        chats += [(talk, record.tools) for talk in talks]
     rendered = []
     for i in range(0, len(chats), RENDER_BATCH):
         batch = chats[i : i + RENDER_BATCH]
-        rendered += tokenizer.render_each(batch, roles=roles)
-    return rendered
+        if kind == AS_CLASSES:
+            # This late, as it imports torch.
+            from adapting.score_head import classification_texts
 
-
-def encode_record(
-    record: Record, tokenizer: Tokenizer, rendered: EncodedChat | UserError | None
-) -> tuple[list[int], list[tuple[int, int, float]]] | str:
-    """Returns ids and spans, [(start, end, loss weight), ...], of a record.
-
-    rendered: of a conversation, what `Tokenizer.render_each` made of it; None for a text.
-
-    Returns the reason instead, a string, if the record cannot be trained on.
-    """
-    if rendered is None:
-        return encode_text(record, tokenizer)
-    if isinstance(rendered, TemplateError):
-        return f"refused by the {rendered}"
-    if isinstance(rendered, UserError):
-        return str(rendered)
-    if record.label is False:
-        return "labelled as a bad answer"
-    weights = record.weights or [1.0] * len(record.messages)
-    spans = []
-    has_weight = False
-    for start, end, message in rendered.spans:
-        # Rounded to float32 first: a weight that rounds to 0 trains nothing.
-        weight = float(np.float32(weights[message]))
-        spans.append((start, end, weight))
-        has_weight = has_weight or weight != 0
-    if not has_weight:
-        return "without a trained token"
-    return rendered.ids, spans
-
-
-def encode_text(
-    record: Record, tokenizer: Tokenizer
-) -> tuple[list[int], list[tuple[int, int, float]]] | str:
-    """Returns what `encode_record` does, for a text, all of whose tokens are trained."""
-    # Long files come in parts: the tokens of begin and end only stand around the whole.
-    bos = record.first and tokenizer.bos_id is not None and tokenizer.adds_bos
-    try:
-        ids = tokenizer.encode(record.text, bos=bos, eos=record.last)
-    except UserError as error:
-        return str(error)
-    if len(ids) < 2:
-        return "of a single token, which nothing predicts"
-    return ids, [(0, len(ids), 1.0)]
+            rendered += classification_texts(tokenizer, batch)
+        else:
+            rendered += tokenizer.render_each(batch, roles=roles)
+    each = iter(rendered)
+    return [[next(each) for _ in talks] for talks in talks_of_records]
 
 
 def altered_by_template(

@@ -76,11 +76,17 @@ class ChoiceTask(NamedTuple):
         question.
     score: a function from the log-likelihoods of all pairs to ItemScores, whose first items are those of
         the first questions.
+    encode_texts, score_by_head: for a model with a score head, in the place of these two; None where
+        the task has nothing to ask it. A function from a tokenizer and the number of positions to the
+        text of each question, in tokens; and one from the model, these texts and the most of them that
+        are computed at a time to ItemScores.
     """
 
     questions: list[Question]
     encode: Callable[[Tokenizer, int], list[list[Pair]]]
     score: Callable[[list[list[float]]], ItemScores]
+    encode_texts: Callable[[Tokenizer, int], list[list[int]]] | None = None
+    score_by_head: Callable[[Transformer, list[list[int]], int], ItemScores] | None = None
 
 
 # ---- texts to tokens ----

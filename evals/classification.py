@@ -4,6 +4,9 @@ A record is a conversation whose last answer is a label, as train.py reads a CSV
 labels. Every label that occurs is scored as it was trained, with the chat template around it and the
 token that ends an answer; the prompt is computed once for all of them (evals/choices.py). Scaled to
 1 over the labels, these probabilities give what scikit-learn measures, and the calibration error.
+
+A model with a score head (adapting/score_head.py) is not asked for labels: their probabilities are the
+softmax of its scores, and what it reads is the record without its answer.
 """
 
 import argparse
@@ -12,13 +15,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from adapting.score_head import classification_texts, document_scores
+from checkpoint import read_config
 from common import console
 from common.errors import UserError, read_text
 from common.files import atomic_file
+from common.progress import progress
 from dataset.records import Record
 from evals.answers import split_reference
-from evals.choices import ChoiceTask, Pair, Question
+from evals.choices import NODES_AT_ONCE, ChoiceTask, Pair, Question
 from evals.scores import ItemScores
 from evals.targets import (
     Opened,
@@ -27,6 +34,8 @@ from evals.targets import (
     open_with_answers,
     records_with_references,
 )
+from kernels.attention import Documents
+from model import Transformer, eval_mode
 from tokenizer import EncodedChat, Tokenizer
 
 # Records that go through the chat template at a time.
@@ -49,12 +58,18 @@ def read_classes(args: argparse.Namespace, opened: Opened) -> ChoiceTask:
     source.system = opened.system
     records = records_with_references(source, None, args.seed)
     references = [split_reference(record)[1] for record in records]
-    labels = read_labels(args.labels) if args.labels else labels_of(references, source.path)
+    of_heads = labels_of_heads(args, opened)
+    if of_heads is not None:
+        labels = of_heads
+    else:
+        labels = read_labels(args.labels) if args.labels else labels_of(references, source.path)
     for record, reference in zip(records, references, strict=True):
         if reference not in labels:
+            known = f"in --labels {args.labels}"
+            if of_heads is not None:
+                known = f"one of the score head's: {console.one_line(', '.join(labels), 100)}"
             raise UserError(
-                f"{record.where}: its label {console.one_line(reference)!r} is not in --labels"
-                f" {args.labels}"
+                f"{record.where}: its label {console.one_line(reference)!r} is not {known}"
             )
     print(f"          {len(labels):,} labels: {console.one_line(', '.join(labels))}")
     warn_of_like_labels(labels)
@@ -79,8 +94,16 @@ def read_classes(args: argparse.Namespace, opened: Opened) -> ChoiceTask:
         return encode_labels(tokenizer, records, labels, args.calibrate, max_positions)
 
     def score(likelihoods: list[list[float]]) -> ItemScores:
+        return score_probs(label_probs(likelihoods, len(questions)))
+
+    def encode_texts(tokenizer: Tokenizer, max_positions: int) -> list[list[int]]:
+        return encode_records(tokenizer, records, max_positions)
+
+    def score_by_head(model: Transformer, texts: list[list[int]], batch_size: int) -> ItemScores:
+        return score_probs(head_probs(model, texts, batch_size))
+
+    def score_probs(probs: np.ndarray) -> ItemScores:
         gold = np.array([question.gold[0] for question in questions])
-        probs = label_probs(likelihoods, len(questions))
         scores = classification_scores(gold, probs, labels, args.show)
         if args.picture:
             # The targets are scored in their order.
@@ -89,7 +112,7 @@ def read_classes(args: argparse.Namespace, opened: Opened) -> ChoiceTask:
             scores.notes.insert(0, f"confusion matrix: {picture}")
         return scores
 
-    return ChoiceTask(questions, encode, score)
+    return ChoiceTask(questions, encode, score, encode_texts, score_by_head)
 
 
 # ---- labels ----
@@ -108,6 +131,47 @@ def labels_of(references: list[str], path: str) -> list[str]:
             f"{path}: {len(labels):,} different answers in {len(references):,} records are no classes;"
             " use `exact`, or name the labels by `evaluate.py classify --labels FILE`, one a line"
         )
+    return labels
+
+
+def labels_of_heads(args: argparse.Namespace, opened: Opened) -> list[str] | None:
+    """Returns the labels of the targets' score heads; None where no target has one. A target without
+    one is then asked for these labels.
+
+    Raises UserError where two heads have different labels, where --labels are others, and where a head
+    classifies nothing.
+    """
+    found: list[tuple[str, ...]] = []
+    for target in opened.targets:
+        of_target = target.score_labels()
+        if of_target is None:
+            continue
+        found.append(of_target)
+        where = target.adapter or target.folder
+        if len(of_target) == 1:
+            raise UserError(
+                f"{where}: its score head has one label, {of_target[0]}: a reward model, which can't"
+                " classify"
+            )
+        problem = read_config(target.folder).raw.get("problem_type")
+        if problem not in (None, "single_label_classification"):
+            raise UserError(
+                f"{where}: config.json says problem_type {problem}; scores of that are no"
+                " probabilities of one label"
+            )
+    if not found:
+        return None
+    if found[0] != found[-1]:
+        both = " and ".join(console.one_line(", ".join(labels), 100) for labels in found)
+        raise UserError(f"--versus: the two score heads have different labels: {both}")
+    if args.calibrate:
+        raise UserError(
+            "--calibrate: is for models that are asked with a prompt, not for score heads"
+        )
+    labels = [*found[0]]
+    if args.labels and {*read_labels(args.labels)} != {*labels}:
+        known = console.one_line(", ".join(labels), 100)
+        raise UserError(f"--labels {args.labels}: the score head has others: {known}")
     return labels
 
 
@@ -228,6 +292,28 @@ def label_endings(
     return endings
 
 
+def encode_records(tokenizer: Tokenizer, records: list[Record], most: int) -> list[list[int]]:
+    """Returns what a score head reads of each record. most: positions of the model.
+
+    Raises UserError naming the record that can't be encoded, or that is too long.
+    """
+    conversations = [(split_reference(record)[0], record.tools) for record in records]
+    texts: list[list[int]] = []
+    for start in range(0, len(conversations), RECORDS_AT_ONCE):
+        some = conversations[start : start + RECORDS_AT_ONCE]
+        encoded = classification_texts(tokenizer, some)
+        for record, ids in zip(records[start:], encoded):
+            if isinstance(ids, UserError):
+                raise UserError(f"{record.where}: {console.one_line(str(ids), 200)}")
+            if len(ids) > most:
+                raise UserError(
+                    f"{record.where}: {len(ids):,} tokens; the model takes {most:,}; shorten it, or"
+                    " leave it out"
+                )
+            texts.append(ids)
+    return texts
+
+
 def with_last_question(messages: list[dict], text: str) -> list[dict]:
     """Returns the messages with another text as their last question."""
     number = max(i for i, message in enumerate(messages) if message["role"] == "user")
@@ -252,6 +338,35 @@ def label_probs(likelihoods: list[list[float]], num_records: int) -> np.ndarray:
         prior = np.logaddexp.reduce(each, axis=0) - np.log(len(content_free))
         logprobs = log_softmax(logprobs - prior)
     return np.exp(logprobs)
+
+
+def head_probs(model: Transformer, texts: list[list[int]], batch_size: int) -> np.ndarray:
+    """Returns the probability of each label of a score head after each text, float64 [texts, labels].
+
+    batch_size: the most texts that are computed at a time; fewer, where they have more than
+        NODES_AT_ONCE tokens.
+    """
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    batches: list[list[int]] = [[]]
+    tokens = 0  # of the last batch
+    for i in order:
+        is_full = len(batches[-1]) == batch_size or tokens + len(texts[i]) > NODES_AT_ONCE
+        if batches[-1] and is_full:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(i)
+        tokens += len(texts[i])
+    assert model.score is not None, "the model has a score head"
+    scores = np.empty((len(texts), len(model.score.labels)))  # type: ignore[arg-type]
+    bar = progress("scoring", len(texts), "text")
+    with bar, eval_mode(model), torch.inference_mode():
+        for batch in batches:
+            ids = [id for i in batch for id in texts[i]]
+            documents = Documents([len(texts[i]) for i in batch], model.device)
+            of_batch = document_scores(model, torch.tensor(ids, device=model.device), documents)
+            scores[batch] = of_batch.double().cpu().numpy()
+            bar.update(len(batch))
+    return np.exp(log_softmax(scores))
 
 
 def log_softmax(logprobs: np.ndarray) -> np.ndarray:

@@ -41,7 +41,8 @@ def fixed_examples(dataset: Dataset, count: int) -> Dataset:
     for i in [*by_hash[is_short], *by_hash[~is_short]]:
         if left < 2:
             break
-        example = dataset.examples[i]
+        # Of a pair, the prompt and the chosen answer.
+        example = dataset.examples[i].texts()[0]
         ids = example.ids[: min(room, left)]
         left -= len(ids)
         # Nothing of it is trained; all of its positions are measured.

@@ -21,12 +21,28 @@ CHARTED = (
     "loss", "replay_loss", "val_loss", "replay_val_loss", "kl_base", "lr", "grad_norm", "tokens_per_s",
     "memory_mb",
 )  # fmt: skip
+# What objectives of whole examples report: (title of the chart, {number of metrics.jsonl: its label}). A
+# validation's numbers have val_ in front.
+EXAMPLE_CHARTS = (
+    ("Accuracy", {"accuracy": "accuracy"}),
+    ("Margin between the rewards", {"margin": "margin"}),
+    (
+        "Rewards",
+        {
+            "reward_chosen": "chosen", "reward_rejected": "rejected",
+            "reward_good": "good answers", "reward_bad": "bad answers",
+        },
+    ),
+    ("Log-probability of the answers", {"logp_chosen": "chosen", "logp_rejected": "rejected"}),
+)  # fmt: skip
 UNCHARTED = ("step", "tokens", "trained_tokens", "skipped", "seconds")
 # So many rows of validations stand in the table of numbers, spread evenly.
 MOST_ROWS = 60
 # How numbers of metrics.jsonl are called on the page.
 NUMBER_LABELS = {
-    "val_loss": "validation loss, nats a token",
+    "val_accuracy": "validation accuracy",
+    "val_margin": "validation, margin between the rewards",
+    "kl": "KTO's estimate of KL(policy || reference)",
     "replay_val_loss": "loss on replayed data, nats a token",
     "kl_base": "KL(base || tuned), nats a token",
     "general_loss": "loss on general data (--forget-data), nats a token",
@@ -122,9 +138,27 @@ def other_numbers(lines: Sequence[dict]) -> list[str]:
     return [name for name in names if name not in CHARTED and name not in UNCHARTED]
 
 
-def label_of(name: str) -> str:
+def is_of_examples(lines: Sequence[dict]) -> bool:
+    """True if the loss is a mean over examples, pairs or classes, and not over tokens."""
+    return any("accuracy" in line or "val_accuracy" in line for line in lines)
+
+
+def with_unit(words: str, lines: Sequence[dict]) -> str:
+    """Returns words about the loss with its unit; a loss of examples has none."""
+    return words if is_of_examples(lines) else f"{words}, nats a token"
+
+
+def example_names() -> list[str]:
+    """Returns the numbers that EXAMPLE_CHARTS draws."""
+    names = [name for _, labels in EXAMPLE_CHARTS for name in labels]
+    return names + [f"{SCORE}{name}" for name in names]
+
+
+def label_of(name: str, lines: Sequence[dict] = ()) -> str:
     """Returns what a number of metrics.jsonl is called on the page."""
     metric = name.removeprefix(SCORE)
+    if name == "val_loss":
+        return with_unit("validation loss", lines)
     if name in NUMBER_LABELS:
         return NUMBER_LABELS[name]
     if name.startswith(SCORE) and metric in EVALUATIONS:
@@ -148,7 +182,7 @@ def run_charts(lines: Sequence[dict]) -> list[LineChart]:
     checks = points_of(lines, "replay_val_loss")
     curves.append(Curve("replayed data, validation", checks, 3, dotted=True))
     drawn = [
-        line_chart("Loss, nats a token", curves),
+        line_chart(with_unit("Loss", lines), curves),
         line_chart(
             "Distance from the base, KL in nats a token",
             [Curve("KL(base || tuned)", points_of(lines, "kl_base"), 3, dotted=True)],
@@ -169,10 +203,29 @@ def run_charts(lines: Sequence[dict]) -> list[LineChart]:
         if means:
             curves.append(Curve("running mean", means, color))
         drawn.append(line_chart(title, curves, from_zero=True))
+    drawn += example_charts(lines)
     for name in other_numbers(lines):
+        if name in example_names():
+            continue
         points = points_of(lines, name)
         drawn.append(line_chart(label_of(name), [Curve(label_of(name), points, 7, dotted=True)]))
     return [chart for chart in drawn if chart is not None]
+
+
+def example_charts(lines: Sequence[dict]) -> list[LineChart | None]:
+    """Returns the charts of EXAMPLE_CHARTS, training and validation of a number in one."""
+    charts = []
+    for title, labels in EXAMPLE_CHARTS:
+        curves = []
+        for i, (name, label) in enumerate(labels.items()):
+            points = points_of(lines, name)
+            means = rolling_mean(points)
+            kind = "training, running mean" if means else "training, each step"
+            curves.append(Curve(f"{label}, {kind}", means or points, 2 * (i % 2)))
+            checks = points_of(lines, f"{SCORE}{name}")
+            curves.append(Curve(f"{label}, validation", checks, 2 * (i % 2) + 1, dotted=True))
+        charts.append(line_chart(title, curves))
+    return charts
 
 
 # ---- what came of it ----
@@ -189,17 +242,18 @@ def in_words(lines: Sequence[dict], facts: dict) -> str:
     if not trained:
         return "No step was trained yet."
     steps = number_of(trained[-1]["step"], "step")
+    unit = "" if is_of_examples(lines) else " nats a token"
     if len(validations) < 2 or validations[0]["step"] > 0:
         first, last = trained[0]["loss"], trained[-1]["loss"]
         return (
-            f"{steps} were trained; the training loss went from {first:.4f} to {last:.4f} nats a token."
+            f"{steps} were trained; the training loss went from {first:.4f} to {last:.4f}{unit}."
             " There is no validation before and after to compare."
         )
     first, last = validations[0], validations[-1]
     best = min(validations, key=lambda line: line["val_loss"])
     before, after = first["val_loss"], last["val_loss"]
     verb = "fell" if after < before else "rose"
-    text = f"The loss on held-out examples {verb} from {before:.4f} to {after:.4f} nats a token in"
+    text = f"The loss on held-out examples {verb} from {before:.4f} to {after:.4f}{unit} in"
     text += f" {number_of(last['step'], 'step')}."
     if after >= before and best is first:
         text += " The model is no better on them than its base."
@@ -207,6 +261,9 @@ def in_words(lines: Sequence[dict], facts: dict) -> str:
         is_kept = facts.get("best_val_loss") == best["val_loss"]
         held = ": best/ holds these weights" if is_kept else ""
         text += f" It was lowest at step {best['step']:,}, {best['val_loss']:.4f}{held}."
+    if first.get("val_accuracy") is not None and last.get("val_accuracy") is not None:
+        shares = [f"{100 * line['val_accuracy']:.1f} %" for line in (first, last)]
+        text += f" Their accuracy was {shares[0]} before and is {shares[1]}."
     rise = last.get("general_loss_rise")
     if rise is not None:
         direction = "rose" if rise > 0 else "fell"
@@ -218,17 +275,22 @@ def run_tiles(lines: Sequence[dict], facts: dict) -> list[tuple[str, str, str]]:
     """Returns (name, number, remark) of what stands first on the page."""
     tiles = []
     validations = validations_of(lines)
+    unit = "" if is_of_examples(lines) else "nats a token"
     steps = [line for line in lines if "loss" in line]
     if validations:
         first, last = validations[0], validations[-1]
-        before = f"{first['val_loss']:.4f} before" if first["step"] == 0 else "nats a token"
+        before = f"{first['val_loss']:.4f} before" if first["step"] == 0 else unit
         tiles.append(("Validation loss", f"{last['val_loss']:.4f}", before))
+        if last.get("val_accuracy") is not None:
+            accuracy = f"{100 * last['val_accuracy']:.1f} %"
+            tiles.append(("Accuracy", accuracy, "on held-out examples"))
         if last.get("kl_base") is not None:
             tiles.append(
                 ("Distance from the base", f"{last['kl_base']:.4f}", "KL, nats a token; 0 before")
             )
     elif steps and steps[-1]["loss"] is not None:
-        tiles.append(("Training loss", f"{steps[-1]['loss']:.4f}", "nats a token, last step"))
+        remark = f"{unit}, last step" if unit else "last step"
+        tiles.append(("Training loss", f"{steps[-1]['loss']:.4f}", remark))
     if facts.get("trained"):
         tiles.append(("Trained", facts["trained"], facts.get("trained_share", "")))
     if steps:
@@ -265,7 +327,10 @@ def loss_rows(lines: Sequence[dict]) -> list[list[str]]:
         if any(line.get(name) is not None for _, line in columns):
             numbers = [line.get(name) for _, line in columns]
             rows.append(
-                [label_of(name), *("" if number is None else f"{number:.4f}" for number in numbers)]
+                [
+                    label_of(name, lines),
+                    *("" if number is None else f"{number:.4f}" for number in numbers),
+                ]
             )
     return rows
 
@@ -280,7 +345,7 @@ def number_rows(lines: Sequence[dict]) -> list[list[str]]:
     if len(validations) > MOST_ROWS:
         last = len(validations) - 1
         validations = [validations[round(i * last / (MOST_ROWS - 1))] for i in range(MOST_ROWS)]
-    rows = [["step", *map(label_of, names)]]
+    rows = [["step", *(label_of(name, validations) for name in names)]]
     for line in validations:
         numbers = [line.get(name) for name in names]
         rows.append(

@@ -13,6 +13,7 @@ import numpy as np
 
 import data
 from adapter_files import OWN_BASE, has_adapter, is_adapter, remove_adapter, virtual_tokens_in
+from adapting.score_head import head_labels, require_lm_head
 from checkpoint import load_model, read_config
 from common.device import pick_device, pick_dtype
 from common.errors import UserError
@@ -31,6 +32,9 @@ from methods import put_adapter_on
 from model import Transformer
 from tokenizer import Tokenizer
 
+# What a model with a score head is measured by; everything else asks for the next token.
+BY_SCORE_HEAD = ["classify"]
+
 
 @dataclass
 class Target:
@@ -44,6 +48,10 @@ class Target:
         """Returns the longest text that the model takes, in tokens."""
         limit = read_config(self.folder).max_positions
         return limit if self.adapter is None else limit - virtual_tokens_in(self.adapter)
+
+    def score_labels(self) -> tuple[str, ...] | None:
+        """Returns the labels of the model's score head; None if it has an LM head."""
+        return head_labels(read_config(self.folder), self.adapter)
 
 
 class Opened:
@@ -66,6 +74,9 @@ class Opened:
         self.files = [fetch_data(file, TEST) for file in args.files]
         self.file = self.files[0]
         self.targets = targets or pick_targets(args)
+        for target in self.targets:
+            if [*args.what] != BY_SCORE_HEAD:
+                require_lm_head(target.folder, read_config(target.folder), target.adapter)
         last = self.targets[-1]
         trained = last.adapter or last.folder
         self.day = args.date or resolve.trained_day(trained)

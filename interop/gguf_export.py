@@ -26,6 +26,7 @@ import torch
 
 import adapter_files
 import lora
+from adapting.score_head import require_lm_head
 from adapting.tables import trained_tables
 from checkpoint import (
     Place,
@@ -133,6 +134,7 @@ def folder_to_gguf(
         raise UserError(f"--type {dtype}: is not known; {', '.join(TYPES)} are")
     check_is_new(file)
     config = read_config(folder)
+    require_lm_head(folder, config, adapter)
     if config.raw.get("quantization_config") is not None:
         if adapter is not None:
             AdapterUpdates(config, adapter)  # says what to do with one that brings this base along
@@ -630,6 +632,7 @@ def adapter_to_gguf(
     folder = Path(folder)
     check_is_new(Path(file))
     config = read_config(folder)
+    require_lm_head(folder, config, adapter)
     row, architecture = find_architecture(config, folder)
     check_adapter(folder, Path(adapter))
     trained = adapter_files.trained_kind(adapter)

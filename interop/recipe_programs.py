@@ -17,6 +17,8 @@ from common.known_names import (
     COLUMNS,
     FULL_NOTE,
     METHOD_NOTE,
+    OBJECTIVE_NOTE,
+    OBJECTIVE_WORDS,
     Counterpart,
     hub_or_file,
 )
@@ -197,7 +199,11 @@ def read_torchtune(recipe) -> None:
     # Where the optimizer has weights in bf16, full fine-tuning has no others.
     loss = last_name(recipe.leaves.get("loss._component_"))
     if loss and "crossentropy" not in loss.lower() and not loss.startswith("CE"):
-        recipe.left_out["loss._component_"] = "only supervised fine-tuning is there yet"
+        words = OBJECTIVE_WORDS.get(loss.removesuffix("Loss").lower())
+        if words:
+            recipe.carry("loss._component_", words)
+        else:
+            recipe.left_out["loss._component_"] = OBJECTIVE_NOTE
         warn_of_objective(recipe, loss)
 
 
@@ -346,7 +352,19 @@ def read_objective(recipe, key: str) -> None:
     if objective in ("sft", "pt"):
         recipe.anyway[key] = "texts are trained whole, and of conversations the answers"
         return
-    recipe.carry(key, f"--objective {shlex.quote(objective)}")
+    words = OBJECTIVE_WORDS.get(objective)
+    # LLaMA-Factory's stage dpo has several losses, one of which another key names.
+    loss = recipe.text("pref_loss").lower()
+    if objective == "dpo" and recipe.is_open("pref_loss"):
+        words = f"--objective {loss}" if loss in OBJECTIVE_WORDS else words
+        if loss not in (*OBJECTIVE_WORDS, "sigmoid"):
+            recipe.left_out["pref_loss"] = OBJECTIVE_NOTE
+        else:
+            recipe.carried["pref_loss"] = words or ""
+    if words:
+        recipe.carry(key, words)
+    else:
+        recipe.left_out[key] = OBJECTIVE_NOTE
     warn_of_objective(recipe, objective)
 
 

@@ -207,7 +207,6 @@ LLAMA_FACTORY_ROWS = {
     "interleave_probs": missing("--data FILE=W gives a file the weight W"),
     "new_special_tokens": missing(NEW_TOKENS),
     "resize_vocab": needless("the embedding table grows where new tokens need it"),
-    "pref_loss": missing("only supervised fine-tuning is there yet"),
     "freeze_vision_tower": needless("only text is read"),
     "freeze_multi_modal_projector": needless("only text is read"),
     "disable_gradient_checkpointing": switch("--activation-checkpointing none"),

@@ -160,7 +160,7 @@ class Documents:
     lengths: the documents' lengths in tokens, in order. Sort a batch by length: adjacent documents
     of similar length make large groups.
     positions: int64 [tokens], counted from 0 in each document.
-    dropout_seeds: int64 [tokens], one seed for each token; None without dropout.
+    dropout_seeds: int64 [tokens], one seed for each token; None without dropout or noise.
     block_masks: those of kernels/flex.py, by window.
 
     What only some of the ways to compute need is built when the first layer asks for it.

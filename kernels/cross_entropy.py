@@ -6,6 +6,9 @@ backward only multiplies by the factor that arrives (as in Malek et al. 2024, Li
 Products run in the model's dtype; log-sum-exp, target logit, loss and, where the head is trained,
 its gradient are summed in fp32: bf16 sums over chunks bend the loss curve.
 
+Where the weights of tokens follow from their losses, nothing is known in the forward:
+`linear_token_losses` computes the logits once more in the backward.
+
 `linear_cross_entropy_reference` is the same in three lines, with all logits: what tests compare
 with.
 """
@@ -40,6 +43,8 @@ def linear_cross_entropy(
     softcap: float | None = None,
     loss_weights: Tensor | None = None,
     trained_rows: tuple[Tensor, Tensor] | None = None,
+    smoothing: float = 0.0,
+    by_confidence: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Returns the cross-entropy through the output head: -log softmax(hidden @ weight.T)[target].
 
@@ -52,10 +57,18 @@ def linear_cross_entropy(
         the forward.
     trained_rows: where only some rows of the weight are trained: their ids, int64 [R], each once, and
         the rows, [R, D], which stand in the weight already. The gradient goes to these.
+    smoothing: epsilon of label smoothing (Szegedy et al. 2016, section 7), from 0 to 1: a token's
+        loss is (1 - epsilon) times -log p(target), plus epsilon times the mean of -log p over the
+        vocabulary.
+    by_confidence: a token's loss is -p(target) log p(target), where p(target) counts as a constant:
+        the loss of dynamic fine-tuning, DFT (Wu et al. 2025, arXiv 2508.05629). No smoothing then.
 
     Returns the weighted sum of the losses, a float32 scalar with gradients, to be divided by the
     sum of the weights; and each token's loss, float32 [tokens], without a weight or a gradient.
+    Both are of the loss that is asked for.
     """
+    # With smoothed targets there is no one p(target) to weigh by, and no paper that does it.
+    assert not (smoothing and by_confidence), "smoothing and by_confidence exclude each other"
     # A Function is told which inputs require gradients, but not that autograd is off: detaching
     # tells it.
     if not torch.is_grad_enabled():
@@ -63,7 +76,9 @@ def linear_cross_entropy(
         weight = weight.detach()
         trained_rows = None
     ids, rows = trained_rows or (None, None)
-    return LinearCrossEntropy.apply(hidden, weight, targets, softcap, loss_weights, ids, rows)
+    return LinearCrossEntropy.apply(
+        hidden, weight, targets, softcap, loss_weights, ids, rows, smoothing, by_confidence
+    )
 
 
 def linear_cross_entropy_reference(
@@ -73,6 +88,8 @@ def linear_cross_entropy_reference(
     softcap: float | None = None,
     loss_weights: Tensor | None = None,
     trained_rows: tuple[Tensor, Tensor] | None = None,
+    smoothing: float = 0.0,
+    by_confidence: bool = False,
 ) -> tuple[Tensor, Tensor]:
     if trained_rows is not None:
         ids, rows = trained_rows
@@ -80,29 +97,46 @@ def linear_cross_entropy_reference(
     logits = F.linear(hidden, weight.to(hidden.dtype)).float()
     if softcap:
         logits = softcap * (logits / softcap).tanh()
-    losses = F.cross_entropy(logits, targets, reduction="none")
+    losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    if by_confidence:
+        losses = losses * (-losses.detach()).exp()
     weighted = losses if loss_weights is None else losses * loss_weights
     return weighted.sum(), losses.detach()
+
+
+def linear_token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap: float | None = None,
+    trained_rows: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Returns each token's -log softmax(hidden @ weight.T)[target], float32 [tokens], with gradients.
+
+    For losses that weigh tokens once all are known, as those of preferences do. It costs one more
+    product than `linear_cross_entropy`, since the backward computes the logits again. Until then
+    nothing is kept but the arguments, which are those of `linear_cross_entropy`. There may be no
+    tokens.
+    """
+    ids, rows = trained_rows or (None, None)
+    return LinearTokenLosses.apply(hidden, weight, targets, softcap, ids, rows)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """`linear_cross_entropy`; its forward computes the gradients up to a factor."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, softcap, loss_weights, ids, rows):
+    def forward(
+        ctx, hidden, weight, targets, softcap, loss_weights, ids, rows, smoothing, by_confidence
+    ):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        wanted = None
+        need_rows = ctx.needs_input_grad[6]
+        needs = need_hidden, need_weight, need_rows
         ctx.hidden_dtype = hidden.dtype
-        ctx.weight_dtype = weight.dtype
-        if ctx.needs_input_grad[6]:
-            # Then the gradient below is that of these rows alone.
-            wanted, need_weight = ids, True
-            ctx.weight_dtype = rows.dtype
-        ctx.is_of_rows = wanted is not None
-        head = weight.to(hidden.dtype)
-        compute = forward_on_gpu if use_triton(hidden) else forward_in_pytorch
-        loss, losses, grad_hidden, grad_weight = compute(
-            hidden, head, targets, softcap, loss_weights, need_hidden, need_weight, wanted
+        ctx.weight_dtype = rows.dtype if need_rows else weight.dtype
+        ctx.is_of_rows = need_rows
+        loss, losses, grad_hidden, grad_weight = losses_and_gradients(
+            hidden, weight, targets, softcap, loss_weights, needs, ids, smoothing, by_confidence
         )
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(losses)
@@ -118,8 +152,74 @@ class LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(factor).to(ctx.weight_dtype)
         if ctx.is_of_rows:
-            return grad_hidden, None, None, None, None, None, grad_weight
-        return grad_hidden, grad_weight, None, None, None, None, None
+            return grad_hidden, None, None, None, None, None, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None
+
+
+class LinearTokenLosses(torch.autograd.Function):
+    """`linear_token_losses`; its backward computes the logits again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, softcap, ids, rows):
+        needs = False, False, False
+        _, losses, _, _ = losses_and_gradients(hidden, weight, targets, softcap, None, needs, ids)
+        ctx.save_for_backward(hidden, weight, targets, ids)
+        ctx.softcap = softcap
+        ctx.rows_dtype = None if rows is None else rows.dtype
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad_losses):  # fp32 [tokens]
+        hidden, weight, targets, ids = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        need_rows = ctx.needs_input_grad[5]
+        needs = need_hidden, need_weight, need_rows
+        # The gradient of a plain sum is one number that stands for all, which no kernel can read.
+        loss_weights = grad_losses.contiguous()
+        _, _, grad_hidden, grad_weight = losses_and_gradients(
+            hidden, weight, targets, ctx.softcap, loss_weights, needs, ids
+        )
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(ctx.rows_dtype if need_rows else weight.dtype)
+        if need_rows:
+            return grad_hidden, None, None, None, None, grad_weight
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def losses_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap: float | None,
+    loss_weights: Tensor | None,
+    needs: tuple[bool, bool, bool],
+    ids: Tensor | None,
+    smoothing: float = 0.0,
+    by_confidence: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Returns what `forward_in_pytorch` does; on a GPU `forward_on_gpu` computes it.
+
+    weight: [V, D], in any float dtype.
+    needs: whether hidden, weight and the rows `ids` of it need a gradient. Where the rows do, that of
+        the weight is theirs alone, [R, D].
+
+    The other arguments are those of `linear_cross_entropy`.
+    """
+    need_hidden, need_weight, need_rows = needs
+    head = weight.to(hidden.dtype)
+    compute = forward_on_gpu if use_triton(hidden) else forward_in_pytorch
+    return compute(
+        hidden,
+        head,
+        targets,
+        softcap,
+        loss_weights,
+        need_hidden,
+        need_weight or need_rows,
+        ids if need_rows else None,
+        smoothing,
+        by_confidence,
+    )
 
 
 # ---- plain PyTorch ----
@@ -134,6 +234,8 @@ def forward_in_pytorch(
     need_hidden: bool,
     need_weight: bool,
     wanted: Tensor | None = None,
+    smoothing: float = 0.0,
+    by_confidence: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Returns the loss, each token's loss, and the gradients of hidden and head.
 
@@ -161,7 +263,14 @@ def forward_in_pytorch(
         chunk_weights = None if loss_weights is None else loss_weights[part]
         logits = F.linear(chunk, head)  # [rows, V]
         softmax_minus_one_hot_(
-            logits, targets[part], chunk_losses, need_hidden or need_weight, softcap, chunk_weights
+            logits,
+            targets[part],
+            chunk_losses,
+            need_hidden or need_weight,
+            softcap,
+            chunk_weights,
+            smoothing,
+            by_confidence,
         )
         # From here on `logits` holds the gradient of the logits.
         if chunk_weights is None:
@@ -183,13 +292,15 @@ def softmax_minus_one_hot_(
     want_grad: bool,
     softcap: float | None,
     loss_weights: Tensor | None = None,
+    smoothing: float = 0.0,
+    by_confidence: bool = False,
 ) -> None:
     """Replaces logits [rows, V] by the gradient of the loss, and writes the losses of the rows.
 
     target: int64 [rows].
     losses: float32 [rows].
     want_grad: whether the gradient is needed; without it logits stay as they are.
-    softcap: as in `linear_cross_entropy`.
+    softcap, smoothing, by_confidence: as in `linear_cross_entropy`.
     loss_weights: float32 [rows]; each row's gradient is multiplied by it, its loss is not.
     """
     rows_at_a_time = SOFTMAX_ROWS if logits.device.type == "cpu" else logits.shape[0]
@@ -210,10 +321,23 @@ def softmax_minus_one_hot_(
         index = index[:, None]  # [rows, 1]
         chosen = logprobs.gather(1, index)  # [rows, 1]
         loss.copy_(chosen[:, 0]).neg_()
+        if smoothing:
+            # Neither of the two terms is negative, so nothing cancels.
+            loss.mul_(1 - smoothing).sub_(logprobs.mean(-1), alpha=smoothing)
+        if by_confidence:
+            confidence = chosen.exp()  # [rows, 1]
+            loss.mul_(confidence[:, 0])
         if not want_grad:
             continue
         # The target's gradient is p - 1: expm1 computes it without cancellation.
-        grad = logprobs.exp_().scatter_(1, index, chosen.expm1())
+        at_target = chosen.expm1()
+        if smoothing:
+            at_target.add_(smoothing)
+        grad = logprobs.exp_().scatter_(1, index, at_target)
+        if smoothing:
+            grad.sub_(smoothing / grad.shape[1])
+        if by_confidence:
+            grad.mul_(confidence)
         if weight is not None:
             grad.mul_(weight)
         # The derivative of softcap * tanh(x / softcap) is 1 - tanh(x / softcap)^2.
@@ -234,6 +358,8 @@ def forward_on_gpu(
     need_hidden: bool,
     need_weight: bool,
     wanted: Tensor | None = None,
+    smoothing: float = 0.0,
+    by_confidence: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Computes what `forward_in_pytorch` does, with softmax_kernel.
 
@@ -262,7 +388,14 @@ def forward_on_gpu(
         logits = buffer[: len(chunk), :vocabulary]  # [rows, V]
         torch.mm(chunk, head.t(), out=logits)
         softmax_on_gpu(
-            logits, targets[part], losses[part], need_hidden or need_weight, softcap, chunk_weights
+            logits,
+            targets[part],
+            losses[part],
+            need_hidden or need_weight,
+            softcap,
+            chunk_weights,
+            smoothing,
+            by_confidence,
         )
         # From here on `logits` holds the gradient of the logits.
         if grad_hidden is not None:
@@ -343,6 +476,8 @@ def softmax_on_gpu(
     want_grad: bool,
     softcap: float | None,
     loss_weights: Tensor | None,
+    smoothing: float = 0.0,
+    by_confidence: bool = False,
 ) -> None:
     """Does what `softmax_minus_one_hot_` does, by one launch of softmax_kernel.
 
@@ -354,6 +489,7 @@ def softmax_on_gpu(
     softmax_kernel[(rows,)](
         logits, target, losses, weights_or_any, logits.stride(0), vocabulary, softcap or 1.0,
         CAPPED=bool(softcap), GRAD=want_grad, WEIGHTED=loss_weights is not None,
+        SMOOTHING=smoothing, BY_CONFIDENCE=by_confidence,
         BLOCK=LOGITS_PER_BLOCK, num_warps=LOGITS_WARPS,
     )  # fmt: skip
 
@@ -361,7 +497,8 @@ def softmax_on_gpu(
 @triton.jit
 def softmax_kernel(
     logits, target, losses, loss_weights, stride, vocabulary, softcap,
-    CAPPED: tl.constexpr, GRAD: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr, GRAD: tl.constexpr, WEIGHTED: tl.constexpr,
+    SMOOTHING: tl.constexpr, BY_CONFIDENCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Computes one row a program, in two passes over its logits.
 
@@ -371,6 +508,7 @@ def softmax_kernel(
     ever exists. A block is loaded while the one before it is computed.
 
     stride: numbers from one row to the next, padding included.
+    SMOOTHING: a constant, so that a kernel without it is not one instruction longer.
     """
     row = tl.program_id(0).to(tl.int64)
     row_logits = logits + row * stride
@@ -382,13 +520,19 @@ def softmax_kernel(
     # -1e38 lies below all logits and is finite: infinity minus infinity would be NaN.
     most = tl.full([BLOCK], -1e38, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
+    # How far the target's logit lies above the others, in sum: the mean of -log p over the
+    # vocabulary is -log p of the target plus the mean of these.
+    above_others = tl.zeros([BLOCK], tl.float32)
     ahead = load_logits(row_logits, 0, stride, BLOCK)
     for start in range(0, vocabulary, BLOCK):
         x = ahead.to(tl.float32)
         ahead = load_logits(row_logits, start + BLOCK, stride, BLOCK)
         if CAPPED:
             x = softcap * tanh(x / softcap)
-        x = tl.where(start + tl.arange(0, BLOCK) < vocabulary, x, float("-inf"))
+        inside = start + tl.arange(0, BLOCK) < vocabulary
+        if SMOOTHING > 0:
+            above_others += tl.where(inside, chosen - x, 0.0)
+        x = tl.where(inside, x, float("-inf"))
         # The sum is relative to the largest logit. A larger one scales what was summed before;
         # either way one exponential is enough.
         above = x - most
@@ -398,12 +542,20 @@ def softmax_kernel(
     # The places of the block meet: their sums are relative to different largest logits.
     top = tl.max(most)
     total_of_row = tl.sum(total * tl.exp(most - top))
-    tl.store(losses + row, top + tl.log(total_of_row) - chosen)
+    loss = top + tl.log(total_of_row) - chosen
+    if SMOOTHING > 0:
+        loss += SMOOTHING * tl.sum(above_others) / vocabulary
+    if BY_CONFIDENCE:
+        confidence = tl.exp(chosen - top) / total_of_row
+        loss *= confidence
+    tl.store(losses + row, loss)
     if GRAD:
         factor = 1 / total_of_row
         weight = 1.0
         if WEIGHTED:
             weight = tl.load(loss_weights + row)
+        if BY_CONFIDENCE:
+            weight *= confidence
         ahead = load_logits(row_logits, 0, stride, BLOCK)
         for start in range(0, vocabulary, BLOCK):
             x = ahead.to(tl.float32)
@@ -416,7 +568,9 @@ def softmax_kernel(
                 slope = weight * (1 - bent * bent)
                 x = softcap * bent
             grad = tl.exp(x - top) * factor
-            grad = tl.where(at == wanted, grad - 1, grad)
+            grad = tl.where(at == wanted, grad - (1 - SMOOTHING), grad)
+            if SMOOTHING > 0:
+                grad -= SMOOTHING / vocabulary
             # The padding is overwritten too, so that one mask covers each 16 bytes.
             tl.store(row_logits + at, grad * slope, at < stride)
 

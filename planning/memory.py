@@ -38,6 +38,7 @@ from adapting.tables import (
     add_tables,
     asked_tables,
     grow_vocabulary,
+    is_head_tied,
     tables_of,
 )
 from common import console
@@ -210,6 +211,8 @@ def meta_model(
     has_masters = not method.freezes_base and not recipe.offload and recipe.weights == "fp32"
     storage_dtype = torch.bfloat16 if recipe.weights == "bf16" else dtype
     model.to(torch.float32 if has_masters else storage_dtype)
+    if model.score is not None:
+        model.score.float()
     model.compute_dtype = dtype
     quant = quant or recipe.quant or method.quant
     if quant or config.raw.get("quantization_config"):
@@ -306,6 +309,32 @@ def expected_memory(
         activations += item * sum(p.numel() for p in trained_parameters)
 
     embedding = looked_up(model.embed)
+    # A score head has a few numbers a document, whose gradient is one of all hidden states.
+    logits: float = hidden_states
+    if model.score is None:
+        logits = logits_bytes(model, trained, device)
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+        block=block,
+        logits=logits,
+        working=working_bytes(model, documents, device),
+        runtime=RUNTIME.get(device, RUNTIME["cpu"]),
+        table=embedding.nbytes if embedding.requires_grad else 0,
+        tied=is_head_tied(model),
+        recomputed=recomputed,
+        accumulated=accumulate > 1,
+        held=held_bytes(model, recipe) if recipe.ewc else 0.0,
+    )
+
+
+def logits_bytes(model: Transformer, trained: int, device: str) -> float:
+    """Returns the bytes that the LM head and its loss take. trained, device: as of
+    `expected_memory`."""
+    config = model.config
+    item = model.dtype.itemsize
     head = looked_up(model.head_table)
     budget = LOGITS_BYTES.get(device, LOGITS_BYTES["cuda"])
     chunk = min(budget, trained * config.vocab_size * item)
@@ -318,21 +347,7 @@ def expected_memory(
     elif isinstance(model.head_table, TrainedRows):
         # The head with the trained rows in it, which is made for each micro-batch.
         logits += config.vocab_size * config.hidden_size * item
-    return Memory(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        activations=activations,
-        block=block,
-        logits=logits,
-        working=working_bytes(model, documents, device),
-        runtime=RUNTIME.get(device, RUNTIME["cpu"]),
-        table=embedding.nbytes if embedding.requires_grad else 0,
-        tied=model.head is None,
-        recomputed=recomputed,
-        accumulated=accumulate > 1,
-        held=held_bytes(model, recipe) if recipe.ewc else 0.0,
-    )
+    return logits
 
 
 def looked_up(table: nn.Module) -> Any:
@@ -560,7 +575,7 @@ def flops_a_token(
         if checkpointing in ("full", "offload") and name.startswith("blocks."):
             operations += 2
         total += share * size * operations
-    if model.head is None:
+    if is_head_tied(model):
         # The embedding table is the head as well.
         embedding = looked_up(model.embed)
         total += trained * embedding.numel() * (6 if embedding.requires_grad else 4)

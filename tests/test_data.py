@@ -313,7 +313,7 @@ def test_rows_of_a_cache_that_can_only_be_read_are_used(tmp_path, tokenizer, cac
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_cache_without_room_is_named(tmp_path, tokenizer, cache, monkeypatch, number):
-    def write(source, tokenizer, roles, with_heads, folder):
+    def write(source, tokenizer, roles, with_heads, kind, folder):
         (folder / "ids.bin").write_bytes(b"half")
         raise OSError(number, os.strerror(number))
 

@@ -54,7 +54,10 @@ def folder(tmp_path_factory) -> Path:
     (folder / "recipe.yaml").write_text(
         "base_model: FOLDER\ndatasets: [{path: examples.json, type: alpaca}]\nlearning_rate: 1e-4\n"
     )
-    for name in ("train.csv", "test.csv"):
+    keys = ("prompt", "chosen", "rejected")
+    pairs = [dict(zip(keys, (sentence(i + 50 * k, 5) for k in range(3)))) for i in range(40)]
+    (folder / "preferences.json").write_text(json.dumps(pairs))
+    for name in ("train.csv", "test.csv", "reviews.csv"):
         rows = [f"{sentence(i, 5)},{'AB'[i % 2]}" for i in range(24)]
         (folder / name).write_text("\n".join(["text,label", *rows]))
     story = {"activity_label": "Fox", "ctx_a": "A fox runs.", "ctx_b": "the dog", "endings": [*"abcd"], "label": 1}

@@ -21,7 +21,7 @@ from support.runs import ROOT, after_lines, assert_same, descendants, exact, fin
 
 import checkpoint
 import train
-from objectives import supervised_loss
+from objectives import SupervisedRun, supervised_loss
 from optimizers import make_optimizers
 from training import checkpointer as resume
 from training import metrics as log
@@ -135,14 +135,14 @@ def test_a_process_that_hangs_is_waited_for_so_long(job, tmp_path):
 def scale_losses(monkeypatch, factor) -> None:
     """Multiplies the loss of each micro-batch by factor(model)."""
 
-    def scaled(model, batch, totals, losses):
+    def scaled(self, model, batch, totals, losses):
         times = factor(model)
         before = losses.loss.clone()
         loss = supervised_loss(model, batch, totals, losses)
         losses.loss = before + (losses.loss - before) * times
         return loss * times
 
-    monkeypatch.setitem(train.OBJECTIVES, "supervised", scaled)
+    monkeypatch.setattr(SupervisedRun, "__call__", scaled)
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "muon", "adamw8bit", "bf16 weights"])
@@ -364,7 +364,7 @@ def test_out_of_memory_says_what_helps(job, tmp_path, monkeypatch, capsys, metho
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...")
 
-    monkeypatch.setitem(train.OBJECTIVES, "supervised", full)
+    monkeypatch.setattr(SupervisedRun, "__call__", full)
     _, err, code = command(train, monkeypatch, capsys, *job(method), "--out", tmp_path / "run")
     assert code == 2 and err.startswith("error: out of memory: CUDA out of memory. The plan expected")
     assert helps in err and ("--seq-len" in err or "--batch-size 3 --accumulate 2" in err)

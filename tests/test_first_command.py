@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from support.helpers import chat_base, sentence
 
 import train
@@ -114,23 +113,19 @@ def test_the_trial_takes_examples_that_cost_the_mean_and_fewer_where_one_step_wo
     steps = [[(50, 60)], [(70, 20), (65, 400)]]
     chosen = []
 
-    def collate(examples, device):
+    def collate(examples):
         chosen.append([len(example.ids) for example in examples])
 
     def examples_of_step(step):
         return [[SimpleNamespace(ids=[1] * n) for n in lengths] for lengths in steps[step]]
 
-    original, calibration.collate = calibration.collate, collate
-    try:
-        loader = SimpleNamespace(examples_of_step=examples_of_step)
-        # Tokens of examples of 40 and of 80 tokens: (40 * 40 + 80 * 80) / (40 + 80) = 66.7.
-        lengths = np.array([40.0, 80.0])
-        for most in (10, 66, 1000):
-            calibration.trial_batch(loader, 2, lengths, most, torch.device("cpu"))
-        calibration.trial_batch(loader, 1, lengths, 1000, torch.device("cpu"))
-        calibration.trial_batch(loader, 2, np.array([400.0, 20.0]), 1000, torch.device("cpu"))
-    finally:
-        calibration.collate = original
+    loader = SimpleNamespace(examples_of_step=examples_of_step, collate=collate)
+    # Tokens of examples of 40 and of 80 tokens: (40 * 40 + 80 * 80) / (40 + 80) = 66.7.
+    lengths = np.array([40.0, 80.0])
+    for most in (10, 66, 1000):
+        calibration.trial_batch(loader, 2, lengths, most)
+    calibration.trial_batch(loader, 1, lengths, 1000)
+    calibration.trial_batch(loader, 2, np.array([400.0, 20.0]), 1000)
     # At most as many tokens as the first micro-batch has, 110.
     assert chosen == [[65], [65], [65], [60, 50], [400]]
 

@@ -13,6 +13,7 @@ from support.helpers import batch_loss, chat_base, command
 
 import data
 import train
+from adapting.score_head import add_score_head, document_scores
 from checkpoint import load_model, read_config
 from common import device
 from common.errors import UserError
@@ -118,6 +119,30 @@ def test_what_is_foretold_is_what_is_held(tmp_path, family, method, checkpointin
         run().backward()
 
     _, _, peak = measure(step)
+    assert peak == pytest.approx(told.peak - told.weights - told.optimizer - told.runtime, rel=0.1)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_a_score_head_holds(tmp_path, method):
+    write(tmp_path, "llama")
+    setup = Recipe(method)
+    drawn = meta_model(read_config(tmp_path), setup, torch.float32, ADAPTER)
+    model = load_model(tmp_path)
+    if method != "full":
+        plan.lora.add_lora(model, **ADAPTER)
+    for each in (drawn, model):
+        add_score_head(each, ["no", "yes"])
+    model.train()
+    one = batch()
+    told = expected_memory(drawn, setup, LENGTHS, 0, "cpu", 1)
+    assert told == expected_memory(model, setup, LENGTHS, 0, "cpu", 1) and not told.tied
+    run = lambda: document_scores(model, one.tokens, one.documents).square().sum()
+    run()
+    loss, held, _ = measure(run)
+    assert held == pytest.approx(told.activations, rel=0.1)
+    loss.backward()
+    model.zero_grad()
+    _, _, peak = measure(lambda: run().backward())
     assert peak == pytest.approx(told.peak - told.weights - told.optimizer - told.runtime, rel=0.1)
 
 

@@ -263,8 +263,10 @@ def test_builders_of_torchtune_say_method_and_data(tmp_path):
     assert recipe_of(constant, tmp_path).filled["lr_scheduler_type"] == "--schedule constant"
     assert recipe_of(constant, tmp_path).filled["warmup_steps"] == "--warmup 0"
     preference = converted(("modules.loss.LinearCrossEntropyLoss", "rlhf.loss.DPOLoss"))
-    assert preference.left_out["loss._component_"] == "only supervised fine-tuning is there yet"
-    assert any(text.startswith("WARNING: the file is for DPOLoss") for text in preference.differs)
+    assert preference.flags["--objective"] == ["dpo"] and not any("WARNING" in text for text in preference.differs)
+    other = converted(("modules.loss.LinearCrossEntropyLoss", "rlhf.loss.RSOLoss"))
+    assert "other losses are not there yet" in other.left_out["loss._component_"]
+    assert any(text.startswith("WARNING: the file is for RSOLoss") for text in other.differs)
 
 
 def test_values_that_name_others_are_put_together(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.helpers import chat_base, command
 from support.runs import (
-    METHODS,
+    EACH_METHOD,
     ROOT,
     after_lines,
     assert_same,
@@ -43,7 +43,7 @@ def cut_back(run: Path, step: int) -> None:
         stream.write('{"step": 15, "lo')
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EACH_METHOD)
 def test_a_resumed_run_is_the_run_that_was_not_stopped(job, tmp_path, monkeypatch, capsys, method):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     out, err, code = command(train, monkeypatch, capsys, *job(method), "--keep", 9, "--out", whole)

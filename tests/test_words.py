@@ -21,6 +21,7 @@ from flags import OPTIONS, dashed, make_parser, parse_flags
 from interop import gguf_export
 from kernels import flash_versions
 from methods import METHODS
+from objectives import OBJECTIVES
 from tokenization.chat_template import NAMED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -220,7 +221,7 @@ def test_convert_ends_with_one_line():
 
 def test_names_of_others_are_options_of_ours_or_say_why_not():
     parser = make_parser()
-    coming = {"--dora", "--rslora", "--lora-plus", "--init", "--objective", "--beta", "--neftune", "--system", "--push"}
+    coming = {"--dora", "--rslora", "--lora-plus", "--init", "--system", "--push"}
     flags = {flag for action in parser._actions for flag in action.option_strings}
     for name, row in known_names.TRAIN_NAMES.items():
         assert re.fullmatch(r"[a-z0-9_]+", name), name
@@ -233,6 +234,7 @@ def test_names_of_others_are_options_of_ours_or_say_why_not():
 
 def test_the_words_of_options_are_the_keys_of_their_tables():
     assert set(choices.METHOD_NAMES) == set(METHODS)
+    assert set(choices.OBJECTIVE_NAMES) == set(OBJECTIVES)
     assert set(choices.OPTIMIZER_NAMES) == set(optimizers.DESCRIPTIONS)
     assert set(choices.SCHEDULE_NAMES) == set(optimizers.SCHEDULES)
     assert set(choices.DTYPE_NAMES) == set(DTYPES)

@@ -4,19 +4,18 @@ The comparison is one forward and backward of the run's own model on its first m
 """
 
 import dataclasses
-from collections.abc import Callable
 
 from torch import Tensor
 
 import distributed
-from data import MicroBatches, collate
+from data import MicroBatches
 from kernels import flash_versions
 from model import Transformer
-from objectives import Losses, StepTotals
+from objectives import Losses, RunObjective, StepTotals
 
 
 def use_flash_version(
-    name: str, model: Transformer, objective: Callable[..., Tensor], loader: MicroBatches
+    name: str, model: Transformer, objective: RunObjective, loader: MicroBatches
 ) -> str:
     """Puts that version in place and returns a line about it.
 
@@ -27,15 +26,16 @@ def use_flash_version(
     trial = MicroBatches(loader.dataset, sampler, loader.device, loader.batch_size)
     trial.max_tokens = loader.max_tokens
     trial.seed = loader.seed
-    trial.dropout = loader.dropout
+    trial.seeded = loader.seeded
     trial.rows_per_rank = loader.rows_per_rank
     first_micro_batch = trial.examples_of_step(0)[0]
-    batch = collate(first_micro_batch, loader.device, distributed.context_parallel)
+    batch = loader.collate(first_micro_batch)
     # A rank may have no trained token of the batch, and the loss is divided by these.
     totals = StepTotals(
         num_trained=len(batch.targets),
         loss_weight_sum=max(batch.loss_weight_sum, 1.0),
         num_tokens=max(batch.num_tokens, 1),
+        num_examples=max(batch.texts.weight_sum, 1.0) if batch.texts else 0.0,
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()

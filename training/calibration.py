@@ -9,17 +9,15 @@ than one of a short example, so its examples are about as long as one that costs
 
 import dataclasses
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import distributed
-from data import Batch, MicroBatches, TrainingData, collate
+from data import Batch, MicroBatches, TrainingData, needs_seeds
 from model import Transformer
-from objectives import Losses, StepTotals
+from objectives import Losses, RunObjective, StepTotals
 from training.defaults import Settings
 
 # A micro-batch that is expected to take longer is timed by some of its examples.
@@ -47,7 +45,7 @@ class Pace(NamedTuple):
 def measure_pace(
     settings: Settings,
     model: Transformer,
-    objective: Callable[..., Tensor],
+    objective: RunObjective,
     data: TrainingData,
     device: torch.device,
 ) -> Pace:
@@ -61,7 +59,7 @@ def measure_pace(
     sampler = dataclasses.replace(data.sampler)
     loader = MicroBatches(
         data.train, sampler, device, settings.batch_size, settings.accumulate, settings.max_tokens,
-        settings.seed, dropout=bool(settings.dropout),
+        settings.seed, seeded=needs_seeds(settings),
     )  # fmt: skip
     if settings.compile == "on":
         # The trial would be of blocks that are not compiled.
@@ -70,7 +68,7 @@ def measure_pace(
     try:
         most = TRIAL_SECONDS / expected_pace
         lengths = np.asarray(settings.workload.all_lengths, dtype=np.float64)
-        batch = trial_batch(loader, settings.steps, lengths, most, device)
+        batch = trial_batch(loader, settings.steps, lengths, most)
         seconds_per_token = time_micro_batch(batch, model, objective, device)
     except torch.cuda.OutOfMemoryError:
         # The first step will run out of memory too, and say what would have taken less.
@@ -84,7 +82,7 @@ def measure_pace(
 
 
 def time_micro_batch(
-    batch: Batch, model: Transformer, objective: Callable[..., Tensor], device: torch.device
+    batch: Batch, model: Transformer, objective: RunObjective, device: torch.device
 ) -> float:
     """Returns the seconds that a token takes, forward and backward, the second time."""
     for _ in range(2):
@@ -98,9 +96,7 @@ def time_micro_batch(
     return seconds / batch.num_tokens
 
 
-def trial_batch(
-    loader: MicroBatches, num_steps: int, lengths: np.ndarray, most: float, device: torch.device
-) -> Batch:
+def trial_batch(loader: MicroBatches, num_steps: int, lengths: np.ndarray, most: float) -> Batch:
     """Returns a micro-batch for the trial: as many tokens as the first one of the run has, and at
     most about `most`, in examples of the first steps; at least one example.
 
@@ -122,7 +118,7 @@ def trial_batch(
         if num_tokens > most:
             break
         chosen.append(example)
-    return collate(chosen, device)
+    return loader.collate(chosen)
 
 
 def memory_bandwidth(device: torch.device) -> float:

@@ -63,6 +63,7 @@ RUN_FILES = (
     "bad_batch.jsonl",
     "comparison.json",
     "gauge.safetensors",
+    "reference.safetensors",
     "validation.safetensors",
     "ewc.safetensors",
     "safety.json",

@@ -38,6 +38,7 @@ from methods import (
     start_of,
 )
 from model import Config, Transformer
+from objectives import OBJECTIVES
 from planning import memory, multi_gpu
 from planning.memory import Workload
 from planning.report import adapter_of, describe_workload, num_validations, recipe_and_layout
@@ -313,6 +314,8 @@ def choose_gauge_tokens(
     the same tokens.
     Raises UserError where --forget-limit needs what can't be measured.
     """
+    if OBJECTIVES[flags.objective].has_head:
+        return 0, "off: a score head takes the place of the output head"
     if not len(data.val):
         if flags.forget_limit is not None:
             raise UserError(
@@ -431,11 +434,15 @@ def choose_optimization(flags: Flags, config: Config) -> tuple[Flags, str]:
     Returns the flags with them, and a remark on the rate, "" where there is nothing to say.
     """
     method = method_of(flags)
+    objective = OBJECTIVES[flags.objective]
     chosen: dict = {}
+    for name, value in objective.defaults.items():
+        if getattr(flags, name) is None:
+            chosen[name] = value
     why_lr = ""
     if flags.lr is None:
         width_factor = (REFERENCE_WIDTH / config.hidden_size) ** WIDTH_EXPONENT
-        lr = BASE_LR * lr_factor_of(flags) * width_factor
+        lr = BASE_LR * lr_factor_of(flags) * width_factor * objective.lr_factor
         if is_bundled_task(flags):
             lr *= BUNDLED_TASK_LR
             why_lr = f" ({BUNDLED_TASK_LR} times the default, since it is short)"

@@ -15,7 +15,9 @@ from torch import Tensor
 import distributed
 from common.errors import UserError, describe_os_error
 from data import TrainingData
+from dataset.encoding import AS_TEXTS
 from model import Transformer, eager_mode
+from objectives import RunObjective
 from training.answer_score import AnswerScorer
 from training.defaults import Settings
 from training.gauge import Gauge
@@ -23,7 +25,7 @@ from training.general_loss import GeneralLoss
 from training.metrics import MetricsLogger
 from training.signals import GracefulStop, ValidationInterrupted
 from training.state import TrainState
-from training.validation import validation_loss
+from training.validation import validate, validation_loss
 from training.validation_change import ValidationChange
 
 
@@ -33,6 +35,7 @@ class Evaluator:
     It has to be made before the weights of a checkpoint are loaded or a step is taken: the gauge and
     the loss on general data measure against the base.
 
+    objective: of which the loss is that of the run.
     data: --val-limit takes a part of its validation examples.
     state: is told what the gauge and the general loss measure, for a resumed run to measure the same.
     device: where the run computes, which offloaded weights don't tell.
@@ -48,6 +51,7 @@ class Evaluator:
         settings: Settings,
         out: Path,
         model: Transformer,
+        objective: RunObjective,
         data: TrainingData,
         metrics: MetricsLogger,
         state: TrainState,
@@ -58,6 +62,7 @@ class Evaluator:
         self.settings = settings
         self.out = out
         self.model = model
+        self.objective = objective
         self.data = data.validating_on(settings.val_limit)
         self.metrics = metrics
         self.device = device
@@ -67,7 +72,9 @@ class Evaluator:
         self.general = None
         if settings.forget_data:
             self.general = GeneralLoss(settings, model, data, state, device)
-        self.change = ValidationChange(out)
+        self.change = ValidationChange(
+            out, unit="" if data.val.kind != AS_TEXTS else "nats a token"
+        )
         self.was_interrupted = False
 
     def due(self, state: TrainState) -> bool:
@@ -111,16 +118,27 @@ class Evaluator:
         max_tokens = self.settings.max_tokens
         sums: list[Tensor] = []
         with eager_mode(self.model):
-            loss = validation_loss(self.model, val, self.device, max_tokens, stop, sums)
+            measured = validate(
+                self.objective, self.model, val, self.device, max_tokens, stop, sums
+            )
             replay_loss = None
             if replay_val:
                 replay_loss = validation_loss(self.model, replay_val, self.device, max_tokens, stop)
+        loss = measured.pop("loss")
         if not math.isfinite(loss):
             problem = f"the validation loss is {loss:g}"
             raise UserError(f"step {state.step}: {problem}; stopped, try a lower --lr")
 
         self.change.take(state.step, sums)
         line: dict[str, float | None] = {"step": state.step, "val_loss": loss}
+        for name, value in measured.items():
+            # JSON has no NaN: the mean of no example.
+            line[f"val_{name}"] = value if math.isfinite(value) else None
+        reported = ""
+        if "accuracy" in measured:
+            reported = f", accuracy {100 * measured['accuracy']:.1f} %"
+        if "margin" in measured:
+            reported += f", margin {measured['margin']:.3g}"
         replay = ""
         if replay_loss is not None:
             line["replay_val_loss"] = replay_loss
@@ -135,7 +153,8 @@ class Evaluator:
             score_text = f", {self.scorer.written(score)}"
             self.metrics.validated = score_text + self.metrics.validated
         self.metrics.bar.write(
-            f"step {state.step:>5}: validation loss {loss:.4f}{score_text}{replay}{general}{distance}"
+            f"step {state.step:>5}: validation loss {loss:.4f}{reported}{score_text}{replay}{general}"
+            f"{distance}"
         )
 
         is_better = loss < state.best_val_loss

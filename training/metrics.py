@@ -178,7 +178,8 @@ class MetricsLogger:
         line["tokens_per_s"] = speed
         line["mfu"] = mfu
         for name, value in zip(pending.extra_names, extra, strict=True):
-            line[name] = value if finite else None
+            # A mean of no example is no number, and JSON has none for it.
+            line[name] = value if finite and math.isfinite(value) else None
         line["seconds"] = time.perf_counter() - self.start
         line["memory_mb"] = peak_memory(self.device) / 1e6
         self.write(line)
@@ -194,8 +195,10 @@ class MetricsLogger:
             of_replay = "" if replay is None else f" (of the replay {replay:.4f})"
             penalty = line.get("ewc_penalty")
             of_ewc = "" if penalty is None else f", EWC penalty {penalty:.2g}"
+            accuracy = line.get("accuracy")
+            right = "" if accuracy is None else f", accuracy {100 * accuracy:.0f} %"
             self.bar.write(
-                f"step {pending.step:>5} of {self.bar.total:,}: loss {loss:.4f}{of_replay}{of_ewc},"
+                f"step {pending.step:>5} of {self.bar.total:,}: loss {loss:.4f}{right}{of_replay}{of_ewc},"
                 f" {speed:,.0f} tokens/s, {left} left"
             )
         if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:

@@ -19,17 +19,21 @@ import torch
 
 import distributed
 from adapter_files import OWN_BASE
+from adapting.stacked_experts import why_peft_can_t
 from adapting.tables import has_tables
 from common.errors import printable, read_json_if_there
 from common.origin import SOURCE_FILE
 from common.remote_names import is_remote, shown
 from data import TrainingData
+from dataset.encoding import AS_CLASSES
 from dataset.token_cache import Rows
 from evals.table import EVALUATIONS
+from families import Config
 from flags import OPTIONS, dashed, existing_file
 from interop.resolve import stated_license
 from lora import parse_pattern
 from methods import ADAPTERHUB, lora_words, method_name, method_of, starts_with_loftq
+from model import Transformer
 from tokenizer import Tokenizer
 from training.defaults import Settings
 from training.metrics import MetricsLogger
@@ -44,6 +48,7 @@ UNTOLD = (
 # Settings that shape what is trained, in the order of the card.
 TOLD = (
     ("epochs", "epochs"),
+    ("objective", "objective"),
     ("lr", "peak learning rate"),
     ("schedule", "schedule"),
     ("warmup", "warm-up steps"),
@@ -75,6 +80,7 @@ class ModelCard:
     origin: what the run is made from, as plaintune.json has it.
     folder: of the base.
     peft_problem: why peft can't load the adapter as it is; "" where it can.
+    labels: of the score head; None where the model has an output head.
     model_vocabulary: the rows of the embedding table, where these are more than the base's; else None.
     metrics, state: are read when a card is written.
     first_answers: to the prompts of the run's page, of the model before step 1; nothing where its base can be
@@ -91,6 +97,15 @@ class ModelCard:
     first_answers: list[str] = field(default_factory=list)
     model_vocabulary: int | None = None
     peft_problem: str = ""
+    labels: tuple[str, ...] | None = None
+
+    def see(self, model: Transformer, config: Config) -> None:
+        """Notes what the cards say of a run's model. config: of the base."""
+        if model.config.vocab_size > config.vocab_size:
+            self.model_vocabulary = model.config.vocab_size
+        self.peft_problem = why_peft_can_t(model)
+        if model.score is not None:
+            self.labels = tuple(model.score.labels)  # type: ignore[arg-type]
 
     def write(self, tmp: Path, name: str) -> None:
         """Writes README.md into the folder `tmp`, which will be called `name`: final or best."""
@@ -163,7 +178,7 @@ class ModelCard:
         """Returns the lines of YAML that the Hub reads. A JSON string is one of YAML as well."""
         fields: dict[str, object] = {
             "library_name": self.library,
-            "pipeline_tag": "text-generation",
+            "pipeline_tag": "text-generation" if self.labels is None else "text-classification",
         }
         # Only a name that others find. The base of another kind is described in the text.
         if "base_revision" in self.origin:
@@ -195,6 +210,8 @@ class ModelCard:
             text = (
                 f"A {method_of(settings).title} ({shape}) for {base}. The base itself is not in it."
             )
+        if self.labels is not None:
+            text += self.head_words()
         moment = f"after step {self.state.step:,} of {settings.steps:,}"
         if name == "best":
             text += f" These are the weights of the lowest validation loss, {moment}."
@@ -202,7 +219,38 @@ class ModelCard:
             text += f" These are the weights {moment}."
         return [f"{text} Made with plaintune, by the command below."]
 
+    def head_words(self) -> str:
+        """Returns what the score head says of a text."""
+        assert self.labels is not None
+        if self.settings.objective == "reward":
+            return (
+                " It is a reward model: its one score of a conversation, which the chat template has"
+                " written, is higher for better answers. It writes no text."
+            )
+        names = ", ".join(escape(printable(label)) for label in self.labels)
+        return f" It classifies texts, and writes none. Its classes in their order: {names}."
+
     # ---- how to load it ----
+
+    @property
+    def auto_class(self) -> str:
+        """The class of transformers that loads the model."""
+        kind = "CausalLM" if self.labels is None else "SequenceClassification"
+        return f"AutoModelFor{kind}"
+
+    def scoring(self) -> list[str]:
+        """Returns the lines of Python that score texts."""
+        if self.settings.objective != "reward":
+            return [
+                'inputs = tokenizer(["a text", "another"], padding=True, return_tensors="pt")',
+                "probabilities = model(**inputs).logits.softmax(-1)",
+            ]
+        return [
+            'messages = [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',
+            "text = tokenizer.apply_chat_template(messages, tokenize=False)",
+            'inputs = tokenizer([text], padding=True, add_special_tokens=False, return_tensors="pt")',
+            "rewards = model(**inputs).logits[:, 0]",
+        ]
 
     def loading(self) -> list[str]:
         """Returns how transformers with peft, plaintune, vLLM and llama.cpp load the weights."""
@@ -215,8 +263,10 @@ class ModelCard:
         where = f", revision={json.dumps(revision)}" if revision else ""
         code = [
             "import adapters" if self.library == "adapters" else "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import {self.auto_class}, AutoTokenizer",
         ]
+        if self.labels is not None:
+            where += f", num_labels={len(self.labels)}"
         if quantized:
             code[1] = f"{code[1]}, BitsAndBytesConfig"
             code += [
@@ -227,10 +277,13 @@ class ModelCard:
             where += ", quantization_config=four_bits"
         code += [
             "",
-            f"base = AutoModelForCausalLM.from_pretrained({base}{where})",
+            f"base = {self.auto_class}.from_pretrained({base}{where})",
             *self.put_on_base(),
             'tokenizer = AutoTokenizer.from_pretrained("THIS")',
         ]
+        if self.labels is not None:
+            code.append("base.config.pad_token_id = tokenizer.pad_token_id")
+            return self.loading_scorer(lines, code)
         shell_base = shlex.quote(self.base_argument)
         numbers = f" --quant {self.settings.quant}" if quantized else ""
         shell = [f"python generate.py --model {shell_base} --adapter THIS{numbers}"]
@@ -276,6 +329,22 @@ class ModelCard:
         )
         return lines
 
+    def loading_scorer(self, lines: list[str], code: list[str]) -> list[str]:
+        """Returns how a model with a score head is loaded. lines: what stands before. code: of Python."""
+        shell = []
+        words = "THIS"
+        if self.is_adapter:
+            base = shlex.quote(self.base_argument)
+            shell.append(f"python convert.py merge THIS MERGED --model {base}")
+            words = f"{base} --adapter THIS"
+        if self.settings.objective == "classify":
+            shell.append(f"python evaluate.py classify --model {words} --data FILE")
+        lines = [*lines, "THIS is this folder, or the name of this repository on the Hub.", ""]
+        lines += fenced("python", *code, "", *self.scoring())
+        if shell:
+            lines += ["", "With plaintune, where THIS is a folder:", "", *fenced("", *shell)]
+        return lines
+
     def put_on_base(self) -> list[str]:
         """Returns the lines of Python that put the adapter on its base."""
         if self.library == "peft":
@@ -297,11 +366,13 @@ class ModelCard:
     def loading_model(self) -> list[str]:
         """Returns how a whole model is loaded."""
         code = [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import {self.auto_class}, AutoTokenizer",
             "",
-            'model = AutoModelForCausalLM.from_pretrained("THIS")',
+            f'model = {self.auto_class}.from_pretrained("THIS")',
             'tokenizer = AutoTokenizer.from_pretrained("THIS")',
         ]
+        if self.labels is not None:
+            return self.loading_scorer([], code)
         shell = [
             "vllm serve THIS",
             "python generate.py --model THIS                            # plaintune",
@@ -398,7 +469,7 @@ class ModelCard:
         if 0 < limit < len(val):
             read = f"; each validation read {limit:,} of them"
         lines += ["", f"{examples} {trained}. To validate: {len(val):,}{held_out}{read}."]
-        if train.chat:
+        if train.chat and train.kind != AS_CLASSES:
             template = escape(self.tokenizer.template_name)
             date = f"; {escape(self.tokenizer.date_note)}" if self.tokenizer.writes_date else ""
             lines.append(f"Prompts go through the chat template in this folder ({template}{date}).")

@@ -21,7 +21,7 @@ import numpy as np
 import distributed
 from adapter_files import base_size, weights_file
 from checkpoint import fingerprint, weight_files
-from common.console import number_of
+from common.console import number_of, one_line
 from common.errors import first_line, read_json_if_there
 from common.files import file_sha256
 from dataset.examples import Dataset, Example
@@ -206,18 +206,24 @@ def example_facts(train: Dataset, tokenizer: Tokenizer) -> dict:
     count = min(NUM_EXAMPLES, len(train))
     examples, notes, num_masked = [], [], 0
     for i in np.linspace(0, len(train) - 1, count).astype(int).tolist():
-        example = train.examples[i]
-        spans = []
-        for text, is_trained in spans_of(example, tokenizer):
-            clean, masked = without_secrets(text)
-            num_masked += masked
-            spans.append([middle_left_out(clean), is_trained])
-        # The file's name is enough on a page that is sent on.
-        place = example.source.rpartition("/")[2]
-        examples.append([f"{place}, {number_of(len(example.ids), 'token')}", spans])
+        texts = train.examples[i].texts()
+        for example, which in zip(texts, (", chosen", ", rejected") if texts[1:] else ("",)):
+            spans = []
+            for text, is_trained in spans_of(example, tokenizer):
+                clean, masked = without_secrets(text)
+                num_masked += masked
+                spans.append([middle_left_out(clean), is_trained])
+            # The file's name is enough on a page that is sent on.
+            place = example.source.rpartition("/")[2] + which + label_of_example(train, example)
+            examples.append([f"{place}, {number_of(len(example.ids), 'token')}", spans])
     if num_masked:
         notes.append(masked_note(num_masked))
     return {"examples": examples, "examples_notes": notes}
+
+
+def label_of_example(dataset: Dataset, example: Example) -> str:
+    """Returns a clause with the class or the judgment of an example; "" where it has none."""
+    return f", {one_line(dataset.label_names[example.label], 40)}" if example.label >= 0 else ""
 
 
 # ---- answers ----
@@ -253,6 +259,8 @@ def sample_answers(card: ModelCard, model: Transformer) -> dict:
         return {
             "answers_note": "No sample answers: the examples are plain text, which asks nothing."
         }
+    if model.score is not None:
+        return {"answers_note": "No sample answers: the model scores texts, and writes none."}
     if distributed.has_shards(model) or distributed.context_parallel:
         note = "No sample answers: the model is shared by several processes."
         return {"answers_note": f"{note} `generate.py --data` answers a file of prompts."}
@@ -323,6 +331,8 @@ def answers_before(card: ModelCard, model: Transformer) -> list[str]:
     is_shared = distributed.has_shards(model) or distributed.context_parallel
     if is_shared or not len(val) or not val.chat or not distributed.is_rank0():
         return []
+    if model.score is not None:
+        return []
     if model_of_step_0(model, settings) is not None:
         return []
     prompts = [prompt for prompt, _ in answerable(val, model.max_positions)]
@@ -339,9 +349,11 @@ def answerable(val: Dataset, max_positions: int) -> list[tuple[list[int], list[i
     longest = min(LONGEST_PROMPT, max_positions - MOST_ANSWER_TOKENS)
     found = []
     for i in np.linspace(0, len(val) - 1, min(len(val), 4 * NUM_ANSWERS)).astype(int).tolist():
-        start = last_answer(val.examples[i])
+        # Of a pair, the chosen answer.
+        example = val.examples[i].texts()[0]
+        start = last_answer(example)
         if 0 < start <= longest:
-            ids = [int(token) for token in val.examples[i].ids]
+            ids = [int(token) for token in example.ids]
             found.append((ids[:start], ids[start:]))
     every = max(1, len(found) // NUM_ANSWERS)
     return found[::every][:NUM_ANSWERS]

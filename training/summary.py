@@ -25,6 +25,7 @@ from common.threads import wait_policy_note
 from data import TrainingData, max_tokens_per_micro_batch
 from methods import lr_factors, method_of
 from model import Experts, Linear, Transformer, quantized_linears
+from objectives import OBJECTIVES
 from planning import multi_gpu
 from planning.report import recipe_and_layout
 from tokenizer import Tokenizer
@@ -56,6 +57,7 @@ def print_model_summary(settings: Settings, model: Transformer, tokenizer: Token
 
 def print_run_summary(settings: Settings, model: Transformer, device: torch.device) -> None:
     """Prints how it is trained, and what that will take."""
+    print_objective(settings)
     print_run(settings, model, device)
     recipe, layout = recipe_and_layout(settings)
     memory = multi_gpu.memory_per_process(
@@ -65,6 +67,20 @@ def print_run_summary(settings: Settings, model: Transformer, device: torch.devi
     minutes = settings.expected_seconds / 60
     print(f"expected  {gigabytes:.1f} GB of memory, {minutes:.1f} min of training", flush=True)
     print_processes(settings)
+
+
+def print_objective(settings: Settings) -> None:
+    """Prints what is minimised, where that is not plain supervised fine-tuning."""
+    row = OBJECTIVES[settings.objective]
+    options = {name: getattr(settings, name) for name in row.options}
+    changed = [
+        name.replace("_", " ") + ("" if value is True else f" {value:g}")
+        for name, value in options.items()
+        if value
+    ]
+    if settings.objective == "sft" and not changed:
+        return
+    print(f"objective {settings.objective}: {'; '.join([row.title, *changed])}")
 
 
 def print_line(text: str) -> None:
@@ -324,7 +340,11 @@ def print_end(
 
 def print_next_command(settings: Settings, folder: Path, data: TrainingData) -> None:
     """Prints the command that tries what was trained. folder: best/ or final/."""
-    words = ["python generate.py"]
+    has_head = OBJECTIVES[settings.objective].has_head
+    if settings.objective == "reward":
+        print(f"next      {folder / 'README.md'} says how transformers scores an answer with it")
+        return
+    words = ["python evaluate.py classify" if has_head else "python generate.py"]
     is_adapter = method_of(settings).freezes_base
     if (folder / OWN_BASE).is_dir():
         # Its base is found there.
@@ -336,7 +356,9 @@ def print_next_command(settings: Settings, folder: Path, data: TrainingData) -> 
     for flag, value in named.items():
         if value:
             words.append(f"{flag} {shlex.quote(value)}")
-    if not data.train.chat:
+    if has_head:
+        words.append("--data FILE")
+    elif not data.train.chat:
         words.append("--complete")
     command = " ".join(words)
     print(f"next      {command}")

@@ -26,9 +26,11 @@ class ValidationChange:
     """Keeps the losses of the first validation and of the newest.
 
     out: the run's folder.
+    unit: of the loss; "" for none.
     """
 
-    def __init__(self, out: Path):
+    def __init__(self, out: Path, unit: str = "nats a token"):
+        self.title = f"validation loss, {unit}" if unit else "validation loss"
         self.file = out / CHANGE_FILE
         self.first: Tensor | None = None
         self.newest: Tensor | None = None
@@ -71,7 +73,7 @@ class ValidationChange:
         interval = paired_interval(base, tuned, base_weights, tuned_weights)
         means = (float(base.sum() / base_weights.sum()), float(tuned.sum() / tuned_weights.sum()))
         return Change(
-            "validation loss, nats a token",
+            self.title,
             len(base),
             *means,
             interval,

@@ -77,6 +77,11 @@ def cases(device: str = "cuda") -> Iterator[tuple[str, Callable]]:
             logits = made(2048, -(-vocabulary // 16) * 16)[:, :vocabulary]
             each = lambda x=logits, cap=cap, weights=weights: loss(x, targets, losses, True, cap, weights)
             yield f"loss, soft-cap {cap}, vocabulary {vocabulary}", each
+    reweighted = {"label smoothing": (30.0, 0.1, False), "DFT": (None, 0.0, True)}
+    for name, (cap, *rest) in reweighted.items():
+        logits = made(2048, 151680)[:, :151669]
+        each = lambda x=logits, cap=cap, rest=rest: loss(x, targets, losses, True, cap, losses, *rest)
+        yield f"loss with {name}, soft-cap {cap}", each
     for double in (True, False):
         absmax = made(F, D // 64, dtype=uint8 if double else fp32)
         nested = (made(F * D // 64 // 256, dtype=fp32), made(1, dtype=fp32)) if double else (None, None)

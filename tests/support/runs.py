@@ -25,6 +25,22 @@ def records(path: Path, count: int, seed: int) -> Path:
     return path
 
 
+def preferences(path: Path, count: int, seed: int) -> Path:
+    """Pairs of answers, and of each prompt a label, so that every objective of whole examples finds its records."""
+    lengths = torch.randint(1, 12, (count, 3), generator=torch.Generator().manual_seed(seed)).tolist()
+    rows = []
+    for i, (a, b, c) in enumerate(lengths):
+        texts = [sentence(seed + 3 * i + k, n) for k, n in enumerate((a + 1, b, c))]
+        # What is learnt holds for held-out pairs, too.
+        rows.append({"prompt": texts[0], "chosen": f"{texts[1]} yes", "rejected": f"{texts[2]} no"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    labels = ("red", "blue")
+    classes = [{"text": f"{row['prompt']} {'ab'[i % 2]}", "label": labels[i % 2]} for i, row in enumerate(rows)]
+    text = "".join(json.dumps(row) + "\n" for row in classes)
+    path.with_name(f"{path.stem}-classes.jsonl").write_text(text, encoding="utf-8")
+    return path
+
+
 def torchrun(processes: int, *words, seconds: float = 300, code: int = 0, **environment) -> str:
     """What N processes print; their exit code must be this one."""
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *map(str, words)]
@@ -49,7 +65,7 @@ def lines(run: Path) -> list[dict]:
 
 
 EXACT = ("step", "loss", "val_loss", "replay_val_loss", "replay_loss", "grad_norm", "lr", "tokens", "trained_tokens")
-EXACT += ("kl_base",)
+EXACT += ("kl_base", "accuracy", "margin", "reward_chosen", "logp_rejected", "kl", "val_accuracy", "val_margin")
 
 
 METHODS = {
@@ -75,7 +91,31 @@ METHODS = {
     "new tokens, full": "--method full --add-tokens TOKENS",
     "tables": "--rank 4 --modules-to-save embed_tokens,lm_head --embedding-lr 1e-3",
     "asynchronous": "--method full --save-async",
+    "dft": "--objective dft --neftune 5 --rank 4 --accumulate 2",
+    "smoothed": "--label-smoothing 0.1 --method full --pack --seq-len 96",
+    "dpo": "--objective dpo --rank 4 --dropout 0.2 --label-smoothing 0.1 --pack --seq-len 96 PAIRS",
+    "dpo, full": "--objective dpo --length-normalized --beta 5 --method full PAIRS",
+    "ipo": "--objective ipo --rank 4 --init pissa PAIRS",
+    "kto": "--objective kto --rank 4 --accumulate 2 PAIRS",
+    "kto, full": "--objective kto --method full --pack --seq-len 96 PAIRS",
+    "orpo": "--objective orpo --rank 4 PAIRS",
+    "simpo": "--objective simpo --rank 4 --accumulate 2 PAIRS",
+    "reward": "--objective reward --rank 4 --pack --seq-len 96 PAIRS",
+    "classify": "--objective classify --method full CLASSES",
 }
+SLOW_METHODS = ("smoothed", "ipo", "kto, full", "orpo", "simpo", "classify")
+EACH_METHOD = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_METHODS)) for name in METHODS]
+
+
+def data_words(words: list[str], folder: Path, mixed: list) -> list:
+    """The words with --data and --val of preferences, or of classes, where they ask for these; else with `mixed`
+    as the data."""
+    kind = next((word for word in words if word in ("PAIRS", "CLASSES")), None)
+    words = [word for word in words if word != kind]
+    if kind is None:
+        return [*words, "--data", *mixed]
+    end = "-classes.jsonl" if kind == "CLASSES" else ".jsonl"
+    return [*words, "--data", folder / f"pairs{end}", "--val", folder / f"val-pairs{end}"]
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +126,8 @@ def job(tmp_path_factory):
     (folder / "tokens.txt").write_text("fox jumps\n12 7\n")
     data, more, val = (records(folder / f"{name}.jsonl", n, seed) for name, n, seed in
                        (("data", 40, 0), ("more", 20, 200), ("val", 9, 500)))  # fmt: skip
+    preferences(folder / "pairs.jsonl", 40, 0)
+    preferences(folder / "val-pairs.jsonl", 9, 500)
 
     def words(method: str, *more_words) -> list[str]:
         found = METHODS[method].replace("ADAPTER", str(folder / "adapter/final"))
@@ -93,7 +135,8 @@ def job(tmp_path_factory):
         mixed = [f"{data}=3", f"{more}=1", "--replay", f"{val}=0.2"] if "MIXED" in found else [data]
         found = [word for word in found if word != "MIXED"]
         found += [] if "--dtype" in found else ["--dtype", "fp32"]
-        found += ["--model", base, "--data", *mixed, "--val", val, "--batch-size", 6, "--steps", 14]
+        found = ["--val", val, *data_words(found, folder, mixed)]
+        found += ["--model", base, "--batch-size", 6, "--steps", 14]
         return [str(word) for word in (*found, "--save-every", 3, "--eval-every", 4, *more_words)]
 
     first = [*words("lora"), "--steps", "2", "--save-every", "0", "--out", str(folder / "adapter")]

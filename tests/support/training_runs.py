@@ -11,7 +11,7 @@ import train
 from data import MicroBatches
 from dataset.examples import Dataset, Example
 from dataset.sampler import Sampler
-from objectives import OBJECTIVES
+from objectives import make_objective
 from optimizers import make_optimizers
 from train import lr_at
 from training.defaults import Settings
@@ -54,7 +54,7 @@ def run_loop(
     loader = MicroBatches(data, sampler(data, settings.seed), device, settings.batch_size, settings.accumulate)
     state = TrainState()
     metrics = MetricsLogger(settings, folder, 1.0, device, state)
-    objective = OBJECTIVES["supervised"]
+    objective = make_objective(settings, None)
     train.train_loop(settings, model, objective, optimizers, loader, state, metrics, GracefulStop())
     metrics.close()
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -198,9 +198,9 @@ def load_training_data(
     if not len(val) and val_fraction:
         warning = "no validation, the prompts are too alike to part them; give --val FILE"
         print(f"          WARNING: {warning}")
+    check_labels(train, ", ".join(map(shown, files)), flag)
     if flags.limit is not None:
         train = limit_examples(train, files, flags.limit, flags.seed)
-    check_labels(train, ", ".join(map(shown, files)), flag)
     if kind == AS_JUDGED:
         train, val = with_partners(train), with_partners(val)
     print_counts(train, val, tokenizer)
@@ -554,7 +554,6 @@ class Texts:
     count: texts of examples; a rank without any has a text that counts nothing.
     text_of_target: int64 [K], the number of the text that each trained token is in.
     lengths: float32 [count], trained tokens of each.
-    ends: int64 [count], the place of each text's last token.
     weights: float32 [examples]. weight_sum: their sum.
     labels: int64 [examples], of classes or judgments; -1 where there are none.
     reference: float32 [count], the log-probability of each by the model before step 1, where it was
@@ -564,7 +563,6 @@ class Texts:
     count: int
     text_of_target: Tensor
     lengths: Tensor
-    ends: Tensor
     weights: Tensor
     weight_sum: float
     labels: Tensor
@@ -809,7 +807,6 @@ def texts_of_batch(
     is_dummy = examples[0] is DUMMY_EXAMPLE
     real = [] if is_dummy else examples
     lengths = np.array([length for each in real for length in each.text_lengths], np.int64)
-    ends = np.cumsum(lengths)  # one behind the last token
     text_of_target = np.repeat(np.arange(len(lengths)), lengths)[predicted]
     trained = np.bincount(text_of_target, minlength=len(lengths))
     weights = np.array([example.weight for example in real], np.float32)
@@ -823,7 +820,6 @@ def texts_of_batch(
         count=len(lengths),
         text_of_target=to_device(text_of_target, device),
         lengths=to_device(trained.astype(np.float32), device),
-        ends=to_device(ends - 1, device),
         weights=to_device(weights, device),
         weight_sum=float(weights.sum(dtype=np.float64)),
         labels=to_device(labels, device),

@@ -587,6 +587,8 @@ def check_objective(flags: Flags) -> None:
             raise UserError(f"{dashed(option)}: {why}; not with {name}")
     if row.has_head and not METHODS[flags.method].trains_score_head:
         raise UserError(f"{name}: is for --method {SCORE_METHODS}, not {flags.method}")
+    if row.has_head and flags.init == "loftq":
+        raise UserError(f"--init loftq: brings a base with an output head; not with {name}")
     for option in ("truncate", "train_on"):
         if getattr(flags, option) != OPTIONS[option].default:
             raise UserError(f"{dashed(option)}: {name} takes whole answers; leave it out")
@@ -711,20 +713,20 @@ class WholeRun:
         if self.row.kind != AS_JUDGED:
             return totals
         sums = torch.stack([self.divergence(model, batch) for batch in batches]).sum(0)
-        kl_sum, count = all_reduce_sum(sums)
-        return totals._replace(kl=(kl_sum / count).clamp(min=0))
+        return totals._replace(kl=mean_divergence_of(all_reduce_sum(sums)))
 
     @torch.no_grad()
     def divergence(self, model: Transformer, batch: Batch) -> Tensor:
         """Returns the weighted sum of log(policy / reference) over a batch's mismatched answers, and the
         sum of the weights, float32 [2]."""
-        # A rank without any computes all the same, as the others wait for it.
+        # A rank without any computes all the same, as the others wait for it; that counts nothing.
         other = batch.mismatched or batch
         assert other.texts is not None and self.reference is not None
         reference = self.reference(other)
         with eval_mode(model):
             ratios = text_logps(model, other) - reference
-        return weighted_mean(ratios, other.texts.weights)
+        sums = weighted_mean(ratios, other.texts.weights)
+        return sums if batch.mismatched is not None else torch.zeros_like(sums)
 
     @torch.no_grad()
     def validate(
@@ -749,8 +751,7 @@ class WholeRun:
         # An equation is computed once for all examples, since KTO's has the KL of all of them.
         kl: Tensor | float = 0.0
         if self.row.kind == AS_JUDGED:
-            kl_sum, count = all_reduce_sum(divergence)
-            kl = (kl_sum / count).clamp(min=0)
+            kl = mean_divergence_of(all_reduce_sum(divergence))
         answers = join_scored(parts, kl)
         weight = torch.cat(weights)
         assert self.row.equation is not None
@@ -763,6 +764,13 @@ class WholeRun:
         if isinstance(kl, Tensor):
             result["kl"] = float(kl)
         return result
+
+
+def mean_divergence_of(sums: Tensor) -> Tensor:
+    """Returns KTO's KL, a scalar that is not below 0, of what `WholeRun.divergence` returns, summed over
+    all batches: float32 [2]. It is 0 where there is no mismatched answer."""
+    total, count = sums
+    return torch.where(count > 0, total / count, 0.0).clamp(min=0)
 
 
 def join_scored(parts: list[ScoredAnswers], kl: Tensor | float) -> ScoredAnswers:

@@ -194,17 +194,6 @@ def document_scores(model: Transformer, tokens: Tensor, documents: Documents) ->
 # ---- what a classifier reads ----
 
 
-def classification_ids(
-    tokenizer: Tokenizer, messages: list[dict], tools: list | None = None
-) -> list[int]:
-    """Returns what a classifier reads of a record without its answer. See `classification_texts`, whose
-    UserError it raises."""
-    (ids,) = classification_texts(tokenizer, [(messages, tools)])
-    if isinstance(ids, UserError):
-        raise ids
-    return ids
-
-
 def classification_texts(
     tokenizer: Tokenizer, conversations: Sequence[tuple[list[dict], list | None]]
 ) -> list[list[int] | UserError]:

@@ -29,6 +29,9 @@ FORMATS_OF_KIND = {
     AS_SCORED_PAIRS: ("preferences",),
     AS_JUDGED: ("KTO", "preferences"),
 }
+# The formats whose records say something else than a kind would learn of them: a judgment of an answer is
+# no class of a text.
+FORMATS_REFUSED = {AS_CLASSES: ("KTO", "preferences", "plain text")}
 # What these records are, for messages.
 RECORDS_WANTED = {
     AS_PAIRS: 'preferences, as "prompt", "chosen" and "rejected"',
@@ -60,7 +63,8 @@ Talk = EncodedChat | list[int] | UserError
 def check_format(kind: str, format_name: str, path: str, flag: str) -> None:
     """Raises UserError if the records of a format are not of a kind. path, flag: for the message."""
     wanted = FORMATS_OF_KIND.get(kind)
-    if wanted and format_name not in wanted:
+    is_another = bool(wanted) and format_name not in wanted
+    if is_another or format_name in FORMATS_REFUSED.get(kind, ()):
         raise UserError(
             f"{path}: its records are {format_name}; {flag} wants {RECORDS_WANTED[kind]}"
         )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from common.console import one_line
 from common.errors import UserError
 from dataset.encoding import AS_CLASSES, AS_JUDGED, JUDGMENTS
 from dataset.examples import Dataset, ExampleIndex
@@ -16,6 +17,8 @@ from dataset.token_cache import Rows
 
 # So many classes there may be however few the records are.
 FEW_LABELS = 12
+# Classes that are whole numbers of at most so many digits are sorted by their value.
+MOST_DIGITS = 18
 
 
 def whole_examples(rows: list[Rows], seq_len: int, label_names: Sequence[str] = ()) -> Dataset:
@@ -75,13 +78,14 @@ def whole_examples(rows: list[Rows], seq_len: int, label_names: Sequence[str] = 
 
 
 def labels_of_rows(rows: list[Rows]) -> tuple[str, ...]:
-    """Returns the labels of some rows: both judgments, or the classes that occur, by the alphabet."""
+    """Returns the labels of some rows: both judgments, or the classes that occur, by the
+    alphabet, or by their value where all are whole numbers."""
     if rows[0].kind == AS_JUDGED:
         return JUDGMENTS
-    names = {name for each in rows for name in each.label_names}
-    if all(name.isdecimal() for name in names):
-        return tuple(sorted(names, key=int))
-    return tuple(sorted(names))
+    names = sorted({name for each in rows for name in each.label_names})
+    are_numbers = all(name.isdecimal() and len(name) <= MOST_DIGITS for name in names)
+    # Sorting keeps the order of equal ones, as 1 and 01, which must not depend on a set's.
+    return tuple(sorted(names, key=int) if are_numbers else names)
 
 
 def numbers_of_labels(rows: Rows, names: Sequence[str]) -> np.ndarray:
@@ -92,7 +96,8 @@ def numbers_of_labels(rows: Rows, names: Sequence[str]) -> np.ndarray:
             first = int(np.flatnonzero(rows.labels == i)[0])
             known = ", ".join(names)
             raise UserError(
-                f"{rows.where(first)}: the class {name!r} is none of those that are trained ({known})"
+                f"{rows.where(first)}: the class {one_line(name, 60)!r} is none of those that the model"
+                f" learns or has ({one_line(known, 200)}); leave the record out, or give --data with it"
             )
         numbers.append(names.index(name))
     # The last one is found by -1, which stands for no label.
@@ -102,11 +107,11 @@ def numbers_of_labels(rows: Rows, names: Sequence[str]) -> np.ndarray:
 def with_partners(dataset: Dataset) -> Dataset:
     """Returns judged answers, each with another example whose answer is put behind its own prompt: that
     in the same place among the answers to the next prompt, so that each is taken about once. Where there
-    is one prompt alone, it is the next answer."""
+    is one prompt alone, it is the next answer; a single answer has none."""
     count = len(dataset)
     assert isinstance(dataset.examples, ExampleIndex)
     index = dataset.examples
-    if not count:
+    if count < 2:
         return dataset
     prompts = dataset.prompts
     # Adjacent examples with one prompt are a run.
@@ -138,7 +143,8 @@ def check_labels(dataset: Dataset, what: str, flag: str) -> None:
     found = np.unique(dataset.examples.label)
     if dataset.kind == AS_CLASSES and len(found) > FEW_LABELS and 2 * len(found) > len(dataset):
         counts = f"{len(found):,} different answers in {len(dataset):,} records"
-        raise UserError(f"{what}: {counts} are no classes, which {flag} wants")
+        advice = "give more records of each class, or --objective sft for answers"
+        raise UserError(f"{what}: {counts} are no classes, which {flag} wants; {advice}")
     if len(found) > 1:
         return
     name = dataset.label_names[int(found[0])]

@@ -34,7 +34,7 @@ from adapting.score_head import (
     LABELS_FILE,
     REWARD,
     add_score_head,
-    classification_ids,
+    classification_texts,
     document_scores,
     start_score_head,
 )
@@ -50,6 +50,13 @@ LABELS = ("no", "maybe", "河")
 LENGTHS = [5, 9, 1, 12, 7]
 
 # ---- random models of transformers, and their scores ----
+
+
+def classification_ids(tokenizer, messages: list[dict], tools: list | None = None) -> list[int]:
+    (ids,) = classification_texts(tokenizer, [(messages, tools)])
+    if isinstance(ids, UserError):
+        raise ids
+    return ids
 
 
 def make(folder: Path, family: str, changes: dict, labels: tuple[str, ...] | None = LABELS) -> Path:

@@ -228,7 +228,11 @@ class ModelCard:
                 " written, is higher for better answers. It writes no text."
             )
         names = ", ".join(escape(printable(label)) for label in self.labels)
-        return f" It classifies texts, and writes none. Its classes in their order: {names}."
+        return (
+            " It classifies texts, and writes none. A text alone it reads as it stands, several messages (also"
+            " a system message and a text) as the chat template writes them."
+            f" Its classes in their order: {names}."
+        )
 
     # ---- how to load it ----
 
@@ -240,6 +244,15 @@ class ModelCard:
 
     def scoring(self) -> list[str]:
         """Returns the lines of Python that score texts."""
+        if self.settings.objective != "reward" and self.tokenizer.system:
+            system = json.dumps(self.tokenizer.system)
+            return [
+                f'messages = [{{"role": "system", "content": {system}}},',
+                '            {"role": "user", "content": "a text"}]',
+                "text = tokenizer.apply_chat_template(messages, tokenize=False)",
+                'inputs = tokenizer([text], padding=True, add_special_tokens=False, return_tensors="pt")',
+                "probabilities = model(**inputs).logits.softmax(-1)",
+            ]
         if self.settings.objective != "reward":
             return [
                 'inputs = tokenizer(["a text", "another"], padding=True, return_tensors="pt")',

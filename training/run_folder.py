@@ -332,6 +332,8 @@ def identify_run(flags: Flags, folder: Path, data: TrainingData) -> dict:
         data.pack,
         flags.seed,
         replay_prompts,
+        # The order of the classes is that of the score head's rows.
+        *([train.label_names] if train.label_names else []),
         *(rows.contents for rows in train.examples.rows),
     )
     sha256_of_rank0, digest_of_rank0 = distributed.broadcast_object((sha256, digest))

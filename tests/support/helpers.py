@@ -140,6 +140,7 @@ def child_life(work) -> None:
 
 def command(script, monkeypatch, capsys, *words) -> tuple[str, str, int]:
     """stdout, stderr and exit code of a script, in this process."""
+    capsys.readouterr()  # what the test printed before is not the script's
     monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
     code = 0
     try:

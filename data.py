@@ -38,7 +38,14 @@ from common.console import number_of, one_line
 from common.errors import LONGEST_LINE, UserError, printable
 from common.remote_names import shown
 from dataset.columns import ignored_facts
-from dataset.encoding import AS_CLASSES, AS_JUDGED, AS_TEXTS, PAIR_KINDS, check_format
+from dataset.encoding import (
+    AS_CLASSES,
+    AS_JUDGED,
+    AS_PROMPTS,
+    AS_TEXTS,
+    PAIR_KINDS,
+    check_format,
+)
 from dataset.examples import (
     DUMMY_EXAMPLE,
     TRAIN_ON,
@@ -54,6 +61,7 @@ from dataset.faults import WARN_ABOVE
 from dataset.folders import TEST, TRAIN, VALIDATION, Fetched
 from dataset.formats import Map, Source, open_source
 from dataset.inspection import quick_checks, rendered_chats
+from dataset.prompts import PROMPT_FORMATS
 from dataset.sampler import Sampler, allocate_samples
 from dataset.token_cache import Rows, tokenized_rows
 from dataset.whole_examples import check_labels, whole_examples, with_partners
@@ -150,6 +158,14 @@ def load_training_data(
         raise UserError(f"--seq-len {seq_len}: the model has {max_positions} positions")
 
     flag = f"--objective {flags.objective}"
+    answer_tokens = 0
+    if kind == AS_PROMPTS:
+        assert flags.max_new_tokens is not None, "see with_defaults_of_objective"
+        answer_tokens = flags.max_new_tokens
+        if answer_tokens >= seq_len:
+            raise UserError(
+                f"--max-new-tokens {answer_tokens}: leaves no room for a prompt in --seq-len {seq_len}"
+            )
 
     def read(
         paths: Sequence[str | Path],
@@ -160,7 +176,7 @@ def load_training_data(
     ) -> Dataset:
         dataset = load(
             paths, tokenizer, seq_len, flags.train_on, flags.trees, print, map_fn, part, fetch,
-            flags.truncate, flags.skip_bad, kind, flag, label_names,
+            flags.truncate, flags.skip_bad, kind, flag, label_names, answer_tokens,
         )  # fmt: skip
         check_tokens(dataset, vocab_size, ", ".join(map(shown, paths)))
         return dataset
@@ -169,6 +185,9 @@ def load_training_data(
     fetch = functools.partial(fetch_data, keeps=bool(flags.resume))
     named_files, weights = parse_weights(flags.data)
     files: list[str | Path] = list(named_files or BUNDLED_TASK["train"])
+    if not named_files and kind == AS_PROMPTS:
+        # No reward is made for the general questions behind the task.
+        files = files[:1]
     map_fn = Map(flags.map) if flags.map else None
     check_system(tokenizer)
     dataset = read(files, map_fn, kind=kind, label_names=label_names)
@@ -272,8 +291,12 @@ def print_counts(train: Dataset, val: Dataset, tokenizer: Tokenizer) -> None:
     if train.kind == AS_CLASSES:
         trained = f", in {len(train.label_names):,} classes"
         template = ""
+    what = "examples to train on"
+    if train.kind == AS_PROMPTS:
+        what = "prompts to answer"
+        trained = ""
     print(
-        f"          {len(train):,} examples to train on, {train.tokens:,} tokens{trained};"
+        f"          {len(train):,} {what}, {train.tokens:,} tokens{trained};"
         f" {len(val):,} to validate{template}"
     )
     if train.label_names:
@@ -385,6 +408,7 @@ def load(
     kind: str = AS_TEXTS,
     flag: str = "",
     label_names: Sequence[str] = (),
+    answer_tokens: int = 0,
 ) -> Dataset:
     """Returns the examples of some files, at most seq_len tokens long.
 
@@ -398,13 +422,15 @@ def load(
     skip_bad: leave out records that can't be read; None: no, and there is no flag that would.
     kind: what an example is, of dataset/encoding.py. flag: what asks for that kind, for messages.
     label_names: the classes, where they are known from other data.
+    answer_tokens: so many must fit behind a prompt.
 
     Raises UserError where nothing is left to train on, and for records that can't be read.
     """
     roles, last_only = TRAIN_ON[train_on]
     # All files are opened before the first is tokenised: a wrong name ends the run at once.
+    formats = PROMPT_FORMATS if kind == AS_PROMPTS else None
     sources = [
-        open_source(fetch(path, part), trees, map_fn, part, skip_bad=skip_bad) for path in paths
+        open_source(fetch(path, part), trees, map_fn, part, skip_bad, formats) for path in paths
     ]
     rows = []
     with_validation = []
@@ -430,7 +456,7 @@ def load(
     if kind == AS_TEXTS:
         dataset = cut(rows, seq_len, last_only, truncate)
     else:
-        dataset = whole_examples(rows, seq_len, label_names)
+        dataset = whole_examples(rows, seq_len, label_names, answer_tokens)
     dataset.formats = tuple(source.format.name for source in sources)
     dataset.sources = tuple(sources)
     dataset.with_validation = tuple(with_validation)

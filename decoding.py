@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from common.errors import UserError, first_line
 from kernels.attention import Documents, cached_attention, decode_mask, document_attention
 from kernels.decode_attention import decode_attention
+from kernels.draws import draw
 from kernels.nf4 import NF4, block_scales, dequantized_weight, nf4_linear
 from kernels.onednn_linear import can_join, can_pack, pack_weight, packed_linear
 from kernels.rope import LENGTH_DEPENDENT, rope
@@ -64,6 +65,7 @@ def stream(
     seed: int | None = None,
     seeds: Sequence[int] | None = None,
     lookup: int = 0,
+    draws: "Draws | None" = None,
 ) -> Iterator[list[tuple[int, int]]]:
     """Yields what Transformer.stream documents, for a model in evaluation mode."""
     # The ids of each prompt; the new ids are appended to them.
@@ -90,6 +92,8 @@ def stream(
     own_generators = [torch.Generator(model.device).manual_seed(each) for each in seeds or ()]
 
     def choose(logits: Tensor, rows: list[int]) -> Tensor:
+        if draws is not None:
+            return draws.choose(logits, rows)
         generators: torch.Generator | list[torch.Generator] | None = generator
         if own_generators:
             generators = [own_generators[i] for i in rows]
@@ -102,7 +106,8 @@ def stream(
     pays_off = max_new_tokens > GRAPH_STEPS
     if not needs_ids and pays_off and can_run_ahead(model):
         # With a temperature, the random numbers are drawn outside the graph.
-        yield from stream_ahead(model, texts, ends, stop, choose, captured=temperature == 0)
+        captured = temperature == 0 and draws is None
+        yield from stream_ahead(model, texts, ends, stop, choose, captured)
     else:
         yield from stream_step_by_step(model, texts, ends, stop, choose, repetition_penalty, lookup)
 
@@ -797,6 +802,34 @@ def apply_repetition_penalty(logits: Tensor, texts: list[list[int]], penalty: fl
         # Negative logits are multiplied: to divide them would make their ids likelier.
         row[ids] = torch.where(before > 0, before / penalty, before * penalty)
     return logits
+
+
+class Draws:
+    """The random numbers that the answers to a batch of prompts are drawn by, one a token, and what came
+    of them: the model's own probabilities, at temperature 1 with nothing left out.
+
+    uniforms: float32 [B, max_new_tokens], from 0 to below 1.
+    logps: float32 [B, max_new_tokens], the log-probability of each token when it was drawn; 0 behind the
+        end of an answer.
+    """
+
+    def __init__(self, uniforms: Tensor):
+        self.uniforms = uniforms
+        self.logps = torch.zeros_like(uniforms)
+        self.step = 0
+        # Most steps have the rows of the step before.
+        self.rows: list[int] = []
+        self.index = torch.empty(0, dtype=torch.int64, device=uniforms.device)
+
+    def choose(self, logits: Tensor, rows: list[int]) -> Tensor:
+        """Returns the next token of some of the prompts, int64 [rows]. logits: [rows, V]."""
+        if rows != self.rows:
+            self.rows = list(rows)
+            self.index = torch.tensor(rows, device=logits.device)
+        tokens, logps = draw(logits, self.uniforms[self.index, self.step])
+        self.logps[self.index, self.step] = logps
+        self.step += 1
+        return tokens
 
 
 def sample(

@@ -471,14 +471,16 @@ class Flags:
         " probability. Of preferences (prompt, chosen, rejected): dpo, ipo: the chosen answer becomes"
         " likelier than the rejected one, compared with the model before step 1; simpo, orpo: without that"
         " comparison, which takes less time. kto: of answers that are each good or bad. reward: a model"
-        " that scores answers, of preferences. classify: a score of each class, of texts with a label",
+        " that scores answers, of preferences. classify: a score of each class, of texts with a label."
+        " grpo: the model answers prompts while it is trained, and answers with a higher --reward become"
+        " likelier (reinforcement learning)",
         choices=OBJECTIVE_NAMES,
     )
     beta: float | None = option(
         None,
         "dpo, kto: how strongly the model is held near what it was before step 1: a lower one lets it move"
         " further; ipo: tau of the paper; simpo: scale of the rewards; orpo: weight of the odds ratio;"
-        " default: 0.1, simpo 2",
+        " grpo: weight of the KL to the model before step 1; default: 0.1, simpo 2, grpo none",
         limits=POSITIVE,
     )
     label_smoothing: float = option(
@@ -506,6 +508,36 @@ class Flags:
     )
     undesirable_weight: float | None = option(
         None, "kto: weight of bad answers; default: 1", limits=POSITIVE
+    )
+    reward: str | None = option(
+        None,
+        "grpo: what scores an answer: a Python function of yours, which names what it wants to see of"
+        " answer, reference, references, prompt, messages, record, is_cut and returns a number; or the"
+        " folder of a reward model that --objective reward has trained",
+        metavar="FILE.py:NAME|DIR",
+        is_path=True,
+    )
+    group_size: int | None = option(
+        None,
+        "grpo: answers to each prompt of a step, which are compared with each other; default: 8",
+        limits=POSITIVE,
+    )
+    max_new_tokens: int | None = option(
+        None,
+        "grpo: the most tokens of an answer, where it is cut off; --seq-len has room for it behind a"
+        " prompt; default: 256",
+        limits=POSITIVE,
+    )
+    dr_grpo: bool = option(
+        False,
+        "grpo: without the division of each answer by its length and of each group by the standard"
+        " deviation of its rewards, which favour long wrong answers and groups that agree (Dr. GRPO)",
+    )
+    reward_timeout: float | None = option(
+        None,
+        "grpo: seconds that your function may take for an answer, before the run ends; default: 60",
+        limits=POSITIVE,
+        resume=FREE,
     )
     neftune: float = option(
         0.0,

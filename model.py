@@ -988,6 +988,7 @@ class Transformer(nn.Module):
         its own seed alone, but for rounding.
         lookup: for one prompt and temperature 0: speculative decoding, which drafts so many tokens
         at a time from the text so far. The answer is the same, but for rounding.
+        draws: the random number of each token (decoding.Draws), in place of all of the above.
         """
         with eval_mode(self), decoding.packed_weights(self, steps=max_new_tokens):
             yield from decoding.stream(self, prompts, max_new_tokens, **settings)

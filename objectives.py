@@ -11,9 +11,11 @@ To add an objective of whole examples: its equation, a function of `ScoredAnswer
 row.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ from dataset.encoding import (
     AS_CLASSES,
     AS_JUDGED,
     AS_PAIRS,
+    AS_PROMPTS,
     AS_SCORED_PAIRS,
     AS_TEXTS,
     GOOD,
@@ -399,6 +402,49 @@ def class_loss(answers: ScoredAnswers, settings) -> LossesAndRewards:
     return losses, scores
 
 
+# The range of importance ratios beyond which GRPO learns no more from a token.
+CLIP = 0.2
+# Added to a standard deviation before it divides.
+TINY_DEVIATION = 1e-4
+
+
+def group_advantages(rewards: Sequence[float], dr_grpo: bool) -> list[float]:
+    """Returns by how much each answer of a group is better than the others: the reward minus the group's
+    mean, divided by its standard deviation (Shao et al. 2024, arXiv 2402.03300, section 4.1.2).
+
+    dr_grpo: without that division, by which groups that almost agree weigh as much as others; Liu et al.
+        2025 (Dr. GRPO), arXiv 2503.20783, section 3.2.
+    """
+    mean = math.fsum(rewards) / len(rewards)
+    differences = [reward - mean for reward in rewards]
+    if dr_grpo or len(rewards) == 1:
+        return differences
+    variance = math.fsum(each * each for each in differences) / (len(rewards) - 1)
+    return [each / (math.sqrt(variance) + TINY_DEVIATION) for each in differences]
+
+
+def grpo_losses(
+    logps: Tensor, sampled: Tensor, advantages: Tensor, reference: Tensor | None, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Returns the loss of each token of sampled answers, and its share of KL(policy || reference), float32
+    [K] each: Shao et al. 2024, arXiv 2402.03300, equations 3 and 4.
+
+    -min(r A, clip(r, 0.8, 1.2) A) + beta (q - log q - 1), where r = policy / policy that sampled, A is the
+    advantage of the token's answer, and q = reference / policy.
+
+    logps: float32 [K], of the tokens, with gradients. sampled: the same when they were drawn.
+    advantages: float32 [K]. reference: float32 [K], by the model before step 1; None: no such term.
+    """
+    ratios = (logps - sampled).exp()
+    clipped = ratios.clamp(1 - CLIP, 1 + CLIP)
+    losses = -torch.minimum(ratios * advantages, clipped * advantages)
+    if reference is None:
+        return losses, torch.zeros_like(logps)
+    log_q = reference - logps
+    kl = log_q.exp() - log_q - 1
+    return losses + beta * kl, kl
+
+
 def means_of_pairs(answers: ScoredAnswers, rewards: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Returns what is reported of pairs: {name in metrics.jsonl: [weighted sum, sum of weights]}.
 
@@ -547,6 +593,14 @@ OBJECTIVES = {
         has_head=True,
         options=("label_smoothing",),
     ),
+    "grpo": Objective(
+        AS_PROMPTS,
+        "group relative policy optimization: answers with a higher reward than others of their group",
+        has_reference=True,
+        options=("beta", "group_size", "dr_grpo", "reward", "reward_timeout", "max_new_tokens"),
+        defaults={"beta": 0.0, "group_size": 8, "reward_timeout": 60.0, "max_new_tokens": 256},
+        lr_factor=0.1,
+    ),
 }
 
 
@@ -559,6 +613,13 @@ OF_TOKENS = {
 }
 # What needs an output head.
 OF_OUTPUT_HEAD = ("safety", "forget_data", "forget_limit", "ewc")
+
+
+def with_options_of_objective(flags: Flags) -> Flags:
+    """Returns the flags with the defaults of their objective where they leave its options open."""
+    defaults = OBJECTIVES[flags.objective].defaults
+    chosen: dict = {name: each for name, each in defaults.items() if getattr(flags, name) is None}
+    return dataclasses.replace(flags, **chosen)
 
 
 def check_objective(flags: Flags) -> None:
@@ -575,9 +636,14 @@ def check_objective(flags: Flags) -> None:
         raise UserError(f"--label-smoothing {smoothing:g}: must be below 1")
     if row.kind == AS_TEXTS:
         return
-    if not flags.data:
+    if row.kind == AS_PROMPTS:
+        check_sampling(flags)
+    elif not flags.data:
         raise UserError(f"{name}: the bundled task has no such data; give --data FILE")
     without = dict(OF_TOKENS)
+    if row.kind == AS_PROMPTS:
+        # The model writes answers, which can be compared with references.
+        del without["eval_metric"]
     if row.has_head:
         without |= dict.fromkeys(
             OF_OUTPUT_HEAD, "needs an output head, which a score head replaces"
@@ -594,6 +660,24 @@ def check_objective(flags: Flags) -> None:
             raise UserError(f"{dashed(option)}: {name} takes whole answers; leave it out")
     if flags.context_parallel > 1:
         raise UserError(f"--context-parallel: shares the tokens of a text; not with {name}")
+
+
+def check_sampling(flags: Flags) -> None:
+    """Raises UserError for options that do not go with answers which the model writes while it is trained."""
+    name = f"--objective {flags.objective}"
+    if flags.reward is None:
+        why = "what scores the answers? --reward FILE.py:NAME, or the folder of a reward model"
+        raise UserError(f"{name}: {why}")
+    if flags.group_size == 1:
+        raise UserError("--group-size 1: an answer is compared with others of its group; 2 or more")
+    if flags.dropout:
+        why = "the model that answers would be another one than that which is trained"
+        raise UserError(f"--dropout {flags.dropout:g}: {why}; leave it out")
+    if flags.forget_limit is not None and not flags.forget_data:
+        raise UserError(
+            f"--forget-limit: {name} has no answers of others to measure KL(base || tuned) on; give"
+            " --forget-data FILE"
+        )
 
 
 # ---- a run's objective, as the loop calls it ----
@@ -617,10 +701,14 @@ class SupervisedRun:
         return supervised_loss(model, batch, totals, losses, smoothing, by_confidence)
 
     def begin_step(
-        self, model: Transformer, batches: list[Batch], totals: StepTotals
-    ) -> StepTotals:
-        """Returns the step's totals: there is nothing to compute before its first micro-batch."""
-        return totals
+        self, model: Transformer, batches: list[Batch], step: int, stop_signal: int
+    ) -> tuple[list[Batch], StepTotals]:
+        """Returns the step's micro-batches as they are, and its totals."""
+        return batches, StepTotals.of(batches, stop_signal)
+
+    def trial_batch(self, batch: Batch) -> Batch:
+        """Returns the batch itself: a step would train it as it is."""
+        return batch
 
     def validate(
         self, model: Transformer, batches: Iterable[Batch], take: Callable[[Tensor], None]
@@ -706,14 +794,20 @@ class WholeRun:
         return ScoredAnswers(values, reference, texts.lengths.reshape(shape), texts.labels, kl)
 
     def begin_step(
-        self, model: Transformer, batches: list[Batch], totals: StepTotals
-    ) -> StepTotals:
-        """Returns the step's totals with KTO's KL: the mean of log(policy / reference) over the step's
-        prompts, each with the answer to another one, and not below 0 (section 4.1 of the paper)."""
+        self, model: Transformer, batches: list[Batch], step: int, stop_signal: int
+    ) -> tuple[list[Batch], StepTotals]:
+        """Returns the step's micro-batches as they are, and its totals with KTO's KL: the mean of
+        log(policy / reference) over the step's prompts, each with the answer to another one, and not below
+        0 (section 4.1 of the paper)."""
+        totals = StepTotals.of(batches, stop_signal)
         if self.row.kind != AS_JUDGED:
-            return totals
+            return batches, totals
         sums = torch.stack([self.divergence(model, batch) for batch in batches]).sum(0)
-        return totals._replace(kl=mean_divergence_of(all_reduce_sum(sums)))
+        return batches, totals._replace(kl=mean_divergence_of(all_reduce_sum(sums)))
+
+    def trial_batch(self, batch: Batch) -> Batch:
+        """Returns the batch itself: a step would train it as it is."""
+        return batch
 
     @torch.no_grad()
     def divergence(self, model: Transformer, batch: Batch) -> Tensor:
@@ -787,19 +881,24 @@ def join_scored(parts: list[ScoredAnswers], kl: Tensor | float) -> ScoredAnswers
     )
 
 
-def text_logps(model: Transformer, batch: Batch) -> Tensor:
-    """Returns the log-probability of each text's trained tokens, the sum over them, float32 [count].
-    With gradients, no tensor of [tokens, vocabulary] exists."""
-    texts = batch.texts
-    assert texts is not None
+def token_logps(model: Transformer, batch: Batch) -> Tensor:
+    """Returns the log-probability of each trained token, float32 [K]. With gradients, no tensor of
+    [tokens, vocabulary] exists."""
     hidden = model.flat(batch.tokens, batch.documents)  # [N, D]
     to_head = hidden.index_select(0, batch.logit_positions)  # [K, D]
     softcap = model.config.logit_softcap
     losses = linear_token_losses(
         to_head, model.head_weight(), batch.targets, softcap, model.head_rows()
     )
-    sums = losses.new_zeros(texts.count)
-    return sums.index_add(0, texts.text_of_target, -losses)
+    return -losses
+
+
+def text_logps(model: Transformer, batch: Batch) -> Tensor:
+    """Returns the log-probability of each text's trained tokens, the sum over them, float32 [count]."""
+    texts = batch.texts
+    assert texts is not None
+    logps = token_logps(model, batch)
+    return logps.new_zeros(texts.count).index_add(0, texts.text_of_target, logps)
 
 
 def examples_wanted(flags: Flags, config: Config) -> tuple[str, tuple[str, ...]]:
@@ -828,11 +927,43 @@ def labels_of_head(flags: Flags, config: Config, train: Dataset) -> tuple[str, .
     return known if known is not None and len(known) == 1 else (REWARD,)
 
 
-RunObjective = SupervisedRun | WholeRun
+class RunObjective(Protocol):
+    """What the loop, the validation and the trials before the first step call."""
+
+    def begin_step(
+        self, model: Transformer, batches: list[Batch], step: int, stop_signal: int
+    ) -> tuple[list[Batch], StepTotals]:
+        """Returns what a step trains, and its totals over all ranks.
+
+        batches: what the data give this rank. step: counted from 0. stop_signal: of this rank, 0 if none.
+        """
+        ...
+
+    def __call__(
+        self, model: Transformer, batch: Batch, totals: StepTotals, losses: Losses
+    ) -> Tensor:
+        """Returns a micro-batch's share of a step's loss, a float32 scalar with gradients, and adds what
+        is reported to `losses`."""
+        ...
+
+    def validate(
+        self, model: Transformer, batches: Iterable[Batch], take: Callable[[Tensor], None]
+    ) -> dict[str, float]:
+        """Returns {"loss": ...} and what is reported beside it, over all batches of all ranks.
+
+        take: is given the weighted loss of each example of this rank and its weight, float32
+        [2, examples].
+        """
+        ...
+
+    def trial_batch(self, batch: Batch) -> Batch:
+        """Returns what a step might train of a batch of the data, for trials of time and kernels."""
+        ...
 
 
-def make_objective(settings, reference: ReferenceFn | None) -> RunObjective:
-    """Returns a run's objective. reference: None where its row has none."""
+def make_objective(settings, reference: ReferenceFn | None) -> SupervisedRun | WholeRun:
+    """Returns the objective of a run that trains what the data hold. reference: None where its row has
+    none."""
     if OBJECTIVES[settings.objective].kind == AS_TEXTS:
         return SupervisedRun(settings)
     return WholeRun(settings, reference)

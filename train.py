@@ -56,7 +56,7 @@ from objectives import (
     check_objective,
     examples_wanted,
     labels_of_head,
-    make_objective,
+    with_options_of_objective,
 )
 from optimizers import SCHEDULES, make_optimizers
 from planning import report
@@ -78,9 +78,10 @@ from training.ewc import EWC
 from training.failures import reported_failures, training_failures
 from training.metrics import MetricsLogger
 from training.model_card import ModelCard
+from training.on_policy import objective_of_run
 from training.outcome import finish, save_weights
 from training.profiling import profiled
-from training.reference import note_reference, reference_of_run
+from training.reference import note_reference
 from training.run_folder import (
     identify_run,
     open_run,
@@ -129,7 +130,7 @@ def train(flags: Flags, lock: FolderLock) -> None:
     # ---- model, objective, micro-batches; and the settings that a trial decides
     labels = labels_of_head(settings, inputs.config, data.train)
     model = load_trainable(settings, folder, device, labels)
-    objective = make_objective(settings, reference_of_run(settings, model))
+    objective = objective_of_run(settings, model, tokenizer, data)
     loader = MicroBatches(
         data.train, data.sampler, device, settings.batch_size, settings.accumulate, settings.max_tokens, settings.seed,
         seeded=needs_seeds(settings), context_parallel=settings.context_parallel,
@@ -218,7 +219,7 @@ def read_inputs(flags: Flags, device: torch.device) -> Inputs | None:
     (--plan)."""
     with distributed.local_rank0_first():
         folder = base_folder(flags.model, flags.adapter)
-    flags = with_date_and_system(flags, folder)
+    flags = with_options_of_objective(with_date_and_system(flags, folder))
     method = method_of_adapter(flags)
     if method:
         print(f"method    {method}, as {flags.adapter} is one of that")
@@ -338,8 +339,8 @@ def train_loop(
         # The loss of a step is the weighted sum over its trained tokens, on all ranks, divided by
         # the sum of their weights. So one micro-batch of 8 equals two of 4, or one of 4 on each of
         # two ranks. The stop signal travels along, since all ranks must stop at the same step.
-        totals = StepTotals.of(micro_batches, stop.signal)
-        totals = objective.begin_step(model, micro_batches, totals)
+        # (In reinforcement learning, the micro-batches of prompts become such of answers here.)
+        micro_batches, totals = objective.begin_step(model, micro_batches, step, stop.signal)
 
         losses = Losses(loader.device)
         for i, batch in enumerate(micro_batches):  # gradient accumulation

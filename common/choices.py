@@ -10,7 +10,7 @@ METHOD_NAMES = (
     "full", "lora", "qlora", "vera", "bottleneck", "prompt-tuning", "p-tuning", "prefix-tuning", "ia3",
 )  # fmt: skip
 # --objective: objectives.OBJECTIVES.
-OBJECTIVE_NAMES = ("sft", "dft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "classify")
+OBJECTIVE_NAMES = ("sft", "dft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "classify", "grpo")
 # --placement: adapters.PLACEMENTS. --encoder and --prompt-init: adapters.py.
 PLACEMENT_NAMES = ("houlsby", "pfeiffer", "parallel")
 ENCODER_NAMES = ("none", "mlp", "lstm")

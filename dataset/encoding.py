@@ -5,13 +5,16 @@ pairs    a prompt and two answers, of which the first is better: two texts, whic
 scored   the same, but of texts that end as the chat template ends them
 judged   a prompt and an answer that is good or bad
 classes  a text and the class that it belongs to
+prompts  what is asked, up to where an answer begins: the model answers while it is trained
 """
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 
 from common.errors import UserError
+from dataset.prompts import split_prompt
 from dataset.records import Record
 from tokenizer import EncodedChat, TemplateError, Tokenizer
 
@@ -21,6 +24,7 @@ AS_SCORED_PAIRS = "scored"
 PAIR_KINDS = (AS_PAIRS, AS_SCORED_PAIRS)
 AS_JUDGED = "judged"
 AS_CLASSES = "classes"
+AS_PROMPTS = "prompts"
 # The labels of judged answers.
 BAD, GOOD = JUDGMENTS = ("bad", "good")
 # The formats whose records have what a kind wants; a kind that is not here takes all of them.
@@ -31,21 +35,25 @@ FORMATS_OF_KIND = {
 }
 # The formats whose records say something else than a kind would learn of them: a judgment of an answer is
 # no class of a text.
-FORMATS_REFUSED = {AS_CLASSES: ("KTO", "preferences", "plain text")}
+FORMATS_REFUSED = {
+    AS_CLASSES: ("KTO", "preferences", "plain text"),
+    AS_PROMPTS: ("plain text",),
+}
 # What these records are, for messages.
 RECORDS_WANTED = {
     AS_PAIRS: 'preferences, as "prompt", "chosen" and "rejected"',
     AS_SCORED_PAIRS: 'preferences, as "prompt", "chosen" and "rejected"',
     AS_JUDGED: 'judged answers, as "prompt", "completion" and "label" (true or false), or preferences',
     AS_CLASSES: 'texts with a class, as "text" and "label"',
+    AS_PROMPTS: 'questions, with or without an answer, as "messages" or "question" and "answer"',
 }
 
 
 class EncodedRecord(NamedTuple):
     """A record as ids.
 
-    spans: what is trained of them, (start, end, loss weight) each. Of a pair and of a class they
-        also tell the weight of the whole.
+    spans: what is trained of them, (start, end, loss weight) each. Of a pair, a class and a prompt
+        they also tell the weight of the whole.
     split: where the second text of a pair begins; 0 where there is one text.
     label: of a judged answer or a class; "" for others.
     """
@@ -112,9 +120,15 @@ def trained_messages(record: Record, chosen: bool) -> list[bool]:
 
 def talks_of_record(record: Record, kind: str) -> list[list[dict]]:
     """Returns the conversations that a record is rendered as: none of a text; both of a pair; what
-    stands before a class, none where there is no class; else its own."""
+    stands before a class, none where there is no class; of a prompt what stands before the last answer,
+    none where that asks nothing; else its own."""
     if record.messages is None:
         return []
+    if kind == AS_PROMPTS:
+        try:
+            return [split_prompt(record, record.where, False, Counter()).messages or []]
+        except UserError:
+            return []
     if kind == AS_CLASSES:
         return [record.messages[:-1]] if class_of(record) and len(record.messages) > 1 else []
     if kind in PAIR_KINDS:
@@ -135,6 +149,11 @@ def encode_record(
         return f"refused by the {refused}" if isinstance(refused, TemplateError) else str(refused)
     if kind == AS_CLASSES:
         return encode_class(record, talks)
+    if kind == AS_PROMPTS:
+        if not talks:
+            return "in which no user asks anything"
+        assert isinstance(talks[0], EncodedChat)
+        return encode_whole(talks[0].ids, 1.0)
     chats = [talk for talk in talks if isinstance(talk, EncodedChat)]
     if kind in PAIR_KINDS:
         return encode_preference(record, chats[0], chats[1], kind == AS_PAIRS)
@@ -205,13 +224,16 @@ def encode_class(record: Record, talks: list[Talk]) -> EncodedRecord | str:
     """Returns what `encode_record` does, for a text and its class, the last answer."""
     if not talks:
         return "without a class"
-    assert record.messages is not None and isinstance(talks[0], list)
+    assert isinstance(talks[0], list)
     weight = float(np.float32(answer_weight(record)))
     if not weight:
         return "without a trained token"
-    ids = talks[0]
-    # No token of it is trained; the span tells the weight of the whole.
-    return EncodedRecord(ids, [(len(ids) - 1, len(ids), weight)], label=class_of(record))
+    return encode_whole(talks[0], weight, class_of(record))
+
+
+def encode_whole(ids: list[int], weight: float, label: str = "") -> EncodedRecord:
+    """Returns a text of which no token is trained. weight: of the whole, which its span tells."""
+    return EncodedRecord(ids, [(len(ids) - 1, len(ids), weight)], label=label)
 
 
 def class_of(record: Record) -> str:

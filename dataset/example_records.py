@@ -34,6 +34,12 @@ def records_of_examples(dataset: Dataset) -> list[Record]:
     dataset: with its `sources`, and conversations alone, since a text has several examples.
     Raises UserError where a record is another one now.
     """
+    return [record for record, _ in records_with_columns(dataset)]
+
+
+def records_with_columns(dataset: Dataset) -> list[tuple[Record, object]]:
+    """Returns what `records_of_examples` does, each with what stands in the file for it, before --map: an
+    object of all its columns, or a text."""
     assert isinstance(dataset.examples, ExampleIndex)
     index = dataset.examples
     # (source, file, number, place in a nested file, hash of all that the record says)
@@ -43,16 +49,18 @@ def records_of_examples(dataset: Dataset) -> list[Record]:
         file, number, _, nested = rows.records[row].tolist()
         keys.append((source, file, number, nested, int(rows.texts[row])))
     wanted = {key[:3] for key in keys}
-    records = {}
+    records: dict[tuple, tuple[Record, object]] = {}
     for i, source in enumerate(dataset.sources):
         if not any(key[0] == i for key in wanted):
             continue
         for file, number, payload in source.payloads():
             if (i, file, number) not in wanted:
                 continue
+            columns = source.containers[file].value(number, payload)
             for record in source.read(file, number, payload, ReadStats()):
                 _, text = record_hashes(record)
-                records.setdefault((i, file, number, pack_nested(record.nested), text), record)
+                place = (i, file, number, pack_nested(record.nested), text)
+                records.setdefault(place, (record, columns))
     for key in keys:
         if key not in records:
             source, file, number = key[:3]

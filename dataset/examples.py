@@ -34,6 +34,23 @@ TRAIN_ON = {
 TRUNCATE = ("drop", "prompt")
 
 
+@dataclass(frozen=True)
+class SampledAnswer:
+    """What is known of an answer that the model has written while it is trained.
+
+    logps: the log-probability of each of its tokens, when it was drawn.
+    reward: of the answer. advantage: by how much that is better than the rewards of its group.
+    is_cut: it was cut off at the most tokens that an answer may have.
+    is_alike: all answers of its group have the same reward, so that nothing is learnt from them.
+    """
+
+    logps: Sequence[float]
+    reward: float = 0.0
+    advantage: float = 0.0
+    is_cut: bool = False
+    is_alike: bool = False
+
+
 @dataclass
 class Example:
     """One example: token ids up to the last trained one, and a loss weight for each.
@@ -49,6 +66,8 @@ class Example:
     mismatched: of a judged answer, its prompt with another example's answer.
     reference: of a preference, what the model before step 1 finds of its texts, where that was computed
         beforehand: the log-probability of each, and of the mismatched one; () where it was not.
+    key: the number of its source, and that of its record there; None where it is not from a file.
+    sampled: of a prompt that the model has answered; its ids are then followed by those of the answer.
     """
 
     ids: Sequence[int]
@@ -62,6 +81,8 @@ class Example:
     label: int = -1
     mismatched: "Example | None" = None
     reference: Sequence[float] = ()
+    key: tuple[int, int] | None = None
+    sampled: SampledAnswer | None = None
 
     @property
     def text_lengths(self) -> list[int]:
@@ -170,6 +191,7 @@ class ExampleIndex(Sequence):
             source=rows.where(row),
             prompt=int(rows.prompts[row]),
             is_replay=source >= first_replay,
+            key=(source, row),
         )
         if rows.kind != AS_TEXTS:
             example.split = int(rows.splits[row])

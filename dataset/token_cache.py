@@ -61,6 +61,7 @@ from common.files import (
 )
 from dataset.encoding import (
     AS_CLASSES,
+    AS_PROMPTS,
     AS_TEXTS,
     EncodedRecord,
     encode_record,
@@ -636,6 +637,8 @@ def render(
     chats = []
     for record, talks in zip(records, talks_of_records, strict=True):
         chats += [(talk, record.tools) for talk in talks]
+    # Of a prompt, the ids end with what stands before an answer.
+    asks = kind == AS_PROMPTS
     rendered = []
     for i in range(0, len(chats), RENDER_BATCH):
         batch = chats[i : i + RENDER_BATCH]
@@ -645,7 +648,7 @@ def render(
 
             rendered += classification_texts(tokenizer, batch)
         else:
-            rendered += tokenizer.render_each(batch, roles=roles)
+            rendered += tokenizer.render_each(batch, asks, roles=roles)
     each = iter(rendered)
     return [[next(each) for _ in talks] for talks in talks_of_records]
 

@@ -21,10 +21,13 @@ FEW_LABELS = 12
 MOST_DIGITS = 18
 
 
-def whole_examples(rows: list[Rows], seq_len: int, label_names: Sequence[str] = ()) -> Dataset:
+def whole_examples(
+    rows: list[Rows], seq_len: int, label_names: Sequence[str] = (), answer_tokens: int = 0
+) -> Dataset:
     """Makes an example of each record whose texts have at most seq_len tokens each.
 
     rows: the token rows of each source, all of one kind.
+    answer_tokens: so many must fit behind a prompt.
     label_names: the classes, where they are known from other data; else they are those that occur, by
         the alphabet.
     Raises UserError for a class that is not among label_names.
@@ -41,10 +44,13 @@ def whole_examples(rows: list[Rows], seq_len: int, label_names: Sequence[str] = 
             # Nothing stands behind the answer that is judged.
             stop = source_rows.spans[last_spans, 1].astype(np.int64)
         splits = source_rows.splits
-        fits = np.maximum(splits, stop - splits) <= seq_len
+        fits = np.maximum(splits, stop - splits) + answer_tokens <= seq_len
         num_too_long = int((~fits).sum())
+        what = "of which a text does not fit"
+        if answer_tokens:
+            what = f"whose prompt and an answer of {answer_tokens:,} tokens do not fit"
         if num_too_long:
-            dropped[f"of which a text does not fit into --seq-len {seq_len}"] += num_too_long
+            dropped[f"{what} into --seq-len {seq_len}"] += num_too_long
         row = np.flatnonzero(fits)
         span_tokens = np.diff(source_rows.spans, axis=1)[:, 0]
         ends = np.cumsum(np.concatenate([[0], span_tokens]))

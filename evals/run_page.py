@@ -30,8 +30,13 @@ EXAMPLE_CHARTS = (
         "Rewards",
         {
             "reward_chosen": "chosen", "reward_rejected": "rejected",
-            "reward_good": "good answers", "reward_bad": "bad answers",
+            "reward_good": "good answers", "reward_bad": "bad answers", "reward": "answers",
         },
+    ),
+    ("Length of the answers, tokens", {"answer_tokens": "answers"}),
+    (
+        "Share of the answers",
+        {"cut": "cut off at their longest", "alike": "in groups of equal rewards, which teach nothing"},
     ),
     ("Log-probability of the answers", {"logp_chosen": "chosen", "logp_rejected": "rejected"}),
 )  # fmt: skip
@@ -43,6 +48,11 @@ NUMBER_LABELS = {
     "val_accuracy": "validation accuracy",
     "val_margin": "validation, margin between the rewards",
     "kl": "KTO's estimate of KL(policy || reference)",
+    "val_reward": "validation, mean reward",
+    "val_answer_tokens": "validation, tokens of an answer",
+    "val_cut": "validation, share of answers that were cut off",
+    "kl_reference": "KL(policy || model before step 1), nats a token",
+    "sampling_gap": "log-probabilities that train tokens against those that sampled them, nats",
     "replay_val_loss": "loss on replayed data, nats a token",
     "kl_base": "KL(base || tuned), nats a token",
     "general_loss": "loss on general data (--forget-data), nats a token",
@@ -140,7 +150,8 @@ def other_numbers(lines: Sequence[dict]) -> list[str]:
 
 def is_of_examples(lines: Sequence[dict]) -> bool:
     """True if the loss is a mean over examples, pairs or classes, and not over tokens."""
-    return any("accuracy" in line or "val_accuracy" in line for line in lines)
+    names = ("accuracy", "val_accuracy", "reward", "val_reward")
+    return any(name in line for line in lines for name in names)
 
 
 def with_unit(words: str, lines: Sequence[dict]) -> str:

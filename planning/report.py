@@ -16,12 +16,17 @@ import distributed
 from adapter_files import virtual_tokens_in
 from common.device import DTYPES, pick_dtype
 from data import TrainingData, max_tokens_per_micro_batch, split_micro_batches
+from dataset.encoding import AS_PROMPTS
 from flags import NEW_ADAPTER, Flags
 from methods import continues_adapter, method_name, method_of, start_of
 from model import Config
 from planning import memory, multi_gpu
 from planning.memory import Recipe, Workload
 from planning.multi_gpu import Layout
+
+# What a generated token takes, in trained tokens, in batches of some ten prompts: a CPU multiplies as
+# fast as in training, a GPU waits for its memory.
+GENERATED_TOKEN = {"cpu": 1.0, "cuda": 8.0}
 
 
 def needs_data(flags: Flags, folder: Path) -> bool:
@@ -138,6 +143,8 @@ def describe_workload(
     steps_per_epoch: the steps of one epoch.
     max_tokens: the most tokens of a micro-batch; None: the default of the device.
     """
+    if data.train.kind == AS_PROMPTS:
+        return workload_of_answers(flags, data, steps_per_epoch, device, max_tokens)
     train, sampler = data.train, data.sampler
     val_tokens = data.val.tokens
     if data.replay_val:
@@ -168,6 +175,40 @@ def describe_workload(
         # A validated token counts half, since it has no backward.
         tokens=trained_tokens + num_validations(flags) * val_tokens / 2,
         to_learn=train.trained_tokens,
+        accumulate=flags.accumulate * len(micro_batches),
+    )
+
+
+def workload_of_answers(
+    flags: Flags,
+    data: TrainingData,
+    steps_per_epoch: float,
+    device: torch.device,
+    max_tokens: int | None = None,
+) -> Workload:
+    """Returns what `describe_workload` does where the model answers prompts: as if each answer were as
+    long as it may be, since nothing is known of them yet."""
+    assert flags.max_new_tokens is not None and flags.group_size is not None
+    train = data.train
+    answer = flags.max_new_tokens
+    longest = sorted((train.lengths + answer).tolist(), reverse=True)[: flags.batch_size]
+    sizes = [length for length in longest for _ in range(flags.group_size)]
+    if not max_tokens:
+        max_tokens = max_tokens_per_micro_batch(device)
+    micro_batches = split_micro_batches(sizes, len(sizes), max_tokens)
+    largest = [sizes[i] for i in max(micro_batches, key=lambda each: sum(sizes[i] for i in each))]
+    generated = answer * GENERATED_TOKEN.get(device.type, GENERATED_TOKEN["cuda"])
+    mean_prompt = train.tokens / len(train)
+    num_prompts = sum(data.sampler.samples_per_epoch) / steps_per_epoch * flags.steps
+    tokens = num_prompts * flags.group_size * (mean_prompt + answer + generated)
+    tokens += num_validations(flags) * (data.val.tokens / 2 + len(data.val) * generated)
+    return Workload(
+        lengths=largest,
+        trained=answer * len(largest),
+        share=answer / (mean_prompt + answer),
+        all_lengths=train.lengths + answer,
+        tokens=tokens,
+        to_learn=len(train) * answer,
         accumulate=flags.accumulate * len(micro_batches),
     )
 

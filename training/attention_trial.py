@@ -29,7 +29,7 @@ def use_flash_version(
     trial.seeded = loader.seeded
     trial.rows_per_rank = loader.rows_per_rank
     first_micro_batch = trial.examples_of_step(0)[0]
-    batch = loader.collate(first_micro_batch)
+    batch = objective.trial_batch(loader.collate(first_micro_batch))
     # A rank may have no trained token of the batch, and the loss is divided by these.
     totals = StepTotals(
         num_trained=len(batch.targets),

@@ -69,6 +69,7 @@ def measure_pace(
         most = TRIAL_SECONDS / expected_pace
         lengths = np.asarray(settings.workload.all_lengths, dtype=np.float64)
         batch = trial_batch(loader, settings.steps, lengths, most)
+        batch = objective.trial_batch(batch)
         seconds_per_token = time_micro_batch(batch, model, objective, device)
     except torch.cuda.OutOfMemoryError:
         # The first step will run out of memory too, and say what would have taken less.

@@ -24,6 +24,7 @@ from common.console import number_of
 from common.device import DTYPES, STORAGE_DTYPES, pick_dtype
 from common.errors import UserError
 from data import TrainingData
+from dataset.encoding import AS_PROMPTS, AS_TEXTS
 from dataset.example_records import is_whole_conversation
 from dataset.examples import Dataset
 from dataset.sampler import Sampler
@@ -38,10 +39,16 @@ from methods import (
     start_of,
 )
 from model import Config, Transformer
-from objectives import OBJECTIVES
+from objectives import OBJECTIVES, with_options_of_objective
 from planning import memory, multi_gpu
 from planning.memory import Workload
-from planning.report import adapter_of, describe_workload, num_validations, recipe_and_layout
+from planning.report import (
+    GENERATED_TOKEN,
+    adapter_of,
+    describe_workload,
+    num_validations,
+    recipe_and_layout,
+)
 from training.checkpointer import RUN_FILES, format_bytes
 
 # Seconds to compile a block, and the share of a step's time that it saves in bf16; measured on 2
@@ -55,11 +62,9 @@ SHARE_OF_NF4 = 0.26
 VALIDATION_SHARE = 0.1
 LEAST_VALIDATION = 16
 # The share that all answers of --eval-metric may take together, and the fewest prompts that are
-# answered all the same. What a generated token takes, in trained tokens, in batches of some ten
-# prompts: a CPU multiplies as fast as in training, a GPU waits for its memory.
+# answered all the same.
 SCORING_SHARE = 0.1
 LEAST_PROMPTS = 16
-GENERATED_TOKEN = {"cpu": 1.0, "cuda": 8.0}
 # The share of reading --forget-data, of which so many tokens are read all the same, if these are no
 # more than LEAST_VALIDATION examples.
 GENERAL_SHARE = 0.05
@@ -126,6 +131,7 @@ def resolve_defaults(
     Raises UserError where what was typed can't be had here.
     """
     config = read_config(folder)
+    flags = with_options_of_objective(flags)
     dtype, why_dtype = pick_dtype(flags.dtype, device)
     if flags.resume and flags.dtype != "auto" and "dtype" not in flags.given:
         why_dtype = "as before"
@@ -233,6 +239,11 @@ def choose_shard(flags: Flags, folder: Path, device: torch.device) -> tuple[str,
             f"--ewc: needs whole weights on every process, and {count} processes would share them;"
             " add --shard none"
         )
+    if OBJECTIVES[flags.objective].kind == AS_PROMPTS and shard != "none":
+        raise UserError(
+            f"--objective {flags.objective}: to answer, every process needs a whole model, and {count}"
+            " processes would share it; add --shard none"
+        )
     if shard == "none" and flags.reduce == "each":
         raise UserError("--reduce each: is about the gradients of shards, and --shard is none")
     if shard == "none" and flags.shard_offload:
@@ -287,6 +298,9 @@ def choose_val_limit(flags: Flags, data: TrainingData, steps_per_epoch: float) -
         # A validated token takes half of the time of a trained one, since it has no backward.
         tokens = 2 * VALIDATION_SHARE * trained_tokens / num_validations(flags)
         tokens_per_example = sum(dataset.tokens / len(dataset) for dataset in sets)
+        if data.train.kind == AS_PROMPTS:
+            # A prompt is answered once, and not as often as one that is trained.
+            tokens_per_example /= flags.group_size
         limit = 0
         if tokens_per_example:
             limit = max(LEAST_VALIDATION, int(tokens / tokens_per_example))
@@ -316,6 +330,8 @@ def choose_gauge_tokens(
     """
     if OBJECTIVES[flags.objective].has_head:
         return 0, "off: a score head takes the place of the output head"
+    if data.train.kind == AS_PROMPTS and len(data.val):
+        return 0, "off: prompts have no tokens of answers to measure it on (--beta bounds it)"
     if not len(data.val):
         if flags.forget_limit is not None:
             raise UserError(
@@ -390,6 +406,8 @@ def choose_prompts(
     # Of a conversation only the last answer is asked for, so this is rather too much.
     answer_tokens = float(asked.num_trained.mean())
     prompt_tokens = mean_length(asked) - answer_tokens
+    if asked.kind == AS_PROMPTS:
+        answer_tokens = flags.max_new_tokens
     generated = GENERATED_TOKEN.get(device.type, GENERATED_TOKEN["cuda"])
     tokens_per_prompt = prompt_tokens / 2 + generated * answer_tokens
     times = num_validations(flags)
@@ -425,6 +443,7 @@ def is_bundled_task(flags: Flags) -> bool:
     is_sharded = flags.shard != "none" or distributed.world_size() > 1
     # Options that give the run another task, another base or no end.
     asks_for_another = flags.data or flags.model or flags.adapter or flags.profile or flags.system
+    asks_for_another = asks_for_another or OBJECTIVES[flags.objective].kind != AS_TEXTS
     return not (asks_for_another or is_sharded)
 
 
@@ -436,9 +455,6 @@ def choose_optimization(flags: Flags, config: Config) -> tuple[Flags, str]:
     method = method_of(flags)
     objective = OBJECTIVES[flags.objective]
     chosen: dict = {}
-    for name, value in objective.defaults.items():
-        if getattr(flags, name) is None:
-            chosen[name] = value
     why_lr = ""
     if flags.lr is None:
         width_factor = (REFERENCE_WIDTH / config.hidden_size) ** WIDTH_EXPONENT

@@ -139,6 +139,8 @@ class Evaluator:
             reported = f", accuracy {100 * measured['accuracy']:.1f} %"
         if "margin" in measured:
             reported += f", margin {measured['margin']:.3g}"
+        if "reward" in measured:
+            reported += f", reward {measured['reward']:.4g}"
         replay = ""
         if replay_loss is not None:
             line["replay_val_loss"] = replay_loss

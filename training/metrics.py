@@ -197,6 +197,9 @@ class MetricsLogger:
             of_ewc = "" if penalty is None else f", EWC penalty {penalty:.2g}"
             accuracy = line.get("accuracy")
             right = "" if accuracy is None else f", accuracy {100 * accuracy:.0f} %"
+            reward = line.get("reward")
+            if reward is not None:
+                right = f", reward {reward:.3f}, sampling gap {line.get('sampling_gap') or 0:.1g}"
             self.bar.write(
                 f"step {pending.step:>5} of {self.bar.total:,}: loss {loss:.4f}{right}{of_replay}{of_ewc},"
                 f" {speed:,.0f} tokens/s, {left} left"

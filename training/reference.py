@@ -6,6 +6,7 @@ PiSSA, DoRA, learned prompts ...), the log-probability of each answer is compute
 in reference.safetensors, which a resumed run reads again.
 """
 
+import functools
 import hashlib
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from common.errors import UserError, describe_os_error
 from common.files import atomic_file, save_tensors
 from common.progress import progress
 from data import Batch, TrainingData, collate, split_micro_batches
-from dataset.encoding import PAIR_KINDS
+from dataset.encoding import AS_PROMPTS, PAIR_KINDS
 from dataset.examples import DUMMY_EXAMPLE, Dataset, ExampleIndex
 from methods import model_of_step_0
 from model import Transformer, eager_mode, eval_mode
@@ -32,13 +33,25 @@ REFERENCE_FILE = "reference.safetensors"
 TEXTS_PER_EXAMPLE = 2
 
 
-def reference_of_run(settings: Settings, model: Transformer) -> ReferenceFn | None:
+def reference_of_run(
+    settings: Settings, model: Transformer, logps: ReferenceFn | None = None
+) -> ReferenceFn | None:
     """Returns the function that a run's objective gets reference log-probabilities by; None where it needs
-    none."""
-    if not OBJECTIVES[settings.objective].has_reference:
+    none.
+
+    logps: computes them by the model as it is; None: `text_logps`.
+    Raises UserError where answers are yet to be written, and no model of step 0 will be left by then.
+    """
+    if not needs_reference(settings):
         return None
     if not is_under_adapter(settings, model):
+        if OBJECTIVES[settings.objective].kind == AS_PROMPTS:
+            raise UserError(
+                f"--beta {settings.beta:g}: the model before step 1 is not there any more when answers are"
+                " compared with it, but under a new adapter such as lora's; leave --beta out"
+            )
         return noted_reference
+    compute = logps or functools.partial(text_logps, model)
 
     def reference(batch: Batch) -> Tensor:
         # With gradients where the caller has them: some kernels round otherwise without. Nothing of the
@@ -46,9 +59,15 @@ def reference_of_run(settings: Settings, model: Transformer) -> ReferenceFn | No
         step_0 = model_of_step_0(model, settings)
         assert step_0 is not None, "see is_under_adapter"
         with step_0, eval_mode(model):
-            return text_logps(model, batch)
+            return compute(batch)
 
     return reference
+
+
+def needs_reference(settings: Settings) -> bool:
+    """True if a run compares with the model before step 1; GRPO does with --beta alone."""
+    row = OBJECTIVES[settings.objective]
+    return row.has_reference and bool(settings.beta)
 
 
 def is_under_adapter(settings: Settings, model: Transformer) -> bool:
@@ -73,7 +92,7 @@ def note_reference(
 
     out: the run's folder. Raises UserError where a resumed run can't read what it has written there.
     """
-    if not OBJECTIVES[settings.objective].has_reference:
+    if not needs_reference(settings):
         return
     if is_under_adapter(settings, model):
         print("reference the model without its adapter, computed beside each step")

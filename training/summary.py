@@ -23,6 +23,7 @@ from common.console import number_of, one_line
 from common.origin import SOURCE_FILE
 from common.threads import wait_policy_note
 from data import TrainingData, max_tokens_per_micro_batch
+from dataset.encoding import AS_PROMPTS
 from methods import lr_factors, method_of
 from model import Experts, Linear, Transformer, quantized_linears
 from objectives import OBJECTIVES
@@ -65,7 +66,12 @@ def print_run_summary(settings: Settings, model: Transformer, device: torch.devi
     )
     gigabytes = memory.peak / 1e9
     minutes = settings.expected_seconds / 60
-    print(f"expected  {gigabytes:.1f} GB of memory, {minutes:.1f} min of training", flush=True)
+    most = ""
+    if OBJECTIVES[settings.objective].kind == AS_PROMPTS:
+        most = ", if all answers are as long as they may be"
+    print(
+        f"expected  {gigabytes:.1f} GB of memory, {minutes:.1f} min of training{most}", flush=True
+    )
     print_processes(settings)
 
 
@@ -74,7 +80,7 @@ def print_objective(settings: Settings) -> None:
     row = OBJECTIVES[settings.objective]
     options = {name: getattr(settings, name) for name in row.options}
     changed = [
-        name.replace("_", " ") + ("" if value is True else f" {value:g}")
+        name.replace("_", " ") + ("" if value is True else f" {value}".removesuffix(".0"))
         for name, value in options.items()
         if value
     ]

@@ -1,0 +1,71 @@
+"""The process in which a user's reward function runs (training/rewards.py starts it).
+
+Apart from the training, because a function that never returns can only be ended by ending its process.
+A line of JSON comes in for each answer, and one goes out: {"reward": number} or {"error": why}. What the
+function prints goes to stderr.
+"""
+
+import inspect
+import json
+import os
+import sys
+
+
+def main() -> None:
+    """Answers until stdin ends. sys.argv: the function, as FILE.py:NAME."""
+    # This file's folder is replaced: the user's imports must not find the modules beside it.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def reply(message: dict) -> None:
+        replies.write(json.dumps(message) + "\n")
+        replies.flush()
+
+    from common.errors import UserError
+    from dataset.user_map import Map
+
+    names = json.loads(sys.stdin.readline())
+    try:
+        function = Map(sys.argv[1], "--reward").function
+        wanted = wanted_names(function, names)
+    except (UserError, ValueError) as error:
+        reply({"error": str(error)})
+        return
+    reply({})
+    for line in sys.stdin:
+        facts = json.loads(line)
+        try:
+            reply({"reward": number_of_reward(function(**{name: facts[name] for name in wanted}))})
+        except (Exception, SystemExit) as error:  # noqa: BLE001  a user's program may fail in any way
+            reply({"error": f"{type(error).__name__}: {error}"})
+
+
+def wanted_names(function, names: list[str]) -> list[str]:
+    """Returns which of the names a function takes as arguments. Raises ValueError where it wants others."""
+    wanted = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            return names
+        if name in names and parameter.kind is not parameter.POSITIONAL_ONLY:
+            wanted.append(name)
+        elif (
+            parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
+        ):
+            known = ", ".join(names)
+            raise ValueError(
+                f"--reward {sys.argv[1]}: wants {name}, which there is not; there are {known}"
+            )
+    return wanted
+
+
+def number_of_reward(value: object) -> float:
+    """Returns a reward as a float. Raises TypeError for what is no number."""
+    # Numbers of numpy and torch are such as well; a text that spells one is not.
+    if value is None or isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+        raise TypeError(f"it returned {type(value).__name__}; a number is wanted")
+    return float(value)  # type: ignore[arg-type]  it has __float__
+
+
+if __name__ == "__main__":
+    main()

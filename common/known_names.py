@@ -272,8 +272,9 @@ DTYPE_WORDS = {
 }
 OBJECTIVE_WORDS = {
     "sft": "", "pt": "", "pretrain": "", "rm": "--objective reward", "dft": "--objective dft",
+    "grpo": "--objective grpo --reward FILE.py:NAME",
 } | {name: f"--objective {name}" for name in ("dpo", "ipo", "orpo", "simpo", "kto")}  # fmt: skip
-OBJECTIVE_NOTE = "reinforcement learning and other losses are not there yet"
+OBJECTIVE_NOTE = "this loss is not there; of reinforcement learning, --objective grpo is"
 CHECKPOINTING_WORDS = {
     **dict.fromkeys(TRUE, "--activation-checkpointing full"),
     **dict.fromkeys(("unsloth", "offload", "offload_disk"), "--activation-checkpointing offload"),
@@ -444,6 +445,8 @@ METHOD = {
         "--objective", OBJECTIVE_WORDS | {"sigmoid": "--objective dpo"}, OBJECTIVE_NOTE
     ),
     "simpo_gamma": same("--margin"),
+    "num_generations": same("--group-size"),
+    "max_completion_length": same("--max-new-tokens"),
     "kto_chosen_weight": same("--desirable-weight"),
     "kto_desirable_weight": same("--desirable-weight"),
     "kto_rejected_weight": same("--undesirable-weight"),

@@ -517,6 +517,10 @@ def read_trl(recipe) -> None:
             )
     for key in recipe.open_under("dataset_splits"):
         recipe.left_out[key] = "a split is a part of the name: --data hf:org/name:subset:split"
+    if "num_generations" in recipe.leaves:
+        # A script of trl's says in Python what rewards.
+        recipe.add(OBJECTIVE_WORDS["grpo"])
+        return
     trained_as = {purpose for key, purpose in OTHER_TRAINERS.items() if key in recipe.leaves}
     for purpose in sorted(trained_as):
         warn_of_objective(recipe, purpose)

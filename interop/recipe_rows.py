@@ -231,7 +231,6 @@ OTHER_TRAINERS = {
     "beta": "preference optimization (DPO or the like)",
     "max_prompt_length": "preference optimization (DPO or the like)",
     "desirable_weight": "KTO",
-    "num_generations": "GRPO",
     "reward_model_path": "PPO",
 }
 TRL_ROWS = {

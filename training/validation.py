@@ -8,12 +8,15 @@ from torch import Tensor
 import distributed
 from common.progress import progress
 from data import Batch, batches_by_length
+from dataset.encoding import AS_PROMPTS
 from dataset.examples import Dataset
 from model import Transformer, eval_mode
 from objectives import RunObjective, SupervisedRun
 from training.signals import GracefulStop, ValidationInterrupted
 
 VALIDATION_BATCH = 8  # examples
+# Prompts that are answered take more at a time: a step of decoding hardly takes longer with more of them.
+ANSWERED_AT_ONCE = 32
 
 
 def validation_loss(
@@ -46,7 +49,7 @@ def validate(
     """
     batches = batches_by_length(
         val,
-        VALIDATION_BATCH,
+        ANSWERED_AT_ONCE if val.kind == AS_PROMPTS else VALIDATION_BATCH,
         device,
         distributed.dp_size(),
         distributed.dp_rank(),

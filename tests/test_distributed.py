@@ -110,6 +110,11 @@ BY_THREE = ("full", "lora", "qlora", "full, packed, mixed", "full, tied", "gpt2"
 # The rest of the jobs, which differ less from one another, run with the slow tests alone.
 SLOW_JOBS = (
     "full, replicated",
+    "full, accumulated",
+    "full, blocks twice",
+    "qlora of a folder in NF4",
+    "vera",
+    "dft",
     "full, reduced each time",
     "full, norms twice",
     "full, some",
@@ -256,7 +261,7 @@ def test_dropout_is_there_and_follows_the_seed(runs):
     assert plain[0] != pytest.approx(dropped[0], rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.slow), "qlora"])
 def test_a_rank_of_two_holds_and_reads_half(bases, tmp_path, method):
     """Bytes of parameters, gradients and optimizer at their height, and how much memory loading takes."""
     sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12, "vocab_size": 2048}

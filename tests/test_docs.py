@@ -64,9 +64,12 @@ def folder(tmp_path_factory) -> Path:
     (folder / "hellaswag.jsonl").write_text("\n".join([json.dumps(story)] * 6))
     siqa = {"context": "Fox runs.", "question": "Why?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "2"}
     (folder / "siqa.jsonl").write_text("\n".join([json.dumps(siqa)] * 4))
-    for name, page, function in (("my.py", "choices.md", "siqa"), ("style.py", "safety.md", "style")):
+    (folder / "questions.jsonl").write_text("\n".join(json.dumps({"question": sentence(i, 5)}) for i in range(12)))
+    functions = ("my.py", "choices.md", "siqa"), ("my.py", "objectives.md", "score"), ("style.py", "safety.md", "style")
+    for name, page, function in functions:
         text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-        (folder / name).write_text(re.search(rf"```python\n(def {function}.*?)```", text, re.DOTALL)[1])
+        with open(folder / name, "a", encoding="utf-8") as file:
+            file.write(re.search(rf"```python\n(def {function}.*?)```", text, re.DOTALL)[1])
     (folder / "xstest_prompts.csv").write_text(
         "id,prompt,type,label\n1,red fox,homonyms,safe\n2,blue dog,contrast_homonyms,unsafe\n"
     )

@@ -537,7 +537,9 @@ def test_a_model_with_every_kernel_is_the_model(tmp_path, monkeypatch, shape, me
     assert all(relative(grads[name], wanted[name]) < 2e-5 for name in grads)
 
 
-@pytest.mark.parametrize("kind", CHECKPOINTING_KINDS[1:])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "offload")) for kind in CHECKPOINTING_KINDS[1:]]
+)
 def test_blocks_that_hand_sums_over_are_computed_again(tmp_path, kind):
     """With the kernels: a sum that is left to the next block is made before that is computed again."""
     llama(tmp_path, std=0.1, intermediate_size=128, num_key_value_heads=2)

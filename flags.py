@@ -19,6 +19,7 @@ from common.choices import (
     ADDED_TOKENS,
     ALL,
     CHECKPOINTING_KINDS,
+    DIVERGENCES,
     DTYPE_NAMES,
     ENCODER_NAMES,
     EVAL_METRICS,
@@ -473,7 +474,8 @@ class Flags:
         " comparison, which takes less time. kto: of answers that are each good or bad. reward: a model"
         " that scores answers, of preferences. classify: a score of each class, of texts with a label."
         " grpo: the model answers prompts while it is trained, and answers with a higher --reward become"
-        " likelier (reinforcement learning)",
+        " likelier (reinforcement learning). distill: the --teacher's probabilities of each next token are"
+        " learnt",
         choices=OBJECTIVE_NAMES,
     )
     beta: float | None = option(
@@ -517,15 +519,36 @@ class Flags:
         metavar="FILE.py:NAME|DIR",
         is_path=True,
     )
+    teacher: str | None = option(
+        None,
+        "distill: the model that is learnt from: a folder, GGUF or name as of --model, or the folder of an"
+        " adapter; or self: the model before step 1, which is shown the reference answer (with"
+        " --own-answers)",
+        metavar="MODEL|DIR|self",
+        is_path=True,
+    )
+    divergence: str | None = option(
+        None,
+        "distill: forward: KL(teacher || student), which covers all that the teacher might say; reverse:"
+        " KL(student || teacher), which keeps to what it is likely to say; default: forward, with"
+        " --own-answers reverse",
+        choices=DIVERGENCES,
+    )
+    own_answers: bool = option(
+        False,
+        "distill: on answers that the model writes itself to the prompts of the data, a new one in each"
+        " epoch (on-policy distillation), in place of those in the data",
+    )
     group_size: int | None = option(
         None,
-        "grpo: answers to each prompt of a step, which are compared with each other; default: 8",
+        "grpo: answers to each prompt of a step, which are compared with each other; default: 8. distill"
+        " with --own-answers: the same, not compared; default: 1",
         limits=POSITIVE,
     )
     max_new_tokens: int | None = option(
         None,
-        "grpo: the most tokens of an answer, where it is cut off; --seq-len has room for it behind a"
-        " prompt; default: 256",
+        "grpo, and distill with --own-answers: the most tokens of an answer, where it is cut off;"
+        " --seq-len has room for it behind a prompt; default: 256",
         limits=POSITIVE,
     )
     dr_grpo: bool = option(
@@ -970,7 +993,7 @@ def check_paths_exist(saved: dict, where: Path) -> None:
             continue
         words = [value] if isinstance(value, str) else value
         for word in words:
-            may_be_on_hub = name == "model" and not os.path.isabs(word)
+            may_be_on_hub = name in ("model", "teacher") and not os.path.isabs(word)
             if existing_file(word) or may_be_on_hub or is_remote(word):
                 continue
             advice = "start from the folder in which the run was begun, or"

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapting.score_head import REWARD, document_scores, head_labels
+from common.choices import SELF
 from common.errors import UserError
 from data import Batch
 from dataset.encoding import (
@@ -495,6 +496,10 @@ def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     return torch.stack([(values.detach() * weights).sum(), weights.sum()])
 
 
+# --max-new-tokens, where it is left open.
+LONGEST_ANSWER = 256
+
+
 class Objective(NamedTuple):
     """What is minimised.
 
@@ -598,10 +603,26 @@ OBJECTIVES = {
         "group relative policy optimization: answers with a higher reward than others of their group",
         has_reference=True,
         options=("beta", "group_size", "dr_grpo", "reward", "reward_timeout", "max_new_tokens"),
-        defaults={"beta": 0.0, "group_size": 8, "reward_timeout": 60.0, "max_new_tokens": 256},
+        defaults={
+            "beta": 0.0,
+            "group_size": 8,
+            "reward_timeout": 60.0,
+            "max_new_tokens": LONGEST_ANSWER,
+        },
         lr_factor=0.1,
     ),
+    "distill": Objective(
+        AS_TEXTS,
+        "distillation: the teacher's probabilities of the next token",
+        options=("teacher", "divergence", "own_answers", "max_new_tokens", "group_size"),
+    ),
 }
+
+
+def kind_of_examples(flags: Flags) -> str:
+    """Returns what a run's examples are, of dataset/encoding.py: prompts alone, where the model answers
+    them itself."""
+    return AS_PROMPTS if flags.own_answers else OBJECTIVES[flags.objective].kind
 
 
 # What goes only with a loss of tokens: {option: why}.
@@ -617,7 +638,11 @@ OF_OUTPUT_HEAD = ("safety", "forget_data", "forget_limit", "ewc")
 
 def with_options_of_objective(flags: Flags) -> Flags:
     """Returns the flags with the defaults of their objective where they leave its options open."""
-    defaults = OBJECTIVES[flags.objective].defaults
+    defaults: dict = dict(OBJECTIVES[flags.objective].defaults)
+    if flags.objective == "distill":
+        defaults = {"divergence": "reverse" if flags.own_answers else "forward"}
+        if flags.own_answers:
+            defaults |= {"max_new_tokens": LONGEST_ANSWER, "group_size": 1}
     chosen: dict = {name: each for name, each in defaults.items() if getattr(flags, name) is None}
     return dataclasses.replace(flags, **chosen)
 
@@ -627,6 +652,7 @@ def check_objective(flags: Flags) -> None:
     rows = {name: row.options for name, row in OBJECTIVES.items()}
     check_options_of_row(flags, "objective", rows)
     row = OBJECTIVES[flags.objective]
+    kind = kind_of_examples(flags)
     name = f"--objective {flags.objective}"
     smoothing = flags.label_smoothing
     if flags.objective == "dpo" and smoothing >= 0.5:
@@ -634,14 +660,16 @@ def check_objective(flags: Flags) -> None:
         raise UserError(f"--label-smoothing {smoothing:g}: must be below 0.5 for dpo, {why}")
     if smoothing >= 1:
         raise UserError(f"--label-smoothing {smoothing:g}: must be below 1")
-    if row.kind == AS_TEXTS:
+    if flags.objective == "distill":
+        check_distillation(flags)
+    if kind == AS_TEXTS:
         return
-    if row.kind == AS_PROMPTS:
+    if kind == AS_PROMPTS:
         check_sampling(flags)
     elif not flags.data:
         raise UserError(f"{name}: the bundled task has no such data; give --data FILE")
     without = dict(OF_TOKENS)
-    if row.kind == AS_PROMPTS:
+    if kind == AS_PROMPTS:
         # The model writes answers, which can be compared with references.
         del without["eval_metric"]
     if row.has_head:
@@ -662,13 +690,34 @@ def check_objective(flags: Flags) -> None:
         raise UserError(f"--context-parallel: shares the tokens of a text; not with {name}")
 
 
+def check_distillation(flags: Flags) -> None:
+    """Raises UserError for options that do not go with a teacher."""
+    name = "--objective distill"
+    if flags.teacher is None:
+        why = (
+            "whose probabilities are learnt? --teacher MODEL, or --teacher self with --own-answers"
+        )
+        raise UserError(f"{name}: {why}")
+    if flags.teacher == SELF and not flags.own_answers:
+        why = "shown the reference, it knows each of its tokens, as sft does; add --own-answers"
+        raise UserError(f"--teacher self: {why}")
+    for option in ("max_new_tokens", "group_size"):
+        if getattr(flags, option) is not None and not flags.own_answers:
+            raise UserError(f"{dashed(option)}: is for --own-answers")
+    if flags.context_parallel > 1:
+        raise UserError(f"--context-parallel: shares the tokens of a text; not with {name}")
+    for option in ("budget", "full_run"):
+        if getattr(flags, option):
+            raise UserError(f"{dashed(option)}: {OF_TOKENS[option]}; not with {name}")
+
+
 def check_sampling(flags: Flags) -> None:
     """Raises UserError for options that do not go with answers which the model writes while it is trained."""
     name = f"--objective {flags.objective}"
-    if flags.reward is None:
+    if flags.objective == "grpo" and flags.reward is None:
         why = "what scores the answers? --reward FILE.py:NAME, or the folder of a reward model"
         raise UserError(f"{name}: {why}")
-    if flags.group_size == 1:
+    if flags.objective == "grpo" and flags.group_size == 1:
         raise UserError("--group-size 1: an answer is compared with others of its group; 2 or more")
     if flags.dropout:
         why = "the model that answers would be another one than that which is trained"
@@ -907,7 +956,7 @@ def examples_wanted(flags: Flags, config: Config) -> tuple[str, tuple[str, ...]]
 
     config: of the base.
     """
-    kind = OBJECTIVES[flags.objective].kind
+    kind = kind_of_examples(flags)
     known = head_labels(config, start_of(flags)) if kind == AS_CLASSES else None
     return kind, known or ()
 

@@ -682,6 +682,17 @@ class Tokenizer:
                 digest.update(name.encode() + path.read_bytes())
         return digest.hexdigest()
 
+    def first_difference(self, other: "Tokenizer") -> str:
+        """Returns the first id that is another token in another tokenizer, in words; "" if there is none."""
+        for id in sorted(self._bytes.keys() | other._bytes.keys()):
+            mine, theirs = self._bytes.get(id), other._bytes.get(id)
+            if mine != theirs:
+                words = [
+                    each.decode("utf-8", "replace") if each else None for each in (mine, theirs)
+                ]
+                return f"token {id} is {words[0]!r} here, {words[1]!r} there"
+        return ""
+
     @property
     def writes_date(self) -> bool:
         """True if a template may write the date."""

@@ -78,7 +78,6 @@ from training.ewc import EWC
 from training.failures import reported_failures, training_failures
 from training.metrics import MetricsLogger
 from training.model_card import ModelCard
-from training.on_policy import objective_of_run
 from training.outcome import finish, save_weights
 from training.profiling import profiled
 from training.reference import note_reference
@@ -89,6 +88,7 @@ from training.run_folder import (
     save_config,
     with_date_and_system,
 )
+from training.run_objective import objective_of_run
 from training.run_report import answers_before
 from training.safety import SafetyCheck
 from training.signals import GracefulStop

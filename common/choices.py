@@ -10,7 +10,22 @@ METHOD_NAMES = (
     "full", "lora", "qlora", "vera", "bottleneck", "prompt-tuning", "p-tuning", "prefix-tuning", "ia3",
 )  # fmt: skip
 # --objective: objectives.OBJECTIVES.
-OBJECTIVE_NAMES = ("sft", "dft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "classify", "grpo")
+OBJECTIVE_NAMES = (
+    "sft",
+    "dft",
+    "dpo",
+    "ipo",
+    "kto",
+    "orpo",
+    "simpo",
+    "reward",
+    "classify",
+    "grpo",
+    "distill",
+)
+# --divergence: kernels/divergence.py. --teacher SELF: the model itself, before step 1.
+DIVERGENCES = ("forward", "reverse")
+SELF = "self"
 # --placement: adapters.PLACEMENTS. --encoder and --prompt-init: adapters.py.
 PLACEMENT_NAMES = ("houlsby", "pfeiffer", "parallel")
 ENCODER_NAMES = ("none", "mlp", "lstm")

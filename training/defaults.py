@@ -24,7 +24,7 @@ from common.console import number_of
 from common.device import DTYPES, STORAGE_DTYPES, pick_dtype
 from common.errors import UserError
 from data import TrainingData
-from dataset.encoding import AS_PROMPTS, AS_TEXTS
+from dataset.encoding import AS_PROMPTS
 from dataset.example_records import is_whole_conversation
 from dataset.examples import Dataset
 from dataset.sampler import Sampler
@@ -39,7 +39,7 @@ from methods import (
     start_of,
 )
 from model import Config, Transformer
-from objectives import OBJECTIVES, with_options_of_objective
+from objectives import OBJECTIVES, kind_of_examples, with_options_of_objective
 from planning import memory, multi_gpu
 from planning.memory import Workload
 from planning.report import (
@@ -239,7 +239,7 @@ def choose_shard(flags: Flags, folder: Path, device: torch.device) -> tuple[str,
             f"--ewc: needs whole weights on every process, and {count} processes would share them;"
             " add --shard none"
         )
-    if OBJECTIVES[flags.objective].kind == AS_PROMPTS and shard != "none":
+    if kind_of_examples(flags) == AS_PROMPTS and shard != "none":
         raise UserError(
             f"--objective {flags.objective}: to answer, every process needs a whole model, and {count}"
             " processes would share it; add --shard none"
@@ -443,7 +443,7 @@ def is_bundled_task(flags: Flags) -> bool:
     is_sharded = flags.shard != "none" or distributed.world_size() > 1
     # Options that give the run another task, another base or no end.
     asks_for_another = flags.data or flags.model or flags.adapter or flags.profile or flags.system
-    asks_for_another = asks_for_another or OBJECTIVES[flags.objective].kind != AS_TEXTS
+    asks_for_another = asks_for_another or flags.objective not in ("sft", "dft")
     return not (asks_for_another or is_sharded)
 
 

@@ -25,7 +25,7 @@ from dataset.encoding import AS_PROMPTS, PAIR_KINDS
 from dataset.examples import DUMMY_EXAMPLE, Dataset, ExampleIndex
 from methods import model_of_step_0
 from model import Transformer, eager_mode, eval_mode
-from objectives import OBJECTIVES, ReferenceFn, text_logps
+from objectives import OBJECTIVES, ReferenceFn, kind_of_examples, text_logps
 from training.defaults import Settings
 
 REFERENCE_FILE = "reference.safetensors"
@@ -45,7 +45,7 @@ def reference_of_run(
     if not needs_reference(settings):
         return None
     if not is_under_adapter(settings, model):
-        if OBJECTIVES[settings.objective].kind == AS_PROMPTS:
+        if kind_of_examples(settings) == AS_PROMPTS:
             raise UserError(
                 f"--beta {settings.beta:g}: the model before step 1 is not there any more when answers are"
                 " compared with it, but under a new adapter such as lora's; leave --beta out"

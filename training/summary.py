@@ -26,7 +26,7 @@ from data import TrainingData, max_tokens_per_micro_batch
 from dataset.encoding import AS_PROMPTS
 from methods import lr_factors, method_of
 from model import Experts, Linear, Transformer, quantized_linears
-from objectives import OBJECTIVES
+from objectives import OBJECTIVES, kind_of_examples
 from planning import multi_gpu
 from planning.report import recipe_and_layout
 from tokenizer import Tokenizer
@@ -67,7 +67,7 @@ def print_run_summary(settings: Settings, model: Transformer, device: torch.devi
     gigabytes = memory.peak / 1e9
     minutes = settings.expected_seconds / 60
     most = ""
-    if OBJECTIVES[settings.objective].kind == AS_PROMPTS:
+    if kind_of_examples(settings) == AS_PROMPTS:
         most = ", if all answers are as long as they may be"
     print(
         f"expected  {gigabytes:.1f} GB of memory, {minutes:.1f} min of training{most}", flush=True

@@ -512,6 +512,7 @@ class Objective(NamedTuple):
     defaults: of these, where they are left open.
     lr_factor: of the default learning rate.
     title: in a few words, for the summary.
+    loss_unit: what its losses are, after "Losses are", for people.
     """
 
     kind: str
@@ -523,6 +524,7 @@ class Objective(NamedTuple):
     options: tuple[str, ...] = ()
     defaults: Mapping[str, float] = MappingProxyType({})
     lr_factor: float = 1.0
+    loss_unit: str = "means over the examples, of the objective"
 
 
 # The factor of the learning rate is a cautious one, not that of a sweep: DPO with three times that rate
@@ -532,11 +534,13 @@ OBJECTIVES = {
         AS_TEXTS,
         "supervised fine-tuning: cross-entropy of the trained tokens",
         options=("label_smoothing", "neftune"),
+        loss_unit="in nats a token, over the trained tokens alone",
     ),
     "dft": Objective(
         AS_TEXTS,
         "dynamic fine-tuning: each token's cross-entropy times its probability",
         options=("neftune",),
+        loss_unit="in nats a token, over the trained tokens alone",
     ),
     "dpo": Objective(
         AS_PAIRS,
@@ -610,11 +614,13 @@ OBJECTIVES = {
             "max_new_tokens": LONGEST_ANSWER,
         },
         lr_factor=0.1,
+        loss_unit="minus the mean reward of the answers",
     ),
     "distill": Objective(
         AS_TEXTS,
         "distillation: the teacher's probabilities of the next token",
         options=("teacher", "divergence", "own_answers", "max_new_tokens", "group_size"),
+        loss_unit="divergences from the teacher, in nats a token",
     ),
 }
 

@@ -275,6 +275,11 @@ def in_words(lines: Sequence[dict], facts: dict) -> str:
     if first.get("val_accuracy") is not None and last.get("val_accuracy") is not None:
         shares = [f"{100 * line['val_accuracy']:.1f} %" for line in (first, last)]
         text += f" Their accuracy was {shares[0]} before and is {shares[1]}."
+    if first.get("val_reward") is not None and last.get("val_reward") is not None:
+        text += (
+            f" The loss is minus the mean reward of the answers, which was {first['val_reward']:.3g} before"
+            f" and is {last['val_reward']:.3g}."
+        )
     rise = last.get("general_loss_rise")
     if rise is not None:
         direction = "rose" if rise > 0 else "fell"
@@ -295,6 +300,10 @@ def run_tiles(lines: Sequence[dict], facts: dict) -> list[tuple[str, str, str]]:
         if last.get("val_accuracy") is not None:
             accuracy = f"{100 * last['val_accuracy']:.1f} %"
             tiles.append(("Accuracy", accuracy, "on held-out examples"))
+        if last.get("val_reward") is not None:
+            reward = first.get("val_reward") if first["step"] == 0 else None
+            before = "" if reward is None else f"{reward:.3g} before"
+            tiles.append(("Reward", f"{last['val_reward']:.3g}", before))
         if last.get("kl_base") is not None:
             tiles.append(
                 ("Distance from the base", f"{last['kl_base']:.4f}", "KL, nats a token; 0 before")

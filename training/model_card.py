@@ -25,7 +25,7 @@ from common.errors import printable, read_json_if_there
 from common.origin import SOURCE_FILE
 from common.remote_names import is_remote, shown
 from data import TrainingData
-from dataset.encoding import AS_CLASSES
+from dataset.encoding import AS_CLASSES, AS_PROMPTS
 from dataset.token_cache import Rows
 from evals.table import EVALUATIONS
 from families import Config
@@ -34,6 +34,7 @@ from interop.resolve import stated_license
 from lora import parse_pattern
 from methods import ADAPTERHUB, lora_words, method_name, method_of, starts_with_loftq
 from model import Transformer
+from objectives import OBJECTIVES
 from tokenizer import Tokenizer
 from training.defaults import Settings
 from training.metrics import MetricsLogger
@@ -474,6 +475,11 @@ class ModelCard:
             lines += file_lines(rows, use)
         examples = f"{len(train):,} examples to train on, with {train.tokens:,} tokens"
         trained = f"of which {train.trained_tokens:,} were trained"
+        if train.kind == AS_PROMPTS:
+            examples = f"{len(train):,} prompts, which the model answered while it was trained"
+            trained = f"({train.tokens:,} tokens)"
+        elif train.kind == AS_CLASSES:
+            trained = f"in {len(train.label_names):,} classes"
         held_out = ""
         if len(val) and "validation" not in uses:
             held_out = ", held out of the same files"
@@ -519,8 +525,15 @@ class ModelCard:
         step = f"{settings.steps:,} of {settings.batch_size} x {settings.accumulate}"
         unit = "rows" if settings.pack else "examples"
         rows = [("steps", f"{step} x {ranks} {unit}")]
-        for name, label in TOLD:
+        of_objective = [
+            (name, name.replace("_", " ")) for name in OBJECTIVES[settings.objective].options
+        ]
+        for name, label in [*TOLD, *of_objective]:
             value = getattr(settings, name)
+            if (name, label) in of_objective and not value:
+                continue
+            if OPTIONS[name].metadata.get("is_path") and value is not None:
+                value = without_folders(str(value), name)
             if name == "epochs":
                 value = f"{settings.steps / settings.steps_per_epoch:.2f}"
             if name == "clip" and not value:
@@ -583,7 +596,7 @@ class ModelCard:
         if self.state.skipped:
             rows.append(("steps skipped, for they held no numbers", f"{self.state.skipped:,}"))
         lines = two_columns(rows) if rows else []
-        where = "Losses are in nats a token, over the trained tokens alone."
+        where = f"Losses are {OBJECTIVES[self.settings.objective].loss_unit}."
         if not validations:
             where += " Nothing was validated."
         unmeasured = UNMEASURED
@@ -679,4 +692,6 @@ def without_folders(word: str, name: str) -> str:
     if file:
         return Path(file).resolve().name + word[len(file) :]
     # A file that is gone by now. Only --model may be a name that no disk knows.
-    return word if name == "model" and not Path(word).is_absolute() else Path(word).name
+    return (
+        word if name in ("model", "teacher") and not Path(word).is_absolute() else Path(word).name
+    )

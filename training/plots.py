@@ -56,8 +56,10 @@ def loss_curve(metrics: Path, picture: Path, title: str) -> None:
         axes.plot(replays, means, color="#a1d99b", linewidth=1.5, label="replayed data, training")
     # A folder may be called by bytes that are no text, and a $ in a name would begin a formula.
     shown = printable(title).replace("$", r"\$")
-    # Objectives of whole examples report how many of them are right.
+    # Objectives of whole examples report how many of them are right, those of answers a reward.
     unit = "loss per example" if any("accuracy" in line for line in lines) else "loss per token"
+    if any("reward" in line for line in lines):
+        unit = "minus the mean reward"
     axes.set(xlabel="step", ylabel=unit, title=shown)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

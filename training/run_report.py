@@ -24,6 +24,7 @@ from checkpoint import fingerprint, weight_files
 from common.console import number_of, one_line
 from common.errors import first_line, read_json_if_there
 from common.files import file_sha256
+from dataset.encoding import AS_CLASSES, AS_PROMPTS
 from dataset.examples import Dataset, Example
 from dataset.inspection import spans_of
 from evals.compare import HEADINGS, Change
@@ -185,6 +186,12 @@ def data_facts(card: ModelCard) -> dict:
     held_out = "" if "validation" in uses or not len(val) else ", held out of the same files"
     trained = f"{train.tokens:,} tokens of which {train.trained_tokens:,} are trained"
     examples = f"{number_of(len(train), 'example')} to train on, with {trained}."
+    if train.kind == AS_PROMPTS:
+        examples = (
+            f"{number_of(len(train), 'prompt')} that the model answers, of {train.tokens:,} tokens."
+        )
+    elif train.kind == AS_CLASSES:
+        examples = f"{number_of(len(train), 'example')} to train on, in {len(train.label_names):,} classes."
     limit = card.settings.val_limit
     read = f"; each validation reads {limit:,} of them" if 0 < limit < len(val) else ""
     lines = [f"{examples} To validate: {len(val):,}{held_out}{read}."]

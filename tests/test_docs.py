@@ -39,7 +39,8 @@ def commands(page: Path) -> list[str]:
 def folder(tmp_path_factory) -> Path:
     """What the pages' commands name: FOLDER, data files, and a run in runs/mine."""
     folder = tmp_path_factory.mktemp("docs")
-    chat_base(folder / "FOLDER", hidden_size=64)
+    for name in ("FOLDER", "TEACHER"):
+        chat_base(folder / name, hidden_size=64)
     for name, count in (("examples.json", 40), ("more.jsonl", 20), ("held_out.json", 12)):
         records = [{"prompt": sentence(i, 5), "completion": sentence(i + 99, 4)} for i in range(count)]
         lines = "\n".join(json.dumps(record) for record in records)

@@ -16,7 +16,7 @@ import train
 from checkpoint import load_model
 from dataset.encoding import AS_CLASSES, AS_JUDGED
 from dataset.whole_examples import labels_of_rows, with_partners
-from objectives import StepTotals, make_objective, text_logps
+from objectives import make_objective, text_logps
 from tokenizer import load_tokenizer
 
 
@@ -60,7 +60,7 @@ def test_a_single_judged_answer_has_no_divergence(tmp_path):
     model = load_model(base).train()
     objective = make_objective(settings, lambda batch: text_logps(model, batch).detach() - 3.0)
     batch = data.collate([dataset.examples[0]], whole=True)
-    totals = objective.begin_step(model, [batch], StepTotals.of([batch]))
+    _, totals = objective.begin_step(model, [batch], 0, 0)
     assert float(totals.kl) == 0.0
     measured = objective.validate(model, [batch], lambda sums: None)
     assert measured["kl"] == 0.0 and measured["loss"] == pytest.approx(1 / (1 + math.exp(0.3)), rel=1e-4)

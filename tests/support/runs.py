@@ -26,7 +26,8 @@ def records(path: Path, count: int, seed: int) -> Path:
 
 
 def preferences(path: Path, count: int, seed: int) -> Path:
-    """Pairs of answers, and of each prompt a label, so that every objective of whole examples finds its records."""
+    """Pairs of answers, and of each prompt a label and a question, so that every objective of whole examples finds its
+    records; and a function that rewards answers."""
     lengths = torch.randint(1, 12, (count, 3), generator=torch.Generator().manual_seed(seed)).tolist()
     rows = []
     for i, (a, b, c) in enumerate(lengths):
@@ -38,6 +39,11 @@ def preferences(path: Path, count: int, seed: int) -> Path:
     classes = [{"text": f"{row['prompt']} {'ab'[i % 2]}", "label": labels[i % 2]} for i, row in enumerate(rows)]
     text = "".join(json.dumps(row) + "\n" for row in classes)
     path.with_name(f"{path.stem}-classes.jsonl").write_text(text, encoding="utf-8")
+    asked = [{"question": row["prompt"], "answer": row["chosen"]} for row in rows]
+    text = "".join(json.dumps(row) + "\n" for row in asked)
+    path.with_name(f"{path.stem}-questions.jsonl").write_text(text, encoding="utf-8")
+    function = "def reward(answer, reference):\n    return answer.count('e') + len(set(answer) & set(reference)) / 10\n"
+    path.with_name("reward.py").write_text(function, encoding="utf-8")
     return path
 
 
@@ -66,6 +72,7 @@ def lines(run: Path) -> list[dict]:
 
 EXACT = ("step", "loss", "val_loss", "replay_val_loss", "replay_loss", "grad_norm", "lr", "tokens", "trained_tokens")
 EXACT += ("kl_base", "accuracy", "margin", "reward_chosen", "logp_rejected", "kl", "val_accuracy", "val_margin")
+EXACT += ("reward", "answer_tokens", "kl_reference", "val_reward")
 
 
 METHODS = {
@@ -102,20 +109,24 @@ METHODS = {
     "simpo": "--objective simpo --rank 4 --accumulate 2 PAIRS",
     "reward": "--objective reward --rank 4 --pack --seq-len 96 PAIRS",
     "classify": "--objective classify --method full CLASSES",
+    "grpo": "--objective grpo --rank 4 --beta 0.04 --group-size 4 --max-new-tokens 12 --accumulate 2 QUESTIONS",
+    "grpo, full": "--objective grpo --method full --dr-grpo --max-new-tokens 12 --pack --seq-len 96 QUESTIONS",
 }
-SLOW_METHODS = ("smoothed", "ipo", "kto, full", "orpo", "simpo", "classify")
+SLOW_METHODS = ("smoothed", "ipo", "kto, full", "orpo", "simpo", "classify", "grpo, full")
 EACH_METHOD = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_METHODS)) for name in METHODS]
 
 
 def data_words(words: list[str], folder: Path, mixed: list) -> list:
-    """The words with --data and --val of preferences, or of classes, where they ask for these; else with `mixed`
-    as the data."""
-    kind = next((word for word in words if word in ("PAIRS", "CLASSES")), None)
+    """The words with --data and --val of preferences, of classes, or of questions with the reward of their answers,
+    where they ask for these; else with `mixed` as the data."""
+    ends = {"PAIRS": ".jsonl", "CLASSES": "-classes.jsonl", "QUESTIONS": "-questions.jsonl"}
+    kind = next((word for word in words if word in ends), None)
     words = [word for word in words if word != kind]
     if kind is None:
         return [*words, "--data", *mixed]
-    end = "-classes.jsonl" if kind == "CLASSES" else ".jsonl"
-    return [*words, "--data", folder / f"pairs{end}", "--val", folder / f"val-pairs{end}"]
+    if kind == "QUESTIONS":
+        words += ["--reward", f"{folder / 'reward.py'}:reward"]
+    return [*words, "--data", folder / f"pairs{ends[kind]}", "--val", folder / f"val-pairs{ends[kind]}"]
 
 
 @pytest.fixture(scope="module")

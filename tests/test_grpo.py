@@ -370,10 +370,10 @@ def test_tokens_are_drawn_from_the_logits_that_train_them_to_the_bit(base, file,
     reported = losses.extra(totals)
     assert reported["sampling_gap"] == 0 and reported["alike"] < 1
     assert any(p.grad is not None and p.grad.any() for p in model.parameters())
-    lengths = [len(draft.ids) for draft in run.drafts]
-    stops = run.tokenizer.stop_ids
-    assert all(draft.ids[-1] in stops or len(draft.ids) == run.max_new_tokens for draft in run.drafts)
-    assert all(id not in stops for draft in run.drafts for id in draft.ids[:-1])
+    lengths = [len(draft.ids) for draft in run.writer.drafts]
+    stops = run.writer.tokenizer.stop_ids
+    assert all(draft.ids[-1] in stops or len(draft.ids) == run.writer.max_new_tokens for draft in run.writer.drafts)
+    assert all(id not in stops for draft in run.writer.drafts for id in draft.ids[:-1])
     assert float(reported["answer_tokens"]) == pytest.approx(sum(lengths) / len(lengths))
 
 
@@ -381,7 +381,7 @@ def uniforms_of(run, example) -> torch.Tensor:
     """The numbers that the answer of an example was drawn by."""
     start = len(example.ids) - len(example.sampled.logps)
     answer = [int(id) for id in example.ids[start:]]
-    (draft, *_) = [each for each in run.drafts if each.example.key == example.key and each.ids == answer]
+    (draft, *_) = [each for each in run.writer.drafts if each.example.key == example.key and each.ids == answer]
     return draft.uniforms[: len(answer)]
 
 
@@ -410,7 +410,7 @@ def test_answers_that_are_never_drawn_alike_end_the_run(base, file, monkeypatch)
         drafts[0].ids[0] = 5 if drafts[0].ids[0] == 4 else 4
         return True
 
-    monkeypatch.setattr(policy.run, "draw_again", draw_others)
+    monkeypatch.setattr(policy.run.writer, "draw_again", draw_others)
     with pytest.raises(UserError, match="can't be drawn alike twice"):
         policy.run.begin_step(policy.model, policy.prompts(2), 0, 0)
 
@@ -429,7 +429,7 @@ def test_a_step_that_trains_another_model_than_answered_is_refused(base, file):
 def test_in_bf16_the_difference_is_measured_and_limited(base, file):
     policy = on_policy(base, file, by_words, dtype="bf16")
     run, model = policy
-    assert model.dtype == torch.bfloat16 and not run.is_exact
+    assert model.dtype == torch.bfloat16 and not run.writer.is_exact
     batches, totals = run.begin_step(model, policy.prompts(4), 0, 0)
 
     def gap() -> float:
@@ -527,12 +527,12 @@ def test_a_validation_takes_the_likeliest_answers(base, file):
     run, model = policy
     sums = []
     found = validate(run, model, run.dataset, CPU, sums=sums)
-    stops = run.tokenizer.stop_ids
+    stops = run.writer.tokenizer.stop_ids
     theirs = transformers.AutoTokenizer.from_pretrained(base)
     texts, lengths, cut = [], [], 0
     for example in run.dataset.examples:
         prompt = [int(id) for id in example.ids]
-        (answer,) = model.generate([prompt], run.max_new_tokens, stop=stops)
+        (answer,) = model.generate([prompt], run.writer.max_new_tokens, stop=stops)
         lengths.append(len(answer))
         cut += answer[-1] not in stops
         texts.append(theirs.decode(answer, skip_special_tokens=True))

@@ -24,7 +24,8 @@ from model import Transformer
 from objectives import OBJECTIVES, Losses, StepTotals, group_advantages, token_logps
 from tokenizer import load_tokenizer
 from training.defaults import Settings
-from training.on_policy import Draft, OnPolicyRun
+from training.on_policy import OnPolicyRun
+from training.own_answers import AnswerWriter, Draft
 
 
 def options(**changes) -> Settings:
@@ -68,11 +69,19 @@ class OnPolicy(NamedTuple):
 
 
 class RunToLookInto(OnPolicyRun):
-    """It keeps its examples and the answers of the last step."""
+    """It keeps its examples."""
 
     def __init__(self, settings, tokenizer, training_data, rewards, reference):
         super().__init__(settings, tokenizer, training_data, rewards, reference)
         self.dataset = training_data.train
+        self.writer: WriterToLookInto = WriterToLookInto(settings, tokenizer)
+
+
+class WriterToLookInto(AnswerWriter):
+    """It keeps the answers of the last step."""
+
+    def __init__(self, settings, tokenizer):
+        super().__init__(settings, tokenizer)
         self.drafts: list[Draft] = []
 
     def begin_drafts(self, prompts, step):

@@ -438,12 +438,7 @@ def test_what_is_trained_are_tokens_that_the_student_has_written(base, start, fi
     # The answers of a group are drawn by numbers of their own.
     assert sum(map(len, by_prompt.values())) == 5 * group_size
     # As the template writes the prompts, without their answers.
-    template = transformers.AutoTokenizer.from_pretrained(base)
-    wanted = set()
-    for record in records_of(files["data"]):
-        chat = [{"role": "user", "content": record["prompt"]}]
-        wanted.add(tuple(template.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]))
-    assert prompts <= wanted
+    assert prompts <= shown_by_prompt(base, files["data"]).keys()
 
 
 def test_other_steps_have_other_answers_and_the_same_step_the_same(base, start):
@@ -456,20 +451,27 @@ def test_other_steps_have_other_answers_and_the_same_step_the_same(base, start):
     assert answers(0) == answers(0) != answers(1)
 
 
+def shown_by_prompt(base: Path, file: Path) -> dict[tuple[int, ...], list[int]]:
+    """As transformers writes them: the ids of each record's prompt, and of the one that shows the answer."""
+    template = transformers.AutoTokenizer.from_pretrained(base)
+    shown = {}
+    for record in records_of(file):
+        texts = (record["prompt"], SHOWN.format(record["prompt"], record["completion"]))
+        chats = [[{"role": "user", "content": text}] for text in texts]
+        plain, with_answer = (
+            template.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats
+        )
+        shown[tuple(plain)] = with_answer
+    return shown
+
+
 @pytest.mark.parametrize("words", ["--rank 4", "--method full"])
 def test_the_teacher_reads_the_same_answers_behind_a_prompt_that_shows_the_reference(base, start, files, words):
     started = start("--teacher", "self", "--own-answers", *words.split())
     objective = started.objective
     batches, _ = objective.begin_step(started.model, started.batches, 0, 0)
-    template = transformers.AutoTokenizer.from_pretrained(base)
     hf = hf_model(base)
-    shown = {}
-    for record in records_of(files["data"]):
-        chats = [[{"role": "user", "content": text}] for text in
-                 (record["prompt"], SHOWN.format(record["prompt"], record["completion"]))]  # fmt: skip
-        plain, with_reference = (template.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
-                                 for chat in chats)  # fmt: skip
-        shown[tuple(plain)] = with_reference
+    shown = shown_by_prompt(base, files["data"])
     for batch in batches:
         read = objective.teacher_batch(batch)
         assert torch.equal(read.targets, batch.targets) and len(read.examples) == len(batch.examples)
@@ -481,9 +483,27 @@ def test_the_teacher_reads_the_same_answers_behind_a_prompt_that_shows_the_refer
             wanted.append(hf_logits(hf, prompt, answer))
         logits = objective.teacher.hidden(read) @ objective.teacher.head().T
         torch.testing.assert_close(logits, torch.cat(wanted), rtol=1e-4, atol=1e-4)
-    # And a validation has its own.
-    found = objective.validate(started.model, [collate(list(started.data.val.examples), whole=True)], lambda _: None)
-    assert found["loss"] > 0.1 and 1 <= found["answer_tokens"] <= 9 and 0 <= found["cut"] <= 1
+
+
+def test_a_validation_shows_the_references_of_its_own_records(base, start, files, monkeypatch):
+    started = start("--teacher", "self", "--own-answers", "--rank", 4)
+    objective, read = started.objective, []
+    compute = objective.teacher.hidden
+    monkeypatch.setattr(objective.teacher, "hidden", lambda batch: read.append(batch) or compute(batch))
+    asked = list(started.data.val.examples)
+    found = [objective.validate(started.model, [collate(asked)], lambda sums: None) for _ in range(2)]
+    # The same random numbers each time.
+    assert found[0] == found[1] and found[0]["loss"] > 0.1
+    examples = [example for batch in read[: len(read) // 2] for example in batch.examples]
+    shown = shown_by_prompt(base, files["val"])
+    prompts = []
+    answer_tokens = 0
+    for example in examples:
+        count = len(example.sampled.logps)
+        prompts.append(list(map(int, example.ids[:-count])))
+        answer_tokens += count
+    assert sorted(prompts) == sorted(shown[tuple(map(int, example.ids))] for example in asked)
+    assert found[0]["answer_tokens"] == pytest.approx(answer_tokens / 9) and 0 <= found[0]["cut"] <= 1
 
 
 def test_the_loss_of_own_answers_is_that_of_transformers_logits(base, larger, start):
@@ -619,14 +639,17 @@ def test_teachers_of_every_kind_are_those_of_transformers(
 def test_a_student_in_4_bits_has_a_teacher_in_4_bits(larger, start):
     started = start("--teacher", larger, "--method", "qlora", "--rank", 4)
     found = quantized_linears(started.objective.teacher.model)
-    assert len(found) == 3 * 7
-    (example,) = random_examples(1)
-    whole = load_model(larger)
-    with torch.no_grad():
-        batch = collate([example])
-        hidden = whole.flat(batch.tokens, batch.documents).index_select(0, batch.logit_positions)
-    error = relative(teacher_logits(started.objective, example), hidden @ whole.head_weight().T)
-    assert 0.001 < error < 0.5
+    # Rows of 112 numbers are no whole blocks.
+    assert len(found) == 3 * 6
+    batch = collate(random_examples(1))
+    logits = []
+    for quant in ("nf4", None):
+        model = load_model(larger, quant=quant)
+        with torch.no_grad():
+            hidden = model.flat(batch.tokens, batch.documents).index_select(0, batch.logit_positions)
+        logits.append(hidden @ model.head_weight().T)
+    found_logits = teacher_logits(started.objective, batch.examples[0])
+    assert torch.equal(found_logits, logits[0]) and not torch.equal(found_logits, logits[1])
 
 
 # ---- what is refused ----
@@ -667,11 +690,11 @@ OWN = "--teacher self --own-answers"
         ("--own-answers", "--objective distill: whose probabilities are learnt?"),
         ("--teacher self", "--teacher self: shown the reference, it knows each of its tokens, as sft does; add --own"),
         ("--teacher WORDS", "words: has another vocabulary than the student (token 3 is '!' here, '#' there)"),
-        ("--teacher CLASSIFIER", "classifier: has a score head"),
-        ("--teacher REWARD", "reward: has a score head"),
+        ("--teacher CLASSIFIER", "classifier: the model has a head for sequence classification and no LM head"),
+        ("--teacher REWARD", "reward: the model has a head for sequence classification and no LM head"),
         ("--teacher EMPTY", "empty: no config.json in it"),
         ("--teacher NOWHERE", "nowhere: no such folder, nor a GGUF file"),
-        ("--teacher SHORT", "--teacher"),
+        ("--teacher SHORT", "short: takes texts of 64 tokens, and those of the data may have 512; add --seq-len 64"),
         ("--teacher BASE --own-answers --seq-len 600", "--seq-len 600: the model has 512 positions"),
         (f"{OWN} --data UNANSWERED", "unanswered.jsonl line 1: has no answer that the teacher could be shown"),
         (f"{OWN} --val UNANSWERED", "unanswered.jsonl line 1: has no answer that the teacher could be shown"),
@@ -681,7 +704,10 @@ OWN = "--teacher self --own-answers"
         (f"{OWN} --group-size 0", "--group-size 0: must be"),
         (f"{OWN} --dropout 0.1", "--dropout 0.1: the model that answers would be another one"),
         (f"{OWN} --replay DATA=0.2", "--replay: mixes in texts whose tokens are trained"),
-        (f"{OWN} --method full --add-tokens TOKENS", "--add-tokens: "),
+        (
+            f"{OWN} --method full --add-tokens TOKENS",
+            "--add-tokens: the model before step 1, which --teacher self learns",
+        ),
         ("--teacher BASE --max-new-tokens 8", "--max-new-tokens: is for --own-answers"),
         ("--teacher BASE --group-size 2", "--group-size: is for --own-answers"),
         ("--teacher BASE --divergence both", "--divergence: invalid choice: 'both'"),
@@ -695,7 +721,7 @@ OWN = "--teacher self --own-answers"
 def test_what_is_no_distillation_ends_with_one_line(base, files, bad, tmp_path, monkeypatch, capsys, words, said):
     (tmp_path / "tokens.txt").write_text("fox jumps\n")
     names = bad | files | {"base": base, "tokens": tmp_path / "tokens.txt"}
-    given = [str(names[word.lower()]) if word.isupper() else word for word in words.split()]
+    given = [str(names[word.lower()]) if word.lower() in names and word.isupper() else word for word in words.split()]
     given = [word.replace("DATA=", f"{files['data']}=") for word in given]
     defaults = {"--objective": "distill", "--data": files["data"], "--val": files["val"]}
     more = [word for name, value in defaults.items() if name not in given for word in (name, value)]
@@ -742,13 +768,13 @@ def near(base, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("words", ["", "--own-answers --max-new-tokens 12"])
-def test_the_divergence_from_the_teacher_falls(run, near, words):
-    folder, said = run("run", "--teacher", near, "--method", "full", "--lr", 5e-3, "--steps", 16, "--eval-every", 16,
-                       *words.split())  # fmt: skip
+@pytest.mark.parametrize(("words", "most"), [("", 0.5), ("--own-answers --max-new-tokens 12", 0.7)])
+def test_the_divergence_from_the_teacher_falls(run, near, words, most):
+    given = ["--method", "full", "--lr", 5e-3, "--steps", 16, "--eval-every", 16, "--save-every", 0]
+    folder, said = run("run", "--teacher", near, *given, *words.split())
     found = lines(folder)
     first, last = (line["val_loss"] for line in found if "val_loss" in line)
-    assert 0 < last < 0.5 * first
+    assert 0 < last < most * first
     steps = [line for line in found if "loss" in line]
     assert len(steps) == 16 and all(("answer_tokens" in line) == bool(words) for line in steps)
     kind = "reverse; own answers" if words else "forward"
@@ -756,35 +782,31 @@ def test_the_divergence_from_the_teacher_falls(run, near, words):
 
 
 RESUMED = {
-    "given answers": "--teacher LARGER --rank 4 --pack --seq-len 96",
     "own answers": "--teacher LARGER --own-answers --max-new-tokens 6 --rank 4 --group-size 2",
     "self, full": "--teacher self --own-answers --max-new-tokens 6 --method full --lr 1e-3",
     "self, going on": "--teacher self --own-answers --max-new-tokens 6 --adapter ADAPTER",
 }
 COMPARED = ("step", "loss", "val_loss", "lr", "grad_norm", "tokens", "trained_tokens", "answer_tokens", "cut")
-COMPARED += ("val_answer_tokens", "val_cut", "kl_base")
+COMPARED += ("val_answer_tokens", "val_cut")
+SLOW = ("own answers", "self, going on")
 
 
-@pytest.mark.parametrize("case", RESUMED)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in RESUMED])
 def test_a_resumed_run_is_the_run_that_was_not_stopped(run, larger, adapter, tmp_path, monkeypatch, capsys, case):
+    """Of given answers, tests/test_resume.py has one."""
     names = {"LARGER": str(larger), "ADAPTER": str(adapter)}
     words = [names.get(word, word) for word in RESUMED[case].split()]
-    whole, _ = run("whole", *words, "--steps", 5, "--save-every", 3, "--eval-every", 2)
+    whole, _ = run("whole", *words, "--steps", 4, "--save-every", 2, "--eval-every", 2)
     cut = shutil.copytree(whole, tmp_path / "cut", symlinks=True)
     shutil.rmtree(cut / "final")
-    shutil.rmtree(cut / "checkpoints/step-5")
+    shutil.rmtree(cut / "checkpoints/step-4")
+    # Another teacher would be another run.
+    line = refusal_of(train, monkeypatch, capsys, "--out", cut, "--resume", "--teacher", "elsewhere")
+    assert "--teacher elsewhere (it was" in line
     out = output_of(train, monkeypatch, capsys, "--out", cut, "--resume")
-    assert "resumed   after step 3 of 5" in out
+    assert "resumed   after step 2 of 4" in out
     mine, theirs = ([[line.get(name) for name in COMPARED] for line in lines(each)] for each in (whole, cut))
-    assert mine == theirs and len(mine) > 6
+    assert mine == theirs and len(mine) == 7
     (file,) = (whole / "final").glob("*.safetensors")
     mine, theirs = load_file(file), load_file(cut / "final" / file.name)
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
-
-
-def test_another_teacher_is_refused_by_a_resumed_run(run, larger, near, monkeypatch, capsys):
-    folder, _ = run("run", "--teacher", larger, "--rank", 4, "--steps", 3, "--save-every", 2)
-    shutil.rmtree(folder / "final")
-    shutil.rmtree(folder / "checkpoints/step-3")
-    line = refusal_of(train, monkeypatch, capsys, "--out", folder, "--resume", "--teacher", near)
-    assert f"--teacher {near} (it was {larger}" in line

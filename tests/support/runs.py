@@ -102,8 +102,10 @@ METHODS = {
     "simpo": "--objective simpo --rank 4 --accumulate 2 PAIRS",
     "reward": "--objective reward --rank 4 --pack --seq-len 96 PAIRS",
     "classify": "--objective classify --method full CLASSES",
+    "distill": "--objective distill --teacher TEACHER --rank 4 --pack --seq-len 96 --accumulate 2 MIXED",
+    "distill, own answers": "--objective distill --teacher self --own-answers --max-new-tokens 6 --method full",
 }
-SLOW_METHODS = ("smoothed", "ipo", "kto, full", "orpo", "simpo", "classify")
+SLOW_METHODS = ("smoothed", "ipo", "kto, full", "orpo", "simpo", "classify", "distill, own answers")
 EACH_METHOD = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_METHODS)) for name in METHODS]
 
 
@@ -123,6 +125,7 @@ def job(tmp_path_factory):
     """words(method): the flags of a job of 14 steps in two epochs, checkpoints every 3."""
     folder = tmp_path_factory.mktemp("job")
     base = chat_base(folder / "base", num_key_value_heads=2)
+    teacher = chat_base(folder / "teacher", num_hidden_layers=1, seed=7)
     (folder / "tokens.txt").write_text("fox jumps\n12 7\n")
     data, more, val = (records(folder / f"{name}.jsonl", n, seed) for name, n, seed in
                        (("data", 40, 0), ("more", 20, 200), ("val", 9, 500)))  # fmt: skip
@@ -131,7 +134,7 @@ def job(tmp_path_factory):
 
     def words(method: str, *more_words) -> list[str]:
         found = METHODS[method].replace("ADAPTER", str(folder / "adapter/final"))
-        found = found.replace("TOKENS", str(folder / "tokens.txt")).split()
+        found = found.replace("TOKENS", str(folder / "tokens.txt")).replace("TEACHER", str(teacher)).split()
         mixed = [f"{data}=3", f"{more}=1", "--replay", f"{val}=0.2"] if "MIXED" in found else [data]
         found = [word for word in found if word != "MIXED"]
         found += [] if "--dtype" in found else ["--dtype", "fp32"]

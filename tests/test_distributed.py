@@ -113,6 +113,18 @@ JOBS = {
         1e-5,
         1e-4,
     ),
+    "distill": (
+        "llama",
+        "--objective distill --teacher TEACHER --method full --shard full --pack --seq-len 96 ACC MIXED",
+        1e-5,
+        1e-4,
+    ),
+    "distill, own answers": (
+        "llama",
+        "--objective distill --teacher self --own-answers --max-new-tokens 8 --shard none ACC",
+        1e-5,
+        1e-4,
+    ),
     "bf16": ("llama", "--method full --shard full --dtype bf16", 2e-2, 1e-2),
     "bf16 weights": ("llama", "--method full --shard full --dtype bf16 --weights bf16", 5e-2, 1e-1),
 }
@@ -151,6 +163,7 @@ SLOW_JOBS = (
     "simpo",
     "classify",
     "grpo, full",
+    "distill, own answers",
 )
 SLOW_BY_THREE = ("full, tied", "gpt2", "muon", "adamw8bit")
 COMPARED = [
@@ -166,6 +179,7 @@ def bases(tmp_path_factory) -> dict[str, Path]:
     found = {
         "llama": chat_base(folder / "llama", num_key_value_heads=2),
         "tied": chat_base(folder / "tied", tie_word_embeddings=True),
+        "teacher": chat_base(folder / "teacher", num_hidden_layers=1, seed=7),
     }
     size = json.loads((found["llama"] / "config.json").read_text())["vocab_size"]
     common = {"vocab_size": size, "bos_token_id": 1, "eos_token_id": 2}
@@ -215,6 +229,7 @@ def runs(request, bases, tmp_path_factory) -> Path:
                 continue
             batch = 12 // processes // (2 if "ACC" in words.split() else 1)
             words = words.replace("ACC", "--accumulate 2").replace("ADAPTER", str(folder / "adapter/final"))
+            words = words.replace("TEACHER", str(bases["teacher"]))
             words = words.replace("TOKENS", str(folder / "tokens.txt")).split()
             mixed = [f"{data}=3", f"{more}=1", "--replay", f"{val}=0.2"] if "MIXED" in words else [data]
             words = ["--val", val, *data_words([word for word in words if word != "MIXED"], folder, mixed)]

@@ -331,7 +331,8 @@ def choose_gauge_tokens(
     if OBJECTIVES[flags.objective].has_head:
         return 0, "off: a score head takes the place of the output head"
     if data.train.kind == AS_PROMPTS and len(data.val):
-        return 0, "off: prompts have no tokens of answers to measure it on (--beta bounds it)"
+        bound = " (--beta bounds it)" if flags.objective == "grpo" else ""
+        return 0, f"off: prompts have no tokens of answers to measure it on{bound}"
     if not len(data.val):
         if flags.forget_limit is not None:
             raise UserError(

@@ -28,7 +28,7 @@ from common.errors import UserError
 from common.progress import progress
 from data import Batch, TrainingData, collate
 from dataset.examples import SampledAnswer
-from distributed import all_reduce_sum, is_rank0
+from distributed import all_reduce_sum, is_rank0, local_rank0_first
 from interop.resolve import base_folder, pick_tokenizer
 from kernels.attention import Documents
 from kernels.divergence import linear_divergence
@@ -61,7 +61,8 @@ class Teacher:
     """
 
     def __init__(self, settings: Settings, student: Transformer, tokenizer: Tokenizer):
-        """Loads it. Raises UserError if its tokens are not those of the student."""
+        """Loads it. Raises UserError if its tokens are not those of the student, or it takes no texts as long
+        as the examples may be."""
         self.shows_reference = settings.teacher == SELF
         self.as_teacher: Callable[[], AbstractContextManager] = contextlib.nullcontext
         self.model = student
@@ -70,15 +71,21 @@ class Teacher:
             print("teacher   the model without its adapter, which is shown the reference answer")
             return
         adapter: str | Path | None = None
+        named = settings.teacher
+        assert named is not None, "see check_distillation"
         if self.shows_reference:
+            if settings.add_tokens:
+                raise UserError(
+                    "--add-tokens: the model before step 1, which --teacher self learns from, has no such"
+                    " tokens, but under a new adapter such as lora's; take that, or leave one of the two out"
+                )
             # Trained weights are no longer those of step 1: they are loaded once more.
             folder = student.source
             adapter = start_of(settings)
         else:
-            named = settings.teacher
-            assert named is not None, "see check_distillation"
             adapter = named if is_adapter(named) else None
-            folder = base_folder(None if adapter else named, adapter)
+            with local_rank0_first():
+                folder = base_folder(None if adapter else named, adapter)
         require_lm_head(folder, read_config(folder), adapter)
         if not self.shows_reference:
             check_same_tokens(named, pick_tokenizer(folder, adapter, None), tokenizer)
@@ -87,6 +94,12 @@ class Teacher:
             put_adapter_on(self.model, adapter)
         self.model.requires_grad_(False)
         self.model.eval()
+        if settings.seq_len and self.model.max_positions < settings.seq_len:
+            most = self.model.max_positions
+            raise UserError(
+                f"--teacher {named}: takes texts of {most:,} tokens, and those of the data may have"
+                f" {settings.seq_len:,}; add --seq-len {most}, or less"
+            )
         name = "the model before step 1, shown the reference" if self.shows_reference else named
         size = sum(p.numel() for p in self.model.parameters())
         print(

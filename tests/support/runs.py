@@ -111,8 +111,10 @@ METHODS = {
     "classify": "--objective classify --method full CLASSES",
     "grpo": "--objective grpo --rank 4 --beta 0.04 --group-size 4 --max-new-tokens 12 --accumulate 2 QUESTIONS",
     "grpo, full": "--objective grpo --method full --dr-grpo --max-new-tokens 12 --pack --seq-len 96 QUESTIONS",
+    "distill": "--objective distill --teacher TEACHER --rank 4 --pack --seq-len 96 --accumulate 2 MIXED",
+    "distill, own answers": "--objective distill --teacher self --own-answers --max-new-tokens 6 --method full",
 }
-SLOW_METHODS = ("smoothed", "ipo", "kto, full", "orpo", "simpo", "classify", "grpo, full")
+SLOW_METHODS = ("smoothed", "ipo", "kto, full", "orpo", "simpo", "classify", "grpo, full", "distill, own answers")
 EACH_METHOD = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_METHODS)) for name in METHODS]
 
 
@@ -134,6 +136,7 @@ def job(tmp_path_factory):
     """words(method): the flags of a job of 14 steps in two epochs, checkpoints every 3."""
     folder = tmp_path_factory.mktemp("job")
     base = chat_base(folder / "base", num_key_value_heads=2)
+    teacher = chat_base(folder / "teacher", num_hidden_layers=1, seed=7)
     (folder / "tokens.txt").write_text("fox jumps\n12 7\n")
     data, more, val = (records(folder / f"{name}.jsonl", n, seed) for name, n, seed in
                        (("data", 40, 0), ("more", 20, 200), ("val", 9, 500)))  # fmt: skip
@@ -142,7 +145,7 @@ def job(tmp_path_factory):
 
     def words(method: str, *more_words) -> list[str]:
         found = METHODS[method].replace("ADAPTER", str(folder / "adapter/final"))
-        found = found.replace("TOKENS", str(folder / "tokens.txt")).split()
+        found = found.replace("TOKENS", str(folder / "tokens.txt")).replace("TEACHER", str(teacher)).split()
         mixed = [f"{data}=3", f"{more}=1", "--replay", f"{val}=0.2"] if "MIXED" in found else [data]
         found = [word for word in found if word != "MIXED"]
         found += [] if "--dtype" in found else ["--dtype", "fp32"]

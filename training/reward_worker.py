@@ -2,21 +2,42 @@
 
 Apart from the training, because a function that never returns can only be ended by ending its process.
 A line of JSON comes in for each answer, and one goes out: {"reward": number} or {"error": why}. What the
-function prints goes to stderr.
+function prints goes to stderr, and it has nothing to read.
 """
 
 import inspect
 import json
 import os
+import queue
+import signal
 import sys
+import threading
+
+# With these a run is asked to end after the step at hand (training/signals.py), whose answers still get
+# their rewards.
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 
 
 def main() -> None:
-    """Answers until stdin ends. sys.argv: the function, as FILE.py:NAME."""
+    """Answers until its input ends. sys.argv: the function, as FILE.py:NAME."""
     # This file's folder is replaced: the user's imports must not find the modules beside it.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    for name in SIGNALS:
+        if hasattr(signal, name):
+            # Not SIG_IGN, which programs that the function starts would inherit.
+            signal.signal(getattr(signal, name), lambda *_: None)
+    # Copies, which programs that the function starts do not get: they would read the next answer.
+    requests = os.fdopen(os.dup(0), encoding="utf-8")
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
+    lines: queue.Queue[str] = queue.Queue()
+
+    def read() -> None:
+        """Puts what comes in into `lines`. At its end the run has ended, whatever the function does."""
+        for line in requests:
+            lines.put(line)
+        os._exit(0)
 
     def reply(message: dict) -> None:
         replies.write(json.dumps(message) + "\n")
@@ -25,7 +46,8 @@ def main() -> None:
     from common.errors import UserError
     from dataset.user_map import Map
 
-    names = json.loads(sys.stdin.readline())
+    threading.Thread(target=read, daemon=True).start()
+    names = json.loads(lines.get())
     try:
         function = Map(sys.argv[1], "--reward").function
         wanted = wanted_names(function, names)
@@ -33,11 +55,11 @@ def main() -> None:
         reply({"error": str(error)})
         return
     reply({})
-    for line in sys.stdin:
-        facts = json.loads(line)
+    while True:
+        facts = json.loads(lines.get())
         try:
             reply({"reward": number_of_reward(function(**{name: facts[name] for name in wanted}))})
-        except (Exception, SystemExit) as error:  # noqa: BLE001  a user's program may fail in any way
+        except BaseException as error:  # noqa: BLE001  a user's program may fail in any way
             reply({"error": f"{type(error).__name__}: {error}"})
 
 

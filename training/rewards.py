@@ -7,7 +7,6 @@ folder that `train.py --objective reward` has written: a whole model, or an adap
 
 import atexit
 import json
-import math
 import queue
 import subprocess
 import sys
@@ -30,6 +29,8 @@ from methods import put_adapter_on
 from model import eval_mode
 
 WORKER = Path(__file__).resolve().parent / "reward_worker.py"
+# Rewards are summed in float32.
+LARGEST_REWARD = 1e30
 # What a function may ask for.
 FACTS = ("answer", "reference", "references", "prompt", "messages", "record", "is_cut")
 
@@ -84,6 +85,8 @@ class RewardFunction:
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
+            # Ctrl-C asks for an end after the step at hand, whose answers still get their rewards.
+            start_new_session=True,
         )
         atexit.register(self.process.kill)
         # A thread reads, because a pipe can't be waited for with a time limit on every system.
@@ -127,8 +130,8 @@ class RewardFunction:
                 problem = one_line(reply["error"], 300)
                 raise UserError(f"--reward {self.name}: {problem}, {when}")
             reward = reply["reward"]
-            if not math.isfinite(reward):
-                problem = f"returned {reward}, a finite number is wanted,"
+            if not abs(reward) <= LARGEST_REWARD:
+                problem = f"returned {reward:g}, a number up to {LARGEST_REWARD:g} is wanted,"
                 raise UserError(f"--reward {self.name}: {problem} {when}")
             rewards.append(reward)
         return rewards
@@ -161,7 +164,9 @@ class RewardModel:
         self.max_tokens = max_tokens
 
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
-        """Returns the score of each answer behind its question."""
+        """Returns the score of each answer behind its question. There may be none."""
+        if not answers:
+            return []
         conversations = []
         for answer in answers:
             said = {"role": "assistant", "content": answer.text}

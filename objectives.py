@@ -512,7 +512,7 @@ class Objective(NamedTuple):
     defaults: of these, where they are left open.
     lr_factor: of the default learning rate.
     title: in a few words, for the summary.
-    loss_unit: what its losses are, after "Losses are", for people.
+    loss_unit: what its losses are, after "Losses are", for people. lower_loss: what a lower one means.
     """
 
     kind: str
@@ -525,6 +525,9 @@ class Objective(NamedTuple):
     defaults: Mapping[str, float] = MappingProxyType({})
     lr_factor: float = 1.0
     loss_unit: str = "means over the examples, of the objective"
+    lower_loss: str = (
+        "that the model tells good answers from bad ones, or the classes, more clearly"
+    )
 
 
 # The factor of the learning rate is a cautious one, not that of a sweep: DPO with three times that rate
@@ -535,12 +538,14 @@ OBJECTIVES = {
         "supervised fine-tuning: cross-entropy of the trained tokens",
         options=("label_smoothing", "neftune"),
         loss_unit="in nats a token, over the trained tokens alone",
+        lower_loss="that the model finds their answers more probable",
     ),
     "dft": Objective(
         AS_TEXTS,
         "dynamic fine-tuning: each token's cross-entropy times its probability",
         options=("neftune",),
         loss_unit="in nats a token, over the trained tokens alone",
+        lower_loss="that the model finds their answers more probable",
     ),
     "dpo": Objective(
         AS_PAIRS,
@@ -615,14 +620,20 @@ OBJECTIVES = {
         },
         lr_factor=0.1,
         loss_unit="minus the mean reward of the answers",
+        lower_loss="that the model's answers have a higher reward",
     ),
     "distill": Objective(
         AS_TEXTS,
         "distillation: the teacher's probabilities of the next token",
         options=("teacher", "divergence", "own_answers", "max_new_tokens", "group_size"),
         loss_unit="divergences from the teacher, in nats a token",
+        lower_loss="that the model's probabilities of the next token are closer to the teacher's",
     ),
 }
+
+
+# The objectives whose losses are in nats a token.
+PER_TOKEN = ("sft", "dft", "distill")
 
 
 def kind_of_examples(flags: Flags) -> str:

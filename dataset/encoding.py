@@ -153,7 +153,13 @@ def encode_record(
         if not talks:
             return "in which no user asks anything"
         assert isinstance(talks[0], EncodedChat)
-        return encode_whole(talks[0].ids, 1.0)
+        weight = 1.0
+        if record.weights and record.messages and record.messages[-1]["role"] == "assistant":
+            # That of the answer that the record has; one that has none weighs as all.
+            weight = float(np.float32(answer_weight(record)))
+        if not weight:
+            return "of the weight 0"
+        return encode_whole(talks[0].ids, weight)
     chats = [talk for talk in talks if isinstance(talk, EncodedChat)]
     if kind in PAIR_KINDS:
         return encode_preference(record, chats[0], chats[1], kind == AS_PAIRS)

@@ -42,6 +42,7 @@ class SampledAnswer:
     reward: of the answer. advantage: by how much that is better than the rewards of its group.
     is_cut: it was cut off at the most tokens that an answer may have.
     is_alike: all answers of its group have the same reward, so that nothing is learnt from them.
+    was_redrawn: a token of it came out otherwise from the logits that train it (training/own_answers.py).
     """
 
     logps: Sequence[float]
@@ -49,6 +50,7 @@ class SampledAnswer:
     advantage: float = 0.0
     is_cut: bool = False
     is_alike: bool = False
+    was_redrawn: bool = False
 
 
 @dataclass

@@ -36,7 +36,8 @@ EXAMPLE_CHARTS = (
     ("Length of the answers, tokens", {"answer_tokens": "answers"}),
     (
         "Share of the answers",
-        {"cut": "cut off at their longest", "alike": "in groups of equal rewards, which teach nothing"},
+        {"cut": "cut off at their longest", "alike": "in groups of equal rewards, which teach nothing",
+         "redrawn": "in which a token was drawn again"},
     ),
     ("Log-probability of the answers", {"logp_chosen": "chosen", "logp_rejected": "rejected"}),
 )  # fmt: skip
@@ -430,8 +431,9 @@ def unmeasured_here(facts: dict) -> str:
             "what else the model has forgotten",
         ]
     listed = f"{', '.join(missing[:-1])}, or {missing[-1]}"
+    means = facts.get("loss_means") or "that the model finds their answers more probable"
     return (
-        "A lower loss on held-out examples means that the model finds their answers more probable. It does not"
+        f"A lower loss on held-out examples means {means}. It does not"
         f" say {listed}. To measure target and forgetting, with intervals and a page like this one:"
     )
 

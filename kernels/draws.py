@@ -17,7 +17,8 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draws one token for each row of logits.
 
     logits: [rows, V], any float dtype. uniforms: float32 [rows], at least 0 and below 1.
-    Returns the tokens, int64 [rows], and the log-probability of each, float32 [rows].
+    Returns the tokens, int64 [rows], and the log-probability of each, float32 [rows]. Of logits that are not
+    finite it is the last token, and a log-probability that is not finite.
     """
     logprobs = logits.log_softmax(-1, dtype=torch.float32)
     cumulated = logprobs.exp().cumsum(-1)
@@ -27,6 +28,7 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     number = torch.minimum(uniforms[:, None] * total, below_total)
     # The first token whose cumulated probability is above the number: its own is then above 0.
     tokens = torch.searchsorted(cumulated, number, right=True)
+    tokens = tokens.clamp_(max=logits.shape[-1] - 1)
     return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
 
 

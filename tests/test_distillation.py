@@ -39,7 +39,7 @@ from training.run_objective import objective_of_run
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 ROWS = 306  # of the embedding table of chat_base
 # What a teacher is asked that is shown the reference.
-SHOWN = "{}\n\nA right answer to this is:\n\n{}\n\nNow give an answer of your own."
+ASKS_AS_TEACHER = "{}\n\nA right answer to this is:\n\n{}\n\nNow give an answer of your own."
 
 
 @pytest.fixture(scope="module")
@@ -456,7 +456,7 @@ def shown_by_prompt(base: Path, file: Path) -> dict[tuple[int, ...], list[int]]:
     template = transformers.AutoTokenizer.from_pretrained(base)
     shown = {}
     for record in records_of(file):
-        texts = (record["prompt"], SHOWN.format(record["prompt"], record["completion"]))
+        texts = (record["prompt"], ASKS_AS_TEACHER.format(record["prompt"], record["completion"]))
         chats = [[{"role": "user", "content": text}] for text in texts]
         plain, with_answer = (
             template.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats

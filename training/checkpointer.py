@@ -557,6 +557,9 @@ def check_same_run(found: Checkpoint, base: dict) -> None:
     before = f"than when {found.folder} was made"
     if found.state["base_sha256"] != base["base_sha256"]:
         raise UserError(f"--resume: {base['base']} holds other weights {before}")
+    if found.state.get("other_sha256") != base.get("other_sha256"):
+        flag = "--teacher" if found.state["flags"].get("teacher") else "--reward"
+        raise UserError(f"--resume: the model of {flag} holds other weights {before}")
     if found.state["data"] != base["data"]:
         hint = ""
         if found.state["flags"].get("date") is None:

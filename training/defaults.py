@@ -240,9 +240,10 @@ def choose_shard(flags: Flags, folder: Path, device: torch.device) -> tuple[str,
             " add --shard none"
         )
     if kind_of_examples(flags) == AS_PROMPTS and shard != "none":
+        flag = "--own-answers" if flags.own_answers else f"--objective {flags.objective}"
         raise UserError(
-            f"--objective {flags.objective}: to answer, every process needs a whole model, and {count}"
-            " processes would share it; add --shard none"
+            f"{flag}: to answer, every process needs a whole model, and {count} processes would share it;"
+            " add --shard none"
         )
     if shard == "none" and flags.reduce == "each":
         raise UserError("--reduce each: is about the gradients of shards, and --shard is none")

@@ -28,7 +28,7 @@ from common.errors import UserError
 from common.progress import progress
 from data import Batch, TrainingData, collate
 from dataset.examples import SampledAnswer
-from distributed import all_reduce_sum, is_rank0, local_rank0_first
+from distributed import all_reduce_sum, extended_timeout, is_rank0, local_rank0_first
 from interop.resolve import base_folder, pick_tokenizer
 from kernels.attention import Documents
 from kernels.divergence import linear_divergence
@@ -44,13 +44,15 @@ from objectives import (
 )
 from tokenizer import Tokenizer
 from training.defaults import Settings
-from training.own_answers import AnswerWriter, questions_of
-from training.rewards import Question
+from training.own_answers import AnswerWriter, asked_questions
+from training.rewards import AskedQuestion
 
 # What the model before step 1 is asked where it is its own teacher.
-SHOWN = "{prompt}\n\nA right answer to this is:\n\n{reference}\n\nNow give an answer of your own."
+ASKS_AS_TEACHER = (
+    "{prompt}\n\nA right answer to this is:\n\n{reference}\n\nNow give an answer of your own."
+)
 # So many prompts go through the chat template at a time.
-PROMPTS_AT_ONCE = 256
+TALKS_AT_ONCE = 256
 
 
 class Teacher:
@@ -225,17 +227,19 @@ class OwnAnswersRun(DistillRun):
         self.val_shown: dict[tuple[int, int], list[int]] = {}
         if teacher.shows_reference:
             room = teacher.model.max_positions - self.writer.max_new_tokens
-            self.shown = shown_prompts(questions_of(data.train), tokenizer, room)
+            self.shown = shown_prompts(asked_questions(data.train), tokenizer, room)
             if len(data.val):
-                self.val_shown = shown_prompts(questions_of(data.val), tokenizer, room)
+                self.val_shown = shown_prompts(asked_questions(data.val), tokenizer, room)
         self.validates = False
 
     def begin_step(
         self, model: Transformer, batches: list[Batch], step: int, stop_signal: int
     ) -> tuple[list[Batch], StepTotals]:
         """Returns the micro-batches of answers to this rank's prompts, and the step's totals."""
-        answered = self.answered(model, batches, step)
-        return answered, StepTotals.of(answered, stop_signal)
+        # One rank's answers may be longer than those of others, which wait then.
+        with extended_timeout():
+            answered = self.answered(model, batches, step)
+            return answered, StepTotals.of(answered, stop_signal)
 
     def answered(self, model: Transformer, batches: Sequence[Batch], step: int) -> list[Batch]:
         """Returns micro-batches of the model's answers to the prompts of some batches."""
@@ -314,7 +318,7 @@ def means_of_answers(batch: Batch | None) -> dict[str, Tensor]:
 
 
 def shown_prompts(
-    questions: dict[tuple[int, int], Question], tokenizer: Tokenizer, room: int
+    questions: dict[tuple[int, int], AskedQuestion], tokenizer: Tokenizer, room: int
 ) -> dict[tuple[int, int], list[int]]:
     """Returns of each question the ids of a prompt that shows the reference.
 
@@ -325,8 +329,8 @@ def shown_prompts(
     keys = list(questions)
     bar = progress("tokenizing", len(keys), "prompt", shown=is_rank0())
     with bar:
-        for start in range(0, len(keys), PROMPTS_AT_ONCE):
-            some = keys[start : start + PROMPTS_AT_ONCE]
+        for start in range(0, len(keys), TALKS_AT_ONCE):
+            some = keys[start : start + TALKS_AT_ONCE]
             talks = [(shown_messages(questions[key]), questions[key].record.tools) for key in some]
             chats = tokenizer.render_each(talks, add_generation_prompt=True)
             for key, chat in zip(some, chats, strict=True):
@@ -343,7 +347,7 @@ def shown_prompts(
     return prompts
 
 
-def shown_messages(question: Question) -> list[dict]:
+def shown_messages(question: AskedQuestion) -> list[dict]:
     """Returns the messages of a question whose last one shows the reference answer."""
     if not question.references:
         raise UserError(
@@ -351,5 +355,7 @@ def shown_messages(question: Question) -> list[dict]:
             " in each record"
         )
     last = question.messages[-1]
-    said = SHOWN.format(prompt=last.get("content") or "", reference=question.references[0])
+    said = ASKS_AS_TEACHER.format(
+        prompt=last.get("content") or "", reference=question.references[0]
+    )
     return [*question.messages[:-1], last | {"content": said}]

@@ -15,9 +15,8 @@ from torch import Tensor
 import distributed
 from common.errors import UserError, describe_os_error
 from data import TrainingData
-from dataset.encoding import AS_TEXTS
 from model import Transformer, eager_mode
-from objectives import RunObjective
+from objectives import PER_TOKEN, RunObjective
 from training.answer_score import AnswerScorer
 from training.defaults import Settings
 from training.gauge import Gauge
@@ -73,7 +72,7 @@ class Evaluator:
         if settings.forget_data:
             self.general = GeneralLoss(settings, model, data, state, device)
         self.change = ValidationChange(
-            out, unit="" if data.val.kind != AS_TEXTS else "nats a token"
+            out, unit="nats a token" if settings.objective in PER_TOKEN else ""
         )
         self.was_interrupted = False
 
@@ -134,13 +133,15 @@ class Evaluator:
         for name, value in measured.items():
             # JSON has no NaN: the mean of no example.
             line[f"val_{name}"] = value if math.isfinite(value) else None
+        what = f"loss {loss:.4f}"
+        if "reward" in measured:
+            # The loss is minus that.
+            what = f"reward {measured['reward']:.4f}"
         reported = ""
         if "accuracy" in measured:
             reported = f", accuracy {100 * measured['accuracy']:.1f} %"
         if "margin" in measured:
             reported += f", margin {measured['margin']:.3g}"
-        if "reward" in measured:
-            reported += f", reward {measured['reward']:.4g}"
         replay = ""
         if replay_loss is not None:
             line["replay_val_loss"] = replay_loss
@@ -155,7 +156,7 @@ class Evaluator:
             score_text = f", {self.scorer.written(score)}"
             self.metrics.validated = score_text + self.metrics.validated
         self.metrics.bar.write(
-            f"step {state.step:>5}: validation loss {loss:.4f}{reported}{score_text}{replay}{general}"
+            f"step {state.step:>5}: validation {what}{reported}{score_text}{replay}{general}"
             f"{distance}"
         )
 

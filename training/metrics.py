@@ -199,7 +199,11 @@ class MetricsLogger:
             right = "" if accuracy is None else f", accuracy {100 * accuracy:.0f} %"
             reward = line.get("reward")
             if reward is not None:
-                right = f", reward {reward:.3f}, sampling gap {line.get('sampling_gap') or 0:.1g}"
+                alike = 100 * (line.get("alike") or 0)
+                gap = line.get("sampling_gap") or 0
+                right = (
+                    f", reward {reward:.3f}, {alike:.0f} % in groups alike, sampling gap {gap:.1g}"
+                )
             self.bar.write(
                 f"step {pending.step:>5} of {self.bar.total:,}: loss {loss:.4f}{right}{of_replay}{of_ewc},"
                 f" {speed:,.0f} tokens/s, {left} left"

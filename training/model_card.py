@@ -449,6 +449,11 @@ class ModelCard:
             "of the weights that its 4 bits were made of" if self.brings_base else "of its weights"
         )
         rows.append((f"SHA-256 {whose}", self.origin["base_sha256"]))
+        if "other_sha256" in self.origin:
+            role = (
+                "the teacher's weights" if self.settings.teacher else "the reward model's weights"
+            )
+            rows.append((f"SHA-256 of {role}", self.origin["other_sha256"]))
         gguf = self.origin.get("base_gguf")
         if gguf is not None:
             rows.append(("made of the GGUF file", escape(gguf["file"])))

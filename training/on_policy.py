@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+import distributed
 from common.errors import UserError
 from data import Batch, TrainingData
 from dataset.examples import DUMMY_EXAMPLE, Example, SampledAnswer
@@ -39,8 +40,8 @@ from objectives import (
 )
 from tokenizer import Tokenizer
 from training.defaults import Settings
-from training.own_answers import AnswerWriter, Draft, questions_of
-from training.rewards import Answer, Question, Rewards
+from training.own_answers import AnswerWriter, Draft, asked_questions
+from training.rewards import AskedQuestion, GivenAnswer, Rewards
 
 # The mean difference, in nats, between the log-probabilities that sampled tokens and those that train
 # them, beyond which the answers are of another model. In bf16 it is some hundredths (docs/objectives.md).
@@ -67,13 +68,13 @@ class OnPolicyRun:
         self.writer = AnswerWriter(settings, tokenizer)
         self.rewards = rewards
         self.reference = reference
-        self.questions = questions_of(data.train)
+        self.questions = asked_questions(data.train)
         # Of the same files, or of others whose numbers are their own.
-        self.val_questions = questions_of(data.val) if len(data.val) else {}
+        self.val_questions = asked_questions(data.val) if len(data.val) else {}
         self.gaps: list[Tensor] = []
         self.has_begun = False  # trials come before the first step
         first = next(iter(self.questions.values()))
-        self.rewards([Answer(first, first.references[0] if first.references else "")])
+        self.rewards([GivenAnswer(first, first.references[0] if first.references else "")])
 
     # ---- what the loop calls ----
 
@@ -83,9 +84,11 @@ class OnPolicyRun:
         """Returns the micro-batches of answers to this rank's prompts, and the step's totals."""
         self.check_gap()
         self.has_begun = True
-        drafts = self.writer.answer_step(model, batches, step)
-        answered = self.writer.batches_of(self.judged(drafts, self.questions), model)
-        return answered, StepTotals.of(answered, stop_signal)
+        # One rank's answers may be longer, or their rewards slower, than those of others, which wait then.
+        with distributed.extended_timeout():
+            drafts = self.writer.answer_step(model, batches, step)
+            answered = self.writer.batches_of(self.judged(drafts, self.questions), model)
+            return answered, StepTotals.of(answered, stop_signal)
 
     def __call__(
         self, model: Transformer, batch: Batch, totals: StepTotals, losses: Losses
@@ -119,12 +122,12 @@ class OnPolicyRun:
         lengths = texts.lengths
         if self.settings.dr_grpo:
             lengths = torch.full_like(lengths, self.writer.max_new_tokens)
-        share = 1 / (lengths * totals.num_examples)
+        share = texts.weights / (lengths * totals.num_examples)
         loss = (token_losses * share[of_answer]).sum()
 
         rewards = torch.tensor([each.reward for each in answers], device=device)
         kl_of_tokens = weighted_mean(kl, torch.ones_like(kl))
-        losses.loss -= rewards.sum() / totals.num_examples
+        losses.loss -= (rewards * texts.weights).sum() / totals.num_examples
         if reference is not None:
             losses.loss += (self.settings.beta or 0.0) * (kl.detach() * share[of_answer]).sum()
         # A loss that is not finite has to be seen, since the step is skipped then.
@@ -151,7 +154,8 @@ class OnPolicyRun:
             num_tokens = sum(len(draft.ids) for draft in drafts)
             sums += torch.tensor([float(rewards.sum()), num_cut, num_tokens, len(answers)])
             take(torch.stack([-rewards.float(), torch.ones(len(rewards))]).to(model.device))
-        reward, num_cut, num_tokens, count = all_reduce_sum(sums).tolist()
+        with distributed.extended_timeout():
+            reward, num_cut, num_tokens, count = all_reduce_sum(sums).tolist()
         return {
             "loss": -reward / count,
             "reward": reward / count,
@@ -160,7 +164,7 @@ class OnPolicyRun:
         }
 
     def judged(
-        self, drafts: Sequence[Draft], questions: dict[tuple[int, int], Question]
+        self, drafts: Sequence[Draft], questions: dict[tuple[int, int], AskedQuestion]
     ) -> list[Example]:
         """Returns the answers as examples, with their rewards and advantages."""
         answers = self.writer.answers(drafts, questions)
@@ -180,6 +184,7 @@ class OnPolicyRun:
                     0.0 if is_alike else advantage,
                     answers[i].is_cut,
                     is_alike,
+                    drafts[i].was_redrawn,
                 )
                 examples[i] = drafts[i].as_example(sampled)
         return examples
@@ -196,12 +201,17 @@ class OnPolicyRun:
         """Returns what is reported of a batch's answers: {name in metrics.jsonl: (sum, count)}.
 
         reward; answer_tokens; cut: the share of answers that were cut off; alike: the share of those in
-        groups whose rewards are all equal, which teach nothing.
+        groups whose rewards are all equal, which teach nothing; where that is looked at, redrawn: the share
+        of those in which a token came out otherwise from the logits that train it, which is near 0 unless
+        decoding is broken.
         """
         ones = torch.ones_like(rewards)
         is_cut = torch.tensor([float(each.is_cut) for each in answers], device=rewards.device)
         is_alike = torch.tensor([float(each.is_alike) for each in answers], device=rewards.device)
         values = {"reward": rewards, "answer_tokens": lengths, "cut": is_cut, "alike": is_alike}
+        if self.writer.is_exact:
+            redrawn = [float(each.was_redrawn) for each in answers]
+            values["redrawn"] = torch.tensor(redrawn, device=rewards.device)
         return {name: weighted_mean(value, ones) for name, value in values.items()}
 
     def check_gap(self) -> None:
@@ -213,7 +223,8 @@ class OnPolicyRun:
         total, count = torch.stack(gaps).sum(0).tolist()
         mean = total / max(count, 1)
         limit = 0.0 if self.writer.is_exact else GAP_LIMIT
-        if not mean <= limit:
+        # A step whose numbers are not finite is skipped (train.py).
+        if mean > limit:
             raise UserError(
                 f"the log-probabilities that train tokens differ from those that sampled them, by {mean:.2g}"
                 f" nats in the mean (at most {limit:g} are allowed): these answers are of another model"

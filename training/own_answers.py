@@ -26,10 +26,10 @@ from kernels.draws import linear_draws
 from model import Transformer, eager_mode
 from tokenizer import Tokenizer
 from training.defaults import Settings
-from training.rewards import Answer, Question
+from training.rewards import AskedQuestion, GivenAnswer
 
 # Tokens of prompts and answers whose keys and values are kept at a time.
-TOKENS_AT_ONCE = 16384
+CACHED_TOKENS_AT_ONCE = 16384
 # After so many rounds in which tokens were drawn otherwise, something else is wrong.
 MOST_ROUNDS = 50
 
@@ -40,6 +40,7 @@ class Draft:
     example: its prompt. group: the number of its prompt in the step.
     uniforms: float32 [max_new_tokens], the random number of each token, on the CPU.
     ids: of the answer so far. logps: the log-probability with which each was drawn.
+    was_redrawn: a token of it came out otherwise from the logits that train it.
     """
 
     def __init__(self, example: Example, group: int, uniforms: Tensor):
@@ -48,6 +49,7 @@ class Draft:
         self.uniforms = uniforms
         self.ids: list[int] = []
         self.logps: list[float] = []
+        self.was_redrawn = False
 
     def has_ended(self, stop_ids: set[int] | frozenset[int]) -> bool:
         return bool(self.ids) and (self.ids[-1] in stop_ids or len(self.ids) == len(self.uniforms))
@@ -55,12 +57,11 @@ class Draft:
     def as_example(self, sampled: SampledAnswer) -> Example:
         """Returns the prompt with the answer, of which each token is trained."""
         prompt = list(map(int, self.example.ids))
-        loss_weights = [0.0] * len(prompt) + [1.0] * len(self.ids)
+        loss_weights = [0.0] * len(prompt) + [self.example.weight] * len(self.ids)
         return replace(
             self.example,
             ids=prompt + self.ids,
             loss_weights=loss_weights,
-            weight=1.0,
             sampled=sampled,
         )
 
@@ -125,7 +126,11 @@ class AnswerWriter:
             return
         left = max(self.max_new_tokens - len(draft.ids) for draft in drafts)
         longest = max(map(len, texts)) + left
-        at_once = max(1, TOKENS_AT_ONCE // longest)
+        room = CACHED_TOKENS_AT_ONCE
+        if model.device.type != "cpu":
+            # A token that is trained takes more memory than its keys and values do.
+            room = min(room, self.settings.max_tokens)
+        at_once = max(1, room // longest)
         with eager_mode(model), packed_weights(model, left):
             for numbers in prompt_batches([len(text) for text in texts], at_once):
                 rows = [texts[i] for i in numbers]
@@ -200,18 +205,19 @@ class AnswerWriter:
             first = next(i for i, id in enumerate(ids) if id != draft.ids[i])
             draft.ids = ids[: first + 1]
             draft.logps = draft.logps[: first + 1]
+            draft.was_redrawn = True
             has_changed = True
         return has_changed
 
     def answers(
-        self, drafts: Sequence[Draft], questions: dict[tuple[int, int], Question]
-    ) -> list[Answer]:
+        self, drafts: Sequence[Draft], questions: dict[tuple[int, int], AskedQuestion]
+    ) -> list[GivenAnswer]:
         """Returns the answers as texts."""
         answers = []
         for draft in drafts:
             text, is_cut = decode_answer(self.tokenizer, draft.ids)
             assert draft.example.key is not None
-            answers.append(Answer(questions[draft.example.key], text, is_cut))
+            answers.append(GivenAnswer(questions[draft.example.key], text, is_cut))
         return answers
 
     def micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
@@ -250,7 +256,7 @@ def prompts_of(batches: Sequence[Batch]) -> list[Example]:
     return [each for batch in batches for each in batch.examples if each.key is not None]
 
 
-def questions_of(dataset: Dataset) -> dict[tuple[int, int], Question]:
+def asked_questions(dataset: Dataset) -> dict[tuple[int, int], AskedQuestion]:
     """Returns the question of each example of a dataset, by `Example.key`."""
     index = dataset.examples
     assert isinstance(index, ExampleIndex)
@@ -262,5 +268,5 @@ def questions_of(dataset: Dataset) -> dict[tuple[int, int], Question]:
         if references is None:
             said = (prompt.reference or {}).get("content")
             references = [said] if said else []
-        questions[key] = Question(record, prompt.messages or [], references, columns)
+        questions[key] = AskedQuestion(record, prompt.messages or [], references, columns)
     return questions

@@ -47,8 +47,9 @@ def reference_of_run(
     if not is_under_adapter(settings, model):
         if kind_of_examples(settings) == AS_PROMPTS:
             raise UserError(
-                f"--beta {settings.beta:g}: the model before step 1 is not there any more when answers are"
-                " compared with it, but under a new adapter such as lora's; leave --beta out"
+                f"--beta {settings.beta:g}: wants the model before step 1 in every step, which stays there only"
+                " where a new adapter can be switched off (lora, qlora, vera, ia3, bottleneck; without"
+                " --adapter, pissa, dora); leave --beta out"
             )
         return noted_reference
     compute = logps or functools.partial(text_logps, model)

@@ -15,14 +15,14 @@ import threading
 
 # With these a run is asked to end after the step at hand (training/signals.py), whose answers still get
 # their rewards.
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+END_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 
 
 def main() -> None:
     """Answers until its input ends. sys.argv: the function, as FILE.py:NAME."""
     # This file's folder is replaced: the user's imports must not find the modules beside it.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    for name in SIGNALS:
+    for name in END_SIGNALS:
         if hasattr(signal, name):
             # Not SIG_IGN, which programs that the function starts would inherit.
             signal.signal(getattr(signal, name), lambda *_: None)
@@ -69,7 +69,11 @@ def wanted_names(function, names: list[str]) -> list[str]:
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             return names
-        if name in names and parameter.kind is not parameter.POSITIONAL_ONLY:
+        if name in names and parameter.kind is parameter.POSITIONAL_ONLY:
+            raise ValueError(
+                f"--reward {sys.argv[1]}: takes {name} by its place alone; leave out the / behind it"
+            )
+        if name in names:
             wanted.append(name)
         elif (
             parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL

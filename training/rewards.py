@@ -6,8 +6,11 @@ folder that `train.py --objective reward` has written: a whole model, or an adap
 """
 
 import atexit
+import contextlib
 import json
+import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -29,13 +32,15 @@ from methods import put_adapter_on
 from model import eval_mode
 
 WORKER = Path(__file__).resolve().parent / "reward_worker.py"
+# A module may take so long to be imported, whatever --reward-timeout says of an answer.
+IMPORT_SECONDS = 120.0
 # Rewards are summed in float32.
 LARGEST_REWARD = 1e30
 # What a function may ask for.
-FACTS = ("answer", "reference", "references", "prompt", "messages", "record", "is_cut")
+REWARD_FACTS = ("answer", "reference", "references", "prompt", "messages", "record", "is_cut")
 
 
-class Question(NamedTuple):
+class AskedQuestion(NamedTuple):
     """A record as a question.
 
     messages: that ask. references: accepted answers, [] where there is none.
@@ -48,10 +53,10 @@ class Question(NamedTuple):
     columns: object
 
 
-class Answer(NamedTuple):
+class GivenAnswer(NamedTuple):
     """An answer to a question. is_cut: it was cut off at the most tokens that it may have."""
 
-    question: Question
+    question: AskedQuestion
     text: str
     is_cut: bool = False
 
@@ -88,13 +93,24 @@ class RewardFunction:
             # Ctrl-C asks for an end after the step at hand, whose answers still get their rewards.
             start_new_session=True,
         )
-        atexit.register(self.process.kill)
+        atexit.register(self.end)
         # A thread reads, because a pipe can't be waited for with a time limit on every system.
         self.replies: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self.read, daemon=True).start()
-        reply = self.ask(FACTS, "when it was imported")
+        reply = self.ask(REWARD_FACTS, "when it was imported", max(timeout, IMPORT_SECONDS))
         if "error" in reply:
             raise UserError(one_line(reply["error"], 400))
+
+    def end(self) -> None:
+        """Ends the process, and what the function has started."""
+        if self.process.poll() is not None:
+            return
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        else:
+            self.process.kill()
+        self.process.wait()
 
     def read(self) -> None:
         """Puts the lines of the process into `replies`, and "" at their end."""
@@ -103,16 +119,17 @@ class RewardFunction:
             self.replies.put(line)
         self.replies.put("")
 
-    def ask(self, message: object, when: str) -> dict:
-        """Returns the reply to a message. Raises UserError where there is none in time. when: for that."""
+    def ask(self, message: object, when: str, timeout: float) -> dict:
+        """Returns the reply to a message. Raises UserError where there is none in time, in seconds. when: for
+        that."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps(message, default=str) + "\n")
             self.process.stdin.flush()
-            reply = self.replies.get(timeout=self.timeout)
+            reply = self.replies.get(timeout=timeout)
         except (OSError, queue.Empty) as error:
-            self.process.kill()
-            problem = f"did not return within {self.timeout:g} s (--reward-timeout)"
+            self.end()
+            problem = f"did not return within {timeout:g} s (--reward-timeout)"
             if isinstance(error, OSError):
                 problem = "has ended its process"
             raise UserError(f"--reward {self.name}: {problem} {when}") from None
@@ -120,12 +137,12 @@ class RewardFunction:
             raise UserError(f"--reward {self.name}: has ended its process {when}")
         return json.loads(reply)
 
-    def __call__(self, answers: Sequence[Answer]) -> list[float]:
+    def __call__(self, answers: Sequence[GivenAnswer]) -> list[float]:
         """Returns the reward of each answer. Raises UserError, with the record, for one that is none."""
         rewards = []
         for answer in answers:
             when = f'for the answer "{one_line(answer.text, 60)}" to {answer.question.record.where}'
-            reply = self.ask(answer.facts(), when)
+            reply = self.ask(answer.facts(), when, self.timeout)
             if "error" in reply:
                 problem = one_line(reply["error"], 300)
                 raise UserError(f"--reward {self.name}: {problem}, {when}")
@@ -163,7 +180,7 @@ class RewardModel:
         self.model.requires_grad_(False)
         self.max_tokens = max_tokens
 
-    def __call__(self, answers: Sequence[Answer]) -> list[float]:
+    def __call__(self, answers: Sequence[GivenAnswer]) -> list[float]:
         """Returns the score of each answer behind its question. There may be none."""
         if not answers:
             return []

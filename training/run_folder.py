@@ -16,17 +16,19 @@ from pathlib import Path
 import torch
 
 import distributed
+from adapter_files import is_adapter, weights_file
 from adapting.new_tokens import check_unchanged, keep_new_tokens
 from checkpoint import fingerprint
+from common.choices import SELF
 from common.device import pick_device
 from common.errors import UserError, read_json_if_there
-from common.files import atomic_file, write_json
+from common.files import atomic_file, file_sha256, write_json
 from common.folder_lock import FolderLock
 from common.origin import base_facts
 from data import TrainingData
 from flags import Flags, as_dict, check_owned_options
 from interop.push import check_can_push, make_repository
-from interop.resolve import trained_day, trained_system
+from interop.resolve import base_folder, trained_day, trained_system
 from methods import keep_start
 from model import Transformer
 from tokenization.chat_template import today
@@ -312,13 +314,18 @@ def check_room(settings: Settings, model: Transformer, out: Path) -> None:
 
 def identify_run(flags: Flags, folder: Path, data: TrainingData) -> dict:
     """Returns what a run is made from: what common/origin.py says of the base, with "base_sha256", the
-    hash of its weights, and "data", that of the examples.
+    hash of its weights, "data", that of the examples, and where another model teaches or rewards it
+    "other_sha256", that of its weights.
 
     folder: the base model.
     Raises UserError where the ranks have different things.
     """
     # The weights are large, so one rank of each machine reads them.
-    sha256 = fingerprint(folder) if distributed.local_rank() == 0 else None
+    sha256 = None
+    other_sha256 = None
+    if distributed.local_rank() == 0:
+        sha256 = fingerprint(folder)
+        other_sha256 = fingerprint_of_other(flags)
     train = data.train
     replay_prompts = data.replay_val and data.replay_val.prompts
     digest = checkpointer.data_digest(
@@ -344,4 +351,21 @@ def identify_run(flags: Flags, folder: Path, data: TrainingData) -> dict:
             "the processes do not have the same base or the same examples"
             " (a --map that draws at random?)"
         )
-    return base_facts(folder) | {"base_sha256": sha256_of_rank0, "data": digest}
+    origin = base_facts(folder) | {"base_sha256": sha256_of_rank0, "data": digest}
+    other_sha256 = distributed.broadcast_object(other_sha256)
+    if other_sha256 is not None:
+        origin["other_sha256"] = other_sha256
+    return origin
+
+
+def fingerprint_of_other(flags: Flags) -> str | None:
+    """Returns the hash of the weights of the model that --teacher or --reward names; None where neither does.
+    Of an adapter it is that of its own weights."""
+    named = flags.teacher
+    if flags.reward is not None and Path(flags.reward).is_dir():
+        named = flags.reward
+    if named is None or named == SELF:
+        return None
+    if is_adapter(named):
+        return file_sha256(weights_file(named))
+    return fingerprint(base_folder(named, None))

@@ -41,6 +41,7 @@ from evals.table import EVALUATIONS
 from flags import OPTIONS, dashed, saved_value
 from methods import method_name, method_of, model_of_step_0
 from model import Transformer, eager_mode
+from objectives import OBJECTIVES
 from tokenizer import Tokenizer
 from training.best import why_none_is_kept
 from training.defaults import is_bundled_task
@@ -101,6 +102,7 @@ def run_facts(
         "subtitle": f"{out.name}: {how_it_ended(card)}, {time.strftime('%Y-%m-%d %H:%M')}",
         "base": card.base_name,
         "base_sha256": card.origin["base_sha256"],
+        "loss_means": OBJECTIVES[settings.objective].lower_loss,
         "data_hash": card.origin["data"],
         "validation_hash": hash_of(card.data.val),
         "method": method_name(settings),
@@ -219,7 +221,9 @@ def example_facts(train: Dataset, tokenizer: Tokenizer) -> dict:
             for text, is_trained in spans_of(example, tokenizer):
                 clean, masked = without_secrets(text)
                 num_masked += masked
-                spans.append([middle_left_out(clean), is_trained])
+                # Of a prompt nothing is: a span of it tells its weight.
+                is_marked = is_trained and train.kind != AS_PROMPTS
+                spans.append([middle_left_out(clean), is_marked])
             # The file's name is enough on a page that is sent on.
             place = example.source.rpartition("/")[2] + which + label_of_example(train, example)
             examples.append([f"{place}, {number_of(len(example.ids), 'token')}", spans])
@@ -303,6 +307,8 @@ def sample_answers(card: ModelCard, model: Transformer) -> dict:
         for name, text in rows:
             text, masked = without_secrets(text.strip())
             num_masked += masked
+            if name == "reference" and not text:
+                continue  # a prompt alone
             clean.append([name, middle_left_out(text) or "(nothing)"])
         answers.append(clean)
     which = "with the adapter off" if step_0 is not None else "the model before the first step"
@@ -358,7 +364,8 @@ def answerable(val: Dataset, max_positions: int) -> list[tuple[list[int], list[i
     for i in np.linspace(0, len(val) - 1, min(len(val), 4 * NUM_ANSWERS)).astype(int).tolist():
         # Of a pair, the chosen answer.
         example = val.examples[i].texts()[0]
-        start = last_answer(example)
+        # Of a prompt alone, all of it.
+        start = len(example.ids) if val.kind == AS_PROMPTS else last_answer(example)
         if 0 < start <= longest:
             ids = [int(token) for token in example.ids]
             found.append((ids[:start], ids[start:]))
@@ -497,6 +504,9 @@ def origin_rows(card: ModelCard) -> list[list[str]]:
     settings, origin, out = card.settings, card.origin, card.metrics.out
     rows = [["base", origin["base"], origin.get("base_revision", "")]]
     rows.append(["SHA-256 of its weights", origin["base_sha256"]])
+    if "other_sha256" in origin:
+        role = "the teacher's weights" if settings.teacher else "the reward model's weights"
+        rows.append([f"SHA-256 of {role}", origin["other_sha256"]])
     gguf = origin.get("base_gguf")
     if gguf is not None:
         rows.append(["SHA-256 of its GGUF file", gguf["sha256"], gguf["file"]])

@@ -90,7 +90,7 @@ class WriterToLookInto(AnswerWriter):
 
 
 def on_policy(base: Path, file: Path, rewards: Callable[[Sequence], list[float]], reference=None, **changes):
-    """A run of GRPO on the questions of a file. rewards: of answers (training.rewards.Answer)."""
+    """A run of GRPO on the questions of a file. rewards: of answers (training.rewards.GivenAnswer)."""
     settings = options(**changes)
     dataset = prompts_of(file, base, max_new_tokens=settings.max_new_tokens)
     sampler = Sampler(dataset.lengths, [len(dataset)], [len(dataset)], 0)

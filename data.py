@@ -609,6 +609,7 @@ class MicroBatches:
 
     max_tokens: of a micro-batch; default: `max_tokens_per_micro_batch`.
     seeded: whether each example gets a seed, for what is drawn for it (dropout, noise on embeddings).
+        Prompts do in any case, for their answers.
     context_parallel: how many ranks share a batch.
     """
 
@@ -631,7 +632,7 @@ class MicroBatches:
         self.rows_per_rank = batch_size * accumulate
         self.max_tokens = (max_tokens or max_tokens_per_micro_batch(device)) * context_parallel
         self.seed = seed
-        self.seeded = seeded
+        self.seeded = seeded or dataset.kind == AS_PROMPTS
 
     def step(self, step: int) -> list[Batch]:
         """Returns the micro-batches of optimizer step `step`, counted from 0.

@@ -61,7 +61,7 @@ class Example:
     source: the record's place in its file, for messages.
     prompt: a hash of what is asked.
     is_replay: True if it comes from --replay, whose loss is reported by itself.
-    dropout_seed: decides the example's dropout.
+    dropout_seed: decides what is drawn for the example: its dropout, the answers to a prompt.
     split: where the second text of a pair begins in the ids; 0 where there is one text.
     weight: of a pair, a judged answer or a class as a whole.
     label: the number of its class, or of its judgment; -1 for others.

@@ -18,6 +18,7 @@ from support.sampled import (
     examples_of,
     logps_of,
     on_policy,
+    prompts_of,
     questions,
     random_groups,
     surrogate,
@@ -26,11 +27,13 @@ from support.sampled import (
 )
 from support.training_runs import CPU
 
+import data
 import decoding
 from checkpoint import hf_name, load_model
 from common.errors import UserError
-from data import collate
+from data import MicroBatches, collate
 from dataset.examples import DUMMY_EXAMPLE
+from dataset.sampler import Sampler
 from decoding import Draws
 from kernels import cross_entropy
 from kernels.cross_entropy import linear_token_losses
@@ -452,11 +455,11 @@ def test_in_bf16_the_difference_is_measured_and_limited(base, file):
         gap()
 
 
-def test_answers_follow_from_seed_step_and_record_alone(base, file):
+def test_answers_follow_from_seed_step_and_prompt_alone(base, file):
     policy = on_policy(base, file, by_words)
     run, model = policy
 
-    def answers(prompts, step: int = 0):
+    def answers(prompts, step: int = 0) -> dict:
         return ids_by_key(run.begin_step(model, prompts, step, 0)[0])
 
     six = policy.prompts(6)
@@ -466,15 +469,37 @@ def test_answers_follow_from_seed_step_and_record_alone(base, file):
     assert answers(six[::-1]) == wanted
     assert answers(six[1:2]).items() <= wanted.items()
     assert all(group != wanted[key] for key, group in answers(six, step=1).items())
-    other = on_policy(base, file, by_words, seed=1)
-    found = ids_by_key(other.run.begin_step(other.model, other.prompts(6), 0, 0)[0])
+    others = policy.prompts(6, seed=1)
+    assert all(group != wanted[key] for key, group in answers(others).items())
+    another = on_policy(base, file, by_words, seed=1)
+    found = ids_by_key(another.run.begin_step(another.model, another.prompts(6), 0, 0)[0])
     assert all(group != wanted[key] for key, group in found.items())
     # A prompt that comes twice in a step has twice as many answers.
-    twice = answers([six[0], six[0]])
-    assert all(
-        len(group) == 2 * run.settings.group_size and len(set(map(tuple, group))) > 5 for group in twice.values()
-    )
-    assert all(set(map(tuple, wanted[key])) < set(map(tuple, group)) for key, group in twice.items())
+    twice = answers([six[0], others[0]])
+    for key, group in twice.items():
+        different = set(map(tuple, group))
+        assert len(group) == 2 * run.settings.group_size and len(different) > 5
+        assert set(map(tuple, wanted[key])) < different
+
+
+def test_prompts_have_seeds_of_their_places_in_the_run_on_any_number_of_ranks(base, file, monkeypatch):
+    dataset = prompts_of(file, base)
+
+    def seeds(ranks: int, rank: int, seed: int = 0) -> list[tuple]:
+        monkeypatch.setattr(data.distributed, "dp_size", lambda: ranks)
+        monkeypatch.setattr(data.distributed, "dp_rank", lambda: rank)
+        # An epoch takes each prompt five times.
+        sampler = Sampler(dataset.lengths, [12], [60], seed)
+        loader = MicroBatches(dataset, sampler, CPU, 24 // ranks, seed=seed)
+        steps = [[each for batch in loader.step(step) for each in batch.examples] for step in range(3)]
+        return [(step, each.key, each.dropout_seed) for step, examples in enumerate(steps) for each in examples]
+
+    alone = seeds(1, 0)
+    assert sorted(alone) == sorted(seeds(2, 0) + seeds(2, 1))
+    assert len({seed for _, _, seed in alone}) == len(alone) == 60
+    keys = [key for step, key, _ in alone if step == 0]
+    assert len(set(keys)) < len(keys) == 24
+    assert not {seed for _, _, seed in seeds(1, 0, seed=1)} & {seed for _, _, seed in alone}
 
 
 def test_a_group_of_equal_rewards_teaches_nothing_and_is_counted(base, file):

@@ -100,17 +100,15 @@ class AnswerWriter:
     def begin_drafts(self, prompts: Sequence[Example], step: int) -> list[Draft]:
         """Returns --group-size answers to each prompt, which have their random numbers and no token yet.
 
-        The numbers follow from the run's seed, the step and the prompt's record, so that a resumed run and
-        another number of processes draw the same ones.
+        The numbers follow from the run's seed, the step, the prompt's record and the seed of its place in the
+        step (data.MicroBatches; None in a validation), so that a resumed run and another number of processes
+        draw the same ones, and a prompt that comes twice in a step gets others.
         """
         drafts = []
-        times: dict[tuple, int] = {}
         for group, example in enumerate(prompts):
             key = example.key
             assert key is not None
-            # A prompt may come twice in a step, where an epoch ends.
-            times[key] = times.get(key, 0) + 1
-            text = f"{self.settings.seed} {step} {key[0]} {key[1]} {times[key]}"
+            text = f"{self.settings.seed} {step} {key[0]} {key[1]} {example.dropout_seed}"
             digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
             assert self.settings.group_size is not None

@@ -40,8 +40,9 @@ def preferences(path: Path, count: int, seed: int) -> Path:
     text = "".join(json.dumps(row) + "\n" for row in classes)
     path.with_name(f"{path.stem}-classes.jsonl").write_text(text, encoding="utf-8")
     asked = [{"question": row["prompt"], "answer": row["chosen"]} for row in rows]
-    text = "".join(json.dumps(row) + "\n" for row in asked)
-    path.with_name(f"{path.stem}-questions.jsonl").write_text(text, encoding="utf-8")
+    for name, some in (("questions", asked), ("few", asked[:6])):
+        text = "".join(json.dumps(row) + "\n" for row in some)
+        path.with_name(f"{path.stem}-{name}.jsonl").write_text(text, encoding="utf-8")
     function = "def reward(answer, reference):\n    return answer.count('e') + len(set(answer) & set(reference)) / 10\n"
     path.with_name("reward.py").write_text(function, encoding="utf-8")
     return path
@@ -128,7 +129,11 @@ def data_words(words: list[str], folder: Path, mixed: list) -> list:
         return [*words, "--data", *mixed]
     if kind == "QUESTIONS":
         words += ["--reward", f"{folder / 'reward.py'}:reward"]
-    return [*words, "--data", folder / f"pairs{ends[kind]}", "--val", folder / f"val-pairs{ends[kind]}"]
+    found = [folder / f"pairs{ends[kind]}"]
+    if kind == "QUESTIONS":
+        # Some come several times in an epoch, and in a step.
+        found = [f"{found[0]}=1", f"{folder / 'pairs-few.jsonl'}=1"]
+    return [*words, "--data", *found, "--val", folder / f"val-pairs{ends[kind]}"]
 
 
 @pytest.fixture(scope="module")

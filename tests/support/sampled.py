@@ -3,6 +3,7 @@ computes its loss of the same prompts, answers and rewards."""
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,9 +63,10 @@ class OnPolicy(NamedTuple):
     run: "RunToLookInto"
     model: Transformer
 
-    def prompts(self, count: int) -> list:
-        """The batches of a step that asks the first prompts, two in a batch."""
-        examples = [self.run.dataset.examples[i] for i in range(count)]
+    def prompts(self, count: int, seed: int = 0) -> list:
+        """The batches of a step that asks the first prompts, two in a batch. seed: of their answers."""
+        found = [self.run.dataset.examples[i] for i in range(count)]
+        examples = [replace(each, dropout_seed=100 * seed + i) for i, each in enumerate(found)]
         return [collate(examples[i : i + 2], whole=True) for i in range(0, count, 2)]
 
 

@@ -39,11 +39,10 @@ from common.folder_lock import FolderLock, find_holder
 from common.progress import Progress, progress
 from flags import dashed
 from training.plots import read_metrics
+from training.sweep_picture import draw_sweep
 from training.sweep_results import (
     Result,
-    as_value,
     edge_remarks,
-    groups_without,
     read_outcome,
     rows_of_trials,
     score_text,
@@ -281,7 +280,7 @@ class Runner:
     def line_about(self, result: Result, search: Search) -> str:
         """Returns the line that is printed when a run has ended."""
         name = f"{result.name} {words_of_values(result.values, result.seed)}"
-        if result.error:
+        if result.outcome is None:
             return f"{name}: FAILED, {result.error}"
         left = ""
         remaining = search.total_cost - sum(search.cost(each.rung) for each in self.results)
@@ -428,9 +427,10 @@ def report(sweep: Sweep, results: list[Result]) -> None:
     text = sweep_table(sweep, results)
     print(f"\n{text}")
     (out / "table.txt").write_text(text + "\n", encoding="utf-8")
-    draw(sweep, finished, out / "sweep.png")
+    draw_sweep(sweep, finished, out / "sweep.png")
     best = rows_of_trials(finished)[0]
     winner = best.results[0]
+    outcome = best.outcome
     if failed:
         print(
             f"WARNING   {number_of(failed, 'run')} of {len(results)} failed; the lines above and the logs in"
@@ -438,76 +438,14 @@ def report(sweep: Sweep, results: list[Result]) -> None:
         )
     for remark in edge_remarks(sweep, best):
         print(f"NOTE      {remark}")
-    first = winner.outcome.first
-    if first is not None and not winner.outcome.is_better_than_first:
-        print(f"WARNING   no trial was better than the {first:.4f} before the training")
-    weights = out / winner.name / winner.outcome.weights
-    is_there = f"its weights: {weights}" if weights.is_dir() else ""
-    print(
-        f"\nbest      trial {best.number}, {score_text(winner.outcome)}; {is_there or 'its weights were not kept'}"
-    )
+    if outcome.first is not None and not outcome.is_better_than_first:
+        print(f"WARNING   no trial was better than the {outcome.first:.4f} before the training")
+    weights = out / winner.name / outcome.weights
+    where = f"its weights: {weights}" if weights.is_dir() else "its weights were not kept"
+    print(f"\nbest      trial {best.number}, {score_text(outcome)}; {where}")
     print(f"picture   {out / 'sweep.png'}")
     words = sweep.words_of(winner.values, winner.seed)
     print(f"command   python train.py {shlex.join(words)}")
-
-
-def draw(sweep: Sweep, finished: list[Result], picture: Path) -> None:
-    """Draws a panel for each option: the score of each trial by its value. Trials that differ in nothing
-    else are joined by a line."""
-    import matplotlib
-
-    # The backend that needs no display.
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = rows_of_trials(finished)
-    # Scores of shorter runs are no others' equals.
-    rows = [row for row in rows if row.rung == rows[0].rung]
-    names = list(sweep.space)
-    width = 4.2 * len(names) + 1
-    figure, panels = pyplot.subplots(
-        1, len(names), figsize=(width, 3.8), dpi=120, sharey=True, squeeze=False
-    )
-    for axes, name in zip(panels[0], names, strict=True):
-        values = [as_value(row.values[name]) for row in rows]
-        is_number = not any(isinstance(value, str) for value in values)
-        words = list(
-            dict.fromkeys(row.values[name] for row in sorted(rows, key=lambda row: row.number))
-        )
-        places = {word: as_value(word) if is_number else i for i, word in enumerate(words)}
-        for label, group in groups_without(rows, name, names).items():
-            group.sort(key=lambda row: places[row.values[name]])
-            x = [places[row.values[name]] for row in group]
-            y = [row.mean for row in group]
-            spread = [[row.mean - row.low for row in group], [row.high - row.mean for row in group]]
-            axes.errorbar(x, y, yerr=spread if sweep.seeds else None, marker="o", markersize=5, linewidth=1, capsize=2,
-                          label=label or None)  # fmt: skip
-        axes.plot([places[rows[0].values[name]]], [rows[0].mean], marker="*", markersize=15, color="black",
-                  linestyle="", label="best", zorder=5)  # fmt: skip
-        if is_number and min(values) > 0 and max(values) >= 5 * min(values):
-            axes.set_xscale("log")
-        if is_number and len(words) <= 8:
-            axes.set_xticks(sorted(places.values()), sorted(words, key=as_value), rotation=30)
-            axes.minorticks_off()
-        if not is_number:
-            axes.set_xticks(
-                range(len(words)),
-                [printable(word)[:20].replace("$", r"\$") for word in words],
-                rotation=30,
-            )
-        axes.set_xlabel(dashed(name))
-        axes.grid(alpha=0.3)
-        handles, labels = axes.get_legend_handles_labels()
-        if len(handles) <= 9:
-            axes.legend(handles, labels, fontsize=7)
-    panels[0][0].set_ylabel(rows[0].outcome.name)
-    losses = [row.mean for row in rows]
-    if min(losses) > 0 and max(losses) > 10 * min(losses):
-        panels[0][0].set_yscale("log")
-    figure.tight_layout()
-    with atomic_file(picture) as tmp:
-        figure.savefig(tmp, format="png")
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

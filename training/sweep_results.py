@@ -140,7 +140,9 @@ class Row:
     @property
     def outcome(self) -> Outcome:
         """That of its best run."""
-        return self.results[0].outcome
+        outcome = self.results[0].outcome
+        assert outcome is not None  # only runs that have one make a row
+        return outcome
 
     @property
     def key(self) -> float:
@@ -191,15 +193,6 @@ def as_value(word: str) -> float | str:
         return float(word)
     except ValueError:
         return word
-
-
-def groups_without(rows: list[Row], name: str, names: list[str]) -> dict[str, list[Row]]:
-    """Returns the rows that differ in one option alone, by what they have in common: {"--rank 4": rows}."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        label = " ".join(f"{dashed(other)} {row.values[other]}" for other in names if other != name)
-        groups.setdefault(label, []).append(row)
-    return groups
 
 
 def sweep_table(sweep: Sweep, results: list[Result]) -> str:

@@ -22,6 +22,7 @@ if __name__ == "__main__":
     # --help and a mistake in a flag are answered here: what is imported below takes seconds.
     run(inspection.arguments)
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -633,6 +634,12 @@ class MicroBatches:
         self.max_tokens = (max_tokens or max_tokens_per_micro_batch(device)) * context_parallel
         self.seed = seed
         self.seeded = seeded or dataset.kind == AS_PROMPTS
+
+    def from_here(self) -> "MicroBatches":
+        """Returns micro-batches that go on from where these are, and leave them there."""
+        copied = copy.copy(self)
+        copied.sampler = dataclasses.replace(self.sampler)
+        return copied
 
     def step(self, step: int) -> list[Batch]:
         """Returns the micro-batches of optimizer step `step`, counted from 0.

@@ -7,17 +7,20 @@ puts them under headings in --help.
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from common.choices import (
     ADDED_TOKENS,
     ALL,
+    AUTO,
     CHECKPOINTING_KINDS,
     DIVERGENCES,
     DTYPE_NAMES,
@@ -121,6 +124,7 @@ def option(default, text: str, **more):
     more: choices, metavar, nargs and const for argparse;
         limits: POSITIVE or NOT_NEGATIVE;
         is_path: True if it names a file or folder, which is saved by its absolute path;
+        word: what may stand in place of a number;
         kept: the name in the run's folder of a copy of that file, which a resume reads;
         resume: FREE if the option may differ when a run is resumed, because it does not change what
         is trained on or with (data and model are compared by hashes of what they hold); PER_LAUNCH
@@ -592,11 +596,14 @@ class Flags:
         "passes over the data, as 2 or 0.5; default: 3 below 500 examples, 2 below 1,500, else 1",
         limits=POSITIVE,
     )
-    lr: float | None = option(
+    lr: float | Literal["auto"] | None = option(
         None,
-        "peak learning rate; default: by the method and the model's hidden size (for 2048 4.9e-05 with"
-        " full, ten times that with lora; the same for every --optimizer), printed at the start",
+        "peak learning rate; auto: short trainings on the run's own data, before it begins, say which;"
+        " default: by the method and the model's hidden size (for 2048 4.9e-05 with full, ten times that"
+        " with lora; the same for every --optimizer), printed at the start",
+        metavar="RATE|auto",
         limits=POSITIVE,
+        word=AUTO,
     )
     schedule: str = option(
         "cosine",
@@ -1069,6 +1076,7 @@ def make_parser() -> argparse.ArgumentParser:
         arguments.pop("resume", None)
         arguments.pop("is_path", None)
         arguments.pop("kept", None)
+        arguments.pop("word", None)
         # Of an open option the help says itself what is chosen.
         if each.default is not None and each.default is not False and each.default != ():
             arguments["help"] += f"; default: {each.default}"
@@ -1087,8 +1095,11 @@ def type_arguments(each: dataclasses.Field) -> dict:
         return {"action": argparse.BooleanOptionalAction}
     if each.type is bool:
         return {"action": "store_true"}
-    converter: type = str
-    if "int" in kind:
+    converter: Callable = str
+    word = each.metadata.get("word")
+    if word:
+        converter = functools.partial(number_or_word, word)
+    elif "int" in kind:
         converter = int
     elif "float" in kind:
         converter = float
@@ -1096,6 +1107,16 @@ def type_arguments(each: dataclasses.Field) -> dict:
         # Several values, and several times: --data a.json b.json --data c.json.
         return {"nargs": "+", "action": "extend", "type": converter}
     return {"type": converter}
+
+
+def number_or_word(word: str, text: str) -> float | str:
+    """Returns the number that a text is, or the one word that may stand in its place."""
+    if text == word:
+        return word
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a number or {word} is wanted, not {text!r}") from None
 
 
 def check(flags: Flags) -> None:
@@ -1112,7 +1133,7 @@ def check_numbers(flags: Flags) -> None:
     for name, each in OPTIONS.items():
         value = getattr(flags, name)
         limits = each.metadata.get("limits")
-        if limits is None or value is None:
+        if limits is None or value is None or value == each.metadata.get("word"):
             continue
         if value >= MAX_NUMBER:
             raise UserError(f"{dashed(name)} {value:g}: must be {limits} and below {MAX_NUMBER:g}")

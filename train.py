@@ -27,6 +27,7 @@ import math
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -40,6 +41,7 @@ from adapting.new_tokens import (
 )
 from adapting.tables import vocabulary_size
 from checkpoint import read_config
+from common.choices import AUTO
 from common.console import lasting_output
 from common.errors import UserError
 from common.folder_lock import FolderLock
@@ -76,7 +78,8 @@ from training.demo import Demo
 from training.evaluator import Evaluator
 from training.ewc import EWC
 from training.failures import reported_failures, training_failures
-from training.metrics import MetricsLogger
+from training.lr_probe import check_lr_auto, choose_lr
+from training.metrics import MetricsLogger, NoMetrics
 from training.model_card import ModelCard
 from training.outcome import finish, save_weights
 from training.profiling import profiled
@@ -114,6 +117,7 @@ def train(flags: Flags, lock: FolderLock) -> None:
         return
     device, resumed = opened.device, opened.checkpoint
     check_objective(opened.flags)
+    check_lr_auto(opened.flags)
 
     # ---- base model, tokenizer, data: what is downloaded or converted is cached once a machine
     inputs = read_inputs(opened.flags, device)
@@ -142,6 +146,9 @@ def train(flags: Flags, lock: FolderLock) -> None:
     if resumed:
         print_resumed(settings, resumed)
     choose_kernels(settings, model, objective, loader)
+    if inputs.flags.lr == AUTO:
+        train_steps = functools.partial(train_unlogged, model, objective)
+        settings = choose_lr(settings, model, objective, data, loader, train_steps)
     ewc = EWC(settings, model, tokenizer, device) if settings.ewc else None
 
     # ---- the run's folder, made this late so that a run that was refused leaves none behind
@@ -372,6 +379,22 @@ def train_loop(
 
         if ends_here(settings, state, totals, stop, evaluator, checkpointer, metrics):
             return
+
+
+def train_unlogged(
+    model: Transformer,
+    objective: RunObjective,
+    settings: Settings,
+    optimizers: list,
+    loader: MicroBatches,
+) -> None:
+    """Takes all steps of some settings, for --lr auto: the loop, of which nothing is written or validated,
+    and which a signal ends at once."""
+    # Without an evaluator and a checkpointer, the loop calls nothing else of it.
+    metrics = cast(MetricsLogger, NoMetrics())
+    train_loop(
+        settings, model, objective, optimizers, loader, TrainState(), metrics, GracefulStop()
+    )
 
 
 def ends_here(

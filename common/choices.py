@@ -23,6 +23,8 @@ OBJECTIVE_NAMES = (
     "grpo",
     "distill",
 )
+# --lr: by training/lr_probe.py.
+AUTO = "auto"
 # --divergence: kernels/divergence.py. --teacher SELF: the model itself, before step 1.
 DIVERGENCES = ("forward", "reverse")
 SELF = "self"

@@ -3,8 +3,6 @@
 The comparison is one forward and backward of the run's own model on its first micro-batch.
 """
 
-import dataclasses
-
 from torch import Tensor
 
 import distributed
@@ -21,14 +19,7 @@ def use_flash_version(
 
     Raises UserError if loss or gradients of the run's first micro-batch are not those of version 2.
     """
-    # A loader of its own with a copy of the sampler, since asking for a step moves the position.
-    sampler = dataclasses.replace(loader.sampler)
-    trial = MicroBatches(loader.dataset, sampler, loader.device, loader.batch_size)
-    trial.max_tokens = loader.max_tokens
-    trial.seed = loader.seed
-    trial.seeded = loader.seeded
-    trial.rows_per_rank = loader.rows_per_rank
-    first_micro_batch = trial.examples_of_step(0)[0]
+    first_micro_batch = loader.from_here().examples_of_step(0)[0]
     batch = objective.trial_batch(loader.collate(first_micro_batch))
     # A rank may have no trained token of the batch, and the loss is divided by these.
     totals = StepTotals(

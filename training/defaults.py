@@ -20,6 +20,7 @@ import optimizers
 from adapting.new_tokens import file_of_new_tokens
 from adapting.tables import trained_tables
 from checkpoint import dtype_note, read_config, stored_dtype, weight_files
+from common.choices import AUTO
 from common.console import number_of
 from common.device import DTYPES, STORAGE_DTYPES, pick_dtype
 from common.errors import UserError
@@ -28,7 +29,7 @@ from dataset.encoding import AS_PROMPTS
 from dataset.example_records import is_whole_conversation
 from dataset.examples import Dataset
 from dataset.sampler import Sampler
-from flags import Flags, dashed
+from flags import NEW_ADAPTER, Flags, dashed
 from methods import (
     check_kind_of_adapter,
     continues_adapter,
@@ -83,6 +84,13 @@ MAX_SECONDS_BETWEEN_CHECKPOINTS = 1800
 BASE_LR = 5e-5
 REFERENCE_WIDTH = 2000
 WIDTH_EXPONENT = 0.78
+# --lr auto: its first guess, before training/lr_probe.py tries rates, is the default for so many examples
+# a step and so many steps; with more examples a step is less noisy and may be larger, by the square root
+# (Malladi et al. 2022, arXiv 2205.10287), and more steps are each smaller. PROBE_EXPONENT is measured:
+# experiments/LOG.md.
+REFERENCE_BATCH = 8
+REFERENCE_STEPS = 100
+PROBE_EXPONENT = 0.25
 # The bundled task has few and short examples, one like the other: a machine that has time for 96
 # steps of 8 gets twice as many answers right at twice that rate (experiments/LOG.md).
 BUNDLED_TASK_LR = 2
@@ -458,10 +466,13 @@ def choose_optimization(flags: Flags, config: Config) -> tuple[Flags, str]:
     objective = OBJECTIVES[flags.objective]
     chosen: dict = {}
     why_lr = ""
-    if flags.lr is None:
+    if flags.lr in (None, AUTO):
         width_factor = (REFERENCE_WIDTH / config.hidden_size) ** WIDTH_EXPONENT
         lr = BASE_LR * lr_factor_of(flags) * width_factor * objective.lr_factor
-        if is_bundled_task(flags):
+        if flags.lr == AUTO:
+            lr *= auto_factor(flags)
+            why_lr = " (where --lr auto begins)"
+        elif is_bundled_task(flags):
             lr *= BUNDLED_TASK_LR
             why_lr = f" ({BUNDLED_TASK_LR} times the default, since it is short)"
         # Two digits, so that what is printed and typed again is the rate to the bit.
@@ -479,6 +490,22 @@ def choose_optimization(flags: Flags, config: Config) -> tuple[Flags, str]:
             if name in method.options:
                 chosen[name] = value
     return dataclasses.replace(flags, **chosen), why_lr
+
+
+def auto_factor(flags: Flags) -> float:
+    """Returns the factor of the default rate with which --lr auto begins: for the run's batch, its steps,
+    and how LoRA's update is scaled."""
+    batch = flags.batch_size * flags.accumulate * distributed.dp_size()
+    factor = math.sqrt(batch / REFERENCE_BATCH)
+    factor *= (REFERENCE_STEPS / flags.steps) ** PROBE_EXPONENT
+    if "alpha" not in method_of(flags).options or continues_adapter(flags):
+        return factor
+    # A step of B A that all ranks take alike is as large as scale x rank: alpha, of rsLoRA alpha x
+    # sqrt(rank). The default is for the default alpha.
+    adapter = adapter_of(flags)
+    size = adapter["alpha"] * (math.sqrt(adapter["rank"]) if flags.rslora else 1)
+    default = NEW_ADAPTER["alpha"] * (math.sqrt(NEW_ADAPTER["rank"]) if flags.rslora else 1)
+    return factor * default / size
 
 
 def meta_model_of_run(flags: Flags, folder: Path, config: Config) -> Transformer:

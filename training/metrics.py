@@ -61,6 +61,13 @@ class PendingStep(NamedTuple):
     seconds: float
 
 
+class NoMetrics:
+    """Stands where the loop wants a `MetricsLogger`, for steps of which nothing is reported."""
+
+    def log_step(self, *_) -> None:
+        """Takes a step's numbers, and leaves them."""
+
+
 class MetricsLogger:
     """Writes a line of metrics.jsonl for each step and each evaluation, and moves the progress bar.
 

@@ -196,7 +196,8 @@ class ProbingRun:
         train_steps: TrainSteps,
         steps: int,
     ):
-        warmup = round(settings.warmup * steps / settings.steps)
+        # A step of warm-up at least, where the run has some: the first step is the roughest.
+        warmup = min(settings.warmup, max(1, round(settings.warmup * steps / settings.steps)))
         self.settings = dataclasses.replace(settings, steps=steps, warmup=warmup)
         self.model = model
         self.objective = objective

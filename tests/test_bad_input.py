@@ -173,7 +173,7 @@ def test_the_default_base_is_not_installed(trained, monkeypatch):
         ("--seq-len 129", "--seq-len 129: the model has 128 positions"),
         ("--sequence-len 64", "--sequence-len: no such flag; here it is --seq-len 64"),
         ("--seq-lenn 64", "did you mean --seq-len?"),
-        ("--lr fast", "--lr: a number is wanted, not 'fast'"),
+        ("--lr fast", "--lr: a number or auto is wanted, not 'fast'"),
         ("--val nowhere.json", "nowhere.json: no such file"),
         ("--adapter nowhere", "nowhere: no such folder"),
         ("--device tpu", "invalid choice: 'tpu'"),

@@ -427,7 +427,7 @@ def test_a_value_that_train_py_refuses_is_named(tmp_path):
     text = "model_name_or_path: org/one\nlearning_rate: fast\nper_device_train_batch_size: 2.5\nseed: -1\n"
     recipe = recipe_of(text, tmp_path)
     assert recipe.left_out == {
-        "learning_rate": "--lr: a number is wanted, not 'fast'",
+        "learning_rate": "--lr: a number or auto is wanted, not 'fast'",
         "per_device_train_batch_size": "--batch-size: a whole number is wanted, not '2.5'",
         "seed": "--seed -1: must be 0 or more",
     }

@@ -46,8 +46,8 @@ RATIO = 2.5
 MOST_PROBES = 7
 # A probe validates on as many examples as it trains on, and on at least so many.
 LEAST_EXAMPLES = 32
-# How much worse one neighbour of the best rate may count than the other one.
-MOST_RISE = 4.0
+# Nats a token: a rise of the loss beyond which all are alike.
+LARGE = 1e6
 
 # Trains all steps of some settings: train.py's loop, without validations and checkpoints.
 TrainSteps = Callable[[Settings, list, MicroBatches], None]
@@ -162,17 +162,16 @@ def lowest_of_parabola(probes: list[Probe]) -> float:
     """Returns the rate at which a parabola through the best probe and its neighbours is lowest; the best
     probe's own rate where it has no neighbour on one side.
 
-    A neighbour that has diverged says only on which side the best rate is not: its loss is taken for at
-    most as bad, compared with the best one, as MOST_RISE times the other neighbour's.
+    It is never further from the best probe than halfway to a neighbour, which is where it is beside a
+    neighbour that has diverged.
     """
     place = min(range(len(probes)), key=lambda i: probes[i].loss)
     if place in (0, len(probes) - 1):
         return probes[place].lr
     below, best, above = probes[place - 1 : place + 2]
-    rise_below, rise_above = below.loss - best.loss, above.loss - best.loss
-    least = min(rise_below, rise_above)
-    rise_below = min(rise_below, MOST_RISE * least)
-    rise_above = min(rise_above, MOST_RISE * least)
+    # Capped, since of a rate that diverges the loss may be infinite.
+    rise_below = min(below.loss - best.loss, LARGE)
+    rise_above = min(above.loss - best.loss, LARGE)
     if rise_below + rise_above == 0:
         return best.lr
     # Of the parabola through (-1, rise_below), (0, 0) and (1, rise_above).

@@ -133,6 +133,10 @@ JOBS = {
 BY_THREE = ("full", "lora", "qlora", "full, packed, mixed", "full, tied", "gpt2", "muon", "adamw8bit")
 # The rest of the jobs, which differ less from one another, run with the slow tests alone.
 SLOW_JOBS = (
+    "lora, going on",
+    "muon",
+    "gpt2",
+    "kto",
     "full, replicated",
     "full, accumulated",
     "full, blocks twice",

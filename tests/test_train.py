@@ -418,6 +418,7 @@ def test_profile_prints_a_table_and_writes_a_trace(base, numbers, tmp_path, monk
     assert len(plots.read_metrics(tmp_path / "run" / "metrics.jsonl")) == 2
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_losses(base, numbers, tmp_path, monkeypatch, capsys):
     words = ["--model", base, "--data", numbers, "--steps", 4, "--lr", 1e-2, "--dtype", "fp32", "--compile"]
     if not shutil.which("g++"):

@@ -90,7 +90,7 @@ WIDTH_EXPONENT = 0.78
 # experiments/LOG.md.
 REFERENCE_BATCH = 8
 REFERENCE_STEPS = 100
-PROBE_EXPONENT = 0.0
+PROBE_EXPONENT = 0.1
 # The bundled task has few and short examples, one like the other: a machine that has time for 96
 # steps of 8 gets twice as many answers right at twice that rate (experiments/LOG.md).
 BUNDLED_TASK_LR = 2

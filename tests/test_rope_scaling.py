@@ -110,8 +110,8 @@ def adapter_run(files, tmp_path_factory):
     long.write_text("".join(json.dumps({"prompt": f"{i} {text}", "completion": "dog"}) + "\n" for i in range(24)))
     out = tmp_path_factory.mktemp("adapter") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["train.py", *map(str, words(files, out, "--rope-scaling", "yarn=4", "--rank", 4))])
-        patch.setattr("sys.argv", [*__import__("sys").argv, "--data", str(long), "--save-every", "1"])
+        more = ("--rope-scaling", "yarn=4", "--rank", 4, "--data", long, "--save-every", 1)
+        patch.setattr("sys.argv", ["train.py", *map(str, words(files, out, *more))])
         train.main()
     return out
 
@@ -150,10 +150,8 @@ def test_texts_beyond_the_old_length_train_and_are_merged_answered_and_scored(
         evaluate, monkeypatch, capsys, "loss", "--adapter", adapter_run / "final", "--versus", "base", *data
     )
     assert "longer than" not in out
-    prompt = "the red fox jumps over the lazy dog " * 7
-    output_of(
-        generate, monkeypatch, capsys, "--adapter", adapter_run / "final", "--prompt", prompt, "--max-new-tokens", 2
-    )
+    prompt = ("--prompt", "the red fox jumps over the lazy dog " * 7, "--max-new-tokens", 2)
+    output_of(generate, monkeypatch, capsys, "--adapter", adapter_run / "final", *prompt)
 
 
 def test_a_resumed_run_and_one_from_its_adapter_go_on_stretched(files, adapter_run, tmp_path, monkeypatch, capsys):

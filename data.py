@@ -156,7 +156,9 @@ def load_training_data(
     """
     seq_len = flags.seq_len or min(2048, max_positions)
     if seq_len > max_positions:
-        raise UserError(f"--seq-len {seq_len}: the model has {max_positions} positions")
+        raise UserError(
+            f"--seq-len {seq_len}: the model has {max_positions} positions; --rope-scaling yarn=2 would stretch them"
+        )
 
     flag = f"--objective {flags.objective}"
     answer_tokens = 0

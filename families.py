@@ -584,6 +584,28 @@ ROPE_KINDS = {
 }
 
 
+# Those that --rope-scaling can switch on: they need nothing but a factor.
+ROPE_SCALINGS = ("yarn", "linear", "dynamic")
+MAX_ROPE_FACTOR = 1024
+
+
+def parse_rope_scaling(words: str) -> tuple[str, float]:
+    """Returns the kind and the factor of --rope-scaling, as of "yarn=4". Raises UserError."""
+    kind, sign, number = words.partition("=")
+    wanted = " or ".join(f"{each}=FACTOR" for each in ROPE_SCALINGS)
+    if kind not in ROPE_SCALINGS or not sign:
+        raise UserError(f"--rope-scaling {words}: {wanted} is wanted, as yarn=4")
+    try:
+        factor = float(number)
+    except ValueError:
+        factor = math.nan
+    if not 1 < factor <= MAX_ROPE_FACTOR:
+        raise UserError(
+            f"--rope-scaling {words}: the factor must be above 1 and at most {MAX_ROPE_FACTOR}"
+        )
+    return kind, factor
+
+
 def read_rope_scaling(read: Reader, settings: dict, kind: object, dim: int) -> dict:
     """Returns the dict that kernels/rope.py takes as `scaling`.
 

@@ -46,6 +46,7 @@ from common.known_names import TRAIN_NAMES
 from common.remote_names import is_remote, saved_name, shown, split_remote
 from dataset.examples import TRAIN_ON, TRUNCATE
 from dataset.oasst import TREES
+from families import parse_rope_scaling
 from tokenization.chat_template import NAMED
 from tokenizer import EMPTY_THINK, check_date
 
@@ -264,6 +265,14 @@ class Flags:
         " --truncate says, plain text is cut into pieces; default: 2048, or the model's limit if that"
         " is smaller",
         limits=POSITIVE,
+    )
+    rope_scaling: str | None = option(
+        None,
+        "longer texts than the model was made for: yarn=4 stretches its positions to four times as many (YaRN);"
+        " linear=4: position interpolation; dynamic=4: only of texts that are longer. It is written into"
+        " config.json, of an adapter into plaintune.json; train with a --seq-len of the lengths that are wanted;"
+        " default: as the model's config.json says",
+        metavar="KIND=FACTOR",
     )
     truncate: str = option(
         "drop",
@@ -1181,6 +1190,8 @@ def check_data(flags: Flags) -> None:
     parse_replay(flags.replay)
     if flags.date is not None:
         check_date(flags.date)
+    if flags.rope_scaling is not None:
+        parse_rope_scaling(flags.rope_scaling)
     if flags.val_fraction is not None and (flags.val or not flags.data):
         raise UserError(
             "--val-fraction parts the files of --data; with --val or without --data it means"

@@ -84,7 +84,7 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     try:
         yield tmp
         for file in (*tmp.rglob("*"), tmp):
-            if file.is_file():
+            if file.is_file() and not file.is_symlink():
                 # The safetensors package makes files that only their owner can read.
                 file.chmod(tmp.stat().st_mode & 0o666)
             fsync_path(file)

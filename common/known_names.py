@@ -126,6 +126,11 @@ def warmup_share_words(value: str) -> str | None:
     return "" if share == 0.05 else None
 
 
+def rope_words(value: str) -> str | None:
+    """Returns --rope-scaling for a kind with its factor; None for a kind alone."""
+    return f"--rope-scaling {shlex.quote(value)}" if "=" in value else None
+
+
 def interval_words(flag: str) -> Callable[[str], str | None]:
     """Returns a function to the words for a number of steps, but for no share of them."""
 
@@ -457,7 +462,9 @@ METHOD = {
     "rl_beta": same("--beta"),
     "beta": same("--beta"),
     "neftune_noise_alpha": same("--neftune"),
-    "rope_scaling": missing("the scaling in the model's own config.json is used"),
+    "rope_scaling": computed(
+        "--rope-scaling", rope_words, "with its factor, as yarn=4; without it, as config.json says"
+    ),
     "noisy_embedding_alpha": same("--neftune"),
 }
 

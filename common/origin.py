@@ -29,13 +29,21 @@ PACKAGED_GGUF = {
     ),
 }
 # What plaintune.json says of a base, besides the hash of its weights and its numbers.
-BASE_FACTS = ("base", "base_revision", "base_gguf")
+BASE_FACTS = ("base", "base_revision", "base_gguf", "rope_scaling")
+# In a folder of the cache whose other files are links to a base: that base, and how it is stretched
+# (interop/rope_scaling.py).
+STRETCHED_FILE = "rope_scaling.json"
 
 
 def base_facts(folder: Path) -> dict:
     """Returns what plaintune.json says of a base in this folder: {"base": its name for others}, with
     "base_revision", the commit, for a model of the Hub, and "base_gguf", a dict with file, sha256,
-    make (the line that makes the folder) and perhaps get, for one that was made of a GGUF file."""
+    make (the line that makes the folder) and perhaps get, for one that was made of a GGUF file, and with
+    "rope_scaling", as yarn=4, for one that is stretched for longer texts."""
+    stretched = read_json_if_there(folder / STRETCHED_FILE)
+    if stretched:
+        # Others have the base as it was, and stretch it themselves.
+        return base_facts(Path(stretched["base"])) | {"rope_scaling": stretched["rope_scaling"]}
     origin = hub_origin(folder)
     if origin is not None:
         return {"base": origin[0], "base_revision": origin[1]}

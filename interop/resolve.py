@@ -31,6 +31,7 @@ from common.files import (
 from common.origin import SOURCE_FILE, gguf_digits
 from interop import hub
 from interop.gguf_import import find_damaged_file, gguf_to_folder
+from interop.rope_scaling import stretched_for_adapter
 from model import Transformer, quantized_linears
 from tokenizer import Tokenizer, check_date, load_tokenizer
 
@@ -143,8 +144,10 @@ def base_folder(model: str | None, adapter: str | Path | None, print_fn: Callabl
     """
     if adapter is not None and not is_adapter(adapter):
         raise UserError(f"{adapter}: {why_no_adapter(Path(adapter))}")
-    if model is not None or adapter is None:
+    if adapter is None:
         return model_folder(model)
+    if model is not None:
+        return stretched_for_adapter(model_folder(model), adapter_metadata(adapter))
     settings = read_json(Path(adapter) / "adapter_config.json")
     named = settings.get("base_model_name_or_path") or settings.get("model_name")
     revision = settings.get("revision")
@@ -165,8 +168,17 @@ def base_of_model(folder: Path, print_fn: Callable = print) -> Path | None:
 
 
 def find_base(trained: str | Path, base: object, revision: object, print_fn: Callable) -> Path:
-    """Returns the folder of the base that an adapter or a model was trained on, and prints a line
-    that says which one that is.
+    """Returns the folder of the base that an adapter or a model was trained on, stretched if it was so
+    (--rope-scaling), and prints a line that says which one that is. The arguments are those of
+    `find_stored_base`."""
+    folder = find_stored_base(trained, base, revision, print_fn)
+    return stretched_for_adapter(folder, adapter_metadata(trained))
+
+
+def find_stored_base(
+    trained: str | Path, base: object, revision: object, print_fn: Callable
+) -> Path:
+    """Returns the folder of a base as it is stored, and prints a line that says which one that is.
 
     trained: the folder of the adapter or model, whose plaintune.json tells more of the base.
     base: its name there: a folder, the file name of a GGUF file, or a name on the Hub.

@@ -21,6 +21,7 @@ import distributed
 from adapter_files import OWN_BASE
 from adapting.stacked_experts import why_peft_can_t
 from adapting.tables import has_tables
+from checkpoint import read_config
 from common.errors import printable, read_json_if_there
 from common.origin import SOURCE_FILE
 from common.remote_names import is_remote, shown
@@ -271,6 +272,14 @@ class ModelCard:
         if not self.is_adapter:
             return self.loading_model()
         lines = self.get_base_lines()
+        if self.rope_settings:
+            stretch = self.origin["rope_scaling"]
+            text = (
+                f"The base's positions are stretched for longer texts ({stretch}). plaintune does so by"
+                " itself; elsewhere its configuration must say so, as below, or the adapter is not what was"
+                " trained."
+            )
+            lines += [text, ""]
         quantized = "quant" in self.origin_numbers and not self.brings_base
         base = json.dumps(self.base_argument)
         revision = self.origin.get("base_revision")
@@ -279,6 +288,8 @@ class ModelCard:
             "import adapters" if self.library == "adapters" else "from peft import PeftModel",
             f"from transformers import {self.auto_class}, AutoTokenizer",
         ]
+        for name, value in self.rope_settings.items():
+            where += f", {name}={value!r}"
         if self.labels is not None:
             where += f", num_labels={len(self.labels)}"
         if quantized:
@@ -338,10 +349,23 @@ class ModelCard:
             return lines
         rank = "" if self.settings.adapter else vllm_rank(largest_rank(self.settings))
         lines += ["With vLLM:", ""]
+        overrides = ""
+        if self.rope_settings:
+            overrides = f" --hf-overrides {shlex.quote(json.dumps(self.rope_settings))}"
         lines += fenced(
-            "", f"vllm serve {shell_base} --enable-lora{rank} --lora-modules tuned=THIS"
+            "", f"vllm serve {shell_base}{overrides} --enable-lora{rank} --lora-modules tuned=THIS"
         )
         return lines
+
+    @property
+    def rope_settings(self) -> dict:
+        """What of its config.json says that the base is stretched for longer texts; {} where it isn't, or
+        where the folder holds its base as well."""
+        if "rope_scaling" not in self.origin or self.brings_base:
+            return {}
+        raw = read_config(self.folder).raw
+        names = ("rope_parameters", "rope_scaling", "max_position_embeddings")
+        return {name: raw[name] for name in names if name in raw}
 
     def loading_scorer(self, lines: list[str], code: list[str]) -> list[str]:
         """Returns how a model with a score head is loaded. lines: what stands before. code: of Python."""

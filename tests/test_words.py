@@ -245,7 +245,7 @@ def test_the_words_of_options_are_the_keys_of_their_tables():
     assert [*choices.EVAL_METRICS] == [name for name, row in EVALUATIONS.items() if row.kind == GENERATE]
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "generate.py", "convert.py", "data.py"])
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "generate.py", "convert.py", "data.py", "sweep.py"])
 def test_help_and_mistakes_are_answered_without_torch(script):
     # Imports of torch, and of anything else that computes or draws, fail.
     heavy = ("torch", "triton", "transformers", "huggingface_hub", "matplotlib", "pyarrow", "wandb", "gguf", "yaml")

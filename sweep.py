@@ -58,13 +58,13 @@ from training.sweep_words import (
     words_of_values,
 )
 
-TRAIN = Path(__file__).resolve().parent / "train.py"
+TRAIN_SCRIPT = Path(__file__).resolve().parent / "train.py"
 # Seconds between two looks at the runs at hand.
 POLL_SECONDS = 0.2
 # So many trials that end with the same words, and nothing else, end the sweep: its options are wrong.
 SAME_FAILURES = 3
 # What a folder of a run holds that only its weights are: removed once another trial is better.
-WEIGHTS = ("best", "final", "checkpoints")
+WEIGHT_FOLDERS = ("best", "final", "checkpoints")
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def main() -> None:
             where = shlex.quote(sweep.out)
             print(f"stopped   go on by: python sweep.py --out {where} --resume")
             sys.exit(128 + runner.stopped_by)
-        report(sweep, runner.results)
+        report_sweep(sweep, runner.results)
 
 
 def open_sweep(sweep: Sweep, lock: FolderLock) -> None:
@@ -119,7 +119,7 @@ def as_ordinal(number: int) -> str:
 # ---- the runs ----
 
 
-class Run(NamedTuple):
+class SweepRun(NamedTuple):
     """A trial with one seed: a run of train.py. seed: None where seeds are not swept."""
 
     trial: Trial
@@ -137,7 +137,7 @@ class Run(NamedTuple):
 class Running(NamedTuple):
     """A run that has been started. slot: which share of the machine it has."""
 
-    run: Run
+    run: SweepRun
     process: subprocess.Popen
     slot: int
     start: float
@@ -182,7 +182,9 @@ class Runner:
         bar = progress("sweep", search.total_cost, "part" if search.has_rungs else "run")
         with bar:
             for trials in search.rounds(self.results):
-                runs = [Run(trial, seed) for trial in trials for seed in self.sweep.seeds or [None]]
+                runs = [
+                    SweepRun(trial, seed) for trial in trials for seed in self.sweep.seeds or [None]
+                ]
                 done = {result.name for result in self.results}
                 bar.update(sum(search.cost(run.trial.rung) for run in runs if run.name in done))
                 missing = [run for run in runs if run.name not in done]
@@ -190,7 +192,7 @@ class Runner:
                 if self.stopped_by:
                     return
 
-    def run_batch(self, runs: list[Run], search: Search, bar: Progress) -> None:
+    def run_batch(self, runs: list[SweepRun], search: Search, bar: Progress) -> None:
         """Runs some trials, several at a time if asked for, and waits for all of them."""
         waiting = list(runs)
         while (waiting or self.running) and not (self.stopped_by and not self.running):
@@ -205,7 +207,7 @@ class Runner:
             bar.set_postfix_str(self.state_of_runs())
             bar.update(0)
 
-    def start_run(self, run: Run) -> None:
+    def start_run(self, run: SweepRun) -> None:
         """Starts train.py. A run that was interrupted goes on from its newest checkpoint."""
         folder = self.out / run.name
         holder = find_holder(folder) if folder.is_dir() else None
@@ -221,10 +223,10 @@ class Runner:
         ]
         slots = {each.slot for each in self.running}
         slot = next(i for i in range(self.sweep.at_once) if i not in slots)
-        program = [sys.executable, str(TRAIN)]
+        program = [sys.executable, str(TRAIN_SCRIPT)]
         if self.sweep.processes > 1:
             per_node = ["--standalone", "--nproc-per-node", str(self.sweep.processes)]
-            program = [sys.executable, "-m", "torch.distributed.run", *per_node, str(TRAIN)]
+            program = [sys.executable, "-m", "torch.distributed.run", *per_node, str(TRAIN_SCRIPT)]
         with (self.out / f"{run.name}.log").open("ab") as log:
             process = subprocess.Popen(
                 [*program, *words],
@@ -298,7 +300,7 @@ class Runner:
         for result in finished:
             if result is best:
                 continue
-            for name in WEIGHTS:
+            for name in WEIGHT_FOLDERS:
                 shutil.rmtree(self.out / result.name / name, ignore_errors=True)
 
     def state_of_runs(self) -> str:
@@ -411,7 +413,7 @@ def last_step(metrics: Path) -> dict | None:
 # ---- what came of them ----
 
 
-def report(sweep: Sweep, results: list[Result]) -> None:
+def report_sweep(sweep: Sweep, results: list[Result]) -> None:
     """Prints the table, the best trial's command and where its weights are; draws the picture.
 
     Raises UserError where no run has a score.

@@ -50,7 +50,7 @@ from data import MicroBatches, TrainingData, load_training_data, needs_seeds
 from families import Config
 from flags import Flags
 from interop.resolve import base_folder, pick_tokenizer
-from interop.rope_scaling import rope_words, stretched_folder
+from interop.rope_scaling import stretch_line, stretched_folder
 from methods import load_trainable, lr_factors, method_of_adapter, quant_of, start_of
 from model import Transformer
 from objectives import (
@@ -231,7 +231,7 @@ def read_inputs(flags: Flags, device: torch.device) -> Inputs | None:
         if flags.rope_scaling:
             folder = stretched_folder(folder, flags.rope_scaling)
     if (folder / STRETCHED_FILE).is_file():
-        print(rope_words(folder))
+        print(stretch_line(folder))
     flags = with_options_of_objective(with_date_and_system(flags, folder))
     method = method_of_adapter(flags)
     if method:

@@ -39,7 +39,7 @@ def stretched_folder(folder: Path, words: str) -> Path:
     config = read_config(folder)
     check_can_be_stretched(folder, config)
     raw = stretched_config(config.raw, config.max_positions, kind, factor)
-    path = cache_folder() / f"rope-{digest_of(folder, raw)}-v{FORMAT}"
+    path = cache_folder() / f"rope-{stretched_name(folder, raw)}-v{FORMAT}"
     if path.is_dir():
         return path
     check_cache_takes_files(path.parent)
@@ -95,7 +95,7 @@ def stretched_config(raw: dict, max_positions: int, kind: str, factor: float) ->
     return raw
 
 
-def digest_of(folder: Path, raw: dict) -> str:
+def stretched_name(folder: Path, raw: dict) -> str:
     """Returns a name for a base's files, as they are now, with a config.json."""
     facts: list = [str(folder.absolute()), raw]
     for file in sorted(folder.iterdir()):
@@ -116,7 +116,7 @@ def stretched_for_adapter(folder: Path, adapter_facts: dict) -> Path:
     return stretched_folder(folder, words)
 
 
-def rope_words(folder: Path) -> str:
+def stretch_line(folder: Path) -> str:
     """Returns the line that a run prints about its stretched base."""
     facts = read_json(folder / STRETCHED_FILE)
     words = facts["rope_scaling"]

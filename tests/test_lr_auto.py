@@ -83,7 +83,7 @@ def test_a_probe_is_a_part_of_the_run():
 
 def test_the_first_guess_follows_batch_and_alpha():
     def factor(typed: str) -> float:
-        return auto_factor(dataclasses.replace(parse_flags(typed.split()), steps=100))
+        return auto_factor(dataclasses.replace(parse_flags(typed.split()), steps=9))
 
     assert factor("") == pytest.approx(1)
     assert factor("--batch-size 8 --accumulate 4") == pytest.approx(2)

@@ -22,7 +22,7 @@ import sweep
 import train
 from common.errors import UserError
 from training import sweep_words
-from training.sweep_results import Outcome, Result, edge_remarks, read_outcome, rows_of_trials
+from training.sweep_results import Result, RunOutcome, edge_remarks, read_outcome, rows_of_trials
 from training.sweep_search import Search
 from training.sweep_words import Range, Sweep, num_rungs, read_values, sweep_arguments
 
@@ -62,7 +62,7 @@ def stand_in(tmp_path, monkeypatch) -> Path:
     """The folder of a sweep of the stand-in."""
     file = tmp_path / "stand_in.py"
     file.write_text(STAND_IN)
-    monkeypatch.setattr(sweep, "TRAIN", file)
+    monkeypatch.setattr(sweep, "TRAIN_SCRIPT", file)
     monkeypatch.chdir(ROOT)
     return tmp_path / "out"
 
@@ -245,7 +245,7 @@ def result(number, score, values=None, rung=None, seed=None, higher=False, loss=
     outcome = None
     if score is not None:
         loss = score if loss is None else loss
-        outcome = Outcome(score, "validation loss", higher, loss, 9, 5.0, "best", 0.1, 1e3)
+        outcome = RunOutcome(score, "validation loss", higher, loss, 9, 5.0, "best", 0.1, 1e3)
     return Result(f"trial-{number}", number, rung, values or {}, seed, 1.0, "" if outcome else "died", outcome)
 
 
@@ -472,7 +472,8 @@ def test_halving_runs_fewer_and_longer(stand_in, monkeypatch, capsys):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_and_a_resumed_sweep_goes_on(stand_in, number):
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sweep, pathlib\n"
-    program += f"sweep.TRAIN = pathlib.Path({str(sweep.TRAIN)!r})\nfrom common.errors import run; run(sweep.main)"
+    program += f"sweep.TRAIN_SCRIPT = pathlib.Path({str(sweep.TRAIN_SCRIPT)!r})\n"
+    program += "from common.errors import run\nrun(sweep.main)"
     words = ["--lr", "1e-3,9,2e-3", "--out", str(stand_in), "--", *BASE.split()]
     started = subprocess.Popen([sys.executable, "-c", program, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60

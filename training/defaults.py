@@ -85,12 +85,9 @@ BASE_LR = 5e-5
 REFERENCE_WIDTH = 2000
 WIDTH_EXPONENT = 0.78
 # --lr auto: its first guess, before training/lr_probe.py tries rates, is the default for so many examples
-# a step and so many steps; with more examples a step is less noisy and may be larger, by the square root
-# (Malladi et al. 2022, arXiv 2205.10287), and more steps are each smaller. PROBE_EXPONENT is measured:
-# experiments/LOG.md.
+# a step; with more of them a step is less noisy and may be larger, by the square root (Malladi et al.
+# 2022, arXiv 2205.10287).
 REFERENCE_BATCH = 8
-REFERENCE_STEPS = 100
-PROBE_EXPONENT = 0.1
 # The bundled task has few and short examples, one like the other: a machine that has time for 96
 # steps of 8 gets twice as many answers right at twice that rate (experiments/LOG.md).
 BUNDLED_TASK_LR = 2
@@ -493,11 +490,10 @@ def choose_optimization(flags: Flags, config: Config) -> tuple[Flags, str]:
 
 
 def auto_factor(flags: Flags) -> float:
-    """Returns the factor of the default rate with which --lr auto begins: for the run's batch, its steps,
-    and how LoRA's update is scaled."""
+    """Returns the factor of the default rate with which --lr auto begins: for the run's batch, and for how
+    LoRA's update is scaled."""
     batch = flags.batch_size * flags.accumulate * distributed.dp_size()
     factor = math.sqrt(batch / REFERENCE_BATCH)
-    factor *= (REFERENCE_STEPS / flags.steps) ** PROBE_EXPONENT
     if "alpha" not in method_of(flags).options or continues_adapter(flags):
         return factor
     # A step of B A that all ranks take alike is as large as scale x rank: alpha, of rsLoRA alpha x

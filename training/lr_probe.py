@@ -1,13 +1,13 @@
 """--lr auto: a learning rate from what is known of the run, refined by short trainings on its own data.
 
-The first guess follows from method, hidden size, rank, alpha, batch and number of steps (`guess_lr`). Then
-the run's first steps are trained several times, each time from the same weights and with a whole schedule
-of their own, at rates a factor of RATIO apart, until one is better than both of its neighbours; the rate
-is where a parabola through the three losses (over the rate's logarithm) is lowest.
+The first guess follows from method, hidden size, alpha and batch (`auto_factor`). Then the run's first
+steps are trained several times, each time from the same weights and with a whole schedule of their own, at
+rates a factor of RATIO apart, until one is better than both of its neighbours; the rate is where a parabola
+through the three losses (over the rate's logarithm) is lowest.
 
-A short training wants a higher rate than a long one, so the probes' best rate is lowered by a power of the
-ratio of steps. What that power is, and how near the result comes to a sweep's best, is measured:
-docs/sweeps.md has the table.
+In fine-tuning, the best rate of the first eighth of the steps is about that of all of them: docs/sweeps.md
+has a table of what the result costs against a sweep's best. Where a model is trained from scratch it is not:
+there a short training wants a higher rate.
 
 Nothing is left of the probes: weights and random numbers are put back, so that the run is to the bit the
 one of which --lr was typed.
@@ -33,13 +33,13 @@ from methods import lr_factors
 from model import Transformer, eager_mode
 from objectives import RunObjective, kind_of_examples
 from optimizers import make_optimizers
-from training.defaults import PROBE_EXPONENT, Settings
+from training.defaults import Settings
 from training.reference import is_under_adapter, needs_reference
 from training.validation import validate
 
 # A probe takes this share of the run's steps, and at least and at most so many.
 PROBE_SHARE = 1 / 8
-LEAST_STEPS, MOST_STEPS = 8, 50
+LEAST_PROBE_STEPS, MOST_PROBE_STEPS = 8, 50
 # Between two rates that are tried.
 RATIO = 2.5
 # No more rates than that are tried, whatever they say.
@@ -100,8 +100,6 @@ def choose_lr(
             " rate is chosen, where no adapter can be switched off; give --lr"
         )
     steps = probe_steps(settings.steps)
-    # The guess is for all steps; a few of them want more.
-    longer = (settings.steps / steps) ** PROBE_EXPONENT
     probing = ProbingRun(settings, model, objective, data, loader, train_steps, steps)
     with progress("trying rates", None, "step", shown=distributed.is_rank0()) as bar:
 
@@ -111,24 +109,22 @@ def choose_lr(
             bar.set_postfix_str(f"rate {lr:.1e}: validation loss {loss:.4f}")
             return loss
 
-        probes = bracket_best(probe, settings.lr * longer)
+        probes = bracket_best(probe, settings.lr)
     tried = ", ".join(f"{each.lr:.1e}: {each.loss:.4f}" for each in probes)
     if not any(math.isfinite(each.loss) for each in probes):
         raise UserError(f"--lr auto: no rate trains, all losses are infinite ({tried}); give --lr")
-    best = lowest_of_parabola(probes)
     # Two digits, so that what is printed and typed again is the rate to the bit.
-    lr = float(f"{best / longer:.1e}")
+    lr = float(f"{lowest_of_parabola(probes):.1e}")
     print(
-        f"lr auto   --lr {lr:g}, from {settings.lr:g} (by method, size, batch and steps) and {len(probes)} trainings of"
-        f" {number_of(steps, 'step')}: validation loss by rate {tried}; best about {best:.1e}, for"
-        f" {number_of(settings.steps, 'step')} divided by {longer:.2f}"
+        f"lr auto   --lr {lr:g}, from {settings.lr:g} (by method, size and batch) and {len(probes)} trainings of"
+        f" {number_of(steps, 'step')}: validation loss by rate {tried}"
     )
     return dataclasses.replace(settings, lr=lr)
 
 
 def probe_steps(steps: int) -> int:
     """Returns how many steps a probe of a run trains."""
-    wanted = min(max(round(PROBE_SHARE * steps), LEAST_STEPS), MOST_STEPS)
+    wanted = min(max(round(PROBE_SHARE * steps), LEAST_PROBE_STEPS), MOST_PROBE_STEPS)
     return min(wanted, math.ceil(steps / 2))
 
 

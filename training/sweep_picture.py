@@ -13,8 +13,8 @@ MOST_LINES = 8
 # Values of a number that are written at the axis; of more the axis has its usual numbers.
 MOST_TICKS = 8
 # Between the lowest and the highest number, from which on an axis is logarithmic.
-LOG_FROM = 5
-LONGEST_NAME = 20
+LOG_AXIS_FROM = 5
+LONGEST_LABEL = 20
 
 
 def draw_sweep(sweep: Sweep, finished: list[Result], picture: Path) -> None:
@@ -40,7 +40,7 @@ def draw_sweep(sweep: Sweep, finished: list[Result], picture: Path) -> None:
     what = rows[0].outcome.name
     panels[0][0].set_ylabel(f"{what}, first rung" if sweep.search == "halving" else what)
     scores = [row.mean for row in rows]
-    if min(scores) > 0 and max(scores) > LOG_FROM * min(scores):
+    if min(scores) > 0 and max(scores) > LOG_AXIS_FROM * min(scores):
         panels[0][0].set_yscale("log")
     figure.tight_layout()
     with atomic_file(picture) as tmp:
@@ -85,11 +85,11 @@ def draw_option(axes, name: str, rows: list[Row], names: list[str], has_seeds: b
         zorder=5,
     )
 
-    if is_number and min(numbers) > 0 and max(numbers) >= LOG_FROM * min(numbers):
+    if is_number and min(numbers) > 0 and max(numbers) >= LOG_AXIS_FROM * min(numbers):
         axes.set_xscale("log")
     if not is_number or len(words) <= MOST_TICKS:
         # A $ in a name would begin a formula.
-        labels = [printable(word)[:LONGEST_NAME].replace("$", r"\$") for word in words]
+        labels = [printable(word)[:LONGEST_LABEL].replace("$", r"\$") for word in words]
         axes.set_xticks([places[word] for word in words], labels, rotation=30)
         axes.minorticks_off()
     axes.set_xlabel(dashed(name))

@@ -13,11 +13,11 @@ from training.plots import read_metrics
 from training.sweep_words import REDUCTION, Range, Sweep, num_rungs, words_of_values
 
 # Rows of the table: of more trials the best are printed.
-MOST_ROWS = 30
+MOST_TRIALS_SHOWN = 30
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """What a run has reached.
 
     score: of its best validation; name: what that is, such as "validation loss".
@@ -64,18 +64,18 @@ class Result:
     seed: str | None
     seconds: float
     error: str
-    outcome: Outcome | None
+    outcome: RunOutcome | None
 
     def line(self) -> str:
         return json.dumps(dataclasses.asdict(self)) + "\n"
 
     @staticmethod
     def from_dict(line: dict) -> "Result":
-        outcome = line["outcome"] and Outcome(**line["outcome"])
+        outcome = line["outcome"] and RunOutcome(**line["outcome"])
         return Result(**line | {"outcome": outcome})
 
 
-def read_outcome(folder: Path) -> tuple[Outcome | None, str]:
+def read_outcome(folder: Path) -> tuple[RunOutcome | None, str]:
     """Returns what a run in a folder has reached; or None, and why it has no score."""
     lines = read_metrics(folder / "metrics.jsonl")
     config = read_json(folder / "config.json")
@@ -101,7 +101,7 @@ def read_outcome(folder: Path) -> tuple[Outcome | None, str]:
     if best["step"] != after[-1]["step"] and (folder / "best").is_dir():
         weights = "best"
     memory = max((line["memory_mb"] for line in lines if "memory_mb" in line), default=0.0)
-    return Outcome(
+    return RunOutcome(
         best[field], name, higher, best["val_loss"], best["step"], before[0] if before else None, weights,
         best.get("kl_base"), memory,
     ), ""  # fmt: skip
@@ -116,7 +116,7 @@ def is_allowed(line: dict, config: dict) -> bool:
     return forgotten is not None and forgotten < limit
 
 
-def score_text(outcome: Outcome) -> str:
+def score_text(outcome: RunOutcome) -> str:
     """Returns a score in words."""
     text = f"{outcome.name} {outcome.score:.4f}"
     return text + f" (loss {outcome.loss:.4f})" if outcome.higher else text
@@ -138,7 +138,7 @@ class Row:
     high: float
 
     @property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> RunOutcome:
         """That of its best run."""
         outcome = self.results[0].outcome
         assert outcome is not None  # only runs that have one make a row
@@ -206,7 +206,7 @@ def sweep_table(sweep: Sweep, results: list[Result]) -> str:
         heading.append("of the steps")
     heading += ["best after step", "KL to the base", "time", "memory"]
     cells = [heading]
-    for row in rows[:MOST_ROWS]:
+    for row in rows[:MOST_TRIALS_SHOWN]:
         line = [f"{row.number}", *(row.values[name] for name in sweep.space), f"{row.mean:.4f}"]
         if seeds:
             line += [f"{row.low:.4f} to {row.high:.4f}", f"{len(row.results)}"]
@@ -223,8 +223,8 @@ def sweep_table(sweep: Sweep, results: list[Result]) -> str:
         ]
         cells.append(line)
     text = table(cells)
-    if len(rows) > MOST_ROWS:
-        text += f"\n({len(rows) - MOST_ROWS} more in results.jsonl)"
+    if len(rows) > MOST_TRIALS_SHOWN:
+        text += f"\n({len(rows) - MOST_TRIALS_SHOWN} more in results.jsonl)"
     scored = {row.number for row in rows}
     for result in results:
         if result.trial not in scored:

@@ -24,7 +24,7 @@ from training.sweep_results import Result, rows_of_trials
 from training.sweep_words import REDUCTION, Range, Sweep, num_rungs, number_word
 
 # Draws of a combination that no other trial has, before fewer are taken.
-ATTEMPTS = 1000
+MOST_DRAWS = 1000
 
 
 class Trial(NamedTuple):
@@ -89,8 +89,8 @@ class Search:
                 return grid
             return generator.sample(grid, self.sweep.trials)
         drawn: list[dict[str, str]] = []
-        for _ in range(ATTEMPTS * self.sweep.trials):
-            values = {name: draw(name, each, generator) for name, each in space.items()}
+        for _ in range(MOST_DRAWS * self.sweep.trials):
+            values = {name: draw_value(name, each, generator) for name, each in space.items()}
             if values not in drawn:
                 drawn.append(values)
             if len(drawn) == self.sweep.trials:
@@ -148,7 +148,9 @@ class Search:
             for name in self.sweep.space:
                 is_range = isinstance(self.sweep.space[name], Range)
                 values[name] = (
-                    number_word(params[name], is_whole(name)) if is_range else params[name]
+                    number_word(params[name], takes_whole_numbers(name))
+                    if is_range
+                    else params[name]
                 )
             asked.append(values)
         return asked
@@ -158,7 +160,7 @@ class Search:
         values = self.sweep.space[name]
         if not isinstance(values, Range):
             return optuna.distributions.CategoricalDistribution(values)
-        if is_whole(name):
+        if takes_whole_numbers(name):
             return optuna.distributions.IntDistribution(int(values.low), int(values.high), log=True)
         return optuna.distributions.FloatDistribution(values.low, values.high, log=True)
 
@@ -167,20 +169,20 @@ class Search:
         limits = self.sweep.space[name]
         if not isinstance(limits, Range):
             return value
-        if is_whole(name):
+        if takes_whole_numbers(name):
             return int(value)
         # It was rounded to two digits.
         return min(max(float(value), limits.low), limits.high)
 
 
-def is_whole(name: str) -> bool:
+def takes_whole_numbers(name: str) -> bool:
     """True if an option's values are whole numbers."""
     return "float" not in str(OPTIONS[name].type)
 
 
-def draw(name: str, values: tuple[str, ...] | Range, generator: random.Random) -> str:
+def draw_value(name: str, values: tuple[str, ...] | Range, generator: random.Random) -> str:
     """Returns a value of an option: of a list any, of a range so that each factor of ten is equally likely."""
     if not isinstance(values, Range):
         return generator.choice(values)
     low, high = math.log(values.low), math.log(values.high)
-    return number_word(math.exp(generator.uniform(low, high)), is_whole(name))
+    return number_word(math.exp(generator.uniform(low, high)), takes_whole_numbers(name))

@@ -26,7 +26,7 @@ SEARCHES = ("auto", "grid", "random", "halving", "tpe")
 # Successive halving keeps the best one of so many, and trains it so many times as long.
 REDUCTION = 3
 # A rung of fewer steps would tell nothing.
-LEAST_STEPS = 5
+LEAST_RUNG_STEPS = 5
 # Options that sweep.py itself sets for each run, or that belong to no run of a sweep.
 OF_THE_SWEEP = ("out", "overwrite", "resume", "plan", "gpus", "gpu_memory", "profile", "push")
 # Options that say where a run computes, which is no question of what is best.
@@ -102,7 +102,7 @@ def sweep_arguments(argv: list[str] | None = None) -> Sweep:
     if "--" in words:
         place = words.index("--")
         own, base = words[:place], words[place + 1 :]
-    args = cli.parse_args(make_parser(), own, TRAIN_NAMES)
+    args = cli.parse_args(make_sweep_parser(), own, TRAIN_NAMES)
     if args.resume:
         return resumed_sweep(args, base)
     refuse_options_of_the_sweep(base)
@@ -118,7 +118,7 @@ def sweep_arguments(argv: list[str] | None = None) -> Sweep:
     return checked(sweep)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_sweep_parser() -> argparse.ArgumentParser:
     """Returns the parser of sweep.py's own flags and of the options that can be tried."""
     parser = argparse.ArgumentParser(
         "sweep.py",
@@ -379,7 +379,7 @@ def length_of_runs(sweep: Sweep, flags: Flags) -> tuple[str, float]:
         return "epochs", float(flags.epochs)
     rungs = num_rungs(sweep.trials)
     first = flags.steps / REDUCTION ** (rungs - 1)
-    if first < LEAST_STEPS:
+    if first < LEAST_RUNG_STEPS:
         raise UserError(
             f"--trials {sweep.trials}: in halving, the first of {rungs} rungs would train {first:.1f} of"
             f" --steps {flags.steps}, which tells nothing; fewer trials, or more steps"

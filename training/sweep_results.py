@@ -81,7 +81,7 @@ def read_outcome(folder: Path) -> tuple[RunOutcome | None, str]:
     config = read_json(folder / "config.json")
     metric = config["eval_metric"]
     field = "val_loss" if metric is None else f"val_{metric}"
-    name = "validation loss" if metric is None else f"--eval-metric {metric}"
+    name = "validation loss" if metric is None else metric
     validations = [
         line for line in lines if line.get("val_loss") is not None and line.get(field) is not None
     ]

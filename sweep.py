@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +74,7 @@ def main() -> None:
     with lasting_output(remark), FolderLock() as lock:
         open_sweep(sweep, lock)
         runner = Runner(sweep)
-        with signals_for(runner):
+        with StopSignals(runner):
             runner.run_all()
         if runner.stopped_by:
             where = shlex.quote(sweep.out)
@@ -292,10 +293,19 @@ class Runner:
         return f"{name}: {score_text(result.outcome)}, {format_duration(result.seconds)}{left}"
 
     def drop_weights(self) -> None:
-        """Removes the weights of all runs but the best one's, if --keep-all does not ask for them."""
+        """Removes the weights of all runs but the best one's, if --keep-all does not ask for them. A trial
+        that has seeds to come may still be the best."""
         if self.sweep.keep_all:
             return
-        finished = [result for result in self.results if result.outcome]
+        repeats = max(1, len(self.sweep.seeds))
+        ended = Counter((result.trial, result.rung) for result in self.results)
+        finished = [
+            result
+            for result in self.results
+            if result.outcome and ended[result.trial, result.rung] == repeats
+        ]
+        if not finished:
+            return
         best = rows_of_trials(finished)[0].results[0]
         for result in finished:
             if result is best:
@@ -321,7 +331,7 @@ class Runner:
                 each.process.send_signal(number)
 
 
-class signals_for:
+class StopSignals:
     """A block in which a signal ends the runs at hand, which keep a checkpoint, and then the sweep; a
     second one ends them at once."""
 

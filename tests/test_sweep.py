@@ -426,6 +426,14 @@ def test_weights_are_kept_where_asked_for_and_seeds_are_means(stand_in, monkeypa
     assert "command   python train.py --data assets/booking_val.jsonl --steps 300 --lr 1e-3 --seed 0" in out
 
 
+def test_the_weights_of_the_best_run_of_the_best_trial_are_there(stand_in, monkeypatch, capsys):
+    # The second trial is the better one, and its first seed the better run, which ends when no other has.
+    words = ["--lr", "2e-3,1e-3", "--seed", "0,3", "--out", stand_in, "--", *BASE.split()]
+    out = output_of(sweep, monkeypatch, capsys, *words)
+    best = stand_in / "trial-002-seed-0" / "best"
+    assert [*stand_in.glob("trial-*/best")] == [best] and f"its weights: {best}" in out
+
+
 def test_a_trial_that_dies_is_counted_and_the_others_go_on(stand_in, monkeypatch, capsys):
     words = ["--lr", "7,8,1e-3,2e-3", "--out", stand_in, "--", *BASE.split()]
     out = output_of(sweep, monkeypatch, capsys, *words)

@@ -277,13 +277,21 @@ def show(results: dict) -> None:
         points.append((method, exact, rise))
         first = runs[0]
         merged = [run["merged"] for run in runs if "merged" in run]
-        cells = (
-            method, f"{rate:g}{edge}", f"{len(runs)}", spread(exact, ".0f"),
-            spread([run["val_loss"] for run in runs], ".3f"), spread(rise, "+.3f"), spread([run["kl_base"] for run in runs], ".2f"), f"{first['trained_parameters']:,}",
-            f"{first['file_bytes'] / 1e6:.1f} MB", f"{first['memory_mb'] / 1000:.1f} GB",
-            format_duration(min(run["seconds"] for run in runs)), f"{max(run['unmerged'] for run in runs):.0f}",
+        cells = [
+            method,
+            f"{rate:g}{edge}",
+            f"{len(runs)}",
+            spread(exact, ".0f"),
+            spread([run["val_loss"] for run in runs], ".3f"),
+            spread(rise, "+.3f"),
+            spread([run["kl_base"] for run in runs], ".2f"),
+            f"{first['trained_parameters']:,}",
+            f"{first['file_bytes'] / 1e6:.1f} MB",
+            f"{first['memory_mb'] / 1000:.1f} GB",
+            format_duration(min(run["seconds"] for run in runs)),
+            f"{max(run['unmerged'] for run in runs):.0f}",
             f"{max(merged):.0f}" if merged else "",
-        )  # fmt: skip
+        ]
         print(f"| {' | '.join(cells)} |")
     if points:
         draw(points)

@@ -341,9 +341,11 @@ class StopSignals:
     def __enter__(self) -> None:
         self.before = {}
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # Under nohup the sweep is to outlive its terminal.
-            if signal.getsignal(number) != signal.SIG_IGN:
-                self.before[number] = signal.signal(number, self.note)
+            # Under nohup the sweep is to outlive its terminal. (A shell has its background jobs ignore
+            # SIGINT, which who sends it all the same means.)
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
+            self.before[number] = signal.signal(number, self.note)
 
     def note(self, number: int, frame) -> None:
         is_second = bool(self.runner.stopped_by)

@@ -318,6 +318,15 @@ def test_tpe_is_optunas_own(tmp_path):
     assert (same.number, same.values) == (2, rounds[1][0].values)
 
 
+def test_a_resumed_tpe_runs_the_seeds_that_are_missing(tmp_path):
+    found = parse(f"--lr 1e-5..1e-1 --trials 2 --seed 0,1 --search tpe --out {tmp_path} -- {BASE}")
+    (first,) = next(Search(found).rounds([]))
+    (again,) = next(Search(found).rounds([result(1, 1.0, first.values, seed="0")]))
+    assert again == first
+    (second,) = next(Search(found).rounds([result(1, 1.0, first.values, seed=seed) for seed in "01"]))
+    assert second.number == 2
+
+
 # ---- what came of a run ----
 
 

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -107,8 +108,9 @@ class Search:
         file = Path(self.sweep.out) / "chosen.json"
         chosen = json.loads(file.read_text()) if file.is_file() else []
         while True:
-            done = {each.trial for each in results}
-            waiting = [number for number in range(1, len(chosen) + 1) if number not in done]
+            ended = Counter(each.trial for each in results)
+            numbers = range(1, len(chosen) + 1)
+            waiting = [number for number in numbers if ended[number] < self.repeats]
             if not waiting:
                 count = min(self.sweep.at_once, self.sweep.trials - len(chosen))
                 if not count:

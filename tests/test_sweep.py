@@ -209,6 +209,17 @@ def test_lengths_that_differ_between_trials_are_refused(monkeypatch):
     assert parse("--lr 1,2 -- --full-run").trials == 2
 
 
+@pytest.mark.parametrize("words", ["--search grid", "--draw-seed 5", "--processes 2", "--trials 3"])
+def test_a_resumed_sweep_takes_no_other_flags(words, tmp_path, monkeypatch):
+    sweep_words.save_sweep(parse(f"--lr 1,2 --at-once 2 --out {tmp_path} -- {BASE}"))
+    with pytest.raises(UserError, match=f"the sweep goes on as it was begun; leave {words.split()[0]} out"):
+        parse(f"--resume --out {tmp_path} {words}")
+    assert parse(f"--resume --out {tmp_path}").at_once == 2
+    assert parse(f"--resume --out {tmp_path} --at-once 1").at_once == 1
+    with pytest.raises(UserError, match="--at-once 0: must be above 0"):
+        parse(f"--resume --out {tmp_path} --at-once 0")
+
+
 def test_a_folder_that_is_used_is_refused(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match="holds something else; name another folder"):

@@ -220,6 +220,12 @@ def test_a_resumed_sweep_takes_no_other_flags(words, tmp_path, monkeypatch):
         parse(f"--resume --out {tmp_path} --at-once 0")
 
 
+def test_a_range_is_the_same_when_the_sweep_is_resumed(tmp_path):
+    begun = parse(f"--lr 0.000123456789..0.01 --trials 3 --out {tmp_path} -- {BASE}")
+    sweep_words.save_sweep(begun)
+    assert parse(f"--resume --out {tmp_path}").space == begun.space
+
+
 def test_a_folder_that_is_used_is_refused(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match="holds something else; name another folder"):

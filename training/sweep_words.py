@@ -420,7 +420,8 @@ def save_sweep(sweep: Sweep) -> None:
     """Writes sweep.json, by which the sweep is resumed."""
     values = dataclasses.asdict(sweep)
     values["space"] = {
-        name: str(value) if isinstance(value, Range) else list(value)
+        # As it was typed: fewer digits would be another range.
+        name: f"{value.low!r}..{value.high!r}" if isinstance(value, Range) else list(value)
         for name, value in sweep.space.items()
     }
     del values["is_resumed"]

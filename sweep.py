@@ -71,9 +71,13 @@ WEIGHT_FOLDERS = ("best", "final", "checkpoints")
 def main() -> None:
     sweep = sweep_arguments()
     remark = "stdout is closed; what follows is not printed, results.jsonl has the results"
+    # What these refuse is said before anything is written.
+    devices = devices_of_slots(sweep)
+    if sweep.search != "tpe":
+        Search(sweep).combinations()
     with lasting_output(remark), FolderLock() as lock:
         open_sweep(sweep, lock)
-        runner = Runner(sweep)
+        runner = Runner(sweep, devices)
         with StopSignals(runner):
             runner.run_all()
         if runner.stopped_by:
@@ -147,17 +151,18 @@ class Running(NamedTuple):
 class Runner:
     """Starts the runs of a sweep, at most --at-once at a time, and gathers what came of them.
 
+    devices: the environment variables of each of --at-once runs.
     stopped_by: the number of the signal that ends the sweep; 0: none.
     results: of all runs that have ended.
     """
 
-    def __init__(self, sweep: Sweep):
+    def __init__(self, sweep: Sweep, devices: list[dict[str, str]]):
         self.sweep = sweep
+        self.devices = devices
         self.out = Path(sweep.out)
         self.running: list[Running] = []
         self.stopped_by = 0
         self.results = self.finished_before()
-        self.devices = devices_of_slots(sweep)
         # Runs that failed one after the other, with the words of their last lines.
         self.failures = [""] if self.results else []
         self.start = time.monotonic()

@@ -484,6 +484,12 @@ def test_trials_that_all_die_end_the_sweep(stand_in, monkeypatch, capsys):
     assert code == 2 and err.startswith("error: none of 2 runs has a score; the first, trial-001: exit code 1")
 
 
+def test_nothing_is_written_where_the_values_are_too_few(stand_in, monkeypatch, capsys):
+    words = ["--rank", "1..3", "--trials", 20, "--search", "random", "--out", stand_in, "--", *BASE.split()]
+    refused = refusal_of(sweep, monkeypatch, capsys, *words)
+    assert "--trials 20: the ranges have only 3 different values" in refused and not stand_in.exists()
+
+
 def test_several_at_once_share_the_cores(stand_in, monkeypatch, capsys):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     words = ["--lr", "1e-3,2e-3,3e-3", "--at-once", 2, "--out", stand_in, "--", *BASE.split()]

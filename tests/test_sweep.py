@@ -490,6 +490,13 @@ def test_nothing_is_written_where_the_values_are_too_few(stand_in, monkeypatch, 
     assert "--trials 20: the ranges have only 3 different values" in refused and not stand_in.exists()
 
 
+def test_a_run_that_leaves_no_measurements_is_counted_and_the_others_go_on(stand_in, monkeypatch, capsys):
+    with sweep.TRAIN_SCRIPT.open("a") as file:
+        file.write("if lr == 6:\n    (out / 'metrics.jsonl').unlink()\n")
+    out = output_of(sweep, monkeypatch, capsys, "--lr", "6,1e-3", "--out", stand_in, "--", *BASE.split())
+    assert "trial-001 --lr 6: FAILED, what it measured can't be read" in out and "best      trial 2" in out
+
+
 def test_several_at_once_share_the_cores(stand_in, monkeypatch, capsys):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     words = ["--lr", "1e-3,2e-3,3e-3", "--at-once", 2, "--out", stand_in, "--", *BASE.split()]

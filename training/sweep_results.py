@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.console import format_duration, table
-from common.errors import read_json
+from common.errors import UserError, first_line, read_json
 from flags import dashed
 from training.plots import read_metrics
 from training.sweep_words import REDUCTION, Range, Sweep, num_rungs, words_of_values
@@ -77,8 +77,11 @@ class Result:
 
 def read_outcome(folder: Path) -> tuple[RunOutcome | None, str]:
     """Returns what a run in a folder has reached; or None, and why it has no score."""
-    lines = read_metrics(folder / "metrics.jsonl")
-    config = read_json(folder / "config.json")
+    try:
+        lines = read_metrics(folder / "metrics.jsonl")
+        config = read_json(folder / "config.json")
+    except (OSError, ValueError, UserError) as error:
+        return None, f"what it measured can't be read: {first_line(error)}"
     metric = config["eval_metric"]
     field = "val_loss" if metric is None else f"val_{metric}"
     name = "validation loss" if metric is None else metric

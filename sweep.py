@@ -39,12 +39,12 @@ from common.files import atomic_file
 from common.folder_lock import FolderLock, find_holder
 from common.progress import Progress, progress
 from flags import dashed
-from training.plots import read_metrics
 from training.sweep_picture import draw_sweep
 from training.sweep_results import (
     Result,
     edge_remarks,
     read_outcome,
+    read_results,
     rows_of_trials,
     score_text,
     sweep_table,
@@ -173,7 +173,7 @@ class Runner:
         file = self.out / "results.jsonl"
         if not self.sweep.is_resumed or not file.is_file():
             return []
-        results = [Result.from_dict(line) for line in read_metrics(file)]
+        results = read_results(file)
         finished = [result for result in results if not result.error]
         again = len(results) - len(finished)
         tried = f", {number_of(again, 'run')} failed: tried again" if again else ""

@@ -497,6 +497,20 @@ def test_a_run_that_leaves_no_measurements_is_counted_and_the_others_go_on(stand
     assert "trial-001 --lr 6: FAILED, what it measured can't be read" in out and "best      trial 2" in out
 
 
+def test_a_result_that_was_written_in_part_is_measured_again(stand_in, monkeypatch, capsys):
+    words = ["--lr", "1e-3,2e-3", "--out", stand_in, "--", *BASE.split()]
+    output_of(sweep, monkeypatch, capsys, *words)
+    file = stand_in / "results.jsonl"
+    whole = file.read_text()
+    file.write_text(whole[:-20])
+    (stand_in / "order.txt").write_text("")
+    output_of(sweep, monkeypatch, capsys, "--out", stand_in, "--resume")
+    assert order(stand_in) == ["trial-002"] and file.read_text().count("\n") == 2
+    file.write_text("no results\n")
+    refused = refusal_of(sweep, monkeypatch, capsys, "--out", stand_in, "--resume")
+    assert f"{file}: is not a file of sweep.py" in refused and file.read_text() == "no results\n"
+
+
 def test_several_at_once_share_the_cores(stand_in, monkeypatch, capsys):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     words = ["--lr", "1e-3,2e-3,3e-3", "--at-once", 2, "--out", stand_in, "--", *BASE.split()]

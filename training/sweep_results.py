@@ -75,6 +75,20 @@ class Result:
         return Result(**line | {"outcome": outcome})
 
 
+def read_results(file: Path) -> list[Result]:
+    """Returns the results in a results.jsonl. A last line that was written in part is left out: its run is
+    read again.
+
+    Raises UserError if the file is another one.
+    """
+    # What stands behind the last end of a line is such a part.
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    try:
+        return [Result.from_dict(json.loads(line)) for line in lines]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file}: is not a file of sweep.py") from None
+
+
 def read_outcome(folder: Path) -> tuple[RunOutcome | None, str]:
     """Returns what a run in a folder has reached; or None, and why it has no score."""
     try:

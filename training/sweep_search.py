@@ -10,7 +10,6 @@ command repeats.
 """
 
 import itertools
-import json
 import math
 import random
 from collections import Counter
@@ -18,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from common.errors import UserError
+from common.errors import UserError, read_json
 from common.files import atomic_file, write_json
 from flags import OPTIONS
 from training.sweep_results import Result, rows_of_trials
@@ -106,7 +105,7 @@ class Search:
         """Yields as many trials as run at the same time, chosen from the results so far by TPE, the
         tree-structured Parzen estimator (Bergstra et al. 2011)."""
         file = Path(self.sweep.out) / "chosen.json"
-        chosen = json.loads(file.read_text()) if file.is_file() else []
+        chosen = read_json(file, list) if file.is_file() else []
         while True:
             ended = Counter(each.trial for each in results)
             numbers = range(1, len(chosen) + 1)

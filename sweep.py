@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -64,6 +65,8 @@ TRAIN_SCRIPT = Path(__file__).resolve().parent / "train.py"
 POLL_SECONDS = 0.2
 # So many trials that end with the same words, and nothing else, end the sweep: its options are wrong.
 SAME_FAILURES = 3
+# Of a log, where its last words are; torchrun adds some hundred for each process.
+LOG_END_BYTES = 16_384
 # What a folder of a run holds that only its weights are: removed once another trial is better.
 WEIGHT_FOLDERS = ("best", "final", "checkpoints")
 
@@ -395,10 +398,14 @@ def devices_of_slots(sweep: Sweep) -> list[dict[str, str]]:
 
 
 def last_words(log: Path, code: int) -> str:
-    """Returns why a run has ended: the last line of its log, and its exit code or signal."""
+    """Returns why a run has ended: the last line of its log, and its exit code or signal. Of several
+    processes it is the last error of one, as torchrun's own lines follow."""
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 4096))
+        file.seek(max(0, log.stat().st_size - LOG_END_BYTES))
         lines = file.read().decode(errors="replace").strip().splitlines()
+    if lines and not lines[-1].strip("= "):
+        own = [line for line in lines if re.match(r"(rank \d+: )?error: ", line)]
+        lines = own or lines
     said = printable(lines[-1].strip())[:300] if lines else "it said nothing"
     if code < 0:
         name = signal.Signals(-code).name if -code in {*signal.Signals} else str(-code)

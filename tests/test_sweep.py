@@ -511,6 +511,14 @@ def test_a_result_that_was_written_in_part_is_measured_again(stand_in, monkeypat
     assert f"{file}: is not a file of sweep.py" in refused and file.read_text() == "no results\n"
 
 
+def test_the_words_of_a_run_of_several_processes_are_its_own(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("step 1\nrank 1: error: the loss is nan\nE1201 torch/elastic: failed\n" + "=" * 60 + "\n")
+    assert sweep.last_words(log, 1) == "exit code 1: rank 1: error: the loss is nan"
+    log.write_text("error: an old one\n" + "x\n" * 20_000)
+    assert sweep.last_words(log, 1) == "exit code 1: x"
+
+
 def test_several_at_once_share_the_cores(stand_in, monkeypatch, capsys):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     words = ["--lr", "1e-3,2e-3,3e-3", "--at-once", 2, "--out", stand_in, "--", *BASE.split()]

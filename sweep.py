@@ -50,7 +50,7 @@ from training.sweep_results import (
     score_text,
     sweep_table,
 )
-from training.sweep_search import Search, Trial
+from training.sweep_search import Search, Trial, share_of_rung
 from training.sweep_words import (
     REDUCTION,
     Sweep,
@@ -468,8 +468,12 @@ def report_sweep(sweep: Sweep, results: list[Result]) -> None:
     where = f"its weights: {weights}" if weights.is_dir() else "its weights were not kept"
     print(f"\nbest      trial {best.number}, {score_text(outcome)}; {where}")
     print(f"picture   {out / 'sweep.png'}")
-    words = sweep.words_of(winner.values, winner.seed)
-    print(f"command   python train.py {shlex.join(words)}")
+    share = share_of_rung(best.rung, num_rungs(sweep.trials))
+    words = sweep.words_of(winner.values, winner.seed, share)
+    program = "python train.py"
+    if sweep.processes > 1:
+        program = f"torchrun --standalone --nproc-per-node {sweep.processes} train.py"
+    print(f"command   {program} {shlex.join(words)}")
 
 
 if __name__ == "__main__":

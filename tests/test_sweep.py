@@ -519,6 +519,17 @@ def test_the_words_of_a_run_of_several_processes_are_its_own(tmp_path):
     assert sweep.last_words(log, 1) == "exit code 1: x"
 
 
+def test_the_command_is_that_of_the_winner_with_its_processes_and_its_steps(stand_in, monkeypatch, capsys):
+    found = parse(f"--lr 1e-3,2e-3,3e-3 --trials 3 --search halving --processes 2 --out {stand_in} -- {BASE}")
+    # The run of all steps has died, so that the best is one of the first rung.
+    results = [result(n, float(n), {"lr": f"{n}e-3"}, rung=0) for n in (1, 2, 3)]
+    results.append(result(1, None, {"lr": "1e-3"}, rung=1))
+    stand_in.mkdir()
+    sweep.report_sweep(found, results)
+    typed = "torchrun --standalone --nproc-per-node 2 train.py"
+    assert f"command   {typed} {BASE} --lr 1e-3 --steps 100\n" in capsys.readouterr().out
+
+
 def test_several_at_once_share_the_cores(stand_in, monkeypatch, capsys):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     words = ["--lr", "1e-3,2e-3,3e-3", "--at-once", 2, "--out", stand_in, "--", *BASE.split()]

@@ -69,7 +69,7 @@ class Search:
             yield trials
             return
         for rung in range(self.rungs):
-            share = REDUCTION ** (rung - self.rungs + 1)
+            share = share_of_rung(rung, self.rungs)
             yield [Trial(trial.number, trial.values, rung, share) for trial in trials]
             rows = rows_of_trials([each for each in results if each.rung == rung and each.outcome])
             kept = max(1, len(drawn) // REDUCTION ** (rung + 1))
@@ -174,6 +174,11 @@ class Search:
             return int(value)
         # It was rounded to two digits.
         return min(max(float(value), limits.low), limits.high)
+
+
+def share_of_rung(rung: int | None, rungs: int) -> float:
+    """Returns which share of a whole run's steps is trained in a rung; rung: None where there are none."""
+    return 1.0 if rung is None else REDUCTION ** (rung - rungs + 1)
 
 
 def takes_whole_numbers(name: str) -> bool:

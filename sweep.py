@@ -245,6 +245,9 @@ class Runner:
                 env=os.environ | self.devices[slot],
             )
         self.running.append(Running(run, process, slot, time.monotonic()))
+        # The signal may have come before the run was among those at hand.
+        if self.stopped_by:
+            self.stop_running()
 
     def take(self, ended: Running, search: Search, bar: Progress) -> None:
         """Reads what came of a run, notes it, and prints a line about it.

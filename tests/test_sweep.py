@@ -530,6 +530,20 @@ def test_the_command_is_that_of_the_winner_with_its_processes_and_its_steps(stan
     assert f"command   {typed} {BASE} --lr 1e-3 --steps 100\n" in capsys.readouterr().out
 
 
+def test_a_signal_that_comes_while_a_run_is_started_ends_it(stand_in, monkeypatch, capsys):
+    class Signalled(subprocess.Popen):
+        def __init__(self, *words, **options):
+            super().__init__(*words, **options)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", Signalled)
+    begin = time.monotonic()
+    words = ["--lr", "9,1e-3", "--out", stand_in, "--", *BASE.split()]
+    out, _, code = command(sweep, monkeypatch, capsys, *words)
+    # Without the signal it would take a minute.
+    assert code == 128 + signal.SIGTERM and "stopped   go on by" in out and time.monotonic() - begin < 30
+
+
 def test_several_at_once_share_the_cores(stand_in, monkeypatch, capsys):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     words = ["--lr", "1e-3,2e-3,3e-3", "--at-once", 2, "--out", stand_in, "--", *BASE.split()]

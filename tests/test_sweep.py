@@ -1,10 +1,12 @@
 """sweep.py: which trials run, what comes of them, and what is refused. Most runs are of a stand-in for train.py, which
 writes what train.py would; the last tests are of train.py itself."""
 
+import dataclasses
 import itertools
 import json
 import math
 import os
+import random
 import re
 import shlex
 import signal
@@ -23,7 +25,7 @@ import train
 from common.errors import UserError
 from training import sweep_words
 from training.sweep_results import Result, RunOutcome, edge_remarks, read_outcome, rows_of_trials
-from training.sweep_search import Search
+from training.sweep_search import Search, combination
 from training.sweep_words import Range, Sweep, num_rungs, read_values, sweep_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -279,6 +281,17 @@ def test_drawn_trials_are_all_different_and_follow_from_the_seed():
     assert trials_of(typed) == [trials] and trials_of(f"{typed} --draw-seed 1") != [trials]
     with pytest.raises(UserError, match="--trials 20: the ranges have only 3 different values"):
         trials_of("--rank 1..3 --trials 20 --search random")
+
+
+def test_combinations_are_drawn_from_a_grid_that_is_never_built():
+    space = {"lr": ("1", "2"), "method": ("lora", "full"), "warmup": ("1", "2", "3")}
+    grid = [dict(zip(space, values)) for values in itertools.product(*space.values())]
+    assert [combination(space, number) for number in range(12)] == grid
+    found = dataclasses.replace(parse(f"--lr 1,2 --trials 2 --search random -- {BASE}"), trials=5)
+    drawn = Search(dataclasses.replace(found, space=space)).combinations()
+    assert drawn == random.Random(0).sample(grid, 5)
+    many = dataclasses.replace(found, space={name: tuple("123456789") for name in "abcdefghijkl"})
+    assert len(Search(many).combinations()) == 5
 
 
 def test_a_range_is_drawn_by_its_logarithm():

@@ -84,10 +84,11 @@ class Search:
         generator = random.Random(self.sweep.draw_seed)
         lists = [values for values in space.values() if not isinstance(values, Range)]
         if len(lists) == len(space):
-            grid = [dict(zip(space, values, strict=True)) for values in itertools.product(*lists)]
             if self.sweep.search == "grid":
-                return grid
-            return generator.sample(grid, self.sweep.trials)
+                return [dict(zip(space, each, strict=True)) for each in itertools.product(*lists)]
+            # By their numbers, as there may be more combinations than fit in memory.
+            numbers = generator.sample(range(math.prod(map(len, lists))), self.sweep.trials)
+            return [combination(space, number) for number in numbers]
         drawn: list[dict[str, str]] = []
         for _ in range(MOST_DRAWS * self.sweep.trials):
             values = {name: draw_value(name, each, generator) for name, each in space.items()}
@@ -174,6 +175,15 @@ class Search:
             return int(value)
         # It was rounded to two digits.
         return min(max(float(value), limits.low), limits.high)
+
+
+def combination(lists: dict[str, tuple[str, ...]], number: int) -> dict[str, str]:
+    """Returns a combination of a grid by its number, as itertools.product counts: the last value fastest."""
+    values = {}
+    for name in reversed(lists):
+        number, place = divmod(number, len(lists[name]))
+        values[name] = lists[name][place]
+    return {name: values[name] for name in lists}
 
 
 def share_of_rung(rung: int | None, rungs: int) -> float:

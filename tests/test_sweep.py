@@ -18,13 +18,13 @@ from pathlib import Path
 import optuna
 import pytest
 from support.helpers import chat_base, command, output_of, refusal_of
-from support.runs import lines, records
+from support.runs import after_lines, lines, records
 
 import sweep
 import train
 from common.errors import UserError
 from training import sweep_words
-from training.sweep_results import Result, RunOutcome, edge_remarks, read_outcome, rows_of_trials
+from training.sweep_results import Result, RunOutcome, edge_remarks, read_outcome, rows_of_trials, sweep_table
 from training.sweep_search import Search, combination
 from training.sweep_words import Range, Sweep, num_rungs, read_values, sweep_arguments
 
@@ -71,6 +71,13 @@ def stand_in(tmp_path, monkeypatch) -> Path:
 
 def parse(typed: str) -> Sweep:
     return sweep_arguments(shlex.split(typed))
+
+
+def program() -> list[str]:
+    """What starts sweep.py with the stand-in as a process."""
+    text = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sweep, pathlib\n"
+    text += f"sweep.TRAIN_SCRIPT = pathlib.Path({str(sweep.TRAIN_SCRIPT)!r})\n"
+    return [sys.executable, "-c", text + "from common.errors import run\nrun(sweep.main)"]
 
 
 def order(out: Path) -> list[str]:
@@ -578,11 +585,8 @@ def test_halving_runs_fewer_and_longer(stand_in, monkeypatch, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_and_a_resumed_sweep_goes_on(stand_in, number):
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sweep, pathlib\n"
-    program += f"sweep.TRAIN_SCRIPT = pathlib.Path({str(sweep.TRAIN_SCRIPT)!r})\n"
-    program += "from common.errors import run\nrun(sweep.main)"
     words = ["--lr", "1e-3,9,2e-3", "--out", str(stand_in), "--", *BASE.split()]
-    started = subprocess.Popen([sys.executable, "-c", program, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    started = subprocess.Popen([*program(), *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (stand_in / "trial-002" / "again").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -590,7 +594,7 @@ def test_a_signal_ends_the_run_and_a_resumed_sweep_goes_on(stand_in, number):
     out, _ = started.communicate(timeout=30)
     assert started.returncode == 128 + number
     assert f"stopped   go on by: python sweep.py --out {stand_in} --resume" in out
-    again = [sys.executable, "-c", program, "--out", str(stand_in), "--resume"]
+    again = [*program(), "--out", str(stand_in), "--resume"]
     done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert order(stand_in) == ["trial-001", "trial-002", "trial-002", "trial-003"]
@@ -610,6 +614,64 @@ def test_a_sweep_is_resumed_where_it_was_begun_and_by_one_process(stand_in, tmp_
     assert f"--resume: the sweep was begun in {ROOT}; start from there" in refused
 
 
+def test_a_second_signal_ends_the_run_at_once(stand_in):
+    # A run that does not hear the first one.
+    sweep.TRAIN_SCRIPT.write_text("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + STAND_IN)
+    words = ["--lr", "9,2e-3", "--out", str(stand_in), "--", *BASE.split()]
+    started = subprocess.Popen([*program(), *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (stand_in / "trial-001" / "again").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    started.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        started.wait(1)
+    started.send_signal(signal.SIGTERM)
+    out, _ = started.communicate(timeout=30)
+    assert started.returncode == 128 + signal.SIGTERM and "stopped   go on by" in out
+
+
+def test_a_sweep_goes_on_where_nobody_reads_what_it_prints(stand_in):
+    words = ["--lr", "1e-3,2e-3,3e-3", "--out", str(stand_in), "--", *BASE.split()]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = subprocess.Popen([*program(), *words], cwd=ROOT, **pipes)
+    assert started.stdout.readline().startswith("sweep     3 trials")
+    started.stdout.close()
+    said = started.stderr.read()
+    assert started.wait(60) == 0 and "Traceback" not in said and "stdout is closed" in said
+    assert len(order(stand_in)) == 3 and (stand_in / "sweep.png").is_file()
+
+
+def test_a_folder_of_any_name_is_named_so_that_it_can_be_typed(stand_in, monkeypatch, capsys):
+    monkeypatch.chdir(stand_in.parent)
+    base = ["--data", ROOT / "assets/booking_val.jsonl", "--system", "It's ü $x", "--steps", "9"]
+    out = output_of(sweep, monkeypatch, capsys, "--lr", "1e-3,2e-3", "--out", "a b/ü $x", "--", *base)
+    typed = shlex.split(re.search(r"command   python train.py (.*)", out)[1])
+    assert typed == [*map(str, base), "--lr", "1e-3"] and Path("a b/ü $x/sweep.png").is_file()
+
+
+def test_each_of_several_runs_has_gpus_of_its_own(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = parse(f"--lr 1,2 --at-once 2 --processes 2 -- {BASE}")
+    assert sweep.devices_of_slots(found) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,6")
+    one_each = dataclasses.replace(found, processes=1)
+    assert sweep.devices_of_slots(one_each) == [{"CUDA_VISIBLE_DEVICES": "5"}, {"CUDA_VISIBLE_DEVICES": "7"}]
+    with pytest.raises(UserError, match="--at-once 2: takes 4 GPUs, and there are 3"):
+        sweep.devices_of_slots(found)
+
+
+def test_a_long_table_has_the_best_and_names_those_without_a_score():
+    found = parse(f"--lr 1e-5..1e-1 --trials 40 -- {BASE}")
+    results = [result(n, 100.0 - n, {"lr": f"{n}e-4"}) for n in range(1, 36)] + [result(36, None, {"lr": "1"})]
+    rows = sweep_table(found, results).splitlines()
+    assert [line.split()[0] for line in rows[2:32]] == [str(n) for n in range(35, 5, -1)]
+    assert rows[32:] == ["(5 more in results.jsonl)", "trial 36 (--lr 1): died"]
+
+
 # ---- sweeps of train.py ----
 
 
@@ -625,3 +687,42 @@ def test_the_winners_command_gives_the_winner_again(tmp_path, monkeypatch, capsy
     assert lines(Path("again"))[-1]["val_loss"] == lines(Path("mine/trial-001"))[-1]["val_loss"]
     assert Path("mine/trial-001/final/adapter_model.safetensors").is_file()
     assert os.listdir("mine").count("sweep.png") == 1
+
+
+def test_a_training_that_diverges_is_counted_and_named_by_its_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    chat_base(tmp_path / "base")
+    records(tmp_path / "train.jsonl", 24, 0)
+    words = "--model base --data train.jsonl --val-fraction 0.3 --steps 3 --batch-size 4 --dtype fp32 --device cpu"
+    typed = ["--lr", "1e9,1e-3", "--out", "mine", "--", *words.split(), "--method", "full"]
+    out = output_of(sweep, monkeypatch, capsys, *typed)
+    assert re.search(r"trial-001 --lr 1e9: FAILED, exit code 2: error: .* is nan; stopped, try a lower --lr", out)
+    assert "WARNING   1 run of 2 failed" in out and "best      trial 2" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_sweep_has_the_results_of_a_whole_one(number, tmp_path):
+    chat_base(tmp_path / "base")
+    records(tmp_path / "train.jsonl", 24, 0)
+    words = "--model base --data train.jsonl --val-fraction 0.3 --steps 40 --eval-every 10 --batch-size 4 --dtype fp32"
+    line = [sys.executable, str(ROOT / "sweep.py"), "--lr", "1e-3,1e-2"]
+    base = ["--", *words.split(), "--device", "cpu"]
+    subprocess.run([*line, "--out", "whole", *base], cwd=tmp_path, check=True, capture_output=True)
+    started = subprocess.Popen([*line, "--out", "cut", *base], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    reached = after_lines(tmp_path / "cut/trial-001", 12, 0)
+    while not reached():
+        assert started.poll() is None
+        time.sleep(0.02)
+    started.send_signal(number)
+    started.wait(60)
+    again = [*line[:2], "--out", "cut", "--resume"]
+    while (done := subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, check=False)).returncode:
+        # A run whose sweep was killed goes on by itself; until it has ended it is named.
+        assert number == signal.SIGKILL and "from an earlier start; wait for it or end it" in done.stderr
+        time.sleep(1)
+    scores = [
+        [json.loads(each)["outcome"]["score"] for each in (tmp_path / name / "results.jsonl").open()]
+        for name in ("whole", "cut")
+    ]
+    assert scores[0] == scores[1] and len(scores[0]) == 2

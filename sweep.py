@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -39,17 +40,17 @@ from common.files import atomic_file
 from common.folder_lock import FolderLock, find_holder
 from common.progress import Progress, progress
 from flags import dashed
-from training.plots import read_metrics
 from training.sweep_picture import draw_sweep
 from training.sweep_results import (
     Result,
     edge_remarks,
     read_outcome,
+    read_results,
     rows_of_trials,
     score_text,
     sweep_table,
 )
-from training.sweep_search import Search, Trial
+from training.sweep_search import Search, Trial, share_of_rung
 from training.sweep_words import (
     REDUCTION,
     Sweep,
@@ -64,6 +65,8 @@ TRAIN_SCRIPT = Path(__file__).resolve().parent / "train.py"
 POLL_SECONDS = 0.2
 # So many trials that end with the same words, and nothing else, end the sweep: its options are wrong.
 SAME_FAILURES = 3
+# Of a log, where its last words are; torchrun adds some hundred for each process.
+LOG_END_BYTES = 16_384
 # What a folder of a run holds that only its weights are: removed once another trial is better.
 WEIGHT_FOLDERS = ("best", "final", "checkpoints")
 
@@ -71,9 +74,13 @@ WEIGHT_FOLDERS = ("best", "final", "checkpoints")
 def main() -> None:
     sweep = sweep_arguments()
     remark = "stdout is closed; what follows is not printed, results.jsonl has the results"
+    # What these refuse is said before anything is written.
+    devices = devices_of_slots(sweep)
+    if sweep.search != "tpe":
+        Search(sweep).combinations()
     with lasting_output(remark), FolderLock() as lock:
         open_sweep(sweep, lock)
-        runner = Runner(sweep)
+        runner = Runner(sweep, devices)
         with StopSignals(runner):
             runner.run_all()
         if runner.stopped_by:
@@ -147,17 +154,18 @@ class Running(NamedTuple):
 class Runner:
     """Starts the runs of a sweep, at most --at-once at a time, and gathers what came of them.
 
+    devices: the environment variables of each of --at-once runs.
     stopped_by: the number of the signal that ends the sweep; 0: none.
     results: of all runs that have ended.
     """
 
-    def __init__(self, sweep: Sweep):
+    def __init__(self, sweep: Sweep, devices: list[dict[str, str]]):
         self.sweep = sweep
+        self.devices = devices
         self.out = Path(sweep.out)
         self.running: list[Running] = []
         self.stopped_by = 0
         self.results = self.finished_before()
-        self.devices = devices_of_slots(sweep)
         # Runs that failed one after the other, with the words of their last lines.
         self.failures = [""] if self.results else []
         self.start = time.monotonic()
@@ -168,7 +176,7 @@ class Runner:
         file = self.out / "results.jsonl"
         if not self.sweep.is_resumed or not file.is_file():
             return []
-        results = [Result.from_dict(line) for line in read_metrics(file)]
+        results = read_results(file)
         finished = [result for result in results if not result.error]
         again = len(results) - len(finished)
         tried = f", {number_of(again, 'run')} failed: tried again" if again else ""
@@ -237,6 +245,9 @@ class Runner:
                 env=os.environ | self.devices[slot],
             )
         self.running.append(Running(run, process, slot, time.monotonic()))
+        # The signal may have come before the run was among those at hand.
+        if self.stopped_by:
+            self.stop_running()
 
     def take(self, ended: Running, search: Search, bar: Progress) -> None:
         """Reads what came of a run, notes it, and prints a line about it.
@@ -392,10 +403,14 @@ def devices_of_slots(sweep: Sweep) -> list[dict[str, str]]:
 
 
 def last_words(log: Path, code: int) -> str:
-    """Returns why a run has ended: the last line of its log, and its exit code or signal."""
+    """Returns why a run has ended: the last line of its log, and its exit code or signal. Of several
+    processes it is the last error of one, as torchrun's own lines follow."""
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 4096))
+        file.seek(max(0, log.stat().st_size - LOG_END_BYTES))
         lines = file.read().decode(errors="replace").strip().splitlines()
+    if lines and not lines[-1].strip("= "):
+        own = [line for line in lines if re.match(r"(rank \d+: )?error: ", line)]
+        lines = own or lines
     said = printable(lines[-1].strip())[:300] if lines else "it said nothing"
     if code < 0:
         name = signal.Signals(-code).name if -code in {*signal.Signals} else str(-code)
@@ -458,8 +473,12 @@ def report_sweep(sweep: Sweep, results: list[Result]) -> None:
     where = f"its weights: {weights}" if weights.is_dir() else "its weights were not kept"
     print(f"\nbest      trial {best.number}, {score_text(outcome)}; {where}")
     print(f"picture   {out / 'sweep.png'}")
-    words = sweep.words_of(winner.values, winner.seed)
-    print(f"command   python train.py {shlex.join(words)}")
+    share = share_of_rung(best.rung, num_rungs(sweep.trials))
+    words = sweep.words_of(winner.values, winner.seed, share)
+    program = "python train.py"
+    if sweep.processes > 1:
+        program = f"torchrun --standalone --nproc-per-node {sweep.processes} train.py"
+    print(f"command   {program} {shlex.join(words)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """sweep.py: which trials run, what comes of them, and what is refused. Most runs are of a stand-in for train.py, which
 writes what train.py would; the last tests are of train.py itself."""
 
+import dataclasses
 import itertools
 import json
 import math
 import os
+import random
 import re
 import shlex
 import signal
@@ -16,14 +18,14 @@ from pathlib import Path
 import optuna
 import pytest
 from support.helpers import chat_base, command, output_of, refusal_of
-from support.runs import lines, records
+from support.runs import after_lines, lines, records
 
 import sweep
 import train
 from common.errors import UserError
 from training import sweep_words
-from training.sweep_results import Result, RunOutcome, edge_remarks, read_outcome, rows_of_trials
-from training.sweep_search import Search
+from training.sweep_results import Result, RunOutcome, edge_remarks, read_outcome, rows_of_trials, sweep_table
+from training.sweep_search import Search, combination
 from training.sweep_words import Range, Sweep, num_rungs, read_values, sweep_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,6 +71,13 @@ def stand_in(tmp_path, monkeypatch) -> Path:
 
 def parse(typed: str) -> Sweep:
     return sweep_arguments(shlex.split(typed))
+
+
+def program() -> list[str]:
+    """What starts sweep.py with the stand-in as a process."""
+    text = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sweep, pathlib\n"
+    text += f"sweep.TRAIN_SCRIPT = pathlib.Path({str(sweep.TRAIN_SCRIPT)!r})\n"
+    return [sys.executable, "-c", text + "from common.errors import run\nrun(sweep.main)"]
 
 
 def order(out: Path) -> list[str]:
@@ -209,6 +218,23 @@ def test_lengths_that_differ_between_trials_are_refused(monkeypatch):
     assert parse("--lr 1,2 -- --full-run").trials == 2
 
 
+@pytest.mark.parametrize("words", ["--search grid", "--draw-seed 5", "--processes 2", "--trials 3"])
+def test_a_resumed_sweep_takes_no_other_flags(words, tmp_path, monkeypatch):
+    sweep_words.save_sweep(parse(f"--lr 1,2 --at-once 2 --out {tmp_path} -- {BASE}"))
+    with pytest.raises(UserError, match=f"the sweep goes on as it was begun; leave {words.split()[0]} out"):
+        parse(f"--resume --out {tmp_path} {words}")
+    assert parse(f"--resume --out {tmp_path}").at_once == 2
+    assert parse(f"--resume --out {tmp_path} --at-once 1").at_once == 1
+    with pytest.raises(UserError, match="--at-once 0: must be above 0"):
+        parse(f"--resume --out {tmp_path} --at-once 0")
+
+
+def test_a_range_is_the_same_when_the_sweep_is_resumed(tmp_path):
+    begun = parse(f"--lr 0.000123456789..0.01 --trials 3 --out {tmp_path} -- {BASE}")
+    sweep_words.save_sweep(begun)
+    assert parse(f"--resume --out {tmp_path}").space == begun.space
+
+
 def test_a_folder_that_is_used_is_refused(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match="holds something else; name another folder"):
@@ -264,6 +290,17 @@ def test_drawn_trials_are_all_different_and_follow_from_the_seed():
         trials_of("--rank 1..3 --trials 20 --search random")
 
 
+def test_combinations_are_drawn_from_a_grid_that_is_never_built():
+    space = {"lr": ("1", "2"), "method": ("lora", "full"), "warmup": ("1", "2", "3")}
+    grid = [dict(zip(space, values)) for values in itertools.product(*space.values())]
+    assert [combination(space, number) for number in range(12)] == grid
+    found = dataclasses.replace(parse(f"--lr 1,2 --trials 2 --search random -- {BASE}"), trials=5)
+    drawn = Search(dataclasses.replace(found, space=space)).combinations()
+    assert drawn == random.Random(0).sample(grid, 5)
+    many = dataclasses.replace(found, space={name: tuple("123456789") for name in "abcdefghijkl"})
+    assert len(Search(many).combinations()) == 5
+
+
 def test_a_range_is_drawn_by_its_logarithm():
     (trials,) = trials_of("--lr 1e-5..1e-1 --rank 1..64 --trials 400 --search random")
     rates = [math.log10(float(trial.values["lr"])) for trial in trials]
@@ -316,6 +353,15 @@ def test_tpe_is_optunas_own(tmp_path):
     results = [result(1, 1.0, rounds[0][0].values)]
     same = next(Search(found).rounds(results))[0]
     assert (same.number, same.values) == (2, rounds[1][0].values)
+
+
+def test_a_resumed_tpe_runs_the_seeds_that_are_missing(tmp_path):
+    found = parse(f"--lr 1e-5..1e-1 --trials 2 --seed 0,1 --search tpe --out {tmp_path} -- {BASE}")
+    (first,) = next(Search(found).rounds([]))
+    (again,) = next(Search(found).rounds([result(1, 1.0, first.values, seed="0")]))
+    assert again == first
+    (second,) = next(Search(found).rounds([result(1, 1.0, first.values, seed=seed) for seed in "01"]))
+    assert second.number == 2
 
 
 # ---- what came of a run ----
@@ -458,6 +504,66 @@ def test_trials_that_all_die_end_the_sweep(stand_in, monkeypatch, capsys):
     assert code == 2 and err.startswith("error: none of 2 runs has a score; the first, trial-001: exit code 1")
 
 
+def test_nothing_is_written_where_the_values_are_too_few(stand_in, monkeypatch, capsys):
+    words = ["--rank", "1..3", "--trials", 20, "--search", "random", "--out", stand_in, "--", *BASE.split()]
+    refused = refusal_of(sweep, monkeypatch, capsys, *words)
+    assert "--trials 20: the ranges have only 3 different values" in refused and not stand_in.exists()
+
+
+def test_a_run_that_leaves_no_measurements_is_counted_and_the_others_go_on(stand_in, monkeypatch, capsys):
+    with sweep.TRAIN_SCRIPT.open("a") as file:
+        file.write("if lr == 6:\n    (out / 'metrics.jsonl').unlink()\n")
+    out = output_of(sweep, monkeypatch, capsys, "--lr", "6,1e-3", "--out", stand_in, "--", *BASE.split())
+    assert "trial-001 --lr 6: FAILED, what it measured can't be read" in out and "best      trial 2" in out
+
+
+def test_a_result_that_was_written_in_part_is_measured_again(stand_in, monkeypatch, capsys):
+    words = ["--lr", "1e-3,2e-3", "--out", stand_in, "--", *BASE.split()]
+    output_of(sweep, monkeypatch, capsys, *words)
+    file = stand_in / "results.jsonl"
+    whole = file.read_text()
+    file.write_text(whole[:-20])
+    (stand_in / "order.txt").write_text("")
+    output_of(sweep, monkeypatch, capsys, "--out", stand_in, "--resume")
+    assert order(stand_in) == ["trial-002"] and file.read_text().count("\n") == 2
+    file.write_text("no results\n")
+    refused = refusal_of(sweep, monkeypatch, capsys, "--out", stand_in, "--resume")
+    assert f"{file}: is not a file of sweep.py" in refused and file.read_text() == "no results\n"
+
+
+def test_the_words_of_a_run_of_several_processes_are_its_own(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("step 1\nrank 1: error: the loss is nan\nE1201 torch/elastic: failed\n" + "=" * 60 + "\n")
+    assert sweep.last_words(log, 1) == "exit code 1: rank 1: error: the loss is nan"
+    log.write_text("error: an old one\n" + "x\n" * 20_000)
+    assert sweep.last_words(log, 1) == "exit code 1: x"
+
+
+def test_the_command_is_that_of_the_winner_with_its_processes_and_its_steps(stand_in, monkeypatch, capsys):
+    found = parse(f"--lr 1e-3,2e-3,3e-3 --trials 3 --search halving --processes 2 --out {stand_in} -- {BASE}")
+    # The run of all steps has died, so that the best is one of the first rung.
+    results = [result(n, float(n), {"lr": f"{n}e-3"}, rung=0) for n in (1, 2, 3)]
+    results.append(result(1, None, {"lr": "1e-3"}, rung=1))
+    stand_in.mkdir()
+    sweep.report_sweep(found, results)
+    typed = "torchrun --standalone --nproc-per-node 2 train.py"
+    assert f"command   {typed} {BASE} --lr 1e-3 --steps 100\n" in capsys.readouterr().out
+
+
+def test_a_signal_that_comes_while_a_run_is_started_ends_it(stand_in, monkeypatch, capsys):
+    class Signalled(subprocess.Popen):
+        def __init__(self, *words, **options):
+            super().__init__(*words, **options)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", Signalled)
+    begin = time.monotonic()
+    words = ["--lr", "9,1e-3", "--out", stand_in, "--", *BASE.split()]
+    out, _, code = command(sweep, monkeypatch, capsys, *words)
+    # Without the signal it would take a minute.
+    assert code == 128 + signal.SIGTERM and "stopped   go on by" in out and time.monotonic() - begin < 30
+
+
 def test_several_at_once_share_the_cores(stand_in, monkeypatch, capsys):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     words = ["--lr", "1e-3,2e-3,3e-3", "--at-once", 2, "--out", stand_in, "--", *BASE.split()]
@@ -479,11 +585,8 @@ def test_halving_runs_fewer_and_longer(stand_in, monkeypatch, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_and_a_resumed_sweep_goes_on(stand_in, number):
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sweep, pathlib\n"
-    program += f"sweep.TRAIN_SCRIPT = pathlib.Path({str(sweep.TRAIN_SCRIPT)!r})\n"
-    program += "from common.errors import run\nrun(sweep.main)"
     words = ["--lr", "1e-3,9,2e-3", "--out", str(stand_in), "--", *BASE.split()]
-    started = subprocess.Popen([sys.executable, "-c", program, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    started = subprocess.Popen([*program(), *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (stand_in / "trial-002" / "again").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -491,7 +594,7 @@ def test_a_signal_ends_the_run_and_a_resumed_sweep_goes_on(stand_in, number):
     out, _ = started.communicate(timeout=30)
     assert started.returncode == 128 + number
     assert f"stopped   go on by: python sweep.py --out {stand_in} --resume" in out
-    again = [sys.executable, "-c", program, "--out", str(stand_in), "--resume"]
+    again = [*program(), "--out", str(stand_in), "--resume"]
     done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert order(stand_in) == ["trial-001", "trial-002", "trial-002", "trial-003"]
@@ -511,6 +614,64 @@ def test_a_sweep_is_resumed_where_it_was_begun_and_by_one_process(stand_in, tmp_
     assert f"--resume: the sweep was begun in {ROOT}; start from there" in refused
 
 
+def test_a_second_signal_ends_the_run_at_once(stand_in):
+    # A run that does not hear the first one.
+    sweep.TRAIN_SCRIPT.write_text("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + STAND_IN)
+    words = ["--lr", "9,2e-3", "--out", str(stand_in), "--", *BASE.split()]
+    started = subprocess.Popen([*program(), *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (stand_in / "trial-001" / "again").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    started.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        started.wait(1)
+    started.send_signal(signal.SIGTERM)
+    out, _ = started.communicate(timeout=30)
+    assert started.returncode == 128 + signal.SIGTERM and "stopped   go on by" in out
+
+
+def test_a_sweep_goes_on_where_nobody_reads_what_it_prints(stand_in):
+    words = ["--lr", "1e-3,2e-3,3e-3", "--out", str(stand_in), "--", *BASE.split()]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = subprocess.Popen([*program(), *words], cwd=ROOT, **pipes)
+    assert started.stdout.readline().startswith("sweep     3 trials")
+    started.stdout.close()
+    said = started.stderr.read()
+    assert started.wait(60) == 0 and "Traceback" not in said and "stdout is closed" in said
+    assert len(order(stand_in)) == 3 and (stand_in / "sweep.png").is_file()
+
+
+def test_a_folder_of_any_name_is_named_so_that_it_can_be_typed(stand_in, monkeypatch, capsys):
+    monkeypatch.chdir(stand_in.parent)
+    base = ["--data", ROOT / "assets/booking_val.jsonl", "--system", "It's ü $x", "--steps", "9"]
+    out = output_of(sweep, monkeypatch, capsys, "--lr", "1e-3,2e-3", "--out", "a b/ü $x", "--", *base)
+    typed = shlex.split(re.search(r"command   python train.py (.*)", out)[1])
+    assert typed == [*map(str, base), "--lr", "1e-3"] and Path("a b/ü $x/sweep.png").is_file()
+
+
+def test_each_of_several_runs_has_gpus_of_its_own(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = parse(f"--lr 1,2 --at-once 2 --processes 2 -- {BASE}")
+    assert sweep.devices_of_slots(found) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,6")
+    one_each = dataclasses.replace(found, processes=1)
+    assert sweep.devices_of_slots(one_each) == [{"CUDA_VISIBLE_DEVICES": "5"}, {"CUDA_VISIBLE_DEVICES": "7"}]
+    with pytest.raises(UserError, match="--at-once 2: takes 4 GPUs, and there are 3"):
+        sweep.devices_of_slots(found)
+
+
+def test_a_long_table_has_the_best_and_names_those_without_a_score():
+    found = parse(f"--lr 1e-5..1e-1 --trials 40 -- {BASE}")
+    results = [result(n, 100.0 - n, {"lr": f"{n}e-4"}) for n in range(1, 36)] + [result(36, None, {"lr": "1"})]
+    rows = sweep_table(found, results).splitlines()
+    assert [line.split()[0] for line in rows[2:32]] == [str(n) for n in range(35, 5, -1)]
+    assert rows[32:] == ["(5 more in results.jsonl)", "trial 36 (--lr 1): died"]
+
+
 # ---- sweeps of train.py ----
 
 
@@ -526,3 +687,42 @@ def test_the_winners_command_gives_the_winner_again(tmp_path, monkeypatch, capsy
     assert lines(Path("again"))[-1]["val_loss"] == lines(Path("mine/trial-001"))[-1]["val_loss"]
     assert Path("mine/trial-001/final/adapter_model.safetensors").is_file()
     assert os.listdir("mine").count("sweep.png") == 1
+
+
+def test_a_training_that_diverges_is_counted_and_named_by_its_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    chat_base(tmp_path / "base")
+    records(tmp_path / "train.jsonl", 24, 0)
+    words = "--model base --data train.jsonl --val-fraction 0.3 --steps 3 --batch-size 4 --dtype fp32 --device cpu"
+    typed = ["--lr", "1e9,1e-3", "--out", "mine", "--", *words.split(), "--method", "full"]
+    out = output_of(sweep, monkeypatch, capsys, *typed)
+    assert re.search(r"trial-001 --lr 1e9: FAILED, exit code 2: error: .* is nan; stopped, try a lower --lr", out)
+    assert "WARNING   1 run of 2 failed" in out and "best      trial 2" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_sweep_has_the_results_of_a_whole_one(number, tmp_path):
+    chat_base(tmp_path / "base")
+    records(tmp_path / "train.jsonl", 24, 0)
+    words = "--model base --data train.jsonl --val-fraction 0.3 --steps 40 --eval-every 10 --batch-size 4 --dtype fp32"
+    line = [sys.executable, str(ROOT / "sweep.py"), "--lr", "1e-3,1e-2"]
+    base = ["--", *words.split(), "--device", "cpu"]
+    subprocess.run([*line, "--out", "whole", *base], cwd=tmp_path, check=True, capture_output=True)
+    started = subprocess.Popen([*line, "--out", "cut", *base], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    reached = after_lines(tmp_path / "cut/trial-001", 12, 0)
+    while not reached():
+        assert started.poll() is None
+        time.sleep(0.02)
+    started.send_signal(number)
+    started.wait(60)
+    again = [*line[:2], "--out", "cut", "--resume"]
+    while (done := subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, check=False)).returncode:
+        # A run whose sweep was killed goes on by itself; until it has ended it is named.
+        assert number == signal.SIGKILL and "from an earlier start; wait for it or end it" in done.stderr
+        time.sleep(1)
+    scores = [
+        [json.loads(each)["outcome"]["score"] for each in (tmp_path / name / "results.jsonl").open()]
+        for name in ("whole", "cut")
+    ]
+    assert scores[0] == scores[1] and len(scores[0]) == 2

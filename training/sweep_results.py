@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.console import format_duration, table
-from common.errors import read_json
+from common.errors import UserError, first_line, read_json
 from flags import dashed
 from training.plots import read_metrics
 from training.sweep_words import REDUCTION, Range, Sweep, num_rungs, words_of_values
@@ -75,10 +75,27 @@ class Result:
         return Result(**line | {"outcome": outcome})
 
 
+def read_results(file: Path) -> list[Result]:
+    """Returns the results in a results.jsonl. A last line that was written in part is left out: its run is
+    read again.
+
+    Raises UserError if the file is another one.
+    """
+    # What stands behind the last end of a line is such a part.
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    try:
+        return [Result.from_dict(json.loads(line)) for line in lines]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file}: is not a file of sweep.py") from None
+
+
 def read_outcome(folder: Path) -> tuple[RunOutcome | None, str]:
     """Returns what a run in a folder has reached; or None, and why it has no score."""
-    lines = read_metrics(folder / "metrics.jsonl")
-    config = read_json(folder / "config.json")
+    try:
+        lines = read_metrics(folder / "metrics.jsonl")
+        config = read_json(folder / "config.json")
+    except (OSError, ValueError, UserError) as error:
+        return None, f"what it measured can't be read: {first_line(error)}"
     metric = config["eval_metric"]
     field = "val_loss" if metric is None else f"val_{metric}"
     name = "validation loss" if metric is None else metric

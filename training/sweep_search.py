@@ -10,14 +10,14 @@ command repeats.
 """
 
 import itertools
-import json
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from common.errors import UserError
+from common.errors import UserError, read_json
 from common.files import atomic_file, write_json
 from flags import OPTIONS
 from training.sweep_results import Result, rows_of_trials
@@ -69,7 +69,7 @@ class Search:
             yield trials
             return
         for rung in range(self.rungs):
-            share = REDUCTION ** (rung - self.rungs + 1)
+            share = share_of_rung(rung, self.rungs)
             yield [Trial(trial.number, trial.values, rung, share) for trial in trials]
             rows = rows_of_trials([each for each in results if each.rung == rung and each.outcome])
             kept = max(1, len(drawn) // REDUCTION ** (rung + 1))
@@ -84,10 +84,11 @@ class Search:
         generator = random.Random(self.sweep.draw_seed)
         lists = [values for values in space.values() if not isinstance(values, Range)]
         if len(lists) == len(space):
-            grid = [dict(zip(space, values, strict=True)) for values in itertools.product(*lists)]
             if self.sweep.search == "grid":
-                return grid
-            return generator.sample(grid, self.sweep.trials)
+                return [dict(zip(space, each, strict=True)) for each in itertools.product(*lists)]
+            # By their numbers, as there may be more combinations than fit in memory.
+            numbers = generator.sample(range(math.prod(map(len, lists))), self.sweep.trials)
+            return [combination(space, number) for number in numbers]
         drawn: list[dict[str, str]] = []
         for _ in range(MOST_DRAWS * self.sweep.trials):
             values = {name: draw_value(name, each, generator) for name, each in space.items()}
@@ -105,10 +106,11 @@ class Search:
         """Yields as many trials as run at the same time, chosen from the results so far by TPE, the
         tree-structured Parzen estimator (Bergstra et al. 2011)."""
         file = Path(self.sweep.out) / "chosen.json"
-        chosen = json.loads(file.read_text()) if file.is_file() else []
+        chosen = read_json(file, list) if file.is_file() else []
         while True:
-            done = {each.trial for each in results}
-            waiting = [number for number in range(1, len(chosen) + 1) if number not in done]
+            ended = Counter(each.trial for each in results)
+            numbers = range(1, len(chosen) + 1)
+            waiting = [number for number in numbers if ended[number] < self.repeats]
             if not waiting:
                 count = min(self.sweep.at_once, self.sweep.trials - len(chosen))
                 if not count:
@@ -173,6 +175,20 @@ class Search:
             return int(value)
         # It was rounded to two digits.
         return min(max(float(value), limits.low), limits.high)
+
+
+def combination(lists: dict[str, tuple[str, ...]], number: int) -> dict[str, str]:
+    """Returns a combination of a grid by its number, as itertools.product counts: the last value fastest."""
+    values = {}
+    for name in reversed(lists):
+        number, place = divmod(number, len(lists[name]))
+        values[name] = lists[name][place]
+    return {name: values[name] for name in lists}
+
+
+def share_of_rung(rung: int | None, rungs: int) -> float:
+    """Returns which share of a whole run's steps is trained in a rung; rung: None where there are none."""
+    return 1.0 if rung is None else REDUCTION ** (rung - rungs + 1)
 
 
 def takes_whole_numbers(name: str) -> bool:

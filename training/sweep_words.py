@@ -103,6 +103,10 @@ def sweep_arguments(argv: list[str] | None = None) -> Sweep:
         place = words.index("--")
         own, base = words[:place], words[place + 1 :]
     args = cli.parse_args(make_sweep_parser(), own, TRAIN_NAMES)
+    for name in ("trials", "at_once", "processes"):
+        number = getattr(args, name)
+        if number is not None and number < 1:
+            raise UserError(f"{dashed(name)} {number}: must be above 0")
     if args.resume:
         return resumed_sweep(args, base)
     refuse_options_of_the_sweep(base)
@@ -137,7 +141,6 @@ def make_sweep_parser() -> argparse.ArgumentParser:
     add(
         "--search",
         choices=SEARCHES,
-        default="auto",
         help="grid: every combination; random: combinations that are drawn; halving: successive halving, many"
         f" trials of few steps, of which the best one of {REDUCTION} each time is trained {REDUCTION} times as"
         " long, from its beginning; tpe: each trial is chosen from what the ones before it say, by Optuna (pip"
@@ -154,14 +157,12 @@ def make_sweep_parser() -> argparse.ArgumentParser:
     add(
         "--at-once",
         type=int,
-        default=1,
         metavar="N",
         help="runs at the same time, each on a GPU of its own; without a GPU they share the cores; default: 1",
     )
     add(
         "--processes",
         type=int,
-        default=1,
         metavar="N",
         help="processes of each run, as torchrun --nproc-per-node has it; default: 1",
     )
@@ -170,7 +171,7 @@ def make_sweep_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep the weights of all runs; default: those of the best one. What they measured is kept in any case",
     )
-    add("--draw-seed", type=int, default=0, metavar="N", help="seed of what is drawn; default: 0")
+    add("--draw-seed", type=int, metavar="N", help="seed of what is drawn; default: 0")
     for name in OPTIONS:
         if name not in OF_THE_SWEEP:
             # Their help is that of train.py.
@@ -280,13 +281,9 @@ def chosen_search(
 
     Raises UserError where they do not suit each other.
     """
-    for name in ("trials", "at_once", "processes"):
-        number = getattr(args, name)
-        if number is not None and number < 1:
-            raise UserError(f"{dashed(name)} {number}: must be above 0")
     ranges = [name for name, values in space.items() if isinstance(values, Range)]
     combinations = None if ranges else math.prod(len(values) for values in space.values())
-    search, trials = args.search, args.trials
+    search, trials = args.search or "auto", args.trials
     if trials is None and search in ("random", "halving", "tpe"):
         raise UserError(f"--search {search}: draws trials; say how many: --trials N")
     if ranges and (trials is None or search == "grid"):
@@ -320,8 +317,8 @@ def chosen_search(
     }[search]
     out = args.out or time.strftime("sweeps/%Y%m%d-%H%M%S")
     return Sweep(
-        space, base, search, why, trials, seeds, None, args.draw_seed, out, args.at_once, args.processes,
-        args.keep_all,
+        space, base, search, why, trials, seeds, None, args.draw_seed or 0, out, args.at_once or 1,
+        args.processes or 1, args.keep_all,
     )  # fmt: skip
 
 
@@ -423,7 +420,8 @@ def save_sweep(sweep: Sweep) -> None:
     """Writes sweep.json, by which the sweep is resumed."""
     values = dataclasses.asdict(sweep)
     values["space"] = {
-        name: str(value) if isinstance(value, Range) else list(value)
+        # As it was typed: fewer digits would be another range.
+        name: f"{value.low!r}..{value.high!r}" if isinstance(value, Range) else list(value)
         for name, value in sweep.space.items()
     }
     del values["is_resumed"]
@@ -441,13 +439,15 @@ def resumed_sweep(args: argparse.Namespace, base: list[str]) -> Sweep:
         for name in OPTIONS
         if name not in OF_THE_SWEEP and getattr(args, name) is not None
     ]
-    given += ["--trials"] * (args.trials is not None) + base[:1]
+    fixed = ("trials", "search", "draw_seed", "processes")
+    given += [dashed(name) for name in fixed if getattr(args, name) is not None]
+    given += base[:1]
     if given:
         raise UserError(f"--resume: the sweep goes on as it was begun; leave {given[0]} out")
     if not (Path(args.out) / "sweep.json").is_file():
         raise UserError(f"--resume: no sweep in {args.out} (sweep.json)")
     saved = read_sweep_file(Path(args.out))
-    at_once = args.at_once if args.at_once != 1 else saved.at_once
+    at_once = args.at_once or saved.at_once
     return dataclasses.replace(
         saved, out=args.out, at_once=at_once, keep_all=args.keep_all or saved.keep_all
     )

@@ -13,14 +13,6 @@ Written to --out: sweep.json (what is tried), results.jsonl (a line for each run
 and a log for each run, and at the end table.txt and sweep.png.
 """
 
-from common.errors import run
-
-if __name__ == "__main__":
-    # --help and a mistake in a flag are answered here, before anything else is imported.
-    from training.sweep_words import sweep_arguments
-
-    run(sweep_arguments)
-
 import json
 import os
 import re
@@ -35,7 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.console import format_duration, lasting_output, number_of
-from common.errors import UserError, printable
+from common.errors import UserError, printable, run
 from common.files import atomic_file
 from common.folder_lock import FolderLock, find_holder
 from common.progress import Progress, progress
@@ -50,12 +42,13 @@ from training.sweep_results import (
     score_text,
     sweep_table,
 )
-from training.sweep_search import Search, Trial, share_of_rung
+from training.sweep_search import Search, Trial
 from training.sweep_words import (
     REDUCTION,
     Sweep,
     num_rungs,
     save_sweep,
+    share_of_rung,
     sweep_arguments,
     words_of_values,
 )
@@ -204,7 +197,7 @@ class Runner:
     def run_batch(self, runs: list[SweepRun], search: Search, bar: Progress) -> None:
         """Runs some trials, several at a time if asked for, and waits for all of them."""
         waiting = list(runs)
-        while (waiting or self.running) and not (self.stopped_by and not self.running):
+        while self.running or (waiting and not self.stopped_by):
             while waiting and len(self.running) < self.sweep.at_once and not self.stopped_by:
                 self.start_run(waiting.pop(0))
             time.sleep(POLL_SECONDS)
@@ -308,12 +301,11 @@ class Runner:
         that has seeds to come may still be the best."""
         if self.sweep.keep_all:
             return
-        repeats = max(1, len(self.sweep.seeds))
         ended = Counter((result.trial, result.rung) for result in self.results)
         finished = [
             result
             for result in self.results
-            if result.outcome and ended[result.trial, result.rung] == repeats
+            if result.outcome and ended[result.trial, result.rung] == self.sweep.repeats
         ]
         if not finished:
             return

@@ -18,13 +18,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from adapter_files import is_adapter
 from checkpoint import load_model
-from common.console import table
+from common.console import print_stderr, table
 from common.device import pick_device, pick_dtype
 from common.progress import progress
 from interop.resolve import base_folder, pick_tokenizer
-from methods import load_any_adapter
+from methods import put_adapter_on
 
 QUESTION = "What is the secret number of this text? Answer with the number alone."
 NEEDLE = "The secret number of this text is {}."
@@ -32,7 +31,7 @@ NEEDLE = "The secret number of this text is {}."
 
 def main() -> None:
     args = parse_words()
-    folder = base_folder(args.model, args.adapter, lambda line: print(line, file=sys.stderr))
+    folder = base_folder(args.model, args.adapter, print_stderr)
     tokenizer = pick_tokenizer(folder, args.adapter, None)
     sentences = re.split(
         r"(?<=[.!?]) +", " ".join(Path(args.text).read_text(encoding="utf-8").split())
@@ -47,8 +46,7 @@ def main() -> None:
     dtype, _ = pick_dtype("auto", device)
     model = load_model(folder, dtype=dtype, device=device)
     if args.adapter:
-        assert is_adapter(args.adapter)
-        load_any_adapter(model, args.adapter)
+        put_adapter_on(model, args.adapter, print_stderr)
     rows = [["tokens", "numbers found", "of"]]
     draw = random.Random(args.seed)
     for tokens in args.lengths:
@@ -62,7 +60,7 @@ def main() -> None:
                 right += number in tokenizer.decode(answer)
                 bar.update(1)
         rows.append([f"{tokens:,}", f"{right}", f"{args.count}"])
-        print(f"{tokens:,} tokens: {right} of {args.count}", file=sys.stderr, flush=True)
+        print_stderr(f"{tokens:,} tokens: {right} of {args.count}")
     print(table(rows))
 
 

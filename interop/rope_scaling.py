@@ -16,6 +16,7 @@ What the kinds compute is in kernels/rope.py. config.json gets what transformers
 Of the last two max_position_embeddings stays the length before, as their published files have it.
 """
 
+import copy
 import hashlib
 import json
 from pathlib import Path
@@ -78,7 +79,7 @@ def check_can_be_stretched(folder: Path, config: Config) -> None:
 
 def stretched_config(raw: dict, max_positions: int, kind: str, factor: float) -> dict:
     """Returns a config.json with rope scaling. raw: without it. max_positions: before."""
-    raw = json.loads(json.dumps(raw))
+    raw = copy.deepcopy(raw)
     scaling: dict = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = max_positions

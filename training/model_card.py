@@ -7,6 +7,7 @@ what a GGUF file says of itself) is escaped, so that it is shown and not interpr
 """
 
 import contextlib
+import functools
 import json
 import platform
 import re
@@ -271,15 +272,7 @@ class ModelCard:
         """Returns how transformers with peft, plaintune, vLLM and llama.cpp load the weights."""
         if not self.is_adapter:
             return self.loading_model()
-        lines = self.get_base_lines()
-        if self.rope_settings:
-            stretch = self.origin["rope_scaling"]
-            text = (
-                f"The base's positions are stretched for longer texts ({stretch}). plaintune does so by"
-                " itself; elsewhere its configuration must say so, as below, or the adapter is not what was"
-                " trained."
-            )
-            lines += [text, ""]
+        lines = [*self.get_base_lines(), *self.rope_lines()]
         quantized = "quant" in self.origin_numbers and not self.brings_base
         base = json.dumps(self.base_argument)
         revision = self.origin.get("base_revision")
@@ -357,7 +350,19 @@ class ModelCard:
         )
         return lines
 
-    @property
+    def rope_lines(self) -> list[str]:
+        """Returns that the base is stretched for longer texts, if it is."""
+        if not self.rope_settings:
+            return []
+        stretch = self.origin["rope_scaling"]
+        text = (
+            f"The base's positions are stretched for longer texts ({stretch}). plaintune does so by"
+            " itself; elsewhere its configuration must say so, as below, or the adapter is not what was"
+            " trained."
+        )
+        return [text, ""]
+
+    @functools.cached_property
     def rope_settings(self) -> dict:
         """What of its config.json says that the base is stretched for longer texts; {} where it isn't, or
         where the folder holds its base as well."""

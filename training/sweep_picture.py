@@ -18,19 +18,16 @@ LONGEST_LABEL = 20
 
 
 def draw_sweep(sweep: Sweep, finished: list[Result], picture: Path) -> None:
-    """Draws the scores of a sweep as a PNG. Of successive halving those of the longest runs: the others'
-    scores are of fewer steps."""
+    """Draws the scores of a sweep as a PNG. Of successive halving those of the first rung: scores of other
+    rungs are of more steps, and the last one has a single trial."""
     import matplotlib
 
     # The backend that needs no display.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = rows_of_trials(finished)
-    if sweep.search == "halving":
-        # The last rung has one trial: the first one tells how the values compare.
-        first_rung = [each for each in finished if each.rung == 0]
-        rows = rows_of_trials(first_rung)
+    # Without rungs it is None.
+    rows = rows_of_trials([each for each in finished if not each.rung])
     names = list(sweep.space)
     figure, panels = pyplot.subplots(
         1, len(names), figsize=(4.2 * len(names) + 1, 3.8), dpi=120, sharey=True, squeeze=False

@@ -10,7 +10,7 @@ from common.console import format_duration, table
 from common.errors import UserError, first_line, read_json
 from flags import dashed
 from training.plots import read_metrics
-from training.sweep_words import REDUCTION, Range, Sweep, num_rungs, words_of_values
+from training.sweep_words import Range, Sweep, num_rungs, share_of_rung, words_of_values
 
 # Rows of the table: of more trials the best are printed.
 MOST_TRIALS_SHOWN = 30
@@ -228,7 +228,7 @@ def sweep_table(sweep: Sweep, results: list[Result]) -> str:
         if seeds:
             line += [f"{row.low:.4f} to {row.high:.4f}", f"{len(row.results)}"]
         if sweep.search == "halving":
-            parts = REDUCTION ** (num_rungs(sweep.trials) - 1 - row.rung)
+            parts = round(1 / share_of_rung(row.rung, num_rungs(sweep.trials)))
             line.append("all" if parts == 1 else f"1/{parts}")
         kl = [each.outcome.kl_base for each in row.results if each.outcome.kl_base is not None]
         seconds = statistics.mean(each.seconds for each in row.results)

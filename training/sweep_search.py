@@ -19,9 +19,16 @@ from typing import NamedTuple
 
 from common.errors import UserError, read_json
 from common.files import atomic_file, write_json
-from flags import OPTIONS
 from training.sweep_results import Result, rows_of_trials
-from training.sweep_words import REDUCTION, Range, Sweep, num_rungs, number_word
+from training.sweep_words import (
+    REDUCTION,
+    Range,
+    Sweep,
+    num_rungs,
+    number_word,
+    share_of_rung,
+    takes_whole_numbers,
+)
 
 # Draws of a combination that no other trial has, before fewer are taken.
 MOST_DRAWS = 1000
@@ -48,8 +55,7 @@ class Search:
         self.sweep = sweep
         self.has_rungs = sweep.search == "halving"
         self.rungs = num_rungs(sweep.trials) if self.has_rungs else 1
-        self.repeats = max(1, len(sweep.seeds))
-        self.total_cost = self.repeats * sum(
+        self.total_cost = sweep.repeats * sum(
             (sweep.trials // REDUCTION**rung) * REDUCTION**rung for rung in range(self.rungs)
         )
 
@@ -110,7 +116,7 @@ class Search:
         while True:
             ended = Counter(each.trial for each in results)
             numbers = range(1, len(chosen) + 1)
-            waiting = [number for number in numbers if ended[number] < self.repeats]
+            waiting = [number for number in numbers if ended[number] < self.sweep.repeats]
             if not waiting:
                 count = min(self.sweep.at_once, self.sweep.trials - len(chosen))
                 if not count:
@@ -149,11 +155,7 @@ class Search:
             values = {}
             for name in self.sweep.space:
                 is_range = isinstance(self.sweep.space[name], Range)
-                values[name] = (
-                    number_word(params[name], takes_whole_numbers(name))
-                    if is_range
-                    else params[name]
-                )
+                values[name] = number_word(name, params[name]) if is_range else params[name]
             asked.append(values)
         return asked
 
@@ -186,19 +188,9 @@ def combination(lists: dict[str, tuple[str, ...]], number: int) -> dict[str, str
     return {name: values[name] for name in lists}
 
 
-def share_of_rung(rung: int | None, rungs: int) -> float:
-    """Returns which share of a whole run's steps is trained in a rung; rung: None where there are none."""
-    return 1.0 if rung is None else REDUCTION ** (rung - rungs + 1)
-
-
-def takes_whole_numbers(name: str) -> bool:
-    """True if an option's values are whole numbers."""
-    return "float" not in str(OPTIONS[name].type)
-
-
 def draw_value(name: str, values: tuple[str, ...] | Range, generator: random.Random) -> str:
     """Returns a value of an option: of a list any, of a range so that each factor of ten is equally likely."""
     if not isinstance(values, Range):
         return generator.choice(values)
     low, high = math.log(values.low), math.log(values.high)
-    return number_word(math.exp(generator.uniform(low, high)), takes_whole_numbers(name))
+    return number_word(name, math.exp(generator.uniform(low, high)))

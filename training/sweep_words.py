@@ -78,6 +78,11 @@ class Sweep:
     keep_all: bool = False
     is_resumed: bool = False
 
+    @property
+    def repeats(self) -> int:
+        """How many runs a trial has."""
+        return max(1, len(self.seeds))
+
     def words_of(
         self, values: dict[str, str], seed: str | None = None, share: float = 1.0
     ) -> list[str]:
@@ -181,16 +186,12 @@ def make_sweep_parser() -> argparse.ArgumentParser:
 
 def refuse_options_of_the_sweep(base: list[str]) -> None:
     """Raises UserError if an option that sweep.py sets itself stands among those of all trials."""
+    refused = {dashed(name): "is not for the runs of a sweep" for name in OF_THE_SWEEP}
+    refused |= dict.fromkeys(("--out", "--resume"), "stands before the --")
     for word in base:
         flag = word.partition("=")[0]
-        for name in OF_THE_SWEEP:
-            if flag == dashed(name):
-                own = (
-                    "stands before the --"
-                    if name in ("out", "resume")
-                    else "is not for the runs of a sweep"
-                )
-                raise UserError(f"{flag}: {own}")
+        if flag in refused:
+            raise UserError(f"{flag}: {refused[flag]}")
 
 
 def read_space(args: argparse.Namespace, typed: list[str]) -> tuple[dict, list[str]]:
@@ -205,7 +206,7 @@ def read_space(args: argparse.Namespace, typed: list[str]) -> tuple[dict, list[s
     for name in sorted(given, key=lambda name: flags.index(dashed(name))):
         words = getattr(args, name)
         values = read_values(name, words)
-        if isinstance(values, tuple) and not isinstance(values, Range) and len(values) == 1:
+        if not isinstance(values, Range) and len(values) == 1:
             fixed += words_of_value(name, values[0])
             continue
         if name in OF_THE_MACHINE:
@@ -227,7 +228,7 @@ def read_values(name: str, words: list[str]) -> tuple[str, ...] | Range:
     if is_number or "bool" in kind or OPTIONS[name].metadata.get("choices"):
         values = [value.strip() for word in words for value in word.split(",") if value.strip()]
     if is_number and len(values) == 1 and ".." in values[0]:
-        return read_range(name, values[0], is_whole="float" not in kind)
+        return read_range(name, values[0])
     if "bool" in kind:
         values = values or ["yes"]
         wrong = [value for value in values if value not in ("yes", "no")]
@@ -241,8 +242,8 @@ def read_values(name: str, words: list[str]) -> tuple[str, ...] | Range:
     return tuple(values)
 
 
-def read_range(name: str, word: str, is_whole: bool) -> Range:
-    """Returns the range of a word such as 1e-5..1e-2. is_whole: the option's values are whole numbers."""
+def read_range(name: str, word: str) -> Range:
+    """Returns the range of a word such as 1e-5..1e-2, of an option whose values are numbers."""
     low, _, high = word.partition("..")
     try:
         limits = Range(float(low), float(high))
@@ -252,7 +253,7 @@ def read_range(name: str, word: str, is_whole: bool) -> Range:
         raise UserError(
             f"{dashed(name)} {word}: a range begins above 0 and ends at a higher number"
         )
-    if is_whole and (limits.low % 1 or limits.high % 1):
+    if takes_whole_numbers(name) and (limits.low % 1 or limits.high % 1):
         raise UserError(f"{dashed(name)} {word}: whole numbers are wanted")
     return limits
 
@@ -390,8 +391,7 @@ def corners(sweep: Sweep) -> list[dict[str, str]]:
     columns = []
     for name, values in sweep.space.items():
         if isinstance(values, Range):
-            whole = "float" not in str(OPTIONS[name].type)
-            columns.append([number_word(value, whole) for value in values])
+            columns.append([number_word(name, value) for value in values])
         else:
             columns.append([*values])
     return [
@@ -408,9 +408,19 @@ def num_rungs(trials: int) -> int:
     return rungs
 
 
-def number_word(value: float, is_whole: bool) -> str:
-    """Returns a drawn number as it is typed, with two digits."""
-    return f"{round(value)}" if is_whole else f"{value:.2g}"
+def share_of_rung(rung: int | None, rungs: int) -> float:
+    """Returns which share of a whole run's steps is trained in a rung; rung: None where there are none."""
+    return 1.0 if rung is None else REDUCTION ** (rung - rungs + 1)
+
+
+def takes_whole_numbers(name: str) -> bool:
+    """True if the values of an option, which are numbers, are whole ones."""
+    return "float" not in str(OPTIONS[name].type)
+
+
+def number_word(name: str, value: float) -> str:
+    """Returns a drawn number as it is typed, with two digits, or as a whole number. name: of the option."""
+    return f"{round(value)}" if takes_whole_numbers(name) else f"{value:.2g}"
 
 
 # ---- the sweep on disk ----

@@ -16,7 +16,6 @@ import json
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,15 +25,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import load_model, read_config
+from checkpoint import load_model
 from common.console import format_duration
 from common.device import pick_device, pick_dtype
 from common.files import atomic_file
-from evals.answers import answer_records
-from evals.arguments import command_line
-from evals.questions import read_questions
-from evals.table import EVALUATIONS
-from evals.targets import Opened, encode_files
+from experiments.cells import add_result, exact_answers, loss_on_text, read_results, run_script, spread
 from interop.resolve import base_folder, pick_tokenizer
 from methods import put_adapter_on
 
@@ -81,18 +76,18 @@ METHODS = {
 def main() -> None:
     args = parse_words()
     if args.show:
-        show(read_results())
+        show(read_results(RESULTS))
         return
     deadline = time.monotonic() + 3600 * args.hours
-    if "base" not in read_results():
-        add("base", scores_of([]) | {"unmerged": writing_speed(None, None)})
+    if "base" not in read_results(RESULTS):
+        add_result(RESULTS, "base", scores_of([]) | {"unmerged": writing_speed(None, None)})
     while time.monotonic() < deadline:
-        cell = next_cell(read_results(), args.methods)
+        cell = next_cell(read_results(RESULTS), args.methods)
         if cell is None:
             print("all cells are measured")
             return
         result = run_cell(cell)
-        add(cell.key, result)
+        add_result(RESULTS, cell.key, result)
         print(cell.key, result, flush=True)
 
 
@@ -115,17 +110,6 @@ class Cell(NamedTuple):
     @property
     def key(self) -> str:
         return f"{self.method} | {self.rate:g} | {'seed ' + str(self.seed) if self.is_whole else 'rate'}"
-
-
-def read_results() -> dict:
-    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-
-
-def add(key: str, result: dict) -> None:
-    results = read_results()
-    results[key] = result
-    with atomic_file(RESULTS) as tmp:
-        tmp.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def next_cell(results: dict, methods: list[str]) -> Cell | None:
@@ -160,7 +144,7 @@ def run_cell(cell: Cell) -> dict:
             *METHODS[cell.method].words.split(), *TASK, "--steps", f"{STEPS}", "--lr", f"{cell.rate:g}",
             "--seed", f"{cell.seed}", "--eval-every", "0", "--save-every", "0", "--out", str(out),
         ]  # fmt: skip
-        printed = command("train.py", *words)
+        printed = run_script("train.py", *words)
         lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
         steps = [line for line in lines if "tokens_per_s" in line]
         last = [line for line in lines if "val_loss" in line][-1]
@@ -189,38 +173,19 @@ def run_cell(cell: Cell) -> dict:
         model, adapter = (final, None) if is_full else (None, final)
         result["unmerged"] = writing_speed(model, adapter, quant)
         if METHODS[cell.method].can_merge:
-            command("convert.py", "merge", str(final), str(folder / "merged"))
+            run_script("convert.py", "merge", str(final), str(folder / "merged"))
             result["merged"] = writing_speed(folder / "merged", None)
         return result
     finally:
         shutil.rmtree(folder)
 
 
-def command(script: str, *words: str) -> str:
-    """Returns what a script prints. Ends the program where it fails."""
-    line = [sys.executable, script, *words]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(line)}: {done.stderr[-2000:]}")
-    return done.stdout
-
-
 def scores_of(target: list[str]) -> dict:
     """Returns exact answers to the task's questions (in %) and the loss on general text. target: words that name a
     model; [] for the base."""
-    asked = command_line(["exact", "--data", "assets/booking_test.jsonl", "--limit", f"{NUM_QUESTIONS}", *target])
-    opened = Opened(asked)
-    (model_target,) = opened.targets
-    tokenizer = opened.tokenizer_of(model_target)
-    model = opened.load(model_target, tokenizer)
-    records = read_questions(asked, opened.file, None, opened.system)
-    answers = answer_records(model, tokenizer, records, None, NUM_QUESTIONS)
-    exact = EVALUATIONS["exact"].load()(answers).columns["exact %"]
-    read = command_line(["loss", "--data", GENERAL, "--seq-len", f"{PIECE}", *target])
-    limit = read_config(model_target.folder).max_positions
-    dataset = encode_files(read, Opened(read).files, tokenizer, limit, None, lambda *_: None)
-    losses = EVALUATIONS["loss"].load()(model, dataset, 8)
-    return {"exact": exact, "general_loss": losses.columns()["loss"]}
+    exact, model, tokenizer = exact_answers(target, NUM_QUESTIONS)
+    text = ["--data", GENERAL, "--seq-len", f"{PIECE}"]
+    return {"exact": exact, "general_loss": loss_on_text(target, model, tokenizer, text)}
 
 
 def writing_speed(model_folder: Path | None, adapter: Path | None, quant: str | None = None) -> float:
@@ -295,14 +260,6 @@ def show(results: dict) -> None:
         print(f"| {' | '.join(cells)} |")
     if points:
         draw(points)
-
-
-def spread(numbers: list[float], spec: str) -> str:
-    """Returns a mean, with the lowest and the highest where there are several."""
-    mean = format(statistics.mean(numbers), spec)
-    if len(numbers) == 1:
-        return mean
-    return f"{mean} ({min(numbers):{spec}} to {max(numbers):{spec}})"
 
 
 def draw(points: list[tuple[str, list[float], list[float]]]) -> None:

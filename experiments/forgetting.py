@@ -16,7 +16,6 @@ import json
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,14 +26,18 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from checkpoint import read_config
-from common.files import atomic_file
-from evals.answers import answer_records
 from evals.arguments import command_line
 from evals.choices import log_likelihoods
 from evals.multiple_choice import read_choice_task
-from evals.questions import read_questions
-from evals.table import EVALUATIONS
-from evals.targets import Opened, encode_files
+from evals.targets import Opened
+from experiments.cells import (
+    add_result,
+    exact_answers,
+    loss_on_text,
+    read_results,
+    run_script,
+    spread,
+)
 
 RESULTS = ROOT / "experiments" / "forgetting.json"
 PICTURE = ROOT / "experiments" / "forgetting.png"
@@ -82,19 +85,19 @@ class Cell(NamedTuple):
 def main() -> None:
     args = parse_words()
     if args.show:
-        show(read_results())
+        show(read_results(RESULTS))
         return
     deadline = time.monotonic() + 3600 * args.hours
     for name, words in BASES.items():
-        if name not in read_results():
-            add(name, scores_of(words, args))
+        if name not in read_results(RESULTS):
+            add_result(RESULTS, name, scores_of(words, args))
     while time.monotonic() < deadline:
-        cell = next_cell(read_results(), args.methods)
+        cell = next_cell(read_results(RESULTS), args.methods)
         if cell is None:
             print("all cells are measured")
             return
         result = run_cell(cell, args)
-        add(cell.key, result)
+        add_result(RESULTS, cell.key, result)
         print(cell.key, result, flush=True)
 
 
@@ -110,18 +113,6 @@ def parse_words() -> argparse.Namespace:
     if not args.show and not (args.general and args.hellaswag):
         parser.error("--general and --hellaswag are wanted")
     return args
-
-
-def read_results() -> dict:
-    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-
-
-def add(key: str, result: dict) -> None:
-    """Adds a result to those in the file, to which another process may have added meanwhile."""
-    results = read_results()
-    results[key] = result
-    with atomic_file(RESULTS) as tmp:
-        tmp.write_text(json.dumps(results, indent=1) + "\n")
 
 
 # ---- which cell is next ----
@@ -166,21 +157,13 @@ def run_cell(cell: Cell, args: argparse.Namespace) -> dict:
         "--val", "assets/booking_val.jsonl", "--eval-every", "0", "--save-every", "0", "--out", str(out),
     ]  # fmt: skip
     try:
-        done = subprocess.run(
-            [sys.executable, "train.py", *words],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise SystemExit(f"{cell.key}: {done.stderr[-2000:]}")
+        printed = run_script("train.py", *words)
         lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
         steps = [line for line in lines if "tokens_per_s" in line]
         validations = [line for line in lines if "val_loss" in line]
         result = {
             "trained_parameters": int(
-                re.search(r"([\d,]+) parameters trained", done.stdout)[1].replace(",", "")
+                re.search(r"([\d,]+) parameters trained", printed)[1].replace(",", "")
             ),
             "seconds": round(steps[-1]["seconds"], 1),
             "memory_mb": round(max(line["memory_mb"] for line in steps)),
@@ -200,33 +183,10 @@ def run_cell(cell: Cell, args: argparse.Namespace) -> dict:
 def scores_of(target: list[str], args: argparse.Namespace) -> dict:
     """Returns exact answers to the task's questions, loss on general text, and HellaSwag's accuracies
     (in %) of one model. target: the words that name it."""
-    asked = command_line(
-        ["exact", "--data", "assets/booking_test.jsonl", "--limit", f"{NUM_QUESTIONS}", *target]
-    )
-    opened = Opened(asked)
-    (model_target,) = opened.targets
-    tokenizer = opened.tokenizer_of(model_target)
-    model = opened.load(model_target, tokenizer)
-    limit = read_config(model_target.folder).max_positions
-
-    records = read_questions(asked, opened.file, None, opened.system)
-    answers = answer_records(model, tokenizer, records, None, NUM_QUESTIONS)
-    exact = EVALUATIONS["exact"].load()(answers).columns["exact %"]
-
-    read = command_line(
-        [
-            "loss",
-            "--data",
-            args.general,
-            "--limit",
-            f"{NUM_PIECES}",
-            "--seq-len",
-            f"{PIECE}",
-            *target,
-        ]
-    )
-    dataset = encode_files(read, Opened(read).files, tokenizer, limit, None, print)
-    losses = EVALUATIONS["loss"].load()(model, dataset, 8)
+    exact, model, tokenizer = exact_answers(target, NUM_QUESTIONS)
+    text = ["--data", args.general, "--limit", f"{NUM_PIECES}", "--seq-len", f"{PIECE}"]
+    general_loss = loss_on_text(target, model, tokenizer, text)
+    limit = read_config(model.source).max_positions
 
     chosen = command_line(
         ["choices", "--data", args.hellaswag, "--limit", f"{NUM_STORIES}", *target]
@@ -235,7 +195,7 @@ def scores_of(target: list[str], args: argparse.Namespace) -> dict:
     scores = task.score(log_likelihoods(model, task.encode(tokenizer, limit), 64)).columns
     return {
         "exact": exact,
-        "general_loss": losses.columns()["loss"],
+        "general_loss": general_loss,
         "hellaswag_acc": scores["acc %"],
         "hellaswag_acc_norm": scores["acc_norm %"],
     }
@@ -299,14 +259,6 @@ def fastest(method: str, means: str, results: dict) -> str:
     timed = [result["seconds"] for key, result in results.items() if key.startswith(start)]
     timed = [seconds for seconds in timed if seconds is not None]
     return f"{min(timed):.0f} s" if timed else ""
-
-
-def spread(numbers: list[float], spec: str) -> str:
-    """Returns a mean, with the lowest and the highest where there are several."""
-    mean = format(statistics.mean(numbers), spec)
-    if len(numbers) == 1:
-        return mean
-    return f"{mean} ({min(numbers):{spec}} to {max(numbers):{spec}})"
 
 
 def correlations(results: dict, base: dict) -> str:

@@ -13,7 +13,6 @@ import json
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from common.console import number_of
+from experiments.cells import run_script
 
 RESULTS = ROOT / "experiments" / "new_facts.json"
 STEPS = 60
@@ -111,7 +111,7 @@ def ask(questions: list[str], system: str, model_words: list[str], folder: Path)
         "--max-new-tokens",
         24,
     ]
-    run("generate.py", *words, *model_words)
+    run_script("generate.py", *words, *model_words)
     lines = [json.loads(line) for line in answers.open()]
     lines.sort(key=lambda line: line["record"])
     return [line["messages"][-1]["content"] for line in lines]
@@ -134,20 +134,12 @@ def train(records: list[dict], seed: int, folder: Path) -> Path:
         16,
     ]
     words += ["--seed", seed, "--val-fraction", 0, "--save-every", 0, "--overwrite", "--out", out]
-    run("train.py", *words)
+    run_script("train.py", *words)
     return out / "final"
 
 
 def write_lines(path: Path, records: list[dict]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def run(*words) -> None:
-    """Runs a script of the project. Raises SystemExit with what it said if it fails."""
-    line = [sys.executable, *map(str, words)]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{words[0]}: {done.stderr[-2000:]}")
 
 
 def plain(text: str) -> str:

@@ -18,6 +18,8 @@ import train
 from common.errors import UserError
 from common.files import process_exists
 from dataset.records import Record
+from flags import parse_flags
+from objectives import check_objective
 from training import rewards
 from training.rewards import AskedQuestion, GivenAnswer, RewardFunction, RewardModel
 
@@ -193,9 +195,8 @@ REFUSED = [
     ("--group-size 1", "good.py:reward", "--group-size 1: an answer is compared with others of its group; 2 or more"),
     ("--dropout 0.1", "good.py:reward", "--dropout 0.1: the model that answers would be another one"),
     ("--replay QUESTIONS=0.1", "good.py:reward", "--replay: "),
-    ("--train-on all", "good.py:reward", "--train-on"),
+    ("--train-on all-turns", "good.py:reward", "--train-on: --objective grpo takes whole answers; leave it out"),
     ("--truncate prompt", "good.py:reward", "--truncate: --objective grpo takes whole answers; leave it out"),
-    ("--context-parallel 2", "good.py:reward", "--context-parallel"),
     ("--beta 0.1 --method full", "good.py:reward", "--beta 0.1: wants the model before step 1 in every step"),
     ("--forget-limit 1", "good.py:reward", "--forget-limit: --objective grpo has no answers of others"),
     ("--max-new-tokens 512", "good.py:reward", "--max-new-tokens 512: leaves no room for a prompt in --seq-len 512"),
@@ -213,6 +214,13 @@ def test_what_is_no_reinforcement_ends_with_one_line(files, tmp_path, monkeypatc
     assert said in refused
     if "ZeroDivision" not in said:
         assert not (tmp_path / "run").exists()
+
+
+def test_a_text_that_processes_share_is_refused(files, tmp_path):
+    # By itself: the command line counts the processes before it looks at the objective.
+    flags = parse_flags([str(word) for word in words(files, tmp_path / "run", "--context-parallel", 2)])
+    with pytest.raises(UserError, match="--context-parallel: shares the tokens of a text; not with --objective grpo"):
+        check_objective(flags)
 
 
 @pytest.mark.parametrize(
